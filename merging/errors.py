@@ -1,0 +1,48 @@
+"""Errors a user can mend: one line that says what, where and how.
+
+Gemma2Error            exit code 1   a clear error
+├── UsageError         exit code 2   wrong option, key or configuration
+├── InputError         exit code 1   a file, model or data set that cannot be used
+├── OutputError        exit code 1   the output exists, is locked or does not fit
+└── GuardStop          exit code 3   a guard stopped the run (KL limit, NaN, no signal)
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError"]
+
+
+class Gemma2Error(Exception):
+    """Base of every expected failure. `what` names the thing and the place, `mend` the way out."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        self.what = what
+        self.mend = mend
+        super().__init__(f"{what}; {mend}" if mend else what)
+
+
+class UsageError(Gemma2Error, ValueError):
+    """An option, key or value that the command does not take."""
+
+    exit_code = 2
+
+
+class InputError(Gemma2Error, ValueError):
+    """An input that is missing, malformed or does not fit the others."""
+
+
+class OutputError(Gemma2Error, OSError):
+    """An output that cannot be written: it exists, is locked, or there is no room."""
+
+    def __str__(self) -> str:  # OSError formats two arguments as "[Errno what] mend"
+        return f"{self.what}; {self.mend}" if self.mend else self.what
+
+
+class GuardStop(Gemma2Error, RuntimeError):
+    """A guard ended the run before it could do harm; the last good checkpoint is kept."""
+
+    exit_code = 3
