@@ -1,0 +1,264 @@
+"""Outputs that appear whole or not at all, and the manifest (`gemma2.json`) that tells where they came from.
+
+An output is built in a hidden sibling of its final place, locked, flushed to disk and moved there in one rename.
+The manifest is written last; a directory without `"status": "complete"` in it is not a result.
+
+Torch-free and free of pydantic: the merge commands start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, OutputError
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "check_output",
+    "digest_file",
+    "digest_weights",
+    "locked",
+    "now",
+    "publish",
+    "read_manifest",
+    "require_complete",
+    "staged_output",
+    "versions",
+    "write_json",
+    "write_manifest",
+]
+
+MANIFEST = "gemma2.json"
+SCHEMA_VERSION = 1
+# Only what identifies the arithmetic: an allowlist, so that nothing about the user or the machine's paths leaks.
+RECORDED_PACKAGES = ("gemma2", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "numba")
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a result's bytes."""
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest_file(path: Path) -> str:
+    """`"sha256:<hex>"` of a file's bytes."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, by name."""
+    return sorted(path for path in directory.glob("*.safetensors") if path.is_file())
+
+
+def digest_weights(directory: Path) -> str:
+    """One digest of all weights of a model directory: over (name, digest) of its safetensors files.
+
+    Digests that a complete manifest records are trusted as long as the file sizes agree.
+    """
+    manifest = read_manifest(directory) or {}
+    recorded = manifest.get("files", {}) if manifest.get("status") == "complete" else {}
+    total = hashlib.sha256()
+    for path in weight_files(directory):
+        entry = recorded.get(path.name)
+        known = entry is not None and entry.get("size") == path.stat().st_size
+        total.update(f"{path.name} {entry['digest'] if known else digest_file(path)}\n".encode())
+    return "sha256:" + total.hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a directory, or None where there is none.
+
+    Raises InputError when the file is there and is no manifest.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON ({error})", "make the output again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+        raise InputError(f"{path} is not a gemma2 manifest", "make the output again")
+    return manifest
+
+
+def require_complete(directory: Path, role: str) -> None:
+    """Refuse a directory that a gemma2 command began and did not finish."""
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest.get("status") != "complete":
+        raise InputError(
+            f"{role} {directory} is an unfinished output (status {manifest.get('status')!r})",
+            "finish it with --resume, or name a complete directory",
+        )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` with the JSON of `value` in one rename, flushed to disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `gemma2.json` with size and digest of every file beside it. The last thing written to an output."""
+    files = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "digest": digest_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    }
+    document = {"schema_version": SCHEMA_VERSION, "gemma2": metadata_version(), **manifest, "files": files}
+    write_json(directory / MANIFEST, document)
+    return document
+
+
+def metadata_version() -> str:
+    """The version of this package, or "source" in a checkout that is not installed."""
+    try:
+        return metadata.version("gemma2")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def partial_path(out: Path) -> Path:
+    """Where an output is built: a hidden sibling, so that the last step is a rename inside one file system."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
+    """Refuse an output that exists (without `force`), or that is, holds or lies in one of the inputs."""
+    target = out.resolve()
+    for role, path in (inputs or {}).items():
+        source = path.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise OutputError(f"--out {out} and the {role} {path} overlap", "choose another --out")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"--out {out} exists and is not a directory", "choose another --out")
+    if out.exists() and not force and any(out.iterdir()):
+        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write --out {out}: {parent} is not a writable directory", "choose another --out")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the right to write `out`; a second process fails at once instead of waiting."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputError(
+                f"another gemma2 process is writing {out}", "wait for it, or choose another --out"
+            ) from error
+        # The holder before us may have unlinked the file between our open and our lock.
+        try:
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                break
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flush every file and folder below `directory` to disk."""
+    for root, _, names in os.walk(directory):
+        for path in [*(Path(root) / name for name in names), Path(root)]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def exchange(new: Path, old: Path) -> bool:
+    """Swap two directories in one step (Linux renameat2); False where the system cannot."""
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
+        return True
+    if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+
+
+def publish(partial: Path, out: Path, force: bool) -> None:
+    """Move a finished directory to its place: old or new is there at every moment, never a mixture."""
+    fsync_tree(partial)
+    if out.exists():
+        if any(out.iterdir()) and not force:
+            raise OutputError(f"--out {out} appeared while the command ran", "choose another --out, or use --force")
+        if exchange(partial, out):
+            shutil.rmtree(partial)
+        else:
+            shutil.rmtree(out)
+            partial.rename(out)
+    else:
+        partial.rename(out)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
+    """Build an output aside: yields an empty directory that becomes `out` when the block ends without an exception.
+
+    The block writes its files and, last, the manifest. Any exception (an interrupt too) removes what was built.
+    What a killed process left behind is swept by the next run to the same place.
+    """
+    check_output(out, force)
+    with locked(out):
+        for stale in out.parent.glob(f".{out.name}.tmp-*"):
+            shutil.rmtree(stale)
+        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            publish(temporary, out, force)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

@@ -1,0 +1,154 @@
+"""Configuration: YAML recipe < `--set a.b=c` < named flags, validated by a pydantic schema.
+
+Torch-free. An unknown key is an error that names its path and the closest valid key; `1e-6` reads as a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gemma2.merging.errors import InputError, UsageError
+
+__all__ = ["Config", "closest", "load_yaml", "parse_value", "resolve", "to_yaml"]
+
+
+class Config(BaseModel):
+    """Base of every command's schema: frozen, no unknown keys, schema built on first use (start-up time)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """`"did you mean 'x'?"`, or the list of what is valid when nothing is near."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(names)}"
+
+
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, with two mends: `1e-6` is a number (YAML 1.1 reads a string), a key given twice an error."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    line = node.start_mark.line + 1
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice below line {line}")
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def parse_value(text: str) -> Any:
+    """The YAML value of one `--set` right-hand side: `3`, `1e-6`, `true`, `[1, 2]`, `null`, else text."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.YAMLError:
+        return text
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe. Raises UsageError with file and line when it is not a YAML mapping."""
+    import yaml
+
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} ({error})", "check --config") from error
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"{path} is not valid YAML: {detail}", "correct the file") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} holds a {type(document).__name__}, not key: value pairs", "see configs/ for recipes")
+    return document
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a recipe that reruns the same job."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments to a nested mapping; returns a new one."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for item in sets:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--set {item!r} is not KEY=VALUE", "write for instance --set learning_rate=1e-6")
+        *parents, last = path.replace("-", "_").split(".")
+        node: Any = result
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"--set {item!r}: '{key}' is a single value", "set it as a whole")
+        node[last] = parse_value(text)
+    return result
+
+
+def resolve(
+    schema: type[C],
+    *,
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> C:
+    """Merge recipe, `--set` and flags (None = not given), validate, and return the frozen configuration.
+
+    Raises UsageError that names the key, the value, what is allowed and where it came from.
+    """
+    values = apply_sets(load_yaml(file) if file else {}, sets)
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(*_explain(schema, error, file)) from error
+
+
+def _explain(schema: type[Config], error: ValidationError, file: Path | None) -> tuple[str, str]:
+    """One line for the first problem of a pydantic report, with the number of further ones."""
+    problems = error.errors()
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"]) or "configuration"
+    where = f" in {file}" if file else ""
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{where}{more}", closest(
+            str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1])
+        )
+    if first["type"] == "missing":
+        return f"'{key}' is missing{where}{more}", f"give --{key.replace('_', '-')} or set it in the recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    return f"'{key}'{given}{where}: {message[:1].lower()}{message[1:]}{more}", "see --help for the allowed values"
+
+
+def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The valid keys at a place inside a schema."""
+    current = schema
+    for part in location:
+        field = current.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        current = inner
+    return list(current.model_fields)

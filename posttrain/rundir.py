@@ -1,0 +1,247 @@
+"""Run directories of the training steps: manifest, metrics, samples, checkpoints, resume. Torch-free.
+
+A run works in a hidden sibling of `--out` (`.NAME.partial`) and moves there in one rename when it is complete, so that
+`--out` exists only as a result. Interrupted, the partial directory stays for `--resume`, which is refused when
+configuration, inputs or data have changed in between. `--force` builds beside an existing output and replaces it at
+the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import InputError, OutputError
+from gemma2.merging.outputs import (
+    check_output,
+    digest_file,
+    digest_weights,
+    locked,
+    now,
+    partial_path,
+    publish,
+    read_manifest,
+    require_complete,
+    versions,
+    write_json,
+    write_manifest,
+)
+
+from .config import Config
+
+__all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
+
+STATE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a step writes, and what it may do with what is there."""
+
+    out: Path
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model directory that a result is made from. `role` is the name of the flag: model, policy, reward, ..."""
+
+    role: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a step returns: the output directory and the figures for the last line."""
+
+    out: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One run of one command, open for writing. Made by `open_run`."""
+
+    def __init__(self, command: str, path: Path, options: RunOptions, origin: dict[str, Any], resumed: bool) -> None:
+        self.command = command
+        self.path = path
+        self.options = options
+        self.origin = origin
+        self.resumed = resumed
+        self.result: RunResult | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where resume state lives while the run works; removed at the end."""
+        return self.path / "checkpoints"
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        self._append("metrics.jsonl", {"step": step, **metrics})
+
+    def sample(self, step: int, **row: Any) -> None:
+        """Append one prompt and completion seen during the run to samples.jsonl."""
+        self._append("samples.jsonl", {"step": step, **row})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, when a run goes on from an older checkpoint. A torn last line goes too."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def finish(self, summary: Mapping[str, Any]) -> RunResult:
+        """Remove the resume state, write the manifest and move the directory to its place."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        (self.path / STATE).unlink(missing_ok=True)
+        manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
+        write_manifest(self.path, manifest)
+        publish(self.path, self.options.out, self.options.force)
+        self.result = RunResult(self.options.out, dict(summary))
+        return self.result
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def hardware() -> dict[str, Any]:
+    """The kind of machine, without anything that names it."""
+    return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+
+
+def describe_parent(parent: Parent, out: Path) -> dict[str, str]:
+    """Role, path (relative to the output where both lie on one tree) and digest of the weights."""
+    path = parent.path.resolve()
+    relative = os.path.relpath(path, out.resolve())
+    return {"role": parent.role, "path": relative, "weights": digest_weights(path)}
+
+
+def check_parents(parents: Sequence[Parent]) -> None:
+    """Refuse inputs that are missing, no model directory, or unfinished."""
+    for parent in parents:
+        if not parent.path.is_dir():
+            raise InputError(f"--{parent.role} {parent.path} is not a directory", "give the path of a model directory")
+        if not (parent.path / "config.json").is_file():
+            raise InputError(
+                f"--{parent.role} {parent.path} holds no config.json",
+                "give a directory with config.json and *.safetensors",
+            )
+        require_complete(parent.path, f"--{parent.role}")
+
+
+def describe_origin(
+    command: str, config: Config, out: Path, parents: Sequence[Parent], data: Sequence[Path]
+) -> dict[str, Any]:
+    """Everything that decides the result: what a resume and a pipeline compare."""
+    return {
+        "command": command,
+        "config": config.model_dump(mode="json"),
+        "parents": [describe_parent(parent, out) for parent in parents],
+        "data": [
+            {"path": os.path.relpath(path.resolve(), out.resolve()), "digest": digest_file(path)} for path in data
+        ],
+        "seed": getattr(config, "seed", None),
+    }
+
+
+def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], partial: Path) -> None:
+    """Refuse to resume a run whose configuration, inputs or data are not what it began with; names what changed."""
+    changed = [
+        f"{key} ({before['config'].get(key)!r} -> {value!r})"
+        for key, value in after["config"].items()
+        if before["config"].get(key) != value
+    ]
+    for name, content in (("parents", "weights"), ("data", "digest")):
+        for old, new in zip(before[name], after[name], strict=True):
+            if old[content] != new[content]:
+                changed.append(f"the content of {new['path']}")
+    if before["versions"] != after["versions"]:
+        changed += [
+            f"{k} {v} -> {after['versions'].get(k)}"
+            for k, v in before["versions"].items()
+            if after["versions"].get(k) != v
+        ]
+    if changed:
+        raise InputError(
+            f"cannot resume {partial}: changed since it began: {', '.join(changed)}",
+            "restore that, or start over with --force",
+        )
+
+
+@contextmanager
+def open_run(
+    command: str,
+    config: Config,
+    options: RunOptions,
+    *,
+    parents: Sequence[Parent] = (),
+    data: Sequence[Path] = (),
+) -> Iterator[Run]:
+    """Open (or, with `options.resume`, continue) the run directory of one step.
+
+    The block must end with `return run.finish(summary)`. An exception or an interrupt leaves the partial directory for
+    `--resume`; when no checkpoint was written yet, it is removed.
+    Raises InputError for unusable inputs or a resume against changed ones, OutputError for an unusable `--out`.
+    """
+    check_parents(parents)
+    if options.resume and (read_manifest(options.out) or {}).get("status") == "complete":
+        raise OutputError(
+            f"--out {options.out} is complete, there is nothing to resume", "drop --resume, or use --force"
+        )
+    check_output(options.out, options.force, {f"--{parent.role}": parent.path for parent in parents})
+    partial = partial_path(options.out)
+    origin = {
+        **describe_origin(command, config, options.out, parents, data),
+        "versions": versions(),
+        "hardware": hardware(),
+        "started": now(),
+    }
+    with locked(options.out):
+        resumed = _prepare(partial, options, origin)
+        run = Run(command, partial, options, origin, resumed)
+        try:
+            yield run
+        finally:
+            if run.result is None and not _worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(partial: Path, options: RunOptions, origin: dict[str, Any]) -> bool:
+    """Make the partial directory, or check that the one that is there may go on. True when it goes on."""
+    if options.resume and (partial / STATE).is_file():
+        before = json.loads((partial / STATE).read_text(encoding="utf-8"))
+        check_unchanged(before, origin, partial)
+        origin["started"] = before["started"]
+        return True
+    if options.resume:
+        raise OutputError(f"there is no interrupted run of --out {options.out} to resume", "drop --resume")
+    if partial.exists() and _worth_keeping(partial) and not options.force:
+        raise OutputError(
+            f"an interrupted run of --out {options.out} is there",
+            "continue it with --resume, or start over with --force",
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_json(partial / STATE, origin)
+    return False
+
+
+def _worth_keeping(partial: Path) -> bool:
+    """Whether an interrupted run got far enough to be resumed."""
+    return any((partial / "checkpoints").glob("*")) if (partial / "checkpoints").is_dir() else False
