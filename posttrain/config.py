@@ -126,7 +126,8 @@ def resolve(
 
 def _explain(schema: type[Config], error: ValidationError, file: Path | None) -> tuple[str, str]:
     """One line for the first problem of a pydantic report, with the number of further ones."""
-    problems = error.errors()
+    # A mistyped key is also a missing one: the typo is the cause, so it is named first.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"]) or "configuration"
     where = f" in {file}" if file else ""

@@ -1,0 +1,134 @@
+"""Loading and saving of models and tokenizers, with the checks that transformers leaves to a warning.
+
+Weights come from safetensors only; a tensor that the checkpoint lacks is an error, never a random initialisation.
+Attention is eager: `sdpa` has no soft cap and Gemma 2 refuses it (Gemma 2 report, section 2).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gemma2.merging.errors import InputError
+
+__all__ = ["default_device", "init_reward_model", "load_policy", "load_reward_model", "load_tokenizer", "save_model"]
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory. Raises InputError for what cannot or must not be loaded."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} holds no config.json", "give a model directory") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}/config.json is not readable JSON ({error})", "restore the file") from error
+    if "auto_map" in config:
+        raise InputError(f"{path}/config.json asks for code of its own (auto_map)", "use a model that transformers has")
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"{path} holds no *.safetensors", "convert the weights to safetensors first")
+    return config
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; a pad token that is not the eos is required for masked training."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer can be loaded from {path}", "copy the tokenizer files beside the weights"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so any id that is never generated serves; eos would hide real ends.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _load(factory: Any, path: Path, dtype: torch.dtype, allowed_missing: tuple[str, ...] = (), **options: Any) -> Any:
+    read_config(path)
+    try:
+        model, report = factory.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} cannot be loaded as a model: {detail}", "check config.json and the weights"
+        ) from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(allowed_missing or ("\0",)))
+    for kind, keys in (("lacks", missing), ("has the unknown", sorted(report["unexpected_keys"]))):
+        if keys:
+            raise InputError(
+                f"{path} {kind} tensor {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""),
+                f"check that the weights belong to {type(model).__name__}",
+            )
+    return model
+
+
+def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in eager attention and its tokenizer, on the default device, in eval mode.
+
+    Raises InputError when the directory is no model, or tensors are missing, unknown or of the wrong shape.
+    """
+    config = read_config(path)
+    if any("SequenceClassification" in name for name in config.get("architectures") or ()):
+        raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
+    model = _load(AutoModelForCausalLM, path, dtype)
+    return model.to(default_device()).eval(), load_tokenizer(path)
+
+
+def load_reward_model(
+    path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A reward model: a sequence classifier with one output, in eval mode, and its tokenizer."""
+    config = read_config(path)
+    if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
+        raise InputError(f"{path} is not a reward model", "train one with gemma2 reward")
+    model = _load(AutoModelForSequenceClassification, path, dtype)
+    if model.config.num_labels != 1:
+        raise InputError(f"{path} has {model.config.num_labels} outputs", "a reward model has one")
+    tokenizer = load_tokenizer(path)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(default_device()).eval(), tokenizer
+
+
+def init_reward_model(
+    path: Path, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A reward model on the backbone of a language model; the head is drawn from `seed` (Bradley-Terry, WARM sec. 2)."""
+    torch.manual_seed(seed)
+    model = _load(AutoModelForSequenceClassification, path, dtype, allowed_missing=("score.",), num_labels=1)
+    tokenizer = load_tokenizer(path)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(default_device()), tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write config, weights, generation config and tokenizer; files get the modes that the umask gives."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
