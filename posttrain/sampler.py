@@ -1,0 +1,341 @@
+"""On-policy sampling with a shared prefill: n completions per prompt, exact draws, log-probs kept.
+
+    y_t ~ pi(. | x, y_<t),   pi = softmax(logits / temperature)          (WARP 2406.16768, Algorithm 1, line 5)
+
+Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
+the batch and the cache as soon as they end. Drawing inverts the distribution function in float64 on uniforms that are
+all taken from the generator beforehand, one per token slot, so what a row draws depends on neither the batch size nor
+the other rows. Masks are built once per batch and sliced: for small models building them costs more than the forward.
+
+Log-probs belong to the distribution that was sampled from, softmax(logits / temperature) over the full vocabulary.
+That is the policy of the RL objective, so they serve as its log pi without a second forward. Under top-p or top-k they
+still describe the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
+
+Deviation from `transformers.generate`: none in the greedy tokens (tests/posttrain/test_sampler.py, with left padding,
+a sliding window shorter than the sequence and both soft caps). Attention must be eager or sdpa: other back ends do not
+take a prebuilt mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from gemma2.merging.errors import InputError
+
+__all__ = ["Completions", "SamplingParams", "evaluating", "sample"]
+
+GROWTH = 64  # token columns added when the cache is full
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What to draw. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    n: int = 1
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class Completions:
+    """Samples in prompt-major order: the n of prompt 0 first.
+
+    ids: tokens of each completion, with the stop token where one was drawn.
+    logps: nats, log pi(token) at the sampling temperature, one per token of `ids`.
+    truncated: True where the limit came before a stop token.
+    prompt_index: the prompt that each completion answers.
+    """
+
+    ids: list[list[int]] = field(default_factory=list)
+    logps: list[list[float]] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    prompt_index: list[int] = field(default_factory=list)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    generator: torch.Generator | None = None,
+    batch_size: int = 64,
+) -> Completions:
+    """Draw `params.n` completions for each prompt (token ids, no padding).
+
+    `generator` (CPU) decides every draw; its state is all that a resume needs. `batch_size` counts completions; a
+    group is never split, so at least one whole group is in flight.
+    Raises InputError for an empty prompt or an attention back end that takes no prebuilt mask.
+    """
+    if any(not prompt for prompt in prompts):
+        raise InputError("a prompt has no tokens", "remove empty prompts")
+    check_attention(model)
+    uniforms = torch.rand(len(prompts) * params.n, params.max_new_tokens, dtype=torch.float64, generator=generator)
+    rows: dict[int, tuple[list[int], list[float], bool]] = {}
+    with evaluating(model):
+        for batch in length_batches([len(prompt) for prompt in prompts], max(1, batch_size // params.n)):
+            slots = [index * params.n + k for index in batch for k in range(params.n)]
+            group = decode(model, [prompts[i] for i in batch], params, stop_ids, pad_id, uniforms[slots])
+            rows.update(zip(slots, group, strict=True))
+    ordered = [rows[slot] for slot in range(len(rows))]
+    return Completions(
+        ids=[ids for ids, _, _ in ordered],
+        logps=[logps for _, logps, _ in ordered],
+        truncated=[truncated for _, _, truncated in ordered],
+        prompt_index=[slot // params.n for slot in range(len(rows))],
+    )
+
+
+def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of `size`, longest first: little padding, and the largest batch shows at once if it fits."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, and gradient checkpointing with it (in training mode it would disable the cache)."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def check_attention(model: Any) -> None:
+    """Only back ends that take a prebuilt additive mask can be driven from here."""
+    name = getattr(model.config, "_attn_implementation", "eager")
+    if name not in ("eager", "sdpa"):
+        raise InputError(f"the sampler cannot drive '{name}' attention", "load the model with eager attention")
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    uniforms: Tensor,
+) -> list[tuple[list[int], list[float], bool]]:
+    """One batch of groups: (ids, logps, truncated) for each of the P * n rows. uniforms: (P * n, max_new) float64."""
+    device = model.device
+    uniforms = uniforms.to(device)
+    batch = _Batch(model, prompts, params, pad_id)
+    stops = torch.zeros(int(model.config.vocab_size), dtype=torch.bool, device=device)
+    stops[torch.tensor([i for i in stop_ids if i < len(stops)], dtype=torch.long, device=device)] = True
+    tokens = torch.full(uniforms.shape, pad_id, dtype=torch.long, device=device)  # (P * n, max_new)
+    logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
+    lengths = torch.full((len(uniforms),), params.max_new_tokens, device=device)
+    ended = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
+    live = torch.arange(len(uniforms), device=device)  # row numbers of what is still in the batch
+    for t in range(params.max_new_tokens):
+        drawn, logp = draw(batch.logits, uniforms[live, t], params)
+        tokens[live, t], logps[live, t] = drawn, logp
+        stopped = stops[drawn]
+        if stopped.any():
+            lengths[live[stopped]], ended[live[stopped]] = t + 1, True
+            keep = (~stopped).nonzero().squeeze(1)
+            live, drawn = live[keep], drawn[keep]
+            if not len(live):
+                break
+            batch.keep(keep)
+        if t + 1 < params.max_new_tokens:
+            batch.step(drawn)
+    return [
+        (ids[:length], values[:length], not done)
+        for ids, values, length, done in zip(
+            tokens.tolist(), logps.tolist(), lengths.tolist(), ended.tolist(), strict=True
+        )
+    ]
+
+
+def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) and their log-probs (B,) fp32 from logits (B, V) and one float64 uniform per row in [0, 1).
+
+    The token is the first whose cumulative probability exceeds u: exact up to float64, and one random number a row
+    where Gumbel-max takes V.
+    """
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, log_softmax_at(logits, tokens)
+    logits = logits if params.temperature == 1 else logits / params.temperature
+    probs = torch.softmax(logits.double(), -1)
+    cumulative = truncated_mass(probs, params).cumsum(-1)  # (B, V) float64
+    target = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log().float()
+
+
+def log_softmax_at(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[token], (B,) fp32."""
+    return torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None]).squeeze(1).float()
+
+
+def truncated_mass(probs: Tensor, params: SamplingParams) -> Tensor:
+    """Zero what top-k and then top-p exclude; the most probable token always stays. probs: (B, V), not renormalised."""
+    if params.top_k > 0:
+        floor = probs.topk(min(params.top_k, probs.shape[1])).values[:, -1:]
+        probs = probs.where(probs >= floor, 0.0)
+    if params.top_p < 1:
+        ranked, order = probs.sort(descending=True)
+        before = ranked.cumsum(-1) - ranked  # mass of the more probable tokens
+        outside = before >= params.top_p * ranked.sum(-1, keepdim=True)
+        outside[:, 0] = False
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), 0.0)
+    return probs
+
+
+class _Batch:
+    """The rows that are still being decoded: cache, padding mask and positions, and the logits of the next token."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
+        self.model = model
+        config = model.config
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.window = config.sliding_window if "sliding_attention" in kinds else None
+        self.cache = Cache(layers=[KvLayer(self.window if kind == "sliding_attention" else None) for kind in kinds])
+        width = max(len(prompt) for prompt in prompts)
+        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)  # (P,) columns
+        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)  # (P, width)
+        columns = torch.arange(width + params.max_new_tokens, device=model.device)
+        visible = columns >= padding[:, None]  # (P, width + max_new)
+        past = columns[:width] <= columns[:width, None]  # (width, width), row = query
+        positions = (columns[:width] - padding[:, None]).clamp_(min=0)
+        self._forward(ids, positions, self._additive(visible[:, None, None, :width] & past[None, None]))
+        self.cache.batch_repeat_interleave(params.n)
+        self.logits = self.logits.repeat_interleave(params.n, 0)
+        self.position = (width - padding).repeat_interleave(params.n)[:, None]  # (P * n, 1) of the next token
+        self.mask = self._additive(visible[:, None, None]).repeat_interleave(
+            params.n, 0
+        )  # (P * n, 1, 1, width + max_new)
+        self.length = width
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        """0 where attention is allowed, the lowest finite value elsewhere: a row without any key stays finite."""
+        dtype = self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> None:
+        """One forward. ids, positions: (B, Q); mask: (B, 1, Q, K) additive, K = all columns so far."""
+        masks: Tensor | dict[str, Tensor] = mask
+        if self.window is not None:
+            masks = {"full_attention": mask, "sliding_attention": windowed(mask, self.window)}
+        output = self.model(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1].float()  # (B, V)
+
+    def step(self, tokens: Tensor) -> None:
+        """Feed one token to every row. tokens: (B,)."""
+        self.length += 1
+        self._forward(tokens[:, None], self.position, self.mask[..., : self.length])
+        self.position = self.position + 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row that is not in `rows` (B',)."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+
+def windowed(mask: Tensor, window: int) -> Tensor:
+    """The mask of a sliding layer, (B, 1, Q, K'): a query sees its own column and the window - 1 before it.
+
+    One query: the last `window` columns, which is what `KvLayer` returns. Several (prefill): all columns, the far
+    ones masked.
+    """
+    queries, columns = mask.shape[-2:]
+    if queries == 1:
+        return mask[..., -window:]
+    if columns <= window:
+        return mask
+    column = torch.arange(columns, device=mask.device)
+    far = column <= column[:, None] - window  # (K, K), row = query
+    return mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
+class KvLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, heads, capacity, head_dim), grown in blocks and written in place.
+
+    transformers' dynamic layers concatenate the whole cache for every token; here a token costs one column. A sliding
+    layer keeps all columns and hands out the last `window` of them.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.length = 0
+        self.keys: Tensor
+        self.values: Tensor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the prefill as it is."""
+        self.keys, self.values = key_states, value_states
+        self.length = key_states.shape[2]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, Q, head_dim); return what the queries may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return self.keys, self.values
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = _grown(self.keys, start), _grown(self.values, start)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        first = max(0, self.length - self.window) if self.window is not None else 0
+        return self.keys[:, :, first : self.length], self.values[:, :, first : self.length]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row: the group of a prompt."""
+        if repeats > 1:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def get_seq_length(self) -> int:
+        """Columns written so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the columns that `update` returns."""
+        total = self.length + query_length
+        offset = max(0, total - self.window) if self.window is not None else 0
+        return total - offset, offset
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+def _grown(tensor: Tensor, used: int) -> Tensor:
+    """Room for at least one more column; the first `used` columns are kept."""
+    batch, heads, capacity, dim = tensor.shape
+    grown = tensor.new_empty(batch, heads, capacity + max(GROWTH, capacity // 4), dim)
+    grown[:, :, :used] = tensor[:, :, :used]
+    return grown
