@@ -132,10 +132,10 @@ class ChatFormat:
         pieces = list(self._unrender(ids))
         for before, run in pairwise(pieces):
             for (opener, header), role in self._headers.items():
-                if before.control == opener and run.control is None and run.text.startswith(header):
+                begun = run is not pieces[-1] or run.text != header or role != "assistant"
+                if before.control == opener and run.text.startswith(header) and begun:
                     messages.append({"role": role, "content": run.text.removeprefix(header)})
-        unbegun = messages and pieces[-1].control is None and messages[-1] == {"role": "assistant", "content": ""}
-        return messages[:-1] if unbegun else messages
+        return messages
 
     def _pieces(self, turns: list[Message], generation_prompt: bool = False) -> list[_Piece]:
         """Cut the rendered conversation into control tokens, the template's text and the messages."""

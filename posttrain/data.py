@@ -1,0 +1,319 @@
+"""Reading and checking of JSONL data: prompts, conversations and preference pairs, in TRL's column names. Torch-free.
+
+    prompts         {"prompt": TEXT | MESSAGES}
+    conversations   {"prompt": TEXT | MESSAGES, "completion": TEXT | MESSAGES}  or  {"messages": MESSAGES}
+    pairs           {"prompt": TEXT | MESSAGES, "chosen": TEXT | MESSAGES, "rejected": TEXT | MESSAGES}
+                    or, the prompt implied, {"chosen": MESSAGES, "rejected": MESSAGES} with a common beginning
+
+MESSAGES is a list of {"role": ..., "content": TEXT}. Columns that are not read stay in `extra`. Every refusal names
+file, line, what is wrong and the mend. A data set may also be the directory that `generate` or `reward pairs` wrote.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import require_complete
+
+__all__ = [
+    "Conversation",
+    "Pair",
+    "Prompt",
+    "data_file",
+    "located",
+    "read_conversations",
+    "read_pairs",
+    "read_prompts",
+    "split",
+    "to_line",
+]
+
+Message = dict[str, str]
+DATA_FILES = ("data.jsonl", "pairs.jsonl")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of a file. `where` is `"file:line"`."""
+
+    where: str
+    columns: dict[str, Any]
+
+    def extra(self, *read: str) -> dict[str, Any]:
+        return {name: value for name, value in self.columns.items() if name not in read}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to answer."""
+
+    where: str
+    messages: list[Message]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same question: the messages before the first model turn."""
+        return _key(self.messages)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation to learn from: its model turns from message `learn_from` on."""
+
+    where: str
+    messages: list[Message]
+    learn_from: int = 0
+    truncated: bool = False  # the last turn ran into the length limit
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same question: the messages before the first model turn."""
+        return _key(self.messages)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt. `margin`: by how much the chosen one is better, in units of the reward."""
+
+    where: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
+    margin: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same question: the messages before the first model turn."""
+        return _key(self.prompt)
+
+
+Keyed = TypeVar("Keyed", Prompt, Conversation, Pair)
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a file, at most `limit`. Raises InputError at the first bad row."""
+    prompts = [Prompt(row.where, _prompt(row), row.extra("prompt")) for row in _rows(path, limit)]
+    return _not_empty(prompts, path)
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """The conversations of a file. Raises InputError at the first bad row."""
+    return _not_empty([_conversation(row) for row in _rows(path)], path)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The preference pairs of a file. Raises InputError at the first bad row."""
+    return _not_empty([_pair(row) for row in _rows(path)], path)
+
+
+def data_file(path: Path) -> Path:
+    """The JSONL file that `path` names: itself, or the one inside a complete output of `generate` or `reward pairs`."""
+    if path.is_dir():
+        require_complete(path, "data set")
+        inside = [path / name for name in DATA_FILES if (path / name).is_file()]
+        if not inside:
+            raise InputError(f"{path} is a directory without {' or '.join(DATA_FILES)}", "give a JSONL file")
+        return inside[0]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", "give a JSONL file")
+    return path
+
+
+def split(rows: list[Keyed], fraction: float, seed: int) -> tuple[list[Keyed], list[Keyed]]:
+    """(training, held-out) rows, in file order. A row's side follows from `seed` and its prompt alone, so that it does
+    not depend on the other rows, and no prompt is on both sides. With `fraction` > 0 at least one prompt is held out
+    where there are two."""
+    place = {row.key: _uniform(seed, row.key) for row in rows}
+    heldout: set[str] = set()
+    if fraction > 0 and len(place) > 1:
+        first, last = min(place, key=place.__getitem__), max(place, key=place.__getitem__)
+        heldout = ({key for key, u in place.items() if u < fraction} | {first}) - {last}
+    return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
+
+
+def to_line(columns: Mapping[str, Any]) -> bytes:
+    """One row as a line of JSONL, UTF-8."""
+    return (json.dumps(columns, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put `"file:line"` in front of what an InputError says."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error.what}", error.mend) from error
+
+
+def _rows(path: Path, limit: int | None = None) -> Iterator[_Row]:
+    path = data_file(path)
+    count = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if count == limit:
+                return
+            if line.strip():
+                count += 1
+                where = f"{path}:{number}"
+                yield _Row(where, _parse(where, line))
+
+
+def _parse(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        columns = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})", "convert it") from error
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error})", "write one JSON object per line") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply", "write one flat JSON object per line") from error
+    if not isinstance(columns, dict):
+        raise InputError(f"{where}: {_kind(columns)}, not a JSON object", 'write {"column": value, ...}')
+    return columns
+
+
+def _not_empty(rows: list[Any], path: Path) -> list[Any]:
+    if not rows:
+        raise InputError(f"{path} has no rows", "write one JSON object per line")
+    return rows
+
+
+def _prompt(row: _Row) -> list[Message]:
+    messages = _messages(row, "prompt", "user")
+    if not any(message["content"].strip() for message in messages):
+        raise InputError(f"{row.where}: the prompt is empty", "remove the row, or write a prompt")
+    return messages
+
+
+def _conversation(row: _Row) -> Conversation:
+    if "messages" in row.columns:
+        messages = _messages(row, "messages", "user")
+        return Conversation(row.where, messages, extra=row.extra("messages"))
+    if not {"prompt", "completion"} & row.columns.keys():
+        what = f"{row.where}: neither 'messages' nor 'prompt' and 'completion'"
+        raise InputError(what, _rename("messages", row.columns))
+    prompt, completion = _prompt(row), _messages(row, "completion", "assistant")
+    truncated = row.columns.get("finish_reason") == "length"
+    return Conversation(row.where, prompt + completion, len(prompt), truncated, row.extra("prompt", "completion"))
+
+
+def _pair(row: _Row) -> Pair:
+    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
+    if "prompt" in row.columns:
+        prompt = _prompt(row)
+    elif isinstance(row.columns["chosen"], str) or isinstance(row.columns["rejected"], str):
+        _required(row, "prompt")
+    else:
+        prompt, chosen, rejected = _common_beginning(row, chosen, rejected)
+    return Pair(
+        row.where,
+        prompt,
+        chosen,
+        rejected,
+        _flag(row, "chosen_truncated"),
+        _flag(row, "rejected_truncated"),
+        _number(row, "margin"),
+        row.extra("prompt", "chosen", "rejected", "chosen_truncated", "rejected_truncated", "margin"),
+    )
+
+
+def _common_beginning(
+    row: _Row, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise InputError(f"{row.where}: 'chosen' and 'rejected' share no prompt", "add the column 'prompt'")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _messages(row: _Row, column: str, role: str) -> list[Message]:
+    """A column as messages; a plain text is one message of `role`."""
+    value = _required(row, column)
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(row, column, value)}]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{row.where}: '{column}' is {_kind(value)}", "write a text, or a list of messages")
+    return [_message(row, f"{column}[{index}]", item) for index, item in enumerate(value)]
+
+
+def _message(row: _Row, place: str, item: Any) -> Message:
+    if not isinstance(item, dict):
+        raise InputError(f"{row.where}: '{place}' is {_kind(item)}", 'write {"role": ..., "content": ...}')
+    for name in ("role", "content"):
+        if name not in item:
+            raise InputError(f"{row.where}: '{place}' has no '{name}'", _rename(name, item))
+        if not isinstance(item[name], str):
+            raise InputError(f"{row.where}: '{place}.{name}' is {_kind(item[name])}", "write a text")
+    return {"role": item["role"], "content": _text(row, place, item["content"])}
+
+
+def _text(row: _Row, place: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{row.where}: '{place}' holds half of a surrogate pair", "write the whole character"
+        ) from error
+    return text
+
+
+def _required(row: _Row, column: str) -> Any:
+    if column not in row.columns:
+        raise InputError(f"{row.where}: no '{column}'", _rename(column, row.columns))
+    return row.columns[column]
+
+
+def _rename(column: str, present: Iterable[str]) -> str:
+    """How to mend a missing name: most often it is misspelt."""
+    near = difflib.get_close_matches(column, present, n=1)
+    return f"rename '{near[0]}' to '{column}'" if near else f"add '{column}' to {', '.join(present) or 'the empty row'}"
+
+
+def _flag(row: _Row, column: str) -> bool:
+    value = row.columns.get(column, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{row.where}: '{column}' is {_kind(value)}", "write true or false")
+    return value
+
+
+def _number(row: _Row, column: str) -> float | None:
+    value = row.columns.get(column)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise InputError(f"{row.where}: '{column}' is {_kind(value)}", "write a finite number")
+    return float(value)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return names.get(type(value), f"the number {value}")
+
+
+def _key(messages: list[Message]) -> str:
+    ours = [m["role"] in ("assistant", "model") for m in messages]
+    asked = messages[: ours.index(True)] if True in ours else messages
+    return json.dumps([[m["role"], m["content"].strip()] for m in asked], ensure_ascii=False)
+
+
+def _uniform(seed: int, key: str) -> float:
+    """A number in [0, 1) that follows from the seed and the text."""
+    digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+    return int.from_bytes(digest[:7]) / 2**56
