@@ -1,0 +1,113 @@
+"""The command table. A command's module is imported when that command is called, so that `--help` stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+from typer.main import get_command
+
+from gemma2.merging.outputs import metadata_version
+
+from .console import UsageProblem
+from .help import HelpGroup
+
+__all__ = ["COMMANDS", "invoke"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One command: its module in this package, its line in `gemma2 --help`, and the panel it stands in."""
+
+    module: str
+    summary: str
+    panel: str
+
+
+COMMANDS = {
+    "quickstart": Entry(
+        "quickstart", "The whole path on the embedded models: data to aligned, merged model.", "Start here"
+    ),
+    "tiny": Entry("tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"),
+    "generate": Entry("generate", "Teacher completions for a file of prompts.", "Post-training"),
+    "sft": Entry("sft", "Supervised fine-tuning on prompts and completions.", "Post-training"),
+    "reward": Entry("reward", "Train a reward model; `reward pairs` makes its preference data.", "Post-training"),
+    "rlhf": Entry("rlhf", "RL from a reward model, the KL anchored to an EMA of the policy.", "Post-training"),
+    "warp": Entry(
+        "warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
+    ),
+    "merge": Entry("merge", "Merge models: slerp, liti, warp, linear, ema.", "Merging"),
+    "inspect": Entry("inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"),
+    "eval": Entry("eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
+    "pareto": Entry("pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"),
+    "report": Entry("report", "One self-contained HTML page about a finished run.", "Evaluation"),
+    "convert": Entry("convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"),
+    "config": Entry("config", "List, show and check recipes.", "Tools"),
+}
+
+
+class LazyGroup(HelpGroup):
+    """Lists every command from the table and loads the module of the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        return TyperCommand(name=cmd_name, help=entry.summary, rich_help_panel=entry.panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        self.commands = {name: self.get_command(ctx, name) for name in COMMANDS}  # what a suggestion can name
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if command is not None and name is not None else command, rest
+
+
+def load(name: str) -> Any:
+    """The real command behind an entry of the table."""
+    module = import_module(f".{COMMANDS[name].module}", __package__)
+    command = get_command(module.app)
+    command.name = name
+    return command
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"gemma2 {metadata_version()}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def gemma2(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Post-training and model merging for Gemma 2: from teacher data to an aligned, merged model.
+
+    `gemma2 quickstart --out DIR` runs every stage in minutes on this machine. Every command takes `--help`.
+    """
+
+
+def invoke(arguments: list[str]) -> int:
+    """Parse and run one command line. Raises UsageProblem for one that cannot be parsed; returns the exit code."""
+    command = get_command(app)
+    try:
+        code = command.main(arguments or ["--help"], prog_name="gemma2", standalone_mode=False)
+    except TyperException as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", "gemma2")
+        raise UsageProblem(f"{error.format_message()} (see {path} --help)") from error
+    return code if isinstance(code, int) else 0

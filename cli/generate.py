@@ -1,0 +1,18 @@
+"""`gemma2 generate`"""
+
+from __future__ import annotations
+
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.rundir import RunOptions, RunResult
+from gemma2.posttrain.schemas import GenerateConfig
+
+from .options import stage
+
+
+def run(config: GenerateConfig, options: RunOptions, progress: Progress) -> RunResult:
+    from gemma2.posttrain.synthesize import run_generate
+
+    return run_generate(config, options, progress)
+
+
+app = stage(GenerateConfig, run, examples="""gemma2 generate --teacher teacher --prompts prompts.jsonl --out data""")

@@ -1,0 +1,93 @@
+"""Entry point: signals, exit codes, and one line for every expected failure.
+
+Exit codes: 0 done; 1 a clear error; 2 usage or configuration; 3 a guard stopped the run; 130 / 143 interrupted.
+A bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+
+__all__ = ["main"]
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP. No `except Exception` in a library can swallow it."""
+
+
+class _Signals:
+    """Raises `Interrupted` at the first signal and ignores further ones, so that cleaning up is not cut short."""
+
+    caught: int | None = None
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs stay as they are
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is None:
+            self.caught = number
+            raise Interrupted(number)
+
+
+def _environment() -> None:
+    """Defaults that the user's own environment overrides."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # the libraries' deprecations are not the user's business
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code
+
+
+def _interrupted(number: int) -> int:
+    sys.stderr.write("\ninterrupted\n")
+    return 128 + number
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; bugs propagate."""
+    from gemma2.merging.errors import Gemma2Error
+
+    from .app import invoke
+    from .console import UsageProblem
+
+    try:
+        return invoke(arguments)
+    except UsageProblem as problem:
+        return _fail(str(problem), 2)
+    except Gemma2Error as error:
+        return _fail(str(error), error.exit_code)
+
+
+def main() -> None:
+    """The console script `gemma2`."""
+    signals = _Signals()
+    signals.install()
+    try:
+        _environment()
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `gemma2 ... | head`: the reader has what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except BaseException:
+        # An interrupt inside an import can surface as another exception; what counts is that there was one.
+        if signals.caught is None:
+            raise
+        code = _interrupted(signals.caught)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

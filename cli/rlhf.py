@@ -1,0 +1,23 @@
+"""`gemma2 rlhf`"""
+
+from __future__ import annotations
+
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.rundir import RunOptions, RunResult
+from gemma2.posttrain.schemas import RlhfConfig
+
+from .options import stage
+
+
+def run(config: RlhfConfig, options: RunOptions, progress: Progress) -> RunResult:
+    from gemma2.posttrain.rlhf import run_rlhf
+
+    return run_rlhf(config, options, progress)
+
+
+app = stage(
+    RlhfConfig,
+    run,
+    examples="""gemma2 rlhf --policy sft --reward reward --prompts prompts.jsonl --out policy
+gemma2 rlhf --policy sft --reward-fn my.module:score --prompts prompts.jsonl --out policy""",
+)

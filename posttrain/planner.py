@@ -1,0 +1,192 @@
+"""What a step will need, from the headers of its inputs: memory, disk and time. Torch-free; nothing is written.
+
+Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
+RLHF 4 more, the policy that the KL is measured to another 4. Activations are not counted.
+Time is floating-point work over this machine's measured matrix product rate (CPU; a lower bound):
+6 N per trained token, 2 N per token scored or generated (N parameters).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import check_output, weight_files
+
+from .config import Config
+from .rundir import Parent, RunOptions, check_parents
+from .schemas import GenerateConfig, PairsConfig, ParetoConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
+
+__all__ = ["parameter_count", "plan"]
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of memory and disk, and floating-point operations."""
+
+    memory: float
+    disk: float
+    operations: float
+
+
+def parameter_count(directory: Path) -> int:
+    """Parameters of a model directory, from its safetensors headers alone.
+
+    Raises InputError when a header is not readable.
+    """
+    total = 0
+    for path in weight_files(directory):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+            raise InputError(f"{path} has no readable safetensors header", "restore the file") from error
+    return total
+
+
+def count_rows(path: Path) -> int:
+    """Lines of a JSONL file. Raises InputError when it is missing or empty."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file", "give a JSONL file")
+    with path.open("rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    if rows == 0:
+        raise InputError(f"{path} is empty", "give one JSON object per line")
+    return rows
+
+
+def matmul_rate(size: int = 1024) -> float:
+    """Floating-point operations per second of a fp32 matrix product on this CPU."""
+    import numpy as np
+
+    a = np.ones((size, size), dtype=np.float32)
+    np.dot(a, a)
+    started = time.perf_counter()
+    np.dot(a, a)
+    return 2 * size**3 / (time.perf_counter() - started)
+
+
+def _train(n: int, tokens: float, lora: int) -> Work:
+    state = 0.05 if lora else 1.0  # an adapter holds a few per cent of the gradients and moments
+    return Work(memory=n * (4 + 12 * state), disk=n * 4 * 2 + n * 8 * 2 * state, operations=6.0 * n * tokens)
+
+
+def _sft(config: SftConfig) -> Work:
+    rows = count_rows(config.data)
+    steps = config.max_steps or rows * config.epochs / config.batch_size
+    tokens = steps * config.batch_size * _mean_tokens(config.data, config.max_length)
+    return _train(parameter_count(config.model), tokens, config.lora_rank)
+
+
+def _reward(config: RewardConfig) -> Work:
+    pairs = count_rows(config.data)
+    steps = config.max_steps or pairs * config.epochs / config.batch_size
+    tokens = steps * config.batch_size * _mean_tokens(config.data, 2 * config.max_length)
+    return _train(parameter_count(config.model), tokens, config.lora_rank)
+
+
+def _mean_tokens(path: Path, limit: int) -> float:
+    """Tokens per row, at the usual four bytes per token."""
+    return min(path.stat().st_size / count_rows(path) / 4, limit)
+
+
+def _generate(config: GenerateConfig) -> Work:
+    tokens = min(count_rows(config.prompts), config.limit or 10**12) * config.n * config.max_new_tokens
+    n = parameter_count(config.teacher)
+    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens)
+
+
+def _pairs(config: PairsConfig) -> Work:
+    tokens = min(count_rows(config.prompts), config.limit or 10**12) * config.n * config.max_new_tokens
+    n = parameter_count(config.model)
+    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens)
+
+
+def _rl(n: int, reward: Path | None, config: RlhfConfig | WarpConfig) -> Work:
+    """Policy, gradients, moments, anchor and the SFT reference; generated, scored three times and trained on."""
+    judge = parameter_count(reward) if reward else 0
+    tokens = config.steps * config.prompts_per_step * config.n * config.max_new_tokens
+    return Work(
+        memory=n * 24.0 + judge * 4.0,
+        disk=n * (4 + 4) + n * (4 + 8 + 4) * 2.0,
+        operations=tokens * (n * (2 + 2 + 6) + judge * 2.0),
+    )
+
+
+def _rlhf(config: RlhfConfig) -> Work:
+    count_rows(config.prompts)
+    return _rl(parameter_count(config.policy), config.reward, config)
+
+
+def _warp(config: WarpConfig) -> Work:
+    count_rows(config.prompts)
+    count_rows(config.heldout)
+    n = parameter_count(config.sft)
+    one = _rl(n, config.reward, config)
+    runs = config.policies * config.iterations
+    kept = config.iterations * (2 * config.policies + 2) * n * 4.0 + n * 4.0
+    return Work(memory=one.memory, disk=kept + n * 32.0, operations=one.operations * runs)
+
+
+def _pareto(config: ParetoConfig) -> Work:
+    rows = min(count_rows(config.prompts), config.limit or 10**12)
+    n = parameter_count(config.sft)
+    points = len(config.policies) + (len(config.etas) if config.merged else 0) + 1
+    tokens = points * rows * config.n * config.max_new_tokens
+    return Work(memory=n * 16.0, disk=1e6, operations=tokens * n * 6.0)
+
+
+ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
+    SftConfig: _sft,
+    RewardConfig: _reward,
+    GenerateConfig: _generate,
+    PairsConfig: _pairs,
+    RlhfConfig: _rlhf,
+    WarpConfig: _warp,
+    ParetoConfig: _pareto,
+}
+
+
+def inputs_of(config: Config) -> dict[str, Path]:
+    """The model directories that a configuration names, by field."""
+    names = ("model", "teacher", "policy", "reward", "sft", "init", "merged")
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: path for name, path in found.items() if isinstance(path, Path)}
+
+
+def plan(config: Config, options: RunOptions) -> dict[str, Any]:
+    """The resolved configuration of a step with its needs. Raises what the step itself would raise about its inputs."""
+    models = inputs_of(config)
+    check_parents([Parent(role, path) for role, path in models.items()])
+    check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
+    document: dict[str, Any] = {
+        "plan": f"{type(config).__name__.removesuffix('Config').lower()} -> {options.out}, nothing was written",
+        **{role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()},
+    }
+    estimate = ESTIMATES.get(type(config))
+    if estimate is not None:
+        work = estimate(config)
+        parent = next(path for path in [options.out, *options.out.absolute().parents] if path.exists())
+        free = shutil.disk_usage(parent).free
+        document |= {
+            "memory_gib": round(work.memory / GIB, 3),
+            "disk_gib": round(work.disk / GIB, 3),
+            "disk_free_gib": round(free / GIB, 1),
+            "cpu_hours_at_least": float(f"{work.operations / matmul_rate() / 3600:.2g}"),
+        }
+        if work.disk > free:
+            raise InputError(
+                f"--out {options.out} needs about {work.disk / GIB:.1f} GiB and {free / GIB:.1f} GiB are free",
+                "free some space, or choose another disk",
+            )
+    return document | {"config": config.model_dump(mode="json")}
