@@ -5,15 +5,14 @@
 Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
 the batch and the cache as soon as they end. Drawing inverts the distribution function in float64 on uniforms that are
 all taken from the generator beforehand, one per token slot, so what a row draws depends on neither the batch size nor
-the other rows. Masks are built once per batch and sliced: for small models building them costs more than the forward.
+the other rows.
 
 Log-probs belong to the distribution that was sampled from, softmax(logits / temperature) over the full vocabulary.
 That is the policy of the RL objective, so they serve as its log pi without a second forward. Under top-p or top-k they
 still describe the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
 
 Deviation from `transformers.generate`: none in the greedy tokens (tests/posttrain/test_sampler.py, with left padding,
-a sliding window shorter than the sequence and both soft caps). Attention must be eager or sdpa: other back ends do not
-take a prebuilt mask.
+a sliding window shorter than the sequence and both soft caps).
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gemma2.merging.errors import InputError
 
-__all__ = ["Completions", "SamplingParams", "evaluating", "sample"]
+from .attention import Masks, additive, empty_cache, layer_masks, padded_masks
 
-GROWTH = 64  # token columns added when the cache is full
+__all__ = ["Completions", "SamplingParams", "evaluating", "sample"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ def sample(
     """
     if any(not prompt for prompt in prompts):
         raise InputError("a prompt has no tokens", "remove empty prompts")
-    check_attention(model)
     uniforms = torch.rand(len(prompts) * params.n, params.max_new_tokens, dtype=torch.float64, generator=generator)
     rows: dict[int, tuple[list[int], list[float], bool]] = {}
     with evaluating(model):
@@ -114,13 +111,6 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         if training:
             model.train()
-
-
-def check_attention(model: Any) -> None:
-    """Only back ends that take a prebuilt additive mask can be driven from here."""
-    name = getattr(model.config, "_attn_implementation", "eager")
-    if name not in ("eager", "sdpa"):
-        raise InputError(f"the sampler cannot drive '{name}' attention", "load the model with eager attention")
 
 
 def decode(
@@ -204,38 +194,21 @@ class _Batch:
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
         self.model = model
-        config = model.config
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        self.window = config.sliding_window if "sliding_attention" in kinds else None
-        self.cache = Cache(layers=[KvLayer(self.window if kind == "sliding_attention" else None) for kind in kinds])
-        width = max(len(prompt) for prompt in prompts)
-        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)  # (P,) columns
-        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)  # (P, width)
-        columns = torch.arange(width + params.max_new_tokens, device=model.device)
-        visible = columns >= padding[:, None]  # (P, width + max_new)
-        past = columns[:width] <= columns[:width, None]  # (width, width), row = query
-        positions = (columns[:width] - padding[:, None]).clamp_(min=0)
-        self._forward(ids, positions, self._additive(visible[:, None, None, :width] & past[None, None]))
+        self.cache = empty_cache(model.config)
+        self.length = max(len(prompt) for prompt in prompts)  # columns in use, padding included
+        padding = torch.tensor([self.length - len(prompt) for prompt in prompts], device=model.device)  # (P,) columns
+        ids = torch.tensor([[pad_id] * (self.length - len(p)) + list(p) for p in prompts], device=model.device)
+        columns = torch.arange(self.length + params.max_new_tokens, device=model.device)
+        visible = columns >= padding[:, None]  # (P, all columns)
+        positions = (columns[: self.length] - padding[:, None]).clamp_(min=0)
+        logits = self._forward(ids, positions, padded_masks(model, visible[:, : self.length]))
         self.cache.batch_repeat_interleave(params.n)
-        self.logits = self.logits.repeat_interleave(params.n, 0)
-        self.position = (width - padding).repeat_interleave(params.n)[:, None]  # (P * n, 1) of the next token
-        self.mask = self._additive(visible[:, None, None]).repeat_interleave(
-            params.n, 0
-        )  # (P * n, 1, 1, width + max_new)
-        self.length = width
+        self.logits = logits.repeat_interleave(params.n, 0)  # (P * n, V) fp32
+        self.position = (self.length - padding).repeat_interleave(params.n)[:, None]  # (P * n, 1) of the next token
+        self.mask = additive(visible[:, None, None], model.dtype).repeat_interleave(params.n, 0)  # (P * n, 1, 1, all)
 
-    def _additive(self, allowed: Tensor) -> Tensor:
-        """0 where attention is allowed, the lowest finite value elsewhere: a row without any key stays finite."""
-        dtype = self.model.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> None:
-        """One forward. ids, positions: (B, Q); mask: (B, 1, Q, K) additive, K = all columns so far."""
-        masks: Tensor | dict[str, Tensor] = mask
-        if self.window is not None:
-            masks = {"full_attention": mask, "sliding_attention": windowed(mask, self.window)}
+    def _forward(self, ids: Tensor, positions: Tensor, masks: Masks) -> Tensor:
+        """Logits (B, V) fp32 after the last of ids (B, Q) at positions (B, Q)."""
         output = self.model(
             input_ids=ids,
             attention_mask=masks,
@@ -244,98 +217,16 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits = output.logits[:, -1].float()  # (B, V)
+        return output.logits[:, -1].float()
 
     def step(self, tokens: Tensor) -> None:
-        """Feed one token to every row. tokens: (B,)."""
+        """Feed one token (B,) to every row."""
         self.length += 1
-        self._forward(tokens[:, None], self.position, self.mask[..., : self.length])
+        masks = layer_masks(self.model.config, self.mask[..., : self.length])
+        self.logits = self._forward(tokens[:, None], self.position, masks)
         self.position = self.position + 1
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row that is not in `rows` (B',)."""
         self.cache.batch_select_indices(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
-
-
-def windowed(mask: Tensor, window: int) -> Tensor:
-    """The mask of a sliding layer, (B, 1, Q, K'): a query sees its own column and the window - 1 before it.
-
-    One query: the last `window` columns, which is what `KvLayer` returns. Several (prefill): all columns, the far
-    ones masked.
-    """
-    queries, columns = mask.shape[-2:]
-    if queries == 1:
-        return mask[..., -window:]
-    if columns <= window:
-        return mask
-    column = torch.arange(columns, device=mask.device)
-    far = column <= column[:, None] - window  # (K, K), row = query
-    return mask.masked_fill(far, torch.finfo(mask.dtype).min)
-
-
-class KvLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, heads, capacity, head_dim), grown in blocks and written in place.
-
-    transformers' dynamic layers concatenate the whole cache for every token; here a token costs one column. A sliding
-    layer keeps all columns and hands out the last `window` of them.
-    """
-
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.window = window
-        self.is_sliding = window is not None
-        self.length = 0
-        self.keys: Tensor
-        self.values: Tensor
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the prefill as it is."""
-        self.keys, self.values = key_states, value_states
-        self.length = key_states.shape[2]
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, Q, head_dim); return what the queries may see."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return self.keys, self.values
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if self.length > self.keys.shape[2]:
-            self.keys, self.values = _grown(self.keys, start), _grown(self.values, start)
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        first = max(0, self.length - self.window) if self.window is not None else 0
-        return self.keys[:, :, first : self.length], self.values[:, :, first : self.length]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row: the group of a prompt."""
-        if repeats > 1:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
-
-    def get_seq_length(self) -> int:
-        """Columns written so far."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns that `update` returns."""
-        total = self.length + query_length
-        offset = max(0, total - self.window) if self.window is not None else 0
-        return total - offset, offset
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-
-def _grown(tensor: Tensor, used: int) -> Tensor:
-    """Room for at least one more column; the first `used` columns are kept."""
-    batch, heads, capacity, dim = tensor.shape
-    grown = tensor.new_empty(batch, heads, capacity + max(GROWTH, capacity // 4), dim)
-    grown[:, :, :used] = tensor[:, :, :used]
-    return grown

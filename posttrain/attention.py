@@ -1,0 +1,162 @@
+"""Attention masks and the KV cache of sampler and scorer: built once per batch, then sliced or written in place.
+
+transformers rebuilds both masks in every forward and concatenates the whole cache for every token. For small models
+the first costs more than the network, for large ones the second copies gigabytes. What is allowed is the same:
+
+    global layer: key column <= query column;   local layer: also key column > query column - window
+    (Gemma 2 report, 2408.00118, section 2: local and global layers alternate)
+
+The masks are additive: 0 where attention is allowed, the lowest finite number elsewhere, so that a padded query without
+any key stays finite. Only eager and sdpa attention take them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from gemma2.merging.errors import InputError
+
+__all__ = ["Masks", "additive", "causal_masks", "check_attention", "empty_cache", "layer_masks", "padded_masks"]
+
+Masks = Tensor | dict[str, Tensor]
+
+GROWTH = 64  # token columns added when the cache is full
+
+
+def check_attention(model: Any) -> None:
+    """Raise InputError for an attention back end that takes no additive mask."""
+    name = getattr(model.config, "_attn_implementation", "eager")
+    if name not in ("eager", "sdpa"):
+        raise InputError(f"'{name}' attention takes no prebuilt mask", "load the model with eager attention")
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """The window of each layer in tokens, None where it is global."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `allowed`, the lowest finite value of `dtype` elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def layer_masks(config: Any, mask: Tensor) -> Masks:
+    """What a model takes as `attention_mask`, from the mask (B, 1, Q, K) of a global layer.
+
+    A mapping by layer kind where local and global layers mix, else one tensor.
+    """
+    windows = set(layer_windows(config))
+    if windows == {None}:
+        return mask
+    (window,) = windows - {None}
+    assert window is not None
+    if getattr(config, "layer_types", None) is None:
+        return windowed(mask, window)
+    return {"full_attention": mask, "sliding_attention": windowed(mask, window)}
+
+
+def windowed(mask: Tensor, window: int) -> Tensor:
+    """The mask of a local layer: a query sees its own column and the window - 1 before it.
+
+    One query: the last `window` columns, which is what `KvLayer` hands out. Several: all columns, the far ones masked.
+    """
+    queries, columns = mask.shape[-2:]
+    if queries == 1:
+        return mask[..., -window:]
+    if columns <= window:
+        return mask
+    column = torch.arange(columns, device=mask.device)
+    far = column <= column[:, None] - window  # (K, K), row = query
+    return mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
+def causal_masks(model: Any, width: int) -> Masks:
+    """Masks (1, 1, width, width) of rows without padding on the left; what follows a row's end it cannot see."""
+    return padded_masks(model, torch.ones(1, width, dtype=torch.bool, device=model.device))
+
+
+def padded_masks(model: Any, present: Tensor) -> Masks:
+    """Masks (B, 1, T, T) from present (B, T) bool, False on padding of either side."""
+    check_attention(model)
+    column = torch.arange(present.shape[1], device=present.device)
+    past = column <= column[:, None]  # (T, T), row = query
+    return layer_masks(model.config, additive(present[:, None, None] & past, model.dtype))
+
+
+def empty_cache(config: Any) -> Cache:
+    """A cache for decoding, one `KvLayer` per layer."""
+    return Cache(layers=[KvLayer(window) for window in layer_windows(config)])
+
+
+class KvLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, heads, capacity, head_dim), grown in blocks and written in place.
+
+    A local layer keeps all columns and hands out the last `window` of them.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.length = 0
+        self.keys: Tensor
+        self.values: Tensor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the prefill as it is."""
+        self.keys, self.values = key_states, value_states
+        self.length = key_states.shape[2]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, Q, head_dim) and return what the queries may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return self.keys, self.values
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = _grown(self.keys, start), _grown(self.values, start)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        first = max(0, self.length - self.window) if self.window is not None else 0
+        return self.keys[:, :, first : self.length], self.values[:, :, first : self.length]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row: the group of a prompt."""
+        if repeats > 1:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def get_seq_length(self) -> int:
+        """Columns written so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the columns that `update` returns."""
+        total = self.length + query_length
+        offset = max(0, total - self.window) if self.window is not None and self.is_initialized else 0
+        return total - offset, offset
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+def _grown(tensor: Tensor, used: int) -> Tensor:
+    """Room for more columns; the first `used` are kept."""
+    batch, heads, capacity, dim = tensor.shape
+    grown = tensor.new_empty(batch, heads, capacity + max(GROWTH, capacity // 4), dim)
+    grown[:, :, :used] = tensor[:, :, :used]
+    return grown
