@@ -190,7 +190,8 @@ class ChatFormat:
         return ids, mask
 
     def _unrender(self, ids: list[int]) -> Iterator[_Piece]:
-        controls = set(self._controls.values())
+        # An unknown character inside a message is text, though <unk> is listed among the control tokens.
+        controls = set(self._controls.values()) - {self.tokenizer.unk_token_id}
         for is_control, group in groupby(ids, key=controls.__contains__):
             if is_control:
                 yield from (_Piece("", i) for i in group)

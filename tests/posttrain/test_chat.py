@@ -187,6 +187,10 @@ def test_parsing_a_cut_answer_gives_what_is_there(gemma):
     assert gemma.parse(ids) == [user("a"), model("b 12")]
 
 
+def test_an_unknown_character_does_not_end_a_message(gemma):
+    assert gemma.parse(gemma.conversation_ids([user("caf\u00e9 au lait")])) == [user("caf<unk> au lait")]
+
+
 def test_decode_drops_control_tokens_and_keeps_white_space(gemma):
     ids = gemma.tokenizer(" 1  2\n", add_special_tokens=False)["input_ids"]
     assert gemma.decode([*ids, END, EOS, 0]) == " 1  2\n"
