@@ -130,12 +130,23 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def own_files(directory: Path) -> Iterator[Path]:
+    """The files of an output; a directory inside it that has a manifest of its own is an output by itself."""
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if not (path / MANIFEST).exists():
+                yield from own_files(path)
+        elif path.name != MANIFEST:
+            yield path
+
+
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write `gemma2.json` with size and digest of every file beside it. The last thing written to an output."""
     files = {
         str(path.relative_to(directory)): {"size": path.stat().st_size, "digest": digest_file(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+        for path in own_files(directory)
     }
     document = {"schema_version": SCHEMA_VERSION, "gemma2": metadata_version(), **manifest, "files": files}
     write_json(directory / MANIFEST, document)

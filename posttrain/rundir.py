@@ -36,9 +36,10 @@ from gemma2.merging.outputs import (
 
 from .config import Config
 
-__all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
+__all__ = ["Parent", "Run", "RunOptions", "RunResult", "changes", "open_run"]
 
 STATE = "run.json"
+KEPT = ("checkpoints/*", "data.jsonl", "*/*/gemma2.json", "*/.*.partial")
 
 
 @dataclass(frozen=True)
@@ -160,23 +161,43 @@ def describe_origin(
     }
 
 
-def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], partial: Path) -> None:
-    """Refuse to resume a run whose configuration, inputs or data are not what it began with; names what changed."""
-    changed = [
-        f"{key} ({before['config'].get(key)!r} -> {value!r})"
-        for key, value in after["config"].items()
-        if before["config"].get(key) != value
+def settings_of(config: Config) -> dict[str, Any]:
+    """The configuration without its paths: what paths lead to is compared by digest, not by where it lies."""
+    dumped = config.model_dump(mode="json")
+    return {key: dumped[key] for key, value in config if not _is_path(value)}
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, tuple) and any(isinstance(item, Path) for item in value))
+
+
+def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
+    """What differs between the record of a run in `directory` and what it would start from: names, or nothing."""
+    recorded = before["config"]
+    found = [
+        f"{key} ({recorded.get(key)!r} -> {value!r})"
+        for key, value in settings_of(config).items()
+        if recorded.get(key) != value
     ]
+    for parent in before["parents"]:
+        if digest_weights(directory / parent["path"]) != parent["weights"]:
+            found.append(f"the weights of {parent['role']} {parent['path']}")
+    for source in before["data"]:
+        path = directory / source["path"]
+        if not path.is_file() or digest_file(path) != source["digest"]:
+            found.append(f"the content of {source['path']}")
+    return found
+
+
+def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config: Config, partial: Path) -> None:
+    """Refuse to resume a run whose configuration, inputs, data or libraries are not what it began with."""
+    changed = changes(before, config, partial)
     for name, content in (("parents", "weights"), ("data", "digest")):
-        for old, new in zip(before[name], after[name], strict=True):
-            if old[content] != new[content]:
-                changed.append(f"the content of {new['path']}")
-    if before["versions"] != after["versions"]:
-        changed += [
-            f"{k} {v} -> {after['versions'].get(k)}"
-            for k, v in before["versions"].items()
-            if after["versions"].get(k) != v
-        ]
+        if not changed and [item[content] for item in before[name]] != [item[content] for item in after[name]]:
+            changed.append(f"the {name}")
+    for package, version in before["versions"].items():
+        if after["versions"].get(package) != version:
+            changed.append(f"{package} ({version} -> {after['versions'].get(package)})")
     if changed:
         raise InputError(
             f"cannot resume {partial}: changed since it began: {', '.join(changed)}",
@@ -213,7 +234,7 @@ def open_run(
         "started": now(),
     }
     with locked(options.out):
-        resumed = _prepare(partial, options, origin)
+        resumed = _prepare(partial, options, config, origin)
         run = Run(command, partial, options, origin, resumed)
         try:
             yield run
@@ -222,11 +243,11 @@ def open_run(
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prepare(partial: Path, options: RunOptions, origin: dict[str, Any]) -> bool:
+def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[str, Any]) -> bool:
     """Make the partial directory, or check that the one that is there may go on. True when it goes on."""
     if options.resume and (partial / STATE).is_file():
         before = json.loads((partial / STATE).read_text(encoding="utf-8"))
-        check_unchanged(before, origin, partial)
+        check_unchanged(before, origin, config, partial)
         origin["started"] = before["started"]
         return True
     if options.resume:
@@ -243,5 +264,5 @@ def _prepare(partial: Path, options: RunOptions, origin: dict[str, Any]) -> bool
 
 
 def _worth_keeping(partial: Path) -> bool:
-    """Whether an interrupted run got far enough to be resumed."""
-    return any((partial / "checkpoints").glob("*")) if (partial / "checkpoints").is_dir() else False
+    """Whether an interrupted run got far enough to be resumed: a checkpoint, finished rows, or a finished stage."""
+    return any(next(partial.glob(pattern), None) is not None for pattern in KEPT)

@@ -17,8 +17,10 @@ __all__ = [
     "DistributionConfig",
     "EvalConfig",
     "GenerateConfig",
+    "MergeConfig",
     "PairsConfig",
     "ParetoConfig",
+    "QuickstartConfig",
     "RewardConfig",
     "RlhfConfig",
     "SftConfig",
@@ -52,6 +54,15 @@ class TrainingFields(Config):
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="further options of the TRL trainer, by TRL's names"
     )
+
+
+class MergeConfig(Config):
+    """A merge inside a pipeline. `gemma2 merge` has the full set of options."""
+
+    method: Literal["slerp", "liti", "warp", "linear", "ema"]
+    models: tuple[Path, ...] = Field(min_length=1, description="model directories; their order counts")
+    base: Path | None = Field(None, description="the init that task vectors start from")
+    etas: tuple[float, ...] = Field((), description="LITI: share of the merge in the result")
 
 
 class TinyConfig(Config):
@@ -202,3 +213,16 @@ class WarpConfig(TrainingFields, RlFields):
         pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
         description="which point of the front becomes the model: best-reward, kl<=X or eta=X",
     )
+
+
+class QuickstartConfig(Config):
+    """The whole path on the embedded models. Each section holds settings of the step of that name."""
+
+    seed: Seed = 0
+    train_prompts: int = Field(768, ge=8, description="prompts that the teacher answers and RL trains on")
+    heldout_prompts: int = Field(256, ge=8, description="prompts that every figure of the final table is measured on")
+    generate: dict[str, Any] = Field(default_factory=dict, description="settings of gemma2 generate")
+    sft: dict[str, Any] = Field(default_factory=dict, description="settings of gemma2 sft")
+    pairs: dict[str, Any] = Field(default_factory=dict, description="settings of gemma2 reward pairs")
+    reward: dict[str, Any] = Field(default_factory=dict, description="settings of gemma2 reward")
+    warp: dict[str, Any] = Field(default_factory=dict, description="settings of gemma2 warp")
