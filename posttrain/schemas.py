@@ -68,6 +68,8 @@ class MergeConfig(Config):
 class TinyConfig(Config):
     """The embedded models: a small real Gemma 2 student and its teacher, trained from scratch."""
 
+    train_prompts: int = Field(768, ge=8, description="prompts written to prompts.jsonl")
+    heldout_prompts: int = Field(256, ge=8, description="prompts written to heldout.jsonl, none of them trained on")
     seed: Seed = 0
 
 
@@ -207,6 +209,7 @@ class WarpConfig(TrainingFields, RlFields):
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
     judge_fn: str | None = Field(None, description="a second score as module:function, reported beside the reward")
+    compare: tuple[Path, ...] = Field((), description="further model directories measured beside the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the final evaluation")
     pick: str = Field(
         "best-reward",

@@ -85,7 +85,7 @@ def front_config(config: WarpConfig, root: Path) -> ParetoConfig:
     return ParetoConfig(
         sft=config.sft,
         prompts=config.heldout,
-        policies=tuple(measured),
+        policies=(*config.compare, *measured),
         merged=places[-1] / "slerp",
         etas=config.etas,
         reward=config.reward,

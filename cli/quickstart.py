@@ -1,0 +1,111 @@
+"""`gemma2 quickstart`"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gemma2.merging.errors import UsageError
+
+from .console import Console
+from .help import HelpCommand
+from .options import HELP_NAMES, AsJson, ConfigFile, Quiet, Set, recipe_path
+
+if TYPE_CHECKING:
+    from gemma2.posttrain.quickstart import Chapter
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+NEXT = """\
+What to try next
+  gemma2 report {out} --out report.html                       the page again
+  gemma2 merge slerp {out}/warp/iteration-1/policy-1 {out}/warp/iteration-1/policy-2 --out mine
+  gemma2 warp --sft {out}/sft --reward {out}/reward --prompts {out}/models/prompts.jsonl \\
+      --heldout {out}/models/heldout.jsonl --config quickstart-warp --policies 4 --out warp4
+With a real Gemma 2 (a local directory) the same commands run on one GPU:
+  gemma2 generate --teacher gemma-2-9b-it --prompts prompts.jsonl --out data
+  gemma2 sft --model gemma-2-2b --data data/data.jsonl --out sft"""
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def quickstart(
+    out: Path = typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Directory of the whole run; goes on where it was.",
+        rich_help_panel="Inputs",
+    ),
+    seed: int = typer.Option(
+        None, "--seed", metavar="INT", help="Seed of every random choice [default 0].", rich_help_panel="Settings"
+    ),
+    config: str = ConfigFile,
+    set_: list[str] = Set,
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print the commands of every step, run nothing.", rich_help_panel="Output and control"
+    ),
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """The whole path on the embedded models: teacher data, SFT, reward model, WARP, the KL-reward front, a report.
+
+    Takes about five minutes on two cores, needs no model and no network. Interrupted and started again, it goes on
+    where it was.
+
+    \b
+      gemma2 quickstart --out quickstart
+    """
+    from gemma2.posttrain.config import resolve
+    from gemma2.posttrain.schemas import QuickstartConfig
+
+    if out is None:
+        raise UsageError("--out is missing", "give the directory to write")
+    console = Console(as_json=as_json, quiet=quiet)
+    file = recipe_path(config or "quickstart")
+    resolved = resolve(QuickstartConfig, file=file, sets=set_ or (), flags={"seed": seed})
+    from gemma2.posttrain.pipeline import command_line
+    from gemma2.posttrain.quickstart import chapters, run_quickstart
+
+    if dry_run:
+        commands = [command_line(chapter.step) for chapter in chapters(resolved, out)]
+        if as_json:
+            console.json({"commands": commands})
+        else:
+            console.text("\n".join(commands))
+        return
+
+    def announce(number: int, total: int, chapter: Chapter, command: str) -> None:
+        console.heading(f"{number}/{total}  {chapter.title}: {chapter.why}")
+        console.note(f"     $ {command}")
+
+    started = time.monotonic()
+    result = run_quickstart(resolved, out, console, announce)
+    if as_json:
+        console.json({key: result[key] for key in ("rows", "samples", "report")})
+        return
+    show(console, result, out, time.monotonic() - started)
+
+
+def show(console: Console, result: dict[str, Any], out: Path, seconds: float) -> None:
+    """The table, the front, answers before and after, and where everything is."""
+    from gemma2.posttrain.figures import front_text
+
+    console.text("")
+    console.table(result["rows"], f"Held-out prompts, mean ± standard error ({seconds:.0f} s)")
+    console.text("\nThe KL-reward front\n" + front_text(result["points"], width=76))
+    console.text("\nAnswers to held-out questions, sampled at the temperature of the RL stage")
+    for sample in result["samples"]:
+        console.text(f"  {sample['prompt']}")
+        for title, answer in sample.items():
+            if title != "prompt":
+                console.text(f"      {title:<15} {answer}")
+    report = Path(result["report"])
+    console.text(
+        f"\nReport  {report}\nFront   {out}/warp/front/front.png, front.svg, front.csv\nModel   {out}/warp/model\n"
+    )
+    console.text(NEXT.format(out=os.fspath(out)))

@@ -1,0 +1,215 @@
+"""The whole path on the embedded models, from nothing to a front: every step the suite's own command.
+
+    tiny student and teacher -> teacher data -> SFT -> preference pairs -> reward model -> WARP -> front -> report
+
+The directory is visible while it grows; started again, it goes on where it was. Each step is the command that the
+screen shows, so that any of them can be repeated by hand with other settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma2.configs import recipes
+from gemma2.merging.outputs import locked, now, versions, write_json
+from gemma2.merging.progress import SILENT, Progress
+
+from .config import Config, resolve
+from .pipeline import Step, command_line, ensure
+from .rundir import RunOptions, RunResult
+from .schemas import (
+    GenerateConfig,
+    PairsConfig,
+    QuickstartConfig,
+    RewardConfig,
+    SftConfig,
+    TinyConfig,
+    WarpConfig,
+)
+
+__all__ = ["JUDGE", "Chapter", "chapters", "run_quickstart"]
+
+JUDGE = "gemma2.posttrain.tasks:judge_reward"
+SCORES = "gemma2.posttrain.tasks:judge_scores"
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One step with its title and the line that explains it."""
+
+    title: str
+    why: str
+    step: Step
+
+
+def default_config() -> Path:
+    """The recipe that comes with the package."""
+    return recipes()["quickstart"]
+
+
+def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
+    """All steps with their configurations, validated before the first one runs.
+
+    Raises UsageError for a setting that its step does not take.
+    """
+    models, heldout, prompts = root / "models", root / "models" / "heldout.jsonl", root / "models" / "prompts.jsonl"
+    student, teacher = models / "student", models / "teacher"
+
+    def settings(schema: type[Config], section: dict[str, Any], **paths: Any) -> Any:
+        return resolve(schema, flags={"seed": config.seed, **section, **paths})
+
+    tiny = settings(TinyConfig, {}, train_prompts=config.train_prompts, heldout_prompts=config.heldout_prompts)
+    generate = settings(GenerateConfig, config.generate, teacher=teacher, prompts=prompts)
+    sft = settings(SftConfig, config.sft, model=student, data=root / "data" / "data.jsonl")
+    pairs = settings(PairsConfig, config.pairs, model=root / "sft", prompts=prompts, judge=JUDGE)
+    reward = settings(RewardConfig, config.reward, model=root / "sft", data=root / "pairs" / "pairs.jsonl")
+    warp = settings(
+        WarpConfig,
+        config.warp,
+        sft=root / "sft",
+        reward=root / "reward",
+        prompts=prompts,
+        heldout=heldout,
+        judge_fn=SCORES,
+        compare=(student,),
+    )
+    return [
+        Chapter(
+            "Embedded models",
+            "pre-train a small Gemma 2 student and a larger teacher from scratch, on text that gemma2 writes itself",
+            Step("tiny", tiny, models, _lazy("tiny", "run_tiny")),
+        ),
+        Chapter(
+            "Teacher data",
+            "the teacher answers the training prompts; truncated answers are dropped",
+            Step("generate", generate, root / "data", _lazy("synthesize", "run_generate")),
+        ),
+        Chapter(
+            "SFT",
+            "the student learns from the teacher's answers, with the loss on the model's turns only",
+            Step("sft", sft, root / "sft", _lazy("sft", "run_sft")),
+        ),
+        Chapter(
+            "Preference pairs",
+            "the SFT model answers several times; a judge says which answer is better",
+            Step("reward pairs", pairs, root / "pairs", _lazy("pairs", "run_pairs")),
+        ),
+        Chapter(
+            "Reward model",
+            "a Bradley-Terry model learns the judge's preferences from the pairs",
+            Step("reward", reward, root / "reward", _lazy("reward", "run_reward")),
+        ),
+        Chapter(
+            "WARP",
+            "RL with an EMA anchor, M times; SLERP of the policies; a step back towards the init; I rounds; the front",
+            Step("warp", warp, root / "warp", _lazy("warp", "run_warp")),
+        ),
+    ]
+
+
+def _lazy(module: str, function: str) -> Callable[[Any, RunOptions, Progress], RunResult]:
+    """A step whose heavy module is imported when it runs, so that a skipped step costs nothing."""
+
+    def run(config: Any, options: RunOptions, progress: Progress) -> RunResult:
+        from importlib import import_module
+
+        result: RunResult = getattr(import_module(f".{module}", __package__), function)(config, options, progress)
+        return result
+
+    return run
+
+
+def run_quickstart(
+    config: QuickstartConfig,
+    out: Path,
+    progress: Progress = SILENT,
+    announce: Callable[[int, int, Chapter, str], None] | None = None,
+) -> dict[str, Any]:
+    """Run every chapter that is not done, measure, and write the report.
+
+    Returns {"rows": table rows, "samples": answers before and after, "points": the front, "report": path}.
+    """
+    plan = chapters(config, out)
+    started = now()
+    with locked(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for number, chapter in enumerate(plan, start=1):
+            if announce:
+                announce(number, len(plan), chapter, command_line(chapter.step))
+            ensure(chapter.step, progress)
+        summary = _summary(out)
+        write_json(out / "summary.json", summary)
+        write_json(out / "gemma2.json", _manifest(config, started, summary))
+        from .report import write_report
+
+        summary["report"] = str(write_report(out, out / "report.html"))
+        return summary
+
+
+def _manifest(config: QuickstartConfig, started: str, summary: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "command": "quickstart",
+        "config": config.model_dump(mode="json"),
+        "parents": [],
+        "data": [],
+        "seed": config.seed,
+        "versions": versions(),
+        "started": started,
+        "ended": now(),
+        "status": "complete",
+        "summary": {"rows": summary["rows"]},
+        "files": {},
+    }
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    """The table base, SFT, best single RL run, WARP 1..I, and answers before and after."""
+    front = out / "warp" / "front"
+    points = json.loads((front / "front.json").read_text(encoding="utf-8"))["points"]
+    chosen = list(_chosen(points))
+    samples = [json.loads(line) for line in (front / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "rows": [_row(title, point) for title, point in chosen],
+        "samples": _side_by_side(samples, {point["name"]: title for title, point in chosen}),
+        "points": points,
+    }
+
+
+def _chosen(points: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Base, SFT, the single RL run with the highest reward in the first iteration, every WARP iteration's slerp."""
+    for kind, title in (("base", "base"), ("sft", "SFT")):
+        yield from ((title, point) for point in points if point["kind"] == kind)
+    first = [point for point in points if point["kind"] == "policy" and point["iteration"] == 1]
+    yield "best single RL", max(first, key=lambda point: point["reward"])
+    yield from ((f"WARP {point['iteration']}", point) for point in points if point["kind"] == "slerp")
+
+
+def _row(title: str, point: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table: each figure with its standard error."""
+
+    def figure(name: str, digits: int, scale: float = 1.0) -> str:
+        return f"{point[name] * scale:.{digits}f} ± {point[name + '_se'] * scale:.{digits}f}"
+
+    return {
+        "policy": title,
+        "reward": figure("reward", 2),
+        "KL to SFT, nats": figure("kl", 2),
+        "judge": figure("judge", 3),
+        "accuracy, %": figure("accuracy", 1, 100),
+        "length, tokens": f"{point['length']:.1f}",
+    }
+
+
+def _side_by_side(samples: list[dict[str, Any]], titles: dict[str, str], limit: int = 4) -> list[dict[str, str]]:
+    """Prompt and answers of the chosen policies: [{"prompt", <title>: completion, ...}]."""
+    rows: dict[str, dict[str, str]] = {}
+    for sample in samples:
+        if sample["name"] in titles:
+            prompt = sample["prompt"][-1]["content"]
+            rows.setdefault(prompt, {"prompt": prompt})[titles[sample["name"]]] = sample["completion"]
+    return list(rows.values())[:limit]
