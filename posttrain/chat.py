@@ -28,11 +28,24 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gemma2.merging.errors import InputError
 
-__all__ = ["ChatFormat", "EndOfTurn", "Message"]
+__all__ = ["GEMMA_TEMPLATE", "ChatFormat", "EndOfTurn", "Message"]
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 EndOfTurn = Literal["eot", "eot+eos"]
 
+# Gemma 2's pre-trained checkpoints come without a template, but with the control tokens of this one.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{% if role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 _ROLES = {"user": "user", "assistant": "assistant", "model": "assistant", "system": "system"}
 _STAND_IN = re.compile(r"Qzx([a-j]+)xzQ")
 _DIGITS, _LETTERS = "0123456789", "abcdefghij"
@@ -57,6 +70,7 @@ class _Piece:
 class ChatFormat:
     """Renders, masks and parses conversations for one tokenizer that has a chat template.
 
+    A tokenizer without one gets Gemma's if it has Gemma's turn tokens, and is saved with it.
     Messages are `{"role": "user" | "assistant" | "system", "content": text}`; `model` is read as `assistant`.
     `generation_config` adds the stop ids that a model brings along. Raises `InputError` for a tokenizer whose template
     is missing or cannot be reproduced exactly.
@@ -64,9 +78,11 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> None:
         self.tokenizer = tokenizer
-        if not tokenizer.chat_template:
-            raise self._unusable("has no chat template")
         self._controls = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if not tokenizer.chat_template:
+            if not {"<start_of_turn>", "<end_of_turn>"} <= self._controls.keys():
+                raise self._unusable("has no chat template")
+            tokenizer.chat_template = GEMMA_TEMPLATE
         self._control_pattern = _control_pattern(tokenizer)
         self.has_system_role = self._takes_a_system_message()
         self.eos_id: int | None = tokenizer.eos_token_id

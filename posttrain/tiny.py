@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .chat import GEMMA_TEMPLATE
 from .tasks import MIXED_STYLES, dialogues, prose
 
 __all__ = ["random_model", "random_reward_model", "save_random", "tiny_config", "tiny_tokenizer"]
@@ -36,19 +37,6 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 SPECIAL_IDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<start_of_turn>": 106, "<end_of_turn>": 107}
 VOCABULARY = 512
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{% if role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% if (role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -110,7 +98,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         unk_token="<unk>",
         extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=GEMMA_TEMPLATE,
         padding_side="left",
         model_max_length=8192,
         clean_up_tokenization_spaces=False,

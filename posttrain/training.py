@@ -71,11 +71,12 @@ def trainer_arguments(schema: type, config: TrainingFields, run: Run, **ours: An
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
-        "gradient_checkpointing": on_gpu,
+        "activation_checkpointing": on_gpu,
         **ours,
     }
-    defaults = {"bf16", "gradient_checkpointing", "use_cpu", "report_to"}
-    known = {item.name for item in fields(schema) if item.init}
+    defaults = {"bf16", "activation_checkpointing", "use_cpu", "report_to"}
+    # The deprecated aliases would lose against activation_checkpointing without a word.
+    known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
     for key in config.trainer:
         if key not in known:
             raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from transformers import GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from gemma2.merging.errors import InputError
 from gemma2.posttrain.chat import ChatFormat
@@ -105,6 +107,19 @@ def test_training_ids_continue_the_generation_prompt(gemma):
 
 
 ALPHABET = [*"ab 19\n<>{}'_#.,", "  ", "user", "model", "\n\n", "{{ bos_token }}", "Qzxaxz", "é"]
+
+
+def test_a_pre_trained_gemma_gets_gemma_s_template(gemma):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    assert ChatFormat(tokenizer).example([user("a"), model("b")]) == gemma.example([user("a"), model("b")])
+    assert tokenizer.chat_template == gemma.tokenizer.chat_template
+
+
+def test_a_tokenizer_without_template_and_turn_tokens_is_refused():
+    backend = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    with pytest.raises(InputError, match="has no chat template"):
+        ChatFormat(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
 
 @pytest.mark.parametrize("name", ["gemma", "chatml"])
@@ -219,7 +234,6 @@ def test_a_conversation_that_cannot_be_rendered_is_refused(gemma, call, words):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "has no chat template"),
         (CHATML.replace("assistant\n' }}{% endif", "assistant\nSure: ' }}{% endif"), "otherwise than its generation"),
         (CHATML.replace("<|im_end|>", ""), "one control token that ends each model turn"),
         (CHATML.replace("+ message['content']", ""), "leaves out message 1"),

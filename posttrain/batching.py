@@ -1,0 +1,69 @@
+"""Which rows share a batch: rows of similar length, so that eager attention computes little padding.
+
+Rows are shuffled, cut into stretches of 50 batches, sorted by length inside each stretch and cut into batches, and the
+batches are shuffled. Deviation from transformers' `group_by_length`: the order is a function of seed and epoch (theirs
+follows the global random state, which a resume does not restore), and batches do not run from long to short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+__all__ = ["GroupedByLength", "LengthSampler", "derived_seed", "length_grouped_order"]
+
+STRETCH = 50  # batches that are sorted by length together
+
+
+def length_grouped_order(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:
+    """A permutation of the rows whose consecutive slices of `batch_size` hold rows of similar length.
+
+    A batch that is not full comes last, so that all others stay aligned.
+    """
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    size = STRETCH * batch_size
+    batches: list[list[int]] = []
+    for start in range(0, len(shuffled), size):
+        stretch = sorted(shuffled[start : start + size], key=lengths.__getitem__)
+        batches += [stretch[i : i + batch_size] for i in range(0, len(stretch), batch_size)]
+    full, rest = [b for b in batches if len(b) == batch_size], [b for b in batches if len(b) < batch_size]
+    order = torch.randperm(len(full), generator=generator).tolist()
+    return [row for batch in [*(full[i] for i in order), *rest] for row in batch]
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed that follows from several numbers: 32 bits, which is all that torch's CPU generator uses of a seed."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
+
+
+class LengthSampler(Sampler[int]):
+    """Yields rows in `length_grouped_order`, another order for every epoch; `set_epoch` is called by the trainer."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of that epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        return iter(length_grouped_order(self.lengths, self.batch_size, generator))
+
+
+class GroupedByLength:
+    """Mixin for a Trainer whose training set has a column `length` (tokens): optimizer batches of similar rows."""
+
+    def _get_train_sampler(self, train_dataset: object = None) -> LengthSampler:
+        args = self.args  # type: ignore[attr-defined]
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(self.train_dataset["length"][:], batch_size, args.seed)  # type: ignore[attr-defined]
