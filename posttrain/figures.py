@@ -1,0 +1,359 @@
+"""Figures of a WARP run: the KL-reward front, angles per layer, training curves. PNG, SVG and SVG for a web page.
+
+Colour tells the iteration (Okabe-Ito, safe for colour-blind readers), shape tells what a point is, and what matters is
+labelled where it lies, so that a figure reads in print without its colours. Matplotlib is imported on first use and
+without pyplot: no global state, no display.
+
+Every figure has a wide and a narrow form; a phone gets the narrow one in readable letters instead of a shrunken page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .textplot import front_text, off_chart
+
+__all__ = ["angles_figure", "curves_figure", "front_figure", "front_text", "page_svg", "write_figure"]
+
+Point = Mapping[str, Any]
+
+INK, MUTED, GRID, PAPER = "#1d232e", "#5c6675", "#dfe3e8", "#ffffff"
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f4fc9")
+# What a page may recolour: hex in the figure -> CSS variable.
+THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
+SHADES = ("#f4f7fa", "#a9cfe8", "#3a88bd", "#08477a", "#04203a")  # 0 to 120 degrees, in one hue
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.parse_math": False,  # names come from files: a $ in one is a $
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gemma2",
+    "path.simplify": True,
+}
+MARKERS = {"base": "X", "sft": "o", "policy": "o", "slerp": "D", "liti": "s", "line": "o"}
+KIND_NAMES = {"base": "base", "sft": "SFT", "policy": "RL policy", "slerp": "SLERP", "liti": "LITI", "line": "eta line"}
+
+
+def hue(iteration: int | None) -> str:
+    """The colour of an iteration (from 1); ink where there is none."""
+    return HUES[(iteration - 1) % len(HUES)] if iteration else INK
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of inches and its axes, in the house style. Call inside `styled()`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [axis for row in axes for axis in row]
+
+
+def styled() -> Any:
+    """Context with the house style; leaves matplotlib's own settings alone."""
+    from matplotlib import rc_context
+
+    return rc_context(RC)
+
+
+# --- the front ------------------------------------------------------------------------------------------------------
+
+
+def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
+    """Reward over KL to the SFT policy: points with error bars, the eta line joined, RL trajectories faint.
+
+    points: as in front.json. Returns a matplotlib Figure.
+    """
+    with styled():
+        figure, (axis,) = new_figure(*((4.0, 4.4) if narrow else (7.6, 4.8)))
+        measured = [point for point in points if point["kind"] != "trajectory"]
+        draw_trajectories(axis, [point for point in points if point["kind"] == "trajectory"])
+        away = off_chart(measured)
+        measured = [point for point in measured if point not in away]
+        draw_lines(axis, measured)
+        for point in measured:
+            draw_point(axis, point)
+        axis.set_xlabel("KL to the SFT policy (nats per sequence)")
+        axis.set_ylabel("reward on held-out prompts")
+        axis.margins(0.09)
+        for i, point in enumerate(away):
+            note = f"off the chart: {point['name']}, reward {point['reward']:.3g} at KL {point['kl']:.3g}"
+            axis.annotate(
+                note, (1, 0), (-4, 5 + 12 * i), "axes fraction", "offset points", ha="right", color=MUTED, fontsize=8
+            )
+        draw_legend(figure, points, columns=3 if narrow else 8)
+        label_points(figure, axis, measured)
+        return figure
+
+
+def draw_trajectories(axis: Any, points: Sequence[Point]) -> None:
+    """The path of each RL run, thin."""
+    for name in dict.fromkeys(point.get("run") for point in points):
+        path = sorted((p for p in points if p.get("run") == name), key=lambda p: p.get("step", 0))
+        colour = hue(path[0].get("iteration"))
+        axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=colour, lw=0.9, alpha=0.45, zorder=1)
+        axis.plot(
+            [p["kl"] for p in path], [p["reward"] for p in path], ".", color=colour, ms=3, alpha=0.45, mew=0, zorder=1
+        )
+
+
+def draw_lines(axis: Any, points: Sequence[Point]) -> None:
+    """The eta line of each iteration."""
+    line = [point for point in points if point["kind"] == "line"]
+    for iteration in dict.fromkeys(point.get("iteration") for point in line):
+        path = sorted((p for p in line if p.get("iteration") == iteration), key=lambda p: p["eta"])
+        axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=hue(iteration), lw=2.2, zorder=2)
+
+
+def draw_point(axis: Any, point: Point) -> None:
+    """One point with its standard errors; hollow where a point of the front has no more to say than its line."""
+    kind, colour = point["kind"], hue(point.get("iteration"))
+    if kind == "base":
+        colour = MUTED
+    size = {"line": 4.5, "policy": 5.5, "sft": 8.0}.get(kind, 7.5)
+    axis.errorbar(
+        point["kl"],
+        point["reward"],
+        xerr=point.get("kl_se") or None,
+        yerr=point.get("reward_se") or None,
+        fmt=MARKERS.get(kind, "o"),
+        ms=size,
+        color=colour,
+        mfc=PAPER if kind in ("policy", "line") else colour,
+        mec=colour,
+        mew=1.5,
+        ecolor=colour,
+        elinewidth=0.9,
+        zorder=3 if kind in ("line", "policy") else 4,
+    )[0].set_gid(f"tip:{point_tip(point)}")
+
+
+def point_tip(point: Point) -> str:
+    """What hovering over a point says."""
+    errors = {key: f" ± {point[f'{key}_se']:.3g}" if point.get(f"{key}_se") else "" for key in ("reward", "kl")}
+    return f"{point['name']}: reward {point['reward']:.3f}{errors['reward']}, KL {point['kl']:.2f}{errors['kl']} nats"
+
+
+def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
+    """What is not labelled where it lies: RL runs, the line, the colours of the iterations."""
+    from matplotlib.lines import Line2D
+
+    kinds = [kind for kind in ("policy", "line") if any(point["kind"] == kind for point in points)]
+    entries = [
+        Line2D([], [], color=MUTED, lw=2.2 if kind == "line" else 0, marker="o", ms=5.5, mfc=PAPER, mec=MUTED, mew=1.4,
+               label=KIND_NAMES[kind])
+        for kind in kinds
+    ]  # fmt: skip
+    if any(point["kind"] == "trajectory" for point in points):
+        entries.append(Line2D([], [], color=MUTED, lw=0.9, alpha=0.6, marker=".", ms=4, label="during RL"))
+    iterations = sorted({p["iteration"] for p in points if p.get("iteration")})
+    entries += [Line2D([], [], color=hue(i), lw=5, label=f"iteration {i}") for i in iterations]
+    figure.legend(
+        handles=entries, loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, labelcolor=MUTED,
+        handletextpad=0.5, columnspacing=1.3, borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, bool]]:
+    """(point, text, important) for what is worth a label: ends, merges, etas, the best single run."""
+    policies = [point for point in points if point["kind"] == "policy"]
+    best = max(policies, key=lambda point: point["reward"], default=None)
+    chosen: list[tuple[Point, str, bool]] = []
+    for point in points:
+        kind, eta = point["kind"], point.get("eta")
+        if kind in ("base", "sft"):
+            chosen.append((point, KIND_NAMES[kind], True))
+        elif kind in ("slerp", "liti"):
+            chosen.append((point, f"{KIND_NAMES[kind]} {point.get('iteration') or ''}".strip(), True))
+        elif kind == "line" and eta not in (0, 1):
+            chosen.append((point, f"η {eta:g}", False))
+        elif point is best:
+            chosen.append((point, "best RL", True))
+    return sorted(chosen, key=lambda item: not item[2])
+
+
+def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
+    """Write each label where it meets neither a point nor another label; leave it out where there is no room."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    place = [axis.transData.transform((point["kl"], point["reward"])) for point in points]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in [*place, *along_lines(axis)]]
+    frame = axis.get_window_extent(renderer)
+    for point, text, important in labels_of(points):
+        colour = MUTED if point["kind"] == "base" else hue(point.get("iteration"))
+        for dx, dy, across, up in offsets():
+            label = axis.annotate(
+                text, (point["kl"], point["reward"]), (dx, dy), textcoords="offset points", ha=across, va=up,
+                color=colour, fontsize=9 if important else 8, fontweight="bold" if important else "normal", zorder=5,
+            )  # fmt: skip
+            box = label.get_window_extent(renderer)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(overlap((box.x0, box.y0, box.x1, box.y1), other) for other in taken):
+                taken.append((box.x0, box.y0, box.x1, box.y1))
+                break
+            label.remove()
+
+
+def along_lines(axis: Any) -> list[tuple[float, float]]:
+    """Places every few dots along everything drawn, in display coordinates: labels keep off them."""
+    places = []
+    for line in axis.get_lines():
+        corners = axis.transData.transform(line.get_xydata())
+        for (x0, y0), (x1, y1) in pairwise(corners):
+            steps = max(1, int(math.hypot(x1 - x0, y1 - y0) // 6))
+            places += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps)]
+    return places
+
+
+def offsets() -> Iterable[tuple[float, float, str, str]]:
+    """Places around a point, nearest and most natural first: (dx, dy, horizontal, vertical alignment) in points."""
+    for radius in (8, 14, 22):
+        for degrees in (45, 135, 90, 0, -45, 180, -90, -135):
+            x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
+            across = "center" if abs(x) < 1 else ("left" if x > 0 else "right")
+            yield x, y, across, "center" if abs(y) < 1 else ("bottom" if y > 0 else "top")
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two boxes (x0, y0, x1, y1) meet."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+# --- angles ---------------------------------------------------------------------------------------------------------
+
+
+def angles_figure(merges: Mapping[str, Mapping[str, float | None]], narrow: bool = False) -> Any:
+    """Heat map of the angle between task vectors, in degrees: one cell per group (layer) and merge.
+
+    merges: name of the merge -> group -> degrees; None where an angle does not exist (a zero task vector).
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    names = list(merges)
+    groups = list(dict.fromkeys(group for angles in merges.values() for group in angles))
+    with styled():
+        across, down = (names, groups) if narrow else (groups, names)
+        figure, (axis,) = new_figure(4.0, 1.0 + 0.26 * len(down)) if narrow else new_figure(7.6, 1.1 + 0.42 * len(down))
+        colours = LinearSegmentedColormap.from_list("angles", SHADES)
+        for x, first in enumerate(across):
+            for y, second in enumerate(down):
+                name, group = (first, second) if narrow else (second, first)
+                degrees = merges[name].get(group)
+                shade = min(1.0, max(0.0, (degrees or 0.0) / 120.0))
+                fill = colours(shade) if degrees is not None else PAPER
+                cell = Rectangle((x, y), 1, 1, fc=fill, ec=PAPER, lw=1.5)
+                cell.set_gid(f"tip:{name}, {group}: {'no angle' if degrees is None else f'{degrees:.1f} degrees'}")
+                axis.add_patch(cell)
+                if len(across) <= 14:
+                    text = "-" if degrees is None else f"{degrees:.0f}°"
+                    axis.text(
+                        x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5,
+                        color=MUTED if degrees is None else ("#fffffe" if shade > 0.45 else "#000001"),
+                    )  # fmt: skip
+        finish_heat_map(axis, across, down, rotate=not narrow and len(across) > 6)
+        return figure
+
+
+def finish_heat_map(axis: Any, across: Sequence[str], down: Sequence[str], rotate: bool) -> None:
+    """Names along both sides, first row on top, no frame."""
+    axis.set_xlim(0, len(across))
+    axis.set_ylim(len(down), 0)
+    axis.set_xticks([i + 0.5 for i in range(len(across))], across, rotation=40 if rotate else 0,
+                    ha="left" if rotate else "center", rotation_mode="anchor")  # fmt: skip
+    axis.set_yticks([i + 0.5 for i in range(len(down))], down)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def curves_figure(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, str], narrow: bool = False
+) -> Any:
+    """Small multiples: one panel per metric, one curve per run, over optimizer steps.
+
+    runs: name -> rows with `step`, the metrics, and `iteration`. metrics: key in the rows -> title of the panel.
+    """
+    with styled():
+        count = len(metrics)
+        figure, axes = new_figure(4.0, 2.1 * count, count, 1) if narrow else new_figure(7.6, 2.7, 1, count)
+        for axis, (key, title) in zip(axes, metrics.items(), strict=True):
+            axis.set_title(title, loc="left", fontsize=9.5, color=INK)
+            axis.set_xlabel("step", fontsize=8.5)
+            axis.tick_params(labelsize=8.5, length=0)
+            for name, rows in runs.items():
+                values = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+                if not values:
+                    continue
+                steps, heights = zip(*values, strict=True)
+                colour = hue(rows[0].get("iteration"))
+                axis.plot(steps, heights, color=colour, lw=0.7, alpha=0.25)
+                axis.plot(steps, smooth(heights), color=colour, lw=1.4, gid=f"tip:{name}")
+        return figure
+
+
+def smooth(values: Sequence[float], share: float = 0.06) -> list[float]:
+    """Centred running mean over `share` of the length on either side, shorter at the ends."""
+    reach = round(len(values) * share)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write PNG (160 dpi) or SVG by the suffix; the same figure gives the same bytes."""
+    with styled():
+        if path.suffix == ".svg":
+            path.write_text(svg_text(figure), encoding="utf-8")
+        else:
+            figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def svg_text(figure: Any) -> str:
+    """A standalone SVG document; text stays text, points have tool tips."""
+    buffer = io.StringIO()
+    with styled():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = re.sub(r'<g id="tip:([^"]*)">', lambda found: f"<g><title>{found[1]}</title>", buffer.getvalue())
+    return svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+
+
+def page_svg(figure: Any, name: str, description: str) -> str:
+    """The figure as an element of a page: themed by CSS variables, ids prefixed with `name`, described for readers.
+
+    `description` is escaped. Width follows the page.
+    """
+    svg = svg_text(figure)
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for colour, variable in THEME.items():
+        svg = re.sub(re.escape(colour), f"var(--{variable}, {colour})", svg, flags=re.IGNORECASE)
+    svg = re.sub(r' (width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    return svg.replace("<svg", f'<svg class="figure" role="img" aria-label="{escape(description)}"', 1)

@@ -1,0 +1,143 @@
+"""The KL-reward front in plain characters, for a terminal: braille dots for lines, one glyph per policy. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+__all__ = ["front_text", "off_chart"]
+
+Point = Mapping[str, Any]
+
+# Bit of each dot of a braille cell, by (row, column): U+2800 + bits.
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "■", "line": "•"}
+NAMES = {"base": "base", "sft": "SFT", "policy": "RL policy", "slerp": "SLERP", "liti": "LITI", "line": "eta line"}
+
+
+class Canvas:
+    """Characters over braille dots, on axes. Cell (0, 0) is the lower left one."""
+
+    def __init__(self, width: int, height: int, points: Sequence[Point]) -> None:
+        self.width, self.height = width, height
+        self.x = padded([point["kl"] for point in points])
+        self.y = padded([point["reward"] for point in points])
+        self.dots = [[0] * width for _ in range(height)]
+        self.glyphs: dict[tuple[int, int], str] = {}
+
+    def place(self, point: Point) -> tuple[float, float]:
+        """Column and row of a point, in cells."""
+        across = (point["kl"] - self.x[0]) / (self.x[1] - self.x[0])
+        up = (point["reward"] - self.y[0]) / (self.y[1] - self.y[0])
+        return across * (self.width - 1), up * (self.height - 1)
+
+    def line(self, start: Point, end: Point) -> None:
+        """Braille dots from one point to another: 2 per cell across, 4 up."""
+        (x0, y0), (x1, y1) = self.place(start), self.place(end)
+        steps = max(1, math.ceil(max(abs(x1 - x0) * 2, abs(y1 - y0) * 4)))
+        for i in range(steps + 1):
+            column = round((x0 + (x1 - x0) * i / steps) * 2)
+            row = round((y0 + (y1 - y0) * i / steps) * 4)
+            self.dots[row // 4 % self.height][column // 2] |= DOTS[3 - row % 4][column % 2]
+
+    def mark(self, point: Point) -> None:
+        """The glyph of a policy; a later one covers an earlier one."""
+        column, row = self.place(point)
+        self.glyphs[round(column), round(row)] = GLYPHS.get(point["kind"], "•")
+
+    def write(self, point: Point, text: str, over_lines: bool = False) -> None:
+        """A label beside a point, or a row above or below it; left out where everything is taken."""
+        column, row = (round(value) for value in self.place(point))
+        left, right = column - 1 - len(text), column + 2
+        for start, up in ((left, 0), (right, 0), (left + 1, 1), (right - 1, -1), (left + 1, -1), (right - 1, 1)):
+            cells = [(start + i, row + up) for i in range(len(text))]
+            if self.free([(start - 1, row + up), *cells, (start + len(text), row + up)], over_lines):
+                self.glyphs |= dict(zip(cells, text, strict=True))
+                return
+
+    def free(self, cells: Sequence[tuple[int, int]], over_lines: bool) -> bool:
+        """Whether nothing is written at these cells and all lie on the canvas; the outermost may overhang."""
+        inside = all(0 <= column < self.width and 0 <= row < self.height for column, row in cells[1:-1])
+        return inside and not any(
+            cell in self.glyphs or (not over_lines and self.dots[cell[1]][min(max(cell[0], 0), self.width - 1)])
+            for cell in cells
+        )
+
+    def row(self, index: int) -> str:
+        """The characters of one row."""
+        cells = (
+            self.glyphs.get((column, index)) or (chr(0x2800 + bits) if bits else " ")
+            for column, bits in enumerate(self.dots[index])
+        )
+        return "".join(cells).rstrip()
+
+
+def padded(values: Sequence[float]) -> tuple[float, float]:
+    """The range of the values, never empty."""
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def off_chart(points: Sequence[Point]) -> list[Point]:
+    """Base models so far from everything else that they would squeeze it into less than half of an axis."""
+    rest = [point for point in points if point["kind"] != "base"]
+    if not rest:
+        return []
+    rewards = [point["reward"] for point in rest]
+    floor, limit = 2 * min(rewards) - max(rewards), 2 * max(point["kl"] for point in rest)
+    return [p for p in points if p["kind"] == "base" and (p["reward"] < floor or p["kl"] > limit)]
+
+
+def front_text(points: Sequence[Point], width: int = 76) -> str:
+    """The front as lines of at most `width` characters (50 or more): reward over KL, the line, every policy.
+
+    points: as in front.json. RL trajectories are left out: a terminal has too few dots for them.
+    """
+    measured = [point for point in points if point["kind"] != "trajectory"]
+    if not measured:
+        return "no policy was measured"
+    away = off_chart(measured)
+    shown = [point for point in measured if point not in away]
+    canvas = Canvas(max(40, width - 10), max(8, min(18, width // 4)), shown)
+    for iteration in dict.fromkeys(point.get("iteration") for point in shown if point["kind"] == "line"):
+        path = [p for p in shown if p["kind"] == "line" and p.get("iteration") == iteration]
+        for start, end in pairwise(sorted(path, key=lambda point: point["eta"])):
+            canvas.line(start, end)
+    order = ("line", "policy", "liti", "base", "sft", "slerp")
+    for point in sorted(shown, key=lambda point: order.index(point["kind"])):
+        canvas.mark(point)
+    for point in shown:
+        if point["kind"] in ("base", "sft", "slerp", "liti"):
+            canvas.write(point, f"{NAMES[point['kind']]} {point.get('iteration') or ''}".strip(), over_lines=True)
+    for point in shown:
+        if point["kind"] == "line" and point["eta"] not in (0, 1):
+            canvas.write(point, f"{point['eta']:g}")
+    notes = [f"off the chart: {p['name']}, reward {p['reward']:.3g} at KL {p['kl']:.3g}" for p in away]
+    return "\n".join([*frame(canvas), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
+
+
+def frame(canvas: Canvas) -> list[str]:
+    """The rows of the canvas with both axes and three figures on each."""
+    low, high = canvas.y
+    ticks = {0: low, (canvas.height - 1) // 2: low + (high - low) * ((canvas.height - 1) // 2) / (canvas.height - 1),
+             canvas.height - 1: high}  # fmt: skip
+    lines = ["  reward"]
+    for index in reversed(range(canvas.height)):
+        figure = f"{ticks[index]:8.3g} ┤" if index in ticks else f"{'':8} │"
+        lines.append(figure + canvas.row(index))
+    left, middle, right = (f"{value:.3g}" for value in (canvas.x[0], sum(canvas.x) / 2, canvas.x[1]))
+    half = canvas.width // 2
+    lines.append(f"{'':8} └" + "─" * canvas.width)
+    lines.append(f"{'':10}{left:<{half - len(middle) // 2}}{middle}".ljust(10 + canvas.width - len(right)) + right)
+    lines.append(f"{'KL to the SFT policy, nats per sequence':>{10 + canvas.width}}")
+    return lines
+
+
+def legend(points: Sequence[Point]) -> str:
+    """The glyphs that are not labelled where they lie."""
+    names = {"policy": "RL policy", "line": "SFT to SLERP, by eta"}
+    return "   ".join(
+        f"{GLYPHS[kind]} {name}" for kind, name in names.items() if any(p["kind"] == kind for p in points)
+    )
