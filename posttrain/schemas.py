@@ -125,7 +125,10 @@ class PairsConfig(SamplingFields):
     prompts: Data
     judge: str = Field(description="reward function as module:function, or the directory of a reward model")
     n: int = Field(4, ge=2, description="samples per prompt")
-    min_margin: float = Field(0.0, ge=0, description="smallest difference of scores that makes a pair")
+    select: Literal["extremes", "random"] = Field(
+        "extremes", description="the best against the worst sample, or any two that differ"
+    )
+    min_margin: float = Field(0.0, ge=0, description="scores must differ by more than this to make a pair")
     limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
     seed: Seed = 0
 
