@@ -40,8 +40,13 @@ class MergeResult:
         """The model directories."""
         return self.plan.outputs
 
-    def summary(self, output: int) -> dict[str, Any]:
-        """What the manifest of one output records."""
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The report of the first output."""
+        return self.summary_of(0)
+
+    def summary_of(self, output: int) -> dict[str, Any]:
+        """The report of one output, as its manifest records it."""
         etas = self.plan.request.etas
         rows = [group.as_dict() for group in self.groups]
         for row in rows:
@@ -52,6 +57,7 @@ class MergeResult:
             "vectors": "task vectors" if self.plan.base else "weights",
             "parameters": sum(group.parameters for group in self.groups),
             "mean_angle": mean_angle(self.groups),
+            "notes": list(self.plan.notes),
             "warnings": list(self.warnings),
             "groups": rows,
         }
@@ -141,11 +147,12 @@ def _manifest(result: MergeResult, number: int, digests: list[str], started: str
     ]
     return {
         "command": f"merge {plan.request.method}",
-        "config": plan.request.options(),
+        "config": plan.request.options() | {"etas": list(plan.request.etas[number : number + 1])},
         "parents": parents,
+        "data": [],
         "versions": versions(),
         "started": started,
         "ended": now(),
         "status": "complete",
-        "summary": result.summary(number),
+        "summary": result.summary_of(number),
     }

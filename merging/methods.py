@@ -60,8 +60,8 @@ class MergeRequest:
 
     def options(self) -> dict[str, object]:
         """What was asked for, without the paths: recorded in the manifest."""
-        given = {"t": self.t, "etas": list(self.etas) or None, "weights": self.weights, "decay": self.decay}
-        fixed = {"method": self.method, "granularity": self.granularity, "dtype": self.dtype}
+        given = {"t": self.t, "weights": self.weights, "decay": self.decay, "dtype": self.dtype}
+        fixed = {"method": self.method, "etas": list(self.etas), "granularity": self.granularity}
         return fixed | {name: value for name, value in given.items() if value is not None}
 
 

@@ -75,7 +75,7 @@ class MergePlan:
         """The plan for a dry run."""
         return {
             **self.request.options(),
-            "base": str(self.base.path) if self.base else None,
+            "vectors": f"task vectors from {self.base.path}" if self.base else "the weights themselves",
             "models": [str(model.path) for model in self.models],
             "outputs": [str(path) for path in self.outputs],
             "parameters": sum(prod(shape) for _, shape in self.layout.values()),

@@ -43,9 +43,15 @@ class GroupReport:
     coefficients: tuple[tuple[float, ...], ...]
     fallback: str = ""
 
+    @property
+    def angle(self) -> float | None:
+        """Mean of the angles that exist; None when there is none."""
+        angles = [angle for angle in self.angles if angle is not None]
+        return sum(angles) / len(angles) if angles else None
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "angle": self.angle}
 
 
 def report_group(name: str, parameters: int, base_square: float | None, gram: Doubles, mix: Mix) -> GroupReport:
@@ -65,8 +71,8 @@ def report_group(name: str, parameters: int, base_square: float | None, gram: Do
 
 
 def mean_angle(groups: Sequence[GroupReport]) -> float | None:
-    """Mean of all angles, weighted by parameters; None where there is none."""
-    pairs = [(angle, group.parameters) for group in groups for angle in group.angles if angle is not None]
+    """Mean over the groups, weighted by parameters; None where there is no angle."""
+    pairs = [(group.angle, group.parameters) for group in groups if group.angle is not None]
     total = sum(weight for _, weight in pairs)
     return sum(angle * weight for angle, weight in pairs) / total if total else None
 
@@ -79,8 +85,8 @@ def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
     if spherical and not based:
         angle = mean_angle(groups)
         warnings.append(
-            "no --base and no common parent on record: SLERP of the weights themselves, which are "
-            f"{'parallel' if angle is None else f'{angle:.3g} degrees apart'}; for policies of one init that is LERP "
+            "no --base, and the models record no common parent: SLERP of the weights themselves, which are "
+            f"{'zero' if angle is None else f'{angle:.3g} degrees apart'}; for policies of one init that is LERP "
             "in effect, name the init with --base"
         )
     if based:

@@ -1,0 +1,58 @@
+"""`gemma2 inspect`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .console import Console
+from .help import HelpCommand
+from .options import HELP_NAMES, AsJson
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _overview(found: dict[str, Any]) -> dict[str, Any]:
+    """What a model directory is, in a few lines."""
+    lineage = found["lineage"] or {}
+    return {
+        "model": found["path"],
+        "architecture": " ".join(found["architectures"] or ()),
+        "parameters": found["parameters"],
+        "tensors": len(found["tensors"]),
+        "dtypes": found["dtypes"],
+        "gigabytes": found["bytes"] / 1e9,
+        "tied embeddings": found["tied_embeddings"],
+        "stored copies": found["tied_copies"] or None,
+        "shards": len(found["shards"]),
+        "made by": lineage.get("command"),
+        "made from": [f"{parent['role']} {parent['path']}" for parent in lineage.get("parents", ())] or None,
+        "finished": lineage.get("ended"),
+    }
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def inspect(
+    directory: Path = typer.Argument(
+        metavar="DIR", help="A model directory.", show_default=False, rich_help_panel="Inputs"
+    ),
+    tensors: bool = typer.Option(False, "--tensors", help="List every tensor.", rich_help_panel="Settings"),
+    as_json: bool = AsJson,
+) -> None:
+    """Tensors, dtypes, parameters, tied weights, shards and lineage of a model directory, from its headers alone.
+
+    \b
+      gemma2 inspect merged --tensors
+    """
+    from gemma2.merging import inspect_model
+
+    found = inspect_model(directory)
+    console = Console(as_json=as_json)
+    if as_json:
+        console.json(found)
+        return
+    console.result(_overview(found))
+    console.text("")
+    console.table(found["tensors"] if tensors else found["groups"])
