@@ -124,10 +124,10 @@ class KvLayer(CacheLayerMixin):
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:
             self.keys, self.values = _grown(self.keys, start), _grown(self.values, start)
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
+        self.keys.narrow(2, start, self.length - start).copy_(key_states)
+        self.values.narrow(2, start, self.length - start).copy_(value_states)
         first = max(0, self.length - self.window) if self.window is not None else 0
-        return self.keys[:, :, first : self.length], self.values[:, :, first : self.length]
+        return self.keys.narrow(2, first, self.length - first), self.values.narrow(2, first, self.length - first)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row: the group of a prompt."""

@@ -63,10 +63,10 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     data = [data_file(path) for path in (config.prompts, config.heldout) if path is not None]
     with open_run("rlhf", config, options, parents=parents, data=data) as run:
         prompts, heldout = read_data(config)
-        setup = prepare(config, micro)
+        setup = prepare(config, prompts, micro)
         guards = Guards(progress, config.max_kl, config.max_dead_steps, setup.tolerance)
         arguments = RLOOConfig(**rloo_arguments(config, run, rows, micro))
-        trainer = AnchoredRlooTrainer(setup.rollout, setup.ema, prompts, arguments, guards)
+        trainer = AnchoredRlooTrainer(setup.rollout, setup.ema, arguments, guards)
         callback = RunCallback(run, progress, "RL", SHOWN)
         evaluation = Evaluation(run, config, setup, heldout, guards, trainer)
         trainer.add_callback(callback)
@@ -107,7 +107,7 @@ class Setup:
     tolerance: float | None  # of the KL to the anchor at the first step; None: the anchor starts elsewhere
 
 
-def prepare(config: RlhfConfig, micro: int) -> Setup:
+def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int) -> Setup:
     """Load policy, SFT policy and reward, and make the anchor."""
     policy, tokenizer = load_policy(config.policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
@@ -122,7 +122,7 @@ def prepare(config: RlhfConfig, micro: int) -> Setup:
     anchors = {"ema": ema.model if ema is not None else None, "sft": reference, "none": None}
     generator = torch.Generator().manual_seed(config.seed)
     score = reward_score(config, chat, micro)
-    rollout = Rollout(policy, anchors[config.anchor], chat, score, config, generator, micro)
+    rollout = Rollout(policy, anchors[config.anchor], chat, score, config, prompts, generator, micro)
     zero = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
     tolerance = TOLERANCE_BF16 if torch.cuda.is_available() else TOLERANCE_FP32
     return Setup(rollout, reference, ema, starts_at_sft, tolerance if zero else None)

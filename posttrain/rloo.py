@@ -14,7 +14,6 @@ Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from trl import RLOOConfig, RLOOTrainer
 from gemma2.merging.errors import InputError
 
 from .attention import causal_masks
-from .data import Prompt
 from .ema import EmaAnchor
 from .guards import Guards
 from .rollout import Rollout
@@ -74,7 +72,6 @@ class AnchoredRlooTrainer(RLOOTrainer):
         self,
         rollout: Rollout,
         anchor: EmaAnchor | None,
-        prompts: Sequence[Prompt],
         args: RLOOConfig,
         guards: Guards,
     ) -> None:
@@ -83,18 +80,17 @@ class AnchoredRlooTrainer(RLOOTrainer):
             model=rollout.policy,
             reward_funcs=[],
             args=args,
-            train_dataset=Dataset.from_dict({"prompt": prompt_order(len(prompts), draws, args.seed)}),
+            train_dataset=Dataset.from_dict({"prompt": prompt_order(len(rollout.prompts), draws, args.seed)}),
             processing_class=rollout.chat.tokenizer,
         )
         self.rollout = rollout
         self.anchor = anchor
-        self.prompts = prompts
         self.guards = guards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = [self.prompts[row["prompt"]] for row in inputs[:: self.num_generations]]
+        indices = [row["prompt"] for row in inputs[:: self.num_generations]]  # TRL repeats each prompt n times
         with self.accelerator.autocast():
-            batch, metrics = self.rollout(rows)
+            batch, metrics = self.rollout(indices)
         self.guards.observe(self.state.global_step + 1, metrics)
         for name, value in metrics.items():
             if value is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -63,15 +63,21 @@ class Rollout:
     chat: ChatFormat
     score: Score
     config: RlFields
+    prompts: Sequence[Prompt]
     generator: torch.Generator
     batch_size: int  # sequences per forward pass
+    encoded: dict[int, list[int]] = field(default_factory=dict)  # ids of the prompts met so far
 
-    def __call__(self, rows: Sequence[Prompt]) -> tuple[Batch, dict[str, float | None]]:
-        """A batch of n completions for each of `rows`, and its metrics.
+    def __call__(self, indices: Sequence[int]) -> tuple[Batch, dict[str, float | None]]:
+        """A batch of n completions for each of `prompts[indices]`, and its metrics.
 
-        Raises GuardStop for a reward that is not finite, and RuntimeError (a bug) when a step of zero KL shows one.
+        Raises GuardStop for a reward that is not finite.
         """
-        prompts = [self.chat.prompt_ids(row.messages) for row in rows]
+        rows = [self.prompts[i] for i in indices]
+        for i in indices:
+            if i not in self.encoded:
+                self.encoded[i] = self.chat.prompt_ids(self.prompts[i].messages)
+        prompts = [self.encoded[i] for i in indices]
         drawn = self.draw(prompts)
         pairs = [prompts[i] for i in drawn.prompt_index]
         rewards = self.rewards(rows, pairs, drawn)

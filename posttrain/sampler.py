@@ -5,7 +5,7 @@
 Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
 the batch and the cache as soon as they end. Drawing inverts the distribution function in float64 on uniforms that are
 all taken from the generator beforehand, one per token slot, so what a row draws depends on neither the batch size nor
-the other rows.
+the other rows. Gemma 2 decodes through `decoder.py`, other architectures through transformers.
 
 Log-probs belong to the distribution that was sampled from, softmax(logits / temperature) over the full vocabulary.
 That is the policy of the RL objective, so they serve as its log pi without a second forward. Under top-p or top-k they
@@ -28,6 +28,7 @@ from torch import Tensor
 from gemma2.merging.errors import InputError
 
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks
+from .decoder import Gemma2Decoder
 
 __all__ = ["Completions", "SamplingParams", "evaluating", "sample"]
 
@@ -204,8 +205,9 @@ class _Batch:
         logits = self._forward(ids, positions, padded_masks(model, visible[:, : self.length]))
         self.cache.batch_repeat_interleave(params.n)
         self.logits = logits.repeat_interleave(params.n, 0)  # (P * n, V) fp32
-        self.position = (self.length - padding).repeat_interleave(params.n)[:, None]  # (P * n, 1) of the next token
+        self.position = (self.length - padding).repeat_interleave(params.n)  # (P * n,) of the next token
         self.mask = additive(visible[:, None, None], model.dtype).repeat_interleave(params.n, 0)  # (P * n, 1, 1, all)
+        self.decoder = Gemma2Decoder(model, len(columns)) if Gemma2Decoder.fits(model) else None
 
     def _forward(self, ids: Tensor, positions: Tensor, masks: Masks) -> Tensor:
         """Logits (B, V) fp32 after the last of ids (B, Q) at positions (B, Q)."""
@@ -222,8 +224,12 @@ class _Batch:
     def step(self, tokens: Tensor) -> None:
         """Feed one token (B,) to every row."""
         self.length += 1
-        masks = layer_masks(self.model.config, self.mask[..., : self.length])
-        self.logits = self._forward(tokens[:, None], self.position, masks)
+        mask = self.mask[..., : self.length]
+        if self.decoder is not None:
+            self.logits = self.decoder.step(self.cache, tokens, self.position, mask)
+        else:
+            masks = layer_masks(self.model.config, mask)
+            self.logits = self._forward(tokens[:, None], self.position[:, None], masks)
         self.position = self.position + 1
 
     def keep(self, rows: Tensor) -> None:

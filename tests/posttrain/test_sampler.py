@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gemma2.merging.errors import InputError
+from gemma2.posttrain.attention import additive, empty_cache, layer_masks, padded_masks
+from gemma2.posttrain.decoder import Gemma2Decoder
 from gemma2.posttrain.sampler import SamplingParams, draw, sample
 
 WINDOW = 8
@@ -194,18 +197,58 @@ def test_a_completion_ends_with_its_stop_token_or_is_truncated(model):
 
 
 def test_each_prompt_is_prefilled_once_and_ended_rows_leave_the_batch(model, monkeypatch):
-    sizes = []
-    forward = type(model).forward
+    prefilled, stepped = [], []
+    forward, step = type(model).forward, Gemma2Decoder.step
 
-    def spy(self, **inputs):
-        sizes.append(tuple(inputs["input_ids"].shape))
+    def spy_forward(self, **inputs):
+        prefilled.append(tuple(inputs["input_ids"].shape))
         return forward(self, **inputs)
 
-    monkeypatch.setattr(type(model), "forward", spy)
+    def spy_step(self, cache, tokens, positions, mask):
+        stepped.append(len(tokens))
+        return step(self, cache, tokens, positions, mask)
+
+    monkeypatch.setattr(type(model), "forward", spy_forward)
+    monkeypatch.setattr(Gemma2Decoder, "step", spy_step)
     out = sample(model, prompts_of([6, 4]), SamplingParams(40, n=8), [STOP, 7], PAD, torch.Generator().manual_seed(2))
-    assert sizes[0] == (2, 6)
-    # Row-forwards after the prefill: every token but the last of each row is fed once, and no padding.
-    assert sum(rows for rows, _ in sizes[1:]) == sum(len(ids) - 1 for ids in out.ids)
+    assert prefilled == [(2, 6)]
+    # Every token but the last of each row is fed once, and nothing after a row's end.
+    assert sum(stepped) == sum(len(ids) - 1 for ids in out.ids)
+
+
+def test_the_decoder_gives_the_logits_of_transformers(model):
+    """Both decode the same tokens through the same kind of cache, past the window, with padding on the left."""
+    lengths, steps = [11, 3, 7], 20
+    width = max(lengths)
+    ids = torch.randint(3, VOCAB, (3, width + steps), generator=torch.Generator().manual_seed(0))
+    padding = width - torch.tensor(lengths)
+    present = torch.arange(width + steps) >= padding[:, None]
+    positions = (torch.arange(width + steps) - padding[:, None]).clamp(min=0)
+    mask = additive(present[:, None, None], torch.float32)
+    ours, theirs = empty_cache(model.config), empty_cache(model.config)
+    decoder = Gemma2Decoder(model, width + steps)
+    with torch.no_grad():
+        for cache in (ours, theirs):
+            prefill = {"attention_mask": padded_masks(model, present[:, :width]), "past_key_values": cache}
+            model(ids[:, :width], position_ids=positions[:, :width], **prefill)
+        for t in range(width, width + steps):
+            seen = mask[..., : t + 1]
+            expected = model(
+                ids[:, t : t + 1],
+                position_ids=positions[:, t : t + 1],
+                attention_mask=layer_masks(model.config, seen),
+                past_key_values=theirs,
+            ).logits[:, -1]
+            logits = decoder.step(ours, ids[:, t], positions[:, t], seen)
+            assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_the_decoder_declines_what_it_does_not_compute():
+    assert Gemma2Decoder.fits(gemma())
+    assert not Gemma2Decoder.fits(gemma(attention_bias=True))
+    assert not Gemma2Decoder.fits(gemma(hidden_activation="silu"))
+    assert not Gemma2Decoder.fits(get_peft_model(gemma(), LoraConfig(target_modules=["q_proj"])).get_base_model())
 
 
 def test_training_mode_is_restored(model):
