@@ -1,0 +1,35 @@
+"""Starts `gemma2`, or a script that imports it, in an interpreter of its own; works in a bare checkout too."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What conftest.py does for this process.
+BARE_CHECKOUT = f"""
+import importlib.util, sys, types
+if importlib.util.find_spec("gemma2") is None:
+    sys.modules["gemma2"] = types.ModuleType("gemma2")
+    sys.modules["gemma2"].__path__ = [{str(ROOT)!r}]
+"""
+MAIN = "from gemma2.cli.main import main\nmain()\n"
+
+
+def start(script: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start a Python script; its stdout and stderr are pipes unless `options` say otherwise."""
+    command = [sys.executable, "-c", BARE_CHECKOUT + script, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(pipes | options))
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a process that should end by itself."""
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def gemma2(*arguments: object, **options: Any) -> tuple[int, str, str]:
+    """Run one command line to its end."""
+    return finish(start(MAIN, *arguments, **options))
