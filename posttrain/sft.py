@@ -29,14 +29,15 @@ from gemma2.merging.progress import SILENT, Progress
 from .batching import GroupedByLength
 from .chat import ChatFormat
 from .data import Conversation, data_file, located, read_conversations, split
+from .lora import lora_config, merged
 from .models import load_policy, save_model
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .sampler import evaluating
-from .schemas import LoraFields, SftConfig
+from .schemas import SftConfig
 from .scorer import head_logps, hidden_states
 from .training import RunCallback, quiet_libraries, train, trainer_arguments
 
-__all__ = ["Example", "heldout_loss", "lora_config", "run_sft", "tokenise"]
+__all__ = ["Example", "heldout_loss", "run_sft", "tokenise"]
 
 IGNORED = -100  # label of a position without loss
 
@@ -196,26 +197,6 @@ def _dataset(examples: Sequence[Example]) -> Dataset:
             "length": [len(example.ids) for example in examples],
         }
     )
-
-
-def lora_config(config: LoraFields, task: str) -> Any:
-    """peft's configuration for `lora_rank` > 0, else None. Adapts every linear layer of the backbone, no dropout."""
-    if config.lora_rank == 0:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
-        task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-    )
-
-
-def merged(model: Any) -> Any:
-    """The plain model: LoRA products added to their weights, in fp32."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 class HeldOut(TrainerCallback):

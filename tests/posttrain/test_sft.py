@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import SILENT
 from gemma2.posttrain.chat import ChatFormat
 from gemma2.posttrain.data import read_conversations, to_line
 from gemma2.posttrain.rundir import RunOptions
@@ -41,33 +40,6 @@ def trained(inputs):
     return run_sft(configure(inputs, epochs=2), RunOptions(inputs / "trained"))
 
 
-class Interrupting:
-    """A progress that raises KeyboardInterrupt at the n-th step of the bar, and keeps warnings."""
-
-    def __init__(self, after=10**9):
-        self.after = after
-        self.warnings = []
-        self.note = SILENT.note
-        self.warn = self.warnings.append
-
-    def task(self, label, total, unit):
-        progress = self
-
-        class Bar:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                return None
-
-            def advance(self, amount=1, **fields):
-                progress.after -= amount
-                if progress.after < 0:
-                    raise KeyboardInterrupt
-
-        return Bar()
-
-
 def test_training_lowers_the_held_out_loss(trained):
     assert trained.summary["heldout_loss"] < trained.summary["heldout_loss_before"] - 0.3
 
@@ -89,12 +61,12 @@ def test_metrics_begin_and_end_with_the_held_out_loss(trained):
 
 
 @pytest.mark.parametrize(("after", "lora"), [(4, 0), (7, 0), (8, 0), (7, 4)])
-def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained, after, lora):
+def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained, after, lora, interrupting):
     config = configure(inputs, epochs=2, lora_rank=lora)
     whole = run_sft(config, RunOptions(tmp_path / "whole")).out if lora else trained.out
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_sft(config, RunOptions(out), Interrupting(after))
+        run_sft(config, RunOptions(out), interrupting(after))
     assert not out.exists()
     resumed = run_sft(config, RunOptions(out, resume=True))
     for name in ("model.safetensors", "metrics.jsonl"):
@@ -131,8 +103,8 @@ def test_trainer_options_reach_trl_and_are_checked(inputs, tmp_path):
     assert not list(tmp_path.glob(".c*"))
 
 
-def test_overlong_rows_are_counted_and_reported(inputs, tmp_path, trained):
-    progress = Interrupting()
+def test_overlong_rows_are_counted_and_reported(inputs, tmp_path, trained, interrupting):
+    progress = interrupting()
     summary = run_sft(configure(inputs, max_steps=1, max_length=36), RunOptions(tmp_path / "out"), progress).summary
     dropped, total = summary["overlong_dropped"], trained.summary["rows"]
     assert 0 < dropped == total - summary["rows"]
