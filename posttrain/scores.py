@@ -62,13 +62,14 @@ def function_score(name: str, option: str, column: str) -> Score:
 
     def score(sampled: Sampled) -> dict[str, list[float]]:
         extra = {key: [row.extra.get(key) for row in sampled.rows] for key in sampled.rows[0].extra}
-        values = list(
-            function(
-                prompts=[row.messages for row in sampled.rows],
-                completions=list(sampled.texts),
-                **{**extra, "truncated": list(sampled.truncated)},
+        inputs = {**extra, "truncated": list(sampled.truncated)}
+        try:
+            values = list(
+                function(prompts=[row.messages for row in sampled.rows], completions=list(sampled.texts), **inputs)
             )
-        )
+        except Exception as error:  # the user's code: any exception is theirs to mend, not a bug of ours
+            detail = f"{type(error).__name__}: {error}"
+            raise InputError(f"{option} {name!r} failed with {detail}", "mend the function") from error
         if len(values) != len(sampled.texts):
             raise InputError(
                 f"{option} {name!r} returned {len(values)} values for {len(sampled.texts)} completions",
