@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def merge(
     started = now()
     prepare(progress.note)
     with ExitStack() as stack:
+        stack.enter_context(_no_empty_parents(plan.outputs[0]))
         directories = [stack.enter_context(staged_output(path, force)) for path in plan.outputs]
         result = _stream(plan, directories, progress, cut)
         digests = [digest_weights(model.path) for model in plan.operands]
@@ -96,6 +98,19 @@ def merge(
     for line in result.warnings:
         progress.warn(line)
     return result
+
+
+@contextmanager
+def _no_empty_parents(out: Path) -> Iterator[None]:
+    """Remove the folders that were made for an output which then failed."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:  # the deepest first
+            with suppress(OSError):  # not empty: another run writes there
+                folder.rmdir()
+        raise
 
 
 def _stream(plan: MergePlan, directories: list[Path], progress: Progress, cut: int) -> MergeResult:

@@ -137,7 +137,8 @@ def check_request(request: MergeRequest) -> MergeRequest:
         raise UsageError(f"merge {request.method} takes {wanted}, {len(request.models)} given", "see --help")
     for name in ("t", "etas", "weights", "decay"):
         if getattr(request, name) not in (None, ()) and name not in method.options:
-            raise UsageError(f"merge {request.method} does not take --{name.rstrip('s')}", "leave it out")
+            flag = "eta" if name == "etas" else name
+            raise UsageError(f"merge {request.method} does not take --{flag}", "leave it out")
     if request.base is not None and method.base == "none":
         raise UsageError(f"merge {request.method} does not take --base", "leave it out")
     if request.base is None and method.base == "required":

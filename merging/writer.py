@@ -42,12 +42,12 @@ class Writer:
 
     @classmethod
     @contextmanager
-    def create(cls, directory: Path, tensors: Layout, max_shard: int = MAX_SHARD_BYTES) -> Iterator[Writer]:
-        """Allocate files of at most `max_shard` bytes (or one tensor) and write their headers.
+    def create(cls, directory: Path, tensors: Layout) -> Iterator[Writer]:
+        """Allocate files of at most MAX_SHARD_BYTES (or one tensor) and write their headers.
 
         The division depends on nothing but the layout, so equal merges give equal files.
         """
-        shards = _divide(tensors, max_shard)
+        shards = _divide(tensors, MAX_SHARD_BYTES)
         names = shard_names(len(shards))
         descriptors: dict[str, int] = {}
         offsets: dict[str, int] = {}
