@@ -2,6 +2,7 @@
 
     chosen, rejected = the samples with the highest and the lowest score            (select: extremes)
                        two samples with different scores, drawn at random           (select: random)
+                       every two samples with different scores, so several pairs    (select: all)
 
 A prompt whose samples differ by no more than `min_margin` gives no pair; how many is counted and reported.
 
@@ -53,18 +54,18 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         return run.finish(_write(run, config, progress))
 
 
-def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> tuple[int, int] | None:
-    """Indices of the chosen and the rejected sample, or None where no two scores differ by more than `min_margin`."""
+def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:
+    """(chosen, rejected) indices of samples whose scores differ by more than `min_margin`; empty where none do."""
     different = [
         (i, j) if scores[i] > scores[j] else (j, i)
         for i, j in combinations(range(len(scores)), 2)
         if abs(scores[i] - scores[j]) > min_margin
     ]
-    if not different:
-        return None
+    if select == "all" or not different:
+        return different
     if select == "random":
-        return draw.choice(different)
-    return max(different, key=lambda pair: scores[pair[0]] - scores[pair[1]])
+        return [draw.choice(different)]
+    return [max(different, key=lambda pair: scores[pair[0]] - scores[pair[1]])]
 
 
 def _judge(config: PairsConfig, judge_model: Path | None, chat: ChatFormat) -> Score:
@@ -93,23 +94,23 @@ def _described(score: Score) -> Callable[[Answers], Rows]:
 
 
 def _write(run: Run, config: PairsConfig, progress: Progress) -> dict[str, Any]:
-    prompts = pairs = 0
+    prompts = pairs = ties = 0
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
         for prompts, row in enumerate(saved_rows(run), start=1):
             samples = row["samples"]
             draw = Random(derived_seed(config.seed, prompts))
             chosen = choose([sample["score"] for sample in samples], config.select, config.min_margin, draw)
-            if chosen is not None:
-                pair = _pair_row(row, samples[chosen[0]], samples[chosen[1]])
-                file.write(to_line(pair))
-                pairs, margin = pairs + 1, margin + pair["chosen_score"] - pair["rejected_score"]
+            for better, worse in chosen:
+                file.write(to_line(_pair_row(row, samples[better], samples[worse])))
+                margin += samples[better]["score"] - samples[worse]["score"]
+            pairs, ties = pairs + len(chosen), ties + (not chosen)
     if not pairs:
         what = f"the judge told no two samples of any of {prompts} prompts apart"
         raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
-    if 2 * pairs < prompts:
-        progress.warn(f"{prompts - pairs} of {prompts} prompts gave no pair: their samples have equal scores")
-    return {"prompts": prompts, "pairs": pairs, "ties": prompts - pairs, "mean_margin": round(margin / pairs, 4)}
+    if 2 * ties > prompts:
+        progress.warn(f"{ties} of {prompts} prompts gave no pair: the scores of their samples do not differ")
+    return {"prompts": prompts, "pairs": pairs, "ties": ties, "mean_margin": round(margin / pairs, 4)}
 
 
 def _pair_row(row: dict[str, Any], chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import Field
 from .config import Config
 
 __all__ = [
+    "ConvertConfig",
     "DistributionConfig",
     "EvalConfig",
     "GenerateConfig",
@@ -63,6 +64,13 @@ class MergeConfig(Config):
     models: tuple[Path, ...] = Field(min_length=1, description="model directories; their order counts")
     base: Path | None = Field(None, description="the init that task vectors start from")
     etas: tuple[float, ...] = Field((), description="LITI: share of the merge in the result")
+
+
+class ConvertConfig(Config):
+    """Import a model as plain safetensors, with all its stop ids, a chat template and a pad token that is no stop."""
+
+    source: Path = Field(description="GGUF file, a directory with one, or a model directory")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the written weights")
 
 
 class TinyConfig(Config):
@@ -125,8 +133,8 @@ class PairsConfig(SamplingFields):
     prompts: Data
     judge: str = Field(description="reward function as module:function, or the directory of a reward model")
     n: int = Field(4, ge=2, description="samples per prompt")
-    select: Literal["extremes", "random"] = Field(
-        "extremes", description="the best against the worst sample, or any two that differ"
+    select: Literal["extremes", "random", "all"] = Field(
+        "extremes", description="the best against the worst sample, any two that differ, or all that differ"
     )
     min_margin: float = Field(0.0, ge=0, description="scores must differ by more than this to make a pair")
     limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")

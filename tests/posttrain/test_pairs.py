@@ -45,21 +45,25 @@ def make(inputs, out, judge=f"{__name__}:length_of", **fields):
 
 
 def test_extremes_are_the_best_and_the_worst():
-    assert choose([2.0, 5.0, -1.0, 3.0], "extremes", 0.0, Random(0)) == (1, 2)
+    assert choose([2.0, 5.0, -1.0, 3.0], "extremes", 0.0, Random(0)) == [(1, 2)]
 
 
 def test_random_pairs_are_any_two_that_differ_the_better_one_first():
     scores = [1.0, 1.0, 2.0, 3.0]
     draw = Random(0)
-    seen = Counter(choose(scores, "random", 0.0, draw) for _ in range(500))
+    seen = Counter(pair for _ in range(500) for pair in choose(scores, "random", 0.0, draw))
     assert seen.keys() == {(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)}
     assert min(seen.values()) > 60  # expected 100 each, standard deviation 9
 
 
+def test_all_are_every_two_that_differ():
+    assert choose([1.0, 1.0, 2.0, 3.0], "all", 0.0, Random(0)) == [(2, 0), (3, 0), (2, 1), (3, 1), (3, 2)]
+
+
 def test_equal_scores_and_small_differences_give_no_pair():
-    assert choose([1.0, 1.0, 1.0], "extremes", 0.0, Random(0)) is None
-    assert choose([1.0, 1.4], "extremes", 0.5, Random(0)) is None
-    assert choose([1.0, 1.6], "extremes", 0.5, Random(0)) == (1, 0)
+    assert choose([1.0, 1.0, 1.0], "all", 0.0, Random(0)) == []
+    assert choose([1.0, 1.4], "extremes", 0.5, Random(0)) == []
+    assert choose([1.0, 1.6], "extremes", 0.5, Random(0)) == [(1, 0)]
 
 
 def test_the_judge_decides_what_is_chosen(inputs, tmp_path):
@@ -70,6 +74,12 @@ def test_the_judge_decides_what_is_chosen(inputs, tmp_path):
         chosen, rejected = pair.chosen[0]["content"], pair.rejected[0]["content"]
         assert (len(chosen), len(rejected)) == (pair.extra["chosen_score"], pair.extra["rejected_score"])
         assert len(chosen) > len(rejected) and pair.extra["answer"] in pair.prompt[0]["content"]
+
+
+def test_one_prompt_can_give_several_pairs(inputs, tmp_path):
+    extremes, everything = make(inputs, tmp_path / "a"), make(inputs, tmp_path / "b", select="all")
+    lines = [set((result.out / "pairs.jsonl").read_text().splitlines()) for result in (extremes, everything)]
+    assert lines[0] < lines[1] and everything.summary["ties"] == extremes.summary["ties"]
 
 
 def test_truncation_is_seen_by_the_judge_and_kept_in_the_pair(inputs, tmp_path):
