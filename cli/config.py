@@ -8,6 +8,8 @@ import typer
 
 from gemma2.configs import recipes
 from gemma2.merging.errors import UsageError
+from gemma2.merging.outputs import MANIFEST
+from gemma2.posttrain.config import load_yaml, to_yaml
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
@@ -29,12 +31,13 @@ def list_recipes(as_json: bool = AsJson) -> None:
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
-def show(name: str = typer.Argument(metavar="NAME", help="A recipe name or a YAML file.")) -> None:
-    """Print a recipe, as a start for one of your own."""
+def show(name: str = typer.Argument(metavar="NAME", help="A recipe name, a YAML file, or an output.")) -> None:
+    """Print a recipe, or the settings that an output was made with, as a start for one of your own."""
     path = recipe_path(name)
     if path is None:
         raise UsageError("no recipe is named", "see gemma2 config list")
-    Console().text(path.read_text(encoding="utf-8"))
+    values = load_yaml(path)
+    Console().text(to_yaml(values) if path.name == MANIFEST else path.read_text(encoding="utf-8"))
 
 
 def _purpose(path: Path) -> str:

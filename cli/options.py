@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from gemma2.configs import recipe, recipes
 from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.outputs import MANIFEST
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.config import Config, closest, resolve
 from gemma2.posttrain.rundir import RunOptions, RunResult
@@ -46,7 +47,7 @@ ConfigFile = typer.Option(
     None,
     "--config",
     metavar="FILE",
-    help="Recipe: a YAML file, or the name of one that comes with gemma2.",
+    help="Recipe: a YAML file, an output to repeat, or the name of one that comes with gemma2.",
     rich_help_panel=COMMON,
 )
 Set = typer.Option(
@@ -61,10 +62,10 @@ Runner = Callable[[Any, RunOptions, Progress], RunResult]
 
 
 def recipe_path(name: str | None) -> Path | None:
-    """The file behind `--config`: a path, or the name of a recipe of the package."""
+    """The file behind `--config`: a path, an output (for the configuration it records), or a recipe by name."""
     if name is None:
         return None
-    path = Path(name)
+    path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
     found = path if path.is_file() else recipe(name)
     if found is None:
         raise InputError(

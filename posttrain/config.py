@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.outputs import MANIFEST
 
 __all__ = ["Config", "closest", "load_yaml", "parse_value", "resolve", "to_yaml"]
 
@@ -21,7 +22,10 @@ __all__ = ["Config", "closest", "load_yaml", "parse_value", "resolve", "to_yaml"
 class Config(BaseModel):
     """Base of every command's schema: frozen, no unknown keys, schema built on first use (start-up time)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, protected_namespaces=())
+    # No NaN or infinity: neither passes through JSON, and no field means anything by them.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=Config)
@@ -34,11 +38,21 @@ def closest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(names)}"
 
 
+# YAML 1.1 wants a dot in the mantissa and reads 1e-6 as text.
+NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+def _with_numbers(resolver: Any) -> Any:
+    """Teach a YAML loader or dumper that `1e-6` is a number: the one reads it so, the other quotes such a text."""
+    resolver.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+    return resolver
+
+
 def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """The safe loader, with two mends: `1e-6` is a number (YAML 1.1 reads a string), a key given twice an error."""
+        """The safe loader, except that a key given twice is an error."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value]
@@ -48,9 +62,7 @@ def _loader() -> Any:
                     raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice below line {line}")
             return super().construct_mapping(node, deep)
 
-    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return Loader
+    return _with_numbers(Loader)
 
 
 def parse_value(text: str) -> Any:
@@ -64,7 +76,10 @@ def parse_value(text: str) -> Any:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a recipe. Raises UsageError with file and line when it is not a YAML mapping."""
+    """Read a recipe; the manifest of an output stands for the configuration that it records.
+
+    Raises UsageError with file and line when it is not a YAML mapping.
+    """
     import yaml
 
     try:
@@ -78,14 +93,19 @@ def load_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise UsageError(f"{path} holds a {type(document).__name__}, not key: value pairs", "see configs/ for recipes")
+    if path.name == MANIFEST and isinstance(document.get("config"), dict):
+        return document["config"]
     return document
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as a recipe that reruns the same job."""
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """A dumped or recorded configuration as a recipe that reruns the same job."""
     import yaml
 
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        """The safe dumper, as the counterpart of our loader."""
+
+    return yaml.dump(dict(values), Dumper=_with_numbers(Dumper), sort_keys=False, allow_unicode=True)
 
 
 def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
@@ -111,8 +131,11 @@ def resolve(
     file: Path | None = None,
     sets: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    section: str = "",
 ) -> C:
     """Merge recipe, `--set` and flags (None = not given), validate, and return the frozen configuration.
+
+    `section` is where the values stand in a larger recipe, for the errors.
 
     Raises UsageError that names the key, the value, what is allowed and where it came from.
     """
@@ -121,15 +144,15 @@ def resolve(
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UsageError(*_explain(schema, error, file)) from error
+        raise UsageError(*_explain(schema, error, file, section)) from error
 
 
-def _explain(schema: type[Config], error: ValidationError, file: Path | None) -> tuple[str, str]:
+def _explain(schema: type[Config], error: ValidationError, file: Path | None, section: str) -> tuple[str, str]:
     """One line for the first problem of a pydantic report, with the number of further ones."""
     # A mistyped key is also a missing one: the typo is the cause, so it is named first.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"]) or "configuration"
+    key = ".".join([*filter(None, [section]), *map(str, first["loc"])]) or "configuration"
     where = f" in {file}" if file else ""
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.configs import recipes
+from gemma2.merging.errors import UsageError
 from gemma2.merging.outputs import locked, now, versions, write_json
 from gemma2.merging.progress import SILENT, Progress
 
@@ -59,16 +60,19 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
     models, heldout, prompts = root / "models", root / "models" / "heldout.jsonl", root / "models" / "prompts.jsonl"
     student, teacher = models / "student", models / "teacher"
 
-    def settings(schema: type[Config], section: dict[str, Any], **paths: Any) -> Any:
-        return resolve(schema, flags={"seed": config.seed, **section, **paths})
+    def settings(schema: type[Config], section: str, given: dict[str, Any], **fixed: Any) -> Any:
+        for key in sorted(given.keys() & fixed.keys()):
+            raise UsageError(f"'{section}.{key}' is set by the quickstart itself", "remove it from the recipe")
+        return resolve(schema, flags={"seed": config.seed, **given, **fixed}, section=section)
 
-    tiny = settings(TinyConfig, {}, train_prompts=config.train_prompts, heldout_prompts=config.heldout_prompts)
-    generate = settings(GenerateConfig, config.generate, teacher=teacher, prompts=prompts)
-    sft = settings(SftConfig, config.sft, model=student, data=root / "data" / "data.jsonl")
-    pairs = settings(PairsConfig, config.pairs, model=root / "sft", prompts=prompts, judge=JUDGE)
-    reward = settings(RewardConfig, config.reward, model=root / "sft", data=root / "pairs" / "pairs.jsonl")
+    tiny = settings(TinyConfig, "tiny", {}, train_prompts=config.train_prompts, heldout_prompts=config.heldout_prompts)
+    generate = settings(GenerateConfig, "generate", config.generate, teacher=teacher, prompts=prompts)
+    sft = settings(SftConfig, "sft", config.sft, model=student, data=root / "data" / "data.jsonl")
+    pairs = settings(PairsConfig, "pairs", config.pairs, model=root / "sft", prompts=prompts, judge=JUDGE)
+    reward = settings(RewardConfig, "reward", config.reward, model=root / "sft", data=root / "pairs" / "pairs.jsonl")
     warp = settings(
         WarpConfig,
+        "warp",
         config.warp,
         sft=root / "sft",
         reward=root / "reward",

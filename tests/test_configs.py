@@ -1,0 +1,61 @@
+"""Every recipe that comes with the package loads, and its first line says which command it is for."""
+
+from pathlib import Path
+
+import pytest
+
+from gemma2.configs import recipes
+from gemma2.posttrain import schemas
+from gemma2.posttrain.config import Config, load_yaml, resolve
+from gemma2.posttrain.quickstart import chapters
+
+SCHEMA_OF = {
+    "eval": schemas.EvalConfig,
+    "generate": schemas.GenerateConfig,
+    "pareto": schemas.ParetoConfig,
+    "quickstart": schemas.QuickstartConfig,
+    "reward": schemas.RewardConfig,
+    "reward pairs": schemas.PairsConfig,
+    "rlhf": schemas.RlhfConfig,
+    "sft": schemas.SftConfig,
+    "tiny": schemas.TinyConfig,
+    "warp": schemas.WarpConfig,
+}
+RECIPES = recipes()
+
+
+def command_of(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    command, colon, purpose = first.removeprefix("# gemma2 ").partition(":")
+    assert first.startswith("# gemma2 ") and colon and purpose.strip(), f"{path.name}: first line {first!r}"
+    return command
+
+
+def required_of(schema: type[Config]) -> dict[str, str]:
+    """The inputs that a recipe leaves to the flags."""
+    return {name: "given/by/flag" for name, field in schema.model_fields.items() if field.is_required()}
+
+
+def test_the_folder_holds_recipes_and_nothing_else():
+    names = {path.name for path in Path(schemas.__file__).parents[1].joinpath("configs").iterdir()}
+    assert names - {"__init__.py", "__pycache__"} == {path.name for path in RECIPES.values()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_resolves_with_the_schema_of_its_command(name):
+    schema = SCHEMA_OF[command_of(RECIPES[name])]
+    given = load_yaml(RECIPES[name])
+    assert given, "a recipe that sets nothing"
+    missing = {key: value for key, value in required_of(schema).items() if key not in given}
+    resolved = resolve(schema, file=RECIPES[name], flags=missing)
+    for key, value in given.items():
+        assert resolved.model_dump(mode="json")[key] == value, f"{name}: {key}"
+
+
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) == "quickstart"])
+def test_every_section_of_a_quickstart_recipe_resolves(name):
+    config = resolve(schemas.QuickstartConfig, file=RECIPES[name])
+    steps = {chapter.step.command.split()[-1]: chapter.step.config for chapter in chapters(config, Path("out"))}
+    for section, step in steps.items():
+        for key, value in getattr(config, section, {}).items():
+            assert step.model_dump(mode="json")[key] == value, f"{section}.{key}"
