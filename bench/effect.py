@@ -52,7 +52,7 @@ def main() -> int:
         )
         seconds = time.monotonic() - started
         points = points_of(directory)
-        last = max((name for name in points if name.startswith("WARP")))
+        last = max(name for name in points if name.startswith("WARP"))
         for name, after, before in (("SFT - base", "sft", "base"), (f"{last} - SFT", last, "sft")):
             cells = []
             for metric in METRICS:
