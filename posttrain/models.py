@@ -86,8 +86,10 @@ def _load(factory: Any, path: Path, dtype: torch.dtype, allowed_missing: tuple[s
     return model
 
 
-def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in eager attention and its tokenizer, on the default device, in eval mode.
+def load_policy(
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in eager attention and its tokenizer, in eval mode. `device`: the accelerator where there is one.
 
     Raises InputError when the directory is no model, or tensors are missing, unknown or of the wrong shape.
     """
@@ -95,11 +97,11 @@ def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     if any("SequenceClassification" in name for name in config.get("architectures") or ()):
         raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
     model = _load(AutoModelForCausalLM, path, dtype)
-    return model.to(default_device()).eval(), load_tokenizer(path)
+    return model.to(device or default_device()).eval(), load_tokenizer(path)
 
 
 def load_reward_model(
-    path: Path, dtype: torch.dtype = torch.float32
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A reward model: a sequence classifier with one output, in eval mode, and its tokenizer."""
     config = read_config(path)
@@ -110,7 +112,7 @@ def load_reward_model(
         raise InputError(f"{path} has {model.config.num_labels} outputs", "a reward model has one")
     tokenizer = load_tokenizer(path)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(default_device()).eval(), tokenizer
+    return model.to(device or default_device()).eval(), tokenizer
 
 
 def init_reward_model(

@@ -1,0 +1,56 @@
+"""`gemma2 convert`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from gemma2.merging.errors import UsageError
+
+from .console import Console
+from .help import HelpCommand
+from .options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def convert(
+    source: Path = typer.Argument(
+        metavar="SOURCE",
+        help="A GGUF file, a directory with one, or a model directory.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    dtype: Literal["float32", "bfloat16", "float16"] = typer.Option(
+        "float32", "--dtype", help="Of the written weights.", rich_help_panel="Settings"
+    ),
+    out: Path | None = Out,
+    force: bool = Force,
+    dry_run: bool = DryRun,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """Import a model as plain safetensors, with all its stop ids, a chat template and a pad token that is no stop.
+
+    Reading GGUF needs the extra: pip install 'gemma2[real]'.
+
+    \b
+      gemma2 convert model.Q8_0.gguf --out model
+      gemma2 convert model --dtype bfloat16 --out model-bf16
+    """
+    from gemma2.posttrain.convert import plan_convert, run_convert
+    from gemma2.posttrain.rundir import RunOptions
+    from gemma2.posttrain.schemas import ConvertConfig
+
+    if out is None:
+        raise UsageError("--out is missing", "give the directory to write")
+    console = Console(as_json=as_json, quiet=quiet)
+    config, options = ConvertConfig(source=source, dtype=dtype), RunOptions(out, force=force)
+    if dry_run:
+        console.result(plan_convert(config, options))
+        return
+    result = run_convert(config, options, console)
+    console.result(result.summary, result.out)

@@ -1,0 +1,101 @@
+"""The header of a GGUF file: its plain metadata and the number of its parameters. Torch-free, one pass, no tensor read.
+
+    magic "GGUF", version, tensors, entries, entries x (key, type, value), tensors x (name, shape, type, offset)
+
+Little-endian, versions 2 and 3 (the `docs/gguf.md` of ggml). Arrays, so the vocabulary, are skipped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gemma2.merging.errors import InputError
+
+__all__ = ["GgufHeader", "read_header"]
+
+# Type number of a value -> struct format. 8 is a text, 9 an array.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TEXT, ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """`metadata`: numbers and texts by key. `parameters`: elements of all tensors."""
+
+    metadata: dict[str, Any]
+    parameters: int
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file. Raises InputError when it is none, is cut off, or of an unknown version."""
+    try:
+        with path.open("rb") as file:
+            return _Header(file).read()
+    except (ValueError, struct.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable GGUF file ({error})", "copy it again") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})", "check the path and its permissions") from error
+
+
+class _Header:
+    """A cursor over the header. Lengths are checked against the file, so that a torn one asks for no memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+
+    def read(self) -> GgufHeader:
+        if self._bytes(4) != b"GGUF":
+            raise ValueError("no GGUF magic")
+        version = self._number("I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}")
+        tensors, entries = self._number("Q"), self._number("Q")
+        metadata = {}
+        for _ in range(entries):
+            key, kind = self._text(), self._number("I")
+            value = self._value(kind)
+            if kind != ARRAY:
+                metadata[key] = value
+        return GgufHeader(metadata, sum(self._tensor() for _ in range(tensors)))
+
+    def _bytes(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise ValueError(f"ends at byte {self.size}, in the middle of its header")
+        return self.file.read(count)
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))[0]
+
+    def _text(self) -> str:
+        return self._bytes(self._number("Q")).decode("utf-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == TEXT:
+            return self._text()
+        if kind == ARRAY:
+            return self._skip_array()
+        if kind not in NUMBERS:
+            raise ValueError(f"value type {kind}")
+        return self._number(NUMBERS[kind])
+
+    def _skip_array(self) -> None:
+        kind, length = self._number("I"), self._number("Q")
+        if kind in NUMBERS:
+            self._bytes(length * struct.calcsize(f"<{NUMBERS[kind]}"))
+        else:
+            for _ in range(length):
+                self._bytes(self._number("Q")) if kind == TEXT else self._value(kind)
+
+    def _tensor(self) -> int:
+        """Elements of the next tensor."""
+        self._text()
+        dimensions = self._number("I")
+        shape = [self._number("Q") for _ in range(dimensions)]
+        self._bytes(4 + 8)  # type and offset
+        return math.prod(shape)
