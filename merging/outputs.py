@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -25,11 +26,14 @@ from typing import Any
 from .errors import InputError, OutputError
 
 __all__ = [
+    "CHECKPOINTS",
     "MANIFEST",
     "SCHEMA_VERSION",
+    "STATE",
     "check_output",
     "digest_file",
     "digest_weights",
+    "fsync_tree",
     "locked",
     "now",
     "publish",
@@ -42,6 +46,8 @@ __all__ = [
 ]
 
 MANIFEST = "gemma2.json"
+# What a run needs only until it is complete: no part of the output.
+STATE, CHECKPOINTS = "run.json", "checkpoints"
 SCHEMA_VERSION = 1
 # Only what identifies the arithmetic: an allowlist, so that nothing about the user or the machine's paths leaks.
 RECORDED_PACKAGES = ("gemma2", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "numba")
@@ -79,17 +85,23 @@ def weight_files(directory: Path) -> list[Path]:
 def digest_weights(directory: Path) -> str:
     """One digest of all weights of a model directory: over (name, digest) of its safetensors files.
 
-    Digests that a complete manifest records are trusted as long as the file sizes agree.
+    Digests that a complete manifest records are trusted for files that were not touched after it.
     """
     manifest = read_manifest(directory) or {}
     recorded = manifest.get("files", {}) if manifest.get("status") == "complete" else {}
     total = hashlib.sha256()
     for path in weight_files(directory):
         entry = recorded.get(path.name)
-        if entry is None or entry.get("size") != path.stat().st_size:
+        if entry is None or not _untouched(path, entry, directory / MANIFEST):
             entry = {"digest": digest_file(path)}
         total.update(f"{path.name} {entry['digest']}\n".encode())
     return "sha256:" + total.hexdigest()
+
+
+def _untouched(path: Path, entry: Mapping[str, Any], manifest: Path) -> bool:
+    """Whether a file is as the manifest, written after it, describes it. No call sets ctime back, as it does mtime."""
+    status = path.stat()
+    return entry.get("size") == status.st_size and status.st_ctime_ns <= manifest.stat().st_ctime_ns
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -133,7 +145,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def own_files(directory: Path) -> Iterator[Path]:
     """The files of an output; a directory inside it that has a manifest of its own is an output by itself."""
     for path in sorted(directory.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path.name in (STATE, CHECKPOINTS):
             continue
         if path.is_dir():
             if not (path / MANIFEST).exists():
@@ -170,6 +182,8 @@ def partial_path(out: Path) -> Path:
 
 def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
     """Refuse an output that exists (without `force`), or that is, holds or lies in one of the inputs."""
+    if out.name in ("", ".."):
+        raise OutputError(f"--out {out} has no name of its own", "give the name of a directory to make")
     target = out.resolve()
     for role, path in (inputs or {}).items():
         source = path.resolve()
@@ -267,7 +281,7 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
     """
     check_output(out, force)
     with locked(out):
-        for stale in out.parent.glob(f".{out.name}.tmp-*"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
             shutil.rmtree(stale)
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
         temporary.mkdir()

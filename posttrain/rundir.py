@@ -20,9 +20,13 @@ from typing import Any
 
 from gemma2.merging.errors import InputError, OutputError
 from gemma2.merging.outputs import (
+    CHECKPOINTS,
+    MANIFEST,
+    STATE,
     check_output,
     digest_file,
     digest_weights,
+    fsync_tree,
     locked,
     now,
     partial_path,
@@ -38,8 +42,8 @@ from .config import Config
 
 __all__ = ["Parent", "Run", "RunOptions", "RunResult", "changes", "open_run"]
 
-STATE = "run.json"
-KEPT = ("checkpoints/*", "data.jsonl", "*/*/gemma2.json", "*/.*.partial")
+# A checkpoint, finished rows, a finished step of a pipeline, or an interrupted one.
+KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Where resume state lives while the run works; removed at the end."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -100,24 +104,31 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                # Bytes: a torn line may end inside a character, and text splits at more than the newline.
+                kept = [line + b"\n" for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+                aside = path.with_name(f".{name}.tmp")
+                aside.write_bytes(b"".join(kept))
+                aside.replace(path)
 
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
-        """Remove the resume state, write the manifest and move the directory to its place."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        (self.path / STATE).unlink(missing_ok=True)
+        """Write the manifest, remove the resume state and move the directory to its place.
+
+        The state goes last: digests and flushing of large weights take a while, and a kill in it must lose nothing.
+        """
         manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
         write_manifest(self.path, manifest)
+        fsync_tree(self.path)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        (self.path / STATE).unlink(missing_ok=True)
         publish(self.path, self.options.out, self.options.force)
         self.result = RunResult(self.options.out, dict(summary))
         return self.result
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
@@ -191,7 +202,10 @@ def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[
 
 def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config: Config, partial: Path) -> None:
     """Refuse to resume a run whose configuration, inputs, data or libraries are not what it began with."""
-    changed = changes(before, config, partial)
+    if before["command"] != after["command"]:
+        changed = [f"command ({before['command']} -> {after['command']})"]
+    else:
+        changed = changes(before, config, partial)
     for name, content in (("parents", "weights"), ("data", "digest")):
         if not changed and [item[content] for item in before[name]] != [item[content] for item in after[name]]:
             changed.append(f"the {name}")
@@ -225,7 +239,9 @@ def open_run(
         raise OutputError(
             f"--out {options.out} is complete, there is nothing to resume", "drop --resume, or use --force"
         )
-    check_output(options.out, options.force, {f"--{parent.role}": parent.path for parent in parents})
+    check_output(options.out, options.force)
+    for role, path in [*((f"--{parent.role}", parent.path) for parent in parents), *(("data", path) for path in data)]:
+        check_output(options.out, options.force, {role: path})
     partial = partial_path(options.out)
     origin = {
         **describe_origin(command, config, options.out, parents, data),
