@@ -62,7 +62,7 @@ def arguments(tmp_path, **fields):
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "save_strategy": "no",
     }
     return RLOOConfig(**(defaults | fields))
