@@ -174,9 +174,11 @@ def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
 
 
 def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, bool]]:
-    """(point, text, important) for what is worth a label: ends, merges, etas, the best single run."""
+    """(point, text, important) for what is worth a label: ends, merges, etas, the best single RL run."""
     policies = [point for point in points if point["kind"] == "policy"]
-    best = max(policies, key=lambda point: point["reward"], default=None)
+    first = min((point.get("iteration") or 0 for point in policies), default=0)
+    single = [point for point in policies if (point.get("iteration") or 0) == first]  # what RL alone gives
+    best = max(single, key=lambda point: point["reward"], default=None)
     chosen: list[tuple[Point, str, bool]] = []
     for point in points:
         kind, eta = point["kind"], point.get("eta")
@@ -251,37 +253,37 @@ def angles_figure(merges: Mapping[str, Mapping[str, float | None]], narrow: bool
 
     names = list(merges)
     groups = list(dict.fromkeys(group for angles in merges.values() for group in angles))
+    across, down = (names, groups) if narrow else (groups, names)
     with styled():
-        across, down = (names, groups) if narrow else (groups, names)
-        figure, (axis,) = new_figure(4.0, 1.0 + 0.26 * len(down)) if narrow else new_figure(7.6, 1.1 + 0.42 * len(down))
+        size = (4.0, 1.1 + 0.27 * len(down)) if narrow else (7.6, 0.9 + 0.42 * len(down))
+        figure, (axis,) = new_figure(*size)
         colours = LinearSegmentedColormap.from_list("angles", SHADES)
         for x, first in enumerate(across):
             for y, second in enumerate(down):
                 name, group = (first, second) if narrow else (second, first)
                 degrees = merges[name].get(group)
                 shade = min(1.0, max(0.0, (degrees or 0.0) / 120.0))
-                fill = colours(shade) if degrees is not None else PAPER
-                cell = Rectangle((x, y), 1, 1, fc=fill, ec=PAPER, lw=1.5)
+                cell = Rectangle((x, y), 1, 1, fc=PAPER if degrees is None else colours(shade), ec=PAPER, lw=1.5)
                 cell.set_gid(f"tip:{name}, {group}: {'no angle' if degrees is None else f'{degrees:.1f} degrees'}")
                 axis.add_patch(cell)
                 if len(across) <= 14:
                     text = "-" if degrees is None else f"{degrees:.0f}°"
-                    axis.text(
-                        x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5,
-                        color=MUTED if degrees is None else ("#fffffe" if shade > 0.45 else "#000001"),
-                    )  # fmt: skip
-        finish_heat_map(axis, across, down, rotate=not narrow and len(across) > 6)
+                    colour = MUTED if degrees is None else ("#fffffe" if shade > 0.45 else "#000001")
+                    axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5, color=colour)
+        finish_heat_map(axis, across, down)
+        (axis.set_ylabel if narrow else axis.set_xlabel)("layer", fontsize=8.5)
         return figure
 
 
-def finish_heat_map(axis: Any, across: Sequence[str], down: Sequence[str], rotate: bool) -> None:
-    """Names along both sides, first row on top, no frame."""
+def finish_heat_map(axis: Any, across: Sequence[str], down: Sequence[str]) -> None:
+    """Names along both sides, first row on top, no frame; long names are broken over lines."""
     axis.set_xlim(0, len(across))
     axis.set_ylim(len(down), 0)
-    axis.set_xticks([i + 0.5 for i in range(len(across))], across, rotation=40 if rotate else 0,
-                    ha="left" if rotate else "center", rotation_mode="anchor")  # fmt: skip
-    axis.set_yticks([i + 0.5 for i in range(len(down))], down)
+    size = 7.5 if len(across) > 14 else 8.5
+    axis.set_xticks([i + 0.5 for i in range(len(across))], [name.replace(" ", "\n") for name in across], fontsize=size)
+    axis.set_yticks([i + 0.5 for i in range(len(down))], down, fontsize=8.5)
     axis.xaxis.tick_top()
+    axis.xaxis.set_label_position("top")
     axis.tick_params(length=0)
     axis.grid(visible=False)
     axis.spines[:].set_visible(False)

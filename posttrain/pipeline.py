@@ -19,7 +19,7 @@ from gemma2.merging.progress import Progress
 from .config import Config
 from .rundir import RunOptions, RunResult, changes
 
-__all__ = ["Step", "command_line", "ensure"]
+__all__ = ["Step", "command_line", "ensure", "spell"]
 
 Runner = Callable[[Any, RunOptions, Progress], RunResult]
 
@@ -35,10 +35,15 @@ class Step:
 
 
 def command_line(step: Step) -> str:
-    """The command that does this step by hand: every setting that is not the default."""
-    words = ["gemma2", *step.command.split()]
-    for name, field in type(step.config).model_fields.items():
-        value = getattr(step.config, name)
+    """The command that does this step by hand."""
+    return spell(step.command, step.config, step.out)
+
+
+def spell(command: str, config: Config, out: Path) -> str:
+    """The command line of a configuration: every setting that is not the default."""
+    words = ["gemma2", *command.split()]
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
         if value == field.get_default(call_default_factory=True) or value is None:
             continue
         flag = f"--{name.replace('_', '-')}"
@@ -50,7 +55,7 @@ def command_line(step: Step) -> str:
             words += [flag, ",".join(str(item) for item in value)]
         else:
             words += [flag, str(value)]
-    return shlex.join([*words, "--out", str(step.out)])
+    return shlex.join([*words, "--out", str(out)])
 
 
 def is_current(step: Step) -> bool:
