@@ -268,7 +268,7 @@ def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[st
         return True
     if options.resume:
         raise OutputError(f"there is no interrupted run of --out {options.out} to resume", "drop --resume")
-    if partial.exists() and _worth_keeping(partial) and not options.force:
+    if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
         raise OutputError(
             f"an interrupted run of --out {options.out} is there",
             "continue it with --resume, or start over with --force",

@@ -228,6 +228,15 @@ def test_an_interrupted_run_is_not_overwritten_without_being_told(place):
     assert hidden(place) == []
 
 
+@pytest.mark.parametrize("left", ["run.json", "checkpoints/checkpoint-2/x"])
+def test_what_a_killed_run_left_is_swept_when_it_cannot_be_resumed(place, left):
+    (place / ".out.partial" / left).parent.mkdir(parents=True)
+    (place / ".out.partial" / left).write_text("{}")
+    complete(place)
+    assert not (place / "out" / left).exists()
+    assert hidden(place) == []
+
+
 def test_a_resumed_run_goes_on_in_the_same_directory_and_keeps_its_start(place, monkeypatch):
     monkeypatch.setattr(rundir, "now", lambda: "2020-01-01T00:00:00Z")
     interrupt(place)
