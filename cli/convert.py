@@ -25,7 +25,12 @@ def convert(
         rich_help_panel="Inputs",
     ),
     dtype: Literal["float32", "bfloat16", "float16"] = typer.Option(
-        "float32", "--dtype", help="Of the written weights.", rich_help_panel="Settings"
+        "float32",
+        "--dtype",
+        metavar="float32|bfloat16|float16",
+        help="Of the written weights [default float32].",
+        show_default=False,
+        rich_help_panel="Settings",
     ),
     out: Path | None = Out,
     force: bool = Force,

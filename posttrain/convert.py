@@ -139,7 +139,7 @@ def load_gguf(path: Path, dtype: torch.dtype, progress: Progress) -> Loaded:
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be loaded: {detail}", "use a language model that transformers has") from error
+        raise InputError(f"{path} cannot be loaded: {detail}", "copy it again, or take another export") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"{path} lacks {len(missing)} tensors, among them {missing[0]}", "copy or export it again")
