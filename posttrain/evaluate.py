@@ -37,7 +37,7 @@ from .data import Prompt, read_prompts
 from .models import load_policy
 from .sampler import Completions, SamplingParams, evaluating, sample
 from .schemas import DistributionConfig, EvalConfig
-from .scorer import CHUNK, hidden_states, mean_and_error
+from .scorer import CHUNK, head_logits, hidden_states, mean_and_error
 from .scores import Sampled, Score, function_score, reward_score
 
 __all__ = ["Estimate", "Measurement", "Settings", "difference", "measure", "run_eval", "sequence_kl"]
@@ -239,7 +239,7 @@ def sequence_kl(
         )
         per_token = torch.cat(
             [
-                _token_kl(_logits(model, left) / temperature, _logits(reference, right) / temperature)
+                _token_kl(head_logits(model, left) / temperature, head_logits(reference, right) / temperature)
                 for left, right in pairs
             ]
         )
@@ -250,13 +250,6 @@ def sequence_kl(
 def _predicting(hidden: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """The states that predict completion tokens, (K, d) over all rows of hidden (B, T, d)."""
     return torch.cat([hidden[i, start : start + n] for i, (start, n) in enumerate(zip(starts, lengths, strict=True))])
-
-
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    """(K, V) fp32 logits of hidden states (K, d), soft cap included (Gemma 2 report, section 2)."""
-    logits = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .chat import ChatFormat, Message
 from .models import load_reward_model
 from .sampler import evaluating, length_batches
 
-__all__ = ["RewardModel", "head_logps", "mean_and_error", "shaped_rewards", "token_logps"]
+__all__ = ["RewardModel", "head_logits", "head_logps", "mean_and_error", "shaped_rewards", "token_logps"]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32
 
@@ -88,11 +88,15 @@ def head_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) 
     return torch.cat([logps for logps, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
 
 
-def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = model.get_output_embeddings()(hidden).float()  # (N, V)
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2)."""
+    logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = head_logits(model, hidden)
     logps = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     with torch.no_grad():
         entropies = -(logps.exp() * logps).sum(-1)
