@@ -6,6 +6,7 @@ and data (compared by content, not by path). An output made from something else 
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from gemma2.merging.errors import OutputError
 from gemma2.merging.outputs import partial_path, read_manifest
 from gemma2.merging.progress import Progress
 
-from .config import Config
+from .config import Config, parse_value
 from .rundir import RunOptions, RunResult, changes
 
 __all__ = ["Step", "command_line", "ensure", "spell"]
@@ -44,11 +45,13 @@ def spell(command: str, config: Config, out: Path) -> str:
     words = ["gemma2", *command.split()]
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if value == field.get_default(call_default_factory=True) or value is None:
+        if value == field.get_default(call_default_factory=True):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, dict):
-            words += [word for key, item in value.items() for word in ("--set", f"{name}.{key}={item}")]
+        if value is None:  # no flag can say it
+            words += ["--set", f"{name}=null"]
+        elif isinstance(value, dict):
+            words += [word for key, item in value.items() for word in ("--set", f"{name}.{key}={_yaml(item)}")]
         elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, tuple):
@@ -56,6 +59,12 @@ def spell(command: str, config: Config, out: Path) -> str:
         else:
             words += [flag, str(value)]
     return shlex.join([*words, "--out", str(out)])
+
+
+def _yaml(value: Any) -> str:
+    """The text after `--set KEY=` that reads as this value."""
+    plain = str(value)
+    return plain if parse_value(plain) == value else json.dumps(value, ensure_ascii=False)
 
 
 def is_current(step: Step) -> bool:

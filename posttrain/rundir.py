@@ -183,7 +183,10 @@ def _is_path(value: object) -> bool:
 
 
 def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
-    """What differs between the record of a run in `directory` and what it would start from: names, or nothing."""
+    """What differs between the record of a run in `directory` and what it would start from: names, or nothing.
+
+    A path that is not the recorded one is no difference when it leads to the content of a recorded input.
+    """
     recorded = before["config"]
     found = [
         f"{key} ({recorded.get(key)!r} -> {value!r})"
@@ -197,7 +200,20 @@ def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[
         path = directory / source["path"]
         if not path.is_file() or digest_file(path) != source["digest"]:
             found.append(f"the content of {source['path']}")
+    known = {parent["weights"] for parent in before["parents"]} | {source["digest"] for source in before["data"]}
+    for key, value in config.model_dump(mode="json").items():
+        if value != recorded.get(key) and _is_path(getattr(config, key)):
+            paths = [Path(item) for item in (value if isinstance(value, list) else [value])]
+            if any(known.isdisjoint(_contents(path)) for path in paths):
+                found.append(f"{key} ({recorded.get(key)!r} -> {value!r})")
     return found
+
+
+def _contents(path: Path) -> Iterator[str]:
+    """Digests that may stand for an input: of a file, of a directory's weights, of the rows in it."""
+    if path.is_dir():
+        yield digest_weights(path)
+    yield from (digest_file(file) for file in ([path] if path.is_file() else sorted(path.glob("*.jsonl"))))
 
 
 def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config: Config, partial: Path) -> None:
