@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def merge(
         stack.enter_context(_no_empty_parents(plan.outputs[0]))
         directories = [stack.enter_context(staged_output(path, force)) for path in plan.outputs]
         result = _stream(plan, directories, progress, cut)
-        digests = [digest_weights(model.path) for model in plan.operands]
+        with ThreadPoolExecutor(plan.request.threads) as pool:
+            digests = list(pool.map(lambda model: digest_weights(model.path), plan.operands))
         for number, directory in enumerate(directories):
             copy_companions(plan.models[0].path, directory, plan.request.dtype)
             _verify(plan, directory)

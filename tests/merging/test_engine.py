@@ -194,6 +194,15 @@ def test_identical_models_merge_to_themselves(tmp_path, method):
     assert read_raw(tmp_path / "out") == read_raw(tmp_path / "a")
 
 
+def test_the_norm_of_a_long_tensor_is_right_to_1e_6(tmp_path):
+    shapes = {"model.embed_tokens.weight": (1 << 23,)}
+    for name, values in (("a", 0.1), ("b", 0.3)):
+        write_model(tmp_path / name, {key: np.full(shape, values) for key, shape in shapes.items()}, "F32")
+    result = merge(MergeRequest(method="linear", models=(tmp_path / "a", tmp_path / "b")), out=tmp_path / "out")
+    exact = [float(np.float32(value)) * 2**11.5 for value in (0.1, 0.3)]
+    assert result.groups[0].norms == pytest.approx(exact, rel=1e-6)
+
+
 def test_a_frozen_layer_falls_back_to_lerp_in_that_group_only(triple):
     base = read_model(triple / "base")
     policy = read_model(triple / "rl-1")

@@ -1,5 +1,10 @@
 """Kernels against numpy: every fp16 pattern, rounding to nearest even, sums in the promised precision."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from model_files import from_bytes, to_bytes
@@ -124,3 +129,21 @@ def test_weights_that_do_not_sum_to_one_scale_the_result():
 def test_helpers_of_these_tests_round_trip(dtype):
     values = np.array([1.0, -2.5, 0.0, 2.0**-20])
     assert from_bytes(to_bytes(values, dtype), dtype, [4]).tolist() == values.tolist()
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_once_per_machine_and_announced_in_one_line(tmp_path):
+    (tmp_path / "gemma2").symlink_to(Path(__file__).parents[2])
+    command = [sys.executable, "-c", "from gemma2.merging.kernels import prepare; prepare(print)"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [run.stdout.count("\n") for run in runs] == [1, 0]
+    assert runs[0].stdout.startswith("compiling the merge kernels")
+
+
+def test_importing_the_package_loads_neither_numba_nor_numpy(tmp_path):
+    (tmp_path / "gemma2").symlink_to(Path(__file__).parents[2])
+    code = "import sys, gemma2.merging.outputs; print(sorted({'numba', 'numpy', 'torch'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -85,6 +85,15 @@ def test_models_of_different_parents_are_merged_as_weights_with_one_warning(fami
         plan_merge(request(family, "warp"), family / "out")
 
 
+def test_a_record_of_two_inits_names_no_parent(family):
+    for number in (1, 2):
+        path = family / f"rl-{number}/gemma2.json"
+        manifest = json.loads(path.read_text())
+        manifest["parents"][1]["role"] = "model"
+        path.write_text(json.dumps(manifest))
+    assert plan_merge(request(family), family / "out").base is None
+
+
 def test_a_merge_does_not_pass_for_a_policy_trained_from_its_inputs(family):
     for eta in (0.3, 0.6):
         liti = MergeRequest(method="liti", models=(family / "rl-1",), base=family / "sft", etas=(eta,))
