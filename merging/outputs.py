@@ -41,6 +41,7 @@ __all__ = [
     "require_complete",
     "staged_output",
     "versions",
+    "weight_files",
     "write_json",
     "write_manifest",
 ]

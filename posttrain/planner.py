@@ -8,8 +8,6 @@ Time is floating-point work over this machine's measured matrix product rate (CP
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -18,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.merging.errors import InputError
+from gemma2.merging.header import read_header
 from gemma2.merging.outputs import check_output, weight_files
 
 from .config import Config
+from .data import data_file
 from .rundir import Parent, RunOptions, check_parents
 from .schemas import GenerateConfig, PairsConfig, ParetoConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
 
 __all__ = ["parameter_count", "plan"]
 
 GIB = 2.0**30
+CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 
 @dataclass(frozen=True)
@@ -41,27 +42,18 @@ class Work:
 def parameter_count(directory: Path) -> int:
     """Parameters of a model directory, from its safetensors headers alone.
 
-    Raises InputError when a header is not readable.
+    Raises InputError when a header is not readable or does not fit its file.
     """
-    total = 0
-    for path in weight_files(directory):
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-            raise InputError(f"{path} has no readable safetensors header", "restore the file") from error
-    return total
+    return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
 
 
 def count_rows(path: Path) -> int:
-    """Lines of a JSONL file. Raises InputError when it is missing or empty."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file", "give a JSONL file")
-    with path.open("rb") as file:
-        rows = sum(1 for line in file if line.strip())
+    """Lines of a JSONL file, or of the one inside an output. Raises InputError when it is missing or empty."""
+    file = data_file(path)
+    with file.open("rb") as lines:
+        rows = sum(1 for line in lines if line.strip())
     if rows == 0:
-        raise InputError(f"{path} is empty", "give one JSON object per line")
+        raise InputError(f"{file} is empty", "give one JSON object per line")
     return rows
 
 
@@ -78,7 +70,10 @@ def matmul_rate(size: int = 1024) -> float:
 
 def _train(n: int, tokens: float, lora: int) -> Work:
     state = 0.05 if lora else 1.0  # an adapter holds a few per cent of the gradients and moments
-    return Work(memory=n * (4 + 12 * state), disk=n * 4 * 2 + n * 8 * 2 * state, operations=6.0 * n * tokens)
+    checkpoint = 12.0 * state  # what is trained, and its moments
+    return Work(
+        memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), operations=6.0 * n * tokens
+    )
 
 
 def _sft(config: SftConfig) -> Work:
@@ -97,7 +92,7 @@ def _reward(config: RewardConfig) -> Work:
 
 def _mean_tokens(path: Path, limit: int) -> float:
     """Tokens per row, at the usual four bytes per token."""
-    return min(path.stat().st_size / count_rows(path) / 4, limit)
+    return min(data_file(path).stat().st_size / count_rows(path) / 4, limit)
 
 
 def _generate(config: GenerateConfig) -> Work:
@@ -113,12 +108,15 @@ def _pairs(config: PairsConfig) -> Work:
 
 
 def _rl(n: int, reward: Path | None, config: RlhfConfig | WarpConfig) -> Work:
-    """Policy, gradients, moments, anchor and the SFT reference; generated, scored three times and trained on."""
+    """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
+
+    On disk: the policy and its anchor, and in every checkpoint both and the moments.
+    """
     judge = parameter_count(reward) if reward else 0
     tokens = config.steps * config.prompts_per_step * config.n * config.max_new_tokens
     return Work(
         memory=n * 24.0 + judge * 4.0,
-        disk=n * (4 + 4) + n * (4 + 8 + 4) * 2.0,
+        disk=n * (8.0 + 16.0 * CHECKPOINTS_AT_ONCE),
         operations=tokens * (n * (2 + 2 + 6) + judge * 2.0),
     )
 
@@ -135,7 +133,7 @@ def _warp(config: WarpConfig) -> Work:
     one = _rl(n, config.reward, config)
     runs = config.policies * config.iterations
     kept = config.iterations * (2 * config.policies + 2) * n * 4.0 + n * 4.0
-    return Work(memory=one.memory, disk=kept + n * 32.0, operations=one.operations * runs)
+    return Work(memory=one.memory, disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE, operations=one.operations * runs)
 
 
 def _pareto(config: ParetoConfig) -> Work:

@@ -34,6 +34,7 @@ from gemma2.merging.outputs import (
     read_manifest,
     require_complete,
     versions,
+    weight_files,
     write_json,
     write_manifest,
 )
@@ -153,6 +154,10 @@ def check_parents(parents: Sequence[Parent]) -> None:
             raise InputError(
                 f"--{parent.role} {parent.path} holds no config.json",
                 "give a directory with config.json and *.safetensors",
+            )
+        if not weight_files(parent.path):
+            raise InputError(
+                f"--{parent.role} {parent.path} holds no *.safetensors", "convert the weights with gemma2 convert"
             )
         require_complete(parent.path, f"--{parent.role}")
 

@@ -17,7 +17,7 @@ from gemma2.posttrain.config import Config, resolve
 from gemma2.posttrain.pipeline import Step, command_line, ensure
 from gemma2.posttrain.quickstart import chapters
 from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
-from gemma2.posttrain.schemas import QuickstartConfig, RlhfConfig, SftConfig
+from gemma2.posttrain.schemas import QuickstartConfig, RlhfConfig, SftConfig, WarpConfig
 
 
 class Settings(Config):
@@ -171,6 +171,11 @@ def test_a_default_that_is_taken_away_shows_in_the_command_line(parsed):
     rlhf = RlhfConfig(policy="p", prompts="q", reward="r", max_kl=None)
     line = command_line(Step("rlhf", rlhf, Path("o"), Counter()))
     assert parsed(line)[0].max_kl is None
+
+
+def test_a_list_shows_as_one_word(parsed):
+    warp = WarpConfig(sft="s", prompts="p", heldout="h", reward_fn="m:f", etas=(0.1, 0.9), compare=("a", "b"))
+    assert parsed(command_line(Step("warp", warp, Path("o"), Counter()))) == (warp, Path("o"))
 
 
 @pytest.mark.parametrize("name", [name for name in [None, *recipes()] if name is None or name.startswith("quickstart")])

@@ -151,6 +151,7 @@ def test_an_output_that_holds_the_data_is_refused(place):
 def test_every_one_of_several_parents_of_a_role_is_kept_from_the_output(place):
     (place / "second").mkdir()
     (place / "second" / "config.json").write_text("{}")
+    (place / "second" / "model.safetensors").write_text("weights")
     parents = [Parent("policies", place / "model"), Parent("policies", place / "second")]
     config = Settings(model=place / "model", data=place / "data.jsonl")
     for parent in parents:
@@ -164,6 +165,7 @@ def test_every_one_of_several_parents_of_a_role_is_kept_from_the_output(place):
     [
         (lambda model: model.rename(model.with_name("gone")), "--model .* is not a directory"),
         (lambda model: (model / "config.json").unlink(), r"holds no config\.json"),
+        (lambda model: (model / "model.safetensors").unlink(), r"holds no \*\.safetensors"),
         (lambda model: write_manifest(model, {"status": "running"}), "unfinished output .*'running'"),
     ],
 )
