@@ -172,6 +172,13 @@ def test_chatml_ends_once(chatml):
     assert chatml.stop_ids == [chatml.end_of_turn_id] == [chatml.eos_id]
 
 
+def test_text_that_closes_a_model_turn_is_learned():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = CHATML.replace("+ '<|im_end|>", "+ ' .<|im_end|>")
+    example = ChatFormat(tokenizer).example([user("a"), model("b")])
+    assert marked(ChatFormat(tokenizer), *example).endswith("assistant\n[b .<|im_end|>]")
+
+
 def test_a_chatml_model_with_another_eos_gets_it_too():
     tokenizer = chatml_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<eos>"})

@@ -14,7 +14,7 @@ from gemma2.posttrain.chat import ChatFormat
 from gemma2.posttrain.data import read_conversations, to_line
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import SftConfig
-from gemma2.posttrain.sft import Example, heldout_loss, run_sft, tokenise
+from gemma2.posttrain.sft import Example, heldout_loss, make_trainer, run_sft, tokenise
 from gemma2.posttrain.tiny import random_model, save_random, tiny_tokenizer
 
 
@@ -189,14 +189,32 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path, chat):
         examples(tmp_path, chat, SHORT, {"messages": [TURNS[0], TURNS[0], TURNS[1]]})
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_held_out_loss_is_the_mean_over_target_tokens(tmp_path, chat, batch_size):
-    model = random_model()
-    rows, _ = examples(tmp_path, chat, LONG, SHORT, {"messages": [*TURNS, {"role": "assistant", "content": "2"}]})
+@torch.no_grad()
+def masked_loss(model, rows):
+    """Mean of -log pi over the targets of all rows, each row alone and without padding."""
     losses = []
     for row in rows:
         logits = model(input_ids=torch.tensor([row.ids])).logits[0].double()
-        targets = torch.tensor(row.ids[1:])
-        nll = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none")
+        nll = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row.ids[1:]), reduction="none")
         losses += nll[torch.tensor(row.mask[1:])].tolist()
-    assert heldout_loss(model, rows, batch_size) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    return sum(losses) / len(losses)
+
+
+ROWS = [LONG, SHORT, {"messages": [*TURNS, {"role": "assistant", "content": "2"}]}]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_held_out_loss_is_the_mean_over_target_tokens(tmp_path, chat, batch_size):
+    rows, _ = examples(tmp_path, chat, *ROWS)
+    assert heldout_loss(random_model(), rows, batch_size) == pytest.approx(masked_loss(random_model(), rows), rel=1e-5)
+
+
+def test_the_training_loss_is_the_mean_over_target_tokens_of_the_batch(inputs, tmp_path, chat):
+    class Folder:
+        checkpoints = tmp_path
+
+    rows, _ = examples(tmp_path, chat, *ROWS)
+    model = random_model()
+    trainer = make_trainer(model, tiny_tokenizer(), rows, configure(inputs), Folder(), accumulation=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(masked_loss(random_model(), rows), rel=1e-5)

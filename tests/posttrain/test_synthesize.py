@@ -106,14 +106,17 @@ def test_mostly_truncated_data_is_warned_about(inputs, tmp_path, interrupting):
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, generated, chunks, interrupting):
+def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, generated, chunks, interrupting, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run_generate(configure(inputs), RunOptions(out), interrupting(8 * chunks - 1))
     saved = sorted((tmp_path / ".out.partial" / "checkpoints").glob("chunk-*"))
     assert len(saved) == chunks and not out.exists()
     (saved[0].parent / ".chunk-00000007.jsonl.tmp").write_text('{"torn')  # what a kill in the middle of a save leaves
+    calls, draw = [], synthesize.sample
+    monkeypatch.setattr(synthesize, "sample", lambda *args: calls.append(args) or draw(*args))
     resumed = run_generate(configure(inputs), RunOptions(out, resume=True))
+    assert len(calls) == 3 - chunks
     assert (out / "data.jsonl").read_bytes() == (generated.out / "data.jsonl").read_bytes()
     assert resumed.summary == generated.summary and not (out / "checkpoints").exists()
 
@@ -123,6 +126,16 @@ def test_seed_and_limit_decide_what_is_drawn(inputs, tmp_path, generated):
     assert rows_of(limited) == rows_of(generated)[:8]
     other = run_generate(configure(inputs, limit=4, seed=1), RunOptions(tmp_path / "other"))
     assert rows_of(other) != rows_of(limited)
+
+
+def test_chunks_draw_different_numbers(inputs, tmp_path):
+    same = tmp_path / "same.jsonl"
+    same.write_bytes(to_line({"prompt": "a"}) * 16)
+    config = GenerateConfig(
+        teacher=inputs / "teacher", prompts=same, max_new_tokens=8, batch_size=8, keep_truncated=True
+    )
+    rows = rows_of(run_generate(config, RunOptions(tmp_path / "out")))
+    assert rows[:8] != rows[8:]
 
 
 def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_drawn(inputs, tmp_path, monkeypatch):
