@@ -30,7 +30,7 @@ from .schemas import RlFields
 from .scorer import token_logps
 from .scores import Sampled, Score
 
-__all__ = ["Rollout", "anchored_rewards", "leave_one_out"]
+__all__ = ["Batch", "Rollout", "anchored_rewards", "leave_one_out", "padded"]
 
 
 def anchored_rewards(rewards: Tensor, log_ratios: Tensor, beta: float) -> Tensor:

@@ -16,7 +16,7 @@ from gemma2.posttrain.ema import EmaAnchor
 from gemma2.posttrain.guards import Guards
 from gemma2.posttrain.rlhf import AnchorUpdate, run_rlhf
 from gemma2.posttrain.rloo import prompt_order, sequence_logps
-from gemma2.posttrain.rollout import Rollout, anchored_rewards, correlation, leave_one_out
+from gemma2.posttrain.rollout import Rollout, anchored_rewards, correlation, leave_one_out, padded
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.sampler import sample
 from gemma2.posttrain.schemas import RlhfConfig
@@ -174,6 +174,12 @@ def test_advantages_are_those_of_reward_less_beta_times_kl():
 def bound_rows(ids, mask):
     """Rows without their padding."""
     return [row[: int(m.nonzero()[-1]) + 1].tolist() for row, m in zip(ids, mask, strict=True)]
+
+
+def test_the_mask_covers_the_completion_and_nothing_else():
+    batch = padded([[5, 6, 7], [8]], [[9], [10, 11]], torch.zeros(2))
+    assert batch.ids.tolist() == [[5, 6, 7, 9], [8, 10, 11, 0]]
+    assert batch.mask.tolist() == [[False, False, False, True], [False, True, True, False]]
 
 
 def test_neither_prompt_nor_padding_enters_the_loss():
