@@ -106,8 +106,12 @@ def invoke(arguments: list[str]) -> int:
     """Parse and run one command line. Raises UsageProblem for one that cannot be parsed; returns the exit code."""
     command = get_command(app)
     try:
-        code = command.main(arguments or ["--help"], prog_name="gemma2", standalone_mode=False)
+        code = command.main(arguments, prog_name="gemma2", standalone_mode=False)
     except TyperException as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "gemma2")
         raise UsageProblem(f"{error.format_message()} (see {path} --help)") from error
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer's answer to one is exit code 1
+            raise error.__context__ from None
+        raise
     return code if isinstance(code, int) else 0

@@ -6,10 +6,11 @@ A terminal gets rich bars and tables; a pipe gets plain lines without ANSI; `--j
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def _value(value: object) -> str:
     return str(value)
 
 
+def _tell(text: str) -> None:
+    """A line on stderr. A reader who has gone (`2>&1 | head`) is no reason to stop the work."""
+    with suppress(BrokenPipeError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _plain(value: Any) -> Any:
+    """A document as JSON can hold it: a figure that is not finite is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+
+
 class _PlainTask:
     """Progress as a line now and then, for logs and pipes."""
 
@@ -69,8 +92,7 @@ class _PlainTask:
         elapsed = self.told - self.started
         of = f" of {_size(self.total, self.unit)}" if self.total else ""
         live = "".join(f", {key} {_value(value)}" for key, value in self.fields.items())
-        sys.stderr.write(f"{self.label}: {_size(self.done, self.unit)}{of} {self.unit} in {elapsed:.0f} s{live}\n")
-        sys.stderr.flush()
+        _tell(f"{self.label}: {_size(self.done, self.unit)}{of} {self.unit} in {elapsed:.0f} s{live}")
 
 
 class _RichTask:
@@ -140,7 +162,7 @@ class Console:
             console = self._display.console if self._display is not None else RichConsole(stderr=True)
             console.print(text, style=style, markup=False, highlight=False)
         else:
-            sys.stderr.write(text + "\n")
+            _tell(text)
 
     def heading(self, text: str) -> None:
         """A line that opens a stage of a longer job."""
@@ -149,14 +171,18 @@ class Console:
 
             RichConsole(stderr=True).print(f"\n[bold]{text}[/]", highlight=False)
         elif not self.quiet:
-            sys.stderr.write(f"\n{text}\n")
+            _tell(f"\n{text}")
 
     def result(self, document: Mapping[str, Any], out: Path | None = None) -> None:
-        """Print what a command found: a two-column table for people, the document itself with --json."""
+        """Print what a command found: a two-column table for people, the document itself with --json.
+
+        People are spared lists of records; they are in the document.
+        """
         if self.as_json:
             self.json({"out": str(out) if out else None, **document} if out else document)
             return
-        rows = [(key.replace("_", " "), _value(value)) for key, value in document.items() if value is not None]
+        shown = {key: value for key, value in document.items() if value is not None and not _is_table(value)}
+        rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
         if out is not None:
             rows.append(("output", str(out)))
         width = max((len(key) for key, _ in rows), default=0)
@@ -165,7 +191,7 @@ class Console:
 
     def json(self, document: Any) -> None:
         """One JSON document on stdout."""
-        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
 
     def text(self, text: str) -> None:
         """Text that is itself the result, such as a plot in characters."""

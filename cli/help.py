@@ -80,13 +80,16 @@ class HelpCommand(TyperCommand):
 
 
 class HelpGroup(TyperGroup):
-    """A group whose page shows its commands by panel, then its options."""
+    """A group whose page shows its commands by panel, then its options. Called with nothing, it shows the page."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args or self.invoke_without_command else ["--help"])
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         lines = list(_head(ctx, self.help))
         panels: dict[str, list[Row]] = {}
         for name in self.list_commands(ctx):
-            command = self.get_command(ctx, name)
+            command: Any = self.get_command(ctx, name)
             summary = command.get_short_help_str(200)
             panels.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, summary))
         for title, rows in [*panels.items(), *_sections(self.get_params(ctx)).items()]:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from gemma2.configs import recipe, recipes
 from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.outputs import MANIFEST
+from gemma2.merging.outputs import MANIFEST, check_output
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.config import Config, closest, resolve
 from gemma2.posttrain.rundir import RunOptions, RunResult
@@ -194,13 +194,21 @@ def make_command(schema: type[Config], run: Runner, writes: bool) -> Callable[..
     flags = flags_of(schema)
 
     def command(ctx: typer.Context, **given: Any) -> None:
-        if ctx.invoked_subcommand is None:
+        if ctx.invoked_subcommand is not None:
+            if ctx.args or any(value not in (None, False, []) for value in given.values()):
+                raise UsageError(
+                    f"options stand before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
+                )
+        else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"])
             values = _split_lists(schema, {name: given[name] for name in flags})
             config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=values)
             if writes:
                 execute(config, given, run, console)
             else:
+                from gemma2.posttrain.planner import check_inputs
+
+                check_inputs(config)
                 console.result(run(config, RunOptions(Path()), console).summary)
 
     common: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
@@ -228,10 +236,13 @@ def execute(config: Config, given: dict[str, Any], run: Runner, console: Console
     if given["out"] is None:
         raise UsageError("--out is missing", "give the directory to write")
     options = RunOptions(given["out"], given["resume"], given["force"])
-    if given["dry_run"]:
-        from gemma2.posttrain.planner import plan
+    from gemma2.posttrain.planner import check_inputs, plan
 
+    if given["dry_run"]:
         console.result(plan(config, options))
         return
+    check_inputs(config)
+    if not options.resume:
+        check_output(options.out, options.force)
     result = run(config, options, console)
     console.result(result.summary, result.out)

@@ -24,7 +24,7 @@ from .data import data_file
 from .rundir import Parent, RunOptions, check_parents
 from .schemas import GenerateConfig, PairsConfig, ParetoConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
 
-__all__ = ["parameter_count", "plan"]
+__all__ = ["check_inputs", "parameter_count", "plan"]
 
 GIB = 2.0**30
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
@@ -162,10 +162,19 @@ def inputs_of(config: Config) -> dict[str, Path]:
     return {name: path for name, path in found.items() if isinstance(path, Path)}
 
 
+def check_inputs(config: Config) -> None:
+    """Refuse models and data that are not there: in milliseconds, where the step itself first imports torch."""
+    check_parents([Parent(role, path) for role, path in inputs_of(config).items()])
+    for name in ("data", "prompts", "heldout"):
+        path = getattr(config, name, None)
+        if path is not None:
+            data_file(path)
+
+
 def plan(config: Config, options: RunOptions) -> dict[str, Any]:
     """The resolved configuration of a step with its needs. Raises what the step itself would raise about its inputs."""
     models = inputs_of(config)
-    check_parents([Parent(role, path) for role, path in models.items()])
+    check_inputs(config)
     check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
     document: dict[str, Any] = {
         "plan": f"{type(config).__name__.removesuffix('Config').lower()} -> {options.out}, nothing was written",

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.configs import recipes
-from gemma2.merging.errors import UsageError
-from gemma2.merging.outputs import locked, now, versions, write_json
+from gemma2.merging.errors import OutputError, UsageError
+from gemma2.merging.outputs import MANIFEST, check_output, locked, now, versions, write_json
 from gemma2.merging.progress import SILENT, Progress
 
 from .config import Config, resolve
@@ -138,6 +138,7 @@ def run_quickstart(
     Returns {"rows": table rows, "samples": answers before and after, "points": the front, "report": path}.
     """
     plan = chapters(config, out)
+    check_place(out)
     started = now()
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -147,11 +148,19 @@ def run_quickstart(
             ensure(chapter.step, progress)
         summary = _summary(out)
         write_json(out / "summary.json", summary)
-        write_json(out / "gemma2.json", _manifest(config, started, summary))
+        write_json(out / MANIFEST, _manifest(config, started, summary))
         from .report import write_report
 
         summary["report"] = str(write_report(out, out / "report.html"))
         return summary
+
+
+def check_place(out: Path) -> None:
+    """Refuse a directory that holds something else: a quickstart grows in the open and would mix with it."""
+    check_output(out, force=True)
+    ours = (MANIFEST, "models", ".models.partial")
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in ours):
+        raise OutputError(f"--out {out} holds something else", "choose another --out")
 
 
 def _manifest(config: QuickstartConfig, started: str, summary: dict[str, Any]) -> dict[str, Any]:
