@@ -24,7 +24,7 @@ from .schemas import (
     WarpConfig,
 )
 
-__all__ = ["command_of", "why"]
+__all__ = ["command_of", "phrases", "why"]
 
 COMMANDS: dict[str, tuple[type[Config], str]] = {
     "tiny": (TinyConfig, "pre-trains a small Gemma 2 student and a larger teacher from scratch"),
@@ -94,3 +94,8 @@ def local(text: str, root: Path) -> str:
 def name_of_paths(text: str) -> str:
     """`name_of` for every path in a line."""
     return re.sub(r"[^\s,']+", lambda found: name_of(found[0]), text)
+
+
+def phrases(command: str) -> list[str]:
+    """A command line cut in front of every flag: pieces that should not be broken over lines."""
+    return re.split(r" (?=--?[a-z])", command) if command else []

@@ -39,6 +39,7 @@ from .sampler import Completions, SamplingParams, evaluating, sample
 from .schemas import DistributionConfig, EvalConfig
 from .scorer import CHUNK, head_logits, hidden_states, mean_and_error
 from .scores import Sampled, Score, function_score, reward_score
+from .training import quiet_libraries
 
 __all__ = ["Estimate", "Measurement", "Settings", "difference", "measure", "run_eval", "sequence_kl"]
 
@@ -273,7 +274,8 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
 
 
 def run_eval(config: EvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
-    """Measure one policy. Writes nothing; returns the flat columns, the settings and sample completions."""
+    """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
+    quiet_libraries()
     rows = read_prompts(config.prompts, config.limit)
     reference, tokenizer = load_policy(config.sft)
     chat = ChatFormat(tokenizer, reference.generation_config)
@@ -287,7 +289,6 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
         **measured.columns(),
         "n": measured.n,
         "prompts": len(rows),
-        "settings": config.model_dump(mode="json"),
         "samples": list(measured.samples),
     }
 

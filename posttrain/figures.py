@@ -174,10 +174,10 @@ def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
 
 
 def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, bool]]:
-    """(point, text, important) for what is worth a label: ends, merges, etas, the best single RL run."""
-    policies = [point for point in points if point["kind"] == "policy"]
-    first = min((point.get("iteration") or 0 for point in policies), default=0)
-    single = [point for point in policies if (point.get("iteration") or 0) == first]  # what RL alone gives
+    """(point, text, important) for what is worth a label: ends, merges, etas, the best single RL run, other models."""
+    runs = [point for point in points if point["kind"] == "policy" and point.get("iteration")]
+    first = min((point["iteration"] for point in runs), default=None)
+    single = [point for point in runs if point["iteration"] == first]  # what RL alone gives
     best = max(single, key=lambda point: point["reward"], default=None)
     chosen: list[tuple[Point, str, bool]] = []
     for point in points:
@@ -190,6 +190,8 @@ def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, bool]]:
             chosen.append((point, f"η {eta:g}", False))
         elif point is best:
             chosen.append((point, "best RL", True))
+        elif kind == "policy" and not point.get("iteration"):
+            chosen.append((point, str(point["name"]), False))
     return sorted(chosen, key=lambda item: not item[2])
 
 
@@ -216,10 +218,12 @@ def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
 
 
 def along_lines(axis: Any) -> list[tuple[float, float]]:
-    """Places every few dots along everything drawn, in display coordinates: labels keep off them."""
+    """Places every few dots along every line and error bar, in display coordinates: labels keep off them."""
     places = []
-    for line in axis.get_lines():
-        corners = axis.transData.transform(line.get_xydata())
+    drawn = [line.get_xydata() for line in axis.get_lines()]
+    drawn += [segment for bars in axis.collections for segment in bars.get_segments()]
+    for path in drawn:
+        corners = axis.transData.transform(path)
         for (x0, y0), (x1, y1) in pairwise(corners):
             steps = max(1, int(math.hypot(x1 - x0, y1 - y0) // 6))
             places += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps)]
@@ -228,7 +232,7 @@ def along_lines(axis: Any) -> list[tuple[float, float]]:
 
 def offsets() -> Iterable[tuple[float, float, str, str]]:
     """Places around a point, nearest and most natural first: (dx, dy, horizontal, vertical alignment) in points."""
-    for radius in (8, 14, 22):
+    for radius in (8, 14, 22, 30):
         for degrees in (45, 135, 90, 0, -45, 180, -90, -135):
             x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
             across = "center" if abs(x) < 1 else ("left" if x > 0 else "right")

@@ -32,6 +32,7 @@ from .models import load_policy
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .schemas import ParetoConfig
 from .scores import Score
+from .training import quiet_libraries
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
 
@@ -258,6 +259,7 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     The hypervolume's reference point is (the largest KL measured, the reward of the SFT policy): the area gained over
     the SFT policy. Summary: number of points, hypervolume, best point.
     """
+    quiet_libraries()
     candidates = plan_candidates(config)
     parents = [Parent("sft", config.sft), *(Parent("policies", path) for path in config.policies)]
     parents += [

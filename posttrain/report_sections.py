@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from .collect import Collected, Stage
-from .commands import command_of, why
+from .commands import command_of, phrases, why
 from .figures import angles_figure, curves_figure, front_figure, page_svg
 from .report_values import duration, number, rounded, with_error
 
@@ -133,7 +133,7 @@ def verdict(rows: Rows) -> dict[str, Any] | None:
     before, after = named["SFT"], named[last[-1]]
     names = ["reward", *scores_of_points([before, after])[:2]]
     lines = [change(name, before, after) for name in names if name in before and name in after]
-    return {"title": last[-1], "kl": number(after["kl"]), "lines": [line for line in lines if line]}
+    return {"title": last[-1], "kl": with_error(after, "kl")["value"], "lines": [line for line in lines if line]}
 
 
 def change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -196,7 +196,7 @@ def described(stage: Stage, found: Collected) -> dict[str, Any]:
         "why": why(stage.command),
         "figures": list(figures.items())[:6],
         "seconds": stage.seconds,
-        "shell": command_of(stage, found.root),
+        "shell": phrases(command_of(stage, found.root)),
     }
 
 

@@ -150,7 +150,7 @@ def test_length_counts_the_stop_token_and_truncation_is_a_share(policy, referenc
 
 
 def test_dropout_is_off_and_the_training_mode_comes_back(reference, chat, rows):
-    policy = random_model(1).train()
+    policy = random_model(1, attention_dropout=0.5).train()
     first = measure(policy, reference, chat, rows, [length_score], settings())
     assert policy.training
     assert first.per_prompt == measure(random_model(1), reference, chat, rows, [length_score], settings()).per_prompt

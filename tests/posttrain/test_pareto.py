@@ -108,7 +108,7 @@ def settings(world, **more):
         "prompts": root / "heldout.jsonl",
         "policies": (places["base"], places["policy-1"], places["slerp"]),
         "merged": places["slerp"],
-        "etas": (0.0, 0.5, 1.0),
+        "etas": (0.0, 0.25, 0.5, 1.0),
         "reward_fn": f"{__name__}:reward",
         "max_new_tokens": 6,
     }
@@ -134,6 +134,7 @@ def test_every_policy_and_eta_is_a_point_of_its_kind(front):
         "policy-1": ("policy", 1, None),
         "slerp": ("slerp", 1, None),
         "eta 0": ("line", 1, 0.0),
+        "eta 0.25": ("line", 1, 0.25),
         "eta 0.5": ("line", 1, 0.5),
         "eta 1": ("line", 1, 1.0),
         "policy-1 step 0": ("trajectory", 1, None),
@@ -180,7 +181,7 @@ def test_the_output_is_complete(front):
     manifest = read_manifest(front)
     assert manifest["status"] == "complete"
     assert {parent["role"] for parent in manifest["parents"]} == {"sft", "policies", "merged"}
-    assert manifest["summary"]["points"] == 7
+    assert manifest["summary"]["points"] == 8
     assert (front / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -198,7 +199,7 @@ def test_samples_of_all_policies_answer_the_same_prompts(front):
     prompts = {}
     for row in rows:
         prompts.setdefault(row["name"], []).append(row["prompt"][-1]["content"])
-    assert len(prompts) == 7
+    assert len(prompts) == 8
     assert len(set(map(tuple, prompts.values()))) == 1
 
 
@@ -221,7 +222,7 @@ def test_a_killed_front_goes_on_with_the_next_point_and_ends_alike(world, front,
     assert not out.exists()
     monkeypatch.setattr(pareto, "measure", lambda *arguments: measured.append(arguments[-1]) or measure(*arguments))
     run_pareto(settings(world), RunOptions(out, resume=True))
-    assert sorted(measured) == sorted(["SFT", "base", "policy-1", "slerp", "eta 0.5"])
+    assert sorted(measured) == sorted(["SFT", "base", "policy-1", "slerp", "eta 0.25", "eta 0.5"])
     for name in ("front.json", "front.csv", "front.svg", "samples.jsonl"):
         assert (out / name).read_bytes() == (front / name).read_bytes()
 
