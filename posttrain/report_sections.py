@@ -209,7 +209,7 @@ def angles(found: Collected) -> dict[str, Any] | None:
         groups = [
             group for group in stage.summary.get("groups") or () if isinstance(group, Mapping) and "group" in group
         ]
-        if groups:
+        if any(mean_angle(group) is not None for group in groups):
             merges[title] = {group_label(str(g["group"])): mean_angle(g) for g in groups}
             rows += [
                 (title, group_label(str(g["group"])), mean_angle(g), *norms(g), g.get("fallback") or "") for g in groups

@@ -92,7 +92,7 @@ def warp(run, prefix="warp/", policies=2, iterations=2, steps=120):
     for i in range(1, iterations + 1):
         models = [run.rl(prefix, i, m, init, steps) for m in range(1, policies + 1)]
         slerp = f"{prefix}iteration-{i}/slerp"
-        groups = [group(run, name) for name in GROUPS]
+        groups = [group(run, name, policies) for name in GROUPS]
         summary = {"method": "slerp", "task_vectors": True, "mean_angle": 77.1, "groups": groups}
         config = {"method": "slerp", "etas": [], "granularity": "layer"}
         run.stage(slerp, "merge slerp", config, [("base", init), *(("input", m) for m in models)], summary, seconds=1)
@@ -110,11 +110,12 @@ def warp(run, prefix="warp/", policies=2, iterations=2, steps=120):
     )  # fmt: skip
 
 
-def group(run, name):
+def group(run, name, policies):
     angle = 22.0 if name == "model.norm" else run.random.uniform(66, 88)
     return {
-        "group": name, "parameters": 1000, "base_norm": 10.0, "norms": [1.0, 1.1], "angles": [angle],
-        "result_norms": [1.05], "coefficients": [[-0.3, 0.65, 0.65]], "fallback": "",
+        "group": name, "parameters": 1000, "base_norm": 10.0, "norms": [1.05] * policies,
+        "angles": [angle] * (policies * (policies - 1) // 2),
+        "result_norms": [1.05], "coefficients": [[0.0] + [1 / policies] * policies], "fallback": "",
     }  # fmt: skip
 
 
