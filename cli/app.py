@@ -46,7 +46,7 @@ COMMANDS = {
     "pareto": Entry("pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"),
     "report": Entry("report", "One self-contained HTML page about a finished run.", "Evaluation"),
     "convert": Entry("convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"),
-    "config": Entry("config", "List, show and check recipes.", "Tools"),
+    "config": Entry("config", "List and show recipes, or the settings of an output.", "Tools"),
 }
 
 

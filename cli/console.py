@@ -166,12 +166,8 @@ class Console:
 
     def heading(self, text: str) -> None:
         """A line that opens a stage of a longer job."""
-        if self.interactive:
-            from rich.console import Console as RichConsole
-
-            RichConsole(stderr=True).print(f"\n[bold]{text}[/]", highlight=False)
-        elif not self.quiet:
-            _tell(f"\n{text}")
+        if not self.quiet:
+            self._say(f"\n{text}", style="bold")
 
     def result(self, document: Mapping[str, Any], out: Path | None = None) -> None:
         """Print what a command found: a two-column table for people, the document itself with --json.

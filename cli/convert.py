@@ -46,12 +46,12 @@ def convert(
       gemma2 convert model.Q8_0.gguf --out model
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
+    if out is None:
+        raise UsageError("--out is missing", "give the directory to write")
     from gemma2.posttrain.convert import plan_convert, run_convert
     from gemma2.posttrain.rundir import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
 
-    if out is None:
-        raise UsageError("--out is missing", "give the directory to write")
     console = Console(as_json=as_json, quiet=quiet)
     config, options = ConvertConfig(source=source, dtype=dtype), RunOptions(out, force=force)
     if dry_run:
