@@ -284,7 +284,9 @@ def finish_heat_map(axis: Any, across: Sequence[str], down: Sequence[str]) -> No
     axis.set_xlim(0, len(across))
     axis.set_ylim(len(down), 0)
     size = 7.5 if len(across) > 14 else 8.5
-    axis.set_xticks([i + 0.5 for i in range(len(across))], [name.replace(" ", "\n", 1) for name in across], fontsize=size)
+    axis.set_xticks(
+        [i + 0.5 for i in range(len(across))], [name.replace(" ", "\n", 1) for name in across], fontsize=size
+    )
     axis.set_yticks([i + 0.5 for i in range(len(down))], down, fontsize=8.5)
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
