@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from gemma2.cli import console as module
+from gemma2.cli import display
 from gemma2.cli.console import Console
 
 ESCAPE = "\033"
@@ -184,14 +185,18 @@ def test_nothing_in_a_pipe_has_ansi_codes(capsys, clock):
 # --- progress on a terminal -------------------------------------------------------------------------------------------
 
 
-def test_bars_of_nested_tasks_share_one_display_with_live_figures(terminal):
+def test_bars_of_nested_tasks_share_one_display_with_live_figures(terminal, monkeypatch):
     out, err = terminal()
+    opened = []
+    make = display.progress_display
+    monkeypatch.setattr(display, "progress_display", lambda console: opened.append(make(console)) or opened[-1])
     console = Console()
     with console.task("WARP", total=2, unit="runs") as outer:
         with console.task("RL", total=10, unit="steps") as inner:
             inner.advance(4, reward=1.25)
             console.note("[a note] between")
         outer.advance(1)
+    assert len(opened) == 1
     assert out.getvalue() == ""
     assert ESCAPE in err.getvalue()
     for part in ("WARP", "RL", "4/10", "reward", "1.25", "[a note] between"):

@@ -72,6 +72,8 @@ def test_a_common_flag_means_the_same_everywhere(name):
 @pytest.mark.parametrize("name", ALL)
 def test_a_page_is_plain_in_a_pipe_and_no_wider_than_a_terminal(page, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     text = page(*name.split())
     assert "\033" not in text
     lines = [line for line in text.splitlines() if not line.startswith(("  gemma2 ", "Usage:"))]
