@@ -307,7 +307,7 @@ def build_front(
 
 def write_front(directory: Path, front: Mapping[str, Any], samples: Sequence[tuple[Candidate, list[Any]]]) -> None:
     """front.json, front.csv, front.png, front.svg and samples.jsonl."""
-    from .figures import front_figure, write_figure
+    from .reporting.figures import front_figure, write_figure
 
     write_json(directory / "front.json", front)
     columns = list(dict.fromkeys(key for point in front["points"] for key in point))

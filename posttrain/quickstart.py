@@ -149,7 +149,7 @@ def run_quickstart(
         summary = _summary(out)
         write_json(out / "summary.json", summary)
         write_json(out / MANIFEST, _manifest(config, started, summary))
-        from .report import write_report
+        from .reporting.page import write_report
 
         summary["report"] = str(write_report(out, out / "report.html"))
         return summary

@@ -30,6 +30,7 @@ from .pipeline import Step, ensure
 from .rlhf import run_rlhf
 from .rundir import Parent, RunOptions, RunResult, open_run
 from .schemas import MergeConfig, ParetoConfig, RlFields, RlhfConfig, TrainingFields, WarpConfig
+from .scores import load_function
 
 __all__ = ["pick_eta", "run_warp", "warp_steps"]
 
@@ -58,6 +59,11 @@ def policy_step(config: WarpConfig, root: Path, init: Path, iteration: int, poli
     return Step("rlhf", rlhf, root / f"iteration-{iteration}" / f"policy-{policy}", run_rlhf)
 
 
+def merged_policy(config: WarpConfig, root: Path, iteration: int) -> Path:
+    """Where the merge of an iteration lies: its slerp, or with M = 1 (plain RL and LITI) the policy itself."""
+    return root / f"iteration-{iteration}" / ("slerp" if config.policies > 1 else "policy-1")
+
+
 def warp_steps(config: WarpConfig, root: Path) -> Iterator[Step]:
     """The steps of Algorithm 1 below `root`, in order; nothing is run."""
     init = config.sft
@@ -66,10 +72,12 @@ def warp_steps(config: WarpConfig, root: Path) -> Iterator[Step]:
         policies = [policy_step(config, root, init, iteration, m) for m in range(1, config.policies + 1)]
         yield from policies
         outs = tuple(step.out for step in policies)
-        yield Step("merge slerp", MergeConfig(method="slerp", models=outs, base=init), here / "slerp", run_merge)
+        merged = merged_policy(config, root, iteration)
+        if config.policies > 1:
+            yield Step("merge slerp", MergeConfig(method="slerp", models=outs, base=init), merged, run_merge)
         yield Step(
             "merge liti",
-            MergeConfig(method="liti", models=(here / "slerp",), base=init, etas=(config.eta,)),
+            MergeConfig(method="liti", models=(merged,), base=init, etas=(config.eta,)),
             here / "init",
             run_merge,
         )
@@ -79,14 +87,15 @@ def warp_steps(config: WarpConfig, root: Path) -> Iterator[Step]:
 
 def front_config(config: WarpConfig, root: Path) -> ParetoConfig:
     """The evaluation of every policy and merge, and of the line from the SFT policy to the last slerp."""
-    places = [root / f"iteration-{i}" for i in range(1, config.iterations + 1)]
-    measured = [place / f"policy-{m}" for place in places for m in range(1, config.policies + 1)]
-    measured += [place / "slerp" for place in places]
+    rounds = range(1, config.iterations + 1)
+    measured = [root / f"iteration-{i}" / f"policy-{m}" for i in rounds for m in range(1, config.policies + 1)]
+    if config.policies > 1:
+        measured += [merged_policy(config, root, i) for i in rounds]
     return ParetoConfig(
         sft=config.sft,
         prompts=config.heldout,
         policies=(*config.compare, *measured),
-        merged=places[-1] / "slerp",
+        merged=merged_policy(config, root, config.iterations),
         etas=config.etas,
         reward=config.reward,
         reward_fn=config.reward_fn,
@@ -118,6 +127,9 @@ def run_warp(config: WarpConfig, options: RunOptions, progress: Progress = SILEN
 
     A killed run continues with `resume` at the step, and inside an RL run at the checkpoint, where it was.
     """
+    for option, name in (("--reward-fn", config.reward_fn), ("--judge-fn", config.judge_fn)):
+        if name is not None:
+            load_function(name, option)  # an hour of RL later is too late for a typo
     parents = [Parent("sft", config.sft)] + ([Parent("reward", config.reward)] if config.reward else [])
     with open_run("warp", config, options, parents=parents, data=[config.prompts, config.heldout]) as run:
         for step in warp_steps(config, run.path):
@@ -125,7 +137,7 @@ def run_warp(config: WarpConfig, options: RunOptions, progress: Progress = SILEN
             ensure(step, progress)
         points = json.loads((run.path / "front" / "front.json").read_text(encoding="utf-8"))["points"]
         eta = pick_eta(points, config.pick)
-        last = run.path / f"iteration-{config.iterations}" / "slerp"
+        last = merged_policy(config, run.path, config.iterations)
         final = MergeConfig(method="liti", models=(last,), base=config.sft, etas=(eta,))
         ensure(Step("merge liti", final, run.path / "model", run_merge), progress)
         return run.finish(summarise(points, eta))

@@ -78,7 +78,7 @@ def rl_flags(root: Path) -> list[str]:
         "n": 2,
         "mu": MU,
         "temperature": 1.0,
-        "max-new-tokens": 64,
+        "max-new-tokens": 160,
         "eval-every": 50,
         "eval-prompts": 10,
         "learning-rate": 1e-3,

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .collect import Stage, name_of
-from .config import Config
-from .pipeline import spell
-from .schemas import (
+from ..config import Config
+from ..pipeline import spell
+from ..schemas import (
     GenerateConfig,
     PairsConfig,
     ParetoConfig,
@@ -23,6 +22,7 @@ from .schemas import (
     TinyConfig,
     WarpConfig,
 )
+from .collect import Stage, name_of
 
 __all__ = ["command_of", "phrases", "why"]
 

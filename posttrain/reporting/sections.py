@@ -11,7 +11,7 @@ from typing import Any
 from .collect import Collected, Stage
 from .commands import command_of, phrases, why
 from .figures import angles_figure, curves_figure, front_figure, page_svg
-from .report_values import duration, number, rounded, with_error
+from .values import duration, number, rounded, with_error
 
 __all__ = [
     "angles",

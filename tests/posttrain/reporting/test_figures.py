@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import matplotlib
 import pytest
 
-from gemma2.posttrain.figures import (
+from gemma2.posttrain.reporting.figures import (
     angles_figure,
     curves_figure,
     front_figure,
@@ -16,7 +16,7 @@ from gemma2.posttrain.figures import (
     svg_text,
     write_figure,
 )
-from gemma2.posttrain.textplot import off_chart
+from gemma2.posttrain.reporting.textplot import off_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

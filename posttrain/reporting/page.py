@@ -11,9 +11,9 @@ from pathlib import Path
 
 from gemma2.merging.errors import OutputError
 
-from . import report_sections as sections
+from . import sections
 from .collect import Collected, collect
-from .report_values import as_yaml, duration, number, short_hash
+from .values import as_yaml, duration, number, short_hash
 
 __all__ = ["write_report"]
 

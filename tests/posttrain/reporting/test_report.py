@@ -10,11 +10,11 @@ import pytest
 from finished_run import Run, quickstart, warp
 
 from gemma2.merging.errors import InputError, OutputError
-from gemma2.posttrain.collect import collect, expected_of_warp, name_of
-from gemma2.posttrain.commands import command_of
-from gemma2.posttrain.report import write_report
-from gemma2.posttrain.report_sections import group_label, thinned
-from gemma2.posttrain.report_values import duration, number, rounded, with_error
+from gemma2.posttrain.reporting.collect import collect, expected_of_warp, name_of
+from gemma2.posttrain.reporting.commands import command_of
+from gemma2.posttrain.reporting.page import write_report
+from gemma2.posttrain.reporting.sections import group_label, thinned
+from gemma2.posttrain.reporting.values import duration, number, rounded, with_error
 
 SECTIONS = ["result", "front", "answers", "stages", "angles", "curves", "lineage", "settings"]
 VOID = ("meta", "br", "hr", "img", "input", "link")
@@ -78,7 +78,7 @@ def copy(finished, tmp_path):
 def plain(monkeypatch):
     """Empty figures, which take most of the time, where a test is about the rest of the page."""
     forms = {"wide": "<svg></svg>", "narrow": "<svg></svg>"}
-    monkeypatch.setattr("gemma2.posttrain.report_sections.both", lambda make, name, description: forms)
+    monkeypatch.setattr("gemma2.posttrain.reporting.sections.both", lambda make, name, description: forms)
 
 
 # --- a finished run -------------------------------------------------------------------------------------------------
