@@ -28,8 +28,12 @@ TORCH_FREE = (
     "posttrain.planner",
     "posttrain.pipeline",
 )
-PACKAGES = {f"gemma2.{layer}" for layer in LAYERS}
-MODULES = {f"{layer}.{path.stem}": path for layer in LAYERS for path in sorted((ROOT / layer).glob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for layer in LAYERS
+    for path in sorted((ROOT / layer).rglob("*.py"))
+}
+PACKAGES = {name.removesuffix(".__init__") for name in MODULES if name.endswith(".__init__")}
 
 
 @cache
@@ -45,10 +49,10 @@ def imports(path: Path, everywhere: bool = True) -> Iterator[str]:
             if isinstance(child, ast.Import):
                 yield from (alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                package = f"gemma2.{path.parent.name}" if child.level == 1 else ""
-                module = ".".join(part for part in (package, child.module) if part)
+                folder = [*path.relative_to(ROOT).parts[: -child.level]] if child.level else []
+                module = ".".join([*(["gemma2"] if child.level else []), *folder, *filter(None, [child.module])])
                 yield module
-                if module in PACKAGES:
+                if module.removeprefix("gemma2.") in PACKAGES:
                     yield from (f"{module}.{alias.name}" for alias in child.names)
             elif not everywhere and (isinstance(child, ast.FunctionDef | ast.Lambda) or is_type_checking(child)):
                 continue
@@ -63,15 +67,20 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def own_modules(names: Iterator[str]) -> set[str]:
-    """`posttrain.chat` for `gemma2.posttrain.chat`, and the package's __init__ that such an import runs first."""
+    """`posttrain.chat` for `gemma2.posttrain.chat`, and every __init__ that such an import runs first."""
     found = set()
     for name in names:
-        parts = name.split(".")
-        if parts[0] == "gemma2" and len(parts) > 1:
-            found.add(f"{parts[1]}.__init__")
-            if len(parts) > 2 and f"{parts[1]}.{parts[2]}" in MODULES:
-                found.add(f"{parts[1]}.{parts[2]}")
+        parts = name.split(".")[1:] if name.startswith("gemma2.") else []
+        for end in range(1, len(parts) + 1):
+            module = ".".join(parts[:end])
+            found |= {module, f"{module}.__init__"} & MODULES.keys()
     return found
+
+
+def packages_of(module: str) -> set[str]:
+    """The __init__ of every package that a module lies in: imported before it whatever it says."""
+    parts = module.split(".")
+    return {".".join([*parts[:end], "__init__"]) for end in range(1, len(parts))}
 
 
 def offenders(of: Callable[[str, Path], Iterable[str]], layer: str = "") -> dict[str, list[str]]:
@@ -105,7 +114,7 @@ def test_the_command_line_imports_nothing_heavy_at_module_level():
 
 def test_there_are_no_import_cycles():
     graph = {
-        name: own_modules(imports(path, everywhere=False)) - {name, f"{name.partition('.')[0]}.__init__"}
+        name: own_modules(imports(path, everywhere=False)) - {name, *packages_of(name)}
         for name, path in MODULES.items()
     }
     done: set[str] = set()
@@ -155,11 +164,13 @@ def test_no_file_is_over_400_lines_and_no_function_over_80():
 
 def test_the_package_list_is_what_is_on_disk():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    on_disk = {f"gemma2.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
+    on_disk = {f"gemma2.{name}" for name in PACKAGES}
     assert set(settings["packages"]) == on_disk == set(settings["package-dir"])
-    assert all(settings["package-dir"][name] == name.partition(".")[2] for name in on_disk)
-    nested = [path for name in LAYERS for path in (ROOT / name).glob("*/**/*.py")]
-    assert nested == [], "a sub-package must be added to the list in pyproject.toml"
+    assert all(
+        place == name.removeprefix("gemma2.").replace(".", "/") for name, place in settings["package-dir"].items()
+    )
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES.values()}
+    assert folders == PACKAGES, "a folder without __init__.py is in no wheel"
 
 
 # One interpreter runs every page: what any of them imports stays in sys.modules.

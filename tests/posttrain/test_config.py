@@ -271,7 +271,7 @@ def test_every_default_is_within_its_own_bounds(name):
 def attributes_read() -> set[str]:
     """Every name that the library reads as `something.name`, or by name through getattr or a mapping of names."""
     found: set[str] = set()
-    for path in [*(ROOT / "posttrain").glob("*.py"), *(ROOT / "merging").glob("*.py")]:
+    for path in [*(ROOT / "posttrain").rglob("*.py"), *(ROOT / "merging").rglob("*.py")]:
         if path.name != "schemas.py":
             nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
