@@ -96,7 +96,7 @@ def is_complete(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
         return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError):
         return False
 
 
