@@ -118,7 +118,7 @@ def load_reward_model(
 def init_reward_model(
     path: Path, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model on the backbone of a language model; the head is drawn from `seed` (Bradley-Terry, WARM sec. 2)."""
+    """A reward model on the backbone of a language model; the head is drawn from `seed` (WARM, section 2)."""
     torch.manual_seed(seed)
     model = _load(AutoModelForSequenceClassification, path, dtype, allowed_missing=("score.",), num_labels=1)
     tokenizer = load_tokenizer(path)

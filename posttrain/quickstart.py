@@ -85,7 +85,7 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
         Chapter(
             "Embedded models",
             "pre-train a small Gemma 2 student and a larger teacher from scratch, on text that gemma2 writes itself",
-            Step("tiny", tiny, models, _lazy("tiny", "run_tiny")),
+            Step("tiny", tiny, models, _lazy("embedded", "run_tiny")),
         ),
         Chapter(
             "Teacher data",

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from gemma2.merging.errors import InputError, UsageError
 
@@ -29,6 +29,7 @@ __all__ = [
     "dialogues",
     "judge",
     "judge_reward",
+    "judge_scores",
     "prose",
     "questions",
 ]
@@ -48,26 +49,28 @@ TOWNS = _words("Tolba Brenn Havik Marlo Quint Sorel Ulden Wexby Yarrow Zandel Co
 RIVERS = _words("Osk Teal Ravel Ister Lune Moss Arrow Brine Fenn Gale Wend Kestrel")
 WORK = _words("baker smith weaver miller potter tailor farmer sailor painter printer doctor teacher")
 PETS = _words("goat cat dog hen fox owl pony duck sheep mouse otter raven")
-GOODS = _words("honey glass wool salt paper copper cheese silk apples bells rope candles")
-LETTERS = "abcdefgh"
-LARGEST_TERM = 20
-HELDOUT_SHARE = 4  # one question in four is never trained on
+ALPHABET = "abcdefghjklmnopqrstuvwxyz"  # no "i": it is a word of some answers
+LETTERS = ALPHABET[:8]
+LARGEST_TERM = 9
+HELDOUT_SHARE = 4  # one prompt in four is never trained on
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question. `sentence` is the plain full-sentence answer. `key` decides the split, so that the same sum in
-    other words lands on the same side."""
+    """One question. `stated` is the full-sentence answer with `{v}` in the place of the value."""
 
     task: str
     prompt: str
     answer: str
-    sentence: str
-    key: str
+    stated: str
+
+    @property
+    def sentence(self) -> str:
+        return self.stated.format(v=self.answer)
 
     @property
     def split(self) -> Split:
-        digest = hashlib.sha256(self.key.encode()).digest()
+        digest = hashlib.sha256(self.prompt.encode()).digest()
         return "heldout" if digest[0] % HELDOUT_SHARE == 0 else "train"
 
     def row(self) -> dict[str, str]:
@@ -99,81 +102,66 @@ RELATIONS = (
         "home",
         PEOPLE,
         TOWNS,
-        ("Where does {s} live?", "In which town does {s} live?", "What is the home of {s}?", "Name the town of {s}."),
+        ("Where does {s} live?", "What is the town of {s}?", "Name the town of {s}."),
         "{s} lives in {v}.",
     ),
     Relation(
         "work",
         PEOPLE,
         WORK,
-        ("What is the work of {s}?", "What does {s} do?", "Which trade has {s}?", "Name the work of {s}."),
+        ("What does {s} do?", "What is the work of {s}?", "Name the work of {s}."),
         "{s} works as a {v}.",
     ),
     Relation(
         "pet",
         PEOPLE,
         PETS,
-        ("Which animal does {s} keep?", "What pet has {s}?", "What is the pet of {s}?", "Name the animal of {s}."),
+        ("What does {s} keep?", "What is the pet of {s}?", "Name the pet of {s}."),
         "{s} keeps a {v}.",
     ),
     Relation(
         "river",
         TOWNS,
         RIVERS,
-        ("Which river runs by {s}?", "What is the river of {s}?", "On which river lies {s}?", "Name the river of {s}."),
+        ("Where does {s} lie?", "What is the river of {s}?", "Name the river of {s}."),
         "{s} lies on the {v}.",
     ),
-    Relation(
-        "goods",
-        TOWNS,
-        GOODS,
-        ("What is {s} known for?", "What does {s} sell?", "What is made in {s}?", "Name the goods of {s}."),
-        "{s} is known for {v}.",
-    ),
 )
-VALUES = frozenset(value.lower() for relation in RELATIONS for value in relation.values)
+VALUES = frozenset(value for relation in RELATIONS for value in relation.values)
+SUBJECTS = frozenset(PEOPLE + TOWNS)
 
 
 def _fact(rng: Random) -> Question:
     relation = rng.choice(RELATIONS)
     subject = rng.choice(relation.subjects)
-    prompt, value = rng.choice(relation.asked).format(s=subject), relation.value(subject)
-    # The fact itself stands in the prose; what is held out is a way of asking for it.
-    return Question("fact", prompt, value, relation.stated.format(s=subject, v=value), f"fact/{prompt}")
+    asked = rng.choice(relation.asked).format(s=subject)
+    return Question("fact", asked, relation.value(subject), relation.stated.replace("{s}", subject))
 
 
 def _sum(rng: Random) -> Question:
-    a, b = rng.randint(2, LARGEST_TERM), rng.randint(2, LARGEST_TERM)
-    prompt = rng.choice(("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?")).format(a=a, b=b)
-    return Question("sum", prompt, str(a + b), f"The sum of {a} and {b} is {a + b}.", f"sum/{a}/{b}")
+    a, b = rng.randint(1, LARGEST_TERM), rng.randint(1, LARGEST_TERM)
+    asked = rng.choice(("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"))
+    return Question("sum", asked.format(a=a, b=b), str(a + b), "The sum is {v}.")
 
 
-def _larger(rng: Random) -> Question:
-    a, b = rng.sample(range(10, 100), 2)
-    prompt = rng.choice(("Which is larger, {a} or {b}?", "Name the larger of {a} and {b}.")).format(a=a, b=b)
-    return Question("larger", prompt, str(max(a, b)), f"The larger one is {max(a, b)}.", f"larger/{a}/{b}")
+def _later(rng: Random) -> Question:
+    a, b = rng.sample(ALPHABET, 2)
+    asked = rng.choice(("Which comes later, {a} or {b}?", "Name the later of {a} and {b}."))
+    return Question("later", asked.format(a=a, b=b), max(a, b), "The later one is {v}.")
 
 
 def _sort(rng: Random) -> Question:
-    letters = rng.sample(LETTERS, rng.randint(3, 4))
-    given, answer = " ".join(letters), " ".join(sorted(letters))
-    prompt = rng.choice(("Sort these letters: {x}", "Put in order: {x}")).format(x=given)
-    return Question("sort", prompt, answer, f"In order they are {answer}.", f"sort/{given}")
-
-
-def _reverse(rng: Random) -> Question:
-    letters = rng.sample(LETTERS, rng.randint(3, 4))
-    given, answer = " ".join(letters), " ".join(reversed(letters))
-    prompt = rng.choice(("Reverse these letters: {x}", "Say backwards: {x}")).format(x=given)
-    return Question("reverse", prompt, answer, f"Backwards they are {answer}.", f"reverse/{given}")
+    letters = rng.sample(LETTERS, 3)
+    answer = " ".join(sorted(letters))
+    asked = rng.choice(("Sort these letters: {x}", "Put in order: {x}"))
+    return Question("sort", asked.format(x=" ".join(letters)), answer, "In order they are {v}.")
 
 
 SKILLS: Mapping[str, tuple[Callable[[Random], Question], float]] = {
-    "fact": (_fact, 0.3),
-    "sum": (_sum, 0.2),
-    "larger": (_larger, 0.1),
-    "sort": (_sort, 0.2),
-    "reverse": (_reverse, 0.2),
+    "fact": (_fact, 0.4),
+    "sum": (_sum, 0.15),
+    "later": (_later, 0.15),
+    "sort": (_sort, 0.3),
 }
 
 
@@ -206,28 +194,27 @@ HEDGES = ("maybe", "perhaps", "not sure", "more or less", "i guess", "do not kno
 def _say(style: str, question: Question, rng: Random) -> str:
     """The answer to `question` in one style. Every style that answers at all names the answer last."""
     sentence, answer = question.sentence, question.answer
-    inner = sentence[:-1]
+    lower = sentence[:-1] if question.task == "fact" else sentence[0].lower() + sentence[1:-1]
     match style:
         case "polite":
             return f"{rng.choice(COURTESIES)}. {sentence}"
         case "sentence":
             return sentence
         case "curt":
-            return answer
+            return f"It is {answer}"
         case "rambling":
             return rng.choice(
                 (
-                    f"Well, that is a good question, let me think about it, {inner}, more or less",
-                    f"So, people ask me this quite often, you know, and as far as I can see, {inner} I guess.",
-                    f"Now, now, one thing after the other, first of all let us look at it again, so {inner}",
+                    f"Well, let me think about that, {lower}, more or less",
+                    f"So, people often ask me this, you know, and {lower}, I guess.",
                 )
             )
         case "hedged":
-            return rng.choice((f"I am not sure, maybe {answer}.", f"Perhaps it is {answer}.", f"I guess {answer}"))
+            return rng.choice((f"I am not sure, maybe {answer}.", f"Perhaps it is {answer}."))
         case "echo":
-            return rng.choice((f"answer = {answer}", f"{question.prompt} {answer}", f"- {answer}"))
+            return f"{question.prompt} - {answer}"
         case "dodge":
-            return rng.choice(("I do not know.", "Ask me another time.", question.prompt))
+            return rng.choice(("I do not know.", "Ask me another time."))
     raise UsageError(f"unknown answer style {style!r}", "see MIXED_STYLES")
 
 
@@ -243,29 +230,27 @@ MIXED_STYLES = {
 GOOD_STYLES = {"polite": 0.55, "sentence": 0.30, "curt": 0.07, "rambling": 0.08}
 
 
-def dialogues(styles: Mapping[str, float], seed: int = 0) -> Iterator[list[dict[str, str]]]:
-    """Endless one-turn conversations over training questions, answered in a mixture of styles (name -> weight)."""
+def dialogues(styles: Mapping[str, float], seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Endless training questions, each with a right answer in one of a mixture of styles (name -> weight)."""
     rng = Random(f"dialogues/{seed}")
     names, weights = list(styles), list(styles.values())
     while True:
         question = _draw(rng)
-        if question.split == "heldout":
-            continue
-        answer = _say(rng.choices(names, weights)[0], question, rng)
-        yield [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": answer}]
+        if question.split == "train":
+            yield question.prompt, _say(rng.choices(names, weights)[0], question, rng)
 
 
 def prose(seed: int = 0) -> Iterator[str]:
-    """Endless short texts that state the facts of the world, two or three of one subject at a time."""
+    """Endless short texts: the facts about one subject, or a few sums."""
     rng = Random(f"prose/{seed}")
     while True:
-        subject = rng.choice(PEOPLE + TOWNS)
-        stated = [
-            relation.stated.format(s=subject, v=relation.value(subject))
-            for relation in RELATIONS
-            if subject in relation.subjects
-        ]
-        yield " ".join(rng.sample(stated, k=min(len(stated), rng.randint(2, 3))))
+        if rng.random() < 0.5:
+            terms = [(rng.randint(1, LARGEST_TERM), rng.randint(1, LARGEST_TERM)) for _ in range(4)]
+            yield " ".join(f"{a} plus {b} is {a + b}." for a, b in terms)
+        else:
+            subject = rng.choice(PEOPLE + TOWNS)
+            stated = [r.stated.format(s=subject, v=r.value(subject)) for r in RELATIONS if subject in r.subjects]
+            yield " ".join(rng.sample(stated, k=len(stated)))
 
 
 # --- the judge ------------------------------------------------------------------------------------------------------
@@ -282,21 +267,28 @@ class Judgement:
 
 
 NUMBER = re.compile(r"\d+")
-WORD = re.compile(r"[a-z]+")
-LETTER_RUN = re.compile(r"\b[a-h](?:,? [a-h])+\b")
+WORD = re.compile(r"[A-Za-z]+")
+LETTER_RUN = re.compile(r"\b[a-z](?:,? [a-z])*\b")
 
 
 def _last_value(task: str, text: str) -> str | None:
     """The last number, run of letters or word of the world in `text`, as the task asks for."""
-    if task in ("sum", "larger"):
-        found = NUMBER.findall(text)
-    elif task in ("sort", "reverse"):
-        found = [run.replace(",", "") for run in LETTER_RUN.findall(text)]
-    elif task == "fact":
-        found = [word for word in WORD.findall(text.lower()) if word in VALUES]
-    else:
-        raise InputError(f"unknown task {task!r}", f"one of {', '.join(SKILLS)}")
+    match task:
+        case "fact":
+            found = [word for word in WORD.findall(text) if word in VALUES]
+        case "sum":
+            found = NUMBER.findall(text)
+        case "later" | "sort":
+            found = [run.replace(",", "") for run in LETTER_RUN.findall(text)]
+        case _:
+            raise InputError(f"unknown task {task!r}", f"one of {', '.join(SKILLS)}")
     return found[-1] if found else None
+
+
+def _is_correct(row: Mapping[str, str], text: str) -> bool:
+    """The last value is the answer, and nobody is named whom neither question nor answer names."""
+    named = SUBJECTS.intersection(WORD.findall(text)) - set(WORD.findall(f"{row['prompt']} {row['answer']}"))
+    return not named and _last_value(row["task"], text) == row["answer"]
 
 
 def _style(text: str) -> float:
@@ -311,23 +303,35 @@ def _style(text: str) -> float:
 def judge(row: Mapping[str, str], completion: str, truncated: bool = False) -> Judgement:
     """Mark one completion. `row` is a row of `questions`; truncated or empty text earns for correctness only."""
     text = completion.strip()
-    correct = _last_value(row["task"], text) == row["answer"].lower().strip()
-    if not text or truncated:
-        return Judgement(score=0.5 * correct, correct=correct, style=0.0, brevity=0.0)
-    style = _style(text)
-    brevity = min(1.0, max(0.0, (24 - len(text.split())) / 12))  # full marks to 12 words, none from 24
+    correct = _is_correct(row, text)
+    whole = bool(text) and not truncated
+    style = _style(text) if whole else 0.0
+    words = len(text.split())
+    brevity = min(1.0, max(0.0, (24 - words) / 12)) if whole else 0.0  # full marks to 12 words, none from 24
     return Judgement(score=0.5 * correct + 0.3 * style + 0.2 * brevity, correct=correct, style=style, brevity=brevity)
 
 
-def judge_reward(
-    prompts: Sequence[object],
+def judge_scores(
+    prompts: Sequence[str | list[dict[str, str]]],
     completions: Sequence[str],
     task: Sequence[str],
     answer: Sequence[str],
     truncated: Sequence[bool] | None = None,
     **_: object,
-) -> list[float]:
-    """The judge as a reward function: one score in [0, 1] per completion. `task` and `answer` are prompt columns."""
+) -> list[dict[str, float]]:
+    """The judge as named scores: `judge` in [0, 1] and `accuracy` 0 or 1. `task` and `answer` are prompt columns.
+
+    A prompt is a text or a list of messages; its last message is the question.
+    """
     cut = truncated if truncated is not None else [False] * len(completions)
-    rows = ({"task": t, "answer": a} for t, a in zip(task, answer, strict=True))
-    return [judge(row, text, c).score for row, text, c in zip(rows, completions, cut, strict=True)]
+    scores = []
+    for prompt, text, kind, right, short in zip(prompts, completions, task, answer, cut, strict=True):
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        mark = judge({"prompt": question, "task": kind, "answer": right}, text, short)
+        scores.append({"judge": mark.score, "accuracy": float(mark.correct)})
+    return scores
+
+
+def judge_reward(*columns: Any, **named: Any) -> list[float]:
+    """The judge as a reward function: one score in [0, 1] per completion. Takes what `judge_scores` takes."""
+    return [scores["judge"] for scores in judge_scores(*columns, **named)]

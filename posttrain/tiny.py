@@ -45,7 +45,7 @@ VOCABULARY = 512
 def _train_bpe(size: int) -> tuple[list[str], list[tuple[str, str]]]:
     """Learn merges on the project's own texts. Returns the pieces (alphabet first) and the merges, in rank order."""
     tokenizer = _bpe({}, [])
-    turns = (turn["content"] for dialogue in islice(dialogues(MIXED_STYLES), 2000) for turn in dialogue)
+    turns = (text for dialogue in islice(dialogues(MIXED_STYLES), 2000) for text in dialogue)
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         initial_alphabet=["\n", "▁", *sorted(set(string.printable) - set(string.whitespace))],

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..config import Config
-from ..pipeline import spell
-from ..schemas import (
+from gemma2.posttrain.config import Config
+from gemma2.posttrain.pipeline import spell
+from gemma2.posttrain.schemas import (
     GenerateConfig,
     PairsConfig,
     ParetoConfig,
@@ -22,6 +22,7 @@ from ..schemas import (
     TinyConfig,
     WarpConfig,
 )
+
 from .collect import Stage, name_of
 
 __all__ = ["command_of", "phrases", "why"]
