@@ -21,8 +21,12 @@ from transformers import (
 )
 
 from gemma2.merging.errors import InputError
+from gemma2.merging.header import read_header
+from gemma2.merging.outputs import weight_files
 
 __all__ = ["default_device", "init_reward_model", "load_policy", "load_reward_model", "load_tokenizer", "save_model"]
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def default_device() -> torch.device:
@@ -38,24 +42,36 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds no config.json", "give a model directory") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}/config.json is not readable JSON ({error})", "restore the file") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}/config.json is not a JSON object", "restore the file")
     if "auto_map" in config:
         raise InputError(f"{path}/config.json asks for code of its own (auto_map)", "use a model that transformers has")
-    if not any(path.glob("*.safetensors")):
+    shards = weight_files(path)
+    if not shards:
         raise InputError(f"{path} holds no *.safetensors", "convert the weights to safetensors first")
+    for shard in shards:
+        read_header(shard)  # names file and cause, which the library's own errors do not
     return config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; a pad token that is not the eos is required for masked training."""
+    """The tokenizer of a model directory, with a pad token that is not the eos: that one would hide real ends."""
+    if not any((path / name).is_file() for name in VOCABULARIES):  # transformers would make one up
+        raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"no tokenizer can be loaded from {path}", "copy the tokenizer files beside the weights"
         ) from error
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # Padding is masked everywhere, so any id that is never generated serves.
+        others = (tokenizer.unk_token, tokenizer.bos_token)
+        tokenizer.pad_token = next((token for token in others if token not in (None, tokenizer.eos_token)), None)
     if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere, so any id that is never generated serves; eos would hide real ends.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
+        raise InputError(
+            f"the tokenizer of {path} has no token to pad with", "add a pad_token to tokenizer_config.json"
+        )
     return tokenizer
 
 

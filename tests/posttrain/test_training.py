@@ -51,14 +51,16 @@ class Bars:
         self.stop, self.done, self.told, self.open = stop, 0, [], 0
         self.note, self.warn = SILENT.note, SILENT.warn
 
-    @contextmanager
     def task(self, label, total, unit):
-        self.open += 1
         self.told.append((label, total, unit))
-        try:
-            yield self
-        finally:
-            self.open -= 1
+        return self
+
+    def __enter__(self):
+        self.open += 1
+        return self
+
+    def __exit__(self, *error):
+        self.open -= 1
 
     def advance(self, amount=1, **fields):
         self.done += amount
