@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ PETS = _words("goat cat dog hen fox owl pony duck sheep mouse otter raven")
 ALPHABET = "abcdefghjklmnopqrstuvwxyz"  # no "i": it is a word of some answers
 LETTERS = ALPHABET[:8]
 LARGEST_TERM = 9
+EXHAUSTED = 5000  # draws without a question that is not there yet
 HELDOUT_SHARE = 4  # one prompt in four is never trained on
 
 
@@ -85,16 +87,21 @@ class Relation:
     """A kind of fact: how it is asked and stated. `{s}` is the subject, `{v}` the value."""
 
     name: str
-    subjects: Sequence[str]
-    values: Sequence[str]
-    asked: Sequence[str]
+    subjects: tuple[str, ...]
+    values: tuple[str, ...]
+    asked: tuple[str, ...]
     stated: str
 
     def value(self, subject: str) -> str:
-        """The world is fixed: every subject has one value, every value is used about equally often."""
-        order = [self.values[i % len(self.values)] for i in range(len(self.subjects))]
-        Random(f"world/{self.name}").shuffle(order)
-        return order[self.subjects.index(subject)]
+        return _told(self.name, self.subjects, self.values)[subject]
+
+
+@cache
+def _told(name: str, subjects: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
+    """The world is fixed: every subject has one value, every value is used about equally often."""
+    order = [values[i % len(values)] for i in range(len(subjects))]
+    Random(f"world/{name}").shuffle(order)
+    return dict(zip(subjects, order, strict=True))
 
 
 RELATIONS = (
@@ -176,13 +183,18 @@ def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:
     No question of one split occurs in the other. InputError when the split has fewer than `n`.
     """
     rng, found = Random(f"questions/{split}/{seed}"), dict[str, Question]()
-    for _ in range(100 * n + 100):
-        if len(found) == n:
-            return [question.row() for question in found.values()]
+    fruitless = 0
+    while len(found) < n:
         question = _draw(rng)
-        if question.split == split:
-            found.setdefault(question.prompt, question)
-    raise InputError(f"the split {split!r} does not hold {n} different questions", f"ask for {len(found)} or fewer")
+        fruitless += 1
+        if question.split == split and question.prompt not in found:
+            found[question.prompt] = question
+            fruitless = 0
+        if fruitless > EXHAUSTED:
+            raise InputError(
+                f"the split {split!r} does not hold {n} different questions", f"ask for {len(found)} at most"
+            )
+    return [question.row() for question in found.values()]
 
 
 # --- texts to pre-train on ------------------------------------------------------------------------------------------
