@@ -22,11 +22,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 NEXT = """\
 What to try next
-  gemma2 report {out} --out report.html                       the page again
-  gemma2 merge slerp {out}/warp/iteration-1/policy-1 {out}/warp/iteration-1/policy-2 --out mine
-  gemma2 warp --sft {out}/sft --reward {out}/reward --prompts {out}/models/prompts.jsonl \\
-      --heldout {out}/models/heldout.jsonl --config quickstart-warp --policies 4 --out warp4
-With a real Gemma 2 (a local directory) the same commands run on one GPU:
+  gemma2 merge slerp {out}/warp/iteration-1/policy-1 {out}/warp/iteration-1/policy-2 --out merged
+  gemma2 eval --model merged --sft {out}/sft --reward {out}/reward --prompts {out}/models/heldout.jsonl
+  gemma2 quickstart --seed 1 --set warp.policies=4 --out {out}-4
+With a real Gemma 2 (the directory of a checkpoint) the commands are the same:
   gemma2 generate --teacher gemma-2-9b-it --prompts prompts.jsonl --out data
   gemma2 sft --model gemma-2-2b --data data/data.jsonl --out sft"""
 

@@ -29,6 +29,7 @@ from .planner import parameter_count
 from .pretrain import RECIPES
 from .rundir import RunOptions, RunResult, open_run
 from .schemas import TinyConfig
+from .training import quiet_libraries
 
 __all__ = ["cache_place", "ensure_cached", "run_tiny"]
 
@@ -74,6 +75,7 @@ class _Sender:
 def train_into(place: Path, size: str, seed: int, pipe: Connection) -> None:
     """Train one network and publish it to the cache. Runs in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    quiet_libraries()
     started = now()
     model = pretrain.pretrain(RECIPES[size], seed, _Sender(pipe), size)
     with staged_output(place, force=True) as directory:

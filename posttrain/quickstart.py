@@ -219,10 +219,15 @@ def _row(title: str, point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side_by_side(samples: list[dict[str, Any]], titles: dict[str, str], limit: int = 4) -> list[dict[str, str]]:
-    """Prompt and answers of the chosen policies: [{"prompt", <title>: completion, ...}]."""
-    rows: dict[str, dict[str, str]] = {}
-    for sample in samples:
-        if sample["name"] in titles:
-            prompt = sample["prompt"][-1]["content"]
-            rows.setdefault(prompt, {"prompt": prompt})[titles[sample["name"]]] = sample["completion"]
-    return list(rows.values())[:limit]
+    """Answers of the chosen policies in the order of the table: [{"prompt": ..., <title>: completion, ...}].
+
+    One prompt of each kind (by its first word), so that the skills show.
+    """
+    told = {(sample["prompt"][-1]["content"], titles.get(sample["name"])): sample["completion"] for sample in samples}
+    kinds: dict[str, str] = {}
+    for prompt, _ in told:
+        kinds.setdefault(prompt.split()[0], prompt)
+    return [
+        {"prompt": prompt, **{title: told[prompt, title] for title in titles.values() if (prompt, title) in told}}
+        for prompt in list(kinds.values())[:limit]
+    ]
