@@ -35,8 +35,9 @@ setup-dev: $(VENV)/.installed-dev ## The same with the development tools
 quickstart: setup ## The whole pipeline on the embedded models: about five minutes on two cores
 	@$(BIN)/gemma2 quickstart --out $(OUT)
 
+# One process per core, one thread each; the tests of one file stay in one process and share their fixtures.
 test: setup-dev ## Unit tests: under two minutes
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
 	@$(BIN)/python -m pytest -m slow --timeout 1800
