@@ -66,7 +66,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Padding is masked everywhere, so any id that is never generated serves.
-        others = (tokenizer.unk_token, tokenizer.bos_token)
+        named = "<pad>" if "<pad>" in tokenizer.get_vocab() else None
+        others = (named, tokenizer.unk_token, tokenizer.bos_token)
         tokenizer.pad_token = next((token for token in others if token not in (None, tokenizer.eos_token)), None)
     if tokenizer.pad_token_id is None:
         raise InputError(

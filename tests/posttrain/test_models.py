@@ -151,7 +151,16 @@ def test_the_pad_token_is_never_the_one_that_ends_a_completion(broken, pad):
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": pad}))
     tokenizer = load_tokenizer(directory)
-    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert tokenizer.pad_token == "<pad>"
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_what_is_never_generated(broken):
+    directory = broken()
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    vocabulary = directory / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace("<pad>", "<blank>"))
+    assert load_tokenizer(directory).pad_token == "<unk>"
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
