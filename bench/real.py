@@ -30,9 +30,9 @@ JUDGE = "real:concise"  # this file, found through PYTHONPATH
 WORDS = 30  # what the judge holds to be a good length
 
 LORA = "--lora-rank 8 --lora-alpha 16"
-RL = "--steps 6 --prompts-per-step 4 --n 4 --max-new-tokens 64 --micro-batch-size 8 --learning-rate 1e-5 "
+RL = "--steps 6 --prompts-per-step 4 --n 4 --max-new-tokens 64 --learning-rate 1e-5 "
 RL += "--warmup-steps 1 --beta 0.05 --mu 0.3 --temperature 1 --eval-every 6 --eval-prompts 12"
-EVAL = "--n 2 --limit 24 --max-new-tokens 64 --temperature 1"
+EVAL = "--n 2 --limit 16 --max-new-tokens 64 --temperature 1"
 
 
 def concise(
@@ -72,7 +72,7 @@ def steps(gguf: Path) -> Iterator[Step]:
     prompts = shlex.quote(str(PROMPTS))
     yield Step("convert", f"convert {shlex.quote(str(gguf))}", "base", resumable=False)
     yield Step(
-        "generate", f"generate --teacher base --prompts {prompts} --n 2 --temperature 0.7 --max-new-tokens 128", "data"
+        "generate", f"generate --teacher base --prompts {prompts} --temperature 0.7 --max-new-tokens 80", "data"
     )
     yield Step(
         "sft",
@@ -81,7 +81,7 @@ def steps(gguf: Path) -> Iterator[Step]:
     )
     yield Step(
         "reward pairs",
-        f"reward pairs --model sft --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64",
+        f"reward pairs --model sft --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64 --limit 80",
         "pairs",
     )
     yield Step(

@@ -29,13 +29,18 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+LISTED = 40  # names that still read as one line
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """`"did you mean 'x'?"`, or the list of what is valid when nothing is near."""
+    """`"did you mean 'x'?"`; when nothing is near, what is valid, or the nearest five of a long list."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(names)}"
+    if near:
+        return f"did you mean '{near[0]}'?"
+    if len(names) > LISTED:
+        return f"the nearest of {len(names)}: {', '.join(difflib.get_close_matches(name, names, n=5, cutoff=0.0))}"
+    return f"valid: {', '.join(names)}"
 
 
 # YAML 1.1 wants a dot in the mantissa and reads 1e-6 as text.
