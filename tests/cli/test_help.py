@@ -1,10 +1,12 @@
 """Every command explains itself, with examples that the command itself takes."""
 
+import importlib.util
 import re
 import shlex
 
 import pytest
 from commands import all_commands, parse
+from processes import ROOT
 
 from gemma2.cli import help as pages
 from gemma2.cli.app import COMMANDS, invoke
@@ -111,3 +113,13 @@ def test_the_table_of_commands_says_what_the_pages_say_they_are():
     for name, entry in COMMANDS.items():
         assert entry.summary.endswith(".")
         assert entry.module == name
+
+
+def test_the_page_of_all_commands_is_up_to_date():
+    path = ROOT / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate", path)
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    written = generate.TARGET.read_text(encoding="utf-8")
+    assert written == generate.render(), "run `make docs`"
+    assert all(f"\n## gemma2 {name}\n" in written for name in ALL)

@@ -1,0 +1,122 @@
+"""The README and the pages do what they say: every command parses, every link leads somewhere, marked blocks run."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from commands import all_commands, parse
+from processes import ROOT
+
+from gemma2.cli.app import invoke
+
+PAGES = [path for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]]
+BLOCK = re.compile(
+    r"^(?:<!-- test: (?P<kind>\w+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL
+)
+SHELL = ("sh", "bash", "shell", "console")
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def commands_in(text: str, program: str) -> list[list[str]]:
+    """The lines of a shell block that start a program, without comments, continuation lines joined."""
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [words[1:] for words in lines if words[:1] == [program]]
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(mark, text) of every shell block of a page."""
+    found = BLOCK.finditer(text_of(path))
+    return [(block["kind"] or "", block["text"]) for block in found if block["language"] in SHELL]
+
+
+def lines_of(program: str) -> list:
+    return [
+        pytest.param(words, id=f"{path.name}: {program} {' '.join(words)[:60]}")
+        for path in PAGES
+        for _, text in blocks(path)
+        for words in commands_in(text, program)
+    ]
+
+
+def test_the_readme_has_blocks_and_one_of_them_is_run():
+    if not text_of(ROOT / "README.md"):
+        pytest.skip("nothing is written yet")
+    kinds = [kind for kind, text in blocks(ROOT / "README.md")]
+    assert len(kinds) >= 2
+    assert "tiny" in kinds
+    assert set(kinds) <= {"", "tiny"}, "a mark that no test knows"
+
+
+def test_the_two_commands_for_a_bare_machine_are_the_first_block():
+    if text_of(ROOT / "README.md"):
+        _, first = blocks(ROOT / "README.md")[0]
+        assert [words[0] for words in commands_in(first, "make")] == ["quickstart", "test"]
+
+
+@pytest.mark.parametrize("words", lines_of("gemma2"))
+def test_every_command_of_a_page_is_one_that_gemma2_takes(words):
+    _, parameters = parse(words)
+    assert parameters
+
+
+@pytest.mark.parametrize("words", lines_of("make"))
+def test_every_make_target_of_a_page_exists(words):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert [word for word in words if "=" not in word and word not in targets] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_command_and_flag_named_in_a_sentence_exists(path):
+    known = dict(all_commands())
+    for line in re.findall(r"`gemma2 ([a-z][^`]*)`", text_of(path)):
+        words = line.split()
+        name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+        assert name in known, line
+        flags = {flag for parameter in known[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= {*flags, "--help"}, line
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_to_one(path):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text_of(path))
+    missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert missing == []
+
+
+# --- marked blocks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory that looks like the one after `make quickstart`, with untrained models."""
+    from gemma2.posttrain.tasks import questions
+    from gemma2.posttrain.tiny import random_model, tiny_tokenizer
+
+    root = tmp_path_factory.mktemp("readme")
+    models = root / "quickstart" / "models"
+    for seed, name in enumerate(("student", "teacher")):
+        model = random_model(seed)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[107] *= 6  # so that completions end
+        model.save_pretrained(models / name)
+        tiny_tokenizer().save_pretrained(models / name)
+    for split, name, count in (("train", "prompts", 32), ("heldout", "heldout", 16)):
+        rows = questions(split, count, seed=0)
+        (models / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_the_marked_blocks_run_as_they_stand_one_after_the_other(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for kind, text in blocks(ROOT / "README.md"):
+        for words in commands_in(text, "gemma2") if kind == "tiny" else []:
+            assert invoke(words) == 0, words
+            _, parameters = parse(words)
+            assert parameters.get("out") is None or parameters["out"].exists(), words
+            assert capsys.readouterr().out, words
