@@ -71,9 +71,7 @@ def steps(gguf: Path) -> Iterator[Step]:
     """The chain, as typed inside the output directory."""
     prompts = shlex.quote(str(PROMPTS))
     yield Step("convert", f"convert {shlex.quote(str(gguf))}", "base", resumable=False)
-    yield Step(
-        "generate", f"generate --teacher base --prompts {prompts} --temperature 0.7 --max-new-tokens 80", "data"
-    )
+    yield Step("generate", f"generate --teacher base --prompts {prompts} --temperature 0.7 --max-new-tokens 80", "data")
     yield Step(
         "sft",
         f"sft --model base --data data {LORA} --epochs 2 --learning-rate 2e-4 --batch-size 8 --max-length 256",

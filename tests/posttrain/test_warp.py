@@ -41,9 +41,9 @@ def sequential_slerp(init: dict, policies: list[dict]) -> dict:
             b = np.concatenate([delta[name].ravel() for name in names])
             omega = np.arccos(a @ b / np.sqrt((a @ a) * (b @ b)))
             for name in names:
-                joined[name] = (
-                    np.sin((1 - 1 / k) * omega) * merged[name] + np.sin(omega / k) * delta[name]
-                ) / np.sin(omega)
+                joined[name] = (np.sin((1 - 1 / k) * omega) * merged[name] + np.sin(omega / k) * delta[name]) / np.sin(
+                    omega
+                )
         merged = joined
     return {name: init[name] + merged[name] for name in init}
 
