@@ -112,11 +112,28 @@ def place(tmp_path_factory):
     return root
 
 
-def test_the_marked_blocks_run_as_they_stand_one_after_the_other(place, monkeypatch, capsys):
+def run_block(text: str, capsys: pytest.CaptureFixture) -> None:
+    for words in commands_in(text, "gemma2"):
+        assert invoke(words) == 0, words
+        _, parameters = parse(words)
+        assert parameters.get("out") is None or parameters["out"].exists(), words
+        assert capsys.readouterr().out, words
+
+
+def marked() -> list[str]:
+    return [text for kind, text in blocks(ROOT / "README.md") if kind == "tiny"]
+
+
+def test_the_first_marked_block_runs_as_it_stands(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    for kind, text in blocks(ROOT / "README.md"):
-        for words in commands_in(text, "gemma2") if kind == "tiny" else []:
-            assert invoke(words) == 0, words
-            _, parameters = parse(words)
-            assert parameters.get("out") is None or parameters["out"].exists(), words
-            assert capsys.readouterr().out, words
+    for text in marked()[:1]:
+        run_block(text, capsys)
+
+
+@pytest.mark.slow
+def test_the_marked_blocks_run_one_after_the_other(place, monkeypatch, capsys):
+    (place / "all").mkdir()
+    (place / "all" / "quickstart").symlink_to(place / "quickstart")
+    monkeypatch.chdir(place / "all")
+    for text in marked():
+        run_block(text, capsys)
