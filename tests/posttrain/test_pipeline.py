@@ -10,12 +10,12 @@ from pydantic import Field
 from gemma2.cli import app as command_table
 from gemma2.cli.app import invoke
 from gemma2.configs import recipes
-from gemma2.merging.errors import OutputError
+from gemma2.merging.errors import OutputError, UsageError
 from gemma2.merging.outputs import read_manifest, write_json
 from gemma2.merging.progress import SILENT
 from gemma2.posttrain.config import Config, resolve
 from gemma2.posttrain.pipeline import Step, command_line, ensure
-from gemma2.posttrain.quickstart import chapters
+from gemma2.posttrain.quickstart import chapters, run_quickstart
 from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import QuickstartConfig, RlhfConfig, SftConfig, WarpConfig
 
@@ -132,6 +132,29 @@ def test_a_foreign_directory_in_the_place_of_an_output_is_refused(place):
     (place / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
         ensure(step(place, Counter()), SILENT)
+
+
+@pytest.mark.parametrize("there", ["a file", "a directory of something else"])
+def test_a_quickstart_does_not_mix_with_what_is_there(place, there):
+    out = place / "out"
+    if there == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+    before = sorted(place.rglob("*"))
+    with pytest.raises(OutputError, match="is not a directory|holds something else"):
+        run_quickstart(QuickstartConfig(), out)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_quickstart_names_the_section_of_a_wrong_setting(place):
+    for setting, said in (
+        ({"stepps": 1}, r"'sft\.stepps'"),
+        ({"model": "x"}, r"'sft\.model' is set by the quickstart"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            chapters(QuickstartConfig(sft=setting), place / "out")
 
 
 # --- the command line of a step ---------------------------------------------------------------------------------------
