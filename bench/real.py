@@ -30,8 +30,8 @@ JUDGE = "real:concise"  # this file, found through PYTHONPATH
 WORDS = 30  # what the judge holds to be a good length
 
 LORA = "--lora-rank 8 --lora-alpha 16"
-RL = "--steps 6 --prompts-per-step 4 --n 4 --max-new-tokens 64 --learning-rate 1e-5 "
-RL += "--warmup-steps 1 --beta 0.05 --mu 0.3 --temperature 1 --eval-every 6 --eval-prompts 12"
+RL = "--steps 4 --prompts-per-step 4 --n 4 --max-new-tokens 64 --learning-rate 1e-5 "
+RL += "--warmup-steps 1 --beta 0.05 --mu 0.3 --temperature 1 --eval-every 4 --eval-prompts 12"
 EVAL = "--n 2 --limit 16 --max-new-tokens 64 --temperature 1"
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,12 @@ def _value(value: object) -> str:
 
 def _tell(text: str) -> None:
     """A line on stderr. A reader who has gone (`2>&1 | head`) is no reason to stop the work."""
-    with suppress(BrokenPipeError):
+    try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+    except BrokenPipeError:
+        # What the buffer still holds would fail again when the interpreter shuts down, with exit code 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What conftest.py does for this process.
+# What conftest.py does for this process; and Ctrl-C works in it also where the tests run in the background.
 BARE_CHECKOUT = f"""
-import importlib.util, sys, types
+import importlib.util, signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if importlib.util.find_spec("gemma2") is None:
     sys.modules["gemma2"] = types.ModuleType("gemma2")
     sys.modules["gemma2"].__path__ = [{str(ROOT)!r}]

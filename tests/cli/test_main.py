@@ -105,7 +105,14 @@ IMPORTING = "\n        ".join(
     ["try:", "    time.sleep(60)", "except BaseException:", "    raise ImportError('the C extensions failed')"]
 )
 CLEANING = "\n        ".join(
-    ["try:", "    time.sleep(60)", "finally:", "    print('cleaning', flush=True)", "    sys.stdin.readline()"]
+    [
+        "try:",
+        "    print('inside', flush=True)",
+        "    time.sleep(60)",
+        "finally:",
+        "    print('cleaning', flush=True)",
+        "    sys.stdin.readline()",
+    ]
 )
 WAITING = "sys.stdin.readline(); run.finish({}); return run.result"
 
@@ -143,6 +150,7 @@ def test_an_interrupted_run_with_a_checkpoint_is_kept_for_resume(tmp_path):
 
 def test_a_second_signal_does_not_cut_the_cleaning_short(tmp_path):
     process = working(tmp_path / "out", CLEANING, stdin=subprocess.PIPE)
+    assert process.stdout.readline() == "inside\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(signal.SIGINT)
