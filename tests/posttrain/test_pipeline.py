@@ -143,7 +143,7 @@ def test_a_quickstart_does_not_mix_with_what_is_there(place, there):
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
     before = sorted(place.rglob("*"))
-    with pytest.raises(OutputError, match="is not a directory|holds something else"):
+    with pytest.raises(OutputError, match=r"is not a directory|holds something else"):
         run_quickstart(QuickstartConfig(), out)
     assert sorted(place.rglob("*")) == before
 
