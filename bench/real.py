@@ -79,7 +79,7 @@ def steps(gguf: Path) -> Iterator[Step]:
     )
     yield Step(
         "reward pairs",
-        f"reward pairs --model sft --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64 --limit 80",
+        f"reward pairs --model sft --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64 --limit 48",
         "pairs",
     )
     yield Step(
