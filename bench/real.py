@@ -154,8 +154,9 @@ def run(command: list[str], directory: Path, name: str) -> Record:
 def answer(directory: Path, question: str) -> str:
     """What plain transformers makes of an output: greedy text, or the score of a reward model. No code of ours."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
