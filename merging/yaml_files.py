@@ -1,0 +1,122 @@
+"""YAML files as a user writes them: the safe loader, where a key given twice is an error and `1e-6` is a number.
+
+Deviation from YAML 1.1: it wants a dot in the mantissa and reads `1e-6` as text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, UsageError
+
+__all__ = ["apply_sets", "closest", "parse_value", "read_documents", "to_yaml"]
+
+LISTED = 40  # names that still read as one line
+NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """`"did you mean 'x'?"`; when nothing is near, what is valid, or the nearest five of a long list."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    if len(names) > LISTED:
+        return f"the nearest of {len(names)}: {', '.join(difflib.get_close_matches(name, names, n=5, cutoff=0.0))}"
+    return f"valid: {', '.join(names)}"
+
+
+def _with_numbers(resolver: Any) -> Any:
+    """Teach a YAML loader or dumper that `1e-6` is a number: the one reads it so, the other quotes such a text."""
+    resolver.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+    return resolver
+
+
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, except that a key given twice is an error."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    line = node.start_mark.line + 1
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice below line {line}")
+            return super().construct_mapping(node, deep)
+
+    return _with_numbers(Loader)
+
+
+def parse_value(text: str) -> Any:
+    """The YAML value of one `--set` right-hand side: `3`, `1e-6`, `true`, `[1, 2]`, `null`, else text."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.YAMLError:
+        return text
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The mappings of a YAML file, one for each document that is not empty.
+
+    Raises InputError when the file cannot be read, UsageError with file and line when it is not YAML mappings.
+    """
+    import yaml
+
+    try:
+        documents = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_loader()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} ({error})", "check --config") from error
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"{path} is not valid YAML: {detail}", "correct the file") from error
+    found = [document for document in documents if document is not None]
+    for document in found:
+        if not isinstance(document, dict):
+            raise UsageError(
+                f"{path} holds a {type(document).__name__}, not key: value pairs", "see configs/ for recipes"
+            )
+    return found
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """A dumped or recorded configuration as a recipe that reruns the same job."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """The safe dumper, as the counterpart of our loader."""
+
+    return yaml.dump(dict(values), Dumper=_with_numbers(Dumper), sort_keys=False, allow_unicode=True)
+
+
+def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments to a nested mapping; returns a new one."""
+    result = _copied(values)
+    for item in sets:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--set {item!r} is not KEY=VALUE", "write for instance --set learning_rate=1e-6")
+        *parents, last = path.split(".")
+        node: Any = result
+        for key in parents:
+            node = node.setdefault(_spelt(key, node), {})
+            if not isinstance(node, dict):
+                raise UsageError(f"--set {item!r}: '{key}' is a single value", "set it as a whole")
+        node[_spelt(last, node)] = parse_value(text)
+    return result
+
+
+def _copied(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copied(item) if isinstance(item, dict) else item for key, item in value.items()}
+
+
+def _spelt(key: str, node: Mapping[str, Any]) -> str:
+    """A key as the file has it, or with underscores, as all our keys are."""
+    return key if key in node else key.replace("-", "_")
