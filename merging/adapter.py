@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint, Reader, read_json
 from .errors import InputError
+from .formats import KINDS, Floats, compiled, widen
 from .header import Tensor, printable, read_header
-from .kernels import KINDS, _compiled, widen
 from .outputs import require_complete
 
 __all__ = [
@@ -63,8 +62,6 @@ KINDS_OF_KEY = {
     ".lora_embedding_B": ("b", True),
 }
 MERGE_IT = "merge it into its base with peft (merge_and_unload) and give the result"
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -298,7 +295,7 @@ def adapted_rows(block: Floats, factors: Factors, first: int) -> None:
     _add_product(block, factors.left, factors.right, np.float32(factors.scale), first)
 
 
-@_compiled()
+@compiled()
 def _add_product(block: Floats, left: Floats, right: Floats, scale: Any, first: int) -> None:
     """`block[i] += scale * (left @ right).flat[first + i]`; no fused or reordered arithmetic (no fastmath)."""
     rank, columns = right.shape

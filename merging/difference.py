@@ -1,0 +1,335 @@
+"""How two models differ: norms, distances and angles per layer or tensor, from one streamed pass over their weights.
+
+With d = b - a, and with a base the task vectors u = a - base, v = b - base (so that v - u = d too):
+relative difference |d| / |a|; sin^2(angle / 2) = (|d|^2 - (|a| - |b|)^2) / (4 |a| |b|).
+That form keeps the small angles between models of one init, which the arc cosine of a dot product loses.
+
+The angle between task vectors is the one that SLERP sees (WARP, arXiv 2406.16768v1, section 3.2 and figure 10).
+Sums run in fp64. Memory does not grow with the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from math import atan2, degrees, fsum, sqrt
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checkpoint import Checkpoint, Reader, open_checkpoint
+from .compatibility import (
+    check_model,
+    check_same_architecture,
+    check_same_tensors,
+    check_same_tokenizer,
+    tied_copies,
+)
+from .errors import InputError
+from .formats import KINDS, compiled, widen
+from .header import Tensor, printable
+from .locate import locate_model
+from .plan import group_of
+from .progress import SILENT, Progress
+from .report import FAR, NARROW, WIDE
+
+__all__ = ["Difference", "ModelDifference", "diff_models"]
+
+CUT = 1 << 18  # elements that a thread reads at a time
+BLOCK = 4096  # elements that are widened at a time: they stay in the first level cache
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two models in one group of tensors. With a base, `task_...` are about the task vectors; else they are None.
+
+    relative  norm of the difference over the norm of a; None where a is zero
+    largest   the largest |difference| of an element
+    angle     degrees between the weights; None where one is zero, as is `cosine`
+    """
+
+    group: str
+    parameters: int
+    norm_a: float
+    norm_b: float
+    norm_difference: float
+    relative: float | None
+    largest: float
+    cosine: float | None
+    angle: float | None
+    norm_base: float | None = None
+    task_norm_a: float | None = None
+    task_norm_b: float | None = None
+    task_cosine: float | None = None
+    task_angle: float | None = None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Squared norms over one tensor, fp64: of a, b, b - a, base, a - base, b - base (the last three 0 without base)."""
+
+    parameters: int
+    squares: tuple[float, ...]
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDifference:
+    """All of it: `groups` by the granularity asked for, `total` over everything, `sums` by tensor."""
+
+    a: Path
+    b: Path
+    base: Path | None
+    granularity: str
+    sums: Mapping[str, Sums]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Difference, ...]:
+        """One row per group, in the order of the layers."""
+        if self.granularity == "tensor":
+            return tuple(self.over(name, [name]) for name in self.sums)
+        members: dict[str, list[str]] = {}
+        for name in self.sums:
+            members.setdefault(group_of(name), []).append(name)
+        return tuple(self.over(group, names) for group, names in members.items())
+
+    @property
+    def total(self) -> Difference:
+        """All tensors together."""
+        return self.over("total", list(self.sums))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What looks wrong, with figures, one line each."""
+        return tuple(_judge(self.groups, self.total))
+
+    def over(self, group: str, names: Sequence[str]) -> Difference:
+        """Any set of tensors as one group."""
+        parts = [self.sums[name] for name in names]
+        squares = [fsum(column) for column in zip(*(part.squares for part in parts), strict=True)]
+        parameters, largest = sum(part.parameters for part in parts), max(part.largest for part in parts)
+        return _difference(group, parameters, squares, largest, self.base is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "a": str(self.a),
+            "b": str(self.b),
+            "base": str(self.base) if self.base else None,
+            "granularity": self.granularity,
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "groups": [asdict(group) for group in self.groups],
+            "total": asdict(self.total),
+        }
+
+
+def diff_models(
+    a: Path,
+    b: Path,
+    *,
+    base: Path | None = None,
+    granularity: Literal["layer", "tensor"] = "layer",
+    threads: int = 2,
+    progress: Progress = SILENT,
+) -> ModelDifference:
+    """Compare two model directories or hub ids, and with `base` their task vectors. Writes nothing.
+
+    Raises InputError for models that cannot be compared, or that hold NaN or Inf.
+    """
+    named = {"model a": a, "model b": b} | ({"base": base} if base else {})
+    models = [open_checkpoint(locate_model(path, role), role) for role, path in named.items()]
+    for model in models:
+        check_model(model)
+    for other in models[1:]:
+        check_same_architecture(models[0], other)
+        check_same_tensors(models[0], other)
+    copies = tied_copies(models[0])
+    names = [name for name in models[0].tensors if name not in copies]
+    total = sum(model.tensors[name].nbytes for model in models for name in names)
+    with Reader.open(models) as reader, progress.task("diff", total=total, unit="bytes") as task:
+        sums = {}
+        for name, found in _Pass(models, reader, threads).run(names):
+            sums[name] = found
+            task.advance(sum(model.tensors[name].nbytes for model in models))
+    notes = tuple(_notes(models, copies))
+    return ModelDifference(a=a, b=b, base=base, granularity=granularity, sums=sums, notes=notes)
+
+
+class _Pass:
+    """One pass over the weights: threads read cuts of all operands (a, b, base) and sum."""
+
+    def __init__(self, models: Sequence[Checkpoint], reader: Reader, threads: int) -> None:
+        self.models, self.reader, self.threads = models, reader, threads
+        self._free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+        for _ in range(threads):
+            self._free.put(np.empty((len(models), CUT * 4), np.uint8))
+
+    def run(self, names: Iterable[str]) -> Iterator[tuple[str, Sums]]:
+        """The sums of each tensor."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            for name in names:
+                tensors = [model.tensors[name] for model in self.models]
+                count = tensors[0].count
+                parts = list(pool.map(lambda first, of=tensors: self._measure(of, first), range(0, count, CUT)))
+                parts = parts or [np.zeros(7)]
+                squares = tuple(fsum(column) for column in zip(*(part[:6].tolist() for part in parts), strict=True))
+                yield name, Sums(count, squares, float(max(part[6] for part in parts)))
+
+    def _measure(self, tensors: Sequence[Tensor], first: int) -> Doubles:
+        """The six sums and the largest difference of one cut, (7,)."""
+        raw = self._free.get()
+        try:
+            count = min(CUT, tensors[0].count - first)
+            for tensor, row in zip(tensors, raw, strict=True):
+                self.reader.read(tensor, first, count, row)
+            out = np.zeros(7)
+            _measure(raw, np.array([KINDS[tensor.dtype] for tensor in tensors]), count, out)
+        finally:
+            self._free.put(raw)
+        if not np.isfinite(out).all():
+            at = next((i for i, column in enumerate((0, 1, 3)) if not np.isfinite(out[column])), 0)
+            raise InputError(
+                f"{self.models[at]}: {printable(tensors[at].name)} holds NaN or Inf in elements {first} to "
+                f"{first + count - 1}",
+                "the model is broken; compare an earlier checkpoint",
+            )
+        return out
+
+
+@compiled()
+def _measure(raw: NDArray[np.uint8], kinds: NDArray[np.int64], count: int, out: Doubles) -> None:
+    """Adds to `out` (7,) the squares of a, b, b - a, base, a - base, b - base, and the largest |b - a|.
+
+    raw  (2 or 3, >= count * item) uint8: a, b and the base, encoded as `kinds` says
+    """
+    rows = np.empty((kinds.size, BLOCK), np.float32)
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        for k in range(kinds.size):
+            item = 4 if kinds[k] == 2 else 2
+            widen(raw[k, start * item : (start + size) * item], kinds[k], rows[k, :size])
+        a, b = rows[0, :size], rows[1, :size]
+        out[0] += _square(a)
+        out[1] += _square(b)
+        out[2] += _distance(a, b)
+        out[6] = max(out[6], _largest(a, b))
+        if kinds.size == 3:
+            base = rows[2, :size]
+            out[3] += _square(base)
+            out[4] += _distance(base, a)
+            out[5] += _distance(base, b)
+
+
+@compiled(fastmath={"reassoc", "contract", "nsz"})
+def _square(x: Any) -> Any:
+    """|x|^2 of one block in fp64."""
+    total = np.float64(0)
+    for i in range(x.size):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+@compiled(fastmath={"reassoc", "contract", "nsz"})
+def _distance(x: Any, y: Any) -> Any:
+    """|y - x|^2 of one block in fp64."""
+    total = np.float64(0)
+    for i in range(x.size):
+        step = np.float64(y[i]) - np.float64(x[i])
+        total += step * step
+    return total
+
+
+@compiled(fastmath={"reassoc", "nsz", "nnan"})  # NaN shows in the sums
+def _largest(x: Any, y: Any) -> Any:
+    """max |y - x| of one block."""
+    largest = np.float64(0)
+    for i in range(x.size):
+        largest = max(largest, abs(np.float64(y[i]) - np.float64(x[i])))
+    return largest
+
+
+def _difference(group: str, parameters: int, squares: Sequence[float], largest: float, based: bool) -> Difference:
+    """One row from the six sums of `Sums`."""
+    a, b, apart, base, first, second = (sqrt(square) for square in squares)
+    cosine, angle = _angle(a, b, apart)
+    row = Difference(
+        group=group,
+        parameters=parameters,
+        norm_a=a,
+        norm_b=b,
+        norm_difference=apart,
+        relative=apart / a if a else None,
+        largest=largest,
+        cosine=cosine,
+        angle=angle,
+    )
+    if not based:
+        return row
+    cosine, angle = _angle(first, second, apart)
+    return replace(row, norm_base=base, task_norm_a=first, task_norm_b=second, task_cosine=cosine, task_angle=angle)
+
+
+def _angle(a: float, b: float, apart: float) -> tuple[float | None, float | None]:
+    """Cosine and degrees between two vectors of lengths a and b whose difference has length `apart`; None for zero."""
+    if not a or not b:
+        return None, None
+    half = min(max((apart - (a - b)) * (apart + (a - b)) / (4 * a * b), 0.0), 1.0)  # sin^2 of half the angle
+    return 1 - 2 * half, degrees(2 * atan2(sqrt(half), sqrt(1 - half)))
+
+
+def _notes(models: Sequence[Checkpoint], copies: Mapping[str, str]) -> Iterator[str]:
+    """What is worth knowing and no reason to refuse."""
+    yield from (f"{copy} repeats {name}: compared once" for copy, name in copies.items())
+    kinds = {model.role: sorted({tensor.dtype for tensor in model.tensors.values()}) for model in models}
+    if len({tuple(kind) for kind in kinds.values()}) > 1:
+        shown = ", ".join(f"{role} is {' and '.join(kind)}" for role, kind in kinds.items())
+        yield f"{shown}: part of the difference is rounding"
+    for other in models[1:]:
+        try:
+            check_same_tokenizer(models[0], other)
+        except InputError as error:
+            yield error.what
+
+
+def _judge(groups: Sequence[Difference], total: Difference) -> Iterator[str]:
+    """Lines for `ModelDifference.warnings`."""
+    if total.norm_difference == 0:
+        yield f"the models are identical: all {total.parameters:,} parameters are equal"
+        return
+    same = [group.group for group in groups if group.norm_difference == 0]
+    if same:
+        yield f"{len(same)} of {len(groups)} groups are identical, {same[0]} for one"
+    if total.norm_base is None:
+        if total.relative is not None and total.relative > FAR:
+            yield (f"the difference is {total.relative:.3g} of the norm of a: these models hardly have a common parent")
+        return
+    for name, length in (("a", total.task_norm_a), ("b", total.task_norm_b)):
+        if length == 0:
+            yield f"model {name} is identical to the base: it has no task vector"
+        elif length is not None and length > FAR * total.norm_base:
+            yield (
+                f"model {name} is far from the base: its task vector has norm {length:.4g}, the base "
+                f"{total.norm_base:.4g}; is the base its ancestor?"
+            )
+    yield from _odd_angles(groups)
+
+
+def _odd_angles(groups: Sequence[Difference]) -> Iterator[str]:
+    angles = {group.group: group.task_angle for group in groups if group.task_angle is not None}
+    narrow = {name: angle for name, angle in angles.items() if angle < NARROW}
+    wide = {name: angle for name, angle in angles.items() if angle > WIDE}
+    for found, words, extreme in ((narrow, f"under {NARROW:.0f}", min), (wide, f"over {WIDE:.0f}", max)):
+        if found:
+            worst = extreme(found, key=lambda name: angles[name])
+            yield (
+                f"task vectors are {words} degrees apart in {len(found)} of {len(groups)} groups, most so in {worst} "
+                f"({found[worst]:.1f})"
+            )
