@@ -41,6 +41,7 @@ COMMANDS = {
         "warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
     ),
     "merge": Entry("merge", "Merge models: slerp, liti, warp, linear, ema.", "Merging"),
+    "diff": Entry("diff", "Norms, distances and angles between two models, with a heat map.", "Merging"),
     "inspect": Entry("inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"),
     "eval": Entry("eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
     "pareto": Entry("pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"),

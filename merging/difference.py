@@ -252,7 +252,8 @@ def _largest(x: Any, y: Any) -> Any:
     """max |y - x| of one block."""
     largest = np.float64(0)
     for i in range(x.size):
-        largest = max(largest, abs(np.float64(y[i]) - np.float64(x[i])))
+        step = abs(np.float64(y[i]) - np.float64(x[i]))
+        largest = step if step > largest else largest
     return largest
 
 
