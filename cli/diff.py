@@ -10,7 +10,7 @@ import typer
 
 from .console import Console
 from .help import HelpCommand
-from .options import COMMON, HELP_NAMES, AsJson, Quiet
+from .options import COMMON, HELP_NAMES, AsJson, Force, Quiet
 
 if TYPE_CHECKING:
     from gemma2.merging.difference import Difference
@@ -83,7 +83,7 @@ def diff(
         show_default=False,
         rich_help_panel=COMMON,
     ),
-    force: bool = typer.Option(False, "--force", help="Replace an existing output.", rich_help_panel=COMMON),
+    force: bool = Force,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
