@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from math import isfinite
 from pathlib import Path
@@ -88,11 +88,12 @@ def shown(value: Any) -> str:
     return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-def read_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
+def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None) -> Recipe:
     """The merges that a file asks for, in the order in which they can run.
 
-    `sets` are KEY=VALUE assignments to the keys of the file. Raises InputError for a file that cannot be read,
-    UsageError that names file, key and mend for everything else. No model is opened.
+    `sets` are KEY=VALUE assignments to the keys of the file, `threads` of every request.
+    Raises InputError for a file that cannot be read, UsageError that names file, key and mend for everything else.
+    No model is opened.
     """
     from .mergekit import is_mergekit, mergekit_steps
 
@@ -104,10 +105,14 @@ def read_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
         raise UsageError(f"--set is for one YAML document, {path} holds {len(documents)}", "change the file")
     documents = [apply_sets(document, changes) for document in documents]
     if any(is_mergekit(document) for document in documents):
-        return Recipe(path=path, steps=_ordered(mergekit_steps(documents, Place(path)), path))
-    if len(documents) > 1:
+        steps = mergekit_steps(documents, Place(path))
+    elif len(documents) > 1:
         raise UsageError(f"{path} holds {len(documents)} YAML documents", "name several merges below 'steps'")
-    return Recipe(path=path, steps=_ordered(_own_steps(documents[0], Place(path)), path))
+    else:
+        steps = _own_steps(documents[0], Place(path))
+    if threads is not None:
+        steps = [replace(step, request=replace(step.request, threads=threads)) for step in steps]
+    return Recipe(path=path, steps=_ordered(steps, path))
 
 
 def _own_steps(document: Mapping[str, Any], place: Place) -> list[Step]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .engine import MergeResult, merge
 from .errors import InputError
@@ -32,6 +33,14 @@ class PlacedStep:
     request: MergeRequest
     out: Path
     plan: MergePlan | None
+
+    def describe(self) -> dict[str, Any]:
+        """The plan; before the inputs are there, what is asked for."""
+        if self.plan is not None:
+            return self.plan.describe()
+        paths = {"models": [str(path) for path in self.request.models], "outputs": [str(self.out)]}
+        base = {"base": str(self.request.base)} if self.request.base else {}
+        return {**self.request.options(), **base, **paths, "after": ", ".join(self.step.needs)}
 
 
 def plan_recipe(recipe: Recipe, out: Path, force: bool = False) -> tuple[PlacedStep, ...]:
