@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import atan2, degrees, fsum, sqrt
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import Checkpoint, Reader, open_checkpoint
+from .adapter import adapted_rows, load_factors
+from .checkpoint import Checkpoint, Reader
 from .compatibility import (
     check_model,
     check_same_architecture,
@@ -31,8 +33,8 @@ from .compatibility import (
 )
 from .errors import InputError
 from .formats import KINDS, compiled, widen
-from .header import Tensor, printable
-from .locate import locate_model
+from .header import ITEM_BYTES, printable
+from .inputs import open_input
 from .plan import group_of
 from .progress import SILENT, Progress
 from .report import FAR, NARROW, WIDE
@@ -140,12 +142,14 @@ def diff_models(
     threads: int = 2,
     progress: Progress = SILENT,
 ) -> ModelDifference:
-    """Compare two model directories or hub ids, and with `base` their task vectors. Writes nothing.
+    """Compare two models, and with `base` their task vectors. Writes nothing.
+
+    Each is a directory, a hub id, or a LoRA adapter whose model is the one that it records, else `base`.
 
     Raises InputError for models that cannot be compared, or that hold NaN or Inf.
     """
     named = {"model a": a, "model b": b} | ({"base": base} if base else {})
-    models = [open_checkpoint(locate_model(path, role), role) for role, path in named.items()]
+    models = [open_input(path, role, base) for role, path in named.items()]
     for model in models:
         check_model(model)
     for other in models[1:]:
@@ -168,6 +172,7 @@ class _Pass:
 
     def __init__(self, models: Sequence[Checkpoint], reader: Reader, threads: int) -> None:
         self.models, self.reader, self.threads = models, reader, threads
+        self._factors = lru_cache(maxsize=2 * len(models))(lambda update: load_factors(reader, update))
         self._free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
         for _ in range(threads):
             self._free.put(np.empty((len(models), CUT * 4), np.uint8))
@@ -176,32 +181,41 @@ class _Pass:
         """The sums of each tensor."""
         with ThreadPoolExecutor(self.threads) as pool:
             for name in names:
-                tensors = [model.tensors[name] for model in self.models]
-                count = tensors[0].count
-                parts = list(pool.map(lambda first, of=tensors: self._measure(of, first), range(0, count, CUT)))
+                count = self.models[0].tensors[name].count
+                parts = list(pool.map(lambda first, of=name: self._measure(of, first), range(0, count, CUT)))
                 parts = parts or [np.zeros(7)]
                 squares = tuple(fsum(column) for column in zip(*(part[:6].tolist() for part in parts), strict=True))
                 yield name, Sums(count, squares, float(max(part[6] for part in parts)))
 
-    def _measure(self, tensors: Sequence[Tensor], first: int) -> Doubles:
+    def _measure(self, name: str, first: int) -> Doubles:
         """The six sums and the largest difference of one cut, (7,)."""
         raw = self._free.get()
         try:
-            count = min(CUT, tensors[0].count - first)
-            for tensor, row in zip(tensors, raw, strict=True):
-                self.reader.read(tensor, first, count, row)
+            count = min(CUT, self.models[0].tensors[name].count - first)
+            kinds = [self._load(model, name, first, row, count) for model, row in zip(self.models, raw, strict=True)]
             out = np.zeros(7)
-            _measure(raw, np.array([KINDS[tensor.dtype] for tensor in tensors]), count, out)
+            _measure(raw, np.array(kinds), count, out)
         finally:
             self._free.put(raw)
         if not np.isfinite(out).all():
             at = next((i for i, column in enumerate((0, 1, 3)) if not np.isfinite(out[column])), 0)
             raise InputError(
-                f"{self.models[at]}: {printable(tensors[at].name)} holds NaN or Inf in elements {first} to "
-                f"{first + count - 1}",
+                f"{self.models[at]}: {printable(name)} holds NaN or Inf in elements {first} to {first + count - 1}",
                 "the model is broken; compare an earlier checkpoint",
             )
         return out
+
+    def _load(self, model: Checkpoint, name: str, first: int, row: NDArray[np.uint8], count: int) -> int:
+        """One cut of one operand into the start of a row, an adapter's update added; returns how it is encoded."""
+        tensor, update = model.tensors[name], model.updates.get(name)
+        self.reader.read(tensor, first, count, row)
+        if update is None:
+            return KINDS[tensor.dtype]
+        values = np.empty(count, np.float32)
+        widen(row[: count * ITEM_BYTES[tensor.dtype]], KINDS[tensor.dtype], values)
+        adapted_rows(values, self._factors(update), first)
+        row[: count * 4] = values.view(np.uint8)
+        return KINDS["F32"]
 
 
 @compiled()

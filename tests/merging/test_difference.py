@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from model_files import CONFIG, added, random_arrays, stored, write_model
+from model_files import CONFIG, added, entries, random_arrays, safetensors_bytes, stored, write_model
 
 from gemma2.merging import difference
 from gemma2.merging.difference import diff_models
@@ -201,3 +201,24 @@ def test_models_that_do_not_fit_are_refused_as_in_a_merge(tmp_path):
         diff_models(tmp_path / "x", tmp_path / "y")
     with pytest.raises(InputError, match=r"model b .*nowhere is not a directory"):
         diff_models(tmp_path / "x", tmp_path / "nowhere")
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_compared_as_the_model_it_makes_of_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(difference, "CUT", 4096)
+    name, generator = "model.layers.0.mlp.up_proj", np.random.default_rng(0)
+    base = {f"{name}.weight": generator.standard_normal((150, 80)), "model.norm.weight": np.ones(8)}
+    factors = {"lora_A": generator.standard_normal((3, 80)) / 50, "lora_B": generator.standard_normal((150, 3)) / 50}
+    write_model(tmp_path / "base", base)
+    (tmp_path / "x").mkdir()
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "elsewhere"}
+    (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config))
+    named = {f"base_model.model.{name}.{part}.weight": array for part, array in factors.items()}
+    (tmp_path / "x" / "adapter_model.safetensors").write_bytes(safetensors_bytes(entries(named, "F32")))
+    merged = base[f"{name}.weight"] + 2 * factors["lora_B"] @ factors["lora_A"]
+    write_model(tmp_path / "merged", base | {f"{name}.weight": merged})
+    found = diff_models(tmp_path / "x", tmp_path / "merged", base=tmp_path / "base").total
+    assert found.task_norm_b == pytest.approx(np.linalg.norm(2 * factors["lora_B"] @ factors["lora_A"]), rel=1e-5)
+    assert found.norm_difference < 1e-4 * found.task_norm_b
