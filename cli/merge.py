@@ -1,112 +1,43 @@
-"""`gemma2 merge`: one sub-command per method. The table below is what each of them takes."""
+"""`gemma2 merge`: one sub-command per method, files of merges by --config, and `plan`, which writes nothing."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gemma2.merging.errors import UsageError
+from gemma2.merging.errors import InputError, UsageError
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
-from .options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet
+from .merge_methods import COMMON, ENDING, METHODS, MODELS, OPTIONS, THREADS, Entry
+from .options import HELP_NAMES, AsJson, Out, Set
 
 if TYPE_CHECKING:
-    from gemma2.merging import MergeRequest, MergeResult
+    from gemma2.merging import MergePlan, MergeRequest, MergeResult
+    from gemma2.merging.recipe import Recipe
+    from gemma2.merging.schedule import Number
 
 __all__ = ["METHODS", "app"]
 
 MOST_ROWS = 80  # a longer report is in gemma2.json only
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sub-command: its help, an example, and the options that it takes besides the common ones."""
-
-    help: str
-    example: str
-    options: tuple[str, ...]
-
-
-METHODS = {
-    "slerp": Entry(
-        "Spherical interpolation of task vectors (WARP stage 2), one angle per layer. Three or more models are merged "
-        "one after the other, the k-th with weight 1/k. Without --base it is the parent that the models record, else "
-        "the weights themselves.",
-        "gemma2 merge slerp rl-1 rl-2 --base sft --out merged",
-        ("base", "t"),
-    ),
-    "liti": Entry(
-        "Linear interpolation from the init towards a merged model (WARP stage 3): (1 - eta) base + eta model.",
-        "gemma2 merge liti merged --base sft --eta 0.1,0.3,0.5 --out front",
-        ("base", "eta"),
-    ),
-    "warp": Entry(
-        "SLERP, then LITI, as one combination: no model in between.",
-        "gemma2 merge warp rl-1 rl-2 --base sft --eta 0.3 --out next-init",
-        ("base", "t", "eta"),
-    ),
-    "linear": Entry(
-        "Weighted average of the weights. Uniform for reward models is WARM.",
-        "gemma2 merge linear rm-1 rm-2 rm-3 --out rm",
-        ("weights",),
-    ),
-    "ema": Entry(
-        "Exponential moving average over checkpoints, oldest first.",
-        "gemma2 merge ema step-100 step-200 step-300 --decay 0.9 --out averaged",
-        ("decay", "uniform"),
-    ),
-}
-
-
-def _setting(flag: str, metavar: str | None, text: str, panel: str = "Settings") -> Any:
-    return typer.Option(None, flag, metavar=metavar, help=text, show_default=False, rich_help_panel=panel)
-
-
-OPTIONS: dict[str, tuple[Any, Any]] = {
-    "base": (Path | None, _setting("--base", "DIR", "The init of the models; task vectors start from it.", "Inputs")),
-    "t": (float | None, _setting("--t", "FLOAT", "Share of the second of two models [default 0.5; >=0; <=1].")),
-    "eta": (
-        str | None,
-        _setting("--eta", "A,B,...", "Share of the merged model [default 0.3]. Several: one OUT/eta-... for each."),
-    ),
-    "weights": (str | None, _setting("--weights", "A,B,...", "One per model, summing to 1 [default uniform].")),
-    "decay": (float | None, _setting("--decay", "FLOAT", "Share of the average so far at each checkpoint.")),
-    "uniform": (bool | None, _setting("--uniform", None, "Plain average of the checkpoints.")),
-}
-COMMON: dict[str, tuple[Any, Any]] = {
-    "granularity": (
-        Literal["layer", "tensor", "model"] | None,
-        _setting("--granularity", "layer|tensor|model", "What shares one set of coefficients [default layer]."),
-    ),
-    "dtype": (
-        Literal["bfloat16", "float16", "float32"] | None,
-        _setting("--dtype", "bfloat16|float16|float32", "Of the output [default that of the first model]."),
-    ),
-    "threads": (int | None, _setting("--threads", "INT", "Threads that read, compute and write [default 2; >=1].")),
-    "out": (Path | None, Out),
-    "force": (bool, Force),
-    "dry_run": (bool, DryRun),
-    "as_json": (bool, AsJson),
-    "quiet": (bool, Quiet),
-}
-MODELS = typer.Argument(
-    metavar="MODEL", help="Model directories, in the order of the merge.", show_default=False, rich_help_panel="Inputs"
-)
-
-app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup, no_args_is_help=True
+SOMEWHERE = Path("merged")  # of a plan without --out
+PER_MODEL = ("weights", "density", "gamma", "epsilon")
+PLAIN = ("base", "decay", "normalize", "rescale", "seed", "iterations", "tolerance")
+SHARED = ("granularity", "tokenizer", "dtype", "threads")
+ConfigFile = typer.Option(
+    None,
+    "--config",
+    metavar="FILE",
+    help="Recipe: a YAML file with one merge or several steps, in our keys or in mergekit's.",
+    rich_help_panel="Inputs",
 )
 
 
-@app.callback(context_settings=HELP_NAMES)
-def merge() -> None:
-    """Merge models of one architecture: streamed from disk, in fp32 or better, rounded once."""
+# --- from flags to a request ------------------------------------------------------------------------------------------
 
 
 def _numbers(flag: str, text: str | None) -> tuple[float, ...]:
@@ -117,28 +48,90 @@ def _numbers(flag: str, text: str | None) -> tuple[float, ...]:
         raise UsageError(f"--{flag} {text} is not a list of numbers", "separate them by commas: 0.3,0.5") from error
 
 
-def request_of(method: str, models: list[Path], given: dict[str, Any]) -> MergeRequest:
+def _number(flag: str, text: str | None) -> Number | None:
+    """A number, or the points of a gradient from the first layer to the last."""
+    from gemma2.merging.schedule import Rule, Schedule
+
+    points = _numbers(flag, text)
+    if text is not None and not points:
+        raise UsageError(f"--{flag} is empty", "give a number, or several with commas")
+    return points[0] if len(points) == 1 else Schedule((Rule(points),)) if points else None
+
+
+def request_of(method: str, models: list[Path], given: Mapping[str, Any]) -> MergeRequest:
     """The library's request for a command line."""
     from gemma2.merging import MergeRequest
 
     if method == "ema" and (given.get("decay") is None) != bool(given.get("uniform")):
         raise UsageError("merge ema needs --decay or --uniform, and not both", "choose one")
-    passed = ("base", "t", "decay", "granularity", "dtype", "threads")
-    named = {name: given[name] for name in passed if given.get(name) is not None}
-    return MergeRequest(
-        method=method,
-        models=tuple(models),
-        etas=_numbers("eta", given.get("eta")),
-        weights=_numbers("weights", given.get("weights")) or None,
-        **named,
-    )
+    named = {name: given[name] for name in (*PLAIN, *SHARED) if given.get(name) is not None}
+    named |= {name: _number(name, given.get(name)) for name in ("t", "scale")}
+    named |= {name: _numbers(name, given.get(name)) or None for name in PER_MODEL}
+    return MergeRequest(method=method, models=tuple(models), etas=_numbers("eta", given.get("eta")), **named)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def size(count: float) -> str:
+    """Bytes for people: three digits and a unit."""
+    power = min(len(str(int(count))) - 1, 12) // 3
+    return f"{count / 1000**power:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
+
+
+def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
+    """What would be read, computed and written. `named`: --out was given."""
+    facts = plan.describe()
+    if console.as_json:
+        console.json(facts)
+        return
+    shown = {
+        "method": plan.request.method,
+        "vectors": facts["vectors"],
+        "parameters": f"{plan.parameters:,} in {len(plan.layout):,} tensors",
+        "coefficients": f"one set for each {plan.request.granularity}: {len(plan.groups)} groups",
+        "passes over the data": facts["passes"],
+        "bytes to read": size(facts["bytes_to_read"]),
+        "bytes to write": f"{size(facts['bytes_to_write'])}, {size(facts['bytes_free'])} free",
+        "outputs": ", ".join(facts["outputs"]) if named else "not named: --out is missing",
+        "notes": "; ".join(facts["notes"]) or None,
+    }
+    console.result(shown)
+    console.table([_input_row(plan, number) for number in range(len(plan.inputs))])
+    if len(plan.groups) <= MOST_ROWS:
+        console.table([_group_row(plan, number) for number in range(len(plan.groups))])
+
+
+def _input_row(plan: MergePlan, number: int) -> dict[str, Any]:
+    model = plan.inputs[number]
+    dtypes = sorted({tensor.dtype for tensor in model.tensors.values()})
+    return {"input": model.role, "path": str(model.path), "dtype": " ".join(dtypes), "size": size(model.nbytes)}
+
+
+def _group_row(plan: MergePlan, number: int) -> dict[str, Any]:
+    """A group with the numbers that hold for it."""
+    from math import prod
+
+    group = plan.groups[number]
+    settings = {name: value for name, value in vars(group.settings).items() if value not in (None, ())}
+    elements = sum(prod(plan.layout[name][1]) for name in group.tensors)
+    asked = {
+        name: value
+        for name, value in settings.items()
+        if name != "seed" or "seed" in METHODS[plan.request.method].options
+    }
+    return {"group": group.name, "tensors": len(group.tensors), "parameters": elements, **asked}
+
+
+def report(result: MergeResult) -> dict[str, Any]:
+    """A merge as a JSON document."""
+    return {"outputs": [str(path) for path in result.outputs], "seconds": result.seconds, **result.summary}
 
 
 def show(console: Console, result: MergeResult) -> None:
     """The report per group, and where the models are."""
     if console.as_json:
-        outputs = [str(path) for path in result.outputs]
-        console.json({"outputs": outputs, "seconds": result.seconds, **result.summary})
+        console.json(report(result))
         return
     rows = [
         {
@@ -159,33 +152,178 @@ def show(console: Console, result: MergeResult) -> None:
         console.result({}, path)
 
 
+# --- carrying out -----------------------------------------------------------------------------------------------------
+
+
+def run_method(method: str, models: list[Path], given: Mapping[str, Any]) -> None:
+    """One merge by flags, or its plan."""
+    from gemma2.merging import merge, plan_merge
+
+    console = Console(as_json=given["as_json"], quiet=given["quiet"])
+    request = request_of(method, models, given)
+    if given["dry_run"]:
+        out = given["out"]
+        plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
+        show_plan(console, plan, named=out is not None)
+        return
+    out = _needed(given["out"])
+    result = merge(request, out=out, force=given["force"], verify=given["verify"], progress=console)
+    show(console, result)
+
+
+def _needed(out: Path | None) -> Path:
+    if out is None:
+        raise UsageError("--out is missing", "give the directory to write")
+    return out
+
+
+def run_file(given: Mapping[str, Any]) -> None:
+    """The merges of a file, or their plans."""
+    from gemma2.merging.recipe import read_recipe
+    from gemma2.merging.steps import merge_recipe
+
+    path = Path(given["config"])
+    if not path.is_file():
+        raise InputError(f"--config {path} is not a file", "give a YAML file; see docs/merging.md")
+    console = Console(as_json=given["as_json"], quiet=given["quiet"])
+    recipe = read_recipe(path, given["set"] or (), given["threads"])
+    if given["dry_run"]:
+        show_recipe(console, recipe, given["out"], given["force"])
+        return
+    out = _needed(given["out"])
+    results = merge_recipe(recipe, out=out, force=given["force"], verify=given["verify"], progress=console)
+    if console.as_json and len(results) > 1:
+        names = [step.name for step in recipe.steps]
+        console.json({"steps": {name: report(result) for name, result in zip(names, results, strict=True)}})
+        return
+    for step, result in zip(recipe.steps, results, strict=True):
+        if step.name:
+            console.heading(step.name)
+        show(console, result)
+
+
+def show_recipe(console: Console, recipe: Recipe, out: Path | None, force: bool) -> None:
+    """The plans of all steps; of one whose inputs are still to be made, what is asked for."""
+    from gemma2.merging.steps import plan_recipe
+
+    placed = plan_recipe(recipe, out or SOMEWHERE, force or out is None)
+    if console.as_json and len(placed) > 1:
+        console.json({"steps": {one.step.name: one.describe() for one in placed}})
+        return
+    for one in placed:
+        for note in one.step.notes:
+            console.note(note)
+        if one.step.name:
+            console.text(f"{one.step.name}:")
+        if one.plan is not None:
+            show_plan(console, one.plan, named=out is not None)
+        else:
+            console.result(one.describe())
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
+
+
+def merge(ctx: typer.Context, **given: Any) -> None:
+    """Merge models of one architecture: streamed from disk, in fp32 or better, rounded once.
+
+    Every method is a command; a file may hold one merge, or several that take each other's outputs.
+
+    \b
+      gemma2 merge --config merge.yaml --out merged
+    """
+    said = {name for name, value in given.items() if value not in (None, False, []) and name != "verify"}
+    if ctx.invoked_subcommand is not None:
+        if said or not given["verify"]:
+            raise UsageError(
+                f"options stand before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
+            )
+    elif given["config"] is None:
+        if said:
+            raise UsageError("no method and no --config", "see gemma2 merge --help")
+        typer.echo(ctx.get_help())
+    else:
+        run_file(given)
+
+
+def plan(ctx: typer.Context, **given: Any) -> None:
+    """Check a merge and print what it would read, compute and write, from headers alone; writes nothing.
+
+    Takes what the merge takes: a method with its arguments, or --config. --out may be left out.
+
+    \b
+      gemma2 merge plan slerp rl-1 rl-2 --base sft
+      gemma2 merge plan --config merge.yaml
+    """
+    words = given.pop("words") or []
+    if given["config"] is not None and words:
+        raise UsageError(f"--config and {words[0]}: a plan is of one of them", "leave one out")
+    if given["config"] is not None:
+        run_file({**given, "dry_run": True, "force": given["out"] is None, "quiet": False, "threads": None})
+        return
+    if not words:
+        raise UsageError("no method and no --config", "see gemma2 merge plan --help")
+    commands = ctx.parent.command.commands  # type: ignore[union-attr, attr-defined]
+    if words[0] not in METHODS:
+        from gemma2.merging.yaml_files import closest
+
+        raise UsageError(f"unknown merge method '{words[0]}'", closest(words[0], METHODS))
+    arguments = [*words[1:], "--dry-run", *(["--json"] if given["as_json"] else [])]
+    with commands[words[0]].make_context(words[0], arguments, parent=ctx.parent) as inner:
+        commands[words[0]].invoke(inner)
+
+
 def command_of(method: str, entry: Entry) -> Callable[..., None]:
     """The function behind one sub-command, with the signature that typer reads."""
 
     def command(models: list[Path], **given: Any) -> None:
-        from gemma2.merging import merge
+        run_method(method, models, given)
 
-        console = Console(as_json=given["as_json"], quiet=given["quiet"])
-        if given["out"] is None:
-            raise UsageError("--out is missing", "give the directory to write")
-        request = request_of(method, models, given)
-        result = merge(request, out=given["out"], force=given["force"], dry_run=given["dry_run"], progress=console)
-        if given["dry_run"]:
-            console.result(result.plan.describe())
-        else:
-            show(console, result)
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
     options = {name: OPTIONS[name] for name in entry.options} | COMMON
-    parameters = [
-        inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=MODELS, annotation=list[Path]),
-        *(inspect.Parameter(name, keyword, default=o, annotation=a) for name, (a, o) in options.items()),
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=MODELS, annotation=list[Path])
     command.__doc__ = f"{entry.help}\n\n\b\n  {entry.example}"
+    return _signed(command, [models], options)
+
+
+def _signed(
+    command: Callable[..., None], first: list[inspect.Parameter], options: Mapping[str, tuple[Any, Any]]
+) -> Callable[..., None]:
+    """A function with one keyword per option in its signature."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    rest = [inspect.Parameter(name, keyword, default=o, annotation=a) for name, (a, o) in options.items()]
+    command.__signature__ = inspect.Signature([*first, *rest])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*first, *rest)}
     return command
 
 
+CONTEXT = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+WORDS = typer.Argument(
+    None,
+    metavar="METHOD ARGUMENTS",
+    help="The merge as it would be called: slerp a b --base init.",
+    show_default=False,
+    rich_help_panel="Inputs",
+)
+FILE: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
+
+app.callback(invoke_without_command=True, context_settings=HELP_NAMES)(
+    _signed(merge, [CONTEXT], {**FILE, "threads": (int | None, THREADS), **ENDING})
+)
 for _name, _entry in METHODS.items():
-    app.command(name=_name, cls=HelpCommand, context_settings=HELP_NAMES)(command_of(_name, _entry))
+    app.command(name=_name, cls=HelpCommand, context_settings=HELP_NAMES, rich_help_panel=_entry.panel)(
+        command_of(_name, _entry)
+    )
+app.command(
+    name="plan",
+    cls=HelpCommand,
+    context_settings={**HELP_NAMES, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    rich_help_panel="Before a merge",
+)(
+    _signed(
+        plan,
+        [CONTEXT],
+        {"words": (list[str] | None, WORDS), **FILE, "out": (Path | None, Out), "as_json": (bool, AsJson)},
+    )
+)
