@@ -1,0 +1,232 @@
+"""Files in mergekit's keys: our engine against what mergekit 0.1.5 made of the same files, and what is refused."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_files import read_raw, write_model
+
+from gemma2.merging.errors import UsageError
+from gemma2.merging.mergekit import METHODS
+from gemma2.merging.recipe import read_recipe
+from gemma2.merging.request import settings_at
+from gemma2.merging.steps import merge_recipe
+
+GOLDEN = Path(__file__).parent / "golden"
+SPEC = importlib.util.spec_from_file_location("golden_cases", GOLDEN / "cases.py")
+cases = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(cases)
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The inputs of the recordings, by dtype."""
+    found = {}
+    for dtype, kind in (("float32", "F32"), ("bfloat16", "BF16")):
+        found[dtype] = tmp_path_factory.mktemp(dtype)
+        for name in cases.SEEDS:
+            config = {**cases.CONFIG, "dtype": dtype}
+            write_model(found[dtype] / name, cases.arrays(name), kind, config=config)
+    return found
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return {dtype: dict(np.load(GOLDEN / f"{dtype}.npz")) for dtype in ("float32", "bfloat16")}
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def ours(place: Path, out: Path, text: str, dtype: str, monkeypatch) -> np.ndarray:
+    """All tensors that our engine makes of a file, in the order of their names; bf16 as its bits."""
+    monkeypatch.chdir(place)
+    file = out.with_suffix(".yaml")
+    file.write_text(text)
+    merge_recipe(read_recipe(file), out=out)
+    raw = read_raw(out)
+    kind = np.float32 if dtype == "float32" else np.uint16
+    return np.concatenate([np.frombuffer(raw[name][2], kind) for name in sorted(raw)])
+
+
+def test_the_inputs_are_those_of_the_recordings(recorded):
+    for found in recorded.values():
+        assert str(found["inputs"]) == cases.digest()
+        assert found.keys() == {"inputs", *cases.CASES}
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_fp32_agrees_with_mergekit(places, recorded, tmp_path, monkeypatch, name):
+    found = ours(places["float32"], tmp_path / "out", cases.CASES[name], "float32", monkeypatch)
+    expected = recorded["float32"][name]
+    assert found.shape == expected.shape
+    # Weights are of size 1, and mergekit sums in fp32: a few units in the last place of 1.
+    assert np.abs(found - expected).max() < 4e-6
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_bf16_agrees_with_mergekit_within_one_rounding(places, recorded, tmp_path, monkeypatch, name):
+    text = cases.CASES[name] + cases.PRECISE
+    found = ours(places["bfloat16"], tmp_path / "out", text, "bfloat16", monkeypatch)
+    expected = recorded["bfloat16"][name]
+    assert (found == expected).mean() > 0.99
+    left, right = widened(found), widened(expected)
+    assert (np.abs(left - right) <= 2.0**-7 * np.maximum(np.abs(left), np.abs(right)) + 1e-6).all()
+
+
+def test_every_method_with_a_fixed_result_is_recorded():
+    recorded = {text.split()[1] for text in cases.CASES.values()}
+    random = {"dare_linear", "dare_ties", "della", "della_linear"}
+    assert METHODS.keys() - recorded == random
+
+
+# --- what the keys become ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def steps(text: str):
+        Path("merge.yaml").write_text(text)
+        return read_recipe(Path("merge.yaml")).steps
+
+    return steps
+
+
+@pytest.fixture
+def request_of(read):
+    return lambda text: read(text)[0].request
+
+
+BASED = "base_model: o\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 0.5}}\n"
+TWO = "models:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 0.5}}\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("linear", {"method": "linear", "weights": (1.0, 0.5), "normalize": True, "scale": None}),
+        ("task_arithmetic", {"method": "task-arithmetic", "normalize": False, "scale": 1.0}),
+        ("ties", {"method": "ties", "density": (1.0, 1.0), "normalize": True, "scale": 1.0}),
+        ("dare_linear", {"method": "dare", "normalize": False, "rescale": True, "density": (1.0, 1.0)}),
+        ("dare_ties", {"method": "dare-ties", "normalize": False, "rescale": True}),
+        ("della", {"method": "della", "normalize": True, "epsilon": (0.15, 0.15)}),
+        ("della_linear", {"method": "della-linear", "normalize": False}),
+        ("breadcrumbs", {"method": "breadcrumbs", "normalize": False, "gamma": (0.01, 0.01)}),
+        ("breadcrumbs_ties", {"method": "breadcrumbs-ties", "normalize": False}),
+        ("multislerp", {"method": "multislerp", "normalize": True}),
+        ("nuslerp", {"method": "nuslerp", "weights": (1.0, 0.5), "normalize": None}),
+    ],
+)
+def test_the_defaults_are_those_of_mergekit(request_of, method, fields):
+    request = request_of(f"merge_method: {method}\n{TWO if method == 'linear' else BASED}")
+    assert {name: getattr(request, name) for name in fields} == fields
+    assert request.granularity == "tensor"
+    assert request.base == (None if method == "linear" else Path("o"))
+
+
+def test_karcher_and_passthrough_and_dtypes(request_of):
+    request = request_of(
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\ndtype: float32\nout_dtype: bfloat16\n"
+    )
+    assert (request.iterations, request.tolerance, request.dtype) == (10, 1e-5, "bfloat16")
+    request = request_of("merge_method: passthrough\nmodels: [{model: a+lora}]\ndtype: float16\n")
+    assert (request.models, request.scale, request.dtype) == ((Path("a+lora"),), 1.0, "float16")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("tokenizer_source: base", "base"),
+        ("tokenizer_source: union", "union"),
+        ("tokenizer_source: x", "x"),
+        ("tokenizer_source: model:x", "x"),
+        ("tokenizer: {source: x, tokens: {}}", "x"),
+        ("tokenizer: {}", "union"),
+    ],
+)
+def test_tokenizer_source(request_of, text, tokenizer):
+    assert request_of(f"merge_method: linear\n{TWO}{text}\n").tokenizer == tokenizer
+
+
+def test_a_gradient_leaves_the_final_norm_at_its_first_point(request_of):
+    request = request_of(f"merge_method: ties\n{BASED}parameters: {{density: [0.2, 1]}}\n")
+    at = {name: settings_at(request, name, depth).density[0] for name, depth in {
+        "model.embed_tokens.weight": 0.0,
+        "model.layers.0.mlp.up_proj.weight": 0.0,
+        "model.layers.2.mlp.up_proj.weight": 0.5,
+        "model.layers.4.mlp.up_proj.weight": 1.0,
+        "model.norm.weight": 1.0,
+        "lm_head.weight": 1.0,
+    }.items()}  # fmt: skip
+    assert list(at.values()) == pytest.approx([0.2, 0.2, 0.6, 1.0, 0.2, 0.2])
+
+
+def test_parameters_without_effect_are_noted(read):
+    (step,) = read(f"merge_method: linear\n{TWO}parameters: {{density: 0.5, int8_mask: true}}\n")
+    assert step.notes == (
+        "parameters.density has no effect on linear",
+        "parameters.int8_mask has no effect on linear",
+    )
+
+
+def test_several_documents_are_steps(read):
+    text = "name: last\nmerge_method: slerp\nbase_model: one\nmodels: [{model: b}]\nparameters: {t: 0.5}\n"
+    steps = read(f"{text}---\nname: one\nmerge_method: linear\n{TWO}---\nmerge_method: linear\n{TWO}")
+    assert {step.name: step.needs for step in steps} == {"one": (), "last": ("one",), "final": ()}
+    assert [step.name for step in steps].index("one") < [step.name for step in steps].index("last")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+SLICE = "{model: a, layer_range: [0, 2]}"
+WRONG = {
+    "base_model: a": "has no 'merge_method'",
+    "merge_method: liner\nmodels: [{model: a}]": "merge_method is 'liner' in merge.yaml; did you mean 'linear'?",
+    "merge_method: sce\nmodels: [{model: a}]": "merge_method sce is not supported",
+    f"merge_method: linear\n{TWO}modles: 1": "unknown key 'modles' in merge.yaml; did you mean 'models'?",
+    f"merge_method: linear\n{TWO}chat_template: auto": "chat_template is not supported",
+    f"merge_method: linear\n{TWO}modules: {{}}": "modules is not supported",
+    f"merge_method: linear\n{TWO}parameters: {{wight: 1}}": "unknown key 'parameters.wight' in merge.yaml;",
+    f"merge_method: linear\n{TWO}parameters: 3": "parameters is 3",
+    f"merge_method: linear\n{TWO}parameters: {{normalize: [true, false]}}": "parameters.normalize differs between",
+    f"merge_method: linear\n{TWO}parameters: {{normalize: 1}}": "parameters.normalize is 1, not true or false",
+    f"merge_method: linear\n{TWO}dtype: float64": "dtype is 'float64' in merge.yaml; choose one of bfloat16",
+    f"merge_method: linear\n{TWO}slices: []": "needs 'models' or 'slices', and not both",
+    f"merge_method: linear\n{TWO}tokenizer: {{tokens: {{x: 1}}}}": "tokenizer.tokens is not supported",
+    f"merge_method: linear\n{TWO}tokenizer: {{sorce: x}}": "unknown key 'tokenizer.sorce'",
+    f"merge_method: linear\n{TWO}tokenizer: {{}}\ntokenizer_source: base": "has 'tokenizer' and 'tokenizer_source'",
+    "merge_method: linear\nmodels: [{model: a}, {model: b}]": "models[0] has no 'weight' for every tensor",
+    "merge_method: linear\nmodels: [a, b]": "models[0] is 'a'",
+    "merge_method: linear\nmodels: [{model: a, weight: 1}]": "unknown key 'models[0].weight'",
+    "merge_method: linear\nmodels: [{model: a, parameters: {weight: big}}]": "models[0].parameters.weight is 'big'",
+    "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: mlp, value: 1}]}}]": "for every tensor",
+    "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{fliter: mlp, value: 1}]}}]": "weight[0].fliter",
+    f"merge_method: ties\n{TWO}": "has no 'base_model' (ties needs one)",
+    f"merge_method: slerp\n{BASED}parameters: {{t: 0.5}}": "has 3 models, slerp takes two",
+    "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]": "has no 't' for every tensor",
+    f"merge_method: nuslerp\n{BASED}parameters: {{nuslerp_flatten: false}}": "sets nuslerp_flatten to False",
+    f"merge_method: model_stock\n{BASED}parameters: {{filter_wise: true}}": "sets filter_wise to True",
+    f"merge_method: passthrough\n{TWO}": "has 2 models, passthrough takes one",
+    "merge_method: passthrough\nslices: [{sources: [{model: a}]}]": "slices[0].sources[0].layer_range is None",
+    "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]": "layer_range is [2, 2]",
+    f"merge_method: passthrough\nslices: [{{sources: [{SLICE}], base_model: b}}]": "unknown key 'slices[0].base_model'",
+    f"merge_method: linear\nslices: [{{sources: [{SLICE}, {{model: b, layer_range: [0, 1]}}]}}]": "1 and 2 layers",
+    f"merge_method: ties\nbase_model: o\nslices: [{{sources: [{SLICE}]}}]": "lacks the base_model o",
+    f"name: a\nmerge_method: linear\n{TWO}---\nname: a\nmerge_method: linear\n{TWO}": "two merges named 'a'",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_not_done_is_refused_by_its_key(read, text):
+    with pytest.raises(UsageError) as caught:
+        read(text)
+    assert WRONG[text] in str(caught.value)
+    assert "merge.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
