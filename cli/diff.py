@@ -47,7 +47,10 @@ def _row(group: Difference) -> dict[str, Any]:
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def diff(
     a: Path = typer.Argument(
-        metavar="A", help="A model directory or hub id.", show_default=False, rich_help_panel="Inputs"
+        metavar="A",
+        help="A model directory, a hub id, or a LoRA adapter.",
+        show_default=False,
+        rich_help_panel="Inputs",
     ),
     b: Path = typer.Argument(metavar="B", help="The other model.", show_default=False, rich_help_panel="Inputs"),
     base: Path | None = typer.Option(

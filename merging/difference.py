@@ -5,24 +5,17 @@ relative difference |d| / |a|; sin^2(angle / 2) = (|d|^2 - (|a| - |b|)^2) / (4 |
 That form keeps the small angles between models of one init, which the arc cosine of a dot product loses.
 
 The angle between task vectors is the one that SLERP sees (WARP, arXiv 2406.16768v1, section 3.2 and figure 10).
-Sums run in fp64. Memory does not grow with the models.
+Sums run in fp64 (`distances`). Memory does not grow with the models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from math import atan2, degrees, fsum, sqrt
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .adapter import adapted_rows, load_factors
 from .checkpoint import Checkpoint, Reader
 from .compatibility import (
     check_model,
@@ -31,20 +24,15 @@ from .compatibility import (
     check_same_tokenizer,
     tied_copies,
 )
+from .distances import Distances, Sums
 from .errors import InputError
-from .formats import KINDS, compiled, widen
-from .header import ITEM_BYTES, printable
 from .inputs import open_input
+from .kernels import announced
 from .plan import group_of
 from .progress import SILENT, Progress
 from .report import FAR, NARROW, WIDE
 
 __all__ = ["Difference", "ModelDifference", "diff_models"]
-
-CUT = 1 << 18  # elements that a thread reads at a time
-BLOCK = 4096  # elements that are widened at a time: they stay in the first level cache
-
-Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -70,15 +58,6 @@ class Difference:
     task_norm_b: float | None = None
     task_cosine: float | None = None
     task_angle: float | None = None
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Squared norms over one tensor, fp64: of a, b, b - a, base, a - base, b - base (the last three 0 without base)."""
-
-    parameters: int
-    squares: tuple[float, ...]
-    largest: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,117 +137,17 @@ def diff_models(
     copies = tied_copies(models[0])
     names = [name for name in models[0].tensors if name not in copies]
     total = sum(model.tensors[name].nbytes for model in models for name in names)
-    with Reader.open(models) as reader, progress.task("diff", total=total, unit="bytes") as task:
+    with (
+        announced(progress.note),
+        Reader.open(models) as reader,
+        progress.task("diff", total=total, unit="bytes") as task,
+    ):
         sums = {}
-        for name, found in _Pass(models, reader, threads).run(names):
+        for name, found in Distances(models, reader, threads).run(names):
             sums[name] = found
             task.advance(sum(model.tensors[name].nbytes for model in models))
     notes = tuple(_notes(models, copies))
     return ModelDifference(a=a, b=b, base=base, granularity=granularity, sums=sums, notes=notes)
-
-
-class _Pass:
-    """One pass over the weights: threads read cuts of all operands (a, b, base) and sum."""
-
-    def __init__(self, models: Sequence[Checkpoint], reader: Reader, threads: int) -> None:
-        self.models, self.reader, self.threads = models, reader, threads
-        self._factors = lru_cache(maxsize=2 * len(models))(lambda update: load_factors(reader, update))
-        self._free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-        for _ in range(threads):
-            self._free.put(np.empty((len(models), CUT * 4), np.uint8))
-
-    def run(self, names: Iterable[str]) -> Iterator[tuple[str, Sums]]:
-        """The sums of each tensor."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            for name in names:
-                count = self.models[0].tensors[name].count
-                parts = list(pool.map(lambda first, of=name: self._measure(of, first), range(0, count, CUT)))
-                parts = parts or [np.zeros(7)]
-                squares = tuple(fsum(column) for column in zip(*(part[:6].tolist() for part in parts), strict=True))
-                yield name, Sums(count, squares, float(max(part[6] for part in parts)))
-
-    def _measure(self, name: str, first: int) -> Doubles:
-        """The six sums and the largest difference of one cut, (7,)."""
-        raw = self._free.get()
-        try:
-            count = min(CUT, self.models[0].tensors[name].count - first)
-            kinds = [self._load(model, name, first, row, count) for model, row in zip(self.models, raw, strict=True)]
-            out = np.zeros(7)
-            _measure(raw, np.array(kinds), count, out)
-        finally:
-            self._free.put(raw)
-        if not np.isfinite(out).all():
-            at = next((i for i, column in enumerate((0, 1, 3)) if not np.isfinite(out[column])), 0)
-            raise InputError(
-                f"{self.models[at]}: {printable(name)} holds NaN or Inf in elements {first} to {first + count - 1}",
-                "the model is broken; compare an earlier checkpoint",
-            )
-        return out
-
-    def _load(self, model: Checkpoint, name: str, first: int, row: NDArray[np.uint8], count: int) -> int:
-        """One cut of one operand into the start of a row, an adapter's update added; returns how it is encoded."""
-        tensor, update = model.tensors[name], model.updates.get(name)
-        self.reader.read(tensor, first, count, row)
-        if update is None:
-            return KINDS[tensor.dtype]
-        values = np.empty(count, np.float32)
-        widen(row[: count * ITEM_BYTES[tensor.dtype]], KINDS[tensor.dtype], values)
-        adapted_rows(values, self._factors(update), first)
-        row[: count * 4] = values.view(np.uint8)
-        return KINDS["F32"]
-
-
-@compiled()
-def _measure(raw: NDArray[np.uint8], kinds: NDArray[np.int64], count: int, out: Doubles) -> None:
-    """Adds to `out` (7,) the squares of a, b, b - a, base, a - base, b - base, and the largest |b - a|.
-
-    raw  (2 or 3, >= count * item) uint8: a, b and the base, encoded as `kinds` says
-    """
-    rows = np.empty((kinds.size, BLOCK), np.float32)
-    for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        for k in range(kinds.size):
-            item = 4 if kinds[k] == 2 else 2
-            widen(raw[k, start * item : (start + size) * item], kinds[k], rows[k, :size])
-        a, b = rows[0, :size], rows[1, :size]
-        out[0] += _square(a)
-        out[1] += _square(b)
-        out[2] += _distance(a, b)
-        out[6] = max(out[6], _largest(a, b))
-        if kinds.size == 3:
-            base = rows[2, :size]
-            out[3] += _square(base)
-            out[4] += _distance(base, a)
-            out[5] += _distance(base, b)
-
-
-@compiled(fastmath={"reassoc", "contract", "nsz"})
-def _square(x: Any) -> Any:
-    """|x|^2 of one block in fp64."""
-    total = np.float64(0)
-    for i in range(x.size):
-        total += np.float64(x[i]) * np.float64(x[i])
-    return total
-
-
-@compiled(fastmath={"reassoc", "contract", "nsz"})
-def _distance(x: Any, y: Any) -> Any:
-    """|y - x|^2 of one block in fp64."""
-    total = np.float64(0)
-    for i in range(x.size):
-        step = np.float64(y[i]) - np.float64(x[i])
-        total += step * step
-    return total
-
-
-@compiled(fastmath={"reassoc", "nsz", "nnan"})  # NaN shows in the sums
-def _largest(x: Any, y: Any) -> Any:
-    """max |y - x| of one block."""
-    largest = np.float64(0)
-    for i in range(x.size):
-        step = abs(np.float64(y[i]) - np.float64(x[i]))
-        largest = step if step > largest else largest
-    return largest
 
 
 def _difference(group: str, parameters: int, squares: Sequence[float], largest: float, based: bool) -> Difference:

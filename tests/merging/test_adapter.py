@@ -127,6 +127,14 @@ def test_one_update_by_hand(tmp_path):
     assert block.tolist() == [3, 5, 1, 7, 15, 3]  # 1 + 2 * [[1, 2, 0], [3, 7, 1]]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "scale"), [("q_proj", 5.0), (r"layers\.\d\.self_attn\.q_proj", 5.0), ("proj", 2.0), ("self_attn", 2.0)]
+)
+def test_a_pattern_is_for_whole_parts_at_the_end_of_a_name(tmp_path, pattern, scale):
+    path = write_adapter(tmp_path / "x", alpha_pattern={"up_proj": 1, pattern: 10, ".*": 4})
+    assert open_adapter(path, "model 1").updates[f"{Q}.weight"].scale == scale
+
+
 def test_fan_in_fan_out_transposes_the_product(tmp_path):
     arrays = {"w.lora_A.weight": RNG.standard_normal((2, 3)), "w.lora_B.weight": RNG.standard_normal((5, 2))}
     adapter = open_adapter(write_adapter(tmp_path / "x", arrays, fan_in_fan_out=True), "model 1")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from model_files import CONFIG, added, entries, random_arrays, safetensors_bytes, stored, write_model
 
-from gemma2.merging import difference
+from gemma2.merging import distances
 from gemma2.merging.difference import diff_models
 from gemma2.merging.errors import InputError
 
@@ -45,7 +45,7 @@ def test_three_four_five_by_hand(tmp_path):
 @pytest.mark.parametrize("dtypes", [("F32", "F32", "F32"), ("BF16", "F16", "F32")])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_figure_is_that_of_numpy_in_float64(tmp_path, monkeypatch, dtypes, threads):
-    monkeypatch.setattr(difference, "CUT", 4096)
+    monkeypatch.setattr(distances, "CUT", 4096)
     shapes = {
         "model.embed_tokens.weight": (130, 97),
         "model.layers.0.a.weight": (5,),
@@ -86,7 +86,7 @@ def test_every_figure_is_that_of_numpy_in_float64(tmp_path, monkeypatch, dtypes,
 
 
 def test_threads_do_not_change_a_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(difference, "CUT", 4096)
+    monkeypatch.setattr(distances, "CUT", 4096)
     shapes = {"model.embed_tokens.weight": (300, 100), "model.norm.weight": (8,)}
     models = [random_arrays(seed, shapes=shapes) for seed in range(3)]
     results = [compare(tmp_path / str(threads), *models, threads=threads) for threads in (1, 2, 5)]
@@ -207,7 +207,7 @@ def test_models_that_do_not_fit_are_refused_as_in_a_merge(tmp_path):
 
 
 def test_an_adapter_is_compared_as_the_model_it_makes_of_its_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(difference, "CUT", 4096)
+    monkeypatch.setattr(distances, "CUT", 4096)
     name, generator = "model.layers.0.mlp.up_proj", np.random.default_rng(0)
     base = {f"{name}.weight": generator.standard_normal((150, 80)), "model.norm.weight": np.ones(8)}
     factors = {"lora_A": generator.standard_normal((3, 80)) / 50, "lora_B": generator.standard_normal((150, 3)) / 50}
