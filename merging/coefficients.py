@@ -1,11 +1,11 @@
-"""Merge coefficients from inner products: linear, EMA, SLERP of task vectors (WARP), LITI, and WARP's two stages fused.
+"""Merge coefficients from inner products: linear, EMA, SLERP of task vectors, LITI, WARP, task arithmetic, Model Stock.
 
 Every merge here is one linear combination per group, so a Gram matrix of the group's vectors is all that is ever
 needed. Pure functions on small fp64 arrays; nothing here sees a path or a tensor.
 
-Source: WARP, arXiv 2406.16768v1, sections 3.2 and 3.3, appendix B.3. Deviations: the paper defines SLERP for vectors
-with an angle strictly between 0 and 180 degrees; a zero vector or an angle near 0 falls back to linear interpolation
-(its limit), an angle near 180 is an error.
+Sources: WARP, arXiv 2406.16768v1, sections 3.2 and 3.3, appendix B.3; task arithmetic, 2212.04089; Model Stock,
+2403.19522. Deviations: WARP defines SLERP for vectors with an angle strictly between 0 and 180 degrees; a zero vector
+or an angle near 0 falls back to linear interpolation (its limit), an angle near 180 is an error.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ __all__ = [
     "ema_coefficients",
     "linear_coefficients",
     "liti_coefficients",
+    "model_stock",
     "norm",
     "slerp",
     "slerp_coefficients",
+    "task_arithmetic",
     "warp_coefficients",
 ]
 
@@ -131,3 +133,23 @@ def ema_coefficients(models: int, decay: float | None = None) -> Doubles:
     coefficients = (1.0 - decay) * decay**ages
     coefficients[0] = decay ** (models - 1)
     return coefficients
+
+
+def task_arithmetic(weights: Sequence[float], scale: float = 1.0, normalize: bool = False) -> Doubles:
+    """Of the task vectors (M,): `scale * w_m`, with `normalize` `scale * w_m / sum w` (arXiv 2212.04089)."""
+    given = np.array(weights, dtype=np.float64)
+    return scale * given / given.sum() if normalize else scale * given
+
+
+def model_stock(gram: Doubles) -> Doubles:
+    """Of M >= 2 task vectors with Gram matrix (M, M): t / M each, `t = M cos / (1 + (M - 1) cos)` (arXiv 2403.19522).
+
+    cos is the mean over the pairs of the cosine of their angle; a pair with a zero vector counts as orthogonal. The
+    paper has angles under 90 degrees; for a mean of 90 or more t is 0: the result is the base.
+    """
+    models = len(gram)
+    lengths = np.sqrt(np.diag(gram))
+    products = np.outer(lengths, lengths)
+    cosines = np.divide(gram, products, out=np.zeros_like(products), where=products > 0)
+    cosine = min(max(float(cosines[np.triu_indices(models, 1)].mean()), 0.0), 1.0)
+    return np.full(models, cosine / (1.0 + (models - 1) * cosine))

@@ -10,9 +10,11 @@ from gemma2.merging.coefficients import (
     ema_coefficients,
     linear_coefficients,
     liti_coefficients,
+    model_stock,
     norm,
     slerp,
     slerp_coefficients,
+    task_arithmetic,
     warp_coefficients,
 )
 from gemma2.merging.errors import InputError
@@ -136,3 +138,44 @@ def test_ema_of_three_checkpoints_by_hand():
     # .9 (.9 c1 + .1 c2) + .1 c3
     assert ema_coefficients(3, 0.9) == pytest.approx([0.81, 0.09, 0.1])
     assert ema_coefficients(4).tolist() == [0.25] * 4
+
+
+def test_task_arithmetic_scales_the_weights():
+    assert task_arithmetic([0.5, 1.5], 0.5).tolist() == [0.25, 0.75]
+    assert task_arithmetic([1, 3], 2.0, normalize=True).tolist() == [0.5, 1.5]
+
+
+# Two at 60 degrees: t = 2 * .5 / (1 + .5) = 2/3. Three at 60: t = 3 * .5 / (1 + 2 * .5) = 3/4. Each takes t / M.
+@pytest.mark.parametrize(("models", "expected"), [(2, 1 / 3), (3, 1 / 4)])
+def test_model_stock_at_60_degrees(models, expected):
+    lengths = np.arange(1.0, models + 1)
+    gram = np.where(np.eye(models), 1.0, 0.5) * np.outer(lengths, lengths)
+    assert model_stock(gram) == pytest.approx([expected] * models)
+
+
+def test_model_stock_takes_the_mean_cosine_of_the_pairs():
+    gram = np.array([[1.0, 0.9, 0.3], [0.9, 1.0, 0.6], [0.3, 0.6, 1.0]])  # mean .6: t = 1.8 / 2.2
+    assert model_stock(gram) == pytest.approx([0.6 / 2.2] * 3)
+
+
+def test_model_stock_of_equal_models_is_their_mean_and_of_opposed_ones_the_base():
+    assert model_stock(gram_of([1, 2], [1, 2])).tolist() == pytest.approx([0.5, 0.5])
+    assert model_stock(gram_of([1, 0], [0, 1])).tolist() == [0, 0]
+    assert model_stock(gram_of([1, 0], [-1, 0.1])).tolist() == [0, 0]
+
+
+def test_model_stock_counts_a_frozen_model_as_orthogonal():
+    # cosines of the pairs: 1, 0, 0: t = 3 * (1/3) / (1 + 2/3) = .6
+    assert model_stock(gram_of([1, 1], [1, 1], [0, 0])) == pytest.approx([0.2] * 3)
+
+
+@given(st.lists(st.lists(st.floats(-3, 3), min_size=6, max_size=6), min_size=2, max_size=5))
+def test_model_stock_against_the_vectors(vectors):
+    vectors = np.array(vectors)
+    lengths = np.linalg.norm(vectors, axis=1)
+    if lengths.min() < 1e-3:
+        return
+    pairs = [(i, j) for i in range(len(vectors)) for j in range(i)]
+    cosine = max(0.0, sum(vectors[i] @ vectors[j] / (lengths[i] * lengths[j]) for i, j in pairs) / len(pairs))
+    t = len(vectors) * cosine / (1 + (len(vectors) - 1) * cosine)
+    assert model_stock(gram_of(*vectors)) @ vectors == pytest.approx(t * vectors.mean(axis=0), abs=1e-9)

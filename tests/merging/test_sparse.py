@@ -1,0 +1,370 @@
+"""Sparse merges against a float64 reference written from the papers, and their promises: exact, cut-independent."""
+
+import numpy as np
+import pytest
+from model_files import from_bytes, to_bytes
+
+from gemma2.merging.kernels import BLOCK, KINDS
+from gemma2.merging.randomness import stream_key, uniforms
+from gemma2.merging.selection import BUCKETS, bucket_of_rank, histogram, kept_ranks, magnitude
+from gemma2.merging.sparse import Sparsity, sparse_combine
+
+SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def operands(count, dtypes, seed=0, spread=1e-3):
+    """A base and models near it, as stored: raw rows and their values in fp64."""
+    generator = np.random.default_rng(seed)
+    base = generator.standard_normal(count) * 0.02
+    raw = np.zeros((len(dtypes), count * 4), np.uint8)
+    values = []
+    for row, dtype in enumerate(dtypes):
+        own = base if row == 0 else base + spread * generator.standard_normal(count)
+        data = to_bytes(own, dtype)
+        raw[row, : len(data)] = np.frombuffer(data, np.uint8)
+        values.append(from_bytes(data, dtype, [count]))
+    return raw, np.array([KINDS[dtype] for dtype in dtypes]), np.array(values)
+
+
+def pieces(raw, dtypes, first, count):
+    """The bytes of elements [first, first + count) of every row."""
+    out = np.zeros((len(dtypes), count * 4), np.uint8)
+    for row, dtype in enumerate(dtypes):
+        size = SIZES[dtype]
+        out[row, : count * size] = raw[row, first * size : (first + count) * size]
+    return out
+
+
+def keys_of(models, seed=0):
+    return np.stack([stream_key(seed, "tensor", model) for model in range(models)])
+
+
+def merged(raw, kinds, sparsity, *, count, out_dtype="F32", first=0, row=None, seed=0):
+    """The stored result in fp64, and the squares."""
+    models = len(kinds) - 1
+    unit = row if sparsity.by_rows else BLOCK
+    out = np.zeros(count * 4, np.uint8)
+    squares = np.empty(-(-count // unit))
+    rows = np.empty((models + 4, BLOCK), np.float32)
+    span = np.array([count, first, unit])
+    table, keys = sparsity.table(), keys_of(models, seed)
+    assert sparse_combine(raw, kinds, span, table, keys, sparsity.consensus, rows, out, KINDS[out_dtype], squares)
+    return from_bytes(out[: count * SIZES[out_dtype]].tobytes(), out_dtype, [count]), squares
+
+
+def counted(raw, kinds, targets, count):
+    out = np.zeros((len(targets), BUCKETS), np.int64)
+    rows = np.empty((len(kinds) + 3, BLOCK), np.float32)
+    assert histogram(raw, kinds, count, np.array(targets), rows, out)
+    return out
+
+
+def threshold(raw, kinds, model, rank, count):
+    bucket, inside = bucket_of_rank(counted(raw, kinds, [[model, -1]], count)[0], rank)
+    return magnitude(bucket, bucket_of_rank(counted(raw, kinds, [[model, bucket]], count)[0], inside)[0])
+
+
+def deltas32(values):
+    """As the kernels see them: one fp32 rounding."""
+    return (values[1:] - values[0]).astype(np.float32).astype(np.float64)
+
+
+def draws(models, count, seed=0):
+    out = np.empty((models, count), np.float32)
+    for key, row in zip(keys_of(models, seed), out, strict=True):
+        uniforms(key, 0, row)
+    return out.astype(np.float64)
+
+
+def consensus64(terms, weights, elect, normalize):
+    """From masked, rescaled task vectors (M, n): the merged one, and where the election is clear of rounding."""
+    weighted = np.array(weights)[:, None] * terms
+    total = weighted.sum(axis=0)
+    if not elect:
+        return total / sum(weights) if normalize else total, np.ones(total.size, bool)
+    clear = np.abs(total) > 1e-6 * np.abs(weighted).sum(axis=0)
+    agrees = (np.sign(weighted) == np.sign(total)) & (weighted != 0)
+    kept = np.where(agrees, weighted, 0).sum(axis=0)
+    if normalize:
+        share = (agrees * np.array(weights)[:, None]).sum(axis=0)
+        kept = np.divide(kept, share, out=np.zeros_like(kept), where=share != 0)
+    return kept, clear | (total == 0)
+
+
+# Elements of TIES by hand: base 0, trimmed at 1; weights 1.
+#   (2, 4)     agree: mean 3               (3, -2)   sum > 0: only 3 stays
+#   (-3, 2)    sum < 0: only -3            (0.5, 2)  the first is trimmed: 2
+#   (2, -2)    no sign: 0                  (0.5, .5) both trimmed: 0
+def test_ties_by_hand():
+    first = np.array([2, 3, -3, 0.5, 2, 0.5], np.float32)
+    second = np.array([4, -2, 2, 2, -2, 0.5], np.float32)
+    raw = np.stack([np.zeros(6, np.float32), first, second]).view(np.uint8)
+    kinds = np.full(3, KINDS["F32"])
+    ties = Sparsity(weights=(1, 1), low=(1, 1), elect=True, normalize=True)
+    result, squares = merged(raw, kinds, ties, count=6)
+    assert result.tolist() == [3, 3, -3, 2, 0, 0]
+    assert squares.tolist() == [9 + 9 + 9 + 4]
+    summed = Sparsity(weights=(1, 1), low=(1, 1), elect=True, scale=0.5)
+    assert merged(raw, kinds, summed, count=6)[0].tolist() == [3, 1.5, -1.5, 1, 0, 0]
+    uneven = Sparsity(weights=(1, 2), low=(1, 1), elect=True, normalize=True)  # second counts twice, also in the vote
+    assert merged(raw, kinds, uneven, count=6)[0] == pytest.approx([10 / 3, -2, 2, 2, -2, 0])
+
+
+def test_a_band_keeps_both_of_its_ends():
+    values = np.array([0.5, 1, 2, 3, -1, -3, 4, 0], np.float32)
+    raw = np.stack([np.full(8, 8, np.float32), values + 8]).view(np.uint8)
+    band = Sparsity(weights=(1,), low=(1,), high=(3,))
+    result, _ = merged(raw, np.full(2, KINDS["F32"]), band, count=8)
+    assert (result - 8).tolist() == [0, 1, 2, 3, -1, -3, 0, 0]
+
+
+@pytest.mark.parametrize(("density", "gamma", "expected"), [
+    (0.2, 0.0, (1, 2)),
+    (0.29, 0.0, (1, 2)),
+    (1.0, 0.0, (1, 10)),
+    (0.01, 0.0, (1, 1)),
+    (0.7, 0.1, (2, 8)),
+    (0.9, 0.5, (2, 10)),  # gamma is cut to 1 - density
+])  # fmt: skip
+def test_ranks_that_stay_of_ten(density, gamma, expected):
+    assert kept_ranks(10, density, gamma) == expected
+
+
+def test_rounding_of_the_density_does_not_lose_an_element():
+    assert 0.29 * 100 < 29
+    assert kept_ranks(100, 0.29) == (1, 29)
+
+
+def test_bucket_of_rank_by_hand():
+    counts = np.array([5, 0, 3, 2])
+    assert [bucket_of_rank(counts, rank) for rank in (1, 2, 3, 5, 6, 10)] == [
+        (3, 1), (3, 2), (2, 1), (2, 3), (0, 1), (0, 5)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [("BF16",) * 3, ("F16",) * 3, ("F32",) * 3, ("BF16", "F32", "F16")], ids=str)
+def test_the_threshold_is_the_kth_largest_magnitude(dtypes):
+    count = 3 * BLOCK + 77
+    raw, kinds, values = operands(count, dtypes)
+    deltas = np.abs(deltas32(values))
+    for model in (1, 2):
+        descending = np.sort(deltas[model - 1])[::-1]
+        for rank in (1, 2, 1000, count // 2, count - 1, count):
+            assert threshold(raw, kinds, model, rank, count) == descending[rank - 1]
+
+
+def test_the_threshold_of_equal_magnitudes_and_of_no_change():
+    values = np.array([1, -1, 1, 1, 0, 0, 2, -1], np.float32)
+    raw = np.stack([np.zeros(8, np.float32), values, np.zeros(8, np.float32)]).view(np.uint8)
+    kinds = np.full(3, KINDS["F32"])
+    assert [threshold(raw, kinds, 1, rank, 8) for rank in (1, 2, 6, 7, 8)] == [2, 1, 1, 0, 0]
+    assert [threshold(raw, kinds, 2, rank, 8) for rank in (1, 8)] == [0, 0]
+    unchanged = Sparsity(weights=(1, 1), low=(0, 0), elect=True, normalize=True)
+    assert merged(raw[[0, 2, 2]], kinds, unchanged, count=8)[0].tolist() == [0] * 8
+
+
+def test_counts_add_up_over_cuts():
+    dtypes = ("BF16", "F32", "F16")
+    count = 5 * BLOCK + 3
+    raw, kinds, _ = operands(count, dtypes)
+    whole = counted(raw, kinds, [[1, -1], [2, -1]], count)
+    assert whole.sum(axis=1).tolist() == [count, count]
+    parts = sum(
+        counted(pieces(raw, dtypes, first, size), kinds, [[1, -1], [2, -1]], size)
+        for first, size in ((0, 2 * BLOCK), (2 * BLOCK, 3 * BLOCK + 3))
+    )
+    assert np.array_equal(whole, parts)
+    bucket = int(whole[0].argmax())
+    assert counted(raw, kinds, [[1, bucket]], count).sum() == whole[0, bucket]
+
+
+METHODS = {
+    "ties": Sparsity(weights=(1.0, 0.5), low=(1e-3, 5e-4), elect=True, normalize=True, scale=0.9),
+    "task arithmetic": Sparsity(weights=(0.3, -0.4), scale=2.0),
+    "task arithmetic, normalised": Sparsity(weights=(1.0, 3.0), normalize=True),
+    "breadcrumbs": Sparsity(weights=(0.5, 0.5), low=(2e-4, 3e-4), high=(1.5e-3, 2e-3)),
+    "breadcrumbs_ties": Sparsity(weights=(1.0, 1.0), low=(2e-4, 3e-4), high=(1.5e-3, 2e-3), elect=True),
+    "dare_linear": Sparsity(weights=(0.5, 0.5), keep=(0.3, 0.6)),
+    "dare_linear, not rescaled": Sparsity(weights=(0.5, 0.5), keep=(0.3, 0.6), rescale=False),
+    "dare_ties": Sparsity(weights=(0.5, 0.7), keep=(0.3, 0.6), elect=True, normalize=True),
+    "della": Sparsity(weights=(1.0, 0.7), keep=(0.5, 0.6), spread=(0.2, 0.1), elect=True, normalize=True),
+    "della_linear": Sparsity(weights=(0.5, 0.5), keep=(0.5, 0.6), spread=(0.2, 0.1)),
+    "della_linear, not rescaled": Sparsity(weights=(0.5, 0.5), keep=(0.4, 0.6), spread=(0.2, 0.1), rescale=False),
+}
+ROW = 700  # not a multiple of four, nor a divisor of BLOCK
+
+
+def reference(values, sparsity, count, row):
+    """By the papers' definitions in fp64: the merged task vector, its terms' sizes, and where it is clear of roundings."""
+    deltas = deltas32(values)
+    models = len(deltas)
+    draw = draws(models, count)
+    clear = np.ones(count, bool)
+    terms = np.zeros_like(deltas)
+    for m, delta in enumerate(deltas):
+        low = sparsity.low[m] if sparsity.low else 0.0
+        high = sparsity.high[m] if sparsity.high else np.inf
+        inside = (np.abs(delta) >= np.float32(low)) & (np.abs(delta) <= np.float32(high))
+        chance = np.full(count, sparsity.keep[m] if sparsity.keep else 1.0)
+        if sparsity.by_rows:
+            for begin in range(0, count, row):
+                piece = np.abs(delta[begin : begin + row])
+                order = np.sort(piece)
+                left, right = np.searchsorted(order, piece), np.searchsorted(order, piece, side="right")
+                ranks = (left + right - 1) / 2 / (piece.size - 1)  # equal magnitudes share their mean rank
+                chance[begin : begin + row] += sparsity.spread[m] * (2 * ranks - 1)
+            clear &= np.abs(draw[m] - chance) > 0.02 * sparsity.spread[m]
+        clear &= np.abs(draw[m] - chance) > 1e-6
+        terms[m] = np.where(inside & (draw[m] < chance), delta / (chance if sparsity.rescale else 1.0), 0)
+    kept, elected = consensus64(terms, sparsity.weights, sparsity.elect, sparsity.normalize)
+    return sparsity.scale * kept, np.abs(terms).sum(axis=0), clear & elected
+
+
+@pytest.mark.parametrize("dtypes", [("BF16",) * 3, ("F16", "F32", "BF16"), ("F32",) * 3], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_merges_agree_with_a_float64_reference(method, dtypes):
+    count = 13 * ROW
+    raw, kinds, values = operands(count, dtypes, seed=5)
+    sparsity = METHODS[method]
+    result, squares = merged(raw, kinds, sparsity, count=count, row=ROW)
+    expected, sizes, clear = reference(values, sparsity, count, ROW)
+    assert clear.mean() > 0.97
+    # The keep probabilities of DELLA differ by up to epsilon * bucket / row, and the rescaled terms with them.
+    tolerance = 0.03 if sparsity.by_rows and sparsity.rescale else 1e-6
+    merged_delta = result - values[0]
+    bound = tolerance * sizes + 1e-8  # the result is an fp32 of the order of the base
+    assert (np.abs(merged_delta - expected) <= bound)[clear].all()
+    if not sparsity.by_rows:
+        assert squares.sum() == pytest.approx((expected**2)[clear].sum(), rel=1e-2)
+
+
+@pytest.mark.parametrize("out_dtype", ["BF16", "F16"])
+def test_results_are_rounded_once_to_nearest_even(out_dtype):
+    count = 2 * BLOCK
+    raw, kinds, _ = operands(count, ("BF16",) * 3)
+    ties = METHODS["ties"]
+    precise, _ = merged(raw, kinds, ties, count=count)
+    stored, _ = merged(raw, kinds, ties, count=count, out_dtype=out_dtype)
+    assert np.array_equal(stored, from_bytes(to_bytes(precise, out_dtype), out_dtype, [count]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("out_dtype", ["BF16", "F32"])
+def test_a_merge_in_pieces_is_the_same_bit_for_bit(method, out_dtype):
+    dtypes = ("BF16", "BF16", "F32") if out_dtype == "F32" else ("BF16",) * 3
+    sparsity = METHODS[method]
+    unit = ROW if sparsity.by_rows else BLOCK
+    count = 7 * unit if sparsity.by_rows else 3 * BLOCK + 11
+    raw, kinds, _ = operands(count, dtypes)
+    whole, squares = merged(raw, kinds, sparsity, count=count, out_dtype=out_dtype, row=ROW)
+    parts = []
+    for first, size in ((0, unit), (unit, 2 * unit), (3 * unit, count - 3 * unit)):
+        piece = pieces(raw, dtypes, first, size)
+        parts.append(merged(piece, kinds, sparsity, count=size, out_dtype=out_dtype, first=first, row=ROW))
+    assert np.concatenate([part[0] for part in parts]).tobytes() == whole.tobytes()
+    assert np.concatenate([part[1] for part in parts]).tobytes() == squares.tobytes()
+
+
+def kept_of(sparsity, count, row=None, seed=0, deltas=None):
+    """Merged task vectors of one model that is `deltas` away from 0, in fp32."""
+    values = np.ones(count, np.float32) if deltas is None else deltas.astype(np.float32)
+    raw = np.stack([np.zeros(count, np.float32), values]).view(np.uint8)
+    return merged(raw, np.full(2, KINDS["F32"]), sparsity, count=count, row=row, seed=seed)[0]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5, 0.9])
+def test_dare_keeps_with_its_probability_and_rescaling_keeps_the_mean(density):
+    count = 200_000
+    result = kept_of(Sparsity(weights=(1.0,), keep=(density,)), count)
+    kept = result != 0
+    sigma = np.sqrt(density * (1 - density) / count)
+    assert abs(kept.mean() - density) < 4 * sigma
+    assert np.unique(result[kept]) == pytest.approx([1 / density])
+    assert abs(result.mean() - 1) < 4 * sigma / density
+
+
+def test_masks_are_equal_for_equal_keys_and_differ_by_seed():
+    dare = Sparsity(weights=(1.0,), keep=(0.5,))
+    first, again, other = (kept_of(dare, 10_000, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert abs((first == other).mean() - 0.5) < 4 * 0.5 / 100
+
+
+def test_a_density_of_one_keeps_everything():
+    assert kept_of(Sparsity(weights=(1.0,), keep=(1.0,)), 1000).tolist() == [1.0] * 1000
+
+
+def test_della_keeps_larger_elements_more_and_the_density_on_average():
+    row, rows, density, epsilon = 1000, 300, 0.5, 0.3
+    deltas = np.tile(np.linspace(1e-3, 1.0, row), rows)  # ranks are places
+    settings = Sparsity(weights=(1.0,), keep=(density,), spread=(epsilon,), rescale=False)
+    kept = (kept_of(settings, row * rows, row=row, deltas=deltas) != 0).reshape(rows, row)
+    expected = density - epsilon + 2 * epsilon * np.arange(row) / (row - 1)
+    tenths, wanted = kept.mean(axis=0).reshape(10, -1).mean(axis=1), expected.reshape(10, -1).mean(axis=1)
+    assert np.abs(tenths - wanted).max() < 4 * np.sqrt(0.25 / (row * rows / 10)) + 0.005
+    assert abs(kept.mean() - density) < 4 * np.sqrt(0.25 / kept.size)
+
+
+def chances(deltas, density=0.5, epsilon=0.3):
+    """Keep probabilities of one row, read off its rescaled elements over many seeds."""
+    settings = Sparsity(weights=(1.0,), keep=(density,), spread=(epsilon,))
+    seen = np.zeros(len(deltas))
+    for seed in range(64):
+        result = kept_of(settings, len(deltas), row=len(deltas), deltas=deltas, seed=seed)
+        seen = np.where(result != 0, deltas / np.where(result == 0, 1, result), seen)
+    return seen
+
+
+def test_della_probabilities_by_hand():
+    # ranks 0, 1, 2, 3 of four: density - epsilon + 2 epsilon * rank / 3
+    assert chances(np.array([-1.0, 8.0, 2.0, -4.0])) == pytest.approx([0.2, 0.8, 0.4, 0.6])
+    # equal magnitudes share their mean rank: (0 + 1) / 2, (2 + 3) / 2
+    assert chances(np.array([1.0, -1.0, 4.0, 4.0])) == pytest.approx([0.3, 0.3, 0.7, 0.7])
+    assert chances(np.array([3.0])) == pytest.approx([0.5])
+
+
+def test_della_probabilities_are_monotone_and_average_to_the_density():
+    deltas = np.random.default_rng(3).standard_cauchy(300)
+    probabilities = chances(deltas)
+    assert (np.diff(probabilities[np.argsort(np.abs(deltas))]) >= -1e-6).all()
+    assert probabilities.mean() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_della_with_rows_longer_than_a_block():
+    row = 2 * BLOCK + 5
+    raw, kinds, values = operands(2 * row, ("F32",) * 3, seed=2)
+    sparsity = METHODS["della_linear, not rescaled"]
+    result, squares = merged(raw, kinds, sparsity, count=2 * row, row=row)
+    expected, _, clear = reference(values, sparsity, 2 * row, row)
+    assert np.abs(result - values[0] - expected)[clear].max() < 1e-8
+    assert squares.size == 2
+
+
+def test_what_is_not_changed_keeps_the_sign_of_zero():
+    zeros = np.array([-0.0, 0.0, -0.0], np.float32)
+    raw = np.stack([zeros, zeros]).view(np.uint8)
+    result, _ = merged(raw, np.full(2, KINDS["F32"]), Sparsity(weights=(1.0,)), count=3)
+    assert np.signbit(result).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_value_that_is_not_finite_is_noticed_even_where_it_is_dropped(bad, place):
+    values = np.ones((3, 100), np.float32)
+    values[place, 17] = bad
+    raw, kinds = values.view(np.uint8), np.full(3, KINDS["F32"])
+    rows, out, squares = np.empty((6, BLOCK), np.float32), np.empty(400, np.uint8), np.empty(1)
+    for sparsity in (Sparsity(weights=(1, 1), low=(5, 5)), Sparsity(weights=(1, 1), keep=(1e-6, 1e-6))):
+        table = sparsity.table()
+        span = np.array([100, 0, BLOCK])
+        assert not sparse_combine(raw, kinds, span, table, keys_of(2), 0, rows, out, KINDS["F32"], squares)
+    counts = np.zeros((2, BUCKETS), np.int64)
+    assert not histogram(raw, kinds, 100, np.array([[1, -1], [2, -1]]), rows, counts)
+
+
+def test_a_result_that_does_not_fit_is_noticed():
+    raw = np.stack([np.full(4, 6e4, np.float32), np.full(4, 7e4, np.float32)]).view(np.uint8)
+    kinds, span, table = np.full(2, KINDS["F32"]), np.array([4, 0, BLOCK]), Sparsity(weights=(1.0,)).table()
+    rows, out, squares = np.empty((5, BLOCK), np.float32), np.empty(16, np.uint8), np.empty(1)
+    assert sparse_combine(raw, kinds, span, table, keys_of(1), 0, rows, out, KINDS["BF16"], squares)
+    assert not sparse_combine(raw, kinds, span, table, keys_of(1), 0, rows, out, KINDS["F16"], squares)
