@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     )
     from .engine import MergeResult, merge
     from .inspection import inspect_model
-    from .methods import MergeRequest
     from .plan import MergePlan, plan_merge
+    from .request import MergeRequest
 
 # Resolved on first use: errors and outputs are imported at command line start-up, where numba must not be.
 _HOMES = {
     "MergePlan": "plan",
-    "MergeRequest": "methods",
+    "MergeRequest": "request",
     "MergeResult": "engine",
     "ema_coefficients": "coefficients",
     "inspect_model": "inspection",

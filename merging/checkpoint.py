@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .header import ITEM_BYTES, Tensor, printable, read_header
 from .outputs import require_complete
+
+if TYPE_CHECKING:
+    from .adapter import LowRank
 
 __all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint", "read_json"]
 
@@ -30,12 +33,18 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its configuration and where each tensor lies. `role` is how messages name it."""
+    """A model directory: its configuration and where each tensor lies. `role` is how messages name it.
+
+    origin   the directory of configuration and tokenizer; of an adapted model that of the model
+    updates  low-rank updates by tensor, of an adapted model
+    """
 
     role: str
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    origin: Path
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.role} {self.path}"
@@ -47,8 +56,9 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """The weight files, by name."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        """The files that hold its weights, by name."""
+        factors = {tensor.file for update in self.updates.values() for tensor in (update.a, update.b)}
+        return sorted({tensor.file for tensor in self.tensors.values()} | factors)
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -82,7 +92,7 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
     shards = _shards(path, role)
     if not (path / "config.json").is_file():
         raise InputError(f"{role} {path} holds no config.json", "give a directory with config.json and *.safetensors")
-    return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards))
+    return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards), path)
 
 
 def _shards(path: Path, role: str) -> dict[str, list[str]] | None:
@@ -141,9 +151,13 @@ class Reader:
     def __init__(self, descriptors: Mapping[Path, int]) -> None:
         self._descriptors = descriptors
 
+    def descriptor(self, tensor: Tensor) -> int:
+        """Of the open file that holds a tensor, for the compiled passes."""
+        return self._descriptors[tensor.file]
+
     @classmethod
     @contextmanager
-    def open(cls, checkpoints: Sequence[Checkpoint]) -> Iterator[Reader]:
+    def open(cls, checkpoints: Iterable[Checkpoint]) -> Iterator[Reader]:
         """Open every weight file of the checkpoints for the time of the block."""
         with ExitStack() as stack:
             descriptors: dict[Path, int] = {}

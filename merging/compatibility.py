@@ -45,7 +45,7 @@ EMBEDDING = "embed_tokens.weight"
 def check_model(model: Checkpoint) -> None:
     """Refuse what is not safe or not possible to merge in a single model."""
     for name in ("config.json", "tokenizer_config.json"):
-        path = model.path / name
+        path = model.origin / name
         for key, reason in FORBIDDEN_KEYS.items():
             if path.is_file() and read_json(path).get(key) is not None:
                 raise InputError(f"{path} {reason} ({key})", "use a model that transformers has, in bf16, fp16 or fp32")
@@ -66,7 +66,7 @@ def check_model(model: Checkpoint) -> None:
 def _architecture(model: Checkpoint) -> str:
     names = model.config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise InputError(f"{model.path}/config.json does not name one architecture ({names!r})", "restore the file")
+        raise InputError(f"{model.origin}/config.json does not name one architecture ({names!r})", "restore the file")
     return names[0]
 
 
@@ -81,10 +81,14 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key)
 
 
-def check_same_architecture(first: Checkpoint, other: Checkpoint) -> None:
-    """Same architecture, and the same value of every key that decides the function, where both state it."""
+def check_same_architecture(first: Checkpoint, other: Checkpoint, layers_differ: bool = False) -> None:
+    """Same architecture, and the same value of every key that decides the function, where both state it.
+
+    With `layers_differ` the number of layers is not compared.
+    """
+    keys = [key for key in ARCHITECTURE_KEYS if not (layers_differ and key == "num_hidden_layers")]
     pairs = [("architectures", _architecture(first), _architecture(other))]
-    pairs += [(key, _value(first.config, key), _value(other.config, key)) for key in ARCHITECTURE_KEYS]
+    pairs += [(key, _value(first.config, key), _value(other.config, key)) for key in keys]
     for key, left, right in pairs:
         if left != right and left is not None and right is not None:
             raise InputError(
@@ -124,7 +128,7 @@ def tied_copies(model: Checkpoint) -> dict[str, str]:
 def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
     """The same token for every id. Compared where both directories have the file."""
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json"):
-        left, right = first.path / name, other.path / name
+        left, right = first.origin / name, other.origin / name
         if left.is_file() and right.is_file() and not filecmp.cmp(left, right, shallow=False):
             difference = _first_difference(left, right) if name == "tokenizer.json" else name
             if difference:

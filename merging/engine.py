@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, Reader, open_checkpoint
-from .errors import InputError, OutputError
-from .kernels import prepare
-from .methods import MergeRequest
-from .outputs import digest_weights, now, staged_output, versions, write_manifest
+from .checkpoint import Checkpoint, Reader
+from .errors import InputError
+from .feed import CUT, Feeder
+from .kernels import announced
+from .outputs import digest_weights, now, staged_output, versions, weight_files, write_manifest
 from .plan import MergePlan, plan_merge
+from .products import Products
 from .progress import SILENT, Progress
 from .report import GroupReport, judge, mean_angle
-from .stream import CUT, Stream
+from .request import MergeRequest
+from .stream import Checks, Output, Stream
+from .verify import verify_output
 from .writer import Writer, copy_companions
 
 __all__ = ["MergeResult", "merge"]
@@ -71,13 +73,15 @@ def merge(
     out: Path,
     force: bool = False,
     dry_run: bool = False,
+    verify: bool = True,
     progress: Progress = SILENT,
     cut: int = CUT,
 ) -> MergeResult:
-    """Merge model directories into `out`, or with several etas into one directory for each below `out`.
+    """Merge models into `out`, or with several etas into one directory for each below `out`.
 
-    Each output is a model directory that appears complete or not at all. `cut` is the elements per read, a multiple of
-    4096; it does not change the result.
+    Each output is a model directory that appears complete or not at all. With `verify` it is read back from the disk
+    before it appears; without, its manifest has no digests of the weights. `cut` is the elements per read, a multiple
+    of 4096; it does not change the result.
     Raises UsageError, InputError or OutputError; before any work where that can be known.
     """
     plan = plan_merge(request, out, force)
@@ -86,20 +90,26 @@ def merge(
     if dry_run:
         return MergeResult(plan)
     started = now()
-    prepare(progress.note)
     with ExitStack() as stack:
+        stack.enter_context(announced(progress.note))
         stack.enter_context(_no_empty_parents(plan.outputs[0]))
         directories = [stack.enter_context(staged_output(path, force)) for path in plan.outputs]
-        result = _stream(plan, directories, progress, cut)
-        with ThreadPoolExecutor(plan.request.threads) as pool:
-            digests = list(pool.map(lambda model: digest_weights(model.path), plan.operands))
+        result, checks = _stream(plan, directories, progress, cut)
+        for directory in directories:
+            copy_companions(plan.models[0].origin, directory, _config_changes(plan))
+        digests = _verify(plan, directories, checks, progress) if verify else [{} for _ in directories]
+        parents = [digest_weights(model.path, plan.request.threads) for model in plan.inputs]
         for number, directory in enumerate(directories):
-            copy_companions(plan.models[0].path, directory, plan.request.dtype)
-            _verify(plan, directory)
-            write_manifest(directory, _manifest(result, number, digests, started))
+            known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
+            write_manifest(directory, _manifest(result, number, parents, started), known)
     for line in result.warnings:
         progress.warn(line)
     return result
+
+
+def _config_changes(plan: MergePlan) -> dict[str, Any]:
+    """Keys of config.json that the merge gives other values."""
+    return {**plan.config, **({"dtype": plan.request.dtype} if plan.request.dtype else {})}
 
 
 @contextmanager
@@ -115,20 +125,34 @@ def _no_empty_parents(out: Path) -> Iterator[None]:
         raise
 
 
-def _stream(plan: MergePlan, directories: list[Path], progress: Progress, cut: int) -> MergeResult:
+def _stream(plan: MergePlan, directories: list[Path], progress: Progress, cut: int) -> tuple[MergeResult, Checks]:
     """Read, merge and write all weights."""
     begin = time.perf_counter()
-    passes = 2 if plan.method.adaptive else 1
     with (
         ExitStack() as stack,
-        Reader.open(plan.operands) as reader,
-        progress.task(f"merge {plan.request.method}", total=plan.input_bytes * passes, unit="bytes") as task,
+        Reader.open(plan.inputs) as reader,
+        progress.task(
+            f"merge {plan.request.method}", total=plan.input_bytes * plan.method.passes, unit="bytes"
+        ) as task,
     ):
-        for model in plan.operands:
+        for model in plan.inputs:
             _check_tied(plan, model, reader)
-        writers = [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories]
-        groups = tuple(Stream(plan, reader, writers, task, cut).run())
-    return MergeResult(plan, groups, tuple(judge(plan.request.method, groups)), time.perf_counter() - begin)
+        output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
+        products = Products(plan)
+        groups = tuple(Stream(plan, Feeder(plan, reader, len(directories), cut), output, task, products).run())
+        products.save()
+    seconds = time.perf_counter() - begin
+    return MergeResult(plan, groups, tuple(judge(plan.request.method, groups)), seconds), output.checks
+
+
+def _verify(plan: MergePlan, directories: list[Path], checks: Checks, progress: Progress) -> list[dict[str, str]]:
+    """Read every output back; the digests of its weight files."""
+    total = plan.output_bytes * len(directories)
+    with progress.task("verify", total=total, unit="bytes") as task:
+        return [
+            verify_output(directory, plan.layout, sums, plan.request.threads, task)
+            for directory, sums in zip(directories, checks.sums, strict=True)
+        ]
 
 
 def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
@@ -142,14 +166,7 @@ def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
             )
 
 
-def _verify(plan: MergePlan, directory: Path) -> None:
-    """Open the output as any reader would and compare its tensors with the plan."""
-    written = {name: (t.dtype, t.shape) for name, t in open_checkpoint(directory, "output").tensors.items()}
-    if written != plan.layout:
-        raise OutputError(f"{directory} does not read back as it was written", "check the disk, and merge again")
-
-
-def _manifest(result: MergeResult, number: int, digests: list[str], started: str) -> dict[str, Any]:
+def _manifest(result: MergeResult, number: int, weights: list[str], started: str) -> dict[str, Any]:
     """`gemma2.json` of one output: request, parents with their roles in the merge, and the report."""
     plan = result.plan
     here = plan.outputs[number].resolve()
@@ -160,11 +177,11 @@ def _manifest(result: MergeResult, number: int, digests: list[str], started: str
             "path": os.path.relpath(model.path.resolve(), here),
             "weights": digest,
         }
-        for model, digest in zip(plan.operands, digests, strict=True)
+        for model, digest in zip(plan.inputs, weights, strict=True)
     ]
     return {
         "command": f"merge {plan.request.method}",
-        "config": plan.request.options() | {"etas": list(plan.request.etas[number : number + 1])},
+        "config": plan.request.options() | {"etas": plan.request.options().get("etas", [])[number : number + 1]},
         "parents": parents,
         "data": [],
         "versions": versions(),

@@ -1,12 +1,12 @@
 """The arithmetic on tensors: Gram matrices of task vectors and fused linear combinations. numba, without the GIL.
 
-Raw bytes of bf16, fp16 or fp32 come in, one row per operand, and are widened to fp32 in blocks of 4 Ki elements.
-Sums run in fp32 inside a block and leave it as fp64, so that a norm over a vector of any length is right to 1e-6 (one
-fp32 sum over the 590 M elements of the 2B embedding is 10 % low). Differences are taken before products. Results are
-rounded once, to nearest even, on store.
+Raw bytes of bf16, fp16 or fp32 come in, one row per operand. Sums run in fp32 inside a block of 4 Ki elements and
+leave it as fp64, so that a norm over a vector of any length is right to 1e-6 (one fp32 sum over the 590 M elements of
+the 2B embedding is 10 % low). Differences are taken before products. Results are rounded once, to nearest even, on
+store.
 
 Blocks are counted from the start of a tensor: results do not depend on how the caller cuts it, as long as every cut
-is a multiple of BLOCK.
+is a multiple of BLOCK. bf16 operands are read in place; anything else is widened to fp32 rows first.
 """
 
 from __future__ import annotations
@@ -15,165 +15,180 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numba.core import event
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "KINDS", "combine", "gram", "pair_count", "prepare"]
+from .formats import ITEMS, KINDS, Bytes, Doubles, Floats, compiled, narrow, value, widen
 
-BLOCK = 4096  # elements; three operands and the result stay in the first and second level caches
-KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # how the kernels are told what the bytes are
+__all__ = ["BLOCK", "KINDS", "announced", "check_sum", "combine", "compiled", "gram", "narrow", "pair_count", "widen"]
+
+BLOCK = 4096  # elements; operands and result of a block stay in the first and second level caches
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and Inf keep their meaning
-U1, U16, U7FFF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
-
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+U1 = np.uint32(1)
+CONTRACT = {"contract"}  # a * b + c may round once
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`njit` with the machine code kept on disk: beside the source, else in the user's cache directory.
+@compiled(fastmath=REORDER)
+def based_products(base: Any, x: Any, y: Any) -> Any:
+    """|base|^2, <u, u>, <u, v>, <v, v> of u = x - base, v = y - base over one block, summed in fp32."""
+    square, first, both, second = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(base.size):
+        origin = value(base[i])
+        u, v = value(x[i]) - origin, value(y[i]) - origin
+        square += origin * origin
+        first += u * u
+        both += u * v
+        second += v * v
+    return square, first, both, second
 
-    Where neither can be written the kernels still work, compiled again in each process.
+
+@compiled(fastmath=REORDER)
+def plain_products(x: Any, y: Any) -> Any:
+    """<x, x>, <x, y>, <y, y> over one block, summed in fp32."""
+    first, both, second = np.float32(0), np.float32(0), np.float32(0)
+    for i in range(x.size):
+        u, v = value(x[i]), value(y[i])
+        first += u * u
+        both += u * v
+        second += v * v
+    return first, both, second
+
+
+@compiled()
+def precise_products(base: Floats, x: Floats, y: Floats, based: bool) -> Any:
+    """The same in fp64, for blocks whose squares overflow fp32. Not finite only if an operand is not."""
+    square, first, both, second = 0.0, 0.0, 0.0, 0.0
+    for i in range(x.size):
+        origin = np.float64(base[i]) if based else 0.0
+        u, v = np.float64(x[i]) - origin, np.float64(y[i]) - origin
+        square += origin * origin
+        first += u * u
+        both += u * v
+        second += v * v
+    return square, first, both, second
+
+
+@compiled()
+def gram_block(rows: Any, operands: int, begin: int, end: int, based: bool, out: Doubles) -> None:
+    """Inner products of columns [begin, end) of the first `operands` rows; `out` (1 + pairs,) as `gram` says.
+
+    rows  (>= K, n) uint16 of bf16 or float32, C-contiguous: only such rows are vectorised
     """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return njit(function, nogil=True, cache=True, **options)
-        except RuntimeError:  # numba: "no locator available"
-            return njit(function, nogil=True, **options)
-
-    return decorate
-
-
-@_compiled()
-def float_bits(value: Any) -> Any:
-    """The bit pattern of an fp32."""
-    return np.float32(value).view(np.uint32)
-
-
-@_compiled()
-def bits_float(bits: Any) -> Any:
-    """The fp32 of a bit pattern."""
-    return np.uint32(bits).view(np.float32)
+    start = 1 if based else 0
+    vectors = operands - start
+    out[0] = 0.0
+    for a in range(max(vectors - 1, 1)):
+        for b in range(min(a + 1, vectors - 1), vectors):  # a single vector is its own partner
+            x, y = rows[start + a, begin:end], rows[start + b, begin:end]
+            if based:
+                square, first, both, second = based_products(rows[0, begin:end], x, y)
+                out[0] = square
+            else:
+                first, both, second = plain_products(x, y)
+            # Row a of the upper triangle begins after the a rows above it.
+            out[1 + a * vectors - a * (a - 1) // 2] = first
+            out[1 + a * vectors - a * (a - 1) // 2 + b - a] = both
+            out[1 + b * vectors - b * (b - 1) // 2] = second
 
 
-@_compiled()
-def half_to_float(half: Any) -> Any:
-    """fp16 bits to fp32, exact."""
-    magnitude = (half & 0x7FFF) << 13
-    # The product moves the exponent bias from 15 to 127 and normalises subnormals on the way.
-    widened = float_bits(bits_float(magnitude) * np.float32(2.0**112))
-    if half & 0x7C00 == 0x7C00:  # Inf and NaN
-        widened = np.uint32(magnitude | 0x7F800000)
-    return bits_float(widened | ((half & 0x8000) << 16))
+@compiled()
+def gram_block_precise(rows: Floats, operands: int, size: int, based: bool, out: Doubles) -> None:
+    """`gram_block` in fp64, of the first `size` columns."""
+    start = 1 if based else 0
+    vectors = operands - start
+    column = 1
+    for a in range(vectors):
+        for b in range(a, vectors):
+            x, y = rows[start + a, :size], rows[start + b, :size]
+            square, _, both, _ = precise_products(rows[0, :size], x, y, based)
+            out[0] = square
+            out[column] = both
+            column += 1
 
 
-@_compiled()
-def float_to_half(bits: Any) -> Any:
-    """fp32 bits to fp16 bits, to nearest even."""
-    magnitude = bits & 0x7FFFFFFF
-    if magnitude >= 0x477FF000:  # 65520 and above round to Inf
-        half: Any = 0x7C00
-    elif magnitude < 0x38800000:  # below 2**-14: 0.5 has the spacing of fp16 subnormals
-        half = np.int64(float_bits(bits_float(magnitude) + np.float32(0.5))) - 0x3F000000
-    else:  # exponent bias from 127 to 15, then 13 bits rounded away
-        half = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13
-    return half | ((bits >> 16) & 0x8000)
+@compiled()
+def widen_block(raw: Bytes, kinds: NDArray[np.int64], start: int, size: int, rows: Floats) -> None:
+    """Elements [start, start + size) of every operand to the front of the fp32 rows."""
+    for k in range(kinds.size):
+        item = ITEMS[kinds[k]]
+        widen(raw[k, start * item : (start + size) * item], kinds[k], rows[k, :size])
 
 
-@_compiled()
-def widen(raw: Bytes, kind: int, out: Floats) -> None:
-    """Bytes of one operand, (n * item) uint8, to fp32 (n,). Exact for every bit pattern."""
-    if kind == 0:
-        halves = raw.view(np.uint16)
-        for i in range(out.size):
-            out[i] = bits_float(np.uint32(halves[i]) << 16)
-    elif kind == 1:
-        halves = raw.view(np.uint16)
-        for i in range(out.size):
-            out[i] = half_to_float(np.int64(halves[i]))
-    else:
-        singles = raw.view(np.float32)
-        for i in range(out.size):
-            out[i] = singles[i]
-
-
-@_compiled()
-def narrow(values: Floats, kind: int, raw: Bytes) -> Any:
-    """fp32 (n,) to bytes (n * item) uint8, to nearest even. False when a stored value is Inf or NaN."""
-    # The largest magnitude as a bit pattern tells Inf and NaN without a branch in the loop.
-    largest = np.uint32(0)
-    if kind == 0:
-        halves = raw.view(np.uint16)
-        for i in range(values.size):
-            bits = float_bits(values[i])
-            odd = np.uint32(bits >> U16) & U1
-            half = np.uint32(np.uint32(bits + U7FFF + odd) >> U16)
-            largest = max(largest, np.uint32(half & U7FFF))
-            halves[i] = half
-        return largest < 0x7F80
-    if kind == 1:
-        halves = raw.view(np.uint16)
-        for i in range(values.size):
-            half = np.uint32(float_to_half(np.int64(float_bits(values[i]))))
-            largest = max(largest, half & np.uint32(0x7FFF))
-            halves[i] = half
-        return largest < 0x7C00
-    singles = raw.view(np.float32)
-    for i in range(values.size):
-        largest = max(largest, float_bits(values[i]) & np.uint32(0x7FFFFFFF))
-        singles[i] = values[i]
-    return largest < 0x7F800000
-
-
-@_compiled(fastmath=REORDER)
-def dot(x: Floats, y: Floats) -> float:
-    """Inner product of two blocks (n <= BLOCK): fp32, or fp64 where fp32 overflows. Not finite only if x or y is."""
-    total = np.float32(0)
-    for i in range(x.size):
-        total += x[i] * y[i]
-    if np.isfinite(total):
-        return np.float64(total)
-    precise = np.float64(0)
-    for i in range(x.size):
-        precise += np.float64(x[i]) * np.float64(y[i])
-    return precise
-
-
-@_compiled()
+@compiled()
 def gram(raw: Bytes, kinds: NDArray[np.int64], count: int, based: bool, rows: Floats, out: Doubles) -> None:
     """Inner products of the operands' vectors, per block.
 
     raw    (K, >= count * item) uint8, one operand per row; row 0 is the base when `based`
     kinds  (K,) how each row is encoded
-    rows   (K, BLOCK) fp32 work space
+    rows   (>= K, BLOCK) fp32 work space
     out    (ceil(count / BLOCK), 1 + pairs): |base|^2 (0 without base), then <v_i, v_j> for i <= j in row order, where
            v_i = operand_i - base, or the operand itself
     """
-    first = 1 if based else 0
+    operands = kinds.size
+    halves = raw.view(np.uint16)
+    in_place = not kinds.any()
     for block in range(out.shape[0]):
         start = block * BLOCK
         size = min(BLOCK, count - start)
-        for k in range(kinds.size):
-            item = 4 if kinds[k] == 2 else 2
-            widen(raw[k, start * item : (start + size) * item], kinds[k], rows[k, :size])
-        out[block, 0] = 0.0
-        if based:
-            base = rows[0, :size]
-            out[block, 0] = dot(base, base)
-            for k in range(1, kinds.size):
-                vector = rows[k, :size]
-                for i in range(size):
-                    vector[i] -= base[i]
-        column = 1
-        for a in range(first, kinds.size):
-            for b in range(a, kinds.size):
-                out[block, column] = dot(rows[a, :size], rows[b, :size])
-                column += 1
+        if in_place:
+            gram_block(halves, operands, start, start + size, based, out[block])
+        else:
+            widen_block(raw, kinds, start, size, rows)
+            gram_block(rows, operands, 0, size, based, out[block])
+        if not np.isfinite(out[block]).all():
+            widen_block(raw, kinds, start, size, rows)
+            gram_block_precise(rows, operands, size, based, out[block])
 
 
-@_compiled()
+@compiled(fastmath=CONTRACT)
+def add_one(total: Floats, x: Any, around: Any, weight: Any) -> None:
+    """`total += weight * (x - around)`"""
+    for i in range(total.size):
+        total[i] += weight * (value(x[i]) - value(around[i]))
+
+
+@compiled(fastmath=CONTRACT)
+def add_two(total: Floats, x: Any, y: Any, around: Any, weights: Any) -> None:
+    """`total += weights[0] * (x - around) + weights[1] * (y - around)`"""
+    first, second = weights
+    for i in range(total.size):
+        middle = value(around[i])
+        total[i] += first * (value(x[i]) - middle) + second * (value(y[i]) - middle)
+
+
+@compiled(fastmath=CONTRACT)
+def add_scaled(total: Floats, around: Any, scale: Any) -> None:
+    """`total = scale * around + total`; where the total is 0 without adding it, since -0.0 + 0.0 loses the sign."""
+    for i in range(total.size):
+        scaled = scale * value(around[i])
+        total[i] = scaled + total[i] if total[i] != np.float32(0) else scaled
+
+
+@compiled()
+def combine_block(rows: Any, begin: int, weights: Doubles, total: Floats) -> None:
+    """One output of one block: `total = sum_k weights[k] * rows[k, begin:...]`, around the operand of largest weight."""
+    end = begin + total.size
+    pivot = np.argmax(np.abs(weights))
+    around = rows[pivot, begin:end]
+    scale = weights.sum()
+    # Weights that were formed as 1 - sum of the others miss 1 by an fp64 rounding.
+    scale = np.float32(1.0) if abs(scale - 1.0) < 1e-12 else np.float32(scale)
+    previous = -1  # terms are taken in twos: half of the loads and stores of the total
+    total[:] = np.float32(0)
+    for k in range(weights.size):
+        if k != pivot and weights[k] != 0:
+            if previous < 0:
+                previous = k
+                continue
+            pair = np.float32(weights[previous]), np.float32(weights[k])
+            add_two(total, rows[previous, begin:end], rows[k, begin:end], around, pair)
+            previous = -1
+    if previous >= 0:
+        add_one(total, rows[previous, begin:end], around, np.float32(weights[previous]))
+    add_scaled(total, around, scale)
+
+
+@compiled()
 def combine(
     raw: Bytes, kinds: NDArray[np.int64], count: int, weights: Doubles, rows: Floats, out: Bytes, out_kind: int
 ) -> bool:
@@ -190,32 +205,37 @@ def combine(
     """
     finite = True
     operands = kinds.size
-    out_item = 4 if out_kind == 2 else 2
+    halves = raw.view(np.uint16)
+    in_place = not kinds.any()
+    out_item = ITEMS[out_kind]
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
-        for k in range(operands):
-            item = 4 if kinds[k] == 2 else 2
-            widen(raw[k, start * item : (start + size) * item], kinds[k], rows[k, :size])
+        if not in_place:
+            widen_block(raw, kinds, start, size, rows)
         total = rows[operands, :size]
         for e in range(weights.shape[0]):
-            pivot = np.argmax(np.abs(weights[e]))
-            around = rows[pivot, :size]
-            scale = weights[e].sum()
-            # Weights that were formed as 1 - sum of the others miss 1 by an fp64 rounding.
-            scale = np.float32(1.0) if abs(scale - 1.0) < 1e-12 else np.float32(scale)
-            for i in range(size):
-                total[i] = np.float32(0)
-            for k in range(operands):
-                weight = np.float32(weights[e, k])
-                if k != pivot and weight != 0:
-                    row = rows[k, :size]
-                    for i in range(size):
-                        total[i] += weight * (row[i] - around[i])
-            for i in range(size):
-                scaled = scale * around[i]
-                total[i] = scaled + total[i] if total[i] != 0 else scaled  # -0.0 + 0.0 would lose the sign
+            if in_place:
+                combine_block(halves, start, weights[e], total)
+            else:
+                combine_block(rows, 0, weights[e], total)
             finite &= narrow(total, out_kind, out[e, start * out_item : (start + size) * out_item])
     return finite
+
+
+@compiled()
+def check_sum(data: Bytes, first: int) -> Any:
+    """`sum_i word_i * (2 (first + i) + 1)` modulo 2**32 over the 16-bit words of `data`.
+
+    Sums of pieces add up to that of the whole, in any order. Odd factors have inverses, so no change of a single word
+    goes unseen, and a word in the wrong place counts differently. It finds slips of the writer and the disk, not
+    forgery: files have a cryptographic digest besides.
+    """
+    words = data.view(np.uint16)
+    total = np.uint32(0)
+    start = np.uint32(first)
+    for i in range(words.size):
+        total = np.uint32(total + np.uint32(np.uint32(words[i]) * np.uint32(np.uint32(2) * np.uint32(start + i) + U1)))
+    return total
 
 
 def pair_count(vectors: int) -> int:
@@ -238,12 +258,6 @@ class _Announcer(event.Listener):
         return None
 
 
-def prepare(note: Callable[[str], None]) -> None:
-    """Load the kernels from the disk cache, or compile them and say so in one line."""
-    signatures = (
-        (gram, "void(uint8[:,::1], int64[::1], int64, boolean, float32[:,::1], float64[:,::1])"),
-        (combine, "boolean(uint8[:,::1], int64[::1], int64, float64[:,::1], float32[:,::1], uint8[:,::1], int64)"),
-    )
-    with event.install_listener("numba:compile", _Announcer(note)):
-        for kernel, signature in signatures:
-            kernel.compile(signature)
+def announced(note: Callable[[str], None]) -> Any:
+    """A context in which the first compilation is announced in one line."""
+    return event.install_listener("numba:compile", _Announcer(note))

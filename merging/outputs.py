@@ -12,7 +12,6 @@ import ctypes
 import errno
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import secrets
@@ -32,8 +31,10 @@ __all__ = [
     "STATE",
     "check_output",
     "digest_file",
+    "digest_name",
     "digest_weights",
     "fsync_tree",
+    "hasher",
     "locked",
     "now",
     "publish",
@@ -72,10 +73,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def digest_file(path: Path) -> str:
-    """`"sha256:<hex>"` of a file's bytes."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+def hasher(threads: int = 1) -> Any:
+    """BLAKE3, ten times as fast as SHA-256 on a processor without instructions for that; `b3sum` gives the same."""
+    from blake3 import blake3
+
+    return blake3(max_threads=threads)
+
+
+def digest_name(digest: Any) -> str:
+    """`"blake3:<hex>"` of a hasher."""
+    return f"blake3:{digest.hexdigest()}"
+
+
+def digest_file(path: Path, threads: int = 1) -> str:
+    """`"blake3:<hex>"` of a file's bytes."""
+    digest = hasher(threads)
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(4 << 20 if threads > 1 else 1 << 20)
+        while got := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:got])
+    return digest_name(digest)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -83,25 +100,27 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.safetensors") if path.is_file())
 
 
-def digest_weights(directory: Path) -> str:
+def digest_weights(directory: Path, threads: int = 1) -> str:
     """One digest of all weights of a model directory: over (name, digest) of its safetensors files.
 
     Digests that a complete manifest records are trusted for files that were not touched after it.
     """
     manifest = read_manifest(directory) or {}
     recorded = manifest.get("files", {}) if manifest.get("status") == "complete" else {}
-    total = hashlib.sha256()
+    total = hasher()
     for path in weight_files(directory):
         entry = recorded.get(path.name)
         if entry is None or not _untouched(path, entry, directory / MANIFEST):
-            entry = {"digest": digest_file(path)}
+            entry = {"digest": digest_file(path, threads)}
         total.update(f"{path.name} {entry['digest']}\n".encode())
-    return "sha256:" + total.hexdigest()
+    return digest_name(total)
 
 
 def _untouched(path: Path, entry: Mapping[str, Any], manifest: Path) -> bool:
     """Whether a file is as the manifest, written after it, describes it. No call sets ctime back, as it does mtime."""
     status = path.stat()
+    if "digest" not in entry:
+        return False
     return entry.get("size") == status.st_size and status.st_ctime_ns <= manifest.stat().st_ctime_ns
 
 
@@ -155,12 +174,18 @@ def own_files(directory: Path) -> Iterator[Path]:
             yield path
 
 
-def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `gemma2.json` with size and digest of every file beside it. The last thing written to an output."""
-    files = {
-        str(path.relative_to(directory)): {"size": path.stat().st_size, "digest": digest_file(path)}
-        for path in own_files(directory)
-    }
+def write_manifest(
+    directory: Path, manifest: Mapping[str, Any], digests: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """Write `gemma2.json` with size and digest of every file beside it. The last thing written to an output.
+
+    digests  of files whose digest is known, by name; None leaves a file's digest out
+    """
+    files: dict[str, Any] = {}
+    for path in own_files(directory):
+        name = str(path.relative_to(directory))
+        digest = digests[name] if digests and name in digests else digest_file(path)
+        files[name] = {"size": path.stat().st_size, **({"digest": digest} if digest else {})}
     document = {"schema_version": SCHEMA_VERSION, "gemma2": metadata_version(), **manifest, "files": files}
     write_json(directory / MANIFEST, document)
     return document

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .compatibility import (
     check_model,
     check_same_architecture,
@@ -19,36 +18,40 @@ from .compatibility import (
     tied_copies,
 )
 from .errors import InputError, OutputError, UsageError
+from .groups import Part, find_groups, group_of, one_to_one, stacked
 from .header import ITEM_BYTES
-from .methods import DTYPES, METHODS, MergeRequest, Method, check_request
+from .inputs import open_input
+from .methods import METHODS, Group, Method, check_request
 from .outputs import check_output, digest_weights, read_manifest
+from .request import DTYPES, MergeRequest
+from .schedule import Schedule
 
-__all__ = ["Group", "MergePlan", "group_of", "plan_merge"]
+__all__ = ["MergePlan", "group_of", "plan_merge"]
 
 # How training commands name the policy that they start from in a manifest's list of parents.
 INIT_ROLES = ("policy-init", "policy", "model")
-LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.\d+(?=\.)")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors that share one set of coefficients."""
-
-    name: str
-    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """A merge that was checked and can be carried out. `operands` are the base, where there is one, and the models."""
+    """A merge that was checked and can be carried out.
+
+    inputs   the base, where there is one, and the models
+    parts    by tensor of the output: where it comes from
+    layout   of the output: dtype and shape by name, in the order of the file
+    config   keys of config.json that differ from those of the first model
+    tied     stored copies of tied tensors, and what they repeat
+    """
 
     request: MergeRequest
     base: Checkpoint | None
     models: tuple[Checkpoint, ...]
     groups: tuple[Group, ...]
-    layout: dict[str, tuple[str, tuple[int, ...]]]  # of the output: dtype and shape by name, in the order of the file
+    parts: Mapping[str, Part]
+    layout: dict[str, tuple[str, tuple[int, ...]]]
     outputs: tuple[Path, ...]
-    tied: dict[str, str]  # stored copies of tied tensors, and what they repeat
+    config: Mapping[str, Any]
+    tied: dict[str, str]
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,9 +60,14 @@ class MergePlan:
         return METHODS[self.request.method]
 
     @property
-    def operands(self) -> tuple[Checkpoint, ...]:
-        """The inputs in the order of the coefficients."""
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        """The base, where there is one, and the models."""
         return (*((self.base,) if self.base else ()), *self.models)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the output."""
+        return sum(prod(shape) for _, shape in self.layout.values())
 
     @property
     def output_bytes(self) -> int:
@@ -68,22 +76,24 @@ class MergePlan:
 
     @property
     def input_bytes(self) -> int:
-        """Weights that are merged, of all inputs; adaptive methods read them twice."""
-        return sum(model.tensors[name].nbytes for model in self.operands for name in self.layout)
+        """Weights that take part, of all operands."""
+        return sum(source.tensor.nbytes for part in self.parts.values() for source in part.sources)
 
     def describe(self) -> dict[str, Any]:
         """The plan for a dry run."""
+        place = _existing(self.outputs[0])
         return {
             **self.request.options(),
             "vectors": f"task vectors from {self.base.path}" if self.base else "the weights themselves",
             "models": [str(model.path) for model in self.models],
             "outputs": [str(path) for path in self.outputs],
-            "parameters": sum(prod(shape) for _, shape in self.layout.values()),
+            "parameters": self.parameters,
             "tensors": len(self.layout),
             "groups": [group.name for group in self.groups],
-            "passes": 2 if self.method.adaptive else 1,
-            "bytes_to_read": self.input_bytes * (2 if self.method.adaptive else 1),
+            "passes": self.method.passes,
+            "bytes_to_read": self.input_bytes * self.method.passes,
             "bytes_to_write": self.output_bytes * len(self.outputs),
+            "bytes_free": shutil.disk_usage(place).free,
             "notes": list(self.notes),
         }
 
@@ -94,26 +104,26 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
     The plan's request has its base and its defaults filled in.
     """
     request = check_request(request)
-    models = tuple(open_checkpoint(path, f"model {i + 1}") for i, path in enumerate(request.models))
+    models = tuple(open_input(path, f"model {i + 1}", request.base) for i, path in enumerate(request.models))
     request, notes = _find_base(request, models)
-    base = open_checkpoint(request.base, "base") if request.base else None
-    everyone = [*models, *([base] if base else [])]
-    for model in everyone:
+    base = open_input(request.base, "base") if request.base else None
+    for model in (*models, *((base,) if base else ())):
         check_model(model)
-    for other in everyone[1:]:
-        check_same_architecture(models[0], other)
-        check_same_tensors(models[0], other)
-        check_same_tokenizer(models[0], other)
+    _check_same(models, base, layers_differ=bool(request.slices))
     tied = tied_copies(models[0])
-    dtype = DTYPES[request.dtype] if request.dtype else None
-    merged = {name: tensor for name, tensor in models[0].tensors.items() if name not in tied}
+    if request.slices:
+        parts, config = stacked(request, base, models, tied)
+    else:
+        parts, config = one_to_one(request, base, models, tied), {}
     plan = MergePlan(
         request=request,
         base=base,
         models=models,
-        groups=_groups(merged, request.granularity),
-        layout={name: (dtype or tensor.dtype, tensor.shape) for name, tensor in merged.items()},
+        groups=find_groups(request.granularity, base is not None, parts),
+        parts=parts,
+        layout=_layout(request, parts, base is not None),
         outputs=_outputs(request, out),
+        config=config,
         tied=tied,
         notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
     )
@@ -121,39 +131,48 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
     return plan
 
 
-def group_of(name: str) -> str:
-    """The group of a tensor: its transformer layer, or for the embedding, the final norm and the head itself.
+def _check_same(models: Sequence[Checkpoint], base: Checkpoint | None, layers_differ: bool) -> None:
+    """All inputs compute the same function of their weights and mean the same by a token."""
+    first = models[0]
+    for other in (*models[1:], *((base,) if base else ())):
+        check_same_architecture(first, other, layers_differ)
+        if not layers_differ:
+            check_same_tensors(first, other)
+        check_same_tokenizer(first, other)
 
-    WARP applies SLERP "independently to the 28 layers" and is silent about the rest; each of these is its own group.
-    """
-    layer = LAYER.match(name)
-    path = layer.group() if layer else name.rsplit(".", 1)[0]
-    return path.removeprefix("model.")
 
-
-def _groups(names: Iterable[str], granularity: str) -> tuple[Group, ...]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        key = {"layer": group_of(name), "tensor": name, "model": "model"}[granularity]
-        groups.setdefault(key, []).append(name)
-    return tuple(Group(name, tuple(tensors)) for name, tensors in groups.items())
+def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of the output's tensors: those of the first model, unless a dtype is asked for."""
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    tensors = {name: part.sources[1 if based else 0].tensor for name, part in parts.items()}
+    return {name: (dtype or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:
     """One output, or for several etas one directory for each below `out`."""
     if len(request.etas) < 2:
         return (out,)
-    return tuple(out / f"eta-{f'{eta:.2f}' if round(eta, 2) == eta else repr(eta)}" for eta in request.etas)
+    if any(isinstance(eta, Schedule) for eta in request.etas):
+        raise UsageError("a gradient of eta is for one output", "give one eta")
+    etas = [float(eta) for eta in request.etas]  # type: ignore[arg-type]
+    return tuple(out / f"eta-{f'{eta:.2f}' if round(eta, 2) == eta else repr(eta)}" for eta in etas)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 def _check_outputs(plan: MergePlan, force: bool) -> None:
     """Place, overlap with inputs, and room on the disk."""
-    inputs = {model.role: model.path for model in plan.operands}
+    inputs = {model.role: model.path for model in plan.inputs}
+    inputs |= {f"model of {model.role}": model.origin for model in plan.inputs if model.origin != model.path}
     for out in plan.outputs:
         check_output(out, force, inputs)
-    parent = plan.outputs[0].absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(plan.outputs[0])
     needed, free = plan.output_bytes * len(plan.outputs), shutil.disk_usage(parent).free
     if needed > free:
         raise OutputError(
@@ -164,36 +183,36 @@ def _check_outputs(plan: MergePlan, force: bool) -> None:
 
 def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[MergeRequest, list[str]]:
     """The request with the recorded common parent as its base, where the method wants one and none is named."""
-    sought = METHODS[request.method].base in ("sought", "optional")
-    if request.base is not None or not sought:
+    kind = METHODS[request.method].base
+    if request.base is not None or kind not in ("sought", "optional"):
         return request, []
-    base = common_parent(models)
+    recorded, base = common_parent(models)
     if base is not None:
         return replace(request, base=base), [f"base: {base}, the parent that all models record"]
-    if METHODS[request.method].base == "sought":
-        raise UsageError(
-            f"merge {request.method} needs the init of the models, and they record no common parent", "name it: --base"
-        )
-    return request, []
+    lost = f"the models record {recorded} as their common parent, but it is not there with the same weights"
+    if kind == "optional":
+        return request, [f"{lost}: merging the weights themselves"] if recorded else []
+    if recorded:
+        raise InputError(lost, "name it: --base")
+    raise UsageError(
+        f"merge {request.method} needs the init of the models, and they record no common parent", "name it: --base"
+    )
 
 
-def common_parent(models: Sequence[Checkpoint]) -> Path | None:
-    """The model that all the models' manifests record as what they were trained from; None when they do not.
+def common_parent(models: Sequence[Checkpoint]) -> tuple[str | None, Path | None]:
+    """The one model that all the models' manifests record as what they were trained from.
 
-    Raises InputError when they agree but it is gone or has changed.
+    As it is recorded (None when they do not agree), and where it is (None when it is gone or has changed).
     """
     records = [_init_of(model.path) for model in models]
     first = records[0]
     if first is None or any(record is None or record["weights"] != first["weights"] for record in records):
-        return None
+        return None, None
     for model, record in zip(models, records, strict=True):
         path = (model.path.resolve() / record["path"]).resolve() if record else None
         if path is not None and path.is_dir() and digest_weights(path) == first["weights"]:
-            return path
-    raise InputError(
-        f"the models record {first['path']} as their common parent, but it is not there with the same weights",
-        "name it: --base",
-    )
+            return first["path"], path
+    return first["path"], None
 
 
 def _init_of(path: Path) -> dict[str, str] | None:

@@ -1,30 +1,36 @@
 """Writes a model directory: shards in the library's naming, allocated whole, filled in place; companion files copied.
 
-Writes are `pwrite` at the final offset, so that threads need no order among themselves.
+Writes go to their final offset, so that threads need no order among themselves. Large outputs bypass the page cache
+(O_DIRECT): copying 5 GB into it costs as much CPU as the merge itself, and it would push out the inputs. That needs
+whole pages, so tensors whose size is one come first in a file; the few others go through the cache.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import INDEX, WEIGHTS, read_json
 from .errors import OutputError
-from .header import ITEM_BYTES, encode_header
+from .header import ITEM_BYTES, PAGE_BYTES, encode_header
 
-__all__ = ["Layout", "Writer", "copy_companions"]
+__all__ = ["DIRECT_BYTES", "Layout", "Place", "Writer", "aligned", "copy_companions", "open_direct"]
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name, in the order of the file
 
 MAX_SHARD_BYTES = 5_000_000_000
+DIRECT_BYTES = 1 << 29  # smaller outputs are left in the page cache, for the command that reads them next
 # What makes a model directory loadable besides the weights. Nothing else is taken over.
 COMPANIONS = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
@@ -33,12 +39,36 @@ COMPANIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is written: a descriptor, and the offset of its first byte."""
+
+    descriptor: int
+    offset: int
+
+
+def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Zeroed bytes that begin on a page, as O_DIRECT wants them."""
+    return np.frombuffer(mmap.mmap(-1, max(prod(shape), 1)), np.uint8)[: prod(shape)].reshape(shape)
+
+
+def open_direct(path: Path, flags: int) -> int | None:
+    """A descriptor that bypasses the page cache; None where the system or the file system has no such thing."""
+    direct = getattr(os, "O_DIRECT", None)
+    if direct is None:
+        return None
+    try:
+        return os.open(path, flags | direct | os.O_CLOEXEC)
+    except OSError:  # tmpfs, some network file systems
+        return None
+
+
 class Writer:
     """Writes one model directory's weights in place. Safe to share between threads; made by `Writer.create`."""
 
-    def __init__(self, descriptors: Mapping[str, int], offsets: Mapping[str, int]) -> None:
-        self._descriptors = descriptors  # by tensor name
-        self._offsets = offsets
+    def __init__(self, directory: Path, places: Mapping[str, Place]) -> None:
+        self.directory = directory
+        self.places = places
 
     @classmethod
     @contextmanager
@@ -47,27 +77,53 @@ class Writer:
 
         The division depends on nothing but the layout, so equal merges give equal files.
         """
-        shards = _divide(tensors, MAX_SHARD_BYTES)
+        shards = [_pages_first(shard) for shard in _divide(tensors, MAX_SHARD_BYTES)]
         names = shard_names(len(shards))
-        descriptors: dict[str, int] = {}
-        offsets: dict[str, int] = {}
+        direct = sum(_nbytes(*entry) for entry in tensors.values()) >= DIRECT_BYTES
+        places: dict[str, Place] = {}
         with ExitStack() as stack:
             for file, shard in zip(names, shards, strict=True):
-                header, starts = encode_header(shard)
-                descriptor = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                stack.callback(os.close, descriptor)
-                size = len(header) + sum(_nbytes(*entry) for entry in shard.values())
-                _allocate(descriptor, size, directory / file)
-                _write_all(descriptor, memoryview(header), 0)
-                descriptors |= dict.fromkeys(shard, descriptor)
-                offsets |= starts
+                places |= _create_file(stack, directory / file, shard, direct)
             if len(shards) > 1:
                 _write_index(directory, names, shards)
-            yield cls(descriptors, offsets)
+            yield cls(directory, places)
 
-    def write(self, name: str, first: int, item: int, data: NDArray[np.uint8]) -> None:
-        """Bytes of the elements from `first` on, each of `item` bytes."""
-        _write_all(self._descriptors[name], memoryview(data), self._offsets[name] + first * item)  # type: ignore[arg-type]
+    def write(self, name: str, first_byte: int, data: NDArray[np.uint8]) -> None:
+        """Bytes of a tensor from one of them on. Raises OutputError."""
+        place = self.places[name]
+        _write_all(place.descriptor, memoryview(data), place.offset + first_byte)  # type: ignore[arg-type]
+
+
+def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> dict[str, Place]:
+    """One file with its header; where each of its tensors goes. Descriptors are closed with the stack."""
+    header, starts = encode_header(shard)
+    size = len(header) + sum(_nbytes(*entry) for entry in shard.values())
+    cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    stack.callback(os.close, cached)
+    _allocate(cached, size, path)
+    _write_all(cached, memoryview(header), 0)
+    bypass = _probe(path, header) if direct else None
+    if bypass is not None:
+        stack.callback(os.close, bypass)
+    return {
+        name: Place(cached if bypass is None or _nbytes(*entry) % PAGE_BYTES else bypass, starts[name])
+        for name, entry in shard.items()
+    }
+
+
+def _probe(path: Path, header: bytes) -> int | None:
+    """A descriptor past the page cache on which a write of the header succeeded."""
+    descriptor = open_direct(path, os.O_WRONLY)
+    if descriptor is None:
+        return None
+    page = aligned((PAGE_BYTES,))
+    page[:] = np.frombuffer(header[:PAGE_BYTES], np.uint8)
+    try:
+        os.pwrite(descriptor, memoryview(page), 0)  # type: ignore[arg-type]
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def shard_names(count: int) -> list[str]:
@@ -79,6 +135,11 @@ def shard_names(count: int) -> list[str]:
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * ITEM_BYTES[dtype]
+
+
+def _pages_first(shard: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Whole pages before the others, so that they begin on pages; otherwise in order."""
+    return dict(sorted(shard.items(), key=lambda item: _nbytes(*item[1]) % PAGE_BYTES != 0))
 
 
 def _divide(tensors: Layout, limit: int) -> list[dict[str, tuple[str, tuple[int, ...]]]]:
@@ -120,16 +181,19 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
         raise OutputError(f"writing the output failed ({error.strerror})", "check the disk and its space") from error
 
 
-def copy_companions(source: Path, directory: Path, dtype: str | None) -> None:
+def copy_companions(source: Path, directory: Path, changes: Mapping[str, Any]) -> None:
     """Configuration and tokenizer of a model into another directory, byte for byte.
 
-    With `dtype` the configuration says so, since transformers loads weights as the configuration tells.
+    `changes` are keys of config.json that the merge gives other values; `dtype` is written as it is spelled there,
+    since transformers loads weights as the configuration tells.
     """
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-    if dtype is not None:
+    if changes:
         config = read_json(directory / "config.json")
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        text = json.dumps(config | {key: dtype}, indent=2, ensure_ascii=False)
+        spelled = {
+            "torch_dtype" if key == "dtype" and "torch_dtype" in config else key: changes[key] for key in changes
+        }
+        text = json.dumps(config | spelled, indent=2, ensure_ascii=False)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")

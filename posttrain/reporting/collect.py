@@ -34,7 +34,7 @@ class Stage:
     name: str
     path: Path
     manifest: Mapping[str, Any]
-    weights: str | None = None  # "sha256:..." of its own weights
+    weights: str | None = None  # "blake3:..." of its own weights
 
     @property
     def command(self) -> str:

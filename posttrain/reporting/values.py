@@ -55,7 +55,7 @@ def duration(seconds: float | None) -> str:
 
 def short_hash(digest: str | None) -> str:
     """The first ten digits of a digest."""
-    return (digest or "").removeprefix("sha256:")[:10]
+    return (digest or "").rpartition(":")[2][:10]
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:

@@ -65,13 +65,20 @@ def test_the_parent_that_all_models_record_is_the_base(family, method):
     assert found.warnings == ()
 
 
-def test_a_recorded_parent_that_is_gone_or_has_changed_is_an_error(family):
+def test_a_recorded_parent_that_is_gone_or_has_changed_is_said_and_the_weights_are_merged(family):
     write_model(family / "sft", random_arrays(9))
-    with pytest.raises(InputError, match=r"record \.\./sft as their common parent, but it is not there"):
-        plan_merge(request(family), family / "out")
+    lost = "record ../sft as their common parent, but it is not there with the same weights: merging the weights"
+    assert lost in plan_merge(request(family), family / "out").notes[0]
     shutil.rmtree(family / "sft")
-    with pytest.raises(InputError, match="name it: --base"):
-        plan_merge(request(family), family / "out")
+    plan = plan_merge(request(family), family / "out")
+    assert plan.base is None
+    assert lost in plan.notes[0]
+
+
+def test_a_method_that_needs_the_init_refuses_when_it_is_gone(family):
+    shutil.rmtree(family / "sft")
+    with pytest.raises(InputError, match="not there with the same weights; name it: --base"):
+        plan_merge(request(family, method="warp"), family / "out")
 
 
 def test_models_of_different_parents_are_merged_as_weights_with_one_warning(family):

@@ -1,13 +1,13 @@
 """Outputs appear whole or not at all: refusals, one rename, one writer, nothing left behind, and the manifest."""
 
 import errno
-import hashlib
 import json
 import os
 import stat
 import time
 
 import pytest
+from blake3 import blake3
 from processes import finish, start
 
 from gemma2.merging import outputs
@@ -256,7 +256,7 @@ def test_the_manifest_has_size_and_digest_of_every_file_of_the_output(tmp_path):
     (tmp_path / "inner" / "weights").write_text("an output by itself")
     written = write_manifest(tmp_path, {"command": "test", "status": "complete"})
     assert written == read_manifest(tmp_path)
-    digest = "sha256:" + hashlib.sha256(b"abc").hexdigest()
+    digest = "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
     assert written["files"] == {"sub/a.txt": {"size": 3, "digest": digest}}
     assert written["schema_version"] == 1
     assert written["gemma2"]
@@ -286,10 +286,10 @@ def test_an_unfinished_directory_is_refused_as_an_input(tmp_path, status):
 
 def by_hand(directory):
     """The digest from the bytes alone."""
-    total = hashlib.sha256()
+    total = blake3()
     for path in sorted(directory.glob("*.safetensors")):
-        total.update(f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return "sha256:" + total.hexdigest()
+        total.update(f"{path.name} blake3:{blake3(path.read_bytes()).hexdigest()}\n".encode())
+    return "blake3:" + total.hexdigest()
 
 
 def test_the_digest_of_weights_is_that_of_their_names_and_bytes(tmp_path):

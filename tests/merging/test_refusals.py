@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_files import added, random_arrays, read_model, write_model
+from model_files import added, random_arrays, read_model, safetensors_bytes, write_model
 
 from gemma2.merging import MergeRequest, merge
 from gemma2.merging.errors import Gemma2Error, InputError, OutputError, UsageError
@@ -144,13 +144,24 @@ def test_an_unreadable_configuration(root):
     [
         ("pytorch_model.bin", "holds pickled weights only (pytorch_model.bin)"),
         ("model.gguf", "holds GGUF weights only"),
-        ("adapter_config.json", "is an adapter without its base model"),
         ("notes.txt", "holds neither model.safetensors nor model.safetensors.index.json"),
     ],
 )
 def test_a_directory_without_safetensors_weights(root, file, message):
     (root / "rl-2/model.safetensors").rename(root / "rl-2" / file)
     refused(root, InputError, f"model 2 {root / 'rl-2'} {message}")
+
+
+def test_an_adapter_without_its_model(root):
+    (root / "rl-2/model.safetensors").unlink()
+    (root / "rl-2/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": ("F32", shape, bytes(64))
+        for part, shape in (("A", [2, 8]), ("B", [8, 2]))
+    }
+    (root / "rl-2/adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+    message = f"model 2 {root / 'rl-2'} is an adapter, and its model (it names none) is not here; name it: MODEL+"
+    refused(root, InputError, message, method="linear", base=None)
 
 
 def test_code_of_the_model(root):
@@ -328,16 +339,19 @@ def test_a_full_disk_while_writing(root, monkeypatch):
 def test_an_input_that_shrinks_while_it_is_read(root, monkeypatch):
     from gemma2.merging import engine
 
-    def shrink(note):
+    begin = engine._stream
+
+    def shrink(*arguments):
         path = root / "rl-2/model.safetensors"
         os.truncate(path, path.stat().st_size - 600)
+        return begin(*arguments)
 
-    monkeypatch.setattr(engine, "prepare", shrink)
+    monkeypatch.setattr(engine, "_stream", shrink)
     refused(root, InputError, "ended while model.")
 
 
 def test_an_interrupt_leaves_nothing(root, monkeypatch):
-    def interrupt(self, cut, mix):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gemma2.merging.stream.Stream._write", interrupt)

@@ -150,7 +150,7 @@ def test_stages_come_in_the_order_of_the_work(finished):
 
 def test_lineage_links_parents_by_their_weights(page, finished):
     weights = {
-        stage.name: stage.weights.removeprefix("sha256:")[:10] for stage in collect(finished).stages if stage.weights
+        stage.name: stage.weights.removeprefix("blake3:")[:10] for stage in collect(finished).stages if stage.weights
     }
     text = page[0].text
     first = f"base sft {weights['sft']} input warp/iteration-1/policy-1 {weights['warp/iteration-1/policy-1']}"

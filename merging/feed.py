@@ -1,0 +1,180 @@
+"""Brings ranges of tensors to the kernels: work space, jobs, adapters formed on the way, and what to say when it fails.
+
+A job is a range of one tensor. Plain tensors are read by the compiled passes themselves, cut by cut; an adapted one is
+formed here first, so its jobs are single cuts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from queue import SimpleQueue
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .adapter import Factors, LowRank, adapted_rows, load_factors
+from .checkpoint import Reader
+from .errors import Gemma2Error, InputError
+from .formats import KINDS, Bytes, Floats, widen
+from .groups import Part, Source
+from .header import ITEM_BYTES, printable
+from .kernels import BLOCK
+from .methods import Group
+from .plan import MergePlan
+from .writer import aligned
+
+__all__ = ["CUT", "Feeder", "Job", "Loaded", "Workspace", "in_order"]
+
+CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
+CUTS_IN_A_JOB = 16  # between two visits to Python
+WIDE_ROWS = 3  # rows that the sparse kernels need besides those of the operands
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Elements [first, first + count) of one tensor of the output."""
+
+    name: str
+    part: Part
+    first: int
+    count: int
+
+
+class Workspace:
+    """The buffers of one thread."""
+
+    def __init__(self, operands: int, outputs: int, cut: int) -> None:
+        self.raw: Bytes = np.empty((operands, cut * 4), np.uint8)
+        self.rows: Floats = np.empty((operands + WIDE_ROWS, BLOCK), np.float32)
+        self.out: Bytes = aligned((outputs, cut * 4))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The operands of a job: descriptor and offset of each, (K, 2), and how each is encoded, (K,)."""
+
+    files: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+
+
+class Feeder:
+    """Work space and sources of one merge. `cut` is a multiple of BLOCK."""
+
+    def __init__(self, plan: MergePlan, reader: Reader, outputs: int, cut: int = CUT) -> None:
+        self.plan = plan
+        self.reader = reader
+        self.cut = cut
+        operands = max((len(part.sources) for part in plan.parts.values()), default=1)
+        largest = max((part.sources[0].tensor.count for part in plan.parts.values()), default=1)
+        self.size = min(cut, max(-(-largest // BLOCK), 1) * BLOCK)
+        self._free: SimpleQueue[Workspace] = SimpleQueue()
+        for _ in range(plan.request.threads):
+            self._free.put(Workspace(operands, outputs, self.size))
+        self._factors = lru_cache(maxsize=4 * operands)(self._load_factors)
+
+    def jobs(self, group: Group) -> Iterator[Job]:
+        """The ranges of a group's tensors, in order."""
+        for name in group.tensors:
+            part = self.plan.parts[name]
+            count = part.sources[0].tensor.count
+            adapted = any(source.update for source in part.sources)
+            step = self.size if adapted else self.size * CUTS_IN_A_JOB
+            for first in range(0, count, step):
+                yield Job(name, part, first, min(step, count - first))
+
+    @contextmanager
+    def space(self) -> Iterator[Workspace]:
+        """The buffers of one thread, for as long as it needs them."""
+        space = self._free.get()
+        try:
+            yield space
+        finally:
+            self._free.put(space)
+
+    def sources(self, job: Job, space: Workspace) -> Loaded:
+        """Where the compiled passes find the operands; adapted ones are formed in the work space."""
+        files, kinds = [], []
+        for row, source in zip(space.raw, job.part.sources, strict=False):
+            if source.update is None:
+                files.append((self.reader.descriptor(source.tensor), source.tensor.offset))
+                kinds.append(KINDS[source.tensor.dtype])
+            else:
+                self._adapt(source, source.update, job, row)
+                files.append((-1, 0))
+                kinds.append(KINDS["F32"])
+        return Loaded(np.array(files, np.int64), np.array(kinds, np.int64))
+
+    def _adapt(self, source: Source, update: LowRank, job: Job, row: Bytes) -> None:
+        """W + scale B A of the job's elements, fp32, at the front of a row."""
+        tensor = source.tensor
+        stored = np.empty(job.count * ITEM_BYTES[tensor.dtype], np.uint8)
+        self.reader.read(tensor, job.first, job.count, stored)
+        block = row[: job.count * 4].view(np.float32)
+        widen(stored, KINDS[tensor.dtype], block)
+        adapted_rows(block, self._factors(update), job.first)
+
+    def _load_factors(self, update: LowRank) -> Factors:
+        return load_factors(self.reader, update)
+
+    def job_bytes(self, job: Job) -> int:
+        """Of all operands."""
+        return sum(job.count * ITEM_BYTES[source.tensor.dtype] for source in job.part.sources)
+
+    def unreadable(self, job: Job, operand: int) -> Gemma2Error:
+        """Why a compiled read failed: read again, where the system's reason can be had."""
+        tensor = job.part.sources[operand].tensor
+        try:
+            for first in range(job.first, job.first + job.count, self.size):
+                count = min(self.size, job.first + job.count - first)
+                self.reader.read(tensor, first, count, np.empty(count * 4, np.uint8))
+        except Gemma2Error as error:
+            return error
+        return InputError(f"reading {tensor.file} failed once", "check the disk, and merge again")
+
+    def not_finite(self, job: Job, space: Workspace) -> InputError:
+        """Names the input, the tensor and the element that is NaN or Inf."""
+        for source in job.part.sources:
+            for first in range(job.first, job.first + job.count, self.size):
+                count = min(self.size, job.first + job.count - first)
+                values = self.values(source, Job(job.name, job.part, first, count), space)
+                bad = np.flatnonzero(~np.isfinite(values))
+                if bad.size:
+                    return InputError(
+                        f"{source.model}: {printable(source.name)} holds {values[bad[0]]} at element "
+                        f"{first + int(bad[0])}",
+                        "the model is broken; merge an earlier checkpoint",
+                    )
+        return InputError(f"{printable(job.name)}: the models differ by more than fp32 can hold", "check the models")
+
+    def values(self, source: Source, job: Job, space: Workspace) -> Floats:
+        """One cut of one operand as fp32."""
+        if source.update is not None:
+            self._adapt(source, source.update, job, space.raw[0])
+            return space.raw[0, : job.count * 4].view(np.float32)
+        stored = np.empty(job.count * ITEM_BYTES[source.tensor.dtype], np.uint8)
+        self.reader.read(source.tensor, job.first, job.count, stored)
+        values = np.empty(job.count, np.float32)
+        widen(stored, KINDS[source.tensor.dtype], values)
+        return values
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 8
+) -> Iterator[Result]:
+    """`map` that keeps at most `ahead` calls waiting, so that memory does not grow with the model."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
