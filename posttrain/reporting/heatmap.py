@@ -69,6 +69,11 @@ def _percent(value: float) -> str:
     return f"{share:.0f}%" if share >= 9.95 or share == 0 else f"{share:.2g}%" if share >= 1e-3 else f"{share:.0e}%"
 
 
+def _apart(cell: Difference) -> str:
+    """The relative difference in words."""
+    return "a is zero" if cell.relative is None else f"{_percent(cell.relative)} of |a|"
+
+
 RELATIVE = Panel(
     "Relative difference  |b − a| / |a|", SHADES, lambda cell: cell.relative or None, _percent, "white: identical"
 )
@@ -169,7 +174,7 @@ class _Page:
         """The two models, what they are compared from, and the total in words."""
         total = difference.total
         names = [printable(path.resolve().name) for path in (difference.a, difference.b)]
-        facts = [f"b differs from a by {_percent(total.relative or 0.0)}"]
+        facts = [f"|b − a| is {_percent(total.relative)} of |a|" if total.relative is not None else "a is zero"]
         if difference.base and total.task_angle is not None:
             base = printable(difference.base.resolve().name)
             facts.append(f"task vectors from {base} are {total.task_angle:.0f}° apart")
@@ -188,8 +193,9 @@ class _Page:
         height = self.rows * ROW
         if colour is not None:
             self._bar(panel, colour, self.axes(self.bar, top, 0.13, height))
-        if any(panel.value(cell) is None for cell in self.grid.everything):
-            self.text(self.left, top + height + 0.14, panel.blank, fontsize=7.5, color=MUTED)
+        blank = {_face(panel, cell, colour) for cell in self.grid.everything if panel.value(cell) is None}
+        notes = [note for face, note in ((PAPER, panel.blank), (GRID, "grey: a is zero, b is not")) if face in blank]
+        self.text(self.left, top + height + 0.14, ", ".join(notes), fontsize=7.5, color=MUTED)
 
     def _layers(self, panel: Panel, colour: Any, top: float) -> None:
         kinds, layers = self.grid.kinds, self.grid.layers
@@ -264,18 +270,26 @@ def _draw_cell(axis: Any, place: tuple[int, int], cell: Difference, panel: Panel
     from matplotlib.patches import Rectangle
 
     value = panel.value(cell)
-    face = PAPER if value is None else colour.to_rgba(value)
+    face = _face(panel, cell, colour)
     edge = GRID if value is None else PAPER
     patch = Rectangle((place[0] + 0.02, place[1] + 0.02), 0.96, 0.96, fc=face, ec=edge, lw=0.6)
-    facts = [f"{_percent(cell.relative or 0.0)} of |a|", f"largest {cell.largest:.3g}"]
+    facts = [_apart(cell), f"largest {cell.largest:.3g}"]
     facts += [f"{cell.task_angle:.1f} degrees"] if cell.task_angle is not None else []
     patch.set_gid(f"tip:{printable(cell.group)}: {', '.join(facts)}")
     axis.add_patch(patch)
     if written:
         dark = value is not None and sum(w * c for w, c in zip((0.3, 0.59, 0.11), face[:3], strict=True)) < 0.55
-        text = ("0" if panel is RELATIVE else "–") if value is None else panel.text(value)
+        text = ("–" if cell.norm_difference or panel is ANGLE else "0") if value is None else panel.text(value)
         ink = MUTED if value is None else ("#fffffe" if dark else "#000001")
         axis.text(place[0] + 0.5, place[1] + 0.52, text, ha="center", va="center", fontsize=7.5, color=ink)
+
+
+def _face(panel: Panel, cell: Difference, colour: Any) -> Any:
+    """The colour of a cell; without a value white, or grey where a difference has nothing to be relative to."""
+    value = panel.value(cell)
+    if value is not None:
+        return colour.to_rgba(value)
+    return GRID if panel is RELATIVE and cell.norm_difference else PAPER
 
 
 def _frame(axis: Any, across: int, down: int) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,15 @@ def test_no_text_of_the_figure_lies_on_other_text_or_outside(tmp_path, layers):
         for other in boxes[number + 1 :]:
             apart = box.x1 <= other.x0 or other.x1 <= box.x0 or box.y1 <= other.y0 or other.y1 <= box.y0
             assert apart, (box, other)
+
+
+def test_a_tensor_that_is_zero_in_a_is_not_shown_as_identical(models):
+    found = diff_models(models / "a", models / "b")
+    zero = {name: replace(part, squares=(0.0, *part.squares[1:])) for name, part in found.sums.items()}
+    some = found.sums | {name: part for name, part in zero.items() if "input_layernorm" in name}
+    for sums in (some, zero):
+        texts = [text.get_text() for text in heat_map(replace(found, sums=sums)).texts]
+        assert "white: identical, grey: a is zero, b is not" in texts
 
 
 def test_identical_models_have_a_heat_map_too(models):
