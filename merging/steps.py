@@ -52,8 +52,8 @@ def plan_recipe(recipe: Recipe, out: Path, force: bool = False) -> tuple[PlacedS
     names = {step.name for step in recipe.steps}
     requests = [check_request(_placed(step, names, out)) for step in recipe.steps]
     places = [out / step.name if step.name else out for step in recipe.steps]
-    used = [path for request in requests for path in _inputs(request)]
-    outside = {f"input {index}": path for index, path in enumerate(used) if path not in places}
+    used = [path for step in recipe.steps for path in _inputs(step.request)]
+    outside = {f"input {index + 1}": path for index, path in enumerate(used) if str(path) not in names}
     _check_inputs(recipe, outside.values())
     for place in places:
         check_output(place, force, outside)
