@@ -265,7 +265,7 @@ def plan(ctx: typer.Context, **given: Any) -> None:
         return
     if not words:
         raise UsageError("no method and no --config", "see gemma2 merge plan --help")
-    commands = ctx.parent.command.commands  # type: ignore[union-attr, attr-defined]
+    commands = ctx.parent.command.commands  # type: ignore[union-attr]
     if words[0] not in METHODS:
         from gemma2.merging.yaml_files import closest
 

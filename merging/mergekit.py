@@ -21,8 +21,10 @@ from .schedule import Number, Schedule
 
 __all__ = ["is_mergekit", "mergekit_steps"]
 
-KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
-KEYS += ("tokenizer", "name")
+KEYS = (
+    *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "name"),
+)
 REFUSED_KEYS = {
     "modules": "models of several modules are not merged",
     "chat_template": "the output keeps the template of the tokenizer it takes",
