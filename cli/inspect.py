@@ -22,7 +22,7 @@ def _overview(found: dict[str, Any]) -> dict[str, Any]:
         "parameters": found["parameters"],
         "tensors": len(found["tensors"]),
         "dtypes": found["dtypes"],
-        "gigabytes": found["bytes"] / 1e9,
+        "megabytes": found["bytes"] / 1e6,
         "made by": lineage.get("command"),
         "made from": [f"{parent['role']} {parent['path']}" for parent in lineage.get("parents", ())] or None,
         "finished": lineage.get("ended"),
