@@ -75,11 +75,15 @@ class Place:
         """A directory, MODEL+ADAPTER, a hub id, or the name of a step."""
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(f"is {shown(value)}, not a model", "give a directory or a hub id")
-        return Path("+".join(self._found(part) for part in value.split("+")))
+        if value in self.names or Path(value).exists() or (self.file.parent / value).exists():
+            return Path(self._found(value))
+        model, plus, adapter = value.rpartition("+")
+        return Path(f"{self._found(model)}{plus}{self._found(adapter)}")
 
     def _found(self, text: str) -> str:
+        here = not text or text in self.names or Path(text).exists()
         beside = self.file.parent / text
-        return str(beside) if text not in self.names and not Path(text).exists() and beside.exists() else text
+        return text if here or not beside.exists() else str(beside)
 
 
 def shown(value: Any) -> str:

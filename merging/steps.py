@@ -96,7 +96,7 @@ def _placed(step: Step, names: Iterable[str], out: Path) -> MergeRequest:
 def _inputs(request: MergeRequest) -> list[Path]:
     """The directories and hub ids that a request reads."""
     named = [*request.models, *([request.base] if request.base else [])]
-    return [Path(part) for path in named for part in str(path).split("+")]
+    return [Path(part) for path in named for part in ([path] if path.exists() else str(path).rsplit("+", 1))]
 
 
 def _check_inputs(recipe: Recipe, paths: Iterable[Path]) -> None:
