@@ -24,7 +24,7 @@ __all__ = ["philox", "stream_key", "uniforms"]
 M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 WORD = np.uint64(0xFFFFFFFF)
-U2, U3, U4, U5, U8, U32, U34 = (np.uint64(n) for n in (2, 3, 4, 5, 8, 32, 34))
+U2, U3, U4, U5, U8, U32 = (np.uint64(n) for n in (2, 3, 4, 5, 8, 32))
 STEP = np.float32(2.0**-24)
 
 Words = NDArray[np.uint64]
@@ -60,7 +60,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @compiled()
-def _quads(key: Words, counter: Any, out: Floats) -> None:
+def fill_quads(key: Words, counter: Any, out: Floats) -> None:
     """Numbers of the elements of whole counters, fp32 (4 n,)."""
     k0, k1 = key[0], key[1]
     for q in range(out.size // 4):
@@ -73,27 +73,11 @@ def _quads(key: Words, counter: Any, out: Floats) -> None:
 
 
 @compiled()
-def uniforms(key: Words, first: int, out: Floats) -> None:
-    """Numbers in [0, 1) of elements [first, first + n), fp32 (n,). `first` may be any index from 0."""
-    start = np.uint64(first)
-    done = min(np.int64(-first & 3), out.size)  # up to the next multiple of four
-    end = done + (out.size - done) // 4 * 4
-    for i in range(done):
-        out[i] = _one(key, start + np.uint64(i))
-    _quads(key, (start + np.uint64(done)) >> U2, out[done:end])
-    for i in range(end, out.size):
-        out[i] = _one(key, start + np.uint64(i))
+def uniforms(key: Words, first: int, count: int, space: Floats) -> Any:
+    """Numbers in [0, 1) of elements [first, first + count), fp32 (count,): a part of `space` (>= count + 6,).
 
-
-@compiled()
-def _one(key: Words, index: Any) -> Any:
-    words = philox((index >> U2) & WORD, index >> U34, np.uint64(0), np.uint64(0), key[0], key[1])
-    lane = index & U3
-    word = words[0]
-    if lane == 1:
-        word = words[1]
-    elif lane == 2:
-        word = words[2]
-    elif lane == 3:
-        word = words[3]
-    return np.float32(np.int32(word >> U8)) * STEP
+    `first` may be any index from 0.
+    """
+    skipped = first & 3
+    fill_quads(key, np.uint64(first >> 2), space[: (skipped + count + 3) // 4 * 4])
+    return space[skipped : skipped + count]

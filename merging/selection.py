@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .formats import ITEMS, Bytes, Floats, compiled, value, widen
 from .kernels import BLOCK
 
-__all__ = ["BUCKETS", "bucket_of_rank", "histogram", "kept_ranks", "magnitude"]
+__all__ = ["BUCKETS", "bucket_of_rank", "histogram", "kept_ranks", "magnitude", "operands"]
 
 BUCKETS = 1 << 16
 U16, LOW_BITS, MAGNITUDE, INFINITE = np.uint32(16), np.uint32(0xFFFF), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -52,35 +52,24 @@ def magnitude(leading: int, trailing: int) -> float:
     return float(np.array([leading << 16 | trailing], np.uint32).view(np.float32)[0])
 
 
+def operands(raw: Bytes, kinds: Counts, count: int) -> Any:
+    """What the kernels read, (K, >= count): the rows of bytes themselves as uint16 if all are bf16, else fp32 copies.
+
+    raw    (K, >= count * item) uint8, one operand per row, row 0 the base, encoded as `kinds` (K,) says
+    """
+    if not kinds.any():
+        return raw.view(np.uint16)
+    rows = np.empty((len(kinds), count), np.float32)
+    for kind, stored, row in zip(kinds.tolist(), raw, rows, strict=True):
+        widen(stored[: count * ITEMS[kind]], kind, row)
+    return rows
+
+
 @compiled()
 def subtract(x: Any, base: Any, out: Floats) -> None:
     """`out = x - base`, of bf16 bits or of fp32."""
     for i in range(out.size):
         out[i] = value(x[i]) - value(base[i])
-
-
-@compiled()
-def load_delta(raw: Bytes, kinds: Counts, row: int, span: Any, rows: Floats) -> Any:
-    """Elements [start, start + size) of operand `row` minus those of the base, to rows[row]; rows[0] is work space."""
-    start, size = span
-    delta, base = rows[row, :size], rows[0, :size]
-    if kinds[0] == 0 and kinds[row] == 0:
-        halves = raw.view(np.uint16)
-        subtract(halves[row, start : start + size], halves[0, start : start + size], delta)
-    else:
-        widen_row(raw, kinds, 0, span, base)
-        widen_row(raw, kinds, row, span, delta)
-        for i in range(size):
-            delta[i] -= base[i]
-    return delta
-
-
-@compiled()
-def widen_row(raw: Bytes, kinds: Counts, row: int, span: Any, out: Floats) -> None:
-    """Elements [start, start + size) of operand `row`."""
-    start, size = span
-    item = ITEMS[kinds[row]]
-    widen(raw[row, start * item : (start + size) * item], kinds[row], out)
 
 
 @compiled()
@@ -104,31 +93,33 @@ def largest_bits(delta: Floats) -> Any:
 
 
 @compiled()
-def histogram(raw: Bytes, kinds: Counts, count: int, targets: Counts, rows: Floats, out: Counts) -> bool:
+def histogram(stored: Any, count: int, targets: Counts, out: Counts) -> bool:
     """Count magnitudes of deltas by their bit pattern; adds to `out`. False when one of them is Inf or NaN.
 
-    raw      (M + 1, >= count * item) uint8; row 0 is the base, encoded as `kinds` (M + 1,) says
+    stored   (M + 1, >= count) from `operands`, row 0 the base
     targets  (Q, 2): row of a model (1..M), and -1 to count the upper 16 bits, or upper bits: the lower 16 bits of the
              elements that have these are counted
-    rows     (>= M + 1, BLOCK) fp32 work space
     out      (Q, BUCKETS) int64
     """
     finite = True
-    leading = np.empty((4, BUCKETS // 2), np.int32)
+    parts = np.empty((4, BUCKETS // 2), np.int32)
+    space = np.empty(BLOCK, np.float32)
     found = np.empty(BLOCK + 1, np.uint32)
     for q in range(targets.shape[0]):
         row, prefix = targets[q, 0], targets[q, 1]
-        leading[:] = 0
+        parts[:] = 0
         for start in range(0, count, BLOCK):
-            delta = load_delta(raw, kinds, row, (start, min(BLOCK, count - start)), rows)
+            end = min(start + BLOCK, count)
+            delta = space[: end - start]
+            subtract(stored[row, start:end], stored[0, start:end], delta)
             finite &= largest_bits(delta) < INFINITE
             bits = to_magnitude_bits(delta)
             if prefix < 0:
-                count_leading(bits, leading)
+                count_leading(bits, parts)
             else:
                 count_trailing(bits, np.uint32(prefix), found, out[q])
         if prefix < 0:
-            add_counts(leading, out[q, : BUCKETS // 2])
+            add_counts(parts, out[q, : BUCKETS // 2])
     return finite
 
 
@@ -156,7 +147,7 @@ def count_leading(bits: NDArray[np.uint32], out: NDArray[np.int32]) -> None:
 @compiled()
 def count_trailing(bits: NDArray[np.uint32], prefix: Any, found: NDArray[np.uint32], out: Counts) -> None:
     """Counts of the lower 16 bits where the upper ones are `prefix`; `found` (n + 1,) is work space."""
-    end = 0
+    end = np.int64(0)
     for i in range(bits.size):  # gathered first, without a branch to guess
         found[end] = bits[i] & LOW_BITS
         end += np.int64(bits[i] >> U16 == prefix)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from .formats import ITEMS, Bytes, Doubles, Floats, compiled, narrow, value
 from .kernels import BLOCK, REORDER
 from .randomness import Words, uniforms
-from .selection import INFINITE, MAGNITUDE, Counts, largest_bits, load_delta, widen_row
+from .selection import INFINITE, MAGNITUDE, Counts, largest_bits, subtract
 
 __all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "sparse_combine"]
 
@@ -118,27 +118,25 @@ def mean_ranks(counts: Counts, length: int, ranks: Floats) -> None:
 
 
 @compiled()
-def rank_row(raw: Bytes, kinds: Counts, row: int, span: Any, rows: Floats, ranks: Floats) -> Any:
-    """Mean ranks of the buckets (ROW_BUCKETS,) of one model's row, and the bits of its largest magnitude.
+def rank_row(x: Any, base: Any, space: Floats, ranks: Floats) -> Any:
+    """Mean ranks of the buckets (ROW_BUCKETS,) of the row `x - base`, and the bits of its largest magnitude.
 
-    `span` is (first element, elements) of the row in `raw`.
+    `space` is (2, BLOCK).
     """
-    begin, length = span
-    end = begin + length
     largest = np.uint32(0)
-    for start in range(begin, end, BLOCK):
-        delta = load_delta(raw, kinds, row, (start, min(BLOCK, end - start)), rows)
-        largest = max(largest, largest_bits(delta))
+    for start in range(0, x.size, BLOCK):
+        end = min(start + BLOCK, x.size)
+        subtract(x[start:end], base[start:end], space[0, : end - start])
+        largest = max(largest, largest_bits(space[0, : end - start]))
     counts = np.zeros(ROW_BUCKETS, np.int64)
-    buckets = rows[-1].view(np.uint32)
-    for start in range(begin, end, BLOCK):
-        size = min(BLOCK, end - start)
-        if length > BLOCK:
-            load_delta(raw, kinds, row, (start, size), rows)
-        rank_buckets(rows[row, :size], largest, buckets[:size])
-        for i in range(size):
+    buckets = space[1].view(np.uint32)
+    for start in range(0, x.size, BLOCK):
+        end = min(start + BLOCK, x.size)
+        subtract(x[start:end], base[start:end], space[0, : end - start])
+        rank_buckets(space[0, : end - start], largest, buckets[: end - start])
+        for i in range(end - start):
             counts[buckets[i]] += 1
-    mean_ranks(counts, length, ranks)
+    mean_ranks(counts, x.size, ranks)
     return largest
 
 
@@ -206,22 +204,6 @@ def divide(kept: Floats, share: Floats) -> None:
         kept[i] = kept[i] / (share[i] if share[i] != 0 else np.float32(1))
 
 
-@compiled()
-def agree(rows: Floats, size: int, table: Doubles, consensus: int) -> Any:
-    """The merged delta (size,) of the terms in rows 1..M, their total in the next row; two more are work space."""
-    models = table.shape[0]
-    total, kept, share = rows[models + 1, :size], rows[models + 2, :size], rows[models + 3, :size]
-    if consensus == SUM:
-        return total
-    kept[:] = np.float32(0)
-    share[:] = np.float32(0)
-    for m in range(models):
-        add_agreeing(rows[m + 1, :size], np.float32(table[m, SHARE]), total, kept, share)
-    if consensus == ELECT_MEAN:
-        divide(kept, share)
-    return kept
-
-
 @compiled(fastmath=REORDER)
 def square(vector: Floats) -> Any:
     """Squared norm of one block: fp32, or fp64 where that overflows."""
@@ -246,8 +228,7 @@ def add_base(base: Any, merged: Floats, out: Floats) -> None:
 
 @compiled()
 def sparse_combine(
-    raw: Bytes,
-    kinds: Counts,
+    stored: Any,
     span: Counts,
     table: Doubles,
     keys: Words,
@@ -257,67 +238,61 @@ def sparse_combine(
     out_kind: int,
     squares: Doubles,
 ) -> bool:
-    """Merge `count` elements of one tensor. False when a delta or a stored value is Inf or NaN.
+    """Merge elements of one tensor. False when a delta or a stored value is Inf or NaN.
 
-    raw        (M + 1, >= count * item) uint8, one operand per row, row 0 the base, encoded as `kinds` (M + 1,) says
+    stored     (M + 1, >= count) from `operands`, row 0 the base
     span       (count, first, unit): elements, index of the first in its tensor, and the length over which squares are
                summed: BLOCK, or the row's length where the table has a spread. `count` covers whole units, but for the
                end of the tensor
     table      (M, COLUMNS) fp64, from `Sparsity.table`
     keys       (M, 2) uint64, from `stream_key`
     consensus  SUM, ELECT or ELECT_MEAN
-    rows       (>= M + 4, BLOCK) fp32 work space
+    rows       (>= M + 3, BLOCK) fp32 work space
     out        (>= count * item,) uint8, encoded as `out_kind`
     squares    (ceil(count / unit),) fp64: squared norm of the merged delta, per unit
     """
     count, unit, models = span[0], span[2], table.shape[0]
     ranks = np.empty((models, ROW_BUCKETS), np.float32)
     largest = np.zeros(models, np.uint32)
+    draws = np.empty(BLOCK + 6, np.float32)
     item = ITEMS[out_kind]
     finite = True
     for number in range(squares.size):
         begin = number * unit
-        end = min(begin + unit, count)
+        stop = min(begin + unit, count)
         for m in range(models):
             if table[m, SPREAD] != 0.0:
-                largest[m] = rank_row(raw, kinds, m + 1, (begin, end - begin), rows, ranks[m])
+                largest[m] = rank_row(stored[m + 1, begin:stop], stored[0, begin:stop], rows[:2], ranks[m])
         squares[number] = 0.0
-        for start in range(begin, end, BLOCK):
-            size = min(BLOCK, end - start)
-            place = (start, size, span[1] + start)
-            finite &= add_terms(raw, kinds, place, table, keys, rows, ranks, largest)
-            merged = agree(rows, size, table, consensus)
+        for start in range(begin, stop, BLOCK):
+            end = min(start + BLOCK, stop)
+            size = end - start
+            base = stored[0, start:end]
+            total, kept, share = rows[models, :size], rows[models + 1, :size], rows[models + 2, :size]
+            total[:] = np.float32(0)
+            for m in range(models):
+                delta = rows[m, :size]
+                subtract(stored[m + 1, start:end], base, delta)
+                finite &= largest_bits(delta) < INFINITE
+                if table[m, KEEP] >= 1.0 and table[m, SPREAD] == 0.0:
+                    add_trimmed(delta, table[m], total)
+                    continue
+                draw = uniforms(keys[m], span[1] + start, size, draws)
+                if table[m, SPREAD] == 0.0:
+                    add_at_random(delta, draw, table[m], total)
+                else:
+                    chances_of(delta, table[m], largest[m], ranks[m], kept)
+                    add_by_rank(delta, draw, table[m], kept, total)
+            merged = total
+            if consensus != SUM:
+                merged = kept
+                kept[:] = np.float32(0)
+                share[:] = np.float32(0)
+                for m in range(models):
+                    add_agreeing(rows[m, :size], np.float32(table[m, SHARE]), total, kept, share)
+                if consensus == ELECT_MEAN:
+                    divide(kept, share)
             squares[number] += square(merged)
-            result = rows[models + 3, :size]  # never the merged row
-            if kinds[0] == 0:
-                add_base(raw.view(np.uint16)[0, start : start + size], merged, result)
-            else:
-                widen_row(raw, kinds, 0, (start, size), rows[0, :size])
-                add_base(rows[0, :size], merged, result)
-            finite &= narrow(result, out_kind, out[start * item : (start + size) * item])
-    return finite
-
-
-@compiled()
-def add_terms(
-    raw: Bytes, kinds: Counts, place: Any, table: Doubles, keys: Words, rows: Floats, ranks: Floats, largest: Any
-) -> Any:
-    """Masked and weighted deltas to rows 1..M and their sum to the next. False when a delta is Inf or NaN."""
-    start, size, index = place
-    models = table.shape[0]
-    total, draw, chance = rows[models + 1, :size], rows[models + 2, :size], rows[models + 3, :size]
-    total[:] = np.float32(0)
-    finite = True
-    for m in range(models):
-        delta = load_delta(raw, kinds, m + 1, (start, size), rows)
-        finite &= largest_bits(delta) < INFINITE
-        if table[m, KEEP] >= 1.0 and table[m, SPREAD] == 0.0:
-            add_trimmed(delta, table[m], total)
-            continue
-        uniforms(keys[m], index, draw)
-        if table[m, SPREAD] == 0.0:
-            add_at_random(delta, draw, table[m], total)
-        else:
-            chances_of(delta, table[m], largest[m], ranks[m], chance)
-            add_by_rank(delta, draw, table[m], chance, total)
+            add_base(base, merged, share)
+            finite &= narrow(share, out_kind, out[start * item : end * item])
     return finite

@@ -6,13 +6,13 @@ from model_files import from_bytes, to_bytes
 
 from gemma2.merging.kernels import BLOCK, KINDS
 from gemma2.merging.randomness import stream_key, uniforms
-from gemma2.merging.selection import BUCKETS, bucket_of_rank, histogram, kept_ranks, magnitude
+from gemma2.merging.selection import BUCKETS, bucket_of_rank, histogram, kept_ranks, magnitude, operands
 from gemma2.merging.sparse import Sparsity, sparse_combine
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
-def operands(count, dtypes, seed=0, spread=1e-3):
+def models_of(count, dtypes, seed=0, spread=1e-3):
     """A base and models near it, as stored: raw rows and their values in fp64."""
     generator = np.random.default_rng(seed)
     base = generator.standard_normal(count) * 0.02
@@ -45,17 +45,17 @@ def merged(raw, kinds, sparsity, *, count, out_dtype="F32", first=0, row=None, s
     unit = row if sparsity.by_rows else BLOCK
     out = np.zeros(count * 4, np.uint8)
     squares = np.empty(-(-count // unit))
-    rows = np.empty((models + 4, BLOCK), np.float32)
+    rows = np.empty((models + 3, BLOCK), np.float32)
     span = np.array([count, first, unit])
     table, keys = sparsity.table(), keys_of(models, seed)
-    assert sparse_combine(raw, kinds, span, table, keys, sparsity.consensus, rows, out, KINDS[out_dtype], squares)
+    stored = operands(raw, kinds, count)
+    assert sparse_combine(stored, span, table, keys, sparsity.consensus, rows, out, KINDS[out_dtype], squares)
     return from_bytes(out[: count * SIZES[out_dtype]].tobytes(), out_dtype, [count]), squares
 
 
 def counted(raw, kinds, targets, count):
     out = np.zeros((len(targets), BUCKETS), np.int64)
-    rows = np.empty((len(kinds) + 3, BLOCK), np.float32)
-    assert histogram(raw, kinds, count, np.array(targets), rows, out)
+    assert histogram(operands(raw, kinds, count), count, np.array(targets), out)
     return out
 
 
@@ -70,10 +70,8 @@ def deltas32(values):
 
 
 def draws(models, count, seed=0):
-    out = np.empty((models, count), np.float32)
-    for key, row in zip(keys_of(models, seed), out, strict=True):
-        uniforms(key, 0, row)
-    return out.astype(np.float64)
+    space = np.empty(count + 6, np.float32)
+    return np.array([uniforms(key, 0, count, space).astype(np.float64) for key in keys_of(models, seed)])
 
 
 def consensus64(terms, weights, elect, normalize):
@@ -145,7 +143,7 @@ def test_bucket_of_rank_by_hand():
 @pytest.mark.parametrize("dtypes", [("BF16",) * 3, ("F16",) * 3, ("F32",) * 3, ("BF16", "F32", "F16")], ids=str)
 def test_the_threshold_is_the_kth_largest_magnitude(dtypes):
     count = 3 * BLOCK + 77
-    raw, kinds, values = operands(count, dtypes)
+    raw, kinds, values = models_of(count, dtypes)
     deltas = np.abs(deltas32(values))
     for model in (1, 2):
         descending = np.sort(deltas[model - 1])[::-1]
@@ -166,7 +164,7 @@ def test_the_threshold_of_equal_magnitudes_and_of_no_change():
 def test_counts_add_up_over_cuts():
     dtypes = ("BF16", "F32", "F16")
     count = 5 * BLOCK + 3
-    raw, kinds, _ = operands(count, dtypes)
+    raw, kinds, _ = models_of(count, dtypes)
     whole = counted(raw, kinds, [[1, -1], [2, -1]], count)
     assert whole.sum(axis=1).tolist() == [count, count]
     parts = sum(
@@ -195,7 +193,7 @@ ROW = 700  # not a multiple of four, nor a divisor of BLOCK
 
 
 def reference(values, sparsity, count, row):
-    """By the papers' definitions in fp64: the merged task vector, its terms' sizes, and where it is clear of roundings."""
+    """By the papers' definitions in fp64: merged task vector, sizes of its terms, and where rounding decides nothing."""
     deltas = deltas32(values)
     models = len(deltas)
     draw = draws(models, count)
@@ -224,7 +222,7 @@ def reference(values, sparsity, count, row):
 @pytest.mark.parametrize("method", METHODS)
 def test_merges_agree_with_a_float64_reference(method, dtypes):
     count = 13 * ROW
-    raw, kinds, values = operands(count, dtypes, seed=5)
+    raw, kinds, values = models_of(count, dtypes, seed=5)
     sparsity = METHODS[method]
     result, squares = merged(raw, kinds, sparsity, count=count, row=ROW)
     expected, sizes, clear = reference(values, sparsity, count, ROW)
@@ -241,7 +239,7 @@ def test_merges_agree_with_a_float64_reference(method, dtypes):
 @pytest.mark.parametrize("out_dtype", ["BF16", "F16"])
 def test_results_are_rounded_once_to_nearest_even(out_dtype):
     count = 2 * BLOCK
-    raw, kinds, _ = operands(count, ("BF16",) * 3)
+    raw, kinds, _ = models_of(count, ("BF16",) * 3)
     ties = METHODS["ties"]
     precise, _ = merged(raw, kinds, ties, count=count)
     stored, _ = merged(raw, kinds, ties, count=count, out_dtype=out_dtype)
@@ -255,7 +253,7 @@ def test_a_merge_in_pieces_is_the_same_bit_for_bit(method, out_dtype):
     sparsity = METHODS[method]
     unit = ROW if sparsity.by_rows else BLOCK
     count = 7 * unit if sparsity.by_rows else 3 * BLOCK + 11
-    raw, kinds, _ = operands(count, dtypes)
+    raw, kinds, _ = models_of(count, dtypes)
     whole, squares = merged(raw, kinds, sparsity, count=count, out_dtype=out_dtype, row=ROW)
     parts = []
     for first, size in ((0, unit), (unit, 2 * unit), (3 * unit, count - 3 * unit)):
@@ -332,7 +330,7 @@ def test_della_probabilities_are_monotone_and_average_to_the_density():
 
 def test_della_with_rows_longer_than_a_block():
     row = 2 * BLOCK + 5
-    raw, kinds, values = operands(2 * row, ("F32",) * 3, seed=2)
+    raw, kinds, values = models_of(2 * row, ("F32",) * 3, seed=2)
     sparsity = METHODS["della_linear, not rescaled"]
     result, squares = merged(raw, kinds, sparsity, count=2 * row, row=row)
     expected, _, clear = reference(values, sparsity, 2 * row, row)
@@ -352,19 +350,18 @@ def test_what_is_not_changed_keeps_the_sign_of_zero():
 def test_a_value_that_is_not_finite_is_noticed_even_where_it_is_dropped(bad, place):
     values = np.ones((3, 100), np.float32)
     values[place, 17] = bad
-    raw, kinds = values.view(np.uint8), np.full(3, KINDS["F32"])
-    rows, out, squares = np.empty((6, BLOCK), np.float32), np.empty(400, np.uint8), np.empty(1)
+    rows, out, squares = np.empty((5, BLOCK), np.float32), np.empty(400, np.uint8), np.empty(1)
     for sparsity in (Sparsity(weights=(1, 1), low=(5, 5)), Sparsity(weights=(1, 1), keep=(1e-6, 1e-6))):
         table = sparsity.table()
         span = np.array([100, 0, BLOCK])
-        assert not sparse_combine(raw, kinds, span, table, keys_of(2), 0, rows, out, KINDS["F32"], squares)
+        assert not sparse_combine(values, span, table, keys_of(2), 0, rows, out, KINDS["F32"], squares)
     counts = np.zeros((2, BUCKETS), np.int64)
-    assert not histogram(raw, kinds, 100, np.array([[1, -1], [2, -1]]), rows, counts)
+    assert not histogram(values, 100, np.array([[1, -1], [2, -1]]), counts)
 
 
 def test_a_result_that_does_not_fit_is_noticed():
-    raw = np.stack([np.full(4, 6e4, np.float32), np.full(4, 7e4, np.float32)]).view(np.uint8)
-    kinds, span, table = np.full(2, KINDS["F32"]), np.array([4, 0, BLOCK]), Sparsity(weights=(1.0,)).table()
-    rows, out, squares = np.empty((5, BLOCK), np.float32), np.empty(16, np.uint8), np.empty(1)
-    assert sparse_combine(raw, kinds, span, table, keys_of(1), 0, rows, out, KINDS["BF16"], squares)
-    assert not sparse_combine(raw, kinds, span, table, keys_of(1), 0, rows, out, KINDS["F16"], squares)
+    stored = np.stack([np.full(4, 6e4, np.float32), np.full(4, 7e4, np.float32)])
+    span, table = np.array([4, 0, BLOCK]), Sparsity(weights=(1.0,)).table()
+    rows, out, squares = np.empty((4, BLOCK), np.float32), np.empty(16, np.uint8), np.empty(1)
+    assert sparse_combine(stored, span, table, keys_of(1), 0, rows, out, KINDS["BF16"], squares)
+    assert not sparse_combine(stored, span, table, keys_of(1), 0, rows, out, KINDS["F16"], squares)
