@@ -193,7 +193,7 @@ ROW = 700  # not a multiple of four, nor a divisor of BLOCK
 
 
 def reference(values, sparsity, count, row):
-    """By the papers' definitions in fp64: merged task vector, sizes of its terms, and where rounding decides nothing."""
+    """By the papers' definitions in fp64: merged task vector, sizes of its terms, where rounding decides nothing."""
     deltas = deltas32(values)
     models = len(deltas)
     draw = draws(models, count)
