@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         slerp_coefficients,
         warp_coefficients,
     )
+    from .difference import diff_models
     from .engine import MergeResult, merge
     from .inspection import inspect_model
     from .plan import MergePlan, plan_merge
@@ -30,6 +31,7 @@ _HOMES = {
     "MergePlan": "plan",
     "MergeRequest": "request",
     "MergeResult": "engine",
+    "diff_models": "difference",
     "ema_coefficients": "coefficients",
     "inspect_model": "inspection",
     "linear_coefficients": "coefficients",
@@ -44,6 +46,7 @@ __all__ = [
     "MergePlan",
     "MergeRequest",
     "MergeResult",
+    "diff_models",
     "ema_coefficients",
     "inspect_model",
     "linear_coefficients",

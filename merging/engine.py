@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, Reader
+from .choose import ChoosingStream, longest_cut
 from .errors import InputError
 from .feed import CUT, Feeder
 from .kernels import announced
 from .outputs import digest_weights, now, staged_output, versions, weight_files, write_manifest
 from .plan import MergePlan, plan_merge
 from .products import Products
-from .progress import SILENT, Progress
+from .progress import SILENT, Progress, Task
 from .report import GroupReport, judge, mean_angle
 from .request import MergeRequest
 from .stream import Checks, Output, Stream
@@ -138,11 +139,19 @@ def _stream(plan: MergePlan, directories: list[Path], progress: Progress, cut: i
         for model in plan.inputs:
             _check_tied(plan, model, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
-        products = Products(plan)
-        groups = tuple(Stream(plan, Feeder(plan, reader, len(directories), cut), output, task, products).run())
-        products.save()
+        groups = _groups(plan, Feeder(plan, reader, len(directories), longest_cut(plan, cut)), output, task)
     seconds = time.perf_counter() - begin
     return MergeResult(plan, groups, tuple(judge(plan.request.method, groups)), seconds), output.checks
+
+
+def _groups(plan: MergePlan, feeder: Feeder, output: Output, task: Task) -> tuple[GroupReport, ...]:
+    """Merge every group, by the streams of the method's kind."""
+    if plan.method.selection is not None:
+        return tuple(ChoosingStream(plan, feeder, output, task, plan.method.selection).run())
+    products = Products(plan)
+    groups = tuple(Stream(plan, feeder, output, task, products).run())
+    products.save()
+    return groups
 
 
 def _verify(plan: MergePlan, directories: list[Path], checks: Checks, progress: Progress) -> list[dict[str, str]]:

@@ -166,7 +166,7 @@ def add_scaled(total: Floats, around: Any, scale: Any) -> None:
 
 @compiled()
 def combine_block(rows: Any, begin: int, weights: Doubles, total: Floats) -> None:
-    """One output of one block: `total = sum_k weights[k] * rows[k, begin:...]`, around the operand of largest weight."""
+    """One output of one block: the sum of weighted rows, around that of largest weight."""
     end = begin + total.size
     pivot = np.argmax(np.abs(weights))
     around = rows[pivot, begin:end]

@@ -18,14 +18,19 @@ from .coefficients import (
     ema_coefficients,
     linear_coefficients,
     liti_coefficients,
+    model_stock,
     slerp,
+    task_arithmetic,
     warp_coefficients,
 )
 from .errors import UsageError
 from .request import DTYPES, Granularity, MergeRequest, Settings
 from .schedule import Number
+from .selection import kept_ranks
+from .sparse import Sparsity
+from .spherical import karcher, multislerp, nuslerp
 
-__all__ = ["METHODS", "Group", "Method", "Mix", "check_request"]
+__all__ = ["METHODS", "Group", "Method", "Mix", "Selection", "check_request"]
 
 Doubles = NDArray[np.float64]
 
@@ -50,29 +55,72 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """How a method chooses elements of the task vectors, and how it adds up what is left of several.
+
+    by       magnitude: the largest stay; random: with one probability; rank: with one that grows with the magnitude
+    elect    per element only the terms of the elected sign count (TIES)
+    density  share that stays, where none is given
+    gamma    share of the largest elements that is dropped, where none is given
+    epsilon  half of the spread of the keep probability, where none is given
+    """
+
+    by: Literal["magnitude", "random", "rank"]
+    elect: bool
+    density: float
+    gamma: float = 0.0
+    epsilon: float = 0.0
+
+    def of(self, group: Group) -> Sparsity:
+        """The group's numbers, without the thresholds that its data decides."""
+        given = group.settings
+        share = given.density or (self.density,) * group.models
+        spread = given.epsilon or (self.epsilon,) * group.models
+        return Sparsity(
+            weights=given.weights or (1.0,) * group.models,
+            keep=() if self.by == "magnitude" else share,
+            spread=spread if self.by == "rank" else (),
+            rescale=given.rescale is not False,
+            elect=self.elect,
+            normalize=self.elect if given.normalize is None else given.normalize,
+            scale=1.0 if given.scale is None else given.scale,
+        )
+
+    def ranks(self, group: Group, count: int) -> list[tuple[int, int]]:
+        """First and last rank that stays of `count` elements, of each model's task vector."""
+        density = group.settings.density or (self.density,) * group.models
+        gamma = group.settings.gamma or (self.gamma,) * group.models
+        return [kept_ranks(count, *pair) for pair in zip(density, gamma, strict=True)]
+
+
+@dataclass(frozen=True)
 class Method:
     """One merge method.
 
     mix          (group, Gram matrix of its vectors (M, M)) -> Mix. The vectors are task vectors where there is a base,
-                 else the weights.
+                 else the weights
     adaptive     whether mix looks at the Gram matrix: the data is then read twice
     base         required: the user names it; sought: or it is the parent that all models record; optional: or there is
-                 none and the weights themselves are merged; none: not taken
+                 none and the weights themselves are merged; given: only one that is named counts; none: not taken
     models       least and most models
     options      the fields of MergeRequest that it reads besides the common ones
     granularity  its own
+    selection    of elements; None for scalar combinations
     """
 
     mix: Callable[[Group, Doubles], Mix]
     adaptive: bool
-    base: Literal["required", "sought", "optional", "none"]
+    base: Literal["required", "sought", "optional", "given", "none"]
     models: tuple[int, int]
     options: tuple[str, ...]
     granularity: Granularity = "layer"
+    selection: Selection | None = None
 
     @property
     def passes(self) -> int:
         """How often the data is read."""
+        if self.selection and self.selection.by == "magnitude":
+            return 3
         return 2 if self.adaptive else 1
 
 
@@ -105,18 +153,69 @@ def _mix_ema(group: Group, gram: Doubles) -> Mix:
     return Mix(ema_coefficients(group.models, group.settings.decay)[None, :])
 
 
+def _mix_task_arithmetic(group: Group, gram: Doubles) -> Mix:
+    given = group.settings
+    weights = given.weights or (1.0,) * group.models
+    scale = 1.0 if given.scale is None else given.scale
+    return _around_base(group, Slerp(task_arithmetic(weights, scale, bool(given.normalize))))
+
+
+def _mix_model_stock(group: Group, gram: Doubles) -> Mix:
+    return _around_base(group, Slerp(model_stock(gram)))
+
+
+def _mix_nuslerp(group: Group, gram: Doubles) -> Mix:
+    return _around_base(group, nuslerp(gram, group.settings.weights, group.name))
+
+
+def _mix_multislerp(group: Group, gram: Doubles) -> Mix:
+    return _around_base(group, multislerp(gram, group.settings.weights, group.name))
+
+
+def _mix_karcher(group: Group, gram: Doubles) -> Mix:
+    given = group.settings
+    steps = 100 if given.iterations is None else given.iterations
+    tolerance = 1e-9 if given.tolerance is None else given.tolerance
+    return _around_base(group, karcher(gram, given.weights, group.name, max_iterations=steps, tolerance=tolerance))
+
+
+def _mix_selected(group: Group, gram: Doubles) -> Mix:
+    """For the report alone: the weights of the task vectors, of which elements are chosen."""
+    return Mix(np.array([group.settings.weights or (1.0,) * group.models]))
+
+
 def _mix_passthrough(group: Group, gram: Doubles) -> Mix:
     return Mix(np.array([[1.0 if group.settings.scale is None else group.settings.scale]]))
 
 
+def _sum(selection: Selection, *more: str) -> Method:
+    """A method that sums selected elements of task vectors."""
+    options = ("weights", "density", "normalize", "scale", *more)
+    return Method(_mix_selected, False, "required", (1, MANY), options, granularity="tensor", selection=selection)
+
+
 MANY = 64
+PAIR, SEVERAL, ANY = (2, 2), (2, MANY), (1, MANY)
+MASKED = ("rescale", "seed")
 METHODS = {
-    "slerp": Method(_mix_slerp, adaptive=True, base="optional", models=(2, MANY), options=("t",)),
-    "warp": Method(_mix_warp, adaptive=True, base="sought", models=(2, MANY), options=("t", "etas")),
-    "liti": Method(_mix_liti, adaptive=False, base="required", models=(1, 1), options=("etas",)),
-    "linear": Method(_mix_linear, adaptive=False, base="none", models=(1, MANY), options=("weights", "normalize")),
-    "ema": Method(_mix_ema, adaptive=False, base="none", models=(2, MANY), options=("decay",)),
-    "passthrough": Method(_mix_passthrough, adaptive=False, base="none", models=(1, MANY), options=("scale",)),
+    "slerp": Method(_mix_slerp, True, "optional", SEVERAL, ("t",)),
+    "warp": Method(_mix_warp, True, "sought", SEVERAL, ("t", "etas")),
+    "liti": Method(_mix_liti, False, "required", (1, 1), ("etas",)),
+    "linear": Method(_mix_linear, False, "none", ANY, ("weights", "normalize")),
+    "ema": Method(_mix_ema, False, "none", SEVERAL, ("decay",)),
+    "model-stock": Method(_mix_model_stock, True, "required", SEVERAL, ()),
+    "nuslerp": Method(_mix_nuslerp, True, "given", PAIR, ("weights",)),
+    "multislerp": Method(_mix_multislerp, True, "given", SEVERAL, ("weights", "normalize")),
+    "karcher": Method(_mix_karcher, True, "given", SEVERAL, ("weights", "iterations", "tolerance")),
+    "task-arithmetic": Method(_mix_task_arithmetic, False, "required", ANY, ("weights", "normalize", "scale")),
+    "ties": _sum(Selection("magnitude", elect=True, density=0.2)),
+    "breadcrumbs": _sum(Selection("magnitude", elect=False, density=0.9, gamma=0.01), "gamma"),
+    "breadcrumbs-ties": _sum(Selection("magnitude", elect=True, density=0.9, gamma=0.01), "gamma"),
+    "dare": _sum(Selection("random", elect=False, density=0.5), *MASKED),
+    "dare-ties": _sum(Selection("random", elect=True, density=0.5), *MASKED),
+    "della": _sum(Selection("rank", elect=True, density=0.5, epsilon=0.1), "epsilon", *MASKED),
+    "della-linear": _sum(Selection("rank", elect=False, density=0.5, epsilon=0.1), "epsilon", *MASKED),
+    "passthrough": Method(_mix_passthrough, False, "none", ANY, ("scale",)),
 }
 # Fields of a request that only some methods read, and how the user knows them.
 SPECIAL = {
@@ -144,8 +243,12 @@ def check_request(request: MergeRequest) -> MergeRequest:
     if request.base is None and method.base == "required":
         raise UsageError(f"merge {request.method} needs --base", "name the init of the models")
     _check_numbers(request)
+    if not request.slices:
+        _check_counts(request)
     for part in request.slices:
-        _check_numbers(replace(request, models=request.models[: len(part.layers)], **part.changes))
+        own = replace(request, models=request.models[: len(part.layers)], **part.changes)
+        _check_numbers(own)
+        _check_counts(own)
     filled = replace(request, granularity=request.granularity or method.granularity)
     return filled if request.etas or "etas" not in method.options else replace(filled, etas=(0.3,))
 
@@ -171,10 +274,10 @@ def _check_numbers(request: MergeRequest) -> None:
                 raise UsageError(f"--{name} {value:g} is not between 0 and 1", "give a share")
     for name in ("weights", "scale"):
         given = getattr(request, name)
-        for number in given if isinstance(given, tuple) else (given,):
+        numbers = given if isinstance(given, tuple) else (given,)
+        for number in numbers:
             if any(not abs(value) < float("inf") for value in _values(number)):
                 raise UsageError(f"--{name} holds a value that is not finite", "give numbers")
-    _check_counts(request)
     if request.granularity not in (None, "layer", "tensor", "model"):
         raise UsageError(f"unknown --granularity {request.granularity!r}", "choose layer, tensor or model")
     if request.dtype is not None and request.dtype not in DTYPES:
@@ -197,7 +300,7 @@ def _check_counts(request: MergeRequest) -> None:
         if given is not None and len(given) not in (1, models):
             raise UsageError(f"{len(given)} values of --{name} for {models} models", "give one, or one per model")
     plain = request.weights is not None and all(isinstance(weight, int | float) for weight in request.weights)
-    if request.method == "linear" and plain and not request.normalize:
+    if request.method == "linear" and plain and request.normalize is None:
         total = sum(float(weight) for weight in request.weights or ())  # type: ignore[arg-type]
         if not abs(total - 1.0) <= 1e-6:  # NaN is not close either
             raise UsageError(f"--weights sum to {total:g}, not 1", "scale them, or give --normalize")

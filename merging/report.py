@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .coefficients import angle_degrees, norm
 from .methods import Mix
 
-__all__ = ["GroupReport", "judge", "mean_angle", "report_group"]
+__all__ = ["GroupReport", "gram_of", "judge", "mean_angle", "report_group"]
 
 Doubles = NDArray[np.float64]
 
@@ -68,6 +68,14 @@ def report_group(name: str, parameters: int, base_square: float | None, gram: Do
         coefficients=tuple(tuple(float(value) for value in row) for row in mix.weights),
         fallback=mix.fallback,
     )
+
+
+def gram_of(upper: Sequence[float], vectors: int) -> Doubles:
+    """The symmetric matrix (M, M) of an upper triangle, row by row."""
+    matrix = np.zeros((vectors, vectors))
+    if len(upper):
+        matrix[np.triu_indices(vectors)] = upper
+    return matrix + np.triu(matrix, 1).T
 
 
 def mean_angle(groups: Sequence[GroupReport]) -> float | None:

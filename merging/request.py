@@ -37,7 +37,8 @@ class MergeRequest:
     """One merge as the user asks for it. A Number is a float, or a Schedule over tensors.
 
     method       a name in METHODS
-    models       directories of models or adapters, MODEL+ADAPTER, or hub ids; their order counts for slerp and warp of three or more, and for ema
+    models       directories of models or adapters, MODEL+ADAPTER, or hub ids; their order counts for slerp and warp of
+                 three or more, and for ema
     base         the init that task vectors start from, or that the result is interpolated to (liti)
     t            slerp of two models: 0 is the first, 1 the second; 1/2 when None
     etas         liti and warp: share of the merged model, 0 is the base; several give one output each

@@ -60,7 +60,7 @@ def operands(raw: Bytes, kinds: Counts, count: int) -> Any:
     if not kinds.any():
         return raw.view(np.uint16)
     rows = np.empty((len(kinds), count), np.float32)
-    for kind, stored, row in zip(kinds.tolist(), raw, rows, strict=True):
+    for kind, stored, row in zip(kinds.tolist(), raw, rows, strict=False):  # raw may have room for more
         widen(stored[: count * ITEMS[kind]], kind, row)
     return rows
 

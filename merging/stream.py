@@ -28,7 +28,7 @@ from .passes import DONE, NOT_FINITE, blend, measure
 from .plan import MergePlan
 from .products import Products
 from .progress import Task
-from .report import GroupReport, report_group
+from .report import GroupReport, gram_of, report_group
 from .writer import Writer
 
 __all__ = ["Checks", "Output", "Stream"]
@@ -178,9 +178,7 @@ class Stream:
 
     def _gram(self, group: Group, sums: dict[str, Doubles]) -> Doubles:
         """The Gram matrix (M, M) of a group from the upper triangles of its tensors."""
-        matrix = np.zeros((group.models, group.models))
-        matrix[np.triu_indices(group.models)] = self._total(group, sums)[1:]
-        return matrix + np.triu(matrix, 1).T
+        return gram_of(self._total(group, sums)[1:].tolist(), group.models)
 
     def _report(self, group: Group, sums: dict[str, Doubles], mix: Mix) -> GroupReport:
         parameters = sum(self.plan.parts[name].sources[0].tensor.count for name in group.tensors)
