@@ -75,13 +75,13 @@ METHODS = {
     "multislerp": Entry(
         "Weighted mean of directions in the tangent space at their mean; of task vectors with --base.",
         "gemma2 merge multislerp a b c --weights 1,1,2 --out merged",
-        ("base", "weights", "normalize"),
+        ("base", "weights"),
         SPHERES,
     ),
     "karcher": Entry(
         "Karcher mean: the point of the sphere with the least squared angles to the models.",
         "gemma2 merge karcher a b c --out merged",
-        ("iterations", "tolerance"),
+        ("base", "weights", "iterations", "tolerance"),
         SPHERES,
     ),
     "task-arithmetic": Entry(

@@ -43,6 +43,7 @@ class Theirs:
     per_model  parameters of a model: name -> (our field, default; None: must be given)
     options    parameters of the merge: name -> (our field, default)
     only       parameters that have one value here: name -> the value
+    fixed      fields of ours that make our method theirs
     """
 
     ours: str
@@ -50,6 +51,7 @@ class Theirs:
     per_model: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     options: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 WEIGHT: dict[str, tuple[str, float | None]] = {"weight": ("weights", None)}
@@ -77,7 +79,10 @@ METHODS = {
     "breadcrumbs_ties": Theirs("breadcrumbs-ties", "required", OUTLIERS, _sum(False)),
     "model_stock": Theirs("model-stock", "required", {}, {}, {"filter_wise": False}),
     "karcher": Theirs("karcher", "input", {}, {"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)}),
-    "multislerp": Theirs("multislerp", "optional", WEIGHT, {"normalize_weights": ("normalize", True)}, {"eps": 1e-8}),
+    # Its one step in the tangent space of the mean direction is nil: what is left is where the Karcher mean starts.
+    "multislerp": Theirs(
+        "karcher", "optional", WEIGHT, {}, {"normalize_weights": True, "eps": 1e-8}, {"iterations": 0}
+    ),
     "passthrough": Theirs("passthrough", "none", {"scale": ("scale", 1.0)}),
 }
 NUMBERS = ("t", "lambda")  # options that may differ between tensors
@@ -165,7 +170,7 @@ class _Document:
         common |= {"dtype": self._dtype(), "tokenizer": self._tokenizer()}
         if "slices" in self.values:
             slices = tuple(self._slice(part, models, base) for part in parts)
-            request = MergeRequest(**common, **slices[0].changes, slices=slices)
+            request = MergeRequest(**common, slices=slices)
         else:
             request = MergeRequest(**common, **self._settings(parts[0], base))
         return Step(name=name, request=request, needs=needs_of(request, self.place.names), notes=tuple(self.notes))
@@ -250,7 +255,7 @@ class _Document:
     def _settings(self, part: Part, base: Path | None) -> dict[str, Any]:
         """The fields of the request for one slice, or for the whole."""
         inputs = [source for source in part.sources if source.path != base]
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = dict(self.method.fixed)
         for name, (ours, default) in self.method.per_model.items():
             numbers = tuple(self._number(name, default, part, source) for source in inputs)
             found[ours] = numbers[0] if ours == "scale" else numbers

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_files import read_raw, write_model
+from model_files import read_raw, stored, write_model
 
 from gemma2.merging.errors import UsageError
 from gemma2.merging.mergekit import METHODS
@@ -60,22 +60,84 @@ def test_the_inputs_are_those_of_the_recordings(recorded):
         assert found.keys() == {"inputs", *cases.CASES}
 
 
+def tensors_of(flat: np.ndarray) -> dict[str, np.ndarray]:
+    """A recording by tensor."""
+    shapes = {name: shape for name, shape in sorted(cases.shapes().items())}
+    ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
+    return dict(zip(shapes, np.split(flat, ends[:-1]), strict=True))
+
+
+def base_of(dtype: str) -> dict[str, np.ndarray]:
+    return {name: stored(array, dtype).ravel() for name, array in cases.arrays("base").items()}
+
+
+def deltas_of(dtype: str, key: str) -> list[np.ndarray]:
+    """The task vectors of a tensor."""
+    base = base_of(dtype)[key]
+    return [stored(cases.arrays(model)[key], dtype).ravel() - base for model in "abc"]
+
+
+def mean_cosine(dtype: str, key: str) -> float:
+    units = np.array([delta / np.linalg.norm(delta) for delta in deltas_of(dtype, key)])
+    return (units @ units.T)[np.triu_indices(3, 1)].mean()
+
+
+def is_tied(dtype: str, key: str, weights: tuple[float, ...], densities: tuple[float, ...], gamma: float) -> bool:
+    """Whether elements of one magnitude lie on both sides of a threshold (there some of them stay, here all), or
+    positive and negative terms weigh the same (there positive wins, here none)."""
+    total = np.zeros(np.prod(cases.shapes()[key]))
+    for delta, weight, density in zip(deltas_of(dtype, key), weights, densities, strict=True):
+        order = np.argsort(-np.abs(delta), kind="stable")
+        sizes = np.abs(delta)[order]
+        largest = int(gamma * len(sizes))
+        end = largest + max(1, int(density * len(sizes)))
+        if any(0 < rank < len(sizes) and sizes[rank - 1] == sizes[rank] for rank in (largest, end)):
+            return True
+        kept = order[largest:end]
+        total[kept] += weight * delta[kept]
+        total[np.setdiff1d(kept, np.flatnonzero(total))] = np.nan  # terms that cancel
+    return bool(np.isnan(total).any())
+
+
+def defined_otherwise(name: str, dtype: str) -> set[str]:
+    """Tensors where mergekit's definition is another one, or none."""
+    keys = cases.shapes().keys()
+    if name == "model_stock":  # task vectors over 90 degrees apart on average: there t is negative, here 0
+        return {key for key in keys if mean_cosine(dtype, key) <= 0}
+    if name in cases.CHOICES:
+        return {key for key in keys if is_tied(dtype, key, *cases.CHOICES[name])}
+    return set()
+
+
+def compared(name: str, found: np.ndarray, expected: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """What can be compared; where model_stock is defined otherwise, ours is the base."""
+    other = defined_otherwise(name, dtype)
+    ours, theirs = tensors_of(found), tensors_of(expected)
+    if name == "model_stock":
+        for key in other:
+            np.testing.assert_array_equal(ours[key], base_of(dtype)[key])
+    same = sorted(ours.keys() - other)
+    assert len(same) > len(ours) / 3
+    return np.concatenate([ours[key] for key in same]), np.concatenate([theirs[key] for key in same])
+
+
 @pytest.mark.parametrize("name", cases.CASES)
 def test_fp32_agrees_with_mergekit(places, recorded, tmp_path, monkeypatch, name):
     found = ours(places["float32"], tmp_path / "out", cases.CASES[name], "float32", monkeypatch)
     expected = recorded["float32"][name]
     assert found.shape == expected.shape
-    # Weights are of size 1, and mergekit sums in fp32: a few units in the last place of 1.
-    assert np.abs(found - expected).max() < 4e-6
+    found, expected = compared(name, found, expected, "F32")
+    # Weights are of size 1 to 10, and mergekit sums in fp32. The Karcher mean ends at a step of 1e-5 radians: here that
+    # step is still taken.
+    assert np.abs(found - expected).max() < (3e-5 if name.startswith("karcher") else 4e-6)
 
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_bf16_agrees_with_mergekit_within_one_rounding(places, recorded, tmp_path, monkeypatch, name):
     text = cases.CASES[name] + cases.PRECISE
-    found = ours(places["bfloat16"], tmp_path / "out", text, "bfloat16", monkeypatch)
-    expected = recorded["bfloat16"][name]
-    assert (found == expected).mean() > 0.99
-    left, right = widened(found), widened(expected)
+    found = widened(ours(places["bfloat16"], tmp_path / "out", text, "bfloat16", monkeypatch))
+    left, right = compared(name, found, widened(recorded["bfloat16"][name]), "BF16")
+    assert (left == right).mean() > 0.99
     assert (np.abs(left - right) <= 2.0**-7 * np.maximum(np.abs(left), np.abs(right)) + 1e-6).all()
 
 
@@ -120,7 +182,7 @@ TWO = "models:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: 
         ("della_linear", {"method": "della-linear", "normalize": False}),
         ("breadcrumbs", {"method": "breadcrumbs", "normalize": False, "gamma": (0.01, 0.01)}),
         ("breadcrumbs_ties", {"method": "breadcrumbs-ties", "normalize": False}),
-        ("multislerp", {"method": "multislerp", "normalize": True}),
+        ("multislerp", {"method": "karcher", "iterations": 0, "weights": (1.0, 0.5)}),
         ("nuslerp", {"method": "nuslerp", "weights": (1.0, 0.5), "normalize": None}),
     ],
 )

@@ -75,6 +75,7 @@ def models(**parameters: str) -> str:
 BASE = "base_model: base\n"
 WEIGHTED = models(a="weight: 1", b="weight: 2", c="weight: 0.5")
 SPARSE = models(a="weight: 1, density: 0.4", b="weight: 2, density: 0.7", c="weight: 0.5, density: 0.2")
+MIDDLE = models(a="weight: 1, density: 0.4", b="weight: 2, density: 0.7", c="weight: 0.5, density: 0.3")
 T = "[{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}, {value: 0.5}]"
 RULES = (
     "[{filter: layers.1., value: 0.2}, {filter: mlp, value: [1, 2]}, {filter: norm, value: 3}, {value: [0.5, 2, 1]}]"
@@ -129,8 +130,8 @@ CASES = {
         f"merge_method: ties\n{BASE}{models(a='weight: 1', b='weight: -1', c='weight: 0.5')}"
         "parameters: {density: 0.4}\n"
     ),
-    "breadcrumbs": f"merge_method: breadcrumbs\n{BASE}{SPARSE}parameters: {{gamma: 0.1}}\n",
-    "breadcrumbs_ties": f"merge_method: breadcrumbs_ties\n{BASE}{SPARSE}parameters: {{gamma: 0.1}}\n",
+    "breadcrumbs": f"merge_method: breadcrumbs\n{BASE}{MIDDLE}parameters: {{gamma: 0.1}}\n",
+    "breadcrumbs_ties": f"merge_method: breadcrumbs_ties\n{BASE}{MIDDLE}parameters: {{gamma: 0.1}}\n",
     "model_stock": f"merge_method: model_stock\n{BASE}{models(a='', b='', c='')}",
     "karcher": f"merge_method: karcher\n{models(a='', b='', c='')}",
     "karcher with base_model": f"merge_method: karcher\n{BASE}{models(a='', b='')}",
@@ -143,3 +144,12 @@ CASES = {
     ),
 }
 PRECISE = "dtype: float32\nout_dtype: bfloat16\n"  # bf16 in and out, computed in fp32
+
+# Which elements the cases choose: weights and densities of a, b and c, and gamma.
+CHOICES = {
+    "ties": ((1, 2, 0.5), (0.4, 0.7, 0.2), 0.0),
+    "ties unnormalised": ((1, 2, 0.5), (0.4, 0.7, 0.2), 0.0),
+    "ties negative weight": ((1, -1, 0.5), (0.4, 0.4, 0.4), 0.0),
+    "breadcrumbs": ((1, 2, 0.5), (0.4, 0.7, 0.3), 0.1),
+    "breadcrumbs_ties": ((1, 2, 0.5), (0.4, 0.7, 0.3), 0.1),
+}

@@ -38,9 +38,12 @@ def merged(folder: Path, text: str) -> np.ndarray:
     return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
 
 
+chosen = sys.argv[1:]  # names of cases; none is all
 for dtype, ending in (("float32", ""), ("bfloat16", PRECISE)):
+    file = HERE / f"{dtype}.npz"
     with tempfile.TemporaryDirectory() as place:
         for model in SEEDS:
             write(Path(place), model, dtype)
-        found = {name: merged(Path(place), text + ending) for name, text in CASES.items()}
-        np.savez_compressed(HERE / f"{dtype}.npz", inputs=np.array(digest()), **found)
+        found = dict(np.load(file)) if chosen else {}
+        found |= {name: merged(Path(place), CASES[name] + ending) for name in chosen or CASES}
+        np.savez_compressed(file, **{**found, "inputs": np.array(digest())})
