@@ -1,10 +1,11 @@
-"""Task-vector SLERP of two policies against `cp` + fsync of one model: same machine, same files, same run.
+"""Merges against `cp` + fsync of one model: same machine, same files, alternating in one run.
 
-    python bench/merge.py                     2B shape: three checkpoints of 5.2 GB are written first
-    python bench/merge.py --layers 4          the 2B shape with 4 layers: 1.8 GB each
+    python bench/merge.py                       2B shape: three checkpoints of 5.2 GB are written first
+    python bench/merge.py --layers 4            the 2B shape with 4 layers: 1.8 GB each
 
-Prints medians and ratios. `stream` is reading, merging and writing; the wall time adds the digest of the output,
-flushing to disk and publication. The page cache is warm: the files were just written.
+Every job is a process of its own. `merge` is the call (plan, read, compute, write, read back, digest, flush, publish),
+`stream` the part without read-back and publication, `shell` the process with its imports. `anon` and `rss` are peaks of
+anonymous and of all resident memory. The page cache is warm: the files were just read.
 """
 
 from __future__ import annotations
@@ -12,128 +13,189 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from shapes import layout, write_random
 
-from gemma2.merging import MergeRequest, merge
-from gemma2.merging.header import encode_header
-from gemma2.merging.outputs import write_manifest
-
-WIDTH, FFN, HEADS, KV_HEADS, HEAD = 2304, 9216, 8, 4, 256  # Gemma 2 2B
-CHUNK = 1 << 22  # elements written at a time
-
-
-def layout(layers: int, vocabulary: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Gemma 2 2B with another number of layers and another vocabulary."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, WIDTH)}
-    for i in range(layers):
-        here = f"model.layers.{i}"
-        shapes |= {
-            f"{here}.input_layernorm.weight": (WIDTH,),
-            f"{here}.mlp.down_proj.weight": (WIDTH, FFN),
-            f"{here}.mlp.gate_proj.weight": (FFN, WIDTH),
-            f"{here}.mlp.up_proj.weight": (FFN, WIDTH),
-            f"{here}.post_attention_layernorm.weight": (WIDTH,),
-            f"{here}.post_feedforward_layernorm.weight": (WIDTH,),
-            f"{here}.pre_feedforward_layernorm.weight": (WIDTH,),
-            f"{here}.self_attn.k_proj.weight": (KV_HEADS * HEAD, WIDTH),
-            f"{here}.self_attn.o_proj.weight": (WIDTH, HEADS * HEAD),
-            f"{here}.self_attn.q_proj.weight": (HEADS * HEAD, WIDTH),
-            f"{here}.self_attn.v_proj.weight": (KV_HEADS * HEAD, WIDTH),
-        }
-    shapes["model.norm.weight"] = (WIDTH,)
-    return {name: ("BF16", shape) for name, shape in shapes.items()}
+JOBS: dict[str, dict[str, object]] = {
+    "slerp": {"method": "slerp", "base": True},
+    "slerp, 1 thread": {"method": "slerp", "base": True, "threads": 1},
+    "slerp, another t": {"method": "slerp", "base": True, "t": 0.3, "cached": True},
+    "warp": {"method": "warp", "base": True},
+    "liti": {"method": "liti", "base": True, "models": 1},
+    "linear": {"method": "linear"},
+    "linear, 1 thread": {"method": "linear", "threads": 1},
+    "ties": {"method": "ties", "base": True},
+    "dare": {"method": "dare", "base": True},
+    "della": {"method": "della", "base": True},
+}
 
 
-def write_model(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]], seed: int) -> None:
-    """Random bf16 weights: a base that all seeds share, and for seed > 0 a task vector of a hundredth of it."""
-    path.mkdir()
-    config = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "tie_word_embeddings": True}
-    (path / "config.json").write_text(json.dumps(config))
-    base = np.random.default_rng(0).standard_normal(CHUNK, np.float32)
-    values = base if seed == 0 else base + 0.01 * np.random.default_rng(seed).standard_normal(CHUNK, np.float32)
-    halves = (values.view(np.uint32) >> 16).astype(np.uint16)
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(encode_header(shapes)[0])
-        for _, shape in shapes.values():
-            left = int(np.prod(shape))
-            while left:
-                file.write(halves[: min(left, CHUNK)])
-                left -= min(left, CHUNK)
-        os.fsync(file.fileno())
-    write_manifest(path, {"status": "complete"})  # as every output of gemma2 has: its digests are not taken again
+def memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
-def copy(source: Path, target: Path) -> None:
-    """`cp` and fsync of one file."""
-    shutil.copyfile(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def job(root: Path, spec: dict[str, object]) -> None:
+    """One merge in this process; prints its figures as JSON."""
+    from gemma2.merging import MergeRequest, merge
 
+    peak = {"RssAnon": 0, "VmRSS": 0}
+    done = threading.Event()
 
-def measure(run: Callable[[], object], clean: Callable[[], None]) -> tuple[float, float]:
-    """Wall and CPU seconds of one run."""
+    def sample() -> None:
+        while not done.wait(0.02):
+            for field in peak:
+                peak[field] = max(peak[field], memory(field))
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    models = (root / "rl-1", root / "rl-2")[: int(str(spec.get("models", 2)))]
+    fields = {name: spec[name] for name in ("t", "threads") if name in spec}
+    base = {"base": root / "base"} if spec.get("base") else {}
+    request = MergeRequest(method=str(spec["method"]), models=models, **base, **fields)  # type: ignore[arg-type]
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    seconds = time.perf_counter() - wall, time.process_time() - cpu
-    clean()
-    return seconds
+    result = merge(request, out=root / "out")
+    figures = {"merge": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "stream": result.seconds}
+    done.set()
+    watcher.join()
+    print(json.dumps(figures | {"anon": peak["RssAnon"] / 1e6, "rss": peak["VmRSS"] / 1e6}))
+
+
+def run_job(root: Path, spec: dict[str, object]) -> dict[str, float]:
+    """One job in a process of its own, without what earlier ones left in the cache of inner products."""
+    cache = root / "cache"
+    if not spec.get("cached"):
+        shutil.rmtree(cache, ignore_errors=True)
+    begin = time.perf_counter()
+    child = subprocess.run(
+        [sys.executable, __file__, "--root", str(root), "--job", json.dumps(spec)],
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    figures = {"shell": time.perf_counter() - begin, **json.loads(child.stdout)}
+    shutil.rmtree(root / "out")
+    return figures
+
+
+def copy(root: Path) -> dict[str, float]:
+    """`cp` and fsync of one model."""
+    begin = time.perf_counter()
+    subprocess.run(["cp", root / "base/model.safetensors", root / "copy"], check=True)
+    subprocess.run(["sync", root / "copy"], check=True)
+    figures = {"merge": time.perf_counter() - begin}
+    (root / "copy").unlink()
+    return figures
+
+
+def accuracy(root: Path, tensors: int = 4) -> str:
+    """SLERP against float64: the share of elements that are rounded right, and the worst error in units of bf16."""
+    from gemma2.merging import MergeRequest, merge
+    from gemma2.merging.checkpoint import Reader, open_checkpoint
+
+    def values(path: Path, name: str) -> np.ndarray:
+        model = open_checkpoint(path, "model")
+        tensor = model.tensors[name]
+        raw = np.empty(tensor.nbytes, np.uint8)
+        with Reader.open([model]) as reader:
+            reader.read(tensor, 0, tensor.count, raw)
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+    request = MergeRequest(
+        method="slerp", models=(root / "rl-1", root / "rl-2"), base=root / "base", granularity="tensor"
+    )
+    merge(request, out=root / "out")
+    names = [f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
+    right, count, worst = 0, 0, 0.0
+    for name in ["model.norm.weight", *names][:tensors]:
+        base, one, two = (values(root / model, name).astype(np.float64) for model in ("base", "rl-1", "rl-2"))
+        u, v = one - base, two - base
+        omega = np.arccos(u @ v / np.linalg.norm(u) / np.linalg.norm(v))
+        exact = base + np.sin(omega / 2) / np.sin(omega) * (u + v)
+        found = values(root / "out", name).astype(np.float64)
+        ulp = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 1e-30))) - 7)
+        error = np.abs(found - exact) / ulp
+        right += int((error <= 0.5 + 1e-9).sum())
+        count += error.size
+        worst = max(worst, float(error.max()))
+    shutil.rmtree(root / "out")
+    return f"{count:,} elements against float64: {100 * right / count:.4f} % rounded right, worst {worst:.4f} ulp"
+
+
+def measure(root: Path, jobs: dict[str, dict[str, object]], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Everything in turn, so that what the machine does besides touches all alike."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        steps: dict[str, Callable[[], dict[str, float]]] = {"cp + fsync": lambda: copy(root)}
+        steps |= {label: lambda spec=spec: run_job(root, spec) for label, spec in jobs.items()}  # type: ignore[misc]
+        for label, step in steps.items():
+            runs.setdefault(label, []).append(step())
+    return runs
+
+
+def show(runs: dict[str, list[dict[str, float]]]) -> None:
+    """A table of medians."""
+    columns = ("merge", "cpu", "stream", "shell", "anon", "rss")
+
+    def median(label: str, name: str) -> float:
+        found = [run[name] for run in runs[label] if name in run]
+        return statistics.median(found) if found else float("nan")
+
+    floor = median("cp + fsync", "merge")
+    linear = median("linear", "merge") if "linear" in runs else float("nan")
+    widths = {
+        "merge s": 9,
+        "CPU s": 8,
+        "/ cp": 7,
+        "/ linear": 10,
+        "stream s": 10,
+        "shell s": 9,
+        "anon MB": 9,
+        "rss MB": 8,
+    }
+    print(" " * 18 + "".join(f"{head:>{width}}" for head, width in widths.items()))
+    for label in runs:
+        merge, cpu, stream, shell, anon, rss = (median(label, name) for name in columns)
+        ratios = f"{merge / floor:7.2f}{merge / linear:10.2f}"
+        print(f"{label:18}{merge:9.2f}{cpu:8.2f}{ratios}{stream:10.2f}{shell:9.2f}{anon:9.0f}{rss:8.0f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=26)
     parser.add_argument("--vocabulary", type=int, default=256_000)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--jobs", default="", help="only these, separated by semicolons")
     parser.add_argument("--dir", type=Path, default=None, help="where to work (default: the system's temporary place)")
+    parser.add_argument("--root", type=Path, help="models that are there already: base, rl-1, rl-2")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.job:
+        job(options.root, json.loads(options.job))
+        return
+    wanted = [name.strip() for name in options.jobs.split(";") if name.strip()] or list(JOBS)
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
-        root = Path(name)
-        shapes = layout(options.layers, options.vocabulary)
-        for seed, model in enumerate(("base", "rl-1", "rl-2")):
-            write_model(root / model, shapes, seed)
-        compare(root, options)
-
-
-def compare(root: Path, options: argparse.Namespace) -> None:
-    """Run everything in turn, so that what the machine does besides touches all alike."""
-    single = root / "base" / "model.safetensors"
-    policies = (root / "rl-1", root / "rl-2")
-    requests = {
-        "slerp": MergeRequest(method="slerp", models=policies, base=root / "base", threads=options.threads),
-        "slerp, 1 thread": MergeRequest(method="slerp", models=policies, base=root / "base", threads=1),
-        "liti": MergeRequest(method="liti", models=policies[:1], base=root / "base", threads=options.threads),
-        "linear": MergeRequest(method="linear", models=policies, threads=options.threads),
-    }
-    times: dict[str, list[tuple[float, float]]] = {}
-    streams: dict[str, list[float]] = {}
-    for _ in range(options.repeats):
-        target = root / "copy"
-        times.setdefault("cp + fsync", []).append(measure(lambda: copy(single, target), target.unlink))  # noqa: B023
-        for label, request in requests.items():
-
-            def run(label: str = label, request: MergeRequest = request) -> None:
-                streams.setdefault(label, []).append(merge(request, out=root / "out").seconds)
-
-            times.setdefault(label, []).append(measure(run, lambda: shutil.rmtree(root / "out")))
-    floor = statistics.median(wall for wall, _ in times["cp + fsync"])
-    print(f"one model: {single.stat().st_size / 1e9:.2f} GB, medians of {options.repeats}")
-    print(f"{'':18}{'wall s':>9}{'CPU s':>9}{'/ cp':>8}{'stream s':>10}{'/ cp':>8}")
-    for label, runs in times.items():
-        wall, cpu = (statistics.median(column) for column in zip(*runs, strict=True))
-        stream = statistics.median(streams[label]) if label in streams else None
-        tail = f"{stream:10.2f}{stream / floor:8.2f}" if stream is not None else ""
-        print(f"{label:18}{wall:9.2f}{cpu:9.2f}{wall / floor:8.2f}{tail}")
-    print(f"peak resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+        root = options.root or Path(name)
+        if options.root is None:
+            for seed, model in enumerate(("base", "rl-1", "rl-2")):
+                write_random(root / model, layout("2b", options.layers, options.vocabulary), seed)
+        size = (root / "base/model.safetensors").stat().st_size
+        print(f"one model: {size / 1e9:.2f} GB, medians of {options.repeats}")
+        print(accuracy(root))
+        show(measure(root, {name: JOBS[name] for name in wanted}, options.repeats))
 
 
 if __name__ == "__main__":

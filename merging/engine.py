@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, Reader
-from .choose import ChoosingStream, longest_cut
-from .errors import InputError
+from .errors import Gemma2Error, InputError, OutputError
 from .feed import CUT, Feeder
 from .kernels import announced
 from .outputs import digest_weights, now, staged_output, versions, weight_files, write_manifest
@@ -85,6 +84,13 @@ def merge(
     of 4096; it does not change the result.
     Raises UsageError, InputError or OutputError; before any work where that can be known.
     """
+    with _refusals(out):
+        return _merge(request, out, force, dry_run, verify, progress, cut)
+
+
+def _merge(
+    request: MergeRequest, out: Path, force: bool, dry_run: bool, verify: bool, progress: Progress, cut: int
+) -> MergeResult:
     plan = plan_merge(request, out, force)
     for line in plan.notes:
         progress.note(line)
@@ -106,6 +112,20 @@ def merge(
     for line in result.warnings:
         progress.warn(line)
     return result
+
+
+@contextmanager
+def _refusals(out: Path) -> Iterator[None]:
+    """What the system refuses at any open, write, flush or rename, as one clear error."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, Gemma2Error):
+            raise
+        place = error.filename or out
+        raise OutputError(
+            f"{place}: {error.strerror or error}", "check the place, its permissions and space"
+        ) from error
 
 
 def _config_changes(plan: MergePlan) -> dict[str, Any]:
@@ -139,17 +159,20 @@ def _stream(plan: MergePlan, directories: list[Path], progress: Progress, cut: i
         for model in plan.inputs:
             _check_tied(plan, model, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
-        groups = _groups(plan, Feeder(plan, reader, len(directories), longest_cut(plan, cut)), output, task)
+        groups = _groups(plan, reader, output, task, cut)
     seconds = time.perf_counter() - begin
     return MergeResult(plan, groups, tuple(judge(plan.request.method, groups)), seconds), output.checks
 
 
-def _groups(plan: MergePlan, feeder: Feeder, output: Output, task: Task) -> tuple[GroupReport, ...]:
+def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> tuple[GroupReport, ...]:
     """Merge every group, by the streams of the method's kind."""
     if plan.method.selection is not None:
+        from .choose import ChoosingStream, longest_cut  # kernels that a scalar combination need not load
+
+        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
         return tuple(ChoosingStream(plan, feeder, output, task, plan.method.selection).run())
     products = Products(plan)
-    groups = tuple(Stream(plan, feeder, output, task, products).run())
+    groups = tuple(Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run())
     products.save()
     return groups
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,10 @@ from .coefficients import (
 from .errors import UsageError
 from .request import DTYPES, Granularity, MergeRequest, Settings
 from .schedule import Number
-from .selection import kept_ranks
-from .sparse import Sparsity
 from .spherical import karcher, multislerp, nuslerp
+
+if TYPE_CHECKING:
+    from .sparse import Sparsity
 
 __all__ = ["METHODS", "Group", "Method", "Mix", "Selection", "check_request"]
 
@@ -73,6 +74,8 @@ class Selection:
 
     def of(self, group: Group) -> Sparsity:
         """The group's numbers, without the thresholds that its data decides."""
+        from .sparse import Sparsity  # its kernels, which a scalar combination need not load
+
         given = group.settings
         share = given.density or (self.density,) * group.models
         spread = given.epsilon or (self.epsilon,) * group.models
@@ -88,6 +91,8 @@ class Selection:
 
     def ranks(self, group: Group, count: int) -> list[tuple[int, int]]:
         """First and last rank that stays of `count` elements, of each model's task vector."""
+        from .selection import kept_ranks
+
         density = group.settings.density or (self.density,) * group.models
         gamma = group.settings.gamma or (self.gamma,) * group.models
         return [kept_ranks(count, *pair) for pair in zip(density, gamma, strict=True)]
@@ -175,7 +180,7 @@ def _mix_multislerp(group: Group, gram: Doubles) -> Mix:
 def _mix_karcher(group: Group, gram: Doubles) -> Mix:
     given = group.settings
     steps = 100 if given.iterations is None else given.iterations
-    tolerance = 1e-9 if given.tolerance is None else given.tolerance
+    tolerance = 1e-8 if given.tolerance is None else given.tolerance
     return _around_base(group, karcher(gram, given.weights, group.name, max_iterations=steps, tolerance=tolerance))
 
 
@@ -205,7 +210,7 @@ METHODS = {
     "ema": Method(_mix_ema, False, "none", SEVERAL, ("decay",)),
     "model-stock": Method(_mix_model_stock, True, "required", SEVERAL, ()),
     "nuslerp": Method(_mix_nuslerp, True, "given", PAIR, ("weights",)),
-    "multislerp": Method(_mix_multislerp, True, "given", SEVERAL, ("weights", "normalize")),
+    "multislerp": Method(_mix_multislerp, True, "given", SEVERAL, ("weights",)),
     "karcher": Method(_mix_karcher, True, "given", SEVERAL, ("weights", "iterations", "tolerance")),
     "task-arithmetic": Method(_mix_task_arithmetic, False, "required", ANY, ("weights", "normalize", "scale")),
     "ties": _sum(Selection("magnitude", elect=True, density=0.2)),
@@ -299,8 +304,25 @@ def _check_counts(request: MergeRequest) -> None:
         given = getattr(request, name)
         if given is not None and len(given) not in (1, models):
             raise UsageError(f"{len(given)} values of --{name} for {models} models", "give one, or one per model")
+    _check_spread(request)
     plain = request.weights is not None and all(isinstance(weight, int | float) for weight in request.weights)
     if request.method == "linear" and plain and request.normalize is None:
         total = sum(float(weight) for weight in request.weights or ())  # type: ignore[arg-type]
         if not abs(total - 1.0) <= 1e-6:  # NaN is not close either
             raise UsageError(f"--weights sum to {total:g}, not 1", "scale them, or give --normalize")
+
+
+def _check_spread(request: MergeRequest) -> None:
+    """DELLA's keep probabilities, from density - epsilon to density + epsilon, are probabilities above 0."""
+    selection = METHODS[request.method].selection
+    if selection is None or selection.by != "rank":
+        return
+    densities = [value for number in request.density or (selection.density,) for value in _values(number)]
+    spreads = [value for number in request.epsilon or (selection.epsilon,) for value in _values(number)]
+    for density in densities:
+        for spread in spreads:
+            if not spread < density <= 1.0 - spread:
+                raise UsageError(
+                    f"--epsilon {spread:g} around --density {density:g} leaves the probabilities above 0 and up to 1",
+                    "give a smaller epsilon",
+                )

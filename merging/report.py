@@ -97,7 +97,7 @@ def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
             f"{'zero' if angle is None else f'{angle:.3g} degrees apart'}; for policies of one init that is LERP "
             "in effect, name the init with --base"
         )
-    if based:
+    if based and len({len(group.norms) for group in groups}) == 1:  # else layers of different models are stacked
         warnings += _far_models(groups)
     if based and spherical:
         warnings += _odd_angles(groups)
