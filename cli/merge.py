@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +85,13 @@ def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
     if console.as_json:
         console.json(facts)
         return
+    shared = _shared(plan)
     shown = {
         "method": plan.request.method,
         "vectors": facts["vectors"],
         "parameters": f"{plan.parameters:,} in {len(plan.layout):,} tensors",
         "coefficients": f"one set for each {plan.request.granularity}: {len(plan.groups)} groups",
+        "numbers": ", ".join(f"{name} {_short(value)}" for name, value in shared.items()) or None,
         "passes over the data": facts["passes"],
         "bytes to read": size(facts["bytes_to_read"]),
         "bytes to write": f"{size(facts['bytes_to_write'])}, {size(facts['bytes_free'])} free",
@@ -97,9 +99,11 @@ def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
         "notes": "; ".join(facts["notes"]) or None,
     }
     console.result(shown)
+    console.text("")
     console.table([_input_row(plan, number) for number in range(len(plan.inputs))])
     if len(plan.groups) <= MOST_ROWS:
-        console.table([_group_row(plan, number) for number in range(len(plan.groups))])
+        console.text("")
+        console.table([_group_row(plan, number, shared) for number in range(len(plan.groups))])
 
 
 def _input_row(plan: MergePlan, number: int) -> dict[str, Any]:
@@ -108,19 +112,36 @@ def _input_row(plan: MergePlan, number: int) -> dict[str, Any]:
     return {"input": model.role, "path": str(model.path), "dtype": " ".join(dtypes), "size": size(model.nbytes)}
 
 
-def _group_row(plan: MergePlan, number: int) -> dict[str, Any]:
-    """A group with the numbers that hold for it."""
+def _numbers_of(plan: MergePlan, number: int) -> dict[str, Any]:
+    """What was asked for, as it holds for one group, by the names of the flags."""
+    settings = vars(plan.groups[number].settings)
+    named = {name: settings.get({"eta": "etas"}.get(name, name)) for name in METHODS[plan.request.method].options}
+    return {name: value for name, value in named.items() if value not in (None, ())}
+
+
+def _shared(plan: MergePlan) -> dict[str, Any]:
+    """The numbers that hold for all groups."""
+    first, *others = [_numbers_of(plan, number) for number in range(len(plan.groups))]
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _short(value: Any) -> str:
+    """A number, a flag or one number per model, on a line."""
+    if isinstance(value, tuple):
+        return " ".join(_short(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _group_row(plan: MergePlan, number: int, shared: Collection[str]) -> dict[str, Any]:
+    """A group, and the numbers that are not those of all."""
     from math import prod
 
     group = plan.groups[number]
-    settings = {name: value for name, value in vars(group.settings).items() if value not in (None, ())}
     elements = sum(prod(plan.layout[name][1]) for name in group.tensors)
-    asked = {
-        name: value
-        for name, value in settings.items()
-        if name != "seed" or "seed" in METHODS[plan.request.method].options
-    }
-    return {"group": group.name, "tensors": len(group.tensors), "parameters": elements, **asked}
+    own = {name: value for name, value in _numbers_of(plan, number).items() if name not in shared}
+    return {"group": group.name, "tensors": len(group.tensors), "parameters": elements, **own}
 
 
 def report(result: MergeResult) -> dict[str, Any]:

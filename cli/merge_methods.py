@@ -91,43 +91,45 @@ METHODS = {
         SUMS,
     ),
     "ties": Entry(
-        "Task vectors trimmed to their largest elements; where signs conflict, those of the majority by mass are kept.",
+        "Task vectors trimmed to their largest elements; where signs conflict, those of the majority by mass are kept. "
+        "Default density 0.2.",
         "gemma2 merge ties math code --base base --density 0.2 --out merged",
         ("base", "weights", "density", "normalize", "scale"),
         SUMS,
     ),
     "dare": Entry(
-        "Task vectors with elements dropped at random and the rest scaled up, summed.",
+        "Task vectors with elements dropped at random and the rest scaled up, summed. Default density 0.5.",
         "gemma2 merge dare math code --base base --density 0.5 --seed 1 --out merged",
         DROPPED,
         SUMS,
     ),
     "dare-ties": Entry(
-        "DARE's random dropping, then the signs as in TIES.",
+        "DARE's random dropping, then the signs as in TIES. Default density 0.5.",
         "gemma2 merge dare-ties math code --base base --density 0.5 --out merged",
         DROPPED,
         SUMS,
     ),
     "della": Entry(
-        "Random dropping that keeps large elements of a row more often, then the signs as in TIES.",
+        "Random dropping that keeps large elements of a row more often, then the signs as in TIES. Default "
+        "density 0.5, epsilon 0.1.",
         "gemma2 merge della math code --base base --density 0.5 --epsilon 0.1 --out merged",
         (*DROPPED, "epsilon"),
         SUMS,
     ),
     "della-linear": Entry(
-        "DELLA's dropping without the signs: a plain sum.",
+        "DELLA's dropping without the signs: a plain sum. Default density 0.5, epsilon 0.1.",
         "gemma2 merge della-linear math code --base base --density 0.5 --out merged",
         (*DROPPED, "epsilon"),
         SUMS,
     ),
     "breadcrumbs": Entry(
-        "Task vectors without their largest and their smallest elements, summed.",
+        "Task vectors without their largest and their smallest elements, summed. Default density 0.9, gamma 0.01.",
         "gemma2 merge breadcrumbs math code --base base --density 0.9 --gamma 0.01 --out merged",
         ("base", "weights", "density", "gamma", "normalize", "scale"),
         SUMS,
     ),
     "breadcrumbs-ties": Entry(
-        "Breadcrumbs, then the signs as in TIES.",
+        "Breadcrumbs, then the signs as in TIES. Default density 0.9, gamma 0.01.",
         "gemma2 merge breadcrumbs-ties math code --base base --density 0.9 --gamma 0.01 --out merged",
         ("base", "weights", "density", "gamma", "normalize", "scale"),
         SUMS,

@@ -40,6 +40,22 @@ def merged(path):
 @pytest.mark.parametrize(
     ("command", "delta"),
     [
+        ("task-arithmetic a b --base base --weights 1,0.5 --scale 0.5", [0.5, 0.25, 0]),
+        ("task-arithmetic a b --base base --weights 1,3 --normalize", [0.25, 0.75, 0]),
+        ("ties a b c --base base --density 0.34", [1, 1, 1]),
+        ("ties a b --base base --density 1 --scale 0.5", [0.5, 0.5, 0]),
+        ("dare a b --base base --density 1", [1, 1, 0]),
+        ("dare-ties a b --base base --density 1", [1, 1, 0]),
+        ("della a b --base base --density 1 --epsilon 0", [1, 1, 0]),
+        ("della-linear a b --base base --density 1 --epsilon 0", [1, 1, 0]),
+        ("breadcrumbs a b --base base --density 1 --gamma 0", [1, 1, 0]),
+        ("breadcrumbs-ties a b --base base --density 1 --gamma 0 --normalize", [1, 1, 0]),
+        ("model-stock a b --base base", [0, 0, 0]),
+        ("nuslerp a b --base base --weights 1,1", [0.70711, 0.70711, 0]),
+        ("multislerp a b c --base base", [0.57735, 0.57735, 0.57735]),
+        ("karcher a b c --base base", [0.57735, 0.57735, 0.57735]),
+        ("passthrough a --scale 2", [7, 5, 5]),
+        ("linear a b --weights 3,1 --normalize", [0.75, 0.25, 0]),
         ("slerp a b --base base", [0.70711, 0.70711, 0]),
         ("slerp a b c --base base", [0.61237, 0.61237, 0.5]),
         ("slerp a b --base base --t 0", [1, 0, 0]),
@@ -135,3 +151,14 @@ def test_every_method_of_the_library_is_a_command_with_the_options_it_takes():
         expected = set().union(*(flags.get(option, {option}) for option in method.options))
         assert set(COMMANDS[name].options) == expected | ({"base"} if method.base != "none" else set())
     assert COMMANDS.keys() == METHODS.keys()
+
+
+def test_the_help_of_a_method_names_the_defaults_of_the_library():
+    from gemma2.cli.merge import METHODS as COMMANDS
+    from gemma2.merging.methods import METHODS
+
+    for name, method in METHODS.items():
+        if method.selection is not None:
+            for field in ("density", "gamma", "epsilon"):
+                value = getattr(method.selection, field)
+                assert not value or f"{field} {value:g}" in COMMANDS[name].help, name

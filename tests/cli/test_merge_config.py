@@ -121,7 +121,14 @@ def test_a_plan_says_what_would_be_read_and_written(models, capsys, command):
 def test_a_plan_shows_the_numbers_of_each_group(capsys):
     assert gemma2("merge plan slerp a b --base base --t 0,1") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[-1] for row in rows if row[0] in ("layers.0", "layers.1", "norm")] == ["0", "1", "1"]
+    assert [row[-1] for row in rows if row and row[0] in ("layers.0", "layers.1", "norm")] == ["0", "1", "1"]
+
+
+def test_a_plan_shows_the_numbers_that_hold_for_all_groups_once(capsys):
+    assert gemma2("merge plan dare a b --base base --weights 1,0.5 --density 0.25 --no-rescale --seed 0") == 0
+    shown = capsys.readouterr().out
+    assert "numbers               weights 1 0.5, density 0.25 0.25, rescale no, seed 0\n" in shown
+    assert ["group", "tensors", "parameters"] in [line.split() for line in shown.splitlines()]
 
 
 def test_a_plan_of_steps_shows_each(models, capsys):
