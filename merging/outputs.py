@@ -134,7 +134,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
         raise InputError(f"{path} is not readable JSON ({error})", "make the output again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
         raise InputError(f"{path} is not a gemma2 manifest", "make the output again")

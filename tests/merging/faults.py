@@ -1,0 +1,181 @@
+"""Makes a merge fail on purpose, and judges what it left: for the tests of faults, kills and malformed inputs."""
+
+import builtins
+import errno
+import io
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+from model_files import added, random_arrays, write_model
+
+from gemma2.merging import MergeRequest, outputs
+
+# Whole pages and a rest: with O_DIRECT some tensors go past the page cache, and some through it.
+SHAPES = {
+    "model.embed_tokens.weight": (64, 64),
+    "model.layers.0.mlp.up_proj.weight": (96, 64),
+    "model.layers.0.self_attn.q_proj.weight": (64, 64),
+    "model.layers.1.mlp.up_proj.weight": (96, 64),
+    "model.norm.weight": (64,),
+}
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
+
+
+def write_models(root: Path, shapes=SHAPES, dtype="BF16", config=None) -> Path:
+    """An init `base` and two policies of it, `rl-1` and `rl-2`, with a tokenizer."""
+    base = random_arrays(0, shapes=shapes)
+    write_model(root / "base", base, dtype, config=config)
+    for number in (1, 2):
+        write_model(root / f"rl-{number}", added(base, random_arrays(number, 0.1, shapes)), dtype, config=config)
+    for name in ("base", "rl-1", "rl-2"):
+        (root / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    return root
+
+
+def request(root: Path, method: str = "slerp", **options) -> MergeRequest:
+    """A merge of the two policies; `linear` without their init, which it does not take."""
+    base = {} if method == "linear" else {"base": root / "base"}
+    return MergeRequest(**({"method": method, "models": (root / "rl-1", root / "rl-2"), "threads": 1} | base | options))
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, hidden ones too; folders as b"/"."""
+    return {
+        str(path.relative_to(directory)): b"/" if path.is_dir() else path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    """All files of an output but its manifest, which holds the time."""
+    return {name: data for name, data in snapshot(directory).items() if name != outputs.MANIFEST}
+
+
+def temporaries(root: Path) -> list[str]:
+    """Hidden files and folders: what is being built, and locks."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
+
+
+def complete(directory: Path) -> bool:
+    """Whether every file is as the manifest says, and none is missing or there besides."""
+    manifest = json.loads((directory / outputs.MANIFEST).read_text())
+    files = weights(directory)
+    found = {name: {"size": len(data), "digest": f"blake3:{blake3(data).hexdigest()}"} for name, data in files.items()}
+    return manifest["status"] == "complete" and manifest["files"] == found
+
+
+class Faults:
+    """Counts the calls that touch files below a folder, and lets one of them fail, or do half of its work.
+
+    calls   names of the calls, in order
+    fail    number of the call that fails, or None
+    """
+
+    PATHS = ("open", "rename", "replace", "mkdir")
+    DESCRIPTORS = ("pwrite", "posix_fallocate", "fsync", "sendfile", "preadv")
+
+    def __init__(self, monkeypatch, root: Path) -> None:
+        self.root = root
+        self.calls: list[str] = []
+        self.fail: int | None = None
+        self.code: int | None = None
+        for name in (*self.PATHS, *self.DESCRIPTORS):
+            monkeypatch.setattr(os, name, self._failing(name, getattr(os, name)))
+        opened = self._opened(io.open)
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(outputs, "exchange", self._failing("exchange", outputs.exchange))
+
+    def arm(self, number: int | None, code: int | None) -> None:
+        """Let call `number` fail with an errno; without one it does half of what it was asked for."""
+        self.calls, self.fail, self.code = [], number, code
+
+    def _due(self, name: str) -> bool:
+        self.calls.append(name)
+        return self.fail == len(self.calls) - 1
+
+    def _refuse(self, place: object) -> None:
+        if self.code is not None:
+            raise OSError(self.code, os.strerror(self.code), str(place))
+
+    def _below(self, place: object) -> bool:
+        return not isinstance(place, str | Path) or str(place).startswith(str(self.root))
+
+    def _failing(self, name, function):
+        def call(*arguments, **options):
+            if self._below(arguments[0]) and self._due(name):
+                self._refuse(arguments[0])
+                return halved(name, function, arguments)
+            return function(*arguments, **options)
+
+        return call
+
+    def _opened(self, function):
+        def call(file, mode="r", *arguments, **options):
+            if isinstance(file, int) or not self._below(file):
+                return function(file, mode, *arguments, **options)
+            if self._due(f"open {mode}"):
+                self._refuse(file)
+            stream = function(file, mode, *arguments, **options)
+            return Buffered(stream, self, file) if "w" in mode else stream
+
+        return call
+
+
+def halved(name, function, arguments):
+    """The call on half of its bytes, where it takes any: what a system may do at any time."""
+    if name == "pwrite":
+        descriptor, data, offset = arguments
+        return function(descriptor, memoryview(data)[: max(len(data) // 2, 1)], offset)
+    if name == "preadv":
+        descriptor, (into, *_), offset = arguments
+        return function(descriptor, [into[: max(len(into) // 2, 1)]], offset)
+    if name == "sendfile":
+        target, source, offset, _ = arguments
+        return function(target, source, offset, 7)
+    return function(*arguments)
+
+
+class Buffered:
+    """A file open for writing: the system sees its bytes when it is flushed or closed, and may refuse them there."""
+
+    def __init__(self, stream, faults: Faults, place: object) -> None:
+        self._stream, self._faults, self._place = stream, faults, place
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def __enter__(self):
+        return self
+
+    def flush(self):
+        if self._faults._due("flush"):
+            self._faults._refuse(self._place)
+        self._stream.flush()
+
+    def __exit__(self, *_):
+        self._stream.close()
+        if self._faults._due("close"):
+            self._faults._refuse(self._place)
+
+
+@contextmanager
+def exchanged_descriptor(descriptor: int, path: str = "/proc/self/mem"):
+    """For the time of the block, the descriptor is one on which the system itself refuses.
+
+    At low offsets of /proc/self/mem nothing is mapped: reading and writing end with EIO.
+    """
+    kept, other = os.dup(descriptor), os.open(path, os.O_RDWR)
+    try:
+        os.dup2(other, descriptor)
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+        os.close(other)
+
+
+NO_SPACE, BROKEN = errno.ENOSPC, errno.EIO

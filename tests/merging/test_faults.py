@@ -1,0 +1,354 @@
+"""What a merge leaves when the system fails it: every call that touches a file fails once, in every place.
+
+The compiled passes call the system's `pread` and `pwrite` themselves, out of reach of a patched `os`. There the system
+itself refuses: a limit on the size of files ends a write short and then with EFBIG, and a descriptor that is exchanged
+for one of an unmapped place in this process's memory answers with EIO.
+"""
+
+import os
+import resource
+import shutil
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from faults import (
+    BROKEN,
+    NO_SPACE,
+    Faults,
+    complete,
+    exchanged_descriptor,
+    request,
+    snapshot,
+    temporaries,
+    weights,
+    write_models,
+)
+
+from gemma2.merging import checkpoint, engine, merge, outputs, stream, verify, writer
+from gemma2.merging.errors import Gemma2Error, InputError, OutputError
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "versions", dict)  # reading them from the installed packages takes most of a tiny merge
+    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    return write_models(tmp_path)
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Outputs of any size bypass the page cache."""
+    monkeypatch.setattr(writer, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(verify, "DIRECT_BYTES", 0)
+
+
+def fails(root, kind, message, method="slerp", **options):
+    """A merge that must fail with one line, with nothing changed in `root`."""
+    before = snapshot(root)
+    with pytest.raises(kind) as caught:
+        merge(request(root, method), out=root / "out", **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(root) == before
+
+
+# --- every call that touches a file ------------------------------------------------------------------------------------
+
+
+def judge_each_call(root, faults, code, method="slerp", force=False, **options):
+    """Run a merge once for every call that it makes, letting that one fail; counts by outcome."""
+    before = snapshot(root)
+    inputs = {name: data for name, data in before.items() if not name.startswith("out")}
+    faults.arm(None, None)
+    merge(request(root, method, **options), out=root / "out", force=force)
+    made, expected = list(faults.calls), weights(root / "out")
+    assert complete(root / "out")
+    counts = {"calls": len(made), "refused": 0, "carried on": 0, "refused after the rename": 0}
+    for number in range(len(made)):
+        restore(root, before)
+        faults.arm(number, code)
+        try:
+            merge(request(root, method, **options), out=root / "out", force=force)
+            outcome = "carried on"
+        except Gemma2Error as error:
+            assert "\n" not in str(error)
+            outcome = "refused"
+        faults.arm(None, None)
+        place = f"call {number}, {made[number]}"
+        assert temporaries(root) == [], place
+        after = snapshot(root)
+        assert {name: data for name, data in after.items() if not name.startswith("out")} == inputs, place
+        if outcome == "refused" and after != before:
+            # The folder above could not be flushed, or the old output not be removed: the new one is there, whole.
+            outcome = "refused after the rename"
+        if outcome != "refused":
+            assert complete(root / "out"), place
+            assert weights(root / "out") == expected, place
+        counts[outcome] += 1
+    return counts
+
+
+def restore(root, files):
+    """Make the output as it was."""
+    shutil.rmtree(root / "out", ignore_errors=True)
+    for name, data in files.items():
+        if name.split("/")[0] == "out":
+            (root / name).mkdir() if data == b"/" else (root / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("code", [NO_SPACE, BROKEN], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_one_failing_call_leaves_the_old_state_or_the_whole_result(root, monkeypatch, direct, code, force):
+    if force:
+        merge(request(root, "linear"), out=root / "out")
+    counts = judge_each_call(root, Faults(monkeypatch, root), code, force=force, dtype="float32")
+    print(counts)
+    assert counts["calls"] > 30
+    assert counts["refused"] > 20
+    assert counts["refused after the rename"] <= (8 if force else 2)
+
+
+def test_one_failing_call_of_a_merge_whose_writes_are_in_python(root, monkeypatch):
+    counts = judge_each_call(root, Faults(monkeypatch, root), NO_SPACE, "ties")
+    print(counts)
+    assert counts["refused"] > 20
+    assert counts["refused after the rename"] <= 2
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+def test_calls_that_do_half_of_their_work_change_nothing(root, monkeypatch, method):
+    counts = judge_each_call(root, Faults(monkeypatch, root), None, method)
+    assert counts["carried on"] == counts["calls"]
+
+
+# --- the compiled passes ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(size):
+    """The system writes up to this offset of any file, a write across it ends short, and the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def around_the_stream(monkeypatch, block):
+    """Let `block` hold while weights are read and written, after the files were made."""
+    begin = engine._groups
+
+    def groups(*arguments):
+        with block(arguments[1:]):
+            return begin(*arguments)
+
+    monkeypatch.setattr(engine, "_groups", groups)
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
+@pytest.mark.parametrize("size", [4096, 4096 + 8192 + 1002, 4096 + 8192 + 4096])
+@pytest.mark.parametrize("past_the_cache", [False, True], ids=["cached", "direct"])
+def test_a_write_that_ends_short_and_then_fails(root, monkeypatch, request, method, size, past_the_cache):
+    if past_the_cache:
+        request.getfixturevalue("direct")
+    around_the_stream(monkeypatch, lambda _: largest_file(size))
+    fails(root, OutputError, "writing the output failed (", method)
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
+def test_a_write_that_the_disk_refuses(root, monkeypatch, method):
+    def broken(arguments):
+        return exchanged_descriptor(arguments[1].writers[0].places["model.norm.weight"].descriptor)
+
+    around_the_stream(monkeypatch, broken)
+    fails(root, OutputError, "writing the output failed (Input/output error)", method)
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
+def test_a_read_that_the_disk_refuses(root, monkeypatch, method):
+    path = root / "rl-2" / "model.safetensors"
+
+    def broken(arguments):
+        return exchanged_descriptor(arguments[0].reader._descriptors[path])
+
+    around_the_stream(monkeypatch, broken)
+    fails(root, InputError, f"reading {path} failed (Input/output error)", method)
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
+def test_a_write_that_fails_only_in_the_compiled_pass_is_not_taken_for_done(root, monkeypatch, method):
+    """What the repeated write in Python tells is then that it worked: the merge is refused all the same."""
+    if method == "ties":
+        pytest.skip("its writes are in Python")
+    begin = stream.Stream._blend
+
+    def blend(self, group, job, *arguments):
+        with exchanged_descriptor(int(self.output.targets(job.name)[0, 0])):
+            return begin(self, group, job, *arguments)
+
+    monkeypatch.setattr(stream.Stream, "_blend", blend)
+    fails(root, OutputError, "failed once; check the disk, and merge again", method)
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties", "liti"])
+def test_an_input_that_shrinks_in_the_middle_of_the_stream(root, monkeypatch, method):
+    path = root / "rl-1" / "model.safetensors"
+    whole = path.read_bytes()
+
+    @contextmanager
+    def shrunk(_):
+        os.truncate(path, len(whole) - 200)
+        try:
+            yield
+        finally:
+            path.write_bytes(whole)
+
+    around_the_stream(monkeypatch, shrunk)
+    models = {"models": (root / "rl-1",)} if method == "liti" else {}
+    before = snapshot(root)
+    with pytest.raises(InputError, match=f"{path} ended while model.norm.weight was read"):
+        merge(request(root, method, **models), out=root / "out")
+    assert snapshot(root) == before
+
+
+# --- the read-back ------------------------------------------------------------------------------------------------------
+
+
+def corrupt(path, offset, mask=0x10):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ mask]))
+
+
+def before_the_read_back(monkeypatch, damage):
+    """Do something to the staged directory after it was written and before it is read back."""
+    check = engine.verify_output
+
+    def verified(directory, *arguments):
+        damage(directory)
+        return check(directory, *arguments)
+
+    monkeypatch.setattr(engine, "verify_output", verified)
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+@pytest.mark.parametrize("past_the_cache", [False, True], ids=["cached", "direct"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_one_flipped_bit_of_a_tensor_is_found_and_named(root, monkeypatch, request, method, past_the_cache, place):
+    if past_the_cache:
+        request.getfixturevalue("direct")
+    name = {"first": "model.embed_tokens.weight", "middle": "model.layers.0.mlp.up_proj.weight"}.get(
+        place, "model.norm.weight"
+    )
+
+    def damage(directory):
+        tensor = checkpoint.read_header(directory / "model.safetensors")[name]
+        offset = {"first": 0, "middle": tensor.nbytes // 2 + 1, "last": tensor.nbytes - 1}[place]
+        corrupt(directory / "model.safetensors", tensor.offset + offset)
+
+    before_the_read_back(monkeypatch, damage)
+    fails(root, OutputError, f"{name} reads back with check sum", method)
+
+
+def test_two_elements_that_were_exchanged_are_found(root, monkeypatch):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[4096:4098], data[4098:4100] = data[4098:4100], data[4096:4098]
+        path.write_bytes(data)
+
+    before_the_read_back(monkeypatch, damage)
+    fails(root, OutputError, "model.embed_tokens.weight reads back with check sum")
+
+
+@pytest.mark.parametrize("cut", [1, 5000])
+def test_an_output_that_lost_its_end_is_found(root, monkeypatch, cut):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        os.truncate(path, path.stat().st_size - cut)
+
+    before_the_read_back(monkeypatch, damage)
+    fails(root, Gemma2Error, "is truncated")
+
+
+def test_a_header_that_was_changed_is_found(root, monkeypatch):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"model.norm.weight", b"model.Norm.weight"))
+
+    before_the_read_back(monkeypatch, damage)
+    fails(root, OutputError, "does not read back as it was written")
+
+
+def test_what_is_not_read_back_is_not_found(root, monkeypatch):
+    """The other half of the claim: it is the read-back that finds it."""
+    before_the_read_back(monkeypatch, lambda directory: corrupt(directory / "model.safetensors", 5000))
+    merge(request(root), out=root / "out", verify=False)
+    assert complete(root / "out") is False, "without the read-back a manifest has no digests of weights"
+
+
+# --- interrupts in every line of the code that builds and moves outputs ---------------------------------------------------
+
+
+class Interrupt(BaseException):
+    """Stands for SIGINT or SIGTERM, as cli/main.py raises them."""
+
+
+STAGING = ("staged_output", "locked", "publish", "write_manifest", "write_json", "_no_empty_parents", "fsync_tree")
+
+
+def interrupted_at(number, run):
+    """Run something with an interrupt before line `number` of the staging functions; the lines that were seen."""
+    seen = []
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_name not in STAGING:
+            return None
+        if event == "line":
+            seen.append((frame.f_code.co_name, frame.f_lineno))
+            if len(seen) - 1 == number:
+                raise Interrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the_whole_result(root, force):
+    def run():
+        with outputs.staged_output(root / "out", force) as directory:
+            (directory / "model.safetensors").write_text("new")
+            outputs.write_manifest(directory, {"status": "complete"})
+
+    if force:
+        run()
+    lines = interrupted_at(None, run)
+    counts = {"lines": len(lines), "old": 0, "new": 0}
+    for number, (function, line) in enumerate(lines):
+        shutil.rmtree(root / "out")
+        if force:
+            (root / "out").mkdir()
+            (root / "out" / "old.txt").write_text("old")
+        before = snapshot(root)
+        with pytest.raises(Interrupt):
+            interrupted_at(number, run)
+        assert temporaries(root) == [], f"interrupted before line {line} of {function}"
+        if snapshot(root) == before:
+            counts["old"] += 1
+            (root / "out").mkdir(exist_ok=True)
+        else:
+            assert complete(root / "out"), f"interrupted before line {line} of {function}"
+            counts["new"] += 1
+    print(counts)
+    assert counts["old"] > 20
