@@ -267,6 +267,9 @@ class _Document:
             given = self._single(name, value, part)
             if value is not None and given != value:
                 raise part.place.wrong(f"sets {name} to {shown(given)}", f"only {name}: {str(value).lower()} is done")
+        if "epsilon" in found:  # at density 1 nothing is dropped there, whatever epsilon is
+            pairs = zip(found["density"], found["epsilon"], strict=True)
+            found["epsilon"] = tuple(0.0 if density == 1.0 else epsilon for density, epsilon in pairs)
         if self.name == "slerp":
             t = found.pop("t")
             found["weights"] = (complement(t), t)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -304,12 +305,22 @@ def _check_counts(request: MergeRequest) -> None:
         given = getattr(request, name)
         if given is not None and len(given) not in (1, models):
             raise UsageError(f"{len(given)} values of --{name} for {models} models", "give one, or one per model")
+    if request.method == "passthrough" and models > 1 and not request.slices:
+        raise UsageError(f"merge passthrough takes 1 model, {models} given", "stack layers of several by a file")
     _check_spread(request)
-    plain = request.weights is not None and all(isinstance(weight, int | float) for weight in request.weights)
-    if request.method == "linear" and plain and request.normalize is None:
-        total = sum(float(weight) for weight in request.weights or ())  # type: ignore[arg-type]
-        if not abs(total - 1.0) <= 1e-6:  # NaN is not close either
-            raise UsageError(f"--weights sum to {total:g}, not 1", "scale them, or give --normalize")
+    _check_sum(request)
+
+
+def _check_sum(request: MergeRequest) -> None:
+    """Weights that are averaged sum to 1, or to what they can be divided by."""
+    plain = [float(weight) for weight in request.weights or () if isinstance(weight, int | float)]
+    if not plain or len(plain) < len(request.weights or ()):
+        return
+    total = sum(plain)
+    if request.method == "linear" and request.normalize is None and not abs(total - 1.0) <= 1e-6:
+        raise UsageError(f"--weights sum to {total:g}, not 1", "scale them, or give --normalize")
+    if request.method in ("linear", "task-arithmetic") and request.normalize and total == 0.0:
+        raise UsageError("--weights sum to 0, which --normalize cannot divide by", "leave --normalize out")
 
 
 def _check_spread(request: MergeRequest) -> None:
@@ -317,10 +328,10 @@ def _check_spread(request: MergeRequest) -> None:
     selection = METHODS[request.method].selection
     if selection is None or selection.by != "rank":
         return
-    densities = [value for number in request.density or (selection.density,) for value in _values(number)]
-    spreads = [value for number in request.epsilon or (selection.epsilon,) for value in _values(number)]
-    for density in densities:
-        for spread in spreads:
+    densities, spreads = request.density or (selection.density,), request.epsilon or (selection.epsilon,)
+    models = max(len(densities), len(spreads))
+    for at in range(models):
+        for density, spread in product(_values(densities[at % len(densities)]), _values(spreads[at % len(spreads)])):
             if not spread < density <= 1.0 - spread:
                 raise UsageError(
                     f"--epsilon {spread:g} around --density {density:g} leaves the probabilities above 0 and up to 1",

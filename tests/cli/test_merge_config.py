@@ -177,6 +177,9 @@ MISTAKES = {
     "merge slerp a b --t 2 --base base --out out": (2, "2 is not between 0 and 1"),
     "merge slerp a b --t 0,2 --base base --out out": (2, "2 is not between 0 and 1"),
     "merge linear a b --weights 1 --out out": (2, "1 weights for 2 models; give one per model"),
+    "merge passthrough a b --out out": (2, "merge passthrough takes 1 model, 2 given"),
+    "merge task-arithmetic a b --base base --weights 1,-1 --normalize --out out": (2, "--weights sum to 0"),
+    "merge della a b --base base --density 0.9 --epsilon 0.3 --out out": (2, "--epsilon 0.3 around --density 0.9"),
     "merge task-arithmetic a b --out out": (2, "--base"),
     "merge ties a b --base base --gamma 0.1 --out out": (2, "--gamma"),
 }

@@ -178,7 +178,7 @@ TWO = "models:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: 
         ("ties", {"method": "ties", "density": (1.0, 1.0), "normalize": True, "scale": 1.0}),
         ("dare_linear", {"method": "dare", "normalize": False, "rescale": True, "density": (1.0, 1.0)}),
         ("dare_ties", {"method": "dare-ties", "normalize": False, "rescale": True}),
-        ("della", {"method": "della", "normalize": True, "epsilon": (0.15, 0.15)}),
+        ("della", {"method": "della", "normalize": True, "epsilon": (0.0, 0.0)}),
         ("della_linear", {"method": "della-linear", "normalize": False}),
         ("breadcrumbs", {"method": "breadcrumbs", "normalize": False, "gamma": (0.01, 0.01)}),
         ("breadcrumbs_ties", {"method": "breadcrumbs-ties", "normalize": False}),
@@ -191,6 +191,11 @@ def test_the_defaults_are_those_of_mergekit(request_of, method, fields):
     assert {name: getattr(request, name) for name in fields} == fields
     assert request.granularity == "tensor"
     assert request.base == (None if method == "linear" else Path("o"))
+
+
+def test_della_has_an_epsilon_where_something_is_dropped(request_of):
+    request = request_of(f"merge_method: della\n{BASED}parameters: {{density: 0.5}}\n")
+    assert request.epsilon == (0.15, 0.15)
 
 
 def test_karcher_and_passthrough_and_dtypes(request_of):
