@@ -25,11 +25,14 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+def compiled(inner: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`njit` with the machine code kept on disk: beside the source, else in the user's cache directory.
 
-    Where neither can be written the kernels still work, compiled again in each process.
+    Where neither can be written the kernels still work, compiled again in each process. `inner` ones are called by
+    other kernels only: they are compiled as part of these, without a door for Python and a file of their own.
     """
+    if inner:
+        return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
@@ -40,13 +43,13 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-@compiled()
+@compiled(inner=True)
 def float_bits(number: Any) -> Any:
     """The bit pattern of an fp32."""
     return np.float32(number).view(np.uint32)
 
 
-@compiled()
+@compiled(inner=True)
 def bits_float(bits: Any) -> Any:
     """The fp32 of a bit pattern."""
     return np.uint32(bits).view(np.float32)
@@ -66,7 +69,7 @@ def _value(stored: Any) -> Any:
     return lambda stored: stored
 
 
-@compiled()
+@compiled(inner=True)
 def half_to_float(half: Any) -> Any:
     """fp16 bits to fp32, exact."""
     magnitude = (half & 0x7FFF) << 13
@@ -77,7 +80,7 @@ def half_to_float(half: Any) -> Any:
     return bits_float(widened | ((half & 0x8000) << 16))
 
 
-@compiled()
+@compiled(inner=True)
 def float_to_half(bits: Any) -> Any:
     """fp32 bits to fp16 bits, to nearest even."""
     magnitude = bits & 0x7FFFFFFF
@@ -132,7 +135,7 @@ def narrow(values: Floats, kind: int, raw: Bytes) -> Any:
     return largest < 0x7F800000
 
 
-@compiled()
+@compiled(inner=True)
 def _largest(halves: NDArray[np.uint16]) -> Any:
     """The largest magnitude of 16-bit floats, as bits."""
     largest = np.uint16(0)

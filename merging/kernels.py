@@ -28,7 +28,7 @@ U1 = np.uint32(1)
 CONTRACT = {"contract"}  # a * b + c may round once
 
 
-@compiled(fastmath=REORDER)
+@compiled(inner=True, fastmath=REORDER)
 def based_products(base: Any, x: Any, y: Any) -> Any:
     """|base|^2, <u, u>, <u, v>, <v, v> of u = x - base, v = y - base over one block, summed in fp32."""
     square, first, both, second = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -42,7 +42,7 @@ def based_products(base: Any, x: Any, y: Any) -> Any:
     return square, first, both, second
 
 
-@compiled(fastmath=REORDER)
+@compiled(inner=True, fastmath=REORDER)
 def plain_products(x: Any, y: Any) -> Any:
     """<x, x>, <x, y>, <y, y> over one block, summed in fp32."""
     first, both, second = np.float32(0), np.float32(0), np.float32(0)
@@ -54,7 +54,7 @@ def plain_products(x: Any, y: Any) -> Any:
     return first, both, second
 
 
-@compiled()
+@compiled(inner=True)
 def precise_products(base: Floats, x: Floats, y: Floats, based: bool) -> Any:
     """The same in fp64, for blocks whose squares overflow fp32. Not finite only if an operand is not."""
     square, first, both, second = 0.0, 0.0, 0.0, 0.0
@@ -68,7 +68,7 @@ def precise_products(base: Floats, x: Floats, y: Floats, based: bool) -> Any:
     return square, first, both, second
 
 
-@compiled()
+@compiled(inner=True)
 def gram_block(rows: Any, operands: int, begin: int, end: int, based: bool, out: Doubles) -> None:
     """Inner products of columns [begin, end) of the first `operands` rows; `out` (1 + pairs,) as `gram` says.
 
@@ -91,7 +91,7 @@ def gram_block(rows: Any, operands: int, begin: int, end: int, based: bool, out:
             out[1 + b * vectors - b * (b - 1) // 2] = second
 
 
-@compiled()
+@compiled(inner=True)
 def gram_block_precise(rows: Floats, operands: int, size: int, based: bool, out: Doubles) -> None:
     """`gram_block` in fp64, of the first `size` columns."""
     start = 1 if based else 0
@@ -106,7 +106,25 @@ def gram_block_precise(rows: Floats, operands: int, size: int, based: bool, out:
             column += 1
 
 
-@compiled()
+@compiled(inner=True)
+def all_bf16(kinds: NDArray[np.int64]) -> Any:
+    """Whether every operand is read in place."""
+    found = np.int64(0)
+    for k in range(kinds.size):
+        found |= kinds[k]
+    return found == 0
+
+
+@compiled(inner=True)
+def not_finite(numbers: Doubles) -> Any:
+    """Whether one of them is Inf or NaN."""
+    found = False
+    for i in range(numbers.size):
+        found |= not np.isfinite(numbers[i])
+    return found
+
+
+@compiled(inner=True)
 def widen_block(raw: Bytes, kinds: NDArray[np.int64], start: int, size: int, rows: Floats) -> None:
     """Elements [start, start + size) of every operand to the front of the fp32 rows."""
     for k in range(kinds.size):
@@ -126,7 +144,7 @@ def gram(raw: Bytes, kinds: NDArray[np.int64], count: int, based: bool, rows: Fl
     """
     operands = kinds.size
     halves = raw.view(np.uint16)
-    in_place = not kinds.any()
+    in_place = all_bf16(kinds)
     for block in range(out.shape[0]):
         start = block * BLOCK
         size = min(BLOCK, count - start)
@@ -135,19 +153,19 @@ def gram(raw: Bytes, kinds: NDArray[np.int64], count: int, based: bool, rows: Fl
         else:
             widen_block(raw, kinds, start, size, rows)
             gram_block(rows, operands, 0, size, based, out[block])
-        if not np.isfinite(out[block]).all():
+        if not_finite(out[block]):
             widen_block(raw, kinds, start, size, rows)
             gram_block_precise(rows, operands, size, based, out[block])
 
 
-@compiled(fastmath=CONTRACT)
+@compiled(inner=True, fastmath=CONTRACT)
 def add_one(total: Floats, x: Any, around: Any, weight: Any) -> None:
     """`total += weight * (x - around)`"""
     for i in range(total.size):
         total[i] += weight * (value(x[i]) - value(around[i]))
 
 
-@compiled(fastmath=CONTRACT)
+@compiled(inner=True, fastmath=CONTRACT)
 def add_two(total: Floats, x: Any, y: Any, around: Any, weights: Any) -> None:
     """`total += weights[0] * (x - around) + weights[1] * (y - around)`"""
     first, second = weights
@@ -156,7 +174,7 @@ def add_two(total: Floats, x: Any, y: Any, around: Any, weights: Any) -> None:
         total[i] += first * (value(x[i]) - middle) + second * (value(y[i]) - middle)
 
 
-@compiled(fastmath=CONTRACT)
+@compiled(inner=True, fastmath=CONTRACT)
 def add_scaled(total: Floats, around: Any, scale: Any) -> None:
     """`total = scale * around + total`; where the total is 0 without adding it, since -0.0 + 0.0 loses the sign."""
     for i in range(total.size):
@@ -164,17 +182,21 @@ def add_scaled(total: Floats, around: Any, scale: Any) -> None:
         total[i] = scaled + total[i] if total[i] != np.float32(0) else scaled
 
 
-@compiled()
+@compiled(inner=True)
 def combine_block(rows: Any, begin: int, weights: Doubles, total: Floats) -> None:
     """One output of one block: the sum of weighted rows, around that of largest weight."""
     end = begin + total.size
-    pivot = np.argmax(np.abs(weights))
+    pivot, whole = 0, 0.0
+    for k in range(weights.size):
+        whole += weights[k]
+        if abs(weights[k]) > abs(weights[pivot]):
+            pivot = k
     around = rows[pivot, begin:end]
-    scale = weights.sum()
     # Weights that were formed as 1 - sum of the others miss 1 by an fp64 rounding.
-    scale = np.float32(1.0) if abs(scale - 1.0) < 1e-12 else np.float32(scale)
+    scale = np.float32(1.0) if abs(whole - 1.0) < 1e-12 else np.float32(whole)
     previous = -1  # terms are taken in twos: half of the loads and stores of the total
-    total[:] = np.float32(0)
+    for i in range(total.size):
+        total[i] = np.float32(0)
     for k in range(weights.size):
         if k != pivot and weights[k] != 0:
             if previous < 0:
@@ -206,7 +228,7 @@ def combine(
     finite = True
     operands = kinds.size
     halves = raw.view(np.uint16)
-    in_place = not kinds.any()
+    in_place = all_bf16(kinds)
     out_item = ITEMS[out_kind]
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)

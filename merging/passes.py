@@ -29,7 +29,7 @@ pread = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, ty
 pwrite = types.ExternalFunction("pwrite", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
 
 
-@compiled()
+@compiled(inner=True)
 def read_all(descriptor: int, offset: int, into: Bytes) -> Any:
     """Fill `into` from a file. False when the file ends before, or an error persists."""
     done = 0
@@ -47,7 +47,7 @@ def read_all(descriptor: int, offset: int, into: Bytes) -> Any:
     return True
 
 
-@compiled()
+@compiled(inner=True)
 def write_all(descriptor: int, offset: int, data: Bytes) -> Any:
     """Write all of `data` to a file. False when an error persists."""
     done = 0
