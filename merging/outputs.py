@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -233,27 +233,37 @@ def locked(out: Path) -> Iterator[None]:
     """Hold the right to write `out`; a second process fails at once instead of waiting."""
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f".{out.name}.lock")
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OutputError(
-                f"another gemma2 process is writing {out}", "wait for it, or choose another --out"
-            ) from error
-        # The holder before us may have unlinked the file between our open and our lock.
-        try:
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                break
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
+    descriptors: list[int] = []
     try:
+        while not descriptors or not _hold(descriptors[-1], path):
+            descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         yield
+    except BlockingIOError as error:
+        raise OutputError(f"another gemma2 process is writing {out}", "wait for it, or choose another --out") from error
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            _release(descriptors, path)
+        except BaseException:  # an interrupt cut it short; further ones are ignored (cli/main.py)
+            _release(descriptors, path)
+            raise
+
+
+def _hold(descriptor: int, path: Path) -> bool:
+    """Lock an open file; whether it is still the one at `path`, which its holder before us may have unlinked."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _release(descriptors: list[int], path: Path) -> None:
+    """Unlink a lock file that is ours, or that we made and could not lock before an interrupt."""
+    with suppress(BlockingIOError):
+        if descriptors and _hold(descriptors[-1], path):
+            path.unlink()
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def fsync_tree(directory: Path) -> None:
@@ -289,8 +299,14 @@ def publish(partial: Path, out: Path, force: bool) -> None:
         if exchange(partial, out):
             shutil.rmtree(partial)
         else:
-            shutil.rmtree(out)
-            partial.rename(out)
+            aside = partial.with_name(f"{partial.name}-old")
+            out.rename(aside)
+            try:
+                partial.rename(out)
+            except BaseException:
+                aside.rename(out)
+                raise
+            shutil.rmtree(aside)
     else:
         partial.rename(out)
     descriptor = os.open(out.parent, os.O_RDONLY)
@@ -312,10 +328,14 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
         for stale in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
             shutil.rmtree(stale)
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
-        temporary.mkdir()
         try:
+            temporary.mkdir()
             yield temporary
             publish(temporary, out, force)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+            except BaseException:  # as in `locked`
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             raise

@@ -5,14 +5,18 @@ import errno
 import io
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 from blake3 import blake3
 from model_files import added, random_arrays, write_model
 
-from gemma2.merging import MergeRequest, outputs
+from gemma2.merging import MergeRequest, merge, outputs
+from gemma2.merging.errors import Gemma2Error
 
+NO_SPACE, BROKEN = errno.ENOSPC, errno.EIO
+HALVES = ("pwrite", "preadv", "sendfile")  # calls that move bytes, and may move fewer than they were asked to
 # Whole pages and a rest: with O_DIRECT some tensors go past the page cache, and some through it.
 SHAPES = {
     "model.embed_tokens.weight": (64, 64),
@@ -178,4 +182,48 @@ def exchanged_descriptor(descriptor: int, path: str = "/proc/self/mem"):
         os.close(other)
 
 
-NO_SPACE, BROKEN = errno.ENOSPC, errno.EIO
+def judge_each_call(root, faults, code, method="slerp", force=False, step=(0, 1), **options):
+    """Run a merge once for every `step`-th call that it makes, letting that one fail; counts by outcome.
+
+    Without a code only the calls that move bytes are tried, and do half of their work.
+    """
+    if force:
+        merge(request(root, "linear"), out=root / "out")
+    before = snapshot(root)
+    inputs = {name: data for name, data in before.items() if not name.startswith("out")}
+    faults.arm(None, None)
+    merge(request(root, method, **options), out=root / "out", force=force)
+    made, expected = list(faults.calls), weights(root / "out")
+    assert complete(root / "out")
+    tried = [number for number in range(step[0], len(made), step[1]) if code is not None or made[number] in HALVES]
+    counts = {"calls": len(made), "tried": len(tried), "refused": 0, "carried on": 0, "refused after the rename": 0}
+    for number in tried:
+        restore(root, before)
+        faults.arm(number, code)
+        try:
+            merge(request(root, method, **options), out=root / "out", force=force)
+            outcome = "carried on"
+        except Gemma2Error as error:
+            assert "\n" not in str(error)
+            outcome = "refused"
+        faults.arm(None, None)
+        place = f"call {number}, {made[number]}"
+        assert temporaries(root) == [], place
+        after = snapshot(root)
+        assert {name: data for name, data in after.items() if not name.startswith("out")} == inputs, place
+        if outcome == "refused" and after != before:
+            # The folder above could not be flushed, or the old output not be removed: the new one is there, whole.
+            outcome = "refused after the rename"
+        if outcome != "refused":
+            assert complete(root / "out"), place
+            assert weights(root / "out") == expected, place
+        counts[outcome] += 1
+    return counts
+
+
+def restore(root, files):
+    """Make the output as it was."""
+    shutil.rmtree(root / "out", ignore_errors=True)
+    for name, data in files.items():
+        if name.split("/")[0] == "out":
+            (root / name).mkdir() if data == b"/" else (root / name).write_bytes(data)

