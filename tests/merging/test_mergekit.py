@@ -235,6 +235,17 @@ def test_a_gradient_leaves_the_final_norm_at_its_first_point(request_of):
     assert list(at.values()) == pytest.approx([0.2, 0.2, 0.6, 1.0, 0.2, 0.2])
 
 
+def test_a_filter_is_a_part_of_the_name_and_not_a_pattern(request_of):
+    def weight(text):
+        values = f"[{{filter: '{text}', value: 3}}, {{value: 1}}]"
+        request = request_of(f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {values}}}}}]\n")
+        return settings_at(request, "model.layers.1.mlp.up_proj.weight", 0.5).weights
+
+    assert weight("mlp.up") == (3.0,)
+    assert weight("m.p") == (1.0,)
+    assert weight("*") == (3.0,)
+
+
 def test_parameters_without_effect_are_noted(read):
     (step,) = read(f"merge_method: linear\n{TWO}parameters: {{density: 0.5, int8_mask: true}}\n")
     assert step.notes == (

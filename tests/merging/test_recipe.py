@@ -47,7 +47,6 @@ seed: 3
 iterations: 5
 tolerance: 1e-6
 granularity: tensor
-tokenizer: union
 dtype: float16
 """
     assert request_of(text) == MergeRequest(
@@ -65,7 +64,6 @@ dtype: float16
         iterations=5,
         tolerance=1e-6,
         granularity="tensor",
-        tokenizer="union",
         dtype="float16",
     )
 
