@@ -1,0 +1,212 @@
+"""Kills, signals, races, full fault injection and long fuzzing of merges, with figures: `make torture`.
+
+The counts are those of the promise. GEMMA2_TORTURE_SHARE=0.1 runs a tenth of each.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+
+import pytest
+from faults import (
+    BROKEN,
+    NO_SPACE,
+    Faults,
+    complete,
+    judge_each_call,
+    request,
+    temporaries,
+    weights,
+    write_models,
+)
+from processes import MAIN, finish, start
+
+from gemma2.merging import engine, merge, outputs, verify, writer
+
+pytestmark = pytest.mark.torture
+
+# 3 MB a model: long enough in each phase for a kill to hit it.
+LARGER = {
+    "model.embed_tokens.weight": (2048, 256),
+    "model.layers.0.mlp.up_proj.weight": (1024, 256),
+    "model.layers.0.self_attn.q_proj.weight": (1024, 256),
+    "model.layers.1.mlp.up_proj.weight": (1024, 256),
+    "model.norm.weight": (256,),
+}
+
+
+def times(count):
+    """The promised number, or the share of it that the environment asks for."""
+    return max(round(count * float(os.environ.get("GEMMA2_TORTURE_SHARE", "1"))), 1)
+
+
+def tell(what, counts):
+    """Figures for whoever runs `make torture`."""
+    sys.stdout.write(f"\n{what}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}\n")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_models(tmp_path / "models", LARGER).parent
+
+
+def command(root, out="out", method="slerp", *more):
+    """Start one `gemma2 merge` of the two policies in a process of its own."""
+    models = root / "models"
+    base = () if method == "linear" else ("--base", models / "base")
+    words = ("merge", method, models / "rl-1", models / "rl-2", *base, "--out", root / out, "--quiet", *more)
+    return start(MAIN, *words)
+
+
+def expected(root, method):
+    """The files of an undisturbed merge, and how long one takes from the shell."""
+    begin = time.monotonic()
+    code, _, err = finish(command(root, "reference", method))
+    assert code == 0, err
+    seconds = time.monotonic() - begin
+    files = weights(root / "reference")
+    shutil.rmtree(root / "reference")
+    return files, seconds
+
+
+def wait_for_work(root, process):
+    """Until the hidden directory of an output is there, or the process has ended."""
+    while process.poll() is None and not any(root.glob(".out.tmp-*")):
+        time.sleep(0.0005)
+
+
+def strike(root, process, number, seconds, random_seconds):
+    """Send a signal at a random moment: of the whole run, or two times of three of the time in which it writes."""
+    if random_seconds.random() < 1 / 3:
+        time.sleep(random_seconds.uniform(0, seconds))
+        phase = "any time"
+    else:
+        wait_for_work(root, process)
+        time.sleep(random_seconds.uniform(0, 0.25 * seconds))
+        phase = "while it writes"
+    process.send_signal(number)
+    return phase
+
+
+def state(root, old, new):
+    """What stands in the place of the output: never anything but nothing, the old one or the new one, whole."""
+    if not (root / "out").exists():
+        return "nothing there"
+    files = weights(root / "out")
+    assert files in (old, new), f"mixed or torn: {sorted(files)}"
+    assert complete(root / "out")
+    return "old there" if files == old else "new there"
+
+
+@pytest.mark.parametrize(("method", "count"), [("slerp", 100), ("ties", 40)])
+def test_after_kill_9_the_next_run_succeeds_and_sweeps(root, method, count):
+    new, seconds = expected(root, method)
+    moments, counts = random.Random(1), Counter()
+    for _ in range(times(count)):
+        process = command(root, "out", method)
+        counts[f"kills {strike(root, process, signal.SIGKILL, seconds, moments)}"] += 1
+        code, _, err = finish(process)
+        assert code in (0, -signal.SIGKILL), err
+        counts["ended before the kill"] += code == 0
+        counts[state(root, None, new)] += 1
+        counts["left temporaries"] += bool(temporaries(root))
+        shutil.rmtree(root / "out", ignore_errors=True)
+        code, _, err = finish(command(root, "out", method))
+        assert code == 0, err
+        assert weights(root / "out") == new
+        assert temporaries(root) == []
+        shutil.rmtree(root / "out")
+    tell(f"kill -9 of merge {method}", counts)
+
+
+def test_kill_9_of_a_replacement_leaves_old_or_new_and_never_a_mixture(root):
+    new, seconds = expected(root, "slerp")
+    old, _ = expected(root, "linear")
+    moments, counts = random.Random(2), Counter()
+    for _ in range(times(60)):
+        merge(request(root / "models", "linear"), out=root / "out", force=True)
+        process = command(root, "out", "slerp", "--force")
+        counts[f"kills {strike(root, process, signal.SIGKILL, seconds, moments)}"] += 1
+        finish(process)
+        found = state(root, old, new)
+        assert found != "nothing there"
+        counts[found] += 1
+        code, _, err = finish(command(root, "out", "slerp", "--force"))
+        assert code == 0, err
+        assert weights(root / "out") == new
+        assert temporaries(root) == []
+    tell("kill -9 of merge slerp --force", counts)
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_signal_leaves_nothing_and_its_exit_code(root, number, wanted):
+    new, seconds = expected(root, "slerp")
+    old, _ = expected(root, "linear")
+    moments, counts = random.Random(int(number)), Counter()
+    for turn in range(times(60)):
+        force = turn % 3 == 0
+        if force:
+            merge(request(root / "models", "linear"), out=root / "out")
+        process = command(root, "out", "slerp", *(["--force"] if force else []))
+        # The handler is there once the interpreter has begun; before that the system's default ends the process.
+        time.sleep(min(0.1, seconds / 4))
+        counts[f"signals {strike(root, process, number, seconds, moments)}"] += 1
+        code, out, err = finish(process)
+        assert code in (0, wanted, -number), (code, err)
+        counts[f"exit {code}"] += 1
+        assert "Traceback" not in err, err
+        assert temporaries(root) == []
+        found = state(root, old if force else None, new)
+        assert found in {0: ("new there",)}.get(code, ("old there" if force else "nothing there", "new there"))
+        counts[found] += 1
+        shutil.rmtree(root / "out", ignore_errors=True)
+    tell(f"{signal.Signals(number).name} of merge slerp", counts)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_of_two_runs_to_one_output_one_wins_and_the_other_fails_clearly(root, force):
+    new, seconds = expected(root, "slerp")
+    other, _ = expected(root, "linear")
+    moments, counts = random.Random(3), Counter()
+    for _ in range(times(25)):
+        flags = ["--force"] if force else []
+        first = command(root, "out", "slerp", *flags)
+        time.sleep(moments.uniform(0, 0.1 * seconds))
+        second = command(root, "out", "linear", *flags)
+        ends = [finish(first), finish(second)]
+        codes = [code for code, _, _ in ends]
+        assert 0 in codes, ends
+        for code, _, err in ends:
+            assert code in (0, 1), err
+            assert "Traceback" not in err
+            if code == 1:
+                assert err.count("\n") == 1, err
+                assert "another gemma2 process is writing" in err or "exists" in err or "appeared" in err, err
+        counts["one won" if 1 in codes else "one after the other"] += 1
+        assert force or 1 in codes
+        assert temporaries(root) == []
+        counts["slerp there" if state(root, other, new) == "new there" else "linear there"] += 1
+        shutil.rmtree(root / "out")
+    tell(f"pairs of runs{' with --force' if force else ''}", counts)
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties", "dare", "della"])
+@pytest.mark.parametrize("code", [NO_SPACE, BROKEN, None], ids=["ENOSPC", "EIO", "half"])
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
+    monkeypatch.setattr(engine, "versions", dict)
+    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    totals = Counter()
+    for direct in (False, True):
+        if direct:
+            monkeypatch.setattr(writer, "DIRECT_BYTES", 0)
+            monkeypatch.setattr(verify, "DIRECT_BYTES", 0)
+        with monkeypatch.context() as patch:
+            root = write_models(tmp_path / str(direct))
+            totals += judge_each_call(root, Faults(patch, root), code, method, force)
+    tell(f"each call of merge {method}{' --force' * force} fails, {code}", totals)
