@@ -88,7 +88,7 @@ class ChoosingStream:
 
     def _with_thresholds(self, pool: ThreadPoolExecutor, group: Group, sparsity: Sparsity) -> Sparsity:
         """Exact magnitudes between which elements stay, by two counting passes."""
-        count = sum(self.plan.parts[name].sources[0].tensor.count for name in group.tensors)
+        count = sum(self.plan.parts[name].sources[0].count for name in group.tensors)
         if self.selection.by != "magnitude" or count == 0:
             return sparsity
         limits = self.selection.ranks(group, count)  # (first, last) of each model

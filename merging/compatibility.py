@@ -7,7 +7,7 @@ models fit.
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +81,24 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key)
 
 
-def check_same_architecture(first: Checkpoint, other: Checkpoint, layers_differ: bool = False) -> None:
+def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collection[str] = ()) -> None:
     """Same architecture, and the same value of every key that decides the function, where both state it.
 
-    With `layers_differ` the number of layers is not compared.
+    The keys in `free` are not compared.
     """
-    keys = [key for key in ARCHITECTURE_KEYS if not (layers_differ and key == "num_hidden_layers")]
+    keys = [key for key in ARCHITECTURE_KEYS if key not in free]
     pairs = [("architectures", _architecture(first), _architecture(other))]
     pairs += [(key, _value(first.config, key), _value(other.config, key)) for key in keys]
     for key, left, right in pairs:
         if left != right and left is not None and right is not None:
-            raise InputError(
-                f"{key} differs: {left} in {first}, {right} in {other}", "merge models of one architecture"
-            )
+            mend = "merge models of one architecture"
+            if key == "vocab_size":
+                mend = "merge models of one vocabulary, or choose one: merge --tokenizer"
+            raise InputError(f"{key} differs: {left} in {first}, {right} in {other}", mend)
 
 
-def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:
-    """The same names with the same shapes."""
+def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection[str] = ()) -> None:
+    """The same names with the same shapes; of those in `resized` the first dimension is not compared."""
     for name in sorted(set(first.tensors) ^ set(other.tensors)):
         has, lacks = (first, other) if name in first.tensors else (other, first)
         missing = len(set(has.tensors) - set(lacks.tensors))
@@ -110,7 +111,8 @@ def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:
         raise InputError(f"{has} has {printable(name)}{more}, {lacks} does not", "merge models of one architecture")
     for name, tensor in first.tensors.items():
         shape = other.tensors[name].shape
-        if shape != tensor.shape:
+        compared = 1 if name in resized else 0
+        if shape[compared:] != tensor.shape[compared:]:
             raise InputError(
                 f"{printable(name)} is {list(tensor.shape)} in {first}, {list(shape)} in {other}",
                 "merge models of one architecture and one vocabulary",
@@ -134,7 +136,7 @@ def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
             if difference:
                 raise InputError(
                     f"the tokenizers of {first} and {other} differ: {difference}",
-                    "merge models that share a tokenizer; a token must mean the same row of the embedding",
+                    "a token must mean the same row of the embedding: choose whose, merge --tokenizer",
                 )
 
 

@@ -22,6 +22,7 @@ from .report import GroupReport, judge, mean_angle
 from .request import MergeRequest
 from .stream import Checks, Output, Stream
 from .verify import verify_output
+from .vocabulary import write_tokenizer
 from .writer import Writer, copy_companions
 
 __all__ = ["MergeResult", "merge"]
@@ -104,6 +105,8 @@ def _merge(
         result, checks = _stream(plan, directories, progress, cut)
         for directory in directories:
             copy_companions(plan.models[0].origin, directory, _config_changes(plan))
+            if plan.vocabulary:
+                write_tokenizer(plan.vocabulary, directory)
         digests = _verify(plan, directories, checks, progress) if verify else [{} for _ in directories]
         parents = [digest_weights(model.path, plan.request.threads) for model in plan.inputs]
         for number, directory in enumerate(directories):

@@ -1,7 +1,7 @@
 """Brings ranges of tensors to the kernels: work space, jobs, adapters formed on the way, and what to say when it fails.
 
-A job is a range of one tensor. Plain tensors are read by the compiled passes themselves, cut by cut; an adapted one is
-formed here first, so its jobs are single cuts.
+A job is a range of one tensor. Plain tensors are read by the compiled passes themselves, cut by cut; an adapted one,
+and one read through a row map, is formed here first, so its jobs are single cuts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Feeder:
         self.reader = reader
         self.cut = cut
         operands = max((len(part.sources) for part in plan.parts.values()), default=1)
-        largest = max((part.sources[0].tensor.count for part in plan.parts.values()), default=1)
+        largest = max((part.sources[0].count for part in plan.parts.values()), default=1)
         self.size = min(cut, max(-(-largest // BLOCK), 1) * BLOCK)
         self._free: SimpleQueue[Workspace] = SimpleQueue()
         for _ in range(plan.request.threads):
@@ -85,9 +85,9 @@ class Feeder:
         """The ranges of a group's tensors, in order."""
         for name in group.tensors:
             part = self.plan.parts[name]
-            count = part.sources[0].tensor.count
-            adapted = any(source.update for source in part.sources)
-            step = self.size if adapted else self.size * CUTS_IN_A_JOB
+            count = part.sources[0].count
+            formed = any(source.update or source.rows for source in part.sources)
+            step = self.size if formed else self.size * CUTS_IN_A_JOB
             for first in range(0, count, step):
                 yield Job(name, part, first, min(step, count - first))
 
@@ -101,26 +101,29 @@ class Feeder:
             self._free.put(space)
 
     def sources(self, job: Job, space: Workspace) -> Loaded:
-        """Where the compiled passes find the operands; adapted ones are formed in the work space."""
+        """Where the compiled passes find the operands; adapted and mapped ones are formed in the work space."""
         files, kinds = [], []
         for row, source in zip(space.raw, job.part.sources, strict=False):
-            if source.update is None:
+            if source.update is None and source.rows is None:
                 files.append((self.reader.descriptor(source.tensor), source.tensor.offset))
                 kinds.append(KINDS[source.tensor.dtype])
             else:
-                self._adapt(source, source.update, job, row)
+                self._form(source, job.first, row[: job.count * 4].view(np.float32))
                 files.append((-1, 0))
                 kinds.append(KINDS["F32"])
         return Loaded(np.array(files, np.int64), np.array(kinds, np.int64))
 
-    def _adapt(self, source: Source, update: LowRank, job: Job, row: Bytes) -> None:
-        """W + scale B A of the job's elements, fp32, at the front of a row."""
-        tensor = source.tensor
-        stored = np.empty(job.count * ITEM_BYTES[tensor.dtype], np.uint8)
-        self.reader.read(tensor, job.first, job.count, stored)
-        block = row[: job.count * 4].view(np.float32)
-        widen(stored, KINDS[tensor.dtype], block)
-        adapted_rows(block, self._factors(update), job.first)
+    def _form(self, source: Source, first: int, into: Floats) -> None:
+        """The elements from `first` on as fp32: each from the input that its row is taken from, W or W + scale B A."""
+        done = 0
+        for piece, begin, count in source.pieces(first, into.size):
+            tensor, block = piece.tensor, into[done : done + count]
+            stored = np.empty(count * ITEM_BYTES[tensor.dtype], np.uint8)
+            self.reader.read(tensor, begin, count, stored)
+            widen(stored, KINDS[tensor.dtype], block)
+            if piece.update is not None:
+                adapted_rows(block, self._factors(piece.update), begin)
+            done += count
 
     def _load_factors(self, update: LowRank) -> Factors:
         return load_factors(self.reader, update)
@@ -145,26 +148,16 @@ class Feeder:
         for source in job.part.sources:
             for first in range(job.first, job.first + job.count, self.size):
                 count = min(self.size, job.first + job.count - first)
-                values = self.values(source, Job(job.name, job.part, first, count), space)
+                values = space.raw[0, : count * 4].view(np.float32)
+                self._form(source, first, values)
                 bad = np.flatnonzero(~np.isfinite(values))
                 if bad.size:
+                    piece, element, _ = next(source.pieces(first + int(bad[0]), 1))
                     return InputError(
-                        f"{source.model}: {printable(source.name)} holds {values[bad[0]]} at element "
-                        f"{first + int(bad[0])}",
+                        f"{piece.model}: {printable(piece.name)} holds {values[bad[0]]} at element {element}",
                         "the model is broken; merge an earlier checkpoint",
                     )
         return InputError(f"{printable(job.name)}: the models differ by more than fp32 can hold", "check the models")
-
-    def values(self, source: Source, job: Job, space: Workspace) -> Floats:
-        """One cut of one operand as fp32."""
-        if source.update is not None:
-            self._adapt(source, source.update, job, space.raw[0])
-            return space.raw[0, : job.count * 4].view(np.float32)
-        stored = np.empty(job.count * ITEM_BYTES[source.tensor.dtype], np.uint8)
-        self.reader.read(source.tensor, job.first, job.count, stored)
-        values = np.empty(job.count, np.float32)
-        widen(stored, KINDS[source.tensor.dtype], values)
-        return values
 
 
 def in_order(

@@ -7,20 +7,22 @@ tensors before the layers come from the first slice, those after them from the l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
 from .errors import InputError, UsageError
-from .header import Tensor, printable
+from .header import ITEM_BYTES, Tensor, printable
 from .methods import Group
 from .request import MergeRequest, Slice, settings_at
 
 if TYPE_CHECKING:
     from .adapter import LowRank
+    from .vocabulary import RowMap
 
-__all__ = ["Part", "Source", "find_groups", "group_of", "one_to_one", "stacked"]
+__all__ = ["Part", "Source", "check_shapes", "find_groups", "group_of", "one_to_one", "stacked"]
 
 LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(?=\.)")
 BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in)\.")
@@ -28,10 +30,14 @@ BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_i
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of one input, under the name that it has there."""
+    """One tensor of one input, under the name that it has there.
+
+    rows  which rows of it, and of others, the output has in which order; None is all of its own
+    """
 
     model: Checkpoint
     name: str
+    rows: RowMap | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -42,6 +48,30 @@ class Source:
     def update(self) -> LowRank | None:
         """What an adapter adds to it."""
         return self.model.updates.get(self.name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it takes part in the merge."""
+        shape = self.tensor.shape
+        return (self.rows.count, *shape[1:]) if self.rows else shape
+
+    @property
+    def count(self) -> int:
+        """Number of elements that take part."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what takes part."""
+        return self.count * ITEM_BYTES[self.tensor.dtype]
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
+        """Elements [first, first + count) as (stored tensor, first element there, number), in order."""
+        if self.rows is None:
+            yield self, first, count
+            return
+        for model, there, number in self.rows.pieces(first, count, prod(self.tensor.shape[1:])):
+            yield Source(model, self.name), there, number
 
 
 @dataclass(frozen=True)
@@ -160,7 +190,7 @@ def _outside_part(
 ) -> Part:
     chosen = [models[model] for model, _, _ in part.layers]
     sources = tuple(Source(model, name) for model in (*((base,) if base else ()), *chosen))
-    _check_shapes(name, sources)
+    _check_present(sources)
     return Part(sources, _sub_request(request, part), 0.0 if BEFORE_LAYERS.search(name) else 1.0)
 
 
@@ -179,20 +209,25 @@ def _layer_parts(
         if layer and int(layer["index"]) == operands[-1][1]:
             stem, rest = layer["stem"], name[layer.end() :]
             sources = tuple(Source(model, f"{stem}{number}{rest}") for model, number in operands)
-            _check_shapes(name, sources)
+            _check_present(sources)
             found[f"{stem}{index}{rest}"] = Part(sources, sub, depth)
     return found
 
 
-def _check_shapes(name: str, sources: Sequence[Source]) -> None:
-    """All operands have the tensor, in one shape."""
+def _check_present(sources: Sequence[Source]) -> None:
+    """All operands have the tensor."""
     for source in sources:
         if source.name not in source.model.tensors:
             raise InputError(f"{source.model} has no {printable(source.name)}", "stack layers of one architecture")
-    shapes = {source.tensor.shape for source in sources}
-    if len(shapes) > 1:
-        shown = ", ".join(f"{list(source.tensor.shape)} in {source.model}" for source in sources)
-        raise InputError(f"{printable(name)} is {shown}", "merge models of one architecture and one vocabulary")
+
+
+def check_shapes(part: Part) -> None:
+    """All operands have one shape. Raises InputError naming them."""
+    sources = part.sources
+    if len({source.shape for source in sources}) > 1:
+        shown = ", ".join(f"{list(source.shape)} in {source.model}" for source in sources)
+        name = printable(sources[-1].name)
+        raise InputError(f"{name} is {shown}", "merge models of one architecture and one vocabulary")
 
 
 def _layer_types(origins: Sequence[tuple[Checkpoint, int]]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from .compatibility import (
     tied_copies,
 )
 from .errors import InputError, OutputError, UsageError
-from .groups import Part, find_groups, group_of, one_to_one, stacked
+from .groups import Part, check_shapes, find_groups, group_of, one_to_one, stacked
 from .header import ITEM_BYTES
 from .inputs import open_input
 from .methods import METHODS, Group, Method, check_request
 from .outputs import check_output, digest_weights, read_manifest
 from .request import DTYPES, MergeRequest
 from .schedule import Schedule
+from .vocabulary import Vocabulary, choose_vocabulary, read_through, vocabulary_tensors
 
 __all__ = ["MergePlan", "group_of", "plan_merge"]
 
@@ -36,11 +37,12 @@ INIT_ROLES = ("policy-init", "policy", "model")
 class MergePlan:
     """A merge that was checked and can be carried out.
 
-    inputs   the base, where there is one, and the models
-    parts    by tensor of the output: where it comes from
-    layout   of the output: dtype and shape by name, in the order of the file
-    config   keys of config.json that differ from those of the first model
-    tied     stored copies of tied tensors, and what they repeat
+    inputs      the base, where there is one, and the models
+    parts       by tensor of the output: where it comes from
+    layout      of the output: dtype and shape by name, in the order of the file
+    config      keys of config.json that differ from those of the first model
+    tied        stored copies of tied tensors, and what they repeat
+    vocabulary  of the output, where a tokenizer is chosen
     """
 
     request: MergeRequest
@@ -52,6 +54,7 @@ class MergePlan:
     outputs: tuple[Path, ...]
     config: Mapping[str, Any]
     tied: dict[str, str]
+    vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,7 +80,7 @@ class MergePlan:
     @property
     def input_bytes(self) -> int:
         """Weights that take part, of all operands."""
-        return sum(source.tensor.nbytes for part in self.parts.values() for source in part.sources)
+        return sum(source.nbytes for part in self.parts.values() for source in part.sources)
 
     def describe(self) -> dict[str, Any]:
         """The plan for a dry run."""
@@ -109,12 +112,18 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
     base = open_input(request.base, "base") if request.base else None
     for model in (*models, *((base,) if base else ())):
         check_model(model)
-    _check_same(models, base, layers_differ=bool(request.slices))
+    _check_same(request, models, base)
+    vocabulary = choose_vocabulary(request, base, models) if request.tokenizer else None
     tied = tied_copies(models[0])
     if request.slices:
         parts, config = stacked(request, base, models, tied)
     else:
         parts, config = one_to_one(request, base, models, tied), {}
+    if vocabulary:
+        parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
+        notes = [*notes, *vocabulary.notes]
+    for part in parts.values():
+        check_shapes(part)
     plan = MergePlan(
         request=request,
         base=base,
@@ -125,27 +134,31 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         outputs=_outputs(request, out),
         config=config,
         tied=tied,
+        vocabulary=vocabulary,
         notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
     )
     _check_outputs(plan, force)
     return plan
 
 
-def _check_same(models: Sequence[Checkpoint], base: Checkpoint | None, layers_differ: bool) -> None:
-    """All inputs compute the same function of their weights and mean the same by a token."""
+def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+    """All inputs compute the same function of their weights and mean the same by a token, or one is chosen."""
     first = models[0]
+    free = [*(["num_hidden_layers"] if request.slices else []), *(["vocab_size"] if request.tokenizer else [])]
     for other in (*models[1:], *((base,) if base else ())):
-        check_same_architecture(first, other, layers_differ)
-        if not layers_differ:
-            check_same_tensors(first, other)
-        check_same_tokenizer(first, other)
+        check_same_architecture(first, other, free)
+        if not request.slices:
+            resized = vocabulary_tensors(first) & vocabulary_tensors(other) if request.tokenizer else ()
+            check_same_tensors(first, other, resized)
+        if not request.tokenizer:
+            check_same_tokenizer(first, other)
 
 
 def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of the output's tensors: those of the first model, unless a dtype is asked for."""
     dtype = DTYPES[request.dtype] if request.dtype else None
-    tensors = {name: part.sources[1 if based else 0].tensor for name, part in parts.items()}
-    return {name: (dtype or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    sources = {name: part.sources[1 if based else 0] for name, part in parts.items()}
+    return {name: (dtype or source.tensor.dtype, source.shape) for name, source in sources.items()}
 
 
 def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:

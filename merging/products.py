@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .formats import Doubles
+from .groups import Source
 from .kernels import BLOCK
 from .methods import Group
 from .outputs import metadata_version
@@ -70,12 +71,15 @@ class Products:
 def _key(plan: MergePlan) -> str:
     """What decides the sums."""
     files = {str(file): _stamp(file) for model in plan.inputs for file in model.files}
-    parts: dict[str, Any] = {
-        name: [(str(s.tensor.file), s.tensor.offset, s.update and s.update.scale) for s in part.sources]
-        for name, part in plan.parts.items()
-    }
+    parts: dict[str, Any] = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
     decides = [metadata_version(), BLOCK, plan.base is not None, sorted(files.items()), sorted(parts.items())]
     return hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
+
+
+def _operand(source: Source) -> tuple[Any, ...]:
+    """What decides the numbers of an operand, given the files."""
+    adapted = source.update and source.update.scale
+    return str(source.tensor.file), source.tensor.offset, adapted, source.rows and source.rows.digest
 
 
 def _stamp(file: Path) -> tuple[str, int, int, int, int, int]:

@@ -168,7 +168,7 @@ class Stream:
         for job, products in results:
             blocks.setdefault(job.name, []).append(products)
             self.task.advance(self.feeder.job_bytes(job))
-            if job.first + job.count == job.part.sources[0].tensor.count:
+            if job.first + job.count == job.part.sources[0].count:
                 columns = np.concatenate(blocks.pop(job.name)).T
                 sums[job.name] = np.array([fsum(column.tolist()) for column in columns])
         return sums
@@ -181,6 +181,6 @@ class Stream:
         return gram_of(self._total(group, sums)[1:].tolist(), group.models)
 
     def _report(self, group: Group, sums: dict[str, Doubles], mix: Mix) -> GroupReport:
-        parameters = sum(self.plan.parts[name].sources[0].tensor.count for name in group.tensors)
+        parameters = sum(self.plan.parts[name].sources[0].count for name in group.tensors)
         base_square = float(self._total(group, sums)[0]) if group.based else None
         return report_group(group.name, parameters, base_square, self._gram(group, sums), mix)
