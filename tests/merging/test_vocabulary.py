@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from model_files import SHAPES, added, random_arrays, read_model, read_raw, write_model
+from test_adapter import write_adapter
 
 from gemma2.merging import MergeRequest, merge
 from gemma2.merging.errors import InputError, UsageError
@@ -175,6 +176,31 @@ def test_a_cache_of_sums_belongs_to_its_map(tmp_path):
     write_tokenizer(tmp_path / "b", LETTERS[::-1])
     second, _ = linear(tmp_path, "a", "b", out="two", **options)
     assert first.groups[0].as_dict()["angles"] != second.groups[0].as_dict()["angles"]
+
+
+def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
+    """The output is that of the adapter's product stored in full, and then mapped."""
+    base, left = arrays(0, 10), arrays(1, 11)
+    a, b = np.random.default_rng(7).standard_normal((2, 11)), np.random.default_rng(8).standard_normal((8, 2))
+    model(tmp_path / "base", base, LETTERS)
+    inner = model(tmp_path / "inner", left | {HEAD: left[EMBEDDING]}, ["<x>", *LETTERS], tie_word_embeddings=False)
+    model(tmp_path / "base", base | {HEAD: base[EMBEDDING]}, LETTERS, tie_word_embeddings=False)
+    pair = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b}
+    write_adapter(tmp_path / "lora", pair, base_model_name_or_path=str(inner))
+    options = {"method": "task-arithmetic", "base": tmp_path / "base", "tokenizer": "base"}
+    _, out = linear(tmp_path, "lora", **options)
+    expected = left[EMBEDDING] + 2.0 * (b @ a).T  # alpha / rank = 2
+    np.testing.assert_allclose(read_model(out)[EMBEDDING], expected[1:], atol=1e-5)
+    np.testing.assert_allclose(read_model(out)[HEAD], left[EMBEDDING][1:], atol=1e-5)
+
+
+def test_a_broken_row_is_named_where_it_is_stored(tmp_path):
+    left, right = arrays(1, 11), arrays(2, 10)
+    left[EMBEDDING][10, 3] = np.nan
+    model(tmp_path / "a", left, LETTERS, [("<x>", 10)])
+    model(tmp_path / "b", right, LETTERS[::-1])
+    with pytest.raises(InputError, match=r"model 2 .*/a: model.embed_tokens.weight holds nan at element 83"):
+        linear(tmp_path, "b", "a", tokenizer=str(tmp_path / "a"))
 
 
 # --- choices ---
@@ -351,6 +377,55 @@ def test_configured_ids_follow_their_tokens(pair):
     _, out = linear(pair, "b", "a", tokenizer=str(pair / "a"), out="chosen")  # <y> is no token of a
     assert config_of(out)["eos_token_id"] is None
     assert config_of(out, "generation_config.json")["eos_token_id"] == [1]
+
+
+def tiny_llama(path, tokens, seed):
+    """A random Llama with a trained byte-level tokenizer that has `tokens` added."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the rows follow their tokens, the tokens follow their rows"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes))
+    network.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return network, tokenizer
+
+
+def test_transformers_loads_a_union_and_knows_the_new_tokens(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_llama(tmp_path / "base", [], 0)
+    left, one = tiny_llama(tmp_path / "a", ["<tool>"], 1)
+    right, other = tiny_llama(tmp_path / "b", ["<think>", "<tool>"], 2)
+    options = {"method": "task-arithmetic", "base": tmp_path / "base", "weights": (0.5, 0.5)}
+    _, out = linear(tmp_path, "a", "b", tokenizer="union", **options)
+    tokenizer, network = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    size = len(one) - 1
+    assert tokenizer.convert_tokens_to_ids(["<tool>", "<think>"]) == [size, size + 1]
+    ids = tokenizer("the rows<think> follow<tool>", return_tensors="pt")
+    assert ids["input_ids"][0, -1] == size and size + 1 in ids["input_ids"][0]
+    assert tokenizer.decode(ids["input_ids"][0]) == "the rows<think> follow<tool>"
+    assert tokenizer.decode(ids["input_ids"][0], skip_special_tokens=True) == "the rows follow"
+    logits = network(**ids).logits
+    assert logits.shape[-1] == size + 2 == network.config.vocab_size and torch.isfinite(logits).all()
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        merged, a, b = (getattr(item, layer)().weight.detach() for item in (network, left, right))
+        # The base has a's row of <tool>, the only one that both models brought; <think> is b's alone.
+        torch.testing.assert_close(merged[size], (a[size] + b[other.convert_tokens_to_ids("<tool>")]) / 2)
+        # base and a have b's row: no task vector at all.
+        torch.testing.assert_close(merged[size + 1], b[other.convert_tokens_to_ids("<think>")])
 
 
 # --- slices ---
