@@ -163,6 +163,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         if key not in HARMLESS and value not in (None, False, [], {}, ""):
             shown = printable(str(value))
             raise InputError(f"{path} sets {printable(key)} to {shown}: not plain LoRA", MERGE_IT)
+    for key, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list)):
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise InputError(f"{path}: {key} is {printable(str(config[key]))}, not a {kind.__name__}", "correct it")
     start = config.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise InputError(
@@ -228,7 +231,7 @@ def _number(path: Path, config: Mapping[str, Any], key: str, patterns: str, modu
         if found:
             value, where = special, patterns
             break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**63:
         raise InputError(f"{path / CONFIG}: {where} is {printable(str(value))}, not a positive number", "correct it")
     return value
 
@@ -256,9 +259,9 @@ def _check_ties(adapter: Adapter, base: Checkpoint) -> None:
     """With a tied embedding, training changed the embedding alone; a merged one would change the head as well."""
     saved = adapter.config.get("modules_to_save") or ()
     names = [*adapter.updates, *(n for n in adapter.replaced if any(f"{m}.weight" in n for m in saved))]
-    architectures = base.config.get("architectures") or ("",)
+    architectures = str(base.config.get("architectures"))
     tied = base.config.get("tie_word_embeddings") is True or "lm_head.weight" not in base.tensors
-    if not tied or "SequenceClassification" in architectures[0] or adapter.config.get("ensure_weight_tying"):
+    if not tied or "SequenceClassification" in architectures or adapter.config.get("ensure_weight_tying"):
         return
     for name in names:
         if name.endswith("embed_tokens.weight"):

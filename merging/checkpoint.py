@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist", "give a complete model directory") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "restore the file") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object", "restore the file")
@@ -122,12 +122,18 @@ def _read_index(index: Path) -> dict[str, list[str]]:
         raise InputError(f"{index} has no weight_map", "restore the file")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or not _is_file_name(file):
             raise InputError(
                 f"{index} places {printable(name)} in {printable(str(file))}, not a file name", "restore the index"
             )
         shards.setdefault(file, []).append(name)
     return shards
+
+
+def _is_file_name(text: str) -> bool:
+    """A bare name of the file system, and one that can be shown."""
+    bare = text not in ("", ".", "..") and Path(text).name == text and "\\" not in text
+    return bare and text.isprintable() and len(text.encode()) <= 255
 
 
 def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Tensor]:

@@ -94,7 +94,9 @@ def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collecti
             mend = "merge models of one architecture"
             if key == "vocab_size":
                 mend = "merge models of one vocabulary, or choose one: merge --tokenizer"
-            raise InputError(f"{key} differs: {left} in {first}, {right} in {other}", mend)
+            raise InputError(
+                f"{key} differs: {printable(str(left))} in {first}, {printable(str(right))} in {other}", mend
+            )
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection[str] = ()) -> None:
@@ -145,11 +147,20 @@ def _first_difference(left: Path, right: Path) -> str:
 
     The files may still differ in padding, truncation or spelling, which change no id.
     """
-    ours, theirs = dict(_token_ids(read_json(left))), dict(_token_ids(read_json(right)))
+    ours, theirs = _ids_of(left), _ids_of(right)
     for token in ours.keys() | theirs.keys():
         if ours.get(token) != theirs.get(token):
-            return f"{printable(str(token))!r} is {ours.get(token, 'absent')} and {theirs.get(token, 'absent')}"
+            here, there = (printable(str(ids.get(token, "absent"))) for ids in (ours, theirs))
+            return f"{printable(str(token))!r} is {here} and {there}"
     return ""
+
+
+def _ids_of(path: Path) -> dict[str, int]:
+    """{token: id} of a tokenizer.json. Raises InputError for one of another form."""
+    try:
+        return dict(_token_ids(read_json(path)))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is not the description of a tokenizer", "restore the file") from error
 
 
 def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -87,7 +87,9 @@ def _read_entries(path: Path, size: int) -> tuple[dict[str, Any], int]:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except InputError:  # a key that is there twice
+        raise
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise _broken(path, f"the header is not JSON ({type(error).__name__})") from error
     if not isinstance(entries, dict):
         raise _broken(path, "the header is not a JSON object")
@@ -111,6 +113,8 @@ def _naturals(value: Any) -> bool:
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
     """One checked entry: known dtype, natural shape, offsets that hold exactly shape x dtype bytes."""
     shown = printable(name)
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise _broken(path, f"the name {shown} is not Unicode text")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"the entry of {shown} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

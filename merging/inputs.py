@@ -8,6 +8,7 @@ from pathlib import Path
 from .adapter import Adapter, check_adapter, is_adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import InputError
+from .header import printable
 from .locate import is_hub_id, locate_model
 
 __all__ = ["open_input"]
@@ -19,7 +20,7 @@ def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
     Reads headers only. Raises InputError.
     """
     model, plus, adapter = str(name).rpartition("+")
-    if plus and model and not name.exists():
+    if plus and model and adapter and not name.exists():
         return _adapted(
             open_adapter(locate_model(adapter, role), role), open_checkpoint(locate_model(model, role), role)
         )
@@ -41,7 +42,7 @@ def _model_of(adapter: Adapter, base: Path | None) -> Path:
             return locate_model(recorded, f"the model of {adapter.role}")
     if base is None:
         raise InputError(
-            f"{adapter} is an adapter, and its model {recorded or '(it names none)'} is not here",
+            f"{adapter} is an adapter, and its model {printable(recorded or '(it names none)')} is not here",
             f"name it: MODEL+{adapter.path}",
         )
     return locate_model(base, "base")

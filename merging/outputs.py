@@ -110,7 +110,7 @@ def digest_weights(directory: Path, threads: int = 1) -> str:
     total = hasher()
     for path in weight_files(directory):
         entry = recorded.get(path.name)
-        if entry is None or not _untouched(path, entry, directory / MANIFEST):
+        if not isinstance(entry, dict) or not _untouched(path, entry, directory / MANIFEST):
             entry = {"digest": digest_file(path, threads)}
         total.update(f"{path.name} {entry['digest']}\n".encode())
     return digest_name(total)
@@ -137,7 +137,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
-        raise InputError(f"{path} is not readable JSON ({error})", "make the output again") from error
+        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "make the output again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
         raise InputError(f"{path} is not a gemma2 manifest", "make the output again")
     return manifest
@@ -148,7 +148,7 @@ def require_complete(directory: Path, role: str) -> None:
     manifest = read_manifest(directory)
     if manifest is not None and manifest.get("status") != "complete":
         raise InputError(
-            f"{role} {directory} is an unfinished output (status {manifest.get('status')!r})",
+            f"{role} {directory} is an unfinished output (status {str(manifest.get('status'))[:60]!r})",
             "finish it with --resume, or name a complete directory",
         )
 
@@ -156,7 +156,8 @@ def require_complete(directory: Path, role: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` with the JSON of `value` in one rename, flushed to disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # A path that is no UTF-8 has lone surrogates in Python, and with this their escapes in JSON.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -210,7 +211,7 @@ def partial_path(out: Path) -> Path:
 
 def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
     """Refuse an output that exists (without `force`), or that is, holds or lies in one of the inputs."""
-    if out.name in ("", ".."):
+    if out.name in ("", "..") or "\0" in out.name:
         raise OutputError(f"--out {out} has no name of its own", "give the name of a directory to make")
     target = out.resolve()
     for role, path in (inputs or {}).items():

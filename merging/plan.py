@@ -234,6 +234,9 @@ def _init_of(path: Path) -> dict[str, str] | None:
     if not isinstance(parents, list):
         return None
     inits = [parent for parent in parents if isinstance(parent, dict) and parent.get("role") in INIT_ROLES]
-    if len(inits) != 1 or not all(isinstance(inits[0].get(key), str) for key in ("path", "weights")):
+    # What is no path of this system, or could not be shown, is no record.
+    if len(inits) != 1 or not all(str(inits[0].get(key, "\0")).isprintable() for key in ("path", "weights")):
+        return None
+    if not all(isinstance(inits[0][key], str) for key in ("path", "weights")):
         return None
     return inits[0]

@@ -46,9 +46,9 @@ def request(root: Path, method: str = "slerp", **options) -> MergeRequest:
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, hidden ones too; folders as b"/"."""
+    """Every file below a directory, hidden ones too; folders as b"/", what is neither as b"?"."""
     return {
-        str(path.relative_to(directory)): b"/" if path.is_dir() else path.read_bytes()
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"/" if path.is_dir() else b"?"
         for path in sorted(directory.rglob("*"))
     }
 

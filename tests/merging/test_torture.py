@@ -3,7 +3,6 @@
 The counts are those of the promise. GEMMA2_TORTURE_SHARE=0.1 runs a tenth of each.
 """
 
-import json
 import os
 import random
 import shutil
@@ -156,7 +155,7 @@ def test_a_signal_leaves_nothing_and_its_exit_code(root, number, wanted):
         # The handler is there once the interpreter has begun; before that the system's default ends the process.
         time.sleep(min(0.1, seconds / 4))
         counts[f"signals {strike(root, process, number, seconds, moments)}"] += 1
-        code, out, err = finish(process)
+        code, _, err = finish(process)
         assert code in (0, wanted, -number), (code, err)
         counts[f"exit {code}"] += 1
         assert "Traceback" not in err, err
