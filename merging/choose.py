@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import fsum, lcm, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
 from .feed import Feeder, Job, Workspace, in_order
-from .formats import Doubles
+from .formats import KINDS, Doubles
 from .header import ITEM_BYTES, printable
 from .kernels import BLOCK, check_sum, gram, pair_count
 from .methods import Group, Selection
@@ -26,7 +27,7 @@ from .plan import MergePlan
 from .progress import Task
 from .randomness import stream_key
 from .report import GroupReport, gram_of, report_group
-from .selection import BUCKETS, bucket_of_rank, histogram, magnitude, operands
+from .selection import BUCKETS, bucket_of_rank, histogram, magnitude
 from .sparse import Sparsity, sparse_combine
 from .stream import Output
 
@@ -117,21 +118,21 @@ class ChoosingStream:
         counts = np.zeros((len(targets), BUCKETS), np.int64)
         with self.feeder.space() as space:
             for cut in self._cuts(job, self.feeder.size):
-                stored = operands(space.raw, self._load(cut, space), cut.count)
-                if not histogram(stored, cut.count, targets, counts):
-                    raise self.feeder.not_finite(cut, space)
+                if not histogram(self._load(cut, space), cut.count, targets, counts):
+                    raise self.feeder.not_finite(cut)
         return counts
 
     def _cuts(self, job: Job, size: int) -> Iterator[Job]:
         for first in range(job.first, job.first + job.count, size):
             yield Job(job.name, job.part, first, min(size, job.first + job.count - first))
 
-    def _load(self, cut: Job, space: Workspace) -> NDArray[np.int64]:
+    def _load(self, cut: Job, space: Workspace) -> NDArray[Any]:
+        """The operands of a cut, (M + 1, >= count) uint16 bits of bf16, or fp32."""
         loaded = self.feeder.sources(cut, space)
-        code = load(loaded.files, loaded.kinds, cut.first, cut.count, space.raw)
+        code = load(loaded.files, cut.first, cut.count, loaded.stored)
         if code != DONE:
             raise self.feeder.unreadable(cut, code - 1)
-        return loaded.kinds
+        return loaded.stored  # type: ignore[no-any-return]
 
     def _merge(self, group: Group, job: Job, sparsity: Sparsity, table: Doubles) -> Found:
         """Choose, combine and write one job."""
@@ -140,13 +141,13 @@ class ChoosingStream:
         products, squares = [], []
         with self.feeder.space() as space:
             for cut in self._cuts(job, self._step(job, sparsity)):
-                kinds = self._load(cut, space)
+                stored = self._load(cut, space)
                 table_of_blocks = np.zeros((-(-cut.count // BLOCK), 1 + pair_count(group.models)))
-                gram(space.raw, kinds, cut.count, True, space.rows, table_of_blocks)
+                gram(stored, cut.count, True, table_of_blocks)
                 if not np.isfinite(table_of_blocks).all():
-                    raise self.feeder.not_finite(cut, space)
+                    raise self.feeder.not_finite(cut)
                 products.append(table_of_blocks)
-                squares.append(self._combine(cut, sparsity, table, keys, space, kinds))
+                squares.append(self._combine(cut, sparsity, table, keys, space, stored))
         self.task.advance(self.feeder.job_bytes(job))
         return Found(job, np.concatenate(products), np.concatenate(squares))
 
@@ -162,7 +163,7 @@ class ChoosingStream:
         table: Doubles,
         keys: NDArray[np.uint64],
         space: Workspace,
-        kinds: NDArray[np.int64],
+        stored: NDArray[Any],
     ) -> Doubles:
         """Compute and write one cut; squared norms of its merged delta."""
         dtype, shape = self.plan.layout[cut.name]
@@ -170,8 +171,7 @@ class ChoosingStream:
         squares = np.zeros(-(-cut.count // unit))
         span = np.array([cut.count, cut.first, unit], np.int64)
         data = space.out[0, : cut.count * ITEM_BYTES[dtype]]
-        kind = self.output.kind(cut.name)
-        stored = operands(space.raw, kinds, cut.count)
+        kind = KINDS[dtype]
         if not sparse_combine(stored, span, table, keys, sparsity.consensus, space.rows, data, kind, squares):
             raise InputError(f"the merge of {printable(cut.name)} does not fit {dtype}", "give --dtype float32")
         place = cut.first * ITEM_BYTES[dtype]

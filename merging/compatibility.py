@@ -13,8 +13,8 @@ from typing import Any
 
 from .checkpoint import Checkpoint, read_json
 from .errors import InputError
+from .formats import KINDS
 from .header import printable
-from .kernels import KINDS
 
 __all__ = ["check_model", "check_same_architecture", "check_same_tensors", "check_same_tokenizer", "tied_copies"]
 

@@ -1,7 +1,7 @@
 """Brings ranges of tensors to the kernels: work space, jobs, adapters formed on the way, and what to say when it fails.
 
-A job is a range of one tensor. Plain tensors are read by the compiled passes themselves, cut by cut; an adapted one,
-and one read through a row map, is formed here first, so its jobs are single cuts.
+A job is a range of one tensor. Operands that are all bf16 or all fp32 are read by the compiled passes themselves, cut
+by cut; others (mixed, fp16, adapted, read through a row map) are formed as fp32 here first: their jobs are single cuts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .adapter import Factors, LowRank, adapted_rows, load_factors
 from .checkpoint import Reader
 from .errors import Gemma2Error, InputError
-from .formats import KINDS, Bytes, Floats, widen
+from .formats import KINDS, STORED, Bytes, Floats, widen
 from .groups import Part, Source
 from .header import ITEM_BYTES, printable
 from .kernels import BLOCK
@@ -50,7 +50,7 @@ class Job:
 
 
 class Workspace:
-    """The buffers of one thread."""
+    """The buffers of one thread: operands, results, and fp32 rows of one block."""
 
     def __init__(self, operands: int, outputs: int, cut: int) -> None:
         self.raw: Bytes = np.empty((operands, cut * 4), np.uint8)
@@ -60,10 +60,13 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The operands of a job: descriptor and offset of each, (K, 2), and how each is encoded, (K,)."""
+    """The operands of a job: descriptor and offset of each, (K, 2), and their rows in the work space.
+
+    stored  (K, >= cut) uint16 bits of bf16, or fp32
+    """
 
     files: NDArray[np.int64]
-    kinds: NDArray[np.int64]
+    stored: Any
 
 
 class Feeder:
@@ -86,8 +89,7 @@ class Feeder:
         for name in group.tensors:
             part = self.plan.parts[name]
             count = part.sources[0].count
-            formed = any(source.update or source.rows for source in part.sources)
-            step = self.size if formed else self.size * CUTS_IN_A_JOB
+            step = self.size if self._common_dtype(part) is None else self.size * CUTS_IN_A_JOB
             for first in range(0, count, step):
                 yield Job(name, part, first, min(step, count - first))
 
@@ -101,17 +103,22 @@ class Feeder:
             self._free.put(space)
 
     def sources(self, job: Job, space: Workspace) -> Loaded:
-        """Where the compiled passes find the operands; adapted and mapped ones are formed in the work space."""
-        files, kinds = [], []
-        for row, source in zip(space.raw, job.part.sources, strict=False):
-            if source.update is None and source.rows is None:
-                files.append((self.reader.descriptor(source.tensor), source.tensor.offset))
-                kinds.append(KINDS[source.tensor.dtype])
-            else:
-                self._form(source, job.first, row[: job.count * 4].view(np.float32))
-                files.append((-1, 0))
-                kinds.append(KINDS["F32"])
-        return Loaded(np.array(files, np.int64), np.array(kinds, np.int64))
+        """Where the compiled passes find the operands: in their files if all are stored alike, else formed as fp32."""
+        dtype = self._common_dtype(job.part)
+        raw = space.raw[: len(job.part.sources)]
+        if dtype is not None:
+            files = [(self.reader.descriptor(source.tensor), source.tensor.offset) for source in job.part.sources]
+            return Loaded(np.array(files, np.int64), raw.view(STORED[dtype]))
+        stored = raw.view(np.float32)
+        for source, row in zip(job.part.sources, stored, strict=True):
+            self._form(source, job.first, row[: job.count])
+        return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
+
+    def _common_dtype(self, part: Part) -> str | None:
+        """The one dtype that all operands are stored in and that the kernels read as it is; None if there is none."""
+        dtypes = {source.tensor.dtype for source in part.sources}
+        plain = len(dtypes) == 1 and not any(source.update or source.rows for source in part.sources)
+        return dtypes.pop() if plain and dtypes <= {"BF16", "F32"} else None
 
     def _form(self, source: Source, first: int, into: Floats) -> None:
         """The elements from `first` on as fp32: each from the input that its row is taken from, W or W + scale B A."""
@@ -143,12 +150,12 @@ class Feeder:
             return error
         return InputError(f"reading {tensor.file} failed once", "check the disk, and merge again")
 
-    def not_finite(self, job: Job, space: Workspace) -> InputError:
+    def not_finite(self, job: Job) -> InputError:
         """Names the input, the tensor and the element that is NaN or Inf."""
         for source in job.part.sources:
             for first in range(job.first, job.first + job.count, self.size):
                 count = min(self.size, job.first + job.count - first)
-                values = space.raw[0, : count * 4].view(np.float32)
+                values = np.empty(count, np.float32)
                 self._form(source, first, values)
                 bad = np.flatnonzero(~np.isfinite(values))
                 if bad.size:

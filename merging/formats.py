@@ -14,10 +14,12 @@ from numba import njit
 from numba.extending import overload
 from numpy.typing import NDArray
 
-__all__ = ["ITEMS", "KINDS", "Bytes", "Doubles", "Floats", "compiled", "narrow", "value", "widen"]
+__all__ = ["ITEMS", "KINDS", "STORED", "Bytes", "Doubles", "Floats", "compiled", "narrow", "store", "value", "widen"]
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # how the kernels are told what the bytes are
 ITEMS = (2, 2, 4)  # bytes of an element, by kind
+# How the compiler is told what the numbers of an array are, so that only the code for them is made.
+STORED = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}
 U1, U16, U7FFF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 
 Bytes = NDArray[np.uint8]
@@ -110,29 +112,57 @@ def widen(raw: Bytes, kind: int, out: Floats) -> None:
             out[i] = singles[i]
 
 
-@compiled()
-def narrow(values: Floats, kind: int, raw: Bytes) -> Any:
-    """fp32 (n,) to bytes (n * item) uint8, to nearest even. False when a stored value is Inf or NaN."""
+@compiled(inner=True)
+def to_bf16(values: Floats, halves: NDArray[np.uint16]) -> Any:
+    """fp32 (n,) to bf16 bits (n,), to nearest even. False when a stored value is Inf or NaN."""
     # The largest magnitude as a bit pattern tells Inf and NaN; a loop of its own, since with it in the rounding loop
     # the compiler uses half of the vector width.
-    if kind == 0:
-        halves = raw.view(np.uint16)
-        for i in range(values.size):
-            bits = float_bits(values[i])
-            odd = np.uint32(bits >> U16) & U1
-            halves[i] = np.uint32(np.uint32(bits + U7FFF + odd) >> U16)
-        return _largest(halves) < 0x7F80
-    if kind == 1:
-        halves = raw.view(np.uint16)
-        for i in range(values.size):
-            halves[i] = np.uint32(float_to_half(np.int64(float_bits(values[i]))))
-        return _largest(halves) < 0x7C00
+    for i in range(values.size):
+        bits = float_bits(values[i])
+        odd = np.uint32(bits >> U16) & U1
+        halves[i] = np.uint32(np.uint32(bits + U7FFF + odd) >> U16)
+    return _largest(halves) < 0x7F80
+
+
+@compiled(inner=True)
+def to_fp16(values: Floats, halves: NDArray[np.uint16]) -> Any:
+    """fp32 (n,) to fp16 bits (n,), to nearest even. False when a stored value is Inf or NaN."""
+    for i in range(values.size):
+        halves[i] = np.uint32(float_to_half(np.int64(float_bits(values[i]))))
+    return _largest(halves) < 0x7C00
+
+
+@compiled(inner=True)
+def to_fp32(values: Floats, singles: Floats) -> Any:
+    """fp32 (n,) as they are. False when a stored value is Inf or NaN."""
     largest = np.uint32(0)
-    singles = raw.view(np.float32)
     for i in range(values.size):
         largest = max(largest, float_bits(values[i]) & np.uint32(0x7FFFFFFF))
         singles[i] = values[i]
     return largest < 0x7F800000
+
+
+@compiled()
+def narrow(values: Floats, kind: int, raw: Bytes) -> Any:
+    """fp32 (n,) to bytes (n * item) uint8, to nearest even. False when a stored value is Inf or NaN."""
+    if kind == 0:
+        return to_bf16(values, raw.view(np.uint16))
+    if kind == 1:
+        return to_fp16(values, raw.view(np.uint16))
+    return to_fp32(values, raw.view(np.float32))
+
+
+def store(values: Any, out: Any) -> Any:
+    """`narrow` into an array whose dtype tells the format, as STORED has it."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(store, strict=False)
+def _store(values: Any, out: Any) -> Any:
+    from numba import types
+
+    kernel = {types.uint16: to_bf16, types.int16: to_fp16}.get(out.dtype, to_fp32)
+    return lambda values, out: kernel(values, out)
 
 
 @compiled(inner=True)

@@ -1,12 +1,12 @@
 """The arithmetic on tensors: Gram matrices of task vectors and fused linear combinations. numba, without the GIL.
 
-Raw bytes of bf16, fp16 or fp32 come in, one row per operand. Sums run in fp32 inside a block of 4 Ki elements and
-leave it as fp64, so that a norm over a vector of any length is right to 1e-6 (one fp32 sum over the 590 M elements of
-the 2B embedding is 10 % low). Differences are taken before products. Results are rounded once, to nearest even, on
-store.
+Operands come in as rows of bf16 bits or of fp32; whatever else there is was widened to fp32 before. Sums run in fp32
+inside a block of 4 Ki elements and leave it as fp64, so that a norm over a vector of any length is right to 1e-6 (one
+fp32 sum over the 590 M elements of the 2B embedding is 10 % low). Differences are taken before products. Results are
+rounded once, to nearest even, on store.
 
 Blocks are counted from the start of a tensor: results do not depend on how the caller cuts it, as long as every cut
-is a multiple of BLOCK. bf16 operands are read in place; anything else is widened to fp32 rows first.
+is a multiple of BLOCK.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 from numba.core import event
-from numpy.typing import NDArray
 
-from .formats import ITEMS, KINDS, Bytes, Doubles, Floats, compiled, narrow, value, widen
+from .formats import Bytes, Doubles, Floats, compiled, store, value
 
-__all__ = ["BLOCK", "KINDS", "announced", "check_sum", "combine", "compiled", "gram", "narrow", "pair_count", "widen"]
+__all__ = ["BLOCK", "announced", "check_sum", "combine", "gram", "pair_count"]
 
 BLOCK = 4096  # elements; operands and result of a block stay in the first and second level caches
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and Inf keep their meaning
@@ -55,33 +54,27 @@ def plain_products(x: Any, y: Any) -> Any:
 
 
 @compiled(inner=True)
-def precise_products(base: Floats, x: Floats, y: Floats, based: bool) -> Any:
-    """The same in fp64, for blocks whose squares overflow fp32. Not finite only if an operand is not."""
-    square, first, both, second = 0.0, 0.0, 0.0, 0.0
+def precise_product(base: Any, x: Any, y: Any, based: bool) -> Any:
+    """|base|^2 and <u, v> in fp64, for blocks whose squares overflow fp32. Not finite only if an operand is not."""
+    square, both = 0.0, 0.0
     for i in range(x.size):
-        origin = np.float64(base[i]) if based else 0.0
-        u, v = np.float64(x[i]) - origin, np.float64(y[i]) - origin
+        origin = np.float64(value(base[i])) if based else 0.0
         square += origin * origin
-        first += u * u
-        both += u * v
-        second += v * v
-    return square, first, both, second
+        both += (np.float64(value(x[i])) - origin) * (np.float64(value(y[i])) - origin)
+    return square, both
 
 
 @compiled(inner=True)
-def gram_block(rows: Any, operands: int, begin: int, end: int, based: bool, out: Doubles) -> None:
-    """Inner products of columns [begin, end) of the first `operands` rows; `out` (1 + pairs,) as `gram` says.
-
-    rows  (>= K, n) uint16 of bf16 or float32, C-contiguous: only such rows are vectorised
-    """
+def gram_block(stored: Any, begin: int, end: int, based: bool, out: Doubles) -> None:
+    """Inner products of columns [begin, end); `out` (1 + pairs,) as `gram` says."""
     start = 1 if based else 0
-    vectors = operands - start
+    vectors = len(stored) - start
     out[0] = 0.0
     for a in range(max(vectors - 1, 1)):
         for b in range(min(a + 1, vectors - 1), vectors):  # a single vector is its own partner
-            x, y = rows[start + a, begin:end], rows[start + b, begin:end]
+            x, y = stored[start + a, begin:end], stored[start + b, begin:end]
             if based:
-                square, first, both, second = based_products(rows[0, begin:end], x, y)
+                square, first, both, second = based_products(stored[0, begin:end], x, y)
                 out[0] = square
             else:
                 first, both, second = plain_products(x, y)
@@ -92,27 +85,15 @@ def gram_block(rows: Any, operands: int, begin: int, end: int, based: bool, out:
 
 
 @compiled(inner=True)
-def gram_block_precise(rows: Floats, operands: int, size: int, based: bool, out: Doubles) -> None:
-    """`gram_block` in fp64, of the first `size` columns."""
+def gram_block_precise(stored: Any, begin: int, end: int, based: bool, out: Doubles) -> None:
+    """`gram_block` in fp64."""
     start = 1 if based else 0
-    vectors = operands - start
     column = 1
-    for a in range(vectors):
-        for b in range(a, vectors):
-            x, y = rows[start + a, :size], rows[start + b, :size]
-            square, _, both, _ = precise_products(rows[0, :size], x, y, based)
-            out[0] = square
-            out[column] = both
+    for a in range(start, len(stored)):
+        for b in range(a, len(stored)):
+            x, y = stored[a, begin:end], stored[b, begin:end]
+            out[0], out[column] = precise_product(stored[0, begin:end], x, y, based)
             column += 1
-
-
-@compiled(inner=True)
-def all_bf16(kinds: NDArray[np.int64]) -> Any:
-    """Whether every operand is read in place."""
-    found = np.int64(0)
-    for k in range(kinds.size):
-        found |= kinds[k]
-    return found == 0
 
 
 @compiled(inner=True)
@@ -124,38 +105,20 @@ def not_finite(numbers: Doubles) -> Any:
     return found
 
 
-@compiled(inner=True)
-def widen_block(raw: Bytes, kinds: NDArray[np.int64], start: int, size: int, rows: Floats) -> None:
-    """Elements [start, start + size) of every operand to the front of the fp32 rows."""
-    for k in range(kinds.size):
-        item = ITEMS[kinds[k]]
-        widen(raw[k, start * item : (start + size) * item], kinds[k], rows[k, :size])
-
-
 @compiled()
-def gram(raw: Bytes, kinds: NDArray[np.int64], count: int, based: bool, rows: Floats, out: Doubles) -> None:
+def gram(stored: Any, count: int, based: bool, out: Doubles) -> None:
     """Inner products of the operands' vectors, per block.
 
-    raw    (K, >= count * item) uint8, one operand per row; row 0 is the base when `based`
-    kinds  (K,) how each row is encoded
-    rows   (>= K, BLOCK) fp32 work space
-    out    (ceil(count / BLOCK), 1 + pairs): |base|^2 (0 without base), then <v_i, v_j> for i <= j in row order, where
-           v_i = operand_i - base, or the operand itself
+    stored  (K, >= count) uint16 bits of bf16, or fp32; C-contiguous; row 0 is the base when `based`
+    out     (ceil(count / BLOCK), 1 + pairs): |base|^2 (0 without base), then <v_i, v_j> for i <= j in row order, where
+            v_i = operand_i - base, or the operand itself
     """
-    operands = kinds.size
-    halves = raw.view(np.uint16)
-    in_place = all_bf16(kinds)
     for block in range(out.shape[0]):
-        start = block * BLOCK
-        size = min(BLOCK, count - start)
-        if in_place:
-            gram_block(halves, operands, start, start + size, based, out[block])
-        else:
-            widen_block(raw, kinds, start, size, rows)
-            gram_block(rows, operands, 0, size, based, out[block])
+        begin = block * BLOCK
+        end = min(begin + BLOCK, count)
+        gram_block(stored, begin, end, based, out[block])
         if not_finite(out[block]):
-            widen_block(raw, kinds, start, size, rows)
-            gram_block_precise(rows, operands, size, based, out[block])
+            gram_block_precise(stored, begin, end, based, out[block])
 
 
 @compiled(inner=True, fastmath=CONTRACT)
@@ -183,7 +146,7 @@ def add_scaled(total: Floats, around: Any, scale: Any) -> None:
 
 
 @compiled(inner=True)
-def combine_block(rows: Any, begin: int, weights: Doubles, total: Floats) -> None:
+def combine_block(stored: Any, begin: int, weights: Doubles, total: Floats) -> None:
     """One output of one block: the sum of weighted rows, around that of largest weight."""
     end = begin + total.size
     pivot, whole = 0, 0.0
@@ -191,7 +154,7 @@ def combine_block(rows: Any, begin: int, weights: Doubles, total: Floats) -> Non
         whole += weights[k]
         if abs(weights[k]) > abs(weights[pivot]):
             pivot = k
-    around = rows[pivot, begin:end]
+    around = stored[pivot, begin:end]
     # Weights that were formed as 1 - sum of the others miss 1 by an fp64 rounding.
     scale = np.float32(1.0) if abs(whole - 1.0) < 1e-12 else np.float32(whole)
     previous = -1  # terms are taken in twos: half of the loads and stores of the total
@@ -203,44 +166,32 @@ def combine_block(rows: Any, begin: int, weights: Doubles, total: Floats) -> Non
                 previous = k
                 continue
             pair = np.float32(weights[previous]), np.float32(weights[k])
-            add_two(total, rows[previous, begin:end], rows[k, begin:end], around, pair)
+            add_two(total, stored[previous, begin:end], stored[k, begin:end], around, pair)
             previous = -1
     if previous >= 0:
-        add_one(total, rows[previous, begin:end], around, np.float32(weights[previous]))
+        add_one(total, stored[previous, begin:end], around, np.float32(weights[previous]))
     add_scaled(total, around, scale)
 
 
 @compiled()
-def combine(
-    raw: Bytes, kinds: NDArray[np.int64], count: int, weights: Doubles, rows: Floats, out: Bytes, out_kind: int
-) -> bool:
+def combine(stored: Any, count: int, weights: Doubles, total: Floats, out: Any) -> bool:
     """`out[e] = sum_k weights[e, k] * operand_k` for every output e. False when a stored value is Inf or NaN.
 
-    raw      (K, >= count * item) uint8, one operand per row, encoded as `kinds` (K,) says
+    stored   (K, >= count) uint16 bits of bf16, or fp32; C-contiguous
     weights  (E, K) fp64
-    rows     (K + 1, BLOCK) fp32 work space
-    out      (E, >= count * item) uint8, encoded as `out_kind`
+    total    (BLOCK,) fp32 work space
+    out      (E, >= count) of a dtype in formats.STORED: bits of bf16, bits of fp16, or fp32
 
     Formed as `s * r + sum_k w_k * (operand_k - r)` around the operand r of the largest weight, s = sum of weights:
     the small terms are summed first, equal operands give themselves, and a single weight of 1 gives that operand bit
     for bit.
     """
     finite = True
-    operands = kinds.size
-    halves = raw.view(np.uint16)
-    in_place = all_bf16(kinds)
-    out_item = ITEMS[out_kind]
-    for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        if not in_place:
-            widen_block(raw, kinds, start, size, rows)
-        total = rows[operands, :size]
+    for begin in range(0, count, BLOCK):
+        end = min(begin + BLOCK, count)
         for e in range(weights.shape[0]):
-            if in_place:
-                combine_block(halves, start, weights[e], total)
-            else:
-                combine_block(rows, 0, weights[e], total)
-            finite &= narrow(total, out_kind, out[e, start * out_item : (start + size) * out_item])
+            combine_block(stored, begin, weights[e], total[: end - begin])
+            finite &= store(total[: end - begin], out[e, begin:end])
     return finite
 
 

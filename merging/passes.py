@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from .formats import ITEMS, Bytes, Doubles, Floats, compiled
+from .formats import Bytes, Doubles, Floats, compiled
 from .kernels import BLOCK, check_sum, combine, gram
 
 __all__ = ["DONE", "NOT_FINITE", "blend", "load", "measure"]
@@ -64,48 +64,44 @@ def write_all(descriptor: int, offset: int, data: Bytes) -> Any:
 
 
 @compiled()
-def load(files: Longs, kinds: Longs, first: int, count: int, raw: Bytes) -> Any:
-    """Elements [first, first + count) of every operand into the rows of `raw`.
+def load(files: Longs, first: int, count: int, stored: Any) -> Any:
+    """Elements [first, first + count) of every operand into the rows of `stored` (K, >= count).
 
     files  (K, 2): descriptor and offset of each operand's tensor; a descriptor of -1 marks a row that is filled already
     """
-    for k in range(kinds.size):
-        item = ITEMS[kinds[k]]
-        if files[k, 0] >= 0 and not read_all(files[k, 0], files[k, 1] + first * item, raw[k, : count * item]):
+    for k in range(len(files)):
+        into = stored[k, :count].view(np.uint8)
+        if files[k, 0] >= 0 and not read_all(files[k, 0], files[k, 1] + first * stored.itemsize, into):
             return k + 1
     return DONE
 
 
 @compiled()
-def measure(
-    files: Longs, kinds: Longs, span: tuple[int, int, int], based: bool, raw: Bytes, rows: Floats, products: Doubles
-) -> Any:
+def measure(files: Longs, span: tuple[int, int, int], based: bool, stored: Any, products: Doubles) -> Any:
     """Inner products of elements [first, first + count), `cut` at a time.
 
     span      (first, count, cut); cut is a multiple of BLOCK
-    raw       (K, cut * 4) uint8 and rows (K + 1, BLOCK) fp32: work space
+    stored    (K, >= cut) work space of the operands' dtype, as `gram` wants it
     products  (ceil(count / BLOCK), 1 + pairs): see `gram`
     """
     first, total, cut = span
     for begin in range(0, total, cut):
         count = min(cut, total - begin)
-        failed = load(files, kinds, first + begin, count, raw)
+        failed = load(files, first + begin, count, stored)
         if failed:
             return failed
         low = begin // BLOCK
-        gram(raw, kinds, count, based, rows, products[low : low + (count + BLOCK - 1) // BLOCK])
+        gram(stored, count, based, products[low : low + (count + BLOCK - 1) // BLOCK])
     return DONE
 
 
 @compiled()
 def blend(
     files: Longs,
-    kinds: Longs,
     span: tuple[int, int, int],
     weights: Doubles,
     targets: Longs,
-    out_kind: int,
-    space: tuple[Bytes, Floats, Bytes],
+    space: tuple[Any, Floats, Any],
     checks: NDArray[np.uint32],
     based: bool,
     products: Doubles,
@@ -115,26 +111,25 @@ def blend(
     span      (first, count, cut); cut is a multiple of BLOCK
     weights   (E, K) fp64
     targets   (E, 2): descriptor and offset of the tensor in each output
-    space     raw (K, cut * 4) uint8, rows (K + 1, BLOCK) fp32, out (E, cut * 4) uint8
+    space     stored (K, >= cut), total (BLOCK,) fp32, out (E, >= cut): as `combine` wants them
     checks    (E,) the check sums of what was written are added to it
     products  as in `measure`, filled from the same read; no rows: not wanted
     """
     first, total, cut = span
-    raw, rows, out = space
-    item = ITEMS[out_kind]
+    stored, sums, out = space
     for begin in range(0, total, cut):
         count = min(cut, total - begin)
-        failed = load(files, kinds, first + begin, count, raw)
+        failed = load(files, first + begin, count, stored)
         if failed:
             return failed
         if len(products):
             low = begin // BLOCK
-            gram(raw, kinds, count, based, rows, products[low : low + (count + BLOCK - 1) // BLOCK])
-        if not combine(raw, kinds, count, weights, rows, out, out_kind):
+            gram(stored, count, based, products[low : low + (count + BLOCK - 1) // BLOCK])
+        if not combine(stored, count, weights, sums, out):
             return NOT_FINITE
         for e in range(len(targets)):
-            data = out[e, : count * item]
-            place = (first + begin) * item
+            data = out[e, :count].view(np.uint8)
+            place = (first + begin) * out.itemsize
             checks[e] += check_sum(data, place // 2)
             if not write_all(targets[e, 0], targets[e, 1] + place, data):
                 return NOT_FINITE - 1 - e

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import ITEMS, Bytes, Floats, compiled, value, widen
+from .formats import Floats, compiled, value
 from .kernels import BLOCK
 
-__all__ = ["BUCKETS", "bucket_of_rank", "histogram", "kept_ranks", "magnitude", "operands"]
+__all__ = ["BUCKETS", "bucket_of_rank", "histogram", "kept_ranks", "magnitude"]
 
 BUCKETS = 1 << 16
 U16, LOW_BITS, MAGNITUDE, INFINITE = np.uint32(16), np.uint32(0xFFFF), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -52,19 +52,6 @@ def magnitude(leading: int, trailing: int) -> float:
     return float(np.array([leading << 16 | trailing], np.uint32).view(np.float32)[0])
 
 
-def operands(raw: Bytes, kinds: Counts, count: int) -> Any:
-    """What the kernels read, (K, >= count): the rows of bytes themselves as uint16 if all are bf16, else fp32 copies.
-
-    raw    (K, >= count * item) uint8, one operand per row, row 0 the base, encoded as `kinds` (K,) says
-    """
-    if not kinds.any():
-        return raw.view(np.uint16)
-    rows = np.empty((len(kinds), count), np.float32)
-    for kind, stored, row in zip(kinds.tolist(), raw, rows, strict=False):  # raw may have room for more
-        widen(stored[: count * ITEMS[kind]], kind, row)
-    return rows
-
-
 @compiled()
 def subtract(x: Any, base: Any, out: Floats) -> None:
     """`out = x - base`, of bf16 bits or of fp32."""
@@ -96,7 +83,7 @@ def largest_bits(delta: Floats) -> Any:
 def histogram(stored: Any, count: int, targets: Counts, out: Counts) -> bool:
     """Count magnitudes of deltas by their bit pattern; adds to `out`. False when one of them is Inf or NaN.
 
-    stored   (M + 1, >= count) from `operands`, row 0 the base
+    stored   (M + 1, >= count) as `kernels.gram` wants it, row 0 the base
     targets  (Q, 2): row of a model (1..M), and -1 to count the upper 16 bits, or upper bits: the lower 16 bits of the
              elements that have these are counted
     out      (Q, BUCKETS) int64

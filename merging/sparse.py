@@ -240,7 +240,7 @@ def sparse_combine(
 ) -> bool:
     """Merge elements of one tensor. False when a delta or a stored value is Inf or NaN.
 
-    stored     (M + 1, >= count) from `operands`, row 0 the base
+    stored     (M + 1, >= count) as `kernels.gram` wants it, row 0 the base
     span       (count, first, unit): elements, index of the first in its tensor, and the length over which squares are
                summed: BLOCK, or the row's length where the table has a spread. `count` covers whole units, but for the
                end of the tensor

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import fsum
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import Gemma2Error, InputError, OutputError
 from .feed import Feeder, Job, Loaded, Workspace, in_order
-from .formats import KINDS, Doubles
+from .formats import STORED, Doubles
 from .header import ITEM_BYTES, printable
 from .kernels import BLOCK, pair_count
 from .methods import Group, Mix
@@ -61,9 +62,9 @@ class Output:
         places = [writer.places[name] for writer in self.writers]
         return np.array([(place.descriptor, place.offset) for place in places], np.int64)
 
-    def kind(self, name: str) -> int:
-        """How a tensor is stored."""
-        return KINDS[self.plan.layout[name][0]]
+    def rows(self, name: str, space: Workspace) -> NDArray[Any]:
+        """The results' rows in the work space, of a tensor's dtype, (E, cut)."""
+        return space.out.view(STORED[self.plan.layout[name][0]])
 
     def failure(self, name: str, code: int, job: Job, space: Workspace) -> Gemma2Error:
         """Why a compiled pass could not finish a job: the write is repeated, where the system's reason can be had."""
@@ -117,10 +118,10 @@ class Stream:
             loaded = self.feeder.sources(job, space)
             products = self._table(group, job)
             span = (job.first, job.count, self.feeder.size)
-            code = measure(loaded.files, loaded.kinds, span, group.based, space.raw, space.rows, products)
+            code = measure(loaded.files, span, group.based, loaded.stored, products)
             if code != DONE:
                 raise self.feeder.unreadable(job, code - 1)
-            self._check_finite(job, products, space)
+            self._check_finite(job, products)
             return job, products
 
     def _write(self, group: Group, job: Job, mix: Mix, wanted: bool) -> tuple[Job, Doubles]:
@@ -130,7 +131,7 @@ class Stream:
             products = self._table(group, job)[: None if wanted else 0]
             code = self._blend(group, job, mix, loaded, space, products)
             if wanted:
-                self._check_finite(job, products, space)
+                self._check_finite(job, products)
             if code > 0:
                 raise self.feeder.unreadable(job, code - 1)
             if code != DONE:
@@ -141,12 +142,10 @@ class Stream:
         checks = np.zeros(len(self.output.writers), np.uint32)
         code = blend(
             loaded.files,
-            loaded.kinds,
             (job.first, job.count, self.feeder.size),
             np.ascontiguousarray(mix.weights),
             self.output.targets(job.name),
-            self.output.kind(job.name),
-            (space.raw, space.rows, space.out),
+            (loaded.stored, space.rows[0], self.output.rows(job.name, space)),
             checks,
             group.based,
             products,
@@ -157,9 +156,9 @@ class Stream:
     def _table(self, group: Group, job: Job) -> Doubles:
         return np.zeros((-(-job.count // BLOCK), 1 + pair_count(group.models)))
 
-    def _check_finite(self, job: Job, products: Doubles, space: Workspace) -> None:
+    def _check_finite(self, job: Job, products: Doubles) -> None:
         if not np.isfinite(products).all():
-            raise self.feeder.not_finite(job, space)
+            raise self.feeder.not_finite(job)
 
     def _sums(self, group: Group, results: Iterable[tuple[Job, Doubles]]) -> dict[str, Doubles]:
         """Exactly rounded sums over the blocks of each tensor, (1 + pairs,)."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_files import from_bytes, to_bytes
+from model_files import from_bytes, random_arrays, to_bytes, write_model
 
-from gemma2.merging.kernels import BLOCK, KINDS, combine, gram, narrow, widen
+from gemma2.merging.formats import KINDS, narrow, widen
+from gemma2.merging.kernels import BLOCK, check_sum, combine, gram
 
 PATTERNS = np.arange(65536, dtype=np.uint16)
 
@@ -69,11 +70,10 @@ def test_a_result_that_does_not_fit_is_noticed(dtype, largest, beyond):
 
 def measured(operands: list[np.ndarray], based: bool) -> np.ndarray:
     """Sums over all blocks of what `gram` returns."""
-    raw = np.stack([operand.astype(np.float32).view(np.uint8) for operand in operands])
+    stored = np.stack([operand.astype(np.float32) for operand in operands])
     count, models = operands[0].size, len(operands) - based
     out = np.empty((-(-count // BLOCK), 1 + models * (models + 1) // 2))
-    rows = np.empty((len(operands) + 1, BLOCK), np.float32)
-    gram(raw, np.full(len(operands), KINDS["F32"]), count, based, rows, out)
+    gram(stored, count, based, out)
     return out.sum(axis=0)
 
 
@@ -100,12 +100,10 @@ def test_squares_that_overflow_fp32_are_still_finite():
 
 
 def combined(weights: list[float], *operands: np.ndarray) -> np.ndarray:
-    raw = np.stack([operand.astype(np.float32).view(np.uint8) for operand in operands])
-    rows = np.empty((len(operands) + 1, BLOCK), np.float32)
-    out = np.empty((1, raw.shape[1]), np.uint8)
-    kinds = np.full(len(operands), KINDS["F32"])
-    assert combine(raw, kinds, operands[0].size, np.array([weights]), rows, out, KINDS["F32"])
-    return out[0].view(np.float32)
+    stored = np.stack([operand.astype(np.float32) for operand in operands])
+    out = np.empty((1, stored.shape[1]), np.float32)
+    assert combine(stored, operands[0].size, np.array([weights]), np.empty(BLOCK, np.float32), out)
+    return out[0]
 
 
 def test_a_single_weight_of_one_gives_the_operand_bit_for_bit():
@@ -131,14 +129,60 @@ def test_helpers_of_these_tests_round_trip(dtype):
     assert from_bytes(to_bytes(values, dtype), dtype, [4]).tolist() == values.tolist()
 
 
+@pytest.mark.parametrize("operands", [1, 2, 3, 4, 5])
+def test_bf16_bits_and_the_same_numbers_in_fp32_give_the_same_sums_and_results(operands):
+    bits = np.random.default_rng(operands).integers(0x3E00, 0x4100, (operands, 5000), dtype=np.uint16)
+    numbers = (bits.astype(np.uint32) << 16).view(np.float32)
+    weights = np.random.default_rng(0).uniform(-1, 1, (2, operands))
+    sums, results = [], []
+    for stored in (bits, numbers):
+        out = np.empty((2, 1 + operands * (operands + 1) // 2))
+        gram(stored, 5000, False, out)
+        merged = np.empty((2, 5000), np.float32)
+        assert combine(stored, 5000, weights, np.empty(BLOCK, np.float32), merged)
+        sums.append(out.sum(axis=0))
+        results.append(merged)
+    pairs = numbers.astype(np.float64) @ numbers.astype(np.float64).T
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    assert sums[0][1:] == pytest.approx(pairs[np.triu_indices(operands)], rel=1e-5)
+    assert np.allclose(results[0], results[1], rtol=0, atol=1e-5)
+    assert np.allclose(results[0], weights @ numbers, rtol=0, atol=2e-5)
+
+
+def test_check_sums_of_pieces_add_up_and_notice_a_flipped_bit_or_a_swap():
+    data = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
+    whole = int(check_sum(data, 0))
+    assert (int(check_sum(data[:302], 0)) + int(check_sum(data[302:], 151))) % 2**32 == whole
+    words = data.view(np.uint16).astype(object)
+    assert whole == sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**32
+    flipped, swapped = data.copy(), data.copy()
+    flipped[500] ^= 1
+    swapped[:2], swapped[2:4] = data[2:4], data[:2]
+    assert int(check_sum(flipped, 0)) != whole
+    assert int(check_sum(swapped, 0)) != whole
+
+
+MERGE = """
+from pathlib import Path
+from gemma2.merging import MergeRequest, merge
+from gemma2.merging.progress import SILENT
+type(SILENT).note = lambda self, text: print(text)
+merge(MergeRequest(method="linear", models=(Path("a"), Path("b"))), out=Path("out"), force=True)
+"""
+
+
 @pytest.mark.slow
 def test_kernels_are_compiled_once_per_machine_and_announced_in_one_line(tmp_path):
     (tmp_path / "gemma2").symlink_to(Path(__file__).parents[2])
-    command = [sys.executable, "-c", "from gemma2.merging.kernels import prepare; prepare(print)"]
+    for name in ("a", "b"):
+        write_model(tmp_path / name, random_arrays(0), "BF16")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
-    assert [run.stdout.count("\n") for run in runs] == [1, 0]
-    assert runs[0].stdout.startswith("compiling the merge kernels")
+    command = [sys.executable, "-c", MERGE]
+    runs = [
+        subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert [run.stdout.count("compiling the merge kernels") for run in runs] == [1, 0]
 
 
 def test_importing_the_package_loads_neither_numba_nor_numpy(tmp_path):

@@ -4,12 +4,23 @@ import numpy as np
 import pytest
 from model_files import from_bytes, to_bytes
 
-from gemma2.merging.kernels import BLOCK, KINDS
+from gemma2.merging.formats import ITEMS, KINDS, widen
+from gemma2.merging.kernels import BLOCK
 from gemma2.merging.randomness import stream_key, uniforms
-from gemma2.merging.selection import BUCKETS, bucket_of_rank, histogram, kept_ranks, magnitude, operands
+from gemma2.merging.selection import BUCKETS, bucket_of_rank, histogram, kept_ranks, magnitude
 from gemma2.merging.sparse import Sparsity, sparse_combine
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def operands(raw, kinds, count):
+    """What the kernels read: bits where all are bf16, else fp32."""
+    if not kinds.any():
+        return raw.view(np.uint16)
+    rows = np.empty((len(kinds), count), np.float32)
+    for kind, stored, row in zip(kinds, raw, rows, strict=True):
+        widen(stored[: count * ITEMS[kind]], kind, row)
+    return rows
 
 
 def models_of(count, dtypes, seed=0, spread=1e-3):
