@@ -20,7 +20,7 @@ from .request import MergeRequest, Slice, settings_at
 
 if TYPE_CHECKING:
     from .adapter import LowRank
-    from .vocabulary import RowMap
+    from .rows import RowMap
 
 __all__ = ["Part", "Source", "check_shapes", "find_groups", "group_of", "one_to_one", "stacked"]
 

@@ -24,8 +24,9 @@ from .inputs import open_input
 from .methods import METHODS, Group, Method, check_request
 from .outputs import check_output, digest_weights, read_manifest
 from .request import DTYPES, MergeRequest
+from .rows import vocabulary_tensors
 from .schedule import Schedule
-from .vocabulary import Vocabulary, choose_vocabulary, read_through, vocabulary_tensors
+from .vocabulary import Vocabulary, choose_vocabulary, read_through
 
 __all__ = ["MergePlan", "group_of", "plan_merge"]
 
@@ -122,6 +123,8 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
     if vocabulary:
         parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
         notes = [*notes, *vocabulary.notes]
+        if request.tokenizer not in ("base", "union"):
+            request = replace(request, tokenizer=vocabulary.owner.role)  # recorded, as all inputs are, without its path
     for part in parts.values():
         check_shapes(part)
     plan = MergePlan(

@@ -11,7 +11,7 @@ from gemma2.merging import MergeRequest, merge
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.feed import CUT
 from gemma2.merging.request import Slice
-from gemma2.merging.vocabulary import RowMap
+from gemma2.merging.rows import RowMap
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -133,6 +133,17 @@ def test_a_token_that_the_base_lacks_has_the_row_of_the_chosen_model(tmp_path):
     assert config_of(out)["vocab_size"] == 11
 
 
+def test_the_base_comes_before_the_chosen_model(tmp_path):
+    base, left, right = arrays(0, 11), arrays(1, 11), arrays(2, 10)
+    for name, values in (("base", base), ("a", left)):
+        model(tmp_path / name, values, LETTERS, [("<x>", 10)])
+    model(tmp_path / "b", right)
+    options = {"method": "task-arithmetic", "base": tmp_path / "base", "tokenizer": str(tmp_path / "a")}
+    result, out = linear(tmp_path, "a", "b", **options)
+    np.testing.assert_allclose(read_model(out)[EMBEDDING][10], left[EMBEDDING][10], atol=1e-5)
+    assert result.plan.notes == ("model 2: 1 token taken from base",)
+
+
 def test_tokens_that_the_output_does_not_have_are_named_as_dropped_and_reach_no_padding_row(tmp_path):
     base, left = arrays(0, 16), arrays(1, 16)
     model(tmp_path / "base", base)
@@ -167,15 +178,17 @@ def test_a_head_of_its_own_is_mapped_like_the_embedding_and_other_tensors_are_no
 
 
 def test_a_cache_of_sums_belongs_to_its_map(tmp_path):
-    """Another tokenizer.json over the same weights means other rows: the first merge's sums must not be found."""
+    """Another tokenizer.json over the same weights means other rows: an earlier merge's sums must not be found."""
     base = arrays(0)
     for number, name in enumerate(("base", "a", "b")):
         model(tmp_path / name, added(base, arrays(number, scale=0.1)))
     options = {"method": "slerp", "base": tmp_path / "base", "tokenizer": "base"}
-    first, _ = linear(tmp_path, "a", "b", out="one", **options)
-    write_tokenizer(tmp_path / "b", LETTERS[::-1])
-    second, _ = linear(tmp_path, "a", "b", out="two", **options)
-    assert first.groups[0].as_dict()["angles"] != second.groups[0].as_dict()["angles"]
+    angles = []
+    for number, core in enumerate((LETTERS, LETTERS[::-1], LETTERS[5:] + LETTERS[:5])):
+        write_tokenizer(tmp_path / "b", core)
+        result, _ = linear(tmp_path, "a", "b", out=f"out-{number}", **options)
+        angles.append(str(result.groups[0].as_dict()["angles"]))
+    assert len(set(angles)) == 3
 
 
 def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
@@ -195,12 +208,33 @@ def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
 
 
 def test_a_broken_row_is_named_where_it_is_stored(tmp_path):
-    left, right = arrays(1, 11), arrays(2, 10)
-    left[EMBEDDING][10, 3] = np.nan
-    model(tmp_path / "a", left, LETTERS, [("<x>", 10)])
-    model(tmp_path / "b", right, LETTERS[::-1])
-    with pytest.raises(InputError, match=r"model 2 .*/a: model.embed_tokens.weight holds nan at element 83"):
-        linear(tmp_path, "b", "a", tokenizer=str(tmp_path / "a"))
+    """Also where another input reads it first: row 10 of b is row 11 of the output, and of the base."""
+    right = arrays(2, 11)
+    right[EMBEDDING][10, 3] = np.nan
+    model(tmp_path / "base", arrays(0, 10))
+    model(tmp_path / "a", arrays(1, 11), LETTERS, [("<x>", 10)])
+    model(tmp_path / "b", right, LETTERS, [("<y>", 10)])
+    with pytest.raises(InputError, match=r"model 2 .*/b: model.embed_tokens.weight holds nan at element 83"):
+        linear(tmp_path, "a", "b", method="task-arithmetic", base=tmp_path / "base", tokenizer="union")
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties", "della"])
+def test_a_base_with_fewer_rows_counts_with_those_it_is_given(tmp_path, method):
+    base = arrays(0, 10)
+    left, right = (added(arrays(0, 12), arrays(seed, 12, 0.1)) for seed in (1, 2))
+    for values in (left, right):
+        values[EMBEDDING][:10] += base[EMBEDDING] - arrays(0, 12)[EMBEDDING][:10]
+    extended = base | {EMBEDDING: np.concatenate([base[EMBEDDING], left[EMBEDDING][10:]])}
+    tokens = [("<x>", 10), ("<y>", 11)]
+    model(tmp_path / "base", base)
+    model(tmp_path / "extended", extended, LETTERS, tokens)
+    for name, values in (("a", left), ("b", right)):
+        model(tmp_path / name, values, LETTERS, tokens)
+    expected, whole = linear(tmp_path, "a", "b", method=method, base=tmp_path / "extended", out="whole")
+    found, out = linear(tmp_path, "a", "b", method=method, base=tmp_path / "base", tokenizer="union")
+    assert read_raw(out) == read_raw(whole)
+    assert [group.as_dict() for group in found.groups] == [group.as_dict() for group in expected.groups]
+    assert found.plan.input_bytes == expected.plan.input_bytes and found.plan.parameters == expected.plan.parameters
 
 
 # --- choices ---
@@ -322,6 +356,21 @@ def test_a_core_token_that_another_model_flags_keeps_its_row(tmp_path):
     assert read_model(out)[EMBEDDING].shape == (10, 8) and result.plan.notes == ()
 
 
+def test_new_ids_begin_after_the_core_also_where_the_added_tokens_are_in_it(tmp_path):
+    model(tmp_path / "a", arrays(1, 10), LETTERS, [("c", 2)])
+    model(tmp_path / "b", arrays(2, 11), LETTERS, [("c", 2), ("<y>", 10)])
+    _, out = linear(tmp_path, "a", "b", tokenizer="union")
+    assert [entry["id"] for entry in config_of(out, "tokenizer.json")["added_tokens"]] == [2, 10]
+
+
+def test_an_added_entry_of_a_core_token_has_the_core_id(tmp_path):
+    """So does the tokenizers library, whatever id the entry states."""
+    model(tmp_path / "a", arrays(1, 10))
+    model(tmp_path / "b", arrays(2, 10), LETTERS, [("c", 9_999)])
+    result, _ = linear(tmp_path, "a", "b", tokenizer=str(tmp_path / "a"))
+    assert result.plan.notes == () and result.plan.request.tokenizer == "model 1"
+
+
 def test_flags_that_disagree_are_those_of_the_first(pair):
     write_tokenizer(pair / "b", LETTERS, [("<x>", 10)], special=False)
     result, out = linear(pair, "a", "b", tokenizer="union")
@@ -365,6 +414,16 @@ def test_the_other_tokenizer_files_are_extended_where_they_are(pair):
     decoder = {"10": flags, "11": {"content": "<y>"} | FLAGS}
     assert config_of(out, "tokenizer_config.json") == {"added_tokens_decoder": decoder, "pad": 1}
     assert not (out / "chat_template.jinja").exists()  # that of model 1, whose tokenizer it is not
+
+
+def test_a_chat_template_that_is_lost_with_its_tokenizer_is_named(pair):
+    (pair / "b/chat_template.jinja").write_text("b")
+    result, _ = linear(pair, "b", "a", tokenizer=str(pair / "a"))
+    lost = "no chat template: that of model 1 is not taken with the tokenizer of model 2"
+    assert result.plan.notes[-1] == lost and result.summary["notes"][-1] == lost
+    (pair / "a/tokenizer_config.json").write_text('{"chat_template": "a"}')
+    result, _ = linear(pair, "b", "a", tokenizer=str(pair / "a"), out="kept")
+    assert lost not in result.plan.notes
 
 
 def test_configured_ids_follow_their_tokens(pair):
