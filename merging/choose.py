@@ -132,7 +132,7 @@ class ChoosingStream:
         code = load(loaded.files, cut.first, cut.count, loaded.stored)
         if code != DONE:
             raise self.feeder.unreadable(cut, code - 1)
-        return loaded.stored  # type: ignore[no-any-return]
+        return loaded.stored
 
     def _merge(self, group: Group, job: Job, sparsity: Sparsity, table: Doubles) -> Found:
         """Choose, combine and write one job."""

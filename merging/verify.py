@@ -79,7 +79,7 @@ def _pieces(path: Path, direct: bool) -> Iterator[Iterator[Bytes]]:
         room = into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
         done = 0
         while done < wanted:
-            got = os.preadv(descriptor, [memoryview(room)[done:]], begin + done)  # type: ignore[arg-type]
+            got = os.preadv(descriptor, [memoryview(room)[done:]], begin + done)
             if got == 0:
                 raise OutputError(f"{path} ended while it was read back", "check the disk, and merge again")
             done += got
