@@ -6,11 +6,13 @@ import io
 import json
 import os
 import shutil
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from blake3 import blake3
-from model_files import added, random_arrays, write_model
+from model_files import added, entries, random_arrays, safetensors_bytes, write_model
 
 from gemma2.merging import MergeRequest, merge, outputs
 from gemma2.merging.errors import Gemma2Error
@@ -25,6 +27,22 @@ SHAPES = {
     "model.layers.1.mlp.up_proj.weight": (96, 64),
     "model.norm.weight": (64,),
 }
+SECONDS = 20  # more than any merge of these takes on a busy machine
+Q = "model.layers.0.self_attn.q_proj"
+LORA = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 3,
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "target_modules": ["q_proj"],
+    "base_model_name_or_path": "rl-2",
+}
+PEFT = "base_model.model."
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
 
 
@@ -227,3 +245,40 @@ def restore(root, files):
     for name, data in files.items():
         if name.split("/")[0] == "out":
             (root / name).mkdir() if data == b"/" else (root / name).write_bytes(data)
+
+
+def write_varied_models(root: Path) -> Path:
+    """`base` in fp32, `rl-1` bf16 in two files, `rl-2` fp16, `lora` for rl-2; rl-1 and rl-2 record base as parent."""
+    base = random_arrays(0)
+    write_model(root / "base", base, "F32")
+    write_model(root / "rl-1", added(base, random_arrays(1, 0.1)), "BF16", shards=2)
+    write_model(root / "rl-2", added(base, random_arrays(2, 0.1)), "F16")
+    generator = np.random.default_rng(3)
+    (root / "lora").mkdir()
+    pair = {f"{PEFT}{Q}.lora_A.weight": (2, 8), f"{PEFT}{Q}.lora_B.weight": (8, 2)}
+    arrays = {name: generator.standard_normal(shape) for name, shape in pair.items()}
+    (root / "lora/adapter_model.safetensors").write_bytes(safetensors_bytes(entries(arrays, "F32")))
+    (root / "lora/adapter_config.json").write_text(json.dumps(LORA))
+    init = outputs.digest_weights(root / "base")
+    for name in ("rl-1", "rl-2"):
+        (root / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+        parent = {"role": "policy", "path": "../base", "weights": init}
+        outputs.write_manifest(root / name, {"status": "complete", "parents": [parent]})
+    (root / "rl-2" / "tokenizer.json").write_text(json.dumps(TOKENIZER, indent=1))  # equal in another spelling
+    return root
+
+
+@contextmanager
+def no_hang():
+    """A merge that takes longer fails the test."""
+
+    def late(number, frame):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

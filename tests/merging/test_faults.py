@@ -9,9 +9,12 @@ import linecache
 import os
 import resource
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
+import faults
 import pytest
 from faults import (
     BROKEN,
@@ -23,8 +26,10 @@ from faults import (
     request,
     snapshot,
     temporaries,
+    weights,
     write_models,
 )
+from processes import finish, start
 
 from gemma2.merging import checkpoint, engine, merge, outputs, stream, verify, writer
 from gemma2.merging.errors import Gemma2Error, InputError, OutputError
@@ -54,7 +59,7 @@ def fails(root, kind, message, method="slerp", **options):
     assert snapshot(root) == before
 
 
-# --- every call that touches a file ---
+# --- every call that touches a file -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("code", "first"), [(NO_SPACE, 0), (BROKEN, 1)], ids=["ENOSPC", "EIO"])
@@ -73,7 +78,7 @@ def test_calls_that_do_half_of_their_work_change_nothing(root, monkeypatch, meth
     assert counts["carried on"] == counts["tried"] > 5
 
 
-# --- the compiled passes ---
+# --- the compiled passes ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def test_an_input_that_shrinks_in_the_middle_of_the_stream(root, monkeypatch, me
     assert snapshot(root) == before
 
 
-# --- the read-back ---
+# --- the read-back ----------------------------------------------------------------------------------------------------
 
 
 def corrupt(path, offset, mask=0x10):
@@ -246,7 +251,7 @@ def test_what_is_not_read_back_is_not_found(root, monkeypatch):
     assert complete(root / "out") is False, "without the read-back a manifest has no digests of weights"
 
 
-# --- interrupts in every line of the code that builds and moves outputs ---
+# --- interrupts in every line of the code that builds and moves outputs -----------------------------------------------
 
 
 class Interrupt(BaseException):
@@ -308,3 +313,67 @@ def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the
             assert complete(root / "out"), f"interrupted before line {line} of {function}"
             counts["new"] += 1
     assert counts["old"] > 20
+
+
+# --- kills: a handful; `make torture` does hundreds -------------------------------------------------------------------
+
+# A merge that stops where the test wants it, and says that it is there.
+STOPPED = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from gemma2.cli import main
+from gemma2.merging import engine, outputs
+
+def stop(*arguments, **options):
+    sys.stdout.write("here\\n")
+    sys.stdout.flush()
+    time.sleep(60)
+
+place = {"before the weights": (engine, "_groups"), "before the manifest": (engine, "write_manifest"),
+         "before the rename": (outputs, "publish")}[sys.argv[3]]
+setattr(*place, stop)
+sys.argv[1:] = sys.argv[4:]
+main.main()
+"""
+
+
+def stopped(root, where, *more):
+    """A merge by the command line that waits at a place; it is there when this returns."""
+    folders = [str(Path(faults.__file__).parent), str(Path(faults.__file__).parents[1])]
+    words = ("merge", "linear", root / "rl-1", root / "rl-2", "--out", root / "out", "--quiet", *more)
+    process = start(STOPPED, *folders, where, *words)
+    assert process.stdout.readline() == "here\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "where"),
+    [
+        (signal.SIGTERM, 143, "before the weights"),
+        (signal.SIGINT, 130, "before the manifest"),
+        (signal.SIGKILL, -9, "before the rename"),
+    ],
+)
+def test_a_process_that_is_ended_in_the_middle(root, number, code, where):
+    merge(request(root, "linear"), out=root / "out")
+    before = snapshot(root)
+    process = stopped(root, where, "--force")
+    assert len(temporaries(root)) >= 2, "the lock and the staged directory"
+    process.send_signal(number)
+    ended, _, err = finish(process)
+    assert ended == code
+    assert "Traceback" not in err
+    if number == signal.SIGKILL:
+        assert {name: data for name, data in snapshot(root).items() if not name.startswith(".")} == before
+        merge(request(root, "linear"), out=root / "out", force=True)
+        assert complete(root / "out")
+        assert weights(root / "out") == {name[4:]: data for name, data in before.items() if is_weight(name)}
+        assert temporaries(root) == []
+    else:
+        assert snapshot(root) == before
+
+
+def is_weight(name):
+    """Of the output, and not its manifest, which holds the time."""
+    return name.startswith("out/") and not name.endswith(outputs.MANIFEST)
