@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from .header import ITEM_BYTES, printable
 from .kernels import BLOCK
 from .methods import Group
 from .plan import MergePlan
+from .rows import RowMap, gather
 from .writer import aligned
 
 __all__ = ["CUT", "Feeder", "Job", "Loaded", "Workspace", "in_order"]
@@ -122,6 +124,8 @@ class Feeder:
 
     def _form(self, source: Source, first: int, into: Floats) -> None:
         """The elements from `first` on as fp32: each from the input that its row is taken from, W or W + scale B A."""
+        if source.rows is not None and self._gathered(source, source.rows, first, into):
+            return
         done = 0
         for piece, begin, count in source.pieces(first, into.size):
             tensor, block = piece.tensor, into[done : done + count]
@@ -131,6 +135,22 @@ class Feeder:
             if piece.update is not None:
                 adapted_rows(block, self._factors(piece.update), begin)
             done += count
+
+    def _gathered(self, source: Source, rows: RowMap, first: int, into: Floats) -> bool:
+        """`_form` in one call for many short spans; False where they are not of one kind, or could not be read."""
+        parts = [Source(model, source.name) for model in rows.inputs]
+        tensors = [part.tensor for part in parts]
+        if any(part.update for part in parts) or len({tensor.dtype for tensor in tensors}) > 1:
+            return False
+        item = ITEM_BYTES[tensors[0].dtype]
+        files = np.array([(self.reader.descriptor(tensor), tensor.offset) for tensor in tensors], np.int64)
+        models, begins, counts = rows.spans(first, into.size, prod(source.tensor.shape[1:]))
+        places = np.column_stack([files[models, 0], files[models, 1] + begins * item, counts * item])
+        stored = np.empty(into.size * item, np.uint8)
+        if not gather(places, stored):
+            return False
+        widen(stored, KINDS[tensors[0].dtype], into)
+        return True
 
     def _load_factors(self, update: LowRank) -> Factors:
         return load_factors(self.reader, update)

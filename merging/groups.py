@@ -70,8 +70,9 @@ class Source:
         if self.rows is None:
             yield self, first, count
             return
-        for model, there, number in self.rows.pieces(first, count, prod(self.tensor.shape[1:])):
-            yield Source(model, self.name), there, number
+        spans = self.rows.spans(first, count, prod(self.tensor.shape[1:]))
+        for model, begin, number in zip(*(column.tolist() for column in spans), strict=True):
+            yield Source(self.rows.inputs[model], self.name), begin, number
 
 
 @dataclass(frozen=True)

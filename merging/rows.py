@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .formats import Bytes, compiled
+from .passes import read_all
 
-__all__ = ["RowMap", "embedding_rows", "vocabulary_tensors"]
+__all__ = ["RowMap", "embedding_rows", "gather", "vocabulary_tensors"]
+
+Longs = NDArray[np.int64]
 
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
@@ -31,22 +35,22 @@ class RowMap:
     """
 
     count: int
-    starts: NDArray[np.int64]
-    models: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    starts: Longs
+    models: Longs
+    rows: Longs
     inputs: tuple[Checkpoint, ...]
 
-    def pieces(self, first: int, count: int, width: int) -> Iterator[tuple[Checkpoint, int, int]]:
-        """Elements [first, first + count) of the output as (input, first element there, number), `width` in a row."""
-        run = int(np.searchsorted(self.starts, first // width, side="right")) - 1
-        end = first + count
-        while first < end:
-            begin = int(self.starts[run])
-            next_row = int(self.starts[run + 1]) if run + 1 < len(self.starts) else self.count
-            stop = min(end, next_row * width)
-            there = (int(self.rows[run]) - begin) * width + first
-            yield self.inputs[self.models[run]], there, stop - first
-            first, run = stop, run + 1
+    def spans(self, first: int, count: int, width: int) -> tuple[Longs, Longs, Longs]:
+        """Elements [first, first + count) of the output, `width` in a row, as consecutive spans of the inputs.
+
+        Returns (P,) each: whose elements, the first of them there, and their number.
+        """
+        low = int(np.searchsorted(self.starts, first // width, side="right")) - 1
+        high = int(np.searchsorted(self.starts * width, first + count))
+        starts = self.starts[low:high] * width
+        begins = np.maximum(starts, first)
+        counts = np.diff(begins, append=first + count)
+        return self.models[low:high], self.rows[low:high] * width + begins - starts, counts
 
     @cached_property
     def digest(self) -> str:
@@ -70,3 +74,18 @@ def embedding_rows(model: Checkpoint) -> int:
     if name is None or not model.tensors[name].shape:
         raise InputError(f"{model} has no embedding of a known name", "leave out --tokenizer")
     return model.tensors[name].shape[0]
+
+
+@compiled()
+def gather(places: Longs, into: Bytes) -> Any:
+    """Fill `into` with ranges of files, one behind the other. False when one could not be read.
+
+    places  (P, 3): descriptor, offset and bytes of each
+    """
+    done = 0
+    for k in range(len(places)):
+        size = places[k, 2]
+        if not read_all(places[k, 0], places[k, 1], into[done : done + size]):
+            return False
+        done += size
+    return True

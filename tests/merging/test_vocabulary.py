@@ -1,13 +1,14 @@
 """Models whose tokenizers differ: rows follow their tokens, and the output has the vocabulary that was asked for."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from model_files import SHAPES, added, random_arrays, read_model, read_raw, write_model
 from test_adapter import write_adapter
 
-from gemma2.merging import MergeRequest, merge
+from gemma2.merging import MergeRequest, engine, merge
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.feed import CUT
 from gemma2.merging.request import Slice
@@ -50,13 +51,18 @@ def config_of(path, name="config.json"):
 # --- row maps ---
 
 
-def test_pieces_are_runs_of_rows_cut_at_any_element():
+def test_spans_are_runs_of_rows_cut_at_any_element():
     # Output rows 0..4 are rows 3 4 of input 0, row 1 of input 1, rows 0 1 of input 0; two elements in a row.
     runs = [np.array(column, np.int64) for column in ([0, 2, 3], [0, 1, 0], [3, 1, 0])]
     rows = RowMap(5, *runs, inputs=("x", "y"))
-    assert list(rows.pieces(0, 10, 2)) == [("x", 6, 4), ("y", 2, 2), ("x", 0, 4)]
-    assert list(rows.pieces(3, 2, 2)) == [("x", 9, 1), ("y", 2, 1)]
-    assert list(rows.pieces(7, 3, 2)) == [("x", 1, 3)]
+
+    def spans(first, count):
+        return list(zip(*(column.tolist() for column in rows.spans(first, count, 2)), strict=True))
+
+    assert spans(0, 10) == [(0, 6, 4), (1, 2, 2), (0, 0, 4)]
+    assert spans(3, 2) == [(0, 9, 1), (1, 2, 1)]
+    assert spans(7, 3) == [(0, 1, 3)]
+    assert spans(4, 2) == [(1, 2, 2)]
 
 
 def test_a_model_with_permuted_ids_merges_as_if_its_rows_were_put_in_order(tmp_path):
@@ -189,6 +195,40 @@ def test_a_cache_of_sums_belongs_to_its_map(tmp_path):
         result, _ = linear(tmp_path, "a", "b", out=f"out-{number}", **options)
         angles.append(str(result.groups[0].as_dict()["angles"]))
     assert len(set(angles)) == 3
+
+
+def test_rows_are_the_same_read_in_one_call_or_one_by_one(tmp_path, monkeypatch):
+    model(tmp_path / "a", arrays(1, 11), LETTERS, [("<x>", 10)], dtype="BF16")
+    model(tmp_path / "b", arrays(2, 12), LETTERS[::-1], [("<z>", 10), ("<x>", 11)], dtype="BF16")
+    _, one = linear(tmp_path, "a", "b", tokenizer=str(tmp_path / "b"), out="one")
+    monkeypatch.setattr("gemma2.merging.feed.gather", lambda places, into: False)
+    _, other = linear(tmp_path, "a", "b", tokenizer=str(tmp_path / "b"), out="other")
+    assert read_raw(one) == read_raw(other)
+
+
+def test_rows_are_taken_from_models_of_other_dtypes(tmp_path):
+    right = arrays(2, 11)
+    model(tmp_path / "base", arrays(0, 10), dtype="BF16")
+    model(tmp_path / "a", arrays(1, 10), dtype="BF16")
+    model(tmp_path / "b", right, LETTERS, [("<x>", 10)], dtype="F32")
+    options = {"method": "task-arithmetic", "base": tmp_path / "base", "dtype": "float32"}
+    _, out = linear(tmp_path, "a", "b", tokenizer="union", **options)
+    np.testing.assert_array_equal(read_model(out)[EMBEDDING][10], right[EMBEDDING][10].astype(np.float32))
+
+
+def test_a_file_that_ends_while_rows_are_read_is_named(tmp_path, monkeypatch):
+    model(tmp_path / "a", arrays(1))
+    model(tmp_path / "b", arrays(2), LETTERS[::-1])
+    planned = engine.plan_merge
+
+    def shorten(*arguments):
+        plan = planned(*arguments)
+        os.truncate(tmp_path / "b/model.safetensors", plan.models[1].tensors[EMBEDDING].offset + 100)
+        return plan
+
+    monkeypatch.setattr(engine, "plan_merge", shorten)
+    with pytest.raises(InputError, match=r"b/model.safetensors ended while model.embed_tokens.weight was read"):
+        linear(tmp_path, "a", "b", tokenizer=str(tmp_path / "a"))
 
 
 def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
