@@ -3,6 +3,8 @@
 The counts are those of the promise. GEMMA2_TORTURE_SHARE=0.1 runs a tenth of each.
 """
 
+import json
+import math
 import os
 import random
 import shutil
@@ -23,9 +25,11 @@ from faults import (
     weights,
     write_models,
 )
+from model_files import CONFIG
 from processes import MAIN, finish, start
 
 from gemma2.merging import engine, merge, outputs, verify, writer
+from gemma2.merging.outputs import write_manifest
 
 pytestmark = pytest.mark.torture
 
@@ -210,3 +214,66 @@ def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
             root = write_models(tmp_path / str(direct))
             totals += judge_each_call(root, Faults(patch, root), code, method, force)
     tell(f"each call of merge {method}{' --force' * force} fails, {code}", totals)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+WATCHED = """
+import json, shutil, sys, threading, types
+from pathlib import Path
+from gemma2.merging import MergeRequest, merge
+
+peak = {"RssAnon": 0, "VmRSS": 0}
+done = threading.Event()
+
+def sample():
+    while not done.wait(0.005):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in peak:
+                peak[name] = max(peak[name], int(rest.split()[0]) * 1024)
+
+threading.Thread(target=sample, daemon=True).start()
+root, method, dry = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "dry"
+if dry:  # nothing is written, so the disk need not have the room
+    shutil.disk_usage = lambda place: types.SimpleNamespace(free=2**60)
+base = {} if method == "linear" else {"base": root / "base"}
+models = (root / "rl-1", root / "rl-2")
+merge(MergeRequest(method=method, models=models, **base), out=root / "out", dry_run=dry)
+done.set()
+print(json.dumps(peak))
+"""
+
+
+def write_sparse(path, shapes):
+    """Zeros that take no room on the disk, one tensor a file."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    weight_map = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        file = f"model-{number + 1:05d}-of-{len(shapes):05d}.safetensors"
+        size = 2 * math.prod(shape)
+        header = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}}).encode()
+        with (path / file).open("wb") as out:
+            out.write(len(header).to_bytes(8, "little") + header)
+            out.truncate(8 + len(header) + size)
+        weight_map[name] = file
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_manifest(path, {"status": "complete"}, dict.fromkeys(weight_map.values(), "blake3:0"))  # they are not hashed
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "dry"),
+    [("slerp", 8, ""), ("linear", 8, ""), ("ties", 2, ""), ("della", 2, ""), ("slerp", 200, "dry")],
+)
+def test_memory_stays_under_its_ceiling(tmp_path, method, layers, dry):
+    """268 MB a layer, so 2.1 GB are merged, and 54 GB are planned."""
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (8192, 16384) for i in range(layers)}
+    for name in ("base", "rl-1", "rl-2"):
+        write_sparse(tmp_path / name, shapes)
+    code, out, err = finish(start(WATCHED, tmp_path, method, dry), 600)
+    assert code == 0, err
+    peak = json.loads(out)
+    tell(f"merge {method}{' --dry-run' if dry else ''} of {layers * 268} MB", {k: v // 10**6 for k, v in peak.items()})
+    assert peak["RssAnon"] <= 300e6
+    assert peak["VmRSS"] <= 600e6
