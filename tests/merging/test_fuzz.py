@@ -95,13 +95,47 @@ def exchange_value(data, dice):
     return json.dumps(document).encode()
 
 
-DAMAGE = (flip, overwrite, cut_out, double, tear_off, exchange_value, exchange_value, exchange_value, exchange_value)
+def nudge(data, dice):
+    """Another truth, or a number beside the one that was there."""
+    document = json.loads(data)
+    paths = [path for path in places(document) if path and isinstance(inside(document, path), bool | int | float)]
+    if not paths:
+        return exchange_value(data, dice)
+    *above, last = dice.choice(paths)
+    inner = inside(document, above)
+    inner[last] = not inner[last] if isinstance(inner[last], bool) else inner[last] + dice.choice((-2, -1, 1, 2, 8))
+    return json.dumps(document).encode()
+
+
+def move(data, dice):
+    """In a header: the place of a tensor, with its size kept, or the places of two exchanged. Elsewhere a nudge."""
+    document = json.loads(data)
+    tensors = [entry for entry in document.values() if isinstance(entry, dict) and "data_offsets" in entry]
+    if not tensors:
+        return nudge(data, dice)
+    first, second = dice.choice(tensors), dice.choice(tensors)
+    if dice.random() < 0.5:
+        first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+    else:
+        step = dice.choice((-64, -2, 2, 64))
+        first["data_offsets"] = [offset + step for offset in first["data_offsets"]]
+    return json.dumps(document).encode()
+
+
+def inside(document, path):
+    for key in path:
+        document = document[key]
+    return document
+
+
+DAMAGE = (flip, overwrite, cut_out, double, tear_off, *[exchange_value] * 4, nudge, nudge, move)
+KEEPS_JSON = (exchange_value, nudge, move)
 
 
 def damage_header(data, dice, how):
     """Of a safetensors file the length and the JSON, not the numbers; the length follows the JSON half of the time."""
     length = int.from_bytes(data[:8], "little")
-    if how is exchange_value or dice.random() < 0.5:
+    if how in KEEPS_JSON or dice.random() < 0.5:
         text = how(data[8 : 8 + length], dice)
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
     if how is tear_off:
@@ -230,7 +264,7 @@ def fuzz(root, seeds):
 
 def test_damaged_inputs_end_as_an_error_or_as_the_right_merge(root):
     """A few hundred; `make torture` tries thousands."""
-    counts, bugs = fuzz(root, range(250))
+    counts, bugs = fuzz(root, range(300))
     assert not bugs, "\n".join(bugs)
     assert counts["refused"] > 100
     assert counts["merged"] > 30
