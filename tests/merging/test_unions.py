@@ -71,6 +71,7 @@ def test_a_choice_needs_fast_tokenizers(pair):
         ('{"model": {"vocab": {"a": "0"}}}', "'a' has the id 0"),
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}', "added_tokens is malformed"),
         ('{"model": {"vocab": [["a"]]}}', "holds no vocabulary"),
+        ('{"model": {"vocab": [[["a"], 1]]}}', "holds no vocabulary"),
         ('{"model": {"vocab": {"a": 0}, "merges": [3]}}', "holds no vocabulary"),
         ("[]", "is not a JSON object"),
     ],
