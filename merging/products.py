@@ -2,7 +2,8 @@
 
 A few KB per set of models in the user's cache directory ($XDG_CACHE_HOME/gemma2/products). A file is found by what
 decides its numbers: each weight file's real path, inode, size and times of change, and the sources of every tensor. So
-a file that was written to, replaced or moved is simply not found. Where the cache cannot be written, nothing is kept.
+a file that was written to, replaced or moved is simply not found. The file begins with a digest of the rest: a damaged
+one is not used. Where the cache cannot be written, nothing is kept.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class Products:
         self._sums: dict[str, Doubles] = {}
         self._known = False
         with suppress(OSError, ValueError, TypeError):  # not there, or not ours: measured again
-            stored = json.loads(self._file.read_text(encoding="utf-8"))
-            self._sums = {name: np.array(values, np.float64) for name, values in stored.items()}
-            self._known = set(self._sums) == set(plan.parts)
+            digest, _, text = self._file.read_text(encoding="utf-8").partition("\n")
+            if digest == _digest(text):
+                self._sums = {name: np.array(values, np.float64) for name, values in json.loads(text).items()}
+                self._known = set(self._sums) == set(plan.parts)
 
     def known(self, group: Group) -> dict[str, Doubles] | None:
         """The sums of a group's tensors, or None."""
@@ -61,7 +63,7 @@ class Products:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
             text = json.dumps({name: values.tolist() for name, values in self._sums.items()})
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
             temporary.replace(self._file)
             files = sorted(self._file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
             for old in files[:-MOST_FILES]:
@@ -73,7 +75,11 @@ def _key(plan: MergePlan) -> str:
     files = {str(file): _stamp(file) for model in plan.inputs for file in model.files}
     parts: dict[str, Any] = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
     decides = [metadata_version(), BLOCK, plan.base is not None, sorted(files.items()), sorted(parts.items())]
-    return hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
+    return _digest(json.dumps(decides))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _operand(source: Source) -> tuple[Any, ...]:

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from faults import TOKENIZER, no_hang, snapshot, write_varied_models
+from faults import TOKENIZER, no_hang, snapshot, weights, write_varied_models
 
 from gemma2.merging import MergeRequest, engine, merge, outputs
 from gemma2.merging.errors import Gemma2Error
+from gemma2.merging.products import cache_directory
 
 
 @pytest.fixture
@@ -176,3 +177,18 @@ def test_paths_that_are_no_utf_8_are_merged_and_recorded(root):
     merge(MergeRequest(method="linear", models=(odd, root / "rl-2")), out=root / os.fsdecode(b"out-\xff"))
     manifest = outputs.read_manifest(root / os.fsdecode(b"out-\xff"))
     assert [parent["path"] for parent in manifest["parents"]] == [os.fsdecode(b"../rl-\xff"), "../rl-2"]
+
+
+@pytest.mark.parametrize("damage", ["values", "half", "empty", "other"])
+def test_a_damaged_cache_of_inner_products_is_measured_again(root, damage):
+    request = MergeRequest(method="slerp", models=(root / "rl-1", root / "rl-2"), base=root / "base")
+    merge(request, out=root / "out")
+    expected = weights(root / "out")
+    (cached,) = cache_directory().glob("*.json")
+    text = cached.read_text()
+    at = text.index("[") + 1
+    changed = {"values": f"{text[:at]}9{text[at:]}", "half": text[: len(text) // 2], "empty": "", "other": "{}"}[damage]
+    cached.write_text(changed)
+    merge(request, out=root / "out", force=True)
+    assert weights(root / "out") == expected
+    assert cached.read_text() == text
