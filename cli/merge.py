@@ -27,7 +27,7 @@ MOST_ROWS = 80  # a longer report is in gemma2.json only
 SOMEWHERE = Path("merged")  # of a plan without --out
 PER_MODEL = ("weights", "density", "gamma", "epsilon")
 PLAIN = ("base", "decay", "normalize", "rescale", "seed", "iterations", "tolerance")
-SHARED = ("granularity", "dtype", "threads")
+SHARED = ("granularity", "tokenizer", "dtype", "threads")
 ConfigFile = typer.Option(
     None,
     "--config",

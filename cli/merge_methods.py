@@ -204,6 +204,10 @@ COMMON: dict[str, tuple[Any, Any]] = {
         Literal["layer", "tensor", "model"] | None,
         _setting("--granularity", "layer|tensor|model", "What shares coefficients or thresholds [default by method]."),
     ),
+    "tokenizer": (
+        str | None,
+        _setting("--tokenizer", "base|union|MODEL", "Whose tokenizer the output has; without it all must be equal."),
+    ),
     "dtype": (
         Literal["bfloat16", "float16", "float32"] | None,
         _setting("--dtype", "bfloat16|float16|float32", "Of the output [default that of the first model]."),

@@ -294,6 +294,10 @@ def _text(value: Any, place: Place) -> str:
     return value
 
 
+def _tokenizer(value: Any, place: Place) -> str:
+    return value if value in ("base", "union") else str(place.model(value))
+
+
 # One reader per key; `models` is read with what its entries say.
 READERS: dict[str, Callable[[Any, Place], Any]] = {
     "method": _text,
@@ -313,6 +317,7 @@ READERS: dict[str, Callable[[Any, Place], Any]] = {
     "iterations": _integer,
     "tolerance": plain_number,
     "granularity": _text,
+    "tokenizer": _tokenizer,
     "dtype": _text,
 }
 RENAMED = {"eta": "etas"}

@@ -37,6 +37,8 @@ def place(tmp_path_factory):
     for seed, name in enumerate(MODELS):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(CONFIG))
+        tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
+        (root / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         step = arrays(seed, 0.1 if seed else 0.0)
         save_file({key: base[key] + step[key] for key in base}, root / name / "model.safetensors")
     (root / "lora").mkdir()

@@ -47,6 +47,7 @@ seed: 3
 iterations: 5
 tolerance: 1e-6
 granularity: tensor
+tokenizer: union
 dtype: float16
 """
     assert request_of(text) == MergeRequest(
@@ -64,6 +65,7 @@ dtype: float16
         iterations=5,
         tolerance=1e-6,
         granularity="tensor",
+        tokenizer="union",
         dtype="float16",
     )
 
