@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from gemma2.merging.progress import Task
@@ -84,12 +85,14 @@ class _PlainTask:
         self.done = 0.0
         self.fields: dict[str, float | str] = {}
         self.started = self.told = time.monotonic()
+        self._lock = Lock()
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
-        self.done += amount
-        self.fields |= fields
-        if time.monotonic() - self.told >= PLAIN_INTERVAL:
-            self.tell()
+        with self._lock:  # merges advance it from several threads
+            self.done += amount
+            self.fields |= fields
+            if time.monotonic() - self.told >= PLAIN_INTERVAL:
+                self.tell()
 
     def tell(self) -> None:
         self.told = time.monotonic()

@@ -20,8 +20,8 @@ from .products import Products
 from .progress import SILENT, Progress, Task
 from .report import GroupReport, judge, mean_angle
 from .request import MergeRequest
-from .stream import Checks, Output, Stream
-from .verify import verify_output
+from .stream import Output, Stream
+from .verify import ReadBack
 from .vocabulary import write_tokenizer
 from .writer import Writer, copy_companions
 
@@ -32,7 +32,7 @@ __all__ = ["MergeResult", "merge"]
 class MergeResult:
     """What a merge did. After a dry run `groups` is empty.
 
-    seconds  spent in streaming, without digests and flushing to disk
+    seconds  spent in reading, merging, writing and reading back, without flushing to disk and publication
     """
 
     plan: MergePlan
@@ -102,12 +102,11 @@ def _merge(
         stack.enter_context(announced(progress.note))
         stack.enter_context(_no_empty_parents(plan.outputs[0]))
         directories = [stack.enter_context(staged_output(path, force)) for path in plan.outputs]
-        result, checks = _stream(plan, directories, progress, cut)
         for directory in directories:
             copy_companions(plan.models[0].origin, directory, _config_changes(plan))
             if plan.vocabulary:
                 write_tokenizer(plan.vocabulary, directory)
-        digests = _verify(plan, directories, checks, progress) if verify else [{} for _ in directories]
+        result, digests = _stream(plan, directories, verify, progress, cut)
         parents = [digest_weights(model.path, plan.request.threads) for model in plan.inputs]
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
@@ -149,45 +148,45 @@ def _no_empty_parents(out: Path) -> Iterator[None]:
         raise
 
 
-def _stream(plan: MergePlan, directories: list[Path], progress: Progress, cut: int) -> tuple[MergeResult, Checks]:
-    """Read, merge and write all weights."""
+def _stream(
+    plan: MergePlan, directories: list[Path], verify: bool, progress: Progress, cut: int
+) -> tuple[MergeResult, list[dict[str, str]]]:
+    """Read, merge and write all weights; with `verify` read them back and give the digest of each file."""
     begin = time.perf_counter()
+    total = plan.input_bytes * plan.method.passes + (plan.output_bytes * len(directories) if verify else 0)
     with (
         ExitStack() as stack,
         Reader.open(plan.inputs) as reader,
-        progress.task(
-            f"merge {plan.request.method}", total=plan.input_bytes * plan.method.passes, unit="bytes"
-        ) as task,
+        progress.task(f"merge {plan.request.method}", total=total, unit="bytes") as task,
     ):
         for model in plan.inputs:
             _check_tied(plan, model, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
-        groups = _groups(plan, reader, output, task, cut)
+        threads = plan.request.threads
+        followers = [stack.enter_context(ReadBack(directory, threads, task)) for directory in directories if verify]
+        groups = []
+        for group, report in zip(plan.groups, _groups(plan, reader, output, task, cut), strict=True):
+            groups.append(report)
+            for follower in followers:
+                follower.wrote(group.tensors)
+        checks = output.checks.sums
+        digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin
-    return MergeResult(plan, groups, tuple(judge(plan.request.method, groups)), seconds), output.checks
+    warnings = tuple(judge(plan.request.method, groups))
+    return MergeResult(plan, tuple(groups), warnings, seconds), digests or [{} for _ in directories]
 
 
-def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> tuple[GroupReport, ...]:
-    """Merge every group, by the streams of the method's kind."""
+def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
+    """Merge group after group, by the streams of the method's kind."""
     if plan.method.selection is not None:
         from .choose import ChoosingStream, longest_cut  # kernels that a scalar combination need not load
 
         feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
-        return tuple(ChoosingStream(plan, feeder, output, task, plan.method.selection).run())
+        yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
+        return
     products = Products(plan)
-    groups = tuple(Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run())
+    yield from Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run()
     products.save()
-    return groups
-
-
-def _verify(plan: MergePlan, directories: list[Path], checks: Checks, progress: Progress) -> list[dict[str, str]]:
-    """Read every output back; the digests of its weight files."""
-    total = plan.output_bytes * len(directories)
-    with progress.task("verify", total=total, unit="bytes") as task:
-        return [
-            verify_output(directory, plan.layout, sums, plan.request.threads, task)
-            for directory, sums in zip(directories, checks.sums, strict=True)
-        ]
 
 
 def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:

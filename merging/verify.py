@@ -1,17 +1,19 @@
 """Reads an output back as it is on the disk: header, check sums, and the digests that its manifest records.
 
-One pass: a page-sized reader that bypasses the page cache where the writer did, BLAKE3 over the file in order, and the
-check sums of the tensors, which must be those of what was computed. Values were found finite when they were computed,
-so equal bytes are finite as well.
+A reader follows the writer through each file in a thread of its own, past the page cache where the writer went past it:
+BLAKE3 over the file in order, and the check sums of the tensors, which must be those of what was computed. Values were
+found finite when they were computed, so equal bytes are finite as well.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Condition
+from types import TracebackType
 
 from .checkpoint import open_checkpoint
 from .errors import OutputError
@@ -22,94 +24,151 @@ from .outputs import digest_name, hasher, weight_files
 from .progress import Task
 from .writer import DIRECT_BYTES, Layout, aligned, open_direct
 
-__all__ = ["verify_output"]
+__all__ = ["ReadBack"]
 
-PIECE = 8 << 20  # bytes read, hashed and checked at a time
+PIECE = 4 << 20  # bytes read, hashed and checked at a time
 
 
-def verify_output(
-    directory: Path, layout: Layout, checks: Mapping[str, int], threads: int, task: Task
-) -> dict[str, str]:
-    """Compare a finished output with its plan and its check sums; the digest of each weight file.
+class Stopped(Exception):
+    """The merge failed; what follows it ends."""
 
-    checks  of each tensor, as `kernels.check_sum` defines them
-    Raises OutputError naming what differs.
+
+class ReadBack:
+    """Follows the writing of one output. A context: when it is left by an exception, the follower ends.
+
+    The files must have been allocated, with their headers.
     """
-    written = {name: (t.dtype, t.shape) for name, t in open_checkpoint(directory, "output").tensors.items()}
-    if written != dict(layout):
-        raise OutputError(f"{directory} does not read back as it was written", "check the disk, and merge again")
-    files = weight_files(directory)
-    direct = sum(file.stat().st_size for file in files) >= DIRECT_BYTES
-    return {file.name: _verify_file(file, checks, threads, direct, task) for file in files}
 
+    def __init__(self, directory: Path, threads: int, task: Task) -> None:
+        self._directory = directory
+        self._threads = threads
+        self._task = task
+        self._sums: dict[str, int] = {}
+        self._written: set[str] = set()
+        self._stopped = False
+        self._news = Condition()
+        # One runs through the files, one reads ahead for it.
+        self._pool = ThreadPoolExecutor(2)
+        self._digests: Future[dict[str, str]] = self._pool.submit(self._follow)
 
-def _verify_file(path: Path, checks: Mapping[str, int], threads: int, direct: bool, task: Task) -> str:
-    tensors = list(read_header(path).values())
-    sums = dict.fromkeys((tensor.name for tensor in tensors), 0)
-    digest = hasher(threads)
-    position = 0
-    with _pieces(path, direct) as pieces:
-        for piece in pieces:
-            digest.update(memoryview(piece))  # type: ignore[arg-type]
-            _add_checks(tensors, piece, position, sums)
-            position += piece.size
-            task.advance(piece.size)
-    for name, found in sums.items():
-        if found != checks.get(name, 0):  # nothing was written of an empty tensor
+    def __enter__(self) -> ReadBack:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._news:
+            self._stopped = True
+            self._news.notify_all()
+        self._pool.shutdown()
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """These tensors are complete."""
+        with self._news:
+            self._written |= set(names)
+            self._news.notify_all()
+
+    def finish(self, layout: Layout, checks: Mapping[str, int]) -> dict[str, str]:
+        """Compare the output, all of which is written, with its plan; the digest of each weight file.
+
+        checks  of each tensor, as `kernels.check_sum` defines them
+        Raises OutputError naming what differs.
+        """
+        written = {name: (t.dtype, t.shape) for name, t in open_checkpoint(self._directory, "output").tensors.items()}
+        if written != dict(layout):
             raise OutputError(
-                f"{path}: {printable(name)} reads back with check sum {found:08x}, not {checks.get(name, 0):08x}",
-                "check the disk and the memory, and merge again",
+                f"{self._directory} does not read back as it was written", "check the disk, and merge again"
             )
-    return digest_name(digest)
+        self.wrote(layout)  # tensors without elements too
+        digests = self._digests.result()
+        for name, found in self._sums.items():
+            if found != checks.get(name, 0):  # nothing was written of an empty tensor
+                raise OutputError(
+                    f"{self._directory}: {printable(name)} reads back with check sum {found:08x}, "
+                    f"not {checks.get(name, 0):08x}",
+                    "check the disk and the memory, and merge again",
+                )
+        return digests
 
+    def _follow(self) -> dict[str, str]:
+        files = weight_files(self._directory)
+        direct = sum(file.stat().st_size for file in files) >= DIRECT_BYTES
+        return {file.name: self._digest(file, direct) for file in files}
 
-@contextmanager
-def _pieces(path: Path, direct: bool) -> Iterator[Iterator[Bytes]]:
-    """A file in order, PIECE bytes at a time; each is valid until the next is taken. One is read ahead."""
-    size = path.stat().st_size
-    bypass = open_direct(path, os.O_RDONLY) if direct else None
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if bypass is None else bypass
-    buffers = aligned((2, PIECE))
+    def _digest(self, path: Path, direct: bool) -> str:
+        """Of one file; adds to the check sums of its tensors."""
+        tensors = list(read_header(path).values())
+        self._sums |= dict.fromkeys((tensor.name for tensor in tensors), 0)
+        digest = hasher(self._threads)
+        position = 0
+        with self._pieces(path, tensors, direct) as pieces:
+            for piece in pieces:
+                digest.update(memoryview(piece))  # type: ignore[arg-type]
+                for tensor, low, high in overlaps(tensors, position, position + piece.size):
+                    part = piece[low - position : high - position]
+                    sums = self._sums[tensor.name] + int(check_sum(part, (low - tensor.offset) // 2))
+                    self._sums[tensor.name] = sums % 2**32
+                position += piece.size
+                self._task.advance(piece.size)
+        return digest_name(digest)
 
-    def read(number: int) -> Bytes:
-        into = buffers[number % 2]
-        begin = number * PIECE
-        wanted = min(PIECE, size - begin)
-        # Past the cache only whole pages are read; the file ends where it ends.
-        room = into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
-        done = 0
-        while done < wanted:
-            got = os.preadv(descriptor, [memoryview(room)[done:]], begin + done)
-            if got == 0:
-                raise OutputError(f"{path} ended while it was read back", "check the disk, and merge again")
-            done += got
-        return into[:wanted]
+    @contextmanager
+    def _pieces(self, path: Path, tensors: list[Tensor], direct: bool) -> Iterator[Iterator[Bytes]]:
+        """A file in order, PIECE bytes at a time, as it is written; each is valid until the next is taken."""
+        size = path.stat().st_size
+        bypass = open_direct(path, os.O_RDONLY) if direct else None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if bypass is None else bypass
+        buffers = aligned((2, PIECE))
 
-    def pieces() -> Iterator[Bytes]:
-        with ThreadPoolExecutor(1) as reader:
+        def read(number: int) -> Bytes:
+            begin = number * PIECE
+            wanted = min(PIECE, size - begin)
+            self._wait({tensor.name for tensor, _, _ in overlaps(tensors, begin, begin + wanted)})
+            read_piece(descriptor, begin, wanted, buffers[number % 2], path)
+            return buffers[number % 2][:wanted]
+
+        def pieces() -> Iterator[Bytes]:
             count = -(-size // PIECE)
-            ahead = reader.submit(read, 0)
+            ahead = self._pool.submit(read, 0)
             for number in range(count):
                 piece = ahead.result()
                 if number + 1 < count:
-                    ahead = reader.submit(read, number + 1)
+                    ahead = self._pool.submit(read, number + 1)
                 yield piece
 
-    try:
-        yield pieces()
-    except OSError as error:
-        raise OutputError(
-            f"reading {path} back failed ({error.strerror})", "check the disk, and merge again"
-        ) from error
-    finally:
-        os.close(descriptor)
+        try:
+            yield pieces()
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                f"reading {path} back failed ({error.strerror})", "check the disk, and merge again"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def _wait(self, names: set[str]) -> None:
+        """Until these tensors are written."""
+        with self._news:
+            self._news.wait_for(lambda: self._stopped or names <= self._written)
+            if self._stopped:
+                raise Stopped
 
 
-def _add_checks(tensors: Sequence[Tensor], piece: Bytes, position: int, sums: dict[str, int]) -> None:
-    """Add what a piece of the file, from `position` on, holds of each tensor."""
-    end = position + piece.size
+def overlaps(tensors: Iterable[Tensor], begin: int, end: int) -> Iterator[tuple[Tensor, int, int]]:
+    """The tensors that have bytes in [begin, end) of their file, and which."""
     for tensor in tensors:
-        low, high = max(tensor.offset, position), min(tensor.offset + tensor.nbytes, end)
+        low, high = max(tensor.offset, begin), min(tensor.offset + tensor.nbytes, end)
         if low < high:
-            part = piece[low - position : high - position]
-            sums[tensor.name] = (sums[tensor.name] + int(check_sum(part, (low - tensor.offset) // 2))) % 2**32
+            yield tensor, low, high
+
+
+def read_piece(descriptor: int, begin: int, wanted: int, into: Bytes, path: Path) -> None:
+    """Bytes [begin, begin + wanted) of a file; past the page cache only whole pages are read."""
+    room = into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
+    done = 0
+    while done < wanted:
+        got = os.preadv(descriptor, [memoryview(room)[done:]], begin + done)
+        if got == 0:
+            raise OutputError(f"{path} ended while it was read back", "check the disk, and merge again")
+        done += got

@@ -103,7 +103,7 @@ def around_the_stream(monkeypatch, block):
 
     def groups(*arguments):
         with block(arguments[1:]):
-            return begin(*arguments)
+            yield from begin(*arguments)
 
     monkeypatch.setattr(engine, "_groups", groups)
 
@@ -184,14 +184,17 @@ def corrupt(path, offset, mask=0x10):
 
 
 def before_the_read_back(monkeypatch, damage):
-    """Do something to the staged directory after it was written and before it is read back."""
-    check = engine.verify_output
+    """Do something to the staged directory after everything was written and before any of it is read back."""
+    written = verify.ReadBack.wrote
+    finish = verify.ReadBack.finish
 
-    def verified(directory, *arguments):
-        damage(directory)
-        return check(directory, *arguments)
+    def finished(self, *arguments):
+        damage(self._directory)
+        monkeypatch.setattr(verify.ReadBack, "wrote", written)
+        return finish(self, *arguments)
 
-    monkeypatch.setattr(engine, "verify_output", verified)
+    monkeypatch.setattr(verify.ReadBack, "wrote", lambda self, names: None)
+    monkeypatch.setattr(verify.ReadBack, "finish", finished)
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties"])
