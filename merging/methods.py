@@ -125,9 +125,8 @@ class Method:
     @property
     def passes(self) -> int:
         """How often the data is read."""
-        if self.selection and self.selection.by == "magnitude":
-            return 3
-        return 2 if self.adaptive else 1
+        thresholds = self.selection is not None and self.selection.by == "magnitude"
+        return 2 if self.adaptive or thresholds else 1
 
 
 def _around_base(group: Group, found: Slerp) -> Mix:

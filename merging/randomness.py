@@ -36,13 +36,13 @@ def stream_key(seed: int, tensor: str, model: int) -> Words:
     return np.frombuffer(digest, "<u4").astype(np.uint64)
 
 
-@compiled(inline="always")
+@compiled(inner=True, inline="always")
 def _round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     left, right = M0 * (c0 & WORD), M1 * (c2 & WORD)
     return (right >> U32) ^ c1 ^ k0, right & WORD, (left >> U32) ^ c3 ^ k1, left & WORD
 
 
-@compiled(inline="always")
+@compiled(inner=True, inline="always")
 def _five_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     # Written out: a loop over rounds keeps the compiler from working on several counters at a time (six times slower).
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 & WORD, k1 & WORD)
@@ -59,7 +59,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     return _five_rounds(c0, c1, c2, c3, k0 + W0 * U5, k1 + W1 * U5)
 
 
-@compiled()
+@compiled(inner=True)
 def fill_quads(key: Words, counter: Any, out: Floats) -> None:
     """Numbers of the elements of whole counters, fp32 (4 n,)."""
     k0, k1 = key[0], key[1]

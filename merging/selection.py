@@ -1,8 +1,10 @@
-"""Which elements of a task vector are the largest: exact thresholds by counting, without sorting (radix select).
+"""Which elements of a task vector are the largest: exact thresholds by counting, without sorting.
 
-The magnitude of an fp32 number orders as its bit pattern does. A first pass counts the upper 16 bits, a second the
-lower 16 bits of the elements in the bucket that holds the wanted rank. Counts are integers: they add up over cuts,
-tensors and threads in any order.
+The magnitude of an fp32 number orders as its bit pattern does. A sample tells about where the wanted rank lies; one
+pass over the data counts the elements above a window of WINDOW bit patterns around it, and each pattern inside. When
+the rank is not in the window, one pass counts all patterns in steps of 2**COARSE, and another those of the step that
+holds it: the sample decides how long it takes, never what is found. Counts are integers: they add up over cuts, tensors
+and threads in any order.
 
 k = max(1, floor(density * n)); elements equal to the k-th largest are all kept, whatever their order, so that more than
 k may stay. The papers do not say how they round, and their sorts keep k.
@@ -15,15 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import Floats, compiled, value
+from .formats import compiled, float_bits, value
 from .kernels import BLOCK
+from .passes import DONE, Longs, load
 
-__all__ = ["BUCKETS", "bucket_of_rank", "histogram", "kept_ranks", "magnitude"]
+__all__ = ["COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank", "sample"]
+__all__ += ["sample_places"]
 
-BUCKETS = 1 << 16
-U16, LOW_BITS, MAGNITUDE, INFINITE = np.uint32(16), np.uint32(0xFFFF), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
+COARSE = 13  # WINDOW steps of 2**COARSE patterns are all there are
+PIECE = 512  # elements of a sample that are neighbours
+MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 Counts = NDArray[np.int64]
+Bits = NDArray[np.uint32]
 
 
 def kept_ranks(count: int, density: float, gamma: float = 0.0) -> tuple[int, int]:
@@ -36,107 +43,109 @@ def kept_ranks(count: int, density: float, gamma: float = 0.0) -> tuple[int, int
     return dropped + 1, dropped + kept
 
 
-def bucket_of_rank(counts: Counts, rank: int) -> tuple[int, int]:
-    """The bucket that holds the rank-th largest, and its rank inside the bucket; ranks count from 1.
-
-    counts  (buckets,) elements per bucket, in ascending order of magnitude
-    """
-    above = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(above, rank))
-    bucket = len(counts) - 1 - place
-    return bucket, rank - int(above[place] - counts[bucket])
+def magnitude(bits: int) -> float:
+    """The fp32 number with these bits."""
+    return float(np.array([bits], np.uint32).view(np.float32)[0])
 
 
-def magnitude(leading: int, trailing: int) -> float:
-    """The fp32 number with these upper and lower 16 bits."""
-    return float(np.array([leading << 16 | trailing], np.uint32).view(np.float32)[0])
+def sample_places(count: int, wanted: int) -> Longs:
+    """Where to take pieces of `count` elements, `wanted` of them or a few more in all, evenly spread."""
+    pieces = -(-wanted // PIECE)
+    if pieces * PIECE >= count:
+        return np.arange(0, count, PIECE)
+    return np.arange(pieces) * count // pieces
 
 
-@compiled()
-def subtract(x: Any, base: Any, out: Floats) -> None:
-    """`out = x - base`, of bf16 bits or of fp32."""
+def near_rank(bits: Bits, rank: int, count: int) -> int:
+    """The pattern of the rank-th largest of `count` elements, as far as a sample of them tells; exact if it is all."""
+    place = min(max(round((rank - 0.5) / count * len(bits) + 0.5), 1), len(bits))
+    return int(np.partition(bits, len(bits) - place)[len(bits) - place])
+
+
+def place_of_rank(counts: Counts, above: int, rank: int) -> int | None:
+    """The bin of the rank-th largest element, `above` of which lie beyond the last bin; None if it is in none."""
+    cumulated = np.cumsum(counts[::-1])
+    if not above < rank <= above + cumulated[-1]:
+        return None
+    return len(counts) - 1 - int(np.searchsorted(cumulated, rank - above))
+
+
+@compiled(inner=True)
+def delta_bits(x: Any, base: Any, out: Bits) -> None:
+    """The bit patterns of |x - base|."""
     for i in range(out.size):
-        out[i] = value(x[i]) - value(base[i])
+        out[i] = np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)
 
 
 @compiled()
-def to_magnitude_bits(delta: Floats) -> Any:
-    """Replace deltas by the bit patterns of their magnitudes, which order alike: a uint32 view (n,)."""
-    bits = delta.view(np.uint32)
-    for i in range(bits.size):
-        bits[i] = bits[i] & MAGNITUDE
-    return bits
+def sample(files: Longs, places: Longs, count: int, stored: Any, out: Bits) -> Any:
+    """Bit patterns of all deltas in pieces of a tensor. A code as in `passes`.
 
-
-@compiled()
-def largest_bits(delta: Floats) -> Any:
-    """The bit pattern of the largest |delta|: INFINITE or above when one is Inf or NaN."""
-    largest = np.uint32(0)
-    bits = delta.view(np.uint32)
-    for i in range(bits.size):
-        own = np.uint32(bits[i] & MAGNITUDE)
-        largest = own if own > largest else largest
-    return largest
-
-
-@compiled()
-def histogram(stored: Any, count: int, targets: Counts, out: Counts) -> bool:
-    """Count magnitudes of deltas by their bit pattern; adds to `out`. False when one of them is Inf or NaN.
-
-    stored   (M + 1, >= count) as `kernels.gram` wants it, row 0 the base
-    targets  (Q, 2): row of a model (1..M), and -1 to count the upper 16 bits, or upper bits: the lower 16 bits of the
-             elements that have these are counted
-    out      (Q, BUCKETS) int64
+    files   as `passes.load` wants them
+    places  (P,) first elements of pieces of PIECE elements, fewer at the end of the `count` of the tensor
+    stored  (M + 1, >= PIECE) work space, row 0 the base
+    out     (M, >= P * PIECE) filled piece by piece, those at the end moved up
     """
-    finite = True
-    parts = np.empty((4, BUCKETS // 2), np.int32)
-    space = np.empty(BLOCK, np.float32)
-    found = np.empty(BLOCK + 1, np.uint32)
-    for q in range(targets.shape[0]):
-        row, prefix = targets[q, 0], targets[q, 1]
-        parts[:] = 0
+    done = 0
+    for place in places:
+        size = min(PIECE, count - place)
+        failed = load(files, place, size, stored)
+        if failed:
+            return failed
+        for m in range(len(out)):
+            delta_bits(stored[m + 1, :size], stored[0, :size], out[m, done : done + size])
+        done += size
+    return DONE
+
+
+@compiled(inner=True)
+def offsets_of(bits: Bits, low: Any, shift: Any, offsets: Bits, inside: NDArray[np.uint8]) -> Any:
+    """The bin of each pattern in a window that begins at `low`, whether it is in one, and how many lie above."""
+    above = np.uint32(0)
+    high = np.uint32(low + np.uint32(np.uint32(WINDOW) << shift))
+    for i in range(bits.size):
+        above = np.uint32(above + np.uint32(bits[i] >= high))
+        offset = np.uint32(np.uint32(bits[i] - low) >> shift)
+        offsets[i] = offset
+        inside[i] = offset < np.uint32(WINDOW)
+    return np.int64(above)
+
+
+@compiled(inner=True)
+def count_inside(offsets: Bits, inside: Any, counts: Counts) -> None:
+    """Count what is inside; few are, so that eight are looked at at a time. `inside` is (n / 8,) uint64."""
+    for word in range(inside.size):
+        if inside[word]:
+            for i in range(8 * word, 8 * word + 8):
+                if offsets[i] < np.uint32(WINDOW):
+                    counts[offsets[i]] += 1
+
+
+@compiled()
+def count_near(files: Longs, span: tuple[int, int, int], stored: Any, windows: Longs, counts: Counts) -> Any:
+    """Count the magnitudes of deltas of elements [first, first + count), `cut` at a time. A code as in `passes`.
+
+    span     (first, count, cut)
+    stored   (M + 1, >= cut) work space, row 0 the base
+    windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
+    counts   (Q, 1 + WINDOW) what lies above the window, and what lies in each bin, is added
+    """
+    first, total, cut = span
+    bits, offsets, inside = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)
+    for begin in range(0, total, cut):
+        count = min(cut, total - begin)
+        failed = load(files, first + begin, count, stored)
+        if failed:
+            return failed
         for start in range(0, count, BLOCK):
-            end = min(start + BLOCK, count)
-            delta = space[: end - start]
-            subtract(stored[row, start:end], stored[0, start:end], delta)
-            finite &= largest_bits(delta) < INFINITE
-            bits = to_magnitude_bits(delta)
-            if prefix < 0:
-                count_leading(bits, parts)
-            else:
-                count_trailing(bits, np.uint32(prefix), found, out[q])
-        if prefix < 0:
-            add_counts(parts, out[q, : BUCKETS // 2])
-    return finite
-
-
-@compiled()
-def add_counts(parts: NDArray[np.int32], out: Counts) -> None:
-    """`out += sum over the four parts`"""
-    first, second, third, fourth = parts[0], parts[1], parts[2], parts[3]
-    for i in range(out.size):
-        out[i] += np.int64(first[i]) + np.int64(second[i]) + np.int64(third[i]) + np.int64(fourth[i])
-
-
-@compiled()
-def count_leading(bits: NDArray[np.uint32], out: NDArray[np.int32]) -> None:
-    """Counts of `bits >> 16` to (4, n): each waits for the last count of an equal one, and equal neighbours abound."""
-    first, second, third, fourth = out[0], out[1], out[2], out[3]
-    for i in range(bits.size // 4):
-        first[bits[4 * i] >> U16] += 1
-        second[bits[4 * i + 1] >> U16] += 1
-        third[bits[4 * i + 2] >> U16] += 1
-        fourth[bits[4 * i + 3] >> U16] += 1
-    for i in range(bits.size // 4 * 4, bits.size):
-        first[bits[i] >> U16] += 1
-
-
-@compiled()
-def count_trailing(bits: NDArray[np.uint32], prefix: Any, found: NDArray[np.uint32], out: Counts) -> None:
-    """Counts of the lower 16 bits where the upper ones are `prefix`; `found` (n + 1,) is work space."""
-    end = np.int64(0)
-    for i in range(bits.size):  # gathered first, without a branch to guess
-        found[end] = bits[i] & LOW_BITS
-        end += np.int64(bits[i] >> U16 == prefix)
-    for i in range(end):
-        out[found[i]] += 1
+            size = min(BLOCK, count - start)
+            words = (size + 7) // 8
+            for i in range(size, 8 * words):
+                offsets[i], inside[i] = np.uint32(WINDOW), np.uint8(0)
+            for q in range(len(windows)):
+                x, base = stored[windows[q, 0], start : start + size], stored[0, start : start + size]
+                low, shift = np.uint32(windows[q, 1]), np.uint32(windows[q, 2])
+                delta_bits(x, base, bits[:size])
+                counts[q, 0] += offsets_of(bits[:size], low, shift, offsets, inside)
+                count_inside(offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])
+    return DONE

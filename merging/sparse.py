@@ -15,9 +15,9 @@ consensus  the sum, or TIES' election: per element the sign of the sum; only ter
 Sources: TIES, arXiv 2306.01708, section 4; DARE, 2311.03099, section 3; DELLA, 2406.11617, section 3 (MAGPRUNE, by
 rows); Model Breadcrumbs, 2312.06795, section 3. Deviations:
 1) Elements equal to a threshold are all kept (see `selection`).
-2) DELLA: elements in one bucket (within 1/64 of each other) share their mean rank, so p is off by at most
+2) DELLA: elements in one bucket (within 1/32 of each other) share their mean rank, so p is off by at most
    epsilon * (c - 1) / (row - 1) for c elements in a bucket; its mean over the row is the density. All magnitudes under
-   2**-16 of the row's largest are one bucket.
+   2**-12 of the row's largest are one bucket.
 3) Signs are elected after rescaling, by the weighted sum; a negative weight turns the sign of its term.
 """
 
@@ -29,20 +29,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import ITEMS, Bytes, Doubles, Floats, compiled, narrow, value
-from .kernels import BLOCK, REORDER
+from .formats import Doubles, Floats, compiled, float_bits, store, value
+from .kernels import BLOCK, REORDER, check_sum, gram
+from .passes import DONE, NOT_FINITE, Longs, load, write_all
 from .randomness import Words, uniforms
-from .selection import INFINITE, MAGNITUDE, Counts, largest_bits, subtract
+from .selection import MAGNITUDE, Counts
 
-__all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "sparse_combine"]
+__all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "sparse_combine"]
 
 SUM, ELECT, ELECT_MEAN = 0, 1, 2
 WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE = range(7)  # columns of the table
 COLUMNS = 7
-OCTAVES = 16  # below the largest magnitude of a row, 64 buckets each
-ROW_BUCKETS = OCTAVES * 64
+CHUNK = 1024  # elements: the rows of a chunk stay in the first level cache
+OCTAVES = 12  # below the largest magnitude of a row, 32 buckets each
+ROW_BUCKETS = OCTAVES * 32
 LAST_BUCKET = np.uint32(ROW_BUCKETS - 1)
-U17 = np.uint32(17)
+U18 = np.uint32(18)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,118 +97,124 @@ class Sparsity:
         return table
 
 
-@compiled()
-def rank_buckets(delta: Floats, largest: Any, out: NDArray[np.uint32]) -> None:
-    """The bucket of each |delta|; 0 holds the largest. `out` is other memory, or the loop would not be vectorised."""
-    bits = delta.view(np.uint32)
-    for i in range(bits.size):
-        below = np.uint32(np.uint32(largest - np.uint32(bits[i] & MAGNITUDE)) >> U17)
-        out[i] = below if below < LAST_BUCKET else LAST_BUCKET
-
-
-@compiled()
-def mean_ranks(counts: Counts, length: int, ranks: Floats) -> None:
-    """Mean rank of each bucket's elements: 0 is the smallest of the row, 1 the largest; 1/2 for one alone."""
-    share = 1.0 / max(length - 1, 1)
-    above = np.int64(0)
-    for bucket in range(counts.size):
-        inside = counts[bucket]
-        ranks[bucket] = 1.0 - (above + 0.5 * (inside - 1)) * share
-        above += inside
-    if length == 1:
-        ranks[:] = 0.5
-
-
-@compiled()
-def rank_row(x: Any, base: Any, space: Floats, ranks: Floats) -> Any:
-    """Mean ranks of the buckets (ROW_BUCKETS,) of the row `x - base`, and the bits of its largest magnitude.
-
-    `space` is (2, BLOCK).
-    """
+@compiled(inner=True)
+def largest_bits(x: Any, base: Any) -> Any:
+    """The bit pattern of the largest |x - base|."""
     largest = np.uint32(0)
-    for start in range(0, x.size, BLOCK):
-        end = min(start + BLOCK, x.size)
-        subtract(x[start:end], base[start:end], space[0, : end - start])
-        largest = max(largest, largest_bits(space[0, : end - start]))
-    counts = np.zeros(ROW_BUCKETS, np.int64)
-    buckets = space[1].view(np.uint32)
-    for start in range(0, x.size, BLOCK):
-        end = min(start + BLOCK, x.size)
-        subtract(x[start:end], base[start:end], space[0, : end - start])
-        rank_buckets(space[0, : end - start], largest, buckets[: end - start])
-        for i in range(end - start):
-            counts[buckets[i]] += 1
-    mean_ranks(counts, x.size, ranks)
+    for i in range(x.size):
+        own = np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)
+        largest = own if own > largest else largest
     return largest
 
 
-@compiled()
-def add_trimmed(delta: Floats, setting: Doubles, total: Floats) -> None:
-    """`delta = weight * delta` where low <= |delta| <= high, else 0; `total += delta`."""
+@compiled(inner=True)
+def rank_buckets(x: Any, base: Any, largest: Any, out: NDArray[np.uint16]) -> None:
+    """The bucket of each |x - base|; 0 holds the largest."""
+    for i in range(x.size):
+        below = np.uint32(np.uint32(largest - np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)) >> U18)
+        out[i] = below if below < LAST_BUCKET else LAST_BUCKET
+
+
+@compiled(inner=True)
+def count_buckets(buckets: NDArray[np.uint16], counts: NDArray[np.int32]) -> None:
+    """Elements of each bucket, as a sum of four rows: equal neighbours abound, and one count waits for the other."""
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
+    whole = buckets.size // 4 * 4
+    for i in range(0, whole, 4):
+        first[buckets[i]] += 1
+        second[buckets[i + 1]] += 1
+        third[buckets[i + 2]] += 1
+        fourth[buckets[i + 3]] += 1
+    for i in range(whole, buckets.size):
+        first[buckets[i]] += 1
+
+
+@compiled(inner=True, error_model="numpy")
+def rank_row(
+    x: Any, base: Any, setting: Doubles, buckets: NDArray[np.uint16], counts: NDArray[np.int32], chances: Floats
+) -> None:
+    """The buckets of one row, and DELLA's keep probability per bucket.
+
+    The probability is density - epsilon for the smallest of the row, + epsilon at the top; a bucket has the mean rank
+    of its elements.
+
+    buckets  (n,) of each element
+    counts   (4, ROW_BUCKETS) work space
+    chances  (ROW_BUCKETS,)
+    """
+    rank_buckets(x, base, largest_bits(x, base), buckets)
+    for part in range(4):
+        for bucket in range(ROW_BUCKETS):
+            counts[part, bucket] = 0
+    count_buckets(buckets, counts)
+    keep = setting[KEEP]
+    slope = setting[SPREAD] / max(x.size - 1, 1)
+    above = 0
+    for bucket in range(ROW_BUCKETS):
+        inside = counts[0, bucket] + counts[1, bucket] + counts[2, bucket] + counts[3, bucket]
+        chance = keep + slope * (x.size - above - above - inside)  # 2 epsilon (rank / (n - 1) - 1 / 2)
+        chances[bucket] = chance
+        above += inside
+
+
+@compiled(inner=True)
+def trim(x: Any, base: Any, setting: Doubles, terms: Floats) -> None:
+    """`term = weight * delta` where low <= |delta| <= high, else 0."""
     low, high, weight = np.float32(setting[LOW]), np.float32(setting[HIGH]), np.float32(setting[WEIGHT])
-    for i in range(total.size):
-        size = abs(delta[i])
-        term = weight * delta[i] if (size >= low) & (size <= high) else np.float32(0)
-        delta[i] = term
-        total[i] += term
+    for i in range(terms.size):
+        delta = value(x[i]) - value(base[i])
+        size = abs(delta)
+        term = weight * delta if (size >= low) & (size <= high) else np.float32(0)
+        terms[i] = term
 
 
-@compiled(error_model="numpy")
-def add_at_random(delta: Floats, draw: Floats, setting: Doubles, total: Floats) -> None:
-    """DARE: `delta = weight * delta / p` with probability p, else 0, the division where asked; `total += delta`."""
+@compiled(inner=True, error_model="numpy")
+def keep_at_random(x: Any, base: Any, draw: Floats, setting: Doubles, terms: Floats) -> None:
+    """DARE: `term = weight * delta / p` with probability p, else 0, the division where asked."""
     chance, weight = np.float32(setting[KEEP]), setting[WEIGHT]
     factor = np.float32(weight / setting[KEEP] if setting[RESCALE] != 0.0 else weight)
-    for i in range(total.size):
-        term = factor * delta[i] if draw[i] < chance else np.float32(0)
-        delta[i] = term
-        total[i] += term
+    for i in range(terms.size):
+        delta = value(x[i]) - value(base[i])
+        term = factor * delta if draw[i] < chance else np.float32(0)
+        terms[i] = term
 
 
-@compiled(error_model="numpy")
-def add_by_rank(delta: Floats, draw: Floats, setting: Doubles, chance: Floats, total: Floats) -> None:
-    """DELLA: as `add_at_random`, with the probability of each element in `chance`."""
-    weight = np.float32(setting[WEIGHT])
-    if setting[RESCALE] == 0.0:
-        for i in range(total.size):
-            term = weight * delta[i] if draw[i] < chance[i] else np.float32(0)
-            delta[i] = term
-            total[i] += term
-        return
-    for i in range(total.size):
-        term = weight * delta[i] / chance[i] if draw[i] < chance[i] else np.float32(0)
-        delta[i] = term
-        total[i] += term
-
-
-@compiled()
-def chances_of(delta: Floats, setting: Doubles, largest: Any, ranks: Floats, out: Floats) -> None:
-    """DELLA's keep probability of each element: density - epsilon for the smallest of the row, + epsilon at the top."""
-    floor, slope = np.float32(setting[KEEP] - setting[SPREAD]), np.float32(2.0 * setting[SPREAD])
-    buckets = out.view(np.uint32)
-    rank_buckets(delta, largest, buckets)
+@compiled(inner=True)
+def chances_of(buckets: NDArray[np.uint16], chances: Floats, out: Floats) -> None:
+    """The keep probability of each element's bucket."""
     for i in range(out.size):
-        out[i] = floor + slope * ranks[buckets[i]]
+        out[i] = chances[buckets[i]]
 
 
-@compiled()
-def add_agreeing(delta: Floats, weight: Any, total: Floats, kept: Floats, share: Floats) -> None:
-    """Where a term has the sign of the total: `kept += delta; share += weight`."""
+@compiled(inner=True, error_model="numpy")
+def keep_by_rank(x: Any, base: Any, draw: Floats, chance: Floats, setting: Doubles, terms: Floats) -> None:
+    """DELLA: as `keep_at_random`, with the probability of each element."""
+    weight, rescale = np.float32(setting[WEIGHT]), setting[RESCALE] != 0.0
+    for i in range(terms.size):
+        delta = weight * (value(x[i]) - value(base[i]))
+        term = delta / (chance[i] if rescale else np.float32(1))
+        terms[i] = term if draw[i] < chance[i] else np.float32(0)
+
+
+@compiled(inner=True)
+def add_agreeing(terms: Floats, weight: Any, total: Floats, kept: Floats, share: Floats) -> None:
+    """Where a term has the sign of the total: `kept += term; share += weight`."""
     for i in range(total.size):
-        agrees = ((delta[i] > 0) & (total[i] > 0)) | ((delta[i] < 0) & (total[i] < 0))
-        kept[i] += delta[i] if agrees else np.float32(0)
+        agrees = ((terms[i] > 0) & (total[i] > 0)) | ((terms[i] < 0) & (total[i] < 0))
+        kept[i] += terms[i] if agrees else np.float32(0)
         share[i] += weight if agrees else np.float32(0)
 
 
-@compiled(error_model="numpy")
+@compiled(inner=True, error_model="numpy")
 def divide(kept: Floats, share: Floats) -> None:
     """`kept /= share`, where anything takes part."""
     for i in range(kept.size):
         kept[i] = kept[i] / (share[i] if share[i] != 0 else np.float32(1))
 
 
-@compiled(fastmath=REORDER)
+@compiled(inner=True, fastmath=REORDER)
 def square(vector: Floats) -> Any:
-    """Squared norm of one block: fp32, or fp64 where that overflows."""
+    """Squared norm of one chunk: fp32, or fp64 where that overflows."""
     total = np.float32(0)
     for i in range(vector.size):
         total += vector[i] * vector[i]
@@ -218,7 +226,7 @@ def square(vector: Floats) -> Any:
     return precise
 
 
-@compiled()
+@compiled(inner=True)
 def add_base(base: Any, merged: Floats, out: Floats) -> None:
     """Their sum; the base itself where nothing is added, since -0.0 + 0.0 loses the sign."""
     for i in range(out.size):
@@ -226,19 +234,65 @@ def add_base(base: Any, merged: Floats, out: Floats) -> None:
         out[i] = origin + merged[i] if merged[i] != 0 else origin
 
 
+@compiled(inner=True)
+def clear(row: Floats) -> None:
+    """Zeros."""
+    for i in range(row.size):
+        row[i] = np.float32(0)
+
+
+@compiled(inner=True, error_model="numpy")
+def mean_of_two(first: Floats, second: Floats, weights: Any, base: Any, merged: Floats) -> None:
+    """ELECT_MEAN of two rows of terms in one loop, which is the most common merge."""
+    one, two = weights
+    for i in range(merged.size):
+        a, b = first[i], second[i]
+        total = a + b
+        left = ((a > 0) & (total > 0)) | ((a < 0) & (total < 0))
+        right = ((b > 0) & (total > 0)) | ((b < 0) & (total < 0))
+        kept = (a if left else np.float32(0)) + (b if right else np.float32(0))
+        share = (one if left else np.float32(0)) + (two if right else np.float32(0))
+        merged[i] = kept / (share if share != 0 else np.float32(1))
+
+
+@compiled(inner=True)
+def elect(terms: Floats, table: Doubles, consensus: int, merged: Floats, total: Floats, share: Floats) -> None:
+    """The consensus of the terms (M, >= n) of any number of models; `total` and `share` are work space."""
+    clear(total)
+    clear(merged)
+    clear(share)
+    for m in range(len(table)):
+        for i in range(total.size):
+            total[i] += terms[m, i]
+    for m in range(len(table)):
+        add_agreeing(terms[m, : total.size], np.float32(table[m, SHARE]), total, merged, share)
+    if consensus == ELECT_MEAN:
+        divide(merged, share)
+
+
+@compiled(inner=True)
+def merge_chunk(terms: Floats, base: Any, table: Doubles, consensus: int, space: Any, out: Any) -> Any:
+    """From the terms (M, n) to the stored result: whether it is finite, and its squared norm."""
+    merged, total, share = space
+    if consensus == ELECT_MEAN and len(table) == 2:
+        mean_of_two(terms[0], terms[1], (np.float32(table[0, SHARE]), np.float32(table[1, SHARE])), base, merged)
+    elif consensus != SUM:
+        elect(terms, table, consensus, merged, total, share)
+    else:
+        clear(merged)
+        for m in range(len(table)):
+            for i in range(merged.size):
+                merged[i] += terms[m, i]
+    norm = square(merged)
+    add_base(base, merged, total)
+    return store(total, out), norm
+
+
 @compiled()
 def sparse_combine(
-    stored: Any,
-    span: Counts,
-    table: Doubles,
-    keys: Words,
-    consensus: int,
-    rows: Floats,
-    out: Bytes,
-    out_kind: int,
-    squares: Doubles,
+    stored: Any, span: Counts, table: Doubles, keys: Words, consensus: int, rows: Floats, out: Any, squares: Doubles
 ) -> bool:
-    """Merge elements of one tensor. False when a delta or a stored value is Inf or NaN.
+    """Merge elements of one tensor. False when a stored value is Inf or NaN; a bad delta may be dropped unseen.
 
     stored     (M + 1, >= count) as `kernels.gram` wants it, row 0 the base
     span       (count, first, unit): elements, index of the first in its tensor, and the length over which squares are
@@ -247,52 +301,90 @@ def sparse_combine(
     table      (M, COLUMNS) fp64, from `Sparsity.table`
     keys       (M, 2) uint64, from `stream_key`
     consensus  SUM, ELECT or ELECT_MEAN
-    rows       (>= M + 3, BLOCK) fp32 work space
-    out        (>= count * item,) uint8, encoded as `out_kind`
+    rows       (>= M + 3, >= CHUNK) fp32 work space
+    out        (>= count,) of a dtype in formats.STORED
     squares    (ceil(count / unit),) fp64: squared norm of the merged delta, per unit
     """
-    count, unit, models = span[0], span[2], table.shape[0]
-    ranks = np.empty((models, ROW_BUCKETS), np.float32)
-    largest = np.zeros(models, np.uint32)
-    draws = np.empty(BLOCK + 6, np.float32)
-    item = ITEMS[out_kind]
+    count, first, unit, models = span[0], span[1], span[2], len(table)
+    ranked = False
+    for m in range(models):
+        ranked |= table[m, SPREAD] != 0.0
+    buckets = np.empty((models, unit if ranked else 0), np.uint16)
+    counts = np.empty((4, ROW_BUCKETS), np.int32)
+    chances = np.empty((models, ROW_BUCKETS), np.float32)
+    draws = np.empty(CHUNK + 6, np.float32)
+    merged, total, share = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     finite = True
     for number in range(squares.size):
         begin = number * unit
         stop = min(begin + unit, count)
         for m in range(models):
             if table[m, SPREAD] != 0.0:
-                largest[m] = rank_row(stored[m + 1, begin:stop], stored[0, begin:stop], rows[:2], ranks[m])
+                x, base = stored[m + 1, begin:stop], stored[0, begin:stop]
+                rank_row(x, base, table[m], buckets[m, : stop - begin], counts, chances[m])
         squares[number] = 0.0
-        for start in range(begin, stop, BLOCK):
-            end = min(start + BLOCK, stop)
+        for start in range(begin, stop, CHUNK):
+            end = min(start + CHUNK, stop)
             size = end - start
             base = stored[0, start:end]
-            total, kept, share = rows[models, :size], rows[models + 1, :size], rows[models + 2, :size]
-            total[:] = np.float32(0)
             for m in range(models):
-                delta = rows[m, :size]
-                subtract(stored[m + 1, start:end], base, delta)
-                finite &= largest_bits(delta) < INFINITE
-                if table[m, KEEP] >= 1.0 and table[m, SPREAD] == 0.0:
-                    add_trimmed(delta, table[m], total)
-                    continue
-                draw = uniforms(keys[m], span[1] + start, size, draws)
-                if table[m, SPREAD] == 0.0:
-                    add_at_random(delta, draw, table[m], total)
+                x, terms = stored[m + 1, start:end], rows[m, :size]
+                if table[m, SPREAD] != 0.0:
+                    draw = uniforms(keys[m], first + start, size, draws)
+                    chances_of(buckets[m, start - begin : end - begin], chances[m], total[:size])
+                    keep_by_rank(x, base, draw, total[:size], table[m], terms)
+                elif table[m, KEEP] < 1.0:
+                    draw = uniforms(keys[m], first + start, size, draws)
+                    keep_at_random(x, base, draw, table[m], terms)
                 else:
-                    chances_of(delta, table[m], largest[m], ranks[m], kept)
-                    add_by_rank(delta, draw, table[m], kept, total)
-            merged = total
-            if consensus != SUM:
-                merged = kept
-                kept[:] = np.float32(0)
-                share[:] = np.float32(0)
-                for m in range(models):
-                    add_agreeing(rows[m, :size], np.float32(table[m, SHARE]), total, kept, share)
-                if consensus == ELECT_MEAN:
-                    divide(kept, share)
-            squares[number] += square(merged)
-            add_base(base, merged, share)
-            finite &= narrow(share, out_kind, out[start * item : end * item])
+                    trim(x, base, table[m], terms)
+            space = (merged[:size], total[:size], share[:size])
+            fits, norm = merge_chunk(rows, base, table, consensus, space, out[start:end])
+            finite &= fits
+            squares[number] += norm
     return finite
+
+
+@compiled()
+def blend_chosen(
+    files: Longs,
+    span: tuple[int, int, int, int],
+    settings: tuple[Doubles, Words, int],
+    target: tuple[int, int],
+    space: tuple[Any, Floats, Any],
+    checks: NDArray[np.uint32],
+    products: Doubles,
+    squares: Doubles,
+) -> Any:
+    """Choose, combine and write elements [first, first + count) of a tensor, `cut` at a time. A code as in `passes`.
+
+    span      (first, count, cut, unit); cut is a multiple of the unit, as in `sparse_combine`
+    settings  table, keys and consensus, as in `sparse_combine`
+    target    descriptor and offset of the tensor in the output; -1: the caller writes `out`, and count <= cut
+    space     stored (M + 1, >= cut), rows and out (1, >= cut), as in `sparse_combine`
+    checks    (1,) the check sum of what was written is added to it
+    products  (sum of ceil(cut / BLOCK), 1 + pairs) of each cut, see `kernels.gram`. Not finite: nothing else counts
+    squares   (ceil(count / unit),) as in `sparse_combine`
+    """
+    first, total, cut, unit = span
+    table, keys, consensus = settings
+    stored, rows, out = space
+    low = 0
+    for begin in range(0, total, cut):
+        count = min(cut, total - begin)
+        failed = load(files, first + begin, count, stored)
+        if failed:
+            return failed
+        blocks = (count + BLOCK - 1) // BLOCK
+        gram(stored, count, True, products[low : low + blocks])
+        low += blocks
+        own = squares[begin // unit : (begin + count + unit - 1) // unit]
+        place = (first + begin) * out.itemsize
+        here = np.array((count, first + begin, unit))
+        if not sparse_combine(stored, here, table, keys, consensus, rows, out[0, :count], own):
+            return NOT_FINITE
+        data = out[0, :count].view(np.uint8)
+        checks[0] += check_sum(data, place // 2)
+        if target[0] >= 0 and not write_all(target[0], target[1] + place, data):
+            return NOT_FINITE - 1
+    return DONE

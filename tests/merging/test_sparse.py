@@ -4,11 +4,23 @@ import numpy as np
 import pytest
 from model_files import from_bytes, to_bytes
 
-from gemma2.merging.formats import ITEMS, KINDS, widen
-from gemma2.merging.kernels import BLOCK
+from gemma2.merging.formats import ITEMS, KINDS, STORED, widen
+from gemma2.merging.kernels import BLOCK, pair_count
+from gemma2.merging.passes import DONE, NOT_FINITE
 from gemma2.merging.randomness import stream_key, uniforms
-from gemma2.merging.selection import BUCKETS, bucket_of_rank, histogram, kept_ranks, magnitude
-from gemma2.merging.sparse import Sparsity, sparse_combine
+from gemma2.merging.selection import (
+    COARSE,
+    PIECE,
+    WINDOW,
+    count_near,
+    kept_ranks,
+    magnitude,
+    near_rank,
+    place_of_rank,
+    sample,
+    sample_places,
+)
+from gemma2.merging.sparse import Sparsity, blend_chosen, sparse_combine
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
@@ -54,25 +66,37 @@ def merged(raw, kinds, sparsity, *, count, out_dtype="F32", first=0, row=None, s
     """The stored result in fp64, and the squares."""
     models = len(kinds) - 1
     unit = row if sparsity.by_rows else BLOCK
-    out = np.zeros(count * 4, np.uint8)
+    out = np.zeros(count, STORED[out_dtype])
     squares = np.empty(-(-count // unit))
     rows = np.empty((models + 3, BLOCK), np.float32)
     span = np.array([count, first, unit])
     table, keys = sparsity.table(), keys_of(models, seed)
     stored = operands(raw, kinds, count)
-    assert sparse_combine(stored, span, table, keys, sparsity.consensus, rows, out, KINDS[out_dtype], squares)
-    return from_bytes(out[: count * SIZES[out_dtype]].tobytes(), out_dtype, [count]), squares
+    assert sparse_combine(stored, span, table, keys, sparsity.consensus, rows, out, squares)
+    return from_bytes(out.tobytes(), out_dtype, [count]), squares
 
 
-def counted(raw, kinds, targets, count):
-    out = np.zeros((len(targets), BUCKETS), np.int64)
-    assert histogram(operands(raw, kinds, count), count, np.array(targets), out)
+MEMORY = np.full((65, 2), -1)  # in place of files: the operands are in the work space
+
+
+def counted(raw, kinds, windows, count):
+    """What lies above the windows and in their bins, (Q, 1 + WINDOW)."""
+    out = np.zeros((len(windows), 1 + WINDOW), np.int64)
+    files = MEMORY[: len(kinds)]
+    assert count_near(files, (0, count, count), operands(raw, kinds, count), np.array(windows), out) == 0
     return out
 
 
+def within(raw, kinds, window, rank, count):
+    """The pattern of the rank-th largest where the window has it."""
+    row = counted(raw, kinds, [window], count)[0]
+    place = place_of_rank(row[1:], int(row[0]), rank)
+    return None if place is None else window[1] + (place << window[2])
+
+
 def threshold(raw, kinds, model, rank, count):
-    bucket, inside = bucket_of_rank(counted(raw, kinds, [[model, -1]], count)[0], rank)
-    return magnitude(bucket, bucket_of_rank(counted(raw, kinds, [[model, bucket]], count)[0], inside)[0])
+    coarse = within(raw, kinds, [model, 0, COARSE], rank, count)
+    return magnitude(within(raw, kinds, [model, coarse, 0], rank, count))
 
 
 def deltas32(values):
@@ -144,11 +168,38 @@ def test_rounding_of_the_density_does_not_lose_an_element():
     assert kept_ranks(100, 0.29) == (1, 29)
 
 
-def test_bucket_of_rank_by_hand():
+def test_place_of_rank_by_hand():
     counts = np.array([5, 0, 3, 2])
-    assert [bucket_of_rank(counts, rank) for rank in (1, 2, 3, 5, 6, 10)] == [
-        (3, 1), (3, 2), (2, 1), (2, 3), (0, 1), (0, 5)
-    ]  # fmt: skip
+    assert [place_of_rank(counts, 0, rank) for rank in (1, 2, 3, 5, 6, 10)] == [3, 3, 2, 2, 0, 0]
+    assert [place_of_rank(counts, 4, rank) for rank in (4, 5, 6, 7, 14, 15)] == [None, 3, 3, 2, 0, None]
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(10, 10), (PIECE, 1), (5 * PIECE + 3, 5 * PIECE), (100 * PIECE, 999)])
+def test_pieces_of_a_sample_are_inside_and_apart(count, wanted):
+    places = sample_places(count, wanted)
+    sizes = np.minimum(count - places, PIECE)
+    assert places[0] == 0
+    assert sizes.min() > 0
+    assert wanted <= sizes.sum() <= wanted + PIECE
+    assert (np.diff(places) >= sizes[:-1]).all()
+
+
+def test_a_sample_holds_the_magnitudes_of_its_pieces():
+    dtypes, count = ("BF16", "F32", "F16"), 20 * PIECE + 7
+    raw, kinds, values = models_of(count, dtypes)
+    deltas = np.abs(deltas32(values)).astype(np.float32).view(np.uint32)
+    stored = operands(raw, kinds, count)
+    for wanted in (count, 5 * PIECE):
+        places = sample_places(count, wanted)
+        found = []
+        for place in places:  # what is formed by the caller comes piece by piece
+            size = min(PIECE, count - place)
+            out = np.empty((2, size), np.uint32)
+            assert sample(MEMORY[:3], np.array([place]), count, stored[:, place : place + size].copy(), out) == 0
+            found.append(out)
+        expected = np.concatenate([deltas[:, place : place + PIECE] for place in places], axis=1)
+        assert np.array_equal(np.concatenate(found, axis=1), expected)
+    assert [near_rank(deltas[0], rank, count) for rank in (1, 7, count)] == np.sort(deltas[0])[[-1, -7, 0]].tolist()
 
 
 @pytest.mark.parametrize("dtypes", [("BF16",) * 3, ("F16",) * 3, ("F32",) * 3, ("BF16", "F32", "F16")], ids=str)
@@ -175,16 +226,21 @@ def test_the_threshold_of_equal_magnitudes_and_of_no_change():
 def test_counts_add_up_over_cuts():
     dtypes = ("BF16", "F32", "F16")
     count = 5 * BLOCK + 3
-    raw, kinds, _ = models_of(count, dtypes)
-    whole = counted(raw, kinds, [[1, -1], [2, -1]], count)
-    assert whole.sum(axis=1).tolist() == [count, count]
+    raw, kinds, values = models_of(count, dtypes)
+    patterns = np.abs(deltas32(values)).astype(np.float32).view(np.uint32)
+    low = int(np.median(patterns[0])) - WINDOW // 2
+    windows = [[1, low, 0], [2, 0, COARSE]]
+    whole = counted(raw, kinds, windows, count)
+    assert whole[0, 0] == (patterns[0] >= low + WINDOW).sum()
+    inside = patterns[0][(patterns[0] >= low) & (patterns[0] < low + WINDOW)]
+    assert 0 < inside.size < count / 10
+    assert np.array_equal(whole[0, 1:], np.bincount(inside - low, minlength=WINDOW))
+    assert np.array_equal(whole[1, 1:], np.bincount(patterns[1] >> COARSE, minlength=WINDOW))
     parts = sum(
-        counted(pieces(raw, dtypes, first, size), kinds, [[1, -1], [2, -1]], size)
+        counted(pieces(raw, dtypes, first, size), kinds, windows, size)
         for first, size in ((0, 2 * BLOCK), (2 * BLOCK, 3 * BLOCK + 3))
     )
     assert np.array_equal(whole, parts)
-    bucket = int(whole[0].argmax())
-    assert counted(raw, kinds, [[1, bucket]], count).sum() == whole[0, bucket]
 
 
 METHODS = {
@@ -356,23 +412,32 @@ def test_what_is_not_changed_keeps_the_sign_of_zero():
     assert np.signbit(result).tolist() == [True, False, True]
 
 
+def blended(values, sparsity, out_dtype="F32"):
+    """The code of a merge of operands (M + 1, n) in memory."""
+    models, count = len(values) - 1, values.shape[1]
+    out = np.zeros((1, count), STORED[out_dtype])
+    return blend_chosen(
+        MEMORY[: models + 1],
+        (0, count, count, BLOCK),
+        (sparsity.table(), keys_of(models), sparsity.consensus),
+        (-1, 0),
+        (values, np.empty((models + 3, BLOCK), np.float32), out),
+        np.zeros(1, np.uint32),
+        (products := np.zeros((1, 1 + pair_count(models)))),
+        np.zeros(1),
+    ), np.isfinite(products).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_value_that_is_not_finite_is_noticed_even_where_it_is_dropped(bad, place):
     values = np.ones((3, 100), np.float32)
     values[place, 17] = bad
-    rows, out, squares = np.empty((5, BLOCK), np.float32), np.empty(400, np.uint8), np.empty(1)
     for sparsity in (Sparsity(weights=(1, 1), low=(5, 5)), Sparsity(weights=(1, 1), keep=(1e-6, 1e-6))):
-        table = sparsity.table()
-        span = np.array([100, 0, BLOCK])
-        assert not sparse_combine(values, span, table, keys_of(2), 0, rows, out, KINDS["F32"], squares)
-    counts = np.zeros((2, BUCKETS), np.int64)
-    assert not histogram(values, 100, np.array([[1, -1], [2, -1]]), counts)
+        assert not blended(values, sparsity)[1]
 
 
 def test_a_result_that_does_not_fit_is_noticed():
     stored = np.stack([np.full(4, 6e4, np.float32), np.full(4, 7e4, np.float32)])
-    span, table = np.array([4, 0, BLOCK]), Sparsity(weights=(1.0,)).table()
-    rows, out, squares = np.empty((4, BLOCK), np.float32), np.empty(16, np.uint8), np.empty(1)
-    assert sparse_combine(stored, span, table, keys_of(1), 0, rows, out, KINDS["BF16"], squares)
-    assert not sparse_combine(stored, span, table, keys_of(1), 0, rows, out, KINDS["F16"], squares)
+    assert blended(stored, Sparsity(weights=(1.0,)), "BF16") == (DONE, True)
+    assert blended(stored, Sparsity(weights=(1.0,)), "F16") == (NOT_FINITE, True)
