@@ -41,10 +41,15 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is written: a descriptor, and the offset of its first byte."""
+    """Where a tensor is written: a descriptor, and the offset of its first byte.
+
+    descriptor  may bypass the page cache, and then takes whole pages only
+    cached      goes through it
+    """
 
     descriptor: int
     offset: int
+    cached: int
 
 
 def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -91,7 +96,9 @@ class Writer:
     def write(self, name: str, first_byte: int, data: NDArray[np.uint8]) -> None:
         """Bytes of a tensor from one of them on. Raises OutputError."""
         place = self.places[name]
-        _write_all(place.descriptor, memoryview(data), place.offset + first_byte)  # type: ignore[arg-type]
+        offset = place.offset + first_byte
+        descriptor = place.cached if offset % PAGE_BYTES or data.size % PAGE_BYTES else place.descriptor
+        _write_all(descriptor, memoryview(data), offset)  # type: ignore[arg-type]
 
 
 def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> dict[str, Place]:
@@ -106,7 +113,7 @@ def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> d
     if bypass is not None:
         stack.callback(os.close, bypass)
     return {
-        name: Place(cached if bypass is None or _nbytes(*entry) % PAGE_BYTES else bypass, starts[name])
+        name: Place(cached if bypass is None or _nbytes(*entry) % PAGE_BYTES else bypass, starts[name], cached)
         for name, entry in shard.items()
     }
 

@@ -1,9 +1,13 @@
 """Sparse merges against a float64 reference written from the papers, and their promises: exact, cut-independent."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from model_files import from_bytes, to_bytes
+from model_files import from_bytes, to_bytes, write_model
 
+from gemma2.merging import MergeRequest, choose, merge, writer
+from gemma2.merging.choose import SAMPLE
 from gemma2.merging.formats import ITEMS, KINDS, STORED, widen
 from gemma2.merging.kernels import BLOCK, pair_count
 from gemma2.merging.passes import DONE, NOT_FINITE
@@ -441,3 +445,75 @@ def test_a_result_that_does_not_fit_is_noticed():
     stored = np.stack([np.full(4, 6e4, np.float32), np.full(4, 7e4, np.float32)])
     assert blended(stored, Sparsity(weights=(1.0,)), "BF16") == (DONE, True)
     assert blended(stored, Sparsity(weights=(1.0,)), "F16") == (NOT_FINITE, True)
+
+
+def written(root, arrays, dtypes=("BF16", "BF16", "BF16")):
+    """A base and two models on disk, from one flat array each or a dict of several."""
+    for name, own, dtype in zip(("base", "one", "two"), arrays, dtypes, strict=True):
+        write_model(root / name, own if isinstance(own, dict) else {"w.weight": own}, dtype)
+
+
+def merged_file(root, name, cut=None, **options):
+    request = MergeRequest(models=(root / "one", root / "two"), base=root / "base", **options)
+    merge(request, out=root / name, **({} if cut is None else {"cut": cut}))
+    return (root / name / "model.safetensors").read_bytes()
+
+
+MANY = 300_007  # elements: more than a sample holds
+LOOKED_AT = np.concatenate([np.arange(p, min(p + PIECE, MANY)) for p in sample_places(MANY, SAMPLE[0])])
+
+
+def misleading(generator):
+    """What the sample sees is a hundred times what the rest is."""
+    values = generator.standard_normal(MANY)
+    values[LOOKED_AT] *= 100
+    return values
+
+
+ADVERSE = {
+    "misleading": misleading,
+    "misled to zero": lambda generator: np.where(np.isin(np.arange(MANY), LOOKED_AT), 0, generator.random(MANY) + 1),
+    "all equal": lambda generator: np.full(MANY, 0.5),
+    "no change": lambda generator: np.zeros(MANY),
+    "many zeros": lambda generator: generator.standard_normal(MANY) * (generator.random(MANY) < 0.1),
+    "heavy ties": lambda generator: generator.integers(-3, 4, MANY) / 8,
+    "of all sizes": lambda generator: generator.standard_normal(MANY) * 2.0 ** generator.integers(-60, 60, MANY),
+}
+
+
+@pytest.mark.parametrize("kind", ADVERSE)
+def test_thresholds_are_exact_whatever_the_sample_tells(tmp_path, monkeypatch, kind):
+    assert LOOKED_AT.size < MANY / 2
+    found = []
+    monkeypatch.setattr(choose, "replace", lambda sparsity, **own: found.append(own) or replace(sparsity, **own))
+    generator = np.random.default_rng(0)
+    deltas = [ADVERSE[kind](generator).astype(np.float32) for _ in range(2)]
+    written(tmp_path, [np.zeros(MANY), *deltas], ("F32",) * 3)
+    merged_file(tmp_path, "out", method="breadcrumbs", density=(0.3, 0.8), gamma=(0.1, 0.001))
+    for m, delta in enumerate(deltas):
+        descending = np.sort(np.abs(delta))[::-1]
+        first, last = kept_ranks(MANY, (0.3, 0.8)[m], (0.1, 0.001)[m])
+        assert found[0]["low"][m] == descending[last - 1]
+        assert found[0]["high"][m] == descending[first - 1]
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare", "della"])
+@pytest.mark.parametrize("dtypes", [("BF16",) * 3, ("BF16", "F32", "F16")], ids=str)
+def test_files_are_equal_for_any_cut_and_number_of_threads(tmp_path, method, dtypes):
+    generator = np.random.default_rng(1)
+    shapes = {"a.weight": (300, 2304), "b.weight": (40, 3001), "c.weight": (5000,)}
+    base = {name: generator.standard_normal(shape) for name, shape in shapes.items()}
+    models = [{name: own + 0.01 * generator.standard_normal(own.shape) for name, own in base.items()} for _ in "12"]
+    written(tmp_path, [base, *models], dtypes)
+    settings = [(None, 2), (4096, 1), (12288, 3)]
+    files = {merged_file(tmp_path, f"{cut}", cut, method=method, threads=threads) for cut, threads in settings}
+    assert len(files) == 1
+
+
+def test_rows_that_are_no_whole_pages_are_written_past_the_page_cache_or_through_it(tmp_path, monkeypatch):
+    generator = np.random.default_rng(1)
+    base = generator.standard_normal((2048, 2049))  # whole pages, of rows that are not
+    written(tmp_path, [base, base + 0.01, base + 0.01 * generator.standard_normal(base.shape)])
+    expected = merged_file(tmp_path, "cached", method="della")
+    monkeypatch.setattr(writer, "DIRECT_BYTES", 0)
+    assert merged_file(tmp_path, "direct", method="della") == expected
