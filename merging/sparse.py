@@ -18,7 +18,8 @@ rows); Model Breadcrumbs, 2312.06795, section 3. Deviations:
 2) DELLA: elements in one bucket (within 1/32 of each other) share their mean rank, so p is off by at most
    epsilon * (c - 1) / (row - 1) for c elements in a bucket; its mean over the row is the density. All magnitudes under
    2**-12 of the row's largest are one bucket.
-3) Signs are elected after rescaling, by the weighted sum; a negative weight turns the sign of its term.
+3) Keep probabilities are multiples of 2**-16, the nearest one but 0 (see `randomness`); rescaling divides by these.
+4) Signs are elected after rescaling, by the weighted sum; a negative weight turns the sign of its term.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from .formats import Doubles, Floats, compiled, float_bits, store, value
 from .kernels import BLOCK, REORDER, check_sum, gram
 from .passes import DONE, NOT_FINITE, Longs, load, write_all
-from .randomness import Words, uniforms
+from .randomness import STEPS, Words, attainable, uniforms
 from .selection import MAGNITUDE, Counts
 
 __all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "sparse_combine"]
@@ -40,6 +41,7 @@ __all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", 
 SUM, ELECT, ELECT_MEAN = 0, 1, 2
 WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE = range(7)  # columns of the table
 COLUMNS = 7
+Draws = NDArray[np.uint16]
 CHUNK = 1024  # elements: the rows of a chunk stay in the first level cache
 OCTAVES = 12  # below the largest magnitude of a row, 32 buckets each
 ROW_BUCKETS = OCTAVES * 32
@@ -147,14 +149,17 @@ def rank_row(
         for bucket in range(ROW_BUCKETS):
             counts[part, bucket] = 0
     count_buckets(buckets, counts)
-    keep = setting[KEEP]
-    slope = setting[SPREAD] / max(x.size - 1, 1)
-    above = 0
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
     for bucket in range(ROW_BUCKETS):
-        inside = counts[0, bucket] + counts[1, bucket] + counts[2, bucket] + counts[3, bucket]
-        chance = keep + slope * (x.size - above - above - inside)  # 2 epsilon (rank / (n - 1) - 1 / 2)
-        chances[bucket] = chance
-        above += inside
+        first[bucket] += second[bucket] + third[bucket] + fourth[bucket]
+    above = np.int32(0)  # twice the elements above the bucket, and those inside: in a loop of its own, as each waits
+    for bucket in range(ROW_BUCKETS):
+        inside = first[bucket]
+        second[bucket] = np.int32(np.int32(above + above) + inside)
+        above = np.int32(above + inside)
+    keep, slope, length = setting[KEEP], setting[SPREAD] / max(x.size - 1, 1), np.int32(x.size)
+    for bucket in range(ROW_BUCKETS):  # 2 epsilon (rank / (n - 1) - 1 / 2)
+        chances[bucket] = attainable(keep + slope * np.int32(length - second[bucket]))
 
 
 @compiled(inner=True)
@@ -169,13 +174,14 @@ def trim(x: Any, base: Any, setting: Doubles, terms: Floats) -> None:
 
 
 @compiled(inner=True, error_model="numpy")
-def keep_at_random(x: Any, base: Any, draw: Floats, setting: Doubles, terms: Floats) -> None:
+def keep_at_random(x: Any, base: Any, draw: Draws, setting: Doubles, terms: Floats) -> None:
     """DARE: `term = weight * delta / p` with probability p, else 0, the division where asked."""
-    chance, weight = np.float32(setting[KEEP]), setting[WEIGHT]
-    factor = np.float32(weight / setting[KEEP] if setting[RESCALE] != 0.0 else weight)
+    chance, weight = attainable(setting[KEEP]), setting[WEIGHT]
+    factor = np.float32(weight / np.float64(chance) if setting[RESCALE] != 0.0 else weight)
+    limit = chance * np.float32(STEPS)
     for i in range(terms.size):
         delta = value(x[i]) - value(base[i])
-        term = factor * delta if draw[i] < chance else np.float32(0)
+        term = factor * delta if np.float32(draw[i]) < limit else np.float32(0)
         terms[i] = term
 
 
@@ -187,13 +193,13 @@ def chances_of(buckets: NDArray[np.uint16], chances: Floats, out: Floats) -> Non
 
 
 @compiled(inner=True, error_model="numpy")
-def keep_by_rank(x: Any, base: Any, draw: Floats, chance: Floats, setting: Doubles, terms: Floats) -> None:
+def keep_by_rank(x: Any, base: Any, draw: Draws, chance: Floats, setting: Doubles, terms: Floats) -> None:
     """DELLA: as `keep_at_random`, with the probability of each element."""
     weight, rescale = np.float32(setting[WEIGHT]), setting[RESCALE] != 0.0
     for i in range(terms.size):
         delta = weight * (value(x[i]) - value(base[i]))
         term = delta / (chance[i] if rescale else np.float32(1))
-        terms[i] = term if draw[i] < chance[i] else np.float32(0)
+        terms[i] = term if np.float32(draw[i]) < chance[i] * np.float32(STEPS) else np.float32(0)
 
 
 @compiled(inner=True)
@@ -312,7 +318,7 @@ def sparse_combine(
     buckets = np.empty((models, unit if ranked else 0), np.uint16)
     counts = np.empty((4, ROW_BUCKETS), np.int32)
     chances = np.empty((models, ROW_BUCKETS), np.float32)
-    draws = np.empty(CHUNK + 6, np.float32)
+    draws = np.empty(CHUNK // 2 + 7, np.uint32)
     merged, total, share = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     finite = True
     for number in range(squares.size):

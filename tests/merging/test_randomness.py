@@ -6,7 +6,7 @@ from hashlib import blake2b
 import numpy as np
 import pytest
 
-from gemma2.merging.randomness import philox, stream_key, uniforms
+from gemma2.merging.randomness import STEPS, philox, stream_key, uniforms
 
 # Random123, tests/kat_vectors, "philox4x32 10": counter, key, words.
 KNOWN = [
@@ -21,7 +21,7 @@ def words(text):
 
 
 def numbers(key, first, count):
-    return uniforms(key, first, count, np.empty(count + 6, np.float32))
+    return uniforms(key, first, count, np.empty(count // 2 + 7, np.uint32))
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
@@ -29,16 +29,16 @@ def test_philox_gives_the_published_answers(counter, key, expected):
     assert " ".join(f"{int(word):08x}" for word in philox(*words(counter), *words(key))) == expected
 
 
-def test_the_first_numbers_are_the_upper_24_bits_of_the_words():
-    expected = [(int(word) >> 8) / 2**24 for word in words(KNOWN[0][2])]
-    assert numbers(np.zeros(2, np.uint64), 0, 4).tolist() == expected
+def test_the_first_numbers_are_the_halves_of_the_words_lower_ones_first():
+    expected = [half for word in words(KNOWN[0][2]) for half in (int(word) & 0xFFFF, int(word) >> 16)]
+    assert numbers(np.zeros(2, np.uint64), 0, 8).tolist() == expected
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 50, 2**34 - 50, 2**40 + 3])
 def test_a_number_depends_on_its_index_alone(first):
     key = stream_key(1, "a", 0)
     whole = numbers(key, first, 203)
-    for begin, end in ((0, 1), (1, 3), (2, 203), (7, 90), (45, 62)):
+    for begin, end in ((0, 1), (1, 3), (2, 203), (7, 90), (45, 62), (15, 16)):
         assert numbers(key, first + begin, end - begin).tolist() == whole[begin:end].tolist()
 
 
@@ -58,7 +58,7 @@ def test_keys_differ_by_seed_tensor_and_model_and_are_stable():
 
 
 def test_numbers_are_uniform_and_streams_unrelated():
-    first, second = (numbers(stream_key(0, "a", model), 0, 200_000).astype(np.float64) for model in (0, 1))
+    first, second = ((numbers(stream_key(0, "a", model), 0, 200_000) + 0.5) / STEPS for model in (0, 1))
     sigma = 1 / np.sqrt(12 * first.size)
     for stream in (first, second):
         assert stream.min() >= 0 and stream.max() < 1
