@@ -26,7 +26,18 @@ from .plan import MergePlan
 from .progress import Task
 from .randomness import stream_key
 from .report import GroupReport, gram_of, report_group
-from .selection import COARSE, PIECE, WINDOW, count_near, magnitude, near_rank, place_of_rank, sample, sample_places
+from .selection import (
+    BINS,
+    COARSE,
+    PIECE,
+    WINDOW,
+    count_near,
+    magnitude,
+    near_rank,
+    place_of_rank,
+    sample,
+    sample_places,
+)
 from .sparse import Sparsity, blend_chosen
 from .stream import Output
 
@@ -159,7 +170,7 @@ class ChoosingStream:
     ) -> dict[Wanted, int]:
         """The pattern of each one sought, shifted as its window; without those that are outside."""
         table = np.array([(item.model + 1, *window) for item, window in windows.items()], np.int64)
-        size = (len(table), 1 + WINDOW)  # what lies above a window, then its bins
+        size = (len(table), 1 + BINS)  # what lies above a window, then its bins
         tables = [np.zeros(size, np.int64) for _ in range(self.plan.request.threads)]
         free: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         for counts in tables:
@@ -176,7 +187,8 @@ class ChoosingStream:
                 self.task.advance(self.feeder.job_bytes(job))
         total = sum(tables[1:], start=tables[0])
         places = {
-            item: place_of_rank(row[1:], int(row[0]), item.rank) for item, row in zip(windows, total, strict=True)
+            item: place_of_rank(row[1 : 1 + WINDOW], int(row[0]), item.rank)
+            for item, row in zip(windows, total, strict=True)
         }
         return {item: windows[item][0] + place for item, place in places.items() if place is not None}
 

@@ -21,10 +21,11 @@ from .formats import compiled, float_bits, value
 from .kernels import BLOCK
 from .passes import DONE, Longs, load
 
-__all__ = ["COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank", "sample"]
-__all__ += ["sample_places"]
+__all__ = ["BINS", "COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank"]
+__all__ += ["sample", "sample_places"]
 
 WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
+BINS = WINDOW + 8  # the last eight take what is outside: eight, as one would wait for itself
 COARSE = 13  # WINDOW steps of 2**COARSE patterns are all there are
 PIECE = 512  # elements of a sample that are neighbours
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -106,8 +107,9 @@ def offsets_of(bits: Bits, low: Any, shift: Any, offsets: Bits, inside: NDArray[
     for i in range(bits.size):
         above = np.uint32(above + np.uint32(bits[i] >= high))
         offset = np.uint32(np.uint32(bits[i] - low) >> shift)
-        offsets[i] = offset
-        inside[i] = offset < np.uint32(WINDOW)
+        hit = offset < np.uint32(WINDOW)
+        offsets[i] = offset if hit else np.uint32(np.uint32(WINDOW) + np.uint32(np.uint32(i) & np.uint32(7)))
+        inside[i] = hit
     return np.int64(above)
 
 
@@ -117,8 +119,7 @@ def count_inside(offsets: Bits, inside: Any, counts: Counts) -> None:
     for word in range(inside.size):
         if inside[word]:
             for i in range(8 * word, 8 * word + 8):
-                if offsets[i] < np.uint32(WINDOW):
-                    counts[offsets[i]] += 1
+                counts[offsets[i]] += 1
 
 
 @compiled()
@@ -128,7 +129,7 @@ def count_near(files: Longs, span: tuple[int, int, int], stored: Any, windows: L
     span     (first, count, cut)
     stored   (M + 1, >= cut) work space, row 0 the base
     windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
-    counts   (Q, 1 + WINDOW) what lies above the window, and what lies in each bin, is added
+    counts   (Q, 1 + BINS) what lies above the window, and what lies in each of its bins, is added
     """
     first, total, cut = span
     bits, offsets, inside = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)

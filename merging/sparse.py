@@ -375,14 +375,14 @@ def blend_chosen(
     first, total, cut, unit = span
     table, keys, consensus = settings
     stored, rows, out = space
-    low = 0
+    low, based = 0, len(table) > 0  # not a constant, for which `gram` would be compiled again
     for begin in range(0, total, cut):
         count = min(cut, total - begin)
         failed = load(files, first + begin, count, stored)
         if failed:
             return failed
         blocks = (count + BLOCK - 1) // BLOCK
-        gram(stored, count, True, products[low : low + blocks])
+        gram(stored, count, based, products[low : low + blocks])
         low += blocks
         own = squares[begin // unit : (begin + count + unit - 1) // unit]
         place = (first + begin) * out.itemsize

@@ -13,6 +13,7 @@ from gemma2.merging.kernels import BLOCK, pair_count
 from gemma2.merging.passes import DONE, NOT_FINITE
 from gemma2.merging.randomness import stream_key, uniforms
 from gemma2.merging.selection import (
+    BINS,
     COARSE,
     PIECE,
     WINDOW,
@@ -85,10 +86,10 @@ MEMORY = np.full((65, 2), -1)  # in place of files: the operands are in the work
 
 def counted(raw, kinds, windows, count):
     """What lies above the windows and in their bins, (Q, 1 + WINDOW)."""
-    out = np.zeros((len(windows), 1 + WINDOW), np.int64)
+    out = np.zeros((len(windows), 1 + BINS), np.int64)
     files = MEMORY[: len(kinds)]
     assert count_near(files, (0, count, count), operands(raw, kinds, count), np.array(windows), out) == 0
-    return out
+    return out[:, : 1 + WINDOW]
 
 
 def within(raw, kinds, window, rank, count):
