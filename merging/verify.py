@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
+from typing import Any
 
 from .checkpoint import open_checkpoint
 from .errors import OutputError
@@ -165,7 +166,7 @@ def overlaps(tensors: Iterable[Tensor], begin: int, end: int) -> Iterator[tuple[
 
 def read_piece(descriptor: int, begin: int, wanted: int, into: Bytes, path: Path) -> None:
     """Bytes [begin, begin + wanted) of a file; past the page cache only whole pages are read."""
-    room = into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
+    room: Any = into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
     done = 0
     while done < wanted:
         got = os.preadv(descriptor, [memoryview(room)[done:]], begin + done)
