@@ -183,7 +183,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "iterations": (int | None, _setting("--iterations", "INT", "Most steps of the mean.")),
     "tolerance": (float | None, _setting("--tolerance", "FLOAT", "Radians; a shorter step is the last.")),
 }
-THREADS = _setting("--threads", "INT", "Threads that read, compute and write [default 2; >=1].")
+THREADS = _setting("--threads", "INT", "Threads that read, compute and write [default cores + 1; >=1].")
 VERIFY = typer.Option(
     True,
     "--verify/--no-verify",

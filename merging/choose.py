@@ -227,7 +227,8 @@ class ChoosingStream:
         paged = not sparsity.by_rows or self._in_pages(name)
         whole, rest = divmod(job.count, cut)
         products = np.zeros((whole * -(-cut // BLOCK) + -(-rest // BLOCK), 1 + pair_count(group.models)))
-        squares, checks = np.zeros(-(-job.count // unit)), np.zeros(1, np.uint32)
+        squares, checks = np.zeros(-(-job.count // unit)), np.zeros(1, np.uint64)
+        place = self.output.writers[0].places[name]
         keys = np.stack([stream_key(group.settings.seed, name, model) for model in range(group.models)])
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
@@ -235,7 +236,7 @@ class ChoosingStream:
                 loaded.files,
                 (job.first, job.count, cut, unit),
                 (sparsity.table(), keys, sparsity.consensus),
-                tuple(self.output.targets(name)[0].tolist()) if paged else (-1, 0),
+                (place.descriptor if paged else -1, place.offset),
                 (loaded.stored, space.rows, self.output.rows(name, space)),
                 checks,
                 products,

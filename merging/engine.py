@@ -162,8 +162,7 @@ def _stream(
         for model in plan.inputs:
             _check_tied(plan, model, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
-        threads = plan.request.threads
-        followers = [stack.enter_context(ReadBack(directory, threads, task)) for directory in directories if verify]
+        followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         groups = []
         for group, report in zip(plan.groups, _groups(plan, reader, output, task, cut), strict=True):
             groups.append(report)

@@ -195,19 +195,33 @@ def combine(stored: Any, count: int, weights: Doubles, total: Floats, out: Any) 
     return finite
 
 
-@compiled()
-def check_sum(data: Bytes, first: int) -> Any:
-    """`sum_i word_i * (2 (first + i) + 1)` modulo 2**32 over the 16-bit words of `data`.
+@compiled(inner=True)
+def check_edge(data: Bytes, place: int) -> Any:
+    """`check_sum` byte by byte, for the ends of a piece that do not fill a word."""
+    total = np.uint64(0)
+    for i in range(data.size):
+        shift = np.uint64(8 * ((place + i) % 8))
+        factor = np.uint64(2 * ((place + i) // 8) + 1)
+        total += (np.uint64(data[i]) << shift) * factor
+    return total
 
-    Sums of pieces add up to that of the whole, in any order. Odd factors have inverses, so no change of a single word
-    goes unseen, and a word in the wrong place counts differently. It finds slips of the writer and the disk, not
-    forgery: files have a cryptographic digest besides.
+
+@compiled()
+def check_sum(data: Bytes, place: int) -> Any:
+    """`sum_i word_i * (2 i + 1)` modulo 2**64 over 64-bit words, i counted from the start of the file.
+
+    place  of the first byte in the file. Sums of pieces add up to that of the whole, wherever it is cut, in any order.
+
+    Odd factors have inverses, so no change of a single word goes unseen, and a word in the wrong place counts
+    differently. It finds slips of the writer and the disk, not forgery: files have a cryptographic digest besides.
     """
-    words = data.view(np.uint16)
-    total = np.uint32(0)
-    start = np.uint32(first)
+    head = min(-place % 8, data.size)
+    whole = (data.size - head) // 8 * 8
+    total = check_edge(data[:head], place) + check_edge(data[head + whole :], place + head + whole)
+    words = data[head : head + whole].view(np.uint64)
+    first = np.uint64(2 * ((place + head) // 8) + 1)
     for i in range(words.size):
-        total = np.uint32(total + np.uint32(np.uint32(words[i]) * np.uint32(np.uint32(2) * np.uint32(start + i) + U1)))
+        total += words[i] * (first + np.uint64(2) * np.uint64(i))
     return total
 
 

@@ -102,7 +102,7 @@ def blend(
     weights: Doubles,
     targets: Longs,
     space: tuple[Any, Floats, Any],
-    checks: NDArray[np.uint32],
+    checks: NDArray[np.uint64],
     based: bool,
     products: Doubles,
 ) -> Any:
@@ -130,7 +130,7 @@ def blend(
         for e in range(len(targets)):
             data = out[e, :count].view(np.uint8)
             place = (first + begin) * out.itemsize
-            checks[e] += check_sum(data, place // 2)
+            checks[e] += check_sum(data, targets[e, 1] + place)
             if not write_all(targets[e, 0], targets[e, 1] + place, data):
                 return NOT_FINITE - 1 - e
     return DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,11 @@ __all__ = ["DTYPES", "Granularity", "MergeRequest", "Settings", "Slice", "settin
 Granularity = Literal["layer", "tensor", "model"]
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def default_threads() -> int:
+    """One more than there are cores, since one waits for the disk; at most 9."""
+    return min(os.cpu_count() or 1, 8) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class MergeRequest:
     slices       layers of the output taken from layers of the models; () is all layers one to one
     tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
-    threads      that read, compute and write side by side
+    threads      that read, compute and write side by side; one more than cores, at most 9: one waits for the disk
     """
 
     method: str
@@ -81,7 +87,7 @@ class MergeRequest:
     slices: tuple[Slice, ...] = ()
     tokenizer: str | None = None
     dtype: str | None = None
-    threads: int = 2
+    threads: int = field(default_factory=default_threads)
 
     def options(self) -> dict[str, Any]:
         """What was asked for, without the paths: recorded in the manifest."""

@@ -358,7 +358,7 @@ def blend_chosen(
     settings: tuple[Doubles, Words, int],
     target: tuple[int, int],
     space: tuple[Any, Floats, Any],
-    checks: NDArray[np.uint32],
+    checks: NDArray[np.uint64],
     products: Doubles,
     squares: Doubles,
 ) -> Any:
@@ -390,7 +390,7 @@ def blend_chosen(
         if not sparse_combine(stored, here, table, keys, consensus, rows, out[0, :count], own):
             return NOT_FINITE
         data = out[0, :count].view(np.uint8)
-        checks[0] += check_sum(data, place // 2)
+        checks[0] += check_sum(data, target[1] + place)
         if target[0] >= 0 and not write_all(target[0], target[1] + place, data):
             return NOT_FINITE - 1
     return DONE

@@ -46,7 +46,7 @@ class Checks:
         """One job's sums, one per output."""
         with self._lock:
             for known, own in zip(self.sums, sums, strict=True):
-                known[name] = (known.get(name, 0) + int(own)) % 2**32
+                known[name] = (known.get(name, 0) + int(own)) % 2**64
 
 
 class Output:
@@ -139,7 +139,7 @@ class Stream:
             return job, products
 
     def _blend(self, group: Group, job: Job, mix: Mix, loaded: Loaded, space: Workspace, products: Doubles) -> int:
-        checks = np.zeros(len(self.output.writers), np.uint32)
+        checks = np.zeros(len(self.output.writers), np.uint64)
         code = blend(
             loaded.files,
             (job.first, job.count, self.feeder.size),

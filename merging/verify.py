@@ -40,9 +40,8 @@ class ReadBack:
     The files must have been allocated, with their headers.
     """
 
-    def __init__(self, directory: Path, threads: int, task: Task) -> None:
+    def __init__(self, directory: Path, task: Task) -> None:
         self._directory = directory
-        self._threads = threads
         self._task = task
         self._sums: dict[str, int] = {}
         self._written: set[str] = set()
@@ -85,8 +84,8 @@ class ReadBack:
         for name, found in self._sums.items():
             if found != checks.get(name, 0):  # nothing was written of an empty tensor
                 raise OutputError(
-                    f"{self._directory}: {printable(name)} reads back with check sum {found:08x}, "
-                    f"not {checks.get(name, 0):08x}",
+                    f"{self._directory}: {printable(name)} reads back with check sum {found:016x}, "
+                    f"not {checks.get(name, 0):016x}",
                     "check the disk and the memory, and merge again",
                 )
         return digests
@@ -100,15 +99,15 @@ class ReadBack:
         """Of one file; adds to the check sums of its tensors."""
         tensors = list(read_header(path).values())
         self._sums |= dict.fromkeys((tensor.name for tensor in tensors), 0)
-        digest = hasher(self._threads)
+        digest = hasher()  # one thread: others have the writing to do, and it keeps up with them
         position = 0
         with self._pieces(path, tensors, direct) as pieces:
             for piece in pieces:
                 digest.update(memoryview(piece))  # type: ignore[arg-type]
                 for tensor, low, high in overlaps(tensors, position, position + piece.size):
                     part = piece[low - position : high - position]
-                    sums = self._sums[tensor.name] + int(check_sum(part, (low - tensor.offset) // 2))
-                    self._sums[tensor.name] = sums % 2**32
+                    sums = self._sums[tensor.name] + int(check_sum(part, low))
+                    self._sums[tensor.name] = sums % 2**64
                 position += piece.size
                 self._task.advance(piece.size)
         return digest_name(digest)

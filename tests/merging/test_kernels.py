@@ -149,17 +149,26 @@ def test_bf16_bits_and_the_same_numbers_in_fp32_give_the_same_sums_and_results(o
     assert np.allclose(results[0], weights @ numbers, rtol=0, atol=2e-5)
 
 
-def test_check_sums_of_pieces_add_up_and_notice_a_flipped_bit_or_a_swap():
+@pytest.mark.parametrize("place", [0, 4096, 4098, 8205])
+def test_check_sums_of_pieces_add_up_wherever_a_file_is_cut(place):
+    data = np.random.default_rng(0).integers(0, 256, 1003, dtype=np.uint8)
+    whole = int(check_sum(data, place))
+    for cut in (0, 1, 7, 8, 302, 1000, 1003):
+        assert (int(check_sum(data[:cut], place)) + int(check_sum(data[cut:], place + cut))) % 2**64 == whole
+    padded = np.zeros((place + 1003 + 7) // 8 * 8, np.uint8)
+    padded[place : place + 1003] = data
+    assert whole == sum(int(word) * (2 * i + 1) for i, word in enumerate(padded.view(np.uint64))) % 2**64
+
+
+def test_a_check_sum_notices_a_flipped_bit_a_swap_and_a_shift():
     data = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
     whole = int(check_sum(data, 0))
-    assert (int(check_sum(data[:302], 0)) + int(check_sum(data[302:], 151))) % 2**32 == whole
-    words = data.view(np.uint16).astype(object)
-    assert whole == sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**32
     flipped, swapped = data.copy(), data.copy()
     flipped[500] ^= 1
-    swapped[:2], swapped[2:4] = data[2:4], data[:2]
+    swapped[:8], swapped[8:16] = data[8:16], data[:8]
     assert int(check_sum(flipped, 0)) != whole
     assert int(check_sum(swapped, 0)) != whole
+    assert int(check_sum(data, 8)) != whole
 
 
 MERGE = """
