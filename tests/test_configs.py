@@ -37,7 +37,7 @@ def required_of(schema: type[Config]) -> dict[str, str]:
 
 
 def test_the_folder_holds_recipes_and_nothing_else():
-    names = {path.name for path in Path(schemas.__file__).parents[1].joinpath("configs").iterdir()}
+    names = {path.name for path in Path(schemas.__file__).parents[2].joinpath("configs").iterdir()}
     assert names - {"__init__.py", "__pycache__"} == {path.name for path in RECIPES.values()}
 
 

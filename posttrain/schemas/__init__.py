@@ -1,0 +1,35 @@
+"""One schema per command: what a recipe, `--set` and the flags may say. Torch-free.
+
+The flags and the `--help` of every command are generated from these fields, so a name, its bounds and its unit are
+stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report (2408.00118) where they give one.
+"""
+
+from .evaluate import DistributionConfig, EvalConfig, ParetoConfig
+from .fields import LoraFields, SamplingFields, TrainingFields
+from .generate import GenerateConfig
+from .reward import PairsConfig, RewardConfig
+from .rlhf import RewardFields, RlFields, RlhfConfig
+from .sft import SftConfig
+from .tools import ConvertConfig, MergeConfig, QuickstartConfig, TinyConfig
+from .warp import WarpConfig
+
+__all__ = [
+    "ConvertConfig",
+    "DistributionConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "LoraFields",
+    "MergeConfig",
+    "PairsConfig",
+    "ParetoConfig",
+    "QuickstartConfig",
+    "RewardConfig",
+    "RewardFields",
+    "RlFields",
+    "RlhfConfig",
+    "SamplingFields",
+    "SftConfig",
+    "TinyConfig",
+    "TrainingFields",
+    "WarpConfig",
+]

@@ -1,0 +1,43 @@
+"""What several schemas share: kinds of fields, and the fields of sampling, training and LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from gemma2.posttrain.config import Config
+
+Model = Annotated[Path, Field(description="model directory")]
+Data = Annotated[Path, Field(description="JSONL file")]
+Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
+
+
+class SamplingFields(Config):
+    """How completions are drawn."""
+
+    temperature: float = Field(1.0, ge=0.0, le=5.0, description="sampling temperature; 0 is greedy")
+    max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
+    batch_size: int = Field(32, ge=1, description="sequences generated or scored at once")
+
+
+class TrainingFields(Config):
+    """What every training step shares."""
+
+    learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+    log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    seed: Seed = 0
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="further options of the TRL trainer, by TRL's names"
+    )
+
+
+class LoraFields(Config):
+    """Low-rank adaptation."""
+
+    lora_rank: int = Field(0, ge=0, description="rank of the LoRA adapter; 0 trains all weights")
+    lora_alpha: float = Field(16.0, gt=0, description="LoRA scale is alpha / rank")
