@@ -29,6 +29,7 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "STATE",
+    "cache_folder",
     "check_output",
     "digest_file",
     "digest_name",
@@ -58,6 +59,11 @@ RECORDED_PACKAGES = ("gemma2", "torch", "transformers", "trl", "peft", "accelera
 def now() -> str:
     """UTC, ISO 8601, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder in the user's cache, as the XDG base directory specification says; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma2" / name
 
 
 def versions() -> dict[str, str]:

@@ -21,24 +21,19 @@ from .formats import Doubles
 from .groups import Source
 from .kernels import BLOCK
 from .methods import Group
-from .outputs import metadata_version
+from .outputs import cache_folder, metadata_version
 from .plan import MergePlan
 
-__all__ = ["Products", "cache_directory"]
+__all__ = ["Products"]
 
 MOST_FILES = 64  # the oldest are removed
-
-
-def cache_directory() -> Path:
-    """Of the user, as the XDG base directory specification says."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma2" / "products"
 
 
 class Products:
     """Sums over each tensor, (1 + pairs,) fp64: as the cache has them, and as this merge finds them."""
 
     def __init__(self, plan: MergePlan) -> None:
-        self._file = cache_directory() / f"{_key(plan)}.json"
+        self._file = cache_folder("products") / f"{_key(plan)}.json"
         self._sums: dict[str, Doubles] = {}
         self._known = False
         with suppress(OSError, ValueError, TypeError):  # not there, or not ours: measured again

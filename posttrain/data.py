@@ -1,12 +1,13 @@
-"""Reading and checking of JSONL data: prompts, conversations and preference pairs, in TRL's column names. Torch-free.
+"""Rows as training sees them: prompts, conversations and preference pairs, in TRL's column names, checked. Torch-free.
 
     prompts         {"prompt": TEXT | MESSAGES}
     conversations   {"prompt": TEXT | MESSAGES, "completion": TEXT | MESSAGES}  or  {"messages": MESSAGES}
     pairs           {"prompt": TEXT | MESSAGES, "chosen": TEXT | MESSAGES, "rejected": TEXT | MESSAGES}
                     or, the prompt implied, {"chosen": MESSAGES, "rejected": MESSAGES} with a common beginning
 
-MESSAGES is a list of {"role": ..., "content": TEXT}. Columns that are not read stay in `extra`. Every refusal names
-file, line, what is wrong and the mend. A data set may also be the directory that `generate` or `reward pairs` wrote.
+MESSAGES is a list of {"role": ..., "content": TEXT}; as prompts serve {"messages": MESSAGES} too that end with a user
+turn. Columns that are not read stay in `extra`. Every refusal names file, line, what is wrong and the mend. Where rows
+come from is the matter of `sources.py`.
 """
 
 from __future__ import annotations
@@ -14,41 +15,30 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import require_complete
+
+from .sources import Row, iter_rows, kind
 
 __all__ = [
     "Conversation",
     "Pair",
     "Prompt",
-    "data_file",
+    "conversation_of",
     "located",
+    "prompt_of",
     "read_conversations",
     "read_pairs",
     "read_prompts",
     "split",
-    "to_line",
 ]
 
 Message = dict[str, str]
-DATA_FILES = ("data.jsonl", "pairs.jsonl")
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One line of a file. `where` is `"file:line"`."""
-
-    where: str
-    columns: dict[str, Any]
-
-    def extra(self, *read: str) -> dict[str, Any]:
-        return {name: value for name, value in self.columns.items() if name not in read}
 
 
 @dataclass(frozen=True)
@@ -103,33 +93,43 @@ class Pair:
 Keyed = TypeVar("Keyed", Prompt, Conversation, Pair)
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a file, at most `limit`. Raises InputError at the first bad row."""
-    prompts = [Prompt(row.where, _prompt(row), row.extra("prompt")) for row in _rows(path, limit)]
-    return _not_empty(prompts, path)
+def read_prompts(path: Path, limit: int | None = None, column: str = "prompt") -> list[Prompt]:
+    """The prompts of a data path, at most `limit`; `column` holds them. Raises InputError at the first bad row."""
+    return _not_empty([prompt_of(row, column) for row in iter_rows(path, limit)], path)
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """The conversations of a file. Raises InputError at the first bad row."""
-    return _not_empty([_conversation(row) for row in _rows(path)], path)
+    """The conversations of a data path. Raises InputError at the first bad row."""
+    return _not_empty([conversation_of(row) for row in iter_rows(path)], path)
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The preference pairs of a file. Raises InputError at the first bad row."""
-    return _not_empty([_pair(row) for row in _rows(path)], path)
+    """The preference pairs of a data path. Raises InputError at the first bad row."""
+    return _not_empty([_pair(row) for row in iter_rows(path)], path)
 
 
-def data_file(path: Path) -> Path:
-    """The JSONL file that `path` names: itself, or the one inside a complete output of `generate` or `reward pairs`."""
-    if path.is_dir():
-        require_complete(path, "data set")
-        inside = [path / name for name in DATA_FILES if (path / name).is_file()]
-        if not inside:
-            raise InputError(f"{path} is a directory without {' or '.join(DATA_FILES)}", "give a JSONL file")
-        return inside[0]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", "give a JSONL file")
-    return path
+def prompt_of(row: Row, column: str = "prompt") -> Prompt:
+    """The prompt of a row: its `column`, else `messages` that end with a user turn."""
+    name = "messages" if column not in row.columns and "messages" in row.columns else column
+    messages = _prompt(row, name)
+    if name == "messages" and messages[-1]["role"] != "user":
+        raise InputError(
+            f"{row.where}: 'messages' end with a turn of the {messages[-1]['role']}", "end a prompt with a user message"
+        )
+    return Prompt(row.where, messages, row.extra(name))
+
+
+def conversation_of(row: Row) -> Conversation:
+    """The conversation of a row: `messages`, or `prompt` and `completion`."""
+    if "messages" in row.columns:
+        messages = _messages(row, "messages", "user")
+        return Conversation(row.where, messages, extra=row.extra("messages"))
+    if not {"prompt", "completion"} & row.columns.keys():
+        what = f"{row.where}: neither 'messages' nor 'prompt' and 'completion'"
+        raise InputError(what, _rename("messages", row.columns))
+    prompt, completion = _prompt(row), _messages(row, "completion", "assistant")
+    truncated = row.columns.get("finish_reason") == "length"
+    return Conversation(row.where, prompt + completion, len(prompt), truncated, row.extra("prompt", "completion"))
 
 
 def split(rows: list[Keyed], fraction: float, seed: int) -> tuple[list[Keyed], list[Keyed]]:
@@ -144,11 +144,6 @@ def split(rows: list[Keyed], fraction: float, seed: int) -> tuple[list[Keyed], l
     return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
 
 
-def to_line(columns: Mapping[str, Any]) -> bytes:
-    """One row as a line of JSONL, UTF-8."""
-    return (json.dumps(columns, ensure_ascii=False) + "\n").encode("utf-8")
-
-
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Put `"file:line"` in front of what an InputError says."""
@@ -158,59 +153,20 @@ def located(where: str) -> Iterator[None]:
         raise InputError(f"{where}: {error.what}", error.mend) from error
 
 
-def _rows(path: Path, limit: int | None = None) -> Iterator[_Row]:
-    path = data_file(path)
-    count = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if count == limit:
-                return
-            if line.strip():
-                count += 1
-                where = f"{path}:{number}"
-                yield _Row(where, _parse(where, line))
-
-
-def _parse(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        columns = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})", "convert it") from error
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})", "write one JSON object per line") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: nested too deeply", "write one flat JSON object per line") from error
-    if not isinstance(columns, dict):
-        raise InputError(f"{where}: {_kind(columns)}, not a JSON object", 'write {"column": value, ...}')
-    return columns
-
-
 def _not_empty(rows: list[Any], path: Path) -> list[Any]:
     if not rows:
         raise InputError(f"{path} has no rows", "write one JSON object per line")
     return rows
 
 
-def _prompt(row: _Row) -> list[Message]:
-    messages = _messages(row, "prompt", "user")
+def _prompt(row: Row, column: str = "prompt") -> list[Message]:
+    messages = _messages(row, column, "user")
     if not any(message["content"].strip() for message in messages):
         raise InputError(f"{row.where}: the prompt is empty", "remove the row, or write a prompt")
     return messages
 
 
-def _conversation(row: _Row) -> Conversation:
-    if "messages" in row.columns:
-        messages = _messages(row, "messages", "user")
-        return Conversation(row.where, messages, extra=row.extra("messages"))
-    if not {"prompt", "completion"} & row.columns.keys():
-        what = f"{row.where}: neither 'messages' nor 'prompt' and 'completion'"
-        raise InputError(what, _rename("messages", row.columns))
-    prompt, completion = _prompt(row), _messages(row, "completion", "assistant")
-    truncated = row.columns.get("finish_reason") == "length"
-    return Conversation(row.where, prompt + completion, len(prompt), truncated, row.extra("prompt", "completion"))
-
-
-def _pair(row: _Row) -> Pair:
+def _pair(row: Row) -> Pair:
     chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
     if "prompt" in row.columns:
         prompt = _prompt(row)
@@ -231,7 +187,7 @@ def _pair(row: _Row) -> Pair:
 
 
 def _common_beginning(
-    row: _Row, chosen: list[Message], rejected: list[Message]
+    row: Row, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -241,28 +197,28 @@ def _common_beginning(
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _messages(row: _Row, column: str, role: str) -> list[Message]:
+def _messages(row: Row, column: str, role: str) -> list[Message]:
     """A column as messages; a plain text is one message of `role`."""
     value = _required(row, column)
     if isinstance(value, str):
         return [{"role": role, "content": _text(row, column, value)}]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{row.where}: '{column}' is {_kind(value)}", "write a text, or a list of messages")
+        raise InputError(f"{row.where}: '{column}' is {kind(value)}", "write a text, or a list of messages")
     return [_message(row, f"{column}[{index}]", item) for index, item in enumerate(value)]
 
 
-def _message(row: _Row, place: str, item: Any) -> Message:
+def _message(row: Row, place: str, item: Any) -> Message:
     if not isinstance(item, dict):
-        raise InputError(f"{row.where}: '{place}' is {_kind(item)}", 'write {"role": ..., "content": ...}')
+        raise InputError(f"{row.where}: '{place}' is {kind(item)}", 'write {"role": ..., "content": ...}')
     for name in ("role", "content"):
         if name not in item:
             raise InputError(f"{row.where}: '{place}' has no '{name}'", _rename(name, item))
         if not isinstance(item[name], str):
-            raise InputError(f"{row.where}: '{place}.{name}' is {_kind(item[name])}", "write a text")
+            raise InputError(f"{row.where}: '{place}.{name}' is {kind(item[name])}", "write a text")
     return {"role": item["role"], "content": _text(row, place, item["content"])}
 
 
-def _text(row: _Row, place: str, text: str) -> str:
+def _text(row: Row, place: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -272,7 +228,7 @@ def _text(row: _Row, place: str, text: str) -> str:
     return text
 
 
-def _required(row: _Row, column: str) -> Any:
+def _required(row: Row, column: str) -> Any:
     if column not in row.columns:
         raise InputError(f"{row.where}: no '{column}'", _rename(column, row.columns))
     return row.columns[column]
@@ -284,27 +240,20 @@ def _rename(column: str, present: Iterable[str]) -> str:
     return f"rename '{near[0]}' to '{column}'" if near else f"add '{column}' to {', '.join(present) or 'the empty row'}"
 
 
-def _flag(row: _Row, column: str) -> bool:
+def _flag(row: Row, column: str) -> bool:
     value = row.columns.get(column, False)
     if not isinstance(value, bool):
-        raise InputError(f"{row.where}: '{column}' is {_kind(value)}", "write true or false")
+        raise InputError(f"{row.where}: '{column}' is {kind(value)}", "write true or false")
     return value
 
 
-def _number(row: _Row, column: str) -> float | None:
+def _number(row: Row, column: str) -> float | None:
     value = row.columns.get(column)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise InputError(f"{row.where}: '{column}' is {_kind(value)}", "write a finite number")
+        raise InputError(f"{row.where}: '{column}' is {kind(value)}", "write a finite number")
     return float(value)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return names.get(type(value), f"the number {value}")
 
 
 def _key(messages: list[Message]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -20,7 +19,15 @@ from typing import Any
 
 import torch
 
-from gemma2.merging.outputs import digest_file, now, read_manifest, staged_output, versions, write_manifest
+from gemma2.merging.outputs import (
+    cache_folder,
+    digest_file,
+    now,
+    read_manifest,
+    staged_output,
+    versions,
+    write_manifest,
+)
 from gemma2.merging.progress import SILENT, Progress, Task
 
 from . import chat, pretrain, tasks, tiny
@@ -39,8 +46,7 @@ def cache_place(size: str, seed: int) -> Path:
     content = hashlib.sha256(torch.__version__.encode())
     for module in (chat, pretrain, tasks, tiny):
         content.update(Path(str(module.__file__)).read_bytes())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "gemma2" / "tiny" / content.hexdigest()[:16] / f"{size}-{seed}"
+    return cache_folder("tiny") / content.hexdigest()[:16] / f"{size}-{seed}"
 
 
 def is_cached(place: Path) -> bool:

@@ -23,10 +23,11 @@ from gemma2.merging.progress import SILENT, Progress
 
 from .batching import derived_seed
 from .chat import ChatFormat
-from .data import data_file, read_prompts, to_line
+from .data import read_prompts
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .schemas import PairsConfig, RewardFields
 from .scores import Sampled, Score, function_score, reward_score
+from .sources import data_files, to_line
 from .synthesize import Answers, Rows, Sampler, answer_chunks, saved_rows
 from .training import quiet_libraries
 
@@ -39,15 +40,14 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
     Raises InputError when no prompt gives a pair, UsageError for a judge that cannot be found.
     """
     quiet_libraries()
-    prompts = data_file(config.prompts)
     judge_model = Path(config.judge) if ":" not in config.judge else None
     if judge_model is not None and not judge_model.is_dir():
         raise UsageError(
             f"--judge {config.judge!r} is neither a directory nor module:function", "name a reward model or a function"
         )
     parents = [Parent("model", config.model)] + ([Parent("judge", judge_model)] if judge_model else [])
-    with open_run("reward pairs", config, options, parents=parents, data=[prompts]) as run:
-        rows = read_prompts(prompts, config.limit)
+    with open_run("reward pairs", config, options, parents=parents, data=data_files(config.prompts)) as run:
+        rows = read_prompts(config.prompts, config.limit)
         sampler = Sampler.load(config.model, config)
         score = _judge(config, judge_model, sampler.chat)
         answer_chunks(run, sampler, rows, _described(score), progress)

@@ -26,12 +26,13 @@ from gemma2.merging.outputs import digest_weights, read_manifest, write_json
 from gemma2.merging.progress import SILENT, Progress
 
 from .chat import ChatFormat
-from .data import Prompt, data_file, read_prompts
+from .data import Prompt, read_prompts
 from .evaluate import Settings, check_same_vocabulary, measure, scores_of, settings_of
 from .models import load_policy
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .schemas import ParetoConfig
 from .scores import Score
+from .sources import data_files
 from .training import quiet_libraries
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
@@ -267,7 +268,7 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
         for role, path in (("init", config.init), ("merged", config.merged), ("reward", config.reward))
         if path is not None
     ]
-    with open_run("pareto", config, options, parents=parents, data=[data_file(config.prompts)]) as run:
+    with open_run("pareto", config, options, parents=parents, data=data_files(config.prompts)) as run:
         results = measure_all(candidates, config, run, progress)
         front = build_front([result["point"] for result in results], trajectories(candidates), config)
         write_front(run.path, front, [(c, r["samples"]) for c, r in zip(candidates, results, strict=True)])

@@ -20,9 +20,9 @@ from gemma2.merging.header import read_header
 from gemma2.merging.outputs import check_output, weight_files
 
 from .config import Config
-from .data import data_file
 from .rundir import Parent, RunOptions, check_parents
 from .schemas import GenerateConfig, PairsConfig, ParetoConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
+from .sources import count_rows, data_files
 
 __all__ = ["check_inputs", "parameter_count", "plan"]
 
@@ -45,16 +45,6 @@ def parameter_count(directory: Path) -> int:
     Raises InputError when a header is not readable or does not fit its file.
     """
     return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
-
-
-def count_rows(path: Path) -> int:
-    """Lines of a JSONL file, or of the one inside an output. Raises InputError when it is missing or empty."""
-    file = data_file(path)
-    with file.open("rb") as lines:
-        rows = sum(1 for line in lines if line.strip())
-    if rows == 0:
-        raise InputError(f"{file} is empty", "give one JSON object per line")
-    return rows
 
 
 def matmul_rate(size: int = 1024) -> float:
@@ -92,7 +82,8 @@ def _reward(config: RewardConfig) -> Work:
 
 def _mean_tokens(path: Path, limit: int) -> float:
     """Tokens per row, at the usual four bytes per token."""
-    return min(data_file(path).stat().st_size / count_rows(path) / 4, limit)
+    size = sum(file.stat().st_size for file in data_files(path))
+    return min(size / count_rows(path) / 4, limit)
 
 
 def _generate(config: GenerateConfig) -> Work:
@@ -168,7 +159,7 @@ def check_inputs(config: Config) -> None:
     for name in ("data", "prompts", "heldout"):
         path = getattr(config, name, None)
         if path is not None:
-            data_file(path)
+            data_files(path)
 
 
 def plan(config: Config, options: RunOptions) -> dict[str, Any]:

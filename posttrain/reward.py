@@ -28,12 +28,13 @@ from gemma2.merging.progress import SILENT, Progress
 
 from .batching import GroupedByLength
 from .chat import ChatFormat
-from .data import Pair, data_file, located, read_pairs, split
+from .data import Pair, located, read_pairs, split
 from .lora import lora_config, merged
 from .models import init_reward_model, save_model
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .schemas import RewardConfig
 from .scorer import RewardModel
+from .sources import data_files
 from .training import RunCallback, quiet_libraries, train, trainer_arguments
 
 __all__ = ["PairIds", "preference_metrics", "run_reward", "tokenise_pairs"]
@@ -57,11 +58,12 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop on NaN.
     """
     quiet_libraries()
-    data = data_file(config.data)
-    with open_run("reward", config, options, parents=[Parent("model", config.model)], data=[data]) as run:
+    with open_run(
+        "reward", config, options, parents=[Parent("model", config.model)], data=data_files(config.data)
+    ) as run:
         model, tokenizer = init_reward_model(config.model, config.seed)
         chat = ChatFormat(tokenizer)
-        training, heldout = split(read_pairs(data), config.eval_fraction, config.seed)
+        training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
         pairs, dropped = tokenise_pairs(training, chat, config.max_length)
         heldout_pairs, _ = tokenise_pairs(heldout, chat, config.max_length)
         report_dropped(dropped, len(training), config, progress)

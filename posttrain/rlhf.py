@@ -26,7 +26,7 @@ from gemma2.merging.errors import UsageError
 from gemma2.merging.progress import SILENT, Progress
 
 from .chat import ChatFormat
-from .data import Prompt, data_file, read_prompts, split
+from .data import Prompt, read_prompts, split
 from .ema import EmaAnchor
 from .evaluate import Settings, check_same_vocabulary, measure
 from .guards import Guards
@@ -37,6 +37,7 @@ from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .sampler import SamplingParams
 from .schemas import RlhfConfig
 from .scores import reward_score
+from .sources import data_files
 from .training import RunCallback, quiet_libraries, train, trainer_arguments
 
 __all__ = ["run_rlhf"]
@@ -60,7 +61,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         raise UsageError(f"{rows} samples per step are not a multiple of --micro-batch-size {micro}", "change one")
     models = {"policy": config.policy, "reward": config.reward, "sft": config.sft}
     parents = [Parent(role, path) for role, path in models.items() if path is not None]
-    data = [data_file(path) for path in (config.prompts, config.heldout) if path is not None]
+    data = [file for path in (config.prompts, config.heldout) if path is not None for file in data_files(path)]
     with open_run("rlhf", config, options, parents=parents, data=data) as run:
         prompts, heldout = read_data(config)
         setup = prepare(config, prompts, micro)

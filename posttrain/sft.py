@@ -28,13 +28,14 @@ from gemma2.merging.progress import SILENT, Progress
 
 from .batching import GroupedByLength
 from .chat import ChatFormat
-from .data import Conversation, data_file, located, read_conversations, split
+from .data import Conversation, located, read_conversations, split
 from .lora import lora_config, merged
 from .models import load_policy, save_model
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .sampler import evaluating
 from .schemas import SftConfig
 from .scorer import head_logps, hidden_states
+from .sources import data_files
 from .training import RunCallback, quiet_libraries, train, trainer_arguments
 
 __all__ = ["Example", "heldout_loss", "run_sft", "tokenise"]
@@ -65,11 +66,10 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     """
     quiet_libraries()
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
-    data = data_file(config.data)
-    with open_run("sft", config, options, parents=[Parent("model", config.model)], data=[data]) as run:
+    with open_run("sft", config, options, parents=[Parent("model", config.model)], data=data_files(config.data)) as run:
         model, tokenizer = load_policy(config.model)
         chat = ChatFormat(tokenizer, model.generation_config)
-        training, heldout = split(read_conversations(data), config.eval_fraction, config.seed)
+        training, heldout = split(read_conversations(config.data), config.eval_fraction, config.seed)
         examples, overlong = tokenise(training, chat, config)
         heldout_examples, _ = tokenise(heldout, chat, config)
         report_overlong(overlong, len(training), config, progress)

@@ -24,11 +24,12 @@ from gemma2.merging.progress import SILENT, Progress
 
 from .batching import derived_seed
 from .chat import ChatFormat
-from .data import Prompt, data_file, located, read_prompts, to_line
+from .data import Prompt, located, read_prompts
 from .models import default_device, load_policy
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .sampler import Completions, SamplingParams, sample
 from .schemas import GenerateConfig, PairsConfig
+from .sources import data_files, to_line
 from .training import quiet_libraries
 
 __all__ = ["Answers", "Sampler", "answer_chunks", "run_generate", "saved_rows"]
@@ -85,9 +86,10 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
     Raises InputError for unusable prompts or models, GuardStop when no completion ends before the limit.
     """
     quiet_libraries()
-    prompts = data_file(config.prompts)
-    with open_run("generate", config, options, parents=[Parent("teacher", config.teacher)], data=[prompts]) as run:
-        rows = read_prompts(prompts, config.limit)
+    with open_run(
+        "generate", config, options, parents=[Parent("teacher", config.teacher)], data=data_files(config.prompts)
+    ) as run:
+        rows = read_prompts(config.prompts, config.limit)
         answer_chunks(run, Sampler.load(config.teacher, config), rows, _completion_rows, progress)
         return run.finish(_write(run, config, progress))
 

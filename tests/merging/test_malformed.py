@@ -9,7 +9,7 @@ from faults import TOKENIZER, no_hang, snapshot, weights, write_varied_models
 
 from gemma2.merging import MergeRequest, engine, merge, outputs
 from gemma2.merging.errors import Gemma2Error
-from gemma2.merging.products import cache_directory
+from gemma2.merging.outputs import cache_folder
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_damaged_cache_of_inner_products_is_measured_again(root, damage):
     request = MergeRequest(method="slerp", models=(root / "rl-1", root / "rl-2"), base=root / "base")
     merge(request, out=root / "out")
     expected = weights(root / "out")
-    (cached,) = cache_directory().glob("*.json")
+    (cached,) = cache_folder("products").glob("*.json")
     text = cached.read_text()
     at = text.index("[") + 1
     changed = {"values": f"{text[:at]}9{text[at:]}", "half": text[: len(text) // 2], "empty": "", "other": "{}"}[damage]

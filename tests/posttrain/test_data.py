@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from gemma2.merging.errors import InputError
-from gemma2.posttrain.data import data_file, located, read_conversations, read_pairs, read_prompts, split, to_line
+from gemma2.posttrain.data import located, read_conversations, read_pairs, read_prompts, split
+from gemma2.posttrain.sources import to_line
 
 USER = {"role": "user", "content": "Hi"}
 MODEL = {"role": "assistant", "content": "Hello"}
@@ -123,22 +122,16 @@ def test_a_file_without_rows_is_refused(tmp_path, read):
         read(write(tmp_path, b"\n \n"))
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere does not exist"):
-        read_prompts(tmp_path / "nowhere")
+def test_a_prompt_may_be_in_another_column_or_be_messages_that_end_with_a_user(tmp_path):
+    path = write(tmp_path, {"question": "Hi", "answer": "7"}, {"messages": [USER, MODEL, USER]})
+    named, messages = read_prompts(path, column="question")
+    assert named.messages == [USER] and named.extra == {"answer": "7"}
+    assert messages.messages == [USER, MODEL, USER]
 
 
-def test_the_output_of_a_step_is_a_data_set_only_when_complete(tmp_path):
-    path = write(tmp_path, {"prompt": "a"}).rename(tmp_path / "data.jsonl")
-    assert data_file(tmp_path) == path
-    (tmp_path / "gemma2.json").write_text(json.dumps({"status": "running"}))
-    with pytest.raises(InputError, match="unfinished"):
-        data_file(tmp_path)
-
-
-def test_a_directory_without_data_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"without data\.jsonl or pairs\.jsonl"):
-        data_file(tmp_path)
+def test_messages_that_end_with_a_model_turn_are_no_prompt(tmp_path):
+    with pytest.raises(InputError, match=r":1: 'messages' end with a turn of the assistant"):
+        read_prompts(write(tmp_path, {"messages": [USER, MODEL]}))
 
 
 def rows_of(tmp_path, *prompts):

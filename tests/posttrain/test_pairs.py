@@ -9,10 +9,11 @@ from random import Random
 import pytest
 
 from gemma2.merging.errors import InputError, UsageError
-from gemma2.posttrain.data import read_pairs, to_line
+from gemma2.posttrain.data import read_pairs
 from gemma2.posttrain.pairs import choose, run_pairs
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import PairsConfig
+from gemma2.posttrain.sources import to_line
 from gemma2.posttrain.tiny import save_random
 
 

@@ -87,7 +87,7 @@ def test_rows_are_counted_without_blank_lines_also_inside_an_output(place):
 def test_missing_or_empty_data_is_refused_by_name(place, content):
     if content is not None:
         (place / "none.jsonl").write_text(content)
-    with pytest.raises(InputError, match=r"none\.jsonl (is empty|does not exist)"):
+    with pytest.raises(InputError, match=r"none\.jsonl (has no rows|does not exist)"):
         count_rows(place / "none.jsonl")
 
 
@@ -172,7 +172,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(place):
         planned(place, sft)
     planned(place, sft, force=True)
     (place / "rows.jsonl").write_text("")
-    with pytest.raises(InputError, match="is empty"):
+    with pytest.raises(InputError, match="has no rows"):
         planned(place, sft, force=True)
     with pytest.raises(InputError, match=r"--policy .* is not a directory"):
         planned(place, RlhfConfig(policy=place / "gone", prompts=place / "rows.jsonl"))

@@ -13,11 +13,12 @@ from transformers import AutoModelForSequenceClassification
 
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.chat import ChatFormat
-from gemma2.posttrain.data import read_pairs, to_line
+from gemma2.posttrain.data import read_pairs
 from gemma2.posttrain.reward import PairIds, make_trainer, preference_metrics, run_reward, tokenise_pairs
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.scorer import RewardModel
+from gemma2.posttrain.sources import to_line
 from gemma2.posttrain.tiny import random_reward_model, save_random, tiny_tokenizer
 
 WORDS = ["honey", "glass", "wool", "salt", "copper"]

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.chat import ChatFormat
-from gemma2.posttrain.data import read_conversations, to_line
+from gemma2.posttrain.data import read_conversations
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.sft import Example, heldout_loss, make_trainer, run_sft, tokenise
+from gemma2.posttrain.sources import to_line
 from gemma2.posttrain.tiny import random_model, save_random, tiny_tokenizer
 
 

@@ -10,11 +10,12 @@ import torch
 from gemma2.merging.errors import GuardStop, InputError
 from gemma2.posttrain import synthesize
 from gemma2.posttrain.chat import ChatFormat
-from gemma2.posttrain.data import read_conversations, to_line
+from gemma2.posttrain.data import read_conversations
 from gemma2.posttrain.models import load_policy
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
 from gemma2.posttrain.scorer import token_logps
+from gemma2.posttrain.sources import to_line
 from gemma2.posttrain.synthesize import run_generate
 from gemma2.posttrain.tiny import save_random
 
