@@ -203,11 +203,12 @@ def make_command(schema: type[Config], run: Runner, writes: bool) -> Callable[..
             console = Console(as_json=given["as_json"], quiet=given["quiet"])
             values = _split_lists(schema, {name: given[name] for name in flags})
             config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=values)
+            from gemma2.posttrain.inputs import check_inputs, located
+
+            config = located(config)
             if writes:
                 execute(config, given, run, console)
             else:
-                from gemma2.posttrain.planner import check_inputs
-
                 check_inputs(config)
                 console.result(run(config, RunOptions(Path()), console).summary)
 
@@ -236,9 +237,11 @@ def execute(config: Config, given: dict[str, Any], run: Runner, console: Console
     if given["out"] is None:
         raise UsageError("--out is missing", "give the directory to write")
     options = RunOptions(given["out"], given["resume"], given["force"])
-    from gemma2.posttrain.planner import check_inputs, plan
+    from gemma2.posttrain.inputs import check_inputs
 
     if given["dry_run"]:
+        from gemma2.posttrain.planner import plan
+
         console.result(plan(config, options))
         return
     check_inputs(config)

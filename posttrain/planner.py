@@ -20,11 +20,12 @@ from gemma2.merging.header import read_header
 from gemma2.merging.outputs import check_output, weight_files
 
 from .config import Config
-from .rundir import Parent, RunOptions, check_parents
+from .inputs import check_inputs, inputs_of
+from .rundir import RunOptions
 from .schemas import GenerateConfig, PairsConfig, ParetoConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
 from .sources import count_rows, data_files
 
-__all__ = ["check_inputs", "parameter_count", "plan"]
+__all__ = ["parameter_count", "plan"]
 
 GIB = 2.0**30
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
@@ -144,22 +145,6 @@ ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
     WarpConfig: _warp,
     ParetoConfig: _pareto,
 }
-
-
-def inputs_of(config: Config) -> dict[str, Path]:
-    """The model directories that a configuration names, by field."""
-    names = ("model", "teacher", "policy", "reward", "sft", "init", "merged")
-    found = {name: getattr(config, name, None) for name in names}
-    return {name: path for name, path in found.items() if isinstance(path, Path)}
-
-
-def check_inputs(config: Config) -> None:
-    """Refuse models and data that are not there: in milliseconds, where the step itself first imports torch."""
-    check_parents([Parent(role, path) for role, path in inputs_of(config).items()])
-    for name in ("data", "prompts", "heldout"):
-        path = getattr(config, name, None)
-        if path is not None:
-            data_files(path)
 
 
 def plan(config: Config, options: RunOptions) -> dict[str, Any]:

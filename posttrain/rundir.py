@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ __all__ = ["Parent", "Run", "RunOptions", "RunResult", "changes", "open_run"]
 
 # A checkpoint, finished rows, a finished step of a pipeline, or an interrupted one.
 KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial")
+
+
+# How the hub's cache lays out a model: the folder of one revision.
+HUB_SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)$")
 
 
 @dataclass(frozen=True)
@@ -139,10 +144,12 @@ def hardware() -> dict[str, Any]:
 
 
 def describe_parent(parent: Parent, out: Path) -> dict[str, str]:
-    """Role, path (relative to the output where both lie on one tree) and digest of the weights."""
+    """Role, path relative to the output, digest of the weights; of a model in the hub's cache also id and revision."""
     path = parent.path.resolve()
     relative = os.path.relpath(path, out.resolve())
-    return {"role": parent.role, "path": relative, "weights": digest_weights(path)}
+    found = HUB_SNAPSHOT.search(path.as_posix())
+    hub = {"hub": f"{found['owner']}/{found['name']}@{found['revision']}"} if found else {}
+    return {"role": parent.role, "path": relative, **hub, "weights": digest_weights(path)}
 
 
 def check_parents(parents: Sequence[Parent]) -> None:

@@ -95,8 +95,8 @@ def run_sft(config, options, progress):
             (run.checkpoints / "checkpoint-1").mkdir(parents=True)
         print("ready", flush=True)
         BODY
-from gemma2.posttrain import planner
-planner.check_inputs = lambda config: None
+from gemma2.posttrain import inputs
+inputs.check_inputs = lambda config: None
 sys.modules["gemma2.posttrain.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
 SLEEP = "time.sleep(60)"

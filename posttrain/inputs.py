@@ -1,0 +1,54 @@
+"""The models and data that a configuration names: hub ids become directories, and what is not there is refused at once.
+
+Torch-free and quick: the step itself would first import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gemma2.merging.locate import is_hub_id, locate_model
+
+from .config import Config
+from .rundir import Parent, check_parents
+from .sources import data_files
+
+__all__ = ["check_inputs", "inputs_of", "located"]
+
+MODELS = ("model", "teacher", "policy", "reward", "sft", "init", "merged")
+LISTS_OF_MODELS = ("policies", "compare")
+DATA = ("data", "prompts", "heldout")
+
+C = TypeVar("C", bound=Config)
+
+
+def located(config: C) -> C:
+    """The configuration with every hub id of a model replaced by its directory in the hub's cache, fetched if need be.
+
+    Raises InputError for an id that cannot be had.
+    """
+    found: dict[str, Any] = {
+        name: locate_model(path, f"--{name}") for name, path in inputs_of(config).items() if is_hub_id(path)
+    }
+    for name in LISTS_OF_MODELS:
+        paths = getattr(config, name, ())
+        if isinstance(paths, tuple) and any(is_hub_id(path) for path in paths):
+            found[name] = tuple(locate_model(path, f"--{name}") for path in paths)
+    return config.model_copy(update=found) if found else config
+
+
+def inputs_of(config: Config) -> dict[str, Path]:
+    """The models that a configuration names, by field."""
+    found = {name: getattr(config, name, None) for name in MODELS}
+    return {name: path for name, path in found.items() if isinstance(path, Path)}
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse models and data that are not there."""
+    check_parents([Parent(role, path) for role, path in inputs_of(config).items()])
+    for name in DATA:
+        value = getattr(config, name, None)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                data_files(path)
