@@ -4,6 +4,7 @@ The flags and the `--help` of every command are generated from these fields, so 
 stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report (2408.00118) where they give one.
 """
 
+from .distill import DistillCacheConfig, DistillConfig
 from .evaluate import DistributionConfig, EvalConfig, ParetoConfig
 from .fields import LoraFields, SamplingFields, TrainingFields
 from .generate import GenerateConfig
@@ -15,6 +16,8 @@ from .warp import WarpConfig
 
 __all__ = [
     "ConvertConfig",
+    "DistillCacheConfig",
+    "DistillConfig",
     "DistributionConfig",
     "EvalConfig",
     "GenerateConfig",

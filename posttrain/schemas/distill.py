@@ -1,0 +1,69 @@
+"""`gemma2 distill` and `gemma2 distill cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from gemma2.posttrain.config import Config
+
+from .fields import Data, LoraFields, Model, Seed, TrainingFields
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class FixedDataFields(Config):
+    """How rows that were written beforehand become tokens, and how a teacher is read."""
+
+    max_length: int = Field(1024, ge=8, description="longest row of --data, tokens")
+    on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
+    end_of_turn: Literal["eot", "eot+eos"] = Field("eot+eos", description="last target of a row of --data")
+    teacher_dtype: Dtype = Field("auto", description="auto: bfloat16 on an accelerator, float32 on the CPU")
+    distill_temperature: float = Field(
+        1.0, gt=0, le=100, description="softmax temperature of teacher and student inside the divergence"
+    )
+
+
+class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
+    """Distillation from a teacher on what the student itself writes (GKD, 2306.13649)."""
+
+    model: Model
+    teacher: Path | None = Field(None, description="teacher model directory, with the student's tokenizer")
+    teacher_cache: Path | None = Field(
+        None, description="output of gemma2 distill cache, instead of --teacher; needs neither prompts nor data"
+    )
+    prompts: Path | None = Field(None, description="prompts that the student answers during training")
+    heldout: Path | None = Field(None, description="evaluation prompts; default: a tenth of --prompts")
+    data: Path | None = Field(None, description="fixed prompts and completions, for --lambda below 1")
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
+        "reverse-kl", description="KL(teacher || student), KL(student || teacher), or JSD with --beta"
+    )
+    beta: float | None = Field(
+        None, gt=0, lt=1, description="weight of the teacher in the mixture of jsd; default: 0.5"
+    )
+    on_policy_fraction: float | None = Field(
+        None, ge=0, le=1, description="lambda: share of steps on the student's own completions; default: 1, cache 0"
+    )
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; default: the whole batch")
+    n: int = Field(1, ge=1, description="samples per prompt")
+    temperature: float = Field(1.0, gt=0, le=5, description="sampling temperature of the student")
+    max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
+    eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations on held-out prompts")
+    eval_prompts: int = Field(64, ge=2, description="held-out prompts per evaluation")
+    eval_fraction: float = Field(0.05, ge=0, lt=1, description="share of --data, or of the cache, that is held out")
+
+
+class DistillCacheConfig(FixedDataFields):
+    """The teacher's distributions over fixed data, top-k and the rest as one bucket, for distilling without it."""
+
+    teacher: Model
+    data: Data
+    top_k: int = Field(64, ge=1, description="tokens kept per position; the rest is one bucket")
+    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
+    shard_rows: int = Field(1024, ge=1, description="rows per file; what a killed run repeats at most")
+    limit: int | None = Field(None, ge=1, description="use only the first rows of the data")
+    seed: Seed = 0
