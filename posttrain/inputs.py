@@ -39,8 +39,9 @@ def located(config: C) -> C:
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
-    """The models that a configuration names, by field."""
-    found = {name: getattr(config, name, None) for name in MODELS}
+    """The models that a configuration names, by field. A teacher at a server is none of them: it is but a name."""
+    remote = {"teacher"} if getattr(config, "engine", None) == "openai" else set()
+    found = {name: getattr(config, name, None) for name in MODELS if name not in remote}
     return {name: path for name, path in found.items() if isinstance(path, Path)}
 
 

@@ -6,14 +6,15 @@
 
 A prompt whose samples differ by no more than `min_margin` gives no pair; how many is counted and reported.
 
-    pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "chosen_truncated": bool,
-                  "rejected_truncated": bool, "chosen_score": s, "rejected_score": s, ...the prompt row's columns}
+    pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "chosen_truncated": bool, "chosen_score": s,
+                  "rejected": MESSAGES, "rejected_truncated": bool, "rejected_score": s, ...the prompt row's columns}
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import combinations, groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,14 +22,17 @@ from typing import Any
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import SILENT, Progress
 
+from .answers import Answering, Source
 from .batching import derived_seed
-from .chat import ChatFormat
-from .data import read_prompts
+from .dialogues import Dialogue, Plan
+from .engines.local import SamplerEngine
+from .journal import Journal
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
+from .sampler import SamplingParams
 from .schemas import PairsConfig, RewardFields
-from .scores import Sampled, Score, function_score, reward_score
+from .scores import function_score, reward_score
+from .scoring import Scored, scored
 from .sources import data_files, to_line
-from .synthesize import Answers, Rows, Sampler, answer_chunks, saved_rows
 from .training import quiet_libraries
 
 __all__ = ["choose", "run_pairs"]
@@ -45,13 +49,21 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         raise UsageError(
             f"--judge {config.judge!r} is neither a directory nor module:function", "name a reward model or a function"
         )
+    function = function_score(config.judge, "--judge", "reward") if judge_model is None else None
     parents = [Parent("model", config.model)] + ([Parent("judge", judge_model)] if judge_model else [])
+    source, plan = Source(config.prompts, config.limit), Plan(config.n, config.seed)
     with open_run("reward pairs", config, options, parents=parents, data=data_files(config.prompts)) as run:
-        rows = read_prompts(config.prompts, config.limit)
-        sampler = Sampler.load(config.model, config)
-        score = _judge(config, judge_model, sampler.chat)
-        answer_chunks(run, sampler, rows, _described(score), progress)
-        return run.finish(_write(run, config, progress))
+        run.checkpoints.mkdir(exist_ok=True)
+        with Journal(run.checkpoints / "answers.jsonl") as journal:
+            params = SamplingParams(config.max_new_tokens, config.temperature)
+            with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
+                answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
+                answering.run(engine, answering.check(engine, progress), progress)
+                chat = engine.chat
+            score = function or reward_score(RewardFields(reward=judge_model), chat, config.batch_size)
+            with Journal(run.checkpoints / "scores.jsonl") as scores:
+                chunks = scored(answering, scores, score, chat, lambda dialogue: True, progress)
+                return run.finish(_write(run, config, chunks, progress))
 
 
 def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:
@@ -68,42 +80,17 @@ def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random
     return [max(different, key=lambda pair: scores[pair[0]] - scores[pair[1]])]
 
 
-def _judge(config: PairsConfig, judge_model: Path | None, chat: ChatFormat) -> Score:
-    if judge_model is None:
-        return function_score(config.judge, "--judge", "reward")
-    return reward_score(RewardFields(reward=judge_model), chat, config.batch_size)
-
-
-def _described(score: Score) -> Callable[[Answers], Rows]:
-    """One row per prompt: its columns and its samples with their scores."""
-
-    def describe(answers: Answers) -> Rows:
-        drawn = answers.drawn
-        columns = score(Sampled(answers.rows, answers.prompts, drawn.ids, answers.texts, drawn.truncated))
-        if "reward" not in columns:
-            raise InputError(f"the judge returned {', '.join(columns)} and no 'reward'", "return plain numbers")
-        rows: dict[int, dict[str, Any]] = {}
-        for index, row, text, cut, value in zip(
-            drawn.prompt_index, answers.rows, answers.texts, drawn.truncated, columns["reward"], strict=True
-        ):
-            entry = rows.setdefault(index, {"prompt": row.messages, "extra": row.extra, "samples": []})
-            entry["samples"].append({"text": text, "truncated": cut, "score": value})
-        return list(rows.values())
-
-    return describe
-
-
-def _write(run: Run, config: PairsConfig, progress: Progress) -> dict[str, Any]:
+def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
     prompts = pairs = ties = 0
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
-        for prompts, row in enumerate(saved_rows(run), start=1):
-            samples = row["samples"]
+        for prompts, samples in enumerate(_by_prompt(chunks), start=1):
+            scores = [score for _, score in samples if score is not None]
             draw = Random(derived_seed(config.seed, prompts))
-            chosen = choose([sample["score"] for sample in samples], config.select, config.min_margin, draw)
+            chosen = choose(scores, config.select, config.min_margin, draw)
             for better, worse in chosen:
-                file.write(to_line(_pair_row(row, samples[better], samples[worse])))
-                margin += samples[better]["score"] - samples[worse]["score"]
+                file.write(to_line(_pair_row(samples[better], samples[worse])))
+                margin += scores[better] - scores[worse]
             pairs, ties = pairs + len(chosen), ties + (not chosen)
     if not pairs:
         what = f"the judge told no two samples of any of {prompts} prompts apart"
@@ -113,14 +100,18 @@ def _write(run: Run, config: PairsConfig, progress: Progress) -> dict[str, Any]:
     return {"prompts": prompts, "pairs": pairs, "ties": ties, "mean_margin": round(margin / pairs, 4)}
 
 
-def _pair_row(row: dict[str, Any], chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
-    ours = {
-        "prompt": row["prompt"],
-        "chosen": [{"role": "assistant", "content": chosen["text"]}],
-        "rejected": [{"role": "assistant", "content": rejected["text"]}],
-        "chosen_truncated": chosen["truncated"],
-        "rejected_truncated": rejected["truncated"],
-        "chosen_score": chosen["score"],
-        "rejected_score": rejected["score"],
-    }
-    return ours | {name: value for name, value in row["extra"].items() if name not in ours}
+def _by_prompt(chunks: Iterator[Scored]) -> Iterator[Scored]:
+    """The n samples of one prompt after the other."""
+    for chunk in chunks:
+        for _, group in groupby(chunk, key=lambda pair: pair[0].row):
+            yield list(group)
+
+
+def _pair_row(chosen: tuple[Dialogue, float | None], rejected: tuple[Dialogue, float | None]) -> dict[str, Any]:
+    prompt = chosen[0].prompt
+    ours: dict[str, Any] = {"prompt": prompt.messages}
+    for name, (dialogue, score) in (("chosen", chosen), ("rejected", rejected)):
+        ours[name] = [{"role": "assistant", "content": dialogue.answers[0].text}]
+        ours[f"{name}_truncated"] = dialogue.fate == "length"
+        ours[f"{name}_score"] = score
+    return ours | {name: value for name, value in prompt.extra.items() if name not in ours}

@@ -67,7 +67,7 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
 
     tiny = settings(TinyConfig, "tiny", {}, train_prompts=config.train_prompts, heldout_prompts=config.heldout_prompts)
     generate = settings(GenerateConfig, "generate", config.generate, teacher=teacher, prompts=prompts)
-    sft = settings(SftConfig, "sft", config.sft, model=student, data=root / "data" / "data.jsonl")
+    sft = settings(SftConfig, "sft", config.sft, model=student, data=root / "data")
     pairs = settings(PairsConfig, "pairs", config.pairs, model=root / "sft", prompts=prompts, judge=JUDGE)
     reward = settings(RewardConfig, "reward", config.reward, model=root / "sft", data=root / "pairs" / "pairs.jsonl")
     warp = settings(

@@ -30,7 +30,7 @@ from gemma2.merging.errors import InputError
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks
 from .decoder import Gemma2Decoder
 
-__all__ = ["Completions", "SamplingParams", "evaluating", "sample"]
+__all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "sample"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def sample(
     with evaluating(model):
         for batch in length_batches([len(prompt) for prompt in prompts], max(1, batch_size // params.n)):
             slots = [index * params.n + k for index in batch for k in range(params.n)]
-            group = decode(model, [prompts[i] for i in batch], params, stop_ids, pad_id, uniforms[slots])
-            rows.update(zip(slots, group, strict=True))
+            asked = [prompts[slot // params.n] for slot in slots]
+            rows.update(zip(slots, decode(model, asked, params, stop_ids, pad_id, uniforms[slots]), strict=True))
     ordered = [rows[slot] for slot in range(len(rows))]
     return Completions(
         ids=[ids for ids, _, _ in ordered],
@@ -122,13 +122,16 @@ def decode(
     pad_id: int,
     uniforms: Tensor,
 ) -> list[tuple[list[int], list[float], bool]]:
-    """One batch of groups: (ids, logps, truncated) for each of the P * n rows. uniforms: (P * n, max_new) float64."""
+    """One batch: (ids, logps, truncated) for each prompt; those that occur several times are prefilled once.
+
+    uniforms: (rows, max_new) float64 in [0, 1), what each row draws with. `params.n` is not read.
+    """
     device = model.device
     uniforms = uniforms.to(device)
     batch = _Batch(model, prompts, params, pad_id)
     stops = torch.zeros(int(model.config.vocab_size), dtype=torch.bool, device=device)
     stops[torch.tensor([i for i in stop_ids if i < len(stops)], dtype=torch.long, device=device)] = True
-    tokens = torch.full(uniforms.shape, pad_id, dtype=torch.long, device=device)  # (P * n, max_new)
+    tokens = torch.full(uniforms.shape, pad_id, dtype=torch.long, device=device)  # (rows, max_new)
     logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
     lengths = torch.full((len(uniforms),), params.max_new_tokens, device=device)
     ended = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
@@ -196,17 +199,21 @@ class _Batch:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
         self.model = model
         self.cache = empty_cache(model.config)
-        self.length = max(len(prompt) for prompt in prompts)  # columns in use, padding included
-        padding = torch.tensor([self.length - len(prompt) for prompt in prompts], device=model.device)  # (P,) columns
-        ids = torch.tensor([[pad_id] * (self.length - len(p)) + list(p) for p in prompts], device=model.device)
+        groups = dict.fromkeys(map(tuple, prompts))
+        number = {prompt: index for index, prompt in enumerate(groups)}
+        source = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)  # (rows,) in 0..P-1
+        self.length = max(len(prompt) for prompt in groups)  # columns in use, padding included
+        padding = torch.tensor([self.length - len(prompt) for prompt in groups], device=model.device)  # (P,) columns
+        ids = torch.tensor([[pad_id] * (self.length - len(p)) + list(p) for p in groups], device=model.device)
         columns = torch.arange(self.length + params.max_new_tokens, device=model.device)
         visible = columns >= padding[:, None]  # (P, all columns)
         positions = (columns[: self.length] - padding[:, None]).clamp_(min=0)
         logits = self._forward(ids, positions, padded_masks(model, visible[:, : self.length]))
-        self.cache.batch_repeat_interleave(params.n)
-        self.logits = logits.repeat_interleave(params.n, 0)  # (P * n, V) fp32
-        self.position = (self.length - padding).repeat_interleave(params.n)  # (P * n,) of the next token
-        self.mask = additive(visible[:, None, None], model.dtype).repeat_interleave(params.n, 0)  # (P * n, 1, 1, all)
+        if len(groups) < len(prompts):
+            self.cache.batch_select_indices(source)
+        self.logits = logits[source]  # (rows, V) fp32
+        self.position = (self.length - padding)[source]  # (rows,) of the next token
+        self.mask = additive(visible[:, None, None], model.dtype)[source]  # (rows, 1, 1, all columns)
         self.decoder = Gemma2Decoder(model, len(columns)) if Gemma2Decoder.fits(model) else None
 
     def _forward(self, ids: Tensor, positions: Tensor, masks: Masks) -> Tensor:

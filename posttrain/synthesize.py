@@ -1,178 +1,208 @@
-"""Teacher completions for a file of prompts (Gemma 2 report, section 4: responses mostly from a larger teacher).
+"""Teacher completions for prompts (Gemma 2 report, section 4: responses mostly from a larger teacher).
 
-Prompts are answered in chunks. A chunk's random numbers follow from the seed and its number alone, and it appears
-among the checkpoints in one rename, so a run that was killed and resumed writes the same bytes as one that was not.
-Inside a chunk the sampler batches by length; the output is in input order.
+    data-00000-of-0000N.jsonl   one model turn:      {"prompt": MESSAGES, "completion": MESSAGES, ...}
+                                several (--turns):   {"messages": MESSAGES, "turns": model turns, ...}
 
-    data.jsonl: {"prompt": MESSAGES, "completion": MESSAGES, "finish_reason": "stop" | "length", "tokens": N,
-                 "logprob": nats, "sample": i, ...the prompt row's other columns}
+and in every row, before the prompt row's other columns:
+
+    finish_reason   "stop", or "length" where the last model turn was cut (kept only with keep_truncated)
+    tokens          of the model turns, stop tokens included; null where a server does not count
+    prompt_tokens   of the first request
+    logprob         nats, sum over the model turns: of the sampler at the sampling temperature, of vLLM and servers as
+                    they report it; null where there is none
+    sample, seed    number among the n of its prompt, and the seed that it was drawn with
+    teacher, temperature, top_p, top_k
+    reward          with a reward model or function: of the last model turn
+
+Rows are in the order of the prompts, then of the samples, whatever the engine and the order of its answers.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gemma2.merging.errors import GuardStop
 from gemma2.merging.progress import SILENT, Progress
 
-from .batching import derived_seed
+from .answers import Answering, Source
 from .chat import ChatFormat
-from .data import Prompt, located, read_prompts
-from .models import default_device, load_policy
-from .rundir import Parent, Run, RunOptions, RunResult, open_run
-from .sampler import Completions, SamplingParams, sample
-from .schemas import GenerateConfig, PairsConfig
-from .sources import data_files, to_line
+from .dialogues import Dialogue, Plan
+from .engines import load_engine
+from .journal import Journal
+from .models import load_tokenizer
+from .rundir import HUB_SNAPSHOT, Parent, Run, RunOptions, RunResult, open_run
+from .schemas import GenerateConfig
+from .scores import load_function, reward_score
+from .scoring import Scored, scored
+from .sources import ShardWriter, data_files
 from .training import quiet_libraries
 
-__all__ = ["Answers", "Sampler", "answer_chunks", "run_generate", "saved_rows"]
+__all__ = ["run_generate"]
 
-CHUNK = 128  # completions between two saves, at least one batch
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A model that answers prompts, and how."""
-
-    model: Any
-    chat: ChatFormat
-    params: SamplingParams
-    batch_size: int
-    seed: int
-
-    @classmethod
-    def load(cls, path: Path, config: GenerateConfig | PairsConfig) -> Sampler:
-        """Load a model that only generates: bf16 on an accelerator, fp32 on the CPU."""
-        dtype = torch.float32 if default_device().type == "cpu" else torch.bfloat16
-        model, tokenizer = load_policy(path, dtype)
-        params = SamplingParams(config.max_new_tokens, config.temperature, config.n)
-        return cls(model, ChatFormat(tokenizer, model.generation_config), params, config.batch_size, config.seed)
-
-    def answer(self, number: int, rows: Sequence[Prompt], prompts: Sequence[list[int]]) -> Answers:
-        """Draw n completions for every prompt of chunk `number`."""
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, number))
-        pad_id = self.chat.tokenizer.pad_token_id or 0
-        drawn = sample(self.model, prompts, self.params, self.chat.stop_ids, pad_id, generator, self.batch_size)
-        return Answers(
-            rows=[rows[i] for i in drawn.prompt_index],
-            prompts=[prompts[i] for i in drawn.prompt_index],
-            texts=[self.chat.decode(ids).strip() for ids in drawn.ids],
-            drawn=drawn,
-        )
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Completions of one chunk; every list is prompt-major, n per prompt. `prompts` are token ids."""
-
-    rows: list[Prompt]
-    prompts: list[list[int]]
-    texts: list[str]
-    drawn: Completions
+TRAINING_COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected")  # a row holds one example
 
 
 def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
-    """Let `config.teacher` answer `config.prompts` and write `data.jsonl` to `options.out`.
+    """Let `config.teacher` answer `config.prompts`; rows in shards in `options.out`.
 
-    Raises InputError for unusable prompts or models, GuardStop when no completion ends before the limit.
+    Raises InputError for unusable prompts or models, or a server that refuses; GuardStop when nothing is left to keep.
     """
     quiet_libraries()
-    with open_run(
-        "generate", config, options, parents=[Parent("teacher", config.teacher)], data=data_files(config.prompts)
-    ) as run:
-        rows = read_prompts(config.prompts, config.limit)
-        answer_chunks(run, Sampler.load(config.teacher, config), rows, _completion_rows, progress)
-        return run.finish(_write(run, config, progress))
+    if config.reward_fn is not None:
+        load_function(config.reward_fn, "--reward-fn")  # a misspelt name shows before anything is drawn
+    source = Source(config.prompts, config.limit, config.prompt_column, config.system)
+    plan = Plan(config.n, config.seed, config.turns, config.user_instruction)
+    parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
+    parents += [Parent("reward", config.reward)] if config.reward else []
+    with open_run("generate", config, options, parents=parents, data=data_files(config.prompts)) as run:
+        run.checkpoints.mkdir(exist_ok=True)
+        with Journal(run.checkpoints / "answers.jsonl") as journal:
+            with closing(load_engine(config, progress)) as engine:
+                answering = Answering(source, plan, journal, engine.chunk, keep_ids=config.reward is not None)
+                answering.run(engine, answering.check(engine, progress, config.on_overlong), progress)
+                facts, chat = engine.facts(), engine.chat
+            chunks = _judged(run, config, answering, chat, progress)
+            return run.finish(_write(run.path, config, chunks, progress) | facts)
 
 
-def answer_chunks(
-    run: Run, sampler: Sampler, rows: Sequence[Prompt], describe: Callable[[Answers], Rows], progress: Progress
-) -> None:
-    """Answer every prompt, chunk by chunk, and save what `describe` makes of the answers among the checkpoints.
-
-    Chunks that are already there are skipped. Every prompt is rendered before the first draw.
-    """
-    prompts = _render(sampler.chat, rows)
-    n = sampler.params.n
-    size = max(1, max(CHUNK, sampler.batch_size) // n)
-    run.checkpoints.mkdir(exist_ok=True)
-    with progress.task("generate", total=len(rows) * n, unit="completions") as task:
-        for number, start in enumerate(range(0, len(rows), size)):
-            path, chunk = run.checkpoints / f"chunk-{number:08d}.jsonl", slice(start, start + size)
-            if not path.exists():
-                _save(path, describe(sampler.answer(number, rows[chunk], prompts[chunk])))
-            task.advance(len(prompts[chunk]) * n)
+def _judged(
+    run: Run, config: GenerateConfig, answering: Answering, chat: ChatFormat | None, progress: Progress
+) -> Iterator[Scored]:
+    """The chunks of answers with their scores, all None where nothing judges. The engine's memory is free by now."""
+    if config.reward is None and config.reward_fn is None:
+        for dialogues in answering.dialogues():
+            yield [(dialogue, None) for dialogue in dialogues]
+        return
+    if chat is None and config.reward is not None:
+        chat = ChatFormat(load_tokenizer(config.reward))
+    score = reward_score(config, chat, config.batch_size)  # type: ignore[arg-type]  # read with a reward model only
+    with Journal(run.checkpoints / "scores.jsonl") as journal:
+        yield from scored(answering, journal, score, chat, lambda dialogue: _kept(dialogue, config), progress)
 
 
-def saved_rows(run: Run) -> Iterator[dict[str, Any]]:
-    """The rows of all chunks, in input order."""
-    for path in sorted(run.checkpoints.glob("chunk-*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+def _kept(dialogue: Dialogue, config: GenerateConfig) -> bool:
+    return dialogue.fate == "stop" or (dialogue.fate == "length" and config.keep_truncated)
 
 
-def _render(chat: ChatFormat, rows: Sequence[Prompt]) -> list[list[int]]:
-    prompts = []
-    for row in rows:
-        with located(row.where):
-            prompts.append(chat.prompt_ids(row.messages))
-    return prompts
+def _write(out: Path, config: GenerateConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
+    """Write the shards; the summary."""
+    count: Counter[str] = Counter()
+    rewards: list[float] = [0.0, 0.0]  # sums over all that were judged, and over the kept
+    teacher = teacher_name(config)
+    with ShardWriter(out, config.shard_rows) as shards:
+        for chunk in chunks:
+            for _, group in groupby(chunk, key=lambda pair: pair[0].row):
+                samples = list(group)
+                kept = [(d, value) for d, value in samples if _kept(d, config)]
+                for dialogue, value in _best(kept, config.best):
+                    shards.write(_row(dialogue, config, teacher, value))
+                    _count_row(count, dialogue)
+                    rewards[1] += value or 0.0
+                _count_samples(count, samples)
+                rewards[0] += sum(value for _, value in kept if value is not None)
+                count["judged"] += sum(value is not None for _, value in kept)
+    _guard(count, config, progress)
+    return _summary(count, rewards, config)
 
 
-def _save(path: Path, rows: Rows) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(to_line(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _best(samples: Scored, best: int | None) -> Scored:
+    """The `best` highest scores, in the order in which they were drawn; of equal ones the earlier."""
+    if best is None:
+        return samples
+    ranked = sorted(samples, key=lambda pair: -(pair[1] or 0.0))[:best]
+    return sorted(ranked, key=lambda pair: pair[0].sample)
 
 
-def _completion_rows(answers: Answers) -> Rows:
-    described = []
-    drawn = answers.drawn
-    for i, (row, text, ids) in enumerate(zip(answers.rows, answers.texts, drawn.ids, strict=True)):
-        ours = {
-            "prompt": row.messages,
-            "completion": [{"role": "assistant", "content": text}],
-            "finish_reason": "length" if drawn.truncated[i] else "stop",
-            "tokens": len(ids),
-            "logprob": round(sum(drawn.logps[i]), 4),
-            "sample": i - drawn.prompt_index.index(drawn.prompt_index[i]),
-        }
-        described.append(ours | {name: value for name, value in row.extra.items() if name not in ours})
-    return described
-
-
-def _write(run: Run, config: GenerateConfig, progress: Progress) -> dict[str, Any]:
-    """Write data.jsonl from the chunks, without the truncated completions unless they are wanted; the summary."""
-    total = truncated = kept = tokens = empty = 0
-    with (run.path / "data.jsonl").open("wb") as file:
-        for row in saved_rows(run):
-            cut = row["finish_reason"] == "length"
-            total, truncated = total + 1, truncated + cut
-            if config.keep_truncated or not cut:
-                kept, tokens = kept + 1, tokens + row["tokens"]
-                empty += not row["completion"][0]["content"]
-                file.write(to_line(row))
-    limit = f"--max-new-tokens {config.max_new_tokens}"
-    if not kept:
-        raise GuardStop(f"all {total} completions ran into {limit}", "raise it, or keep them with --keep-truncated")
-    if 2 * truncated > total:
-        progress.warn(f"{truncated} of {total} completions ran into {limit}; raise it to keep more of the data")
-    return {
-        "completions": total,
-        "rows": kept,
-        "truncated": truncated,
-        "empty": empty,
-        "mean_tokens": round(tokens / kept, 2),
+def _row(dialogue: Dialogue, config: GenerateConfig, teacher: str, reward: float | None) -> dict[str, Any]:
+    answers = dialogue.answers
+    logprobs = [answer.logprob for answer in answers if answer.logprob is not None]
+    ours: dict[str, Any] = {"messages": dialogue.messages, "turns": len(answers)}
+    if config.turns == 1:
+        completion = {"role": "assistant", "content": answers[0].text}
+        ours = {"prompt": dialogue.prompt.messages, "completion": [completion]}
+    ours |= {
+        "finish_reason": dialogue.fate,
+        "tokens": _total(answer.tokens for answer in answers),
+        "prompt_tokens": answers[0].prompt_tokens,
+        "logprob": round(sum(logprobs), 4) if len(logprobs) == len(answers) else None,
+        "sample": dialogue.sample,
+        "teacher": teacher,
+        "seed": dialogue.seed,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
     }
+    if reward is not None:
+        ours["reward"] = round(reward, 6)
+    theirs = dialogue.prompt.extra.items()
+    return ours | {name: value for name, value in theirs if name not in ours and name not in TRAINING_COLUMNS}
+
+
+def _total(counts: Iterator[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
+
+
+def teacher_name(config: GenerateConfig) -> str:
+    """What rows say of the teacher: the model's name at a server, its hub id, or the name of its directory."""
+    if config.engine == "openai":
+        return str(config.teacher)
+    path = config.teacher.resolve()
+    found = HUB_SNAPSHOT.search(path.as_posix())
+    return f"{found['owner']}/{found['name']}" if found else path.name
+
+
+def _count_row(count: Counter[str], dialogue: Dialogue) -> None:
+    count["rows"] += 1
+    count["tokens"] += sum(answer.tokens or 0 for answer in dialogue.answers)
+    count["empty"] += not dialogue.answers[-1].text
+    count["shortened"] += len(dialogue.answers) < dialogue.plan.turns and dialogue.fate == "stop"
+
+
+def _count_samples(count: Counter[str], samples: Scored) -> None:
+    count["prompts"] += 1
+    for dialogue, _ in samples:
+        count["completions"] += 1
+        count[dialogue.fate] += 1
+        count["asked"] += sum(turn.prompt_tokens or 0 for turn in dialogue.drawn)
+        count["answered"] += sum(turn.tokens or 0 for turn in dialogue.drawn)
+
+
+def _guard(count: Counter[str], config: GenerateConfig, progress: Progress) -> None:
+    """Stop when there is nothing to learn from, warn when most of the answers were cut."""
+    total, limit = count["completions"], f"--max-new-tokens {config.max_new_tokens}"
+    if not count["rows"] and count["length"] == total:
+        raise GuardStop(f"all {total} completions ran into {limit}", "raise it, or keep them with --keep-truncated")
+    if not count["rows"]:
+        fates = ", ".join(f"{count[fate]} {fate}" for fate in ("length", "content_filter", "overlong") if count[fate])
+        raise GuardStop(f"none of {total} completions can be kept ({fates})", "see docs/generate.md for what drops one")
+    if 2 * count["length"] > total:
+        progress.warn(f"{count['length']} of {total} completions ran into {limit}; raise it to keep more of the data")
+
+
+def _summary(count: Counter[str], rewards: list[float], config: GenerateConfig) -> dict[str, Any]:
+    """Figures of the job. What did not occur and cannot be told is left out, but for truncated and empty ones."""
+    summary: dict[str, Any] = {
+        "prompts": count["prompts"],
+        "completions": count["completions"],
+        "rows": count["rows"],
+        "truncated": count["length"],
+        "empty": count["empty"],
+        "mean_tokens": round(count["tokens"] / count["rows"], 2),
+        "prompt_tokens": count["asked"],
+        "drawn_tokens": count["answered"],
+    }
+    summary |= {name: count[name] for name in ("shortened", "overlong", "content_filter") if count[name]}
+    if count["judged"]:
+        summary["mean_reward"] = round(rewards[0] / count["judged"], 4)
+    if config.best is not None:
+        summary["mean_reward_of_best"] = round(rewards[1] / count["rows"], 4)
+    if config.price_in is not None and config.price_out is not None:
+        cost = (count["asked"] * config.price_in + count["answered"] * config.price_out) / 1e6
+        summary["cost_usd"] = round(cost, 4)
+    return summary

@@ -2,17 +2,78 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from .fields import Data, Model, SamplingFields, Seed
+from pydantic import Field, model_validator
+
+from .fields import Data, SamplingFields, Seed
+from .rlhf import RewardFields
+
+USER_INSTRUCTION = (
+    "Let us swap roles. From now on you write what the user says in a conversation with an assistant, and I write the "
+    "assistant's answers. Reply with the user's next message and nothing else: a follow-up question, a request to "
+    "explain, correct or change something, or a further task on the same subject. Begin with the user's first message."
+)
 
 
-class GenerateConfig(SamplingFields):
-    """Teacher completions for a file of prompts."""
+class GenerateConfig(SamplingFields, RewardFields):
+    """Teacher completions for prompts, by a local model or a server; resumable at the row."""
 
-    teacher: Model
+    teacher: Path = Field(description="model directory; with --engine openai the name of the model at the server")
     prompts: Data
+    engine: Literal["transformers", "vllm", "openai"] = Field(
+        "transformers", description="what draws: our sampler, vLLM, or an OpenAI-compatible server"
+    )
+    prompt_column: str = Field("prompt", min_length=1, description="column that holds the prompt (GSM8K: question)")
+    system: str | None = Field(None, min_length=1, description="system text put before every prompt without one")
     n: int = Field(1, ge=1, description="completions per prompt")
+    best: int | None = Field(None, ge=1, description="keep this many of the n, by --reward or --reward-fn")
+    turns: int = Field(1, ge=1, description="model turns; from 2 on the teacher also plays the user between them")
+    user_instruction: str = Field(USER_INSTRUCTION, min_length=1, description="what makes the teacher play the user")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the most probable tokens of this mass only")
+    top_k: int = Field(0, ge=0, description="draw from this many most probable tokens only; 0: all")
     keep_truncated: bool = Field(False, description="keep completions that ran into the limit")
-    limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
+    on_overlong: Literal["error", "drop"] = Field(
+        "error", description="a prompt that leaves no room for --max-new-tokens: stop, or drop and count it"
+    )
+    shard_rows: int = Field(100_000, ge=1, description="rows per output file")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts")
     seed: Seed = 0
+    base_url: str | None = Field(None, description="openai: address of the server, up to and including /v1")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", min_length=1, description="openai: environment variable that holds the key"
+    )
+    concurrency: int = Field(8, ge=1, le=4096, description="openai: requests in flight at once")
+    timeout: float = Field(300.0, gt=0, description="openai: longest wait for one answer, seconds")
+    retries: int = Field(8, ge=0, description="openai: further attempts after a failure that may pass")
+    logprobs: bool = Field(False, description="openai: ask for log-probs, which not every server gives")
+    request: dict[str, Any] = Field(
+        default_factory=dict, description="openai: further fields of each request; null takes one of ours out"
+    )
+    price_in: float | None = Field(None, ge=0, description="openai: USD per million prompt tokens, for --dry-run")
+    price_out: float | None = Field(None, ge=0, description="openai: USD per million completion tokens")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerateConfig:
+        scored = self.reward is not None or self.reward_fn is not None
+        if self.reward is not None and self.reward_fn is not None:
+            raise ValueError("give --reward or --reward-fn, not both")
+        if self.best is not None and not scored:
+            raise ValueError("--best needs --reward DIR or --reward-fn module:function")
+        if self.best is not None and self.best > self.n:
+            raise ValueError(f"--best {self.best} of --n {self.n} completions cannot be kept")
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("give both --price-in and --price-out")
+        if self.base_url is not None:
+            self._check_url(self.base_url)
+        return self
+
+    @staticmethod
+    def _check_url(url: str) -> None:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:  # the address is recorded, so it must hold nothing secret
+            raise ValueError("--base-url holds credentials or a query; keep the key in the environment (--api-key-env)")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"--base-url {url!r} is no http address; write for instance http://localhost:8000/v1")

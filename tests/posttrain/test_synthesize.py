@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import random
 
 import pytest
 import torch
 
 from gemma2.merging.errors import GuardStop, InputError
-from gemma2.posttrain import synthesize
+from gemma2.posttrain.batching import derived_seed
 from gemma2.posttrain.chat import ChatFormat
 from gemma2.posttrain.data import read_conversations
+from gemma2.posttrain.engines import local
 from gemma2.posttrain.models import load_policy
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
 from gemma2.posttrain.scorer import token_logps
-from gemma2.posttrain.sources import to_line
+from gemma2.posttrain.sources import iter_rows, to_line
 from gemma2.posttrain.synthesize import run_generate
 from gemma2.posttrain.tiny import save_random
 
@@ -27,29 +28,35 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     (folder / "prompts.jsonl").write_bytes(b"".join(map(to_line, PROMPTS)))
     save_random(folder / "teacher")
+    save_random(folder / "judge", seed=1, kind="reward")
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(synthesize, "CHUNK", 8)
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks():
+    """Batches of 4, two of them to a chunk: 12 prompts with two samples are three chunks of two batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "BATCHES", 2)
+        yield
 
 
 def configure(inputs, **fields):
     # An untrained model draws one of its two stop tokens about once in 256 tokens.
     given = {"max_new_tokens": 128, "temperature": 2.0, "n": 2, "batch_size": 4, "keep_truncated": True, **fields}
-    return GenerateConfig(teacher=inputs / "teacher", prompts=inputs / "prompts.jsonl", **given)
+    return GenerateConfig(**{"teacher": inputs / "teacher", "prompts": inputs / "prompts.jsonl", **given})
 
 
 def rows_of(result):
-    return [json.loads(line) for line in (result.out / "data.jsonl").read_text().splitlines()]
+    return [row.columns for row in iter_rows(result.out)]
+
+
+def bytes_of(out):
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.jsonl"))}
 
 
 @pytest.fixture(scope="module")
-def generated(inputs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesize, "CHUNK", 8)
-        return run_generate(configure(inputs), RunOptions(inputs / "data"))
+def generated(inputs, small_chunks):
+    return run_generate(configure(inputs), RunOptions(inputs / "data"))
 
 
 def test_rows_are_in_input_order_with_the_columns_of_their_prompt(generated):
@@ -106,20 +113,37 @@ def test_mostly_truncated_data_is_warned_about(inputs, tmp_path, interrupting):
     assert "completions ran into --max-new-tokens 2" in progress.warnings[0]
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, generated, chunks, interrupting, monkeypatch):
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, generated, batches, interrupting, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_generate(configure(inputs), RunOptions(out), interrupting(8 * chunks - 1))
-    saved = sorted((tmp_path / ".out.partial" / "checkpoints").glob("chunk-*"))
-    assert len(saved) == chunks and not out.exists()
-    (saved[0].parent / ".chunk-00000007.jsonl.tmp").write_text('{"torn')  # what a kill in the middle of a save leaves
-    calls, draw = [], synthesize.sample
-    monkeypatch.setattr(synthesize, "sample", lambda *args: calls.append(args) or draw(*args))
+        run_generate(configure(inputs), RunOptions(out), interrupting(12 + 4 * batches - 1))  # 12: the check
+    assert not out.exists()
+    calls, draw = [], local.decode
+    monkeypatch.setattr(local, "decode", lambda *args: calls.append(args) or draw(*args))
     resumed = run_generate(configure(inputs), RunOptions(out, resume=True))
-    assert len(calls) == 3 - chunks
-    assert (out / "data.jsonl").read_bytes() == (generated.out / "data.jsonl").read_bytes()
+    assert len(calls) == 6 - batches
+    assert bytes_of(out) == bytes_of(generated.out)
     assert resumed.summary == generated.summary and not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_journal_torn_anywhere_resumes_to_the_same_bytes(inputs, tmp_path, turns, interrupting):
+    """What a kill or a power cut can leave behind is a journal that ends at any byte."""
+    config = configure(inputs, turns=turns, limit=6, max_new_tokens=24, reward=inputs / "judge", best=1)
+    whole = run_generate(config, RunOptions(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):  # after the last completion, before the shards are written
+        run_generate(config, RunOptions(tmp_path / "out"), interrupting(6 + 6 * 2 * (2 * turns - 1)))
+    partial = tmp_path / ".out.partial" / "checkpoints"
+    journal = (partial / "answers.jsonl").read_bytes()
+    draw = random.Random(0)
+    for cut in [0, 1, len(journal) - 1, *(draw.randrange(len(journal)) for _ in range(3))]:
+        (partial / "answers.jsonl").write_bytes(journal[:cut])
+        (partial / "scores.jsonl").unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            run_generate(config, RunOptions(tmp_path / "out", resume=True), interrupting(6 + 12 * (2 * turns - 1)))
+    run_generate(config, RunOptions(tmp_path / "out", resume=True))
+    assert bytes_of(tmp_path / "out") == bytes_of(whole.out)
 
 
 def test_seed_and_limit_decide_what_is_drawn(inputs, tmp_path, generated):
@@ -129,20 +153,23 @@ def test_seed_and_limit_decide_what_is_drawn(inputs, tmp_path, generated):
     assert rows_of(other) != rows_of(limited)
 
 
-def test_chunks_draw_different_numbers(inputs, tmp_path):
+def test_a_row_is_drawn_with_its_own_seed_whatever_its_company(inputs, tmp_path, generated):
     same = tmp_path / "same.jsonl"
     same.write_bytes(to_line({"prompt": "a"}) * 16)
-    config = GenerateConfig(
-        teacher=inputs / "teacher", prompts=same, max_new_tokens=8, batch_size=8, keep_truncated=True
-    )
+    config = configure(inputs, prompts=same, max_new_tokens=8, n=1)
     rows = rows_of(run_generate(config, RunOptions(tmp_path / "out")))
-    assert rows[:8] != rows[8:]
+    assert len({row["completion"][0]["content"] for row in rows}) == 16
+    assert [row["seed"] for row in rows] == [derived_seed(0, i, 0) for i in range(16)]
+    other = rows_of(run_generate(configure(inputs, batch_size=3), RunOptions(tmp_path / "other")))
+    for ours, theirs in zip(other, rows_of(generated), strict=True):
+        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
+        assert ours["completion"] == theirs["completion"] and ours["seed"] == theirs["seed"]
 
 
 def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_drawn(inputs, tmp_path, monkeypatch):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(to_line(PROMPTS[0]) + to_line({"prompt": [{"role": "bot", "content": "x"}]}))
-    monkeypatch.setattr(synthesize, "sample", None)
+    monkeypatch.setattr(local, "decode", None)
     with pytest.raises(InputError, match=r"bad\.jsonl:2: unknown role 'bot'"):
-        run_generate(GenerateConfig(teacher=inputs / "teacher", prompts=bad), RunOptions(tmp_path / "out"))
+        run_generate(configure(inputs, prompts=bad), RunOptions(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == [bad]

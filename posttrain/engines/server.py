@@ -1,0 +1,222 @@
+"""Any OpenAI-compatible server as an engine: bounded concurrency, retries, rate limits, the key from the environment.
+
+`POST {base_url}/chat/completions`, one request per completion, so that each has its own seed. Answers come in any
+order and are handed on as they arrive. Tried again: 408, 409, 429, 5xx, time-outs, broken connections, and answers
+that are no JSON or hold no choice. Everything else (a wrong key, an unknown model, a refused parameter) ends the run
+with one line, after the requests in flight have been answered and handed on, since they are paid.
+
+The key is read from the environment when the engine opens. It is in no record, and cut out of what a server says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import deque
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.schemas import GenerateConfig
+
+from .base import Completion, Key, Message, Request
+from .retry import Backoff, retry_after
+
+__all__ = ["ServerEngine"]
+
+WAVES = 64  # requests given at once, as a multiple of those in flight: the last ones of a chunk leave slots empty
+AGAIN = (408, 409, 425, 429)  # and 5xx
+NOT_AGAIN = ("insufficient_quota", "billing_hard_limit_reached")  # 429s that waiting does not mend
+TOO_LONG = ("context_length_exceeded", "maximum context length", "context size", "context window", "too many tokens")
+LONG_WAIT = 20.0  # seconds of a pause that the user is told about
+
+
+class _Failed(Exception):
+    """An attempt that may succeed when it is made again. `pause`: what the server asks for, seconds."""
+
+    def __init__(self, why: str, pause: float | None = None) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+class ServerEngine:
+    """A client of one server and one model."""
+
+    chat = None
+    window = None
+
+    def __init__(self, config: GenerateConfig, progress: Progress) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise UsageError(f"--engine openai: {error}", "pip install 'gemma2[openai]'") from error
+        self.config = config
+        self.progress = progress
+        self.key = _key(config)
+        self.client = openai.AsyncOpenAI(
+            api_key=self.key or "none", base_url=config.base_url, timeout=config.timeout, max_retries=0
+        )
+        self.address = str(self.client.base_url).rstrip("/")
+        self.chunk = WAVES * config.concurrency
+        self.backoff = Backoff()
+        self.runner = asyncio.Runner()
+        self.failure: InputError | None = None
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Nothing: the server tokenises."""
+        return []
+
+    def complete(self, requests: Sequence[Request], known: Container[Key]) -> Iterator[list[Completion]]:
+        """Groups of whatever has been answered since the last one. Raises InputError after what is in flight."""
+        waiting = deque(request for request in requests if request.key not in known)
+        flying: set[asyncio.Task[Completion]] = set()
+        loop = self.runner.get_loop()
+        try:
+            while flying or (waiting and self.failure is None):
+                while waiting and len(flying) < self.config.concurrency and self.failure is None:
+                    flying.add(loop.create_task(self._answer(waiting.popleft())))
+                done, flying = self.runner.run(_first(flying))
+                answered = [task.result() for task in done if task.exception() is None]
+                for task in done:
+                    self._note_failure(task.exception())
+                if answered:
+                    yield answered
+            if self.failure is not None:
+                raise self.failure
+        finally:
+            self.runner.run(_cancel(flying))
+
+    def _note_failure(self, error: BaseException | None) -> None:
+        if isinstance(error, InputError):
+            self.failure = self.failure or error
+        elif error is not None:
+            raise error
+
+    async def _answer(self, request: Request) -> Completion:
+        """One completion, with as many attempts as it takes and the configuration allows."""
+        failures = 0
+        while True:
+            await self.backoff.turn()
+            try:
+                return await self._attempt(request)
+            except _Failed as failed:
+                failures += 1
+                if failures > self.config.retries or self.failure is not None:
+                    raise InputError(
+                        f"{request.where}: no answer from {self.address} in {failures} attempts, at last: {failed}",
+                        "answered rows are kept: continue with --resume",
+                    ) from failed
+                await self._pause(failed.pause, failures)
+
+    async def _pause(self, asked: float | None, failures: int) -> None:
+        delay = self.backoff.delay(failures)
+        if asked is not None:
+            self.backoff.hold(asked)
+        if max(asked or 0.0, delay) > LONG_WAIT:
+            self.progress.note(f"{self.address} asks to wait, or fails: going on in {max(asked or 0.0, delay):.0f} s")
+        await asyncio.sleep(delay)
+
+    async def _attempt(self, request: Request) -> Completion:
+        import openai
+
+        try:
+            response = await self.client.chat.completions.with_raw_response.create(**self._arguments(request))
+            return self._completion(request, json.loads(response.text))
+        except openai.APIStatusError as error:
+            return self._refused(request, error)
+        except openai.APIConnectionError as error:  # time-outs among them
+            raise _Failed(f"{type(error).__name__}: {error.__cause__ or error}") from error
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise _Failed(f"an answer that is no completion ({type(error).__name__}: {error})") from error
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        config = self.config
+        body: dict[str, Any] = {
+            "max_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p if config.top_p < 1 else None,
+            "top_k": config.top_k or None,
+            "seed": request.seed,
+            "logprobs": config.logprobs or None,
+            **config.request,
+        }
+        fields = {name: value for name, value in body.items() if value is not None}
+        return {"model": str(config.teacher), "messages": request.messages, "extra_body": fields}
+
+    def _completion(self, request: Request, body: dict[str, Any]) -> Completion:
+        (choice,) = body["choices"]
+        usage = body.get("usage") or {}
+        logprobs = (choice.get("logprobs") or {}).get("content")
+        reason = choice.get("finish_reason")
+        return Completion(
+            key=request.key,
+            text=(choice["message"].get("content") or "").strip(),
+            finish_reason=reason if reason in ("length", "content_filter") else "stop",
+            tokens=usage.get("completion_tokens"),
+            prompt_tokens=usage.get("prompt_tokens"),
+            logprob=None if logprobs is None else round(sum(item["logprob"] for item in logprobs), 4),
+        )
+
+    def _refused(self, request: Request, error: Any) -> Completion:
+        """What a status that is no success means: an overlong prompt, another attempt, or the end."""
+        status, said = error.status_code, self._said(error)
+        lasting = any(mark in said for mark in NOT_AGAIN)
+        if (status in AGAIN or status >= 500) and not lasting:
+            raise _Failed(f"{status} {said}", retry_after(error.response.headers)) from error
+        if status in (400, 413, 422) and any(mark in said.lower() for mark in TOO_LONG):
+            if self.config.on_overlong == "drop":
+                return Completion.overlong(request.key)
+            raise InputError(
+                f"{request.where}: too long for {self.config.teacher}: {said}",
+                "shorten it, lower --max-new-tokens, or --on-overlong drop",
+            ) from error
+        mends = {
+            401: f"check the key in {self.config.api_key_env}",
+            403: f"check what the key in {self.config.api_key_env} may do",
+            404: "check --teacher and --base-url",
+            429: "the account is out of credit",
+        }
+        raise InputError(
+            f"{self.address} refuses {self.config.teacher}: {status} {said}",
+            mends.get(status, "check model and settings; --set request.NAME=VALUE sets a field, null drops one"),
+        ) from error
+
+    def _said(self, error: Any) -> str:
+        """What the server wrote, in one short line without the key."""
+        body = error.body
+        detail = body.get("message", body) if isinstance(body, dict) else body
+        code = f" ({body['code']})" if isinstance(body, dict) and isinstance(body.get("code"), str) else ""
+        text = " ".join(str(detail or error.message).split())[:300] + code
+        return text.replace(self.key, "***") if self.key else text
+
+    def facts(self) -> dict[str, Any]:
+        """Where the answers came from."""
+        return {"server": self.address}
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.runner.run(self.client.close())
+        self.runner.close()
+
+
+def _key(config: GenerateConfig) -> str | None:
+    """The key; a server of one's own (--base-url) may do without."""
+    key = os.environ.get(config.api_key_env)
+    if not key and (config.base_url is None or config.api_key_env != "OPENAI_API_KEY"):
+        raise UsageError(
+            f"the environment variable {config.api_key_env} holds no key",
+            "export it, or give the --base-url of a server that needs none",
+        )
+    return key or None
+
+
+async def _first(tasks: set[asyncio.Task[Completion]]) -> tuple[set[Any], set[Any]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _cancel(tasks: set[asyncio.Task[Completion]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
