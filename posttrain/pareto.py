@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,16 @@ class Candidate:
     """A point to measure: a policy directory, or a place on the line where `source` is None."""
 
     name: str
-    kind: str  # base, sft, policy, slerp, liti or line
+    kind: str  # base (what the SFT policy was made from), sft, policy, slerp, liti or line
     source: Path | None
     iteration: int | None = None
     eta: float | None = None
+    title: str = ""  # of what comes before RL: base, SFT, distilled
 
     @property
     def labels(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "iteration": self.iteration, "eta": self.eta}
+        titled = {"title": self.title} if self.title else {}
+        return {"name": self.name, "kind": self.kind, **titled, "iteration": self.iteration, "eta": self.eta}
 
 
 def plan_candidates(config: ParetoConfig) -> list[Candidate]:
@@ -101,11 +103,12 @@ def plan_candidates(config: ParetoConfig) -> list[Candidate]:
     if any(not 0 <= eta <= 1 for eta in config.etas):
         raise UsageError(f"--etas {' '.join(map(str, config.etas))}: not all in 0 .. 1", "the line goes from 0 to 1")
     paths = [path for path in config.policies if path.resolve() != config.sft.resolve()]
-    candidates = [Candidate("SFT", "sft", config.sft)]
-    candidates += [
-        Candidate(name, kind_of(path, config.sft), path, iteration_of(path))
-        for path, name in zip(paths, short_names(paths), strict=True)
-    ]
+    candidates = [Candidate("SFT", "sft", config.sft, title=title_of(config.sft, "SFT"))]
+    before = ancestors(config.sft)
+    for path, name in zip(paths, short_names(paths), strict=True):
+        kind = kind_of(path, before)
+        title = title_of(path, "base") if kind == "base" else ""
+        candidates.append(Candidate(name, kind, path, iteration_of(path), title=title))
     if config.merged is not None:
         ends = {0.0: config.init or config.sft, 1.0: config.merged}
         iteration = iteration_of(config.merged)
@@ -130,15 +133,33 @@ def iteration_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def kind_of(path: Path, sft: Path) -> str:
-    """What a policy directory is, from its manifest: slerp, liti, base (what the SFT started from), else policy."""
+def title_of(path: Path, otherwise: str) -> str:
+    """What a policy before RL is called: by the command that made it."""
+    command = (read_manifest(path) or {}).get("command")
+    return {"sft": "SFT", "distill": "distilled"}.get(str(command), otherwise)
+
+
+def ancestors(path: Path) -> set[str]:
+    """Digests of the weights of every model that this one was made from, as far as directories are still there."""
+    found: set[str] = set()
+    waiting = [path]
+    while waiting:
+        directory = waiting.pop()
+        for parent in (read_manifest(directory) or {}).get("parents", []):
+            if parent.get("role") == "model" and parent["weights"] not in found:
+                found.add(parent["weights"])
+                waiting += [directory / parent["path"]] if "path" in parent else []
+    return found
+
+
+def kind_of(path: Path, before: Collection[str]) -> str:
+    """What a policy directory is: slerp or liti by its manifest, base when it is among `before`, else policy."""
     manifest = read_manifest(path) or {}
     described = f"{manifest.get('command', '')} {(manifest.get('config') or {}).get('method', '')}"
     for kind in ("slerp", "liti"):
         if kind in described:
             return kind
-    parents = (read_manifest(sft) or {}).get("parents", [])
-    return "base" if digest_weights(path) in [parent.get("weights") for parent in parents] else "policy"
+    return "base" if digest_weights(path) in before else "policy"
 
 
 def trajectory(path: Path, name: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .textplot import front_text, off_chart
+from .values import title_of
 
 __all__ = ["angles_figure", "curves_figure", "front_figure", "front_text", "page_svg", "write_figure"]
 
@@ -96,7 +97,7 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
         axis.set_ylabel("reward on held-out prompts")
         axis.margins(0.09)
         for i, point in enumerate(away):
-            note = f"off the chart: {point['name']}, reward {point['reward']:.3g} at KL {point['kl']:.3g}"
+            note = f"off the chart: {title_of(point)}, reward {point['reward']:.3g} at KL {point['kl']:.3g}"
             axis.annotate(
                 note, (1, 0), (-4, 5 + 12 * i), "axes fraction", "offset points", ha="right", color=MUTED, fontsize=8
             )
@@ -183,7 +184,7 @@ def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, bool]]:
     for point in points:
         kind, eta = point["kind"], point.get("eta")
         if kind in ("base", "sft"):
-            chosen.append((point, KIND_NAMES[kind], True))
+            chosen.append((point, title_of(point), True))
         elif kind in ("slerp", "liti"):
             chosen.append((point, f"{KIND_NAMES[kind]} {point.get('iteration') or ''}".strip(), True))
         elif kind == "line" and eta not in (0, 1):

@@ -11,7 +11,7 @@ from typing import Any
 from .collect import Collected, Stage
 from .commands import command_of, phrases, why
 from .figures import angles_figure, curves_figure, front_figure, page_svg
-from .values import duration, number, rounded, with_error
+from .values import duration, number, rounded, title_of, with_error
 
 __all__ = [
     "angles",
@@ -62,7 +62,7 @@ def headline_rows(found: Collected) -> list[tuple[str, Mapping[str, Any]]]:
     """(title, point): base, SFT, the best single RL run of the first iteration, every WARP iteration's merge, the
     chosen model."""
     points = found.front.get("points", [])
-    rows = [("Base", p) for p in points if p["kind"] == "base"] + [("SFT", p) for p in points if p["kind"] == "sft"]
+    rows = [(capital(title_of(p)), p) for kind in ("base", "sft") for p in points if p["kind"] == kind]
     first = min((p["iteration"] for p in points if p["kind"] == "policy" and p.get("iteration")), default=None)
     single = [p for p in points if p["kind"] == "policy" and p.get("iteration") == first]
     if single:
@@ -75,6 +75,11 @@ def headline_rows(found: Collected) -> list[tuple[str, Mapping[str, Any]]]:
     if eta not in (None, 1, 1.0):
         rows += [(f"Chosen model, η = {eta:g}", p) for p in points if p["kind"] == "line" and p.get("eta") == eta]
     return rows
+
+
+def capital(title: str) -> str:
+    """With a capital letter at the beginning of a row."""
+    return title[:1].upper() + title[1:]
 
 
 def scores_of_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -122,18 +127,19 @@ def score_title(score: str) -> str:
 
 
 def verdict(rows: Rows) -> dict[str, Any] | None:
-    """The last WARP merge against the SFT policy, per score: the difference, and how many standard errors it is.
+    """The last WARP merge against the policy that RL started from, per score: the difference in standard errors.
 
     The errors are taken as independent; common random numbers make the true one smaller.
     """
-    named = dict(rows)
-    last = [title for title in named if title.startswith("WARP")]
-    if "SFT" not in named or not last:
+    last = [(title, point) for title, point in rows if title.startswith("WARP")]
+    reference = [(title, point) for title, point in rows if point["kind"] == "sft"]
+    if not reference or not last:
         return None
-    before, after = named["SFT"], named[last[-1]]
+    (start, before), (merge, after) = reference[-1], last[-1]
     names = ["reward", *scores_of_points([before, after])[:2]]
     lines = [change(name, before, after) for name in names if name in before and name in after]
-    return {"title": last[-1], "kl": with_error(after, "kl")["value"], "lines": [line for line in lines if line]}
+    price = with_error(after, "kl")["value"]
+    return {"title": merge, "start": start, "kl": price, "lines": [line for line in lines if line]}
 
 
 def change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -270,8 +276,10 @@ def thinned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def side_by_side(found: Collected, rows: Rows) -> list[dict[str, Any]]:
     """Answers of base, SFT and the last merge to the same prompts: [{"prompt", "answers": [...]}]."""
-    titles = [title for title, _ in rows if not title.startswith(("Best", "Chosen"))]
-    titles = titles[:2] + titles[-1:] if len(titles) > 3 else titles
+    shown = [(title, point) for title, point in rows if not title.startswith(("Best", "Chosen"))]
+    if len(shown) > 3:  # the first, what RL started from, and the last
+        shown = [shown[0], *(row for row in shown if row[1]["kind"] == "sft"), shown[-1]]
+    titles = [title for title, _ in shown]
     names = {point["name"]: title for title, point in rows if title in titles}
     prompts: dict[Any, dict[str, Any]] = {}
     for sample in found.samples:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from .values import title_of
+
 __all__ = ["front_text", "off_chart"]
 
 Point = Mapping[str, Any]
@@ -14,7 +16,6 @@ Point = Mapping[str, Any]
 # Bit of each dot of a braille cell, by (row, column): U+2800 + bits.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "■", "line": "•"}
-NAMES = {"base": "base", "sft": "SFT", "policy": "RL policy", "slerp": "SLERP", "liti": "LITI", "line": "eta line"}
 
 
 class Canvas:
@@ -109,12 +110,14 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
     for point in sorted(shown, key=lambda point: order.index(point["kind"])):
         canvas.mark(point)
     for point in shown:
-        if point["kind"] in ("base", "sft", "slerp", "liti"):
-            canvas.write(point, f"{NAMES[point['kind']]} {point.get('iteration') or ''}".strip(), over_lines=True)
+        if point["kind"] in ("base", "sft"):
+            canvas.write(point, title_of(point), over_lines=True)
+        elif point["kind"] in ("slerp", "liti"):
+            canvas.write(point, f"{point['kind'].upper()} {point.get('iteration') or ''}".strip(), over_lines=True)
     for point in shown:
         if point["kind"] == "line" and point["eta"] not in (0, 1):
             canvas.write(point, f"{point['eta']:g}")
-    notes = [f"off the chart: {p['name']}, reward {p['reward']:.3g} at KL {p['kl']:.3g}" for p in away]
+    notes = [f"off the chart: {title_of(p)}, reward {p['reward']:.3g} at KL {p['kl']:.3g}" for p in away]
     return "\n".join([*frame(canvas), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
 
 

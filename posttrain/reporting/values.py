@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["as_yaml", "duration", "number", "rounded", "short_hash", "with_error"]
+__all__ = ["as_yaml", "duration", "number", "rounded", "short_hash", "title_of", "with_error"]
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -56,6 +56,11 @@ def duration(seconds: float | None) -> str:
 def short_hash(digest: str | None) -> str:
     """The first ten digits of a digest."""
     return (digest or "").rpartition(":")[2][:10]
+
+
+def title_of(point: Mapping[str, Any]) -> str:
+    """What a policy before RL is called: the title that it was measured under, else base or SFT."""
+    return str(point.get("title") or {"base": "base", "sft": "SFT"}[point["kind"]])
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:

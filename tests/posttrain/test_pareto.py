@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from gemma2.merging.errors import InputError, OutputError, UsageError
 from gemma2.merging.outputs import digest_weights, read_manifest
 from gemma2.posttrain import pareto
 from gemma2.posttrain.evaluate import run_eval
-from gemma2.posttrain.pareto import best_at, hypervolume, interpolate_, pareto_front, run_pareto, short_names
+from gemma2.posttrain.pareto import (
+    best_at,
+    hypervolume,
+    interpolate_,
+    pareto_front,
+    plan_candidates,
+    run_pareto,
+    short_names,
+)
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, ParetoConfig
 from gemma2.posttrain.tiny import random_model, save_random
@@ -140,6 +150,22 @@ def test_every_policy_and_eta_is_a_point_of_its_kind(front):
         "policy-1 step 0": ("trajectory", 1, None),
         "policy-1 step 2": ("trajectory", 1, None),
     }
+
+
+def test_what_comes_before_rl_is_called_by_the_command_that_made_it(world, tmp_path):
+    _, places = world
+    for name, command, parent in (("cloned", "sft", "base"), ("taught", "distill", "cloned")):
+        source = places["policy-1" if name == "cloned" else "slerp"]
+        shutil.copytree(source, tmp_path / name)
+        above = places["base"] if parent == "base" else tmp_path / parent
+        described = {"role": "model", "path": os.path.relpath(above, tmp_path / name), "weights": digest_weights(above)}
+        manifest(tmp_path / name, command=command, parents=[described])
+    config = settings(world, sft=tmp_path / "taught", policies=(places["base"], tmp_path / "cloned"), merged=None)
+    assert [(c.kind, c.title) for c in plan_candidates(config)] == [
+        ("sft", "distilled"),
+        ("base", "base"),
+        ("base", "SFT"),
+    ]
 
 
 def test_the_ends_of_the_line_are_the_policies_themselves(front):

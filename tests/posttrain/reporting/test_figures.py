@@ -160,8 +160,8 @@ def test_higher_reward_stands_higher_and_more_kl_further_right():
 def test_a_base_far_away_is_told_instead_of_squeezing_the_rest():
     points = [*warp_points(), point("raw", "base", 90.0, 0.1)]
     assert [p["name"] for p in off_chart(points)] == ["raw"]
-    assert "off the chart: raw, reward 0.1 at KL 90" in front_text(points)
-    assert "off the chart: raw, reward 0.1 at KL 90" in texts(svg_text(front_figure(points)))
+    assert "off the chart: base, reward 0.1 at KL 90" in front_text(points)
+    assert "off the chart: base, reward 0.1 at KL 90" in texts(svg_text(front_figure(points)))
 
 
 def test_text_of_nothing_and_of_one_point():
