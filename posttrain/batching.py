@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -39,13 +40,25 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
 
 
-class LengthSampler(Sampler[int]):
-    """Yields rows in `length_grouped_order`, another order for every epoch; `set_epoch` is called by the trainer."""
+class Epochs(Protocol):
+    """Which rows an epoch holds."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __len__(self) -> int: ...
+
+    def rows(self, epoch: int) -> list[int]: ...
+
+
+class LengthSampler(Sampler[int]):
+    """Yields rows in `length_grouped_order`, another order for every epoch; `set_epoch` is called by the trainer.
+
+    `epochs` says which rows come; without it, every row once.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epochs: Epochs | None = None) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
+        self.epochs = epochs
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -53,17 +66,25 @@ class LengthSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths if self.epochs is None else self.epochs)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        return iter(length_grouped_order(self.lengths, self.batch_size, generator))
+        rows = list(range(len(self.lengths))) if self.epochs is None else self.epochs.rows(self.epoch)
+        order = length_grouped_order([self.lengths[row] for row in rows], self.batch_size, generator)
+        return (rows[place] for place in order)
 
 
 class GroupedByLength:
-    """Mixin for a Trainer whose training set has a column `length` (tokens): optimizer batches of similar rows."""
+    """Mixin for a Trainer whose training set has a column `length` (tokens): optimizer batches of similar rows.
+
+    `epochs`, where a trainer sets it, says which rows of the training set an epoch holds.
+    """
+
+    epochs: Epochs | None = None
 
     def _get_train_sampler(self, train_dataset: object = None) -> LengthSampler:
         args = self.args  # type: ignore[attr-defined]
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSampler(self.train_dataset["length"][:], batch_size, args.seed)  # type: ignore[attr-defined]
+        lengths = self.train_dataset["length"][:]  # type: ignore[attr-defined]
+        return LengthSampler(lengths, batch_size, args.seed, self.epochs)

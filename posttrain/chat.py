@@ -139,6 +139,14 @@ class ChatFormat:
         controls = set(self._controls.values())
         return self._text([i for i in ids if i not in controls])
 
+    def token_text(self, token: int) -> str:
+        """What one token stands for, control tokens by their name; a blank is a blank, not the tokenizer's sign."""
+        return self._text([token])
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token is one that no text can be encoded to."""
+        return token in self._controls.values()
+
     def parse(self, ids: list[int]) -> list[Message]:
         """Messages of a rendered conversation: the inverse of `conversation_ids` and of `example`.
 

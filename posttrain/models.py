@@ -1,7 +1,7 @@
 """Loading and saving of models and tokenizers, with the checks that transformers leaves to a warning.
 
 Weights come from safetensors only; a tensor that the checkpoint lacks is an error, never a random initialisation.
-Attention is eager: `sdpa` has no soft cap and Gemma 2 refuses it (Gemma 2 report, section 2).
+Attention is eager by default: `sdpa` has no soft cap and Gemma 2 refuses it (Gemma 2 report, section 2).
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.header import read_header
 from gemma2.merging.outputs import weight_files
 
-__all__ = ["default_device", "init_reward_model", "load_policy", "load_reward_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "check_attention",
+    "default_device",
+    "init_reward_model",
+    "load_policy",
+    "load_reward_model",
+    "load_tokenizer",
+    "save_model",
+]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -76,13 +85,32 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(factory: Any, path: Path, dtype: torch.dtype, allowed_missing: tuple[str, ...] = (), **options: Any) -> Any:
+def check_attention(name: str) -> None:
+    """Raise UsageError for an attention back end that cannot train here."""
+    found = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if name == "eager":
+        return
+    if not torch.cuda.is_available():
+        raise UsageError(f"--attention {name} needs a GPU, there is none here", "use eager")
+    if name in found and not found[name]():
+        package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[name]
+        raise UsageError(f"--attention {name} needs the package {package}", f"pip install {package}, or use eager")
+
+
+def _load(
+    factory: Any,
+    path: Path,
+    dtype: torch.dtype,
+    allowed_missing: tuple[str, ...] = (),
+    attention: str = "eager",
+    **options: Any,
+) -> Any:
     read_config(path)
     try:
         model, report = factory.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation="eager",
+            attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -104,16 +132,16 @@ def _load(factory: Any, path: Path, dtype: torch.dtype, allowed_missing: tuple[s
 
 
 def load_policy(
-    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None, attention: str = "eager"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in eager attention and its tokenizer, in eval mode. `device`: the accelerator where there is one.
+    """A causal LM and its tokenizer, in eval mode. `device`: the accelerator where there is one.
 
     Raises InputError when the directory is no model, or tensors are missing, unknown or of the wrong shape.
     """
     config = read_config(path)
     if any("SequenceClassification" in name for name in config.get("architectures") or ()):
         raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
-    model = _load(AutoModelForCausalLM, path, dtype)
+    model = _load(AutoModelForCausalLM, path, dtype, attention=attention)
     return model.to(device or default_device()).eval(), load_tokenizer(path)
 
 

@@ -68,9 +68,11 @@ def _train(n: int, tokens: float, lora: int) -> Work:
 
 
 def _sft(config: SftConfig) -> Work:
-    rows = count_rows(config.data)
-    steps = config.max_steps or rows * config.epochs / config.batch_size
-    tokens = steps * config.batch_size * _mean_tokens(config.data, config.max_length)
+    rows = [count_rows(path) for path in config.data]
+    steps = config.max_steps or sum(rows) * config.epochs / config.batch_size
+    weights = config.weights or rows
+    means = [_mean_tokens(path, config.max_length) * weight for path, weight in zip(config.data, weights, strict=True)]
+    tokens = steps * config.batch_size * sum(means) / sum(weights)
     return _train(parameter_count(config.model), tokens, config.lora_rank)
 
 

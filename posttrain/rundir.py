@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +87,7 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
+        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # told of every line of metrics.jsonl
 
     @property
     def checkpoints(self) -> Path:
@@ -96,6 +97,8 @@ class Run:
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
         self._append("metrics.jsonl", {"step": step, **metrics})
+        for listener in self.listeners:
+            listener(step, metrics)
 
     def sample(self, step: int, **row: Any) -> None:
         """Append one prompt and completion seen during the run to samples.jsonl."""

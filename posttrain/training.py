@@ -28,6 +28,7 @@ from gemma2.merging.progress import Progress, Task
 from .config import closest
 from .rundir import Run
 from .schemas import TrainingFields
+from .tracking import check_tracking, tracked
 
 __all__ = ["RunCallback", "latest_checkpoint", "mark_complete", "quiet_libraries", "train", "trainer_arguments"]
 
@@ -52,7 +53,8 @@ def quiet_libraries() -> None:
 def trainer_arguments(schema: type, config: TrainingFields, run: Run, **ours: Any) -> dict[str, Any]:
     """Keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
 
-    Raises UsageError for an option that TRL does not have, or that a flag of ours sets.
+    Raises UsageError for an option that TRL does not have, or that a flag of ours sets, and for a tracker that is not
+    installed.
     """
     on_gpu = torch.cuda.is_available()
     arguments = {
@@ -67,14 +69,15 @@ def trainer_arguments(schema: type, config: TrainingFields, run: Run, **ours: An
         "logging_nan_inf_filter": False,
         "seed": config.seed,
         "data_seed": config.seed,
-        "report_to": "none",
+        "report_to": "none",  # the trackers of `tracking.py` get what metrics.jsonl gets
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
         "activation_checkpointing": on_gpu,
         **ours,
     }
-    defaults = {"bf16", "activation_checkpointing", "use_cpu", "report_to"}
+    check_tracking(config.report_to)
+    defaults = {"bf16", "activation_checkpointing", "use_cpu"}
     # The deprecated aliases would lose against activation_checkpointing without a word.
     known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
     for key in config.trainer:
@@ -187,7 +190,7 @@ def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
     found = latest_checkpoint(run) if run.resumed else None
     run.rewind(found[1] if found else -1)
     try:
-        with warnings.catch_warnings():
+        with tracked(run), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
     finally:

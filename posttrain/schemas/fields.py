@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,9 @@ class TrainingFields(Config):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="also send the metrics to tensorboard, wandb, trackio; metrics.jsonl is always written"
+    )
     seed: Seed = 0
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="further options of the TRL trainer, by TRL's names"
@@ -41,3 +44,7 @@ class LoraFields(Config):
 
     lora_rank: int = Field(0, ge=0, description="rank of the LoRA adapter; 0 trains all weights")
     lora_alpha: float = Field(16.0, gt=0, description="LoRA scale is alpha / rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that is dropped")
+    lora_targets: tuple[str, ...] = Field(
+        (), description="modules to adapt, by the last part of their names; default: every linear layer but the head"
+    )

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from .fields import Data, LoraFields, Model, TrainingFields
+from .fields import LoraFields, Model, TrainingFields
+
+Attention = Literal["eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
 class SftConfig(TrainingFields, LoraFields):
     """Supervised fine-tuning on prompt and completion, or on conversations."""
 
     model: Model
-    data: Data
+    data: tuple[Path, ...] = Field(
+        min_length=1, description="files, directories or hub data sets of rows; several are a mixture"
+    )
+    eval_data: Path | None = Field(None, description="rows of the held-out loss; default: --eval-fraction of --data")
+    weights: tuple[float, ...] = Field(
+        (), description="share of each data set in the rows of an epoch; default: every row once"
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
@@ -21,4 +30,50 @@ class SftConfig(TrainingFields, LoraFields):
     max_length: int = Field(1024, ge=8, description="longest row, tokens")
     on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
     end_of_turn: Literal["eot", "eot+eos"] = Field("eot+eos", description="last target of a conversation")
-    eval_fraction: float = Field(0.05, ge=0, lt=1, description="share of rows held out for the evaluation loss")
+    eval_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of prompts held out for the evaluation loss, without --eval-data"
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="optimizer steps between held-out losses; default: at the start and the end"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights that become the output; best: those with the lowest held-out loss"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many held-out losses without a new lowest one"
+    )
+    lora_output: Literal["merged", "adapter"] = Field(
+        "merged", description="write a plain model, or the LoRA adapter alone, which gemma2 merge reads beside its base"
+    )
+    attention: Attention = Field("eager", description="attention back end; all but eager need a GPU")
+    packing: bool = Field(False, description="pack rows up to --max-length; with flash attention only")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_path_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_positive(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if any(weight <= 0 for weight in weights):
+            raise ValueError("weights are above 0; leave out a data set that is not wanted")
+        return weights
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> SftConfig:
+        twice = {str(path) for path in self.data if self.data.count(path) > 1}
+        if twice:
+            raise ValueError(f"data names {min(twice)} twice; give it a larger weight instead")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; give one each, or none")
+        if self.eval_every is None and (self.keep == "best" or self.patience is not None):
+            raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
+        if self.lora_output == "adapter" and self.lora_rank == 0:
+            raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
+        if self.packing and not self.attention.startswith("flash"):
+            raise ValueError(
+                f"packing needs flash attention, {self.attention} would be slow or wrong across rows; "
+                "drop packing, rows of similar length share a batch anyway, or give attention=flash_attention_2"
+            )
+        return self

@@ -14,7 +14,8 @@ from gemma2.posttrain.chat import ChatFormat
 from gemma2.posttrain.data import read_conversations
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import SftConfig
-from gemma2.posttrain.sft import Example, heldout_loss, make_trainer, run_sft, tokenise
+from gemma2.posttrain.sft import Example, heldout_loss, run_sft, tokenise
+from gemma2.posttrain.sft_trainer import make_trainer
 from gemma2.posttrain.sources import to_line
 from gemma2.posttrain.tiny import random_model, save_random, tiny_tokenizer
 
@@ -109,7 +110,8 @@ def test_overlong_rows_are_counted_and_reported(inputs, tmp_path, trained, inter
     summary = run_sft(configure(inputs, max_steps=1, max_length=36), RunOptions(tmp_path / "out"), progress).summary
     dropped, total = summary["overlong_dropped"], trained.summary["rows"]
     assert 0 < dropped == total - summary["rows"]
-    assert progress.warnings == [f"{dropped} of {total} rows are longer than --max-length 36 and were dropped"]
+    first = f"{dropped} of {total} rows are longer than --max-length 36 and were dropped ({inputs / 'data.jsonl'}:"
+    assert progress.warnings[0].startswith(first)
 
 
 # -- rows to examples ----------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def chat():
 def examples(tmp_path, chat, *rows, **fields):
     (tmp_path / "rows.jsonl").write_bytes(b"".join(map(to_line, rows)))
     config = SftConfig(model=tmp_path, data=tmp_path / "rows.jsonl", **fields)
-    return tokenise(read_conversations(config.data), chat, config)
+    return tokenise(read_conversations(config.data[0]), chat, config)
 
 
 def learned(chat, example):

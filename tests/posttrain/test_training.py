@@ -111,9 +111,9 @@ def test_settings_reach_the_trainer_under_its_names(tmp_path):
 
 
 def test_further_options_are_passed_on_by_name(tmp_path):
-    with opened(tmp_path, trainer={"adam_beta1": 0.5, "report_to": "tensorboard"}) as (config, run):
+    with opened(tmp_path, trainer={"adam_beta1": 0.5, "bf16": True}) as (config, run):
         arguments = trainer_arguments(SFTConfig, config, run)
-        assert (arguments["adam_beta1"], arguments["report_to"]) == (0.5, "tensorboard")
+        assert (arguments["adam_beta1"], arguments["bf16"]) == (0.5, True)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,7 @@ def test_further_options_are_passed_on_by_name(tmp_path):
     [
         ("adam_beta", r"unknown key 'trainer\.adam_beta'; did you mean 'adam_beta[12]'"),
         ("gradient_checkpointing", r"unknown key 'trainer\.gradient_checkpointing'"),
+        ("report_to", r"'trainer\.report_to' is set by an option of this command"),
         ("seed", r"'trainer\.seed' is set by an option of this command"),
         ("max_steps", r"'trainer\.max_steps' is set by an option of this command"),
     ],
