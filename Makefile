@@ -4,6 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= quickstart
+# GSM8K where it lies beside the checkout, else the project's own prompts.
+GSM8K  := $(wildcard ../shared/data/gsm8k/train.jsonl)
+QUESTIONS ?= $(if $(GSM8K),--prompts $(GSM8K) --prompt-column question)
 
 # Threads that wait must not burn the core that works; nothing here looks for a model hub.
 export OMP_WAIT_POLICY = PASSIVE
@@ -69,7 +72,7 @@ $(VENV)/.installed-real: $(VENV)/.installed
 	@touch $@
 
 real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct
-	@$(BIN)/python bench/real.py --out runs/real
+	@$(BIN)/python bench/real.py --out runs/real $(QUESTIONS)
 
 docs: setup-dev ## Regenerate docs/commands.md from --help
 	@$(BIN)/python docs/generate.py

