@@ -34,6 +34,7 @@ COMMANDS = {
     ),
     "tiny": Entry("tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"),
     "generate": Entry("generate", "Teacher completions for a file of prompts.", "Post-training"),
+    "filter": Entry("filter", "Drop rows not to learn from, each with its reason.", "Post-training"),
     "sft": Entry("sft", "Supervised fine-tuning on prompts and completions.", "Post-training"),
     "distill": Entry("distill", "Distil a teacher into a student on the student's own completions.", "Post-training"),
     "reward": Entry("reward", "Train a reward model; `reward pairs` makes its preference data.", "Post-training"),

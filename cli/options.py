@@ -28,6 +28,7 @@ from .help import HelpCommand, HelpGroup
 __all__ = ["AsJson", "DryRun", "Force", "Out", "Quiet", "Resume", "add_stage", "recipe_path", "stage", "stage_group"]
 
 COMMON = "Output and control"
+ARGUMENT = "argument"  # of a command that takes one field without its flag
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 # The flags that mean the same everywhere.
@@ -156,13 +157,18 @@ def _split_lists(schema: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stage(schema: type[Config], run: Runner, *, examples: str, writes: bool = True) -> typer.Typer:
+def stage(
+    schema: type[Config], run: Runner, *, examples: str, writes: bool = True, positional: str | None = None
+) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
-    With `writes` the command takes --out, --resume, --force and --dry-run.
+    With `writes` the command takes --out, --resume, --force and --dry-run. `positional` names a field that may also be
+    given as an argument.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    add_stage(app, schema, run, examples=examples, writes=writes)
+    command = make_command(schema, run, writes, positional)
+    _describe(command, schema, examples)
+    app.command(cls=HelpCommand, context_settings=HELP_NAMES)(command)
     return app
 
 
@@ -189,9 +195,25 @@ def _describe(command: Callable[..., None], schema: type[Config], examples: str)
     command.__doc__ = f"{inspect.getdoc(schema)}\n\n\b\n{lines}"
 
 
-def make_command(schema: type[Config], run: Runner, writes: bool) -> Callable[..., None]:
+def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
+    """A field as an argument without its flag's name, beside the flag."""
+    described = typer.Argument(
+        None, metavar=name.upper(), help=f"{field.description} (or --{name}).", show_default=False
+    )
+    annotation = _flag_type(field.annotation) | None
+    return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
+
+
+def _with_argument(name: str, value: Any, flags: dict[str, Any]) -> dict[str, Any]:
+    if flags[name] is not None:
+        raise UsageError(f"'{value}' and --{name} {flags[name]} name two inputs", f"give one {name.upper()}")
+    return flags | {name: value}
+
+
+def make_command(schema: type[Config], run: Runner, writes: bool, positional: str | None = None) -> Callable[..., None]:
     """The function behind a command, with a signature that typer reads."""
     flags = flags_of(schema)
+    arguments = [_argument(positional, schema.model_fields[positional])] if positional else []
 
     def command(ctx: typer.Context, **given: Any) -> None:
         if ctx.invoked_subcommand is not None:
@@ -202,6 +224,8 @@ def make_command(schema: type[Config], run: Runner, writes: bool) -> Callable[..
         else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"])
             values = _split_lists(schema, {name: given[name] for name in flags})
+            if positional and given.get(ARGUMENT) is not None:
+                values = _with_argument(positional, given[ARGUMENT], values)
             config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=values)
             from gemma2.posttrain.inputs import check_inputs, located
 
@@ -224,6 +248,7 @@ def make_command(schema: type[Config], run: Runner, writes: bool) -> Callable[..
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *arguments,
         *flags.values(),
         *(inspect.Parameter(key, keyword, default=o, annotation=a) for key, (a, o) in common.items()),
     ]

@@ -1,1 +1,1 @@
-"""What is wrong with a row of synthetic data: one small function per reason (Gemma 2 report, section 4)."""
+"""Filters on data to learn from: one file per filter, each a small function from a row to what is wrong with it."""

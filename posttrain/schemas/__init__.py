@@ -7,6 +7,7 @@ stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report 
 from .distill import DistillCacheConfig, DistillConfig
 from .evaluate import DistributionConfig, EvalConfig, ParetoConfig
 from .fields import LoraFields, SamplingFields, TrainingFields
+from .filter import FilterConfig
 from .generate import GenerateConfig
 from .reward import PairsConfig, RewardConfig
 from .rlhf import RewardFields, RlFields, RlhfConfig
@@ -20,6 +21,7 @@ __all__ = [
     "DistillConfig",
     "DistributionConfig",
     "EvalConfig",
+    "FilterConfig",
     "GenerateConfig",
     "LoraFields",
     "MergeConfig",

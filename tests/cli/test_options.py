@@ -16,6 +16,7 @@ from gemma2.posttrain.rundir import RunOptions
 
 SCHEMA_OF = {
     "eval": schemas.EvalConfig,
+    "filter": schemas.FilterConfig,
     "generate": schemas.GenerateConfig,
     "pareto": schemas.ParetoConfig,
     "reward": schemas.RewardConfig,
@@ -78,6 +79,27 @@ def test_flags_of_every_kind_reach_the_configuration(resolved):
     lists, _ = resolved("pareto", "--sft", "s", "--prompts", "p", "--policies", "a, b", "--etas", "0,.3,1")
     assert lists.policies == (Path("a"), Path("b"))
     assert lists.etas == (0.0, 0.3, 1.0)
+
+
+def test_an_argument_is_the_flag_without_its_name(resolved):
+    by_argument, _ = resolved("filter", "d", "--out", "o")
+    by_flag, _ = resolved("filter", "--data", "d", "--out", "o")
+    assert by_argument == by_flag
+    assert by_argument.data == Path("d")
+
+
+def test_an_argument_comes_before_the_recipe_and_is_no_other_flag(resolved, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: from-the-recipe\nmin_words: 3\n", encoding="utf-8")
+    config, _ = resolved("filter", "--config", recipe, "--out", "o")
+    assert (config.data, config.min_words) == (Path("from-the-recipe"), 3)
+    config, _ = resolved("filter", "d", "--config", recipe, "--out", "o")
+    assert (config.data, config.min_words) == (Path("d"), 3)
+
+
+def test_an_argument_and_its_flag_are_refused_together():
+    with pytest.raises(UsageError, match="'d' and --data e name two inputs"):
+        invoke(["filter", "d", "--data", "e", "--out", "o"])
 
 
 def test_recipe_then_set_then_flag(resolved, tmp_path):

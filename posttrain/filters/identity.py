@@ -1,0 +1,168 @@
+"""Mistaken self-identification: the model's turns claim to be another vendor's assistant (Gemma 2 report, section 4).
+
+A claim is made in the first person ("I am ChatGPT", "as a model trained by OpenAI", "OpenAI created me"), outside
+quotation marks, without a negation. Talk about these models is none. Names that people and things bear too (Claude,
+Gemini, Llama, ...) count only at the end of the clause or beside a word such as "assistant".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from .sample import Sample
+
+__all__ = ["claim_finder"]
+
+# Name -> how it is written. These name an assistant and nothing else.
+ASSISTANTS = {
+    "ChatGPT": r"chat[ -]?gpt",
+    "GPT": r"gpt[- ]?(?:\d[\w.]*|neo|j)",
+    "Qwen": r"qwen[\w.-]*|tongyi(?: qianwen)?",
+    "DeepSeek": r"deep ?seek[\w.-]*",
+    "Mixtral": r"mi[sx]tral[\w.-]*|le chat",
+    "ChatGLM": r"chatglm[\w.-]*|glm-\d[\w.]*",
+    "Copilot": r"(?:microsoft|github|bing) copilot|bing chat",
+    "InstructGPT": r"instructgpt|text-davinci-\d+",
+    "Vicuna": r"vicuna(?:-\d\w*)?",
+    "ERNIE Bot": r"ernie bot|wenxin yiyan",
+    "Kimi": r"kimi(?: k\d[\w.]*)?",
+    "Doubao": r"doubao|hunyuan|baichuan[\w.-]*|internlm[\w.-]*",
+    "SmolLM": r"smollm[\w.-]*|stablelm[\w.-]*|olmo(?: \d)?|starcoder\w*|wizardlm|openassistant|open assistant",
+    "Nemotron": r"nemotron[\w.-]*|command[- ]r\+?",
+}
+# These are names of people, animals or signs as well.
+SHARED_NAMES = {
+    "Claude": r"claude(?: (?:instant|opus|sonnet|haiku|\d[\w.]*))*",
+    "Gemini": r"gemini(?: (?:pro|ultra|flash|\d[\w.]*))*",
+    "Gemma": r"gemma(?:[ -]?\d\w*)*",
+    "Bard": r"bard",
+    "PaLM": r"palm(?:[ -]?2)?",
+    "LaMDA": r"lamda",
+    "Llama": r"llama(?:[ -]?\d[\w.]*)*",
+    "Phi": r"phi(?:-\d[\w.]*)?",
+    "Falcon": r"falcon(?:-\d+b)?",
+    "Grok": r"grok(?:-\d[\w.]*)?",
+    "Copilot": r"copilot",
+    "Alexa": r"alexa",
+    "Siri": r"siri",
+    "Cortana": r"cortana",
+    "Alpaca": r"alpaca",
+    "Koala": r"koala",
+    "Dolly": r"dolly",
+    "Pi": r"pi",
+    "Yi": r"yi(?:-\d+b)?",
+    "Granite": r"granite",
+}
+MAKERS = {
+    "OpenAI": r"open ?ai",
+    "Anthropic": r"anthropic",
+    "Google DeepMind": r"google deepmind",
+    "Google": r"google(?: ai| research)?",
+    "DeepMind": r"deepmind",
+    "Meta": r"meta(?: ai| platforms)?|facebook",
+    "Microsoft": r"microsoft(?: corporation| research)?",
+    "Alibaba": r"alibaba(?: cloud| group)?",
+    "Mistral AI": r"mistral(?: ai)?",
+    "DeepSeek": r"deep ?seek(?: ai)?",
+    "xAI": r"x\.?ai",
+    "Amazon": r"amazon",
+    "Apple": r"apple",
+    "Baidu": r"baidu",
+    "Tencent": r"tencent",
+    "ByteDance": r"bytedance",
+    "Moonshot AI": r"moonshot ai",
+    "Zhipu AI": r"zhipu(?: ai)?",
+    "Cohere": r"cohere",
+    "AI21 Labs": r"ai21(?: labs)?",
+    "Hugging Face": r"hugging ?face",
+    "LMSYS": r"lmsys",
+    "Stability AI": r"stability ai",
+    "IBM": r"ibm",
+    "NVIDIA": r"nvidia",
+    "Inflection AI": r"inflection(?: ai)?",
+    "Databricks": r"databricks",
+    "Perplexity": r"perplexity(?: ai)?",
+    "EleutherAI": r"eleuther ?ai",
+    "Technology Innovation Institute": r"technology innovation institute",
+    "Nous Research": r"nous research",
+}
+MADE = r"(?:developed|created|trained|made|built|designed|programmed|fine-?tuned|released|provided)"
+MODEL = (
+    r"(?:ai|a\.i\.|artificial intelligence|assistant|chat ?bot|bot|(?:large |small )?language model|llm|model|system)"
+)
+# "I am", "I'm actually", "my name is", "you're talking to", "call me"; "I am not" is none of them.
+SELF = (
+    r"(?:\bi(?:'m| am)(?: actually| just| only| in fact| still| called| known as| named)?|\bmy name is|\bmy name's"
+    r"|\byou(?:'re| are) (?:talking|speaking|chatting) (?:to|with)|\bcall me|\bthis is)"
+)
+DESCRIBED = rf"(?: (?:a|an|the|your)(?: [\w'-]+){{0,4}}? {MODEL}[,:]?(?: (?:called|named|known as))?)?"
+ROLE = rf"(?:\bas|{SELF},?) (?:a|an|the)(?: [\w',-]+){{0,6}}? {MODEL}"
+CUE = re.compile(rf"\b{MODEL}\b|\b(?:openai|anthropic)\b|{MADE} by|how (?:can|may) i (?:help|assist)", re.IGNORECASE)
+CLAUSE_END = re.compile(r"\s*(?:[.!?;:\n]|,? (?:and|but|so) i\b|$)", re.IGNORECASE)
+SENTENCE_ENDS = ".!?\n"
+NEAR = 80  # characters after a shared name in which a cue makes it a claim
+
+Finder = Callable[[Sample], str | None]
+
+
+def claim_finder(allowed: Iterable[str]) -> Finder:
+    """The filter for a model that may call itself, and its maker, one of the `allowed` names (case does not count)."""
+    mine = {name.casefold() for name in allowed}
+    assistants = {name: spelt for name, spelt in ASSISTANTS.items() if name.casefold() not in mine}
+    shared = {name: spelt for name, spelt in SHARED_NAMES.items() if name.casefold() not in mine}
+    makers = {name: spelt for name, spelt in MAKERS.items() if name.casefold() not in mine}
+    own, alike, theirs = (_any(names) for names in (assistants, shared, makers))
+    claims = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs)]
+    claims.append((re.compile(rf"(?:{SELF}{DESCRIBED}|\bas) (?P<name>{alike})\b", re.IGNORECASE), True))
+    trigger = re.compile(rf"\b(?:{own}|{alike}|{theirs})", re.IGNORECASE)
+
+    def find(sample: Sample) -> str | None:
+        """Reads the model's turns."""
+        for text in sample.model_turns:
+            straight = text.replace("’", "'")
+            if trigger.search(straight):
+                for pattern, needs_cue in claims:
+                    for found in pattern.finditer(straight):
+                        if _claimed(straight, found, needs_cue):
+                            return f"claims to be {found['name']}" if needs_cue else f"claims: {found['name']}"
+        return None
+
+    return find
+
+
+def _any(names: dict[str, str]) -> str:
+    # Longer spellings first: "google deepmind" before "google".
+    return "|".join(sorted(names.values(), key=len, reverse=True)) or r"(?!)"
+
+
+def _claims(own: str, theirs: str) -> list[str]:
+    """The patterns that need no further cue; the group `name` is what is claimed."""
+    return [
+        rf"(?:{SELF}{DESCRIBED}|\bas) (?P<name>{own})\b",
+        rf"{ROLE}[^.!?\n]{{0,40}}? {MADE} by (?:the )?(?P<name>{theirs})\b",
+        rf"\bi was (?:originally |first )?{MADE} (?:and \w+ )?by (?:the )?(?P<name>{theirs})\b",
+        rf"\b(?P<name>{theirs})(?: has| have)? {MADE} me\b",
+        rf"\bmy (?:creators?|developers?|makers?)(?: (?:at|is|are|from),?)? (?:the )?(?P<name>{theirs})\b",
+        rf"\b(?:i am|i'm|my (?:model|engine) is) (?:based on|powered by) (?:\w+'s )?(?P<name>{own}|{theirs})\b",
+    ]
+
+
+def _claimed(text: str, found: re.Match[str], needs_cue: bool) -> bool:
+    return not _quoted(text, found.start()) and not (needs_cue and not _about_a_machine(text, found))
+
+
+def _about_a_machine(text: str, found: re.Match[str]) -> bool:
+    """Whether a name that people bear too is a machine's here: it ends the clause, or a cue stands beside it."""
+    if CUE.search(found.group()):
+        return True
+    rest = text[found.end() : found.end() + NEAR]
+    end = min((rest.find(sign) for sign in SENTENCE_ENDS if sign in rest), default=len(rest))
+    as_name = found.group()[:3].lower() == "as "
+    return CUE.search(rest, 0, end) is not None or (not as_name and CLAUSE_END.match(rest) is not None)
+
+
+def _quoted(text: str, place: int) -> bool:
+    """Whether a place lies inside quotation marks that opened in its line."""
+    line = text[text.rfind("\n", 0, place) + 1 : place]
+    return line.count('"') % 2 == 1 or line.count("“") > line.count("”") or line.count("«") > line.count("»")

@@ -1,0 +1,69 @@
+"""The filters that look at one row, in their order, as a configuration sets them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+from gemma2.merging.errors import UsageError
+from gemma2.posttrain.schemas import FilterConfig
+from gemma2.posttrain.schemas.filter import FilterName
+
+from .contamination import EvaluationTexts, contaminated
+from .identity import claim_finder
+from .language import language
+from .personal import personal
+from .sample import Sample
+from .shape import empty, length, repetition, truncated
+from .subsets import disclaimer
+from .unsafe import unsafe
+
+__all__ = ["ORDER", "active_filters", "row_filters"]
+
+RowFilter = Callable[[Sample], str | None]
+
+ORDER: tuple[str, ...] = get_args(FilterName)
+# What a filter does nothing without.
+NEEDS = {
+    "length": ("min_words", "max_words", "min_chars", "max_chars"),
+    "language": ("language",),
+    "disclaimer": ("drop_disclaimers",),
+    "contaminated": ("decontaminate",),
+    "refusal": ("max_refusal_share",),
+}
+
+
+def active_filters(config: FilterConfig) -> list[str]:
+    """Names of the filters that run, in order. Raises UsageError where one is asked for that is not set up."""
+    for name in config.filters:
+        if not _set_up(name, config):
+            flags = " or ".join(f"--{need.replace('_', '-')}" for need in NEEDS[name])
+            raise UsageError(f"--filters {name} does nothing by itself", f"give {flags}")
+    wanted = config.filters or ORDER
+    return [name for name in ORDER if name in wanted and name not in config.skip and _set_up(name, config)]
+
+
+def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dict[str, RowFilter]:
+    """The active filters that need no more than the row itself."""
+    made: dict[str, RowFilter] = {
+        "empty": empty,
+        "truncated": partial(truncated, require_ending=config.require_ending),
+        "length": partial(length, config=config),
+        "repetition": partial(repetition, limit=config.max_repetition),
+        "language": partial(language, codes=config.language, confidence=config.language_confidence),
+        "personal": partial(personal, region=config.phone_region),
+        "identity": claim_finder(config.identity),
+        "disclaimer": disclaimer,
+        "unsafe": partial(unsafe, categories=config.unsafe_categories, terms=config.unsafe_terms),
+    }
+    if config.safety_model is not None:
+        del made["unsafe"]
+    if evaluation is not None:
+        made["contaminated"] = partial(contaminated, evaluation=evaluation)
+    return {name: made[name] for name in active_filters(config) if name in made}
+
+
+def _set_up(name: str, config: FilterConfig) -> bool:
+    needs = NEEDS.get(name, ())
+    return not needs or any(getattr(config, need) not in (None, (), False) for need in needs)

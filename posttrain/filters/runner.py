@@ -1,0 +1,94 @@
+"""`gemma2 filter`: which rows a model should learn from (Gemma 2 report, section 4, and common practice).
+
+Three passes. Scan: every row by itself, in chunks, by several processes; what it finds is saved chunk by chunk, and a
+resumed run goes on there. Decide: the comparison of rows, in input order. Write: the input is read again, kept rows go
+to shards, dropped ones to `dropped.jsonl` with their reason. Rows keep their order and their columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import FilterConfig
+from gemma2.posttrain.sources import count_rows, data_files, iter_rows
+
+from .chunks import ChunkStore
+from .contamination import EvaluationTexts, read_evaluation
+from .decide import decide
+from .language import check_codes
+from .pool import Rows, scanned
+from .rules import active_filters
+from .scan import Scanner
+from .write import summary_of, write_rows
+
+if TYPE_CHECKING:
+    from .safety import SafetyModel
+
+__all__ = ["run_filter"]
+
+CHUNK = 2048  # rows between two saves
+
+
+def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Write the rows of `config.data` that pass, in shards, and `dropped.jsonl`, to `options.out`.
+
+    Raises UsageError for filters that are not set up, InputError for unusable rows or evaluation sets.
+    """
+    active = active_filters(config)
+    if config.language:
+        check_codes(config.language)
+    files = data_files(config.data)
+    sets = [file for path in config.decontaminate for file in data_files(path)]
+    parents = [Parent("safety-model", config.safety_model)] if config.safety_model else []
+    with open_run("filter", config, options, parents=parents, data=[*files, *sets]) as run:
+        evaluation = None
+        if "contaminated" in active:
+            evaluation = read_evaluation(config.decontaminate, config.decontaminate_ngram)
+        Scanner(config, evaluation)  # what is wrong with the settings is said before the first row
+        judge = _safety_model(config) if config.safety_model and "unsafe" in active else None
+        store = ChunkStore(run.checkpoints)
+        bad = _scan(config, evaluation, judge, store, progress)
+        decisions = decide(store, config)
+        bad += write_rows(run.path, config, store, decisions, progress)
+        if bad:
+            progress.warn(f"{len(bad)} bad rows were left out, the first: {bad[0]}")
+        summary = summary_of(config, decisions, len(bad))
+        if not summary["kept"]:
+            progress.warn(f"all {summary['rows']} rows were dropped; dropped.jsonl says why")
+        return run.finish(summary)
+
+
+def _scan(
+    config: FilterConfig,
+    evaluation: EvaluationTexts | None,
+    judge: SafetyModel | None,
+    store: ChunkStore,
+    progress: Progress,
+) -> list[str]:
+    """Scan what is not scanned yet; returns why rows could not be read."""
+    unread: list[str] = []
+    total = count_rows(config.data)
+    skip = config.on_bad_row == "skip"
+    rows = iter_rows(config.data, on_bad=(lambda error: unread.append(str(error))) if skip else None)
+    chunks: Iterator[Rows] = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    workers = min(config.workers or os.cpu_count() or 1, -(-total // CHUNK))
+    with progress.task("filter", total=total, unit="rows") as task:
+        for chunk in itertools.islice(chunks, store.done):
+            task.advance(len(chunk))
+        for chunk, findings in scanned(chunks, config, evaluation, workers):
+            if judge is not None:
+                judge.drop_unsafe(chunk, findings)
+            store.append(findings)
+            task.advance(len(chunk))
+    return unread
+
+
+def _safety_model(config: FilterConfig) -> SafetyModel:
+    from .safety import SafetyModel  # brings torch, which the other filters do without
+
+    return SafetyModel.load(config)

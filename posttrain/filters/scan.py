@@ -1,0 +1,148 @@
+"""The pass over single rows: their reasons, and what the comparison of rows needs. Runs in worker processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.merging.errors import InputError
+from gemma2.posttrain.schemas import FilterConfig
+from gemma2.posttrain.sources import Row
+
+from .contamination import EvaluationTexts
+from .rules import ORDER, active_filters, row_filters
+from .sample import Sample, sample_of
+from .signatures import band_keys, exact_digest, plan_bands, shingles
+from .subsets import OVERRIDDEN, Subsets, is_refusal
+
+__all__ = ["BAD", "STAYS", "Findings", "Scanner", "code_of"]
+
+STAYS, BAD = 0, 255  # codes of a row; between them, 1 + its place in ORDER, that of the filter which drops it
+
+Reasons = list[tuple[str, str]]
+
+
+def code_of(name: str) -> int:
+    """The code of a filter."""
+    return 1 + ORDER.index(name)
+
+
+@dataclass
+class Findings:
+    """What the scan of n rows found; every array is (n,) or has n rows."""
+
+    codes: NDArray[np.uint8]
+    subsets: NDArray[np.uint32]  # bit k: the row belongs to the k-th kept subset
+    refuses: NDArray[np.bool_]
+    digests: NDArray[np.uint64]  # (n, 2), of the rows that stay; else 0
+    sizes: NDArray[np.uint32]  # shingles; 0 for a row that is not compared
+    keys: NDArray[np.uint32]  # (rows with shingles, bands)
+    shingles: NDArray[np.uint32]  # (sizes.sum(),)
+    reasons: dict[int, Reasons] = field(default_factory=dict)  # of the dropped rows, and why a row is bad
+
+    @classmethod
+    def empty(cls, rows: int) -> Findings:
+        """Findings of rows that all stay and are compared to none."""
+        return cls(
+            codes=np.zeros(rows, dtype=np.uint8),
+            subsets=np.zeros(rows, dtype=np.uint32),
+            refuses=np.zeros(rows, dtype=bool),
+            digests=np.zeros((rows, 2), dtype=np.uint64),
+            sizes=np.zeros(rows, dtype=np.uint32),
+            keys=np.zeros((0, 0), dtype=np.uint32),
+            shingles=np.zeros(0, dtype=np.uint32),
+        )
+
+    def drop(self, index: int, reasons: Reasons) -> None:
+        """Drop a row; the first reason counts."""
+        self.codes[index] = code_of(reasons[0][0])
+        self.reasons[index] = reasons
+
+    def save(self, file: Any) -> None:
+        """Write everything but the shingles to an open file."""
+        listed = json.dumps(list(self.reasons.items()), ensure_ascii=False).encode()
+        np.savez(
+            file,
+            codes=self.codes,
+            subsets=self.subsets,
+            refuses=self.refuses,
+            digests=self.digests,
+            sizes=self.sizes,
+            keys=self.keys,
+            reasons=np.frombuffer(listed, dtype=np.uint8),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Findings:
+        """Read what `save` wrote; `shingles` is empty."""
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = {name: arrays[name] for name in arrays.files}
+        listed = json.loads(stored.pop("reasons").tobytes())
+        reasons = {index: [(name, detail) for name, detail in found] for index, found in listed}
+        return cls(**stored, shingles=np.zeros(0, dtype=np.uint32), reasons=reasons)
+
+
+class Scanner:
+    """Judges rows one by one."""
+
+    def __init__(self, config: FilterConfig, evaluation: EvaluationTexts | None) -> None:
+        active = active_filters(config)
+        self.config = config
+        self.filters = row_filters(config, evaluation)
+        self.subsets = Subsets(config.keep, config.keep_patterns)
+        self.plan = plan_bands(config.near_threshold, config.shingle_words)
+        self.compares = "duplicate" in active
+        self.compares_nearly = "near-duplicate" in active
+        self.counts_refusals = "refusal" in active
+
+    def scan(self, rows: Sequence[Row]) -> Findings:
+        """The findings of one chunk. Raises InputError for a bad row, unless they are to be left out."""
+        found = Findings.empty(len(rows))
+        sets: list[NDArray[np.uint32]] = []
+        for index, row in enumerate(rows):
+            try:
+                sample = sample_of(row)
+            except InputError as error:
+                if self.config.on_bad_row == "error":
+                    raise
+                found.codes[index] = BAD
+                found.reasons[index] = [("bad row", str(error))]
+                continue
+            self._judge(index, sample, found)
+            if found.codes[index] == STAYS:
+                self._describe(index, sample, found, sets)
+        found.keys = band_keys(sets, self.plan)
+        found.shingles = np.concatenate(sets) if sets else found.shingles
+        return found
+
+    def _judge(self, index: int, sample: Sample, found: Findings) -> None:
+        subsets = self.subsets.of(sample) if self.subsets.names else []
+        found.subsets[index] = sum(1 << self.subsets.names.index(name) for name in subsets)
+        reasons = []
+        for name, judge in self.filters.items():
+            detail = None if subsets and name in OVERRIDDEN else judge(sample)
+            if detail is not None:
+                reasons.append((name, detail))
+                if not self.config.all_reasons:
+                    break
+        if reasons:
+            found.drop(index, reasons)
+
+    def _describe(self, index: int, sample: Sample, found: Findings, sets: list[NDArray[np.uint32]]) -> None:
+        """What the comparison of rows needs of one that stays so far."""
+        side = self.config.dedup_on
+        if self.compares:
+            found.digests[index] = np.frombuffer(exact_digest(sample, side), dtype=np.uint64)
+        if self.compares_nearly:
+            mine = shingles(sample, side, self.plan)
+            found.sizes[index] = len(mine)
+            if len(mine):
+                sets.append(mine)
+        if self.counts_refusals:
+            found.refuses[index] = is_refusal(sample)

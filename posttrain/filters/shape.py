@@ -1,0 +1,79 @@
+"""Filters on the form of an answer: empty, cut off, too short or too long, caught in a loop.
+
+Repetition is the share of a turn's word n-grams that occurred before in the same turn (Rae et al. 2021, 2112.11446,
+table A1, count shares of duplicate n-grams). Where words do not see what there is (one endless word, rows of signs),
+the characters are counted instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from gemma2.posttrain.schemas import FilterConfig
+
+from .sample import Sample
+
+__all__ = ["empty", "length", "repeated_share", "repetition", "truncated"]
+
+WORDS, CHARACTERS = 4, 10  # n; ten characters do not repeat by chance in keys or sequences of four letters
+FEWEST_NGRAMS = 24  # shorter turns repeat themselves by chance: lists, verses, sums
+LONG_WORD = 60  # characters; a loop without spaces is one long word
+CLOSED = re.compile(r"""[.!?…。!?।؟)\]}>"'”’»`*|$%]\s*$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?\s*$""")
+
+
+def empty(sample: Sample) -> str | None:
+    """Reads all turns: nothing asked, or a turn of the model that says nothing."""
+    if not any(text.strip() for text in sample.user_turns):
+        return "no prompt"
+    if not sample.model_turns:
+        return "no answer"
+    return None if all(text.strip() for text in sample.model_turns) else "an empty answer"
+
+
+def truncated(sample: Sample, require_ending: bool) -> str | None:
+    """Reads finish_reason and the end of the last turn of the model."""
+    if sample.truncated:
+        return "finish_reason is length"
+    if require_ending and sample.model_turns and not CLOSED.search(sample.model_turns[-1]):
+        return "no closing punctuation"
+    return None
+
+
+def length(sample: Sample, config: FilterConfig) -> str | None:
+    """Reads the model's turns."""
+    sizes = {"words": sum(map(len, sample.model_words)), "chars": sum(map(len, sample.model_turns))}
+    for unit, size in sizes.items():
+        low, high = getattr(config, f"min_{unit}"), getattr(config, f"max_{unit}")
+        if low is not None and size < low:
+            return f"{size} {unit}, fewer than {low}"
+        if high is not None and size > high:
+            return f"{size} {unit}, more than {high}"
+    return None
+
+
+def repetition(sample: Sample, limit: float) -> str | None:
+    """Reads the model's turns, one by one."""
+    for text, words in zip(sample.model_turns, sample.model_words, strict=True):
+        share = repeated_share(words, WORDS)
+        if share > limit:
+            return f"{share:.2f} of the {WORDS}-grams of words are repeated"
+        share = max((repeated_share(run, CHARACTERS) for run in _unspaced(text, words)), default=0.0)
+        if share > limit:
+            return f"{share:.2f} of the {CHARACTERS}-grams of characters are repeated"
+    return None
+
+
+def repeated_share(items: Sequence[str], n: int) -> float:
+    """Share of the n-grams of a sequence that occurred before in it; 0 for short ones."""
+    count = len(items) - n + 1
+    if count < FEWEST_NGRAMS:
+        return 0.0
+    return 1 - len(set(zip(*(items[i:] for i in range(n)), strict=False))) / count
+
+
+def _unspaced(text: str, words: Sequence[str]) -> list[str]:
+    """What words do not see: endless ones, or a text of signs with hardly a word in it."""
+    if LONG_WORD * (len(words) + 1) < 2 * len(text):
+        return [text]
+    return [word for word in words if len(word) > LONG_WORD]

@@ -1,0 +1,99 @@
+"""The last pass: kept rows into shards, dropped ones with their reasons into dropped.jsonl, and the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.schemas import FilterConfig
+from gemma2.posttrain.sources import ShardWriter, iter_rows, to_line
+
+from .chunks import ChunkStore
+from .decide import Decisions
+from .rules import ORDER, active_filters
+from .scan import BAD, STAYS, Reasons, code_of
+from .subsets import Subsets
+
+__all__ = ["DROPPED", "summary_of", "write_rows"]
+
+DROPPED = "dropped.jsonl"
+TELL = 1024  # rows between two advances of the bar
+
+
+def write_rows(
+    directory: Path, config: FilterConfig, store: ChunkStore, decisions: Decisions, progress: Progress
+) -> list[str]:
+    """Write every row to its place; returns what is wrong with the rows that are no conversations."""
+    bad: list[str] = []
+    places: dict[int, str] = {}  # of rows that others repeat
+    repeated = set(decisions.original[decisions.original >= 0].tolist())
+    rows = iter_rows(config.data, on_bad=(lambda error: None) if config.on_bad_row == "skip" else None)
+    codes = decisions.codes.tolist()
+    with (
+        ShardWriter(directory, config.shard_rows) as kept,
+        (directory / DROPPED).open("wb") as dropped,
+        progress.task("write", total=len(codes), unit="rows") as task,
+    ):
+        for index, (row, code, found) in enumerate(zip(rows, codes, _reasons(store), strict=True)):
+            if code == STAYS:
+                kept.write(row.columns)
+            elif code == BAD:
+                bad.append(found[0][1])
+            else:
+                reasons = found or [(ORDER[code - 1], _comparison(decisions, index, places))]
+                dropped.write(to_line(_with_reasons(row.columns, reasons, config.all_reasons)))
+            if index in repeated:
+                places[index] = Path(row.where).name
+            if (index + 1) % TELL == 0:
+                task.advance(TELL)
+        task.advance(len(codes) % TELL)
+    return bad
+
+
+def summary_of(config: FilterConfig, decisions: Decisions, bad: int) -> dict[str, Any]:
+    """Counts of rows: read, kept, dropped by every active filter, kept of every subset."""
+    counts = np.bincount(decisions.codes, minlength=BAD + 1)
+    stays = decisions.codes == STAYS
+    rows = len(decisions.codes) - int(counts[BAD])
+    names = Subsets(config.keep, config.keep_patterns).names
+    subsets = {name: int(np.count_nonzero(decisions.subsets[stays] >> k & 1)) for k, name in enumerate(names)}
+    summary: dict[str, Any] = {
+        "rows": rows,
+        "kept": int(counts[STAYS]),
+        "share": round(int(counts[STAYS]) / rows, 6) if rows else 0.0,
+        "bad_rows": bad,
+        "dropped": {name: int(counts[code_of(name)]) for name in active_filters(config)},
+    }
+    if subsets:
+        summary["kept_subsets"] = subsets
+    if "refusal" in summary["dropped"]:
+        summary["kept_refusals"] = int(np.count_nonzero(decisions.refuses[stays]))
+    return summary
+
+
+def _reasons(store: ChunkStore) -> Iterator[Reasons]:
+    """Why the scan dropped each row; nothing for one that it left."""
+    for findings in store:
+        yield from (findings.reasons.get(index, []) for index in range(len(findings.codes)))
+
+
+def _comparison(decisions: Decisions, index: int, places: Mapping[int, str]) -> str:
+    original = int(decisions.original[index])
+    if original < 0:
+        return "more refusals than --max-refusal-share"
+    if decisions.similarity[index] == 0:
+        return f"the same as {places[original]}"
+    return f"{decisions.similarity[index]:.2f} like {places[original]}"
+
+
+def _with_reasons(columns: Mapping[str, Any], reasons: Reasons, every: bool) -> dict[str, Any]:
+    """A dropped row with its first reason; columns of these names in the row itself stay beside it."""
+    ours: dict[str, Any] = {"reason": reasons[0][0], "detail": reasons[0][1]}
+    if every:
+        ours["reasons"] = [{"reason": name, "detail": detail} for name, detail in reasons]
+    theirs = {f"{name}_of_row" if name in ours else name: value for name, value in columns.items()}
+    return theirs | ours
