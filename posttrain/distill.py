@@ -28,15 +28,17 @@ from gemma2.merging.progress import SILENT, Progress
 from .chat import ChatFormat
 from .data import Prompt, located, read_conversations, read_prompts, split
 from .divergence import Divergence, divergence_loss, head_of
+from .examples import Example
 from .gkd import GkdTrainer, Loss, Material, draw, schedule
 from .guards import Guards
-from .lora import lora_config, merged
+from .heldout import heldout_loss
+from .lora import check_targets, lora_config, merged
 from .models import load_policy, load_tokenizer, save_model
-from .responses import as_examples, collate, fixed_examples, plain, response_states
+from .responses import as_examples, collate, fixed_examples, response_states
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .sampler import SamplingParams, evaluating, length_batches
 from .schemas.distill import DistillConfig
-from .sft import Example, heldout_loss
+from .sft_trainer import plain_model
 from .sources import data_files
 from .teacher import LiveTeacher, check_same_tokenizer, common_vocabulary, load_teacher
 from .teacher_cache import CachedTeacher, TeacherCache
@@ -137,6 +139,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progres
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
     student, tokenizer = load_policy(config.model)
+    check_targets(config, student)
     chat = ChatFormat(tokenizer, student.generation_config)
     size = int(student.get_output_embeddings().weight.shape[0])
     params = SamplingParams(config.max_new_tokens, config.temperature, config.n)
@@ -175,9 +178,9 @@ def read_fixed(config: DistillConfig, chat: ChatFormat, progress: Progress) -> t
     """(training, held-out) rows of `config.data`, as gemma2 sft would learn them."""
     if config.data is None:
         return [], []
-    sides = split(read_conversations(config.data), config.eval_fraction, config.seed)
-    examples, heldout = (fixed_examples(rows, config.data, config.model, config, chat, progress) for rows in sides)
-    return examples, heldout
+    rows, heldout = split(read_conversations(config.data), config.eval_fraction, config.seed)
+    examples = fixed_examples(rows, chat, config, progress)
+    return examples, fixed_examples(heldout, chat, config, progress, "held-out rows")
 
 
 def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> dict[str, Any]:
@@ -242,7 +245,7 @@ class Evaluation(TrainerCallback):
             with located(row.where):
                 prompts.append(chat.prompt_ids(row.messages))
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature)
-        drawn = draw(plain(self.trainer.model), chat, prompts, params, self.config.seed, self.batch_size)
+        drawn = draw(plain_model(self.trainer.model), chat, prompts, params, self.config.seed, self.batch_size)
         examples = as_examples(prompts, drawn)
         sums = divergence_sums(self.trainer.model, self.setup.loss, examples, [-1] * len(examples), self.batch_size)
         for row, ids, total in list(zip(rows, drawn.ids, sums.tolist(), strict=True))[:4]:
@@ -290,7 +293,7 @@ def divergence_sums(
     model: Any, loss: Loss, examples: Sequence[Example], numbers: Sequence[int], batch_size: int
 ) -> Tensor:
     """The divergence summed over the response tokens of each row, (N,) float64 nats."""
-    model = plain(model)
+    model = plain_model(model)
     head = head_of(model, loss.temperature, loss.vocabulary)
     sums = torch.zeros(len(examples), dtype=torch.float64)
     for batch in length_batches([len(example.ids) for example in examples], batch_size):

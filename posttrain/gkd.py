@@ -38,11 +38,12 @@ from .batching import derived_seed
 from .chat import ChatFormat
 from .data import Prompt, located
 from .divergence import divergence_loss, head_of
+from .examples import Example
 from .guards import Guards
-from .responses import as_examples, collate, plain, response_states
+from .responses import as_examples, collate, response_states
 from .rloo import prompt_order
 from .sampler import Completions, SamplingParams, sample
-from .sft import Example
+from .sft_trainer import plain_model
 from .teacher import Teacher
 
 __all__ = ["GkdTrainer", "Loss", "Material", "draw", "schedule"]
@@ -110,7 +111,7 @@ def draw(
 
 
 class GkdTrainer(DistillationTrainer):
-    """Distillation in one process. The student is `plain(trainer.model)`."""
+    """Distillation in one process. The student is `plain_model(trainer.model)`."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class GkdTrainer(DistillationTrainer):
         prompts = [self.material.prompt_ids(i) for i in indices[:: params.n]]  # a prompt stands there n times
         seed = derived_seed(self.args.seed, step)
         with self.accelerator.autocast():
-            drawn = draw(plain(self.model), self.material.chat, prompts, params, seed, self.args.train_batch_size)
+            drawn = draw(plain_model(self.model), self.material.chat, prompts, params, seed, self.args.train_batch_size)
         truncated = sum(drawn.truncated) / len(drawn.truncated)
         # No reward and no anchor here: only the share of truncated completions is left to watch.
         self.guards.observe(step + 1, {"reward_std_in_group": 1.0, "kl_anchor": None, "truncated": truncated})
@@ -171,7 +172,7 @@ class GkdTrainer(DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
         ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
-        model = plain(unwrapped_student)
+        model = plain_model(unwrapped_student)
         with self.accelerator.autocast():
             hidden = response_states(model, ids, mask)
             target = self.loss.teacher.target(ids, mask, inputs["rows"])

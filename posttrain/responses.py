@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +13,11 @@ from gemma2.merging.progress import Progress
 from .attention import causal_masks
 from .chat import ChatFormat
 from .data import Conversation
+from .examples import Example, report_overlong, tokenise
 from .sampler import Completions
-from .schemas import SftConfig
 from .schemas.distill import FixedDataFields
-from .sft import Example, report_overlong, tokenise
 
-__all__ = ["as_examples", "collate", "fixed_examples", "plain", "response_states"]
-
-
-def plain(model: Any) -> Any:
-    """The causal language model inside a peft wrapper, adapters in place; other models as they are."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+__all__ = ["as_examples", "collate", "fixed_examples", "response_states"]
 
 
 def response_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -57,16 +50,9 @@ def as_examples(prompts: Sequence[Sequence[int]], drawn: Completions) -> list[Ex
 
 
 def fixed_examples(
-    rows: Sequence[Conversation], data: Path, model: Path, config: FixedDataFields, chat: ChatFormat, progress: Progress
+    rows: Sequence[Conversation], chat: ChatFormat, config: FixedDataFields, progress: Progress, what: str = "rows"
 ) -> list[Example]:
     """Rows of a file as gemma2 sft would learn them; what is too long is reported."""
-    like_sft = SftConfig(
-        model=model,
-        data=data,
-        max_length=config.max_length,
-        on_overlong=config.on_overlong,
-        end_of_turn=config.end_of_turn,
-    )
-    examples, overlong = tokenise(rows, chat, like_sft)
-    report_overlong(overlong, len(rows), like_sft, progress)
+    examples, overlong = tokenise(rows, chat, config)
+    report_overlong(overlong, len(rows), config, progress, what)
     return examples

@@ -34,12 +34,12 @@ from gemma2.merging.progress import SILENT, Progress
 from .chat import ChatFormat
 from .data import Prompt, read_conversations, split
 from .divergence import Divergence, Head, TopkTarget, head_of
+from .examples import Example
 from .responses import collate, fixed_examples, response_states
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .sampler import length_batches
 from .schemas.distill import DistillCacheConfig, DistillConfig
 from .scorer import CHUNK
-from .sft import Example
 from .sources import data_files
 from .teacher import load_teacher, tokenizer_digest
 from .training import quiet_libraries
@@ -64,7 +64,7 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
             raise UsageError(f"--top-k {config.top_k} of a vocabulary of {vocabulary} leaves no rest", "lower it")
         rows = read_conversations(config.data)[: config.limit]
         chat = ChatFormat(tokenizer, model.generation_config)
-        examples = fixed_examples(rows, config.data, config.teacher, config, chat, progress)
+        examples = fixed_examples(rows, chat, config, progress)
         shards = write_shards(run, config, model, examples, progress)
         tokenizer.save_pretrained(run.path)
         positions = sum(shard["positions"] for shard in shards)
@@ -199,7 +199,8 @@ class TeacherCache:
             )
         if self.index["highest_id"] >= vocabulary:
             raise InputError(
-                f"the cache {self.path} has token {self.index['highest_id']}, the head of {config.model} {vocabulary} rows",
+                f"the cache {self.path} has token {self.index['highest_id']}, the head of {config.model} "
+                f"{vocabulary} rows",
                 "use a student whose head is as large as the teacher's",
             )
         if self.index["distill_temperature"] != config.distill_temperature:
