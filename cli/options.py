@@ -28,6 +28,7 @@ from .help import HelpCommand, HelpGroup
 __all__ = ["AsJson", "DryRun", "Force", "Out", "Quiet", "Resume", "add_stage", "recipe_path", "stage", "stage_group"]
 
 COMMON = "Output and control"
+LONGEST_DEFAULT = 40  # characters of a default that the help shows
 ARGUMENT = "argument"  # of a command that takes one field without its flag
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -86,6 +87,11 @@ def _flag_type(annotation: Any) -> Any:
     return annotation
 
 
+def _is_input(field: FieldInfo) -> bool:
+    """Whether a field names a file or directory, or a list of them."""
+    return Path in (field.annotation, *get_args(field.annotation))
+
+
 def _limits(field: FieldInfo) -> Iterator[str]:
     """The bounds of a number as help text: `>0`, `<=1`."""
     for item in field.metadata:
@@ -99,9 +105,19 @@ def _default(field: FieldInfo) -> Iterator[str]:
     if field.is_required():
         yield "required"
     elif isinstance(value, tuple):
-        yield "default " + ",".join(str(item) for item in value)
+        yield from ["default " + ",".join(str(item) for item in value)] if value else []
+    elif isinstance(value, str) and len(value) > LONGEST_DEFAULT:
+        yield "has a default"
     elif value is not None and value is not False:
         yield f"default {value:g}" if isinstance(value, float) else f"default {value}"
+    yield from _choices(field)
+
+
+def _choices(field: FieldInfo) -> Iterator[str]:
+    """What a list may hold, where that is not free: a single choice is told by the metavar."""
+    for item in get_args(field.annotation):
+        if get_origin(field.annotation) is tuple and get_origin(item) is Literal:
+            yield "of " + ", ".join(get_args(item))
 
 
 def _metavar(kind: Any, is_list: bool) -> str | None:
@@ -123,7 +139,7 @@ def _option(name: str, field: FieldInfo) -> Any:
         metavar=_metavar(kind, get_origin(field.annotation) is tuple),
         help=(field.description or "") + (f" [{facts}]" if facts else ""),
         show_default=False,
-        rich_help_panel="Inputs" if kind is Path else "Settings",
+        rich_help_panel="Inputs" if _is_input(field) else "Settings",
     )
 
 
@@ -131,9 +147,7 @@ def flags_of(schema: type[Config]) -> dict[str, inspect.Parameter]:
     """One keyword parameter per field of a schema that a flag can carry (mappings go through --set and recipes)."""
     # Inputs first, then what is the command's own, then what it shares with others.
     own = schema.__annotations__
-    ordered = sorted(
-        schema.model_fields.items(), key=lambda item: (_flag_type(item[1].annotation) is not Path, item[0] not in own)
-    )
+    ordered = sorted(schema.model_fields.items(), key=lambda item: (not _is_input(item[1]), item[0] not in own))
     parameters = {}
     for name, field in ordered:
         if get_origin(field.annotation) is dict:

@@ -15,4 +15,4 @@ def run(config: SftConfig, options: RunOptions, progress: Progress) -> RunResult
     return run_sft(config, options, progress)
 
 
-app = stage(SftConfig, run, examples="""gemma2 sft --model base --data data/data.jsonl --out sft""")
+app = stage(SftConfig, run, examples="""gemma2 sft --model base --data data --out sft""")

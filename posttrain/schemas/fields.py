@@ -9,8 +9,8 @@ from pydantic import Field
 
 from gemma2.posttrain.config import Config
 
-Model = Annotated[Path, Field(description="model directory")]
-Data = Annotated[Path, Field(description="JSONL file")]
+Model = Annotated[Path, Field(description="model directory or hub id")]
+Data = Annotated[Path, Field(description="JSONL, parquet or text file, directory of them, output, or hub data set")]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 

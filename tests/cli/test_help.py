@@ -60,7 +60,7 @@ def test_every_page_has_usage_a_sentence_and_a_text_for_every_option(page, name)
             continue
         assert parameter.help, parameter.name
         shown = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
-        assert re.search(rf"^  (-\w, )?{re.escape(shown)}\b", text, re.MULTILINE), shown
+        assert re.search(rf"^  (-{{1,2}}[\w-]+, )?{re.escape(shown)}\b", text, re.MULTILINE), shown
 
 
 @pytest.mark.parametrize("name", ALL)
