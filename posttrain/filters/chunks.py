@@ -26,10 +26,10 @@ class ChunkStore:
         self.done = 0
         while self._path(self.done).exists():
             self.done += 1
-        # Shingles of a chunk whose findings were not written any more are written again.
-        size = 4 * sum(int(findings.sizes.sum(dtype=np.int64)) for findings in self)
-        with self.shingle_file.open("ab") as file:
-            file.truncate(size)
+        if self.shingle_file.exists():
+            # Shingles of a chunk whose findings were not written any more are written again.
+            size = 4 * sum(int(findings.sizes.sum(dtype=np.int64)) for findings in self)
+            os.truncate(self.shingle_file, size)
 
     def _path(self, number: int) -> Path:
         return self.directory / f"chunk-{number:08d}.npz"
@@ -54,6 +54,6 @@ class ChunkStore:
 
     def shingles(self) -> NDArray[np.uint32]:
         """The shingles of all chunks, mapped from disk."""
-        if self.shingle_file.stat().st_size == 0:
+        if not self.shingle_file.stat().st_size:
             return np.zeros(0, dtype=np.uint32)
         return np.memmap(self.shingle_file, dtype=np.uint32, mode="r").view(np.ndarray)

@@ -114,7 +114,7 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
     makers = {name: spelt for name, spelt in MAKERS.items() if name.casefold() not in mine}
     own, alike, theirs = (_any(names) for names in (assistants, shared, makers))
     claims = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs)]
-    claims.append((re.compile(rf"(?:{SELF}{DESCRIBED}|\bas) (?P<name>{alike})\b", re.IGNORECASE), True))
+    claims.append((re.compile(rf"{SELF}{DESCRIBED} (?P<name>{alike})\b", re.IGNORECASE), True))
     trigger = re.compile(rf"\b(?:{own}|{alike}|{theirs})", re.IGNORECASE)
 
     def find(sample: Sample) -> str | None:
@@ -139,7 +139,8 @@ def _any(names: dict[str, str]) -> str:
 def _claims(own: str, theirs: str) -> list[str]:
     """The patterns that need no further cue; the group `name` is what is claimed."""
     return [
-        rf"(?:{SELF}{DESCRIBED}|\bas) (?P<name>{own})\b",
+        rf"{SELF}{DESCRIBED} (?P<name>{own})\b",
+        rf"\bas (?P<name>{own}),? (?:i|my)\b",
         rf"{ROLE}[^.!?\n]{{0,40}}? {MADE} by (?:the )?(?P<name>{theirs})\b",
         rf"\bi was (?:originally |first )?{MADE} (?:and \w+ )?by (?:the )?(?P<name>{theirs})\b",
         rf"\b(?P<name>{theirs})(?: has| have)? {MADE} me\b",
@@ -158,8 +159,7 @@ def _about_a_machine(text: str, found: re.Match[str]) -> bool:
         return True
     rest = text[found.end() : found.end() + NEAR]
     end = min((rest.find(sign) for sign in SENTENCE_ENDS if sign in rest), default=len(rest))
-    as_name = found.group()[:3].lower() == "as "
-    return CUE.search(rest, 0, end) is not None or (not as_name and CLAUSE_END.match(rest) is not None)
+    return CUE.search(rest, 0, end) is not None or CLAUSE_END.match(rest) is not None
 
 
 def _quoted(text: str, place: int) -> bool:

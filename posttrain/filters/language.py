@@ -13,6 +13,7 @@ from .sample import Sample
 
 __all__ = ["check_codes", "language"]
 
+CLOSEST = 4
 READ_CHARS = 600  # of each row; the rest adds time and no certainty
 
 
@@ -31,8 +32,10 @@ def check_codes(codes: tuple[str, ...]) -> None:
 
 
 def language(sample: Sample, codes: tuple[str, ...], confidence: float) -> str | None:
-    """Reads the model's turns. A row stays unless another language is at least `confidence` probable."""
-    found, probability = _identifier().classify(sample.model[:READ_CHARS])
-    if found in codes or probability < confidence:
+    """Reads the model's turns. A row stays unless others are at least `confidence` probable: the CLOSEST languages
+    taken together, for neighbours such as Danish and Norwegian share what speaks against English."""
+    best = _identifier().rank(sample.model[:READ_CHARS])[:CLOSEST]
+    probability = sum(share for code, share in best if code not in codes)
+    if probability < confidence:
         return None
-    return f"{found} with probability {probability:.2f}"
+    return f"{best[0][0]} or a neighbour of it, with probability {probability:.2f}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 
 from .examples import EXAMPLE_IBANS, EXAMPLE_IDS, PUBLIC_ADDRESSES, TEST_CARDS
@@ -57,9 +57,11 @@ NATIONAL_IDS = {
     "CN": (r"\d{17}[\dX]", "stdnum.cn.ric"),
     "MX": (r"[A-Z]{4}\d{6}[HM][A-Z]{5}[0-9A-Z]\d", "stdnum.mx.curp"),
 }
-NATIONAL_ID = re.compile(
-    rf"(?<![\w.-])(?:{'|'.join(f'(?P<{name}>{spelt})' for name, (spelt, _) in NATIONAL_IDS.items())})(?![\w-]|\.\d)"
-)
+# Not a part of a longer number: neither signs nor further groups of digits around it.
+NATIONAL_ID = {
+    country: (re.compile(rf"(?<![\w.-])(?<!\d ){spelt}(?![\w-]|\.\d| \d)"), module)
+    for country, (spelt, module) in NATIONAL_IDS.items()
+}
 UK_NINO = re.compile(r"\b(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]\b")
 CAPITALS_AND_DIGITS = re.compile(r"\b[A-Z]{2}\d{2}|\b[A-Z]{2} \d{2} \d{2}|[A-Z]{4}\d{2}|\d{7}-?[A-Z]\b")
 
@@ -73,22 +75,25 @@ def personal(sample: Sample, region: str) -> str | None:
 def _kinds(text: str, region: str) -> Iterator[str]:
     if "@" in text and any(map(_is_email, EMAIL.finditer(text))):
         yield "e-mail address"
-    if DIGITS.search(text):
-        if any(map(_is_card, CARD.finditer(text))):
-            yield "card number"
-        elif any(map(_is_national_id, NATIONAL_ID.finditer(text))):
-            yield "national id"
-        elif _has_phone(text, region):
-            yield "phone number"
-    if CAPITALS_AND_DIGITS.search(text):
-        if any(map(_is_iban, IBAN.finditer(text))):
-            yield "bank account"
-        if UK_NINO.search(text) or any(map(_is_national_id, NATIONAL_ID.finditer(text))):
-            yield "national id"
+    number = _kind_of_number(text, region)
+    if number:
+        yield number
     if any(_is_public_address(text, found) for found in _addresses(text)):
         yield "IP address"
     if has_secret(text):
         yield "key or token"
+
+
+def _kind_of_number(text: str, region: str) -> str | None:
+    """The same digits may look like several kinds: the one with the stricter check counts."""
+    digits, capitals = DIGITS.search(text), CAPITALS_AND_DIGITS.search(text)
+    if capitals and any(map(_is_iban, IBAN.finditer(text))):
+        return "bank account"
+    if digits and any(map(_is_card, CARD.finditer(text))):
+        return "card number"
+    if (capitals and UK_NINO.search(text)) or ((digits or capitals) and _has_national_id(text)):
+        return "national id"
+    return "phone number" if digits and _has_phone(text, region) else None
 
 
 def _is_email(found: re.Match[str]) -> bool:
@@ -112,11 +117,12 @@ def _is_iban(found: re.Match[str]) -> bool:
     return any(iban.is_valid(number) and number not in EXAMPLE_IBANS for number in tries)
 
 
-def _is_national_id(found: re.Match[str]) -> bool:
-    country = found.lastgroup
-    assert country is not None
-    check: Callable[[str], bool] = import_module(NATIONAL_IDS[country][1]).is_valid
-    return found.group() not in EXAMPLE_IDS and check(found.group())
+def _has_national_id(text: str) -> bool:
+    for pattern, module in NATIONAL_ID.values():
+        for found in pattern.finditer(text):
+            if found.group() not in EXAMPLE_IDS and import_module(module).is_valid(found.group()):
+                return True
+    return False
 
 
 def _has_phone(text: str, region: str) -> bool:
@@ -131,6 +137,8 @@ def _has_phone(text: str, region: str) -> bool:
     )
     for found in pn.PhoneNumberMatcher(text, region or None):
         written = found.raw_string
+        if IPV4.fullmatch(written):
+            continue
         # Ten digits in a row are a quantity, an order or an id, unless the text says that it is a phone number.
         if BARE_NUMBER.fullmatch(written) and not PHONE_CUE.search(text[max(0, found.start - 40) : found.start]):
             continue

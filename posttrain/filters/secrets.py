@@ -35,4 +35,6 @@ def has_secret(text: str) -> bool:
 
 
 def _is_secret(found: re.Match[str]) -> bool:
-    return not PLACEHOLDER.search(found.group()) and len(set(found.group())) >= FEWEST_SIGNS
+    text = found.group()
+    random = any(sign.isdigit() for sign in text) or (text != text.lower() and text != text.upper())
+    return random and len(set(text)) >= FEWEST_SIGNS and not PLACEHOLDER.search(text)
