@@ -10,41 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Literal
 
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import Progress, Task
 
-from .data import Prompt, located, prompt_of
+from .budget import Source
+from .data import located
 from .dialogues import Dialogue, Plan
 from .engines import Completion, Engine, Request
 from .engines.base import Key
 from .journal import Journal
-from .sources import iter_rows
 
-__all__ = ["Answering", "Source"]
+__all__ = ["Answering"]
 
 OnOverlong = Literal["error", "drop"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The prompts of a data path, read anew by every iteration. `system` goes before a prompt that has no such text."""
-
-    path: Path
-    limit: int | None = None
-    column: str = "prompt"
-    system: str | None = None
-
-    def __iter__(self) -> Iterator[Prompt]:
-        for row in iter_rows(self.path, self.limit):
-            prompt = prompt_of(row, self.column)
-            if self.system is not None and prompt.messages[0]["role"] != "system":
-                prompt = replace(prompt, messages=[{"role": "system", "content": self.system}, *prompt.messages])
-            yield prompt
 
 
 class Answering:

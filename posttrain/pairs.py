@@ -22,8 +22,9 @@ from typing import Any
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import SILENT, Progress
 
-from .answers import Answering, Source
+from .answers import Answering
 from .batching import derived_seed
+from .budget import Source
 from .dialogues import Dialogue, Plan
 from .engines.local import SamplerEngine
 from .journal import Journal

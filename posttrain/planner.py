@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from gemma2.merging.errors import InputError
 from gemma2.merging.header import read_header
 from gemma2.merging.outputs import check_output, weight_files
 
+from .budget import generate_budget
 from .config import Config
 from .inputs import check_inputs, inputs_of
 from .rundir import RunOptions
@@ -33,11 +34,12 @@ CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of memory and disk, and floating-point operations."""
+    """Bytes of memory and disk, floating-point operations, and what else a plan should show."""
 
     memory: float
     disk: float
     operations: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def parameter_count(directory: Path) -> int:
@@ -90,9 +92,11 @@ def _mean_tokens(path: Path, limit: int) -> float:
 
 
 def _generate(config: GenerateConfig) -> Work:
-    tokens = min(count_rows(config.prompts), config.limit or 10**12) * config.n * config.max_new_tokens
-    n = parameter_count(config.teacher)
-    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens)
+    """Nothing but the rows on disk where a server draws."""
+    facts = generate_budget(config)
+    tokens = facts["drawn_tokens_at_most"]
+    n = 0 if config.engine == "openai" else parameter_count(config.teacher)
+    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
 
 
 def _pairs(config: PairsConfig) -> Work:
@@ -163,7 +167,7 @@ def plan(config: Config, options: RunOptions) -> dict[str, Any]:
         work = estimate(config)
         parent = next(path for path in [options.out, *options.out.absolute().parents] if path.exists())
         free = shutil.disk_usage(parent).free
-        document |= {
+        document |= work.facts | {
             "memory_gib": round(work.memory / GIB, 3),
             "disk_gib": round(work.disk / GIB, 3),
             "disk_free_gib": round(free / GIB, 1),

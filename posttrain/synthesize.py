@@ -29,7 +29,8 @@ from typing import Any
 from gemma2.merging.errors import GuardStop
 from gemma2.merging.progress import SILENT, Progress
 
-from .answers import Answering, Source
+from .answers import Answering
+from .budget import source_of
 from .chat import ChatFormat
 from .dialogues import Dialogue, Plan
 from .engines import load_engine
@@ -55,7 +56,6 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
     quiet_libraries()
     if config.reward_fn is not None:
         load_function(config.reward_fn, "--reward-fn")  # a misspelt name shows before anything is drawn
-    source = Source(config.prompts, config.limit, config.prompt_column, config.system)
     plan = Plan(config.n, config.seed, config.turns, config.user_instruction)
     parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
     parents += [Parent("reward", config.reward)] if config.reward else []
@@ -63,7 +63,8 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
         run.checkpoints.mkdir(exist_ok=True)
         with Journal(run.checkpoints / "answers.jsonl") as journal:
             with closing(load_engine(config, progress)) as engine:
-                answering = Answering(source, plan, journal, engine.chunk, keep_ids=config.reward is not None)
+                ids = config.reward is not None
+                answering = Answering(source_of(config), plan, journal, engine.chunk, keep_ids=ids)
                 answering.run(engine, answering.check(engine, progress, config.on_overlong), progress)
                 facts, chat = engine.facts(), engine.chat
             chunks = _judged(run, config, answering, chat, progress)

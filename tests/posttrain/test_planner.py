@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch):
     safetensors(tmp_path / "model" / "model-1.safetensors", {"a": [3, 5]})
     safetensors(tmp_path / "model" / "model-2.safetensors", {"b": [7]})
     safetensors(tmp_path / "reward" / "model.safetensors", {"a": [2]})
-    (tmp_path / "rows.jsonl").write_text(("x" * 79 + "\n") * 20)  # 80 bytes: 20 tokens a row
+    (tmp_path / "rows.jsonl").write_text(('{"prompt": "' + "x" * 65 + '"}\n') * 20)  # 80 bytes: 20 tokens a row
     return tmp_path
 
 
