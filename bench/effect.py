@@ -1,4 +1,4 @@
-"""The effect of the pipeline over seeds: SFT over base, WARP over SFT, in units of the standard error.
+"""The effect of the pipeline over seeds: SFT over base, distillation over SFT, WARP over both, in standard errors.
 
     python bench/effect.py [--seeds 0 1 2] [--out runs/effect]
 
@@ -23,9 +23,9 @@ LIMIT = 3.0  # standard errors
 
 
 def points_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """base, SFT and the slerp of each WARP iteration, by name."""
+    """base, SFT, distilled and the slerp of each WARP iteration, by name."""
     points = json.loads((directory / "warp" / "front" / "front.json").read_text(encoding="utf-8"))["points"]
-    named = {point["kind"]: point for point in points if point["kind"] in ("base", "sft")}
+    named = {point["title"]: point for point in points if "title" in point}
     return named | {f"WARP {point['iteration']}": point for point in points if point["kind"] == "slerp"}
 
 
@@ -53,14 +53,14 @@ def main() -> int:
         seconds = time.monotonic() - started
         points = points_of(directory)
         last = max(name for name in points if name.startswith("WARP"))
-        for name, after, before in (("SFT - base", "sft", "base"), (f"{last} - SFT", last, "sft")):
+        for after, before in (("SFT", "base"), ("distilled", "SFT"), (last, "distilled")):
             cells = []
             for metric in METRICS:
                 difference, errors = gain(points[after], points[before], metric)
                 cells.append(f"{difference:+.3f} ({errors:+.1f} SE)")
             judged = max(gain(points[after], points[before], metric)[1] for metric in ("judge", "accuracy"))
             held &= gain(points[after], points[before], "reward")[1] > LIMIT and judged > LIMIT
-            lines.append(f"| {seed} | {name} | {' | '.join(cells)} | {seconds:.0f} |")
+            lines.append(f"| {seed} | {after} - {before} | {' | '.join(cells)} | {seconds:.0f} |")
     print(f"| seed | difference | {' | '.join(METRICS)} | seconds |")
     print("| --- " * (len(METRICS) + 3) + "|")
     print("\n".join(lines))

@@ -23,11 +23,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 NEXT = """\
 What to try next
   gemma2 merge slerp {out}/warp/iteration-1/policy-1 {out}/warp/iteration-1/policy-2 --out merged
-  gemma2 eval --model merged --sft {out}/sft --reward {out}/reward --prompts {out}/models/heldout.jsonl
+  gemma2 eval --model merged --sft {out}/distilled --reward {out}/reward --prompts {out}/models/heldout.jsonl
   gemma2 quickstart --seed 1 --set warp.policies=4 --out {out}-4
-With a real Gemma 2 (the directory of a checkpoint) the commands are the same:
-  gemma2 generate --teacher gemma-2-9b-it --prompts prompts.jsonl --out data
-  gemma2 sft --model gemma-2-2b --data data/data.jsonl --out sft"""
+  gemma2 sft --model {out}/models/student --data {out}/clean --max-length 96 --show-tokens 3
+With a real Gemma 2 (a directory, or its hub id) the commands are the same:
+  gemma2 generate --teacher google/gemma-2-9b-it --prompts prompts.jsonl --out data
+  gemma2 filter data --out clean
+  gemma2 sft --model google/gemma-2-2b --data clean --out sft"""
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)

@@ -1,6 +1,7 @@
 """The whole path on the embedded models, from nothing to a front: every step the suite's own command.
 
-    tiny student and teacher -> teacher data -> SFT -> preference pairs -> reward model -> WARP -> front -> report
+    tiny student and teacher -> teacher data -> filter -> SFT -> distillation -> preference pairs -> reward model
+    -> WARP -> front -> report
 
 The directory is visible while it grows; started again, it goes on where it was. Each step is the command that the
 screen shows, so that any of them can be repeated by hand with other settings.
@@ -21,8 +22,11 @@ from gemma2.merging.progress import SILENT, Progress
 
 from .config import Config, resolve
 from .pipeline import Step, command_line, ensure
+from .reporting.values import title_of
 from .rundir import RunOptions, RunResult
 from .schemas import (
+    DistillConfig,
+    FilterConfig,
     GenerateConfig,
     PairsConfig,
     QuickstartConfig,
@@ -59,6 +63,7 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
     """
     models, heldout, prompts = root / "models", root / "models" / "heldout.jsonl", root / "models" / "prompts.jsonl"
     student, teacher = models / "student", models / "teacher"
+    policy = root / "distilled"  # what RL starts from
 
     def settings(schema: type[Config], section: str, given: dict[str, Any], **fixed: Any) -> Any:
         for key in sorted(given.keys() & fixed.keys()):
@@ -67,19 +72,29 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
 
     tiny = settings(TinyConfig, "tiny", {}, train_prompts=config.train_prompts, heldout_prompts=config.heldout_prompts)
     generate = settings(GenerateConfig, "generate", config.generate, teacher=teacher, prompts=prompts)
-    sft = settings(SftConfig, "sft", config.sft, model=student, data=root / "data")
-    pairs = settings(PairsConfig, "pairs", config.pairs, model=root / "sft", prompts=prompts, judge=JUDGE)
-    reward = settings(RewardConfig, "reward", config.reward, model=root / "sft", data=root / "pairs" / "pairs.jsonl")
+    clean = settings(FilterConfig, "filter", config.filter, data=root / "data", decontaminate=(heldout,))
+    sft = settings(SftConfig, "sft", config.sft, model=student, data=(root / "clean",))
+    distill = settings(
+        DistillConfig,
+        "distill",
+        config.distill,
+        teacher=teacher,
+        model=root / "sft",
+        prompts=prompts,
+        heldout=heldout,
+    )
+    pairs = settings(PairsConfig, "pairs", config.pairs, model=policy, prompts=prompts, judge=JUDGE)
+    reward = settings(RewardConfig, "reward", config.reward, model=policy, data=root / "pairs")
     warp = settings(
         WarpConfig,
         "warp",
         config.warp,
-        sft=root / "sft",
+        sft=policy,
         reward=root / "reward",
         prompts=prompts,
         heldout=heldout,
         judge_fn=SCORES,
-        compare=(student,),
+        compare=(student, root / "sft"),
     )
     return [
         Chapter(
@@ -93,13 +108,23 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
             Step("generate", generate, root / "data", _lazy("synthesize", "run_generate")),
         ),
         Chapter(
+            "Filter",
+            "rows that a model should not learn from go, each with its reason: duplicates, held-out questions, ...",
+            Step("filter", clean, root / "clean", _lazy("filters.runner", "run_filter")),
+        ),
+        Chapter(
             "SFT",
             "the student learns from the teacher's answers, with the loss on the model's turns only",
             Step("sft", sft, root / "sft", _lazy("sft", "run_sft")),
         ),
         Chapter(
+            "Distillation",
+            "the student answers by itself, and learns the teacher's distribution at every token of its answers",
+            Step("distill", distill, policy, _lazy("distill", "run_distill")),
+        ),
+        Chapter(
             "Preference pairs",
-            "the SFT model answers several times; a judge says which answer is better",
+            "the distilled model answers several times; a judge says which answer is better",
             Step("reward pairs", pairs, root / "pairs", _lazy("pairs", "run_pairs")),
         ),
         Chapter(
@@ -181,7 +206,7 @@ def _manifest(config: QuickstartConfig, started: str, summary: dict[str, Any]) -
 
 
 def _summary(out: Path) -> dict[str, Any]:
-    """The table base, SFT, best single RL run, WARP 1..I, and answers before and after."""
+    """The table base, SFT, distilled, best single RL run, WARP 1..I, and answers before and after."""
     front = out / "warp" / "front"
     points = json.loads((front / "front.json").read_text(encoding="utf-8"))["points"]
     chosen = list(_chosen(points))
@@ -194,9 +219,9 @@ def _summary(out: Path) -> dict[str, Any]:
 
 
 def _chosen(points: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Base, SFT, the single RL run with the highest reward in the first iteration, every WARP iteration's slerp."""
-    for kind, title in (("base", "base"), ("sft", "SFT")):
-        yield from ((title, point) for point in points if point["kind"] == kind)
+    """What was before RL, the single RL run with the highest reward in the first iteration, each iteration's slerp."""
+    for kind in ("base", "sft"):
+        yield from ((title_of(point), point) for point in points if point["kind"] == kind)
     first = [point for point in points if point["kind"] == "policy" and point["iteration"] == 1]
     yield "best single RL", max(first, key=lambda point: point["reward"])
     yield from ((f"WARP {point['iteration']}", point) for point in points if point["kind"] == "slerp")
@@ -211,7 +236,7 @@ def _row(title: str, point: dict[str, Any]) -> dict[str, Any]:
     return {
         "policy": title,
         "reward": figure("reward", 2),
-        "KL to SFT, nats": figure("kl", 2),
+        "KL, nats": figure("kl", 2),
         "judge": figure("judge", 3),
         "accuracy, %": figure("accuracy", 1, 100),
         "length, tokens": f"{point['length']:.1f}",

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from gemma2.posttrain.config import Config
 from gemma2.posttrain.pipeline import spell
 from gemma2.posttrain.schemas import (
+    DistillConfig,
+    FilterConfig,
     GenerateConfig,
     PairsConfig,
     ParetoConfig,
@@ -30,6 +32,8 @@ __all__ = ["command_of", "phrases", "why"]
 COMMANDS: dict[str, tuple[type[Config], str]] = {
     "tiny": (TinyConfig, "pre-trains a small Gemma 2 student and a larger teacher from scratch"),
     "generate": (GenerateConfig, "lets the teacher answer the training prompts"),
+    "filter": (FilterConfig, "drops the rows that a model should not learn from, each with its reason"),
+    "distill": (DistillConfig, "teaches the student the teacher's distribution on the student's own answers"),
     "sft": (SftConfig, "teaches the student the teacher's answers, with the loss on the model's turns only"),
     "reward pairs": (PairsConfig, "samples several answers per prompt and keeps a better and a worse one"),
     "reward": (RewardConfig, "learns those preferences: a Bradley-Terry reward model"),

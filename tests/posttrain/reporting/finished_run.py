@@ -179,10 +179,15 @@ def quickstart(root, policies=2, iterations=2, steps=120):
     config = {"teacher": str(root / "models/teacher"), "prompts": prompts}
     summary = {"completions": 768, "rows": 751, "truncated": 17, "mean_tokens": 14.2}
     run.stage("data", "generate", config, [("teacher", "models/teacher")], summary, weights=False)
-    config = {"model": str(root / "models/student"), "data": str(root / "data/data.jsonl")}
+    summary = {"rows": 751, "kept": 743, "dropped": {"duplicate": 8}}
+    run.stage("clean", "filter", {"data": str(root / "data")}, summary=summary, weights=False, seconds=2)
+    config = {"model": str(root / "models/student"), "data": str(root / "clean")}
     config |= {"learning_rate": 1e-3, "epochs": 3.0}
     summary = {"steps": 140, "rows": 713, "heldout_loss_before": 2.31, "heldout_loss": 0.42}
     run.stage("sft", "sft", config, [("model", "models/student")], summary)
+    config = {"model": str(root / "sft"), "teacher": str(root / "models/teacher"), "prompts": prompts}
+    parents = [("model", "sft"), ("teacher", "models/teacher")]
+    run.stage("distilled", "distill", config, parents, {"steps": 100, "divergence": 0.11})
     config = {"model": str(root / "sft"), "prompts": prompts, "judge": "gemma2.posttrain.tasks:judge_reward"}
     run.stage("pairs", "reward pairs", config, [("model", "sft")], {"prompts": 768, "pairs": 690}, weights=False)
     config = {"model": str(root / "sft"), "data": str(root / "pairs/pairs.jsonl")}

@@ -129,7 +129,8 @@ def test_every_stage_has_its_command(page):
     text = page[0].text
     for command in (
         "gemma2 tiny --out q/models",
-        "gemma2 sft --learning-rate 0.001 --model q/models/student --data q/data/data.jsonl --epochs 3.0 --out q/sft",
+        "gemma2 sft --learning-rate 0.001 --model q/models/student --data q/clean --epochs 3.0 --out q/sft",
+        "gemma2 distill --model q/sft --teacher q/models/teacher --prompts q/models/prompts.jsonl --out q/distilled",
         "gemma2 rlhf --seed 1 --policy q/warp/iteration-1/init --prompts q/models/prompts.jsonl"
         " --out q/warp/iteration-2/policy-1",
         "gemma2 merge slerp q/warp/iteration-1/policy-1 q/warp/iteration-1/policy-2 --base q/sft"
@@ -142,8 +143,8 @@ def test_every_stage_has_its_command(page):
 
 def test_stages_come_in_the_order_of_the_work(finished):
     names = [stage.name for stage in collect(finished).stages]
-    assert names[:5] == ["models", "data", "sft", "pairs", "reward"]
-    assert names[5:9] == [f"warp/iteration-1/{name}" for name in ("policy-1", "policy-2", "slerp", "init")]
+    assert names[:7] == ["models", "data", "clean", "sft", "distilled", "pairs", "reward"]
+    assert names[7:11] == [f"warp/iteration-1/{name}" for name in ("policy-1", "policy-2", "slerp", "init")]
     assert names[-4:] == ["warp/front", "warp/model", "warp", "."]
     assert collect(finished).gaps == []
 
