@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .textplot import front_text, off_chart
-from .values import title_of
+from .values import start_of, title_of
 
 __all__ = ["angles_figure", "curves_figure", "front_figure", "front_text", "page_svg", "write_figure"]
 
@@ -93,7 +93,7 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
         draw_lines(axis, measured)
         for point in measured:
             draw_point(axis, point)
-        axis.set_xlabel("KL to the SFT policy (nats per sequence)")
+        axis.set_xlabel(f"KL to the {start_of(points)} policy (nats per sequence)")
         axis.set_ylabel("reward on held-out prompts")
         axis.margins(0.09)
         for i, point in enumerate(away):

@@ -11,7 +11,7 @@ from typing import Any
 from .collect import Collected, Stage
 from .commands import command_of, phrases, why
 from .figures import angles_figure, curves_figure, front_figure, page_svg
-from .values import duration, number, rounded, title_of, with_error
+from .values import duration, number, rounded, start_of, title_of, with_error
 
 __all__ = [
     "angles",
@@ -107,7 +107,7 @@ def table(rows: Rows) -> dict[str, Any]:
                 "cells": [*cells, {"value": number(point.get("length")), "error": ""}],
             }
         )
-    return {"columns": ["KL to SFT", *(score_title(name) for name in scores), "Length"], "rows": lines}
+    return {"columns": [f"KL to {start_of(points)}", *(score_title(name) for name in scores), "Length"], "rows": lines}
 
 
 def error_bar(point: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .values import title_of
+from .values import start_of, title_of
 
 __all__ = ["front_text", "off_chart"]
 
@@ -118,11 +118,11 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
         if point["kind"] == "line" and point["eta"] not in (0, 1):
             canvas.write(point, f"{point['eta']:g}")
     notes = [f"off the chart: {title_of(p)}, reward {p['reward']:.3g} at KL {p['kl']:.3g}" for p in away]
-    return "\n".join([*frame(canvas), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
+    return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
 
 
-def frame(canvas: Canvas) -> list[str]:
-    """The rows of the canvas with both axes and three figures on each."""
+def frame(canvas: Canvas, start: str) -> list[str]:
+    """The rows of the canvas with both axes and three figures on each. `start`: what KL is measured to."""
     low, high = canvas.y
     ticks = {0: low, (canvas.height - 1) // 2: low + (high - low) * ((canvas.height - 1) // 2) / (canvas.height - 1),
              canvas.height - 1: high}  # fmt: skip
@@ -134,7 +134,7 @@ def frame(canvas: Canvas) -> list[str]:
     half = canvas.width // 2
     lines.append(f"{'':8} └" + "─" * canvas.width)
     lines.append(f"{'':10}{left:<{half - len(middle) // 2}}{middle}".ljust(10 + canvas.width - len(right)) + right)
-    lines.append(f"{'KL to the SFT policy, nats per sequence':>{10 + canvas.width}}")
+    lines.append(f"{f'KL to the {start} policy, nats per sequence':>{10 + canvas.width}}")
     return lines
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["as_yaml", "duration", "number", "rounded", "short_hash", "title_of", "with_error"]
+__all__ = ["as_yaml", "duration", "number", "rounded", "short_hash", "start_of", "title_of", "with_error"]
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -61,6 +61,11 @@ def short_hash(digest: str | None) -> str:
 def title_of(point: Mapping[str, Any]) -> str:
     """What a policy before RL is called: the title that it was measured under, else base or SFT."""
     return str(point.get("title") or {"base": "base", "sft": "SFT"}[point["kind"]])
+
+
+def start_of(points: Iterable[Mapping[str, Any]]) -> str:
+    """What the policy is called that RL started from and KL is measured to: SFT, or distilled."""
+    return next((title_of(point) for point in points if point["kind"] == "sft"), "SFT")
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:
