@@ -27,6 +27,11 @@ class SftConfig(TrainingFields, LoraFields):
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; default: the whole batch")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward pass, padding counted: splits micro-batches further; default: 2048 on a CPU",
+    )
     max_length: int = Field(1024, ge=8, description="longest row, tokens")
     on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
     end_of_turn: Literal["eot", "eot+eos"] = Field("eot+eos", description="last target of a conversation")
