@@ -106,7 +106,7 @@ def test_the_reported_tail_is_the_mass_outside_the_top_k(inputs, cache):
     assert cache.index["positions"] == len(tails)
 
 
-@pytest.mark.parametrize("died_at", [1, 2])
+@pytest.mark.parametrize("died_at", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_cache_has_the_bytes_of_an_uninterrupted_one(
     inputs, cache, tmp_path, monkeypatch, died_at
 ):
