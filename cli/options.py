@@ -9,6 +9,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -171,8 +172,29 @@ def _split_lists(schema: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Look:
+    """A flag `--NAME N` that shows N of what a command would work on and ends; it needs no --out and writes nothing."""
+
+    name: str
+    help: str
+    show: Callable[[Any, int, Console], None]
+
+    def parameter(self) -> inspect.Parameter:
+        """The flag as typer reads it."""
+        flag = f"--{self.name.replace('_', '-')}"
+        option = typer.Option(None, flag, metavar="N", min=1, help=self.help, rich_help_panel=COMMON)
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=int | None)
+
+
 def stage(
-    schema: type[Config], run: Runner, *, examples: str, writes: bool = True, positional: str | None = None
+    schema: type[Config],
+    run: Runner,
+    *,
+    examples: str,
+    writes: bool = True,
+    positional: str | None = None,
+    look: Look | None = None,
 ) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
@@ -180,7 +202,7 @@ def stage(
     given as an argument.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    command = make_command(schema, run, writes, positional)
+    command = make_command(schema, run, writes, positional, look)
     _describe(command, schema, examples)
     app.command(cls=HelpCommand, context_settings=HELP_NAMES)(command)
     return app
@@ -224,7 +246,9 @@ def _with_argument(name: str, value: Any, flags: dict[str, Any]) -> dict[str, An
     return flags | {name: value}
 
 
-def make_command(schema: type[Config], run: Runner, writes: bool, positional: str | None = None) -> Callable[..., None]:
+def make_command(
+    schema: type[Config], run: Runner, writes: bool, positional: str | None = None, look: Look | None = None
+) -> Callable[..., None]:
     """The function behind a command, with a signature that typer reads."""
     flags = flags_of(schema)
     arguments = [_argument(positional, schema.model_fields[positional])] if positional else []
@@ -244,7 +268,10 @@ def make_command(schema: type[Config], run: Runner, writes: bool, positional: st
             from gemma2.posttrain.inputs import check_inputs, located
 
             config = located(config)
-            if writes:
+            if look is not None and given[look.name] is not None:
+                check_inputs(config)
+                look.show(config, given[look.name], console)
+            elif writes:
                 execute(config, given, run, console)
             else:
                 check_inputs(config)
@@ -264,6 +291,7 @@ def make_command(schema: type[Config], run: Runner, writes: bool, positional: st
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *arguments,
         *flags.values(),
+        *([look.parameter()] if look else []),
         *(inspect.Parameter(key, keyword, default=o, annotation=a) for key, (a, o) in common.items()),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

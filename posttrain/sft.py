@@ -19,7 +19,7 @@ from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import SILENT, Progress
 
 from .chat import ChatFormat
-from .data import Conversation, read_conversations, split
+from .data import Conversation, conversation_of, located, read_conversations, split
 from .examples import Example, Overlong, example_of, report_overlong, tokenise
 from .heldout import HeldOut, heldout_loss
 from .lora import merged, save_adapter
@@ -28,7 +28,7 @@ from .models import check_attention, load_policy, load_tokenizer, save_model
 from .rundir import Parent, Run, RunOptions, RunResult, open_run
 from .schemas import SftConfig
 from .sft_trainer import make_trainer
-from .sources import data_files
+from .sources import data_files, iter_rows
 from .tracking import check_tracking
 from .training import RunCallback, quiet_libraries, train
 
@@ -161,11 +161,13 @@ def show_tokens(config: SftConfig, count: int) -> list[dict[str, Any]]:
     """
     quiet_libraries()
     chat = ChatFormat(load_tokenizer(config.model))
-    return [_shown(row, chat, config) for path in config.data for row in read_conversations(path)[:count]]
+    rows = (conversation_of(row) for path in config.data for row in iter_rows(path, count))
+    return [_shown(row, chat, config) for row in rows]
 
 
 def _shown(row: Conversation, chat: ChatFormat, config: SftConfig) -> dict[str, Any]:
-    example = example_of(row, chat, config)
+    with located(row.where):
+        example = example_of(row, chat, config)
     kept = min(len(example.ids), config.max_length)
     fits = kept == len(example.ids) or (config.on_overlong == "truncate" and any(example.mask[:kept]))
     tokens = [
