@@ -40,6 +40,49 @@ __all__ = ["JUDGE", "Chapter", "chapters", "run_quickstart"]
 
 JUDGE = "gemma2.posttrain.tasks:judge_reward"
 SCORES = "gemma2.posttrain.tasks:judge_scores"
+# Title, why, command, section of the recipe, folder, and the module and function that run it.
+CHAPTERS = (
+    (
+        "Embedded models",
+        "pre-train a small Gemma 2 student and a larger teacher from scratch, on text that gemma2 writes itself",
+        *("tiny", "tiny", "models", "embedded", "run_tiny"),
+    ),
+    (
+        "Teacher data",
+        "the teacher answers the training prompts; truncated answers are dropped",
+        *("generate", "generate", "data", "synthesize", "run_generate"),
+    ),
+    (
+        "Filter",
+        "rows that a model should not learn from go, each with its reason: duplicates, held-out questions, ...",
+        *("filter", "filter", "clean", "filters.runner", "run_filter"),
+    ),
+    (
+        "SFT",
+        "the student learns from the teacher's answers, with the loss on the model's turns only",
+        *("sft", "sft", "sft", "sft", "run_sft"),
+    ),
+    (
+        "Distillation",
+        "the student answers by itself, and learns the teacher's distribution at every token of its answers",
+        *("distill", "distill", "distilled", "distill", "run_distill"),
+    ),
+    (
+        "Preference pairs",
+        "the distilled model answers several times; a judge says which answer is better",
+        *("reward pairs", "pairs", "pairs", "pairs", "run_pairs"),
+    ),
+    (
+        "Reward model",
+        "a Bradley-Terry model learns the judge's preferences from the pairs",
+        *("reward", "reward", "reward", "reward", "run_reward"),
+    ),
+    (
+        "WARP",
+        "RL with an EMA anchor, M times; SLERP of the policies; a step back towards the init; I rounds; the front",
+        *("warp", "warp", "warp", "warp", "run_warp"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -61,83 +104,38 @@ def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
 
     Raises UsageError for a setting that its step does not take.
     """
+    settings = configurations(config, root)
+    return [
+        Chapter(title, why, Step(command, settings[section], root / folder, _lazy(module, function)))
+        for title, why, command, section, folder, module, function in CHAPTERS
+    ]
+
+
+def configurations(config: QuickstartConfig, root: Path) -> dict[str, Any]:
+    """The configuration of each step: the recipe's section, and the inputs that follow from the steps before it."""
     models, heldout, prompts = root / "models", root / "models" / "heldout.jsonl", root / "models" / "prompts.jsonl"
-    student, teacher = models / "student", models / "teacher"
-    policy = root / "distilled"  # what RL starts from
+    teacher, policy = models / "teacher", root / "distilled"  # RL starts from the distilled student
 
     def settings(schema: type[Config], section: str, given: dict[str, Any], **fixed: Any) -> Any:
         for key in sorted(given.keys() & fixed.keys()):
             raise UsageError(f"'{section}.{key}' is set by the quickstart itself", "remove it from the recipe")
         return resolve(schema, flags={"seed": config.seed, **given, **fixed}, section=section)
 
-    tiny = settings(TinyConfig, "tiny", {}, train_prompts=config.train_prompts, heldout_prompts=config.heldout_prompts)
-    generate = settings(GenerateConfig, "generate", config.generate, teacher=teacher, prompts=prompts)
-    clean = settings(FilterConfig, "filter", config.filter, data=root / "data", decontaminate=(heldout,))
-    sft = settings(SftConfig, "sft", config.sft, model=student, data=(root / "clean",))
-    distill = settings(
-        DistillConfig,
-        "distill",
-        config.distill,
-        teacher=teacher,
-        model=root / "sft",
-        prompts=prompts,
-        heldout=heldout,
-    )
-    pairs = settings(PairsConfig, "pairs", config.pairs, model=policy, prompts=prompts, judge=JUDGE)
-    reward = settings(RewardConfig, "reward", config.reward, model=policy, data=root / "pairs")
-    warp = settings(
-        WarpConfig,
-        "warp",
-        config.warp,
-        sft=policy,
-        reward=root / "reward",
-        prompts=prompts,
-        heldout=heldout,
-        judge_fn=SCORES,
-        compare=(student, root / "sft"),
-    )
-    return [
-        Chapter(
-            "Embedded models",
-            "pre-train a small Gemma 2 student and a larger teacher from scratch, on text that gemma2 writes itself",
-            Step("tiny", tiny, models, _lazy("embedded", "run_tiny")),
-        ),
-        Chapter(
-            "Teacher data",
-            "the teacher answers the training prompts; truncated answers are dropped",
-            Step("generate", generate, root / "data", _lazy("synthesize", "run_generate")),
-        ),
-        Chapter(
-            "Filter",
-            "rows that a model should not learn from go, each with its reason: duplicates, held-out questions, ...",
-            Step("filter", clean, root / "clean", _lazy("filters.runner", "run_filter")),
-        ),
-        Chapter(
-            "SFT",
-            "the student learns from the teacher's answers, with the loss on the model's turns only",
-            Step("sft", sft, root / "sft", _lazy("sft", "run_sft")),
-        ),
-        Chapter(
-            "Distillation",
-            "the student answers by itself, and learns the teacher's distribution at every token of its answers",
-            Step("distill", distill, policy, _lazy("distill", "run_distill")),
-        ),
-        Chapter(
-            "Preference pairs",
-            "the distilled model answers several times; a judge says which answer is better",
-            Step("reward pairs", pairs, root / "pairs", _lazy("pairs", "run_pairs")),
-        ),
-        Chapter(
-            "Reward model",
-            "a Bradley-Terry model learns the judge's preferences from the pairs",
-            Step("reward", reward, root / "reward", _lazy("reward", "run_reward")),
-        ),
-        Chapter(
-            "WARP",
-            "RL with an EMA anchor, M times; SLERP of the policies; a step back towards the init; I rounds; the front",
-            Step("warp", warp, root / "warp", _lazy("warp", "run_warp")),
-        ),
+    sizes = {"train_prompts": config.train_prompts, "heldout_prompts": config.heldout_prompts}
+    taught = {"model": root / "sft", "teacher": teacher, "prompts": prompts, "heldout": heldout}
+    before = {"compare": (models / "student", root / "sft"), "judge_fn": SCORES}
+    asked = {"sft": policy, "reward": root / "reward", "prompts": prompts, "heldout": heldout}
+    found = [
+        settings(TinyConfig, "tiny", {}, **sizes),
+        settings(GenerateConfig, "generate", config.generate, teacher=teacher, prompts=prompts),
+        settings(FilterConfig, "filter", config.filter, data=root / "data", decontaminate=(heldout,)),
+        settings(SftConfig, "sft", config.sft, model=models / "student", data=(root / "clean",)),
+        settings(DistillConfig, "distill", config.distill, **taught),
+        settings(PairsConfig, "pairs", config.pairs, model=policy, prompts=prompts, judge=JUDGE),
+        settings(RewardConfig, "reward", config.reward, model=policy, data=root / "pairs"),
+        settings(WarpConfig, "warp", config.warp, **asked, **before),
     ]
+    return dict(zip([chapter[3] for chapter in CHAPTERS], found, strict=True))
 
 
 def _lazy(module: str, function: str) -> Callable[[Any, RunOptions, Progress], RunResult]:

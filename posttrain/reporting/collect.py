@@ -23,7 +23,10 @@ __all__ = ["Collected", "Stage", "collect", "name_of"]
 
 PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")
 # Commands in the order of the work, and what a finished quickstart holds.
-WORK = ("tiny", "generate", "filter", "sft", "distill", "reward pairs", "reward", "rlhf", "merge slerp", "merge liti", "pareto", "warp")
+WORK = (
+    *("tiny", "generate", "filter", "sft", "distill", "reward pairs", "reward"),
+    *("rlhf", "merge slerp", "merge liti", "pareto", "warp"),
+)
 QUICKSTART = ("models", "data", "clean", "sft", "distilled", "pairs", "reward", "warp")
 
 
