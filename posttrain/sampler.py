@@ -32,6 +32,8 @@ from .decoder import Gemma2Decoder
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "sample"]
 
+RANKED = 1024  # tokens that top-p looks at first
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -114,6 +116,7 @@ def evaluating(model: Any) -> Iterator[None]:
             model.train()
 
 
+@torch.no_grad()
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -180,17 +183,34 @@ def log_softmax_at(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def truncated_mass(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Zero what top-k and then top-p exclude; the most probable token always stays. probs: (B, V), not renormalised."""
+    """Zero what top-k and then top-p exclude; the most probable token always stays. probs: (B, V), not renormalised.
+
+    Top-k keeps every token that is as probable as the k-th. Top-p keeps the smallest set of most probable tokens whose
+    mass, of what top-k has left, reaches `top_p`.
+    """
     if params.top_k > 0:
         floor = probs.topk(min(params.top_k, probs.shape[1])).values[:, -1:]
         probs = probs.where(probs >= floor, 0.0)
     if params.top_p < 1:
-        ranked, order = probs.sort(descending=True)
+        target = params.top_p * probs.sum(-1, keepdim=True)
+        ranked, order = _most_probable(probs, target)
         before = ranked.cumsum(-1) - ranked  # mass of the more probable tokens
-        outside = before >= params.top_p * ranked.sum(-1, keepdim=True)
-        outside[:, 0] = False
-        probs = probs.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), 0.0)
+        inside = before < target
+        inside[:, 0] = True
+        probs = torch.zeros_like(probs).scatter_(1, order, ranked.where(inside, 0.0))
     return probs
+
+
+def _most_probable(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities, tokens) in falling order, as many as hold the mass `target` (B, 1) in every row.
+
+    Sorting a whole vocabulary costs more than a step of a small model, and the head of it is nearly always enough.
+    """
+    size = min(RANKED, probs.shape[1])
+    ranked, order = probs.topk(size)
+    if size < probs.shape[1] and bool((ranked.sum(-1, keepdim=True) < target).any()):
+        ranked, order = probs.sort(descending=True)
+    return ranked, order
 
 
 class _Batch:

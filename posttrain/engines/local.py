@@ -60,7 +60,6 @@ class SamplerEngine:
             if not all(request.key in known for request in chosen):
                 yield self._draw(chosen)
 
-    @torch.no_grad()
     def _draw(self, requests: Sequence[Request]) -> list[Completion]:
         uniforms = torch.stack([_uniforms(request.seed, self.params.max_new_tokens) for request in requests])
         pad_id = self.chat.tokenizer.pad_token_id or 0

@@ -5,12 +5,20 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gemma2.merging.errors import InputError
+from gemma2.posttrain import sampler
 from gemma2.posttrain.attention import additive, empty_cache, layer_masks, padded_masks
 from gemma2.posttrain.decoder import Gemma2Decoder
-from gemma2.posttrain.sampler import SamplingParams, draw, sample
+from gemma2.posttrain.sampler import SamplingParams, decode, draw, sample, truncated_mass
 
 WINDOW = 8
 VOCAB = 61
@@ -110,21 +118,35 @@ def chi_square(counts, probs):
     return float(statistic), int(cells.sum()) - 1
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_two_token_completions_follow_the_policy_distribution(temperature):
+def truncated(logits, top_p, top_k):
+    """What transformers' own filters leave of a distribution, renormalised."""
+    filters = [TopKLogitsWarper(top_k)] if top_k else []
+    filters += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    for each in filters:
+        logits = each(None, logits)
+    return torch.softmax(logits, -1)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 1.0, 0), (1.0, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 3), (0.9, 0.85, 5)]
+)
+def test_two_token_completions_follow_the_distribution(temperature, top_p, top_k):
     vocab, n = 7, 20000
     model = gemma(vocab=vocab)
     prompt = [2, 4, 3]
-    out = sample(model, [prompt], SamplingParams(2, temperature, n), [], PAD, torch.Generator().manual_seed(5), n)
+    params = SamplingParams(2, temperature, n, top_p, top_k)
+    out = sample(model, [prompt], params, [], PAD, torch.Generator().manual_seed(5), n)
     pairs = torch.tensor(out.ids)
     counts = torch.bincount(pairs[:, 0] * vocab + pairs[:, 1], minlength=vocab**2).double()
     with torch.no_grad():
         context = torch.tensor([[*prompt, a] for a in range(vocab)])
         logits = model(context).logits.double() / temperature
-    first = torch.softmax(logits[0, 2], -1)
-    second = torch.softmax(logits[:, 3], -1)
-    statistic, freedom = chi_square(counts, (first[:, None] * second).flatten())
-    assert freedom > 20
+    first = truncated(logits[:1, 2], top_p, top_k)[0]
+    second = truncated(logits[:, 3], top_p, top_k)
+    expected = (first[:, None] * second).flatten()
+    assert not counts[expected == 0].any()
+    statistic, freedom = chi_square(counts, expected)
+    assert freedom > (20 if top_p == 1 and not top_k else 5)
     # Wilson-Hilferty: the 0.9999 quantile of chi-square.
     limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
     assert statistic < limit
@@ -148,6 +170,33 @@ def test_top_k_and_top_p_exclude_tokens_but_not_from_the_log_probs():
     token, logp = draw(logits, high, SamplingParams(1, top_p=0.3))
     assert token.item() == 1
     assert logp.item() == pytest.approx(math.log(0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.3, 0), (0.9, 0), (0.999, 0), (1.0, 7), (0.5, 12)])
+@pytest.mark.parametrize("sharpness", [0.1, 3.0])
+def test_top_k_and_top_p_leave_what_transformers_leaves_also_where_the_head_is_not_enough(
+    top_p, top_k, sharpness, monkeypatch
+):
+    monkeypatch.setattr(sampler, "RANKED", 8)
+    logits = sharpness * torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = truncated_mass(torch.softmax(logits, -1), SamplingParams(1, top_p=top_p, top_k=top_k))
+    assert torch.allclose(kept / kept.sum(-1, keepdim=True), truncated(logits, top_p, top_k), atol=1e-12)
+
+
+def test_a_batch_of_very_different_lengths_gives_each_row_what_it_gets_alone(model):
+    prompts = prompts_of([60, 1, 33, 2, 1, 59])
+    prompts[4] = prompts[1]  # the same prompt twice shares a prefill
+    params = SamplingParams(20)
+    uniforms = torch.rand(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    together = decode(model, prompts, params, [STOP], PAD, uniforms)
+    for i, (ids, logps, truncated) in enumerate(together):
+        ((alone, alone_logps, cut),) = decode(model, [prompts[i]], params, [STOP], PAD, uniforms[i : i + 1])
+        assert (
+            ids == alone
+            and truncated == cut
+            and torch.allclose(torch.tensor(logps), torch.tensor(alone_logps), atol=1e-5)
+        )
+    assert together[1] != together[4]
 
 
 def test_log_probs_are_those_of_an_independent_forward(model):
