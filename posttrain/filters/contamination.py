@@ -26,6 +26,7 @@ __all__ = ["EvaluationTexts", "contaminated", "ngram_hashes", "read_evaluation"]
 
 TEMPLATE = 10  # rows
 QUESTION_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "query", "input", "text")
+BREAK = np.zeros(1, dtype=np.uint64)
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: a polynomial over 2^64
 
 
@@ -39,14 +40,25 @@ class EvaluationTexts:
 
 
 def ngram_hashes(ids: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """(W,) word ids -> (max(W - n + 1, 0),) hashes of the n-grams that begin at each word, modulo 2^64."""
-    count = max(len(ids) - n + 1, 0)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for place in range(n):
-        hashes *= MULTIPLIER
-        hashes += ids[place : place + count]
-    hashes ^= hashes >> np.uint64(29)
-    return hashes
+    """(W,) word ids -> (max(W - n + 1, 0),) hashes of the n-grams that begin at each word.
+
+    A polynomial modulo 2^64, doubled up: hash(a + b words) = hash(a) M^b + hash(the b words after them).
+    """
+    count = len(ids) - n + 1
+    if count <= 0:
+        return ids[:0]
+    hashes, length = ids, 1
+    for bit in f"{n:b}"[1:]:
+        hashes = hashes[: len(hashes) - length] * _power(length) + hashes[length:]
+        length *= 2
+        if bit == "1":
+            hashes = hashes[: len(ids) - length] * MULTIPLIER + ids[length:]
+            length += 1
+    return hashes ^ (hashes >> np.uint64(29))
+
+
+def _power(exponent: int) -> np.uint64:
+    return np.uint64(pow(int(MULTIPLIER), exponent, 1 << 64))
 
 
 def read_evaluation(paths: Iterable[Path], n: int) -> EvaluationTexts:
@@ -73,14 +85,13 @@ def contaminated(sample: Sample, evaluation: EvaluationTexts) -> str | None:
             return "asks a question of an evaluation set"
     if len(evaluation.ngrams) == 0:
         return None
-    for words in sample.words:
-        hashes = ngram_hashes(word_ids(words), evaluation.n)
-        places = np.searchsorted(evaluation.ngrams, hashes)
-        places[places == len(evaluation.ngrams)] = 0
-        shared = int(np.count_nonzero(evaluation.ngrams[places] == hashes))
-        if shared:
-            return f"shares {shared} {evaluation.n}-grams with an evaluation set"
-    return None
+    # Between two turns stands what no text holds: words of different turns are not in a row.
+    joined = np.concatenate([part for ids in sample.ids for part in (ids, BREAK)])
+    hashes = ngram_hashes(joined, evaluation.n)
+    places = np.searchsorted(evaluation.ngrams, hashes)
+    places[places == len(evaluation.ngrams)] = 0
+    shared = int(np.count_nonzero(evaluation.ngrams[places] == hashes))
+    return f"shares {shared} {evaluation.n}-grams with an evaluation set" if shared else None
 
 
 def _bare(text: str) -> str:

@@ -8,7 +8,7 @@ Gemini, Llama, ...) count only at the end of the clause or beside a word such as
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from .sample import Sample
 
@@ -65,7 +65,7 @@ MAKERS = {
     "Alibaba": r"alibaba(?: cloud| group)?",
     "Mistral AI": r"mistral(?: ai)?",
     "DeepSeek": r"deep ?seek(?: ai)?",
-    "xAI": r"x\.?ai",
+    "xAI": r"xai",
     "Amazon": r"amazon",
     "Apple": r"apple",
     "Baidu": r"baidu",
@@ -115,20 +115,31 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
     own, alike, theirs = (_any(names) for names in (assistants, shared, makers))
     claims = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs)]
     claims.append((re.compile(rf"{SELF}{DESCRIBED} (?P<name>{alike})\b", re.IGNORECASE), True))
-    trigger = re.compile(rf"\b(?:{own}|{alike}|{theirs})", re.IGNORECASE)
+    triggers = frozenset(_first_words([*assistants.values(), *shared.values(), *makers.values()]))
 
     def find(sample: Sample) -> str | None:
         """Reads the model's turns."""
+        if triggers.isdisjoint(sample.model_vocabulary):
+            return None
         for text in sample.model_turns:
             straight = text.replace("’", "'")
-            if trigger.search(straight):
-                for pattern, needs_cue in claims:
-                    for found in pattern.finditer(straight):
-                        if _claimed(straight, found, needs_cue):
-                            return f"claims to be {found['name']}" if needs_cue else f"claims: {found['name']}"
+            for pattern, needs_cue in claims:
+                for found in pattern.finditer(straight):
+                    if _claimed(straight, found, needs_cue):
+                        return f"speaks as {found['name']}"
         return None
 
     return find
+
+
+def _first_words(spellings: Iterable[str]) -> Iterator[str]:
+    """Words of which at least one stands in a text that holds one of the names: a look at its words is quick."""
+    for spelling in spellings:
+        for stem in re.findall(r"(?:^|\|)(\w+)", spelling):
+            yield stem
+            yield from (f"{stem}{digit}" for digit in range(10))
+        for rest in re.findall(r"(?:^|\|)(\w+)(?: \?|\[ -\]\?)(\w+)", spelling):
+            yield "".join(rest)
 
 
 def _any(names: dict[str, str]) -> str:

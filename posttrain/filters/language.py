@@ -14,7 +14,7 @@ from .sample import Sample
 __all__ = ["check_codes", "language"]
 
 CLOSEST = 4
-READ_CHARS = 600  # of each row; the rest adds time and no certainty
+READ_CHARS = 300  # of each row; the rest adds time and no certainty
 
 
 @cache

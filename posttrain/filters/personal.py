@@ -63,7 +63,8 @@ NATIONAL_ID = {
     for country, (spelt, module) in NATIONAL_IDS.items()
 }
 UK_NINO = re.compile(r"\b(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]\b")
-CAPITALS_AND_DIGITS = re.compile(r"\b[A-Z]{2}\d{2}|\b[A-Z]{2} \d{2} \d{2}|[A-Z]{4}\d{2}|\d{7}-?[A-Z]\b")
+CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2}(?:\d{2}| \d{2} ?\d{2})|\d{7}-?[A-Z]\b")
+FOUR_NUMBERS = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
 def personal(sample: Sample, region: str) -> str | None:
@@ -149,7 +150,7 @@ def _has_phone(text: str, region: str) -> bool:
 
 
 def _addresses(text: str) -> Iterator[re.Match[str]]:
-    if text.count(".") > 2:
+    if FOUR_NUMBERS.search(text):
         yield from IPV4.finditer(text)
     if text.count(":") > 1:
         yield from IPV6.finditer(text)

@@ -27,7 +27,6 @@ MODEL_ROLES = ("assistant", "model")
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+(?:['’][^\W_{UNSPACED}]+)*")
-SPACES = re.compile(r"\s+")
 REMEMBERED_WORDS = 1 << 19  # 60 MB or so
 
 
@@ -87,6 +86,11 @@ class Sample:
         """The distinct words of the model's turns."""
         return set().union(*self.model_words)
 
+    @cached_property
+    def ids(self) -> list[NDArray[np.uint64]]:
+        """The ids of the words of every turn."""
+        return [word_ids(words) for words in self.words]
+
     def chosen(self, side: str) -> list[int]:
         """Indices of the turns of a side: `"prompt"`, `"completion"` or `"both"`."""
         return [i for i, (ours, _) in enumerate(self.turns) if side == "both" or ours == (side == "completion")]
@@ -108,7 +112,7 @@ def normal(text: str) -> str:
     """A text without what does not change its meaning: case, Unicode form, the kind and number of spaces."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    return SPACES.sub(" ", text.casefold()).strip()
+    return " ".join(text.casefold().split())
 
 
 def sample_of(row: Row) -> Sample:

@@ -58,11 +58,11 @@ def test_the_first_of_equal_digests_stays():
 
 def test_the_bands_find_a_pair_at_the_threshold():
     plan = plan_bands(0.8, 3)
-    assert (plan.bands, plan.rows, plan.fewest) == (21, 6, 27)  # 1 - (1 - 0.8^6)^21 = 0.998; 3 * 1.8 / 0.2 = 27
+    assert (plan.bands, plan.rows, plan.fewest) == (12, 5, 27)  # 1 - (1 - 0.8^5)^12 = 0.991; 3 * 1.8 / 0.2 = 27
     for threshold in (0.3, 0.5, 0.7, 0.9, 0.95):
         plan = plan_bands(threshold, 5)
         assert 1 - (1 - threshold**plan.rows) ** plan.bands >= 0.99
-        assert 1 - (1 - threshold ** (plan.rows + 1)) ** (128 // (plan.rows + 1)) < 0.99
+        assert 1 - (1 - threshold ** (plan.rows + 1)) ** (64 // (plan.rows + 1)) < 0.99
 
 
 def test_below_the_smallest_number_of_shingles_a_changed_word_decides():
