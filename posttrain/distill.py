@@ -56,7 +56,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    check_options(config)
+    check_process_count()
     roles = {"model": config.model, "teacher": config.teacher}
     parents = [Parent(role, path) for role, path in roles.items() if path is not None]
     data = [file for path in (config.prompts, config.heldout, config.data) if path for file in data_files(path)]
@@ -66,8 +66,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         guards = Guards(progress, max_kl=None, max_dead_steps=1)
         micro = config.micro_batch_size or config.batch_size
         arguments = TrlConfig(**distillation_arguments(config, run, micro))
-        fraction = fraction_of(config)
-        rows = schedule(config.steps, config.batch_size, config.n, setup.material, fraction, config.seed)
+        rows = schedule(config.steps, config.batch_size, config.n, setup.material, config.fraction, config.seed)
         adapter = lora_config(config, "CAUSAL_LM")
         trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, guards, adapter)
         callback = RunCallback(run, progress, "distill", SHOWN)
@@ -81,43 +80,11 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
 
 
-def fraction_of(config: DistillConfig) -> float:
-    """lambda: 1 unless said otherwise, 0 from a cache."""
-    if config.on_policy_fraction is not None:
-        return config.on_policy_fraction
-    return 0.0 if config.teacher_cache else 1.0
-
-
-def check_options(config: DistillConfig) -> None:
-    """Refuse combinations that leave an option unread or a need unmet."""
+def check_process_count() -> None:
+    """One process only: nothing is gathered across ranks."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    fraction = fraction_of(config)
-    problems = {
-        "give --teacher DIR or --teacher-cache DIR, one of them": (config.teacher is None)
-        == (config.teacher_cache is None),
-        "--teacher needs --prompts, for training or to measure on": config.teacher is not None
-        and config.prompts is None,
-        "--teacher-cache brings its own data: leave out --prompts, --heldout and --data": config.teacher_cache
-        is not None
-        and any((config.prompts, config.heldout, config.data)),
-        "a cache holds no distributions over new completions: --lambda must be 0": config.teacher_cache is not None
-        and fraction > 0,
-        f"--lambda {fraction:g} needs fixed data: give --data": fraction < 1
-        and config.teacher is not None
-        and config.data is None,
-        "--lambda 1 reads no fixed data: leave out --data, or lower --lambda": fraction == 1
-        and config.data is not None
-        and config.eval_fraction == 0,
-        "--beta belongs to --divergence jsd": config.beta is not None and config.divergence != "jsd",
-        f"--batch-size {config.batch_size} is not a multiple of --n {config.n}": config.batch_size % config.n > 0,
-        f"--batch-size {config.batch_size} is not a multiple of --micro-batch-size {config.micro_batch_size}": (
-            config.batch_size % (config.micro_batch_size or config.batch_size) > 0
-        ),
-        f"distill was started with {world} processes, it runs in one": world > 1,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise UsageError(problem, "see gemma2 distill --help")
+    if world > 1:
+        raise UsageError(f"distill was started with {world} processes", "start it with one")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,17 @@ from .budget import generate_budget
 from .config import Config
 from .inputs import check_inputs, inputs_of
 from .rundir import RunOptions
-from .schemas import GenerateConfig, PairsConfig, ParetoConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
+from .schemas import (
+    DistillCacheConfig,
+    DistillConfig,
+    GenerateConfig,
+    PairsConfig,
+    ParetoConfig,
+    RewardConfig,
+    RlhfConfig,
+    SftConfig,
+    WarpConfig,
+)
 from .sources import count_rows, data_files
 
 __all__ = ["parameter_count", "plan"]
@@ -76,6 +86,27 @@ def _sft(config: SftConfig) -> Work:
     means = [_mean_tokens(path, config.max_length) * weight for path, weight in zip(config.data, weights, strict=True)]
     tokens = steps * config.batch_size * sum(means) / sum(weights)
     return _train(parameter_count(config.model), tokens, config.lora_rank)
+
+
+def _distill(config: DistillConfig) -> Work:
+    """The student in training beside its teacher; the teacher reads every token, the student also writes its own."""
+    tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
+    n, teacher = parameter_count(config.model), parameter_count(config.teacher) if config.teacher else 0
+    student = _train(n, tokens, config.lora_rank)
+    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
+    return Work(
+        student.memory + teacher * width,
+        student.disk,
+        student.operations + 2.0 * tokens * (teacher + n * config.fraction),
+    )
+
+
+def _distill_cache(config: DistillCacheConfig) -> Work:
+    rows = min(count_rows(config.data), config.limit or 10**12)
+    tokens = rows * _mean_tokens(config.data, config.max_length)
+    n = parameter_count(config.teacher)
+    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
+    return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), operations=2.0 * n * tokens)
 
 
 def _reward(config: RewardConfig) -> Work:
@@ -144,6 +175,8 @@ def _pareto(config: ParetoConfig) -> Work:
 
 ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
     SftConfig: _sft,
+    DistillConfig: _distill,
+    DistillCacheConfig: _distill_cache,
     RewardConfig: _reward,
     GenerateConfig: _generate,
     PairsConfig: _pairs,

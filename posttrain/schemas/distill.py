@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gemma2.posttrain.config import Config
 
@@ -55,6 +55,36 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
     eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations on held-out prompts")
     eval_prompts: int = Field(64, ge=2, description="held-out prompts per evaluation")
     eval_fraction: float = Field(0.05, ge=0, lt=1, description="share of --data, or of the cache, that is held out")
+
+    @property
+    def fraction(self) -> float:
+        """lambda: 1 unless said otherwise, 0 from a cache."""
+        if self.on_policy_fraction is not None:
+            return self.on_policy_fraction
+        return 0.0 if self.teacher_cache else 1.0
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> DistillConfig:
+        live, cached = self.teacher is not None, self.teacher_cache is not None
+        micro = self.micro_batch_size or self.batch_size
+        problems = {
+            "give teacher or teacher_cache, one of them": live == cached,
+            "a teacher needs prompts, to train on and to measure on": live and self.prompts is None,
+            "a teacher_cache brings its own data; leave out prompts, heldout and data": cached
+            and any((self.prompts, self.heldout, self.data)),
+            "a teacher_cache says nothing about new completions; lambda (on_policy_fraction) must be 0": cached
+            and self.fraction > 0,
+            f"lambda (on_policy_fraction) {self.fraction:g} needs fixed data; give data": live
+            and self.fraction < 1
+            and self.data is None,
+            "beta belongs to divergence=jsd": self.beta is not None and self.divergence != "jsd",
+            f"batch_size {self.batch_size} is not a multiple of n {self.n}": self.batch_size % self.n > 0,
+            f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}": self.batch_size % micro > 0,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(problem)
+        return self
 
 
 class DistillCacheConfig(FixedDataFields):

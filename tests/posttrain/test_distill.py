@@ -21,6 +21,7 @@ from gemma2.merging.errors import GuardStop, InputError, UsageError
 from gemma2.merging.progress import SILENT
 from gemma2.posttrain import distill, gkd
 from gemma2.posttrain.chat import ChatFormat
+from gemma2.posttrain.config import resolve
 from gemma2.posttrain.data import Prompt
 from gemma2.posttrain.distill import ratio, run_distill
 from gemma2.posttrain.divergence import Divergence
@@ -445,19 +446,26 @@ def test_a_head_that_is_more_than_a_product_and_a_cap_is_refused():
     ("fields", "message"),
     [
         ({"teacher": None}, "one of them"),
-        ({"prompts": None}, "needs --prompts"),
-        ({"on_policy_fraction": 0.5, "data": None}, "give --data"),
-        ({"beta": 0.5}, "--divergence jsd"),
-        ({"n": 3}, "--n 3"),
-        ({"micro_batch_size": 3}, "--micro-batch-size 3"),
-        ({"teacher_cache": Path("c"), "prompts": Path("p")}, "leave out --prompts"),
-        ({"teacher_cache": Path("c"), "on_policy_fraction": 1.0}, "--lambda must be 0"),
+        ({"teacher_cache": "c"}, "one of them"),
+        ({"prompts": None}, "needs prompts"),
+        ({"on_policy_fraction": 0.5}, "0.5 needs fixed data"),
+        ({"beta": 0.5}, "divergence=jsd"),
+        ({"n": 3}, "multiple of n 3"),
+        ({"micro_batch_size": 3}, "multiple of micro_batch_size 3"),
+        ({"teacher": None, "teacher_cache": "c"}, "leave out prompts"),
+        ({"teacher": None, "prompts": None, "teacher_cache": "c", "on_policy_fraction": 1.0}, "must be 0"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(inputs, tmp_path, fields, message):
+def test_options_that_do_not_fit_are_refused(fields, message):
+    given = {"model": "m", "teacher": "t", "prompts": "p", "batch_size": 4} | fields
     with pytest.raises(UsageError, match=message):
-        run_distill(configure(inputs, **fields), RunOptions(tmp_path / "out"))
-    assert not list(tmp_path.iterdir())
+        resolve(DistillConfig, flags=given)
+
+
+def test_the_share_of_on_policy_steps_is_all_or_from_a_cache_none():
+    assert DistillConfig(model="m", teacher="t", prompts="p").fraction == 1
+    assert DistillConfig(model="m", teacher="t", prompts="p", data="d", on_policy_fraction=0.25).fraction == 0.25
+    assert DistillConfig(model="m", teacher_cache="c").fraction == 0
 
 
 def test_steps_in_which_every_completion_is_cut_stop_the_run(inputs, tmp_path, monkeypatch):
@@ -581,7 +589,7 @@ def torn_lines(path: Path) -> list[dict]:
 def test_the_share_of_on_policy_steps_has_gkd_s_name_and_a_plain_one(inputs, tmp_path, flag, capsys):
     words = ["distill", "--model", inputs / "student", "--teacher", inputs / "teacher"]
     words += ["--prompts", inputs / "prompts.jsonl", flag, 0.5, "--out", tmp_path / "out"]
-    with pytest.raises(UsageError, match=r"--lambda 0.5 needs fixed data"):
+    with pytest.raises(UsageError, match=r"lambda .* 0.5 needs fixed data"):
         invoke([str(word) for word in words])
 
 
