@@ -6,7 +6,7 @@
 Both train one epoch of the same tokenised rows of unequal length (prompt log-normal about 60 tokens, completion about
 90, at most 512; the loss is on the completion), same optimizer and batch size, and so as many steps. TRL gets
 `train_sampling_strategy=group_by_length`, its pre-tokenised path and its own head (`loss_type=nll`, which forms no full
-logits); `--trl-sweep` tries its other settings (random order, smaller micro-batches) and names the fastest. The two take
+logits); `--trl-sweep` tries smaller micro-batches as well (on a CPU they are faster) and compares with the fastest. The two take
 turns and change the order every round, so that a busy machine slows both. Tokens are those of the rows, padding is not
 counted. With `--gpu` the model is trained in bf16 autocast and MFU is reported: 6 N per token (4 N under LoRA) over the
 GPU's dense bf16 rate as TRL has it.
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_peak_flops
@@ -159,7 +158,7 @@ def trl_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Settings of TRL to choose the fastest from."""
     if not options.trl_sweep:
         return {"grouped": {}}
-    found: dict[str, dict[str, Any]] = {"grouped": {}, "random": {"train_sampling_strategy": "random"}}
+    found: dict[str, dict[str, Any]] = {"grouped": {}}
     for micro in (options.batch // 4, 1):
         found[f"grouped, micro-batch {micro}"] = {
             "per_device_train_batch_size": micro,
