@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def ngram_hashes(ids: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
     return hashes ^ (hashes >> np.uint64(29))
 
 
+@cache
 def _power(exponent: int) -> np.uint64:
     return np.uint64(pow(int(MULTIPLIER), exponent, 1 << 64))
 

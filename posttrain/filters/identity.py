@@ -17,19 +17,18 @@ __all__ = ["claim_finder"]
 # Name -> how it is written. These name an assistant and nothing else.
 ASSISTANTS = {
     "ChatGPT": r"chat[ -]?gpt",
-    "GPT": r"gpt[- ]?(?:\d[\w.]*|neo|j)",
+    "GPT": r"gpt[- ]?\d[\w.]*|instructgpt",
     "Qwen": r"qwen[\w.-]*|tongyi(?: qianwen)?",
     "DeepSeek": r"deep ?seek[\w.-]*",
-    "Mixtral": r"mi[sx]tral[\w.-]*|le chat",
+    "Mistral": r"mistral[\w.-]*|mixtral[\w.-]*",
     "ChatGLM": r"chatglm[\w.-]*|glm-\d[\w.]*",
-    "Copilot": r"(?:microsoft|github|bing) copilot|bing chat",
-    "InstructGPT": r"instructgpt|text-davinci-\d+",
+    "Bing Chat": r"bing chat",
     "Vicuna": r"vicuna(?:-\d\w*)?",
     "ERNIE Bot": r"ernie bot|wenxin yiyan",
     "Kimi": r"kimi(?: k\d[\w.]*)?",
     "Doubao": r"doubao|hunyuan|baichuan[\w.-]*|internlm[\w.-]*",
     "SmolLM": r"smollm[\w.-]*|stablelm[\w.-]*|olmo(?: \d)?|starcoder\w*|wizardlm|openassistant|open assistant",
-    "Nemotron": r"nemotron[\w.-]*|command[- ]r\+?",
+    "Nemotron": r"nemotron[\w.-]*",
 }
 # These are names of people, animals or signs as well.
 SHARED_NAMES = {
@@ -43,7 +42,7 @@ SHARED_NAMES = {
     "Phi": r"phi(?:-\d[\w.]*)?",
     "Falcon": r"falcon(?:-\d+b)?",
     "Grok": r"grok(?:-\d[\w.]*)?",
-    "Copilot": r"copilot",
+    "Copilot": r"(?:microsoft |github |bing )?copilot",
     "Alexa": r"alexa",
     "Siri": r"siri",
     "Cortana": r"cortana",
@@ -84,7 +83,6 @@ MAKERS = {
     "Databricks": r"databricks",
     "Perplexity": r"perplexity(?: ai)?",
     "EleutherAI": r"eleuther ?ai",
-    "Technology Innovation Institute": r"technology innovation institute",
     "Nous Research": r"nous research",
 }
 MADE = r"(?:developed|created|trained|made|built|designed|programmed|fine-?tuned|released|provided)"
@@ -135,11 +133,9 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
 def _first_words(spellings: Iterable[str]) -> Iterator[str]:
     """Words of which at least one stands in a text that holds one of the names: a look at its words is quick."""
     for spelling in spellings:
-        for stem in re.findall(r"(?:^|\|)(\w+)", spelling):
-            yield stem
-            yield from (f"{stem}{digit}" for digit in range(10))
-        for rest in re.findall(r"(?:^|\|)(\w+)(?: \?|\[ -\]\?)(\w+)", spelling):
-            yield "".join(rest)
+        plain = re.sub(r"\(\?:[^()]*(?:\([^()]*\)[^()]*)*\)[?*]?", "", spelling)  # what is optional, and what follows
+        for stem, rest in re.findall(r"(?:^|\|)(\w+)(?:(?: \?|\[ -\]\?)(\w+))?", plain):
+            yield from (f"{word}{digit}" for word in {stem, stem + rest} for digit in ("", *range(10)))
 
 
 def _any(names: dict[str, str]) -> str:

@@ -26,11 +26,14 @@ FORMATS = {
 }
 SECRETS = [(mark, re.compile(pattern)) for mark, pattern in FORMATS.items()]
 PLACEHOLDER = re.compile(r"example|sample|dummy|placeholder|your|xxxx|1234567890|abcdefgh", re.IGNORECASE)
+SHORTEST = 20  # characters without a space; every format has a longer run
 FEWEST_SIGNS = 10  # different characters
 
 
 def has_secret(text: str) -> bool:
     """Whether a text holds a key, a token or a private key."""
+    if max(map(len, text.split()), default=0) < SHORTEST:
+        return False
     return any(mark in text and any(map(_is_secret, pattern.finditer(text))) for mark, pattern in SECRETS)
 
 
