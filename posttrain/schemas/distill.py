@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,7 +44,10 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
         None, gt=0, lt=1, description="weight of the teacher in the mixture of jsd; default: 0.5"
     )
     on_policy_fraction: float | None = Field(
-        None, ge=0, le=1, description="lambda: share of steps on the student's own completions; default: 1, cache 0"
+        None,
+        ge=0,
+        le=1,
+        description="lambda: share of steps on the student's own completions; default: 1, or 0 from a cache",
     )
     steps: int = Field(100, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
@@ -62,6 +65,14 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
         if self.on_policy_fraction is not None:
             return self.on_policy_fraction
         return 0.0 if self.teacher_cache else 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipes_may_say_lambda(cls, values: Any) -> Any:
+        """GKD's name, which Python keeps to itself. A flag comes under the field's name, and goes before the recipe."""
+        if isinstance(values, dict) and "lambda" in values:
+            return {"on_policy_fraction": values["lambda"]} | {k: v for k, v in values.items() if k != "lambda"}
+        return values
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> DistillConfig:

@@ -462,6 +462,16 @@ def test_options_that_do_not_fit_are_refused(fields, message):
         resolve(DistillConfig, flags=given)
 
 
+def test_recipes_may_call_the_share_lambda_as_gkd_does():
+    config = resolve(DistillConfig, sets=["model=m", "teacher=t", "prompts=p", "data=d", "lambda=0.25"])
+    assert config.fraction == 0.25
+    flag = resolve(
+        DistillConfig, sets=["model=m", "teacher=t", "prompts=p", "lambda=0.25"], flags={"on_policy_fraction": 1.0}
+    )
+    assert flag.fraction == 1
+    assert resolve(DistillConfig, flags=config.model_dump()) == config
+
+
 def test_the_share_of_on_policy_steps_is_all_or_from_a_cache_none():
     assert DistillConfig(model="m", teacher="t", prompts="p").fraction == 1
     assert DistillConfig(model="m", teacher="t", prompts="p", data="d", on_policy_fraction=0.25).fraction == 0.25
