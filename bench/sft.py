@@ -6,10 +6,10 @@
 Both train one epoch of the same tokenised rows of unequal length (prompt log-normal about 60 tokens, completion about
 90, at most 512; the loss is on the completion), same optimizer and batch size, and so as many steps. TRL gets
 `train_sampling_strategy=group_by_length`, its pre-tokenised path and its own head (`loss_type=nll`, which forms no full
-logits); `--trl-sweep` tries smaller micro-batches as well (on a CPU they are faster) and compares with the fastest. The two take
-turns and change the order every round, so that a busy machine slows both. Tokens are those of the rows, padding is not
-counted. With `--gpu` the model is trained in bf16 autocast and MFU is reported: 6 N per token (4 N under LoRA) over the
-GPU's dense bf16 rate as TRL has it.
+logits); `--trl-sweep` tries smaller micro-batches as well (on a CPU they are faster) and compares with the fastest.
+The contenders take turns and change the order every round, so that a busy machine slows all. Tokens are those of the
+rows, padding is not counted. With `--gpu` the model is trained in bf16 autocast and MFU is reported: 6 N per token
+(4 N under LoRA) over the GPU's dense bf16 rate as TRL has it.
 """
 
 from __future__ import annotations

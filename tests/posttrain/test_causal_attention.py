@@ -12,16 +12,14 @@ from gemma2.posttrain.tiny import random_model
 
 
 def by_hand(query, key, value, scale, cap, window):
-    """One query at a time, in float64."""
-    groups = query.shape[1] // key.shape[1]
-    output = torch.zeros_like(query)
-    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in query.shape[:3])).tolist():
-        first = 0 if window is None else max(0, t - window + 1)
-        keys, values = key[b, h // groups, first : t + 1], value[b, h // groups, first : t + 1]
-        scores = keys @ query[b, h, t] * scale
-        scores = scores if cap is None else cap * torch.tanh(scores / cap)
-        output[b, h, t] = torch.softmax(scores, 0) @ values
-    return output
+    """The whole score matrix, keys and values repeated for their group, by autograd."""
+    groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    age = torch.arange(tokens)[:, None] - torch.arange(tokens)  # of a key, seen from a query
+    seen = (age >= 0) & (age < (window or tokens))
+    return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ value
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
+from processes import MAIN, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gemma2.cli.app import invoke
+from gemma2.merging.adapter import open_adapter
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.chat import ChatFormat
 from gemma2.posttrain.data import read_conversations
+from gemma2.posttrain.examples import Cut
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.sft import Example, heldout_loss, run_sft, tokenise
@@ -32,8 +37,8 @@ def inputs(tmp_path_factory):
 
 
 def configure(inputs, **fields):
-    given = {"learning_rate": 3e-3, "batch_size": 8, "eval_fraction": 0.1, "save_every": 3, **fields}
-    return SftConfig(model=inputs / "model", data=inputs / "data.jsonl", **given)
+    given = {"learning_rate": 3e-3, "batch_size": 8, "eval_fraction": 0.1, "save_every": 3}
+    return SftConfig(**({"model": inputs / "model", "data": inputs / "data.jsonl"} | given | fields))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,157 @@ def test_overlong_rows_are_counted_and_reported(inputs, tmp_path, trained, inter
     assert progress.warnings[0].startswith(first)
 
 
+@pytest.mark.parametrize("option", [{"neftune_noise_alpha": 5}, {"label_smoothing_factor": 0.2}, {"loss_type": "dft"}])
+def test_options_that_change_the_loss_change_the_result(inputs, tmp_path, option):
+    plain, other = (
+        run_sft(configure(inputs, max_steps=1, trainer=given), RunOptions(tmp_path / name)).out
+        for name, given in (("plain", {}), ("other", option))
+    )
+    assert (plain / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+# -- adapters ------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_beside_its_base_is_the_merged_model(inputs, tmp_path):
+    config = configure(inputs, lora_rank=4, lora_alpha=8, max_steps=2)
+    merged = run_sft(config, RunOptions(tmp_path / "merged")).out
+    out = run_sft(config.model_copy(update={"lora_output": "adapter"}), RunOptions(tmp_path / "adapter")).out
+    assert not (out / "config.json").exists() and not (out / "README.md").exists()
+    adapter = open_adapter(out, "--model")
+    base, expected = (load_file(path / "model.safetensors") for path in (inputs / "model", merged))
+    factors = load_file(out / "adapter_model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], expected[name])}
+    assert changed == set(adapter.updates)
+    for name, update in adapter.updates.items():
+        product = update.scale * factors[update.b.name] @ factors[update.a.name]
+        torch.testing.assert_close(base[name] + product, expected[name])
+
+
+def test_targets_and_dropout_of_the_adapter_are_the_ones_asked_for(inputs, tmp_path):
+    config = configure(inputs, lora_rank=4, max_steps=2, lora_targets=("q_proj", "v_proj"))
+    plain = run_sft(config, RunOptions(tmp_path / "plain")).out
+    before, after = (load_file(path / "model.safetensors") for path in (inputs / "model", plain))
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "v_proj"}
+    dropped = run_sft(config.model_copy(update={"lora_dropout": 0.5}), RunOptions(tmp_path / "dropped")).out
+    assert (dropped / "model.safetensors").read_bytes() != (plain / "model.safetensors").read_bytes()
+    wrong = config.model_copy(update={"lora_targets": ("q_porj",)})
+    with pytest.raises(UsageError, match="no linear layer is named 'q_porj'; did you mean 'q_proj'"):
+        run_sft(wrong, RunOptions(tmp_path / "wrong"))
+
+
+# -- mixtures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(inputs, tmp_path):
+    rows = [{"prompt": f"Name {i}", "completion": f"n{i}"} for i in range(10)]
+    (tmp_path / "names.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    return (inputs / "data.jsonl", tmp_path / "names.jsonl")
+
+
+def test_a_mixture_counts_its_rows_by_source(inputs, tmp_path, mixed):
+    config = configure(inputs, data=mixed, weights=(1, 3), eval_fraction=0)
+    summary = run_sft(config, RunOptions(tmp_path / "out")).summary
+    sums, names = map(str, mixed)
+    assert summary["rows_by_source"] == {sums: 40, names: 10}
+    assert summary["rows_per_epoch"] == {sums: 13, names: 37}  # of 50: 12.5 and 37.5, the first gets the row left over
+    assert summary["steps"] == -(-50 // 8)
+
+
+def test_weights_change_the_result_and_a_resume_keeps_it(inputs, tmp_path, mixed, interrupting):
+    def made(name, **fields):
+        config = configure(inputs, data=mixed, epochs=2, **fields)
+        return run_sft(config, RunOptions(tmp_path / name)).out
+
+    even, heavy = made("even"), made("heavy", weights=(1, 3))
+    assert (even / "model.safetensors").read_bytes() != (heavy / "model.safetensors").read_bytes()
+    config = configure(inputs, data=mixed, epochs=2, weights=(1, 3))
+    with pytest.raises(KeyboardInterrupt):
+        run_sft(config, RunOptions(tmp_path / "out"), interrupting(8))
+    run_sft(config, RunOptions(tmp_path / "out", resume=True))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (heavy / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"weights": (1, 2)}, "2 weights for 1 data sets"),
+        ({"weights": (-1,)}, "weights are above 0"),
+        ({"data": ("a", "a")}, "data names a twice"),
+        ({"lora_output": "adapter"}, "lora_output=adapter needs an adapter"),
+        ({"packing": True}, "packing needs flash attention"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(inputs, fields, said):
+    with pytest.raises(ValueError, match=said):
+        configure(inputs, **fields)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_attention_that_cannot_run_here_is_refused_before_anything_is_written(inputs, tmp_path):
+    for name in ("flex_attention", "flash_attention_2", "flash_attention_3"):
+        with pytest.raises(UsageError, match=f"--attention {name} needs a GPU, there is none here; use eager"):
+            run_sft(configure(inputs, attention=name), RunOptions(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+# -- through the command line --------------------------------------------------------------------------------------
+
+
+def cli(*words):
+    """Run one command line in this process. Returns its exit code."""
+    return invoke([str(word) for word in words])
+
+
+def flags(inputs, out, **more):
+    given = {"model": inputs / "model", "data": inputs / "data.jsonl", "out": out, "learning-rate": "3e-3"} | more
+    return ["sft", *(word for name, value in given.items() for word in (f"--{name}", value)), "--quiet", "--json"]
+
+
+def test_eight_times_one_row_are_one_batch_of_eight(inputs, tmp_path, capsys):
+    """Rows of unequal length: a mean of the means of micro-batches would give other weights."""
+    for name, more in (("eights", {}), ("ones", {"micro-batch-size": 1}), ("parts", {"micro-batch-tokens": 60})):
+        assert cli(*flags(inputs, tmp_path / name, **{"batch-size": 8, "max-steps": 4} | more)) == 0
+    expected, *others = (load_file(tmp_path / n / "model.safetensors") for n in ("eights", "ones", "parts"))
+    start = load_file(inputs / "model" / "model.safetensors")
+    moved = max((expected[name] - start[name]).abs().max() for name in start)
+    for other in others:
+        for name in expected:
+            assert (expected[name] - other[name]).abs().max() < 1e-3 * moved
+
+
+def test_show_tokens_writes_nothing_and_marks_what_is_learned(inputs, tmp_path, capsys):
+    assert cli("sft", "--model", inputs / "model", "--data", inputs / "data.jsonl", "--show-tokens", 2) == 0
+    out = capsys.readouterr().out
+    first, _ = out.split("\n\n")
+    assert first.startswith(f'{inputs / "data.jsonl"}:1: 24 tokens, 7 learned\n    0       2  -      "<bos>"\n')
+    assert first.endswith('23       1  learn  "<eos>"') and "\x1b" not in out
+    assert cli("sft", "--model", inputs / "model", "--data", inputs / "data.jsonl", "--show-tokens", 1, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert [token["text"] for token in row["tokens"] if token["target"]][-2:] == ["<end_of_turn>", "<eos>"]
+    assert row["kept"] == len(row["tokens"]) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [{}, {"lora-rank": 4, "lora-dropout": 0.1}])
+def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, extra):
+    more = {"epochs": 12, "batch-size": 8, "save-every": 3, "eval-every": 2, "keep": "best", "patience": 50} | extra
+    assert cli(*flags(inputs, tmp_path / "whole", **more)) == 0
+    process = start(MAIN, *flags(inputs, tmp_path / "out", **more))
+    checkpoints = tmp_path / ".out.partial" / "checkpoints"
+    while not list(checkpoints.glob("checkpoint-*/complete.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    assert cli(*flags(inputs, tmp_path / "out", **more), "--resume") == 0
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 # -- rows to examples ----------------------------------------------------------------------------------------------
 
 
@@ -130,6 +286,71 @@ def examples(tmp_path, chat, *rows, **fields):
 
 def learned(chat, example):
     return chat.tokenizer.decode([i for i, target in zip(example.ids, example.mask, strict=True) if target])
+
+
+def golden(chat, *pieces):
+    """An example from its tokens, written out by hand; a star marks what is learned, \u2581 is a blank."""
+    vocabulary = chat.tokenizer.get_vocab()
+    return Example([vocabulary[piece.removesuffix("*")] for piece in pieces], [p.endswith("*") for p in pieces])
+
+
+USER = ("<start_of_turn>", "user", "\n")
+MODEL = ("<end_of_turn>", "\n", "<start_of_turn>", "model", "\n")
+END = ("<end_of_turn>*", "<eos>*")
+
+
+def test_golden_one_turn(tmp_path, chat):
+    (found,), _ = examples(tmp_path, chat, {"prompt": "7 plus 1", "completion": "8"})
+    assert found == golden(chat, "<bos>", *USER, "7", "▁plus", "▁", "1", *MODEL, "8*", *END)
+
+
+def test_golden_several_turns(tmp_path, chat):
+    row = {"messages": [user("7"), model("8"), user("9?"), model("1")]}
+    (found,), _ = examples(tmp_path, chat, row)
+    first = ("<bos>", *USER, "7", *MODEL, "8*", "<end_of_turn>*", "\n")
+    assert found == golden(chat, *first, *USER, "9", "?", *MODEL, "1*", *END)
+
+
+def test_golden_system_text(tmp_path, chat):
+    row = {"messages": [{"role": "system", "content": "9"}, user("7"), model("8")]}
+    (found,), _ = examples(tmp_path, chat, row)
+    assert found == golden(chat, "<bos>", *USER, "9", "\n", "\n", "7", *MODEL, "8*", *END)
+
+
+def test_golden_control_tokens_in_user_text(tmp_path, chat):
+    (found,), _ = examples(tmp_path, chat, {"prompt": "<bos>", "completion": "8"})
+    assert found == golden(chat, "<bos>", *USER, "<", "bo", "s", ">", *MODEL, "8*", *END)
+
+
+def test_golden_truncated_by_its_teacher(tmp_path, chat):
+    (found,), _ = examples(tmp_path, chat, {"prompt": "7 plus 1", "completion": "8", "finish_reason": "length"})
+    assert found == golden(chat, "<bos>", *USER, "7", "▁plus", "▁", "1", *MODEL, "8*")
+
+
+def test_golden_truncated_at_the_limit(tmp_path, chat):
+    """Two model turns: the first is learned with its end, of the second what is left, without one."""
+    row = {"messages": [user("7"), model("8"), user("9?"), model("1 2 3")]}
+    (found,), overlong = examples(tmp_path, chat, row, max_length=24, on_overlong="truncate")
+    first = ("<bos>", *USER, "7", *MODEL, "8*", "<end_of_turn>*", "\n")
+    assert found == golden(chat, *first, *USER, "9", "?", *MODEL, "1*")
+    assert overlong.rows == (Cut(f"{tmp_path / 'rows.jsonl'}:1", 30, 24),)
+
+
+def test_overlong_rows_are_listed_one_by_one(inputs, tmp_path):
+    out = run_sft(configure(inputs, max_steps=1, max_length=36), RunOptions(tmp_path / "out")).out
+    listed = [json.loads(line) for line in (out / "overlong.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "gemma2.json").read_text())["summary"]
+    assert len(listed) >= summary["overlong_dropped"] > 0
+    assert all(row["action"] == "dropped" and row["tokens"] > 36 and row["kept"] == 0 for row in listed)
+    assert listed[0]["where"].startswith(f"{inputs / 'data.jsonl'}:")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def model(text):
+    return {"role": "assistant", "content": text}
 
 
 TURNS = [

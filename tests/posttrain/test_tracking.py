@@ -46,7 +46,7 @@ class Service(ModuleType):
 
     def init(self, **settings):
         self.opened.append(settings)
-        print("a banner")
+        sys.stdout.write("a banner\n")
         return self
 
     def log(self, metrics, step):
