@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
@@ -31,14 +32,16 @@ AGAIN = (408, 409, 425, 429)  # and 5xx
 NOT_AGAIN = ("insufficient_quota", "billing_hard_limit_reached")  # 429s that waiting does not mend
 TOO_LONG = ("context_length_exceeded", "maximum context length", "context size", "context window", "too many tokens")
 LONG_WAIT = 20.0  # seconds of a pause that the user is told about
+FIRST_CONTACT = 2  # further attempts to reach a server that never answered: more likely the address is wrong
 
 
 class _Failed(Exception):
     """An attempt that may succeed when it is made again. `pause`: what the server asks for, seconds."""
 
-    def __init__(self, why: str, pause: float | None = None) -> None:
+    def __init__(self, why: str, pause: float | None = None, connected: bool = True) -> None:
         super().__init__(why)
         self.pause = pause
+        self.connected = connected
 
 
 class ServerEngine:
@@ -63,6 +66,8 @@ class ServerEngine:
         self.backoff = Backoff()
         self.runner = asyncio.Runner()
         self.failure: InputError | None = None
+        self.reached = False
+        self.told_until = 0.0  # on the monotonic clock: the pause that the user knows of
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Nothing: the server tokenises."""
@@ -103,19 +108,22 @@ class ServerEngine:
                 return await self._attempt(request)
             except _Failed as failed:
                 failures += 1
-                if failures > self.config.retries or self.failure is not None:
-                    raise InputError(
-                        f"{request.where}: no answer from {self.address} in {failures} attempts, at last: {failed}",
-                        "answered rows are kept: continue with --resume",
-                    ) from failed
-                await self._pause(failed.pause, failures)
+                lost = not (failed.connected or self.reached)
+                allowed = min(self.config.retries, FIRST_CONTACT) if lost else self.config.retries
+                if failures > allowed or self.failure is not None:
+                    what = f"{request.where}: no answer from {self.address} in {failures} attempts, at last: {failed}"
+                    mend = "check --base-url" if lost else "what was answered is kept: continue with --resume"
+                    raise InputError(what, mend) from failed
+                await self._pause(failed, failures)
 
-    async def _pause(self, asked: float | None, failures: int) -> None:
+    async def _pause(self, failed: _Failed, failures: int) -> None:
         delay = self.backoff.delay(failures)
-        if asked is not None:
-            self.backoff.hold(asked)
-        if max(asked or 0.0, delay) > LONG_WAIT:
-            self.progress.note(f"{self.address} asks to wait, or fails: going on in {max(asked or 0.0, delay):.0f} s")
+        if failed.pause is not None:
+            self.backoff.hold(failed.pause)
+        longest, clock = max(failed.pause or 0.0, delay), time.monotonic()
+        if longest > LONG_WAIT and clock > self.told_until:
+            self.told_until = clock + longest
+            self.progress.note(f"{self.address}: {failed}; going on in {longest:.0f} s")
         await asyncio.sleep(delay)
 
     async def _attempt(self, request: Request) -> Completion:
@@ -123,11 +131,12 @@ class ServerEngine:
 
         try:
             response = await self.client.chat.completions.with_raw_response.create(**self._arguments(request))
+            self.reached = True
             return self._completion(request, json.loads(response.text))
         except openai.APIStatusError as error:
             return self._refused(request, error)
         except openai.APIConnectionError as error:  # time-outs among them
-            raise _Failed(f"{type(error).__name__}: {error.__cause__ or error}") from error
+            raise _Failed(f"{type(error).__name__}: {error.__cause__ or error}", connected=False) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Failed(f"an answer that is no completion ({type(error).__name__}: {error})") from error
 
@@ -161,6 +170,7 @@ class ServerEngine:
 
     def _refused(self, request: Request, error: Any) -> Completion:
         """What a status that is no success means: an overlong prompt, another attempt, or the end."""
+        self.reached = True
         status, said = error.status_code, self._said(error)
         lasting = any(mark in said for mark in NOT_AGAIN)
         if (status in AGAIN or status >= 500) and not lasting:

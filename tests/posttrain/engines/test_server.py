@@ -119,6 +119,19 @@ def test_retry_after_is_honoured_and_holds_back_every_request():
     assert len(fake.requests) == 7 and min(later) >= 0.4
 
 
+def test_a_server_that_was_never_reached_is_given_up_soon():
+    given = {"teacher": "m", "prompts": "p", "engine": "openai", "base_url": "http://127.0.0.1:9/v1", "retries": 50}
+    engine = server.ServerEngine(GenerateConfig(**given), SILENT)
+    with pytest.raises(InputError, match=r"in 3 attempts, at last: APIConnectionError.*; check --base-url"):
+        list(engine.complete(requests_of(1), ()))
+    engine.close()
+
+
+def test_a_server_that_is_gone_for_a_while_is_waited_for():
+    fake = Server(lambda number, body: reset if 1 <= number < 6 else None)
+    assert len(ask(fake, 3, concurrency=1)) == 3 and len(fake.requests) == 8
+
+
 def test_retries_have_an_end_that_names_row_server_and_cause():
     fake = Server(lambda number, body: refuse(503, "overloaded"))
     with pytest.raises(InputError, match=r"prompts\.jsonl:1: no answer from http.* in 3 attempts, at last: 503 overlo"):
