@@ -26,6 +26,7 @@ from .rundir import RunOptions
 from .schemas import (
     DistillCacheConfig,
     DistillConfig,
+    FilterConfig,
     GenerateConfig,
     PairsConfig,
     ParetoConfig,
@@ -130,6 +131,15 @@ def _generate(config: GenerateConfig) -> Work:
     return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
 
 
+def _filter(config: FilterConfig) -> Work:
+    rows = count_rows(config.data)
+    size = sum(file.stat().st_size for file in data_files(config.data))
+    for path in config.decontaminate:
+        count_rows(path)
+    # What the scan found lies on disk beside the output; 250 bytes of a row are in memory when rows are compared.
+    return Work(memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0)
+
+
 def _pairs(config: PairsConfig) -> Work:
     tokens = min(count_rows(config.prompts), config.limit or 10**12) * config.n * config.max_new_tokens
     n = parameter_count(config.model)
@@ -178,6 +188,7 @@ ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
     DistillConfig: _distill,
     DistillCacheConfig: _distill_cache,
     RewardConfig: _reward,
+    FilterConfig: _filter,
     GenerateConfig: _generate,
     PairsConfig: _pairs,
     RlhfConfig: _rlhf,

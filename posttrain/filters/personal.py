@@ -63,7 +63,7 @@ NATIONAL_ID = {
     for country, (spelt, module) in NATIONAL_IDS.items()
 }
 UK_NINO = re.compile(r"\b(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]\b")
-CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2}(?:\d{2}| \d{2} ?\d{2})|\d{7}-?[A-Z]\b")
+CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2} ?\d{2}")
 FOUR_NUMBERS = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
