@@ -60,7 +60,7 @@ def generate_budget(config: GenerateConfig) -> dict[str, Any]:
     }
     if config.price_in is not None and config.price_out is not None:
         cost = figures["prompt_tokens_about"] * config.price_in + figures["drawn_tokens_at_most"] * config.price_out
-        return figures | {"cost_usd_at_most": round(cost / 1e6, 2)}
+        return figures | {"cost_usd_at_most": round(cost / 1e6, 4)}
     return figures
 
 

@@ -26,7 +26,7 @@ def test_one_turn_by_hand(prompts):
     assert figures["prompts"] == 2 and figures["completions"] == figures["requests"] == 6
     assert figures["prompt_tokens_about"] == 3 * (105 + 205)  # 4 bytes a token, 5 for a message
     assert figures["drawn_tokens_at_most"] == 600
-    assert figures["cost_usd_at_most"] == round((930 * 2 + 600 * 10) / 1e6, 2) == 0.01
+    assert figures["cost_usd_at_most"] == round((930 * 2 + 600 * 10) / 1e6, 4) == 0.0079
 
 
 def test_later_turns_read_what_came_before(prompts):
