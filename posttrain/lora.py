@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gemma2.merging.errors import UsageError
 
 from .config import closest
+from .models import open_to_readers
 from .schemas import LoraFields
 
 __all__ = ["check_targets", "lora_config", "merged", "save_adapter"]
@@ -59,4 +60,5 @@ def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path
     """Write the adapter in peft's layout, and the tokenizer it was trained with."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    open_to_readers(directory)
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in

@@ -32,6 +32,7 @@ __all__ = [
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
+    "open_to_readers",
     "save_model",
 ]
 
@@ -175,6 +176,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """Write config, weights, generation config and tokenizer; files get the modes that the umask gives."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    open_to_readers(directory)
+
+
+def open_to_readers(directory: Path) -> None:
+    """Give weight files the modes that the umask gives; safetensors writes them for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     for file in directory.glob("*.safetensors"):

@@ -160,6 +160,11 @@ def check_parents(parents: Sequence[Parent]) -> None:
     for parent in parents:
         if not parent.path.is_dir():
             raise InputError(f"--{parent.role} {parent.path} is not a directory", "give the path of a model directory")
+        if (parent.path / "adapter_config.json").is_file() and not (parent.path / "config.json").is_file():
+            raise InputError(
+                f"--{parent.role} {parent.path} is a LoRA adapter, not a model",
+                f"make one with gemma2 merge linear {parent.path} --out MODEL",
+            )
         if not (parent.path / "config.json").is_file():
             raise InputError(
                 f"--{parent.role} {parent.path} holds no config.json",

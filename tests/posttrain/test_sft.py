@@ -146,6 +146,13 @@ def test_an_adapter_beside_its_base_is_the_merged_model(inputs, tmp_path):
         torch.testing.assert_close(base[name] + product, expected[name])
 
 
+def test_an_adapter_is_no_model_and_says_how_to_make_one(inputs, tmp_path):
+    config = configure(inputs, lora_rank=4, max_steps=1, lora_output="adapter")
+    out = run_sft(config, RunOptions(tmp_path / "adapter")).out
+    with pytest.raises(InputError, match=r"adapter is a LoRA adapter, not a model; .* gemma2 merge linear"):
+        run_sft(config.model_copy(update={"model": out}), RunOptions(tmp_path / "out"))
+
+
 def test_targets_and_dropout_of_the_adapter_are_the_ones_asked_for(inputs, tmp_path):
     config = configure(inputs, lora_rank=4, max_steps=2, lora_targets=("q_proj", "v_proj"))
     plain = run_sft(config, RunOptions(tmp_path / "plain")).out
