@@ -4,9 +4,9 @@
     dV = P' dO,   dS = P * (dO V' - rowsum(dO V' * P)),   dQ = scale (dS * c'(z)) K,   dK = scale (dS * c'(z))' Q
                                                        (Gemma 2 report, 2408.00118, section 2: soft cap 50, windows)
 
-A block of queries meets the keys up to its own end, in a local layer those of its window: about half of the score matrix
-is never formed. The soft cap's steps are done in place, and the heads that share keys are one product, so that keys and
-values are not repeated. Rows are padded on the right, so nothing looks at padding and no mask is needed for it.
+A block of queries meets the keys up to its own end, in a local layer those of its window: about half of the score
+matrix is never formed. The soft cap's steps are done in place, and the heads that share keys are one product, so that
+keys and values are not repeated. Rows are padded on the right, so nothing looks at padding; it needs no mask.
 
 Deviation from transformers' eager attention: none but the order of sums. No dropout, no attention weights.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-__all__ = ["blockwise", "causal_attention", "can_be_blockwise"]
+__all__ = ["blockwise", "can_be_blockwise", "causal_attention"]
 
 NAME = "gemma2_blockwise"
 BLOCK = 64  # queries at once

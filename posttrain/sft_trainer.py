@@ -163,6 +163,7 @@ def make_trainer(
             peft_config=lora_config(config, "CAUSAL_LM"),
         )
     trainer.epochs = epochs
+    trainer.scores_targets_only &= not config.packing  # position ids keep packed rows apart, which TRL's loss passes on
     trainer.part_tokens = config.micro_batch_tokens
     if trainer.part_tokens is None and trainer.scores_targets_only:
         trainer.part_tokens = PART_TOKENS

@@ -51,7 +51,9 @@ class SftConfig(TrainingFields, LoraFields):
         "merged", description="write a plain model, or the LoRA adapter alone, which gemma2 merge reads beside its base"
     )
     attention: Attention = Field("eager", description="attention back end; all but eager need a GPU")
-    packing: bool = Field(False, description="pack rows up to --max-length; with flash attention only")
+    packing: bool = Field(
+        False, description="put rows end to end up to --max-length, a batch counts these; flash attention only"
+    )
 
     @field_validator("data", mode="before")
     @classmethod

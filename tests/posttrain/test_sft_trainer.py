@@ -106,6 +106,21 @@ def test_packed_rows_are_whole_and_kept_apart():
     assert (collated["position_ids"] == 0).sum() == len(LENGTHS) and "attention_mask" not in collated
 
 
+def test_a_packed_batch_has_the_loss_of_its_rows(tmp_path):
+    """Eager attention tells packed rows apart by their position ids too, only slowly; flash attention needs a GPU."""
+    config = SftConfig(
+        model=tmp_path, data=tmp_path, batch_size=4, max_length=33, attention="flash_attention_2", packing=True
+    )
+    run = Run("sft", tmp_path, RunOptions(tmp_path / "out"), {"config": {}}, resumed=False)
+    trainer = make_trainer(random_model(), tiny_tokenizer(), rows(), config, run, accumulation=1)
+    assert not trainer.scores_targets_only and len(trainer.train_dataset) == 3
+    (batch,) = trainer.get_train_dataloader()
+    count = (batch["labels"] != -100).sum()
+    packed = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+    expected, _ = step(trainer_of(tmp_path))
+    assert packed.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_data_set_has_labels_on_targets_alone():
     dataset = to_dataset([Example([5, 6, 7], [False, True, False])])
     assert dataset[0] == {"input_ids": [5, 6, 7], "labels": [-100, 6, -100], "length": 3}
