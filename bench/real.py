@@ -83,14 +83,14 @@ def data_steps() -> Iterator[Step]:
     yield Step("filter", "filter data", "clean")
     yield Step(
         "sft",
-        "sft --model student --data clean --epochs 3 --learning-rate 2e-4 --warmup-steps 3 --batch-size 8 "
+        "sft --model student --data clean --max-steps 24 --learning-rate 2e-4 --warmup-steps 3 --batch-size 8 "
         "--max-length 384 --eval-fraction 0.15",
         "sft",
     )
     yield Step(
         "distill",
-        "distill --teacher base --model sft --prompts questions.jsonl --heldout unseen.jsonl --steps 20 --batch-size 8 "
-        "--learning-rate 5e-5 --warmup-steps 2 --max-new-tokens 96 --eval-every 10 --eval-prompts 16",
+        "distill --teacher base --model sft --prompts questions.jsonl --heldout unseen.jsonl --steps 10 --batch-size 8 "
+        "--learning-rate 5e-5 --warmup-steps 2 --max-new-tokens 96 --eval-every 10 --eval-prompts 8",
         "distilled",
     )
 
