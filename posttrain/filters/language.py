@@ -14,6 +14,7 @@ from .sample import Sample
 __all__ = ["check_codes", "language"]
 
 CLOSEST = 4
+NO_LANGUAGE = "zxx"  # markup, code
 READ_CHARS = 300  # of each row; the rest adds time and no certainty
 
 
@@ -35,7 +36,7 @@ def language(sample: Sample, codes: tuple[str, ...], confidence: float) -> str |
     """Reads the model's turns. A row stays unless others are at least `confidence` probable: the CLOSEST languages
     taken together, for neighbours such as Danish and Norwegian share what speaks against English."""
     best = _identifier().rank(sample.model[:READ_CHARS])[:CLOSEST]
-    probability = sum(share for code, share in best if code not in codes)
+    probability = sum(share for code, share in best if code not in codes and code != NO_LANGUAGE)
     if probability < confidence:
         return None
     return f"{best[0][0]} or a neighbour of it, with probability {probability:.2f}"

@@ -18,6 +18,7 @@ __all__ = ["empty", "length", "repeated_share", "repetition", "truncated"]
 
 WORDS, CHARACTERS = 4, 10  # n; ten characters do not repeat by chance in keys or sequences of four letters
 FEWEST_NGRAMS = 24  # shorter turns repeat themselves by chance: lists, verses, sums
+ENDLESS = 0.9  # ruled tables have long lines too
 LONG_WORD = 60  # characters; a loop without spaces is one long word
 CLOSED = re.compile(r"""[.!?…。!?।؟)\]}>"'”’»`*|$%]\s*$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?\s*$""")
 
@@ -60,7 +61,7 @@ def repetition(sample: Sample, limit: float) -> str | None:
         if share > limit:
             return f"{share:.2f} of the {WORDS}-grams of words are repeated"
         share = max((repeated_share(run, CHARACTERS) for run in _unspaced(text, words)), default=0.0)
-        if share > limit:
+        if share > max(limit, ENDLESS):
             return f"{share:.2f} of the {CHARACTERS}-grams of characters are repeated"
     return None
 
