@@ -118,15 +118,13 @@ def normal(text: str) -> str:
 def sample_of(row: Row) -> Sample:
     """The turns of a row. Raises InputError when it is no conversation; an empty prompt is none of its matters."""
     columns: dict[str, Any] = row.columns
-    if columns.get("prompt") is not None and "messages" not in columns and _blank(columns["prompt"]):
+    truncated = columns.get("finish_reason") == "length"
+    if "messages" not in columns and _blank(columns.get("prompt")):
         row = Row(row.where, {**columns, "prompt": "(empty)"})  # the rest of the row is still checked
-        turns = conversation_of(row).messages[1:]
-        return Sample([(False, ""), *((turn["role"] in MODEL_ROLES, turn["content"]) for turn in turns)])
-    found = conversation_of(row)
-    return Sample(
-        [(turn["role"] in MODEL_ROLES, turn["content"]) for turn in found.messages],
-        columns.get("finish_reason") == "length",
-    )
+        turns = [{"role": "user", "content": ""}, *conversation_of(row).messages[1:]]
+    else:
+        turns = conversation_of(row).messages
+    return Sample([(turn["role"] in MODEL_ROLES, turn["content"]) for turn in turns], truncated)
 
 
 def _blank(prompt: Any) -> bool:

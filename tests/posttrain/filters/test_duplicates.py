@@ -138,6 +138,15 @@ def test_a_long_chain_of_copies_keeps_the_first():
     assert repeats[0] == -1 and (repeats[1:] == 0).all()
 
 
+def test_a_copy_with_more_at_its_end_is_found():
+    base = [f"word{i}" for i in range(100)]
+    longer, longest = ([*base, *(f"x{i}" for i in range(more))] for more in (20, 30))
+    repeats, value = found_by_bands([base, longest, longer], 0.8)  # 98 / 128 = 0.77, 98 / 118 = 0.83
+    assert repeats.tolist() == [-1, -1, 1]  # the longest stays, and the longer one is 118 / 128 of it
+    assert value[2] == pytest.approx(118 / 128)
+    assert found_by_bands([base, longer], 0.8)[0].tolist() == [-1, 0]
+
+
 def test_rows_are_compared_to_rows_that_stay():
     # b is like a, c is like b, c is not like a: c stays.
     a = [f"w{i}" for i in range(60)]
