@@ -7,7 +7,7 @@ Whether a step is on-policy is drawn once per step; the draws, the prompts and t
 seed and are written out beforehand, and the completions of a step follow from seed and step. So a resume needs no state
 of ours but the count of truncated steps.
 
-Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/test_distill.py guards them):
+Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/test_gkd.py guards them):
 1. `_generate_and_score_completions` samples with our sampler, n completions a prompt, or takes rows of the fixed data.
 2. `_compute_loss` takes the gradient of each chunk in its forward (`divergence.py`) and reads response positions only;
    TRL projects twice to three times, and on a CPU every position, padding included.

@@ -1,6 +1,5 @@
 """Distillation computes GKD's objective, stops when it should, and resumes bit for bit."""
 
-import inspect
 import json
 import random
 import signal
@@ -9,70 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from distilling import END_OF_TURN, QUESTIONS, arguments, ending_model, near, save
 from processes import MAIN, finish, start
 from safetensors.torch import load_file
-from transformers import Trainer
-from trl import DistillationConfig as TrlConfig
-from trl import DistillationTrainer
 
 from gemma2.cli.app import invoke
 from gemma2.merging.errors import GuardStop, InputError, UsageError
 from gemma2.merging.progress import SILENT
 from gemma2.posttrain import distill, gkd
-from gemma2.posttrain.chat import ChatFormat
 from gemma2.posttrain.config import resolve
-from gemma2.posttrain.data import Prompt
 from gemma2.posttrain.distill import ratio, run_distill
-from gemma2.posttrain.divergence import Divergence
-from gemma2.posttrain.examples import Example
-from gemma2.posttrain.gkd import GkdTrainer, Loss, Material, schedule
+from gemma2.posttrain.gkd import GkdTrainer, schedule
 from gemma2.posttrain.guards import Guards
 from gemma2.posttrain.models import load_policy
 from gemma2.posttrain.rundir import RunOptions
-from gemma2.posttrain.sampler import SamplingParams
 from gemma2.posttrain.schemas import DistillCacheConfig, DistillConfig
-from gemma2.posttrain.teacher import LiveTeacher, check_head, check_same_tokenizer, common_vocabulary
 from gemma2.posttrain.teacher_cache import run_cache
 from gemma2.posttrain.tiny import random_model, save_random, tiny_tokenizer
-
-END_OF_TURN = 107
-QUESTIONS = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
-
-OVERRIDDEN = {
-    DistillationTrainer: {
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
-        "_save_checkpoint": ["self", "model", "trial"],
-    },
-    Trainer: {
-        "_save_checkpoint": ["self", "model", "trial"],
-        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-    },
-}
-
-
-def ending_model(seed=0, **overrides):
-    """An untrained model that ends its turns often enough to be sampled from."""
-    model = random_model(seed, **overrides)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[END_OF_TURN] *= 12
-    return model
-
-
-def near(model, seed):
-    """A teacher for it: the same weights, a little moved, so that a student keeps ending its turns."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
-
-
-def save(model, path: Path) -> Path:
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -121,154 +73,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def steps_of(path: Path) -> list[dict]:
     return [row for row in lines(path / "metrics.jsonl") if "loss" in row]
-
-
-def arguments(tmp_path, **fields):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 8,
-        "learning_rate": 1e-3,
-        "shuffle_dataset": False,
-        "disable_dropout": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "save_strategy": "no",
-    }
-    return TrlConfig(**(defaults | fields))
-
-
-def material(student, examples=(), n=1):
-    chat = ChatFormat(tiny_tokenizer(), student.generation_config)
-    prompts = [Prompt("", [{"role": "user", "content": question}]) for question in QUESTIONS]
-    return Material(chat, SamplingParams(8, 1.0, n), prompts, examples, [-1] * len(examples))
-
-
-def make(tmp_path, student=None, teacher=None, divergence=None, n=1, **fields):
-    student = student or ending_model(0)
-    teacher = (teacher or ending_model(1)).requires_grad_(False)
-    args = arguments(tmp_path, **fields)
-    rows = material(student, n=n)
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    plan = schedule(args.max_steps, size, n, rows, 1.0, args.seed)
-    loss = Loss(LiveTeacher(teacher, divergence or Divergence("reverse-kl"), 1.0, None), 1.0, None)
-    return GkdTrainer(student, loss, rows, plan, args, Guards(SILENT, None, 1))
-
-
-# --- what is taken for granted about TRL ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "parameters"),
-    [(owner, name, parameters) for owner, hooks in OVERRIDDEN.items() for name, parameters in hooks.items()],
-)
-def test_the_hooks_that_are_overridden_exist_with_these_parameters(owner, name, parameters):
-    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters
-
-
-@pytest.mark.filterwarnings("ignore")  # third parties warn at will in a bare trainer
-def test_trl_asks_for_a_batch_once_per_step_and_feeds_the_loss_every_row_of_it_once(tmp_path, monkeypatch):
-    trainer = make(tmp_path, n=2, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    asked, produced, consumed = [], [], []
-    generate, loss = GkdTrainer._generate_and_score_completions, GkdTrainer._compute_loss
-
-    def spy_generate(self, inputs):
-        asked.append([row["prompt"] for row in inputs])
-        batch = generate(self, inputs)
-        produced.extend(batch["ids"].tolist())
-        return batch
-
-    def spy_loss(self, student, inputs, count):
-        consumed.extend(inputs["ids"].tolist())
-        assert count == inputs["num_items_in_batch"]
-        return loss(self, student, inputs, count)
-
-    monkeypatch.setattr(GkdTrainer, "_generate_and_score_completions", spy_generate)
-    monkeypatch.setattr(GkdTrainer, "_compute_loss", spy_loss)
-    trainer.train()
-    assert [len(indices) for indices in asked] == [8, 8]
-    assert [i for indices in asked for i in indices] == trainer.train_dataset["prompt"][:]
-    assert sorted(produced) == sorted(consumed)
-    assert trainer.loss_is_scaled_for_ga is True
-    assert trainer.teacher_model is None
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("divergence", "beta"), [("forward-kl", 0.0), ("reverse-kl", 1.0), ("jsd", 0.3)])
-def test_our_loss_and_gradient_are_trl_s_on_the_same_batch(tmp_path, divergence, beta):
-    """TRL's beta runs from forward KL at 0 to reverse KL at 1, with the teacher's weight in between, as ours."""
-    ours = make(tmp_path, divergence=Divergence(divergence, beta))
-    batch = ours._generate_and_score_completions([{"prompt": i, "on_policy": 1} for i in (0, 1, 2, 3)])
-    assert len(set(batch["mask"].sum(1).tolist())) > 1
-    loss, entropy, count = ours._compute_loss(ours.model, batch, batch["num_items_in_batch"])
-    loss.backward()
-    theirs = DistillationTrainer(
-        model=ending_model(0),
-        teacher_model=ending_model(1),
-        args=arguments(tmp_path, beta=beta),
-        train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
-        processing_class=tiny_tokenizer(),
-    )
-    expected, entropies, tokens = theirs._compute_loss(theirs.model, trl_layout(batch), batch["num_items_in_batch"])
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(entropy / count, entropies / tokens, rtol=1e-5, atol=1e-6)
-    gradients = {name: parameter.grad for name, parameter in ours.model.named_parameters()}
-    for name, parameter in theirs.model.named_parameters():
-        assert (gradients[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
-
-
-def trl_layout(batch):
-    """Our right-padded rows as TRL lays them out: prompts padded on the left, completions on the right."""
-    rows = []
-    for ids, mask in zip(batch["ids"], batch["mask"], strict=True):
-        begin, end = int(mask.nonzero()[0]), int(mask.nonzero()[-1]) + 1
-        rows.append((ids[:begin], ids[begin:end]))
-    left, right = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
-    pad = torch.nn.functional.pad
-    return {
-        "prompt_ids": torch.stack([pad(p, (left - len(p), 0)) for p, _ in rows]),
-        "prompt_mask": torch.stack([pad(torch.ones_like(p), (left - len(p), 0)) for p, _ in rows]),
-        "completion_ids": torch.stack([pad(c, (0, right - len(c))) for _, c in rows]),
-        "completion_mask": torch.stack([pad(torch.ones_like(c), (0, right - len(c))) for _, c in rows]),
-    }
-
-
-# --- the schedule -----------------------------------------------------------------------------------------------------
-
-
-def plan(steps, fraction, seed=0, n=2, batch_size=4):
-    rows = material(ending_model(), [Example([2, 5, 6], [False, True, True])] * 5)
-    found = schedule(steps, batch_size, n, rows, fraction, seed)
-    return [
-        (set(found["on_policy"][i : i + batch_size]), found["prompt"][i : i + batch_size])
-        for i in range(0, steps * batch_size, batch_size)
-    ]
-
-
-def test_a_step_is_wholly_on_policy_or_wholly_on_fixed_data_in_the_given_share():
-    steps = plan(2000, 0.3)
-    assert all(len(kinds) == 1 for kinds, _ in steps)
-    share = sum(kinds == {1} for kinds, _ in steps) / 2000
-    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
-    assert all(kinds == {1} for kinds, _ in plan(50, 1.0))
-    assert all(kinds == {0} for kinds, _ in plan(50, 0.0))
-
-
-def test_a_prompt_stands_in_its_step_n_times_and_every_one_is_met_before_any_is_met_again():
-    answered = [indices for kinds, indices in plan(200, 0.5) if kinds == {1}]
-    assert all(indices[0] == indices[1] and indices[2] == indices[3] for indices in answered)
-    order = [i for indices in answered for i in indices[::2]]
-    assert all(sorted(order[i : i + 12]) == list(range(12)) for i in range(0, len(order) - 12, 12))
-
-
-def test_the_schedule_follows_from_the_seed():
-    assert plan(30, 0.5) == plan(30, 0.5)
-    assert plan(30, 0.5) != plan(30, 0.5, seed=1)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -402,21 +206,6 @@ def test_ratio_and_its_error_by_hand():
 # --- refusals and guards ----------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_with_other_tokens_or_another_template_is_refused():
-    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
-    check_same_tokenizer(theirs, ours, "teacher", "student")
-    theirs.add_tokens(["zebra"])
-    with pytest.raises(InputError, match="'zebra' is 512 in the teacher and missing in the student"):
-        check_same_tokenizer(theirs, ours, "teacher", "student")
-    other = tiny_tokenizer()
-    other.chat_template = other.chat_template.replace("user", "human").replace("'human'", "'user'")
-    with pytest.raises(InputError, match="chat templates"):
-        check_same_tokenizer(other, ours, "teacher", "student")
-    bare = tiny_tokenizer()
-    bare.chat_template = None
-    check_same_tokenizer(bare, ours, "teacher", "student")
-
-
 def test_tokenizers_are_compared_before_a_model_is_loaded(inputs, tmp_path, monkeypatch):
     teacher = tiny_tokenizer()
     teacher.add_tokens(["zebra"])
@@ -425,21 +214,6 @@ def test_tokenizers_are_compared_before_a_model_is_loaded(inputs, tmp_path, monk
     monkeypatch.setattr(distill, "load_policy", None)
     with pytest.raises(InputError, match="zebra"):
         run_distill(configure(inputs, teacher=tmp_path / "teacher"), RunOptions(tmp_path / "out"))
-
-
-def test_heads_that_lack_a_token_are_refused():
-    assert common_vocabulary(512, 512, 512) is None
-    assert common_vocabulary(600, 512, 512) == 512
-    with pytest.raises(InputError, match="600 and 500 rows for 512 tokens"):
-        common_vocabulary(600, 500, 512)
-
-
-def test_a_head_that_is_more_than_a_product_and_a_cap_is_refused():
-    model = random_model()
-    check_head(model, "model")
-    model.lm_head.bias = torch.nn.Parameter(torch.full((512,), 0.5).index_fill(0, torch.tensor([3]), 5.0))
-    with pytest.raises(InputError, match="computes its logits"):
-        check_head(model, "model")
 
 
 @pytest.mark.parametrize(
