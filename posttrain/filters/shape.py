@@ -18,6 +18,7 @@ __all__ = ["empty", "length", "repeated_share", "repetition", "truncated"]
 
 WORDS, CHARACTERS = 4, 10  # n; ten characters do not repeat by chance in keys or sequences of four letters
 FEWEST_NGRAMS = 24  # shorter turns repeat themselves by chance: lists, verses, sums
+SEEN = 20_000  # characters of such a run are enough to tell
 ENDLESS = 0.9  # ruled tables have long lines too
 LONG_WORD = 60  # characters; a loop without spaces is one long word
 CLOSED = re.compile(r"""[.!?…。!?।؟)\]}>"'”’»`*|$%]\s*$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?\s*$""")
@@ -77,5 +78,5 @@ def repeated_share(items: Sequence[str], n: int) -> float:
 def _unspaced(text: str, words: Sequence[str]) -> list[str]:
     """What words do not see: endless ones, or a text of signs with hardly a word in it."""
     if LONG_WORD * (len(words) + 1) < 2 * len(text):
-        return [text]
-    return [word for word in words if len(word) > LONG_WORD]
+        return [text[:SEEN]]
+    return [word[:SEEN] for word in words if len(word) > LONG_WORD]

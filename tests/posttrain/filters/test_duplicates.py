@@ -95,17 +95,20 @@ def corpus(rows, rng):
     return texts
 
 
-def brute_force(texts, threshold):
-    """Row -> (a kept earlier row at the threshold), from sets of word triples and nothing else."""
+def similarities(texts):
+    """Jaccard similarity of all pairs (later, earlier), from sets of word triples and nothing else."""
     sets = [frozenset(zip(words, words[1:], words[2:], strict=False)) for words in texts]
-    similarity = {
-        (i, j): len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for j, i in itertools.combinations(range(len(sets)), 2)
-    }
+    pairs = itertools.combinations(range(len(sets)), 2)
+    return {(i, j): len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for j, i in pairs}
+
+
+def brute_force(count, similarity, threshold):
+    """The rows that are like an earlier one that stays."""
     dropped = set()
-    for i in range(len(sets)):
+    for i in range(count):
         if any(j not in dropped and similarity[i, j] >= threshold for j in range(i)):
             dropped.add(i)
-    return dropped, similarity
+    return dropped
 
 
 def found_by_bands(texts, threshold):
@@ -117,10 +120,19 @@ def found_by_bands(texts, threshold):
     return near_duplicates(link_bands(band_keys(sets, plan)), spans, np.concatenate(sets), threshold)
 
 
+@pytest.fixture(scope="module")
+def texts():
+    return corpus(300, np.random.default_rng(7))
+
+
+@pytest.fixture(scope="module")
+def similarity(texts):
+    return similarities(texts)
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8])
-def test_near_duplicates_are_those_of_brute_force(threshold):
-    texts = corpus(300, np.random.default_rng(7))
-    dropped, similarity = brute_force(texts, threshold)
+def test_near_duplicates_are_those_of_brute_force(texts, similarity, threshold):
+    dropped = brute_force(len(texts), similarity, threshold)
     repeats, value = found_by_bands(texts, threshold)
     found = set(np.flatnonzero(repeats >= 0).tolist())
     assert len(dropped) > 40
@@ -154,4 +166,4 @@ def test_rows_are_compared_to_rows_that_stay():
     c = [*b[6:], *(f"y{i}" for i in range(6))]
     repeats, _ = found_by_bands([a, b, c], 0.8)
     assert repeats.tolist() == [-1, 0, -1]
-    assert brute_force([a, b, c], 0.8)[0] == {1}
+    assert brute_force(3, similarities([a, b, c]), 0.8) == {1}
