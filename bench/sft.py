@@ -159,7 +159,7 @@ def trl_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if not options.trl_sweep:
         return {"grouped": {}}
     found: dict[str, dict[str, Any]] = {"grouped": {}}
-    for micro in (options.batch // 4, 1):
+    for micro in {max(1, options.batch // 4), 1}:
         found[f"grouped, micro-batch {micro}"] = {
             "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": options.batch // micro,

@@ -49,19 +49,12 @@ def blockwise(model: Any) -> Iterator[None]:
 
 
 def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **ignored: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (B, H, T, D), key and value (B, Hk, T, D) -> (B, T, H, D)."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return causal_attention(query, key, value, scale, softcap, sliding_window).transpose(1, 2), None
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    output = causal_attention(query, key, value, scale, options.get("softcap"), options.get("sliding_window"))
+    return output.transpose(1, 2), None
 
 
 def causal_attention(

@@ -147,10 +147,9 @@ def make_trainer(
     if config.packing:
         rows = range(len(examples)) if epochs is None else epochs.rows(0)
         dataset, epochs = pack([examples[row] for row in rows], config.max_length), None
-        arguments["data_collator"] = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
     else:
         dataset = to_dataset(examples)
-    collator = arguments.pop("data_collator", None)
+    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True) if config.packing else None
     with warnings.catch_warnings():
         # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
         warnings.simplefilter("ignore", FutureWarning)
@@ -163,7 +162,8 @@ def make_trainer(
             peft_config=lora_config(config, "CAUSAL_LM"),
         )
     trainer.epochs = epochs
-    trainer.scores_targets_only &= not config.packing  # position ids keep packed rows apart, which TRL's loss passes on
+    # Position ids keep rows without padding apart; TRL's loss hands them on.
+    trainer.scores_targets_only &= not (config.packing or trainer.padding_free)
     trainer.part_tokens = config.micro_batch_tokens
     if trainer.part_tokens is None and trainer.scores_targets_only:
         trainer.part_tokens = PART_TOKENS

@@ -72,7 +72,9 @@ def test_the_accuracy_is_trl_s(tmp_path):
     assert ours == pytest.approx(theirs)
 
 
-@pytest.mark.parametrize("trainer_options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "trainer_options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"bf16": True}, {"padding_free": True}]
+)
 def test_losses_that_are_not_ours_are_left_to_trl(tmp_path, trainer_options):
     assert not trainer_of(tmp_path, trainer=trainer_options).scores_targets_only
 
