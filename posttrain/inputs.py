@@ -18,7 +18,7 @@ __all__ = ["check_inputs", "inputs_of", "located"]
 
 MODELS = ("model", "teacher", "policy", "reward", "sft", "init", "merged")
 LISTS_OF_MODELS = ("policies", "compare")
-DATA = ("data", "prompts", "heldout")
+DATA = ("data", "prompts", "heldout", "eval_data")
 
 C = TypeVar("C", bound=Config)
 
