@@ -15,4 +15,10 @@ def run(config: GenerateConfig, options: RunOptions, progress: Progress) -> RunR
     return run_generate(config, options, progress)
 
 
-app = stage(GenerateConfig, run, examples="""gemma2 generate --teacher teacher --prompts prompts.jsonl --out data""")
+app = stage(
+    GenerateConfig,
+    run,
+    examples="""gemma2 generate --teacher teacher --prompts prompts.jsonl --out data
+                gemma2 generate --teacher teacher --prompts prompts.jsonl --n 8 --best 1 --reward reward --out data
+                gemma2 generate --engine openai --teacher NAME --base-url http://host:8000/v1 --prompts p.txt --out data""",
+)
