@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ class ChunkStore:
             self.done += 1
         if self.shingle_file.exists():
             # Shingles of a chunk whose findings were not written any more are written again.
-            size = 4 * sum(int(findings.sizes.sum(dtype=np.int64)) for findings in self)
+            size = 4 * int(self.column("sizes").sum(dtype=np.int64)) if self.done else 0
             os.truncate(self.shingle_file, size)
 
     def _path(self, number: int) -> Path:
@@ -51,6 +52,14 @@ class ChunkStore:
 
     def __iter__(self) -> Iterator[Findings]:
         return (Findings.load(self._path(number)) for number in range(self.done))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One array of the findings of all rows; the others are not read."""
+        parts = []
+        for number in range(self.done):
+            with np.load(self._path(number), allow_pickle=False) as arrays:
+                parts.append(arrays[name])
+        return np.concatenate(parts)
 
     def shingles(self) -> NDArray[np.uint32]:
         """The shingles of all chunks, mapped from disk."""

@@ -12,7 +12,7 @@ from gemma2.posttrain.schemas import FilterConfig
 from .chunks import ChunkStore
 from .refusals import surplus_refusals
 from .rules import active_filters
-from .scan import STAYS, Findings, code_of
+from .scan import STAYS, code_of
 
 __all__ = ["Decisions", "decide"]
 
@@ -29,17 +29,20 @@ class Decisions:
 
 
 def decide(store: ChunkStore, config: FilterConfig) -> Decisions:
-    """Compare the rows that the scan left, in input order."""
-    chunks = list(store)
-    decisions = _gather(chunks)
+    """Compare the rows that the scan left, in input order. One column of the findings is in memory at a time."""
     active = active_filters(config)
+    codes = store.column("codes")
+    decisions = Decisions(
+        codes,
+        subsets=store.column("subsets"),
+        refuses=store.column("refuses"),
+        original=np.full(len(codes), -1, dtype=np.int64),
+        similarity=np.zeros(len(codes)),
+    )
     if "duplicate" in active:
-        _drop_exact(decisions, np.concatenate([chunk.digests for chunk in chunks]))
+        _drop_exact(decisions, store.column("digests"))
     if "near-duplicate" in active:
-        sizes = np.concatenate([chunk.sizes for chunk in chunks])
-        keys = np.concatenate([chunk.keys for chunk in chunks if len(chunk.keys)] or [chunks[0].keys])
-        chunks.clear()
-        _drop_near(decisions, sizes, keys, store.shingles(), config.near_threshold)
+        _drop_near(decisions, store, config.near_threshold)
     if config.max_refusal_share is not None and "refusal" in active:
         alive = np.flatnonzero(decisions.codes == STAYS)
         surplus = surplus_refusals(
@@ -47,17 +50,6 @@ def decide(store: ChunkStore, config: FilterConfig) -> Decisions:
         )
         decisions.codes[alive[surplus]] = code_of("refusal")
     return decisions
-
-
-def _gather(chunks: list[Findings]) -> Decisions:
-    codes = np.concatenate([chunk.codes for chunk in chunks])
-    return Decisions(
-        codes=codes,
-        subsets=np.concatenate([chunk.subsets for chunk in chunks]),
-        refuses=np.concatenate([chunk.refuses for chunk in chunks]),
-        original=np.full(len(codes), -1, dtype=np.int64),
-        similarity=np.zeros(len(codes)),
-    )
 
 
 def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
@@ -70,23 +62,18 @@ def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
     decisions.original[alive[repeated]] = alive[first[repeated]]
 
 
-def _drop_near(
-    decisions: Decisions,
-    sizes: NDArray[np.uint32],
-    keys: NDArray[np.uint32],
-    shingles: NDArray[np.uint32],
-    threshold: float,
-) -> None:
+def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> None:
     from .duplicates import link_bands, near_duplicates
 
+    sizes = store.column("sizes")
     compared = np.flatnonzero(sizes)  # the rows that `keys` has a line for
     still = decisions.codes[compared] == STAYS
     if not still.any():
         return
-    starts = np.concatenate([[0], np.cumsum(sizes[compared], dtype=np.int64)])
-    rows = compared[still]
-    spans = np.stack([starts[:-1][still], starts[1:][still]], axis=1)
-    repeats, similarity = near_duplicates(link_bands(keys[still]), spans, shingles, threshold)
+    rows, ends = compared[still], np.cumsum(sizes[compared], dtype=np.int64)
+    spans = np.stack([ends - sizes[compared], ends], axis=1)[still]
+    links = link_bands(store.column("keys")[still])
+    repeats, similarity = near_duplicates(links, spans, store.shingles(), threshold)
     dropped = repeats >= 0
     decisions.codes[rows[dropped]] = code_of("near-duplicate")
     decisions.original[rows[dropped]] = rows[repeats[dropped]]
