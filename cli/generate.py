@@ -20,5 +20,5 @@ app = stage(
     run,
     examples="""gemma2 generate --teacher teacher --prompts prompts.jsonl --out data
                 gemma2 generate --teacher teacher --prompts prompts.jsonl --n 8 --best 1 --reward reward --out data
-                gemma2 generate --engine openai --teacher NAME --base-url http://host:8000/v1 --prompts p.txt --out data""",
+                gemma2 generate --engine openai --teacher NAME --base-url http://host/v1 --prompts p.txt --out data""",
 )

@@ -21,7 +21,7 @@ USER_INSTRUCTION = (
 class GenerateConfig(SamplingFields, RewardFields):
     """Teacher completions for prompts, by a local model or a server; resumable at the row."""
 
-    teacher: Path = Field(description="model directory; with --engine openai the name of the model at the server")
+    teacher: Path = Field(description="model directory or hub id; with --engine openai the name at the server")
     prompts: Data
     engine: Literal["transformers", "vllm", "openai"] = Field(
         "transformers", description="what draws: our sampler, vLLM, or an OpenAI-compatible server"
