@@ -344,7 +344,7 @@ def test_a_command_killed_again_and_again_ends_with_the_bytes_of_one_that_was_no
     words += [] if share == 1 else ["--data", inputs / "data.jsonl"]
     words += ["--steps", 40, "--batch-size", 4, "--micro-batch-size", 2, "--n", 2, "--max-new-tokens", 10]
     words += ["--save-every", 3, "--eval-every", 10, "--learning-rate", "1e-3", "--quiet", "--out"]
-    assert finish(start(MAIN, *words, tmp_path / "whole"), 120)[0] == 0
+    assert finish(start(MAIN, *words, tmp_path / "whole"), 600)[0] == 0
     dice, out = random.Random(int(share * 10)), tmp_path / "parts"
     seen = -1
     for attempt in range(3):
@@ -355,7 +355,7 @@ def test_a_command_killed_again_and_again_ends_with_the_bytes_of_one_that_was_no
             seen = max([seen, *(row["step"] for row in torn_lines(metrics))])
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert finish(start(MAIN, *words, out, "--resume"), 120)[0] == 0
+    assert finish(start(MAIN, *words, out, "--resume"), 600)[0] == 0
     for name in ("model.safetensors", "metrics.jsonl", "samples.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
