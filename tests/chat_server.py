@@ -56,11 +56,10 @@ class Server:
             self.busiest = max(self.busiest, self.busy)
         try:
             time.sleep(self.delay(body))
-            fault = self.faults(number, body)
-            (fault or self.succeed)(handler, body)
-        finally:
+        finally:  # before the answer: its reader may send the next request at once
             with self.lock:
                 self.busy -= 1
+        (self.faults(number, body) or self.succeed)(handler, body)
 
     def succeed(self, handler, body):
         reply(handler, 200, self.completion(body))
