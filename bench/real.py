@@ -89,8 +89,8 @@ def data_steps() -> Iterator[Step]:
     )
     yield Step(
         "distill",
-        "distill --teacher base --model sft --prompts questions.jsonl --heldout unseen.jsonl --steps 10 --batch-size 8 "
-        "--learning-rate 5e-5 --warmup-steps 2 --max-new-tokens 96 --eval-every 10 --eval-prompts 8",
+        "distill --teacher base --model sft --prompts questions.jsonl --heldout unseen.jsonl --steps 10 --batch-size 6 "
+        "--learning-rate 5e-5 --warmup-steps 2 --max-new-tokens 192 --eval-every 10 --eval-prompts 8",
         "distilled",
     )
 
