@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from gemma2.configs import recipe, recipes
 from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.outputs import MANIFEST, check_output
+from gemma2.merging.outputs import MANIFEST, STATE, check_output, partial_path
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.config import Config, closest, resolve
 from gemma2.posttrain.rundir import RunOptions, RunResult
@@ -314,5 +314,10 @@ def execute(config: Config, given: dict[str, Any], run: Runner, console: Console
     check_inputs(config)
     if not options.resume:
         check_output(options.out, options.force)
-    result = run(config, options, console)
+    result = None
+    try:
+        result = run(config, options, console)
+    finally:
+        if result is None and (partial_path(options.out) / STATE).is_file():
+            console.note("what was done so far is kept: continue with --resume")
     console.result(result.summary, result.out)

@@ -129,12 +129,6 @@ class KvLayer(CacheLayerMixin):
         first = max(0, self.length - self.window) if self.window is not None else 0
         return self.keys.narrow(2, first, self.length - first), self.values.narrow(2, first, self.length - first)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row: the group of a prompt."""
-        if repeats > 1:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
         self.keys, self.values = self.keys[indices], self.values[indices]

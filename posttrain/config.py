@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,6 +25,7 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
     )
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that do not decide the result: how fast, at what price
 
 
 C = TypeVar("C", bound=Config)

@@ -121,14 +121,14 @@ def prompt_of(row: Row, column: str = "prompt") -> Prompt:
 
 def conversation_of(row: Row) -> Conversation:
     """The conversation of a row: `messages`, or `prompt` and `completion`."""
+    truncated = row.columns.get("finish_reason") == "length"
     if "messages" in row.columns:
         messages = _messages(row, "messages", "user")
-        return Conversation(row.where, messages, extra=row.extra("messages"))
+        return Conversation(row.where, messages, truncated=truncated, extra=row.extra("messages"))
     if not {"prompt", "completion"} & row.columns.keys():
         what = f"{row.where}: neither 'messages' nor 'prompt' and 'completion'"
         raise InputError(what, _rename("messages", row.columns))
     prompt, completion = _prompt(row), _messages(row, "completion", "assistant")
-    truncated = row.columns.get("finish_reason") == "length"
     return Conversation(row.where, prompt + completion, len(prompt), truncated, row.extra("prompt", "completion"))
 
 

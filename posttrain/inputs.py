@@ -16,9 +16,9 @@ from .sources import data_files
 
 __all__ = ["check_inputs", "inputs_of", "located"]
 
-MODELS = ("model", "teacher", "policy", "reward", "sft", "init", "merged")
+MODELS = ("model", "teacher", "policy", "reward", "sft", "init", "merged", "safety_model")
 LISTS_OF_MODELS = ("policies", "compare")
-DATA = ("data", "prompts", "heldout", "eval_data")
+DATA = ("data", "prompts", "heldout", "eval_data", "decontaminate")
 
 C = TypeVar("C", bound=Config)
 

@@ -193,9 +193,10 @@ def describe_origin(
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The configuration without its paths: what paths lead to is compared by digest, not by where it lies."""
+    """What decides the result: not the paths (what they lead to is compared by digest), nor what the schema says is
+    incidental, so that a resume may change it."""
     dumped = config.model_dump(mode="json")
-    return {key: dumped[key] for key, value in config if not _is_path(value)}
+    return {key: dumped[key] for key, value in config if not _is_path(value) and key not in config.INCIDENTAL}
 
 
 def _is_path(value: object) -> bool:
@@ -220,13 +221,19 @@ def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[
         path = directory / source["path"]
         if not path.is_file() or digest_file(path) != source["digest"]:
             found.append(f"the content of {source['path']}")
-    known = {parent["weights"] for parent in before["parents"]} | {source["digest"] for source in before["data"]}
+    known = [parent["weights"] for parent in before["parents"]] + [source["digest"] for source in before["data"]]
     for key, value in config.model_dump(mode="json").items():
         if value != recorded.get(key) and _is_path(getattr(config, key)):
             paths = [Path(item) for item in (value if isinstance(value, list) else [value])]
-            if any(known.isdisjoint(_contents(path)) for path in paths):
+            if not _in_order(paths, known):
                 found.append(f"{key} ({recorded.get(key)!r} -> {value!r})")
     return found
+
+
+def _in_order(paths: Sequence[Path], known: Sequence[str]) -> bool:
+    """Whether every path leads to a recorded content, and several to theirs in the recorded order."""
+    places = [min((known.index(c) for c in _contents(path) if c in known), default=-1) for path in paths]
+    return -1 not in places and places == sorted(places)
 
 
 def _contents(path: Path) -> Iterator[str]:

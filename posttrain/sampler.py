@@ -11,8 +11,8 @@ Log-probs belong to the distribution that was sampled from, softmax(logits / tem
 That is the policy of the RL objective, so they serve as its log pi without a second forward. Under top-p or top-k they
 still describe the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
 
-Deviation from `transformers.generate`: none in the greedy tokens (tests/posttrain/test_sampler.py, with left padding,
-a sliding window shorter than the sequence and both soft caps).
+Deviation from `transformers.generate`: none in the greedy tokens (test_sampler.py, with left padding, a sliding window
+shorter than the sequence and both soft caps).
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ USER_INSTRUCTION = (
 class GenerateConfig(SamplingFields, RewardFields):
     """Teacher completions for prompts, by a local model or a server; resumable at the row."""
 
+    INCIDENTAL = frozenset({"concurrency", "timeout", "retries", "price_in", "price_out", "api_key_env"})
+
     teacher: Path = Field(description="model directory or hub id; with --engine openai the name at the server")
     prompts: Data
     engine: Literal["transformers", "vllm", "openai"] = Field(

@@ -46,8 +46,9 @@ def test_messages_are_learned_from_the_beginning(tmp_path):
 
 
 def test_a_completion_that_ran_into_the_limit_is_marked(tmp_path):
-    row = {"prompt": "a", "completion": "b", "finish_reason": "length"}
-    assert read_conversations(write(tmp_path, row))[0].truncated
+    one = {"prompt": "a", "completion": "b", "finish_reason": "length"}
+    several = {"messages": [USER, MODEL], "finish_reason": "length"}
+    assert [row.truncated for row in read_conversations(write(tmp_path, one, several))] == [True, True]
 
 
 def test_pairs_in_all_shapes(tmp_path):

@@ -308,6 +308,36 @@ def test_a_resume_from_another_directory_is_refused_unless_its_content_is_the_sa
     assert complete(place, resume=True, model=place / "copy").out == place / "out"
 
 
+def test_several_inputs_are_the_same_in_the_recorded_order_only(place):
+    """The order of data sets, or of policies, counts: weights and names stand beside them."""
+    (place / "more.jsonl").write_text('{"prompt": "ho"}\n')
+    (place / "copy.jsonl").write_text((place / "data.jsonl").read_text())
+    one, two = place / "data.jsonl", place / "more.jsonl"
+
+    class Several(Config):
+        data: tuple[Path, ...]
+
+    with open_run("sft", Several(data=(one, two)), RunOptions(place / "out"), data=[one, two]) as run:
+        run.finish({})
+    manifest = read_manifest(place / "out")
+    assert rundir.changes(manifest, Several(data=(one, two)), place / "out") == []
+    assert rundir.changes(manifest, Several(data=(place / "copy.jsonl", two)), place / "out") == []
+    assert len(rundir.changes(manifest, Several(data=(two, one)), place / "out")) == 1
+
+
+def test_what_is_incidental_may_change_between_the_parts_of_a_run(place):
+    class Paced(Config):
+        INCIDENTAL = frozenset({"concurrency"})
+        steps: int = 4
+        concurrency: int = 8
+
+    with open_run("generate", Paced(), RunOptions(place / "out")) as run:
+        run.finish({})
+    manifest = read_manifest(place / "out")
+    assert rundir.changes(manifest, Paced(concurrency=2), place / "out") == []
+    assert rundir.changes(manifest, Paced(steps=5), place / "out") == ["steps (4 -> 5)"]
+
+
 def test_a_resume_with_other_data_is_refused_unless_its_content_is_the_same(place):
     interrupt(place)
     (place / "copy.jsonl").write_bytes((place / "data.jsonl").read_bytes())
