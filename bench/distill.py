@@ -34,17 +34,17 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from gemma2.merging.progress import SILENT
-from gemma2.posttrain.chat import ChatFormat
-from gemma2.posttrain.data import Prompt
-from gemma2.posttrain.divergence import Divergence, FullTarget, Head, divergence_loss
-from gemma2.posttrain.gkd import GkdTrainer, Loss, Material, schedule
-from gemma2.posttrain.guards import Guards
-from gemma2.posttrain.models import load_policy
-from gemma2.posttrain.sampler import SamplingParams
-from gemma2.posttrain.tasks import questions
-from gemma2.posttrain.teacher import LiveTeacher
-from gemma2.posttrain.tiny import random_model, tiny_tokenizer
-from gemma2.posttrain.training import quiet_libraries
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.distillation.divergence import Divergence, FullTarget, Head, divergence_loss
+from gemma2.posttrain.distillation.gkd import GkdTrainer, Loss, Material, schedule
+from gemma2.posttrain.distillation.teacher import LiveTeacher
+from gemma2.posttrain.embedded.tasks import questions
+from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.sampler import SamplingParams
+from gemma2.posttrain.rl.guards import Guards
+from gemma2.posttrain.training.trainer import quiet_libraries
 
 VOCABULARY, CAP = 256_000, 30.0
 TRL_BETA = {"forward-kl": 0.0, "reverse-kl": 1.0, "jsd": 0.5}

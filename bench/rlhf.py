@@ -26,19 +26,19 @@ from transformers import AutoModelForSequenceClassification, PrinterCallback, Tr
 from trl import RLOOConfig, RLOOTrainer
 
 from gemma2.merging.progress import SILENT
-from gemma2.posttrain.chat import ChatFormat
-from gemma2.posttrain.data import Prompt
-from gemma2.posttrain.ema import EmaAnchor
-from gemma2.posttrain.guards import Guards
-from gemma2.posttrain.models import load_policy
-from gemma2.posttrain.rlhf import AnchorUpdate
-from gemma2.posttrain.rloo import AnchoredRlooTrainer
-from gemma2.posttrain.rollout import Rollout
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.embedded.tasks import questions
+from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.rl.ema import EmaAnchor
+from gemma2.posttrain.rl.guards import Guards
+from gemma2.posttrain.rl.rlhf import AnchorUpdate
+from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
+from gemma2.posttrain.rl.rollout import Rollout
+from gemma2.posttrain.rl.scores import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
-from gemma2.posttrain.scores import reward_score
-from gemma2.posttrain.tasks import questions
-from gemma2.posttrain.tiny import random_model, save_random, tiny_tokenizer
-from gemma2.posttrain.training import quiet_libraries
+from gemma2.posttrain.training.trainer import quiet_libraries
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
 SIZES: dict[str, dict[str, Any]] = {

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from gemma2.posttrain.sampler import SamplingParams, length_batches, sample
-from gemma2.posttrain.tiny import random_model
+from gemma2.posttrain.embedded.tiny import random_model
+from gemma2.posttrain.models.sampler import SamplingParams, length_batches, sample
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 128, "max_position_embeddings": 1024}
 SIZES: dict[str, dict[str, Any]] = {

@@ -31,14 +31,14 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_peak_flops
 
-from gemma2.posttrain.examples import Example, to_dataset
-from gemma2.posttrain.lora import lora_config
-from gemma2.posttrain.models import load_policy
+from gemma2.posttrain.data.examples import Example, to_dataset
+from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.lora import lora_config
 from gemma2.posttrain.rundir import Run, RunOptions
 from gemma2.posttrain.schemas import SftConfig
-from gemma2.posttrain.sft_trainer import make_trainer
-from gemma2.posttrain.tiny import save_random
-from gemma2.posttrain.training import quiet_libraries
+from gemma2.posttrain.training.sft_trainer import make_trainer
+from gemma2.posttrain.training.trainer import quiet_libraries
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 256}
 SIZES: dict[str, dict[str, Any]] = {

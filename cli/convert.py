@@ -48,7 +48,7 @@ def convert(
     """
     if out is None:
         raise UsageError("--out is missing", "give the directory to write")
-    from gemma2.posttrain.convert import plan_convert, run_convert
+    from gemma2.posttrain.models.convert import plan_convert, run_convert
     from gemma2.posttrain.rundir import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
 

@@ -103,7 +103,7 @@ def diff(
 
     console = Console(as_json=as_json, quiet=quiet)
     if plot is not None:
-        from gemma2.posttrain.reporting.heatmap import check_plot
+        from gemma2.posttrain.evaluation.reporting.heatmap import check_plot
 
         check_plot(plot, force)
     found = diff_models(a, b, base=base, granularity=granularity, threads=threads, progress=console)
@@ -112,7 +112,7 @@ def diff(
     for line in found.warnings:
         console.warn(line)
     if plot is not None:
-        from gemma2.posttrain.reporting.heatmap import write_heat_map
+        from gemma2.posttrain.evaluation.reporting.heatmap import write_heat_map
 
         write_heat_map(found, plot, force)
     if as_json:

@@ -12,13 +12,13 @@ from .options import add_stage, stage_group
 
 
 def run(config: DistillConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.distill import run_distill
+    from gemma2.posttrain.distillation.distill import run_distill
 
     return run_distill(config, options, progress)
 
 
 def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.teacher_cache import run_cache
+    from gemma2.posttrain.distillation.teacher_cache import run_cache
 
     return run_cache(config, options, progress)
 

@@ -10,7 +10,7 @@ from .options import stage
 
 
 def run(config: EvalConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.evaluate import run_eval
+    from gemma2.posttrain.evaluation.evaluate import run_eval
 
     return RunResult(config.model, run_eval(config, progress))
 

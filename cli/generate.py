@@ -10,7 +10,7 @@ from .options import stage
 
 
 def run(config: GenerateConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.synthesize import run_generate
+    from gemma2.posttrain.generation.generate import run_generate
 
     return run_generate(config, options, progress)
 

@@ -10,7 +10,7 @@ from .options import stage
 
 
 def run(config: ParetoConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.pareto import run_pareto
+    from gemma2.posttrain.evaluation.pareto import run_pareto
 
     return run_pareto(config, options, progress)
 

@@ -94,7 +94,7 @@ def quickstart(
 
 def show(console: Console, result: dict[str, Any], out: Path, seconds: float) -> None:
     """The table, the front, answers before and after, and where everything is."""
-    from gemma2.posttrain.reporting.figures import front_text
+    from gemma2.posttrain.evaluation.reporting.figures import front_text
 
     console.text("")
     console.table(result["rows"], f"Held-out prompts, mean ± standard error ({seconds:.0f} s)")

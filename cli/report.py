@@ -38,7 +38,7 @@ def report(
     \b
       gemma2 report quickstart --out report.html
     """
-    from gemma2.posttrain.reporting.page import write_report
+    from gemma2.posttrain.evaluation.reporting.page import write_report
 
     if out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")

@@ -10,7 +10,7 @@ from .options import stage
 
 
 def run(config: RlhfConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.rlhf import run_rlhf
+    from gemma2.posttrain.rl.rlhf import run_rlhf
 
     return run_rlhf(config, options, progress)
 

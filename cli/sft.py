@@ -11,13 +11,13 @@ from .options import Look, stage
 
 
 def run(config: SftConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.sft import run_sft
+    from gemma2.posttrain.training.sft import run_sft
 
     return run_sft(config, options, progress)
 
 
 def show(config: SftConfig, count: int, console: Console) -> None:
-    from gemma2.posttrain.sft import show_tokens
+    from gemma2.posttrain.training.sft import show_tokens
 
     from .tokens import show_rows
 

@@ -10,7 +10,7 @@ from .options import stage
 
 
 def run(config: TinyConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.embedded import run_tiny
+    from gemma2.posttrain.embedded.build import run_tiny
 
     return run_tiny(config, options, progress)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma2.merging.locate import is_hub_id, locate_model
+from gemma2.posttrain.data.sources import data_files
 
 from .config import Config
 from .rundir import Parent, check_parents
-from .sources import data_files
 
 __all__ = ["check_inputs", "inputs_of", "located"]
 
@@ -47,7 +47,7 @@ def inputs_of(config: Config) -> dict[str, Path]:
 
 def check_inputs(config: Config) -> None:
     """Refuse models and data that are not there."""
-    check_parents([Parent(role, path) for role, path in inputs_of(config).items()])
+    check_parents([Parent(role.replace("_", "-"), path) for role, path in inputs_of(config).items()])
     for name in DATA:
         value = getattr(config, name, None)
         for path in value if isinstance(value, tuple) else (value,):

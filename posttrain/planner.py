@@ -18,8 +18,9 @@ from typing import Any
 from gemma2.merging.errors import InputError
 from gemma2.merging.header import read_header
 from gemma2.merging.outputs import check_output, weight_files
+from gemma2.posttrain.data.sources import count_rows, data_files
+from gemma2.posttrain.generation.budget import generate_budget
 
-from .budget import generate_budget
 from .config import Config
 from .inputs import check_inputs, inputs_of
 from .rundir import RunOptions
@@ -35,7 +36,6 @@ from .schemas import (
     SftConfig,
     WarpConfig,
 )
-from .sources import count_rows, data_files
 
 __all__ = ["parameter_count", "plan"]
 

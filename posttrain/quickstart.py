@@ -19,10 +19,10 @@ from gemma2.configs import recipes
 from gemma2.merging.errors import OutputError, UsageError
 from gemma2.merging.outputs import MANIFEST, check_output, locked, now, versions, write_json
 from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.evaluation.reporting.values import title_of
 
 from .config import Config, resolve
 from .pipeline import Step, command_line, ensure
-from .reporting.values import title_of
 from .rundir import RunOptions, RunResult
 from .schemas import (
     DistillConfig,
@@ -38,19 +38,19 @@ from .schemas import (
 
 __all__ = ["JUDGE", "Chapter", "chapters", "run_quickstart"]
 
-JUDGE = "gemma2.posttrain.tasks:judge_reward"
-SCORES = "gemma2.posttrain.tasks:judge_scores"
+JUDGE = "gemma2.posttrain.embedded.tasks:judge_reward"
+SCORES = "gemma2.posttrain.embedded.tasks:judge_scores"
 # Title, why, command, section of the recipe, folder, and the module and function that run it.
 CHAPTERS = (
     (
         "Embedded models",
         "pre-train a small Gemma 2 student and a larger teacher from scratch, on text that gemma2 writes itself",
-        *("tiny", "tiny", "models", "embedded", "run_tiny"),
+        *("tiny", "tiny", "models", "embedded.build", "run_tiny"),
     ),
     (
         "Teacher data",
         "the teacher answers the training prompts; truncated answers are dropped",
-        *("generate", "generate", "data", "synthesize", "run_generate"),
+        *("generate", "generate", "data", "generation.generate", "run_generate"),
     ),
     (
         "Filter",
@@ -60,22 +60,22 @@ CHAPTERS = (
     (
         "SFT",
         "the student learns from the teacher's answers, with the loss on the model's turns only",
-        *("sft", "sft", "sft", "sft", "run_sft"),
+        *("sft", "sft", "sft", "training.sft", "run_sft"),
     ),
     (
         "Distillation",
         "the student answers by itself, and learns the teacher's distribution at every token of its answers",
-        *("distill", "distill", "distilled", "distill", "run_distill"),
+        *("distill", "distill", "distilled", "distillation.distill", "run_distill"),
     ),
     (
         "Preference pairs",
         "the distilled model answers several times; a judge says which answer is better",
-        *("reward pairs", "pairs", "pairs", "pairs", "run_pairs"),
+        *("reward pairs", "pairs", "pairs", "generation.pairs", "run_pairs"),
     ),
     (
         "Reward model",
         "a Bradley-Terry model learns the judge's preferences from the pairs",
-        *("reward", "reward", "reward", "reward", "run_reward"),
+        *("reward", "reward", "reward", "training.reward", "run_reward"),
     ),
     (
         "WARP",
@@ -172,7 +172,7 @@ def run_quickstart(
         summary = _summary(out)
         write_json(out / "summary.json", summary)
         write_json(out / MANIFEST, _manifest(config, started, summary))
-        from .reporting.page import write_report
+        from gemma2.posttrain.evaluation.reporting.page import write_report
 
         summary["report"] = str(write_report(out, out / "report.html"))
         return summary

@@ -22,15 +22,15 @@ from typing import Any
 
 from gemma2.merging.errors import InputError
 from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.evaluation.pareto import best_at, run_pareto
+from gemma2.posttrain.rl.rlhf import run_rlhf
+from gemma2.posttrain.rl.scores import load_function
 
 from .config import resolve
 from .merge import run_merge
-from .pareto import best_at, run_pareto
 from .pipeline import Step, ensure
-from .rlhf import run_rlhf
 from .rundir import Parent, RunOptions, RunResult, open_run
 from .schemas import MergeConfig, ParetoConfig, RlFields, RlhfConfig, TrainingFields, WarpConfig
-from .scores import load_function
 
 __all__ = ["pick_eta", "run_warp", "warp_steps"]
 

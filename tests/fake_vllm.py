@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from gemma2.posttrain.models import load_policy
-from gemma2.posttrain.sampler import SamplingParams as Ours
-from gemma2.posttrain.sampler import sample
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.sampler import SamplingParams as Ours
+from gemma2.posttrain.models.sampler import sample
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def own_modules(names: Iterator[str]) -> set[str]:
-    """`posttrain.chat` for `gemma2.posttrain.chat`, and every __init__ that such an import runs first."""
+    """`posttrain.chat` for `gemma2.posttrain.data.chat`, and every __init__ that such an import runs first."""
     found = set()
     for name in names:
         parts = name.split(".")[1:] if name.startswith("gemma2.") else []

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.merging.errors import InputError
-from gemma2.posttrain.sources import Row, iter_rows
+from gemma2.posttrain.data.sources import Row, iter_rows
 
 from .sample import MODEL_ROLES, Sample, normal, word_ids, words_of
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from threading import Thread
 
+from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import Row
 
 from .contamination import EvaluationTexts
 from .scan import Findings, Scanner

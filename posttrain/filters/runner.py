@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.sources import count_rows, data_files, iter_rows
 from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import count_rows, data_files, iter_rows
 
 from .chunks import ChunkStore
 from .contamination import EvaluationTexts, read_evaluation

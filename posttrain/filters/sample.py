@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2.posttrain.data import conversation_of
-from gemma2.posttrain.sources import Row
+from gemma2.posttrain.data.rows import conversation_of
+from gemma2.posttrain.data.sources import Row
 
 __all__ = ["MODEL_ROLES", "Sample", "normal", "sample_of", "word_ids", "words_of"]
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.merging.errors import InputError
+from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import Row
 
 from .contamination import EvaluationTexts
 from .rules import ORDER, active_filters, row_filters

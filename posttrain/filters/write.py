@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gemma2.merging.progress import Progress
+from gemma2.posttrain.data.sources import ShardWriter, iter_rows, to_line
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import ShardWriter, iter_rows, to_line
 
 from .chunks import ChunkStore
 from .decide import Decisions

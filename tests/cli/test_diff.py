@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from gemma2.cli.main import run
 from gemma2.merging.difference import diff_models
-from gemma2.posttrain.reporting.heatmap import grid_of, heat_map
+from gemma2.posttrain.evaluation.reporting.heatmap import grid_of, heat_map
 
 CONFIG = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "tie_word_embeddings": True}
 LAYER = {"self_attn.q_proj": (4, 4), "mlp.up_proj": (6, 4), "input_layernorm": (4,)}
@@ -135,7 +135,7 @@ def test_a_png_is_a_png_and_a_failed_one_leaves_the_old(models, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("gemma2.posttrain.reporting.heatmap.write_figure", fail)
+    monkeypatch.setattr("gemma2.posttrain.evaluation.reporting.heatmap.write_figure", fail)
     with pytest.raises(OSError, match="disk full"):
         gemma2("diff a b --plot x.png --force -q")
     assert (models / "x.png").read_bytes() == before

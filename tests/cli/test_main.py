@@ -97,7 +97,7 @@ def run_sft(config, options, progress):
         BODY
 from gemma2.posttrain import inputs
 inputs.check_inputs = lambda config: None
-sys.modules["gemma2.posttrain.sft"] = types.SimpleNamespace(run_sft=run_sft)
+sys.modules["gemma2.posttrain.training.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
 SLEEP = "time.sleep(60)"
 # Libraries turn an exception of any kind into an ImportError.

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemma2.cli.app import invoke
-from gemma2.posttrain.tasks import questions
-from gemma2.posttrain.tiny import save_random
+from gemma2.posttrain.embedded.tasks import questions
+from gemma2.posttrain.embedded.tiny import save_random
 
 ETA, MU, POLICIES = 0.4, 0.25, 3
 

@@ -9,11 +9,11 @@ from processes import finish, start
 from samples import row
 
 from gemma2.merging.errors import InputError, UsageError
+from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.filters import runner
 from gemma2.posttrain.filters.runner import run_filter
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import iter_rows
 
 
 def prose(seed, words=60):

@@ -7,12 +7,12 @@ import pytest
 from samples import said
 
 from gemma2.merging.errors import UsageError
+from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.filters.language import check_codes, language
 from gemma2.posttrain.filters.sample import Sample, sample_of, words_of
 from gemma2.posttrain.filters.shape import empty, length, repeated_share, repetition, truncated
 from gemma2.posttrain.filters.unsafe import unsafe
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import Row
 
 # --- words ------------------------------------------------------------------------------------------------------------
 

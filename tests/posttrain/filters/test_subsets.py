@@ -7,11 +7,11 @@ import pytest
 from samples import row, said
 
 from gemma2.merging.errors import UsageError
+from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.filters.refusals import surplus_refusals
 from gemma2.posttrain.filters.scan import STAYS, Scanner, code_of
 from gemma2.posttrain.filters.subsets import Subsets, disclaimer, is_refusal
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.sources import Row
 
 ATTRIBUTION = [
     "According to the report, sales fell.",

@@ -1,0 +1,1 @@
+"""Rows of data: where they come from, what they must hold, how conversations become tokens and batches."""

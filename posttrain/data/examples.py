@@ -1,0 +1,157 @@
+"""Rows to token ids and loss masks, and what becomes of rows over the length limit.
+
+A row that is cut ends in the middle: what is left of its model turns is learned, an end of turn that was cut away is
+not. Every row that is cut or dropped is listed with its file and line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from datasets import Dataset
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.progress import Progress
+
+from .chat import ChatFormat, EndOfTurn
+from .rows import Conversation, located
+
+__all__ = [
+    "IGNORED",
+    "Cut",
+    "Example",
+    "Overlong",
+    "RowLimits",
+    "example_of",
+    "report_overlong",
+    "to_dataset",
+    "tokenise",
+]
+
+IGNORED = -100  # label of a position without loss
+SHOWN = 3  # rows that a warning names
+
+
+class RowLimits(Protocol):
+    """What a configuration says about rows."""
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def on_overlong(self) -> Literal["drop", "truncate", "error"]: ...
+
+    @property
+    def end_of_turn(self) -> EndOfTurn: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row: ids and, equally long, which of them are learned."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A row over the length limit: where it stands, its tokens, and how many of them are learned from (0: dropped)."""
+
+    where: str
+    tokens: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """What became of rows over the length limit."""
+
+    rows: tuple[Cut, ...] = ()
+
+    @property
+    def dropped(self) -> int:
+        """Rows that were left out."""
+        return sum(row.kept == 0 for row in self.rows)
+
+    @property
+    def truncated(self) -> int:
+        """Rows that lost their end."""
+        return sum(row.kept > 0 for row in self.rows)
+
+    def __add__(self, other: Overlong) -> Overlong:
+        return Overlong(self.rows + other.rows)
+
+    def write(self, path: Path) -> None:
+        """One line of JSON per row; no file without rows."""
+        lines = [
+            json.dumps({**vars(row), "action": "truncated" if row.kept else "dropped"}, ensure_ascii=False) + "\n"
+            for row in self.rows
+        ]
+        if lines:
+            path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+
+
+def tokenise(rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits) -> tuple[list[Example], Overlong]:
+    """Render and mask every row; rows over `config.max_length` are handled as `config.on_overlong` says.
+
+    Raises InputError with file and line for a row that the chat template refuses, or that is too long under `error`.
+    """
+    examples: list[Example] = []
+    overlong: list[Cut] = []
+    for row in rows:
+        with located(row.where):
+            example = example_of(row, chat, config)
+        tokens = len(example.ids)
+        if tokens > config.max_length:
+            if config.on_overlong == "error":
+                what = f"{row.where}: {tokens} tokens, more than --max-length {config.max_length}"
+                raise InputError(what, "raise --max-length, or choose --on-overlong drop")
+            example = Example(example.ids[: config.max_length], example.mask[: config.max_length])
+            dropped = config.on_overlong == "drop" or not any(example.mask)
+            overlong.append(Cut(row.where, tokens, 0 if dropped else config.max_length))
+            if dropped:
+                continue
+        examples.append(example)
+    if rows and not examples:
+        what = f"all {len(rows)} rows are longer than --max-length {config.max_length}"
+        raise InputError(what, "raise --max-length")
+    return examples, Overlong(tuple(overlong))
+
+
+def example_of(row: Conversation, chat: ChatFormat, config: RowLimits) -> Example:
+    """A row as it is, of any length. Model turns before `row.learn_from` are context."""
+    ids, mask = chat.example(row.messages, config.end_of_turn, row.truncated)
+    given = row.messages[: row.learn_from]
+    if any(message["role"] in ("assistant", "model") for message in given):
+        prompt = len(chat.prompt_ids(given))
+        mask = [False] * prompt + mask[prompt:]
+    return Example(ids, mask)
+
+
+def report_overlong(overlong: Overlong, total: int, config: RowLimits, progress: Progress, what: str = "rows") -> None:
+    """Nothing is cut or dropped in silence."""
+    for verb, chosen in (
+        ("dropped", [row.where for row in overlong.rows if not row.kept]),
+        ("truncated", [row.where for row in overlong.rows if row.kept]),
+    ):
+        if chosen:
+            named = ", ".join(chosen[:SHOWN]) + (", ..." if len(chosen) > SHOWN else "")
+            limit = f"longer than --max-length {config.max_length}"
+            progress.warn(f"{len(chosen)} of {total} {what} are {limit} and were {verb} ({named})")
+
+
+def to_dataset(examples: Sequence[Example]) -> Dataset:
+    """Columns of TRL's trainer, and `length` (tokens) for the sampler."""
+    columns: dict[str, list[Any]] = {
+        "input_ids": [example.ids for example in examples],
+        "labels": [
+            [i if learned else IGNORED for i, learned in zip(example.ids, example.mask, strict=True)]
+            for example in examples
+        ],
+        "length": [len(example.ids) for example in examples],
+    }
+    return Dataset.from_dict(columns)

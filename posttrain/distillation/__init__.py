@@ -1,0 +1,1 @@
+"""Distillation: divergences, teachers live and cached, the student's own answers."""

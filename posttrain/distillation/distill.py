@@ -1,0 +1,277 @@
+"""Distillation on the student's own distribution (GKD, 2306.13649; Gemma 2 report, section 4).
+
+    y ~ S(. | x);   theta <- Adam(grad mean_t D(T(. | x, y_<t), S(. | x, y_<t)))         D over the full vocabulary
+
+`gkd.py` has the objective and how batches are made, `divergence.py` the loss, `teacher_cache.py` teachers on disk.
+At the start, every `eval_every` steps and at the end the same divergence is measured on the student's answers to
+held-out prompts, with the same random numbers each time; on held-out fixed data also -log S of its tokens. Each is a
+line of metrics.jsonl with `"kind": "eval"`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import DistillationConfig as TrlConfig
+
+from gemma2.merging.errors import GuardStop, UsageError
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.examples import Example
+from gemma2.posttrain.data.rows import Prompt, located, read_conversations, read_prompts, split
+from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.models.loading import load_policy, load_tokenizer, save_model
+from gemma2.posttrain.models.lora import check_targets, lora_config, merged
+from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
+from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas.distill import DistillConfig
+from gemma2.posttrain.training.heldout import heldout_loss
+from gemma2.posttrain.training.sft_trainer import plain_model
+from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train, trainer_arguments
+
+from .divergence import Divergence, divergence_loss, head_of
+from .gkd import GkdTrainer, Loss, Material, draw, schedule
+from .responses import as_examples, collate, fixed_examples, response_states
+from .teacher import LiveTeacher, check_same_tokenizer, common_vocabulary, load_teacher
+from .teacher_cache import CachedTeacher, TeacherCache
+
+__all__ = ["run_distill"]
+
+HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
+SHOWN = {"loss": "divergence", "length": "length", "truncated": "cut"}
+
+
+def run_distill(config: DistillConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Train `config.model` towards a teacher and write the result to `options.out`.
+
+    Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
+    """
+    quiet_libraries()
+    check_process_count()
+    roles = {"model": config.model, "teacher": config.teacher}
+    parents = [Parent(role, path) for role, path in roles.items() if path is not None]
+    data = [file for path in (config.prompts, config.heldout, config.data) if path for file in data_files(path)]
+    cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
+    with open_run("distill", config, options, parents=parents, data=[*data, *(cache.files if cache else ())]) as run:
+        setup = prepare(config, cache, progress)
+        micro = config.micro_batch_size or config.batch_size
+        arguments = TrlConfig(**distillation_arguments(config, run, micro))
+        rows = schedule(config.steps, config.batch_size, config.n, setup.material, config.fraction, config.seed)
+        adapter = lora_config(config, "CAUSAL_LM")
+        trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, progress, adapter)
+        callback = RunCallback(run, progress, "distill", SHOWN)
+        evaluation = Evaluation(run, config, setup, trainer)
+        trainer.add_callback(callback)
+        trainer.add_callback(evaluation)
+        train(trainer, run, callback)
+        model = merged(trainer.model)
+        model.generation_config.eos_token_id = setup.material.chat.stop_ids
+        save_model(model, setup.material.chat.tokenizer, run.path)
+        return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
+
+
+def check_process_count() -> None:
+    """One process only: nothing is gathered across ranks."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if world > 1:
+        raise UsageError(f"distill was started with {world} processes", "start it with one")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The models and the data of a run. `heldout`: rows that are not trained on, with their numbers in the cache."""
+
+    student: Any
+    loss: Loss
+    material: Material
+    heldout_prompts: Sequence[Prompt]
+    heldout: Sequence[Example]
+    heldout_numbers: Sequence[int]
+
+
+def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progress) -> Setup:
+    """Check tokenizers, load the models, read and tokenise the data."""
+    divergence = Divergence(config.divergence, 0.5 if config.beta is None else config.beta)
+    tokenizer = load_tokenizer(config.model)
+    if config.teacher is not None:  # before gigabytes are read
+        check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
+    student, tokenizer = load_policy(config.model)
+    check_targets(config, student)
+    chat = ChatFormat(tokenizer, student.generation_config)
+    size = int(student.get_output_embeddings().weight.shape[0])
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.n)
+    if cache is not None:
+        cache.check(tokenizer, size, config)
+        ours, others = cache.split(config.eval_fraction, config.seed)
+        teacher = CachedTeacher(cache, divergence)
+        material = Material(chat, params, [], [cache.examples[i] for i in ours], ours)
+        loss = Loss(teacher, config.distill_temperature, None)
+        return Setup(student, loss, material, [], [cache.examples[i] for i in others], others)
+    assert config.teacher is not None
+    model, _ = load_teacher(config.teacher, config.teacher_dtype)
+    rows = common_vocabulary(
+        int(model.get_output_embeddings().weight.shape[0]), size, max(tokenizer.get_vocab().values()) + 1
+    )
+    loss = Loss(LiveTeacher(model, divergence, config.distill_temperature, rows), config.distill_temperature, rows)
+    prompts, heldout_prompts = read_prompt_sides(config)
+    examples, heldout = read_fixed(config, chat, progress)
+    material = Material(chat, params, prompts, examples, [-1] * len(examples))
+    return Setup(student, loss, material, heldout_prompts, heldout, [-1] * len(heldout))
+
+
+def read_prompt_sides(config: DistillConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts; without a file of its own, a tenth is held out."""
+    assert config.prompts is not None
+    prompts = read_prompts(config.prompts)
+    if config.heldout is not None:
+        return prompts, read_prompts(config.heldout, config.eval_prompts)
+    prompts, heldout = split(prompts, HELDOUT_SHARE, config.seed)
+    if not heldout:
+        raise UsageError(f"{config.prompts} has one prompt, none can be held out", "add prompts, or give --heldout")
+    return prompts, heldout[: config.eval_prompts]
+
+
+def read_fixed(config: DistillConfig, chat: ChatFormat, progress: Progress) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) rows of `config.data`, as gemma2 sft would learn them."""
+    if config.data is None:
+        return [], []
+    rows, heldout = split(read_conversations(config.data), config.eval_fraction, config.seed)
+    examples = fixed_examples(rows, chat, config, progress)
+    return examples, fixed_examples(heldout, chat, config, progress, "held-out rows")
+
+
+def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> dict[str, Any]:
+    """Options of TRL's DistillationConfig: dropout off, Adam without weight decay."""
+    return trainer_arguments(
+        TrlConfig,
+        config,
+        run,
+        max_steps=config.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // micro,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        disable_dropout=True,
+        shuffle_dataset=False,
+        weight_decay=0.0,
+    )
+
+
+@dataclass(eq=False)
+class Evaluation(TrainerCallback):
+    """Measures the student at step 0, every `eval_every` steps and at the end."""
+
+    run: Run
+    config: DistillConfig
+    setup: Setup
+    trainer: GkdTrainer
+    first: dict[str, float | None] = field(default_factory=dict)
+    last: dict[str, float | None] = field(default_factory=dict)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.measure(0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.config.eval_every == 0 or state.global_step == state.max_steps:
+            self.measure(state.global_step)
+
+    def measure(self, step: int) -> None:
+        """Log one evaluation and stop a run that has gone wrong."""
+        found: dict[str, float | None] = {}
+        with evaluating(self.trainer.model), self.trainer.accelerator.autocast():
+            if self.setup.heldout_prompts:
+                found |= self.on_prompts(step)
+            if self.setup.heldout:
+                found |= self.on_rows()
+        self.last = found
+        self.run.log(step, kind="eval", **found)
+        for name, value in found.items():
+            if name in ("divergence", "heldout_loss") and value is not None and not math.isfinite(value):
+                raise GuardStop(f"step {step}: the held-out {name} is {value}", "lower --learning-rate")
+
+    def on_prompts(self, step: int) -> dict[str, float | None]:
+        """Divergence on the student's answers to the held-out prompts, drawn with the same numbers each time."""
+        chat, rows = self.setup.material.chat, self.setup.heldout_prompts
+        prompts = []
+        for row in rows:
+            with located(row.where):
+                prompts.append(chat.prompt_ids(row.messages))
+        params = SamplingParams(self.config.max_new_tokens, self.config.temperature)
+        drawn = draw(plain_model(self.trainer.model), chat, prompts, params, self.config.seed, self.batch_size)
+        examples = as_examples(prompts, drawn)
+        sums = divergence_sums(self.trainer.model, self.setup.loss, examples, [-1] * len(examples), self.batch_size)
+        for row, ids, total in list(zip(rows, drawn.ids, sums.tolist(), strict=True))[:4]:
+            text = chat.decode(ids)
+            self.run.sample(step, prompt=row.messages, completion=text, divergence=round(total / len(ids), 6))
+        lengths = torch.tensor([float(len(ids)) for ids in drawn.ids], dtype=torch.float64)
+        mean, error = ratio(sums, lengths)
+        return {
+            "divergence": mean,
+            "divergence_se": error,
+            "length": lengths.mean().item(),
+            "truncated": sum(drawn.truncated) / len(drawn.truncated),
+        }
+
+    def on_rows(self) -> dict[str, float | None]:
+        """-log S per target token of the held-out rows; from a cache, where no prompt is answered, the divergence."""
+        rows, model = self.setup.heldout, self.trainer.model
+        found: dict[str, float | None] = {"heldout_loss": heldout_loss(model, rows, self.batch_size)}
+        if not self.setup.heldout_prompts:
+            sums = divergence_sums(model, self.setup.loss, rows, self.setup.heldout_numbers, self.batch_size)
+            counts = torch.tensor([float(sum(row.mask)) for row in rows], dtype=torch.float64)
+            found["divergence"], found["divergence_se"] = ratio(sums, counts)
+        return found
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per forward pass."""
+        return self.config.micro_batch_size or self.config.batch_size
+
+    def summary(self) -> dict[str, float | None]:
+        """The last measurement beside the first one, which a resumed run finds in its own metrics."""
+        first = first_evaluation(self.run.path / "metrics.jsonl")
+        before = {f"{name}_before": first[name] for name in ("divergence", "heldout_loss") if name in first}
+        return before | self.last
+
+
+def first_evaluation(metrics: Path) -> dict[str, float | None]:
+    """The measurement before the first step."""
+    with metrics.open(encoding="utf-8") as lines:
+        return next((row for row in map(json.loads, lines) if row.get("kind") == "eval"), {})
+
+
+@torch.no_grad()
+def divergence_sums(
+    model: Any, loss: Loss, examples: Sequence[Example], numbers: Sequence[int], batch_size: int
+) -> Tensor:
+    """The divergence summed over the response tokens of each row, (N,) float64 nats."""
+    model = plain_model(model)
+    head = head_of(model, loss.temperature, loss.vocabulary)
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    for batch in length_batches([len(example.ids) for example in examples], batch_size):
+        ids, mask = collate([examples[i] for i in batch], model.device)
+        rows = torch.tensor([numbers[i] for i in batch], device=ids.device)
+        values = divergence_loss(response_states(model, ids, mask), head, loss.teacher.target(ids, mask, rows)).values
+        parts = values.double().cpu().split([sum(examples[i].mask) for i in batch])
+        sums[batch] = torch.stack([part.sum() for part in parts])
+    return sums
+
+
+def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """sum / count over all rows, and its standard error clustered by row (Cochran 1977, section 6.4)."""
+    mean = (sums.sum() / counts.sum()).item()
+    if len(sums) < 2:
+        return mean, None
+    spread = ((sums - mean * counts) ** 2).sum().item() * len(sums) / (len(sums) - 1)
+    return mean, math.sqrt(spread) / counts.sum().item()

@@ -1,0 +1,194 @@
+"""The trainer of `gemma2 distill`: TRL's DistillationTrainer with our sampler, our loss and fixed data mixed in.
+
+    L = (1 - lambda) E_{y in data} [D(T || S)] + lambda E_{y ~ S} [D(T || S)]            (GKD, 2306.13649, Algorithm 1)
+    D: mean over all response tokens of the optimizer batch; no gradient flows through the sampling
+
+Whether a step is on-policy is drawn once per step; the draws, the prompts and the rows of the whole run follow from the
+seed and are written out beforehand, and the completions of a step follow from seed and step. So a resume needs no state
+of ours.
+
+Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/distillation/test_gkd.py guards them):
+1. `_generate_and_score_completions` samples with our sampler, n completions a prompt, or takes rows of the fixed data.
+2. `_compute_loss` takes the gradient of each chunk in its forward (`divergence.py`) and reads response positions only;
+   TRL projects twice to three times, and on a CPU every position, padding included.
+3. TRL gets no teacher: ours may be a cache on disk, and its tokenizer was compared, not only its vocabulary's size.
+4. Checkpoints hold no model card.
+
+A completion that was cut at the limit is learned from like any other: every one of its prefixes is one that the student
+reaches, and no sampled token is a target. So steps in which all were cut are worth a warning, and no stop as in
+RL.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+from trl import DistillationConfig, DistillationTrainer
+
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.batching import derived_seed
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.examples import Example
+from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
+from gemma2.posttrain.rl.rloo import prompt_order
+from gemma2.posttrain.training.sft_trainer import plain_model
+
+from .divergence import divergence_loss, head_of
+from .responses import as_examples, collate, response_states
+from .teacher import Teacher
+
+__all__ = ["GkdTrainer", "Loss", "Material", "draw", "schedule"]
+
+CUT_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the student is compared with, and how."""
+
+    teacher: Teacher
+    temperature: float
+    vocabulary: int | None  # rows of the head that are compared; None: all
+
+
+@dataclass
+class Material:
+    """What a run learns from: prompts to answer, and fixed rows with their numbers in the teacher's cache."""
+
+    chat: ChatFormat
+    params: SamplingParams
+    prompts: Sequence[Prompt]
+    examples: Sequence[Example]
+    numbers: Sequence[int]
+    encoded: dict[int, list[int]] = field(default_factory=dict)  # ids of the prompts met so far
+
+    def prompt_ids(self, index: int) -> list[int]:
+        """Token ids of a prompt. Raises InputError with file and line where the template refuses it."""
+        if index not in self.encoded:
+            with located(self.prompts[index].where):
+                self.encoded[index] = self.chat.prompt_ids(self.prompts[index].messages)
+        return self.encoded[index]
+
+
+def schedule(
+    steps: int, batch_size: int, n: int, material: Material, fraction: float, seed: int
+) -> dict[str, list[int]]:
+    """Per sequence of the whole run: whether its step is on-policy (0 or 1), and the prompt or row it uses."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, -1))
+    coins = (torch.rand(steps, generator=generator, dtype=torch.float64) < fraction).long().tolist()
+    groups = batch_size // n
+    answered = iter(_order(len(material.prompts), sum(coins) * groups, derived_seed(seed, -2)))
+    learned = iter(_order(len(material.examples), (steps - sum(coins)) * batch_size, derived_seed(seed, -3)))
+    indices: list[int] = []
+    for coin in coins:
+        indices += (
+            [i for i in (next(answered) for _ in range(groups)) for _ in range(n)]
+            if coin
+            else [next(learned) for _ in range(batch_size)]
+        )
+    return {"prompt": indices, "on_policy": [coin for coin in coins for _ in range(batch_size)]}
+
+
+def _order(rows: int, draws: int, seed: int) -> list[int]:
+    return prompt_order(rows, draws, seed) if draws else []
+
+
+def draw(
+    model: Any, chat: ChatFormat, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int, batch_size: int
+) -> Completions:
+    """Completions of a student; they follow from the seed, not from the batch size."""
+    generator = torch.Generator().manual_seed(seed)
+    return sample(model, prompts, params, chat.stop_ids, chat.tokenizer.pad_token_id or 0, generator, batch_size)
+
+
+class GkdTrainer(DistillationTrainer):
+    """Distillation in one process. The student is `plain_model(trainer.model)`."""
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Loss,
+        material: Material,
+        rows: dict[str, list[int]],
+        args: DistillationConfig,
+        progress: Progress = SILENT,
+        peft_config: Any | None = None,
+    ) -> None:
+        with warnings.catch_warnings():
+            # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=Dataset.from_dict(rows),
+                processing_class=material.chat.tokenizer,
+                peft_config=peft_config,
+            )
+        self.loss = loss
+        self.material = material
+        self.progress = progress
+        self.cut_steps = 0  # in a row
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        indices = [row["prompt"] for row in inputs]
+        if inputs[0]["on_policy"]:
+            examples, numbers = self._answers(indices), [-1] * len(indices)
+        else:
+            examples = [self.material.examples[i] for i in indices]
+            numbers = [self.material.numbers[i] for i in indices]
+        self._metrics["train"]["on_policy"].append(inputs[0]["on_policy"])
+        ids, mask = collate(examples, self.accelerator.device)
+        return {
+            "ids": ids,
+            "mask": mask,
+            "rows": torch.tensor(numbers, device=ids.device),
+            "num_items_in_batch": mask.sum(),
+        }
+
+    def _answers(self, indices: Sequence[int]) -> list[Example]:
+        """n completions of the student for each of its prompts, as rows to learn from."""
+        step, params = self.state.global_step, self.material.params
+        prompts = [self.material.prompt_ids(i) for i in indices[:: params.n]]  # a prompt stands there n times
+        seed = derived_seed(self.args.seed, step)
+        with self.accelerator.autocast():
+            drawn = draw(plain_model(self.model), self.material.chat, prompts, params, seed, self.args.train_batch_size)
+        truncated = sum(drawn.truncated) / len(drawn.truncated)
+        self._watch(truncated)
+        self._metrics["train"]["truncated"].append(truncated)
+        self._metrics["train"]["length"].append(sum(map(len, drawn.ids)) / len(drawn.ids))
+        return as_examples(prompts, drawn)
+
+    def _watch(self, truncated: float) -> None:
+        """Say once that no completion ends: the student then never meets the end of a turn."""
+        self.cut_steps = self.cut_steps + 1 if truncated == 1 else 0
+        if self.cut_steps == CUT_STEPS:
+            self.progress.warn(
+                f"every completion of {CUT_STEPS} steps running was cut at the limit: ends of turns are not learned; "
+                "raise --max-new-tokens"
+            )
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
+        ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
+        model = plain_model(unwrapped_student)
+        with self.accelerator.autocast():
+            hidden = response_states(model, ids, mask)
+            target = self.loss.teacher.target(ids, mask, inputs["rows"])
+            head = head_of(model, self.loss.temperature, self.loss.vocabulary)
+            measured = divergence_loss(hidden, head, target, 1 / num_items_in_batch.item())
+        # TRL logs the mean of sum / count over micro-batches: with this count it is the mean over the batch's tokens.
+        share = num_items_in_batch / self.args.gradient_accumulation_steps
+        return measured.loss, measured.entropies.sum(), share
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)

@@ -1,0 +1,1 @@
+"""The embedded models and their exercises: a small world to run the whole path in."""

@@ -1,0 +1,302 @@
+"""Measuring a policy: reward, KL to the SFT policy, length, truncation and diversity on held-out prompts.
+
+KL is per sequence, in nats, to the SFT policy (WARP 2406.16768, figures 3 to 5 plot it), by the Rao-Blackwellised
+estimator: the sampled log-ratio of every token is replaced by its expectation under the policy,
+
+    KL(pi || ref) = E_{y ~ pi} sum_t  sum_v pi(v | x, y_<t) [log pi(v | x, y_<t) - log ref(v | x, y_<t)],
+
+which has the same mean by the chain rule, a variance that is never larger, and no negative terms. Both distributions
+are taken at the sampling temperature. The sum runs to the stop token or to the limit, so it is the KL between the two
+distributions over completions cut at `max_new_tokens`.
+
+Deviation: at temperature 0 the policy has no distribution; completions are greedy and the sum along them is taken at
+temperature 1, which describes that path and estimates no expectation.
+
+Every policy draws with common random numbers: the same uniforms for the same slot of the same prompt, so differences
+between policies carry less noise than their separate standard errors say (`difference` gives the paired one).
+Standard errors are clustered by prompt: the n completions of a prompt are averaged first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt, read_prompts
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.sampler import Completions, SamplingParams, evaluating, sample
+from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
+from gemma2.posttrain.rl.scores import Sampled, Score, function_score, reward_score
+from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
+from gemma2.posttrain.training.trainer import quiet_libraries
+
+__all__ = ["Estimate", "Measurement", "Settings", "difference", "measure", "run_eval", "sequence_kl"]
+
+OWN_METRICS = frozenset({"kl", "length", "truncated", "distinct_2"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How completions are drawn: the same for every policy of a comparison."""
+
+    sampling: SamplingParams
+    batch_size: int = 32  # sequences at once
+    seed: int = 0
+    keep: int = 8  # prompts whose first completion is kept as a sample row
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts and its standard error; the error of a single prompt is NaN."""
+
+    mean: float
+    se: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one policy does on the held-out prompts.
+
+    per_prompt: metric -> mean over the completions of each prompt; reward, kl (nats), length (tokens, the stop token
+    included), truncated (share), and every key of the scores.
+    distinct_2: distinct token bigrams / all bigrams over the whole set (Li et al. 2016, 1510.03055), jackknife error.
+    """
+
+    per_prompt: Mapping[str, Sequence[float]]
+    distinct_2: Estimate
+    n: int  # completions
+    samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every metric with its standard error, clustered by prompt."""
+        return {name: estimate(values) for name, values in self.per_prompt.items()} | {"distinct_2": self.distinct_2}
+
+    def columns(self) -> dict[str, float | None]:
+        """Flat: `{"reward": ..., "reward_se": ..., ...}`. An error that cannot be told from one prompt is None."""
+        flat: dict[str, float | None] = {}
+        for name, value in self.estimates.items():
+            flat |= {name: value.mean, f"{name}_se": value.se if math.isfinite(value.se) else None}
+        return flat
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of independent values."""
+    return Estimate(*mean_and_error(torch.tensor(list(values), dtype=torch.float64)))
+
+
+def difference(a: Measurement, b: Measurement, metric: str = "reward") -> Estimate:
+    """a - b, paired by prompt: what both policies find hard or easy alike cancels."""
+    pairs = zip(a.per_prompt[metric], b.per_prompt[metric], strict=True)
+    return estimate([left - right for left, right in pairs])
+
+
+def measure(
+    model: Any,
+    reference: Any,
+    chat: ChatFormat,
+    rows: Sequence[Prompt],
+    scores: Sequence[Score],
+    settings: Settings,
+    progress: Progress = SILENT,
+    label: str = "measuring",
+) -> Measurement:
+    """Sample, score and compare one policy with the reference (the SFT policy).
+
+    Each of `scores` returns named columns with one value per completion; names must differ from each other and from kl,
+    length, truncated, distinct_2.
+    """
+    if not rows:
+        raise InputError("there is no held-out prompt", "give a file with at least two prompts")
+    params = settings.sampling
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = max(1, 4 * settings.batch_size // params.n)  # prompts a chunk: enough to sort by length, few enough to watch
+    parts: list[tuple[Sampled, dict[str, list[float]]]] = []
+    with evaluating(model), evaluating(reference), progress.task(label, total=len(rows), unit="prompts") as task:
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            prompts = [chat.prompt_ids(row.messages) for row in chunk]
+            drawn = sample(model, prompts, params, chat.stop_ids, _pad_id(chat), generator, settings.batch_size)
+            sampled = _sampled(chat, chunk, prompts, drawn)
+            parts.append((sampled, _values(model, reference, sampled, scores, settings)))
+            task.advance(len(chunk))
+    return _collect(parts, settings)
+
+
+def _pad_id(chat: ChatFormat) -> int:
+    pad = chat.tokenizer.pad_token_id
+    return int(pad) if pad is not None else 0
+
+
+def _sampled(chat: ChatFormat, rows: Sequence[Prompt], prompts: Sequence[list[int]], drawn: Completions) -> Sampled:
+    return Sampled(
+        rows=[rows[i] for i in drawn.prompt_index],
+        prompts=[prompts[i] for i in drawn.prompt_index],
+        completions=drawn.ids,
+        texts=[chat.decode(ids) for ids in drawn.ids],
+        truncated=drawn.truncated,
+    )
+
+
+@torch.no_grad()
+def _values(
+    model: Any, reference: Any, sampled: Sampled, scores: Sequence[Score], settings: Settings
+) -> dict[str, list[float]]:
+    """One value per completion for every metric but diversity."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, column in score(sampled).items():
+            if name in values or name in OWN_METRICS:
+                raise InputError(f"two scores are named {name!r}", "rename the key that the score function returns")
+            values[name] = [float(value) for value in column]
+    temperature = settings.sampling.temperature or 1.0
+    kl = sequence_kl(model, reference, sampled.prompts, sampled.completions, temperature, settings.batch_size)
+    values["kl"] = kl.tolist()
+    values["length"] = [float(len(ids)) for ids in sampled.completions]
+    values["truncated"] = [float(cut) for cut in sampled.truncated]
+    return values
+
+
+def _collect(parts: Sequence[tuple[Sampled, dict[str, list[float]]]], settings: Settings) -> Measurement:
+    n = settings.sampling.n
+    per_prompt: dict[str, list[float]] = {name: [] for name in parts[0][1]}
+    samples: list[dict[str, Any]] = []
+    groups: list[list[Sequence[int]]] = []
+    for sampled, values in parts:
+        for name, column in values.items():
+            per_prompt[name] += [sum(column[i : i + n]) / n for i in range(0, len(column), n)]
+        groups += [list(sampled.completions[i : i + n]) for i in range(0, len(sampled.completions), n)]
+        for i in range(0, len(sampled.texts), n):
+            if len(samples) < settings.keep:
+                samples.append(_sample_row(sampled, values, i))
+    return Measurement(per_prompt, distinct_bigrams(groups), n * len(groups), samples)
+
+
+def _sample_row(sampled: Sampled, values: Mapping[str, Sequence[float]], i: int) -> dict[str, Any]:
+    return {
+        "prompt": sampled.rows[i].messages,
+        "completion": sampled.texts[i],
+        **{name: round(column[i], 6) for name, column in values.items()},
+    }
+
+
+def distinct_bigrams(groups: Sequence[Sequence[Sequence[int]]]) -> Estimate:
+    """Distinct token bigrams / all bigrams over every completion, with a delete-one-prompt jackknife error.
+
+    groups: the completions (token ids) of each prompt. 0 where no completion has two tokens.
+    """
+    counts = [Counter(pair for ids in group for pair in pairwise(ids)) for group in groups]
+    holders = Counter(pair for count in counts for pair in count)  # bigram -> prompts that have it
+    total, distinct = sum(count.total() for count in counts), len(holders)
+    left_out = []
+    for count in counts:
+        only_here = sum(1 for pair in count if holders[pair] == 1)
+        rest = total - count.total()
+        left_out.append((distinct - only_here) / rest if rest else 0.0)
+    values = torch.tensor(left_out, dtype=torch.float64)
+    spread = ((values - values.mean()) ** 2).sum().item() * (len(values) - 1) / len(values)
+    return Estimate(distinct / total if total else 0.0, math.sqrt(spread) if len(values) > 1 else math.nan)
+
+
+@torch.no_grad()
+def sequence_kl(
+    model: Any,
+    reference: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> Tensor:
+    """Rao-Blackwellised KL(model || reference) of each completion: (N,) float64 nats, summed over its positions.
+
+    prompts, completions: N token id sequences each, drawn from `model` at `temperature`. Logits are made for completion
+    positions only, a chunk at a time, so that a vocabulary of 256k fits.
+    """
+    kl = torch.zeros(len(completions), dtype=torch.float64)
+    if model is reference:
+        return kl
+    batches = zip(
+        hidden_states(model, prompts, completions, batch_size),
+        hidden_states(reference, prompts, completions, batch_size),
+        strict=True,
+    )
+    size = max(1, CHUNK // int(model.config.vocab_size))
+    for (batch, own), (_, other) in batches:
+        starts = [len(prompts[i]) - 1 for i in batch]  # the state at position t predicts token t + 1
+        lengths = [len(completions[i]) for i in batch]
+        pairs = zip(
+            _predicting(own, starts, lengths).split(size), _predicting(other, starts, lengths).split(size), strict=True
+        )
+        per_token = torch.cat(
+            [
+                _token_kl(head_logits(model, left) / temperature, head_logits(reference, right) / temperature)
+                for left, right in pairs
+            ]
+        )
+        kl[batch] = torch.stack([values.sum() for values in per_token.cpu().split(lengths)])
+    return kl
+
+
+def _predicting(hidden: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The states that predict completion tokens, (K, d) over all rows of hidden (B, T, d)."""
+    return torch.cat([hidden[i, start : start + n] for i, (start, n) in enumerate(zip(starts, lengths, strict=True))])
+
+
+def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """Exact KL of each row's next-token distribution, (K,) float64 nats, from logits (K, V)."""
+    logp, logq = torch.log_softmax(logits, -1), torch.log_softmax(reference.to(logits.device), -1)
+    return (logp.exp() * (logp - logq)).sum(-1).double()
+
+
+def settings_of(config: DistributionConfig) -> Settings:
+    """The part of a command's configuration that decides how completions are drawn."""
+    sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, n=config.n)
+    return Settings(sampling, config.batch_size, config.seed)
+
+
+def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
+    """The reward and, where `judge_fn` is given, the second score."""
+    scores = [reward_score(config, chat, config.batch_size)]
+    if config.judge_fn is not None:
+        scores.append(function_score(config.judge_fn, "--judge-fn", "judge"))
+    return scores
+
+
+def run_eval(config: EvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
+    """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
+    quiet_libraries()
+    rows = read_prompts(config.prompts, config.limit)
+    reference, tokenizer = load_policy(config.sft)
+    chat = ChatFormat(tokenizer, reference.generation_config)
+    scores = scores_of(config, chat)
+    same = config.model.resolve() == config.sft.resolve()
+    model = reference if same else load_policy(config.model)[0]
+    check_same_vocabulary(model, reference, str(config.model), str(config.sft))
+    measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")
+    return {
+        "model": str(config.model),
+        **measured.columns(),
+        "n": measured.n,
+        "prompts": len(rows),
+        "samples": list(measured.samples),
+    }
+
+
+def check_same_vocabulary(model: Any, reference: Any, name: str, reference_name: str) -> None:
+    """A KL needs one vocabulary. Raises InputError with both sizes."""
+    sizes = int(model.config.vocab_size), int(reference.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{name} has a vocabulary of {sizes[0]}, the SFT policy {reference_name} one of {sizes[1]}",
+            "compare policies of one family",
+        )

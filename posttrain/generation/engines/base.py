@@ -1,0 +1,103 @@
+"""What an engine is: requests for one turn each in, completions out. Torch-free.
+
+An engine knows nothing of data files, journals or conversations. It may answer in any order; the key says which
+request a completion belongs to, and the caller restores the order. Engines: `local.py` (our sampler), `offline.py`
+(vLLM), `server.py` (an OpenAI-compatible server).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from gemma2.posttrain.data.chat import ChatFormat
+
+__all__ = ["Completion", "Engine", "Key", "Message", "Request"]
+
+Message = dict[str, str]
+Key = tuple[int, int, int]  # number of the prompt, of the sample, of the turn
+
+
+@dataclass(frozen=True)
+class Request:
+    """One turn to be drawn. `where`: `file:line` of its prompt; `ids`: token ids, empty where a server tokenises."""
+
+    key: Key
+    where: str
+    messages: list[Message]
+    ids: list[int]
+    seed: int  # 32 bits; with the same one an engine that can repeat itself does
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One drawn turn.
+
+    finish_reason: `stop`; `length` (the limit came first); `content_filter` (a server took text out); `overlong` (the
+    prompt did not fit, nothing was drawn). Token counts are None where a server does not tell, `logprob` (nats) where
+    it is not asked to.
+    """
+
+    key: Key
+    text: str
+    finish_reason: str
+    tokens: int | None = None
+    prompt_tokens: int | None = None
+    logprob: float | None = None
+    ids: list[int] = field(default_factory=list)
+
+    @classmethod
+    def overlong(cls, key: Key, prompt_tokens: int | None = None) -> Completion:
+        """What stands for a prompt that does not fit."""
+        return cls(key, "", "overlong", 0, prompt_tokens)
+
+    def record(self) -> dict[str, Any]:
+        """As a line of a journal."""
+        return asdict(self)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Completion:
+        """The inverse of `record`."""
+        row, sample, turn = record["key"]
+        return cls(**{**record, "key": (row, sample, turn)})
+
+
+class Engine(Protocol):
+    """Something that answers."""
+
+    @property
+    def chat(self) -> ChatFormat | None:
+        """How prompts become token ids; None where a server does it."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Longest prompt in tokens; None where only the server knows."""
+        ...
+
+    @property
+    def chunk(self) -> int:
+        """Requests that should be given at once."""
+        ...
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Token ids of a prompt, generation prompt included; empty for a server. Raises InputError."""
+        ...
+
+    def complete(self, requests: Sequence[Request], known: Container[Key]) -> Iterator[list[Completion]]:
+        """Answer the requests, as groups of completions that are ready to be saved.
+
+        Keys in `known` are answered already and need not come again. What a request gets does not depend on `known`.
+        Raises InputError for what another attempt cannot mend.
+        """
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest should record of the engine beyond the configuration; nothing secret."""
+        ...
+
+    def close(self) -> None:
+        """Release memory and connections."""
+        ...

@@ -1,0 +1,102 @@
+"""The default engine: our batched sampler on a model of transformers (`posttrain/models/sampler.py`).
+
+Requests are sorted by length and cut into batches; a batch, its order and its padding follow from the requests alone,
+and every row has a generator of its own seed. So a batch that is drawn again after a kill gives the same bytes, and a
+batch of which every completion is known is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.models.loading import default_device, load_policy
+from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
+from gemma2.posttrain.schemas import GenerateConfig
+
+from .base import Completion, Key, Message, Request
+
+__all__ = ["SamplerEngine", "window_of"]
+
+BATCHES = 16  # batches that are sorted by length together
+
+
+class SamplerEngine:
+    """A loaded model that answers in batches of at most `batch_size` completions."""
+
+    def __init__(self, model: Any, chat: ChatFormat, params: SamplingParams, batch_size: int) -> None:
+        self.model = model
+        self.chat = chat
+        self.params = params
+        self.batch_size = batch_size
+        self.window = window_of(model.config, params.max_new_tokens)
+        self.chunk = BATCHES * batch_size
+
+    @classmethod
+    def load(cls, path: Path, params: SamplingParams, batch_size: int) -> SamplerEngine:
+        """Load a model that only generates: bf16 on an accelerator, fp32 on the CPU."""
+        dtype = torch.float32 if default_device().type == "cpu" else torch.bfloat16
+        model, tokenizer = load_policy(path, dtype)
+        return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size)
+
+    @classmethod
+    def load_for(cls, config: GenerateConfig) -> SamplerEngine:
+        """The engine of a `gemma2 generate`."""
+        params = SamplingParams(config.max_new_tokens, config.temperature, top_p=config.top_p, top_k=config.top_k)
+        return cls.load(config.teacher, params, config.batch_size)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Token ids of a prompt."""
+        return self.chat.prompt_ids(messages)
+
+    def complete(self, requests: Sequence[Request], known: Container[Key]) -> Iterator[list[Completion]]:
+        """One group per batch, the longest prompts first."""
+        for batch in length_batches([len(request.ids) for request in requests], self.batch_size):
+            chosen = [requests[i] for i in batch]
+            if not all(request.key in known for request in chosen):
+                yield self._draw(chosen)
+
+    def _draw(self, requests: Sequence[Request]) -> list[Completion]:
+        uniforms = torch.stack([_uniforms(request.seed, self.params.max_new_tokens) for request in requests])
+        pad_id = self.chat.tokenizer.pad_token_id or 0
+        with evaluating(self.model):
+            drawn = decode(
+                self.model, [request.ids for request in requests], self.params, self.chat.stop_ids, pad_id, uniforms
+            )
+        return [
+            Completion(
+                key=request.key,
+                text=self.chat.decode(ids).strip(),
+                finish_reason="length" if truncated else "stop",
+                tokens=len(ids),
+                prompt_tokens=len(request.ids),
+                logprob=round(sum(logps), 4),
+                ids=ids,
+            )
+            for request, (ids, logps, truncated) in zip(requests, drawn, strict=True)
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing: the parents and the configuration say all."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of the model, so that what scores its answers finds the memory free."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _uniforms(seed: int, count: int) -> torch.Tensor:
+    """The random numbers (count,) of one completion, float64 in [0, 1)."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def window_of(config: Any, max_new_tokens: int) -> int | None:
+    """Longest prompt in tokens that leaves room for a completion; None where a model has no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions) - max_new_tokens

@@ -1,0 +1,112 @@
+"""vLLM as an engine: `LLM.generate` on token ids, one seed per request (vLLM >= 0.10).
+
+vLLM batches by itself, so all requests of a chunk go to it at once. It repeats itself only approximately: what a row
+gets depends on its neighbours in the last bits of its logits. Log-probs are vLLM's, those of temperature 1.
+Written to the documented interface; the tests run it on a stand-in with the same signatures (no GPU there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.models.loading import load_tokenizer, read_config
+from gemma2.posttrain.schemas import GenerateConfig
+
+from .base import Completion, Key, Message, Request
+
+__all__ = ["VllmEngine"]
+
+CHUNK = 2048  # requests at once: enough for vLLM to stay busy, few enough to lose in a kill
+
+
+class VllmEngine:
+    """A model in vLLM's offline mode."""
+
+    def __init__(self, llm: Any, chat: ChatFormat, window: int, sampling: dict[str, Any]) -> None:
+        self.llm = llm
+        self.chat = chat
+        self.window = window
+        self.sampling = sampling
+        self.chunk = CHUNK
+
+    @classmethod
+    def load(cls, config: GenerateConfig) -> VllmEngine:
+        """Start vLLM on the teacher. Raises UsageError without the package, InputError when it refuses the model."""
+        try:
+            import vllm
+        except ImportError as error:
+            raise UsageError(
+                f"--engine vllm: {error}", "pip install 'gemma2[vllm]' on a machine with a GPU, or use another engine"
+            ) from error
+        read_config(config.teacher)  # refuses code of its own and damaged files with our words
+        tokenizer = load_tokenizer(config.teacher)
+        try:
+            llm = vllm.LLM(model=str(config.teacher), seed=config.seed, disable_log_stats=True)
+        except (ValueError, RuntimeError, OSError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise InputError(f"vLLM cannot load {config.teacher}: {detail}", "see vLLM's own log above") from error
+        generation = _generation_config(config)
+        sampling = {
+            "n": 1,
+            "max_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k or -1,
+            "logprobs": 0,  # of the drawn token alone
+            "detokenize": False,  # text is ours to make: control tokens are left out exactly
+        }
+        chat = ChatFormat(tokenizer, generation)
+        window = int(llm.llm_engine.model_config.max_model_len) - config.max_new_tokens
+        return cls(llm, chat, window, sampling | {"stop_token_ids": chat.stop_ids})
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Token ids of a prompt."""
+        return self.chat.prompt_ids(messages)
+
+    def complete(self, requests: Sequence[Request], known: Container[Key]) -> Iterator[list[Completion]]:
+        """All that is not known, in one group."""
+        import vllm
+
+        asked = [request for request in requests if request.key not in known]
+        if not asked:
+            return
+        outputs = self.llm.generate(
+            [vllm.TokensPrompt(prompt_token_ids=request.ids) for request in asked],
+            [vllm.SamplingParams(**self.sampling, seed=request.seed) for request in asked],
+            use_tqdm=False,
+        )
+        yield [self._completion(request, output) for request, output in zip(asked, outputs, strict=True)]
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        (drawn,) = output.outputs
+        ids = list(drawn.token_ids)
+        return Completion(
+            key=request.key,
+            text=self.chat.decode(ids).strip(),
+            finish_reason="stop" if drawn.finish_reason == "stop" else "length",
+            tokens=len(ids),
+            prompt_tokens=len(request.ids),
+            logprob=None if drawn.cumulative_logprob is None else round(float(drawn.cumulative_logprob), 4),
+            ids=ids,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The version of vLLM, which decides what a seed gives."""
+        import vllm
+
+        return {"vllm": vllm.__version__}
+
+    def close(self) -> None:
+        """Let go of the model; vLLM frees the device when nothing refers to it."""
+        self.llm = None
+
+
+def _generation_config(config: GenerateConfig) -> Any:
+    from transformers import GenerationConfig
+
+    if not (config.teacher / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(config.teacher, local_files_only=True)

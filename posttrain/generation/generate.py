@@ -1,0 +1,209 @@
+"""Teacher completions for prompts (Gemma 2 report, section 4: responses mostly from a larger teacher).
+
+    data-00000-of-0000N.jsonl   one model turn:      {"prompt": MESSAGES, "completion": MESSAGES, ...}
+                                several (--turns):   {"messages": MESSAGES, "turns": model turns, ...}
+
+and in every row, before the prompt row's other columns:
+
+    finish_reason   "stop", or "length" where the last model turn was cut (kept only with keep_truncated)
+    tokens          of the model turns, stop tokens included; null where a server does not count
+    prompt_tokens   of the first request
+    logprob         nats, sum over the model turns: of the sampler at the sampling temperature, of vLLM and servers as
+                    they report it; null where there is none
+    sample, seed    number among the n of its prompt, and the seed that it was drawn with
+    teacher, temperature, top_p, top_k
+    reward          with a reward model or function: of the last model turn
+
+Rows are in the order of the prompts, then of the samples, whatever the engine and the order of its answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import GuardStop
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.sources import ShardWriter, data_files
+from gemma2.posttrain.models.loading import load_tokenizer
+from gemma2.posttrain.rl.scores import load_function, reward_score
+from gemma2.posttrain.rundir import HUB_SNAPSHOT, Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import GenerateConfig
+from gemma2.posttrain.training.trainer import quiet_libraries
+
+from .answers import Answering
+from .budget import source_of
+from .dialogues import Dialogue, Plan
+from .engines import load_engine
+from .journal import Journal
+from .scoring import Scored, scored
+
+__all__ = ["run_generate"]
+
+TRAINING_COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected")  # a row holds one example
+
+
+def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Let `config.teacher` answer `config.prompts`; rows in shards in `options.out`.
+
+    Raises InputError for unusable prompts or models, or a server that refuses; GuardStop when nothing is left to keep.
+    """
+    quiet_libraries()
+    if config.reward_fn is not None:
+        load_function(config.reward_fn, "--reward-fn")  # a misspelt name shows before anything is drawn
+    plan = Plan(config.n, config.seed, config.turns, config.user_instruction)
+    parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
+    parents += [Parent("reward", config.reward)] if config.reward else []
+    with open_run("generate", config, options, parents=parents, data=data_files(config.prompts)) as run:
+        run.checkpoints.mkdir(exist_ok=True)
+        with Journal(run.checkpoints / "answers.jsonl") as journal:
+            with closing(load_engine(config, progress)) as engine:
+                ids = config.reward is not None
+                answering = Answering(source_of(config), plan, journal, engine.chunk, keep_ids=ids)
+                answering.run(engine, answering.check(engine, progress, config.on_overlong), progress)
+                facts, chat = engine.facts(), engine.chat
+            chunks = _judged(run, config, answering, chat, progress)
+            return run.finish(_write(run.path, config, chunks, progress) | facts)
+
+
+def _judged(
+    run: Run, config: GenerateConfig, answering: Answering, chat: ChatFormat | None, progress: Progress
+) -> Iterator[Scored]:
+    """The chunks of answers with their scores, all None where nothing judges. The engine's memory is free by now."""
+    if config.reward is None and config.reward_fn is None:
+        for dialogues in answering.dialogues():
+            yield [(dialogue, None) for dialogue in dialogues]
+        return
+    if chat is None and config.reward is not None:
+        chat = ChatFormat(load_tokenizer(config.reward))
+    score = reward_score(config, chat, config.batch_size)  # type: ignore[arg-type]  # read with a reward model only
+    with Journal(run.checkpoints / "scores.jsonl") as journal:
+        yield from scored(answering, journal, score, chat, lambda dialogue: _kept(dialogue, config), progress)
+
+
+def _kept(dialogue: Dialogue, config: GenerateConfig) -> bool:
+    return dialogue.fate == "stop" or (dialogue.fate == "length" and config.keep_truncated)
+
+
+def _write(out: Path, config: GenerateConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
+    """Write the shards; the summary."""
+    count: Counter[str] = Counter()
+    rewards: list[float] = [0.0, 0.0]  # sums over all that were judged, and over the kept
+    teacher = teacher_name(config)
+    with ShardWriter(out, config.shard_rows) as shards:
+        for chunk in chunks:
+            for _, group in groupby(chunk, key=lambda pair: pair[0].row):
+                samples = list(group)
+                kept = [(d, value) for d, value in samples if _kept(d, config)]
+                for dialogue, value in _best(kept, config.best):
+                    shards.write(_row(dialogue, config, teacher, value))
+                    _count_row(count, dialogue)
+                    rewards[1] += value or 0.0
+                _count_samples(count, samples)
+                rewards[0] += sum(value for _, value in kept if value is not None)
+                count["judged"] += sum(value is not None for _, value in kept)
+    _guard(count, config, progress)
+    return _summary(count, rewards, config)
+
+
+def _best(samples: Scored, best: int | None) -> Scored:
+    """The `best` highest scores, in the order in which they were drawn; of equal ones the earlier."""
+    if best is None:
+        return samples
+    ranked = sorted(samples, key=lambda pair: -(pair[1] or 0.0))[:best]
+    return sorted(ranked, key=lambda pair: pair[0].sample)
+
+
+def _row(dialogue: Dialogue, config: GenerateConfig, teacher: str, reward: float | None) -> dict[str, Any]:
+    answers = dialogue.answers
+    logprobs = [answer.logprob for answer in answers if answer.logprob is not None]
+    ours: dict[str, Any] = {"messages": dialogue.messages, "turns": len(answers)}
+    if config.turns == 1:
+        completion = {"role": "assistant", "content": answers[0].text}
+        ours = {"prompt": dialogue.prompt.messages, "completion": [completion]}
+    ours |= {
+        "finish_reason": dialogue.fate,
+        "tokens": _total(answer.tokens for answer in answers),
+        "prompt_tokens": answers[0].prompt_tokens,
+        "logprob": round(sum(logprobs), 4) if len(logprobs) == len(answers) else None,
+        "sample": dialogue.sample,
+        "teacher": teacher,
+        "seed": dialogue.seed,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+    }
+    if reward is not None:
+        ours["reward"] = round(reward, 6)
+    theirs = dialogue.prompt.extra.items()
+    return ours | {name: value for name, value in theirs if name not in ours and name not in TRAINING_COLUMNS}
+
+
+def _total(counts: Iterator[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
+
+
+def teacher_name(config: GenerateConfig) -> str:
+    """What rows say of the teacher: the model's name at a server, its hub id, or the name of its directory."""
+    if config.engine == "openai":
+        return str(config.teacher)
+    path = config.teacher.resolve()
+    found = HUB_SNAPSHOT.search(path.as_posix())
+    return f"{found['owner']}/{found['name']}" if found else path.name
+
+
+def _count_row(count: Counter[str], dialogue: Dialogue) -> None:
+    count["rows"] += 1
+    count["tokens"] += sum(answer.tokens or 0 for answer in dialogue.answers)
+    count["empty"] += not dialogue.answers[-1].text
+    count["shortened"] += len(dialogue.answers) < dialogue.plan.turns and dialogue.fate == "stop"
+
+
+def _count_samples(count: Counter[str], samples: Scored) -> None:
+    count["prompts"] += 1
+    for dialogue, _ in samples:
+        count["completions"] += 1
+        count[dialogue.fate] += 1
+        count["asked"] += sum(turn.prompt_tokens or 0 for turn in dialogue.drawn)
+        count["answered"] += sum(turn.tokens or 0 for turn in dialogue.drawn)
+
+
+def _guard(count: Counter[str], config: GenerateConfig, progress: Progress) -> None:
+    """Stop when there is nothing to learn from, warn when most of the answers were cut."""
+    total, limit = count["completions"], f"--max-new-tokens {config.max_new_tokens}"
+    if not count["rows"] and count["length"] == total:
+        raise GuardStop(f"all {total} completions ran into {limit}", "raise it, or keep them with --keep-truncated")
+    if not count["rows"]:
+        fates = ", ".join(f"{count[fate]} {fate}" for fate in ("length", "content_filter", "overlong") if count[fate])
+        raise GuardStop(f"none of {total} completions can be kept ({fates})", "see docs/generate.md for what drops one")
+    if 2 * count["length"] > total:
+        progress.warn(f"{count['length']} of {total} completions ran into {limit}; raise it to keep more of the data")
+
+
+def _summary(count: Counter[str], rewards: list[float], config: GenerateConfig) -> dict[str, Any]:
+    """Figures of the job. What did not occur and cannot be told is left out, but for truncated and empty ones."""
+    summary: dict[str, Any] = {
+        "prompts": count["prompts"],
+        "completions": count["completions"],
+        "rows": count["rows"],
+        "truncated": count["length"],
+        "empty": count["empty"],
+        "mean_tokens": round(count["tokens"] / count["rows"], 2),
+        "prompt_tokens": count["asked"],
+        "drawn_tokens": count["answered"],
+    }
+    summary |= {name: count[name] for name in ("shortened", "overlong", "content_filter") if count[name]}
+    if count["judged"]:
+        summary["mean_reward"] = round(rewards[0] / count["judged"], 4)
+    if config.best is not None:
+        summary["mean_reward_of_best"] = round(rewards[1] / count["rows"], 4)
+    if config.price_in is not None and config.price_out is not None:
+        cost = (count["asked"] * config.price_in + count["answered"] * config.price_out) / 1e6
+        summary["cost_usd"] = round(cost, 4)
+    return summary

@@ -1,0 +1,118 @@
+"""Preference pairs from n samples of a model and a judge, as RLAIF does (WARP 2406.16768 takes its rewards from one).
+
+    chosen, rejected = the samples with the highest and the lowest score            (select: extremes)
+                       two samples with different scores, drawn at random           (select: random)
+                       every two samples with different scores, so several pairs    (select: all)
+
+A prompt whose samples differ by no more than `min_margin` gives no pair; how many is counted and reported.
+
+    pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "chosen_truncated": bool, "chosen_score": s,
+                  "rejected": MESSAGES, "rejected_truncated": bool, "rejected_score": s, ...the prompt row's columns}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import combinations, groupby
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.batching import derived_seed
+from gemma2.posttrain.data.sources import data_files, to_line
+from gemma2.posttrain.generation.engines.local import SamplerEngine
+from gemma2.posttrain.models.sampler import SamplingParams
+from gemma2.posttrain.rl.scores import function_score, reward_score
+from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import PairsConfig, RewardFields
+from gemma2.posttrain.training.trainer import quiet_libraries
+
+from .answers import Answering
+from .budget import Source
+from .dialogues import Dialogue, Plan
+from .journal import Journal
+from .scoring import Scored, scored
+
+__all__ = ["choose", "run_pairs"]
+
+
+def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Sample from `config.model`, judge, and write `pairs.jsonl` to `options.out`.
+
+    Raises InputError when no prompt gives a pair, UsageError for a judge that cannot be found.
+    """
+    quiet_libraries()
+    judge_model = Path(config.judge) if ":" not in config.judge else None
+    if judge_model is not None and not judge_model.is_dir():
+        raise UsageError(
+            f"--judge {config.judge!r} is neither a directory nor module:function", "name a reward model or a function"
+        )
+    function = function_score(config.judge, "--judge", "reward") if judge_model is None else None
+    parents = [Parent("model", config.model)] + ([Parent("judge", judge_model)] if judge_model else [])
+    source, plan = Source(config.prompts, config.limit), Plan(config.n, config.seed)
+    with open_run("reward pairs", config, options, parents=parents, data=data_files(config.prompts)) as run:
+        run.checkpoints.mkdir(exist_ok=True)
+        with Journal(run.checkpoints / "answers.jsonl") as journal:
+            params = SamplingParams(config.max_new_tokens, config.temperature)
+            with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
+                answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
+                answering.run(engine, answering.check(engine, progress), progress)
+                chat = engine.chat
+            score = function or reward_score(RewardFields(reward=judge_model), chat, config.batch_size)
+            with Journal(run.checkpoints / "scores.jsonl") as scores:
+                chunks = scored(answering, scores, score, chat, lambda dialogue: True, progress)
+                return run.finish(_write(run, config, chunks, progress))
+
+
+def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:
+    """(chosen, rejected) indices of samples whose scores differ by more than `min_margin`; empty where none do."""
+    different = [
+        (i, j) if scores[i] > scores[j] else (j, i)
+        for i, j in combinations(range(len(scores)), 2)
+        if abs(scores[i] - scores[j]) > min_margin
+    ]
+    if select == "all" or not different:
+        return different
+    if select == "random":
+        return [draw.choice(different)]
+    return [max(different, key=lambda pair: scores[pair[0]] - scores[pair[1]])]
+
+
+def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
+    prompts = pairs = ties = 0
+    margin = 0.0
+    with (run.path / "pairs.jsonl").open("wb") as file:
+        for prompts, samples in enumerate(_by_prompt(chunks), start=1):
+            scores = [score for _, score in samples if score is not None]
+            draw = Random(derived_seed(config.seed, prompts))
+            chosen = choose(scores, config.select, config.min_margin, draw)
+            for better, worse in chosen:
+                file.write(to_line(_pair_row(samples[better], samples[worse])))
+                margin += scores[better] - scores[worse]
+            pairs, ties = pairs + len(chosen), ties + (not chosen)
+    if not pairs:
+        what = f"the judge told no two samples of any of {prompts} prompts apart"
+        raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
+    if 2 * ties > prompts:
+        progress.warn(f"{ties} of {prompts} prompts gave no pair: the scores of their samples do not differ")
+    return {"prompts": prompts, "pairs": pairs, "ties": ties, "mean_margin": round(margin / pairs, 4)}
+
+
+def _by_prompt(chunks: Iterator[Scored]) -> Iterator[Scored]:
+    """The n samples of one prompt after the other."""
+    for chunk in chunks:
+        for _, group in groupby(chunk, key=lambda pair: pair[0].row):
+            yield list(group)
+
+
+def _pair_row(chosen: tuple[Dialogue, float | None], rejected: tuple[Dialogue, float | None]) -> dict[str, Any]:
+    prompt = chosen[0].prompt
+    ours: dict[str, Any] = {"prompt": prompt.messages}
+    for name, (dialogue, score) in (("chosen", chosen), ("rejected", rejected)):
+        ours[name] = [{"role": "assistant", "content": dialogue.answers[0].text}]
+        ours[f"{name}_truncated"] = dialogue.fate == "length"
+        ours[f"{name}_score"] = score
+    return ours | {name: value for name, value in prompt.extra.items() if name not in ours}

@@ -1,0 +1,1 @@
+"""Models: loading, import, adapters, and the forward passes that sample and score."""

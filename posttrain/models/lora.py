@@ -1,0 +1,64 @@
+"""Low-rank adaptation by peft: W + (alpha / rank) B A, with B = 0 at the start (Hu et al., 2106.09685).
+
+The output is the plain model, products added to weights, or the adapter alone in peft's layout, which `gemma2 merge`
+reads beside its base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from gemma2.merging.errors import UsageError
+from gemma2.posttrain.config import closest
+from gemma2.posttrain.schemas import LoraFields
+
+from .loading import open_to_readers
+
+__all__ = ["check_targets", "lora_config", "merged", "save_adapter"]
+
+
+def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+    """peft's configuration, or None when `lora_rank` is 0. The head of a classifier is trained in full."""
+    if config.lora_rank == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets) or "all-linear",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+def check_targets(config: LoraFields, model: Any) -> None:
+    """Refuse target names that no linear layer of the model ends with, and the output head, whose adapter would be
+    trained by some losses and not by others."""
+    import torch
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+    known = {name.rpartition(".")[2] for name in names}
+    for target in config.lora_targets if config.lora_rank else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UsageError(f"--lora-targets: no linear layer is named '{target}'", closest(target, known))
+
+
+def merged(model: Any) -> Any:
+    """The plain model: LoRA products added to their weights, in the dtype of the weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the adapter in peft's layout, and the tokenizer it was trained with."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    open_to_readers(directory)
+    (directory / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in

@@ -1,0 +1,156 @@
+"""One on-policy batch of RL: draw completions, score them, subtract the KL to the anchor, and form advantages.
+
+    y ~ pi(. | x)
+    r_beta = r(x, y) - beta (log pi(y | x) - log anchor(y | x))            (WARP 2406.16768, Algorithm 1, lines 5-6)
+    A_i = r_beta_i - mean of r_beta over the other samples of the same prompt
+
+Log-ratios are sums over the tokens of the completion, both sides at the sampling temperature. No gradient flows through
+r_beta; there is no further KL term anywhere. WARP does not state the baseline of its REINFORCE: the leave-one-out mean
+(RLOO, 2402.14740) is ours. log pi comes from the sampler: on-policy and without top-p or top-k a second forward would
+only repeat it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma2.merging.errors import GuardStop
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
+from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.schemas import RlFields
+
+from .scores import Sampled, Score
+
+__all__ = ["Batch", "Rollout", "anchored_rewards", "leave_one_out", "padded"]
+
+
+def anchored_rewards(rewards: Tensor, log_ratios: Tensor, beta: float) -> Tensor:
+    """r_beta (N,) from rewards (N,) and sequence sums of log pi - log anchor (N,), nats. Carries no gradient."""
+    return (rewards - beta * log_ratios).detach()
+
+
+def leave_one_out(rewards: Tensor, n: int) -> Tensor:
+    """Advantages (P * n,): each reward less the mean of the other n - 1 of its group (RLOO, 2402.14740, section 3)."""
+    groups = rewards.view(-1, n)
+    others = (groups.sum(1, keepdim=True) - groups) / (n - 1)
+    return (groups - others).flatten()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss needs. ids: (N, T) right-padded; mask: (N, T) True on completion tokens; advantages: (N,) fp32."""
+
+    ids: Tensor
+    mask: Tensor
+    advantages: Tensor
+
+
+@dataclass
+class Rollout:
+    """Draws and scores the batches of a run. `generator` is all the state it has."""
+
+    policy: Any
+    anchor: Any | None  # a model that scores and never generates; None: no KL in the reward
+    chat: ChatFormat
+    score: Score
+    config: RlFields
+    prompts: Sequence[Prompt]
+    generator: torch.Generator
+    batch_size: int  # sequences per forward pass
+    encoded: dict[int, list[int]] = field(default_factory=dict)  # ids of the prompts met so far
+
+    def __call__(self, indices: Sequence[int]) -> tuple[Batch, dict[str, float | None]]:
+        """A batch of n completions for each of `prompts[indices]`, and its metrics.
+
+        Raises GuardStop for a reward that is not finite.
+        """
+        rows = [self.prompts[i] for i in indices]
+        for i in indices:
+            if i not in self.encoded:
+                self.encoded[i] = self.chat.prompt_ids(self.prompts[i].messages)
+        prompts = [self.encoded[i] for i in indices]
+        drawn = self.draw(prompts)
+        pairs = [prompts[i] for i in drawn.prompt_index]
+        rewards = self.rewards(rows, pairs, drawn)
+        log_ratios = self.log_ratios(pairs, drawn)
+        objective = anchored_rewards(rewards, log_ratios, self.config.beta)
+        batch = padded(pairs, drawn.ids, leave_one_out(objective, self.config.n))
+        return batch, batch_metrics(drawn, rewards, log_ratios if self.anchor is not None else None, self.config.n)
+
+    def draw(self, prompts: Sequence[Sequence[int]]) -> Completions:
+        """n completions per prompt from the policy."""
+        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.config.n)
+        pad_id = self.chat.tokenizer.pad_token_id or 0
+        return sample(self.policy, prompts, params, self.chat.stop_ids, pad_id, self.generator, self.batch_size)
+
+    def rewards(self, rows: Sequence[Prompt], pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
+        """r(x, y), (N,) fp32, penalties included."""
+        sampled = Sampled(
+            rows=[rows[i] for i in drawn.prompt_index],
+            prompts=pairs,
+            completions=drawn.ids,
+            texts=[self.chat.decode(ids) for ids in drawn.ids],
+            truncated=drawn.truncated,
+        )
+        rewards = torch.tensor(self.score(sampled)["reward"], dtype=torch.float32)
+        if not rewards.isfinite().all():
+            raise GuardStop("the reward is NaN or infinite, nothing was updated", "check the reward model")
+        return rewards
+
+    def log_ratios(self, pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
+        """log pi(y | x) - log anchor(y | x), (N,) fp32 nats; 0 without an anchor."""
+        if self.anchor is None:
+            return torch.zeros(len(pairs))
+        scored = token_logps(self.anchor, pairs, drawn.ids, self.batch_size, self.config.temperature)
+        # Token by token before the sum: two long sums would cancel.
+        return torch.stack([(torch.tensor(own) - other).sum() for own, other in zip(drawn.logps, scored, strict=True)])
+
+
+def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], advantages: Tensor) -> Batch:
+    """Rows of prompt and completion side by side, padding on the right."""
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor([*prompt, *completion])
+        mask[row, len(prompt) : end] = True
+    return Batch(ids, mask, advantages)
+
+
+def batch_metrics(drawn: Completions, rewards: Tensor, log_ratios: Tensor | None, n: int) -> dict[str, float | None]:
+    """What a step of training logs about its completions. A figure that is not defined is None."""
+    lengths = torch.tensor([float(len(ids)) for ids in drawn.ids])
+    metrics: dict[str, float | None] = {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "reward_std_in_group": rewards.view(-1, n).std(1).mean().item(),
+        "kl_anchor": log_ratios.mean().item() if log_ratios is not None else None,
+        "length": lengths.mean().item(),
+        "truncated": sum(drawn.truncated) / len(drawn.truncated),
+        "distinct_2": distinct_bigrams(drawn.ids),
+        "reward_length_correlation": correlation(rewards, lengths),
+    }
+    return metrics
+
+
+def distinct_bigrams(completions: Sequence[Sequence[int]]) -> float | None:
+    """Distinct token bigrams / all bigrams of the batch (Li et al. 2016, 1510.03055)."""
+    bigrams = [pair for ids in completions for pair in pairwise(ids)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+def correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's r, None where one side does not vary."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    scale = math.sqrt((a @ a).item() * (b @ b).item())
+    return (a @ b).item() / scale if scale > 0 else None

@@ -1,0 +1,206 @@
+"""The held-out loss during training: when it is measured, the lowest so far, its weights, and when to stop.
+
+    loss = - 1/N sum_t m_t log pi(y_t | y_<t)      over all held-out rows, N: their targets (not a mean over batches)
+
+Measured before the first step, after every `eval_every` steps and after the last. The lowest, the number of
+measurements since, and (`keep` best) the weights that gave it are part of every checkpoint, so that a resumed run finds
+and forgets the same ones. A run that stops early writes no checkpoint at its last step: a resume comes to the same
+decision by itself. The untouched model is no candidate; if nothing was better, a warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import write_json
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.data.examples import Example
+from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
+from gemma2.posttrain.models.sampler import evaluating, length_batches
+from gemma2.posttrain.models.scorer import head_logps, hidden_states
+from gemma2.posttrain.rundir import Run
+from gemma2.posttrain.schemas import SftConfig
+
+from .sft_trainer import plain_model
+
+__all__ = ["HeldOut", "heldout_loss"]
+
+STATE_FILE = "heldout.json"
+BEST_FILE = "best.safetensors"
+
+
+@dataclass
+class Record:
+    """What was measured so far: the last loss and the lowest one, nats per target, and the steps they belong to."""
+
+    step: int = 0
+    loss: float | None = None
+    best_step: int = 0
+    best_loss: float | None = None
+    without_progress: int = 0
+
+
+class HeldOut(TrainerCallback):
+    """Measures the held-out loss into metrics.jsonl as `heldout_loss`. To be added before `RunCallback`, which seals
+    the checkpoints that this one adds to."""
+
+    def __init__(self, run: Run, examples: Sequence[Example], config: SftConfig) -> None:
+        self.run = run
+        self.examples = examples
+        self.config = config
+        self.initial: float | None = None
+        self.record = Record()
+
+    @property
+    def best_file(self) -> Path:
+        """The weights with the lowest loss so far."""
+        return self.run.checkpoints / BEST_FILE
+
+    def before(self, model: Any) -> None:
+        """Measure the model as it came. Apart from `on_train_begin`, which on a resume sees a trained one."""
+        self.initial = self._loss(model)
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.best_file.unlink(missing_ok=True)
+        if state.global_step > 0:
+            self._restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        elif self.initial is not None:
+            self.run.log(0, heldout_loss=self.initial)
+
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every = self.config.eval_every
+        if every is None or not self.examples or state.global_step % every:
+            return
+        self._measure(state.global_step, kwargs["model"])
+        if self.config.patience is not None and self.record.without_progress >= self.config.patience:
+            control.should_training_stop = True
+            control.should_save = False
+
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(checkpoint / STATE_FILE, asdict(self.record))
+        if self.best_file.exists():
+            _link(self.best_file, checkpoint / BEST_FILE)
+
+    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.examples and self.record.step != state.global_step:
+            self._measure(state.global_step, kwargs["model"])
+
+    def keep_best(self, model: Any) -> None:
+        """Put the weights with the lowest loss into `model`, if others came after them."""
+        if self.config.keep == "best" and self.record.best_step != self.record.step:
+            parameters = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, value in load_file(self.best_file).items():
+                    parameters[name].copy_(value)
+
+    def summary(self, progress: Progress) -> dict[str, Any]:
+        """The losses for the manifest; a warning where training did not help."""
+        record = self.record
+        found: dict[str, Any] = {"heldout_loss_before": self.initial, "heldout_loss": record.loss}
+        if self.config.keep == "best":
+            found |= {"heldout_loss": record.best_loss, "best_step": record.best_step}
+        if self.initial is not None and found["heldout_loss"] is not None and found["heldout_loss"] > self.initial:
+            progress.warn(
+                f"the held-out loss rose from {self.initial:.4g} to {found['heldout_loss']:.4g}: "
+                "lower --learning-rate, or stop earlier"
+            )
+        return found
+
+    def _loss(self, model: Any) -> float | None:
+        if not self.examples:
+            return None
+        return heldout_loss(model, self.examples, self.config.micro_batch_size or self.config.batch_size)
+
+    def _measure(self, step: int, model: Any) -> None:
+        loss = self._loss(model)
+        assert loss is not None
+        record = self.record
+        record.step, record.loss = step, loss
+        if record.best_loss is None or loss < record.best_loss:
+            record.best_step, record.best_loss, record.without_progress = step, loss, 0
+            if self.config.keep == "best":
+                self._save_best(model)
+        else:
+            record.without_progress += 1
+        self.run.log(step, heldout_loss=loss)
+
+    def _save_best(self, model: Any) -> None:
+        """The trained weights; replaced, not overwritten, since checkpoints may link to the file."""
+        self.best_file.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.best_file.with_suffix(".tmp")
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, aside)
+        aside.replace(self.best_file)
+
+    def _restore(self, checkpoint: Path) -> None:
+        try:
+            self.record = Record(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"the checkpoint {checkpoint} holds no {STATE_FILE}", "start over with --force") from error
+        if (checkpoint / BEST_FILE).exists():
+            _link(checkpoint / BEST_FILE, self.best_file)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@torch.no_grad()
+def heldout_loss(model: Any, examples: Sequence[Example], batch_size: int) -> float:
+    """Mean of -log pi over all target tokens of all examples, nats per token."""
+    model = plain_model(model)
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    with evaluating(model):
+        for batch, hidden in _batches(model, [example.ids for example in examples], batch_size):
+            places = [(row, t) for row, i in enumerate(batch) for t, learned in enumerate(examples[i].mask) if learned]
+            rows, positions = torch.tensor(places, device=hidden.device).reshape(-1, 2).unbind(1)
+            ids = [examples[batch[row]].ids[t] for row, t in places]
+            # The state at position t - 1 predicts token t; the first token, <bos>, is never a target.
+            logps = _logps(model, hidden[rows, positions - 1], torch.tensor(ids, device=hidden.device))
+            total += logps.double().sum().cpu()
+            count += len(ids)
+    return -total.item() / max(count, 1)
+
+
+def _logps(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log pi (N,) fp32 nats of `targets` after last hidden states (N, d)."""
+    if plain_head(model) and hidden.dtype == torch.float32:
+        return summed_cross_entropy(model, hidden, targets)[1]
+    return head_logps(model, hidden, targets, temperature=1.0)[0]
+
+
+def _batches(model: Any, rows: Sequence[list[int]], batch_size: int) -> Any:
+    """(indices, last hidden states (B, T, d) fp32) in batches of similar length."""
+    if model.config._attn_implementation == "eager":
+        yield from hidden_states(model, rows, [[]] * len(rows), batch_size)
+        return
+    half = model.config._attn_implementation.startswith("flash")  # takes no fp32
+    precision = torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+    for batch in length_batches([len(row) for row in rows], batch_size):
+        width = len(rows[batch[0]])
+        padded = [rows[i] + [0] * (width - len(rows[i])) for i in batch]
+        present = [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch]
+        ids, mask = torch.tensor(padded, device=model.device), torch.tensor(present, device=model.device)
+        with precision:
+            output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        yield batch, output.last_hidden_state.float()

@@ -1,0 +1,197 @@
+"""What the TRL-based steps share: trainer arguments, logging into the run, guards, checkpoints that prove themselves.
+
+Trainer checkpoints carry no mark of completeness and would be picked up half-written; here every checkpoint gets a
+`complete.json` with the digest of each file, written last and verified before a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gemma2.merging.errors import GuardStop, UsageError
+from gemma2.merging.outputs import digest_file, write_json
+from gemma2.merging.progress import Progress, Task
+from gemma2.posttrain.config import closest
+from gemma2.posttrain.rundir import Run
+from gemma2.posttrain.schemas import TrainingFields
+
+from .tracking import check_tracking, tracked
+
+__all__ = ["RunCallback", "latest_checkpoint", "mark_complete", "quiet_libraries", "train", "trainer_arguments"]
+
+COMPLETE = "complete.json"
+# transformers name -> ours, in the metrics and on the bar.
+RENAMED = {"grad_norm": "gradient_norm"}
+# Wall-clock figures differ between a resumed run and an uninterrupted one; the manifest has start and end.
+DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the terminal: progress and warnings are ours to show."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("trl", "accelerate", "datasets", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def trainer_arguments(schema: type, config: TrainingFields, run: Run, **ours: Any) -> dict[str, Any]:
+    """Keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
+
+    Raises UsageError for an option that TRL does not have, or that a flag of ours sets, and for a tracker that is not
+    installed.
+    """
+    on_gpu = torch.cuda.is_available()
+    arguments = {
+        "output_dir": str(run.checkpoints),
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "max_grad_norm": config.max_grad_norm,
+        "save_strategy": "steps",
+        "save_steps": config.save_every,
+        "save_total_limit": 2,
+        "logging_steps": config.log_every,
+        "logging_nan_inf_filter": False,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "report_to": "none",  # the trackers of `tracking.py` get what metrics.jsonl gets
+        "disable_tqdm": True,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu,
+        "activation_checkpointing": on_gpu,
+        **ours,
+    }
+    check_tracking(config.report_to)
+    defaults = {"bf16", "activation_checkpointing", "use_cpu"}
+    # The deprecated aliases would lose against activation_checkpointing without a word.
+    known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
+    for key in config.trainer:
+        if key not in known:
+            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known))
+        if key in arguments and key not in defaults:
+            raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
+    return arguments | config.trainer
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Record the digest of every file of a checkpoint; what lacks this mark is not resumed from."""
+    files = {path.name: digest_file(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    write_json(checkpoint / COMPLETE, {"files": files})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its mark and every file the digest that the mark records."""
+    try:
+        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
+    """The newest complete checkpoint and its step; torn ones are removed on the way."""
+    found = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        if is_complete(path):
+            return path, int(path.name.rpartition("-")[2])
+        shutil.rmtree(path)
+    return None
+
+
+class RunCallback(TrainerCallback):
+    """Feeds a run from a Trainer: metrics, the bar, the NaN guard and the checkpoint mark.
+
+    `shown` maps metric names to the short names beside the progress bar.
+    """
+
+    def __init__(self, run: Run, progress: Progress, label: str, shown: Mapping[str, str] | None = None) -> None:
+        self.run = run
+        self.progress = progress
+        self.label = label
+        self.shown = dict(shown or {"loss": "loss"})
+        self.task: Task | None = None
+        self.live: dict[str, float | str] = {}
+        self._bar: AbstractContextManager[Task] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar = self.progress.task(self.label, total=state.max_steps, unit="steps")
+        self.task = self._bar.__enter__()
+        self.task.advance(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, also when the training stopped in the middle."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+        if not gradients:
+            return
+        norms = torch._foreach_norm(gradients)
+        if not math.isfinite(float(torch.stack([norm.float() for norm in norms]).sum())):
+            raise GuardStop(
+                f"step {state.global_step + 1} of {self.label}: the gradient is NaN or infinite, nothing was updated",
+                "lower --learning-rate; --resume goes on from the last checkpoint",
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.task.advance(1, **self.live)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = {
+            RENAMED.get(key, key): value
+            for key, value in (logs or {}).items()
+            if isinstance(value, int | float) and not any(part in key for part in DROPPED)
+        }
+        self.live = {short: metrics[name] for name, short in self.shown.items() if name in metrics} or self.live
+        if "train_loss" not in metrics:
+            self.run.log(state.global_step, **metrics)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
+    """Run a Trainer to its end, from the latest complete checkpoint when the run is resumed."""
+    trainer.remove_callback(PrinterCallback)
+    found = latest_checkpoint(run) if run.resumed else None
+    run.rewind(found[1] if found else -1)
+    try:
+        with tracked(run), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+    finally:
+        callback.close()

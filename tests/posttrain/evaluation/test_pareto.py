@@ -1,0 +1,282 @@
+"""The front by hand, and the command on random models."""
+
+import csv
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemma2.merging.errors import InputError, OutputError, UsageError
+from gemma2.merging.outputs import digest_weights, read_manifest
+from gemma2.posttrain.embedded.tiny import random_model, save_random
+from gemma2.posttrain.evaluation import pareto
+from gemma2.posttrain.evaluation.evaluate import run_eval
+from gemma2.posttrain.evaluation.pareto import (
+    best_at,
+    hypervolume,
+    interpolate_,
+    pareto_front,
+    plan_candidates,
+    run_pareto,
+    short_names,
+)
+from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.schemas import EvalConfig, ParetoConfig
+
+
+def points(*pairs):
+    return [{"kl": kl, "reward": reward} for kl, reward in pairs]
+
+
+# --- pure -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_keeps_what_nothing_beats():
+    assert pareto_front(points((0, 1), (1, 3), (2, 2), (3, 3), (4, 5))) == [True, True, False, False, True]
+
+
+def test_equal_points_stay_together():
+    assert pareto_front(points((1, 1), (1, 1), (2, 1))) == [True, True, False]
+
+
+def test_the_hypervolume_is_the_area_of_the_staircase():
+    # from KL 1 to 3 the best reward is 2, from 3 to 5 it is 4; floor 1: 2 * (2 - 1) + 2 * (4 - 1) = 8
+    assert hypervolume(points((1, 2), (3, 4), (4, 3)), (5, 1)) == pytest.approx(8)
+
+
+def test_points_outside_the_reference_add_nothing():
+    assert hypervolume(points((6, 9), (2, 0.5)), (5, 1)) == 0
+    assert hypervolume([], (5, 1)) == 0
+
+
+def test_best_at_takes_the_highest_reward_within_the_limit():
+    front = points((0, 1), (2, 3), (4, 5))
+    assert best_at(front, 2)["reward"] == 3
+    assert best_at(front, 3.9)["reward"] == 3
+    assert best_at(points((2, 3)), 1) is None
+
+
+def test_names_take_as_many_folders_as_they_need(tmp_path):
+    paths = [tmp_path / "iteration-1" / "slerp", tmp_path / "iteration-2" / "slerp"]
+    assert short_names(paths) == ["iteration-1/slerp", "iteration-2/slerp"]
+    assert short_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_the_line_interpolates_every_tensor_and_a_tied_one_once(eta):
+    init, merged, model = random_model(1), random_model(2), random_model(3)
+    ends = [{name: p.detach().double().clone() for name, p in m.named_parameters()} for m in (init, merged)]
+    interpolate_(model, dict(init.named_parameters()), dict(merged.named_parameters()), eta)
+    for name, parameter in model.named_parameters():
+        expected = (1 - eta) * ends[0][name] + eta * ends[1][name]
+        torch.testing.assert_close(parameter.double(), expected, rtol=0, atol=1e-6)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(p.double(), ends[0][name]) for name, p in init.named_parameters())
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def reward(completions, **_):
+    return [float(len(text) % 7) for text in completions]
+
+
+def manifest(directory, **fields):
+    (directory / "gemma2.json").write_text(json.dumps({"status": "complete", **fields}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, the SFT policy made from it, an RL policy with a trajectory, and a SLERP, all random."""
+    root = tmp_path_factory.mktemp("world")
+    places = {"base": root / "base", "sft": root / "sft"}
+    places |= {name: root / "iteration-1" / name for name in ("policy-1", "slerp")}
+    for seed, path in enumerate(places.values()):
+        save_random(path, seed)
+    manifest(places["sft"], command="sft", parents=[{"role": "model", "weights": digest_weights(places["base"])}])
+    manifest(places["policy-1"], command="rlhf")
+    manifest(places["slerp"], command="merge slerp")
+    log = [
+        {"step": 0, "kind": "eval", "reward": 1.0, "kl": 0.0, "kl_se": 0.0},
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "kind": "eval", "reward": 2.0, "kl": 0.5, "kl_se": 0.1},
+    ]
+    (places["policy-1"] / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n", encoding="utf-8")
+    texts = ["What is 2 + 3?", "Who lives in Tolba?", "Sort c, a, b.", "Say hello."]
+    (root / "heldout.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts), encoding="utf-8")
+    return root, places
+
+
+def settings(world, **more):
+    root, places = world
+    fields = {
+        "sft": places["sft"],
+        "prompts": root / "heldout.jsonl",
+        "policies": (places["base"], places["policy-1"], places["slerp"]),
+        "merged": places["slerp"],
+        "etas": (0.0, 0.25, 0.5, 1.0),
+        "reward_fn": f"{__name__}:reward",
+        "max_new_tokens": 6,
+    }
+    return ParetoConfig(**(fields | more))
+
+
+@pytest.fixture(scope="module")
+def front(world):
+    out = world[0] / "front"
+    run_pareto(settings(world), RunOptions(out))
+    return out
+
+
+def by_name(out):
+    return {point["name"]: point for point in json.loads((out / "front.json").read_text())["points"]}
+
+
+def test_every_policy_and_eta_is_a_point_of_its_kind(front):
+    found = {name: (point["kind"], point["iteration"], point["eta"]) for name, point in by_name(front).items()}
+    assert found == {
+        "SFT": ("sft", None, None),
+        "base": ("base", None, None),
+        "policy-1": ("policy", 1, None),
+        "slerp": ("slerp", 1, None),
+        "eta 0": ("line", 1, 0.0),
+        "eta 0.25": ("line", 1, 0.25),
+        "eta 0.5": ("line", 1, 0.5),
+        "eta 1": ("line", 1, 1.0),
+        "policy-1 step 0": ("trajectory", 1, None),
+        "policy-1 step 2": ("trajectory", 1, None),
+    }
+
+
+def test_what_comes_before_rl_is_called_by_the_command_that_made_it(world, tmp_path):
+    _, places = world
+    for name, command, parent in (("cloned", "sft", "base"), ("taught", "distill", "cloned")):
+        source = places["policy-1" if name == "cloned" else "slerp"]
+        shutil.copytree(source, tmp_path / name)
+        above = places["base"] if parent == "base" else tmp_path / parent
+        described = {"role": "model", "path": os.path.relpath(above, tmp_path / name), "weights": digest_weights(above)}
+        manifest(tmp_path / name, command=command, parents=[described])
+    config = settings(world, sft=tmp_path / "taught", policies=(places["base"], tmp_path / "cloned"), merged=None)
+    assert [(c.kind, c.title) for c in plan_candidates(config)] == [
+        ("sft", "distilled"),
+        ("base", "base"),
+        ("base", "SFT"),
+    ]
+
+
+def test_the_ends_of_the_line_are_the_policies_themselves(front):
+    points = by_name(front)
+    for end, policy in (("eta 0", "SFT"), ("eta 1", "slerp")):
+        for key in ("reward", "reward_se", "kl", "kl_se", "length"):
+            assert points[end][key] == points[policy][key]
+    assert points["SFT"]["kl"] == 0
+
+
+def test_a_point_of_the_line_measures_like_the_checkpoint_it_stands_for(world, front, tmp_path):
+    """The middle of the line, written out by independent arithmetic and measured by `eval`."""
+    root, places = world
+    path = save_random(tmp_path / "middle", 9)
+    tensors = [load_file(places[name] / "model.safetensors") for name in ("sft", "slerp")]
+    middle = {name: ((tensors[0][name].double() + tensors[1][name].double()) / 2).float() for name in tensors[0]}
+    save_file(middle, path / "model.safetensors", metadata={"format": "pt"})
+    fields = {"prompts": root / "heldout.jsonl", "reward_fn": f"{__name__}:reward", "max_new_tokens": 6}
+    measured = run_eval(EvalConfig(model=path, sft=places["sft"], **fields))
+    point = by_name(front)["eta 0.5"]
+    assert point["kl"] == pytest.approx(measured["kl"], rel=1e-4)
+    assert point["reward"] == measured["reward"]
+
+
+def test_trajectories_are_no_candidates_for_the_front(front):
+    document = json.loads((front / "front.json").read_text())
+    measured = [point for point in document["points"] if point["kind"] != "trajectory"]
+    assert [point["on_front"] for point in measured] == pareto_front(measured)
+    assert not any(point["on_front"] for point in document["points"] if point["kind"] == "trajectory")
+    reference = document["reference"]
+    assert reference == {"kl": max(p["kl"] for p in measured), "reward": by_name(front)["SFT"]["reward"]}
+    assert document["hypervolume"] == hypervolume(measured, (reference["kl"], reference["reward"]))
+
+
+def test_the_output_is_complete(front):
+    assert {path.name for path in front.iterdir()} == {
+        "front.json", "front.csv", "front.png", "front.svg", "samples.jsonl", "gemma2.json",
+    }  # fmt: skip
+    manifest = read_manifest(front)
+    assert manifest["status"] == "complete"
+    assert {parent["role"] for parent in manifest["parents"]} == {"sft", "policies", "merged"}
+    assert manifest["summary"]["points"] == 8
+    assert (front / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_csv_has_the_points_of_the_json(front):
+    with (front / "front.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = by_name(front)
+    assert [row["name"] for row in rows] == list(points)
+    assert float(rows[1]["kl"]) == points["base"]["kl"]
+    assert rows[-1]["distinct_2"] == ""
+
+
+def test_samples_of_all_policies_answer_the_same_prompts(front):
+    rows = [json.loads(line) for line in (front / "samples.jsonl").read_text().splitlines()]
+    prompts = {}
+    for row in rows:
+        prompts.setdefault(row["name"], []).append(row["prompt"][-1]["content"])
+    assert len(prompts) == 8
+    assert len(set(map(tuple, prompts.values()))) == 1
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_front_goes_on_with_the_next_point_and_ends_alike(world, front, tmp_path, monkeypatch):
+    out, measured, measure = tmp_path / "front", [], pareto.measure
+
+    def failing(*arguments):
+        if len(measured) == 2:
+            raise Interrupted
+        measured.append(arguments[-1])
+        return measure(*arguments)
+
+    monkeypatch.setattr(pareto, "measure", failing)
+    with pytest.raises(Interrupted):
+        run_pareto(settings(world), RunOptions(out))
+    assert not out.exists()
+    monkeypatch.setattr(pareto, "measure", lambda *arguments: measured.append(arguments[-1]) or measure(*arguments))
+    run_pareto(settings(world), RunOptions(out, resume=True))
+    assert sorted(measured) == sorted(["SFT", "base", "policy-1", "slerp", "eta 0.25", "eta 0.5"])
+    for name in ("front.json", "front.csv", "front.svg", "samples.jsonl"):
+        assert (out / name).read_bytes() == (front / name).read_bytes()
+
+
+def test_a_front_of_the_sft_policy_alone(world, tmp_path):
+    result = run_pareto(settings(world, policies=(), merged=None), RunOptions(tmp_path / "front"))
+    assert result.summary["points"] == 1
+    assert result.summary["hypervolume"] == 0
+    assert math.isfinite(result.summary["best"]["reward"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [({"init": "base", "merged": None}, "--merged"), ({"etas": (0.5, 1.5)}, "not all in 0 .. 1")]
+)
+def test_a_line_that_makes_no_sense_is_a_usage_error(world, tmp_path, more, message):
+    if "init" in more:
+        more = more | {"init": world[1]["base"]}
+    with pytest.raises(UsageError, match=message):
+        run_pareto(settings(world, **more), RunOptions(tmp_path / "front"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_of_another_shape_is_refused(world, tmp_path):
+    other = save_random(tmp_path / "other", 1, intermediate_size=64)
+    with pytest.raises(InputError, match="different tensors"):
+        run_pareto(settings(world, policies=(), merged=other), RunOptions(tmp_path / "front"))
+
+
+def test_an_existing_output_is_kept(world, front):
+    with pytest.raises(OutputError, match="exists"):
+        run_pareto(settings(world), RunOptions(front))

@@ -1,0 +1,253 @@
+"""The server engine against a real HTTP server: retries, rate limits, refusals, order, concurrency, the key."""
+
+from __future__ import annotations
+
+import email.utils
+import time
+
+import pytest
+from chat_server import KEY, Server, cut_short, hang, refuse, reset, serving, text
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.progress import SILENT
+from gemma2.posttrain.generation.engines import Request, retry, server
+from gemma2.posttrain.generation.engines.retry import Backoff, retry_after
+from gemma2.posttrain.schemas import GenerateConfig
+
+pytest.importorskip("openai")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(retry, "FIRST", 0.005)
+
+
+def requests_of(count):
+    return [
+        Request((i, 0, 0), f"prompts.jsonl:{i + 1}", [{"role": "user", "content": f"prompt {i}"}], [], seed=100 + i)
+        for i in range(count)
+    ]
+
+
+def ask(fake, count=4, known=(), **fields):
+    """Completions by key, in the order in which they came."""
+    with serving(fake) as address:
+        config = GenerateConfig(teacher="a/model", prompts="p", engine="openai", base_url=address, **fields)
+        engine = server.ServerEngine(config, SILENT)
+        try:
+            found = [completion for group in engine.complete(requests_of(count), known) for completion in group]
+        finally:
+            engine.close()
+    return {completion.key: completion for completion in found}
+
+
+def until(condition, seconds=10):
+    """Wait for a condition; returns 0 so that it can stand as a delay."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return 0
+
+
+def first(count, fault):
+    """`fault` for the first requests, then right answers."""
+    return lambda number, body: fault if number < count else None
+
+
+def test_a_request_carries_prompt_settings_and_seed_and_the_answer_its_counts():
+    fake = Server()
+    found = ask(fake, 2, temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=50, logprobs=True)
+    _, headers, body = fake.requests[0]
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert body == {
+        "model": "a/model",
+        "messages": [{"role": "user", "content": f"prompt {body['seed'] - 100}"}],
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "max_tokens": 50,
+        "seed": body["seed"],
+        "logprobs": True,
+    }
+    answer = found[1, 0, 0]
+    assert (answer.text, answer.finish_reason) == ("You said: prompt 1 (101)", "stop")
+    assert (answer.tokens, answer.prompt_tokens, answer.logprob) == (7, 8, -0.75)
+
+
+def test_defaults_send_no_field_that_a_plain_server_may_not_know():
+    fake = Server()
+    ask(fake, 1)
+    assert fake.requests[0][2].keys() == {"model", "messages", "temperature", "max_tokens", "seed"}
+
+
+def test_fields_of_the_request_can_be_added_and_taken_out():
+    fake = Server()
+    ask(fake, 1, request={"temperature": None, "reasoning_effort": "low"})
+    assert "temperature" not in fake.requests[0][2] and fake.requests[0][2]["reasoning_effort"] == "low"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refuse(500, "oops"),
+        refuse(503, "busy"),
+        refuse(408),
+        refuse(429, "slow down"),
+        text(b'{"choices": [{"mess'),
+        text(b""),
+        text({"choices": []}),
+        text({"choices": [{"message": None}]}),
+        text([]),
+        cut_short,
+        reset,
+    ],
+    ids=["500", "503", "408", "429", "torn JSON", "empty", "no choice", "no message", "a list", "cut", "reset"],
+)
+def test_what_may_pass_is_tried_again(fault):
+    fake = Server(first(3, fault))
+    found = ask(fake, 3)
+    assert len(found) == 3 and all(answer.finish_reason == "stop" for answer in found.values())
+    assert len(fake.requests) == 6 and sorted(fake.seeds[3:]) == sorted(set(fake.seeds))
+
+
+def test_a_request_that_hangs_is_given_up_after_the_timeout_and_made_again():
+    fake = Server(first(1, hang(4)))
+    assert len(ask(fake, 1, timeout=0.2)) == 1
+    assert 0.2 <= fake.requests[1][0] - fake.requests[0][0] < 4
+
+
+def test_retry_after_is_honoured_and_holds_back_every_request():
+    fake = Server(first(1, refuse(429, headers=[("Retry-After", "0.4")])), delay=lambda body: 0.02)
+    ask(fake, 6, concurrency=2)
+    began = fake.requests[0][0]
+    later = [at - began for at, _, _ in fake.requests[2:]]  # the second was on its way
+    assert len(fake.requests) == 7 and min(later) >= 0.4
+
+
+def test_a_server_that_was_never_reached_is_given_up_soon():
+    given = {"teacher": "m", "prompts": "p", "engine": "openai", "base_url": "http://127.0.0.1:9/v1", "retries": 50}
+    engine = server.ServerEngine(GenerateConfig(**given), SILENT)
+    with pytest.raises(InputError, match=r"in 3 attempts, at last: APIConnectionError.*; check --base-url"):
+        list(engine.complete(requests_of(1), ()))
+    engine.close()
+
+
+def test_a_server_that_is_gone_for_a_while_is_waited_for():
+    fake = Server(lambda number, body: reset if 1 <= number < 6 else None)
+    assert len(ask(fake, 3, concurrency=1)) == 3 and len(fake.requests) == 8
+
+
+def test_retries_have_an_end_that_names_row_server_and_cause():
+    fake = Server(lambda number, body: refuse(503, "overloaded"))
+    with pytest.raises(InputError, match=r"prompts\.jsonl:1: no answer from http.* in 3 attempts, at last: 503 overlo"):
+        ask(fake, 1, retries=2)
+    assert len(fake.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            refuse(401, f"Incorrect API key provided: {KEY}"),
+            r"401 Incorrect API key provided: \*\*\*; check the",
+        ),
+        (refuse(403, "not yours"), "403 not yours; check what the key in OPENAI_API_KEY may do"),
+        (refuse(404, "The model `a/model` does not exist"), "404 The model `a/model` does not exist; check --teacher"),
+        (refuse(400, "Unsupported parameter: 'temperature'"), "400 Unsupported .*--set request.NAME=VALUE"),
+        (refuse(429, "You exceeded your quota", code="insufficient_quota"), "insufficient_quota.*out of credit"),
+    ],
+    ids=["401", "403", "404", "400", "quota"],
+)
+def test_what_no_retry_mends_ends_at_once_in_one_line_without_the_key(fault, words):
+    fake = Server(lambda number, body: fault)
+    with pytest.raises(InputError, match=words) as raised:
+        ask(fake, 20, concurrency=2)
+    assert KEY not in str(raised.value) and "\n" not in str(raised.value)
+    assert len(fake.requests) <= 3
+
+
+def test_answers_in_flight_are_handed_on_before_a_refusal_ends_the_run():
+    """They are paid. The refusal comes at once, the others take longer."""
+    fake = Server(
+        lambda number, body: refuse(400) if body["seed"] == 100 else None, delay=lambda b: 0.1 * (b["seed"] > 100)
+    )
+    found = []
+    with serving(fake) as address:
+        config = GenerateConfig(teacher="m", prompts="p", engine="openai", base_url=address, concurrency=3)
+        engine = server.ServerEngine(config, SILENT)
+        with pytest.raises(InputError, match="400"):
+            for group in engine.complete(requests_of(9), ()):
+                found += group
+        engine.close()
+    assert {completion.key for completion in found} == {(1, 0, 0), (2, 0, 0)} and len(fake.requests) == 3
+
+
+def test_answers_out_of_order_keep_their_keys():
+    fake = Server(delay=lambda body: until(lambda: len(fake.answered) == 7) if body["seed"] == 100 else 0.0)
+    found = ask(fake, 8, concurrency=8)
+    assert fake.answered[-1] == 100
+    assert all(f"prompt {key[0]} " in answer.text for key, answer in found.items())
+
+
+def test_no_more_requests_are_in_flight_than_allowed_and_that_many_are():
+    fake = Server(delay=lambda body: until(lambda: fake.busiest == 5))
+    ask(fake, 20, concurrency=5)
+    assert fake.busiest == 5
+
+
+def test_what_is_known_is_not_asked_again():
+    fake = Server()
+    assert ask(fake, 5, known={(1, 0, 0), (3, 0, 0)}).keys() == {(0, 0, 0), (2, 0, 0), (4, 0, 0)}
+    assert sorted(fake.seeds) == [100, 102, 104]
+
+
+def test_a_prompt_that_the_server_finds_too_long_is_an_error_with_its_line_or_marked():
+    message = "This model's maximum context length is 8192 tokens"
+    fault = refuse(400, message, code="context_length_exceeded")
+    with pytest.raises(InputError, match=r"prompts\.jsonl:1: too long for a/model: This model's maximum"):
+        ask(Server(lambda number, body: fault), 1)
+    fake = Server(lambda number, body: fault if body["seed"] == 101 else None)
+    found = ask(fake, 3, on_overlong="drop")
+    assert [found[i, 0, 0].finish_reason for i in range(3)] == ["stop", "overlong", "stop"]
+
+
+def test_counts_that_a_server_does_not_give_are_unknown(monkeypatch):
+    fake = Server()
+    whole = fake.completion
+    fake.completion = lambda body: {"choices": whole(body)["choices"]}
+    (answer,) = ask(fake, 1).values()
+    assert answer.tokens is None and answer.prompt_tokens is None and answer.logprob is None
+
+
+def test_a_key_is_needed_but_for_a_server_of_ones_own(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UsageError, match="OPENAI_API_KEY holds no key"):
+        server.ServerEngine(GenerateConfig(teacher="m", prompts="p", engine="openai"), SILENT)
+    given = {"teacher": "m", "prompts": "p", "engine": "openai", "base_url": "http://localhost:1/v1"}
+    with pytest.raises(UsageError, match="MY_KEY holds no key"):
+        server.ServerEngine(GenerateConfig(**given, api_key_env="MY_KEY"), SILENT)
+    fake = Server()
+    ask(fake, 1)  # a server of one's own may need none
+    assert KEY not in fake.requests[0][1]["authorization"]
+    monkeypatch.setenv("MY_KEY", "another")
+    ask(fake, 1, api_key_env="MY_KEY")
+    assert fake.requests[1][1]["authorization"] == "Bearer another"
+
+
+def test_delays_double_up_to_a_minute_with_jitter():
+    backoff = Backoff()
+    for failures in range(1, 20):
+        ideal = min(60.0, retry.FIRST * 2 ** (failures - 1))
+        drawn = {backoff.delay(failures) for _ in range(50)}
+        assert len(drawn) == 50 and all(0.5 * ideal <= delay <= 1.5 * ideal for delay in drawn)
+
+
+def test_retry_after_is_read_as_seconds_milliseconds_or_a_date():
+    assert retry_after({"retry-after": "7"}) == 7
+    assert retry_after({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
+    assert retry_after({"retry-after": email.utils.formatdate(time.time() + 30)}) == pytest.approx(30, abs=1.5)
+    assert retry_after({"retry-after": "soon"}) is None and retry_after({}) is None
+    assert retry_after({"retry-after": "-3"}) == 0

@@ -1,0 +1,492 @@
+"""The RL stage computes what Algorithm 1 of WARP says, stops when it should, and resumes bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.merging.progress import SILENT
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
+from gemma2.posttrain.evaluation import evaluate
+from gemma2.posttrain.models.sampler import sample
+from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.rl import rlhf, rollout
+from gemma2.posttrain.rl.ema import EmaAnchor
+from gemma2.posttrain.rl.guards import Guards
+from gemma2.posttrain.rl.rlhf import AnchorUpdate, run_rlhf
+from gemma2.posttrain.rl.rloo import prompt_order, sequence_logps
+from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, correlation, leave_one_out, padded
+from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.schemas import RlhfConfig
+
+END_OF_TURN = 107
+QUESTIONS = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
+
+
+# --- reward functions, named as users name theirs ---------------------------------------------------------------------
+
+
+def spread(prompts, completions, **columns):
+    """Varies with the text, for runs that only need some signal."""
+    return [float(sum(map(ord, text)) % 17) / 17 for text in completions]
+
+
+def brief(prompts, completions, truncated, **columns):
+    return [-len(text) / 20 - float(cut) for text, cut in zip(completions, truncated, strict=True)]
+
+
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def too_few(prompts, completions, **columns):
+    return [1.0]
+
+
+def not_a_number(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+def broken(prompts, completions, **columns):
+    raise KeyError("answer")
+
+
+# --- what the tests share ---------------------------------------------------------------------------------------------
+
+
+def ending_model(seed=0, **overrides):
+    """An untrained policy that ends its turns often enough to be sampled from."""
+    model = random_model(seed, **overrides)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[END_OF_TURN] *= 6
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    ending_model().save_pretrained(root / "policy")
+    tiny_tokenizer().save_pretrained(root / "policy")
+    save_random(root / "reward", seed=1, kind="reward")
+    rows = [json.dumps({"prompt": question}) for question in QUESTIONS]
+    (root / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return root
+
+
+def configure(root: Path, **fields) -> RlhfConfig:
+    defaults = {
+        "policy": root / "policy",
+        "reward_fn": "test_rlhf:spread",
+        "prompts": root / "prompts.jsonl",
+        "heldout": root / "prompts.jsonl",
+        "steps": 3,
+        "prompts_per_step": 2,
+        "n": 3,
+        "max_new_tokens": 10,
+        "temperature": 1.0,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "mu": 0.3,
+        "eval_every": 100,
+        "eval_prompts": 8,
+        "save_every": 100,
+    }
+    if "reward" in fields:
+        defaults["reward_fn"] = None
+    return RlhfConfig(**(defaults | fields))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def make_rollout(policy, anchor, **fields):
+    config = configure(Path("."), **fields)
+    prompts = [Prompt("", [{"role": "user", "content": question}]) for question in QUESTIONS]
+    score = lambda sampled: {"reward": spread(None, sampled.texts)}  # noqa: E731
+    chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
+    return Rollout(policy, anchor, chat, score, config, prompts, torch.Generator().manual_seed(0), 6)
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_by_hand():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    # 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2;  0 - 3/2, 0 - 3/2, 3 - 0
+    assert leave_one_out(rewards, 3).tolist() == [-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]
+
+
+def test_the_anchored_reward_by_hand_carries_no_gradient():
+    rewards = torch.tensor([1.0, 2.0], requires_grad=True)
+    ratios = torch.tensor([0.5, -1.0], requires_grad=True)
+    anchored = anchored_rewards(rewards, ratios, 0.1)
+    assert anchored.tolist() == pytest.approx([0.95, 2.1])
+    assert not anchored.requires_grad
+
+
+def test_log_ratios_are_sums_over_the_completion_at_the_sampling_temperature():
+    policy, other = ending_model(), ending_model(3)
+    roll = make_rollout(policy, EmaAnchor(other).model, temperature=0.7)
+    prompts = [roll.chat.prompt_ids(p.messages) for p in roll.prompts[:3]]
+    drawn = roll.draw(prompts)
+    pairs = [prompts[i] for i in drawn.prompt_index]
+    for prompt, ids, ratio in zip(pairs, drawn.ids, roll.log_ratios(pairs, drawn), strict=True):
+        sides = []
+        for model in (policy, other):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double() / 0.7
+            sides.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).sum())
+        assert ratio.item() == pytest.approx((sides[0] - sides[1]).item(), abs=1e-3)
+        assert abs(ratio) > 0.01
+
+
+def test_the_kl_to_an_anchor_that_equals_the_policy_is_zero():
+    policy = ending_model()
+    _, metrics = make_rollout(policy, EmaAnchor(policy).model)(range(4))
+    assert abs(metrics["kl_anchor"]) < 1e-5
+
+
+def test_advantages_are_those_of_reward_less_beta_times_kl():
+    policy, anchor = ending_model(), EmaAnchor(ending_model(3)).model
+    free, bound = (make_rollout(policy, anchor, beta=beta) for beta in (0.0, 0.5))
+    (without, _), (with_kl, metrics) = free([0, 1]), bound([0, 1])
+    assert torch.equal(without.ids, with_kl.ids)
+    ratios = []
+    for ids, mask in zip(bound_rows(with_kl.ids, with_kl.mask), with_kl.mask, strict=True):
+        start = int(mask.nonzero()[0])
+        own, other = (token_logps(model, [ids[:start]], [ids[start:]])[0].double().sum() for model in (policy, anchor))
+        ratios.append(own - other)
+    ratios = torch.stack(ratios)
+    expected = without.advantages.double() - 0.5 * leave_one_out(ratios, 3)
+    assert torch.allclose(with_kl.advantages.double(), expected, atol=1e-4)
+    assert metrics["kl_anchor"] == pytest.approx(ratios.mean().item(), abs=1e-4)
+
+
+def bound_rows(ids, mask):
+    """Rows without their padding."""
+    return [row[: int(m.nonzero()[-1]) + 1].tolist() for row, m in zip(ids, mask, strict=True)]
+
+
+def test_the_mask_covers_the_completion_and_nothing_else():
+    batch = padded([[5, 6, 7], [8]], [[9], [10, 11]], torch.zeros(2))
+    assert batch.ids.tolist() == [[5, 6, 7, 9], [8, 10, 11, 0]]
+    assert batch.mask.tolist() == [[False, False, False, True], [False, True, True, False]]
+
+
+def test_neither_prompt_nor_padding_enters_the_loss():
+    policy = ending_model()
+    batch, _ = make_rollout(policy, None)(range(4))
+    logps, _ = sequence_logps(policy, batch.ids, batch.mask, 1.0)
+    for row, (ids, mask) in enumerate(zip(bound_rows(batch.ids, batch.mask), batch.mask, strict=True)):
+        start = int(mask.nonzero()[0])
+        (alone,) = token_logps(policy, [ids[:start]], [ids[start:]])
+        assert logps[row].item() == pytest.approx(alone.sum().item(), abs=1e-4)
+    ends = torch.tensor([len(row) for row in bound_rows(batch.ids, batch.mask)])
+    repadded = batch.ids.masked_fill(torch.arange(batch.ids.shape[1]) >= ends[:, None], 9)
+    assert not torch.equal(repadded, batch.ids)
+    assert torch.allclose(sequence_logps(policy, repadded, batch.mask, 1.0)[0], logps, atol=1e-5)
+
+
+def test_the_prompt_order_is_a_row_of_permutations_that_the_seed_decides():
+    order = prompt_order(5, 12, seed=1)
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+    assert order == prompt_order(5, 12, seed=1) != prompt_order(5, 12, seed=2)
+    assert prompt_order(5, 20, seed=1)[:12] == order
+
+
+def test_correlation_by_hand_and_undefined():
+    assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])) == pytest.approx(1.0)
+    assert correlation(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 5.0])) is None
+
+
+# --- the anchor, through the real trainer -----------------------------------------------------------------------------
+
+
+def test_the_anchor_follows_a_float64_recursion_through_the_trainer(inputs, tmp_path, monkeypatch):
+    mu, path = 0.3, []
+    update = AnchorUpdate.on_optimizer_step
+
+    def record(self, args, state, control, **kwargs):
+        path.append({name: p.detach().double() for name, p in kwargs["model"].named_parameters()})
+        update(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(AnchorUpdate, "on_optimizer_step", record)
+    run_rlhf(configure(inputs, mu=mu, steps=5), RunOptions(tmp_path / "out"))
+    expected = {name: tensor.double() for name, tensor in weights(inputs / "policy").items()}
+    for theta in path:
+        expected = {name: (1 - mu) * expected[name] + mu * theta[name] for name in expected}
+    saved = weights(tmp_path / "out" / "ema")
+    assert len(path) == 5
+    for name, tensor in expected.items():
+        assert torch.allclose(saved[name].double(), tensor, atol=1e-6)
+        # The output is the policy itself, not its average.
+        assert torch.equal(weights(tmp_path / "out")[name].double(), path[-1][name])
+        assert not torch.equal(weights(tmp_path / "out")[name], saved[name])
+
+
+def test_mu_zero_keeps_the_anchor_and_mu_one_makes_it_the_policy(inputs, tmp_path):
+    for mu in (0.0, 1.0):
+        run_rlhf(configure(inputs, mu=mu), RunOptions(tmp_path / f"mu{mu}"))
+    start, still = weights(inputs / "policy"), weights(tmp_path / "mu0.0" / "ema")
+    assert all(torch.equal(still[name], start[name]) for name in start)
+    policy, mirror = weights(tmp_path / "mu1.0"), weights(tmp_path / "mu1.0" / "ema")
+    assert all(torch.equal(mirror[name], policy[name]) for name in start)
+    assert not all(torch.equal(policy[name], start[name]) for name in start)
+
+
+def test_mu_and_beta_change_the_policy(inputs, tmp_path):
+    results = []
+    for index, fields in enumerate([{}, {"mu": 0.9}, {"beta": 0.0}, {"anchor": "none"}]):
+        run_rlhf(configure(inputs, **fields), RunOptions(tmp_path / str(index)))
+        results.append(weights(tmp_path / str(index))["model.embed_tokens.weight"])
+    base, other_mu, free, none = results
+    assert not torch.equal(base, other_mu)
+    assert not torch.equal(base, free)
+    assert torch.equal(free, none)
+
+
+def test_the_anchor_scores_and_never_generates(inputs, tmp_path, monkeypatch):
+    anchors, sampled = [], []
+    make = EmaAnchor.__init__
+
+    def remember(self, policy):
+        make(self, policy)
+        anchors.append(self.model)
+
+    def spy(model, *args, **kwargs):
+        sampled.append(model)
+        return sample(model, *args, **kwargs)
+
+    monkeypatch.setattr(EmaAnchor, "__init__", remember)
+    monkeypatch.setattr(rollout, "sample", spy)
+    monkeypatch.setattr(evaluate, "sample", spy)
+    run_rlhf(configure(inputs), RunOptions(tmp_path / "out"))
+    assert len(anchors) == 1
+    assert len(sampled) == 5  # three steps, the evaluation before them and the one after
+    assert all(model is not anchors[0] for model in sampled)
+
+
+def test_kl_is_zero_before_the_first_step_and_grows(inputs, tmp_path):
+    run_rlhf(configure(inputs, eval_every=2), RunOptions(tmp_path / "out"))
+    rows = lines(tmp_path / "out" / "metrics.jsonl")
+    points = {row["step"]: row for row in rows if row.get("kind") == "eval"}
+    steps = {row["step"]: row for row in rows if "kind" not in row}
+    assert sorted(points) == [0, 2, 3]
+    assert points[0]["kl"] == 0.0
+    assert points[2]["kl"] > 0
+    assert abs(steps[1]["kl_anchor"]) < 1e-4
+    assert {"reward", "reward_se", "kl", "kl_se", "length", "truncated"} <= points[3].keys()
+    assert {"reward", "reward_std", "entropy", "length", "truncated", "distinct_2", "gradient_norm"} <= steps[3].keys()
+
+
+def test_kl_is_measured_to_the_sft_policy_that_is_named(inputs, tmp_path):
+    ending_model(5).save_pretrained(tmp_path / "sft")
+    tiny_tokenizer().save_pretrained(tmp_path / "sft")
+    run_rlhf(configure(inputs, sft=tmp_path / "sft", steps=1), RunOptions(tmp_path / "out"))
+    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["kl"] > 0.1
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_rises(inputs, tmp_path):
+    config = configure(
+        inputs, reward_fn="test_rlhf:brief", steps=25, n=6, beta=0.01, learning_rate=2e-2, eval_prompts=12
+    )
+    run_rlhf(config, RunOptions(tmp_path / "out"))
+    points = [row for row in lines(tmp_path / "out" / "metrics.jsonl") if row.get("kind") == "eval"]
+    assert points[-1]["reward"] > points[0]["reward"] + 2 * (points[0]["reward_se"] + points[-1]["reward_se"])
+
+
+def test_a_reward_model_is_scored_on_the_sampled_ids(inputs, tmp_path):
+    result = run_rlhf(configure(inputs, reward=inputs / "reward", steps=1), RunOptions(tmp_path / "out"))
+    assert result.summary["reward"] is not None
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(inputs, tmp_path):
+    for micro in (None, 2):
+        run_rlhf(configure(inputs, micro_batch_size=micro, steps=1), RunOptions(tmp_path / str(micro)))
+    whole, parts = weights(tmp_path / "None"), weights(tmp_path / "2")
+    start = weights(inputs / "policy")
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, parts[name], atol=1e-5)
+    assert any((whole[name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+# --- guards -----------------------------------------------------------------------------------------------------------
+
+
+def metrics(**fields):
+    return {"reward_std_in_group": 1.0, "truncated": 0.0, "kl_anchor": 0.0, "length": 10.0} | fields
+
+
+def guards(**fields):
+    return Guards(SILENT, **({"max_kl": 5.0, "max_dead_steps": 3, "tolerance": 1e-4} | fields))
+
+
+def test_a_run_without_reward_variance_stops_after_so_many_steps():
+    watch = guards()
+    for step in (1, 2):
+        watch.observe(step, metrics(reward_std_in_group=0.0))
+    watch.observe(3, metrics())
+    watch.observe(4, metrics(reward_std_in_group=0.0))
+    watch.observe(5, metrics(reward_std_in_group=0.0))
+    with pytest.raises(GuardStop, match="no difference in reward"):
+        watch.observe(6, metrics(reward_std_in_group=0.0))
+
+
+def test_steps_in_which_every_completion_is_cut_stop_the_run():
+    watch = guards()
+    watch.observe(1, metrics(truncated=1.0))
+    watch.observe(2, metrics(truncated=1.0))
+    with pytest.raises(GuardStop, match="every completion was cut"):
+        watch.observe(3, metrics(truncated=1.0))
+
+
+def test_the_kl_limit_stops_the_run_at_the_limit():
+    guards().measured(10, 4.99, 0.5)
+    guards(max_kl=None).measured(10, 1e9, 0.5)
+    for kl in (5.0, float("nan")):
+        with pytest.raises(GuardStop, match="KL to the SFT policy"):
+            guards().measured(10, kl, 0.5)
+    with pytest.raises(GuardStop, match="every held-out completion"):
+        guards().measured(10, 0.0, 1.0)
+
+
+def test_a_first_step_with_kl_is_a_bug():
+    guards().observe(1, metrics(kl_anchor=1e-4))
+    guards(tolerance=None).observe(1, metrics(kl_anchor=3.0))
+    with pytest.raises(RuntimeError, match="not 0"):
+        guards().observe(1, metrics(kl_anchor=0.1))
+
+
+def test_guards_go_on_counting_after_a_resume():
+    before, after = guards(), guards()
+    before.observe(1, metrics(reward_std_in_group=0.0))
+    before.observe(2, metrics(reward_std_in_group=0.0))
+    after.restore(before.state())
+    with pytest.raises(GuardStop):
+        after.observe(3, metrics(reward_std_in_group=0.0))
+
+
+def test_the_kl_guard_ends_a_run_with_exit_code_three_and_nothing_in_its_place(inputs, tmp_path):
+    with pytest.raises(GuardStop) as caught:
+        run_rlhf(configure(inputs, max_kl=1e-6, eval_every=1), RunOptions(tmp_path / "out"))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(inputs, tmp_path, monkeypatch):
+    def poisoned(rewards, n):
+        return torch.full_like(rewards, float("inf"))
+
+    monkeypatch.setattr(rollout, "leave_one_out", poisoned)
+    with pytest.raises(GuardStop, match="NaN or infinite"):
+        run_rlhf(configure(inputs), RunOptions(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("too_few", "returned 1 values"), ("not_a_number", "NaN"), ("broken", "failed with KeyError")],
+)
+def test_a_bad_reward_function_is_named_in_one_line(inputs, tmp_path, name, message):
+    with pytest.raises(InputError, match=message) as caught:
+        run_rlhf(configure(inputs, reward_fn=f"test_rlhf:{name}"), RunOptions(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_constant_reward_stops_a_run_that_cannot_learn(inputs, tmp_path):
+    config = configure(inputs, reward_fn="test_rlhf:constant", max_dead_steps=2)
+    with pytest.raises(GuardStop, match="no difference in reward"):
+        run_rlhf(config, RunOptions(tmp_path / "out"))
+
+
+def test_samples_that_do_not_fill_micro_batches_are_refused(inputs, tmp_path):
+    with pytest.raises(UsageError, match="micro-batch-size"):
+        run_rlhf(configure(inputs, micro_batch_size=4), RunOptions(tmp_path / "out"))
+
+
+def test_exactly_one_reward_is_taken(inputs, tmp_path):
+    with pytest.raises(UsageError, match="one of them"):
+        run_rlhf(configure(inputs, reward_fn=None), RunOptions(tmp_path / "out"))
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of a step."""
+
+
+@pytest.mark.parametrize(("anchor", "died_at"), [("ema", 4), ("sft", 5), ("none", 4)])
+def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_path, monkeypatch, anchor, died_at):
+    config = configure(inputs, anchor=anchor, steps=5, save_every=2, eval_every=3, micro_batch_size=3)
+    run_rlhf(config, RunOptions(tmp_path / "whole"))
+    observe = Guards.observe
+
+    def die(self, step, metrics):
+        if step == died_at:
+            raise Killed
+        observe(self, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Guards, "observe", die)
+        run_rlhf(config, RunOptions(tmp_path / "parts"))
+    assert not (tmp_path / "parts").exists()
+    run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
+    names = ["model.safetensors", "metrics.jsonl", "samples.jsonl"]
+    for name in [*names, "ema/model.safetensors"] if anchor == "ema" else names:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_resume_without_the_saved_anchor_would_differ(inputs, tmp_path, monkeypatch):
+    """The comparison above would notice an anchor that restarts from the resumed policy."""
+    config = configure(inputs, steps=4, save_every=2, beta=1.0)
+    run_rlhf(config, RunOptions(tmp_path / "whole"))
+    observe = Guards.observe
+
+    def die(self, step, metrics):
+        if step == 4:
+            raise Killed
+        observe(self, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Guards, "observe", die)
+        run_rlhf(config, RunOptions(tmp_path / "parts"))
+    monkeypatch.setattr(EmaAnchor, "load", lambda self, path: None)
+    run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
+    assert (tmp_path / "parts" / "model.safetensors").read_bytes() != (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_resume_against_another_configuration_is_refused(inputs, tmp_path, monkeypatch):
+    observe = Guards.observe
+
+    def die(self, step, metrics):
+        if step == 3:
+            raise Killed
+        observe(self, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Guards, "observe", die)
+        run_rlhf(configure(inputs, steps=4, save_every=1), RunOptions(tmp_path / "out"))
+    with pytest.raises(InputError, match="beta"):
+        run_rlhf(configure(inputs, steps=4, save_every=1, beta=0.2), RunOptions(tmp_path / "out", resume=True))
+
+
+def test_rlhf_in_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UsageError, match="2 processes"):
+        rlhf.check_process_count()

@@ -1,0 +1,193 @@
+"""What `rloo.py` takes for granted about TRL 1.16 and transformers, and that our gradient is TRL's.
+
+A failure here after an upgrade says which private hook moved.
+"""
+
+import inspect
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer
+from trl import RLOOConfig, RLOOTrainer
+
+from gemma2.merging.progress import SILENT
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.rl.guards import Guards
+from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
+from gemma2.posttrain.rl.rollout import Rollout
+from gemma2.posttrain.schemas import RlhfConfig
+
+OVERRIDDEN = {
+    RLOOTrainer: {
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_compute_loss": ["self", "model", "inputs"],
+        "_save_checkpoint": ["self", "model", "trial"],
+    },
+    Trainer: {
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    },
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # third parties warn at will in a bare trainer
+
+
+def score(sampled):
+    return {"reward": [float(sum(ids) % 5) for ids in sampled.completions]}
+
+
+def ending_model():
+    """An untrained policy whose completions differ in length."""
+    model = random_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[107] *= 6
+    return model
+
+
+def arguments(tmp_path, **fields):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "temperature": 0.8,
+        "beta": 0.0,
+        "learning_rate": 1e-3,
+        "shuffle_dataset": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "save_strategy": "no",
+    }
+    return RLOOConfig(**(defaults | fields))
+
+
+def make(tmp_path, **fields):
+    policy, tokenizer = ending_model(), tiny_tokenizer()
+    config = RlhfConfig(policy=tmp_path, prompts=tmp_path, n=4, max_new_tokens=8, temperature=0.8, prompts_per_step=2)
+    prompts = [Prompt("", [{"role": "user", "content": text}]) for text in ("What is 1 plus 2?", "Sort 3 1 2.", "Hi.")]
+    chat = ChatFormat(tokenizer, policy.generation_config)
+    rollout = Rollout(policy, None, chat, score, config, prompts, torch.Generator().manual_seed(0), 8)
+    return AnchoredRlooTrainer(rollout, None, arguments(tmp_path, **fields), Guards(SILENT, None, 50))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [(owner, name, parameters) for owner, hooks in OVERRIDDEN.items() for name, parameters in hooks.items()],
+)
+def test_the_hooks_that_are_overridden_exist_with_these_parameters(owner, name, parameters):
+    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters
+
+
+def test_trl_calls_the_rollout_once_per_optimizer_step_with_every_prompt_n_times(tmp_path, monkeypatch):
+    trainer = make(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, steps_per_generation=4)
+    calls = []
+    generate = AnchoredRlooTrainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        calls.append([row["prompt"] for row in inputs])
+        return generate(self, inputs)
+
+    monkeypatch.setattr(AnchoredRlooTrainer, "_generate_and_score_completions", spy)
+    trainer.train()
+    assert len(calls) == 2
+    for indices in calls:
+        assert len(indices) == 8
+        assert all(len(set(indices[i : i + 4])) == 1 for i in (0, 4))
+    assert [calls[0][0], calls[0][4], calls[1][0], calls[1][4]] == trainer.train_dataset["prompt"][:]
+
+
+def test_trl_feeds_the_loss_every_row_of_the_rollout_once(tmp_path, monkeypatch):
+    trainer = make(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, steps_per_generation=4)
+    produced, consumed = [], []
+    generate, loss = AnchoredRlooTrainer._generate_and_score_completions, AnchoredRlooTrainer._compute_loss
+
+    def spy_generate(self, inputs):
+        batch = generate(self, inputs)
+        produced.extend(zip(batch["ids"].tolist(), batch["advantages"].tolist(), strict=True))
+        return batch
+
+    def spy_loss(self, model, inputs):
+        consumed.extend(zip(inputs["ids"].tolist(), inputs["advantages"].tolist(), strict=True))
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(AnchoredRlooTrainer, "_generate_and_score_completions", spy_generate)
+    monkeypatch.setattr(AnchoredRlooTrainer, "_compute_loss", spy_loss)
+    trainer.train()
+    assert sorted(produced) == sorted(consumed)
+    assert len(produced) == 16
+
+
+def test_trl_builds_no_reference_model_and_no_reward_model(tmp_path):
+    trainer = make(tmp_path)
+    assert trainer.ref_model is None
+    assert trainer.reward_funcs == []
+    assert trainer.temperature == 0.8
+    assert trainer.loss_is_scaled_for_ga is False
+
+
+def test_the_metrics_of_a_step_reach_the_log(tmp_path):
+    trainer = make(tmp_path, logging_steps=1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert {"reward", "entropy", "length", "truncated", "distinct_2", "grad_norm"} <= row.keys()
+
+
+def test_the_optimizer_is_adam_without_weight_decay(tmp_path):
+    optimizer = make(tmp_path, weight_decay=0.0).create_optimizer()
+    assert type(optimizer) is torch.optim.AdamW
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_our_gradient_is_trl_s_on_the_same_batch(tmp_path):
+    """TRL's clipped importance ratio is 1 on its own samples: its gradient is plain REINFORCE, which we compute."""
+    ours = make(tmp_path)
+    batch = ours._generate_and_score_completions([{"prompt": i} for i in (0, 0, 0, 0, 1, 1, 1, 1)])
+    assert batch["advantages"].abs().max() > 0.1
+    assert len(set(batch["mask"].sum(1).tolist())) > 1
+    ours._compute_loss(ours.model, batch).backward()
+    gradient = {name: p.grad.clone() for name, p in ours.model.named_parameters()}
+
+    theirs = RLOOTrainer(
+        model=ending_model(),
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        args=arguments(tmp_path),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
+        processing_class=tiny_tokenizer(),
+    )
+    layout = trl_layout(batch)
+    with torch.no_grad():
+        logps, _, _ = theirs._get_per_token_logps_and_entropies(
+            theirs.model,
+            torch.cat([layout["prompt_ids"], layout["completion_ids"]], 1),
+            torch.cat([layout["prompt_mask"], layout["completion_mask"]], 1),
+            layout["completion_ids"].shape[1],
+        )
+    layout["old_logps"] = (logps * layout["completion_mask"]).sum(1)
+    theirs._compute_loss(theirs.model, layout).backward()
+    for name, parameter in theirs.model.named_parameters():
+        assert (gradient[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def trl_layout(batch):
+    """Our right-padded rows as TRL lays them out: prompts padded on the left, completions on the right."""
+    rows = []
+    for ids, mask in zip(batch["ids"], batch["mask"], strict=True):
+        start, end = int(mask.nonzero()[0]), int(mask.nonzero()[-1]) + 1
+        rows.append((ids[:start], ids[start:end]))
+    left, right = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
+    pad = torch.nn.functional.pad
+    return {
+        "prompt_ids": torch.stack([pad(p, (left - len(p), 0)) for p, _ in rows]),
+        "prompt_mask": torch.stack([pad(torch.ones_like(p), (left - len(p), 0)) for p, _ in rows]),
+        "completion_ids": torch.stack([pad(c, (0, right - len(c))) for _, c in rows]),
+        "completion_mask": torch.stack([pad(torch.ones_like(c), (0, right - len(c))) for _, c in rows]),
+        "advantages": batch["advantages"],
+    }

@@ -1,0 +1,219 @@
+"""Reward models: what the model reads, Bradley-Terry, invariance of scores, held-out figures by hand, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import read_pairs
+from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
+from gemma2.posttrain.models.scorer import RewardModel
+from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.training.reward import PairIds, make_trainer, preference_metrics, run_reward, tokenise_pairs
+
+WORDS = ["honey", "glass", "wool", "salt", "copper"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Pairs whose better side says please at the end."""
+    folder = tmp_path_factory.mktemp("reward")
+    draw = random.Random(0)
+    rows = []
+    for i in range(60):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(1, 6))]
+        better, worse = [*words, "please"], ["please", *words]
+        rows.append({"prompt": f"What is {i}?", "chosen": " ".join(better), "rejected": " ".join(worse)})
+    (folder / "pairs.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    save_random(folder / "model")
+    return folder
+
+
+def configure(inputs, **fields):
+    given = {"learning_rate": 1e-2, "batch_size": 12, "eval_fraction": 0.2, "save_every": 3, "epochs": 3, **fields}
+    return RewardConfig(model=inputs / "model", data=inputs / "pairs.jsonl", **given)
+
+
+@pytest.fixture(scope="module")
+def trained(inputs):
+    return run_reward(configure(inputs), RunOptions(inputs / "trained"))
+
+
+def test_the_preference_is_learned(trained):
+    assert trained.summary["accuracy"] > 0.9 and trained.summary["loss"] < 0.4
+    assert trained.summary["margin"] > 1
+
+
+def test_the_output_is_a_reward_model_with_one_output(trained):
+    model = AutoModelForSequenceClassification.from_pretrained(trained.out)
+    assert model.config.num_labels == 1 and model.config.architectures == ["Gemma2ForSequenceClassification"]
+    assert RewardModel.from_dir(trained.out).score([[2, 5]], [[6]]).shape == (1,)
+
+
+@pytest.fixture(scope="module")
+def conversations(inputs):
+    chat = ChatFormat(tiny_tokenizer())
+    pairs, _ = tokenise_pairs(read_pairs(inputs / "pairs.jsonl")[:10], chat, 1024)
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def test_scores_do_not_depend_on_batch_size_order_or_padding_side(trained, conversations):
+    model = RewardModel.from_dir(trained.out)
+    one_by_one = model.score(conversations, [[]] * 20, batch_size=1)
+    torch.testing.assert_close(model.score(conversations, [[]] * 20, batch_size=7), one_by_one, atol=1e-5, rtol=0)
+    turned = model.score(conversations[::-1], [[]] * 20, batch_size=7).flip(0)
+    torch.testing.assert_close(turned, one_by_one, atol=1e-5, rtol=0)
+    plain = AutoModelForSequenceClassification.from_pretrained(trained.out, attn_implementation="eager")
+    tokenizer = tiny_tokenizer()
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = tokenizer.pad({"input_ids": conversations}, return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(plain(**batch).logits.squeeze(-1), one_by_one, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("after", "lora"), [(5, 0), (8, 4)])
+def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained, after, lora, interrupting):
+    config = configure(inputs, lora_rank=lora)
+    whole = run_reward(config, RunOptions(tmp_path / "whole")).out if lora else trained.out
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_reward(config, RunOptions(out), interrupting(after))
+    resumed = run_reward(config, RunOptions(out, resume=True))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert resumed.summary == json.loads((whole / "gemma2.json").read_text())["summary"]
+
+
+def test_lora_trains_products_and_head_and_writes_a_plain_model(inputs, tmp_path):
+    out = run_reward(configure(inputs, lora_rank=2, max_steps=1), RunOptions(tmp_path / "out")).out
+    before, after = load_file(inputs / "model" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert after.keys() == before.keys() | {"score.weight"}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj." in name}
+
+
+def test_the_head_follows_from_the_seed(inputs, tmp_path):
+    def head(name, **fields):
+        config = configure(inputs, max_steps=1, learning_rate=1e-12, **fields)
+        return load_file(run_reward(config, RunOptions(tmp_path / name)).out / "model.safetensors")["score.weight"]
+
+    first, again, other = head("a"), head("b"), head("c", seed=1)
+    torch.testing.assert_close(first, again)
+    assert (first - other).abs().max() > 1e-3
+
+
+def test_trl_s_options_are_checked_by_name(inputs, tmp_path):
+    trainer = {"center_rewards_coeficient": 0.1}
+    with pytest.raises(UsageError, match="did you mean 'center_rewards_coefficient'"):
+        run_reward(configure(inputs, trainer=trainer), RunOptions(tmp_path / "out"))
+
+
+# -- pairs to ids ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return ChatFormat(tiny_tokenizer())
+
+
+def tokenised(tmp_path, chat, *rows, max_length=1024):
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    return tokenise_pairs(read_pairs(tmp_path / "rows.jsonl"), chat, max_length)
+
+
+def test_a_completion_ends_with_its_end_of_turn_and_a_truncated_one_does_not(tmp_path, chat):
+    (pair,), _ = tokenised(
+        tmp_path, chat, {"prompt": "a", "chosen": "b", "rejected": "b c", "rejected_truncated": True}
+    )
+    prompt = "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n"
+    assert chat.tokenizer.decode(pair.chosen) == prompt + "b<end_of_turn>"
+    assert chat.tokenizer.decode(pair.rejected) == prompt + "b c"
+    assert pair.prompt == len(chat.prompt_ids([{"role": "user", "content": "a"}]))
+
+
+def test_truncation_alone_makes_a_pair_and_equality_does_not(tmp_path, chat):
+    same = {"prompt": "a", "chosen": "b", "rejected": " b "}
+    pairs, dropped = tokenised(tmp_path, chat, same, same | {"rejected_truncated": True})
+    assert len(pairs) == 1 and dropped == {"overlong_dropped": 0, "identical_dropped": 1}
+
+
+def test_overlong_pairs_are_dropped_and_counted(tmp_path, chat):
+    short, long = {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b" * 40, "rejected": "c"}
+    pairs, dropped = tokenised(tmp_path, chat, short, long, max_length=30)
+    assert len(pairs) == 1 and dropped == {"overlong_dropped": 1, "identical_dropped": 0}
+    with pytest.raises(InputError, match="none of 1 pairs is usable: 1 over --max-length 30, 0 the same"):
+        tokenised(tmp_path, chat, long, max_length=30)
+
+
+def test_what_is_dropped_is_reported(inputs, tmp_path, interrupting):
+    progress = interrupting(10**9)
+    run_reward(configure(inputs, max_length=32, max_steps=1), RunOptions(tmp_path / "out"), progress)
+    assert "pairs are longer than --max-length 32 and were dropped" in progress.warnings[0]
+
+
+@pytest.mark.parametrize("margins", [(None, None), (1.5, None)])
+def test_the_loss_is_bradley_terry_less_the_margin(inputs, tmp_path, margins):
+    class Folder:
+        checkpoints = tmp_path
+
+    model = random_reward_model()
+    ids = [([2, 9, 10], [2, 9, 11, 12]), ([2, 9, 13], [2, 9, 14])]
+    pairs = [PairIds(chosen, rejected, 2, margin) for (chosen, rejected), margin in zip(ids, margins, strict=True)]
+    trainer = make_trainer(model, tiny_tokenizer(), pairs, configure(inputs), Folder())
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(model, batch).item()
+    rewards = [[model(torch.tensor([side])).logits.item() for side in pair] for pair in ids]
+    expected = [math.log1p(math.exp(-(c - r - (m or 0.0)))) for (c, r), m in zip(rewards, margins, strict=True)]
+    assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+# -- figures by hand ------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_margin_and_loss_by_hand():
+    chosen, rejected = torch.tensor([2.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0, -3.0])
+    figures = preference_metrics(chosen, rejected, torch.ones(8))
+    # margins 2, -1, 0, 3: two right, one wrong, one tie that counts half
+    assert figures["accuracy"] == 2.5 / 4 and figures["margin"] == 1.0
+    assert figures["accuracy_error"] == pytest.approx(math.sqrt(0.625 * 0.375 / 4))
+    expected = [math.log1p(math.exp(-m)) for m in (2, -1, 0, 3)]
+    assert figures["loss"] == pytest.approx(sum(expected) / 4)
+    assert figures["reward_mean"] == 0.25
+
+
+def test_calibration_is_the_gap_between_confidence_and_accuracy_by_hand():
+    # Four pairs at confidence 0.9 of which three are right, one at 0.6 that is wrong: bins 0.9-0.95 and 0.6-0.65.
+    sure, unsure = math.log(0.9 / 0.1) + 1e-9, math.log(0.6 / 0.4) + 1e-9
+    margins = torch.tensor([sure, sure, sure, -sure, -unsure], dtype=torch.float64)
+    figures = preference_metrics(margins, torch.zeros(5, dtype=torch.float64), torch.ones(10))
+    assert figures["calibration_error"] == pytest.approx((4 * abs(0.75 - 0.9) + 1 * abs(0 - 0.6)) / 5)
+
+
+def test_pairs_at_their_stated_confidence_are_calibrated():
+    draw = torch.Generator().manual_seed(0)
+    margins = torch.randn(20000, generator=draw, dtype=torch.float64) * 2
+    right = torch.rand(20000, generator=draw, dtype=torch.float64) < margins.abs().sigmoid()
+    signed = torch.where(right, margins.abs(), -margins.abs())
+    figures = preference_metrics(signed, torch.zeros_like(signed), torch.ones(40000))
+    assert figures["calibration_error"] < 0.015
+
+
+def test_reward_length_correlation_by_hand():
+    figures = preference_metrics(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0]), torch.tensor([10, 20, 30, 50]))
+    assert figures["reward_length_correlation"] == pytest.approx(1.0)
+    # Rewards 1, 0, 0, 1 and lengths 1, 2, 3, 4 do not correlate.
+    figures = preference_metrics(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1, 2, 3, 4]))
+    assert figures["reward_length_correlation"] == pytest.approx(0.0)
+    figures = preference_metrics(torch.zeros(2), torch.zeros(2), torch.tensor([1, 2, 3, 4]))
+    assert figures["reward_length_correlation"] is None

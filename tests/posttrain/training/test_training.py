@@ -1,0 +1,269 @@
+"""What the training steps share: options by name, checkpoints that prove themselves, the NaN guard, an exact resume."""
+
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import Trainer
+from trl import SFTConfig
+
+from gemma2.merging.errors import GuardStop, UsageError
+from gemma2.merging.progress import SILENT
+from gemma2.posttrain.rundir import RunOptions, open_run
+from gemma2.posttrain.schemas import TrainingFields
+from gemma2.posttrain.training.trainer import (
+    RunCallback,
+    is_complete,
+    latest_checkpoint,
+    mark_complete,
+    quiet_libraries,
+    train,
+    trainer_arguments,
+)
+
+STEPS = 6
+
+
+class Line(torch.nn.Module):
+    """y = w x, squared loss: a model whose training can be followed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, x, y):  # x (B, 3) fp32, y (B,) fp32
+        predicted = x @ self.w
+        return {"loss": ((predicted - y) ** 2).mean(), "logits": predicted}
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 3, generator=generator)
+    return [{"x": row, "y": row.sum()} for row in x]
+
+
+class Bars:
+    """A progress that keeps what it is told, and raises once `stop` steps have passed."""
+
+    def __init__(self, stop=10**9):
+        self.stop, self.done, self.told, self.open = stop, 0, [], 0
+        self.note, self.warn = SILENT.note, SILENT.warn
+
+    def task(self, label, total, unit):
+        self.told.append((label, total, unit))
+        return self
+
+    def __enter__(self):
+        self.open += 1
+        return self
+
+    def __exit__(self, *error):
+        self.open -= 1
+
+    def advance(self, amount=1, **fields):
+        self.done += amount
+        self.told.append((amount, fields))
+        if self.done >= self.stop:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def opened(tmp_path, resume=False, name="out", **settings):
+    config = TrainingFields(**({"learning_rate": 0.1, "save_every": 2, "seed": 3} | settings))
+    with open_run("sft", config, RunOptions(tmp_path / name, resume=resume), data=[]) as run:
+        yield config, run
+
+
+def fit(config, run, progress=SILENT, data=None, model=None, **ours):
+    """Train a line; returns its weights."""
+    quiet_libraries()
+    given = {"max_steps": STEPS, "per_device_train_batch_size": 2, "remove_unused_columns": False} | ours
+    arguments = SFTConfig(**trainer_arguments(SFTConfig, config, run, **given))
+    model = model or Line()
+    trainer = Trainer(model, arguments, train_dataset=data or rows())
+    callback = RunCallback(run, progress, "a line")
+    trainer.add_callback(callback)
+    train(trainer, run, callback)
+    return model.w.detach()
+
+
+# --- trainer options --------------------------------------------------------------------------------------------------
+
+
+def test_settings_reach_the_trainer_under_its_names(tmp_path):
+    with opened(tmp_path, warmup_steps=5, max_grad_norm=0.5, log_every=7) as (config, run):
+        arguments = trainer_arguments(SFTConfig, config, run, max_steps=9)
+        assert arguments["output_dir"] == str(run.path / "checkpoints")
+    expected = {
+        "learning_rate": 0.1,
+        "warmup_steps": 5,
+        "max_grad_norm": 0.5,
+        "save_steps": 2,
+        "logging_steps": 7,
+        "seed": 3,
+        "data_seed": 3,
+        "max_steps": 9,
+        "report_to": "none",
+    }
+    assert {key: arguments[key] for key in expected} == expected
+
+
+def test_further_options_are_passed_on_by_name(tmp_path):
+    with opened(tmp_path, trainer={"adam_beta1": 0.5, "bf16": True}) as (config, run):
+        arguments = trainer_arguments(SFTConfig, config, run)
+        assert (arguments["adam_beta1"], arguments["bf16"]) == (0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("adam_beta", r"unknown key 'trainer\.adam_beta'; did you mean 'adam_beta[12]'"),
+        ("gradient_checkpointing", r"unknown key 'trainer\.gradient_checkpointing'"),
+        ("report_to", r"'trainer\.report_to' is set by an option of this command"),
+        ("seed", r"'trainer\.seed' is set by an option of this command"),
+        ("max_steps", r"'trainer\.max_steps' is set by an option of this command"),
+    ],
+)
+def test_an_unknown_option_or_one_that_a_flag_sets_is_refused(tmp_path, option, said):
+    with (
+        opened(tmp_path, trainer={option: 1}) as (config, run),
+        pytest.raises(UsageError, match=said),
+    ):
+        trainer_arguments(SFTConfig, config, run, max_steps=9)
+
+
+def test_a_further_option_changes_the_result(tmp_path, whole):
+    with opened(tmp_path, trainer={"weight_decay": 0.9}) as (config, run):
+        assert fit(config, run).norm() < whole[0].norm()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "checkpoint-4"
+    path.mkdir()
+    (path / "weights").write_text("weights")
+    (path / "state").write_text("state")
+    mark_complete(path)
+    return path
+
+
+def test_a_checkpoint_with_its_mark_and_every_digest_is_complete(checkpoint):
+    assert is_complete(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "weights").write_text("weightz"),
+        lambda path: (path / "weights").unlink(),
+        lambda path: (path / "complete.json").unlink(),
+        lambda path: (path / "complete.json").write_bytes(b'{"files": {"\xff'),
+        lambda path: (path / "complete.json").write_text("{}"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_complete(checkpoint, damage):
+    damage(checkpoint)
+    assert not is_complete(checkpoint)
+
+
+def test_the_newest_complete_checkpoint_is_found_and_torn_ones_removed(tmp_path):
+    with opened(tmp_path) as (_, run):
+        for step in (2, 9, 10, 11):
+            path = run.checkpoints / f"checkpoint-{step}"
+            path.mkdir(parents=True)
+            (path / "weights").write_text(f"{step}")
+            mark_complete(path)
+        (run.checkpoints / "checkpoint-11" / "weights").write_text("torn")
+        (run.checkpoints / "checkpoint-12").mkdir()
+        assert latest_checkpoint(run) == (run.checkpoints / "checkpoint-10", 10)
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+            "checkpoint-10",
+            "checkpoint-2",
+            "checkpoint-9",
+        ]
+
+
+def test_without_a_complete_checkpoint_there_is_none(tmp_path):
+    with opened(tmp_path) as (_, run):
+        assert latest_checkpoint(run) is None
+        (run.checkpoints / "checkpoint-1").mkdir(parents=True)
+        assert latest_checkpoint(run) is None
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (weights, metrics, what the progress was told)."""
+    bars = Bars()
+    with opened(tmp_path_factory.mktemp("whole")) as (config, run):
+        weights = fit(config, run, bars)
+        return weights, metrics_of(run), bars
+
+
+def test_each_step_is_logged_once_without_wall_clock_figures(whole):
+    _, metrics, _ = whole
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert set(metrics[0]) == {"step", "loss", "gradient_norm", "learning_rate", "epoch"}
+
+
+def test_the_first_loss_is_the_one_by_hand(whole):
+    _, metrics, _ = whole
+    losses = [row["y"] ** 2 for row in rows()]
+    pairs = [float(a + b) / 2 for i, a in enumerate(losses) for b in losses[i + 1 :]]
+    assert min(abs(metrics[0]["loss"] - loss) for loss in pairs) < 1e-4, "w = 0: the mean of two squared targets"
+
+
+def test_the_bar_counts_optimizer_steps_and_is_closed(whole):
+    _, _, bars = whole
+    assert bars.told[0] == ("a line", STEPS, "steps")
+    assert bars.done == STEPS
+    assert bars.open == 0
+    assert bars.told[-1][1]["loss"] > 0
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, whole, stop):
+    bars = Bars(stop)
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as (config, run):
+        fit(config, run, bars)
+    assert bars.open == 0, "the bar is closed"
+    kept = (tmp_path / ".out.partial").exists()
+    assert kept == (stop > 2), "the first checkpoint is that of step 2"
+    with opened(tmp_path, resume=kept) as (config, run):
+        again = Bars()
+        weights = fit(config, run, again)
+        metrics = metrics_of(run)
+    assert torch.equal(weights, whole[0])
+    assert metrics == whole[1]
+    assert again.told[1] == ((stop - 1) // 2 * 2, {}), "the bar begins at the checkpoint"
+
+
+def test_a_resume_ignores_a_torn_checkpoint(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as (config, run):
+        fit(config, run, Bars(5))
+    (tmp_path / ".out.partial" / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"torn")
+    with opened(tmp_path, resume=True) as (config, run):
+        assert torch.equal(fit(config, run), whole[0])
+        assert metrics_of(run) == whole[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_before_a_save(tmp_path, bad):
+    broken = [{"x": row["x"], "y": torch.tensor(bad)} for row in rows()]
+    model = Line()
+    stopped = pytest.raises(GuardStop, match="step 1 of a line: the gradient is NaN or infinite")
+    with stopped, opened(tmp_path, save_every=1) as (config, run):
+        fit(config, run, data=broken, model=model)
+    assert torch.equal(model.w.detach(), torch.zeros(3)), "nothing was updated"
+    assert not (tmp_path / ".out.partial").exists(), "nothing was saved"
