@@ -40,6 +40,7 @@ from .schemas import (
 __all__ = ["parameter_count", "plan"]
 
 GIB = 2.0**30
+FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 
@@ -137,7 +138,10 @@ def _filter(config: FilterConfig) -> Work:
     for path in config.decontaminate:
         count_rows(path)
     # What the scan found lies on disk beside the output; 250 bytes of a row are in memory when rows are compared.
-    return Work(memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0)
+    minutes = rows * FILTER_SECONDS / 60
+    return Work(
+        memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0, facts={"cpu_minutes_about": round(minutes, 1)}
+    )
 
 
 def _pairs(config: PairsConfig) -> Work:
@@ -215,8 +219,9 @@ def plan(config: Config, options: RunOptions) -> dict[str, Any]:
             "memory_gib": round(work.memory / GIB, 3),
             "disk_gib": round(work.disk / GIB, 3),
             "disk_free_gib": round(free / GIB, 1),
-            "cpu_hours_at_least": float(f"{work.operations / matmul_rate() / 3600:.2g}"),
         }
+        if work.operations:
+            document["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
         if work.disk > free:
             raise InputError(
                 f"--out {options.out} needs about {work.disk / GIB:.1f} GiB and {free / GIB:.1f} GiB are free",

@@ -15,6 +15,8 @@ from gemma2.posttrain import schemas
 from gemma2.posttrain.rundir import RunOptions
 
 SCHEMA_OF = {
+    "distill": schemas.DistillConfig,
+    "distill cache": schemas.DistillCacheConfig,
     "eval": schemas.EvalConfig,
     "filter": schemas.FilterConfig,
     "generate": schemas.GenerateConfig,

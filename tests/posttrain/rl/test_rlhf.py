@@ -428,7 +428,10 @@ class Killed(Exception):
     """Stands for a kill in the middle of a step."""
 
 
-@pytest.mark.parametrize(("anchor", "died_at"), [("ema", 4), ("sft", 5), ("none", 4)])
+@pytest.mark.parametrize(
+    ("anchor", "died_at"),
+    [("ema", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", 5), ("none", 4)))],
+)
 def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_path, monkeypatch, anchor, died_at):
     config = configure(inputs, anchor=anchor, steps=5, save_every=2, eval_every=3, micro_batch_size=3)
     run_rlhf(config, RunOptions(tmp_path / "whole"))

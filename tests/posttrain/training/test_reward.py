@@ -82,7 +82,7 @@ def test_scores_do_not_depend_on_batch_size_order_or_padding_side(trained, conve
             torch.testing.assert_close(plain(**batch).logits.squeeze(-1), one_by_one, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("after", "lora"), [(5, 0), (8, 4)])
+@pytest.mark.parametrize(("after", "lora"), [(8, 4), pytest.param(5, 0, marks=pytest.mark.slow)])
 def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained, after, lora, interrupting):
     config = configure(inputs, lora_rank=lora)
     whole = run_reward(config, RunOptions(tmp_path / "whole")).out if lora else trained.out

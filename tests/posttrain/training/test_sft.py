@@ -67,7 +67,9 @@ def test_metrics_begin_and_end_with_the_held_out_loss(trained):
     assert [line["step"] for line in lines[1:-1]] == list(range(1, trained.summary["steps"] + 1))
 
 
-@pytest.mark.parametrize(("after", "lora"), [(4, 0), (7, 0), (8, 0), (7, 4)])
+@pytest.mark.parametrize(
+    ("after", "lora"), [(7, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 0), (8, 0), (7, 4)))]
+)
 def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained, after, lora, interrupting):
     config = configure(inputs, epochs=2, lora_rank=lora)
     whole = run_sft(config, RunOptions(tmp_path / "whole")).out if lora else trained.out
