@@ -93,6 +93,7 @@ BAD = {
     "no role": (read_prompts, {"prompt": [{"rol": "user", "content": "a"}]}, "no 'role'; rename 'rol' to 'role'"),
     "parts": (read_prompts, {"prompt": [{"role": "user", "content": [1]}]}, "'prompt[0].content' is a list"),
     "half a character": (read_prompts, b'{"prompt": "\\ud83d"}\n', "'prompt' holds half of a surrogate pair"),
+    "neither, one misspelt": (read_conversations, {"promt": "a", "x": "b"}, "rename 'promt' to 'prompt'"),
     "no completion": (read_conversations, {"prompt": "a", "complettion": "b"}, "rename 'complettion' to 'completion'"),
     "neither": (
         read_conversations,
