@@ -29,11 +29,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from sizes import SIZES
 from transformers import PrinterCallback, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from gemma2.merging.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.distillation.divergence import Divergence, FullTarget, Head, divergence_loss
@@ -43,30 +43,12 @@ from gemma2.posttrain.embedded.tasks import questions
 from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.training.trainer import quiet_libraries
 
 VOCABULARY, CAP = 256_000, 30.0
 TRL_BETA = {"forward-kl": 0.0, "reverse-kl": 1.0, "jsd": 0.5}
 WAYS = ("direct", "kl_div", "trl", "gemma2")
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 24, "vocab_size": 512},
-    "small": {
-        "hidden_size": 288,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 6,
-        "head_dim": 72,
-        "vocab_size": 32000,
-    },
-    "wide": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "head_dim": 64,
-        "vocab_size": 256000,
-    },
-}
+WINDOW = {"sliding_window": 64}
 BATCH, LIMIT = 16, 24
 
 
@@ -238,9 +220,7 @@ def ours(root: Path, rows: list[dict[str, str]], steps: int) -> list[float]:
     material = Material(chat, SamplingParams(LIMIT), prompts, [], [])
     loss = Loss(LiveTeacher(teacher, Divergence("reverse-kl"), 1.0, None), 1.0, None)
     plan = schedule(steps, BATCH, 1, material, 1.0, 0)
-    guards = Guards(SILENT, None, 1)
-    guards.observe = lambda step, metrics: None  # type: ignore[method-assign]  # random models are all cut
-    return timed(GkdTrainer(student, loss, material, plan, arguments(root, steps, shuffle_dataset=False), guards))
+    return timed(GkdTrainer(student, loss, material, plan, arguments(root, steps, shuffle_dataset=False)))
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
@@ -251,7 +231,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for seed, name in enumerate(("student", "teacher")):
-            random_model(seed, **HEADS, **SIZES[options.size]).save_pretrained(root / name)
+            random_model(seed, **WINDOW, **SIZES[options.size]).save_pretrained(root / name)
             tiny_tokenizer().save_pretrained(root / name)
         rows = questions("train", 64)
         for turn in range(options.rounds):

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from sizes import SIZES
 from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
@@ -40,24 +41,7 @@ from gemma2.posttrain.rl.scores import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 24, "vocab_size": 512},
-    "small": {
-        "hidden_size": 288,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 6,
-        "head_dim": 72,
-        "vocab_size": 32000,
-    },
-    "wide": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "head_dim": 64,
-        "vocab_size": 256000,
-    },
-}
+WINDOW = {"sliding_window": 64}
 PROMPTS, SAMPLES, LIMIT, TEMPERATURE, BETA, MU = 4, 4, 24, 1.0, 0.1, 0.05
 
 
@@ -77,13 +61,13 @@ class Stopwatch(TrainerCallback):
 
 def write_models(root: Path, size: dict[str, Any], ends: bool) -> None:
     """Policy and reward model with random weights; `ends` lets completions stop half way on average."""
-    policy = random_model(0, **HEADS, **size)
+    policy = random_model(0, **WINDOW, **size)
     if ends:
         with torch.no_grad():
             policy.model.embed_tokens.weight[107] *= 8
     policy.save_pretrained(root / "policy")
     tiny_tokenizer().save_pretrained(root / "policy")
-    save_random(root / "reward", 1, "reward", **HEADS, **size)
+    save_random(root / "reward", 1, "reward", **WINDOW, **size)
 
 
 def arguments(root: Path, steps: int, **fields: Any) -> RLOOConfig:

@@ -19,21 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sizes import SIZES
 
 from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models.sampler import SamplingParams, length_batches, sample
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 128, "max_position_embeddings": 1024}
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 24, "vocab_size": 512},
-    "small": {
-        "hidden_size": 288,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 6,
-        "head_dim": 72,
-        "vocab_size": 32000,
-    },
-}
+WINDOW = {"sliding_window": 128, "max_position_embeddings": 1024}
 PAD = 0
 Work = Callable[[], int]  # returns the tokens that it drew
 
@@ -149,7 +140,7 @@ def main() -> None:
     print("| model | prompts | completions | ours CPU s | ours wall s | generate, CPU | wall | sorted, CPU | wall |")
     print("| --- " * 9 + "|")
     for size in options.size:
-        model = random_model(0, **HEADS, **SIZES[size]).eval()
+        model = random_model(0, **WINDOW, **SIZES[size]).eval()
         for kind in ("distinct", "grouped"):
             for ends in (False, True):
                 print(line(size, model, kind, ends, options), flush=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sizes import SIZES
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_peak_flops
@@ -40,24 +41,7 @@ from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.sft_trainer import make_trainer
 from gemma2.posttrain.training.trainer import quiet_libraries
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 256}
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 24, "vocab_size": 512},
-    "small": {
-        "hidden_size": 288,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 6,
-        "head_dim": 72,
-        "vocab_size": 32000,
-    },
-    "wide": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "head_dim": 64,
-        "vocab_size": 256000,
-    },
-}
+WINDOW = {"sliding_window": 256}
 LONGEST = 512
 
 
@@ -196,7 +180,7 @@ def main() -> None:
         options.root = Path(folder)
         if options.model is None:
             options.model = options.root / "model"
-            save_random(options.model, **HEADS, **SIZES[options.size])
+            save_random(options.model, **WINDOW, **SIZES[options.size])
         rows = draw_rows(options.rows, load(options)[0].config.vocab_size)
         report(options, rows, measure(options, rows))
 

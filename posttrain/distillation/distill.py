@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DistillationConfig as TrlConfig
 
 from gemma2.merging.errors import GuardStop, UsageError
@@ -35,7 +34,7 @@ from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.training.heldout import heldout_loss
 from gemma2.posttrain.training.sft_trainer import plain_model
-from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train, trainer_arguments
+from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
 
 from .divergence import Divergence, divergence_loss, head_of
 from .gkd import GkdTrainer, Loss, Material, draw, schedule
@@ -166,7 +165,7 @@ def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> dict[
 
 
 @dataclass(eq=False)
-class Evaluation(TrainerCallback):
+class Evaluation(PeriodicEvaluation):
     """Measures the student at step 0, every `eval_every` steps and at the end."""
 
     run: Run
@@ -175,16 +174,6 @@ class Evaluation(TrainerCallback):
     trainer: GkdTrainer
     first: dict[str, float | None] = field(default_factory=dict)
     last: dict[str, float | None] = field(default_factory=dict)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self.measure(0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.config.eval_every == 0 or state.global_step == state.max_steps:
-            self.measure(state.global_step)
 
     def measure(self, step: int) -> None:
         """Log one evaluation and stop a run that has gone wrong."""

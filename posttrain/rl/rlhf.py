@@ -32,7 +32,7 @@ from gemma2.posttrain.models.loading import load_policy, save_model
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
-from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train, trainer_arguments
+from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
 
 from .ema import EmaAnchor
 from .guards import Guards
@@ -165,7 +165,7 @@ class AnchorUpdate(TrainerCallback):
 
 
 @dataclass(eq=False)
-class Evaluation(TrainerCallback):
+class Evaluation(PeriodicEvaluation):
     """Measures the policy on the held-out prompts at step 0, every `eval_every` steps and at the end."""
 
     run: Run
@@ -175,16 +175,6 @@ class Evaluation(TrainerCallback):
     guards: Guards
     trainer: AnchoredRlooTrainer
     last: dict[str, float | None] = field(default_factory=dict)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self.measure(0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.config.eval_every == 0 or state.global_step == state.max_steps:
-            self.measure(state.global_step)
 
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""

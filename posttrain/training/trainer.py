@@ -30,7 +30,15 @@ from gemma2.posttrain.schemas import TrainingFields
 
 from .tracking import check_tracking, tracked
 
-__all__ = ["RunCallback", "latest_checkpoint", "mark_complete", "quiet_libraries", "train", "trainer_arguments"]
+__all__ = [
+    "PeriodicEvaluation",
+    "RunCallback",
+    "latest_checkpoint",
+    "mark_complete",
+    "quiet_libraries",
+    "train",
+    "trainer_arguments",
+]
 
 COMPLETE = "complete.json"
 # transformers name -> ours, in the metrics and on the bar.
@@ -182,6 +190,26 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class PeriodicEvaluation(TrainerCallback):
+    """Calls `measure` at step 0, every `config.eval_every` steps and at the end."""
+
+    config: Any
+
+    def measure(self, step: int) -> None:
+        """Measure the model and log what was found."""
+        raise NotImplementedError
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:  # a resumed run logged it
+            self.measure(0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.config.eval_every == 0 or state.global_step == state.max_steps:
+            self.measure(state.global_step)
 
 
 def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
