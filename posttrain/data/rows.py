@@ -127,8 +127,8 @@ def conversation_of(row: Row) -> Conversation:
         return Conversation(row.where, messages, truncated=truncated, extra=row.extra("messages"))
     if not {"prompt", "completion"} & row.columns.keys():
         what = f"{row.where}: neither 'messages' nor 'prompt' and 'completion'"
-        misspelt = [name for name in ("completion", "prompt") if difflib.get_close_matches(name, row.columns, n=1)]
-        raise InputError(what, _rename(*misspelt[:1] or ["messages"], row.columns))
+        misspelt = (name for name in ("completion", "prompt") if difflib.get_close_matches(name, row.columns, n=1))
+        raise InputError(what, _rename(next(misspelt, "messages"), row.columns))
     prompt, completion = _prompt(row), _messages(row, "completion", "assistant")
     return Conversation(row.where, prompt + completion, len(prompt), truncated, row.extra("prompt", "completion"))
 
