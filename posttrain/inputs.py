@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemma2.merging.errors import InputError
 from gemma2.merging.locate import is_hub_id, locate_model
+from gemma2.merging.outputs import read_manifest
 from gemma2.posttrain.data.sources import data_files
 
 from .config import Config
@@ -48,6 +50,9 @@ def inputs_of(config: Config) -> dict[str, Path]:
 def check_inputs(config: Config) -> None:
     """Refuse models and data that are not there."""
     check_parents([Parent(role.replace("_", "-"), path) for role, path in inputs_of(config).items()])
+    cache = getattr(config, "teacher_cache", None)
+    if cache is not None and (read_manifest(cache) or {}).get("status") != "complete":
+        raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
     for name in DATA:
         value = getattr(config, name, None)
         for path in value if isinstance(value, tuple) else (value,):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -82,6 +82,14 @@ class GroupedByLength:
     """
 
     epochs: Epochs | None = None
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """An epoch; none after the last step, where a run goes on that was killed while its result was written."""
+        state = self.state  # type: ignore[attr-defined]
+        if state.global_step >= state.max_steps:
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+        else:
+            super()._run_epoch(*arguments, **options)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: object = None) -> LengthSampler:
         args = self.args  # type: ignore[attr-defined]

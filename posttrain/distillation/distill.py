@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, q
 from .divergence import Divergence, divergence_loss, head_of
 from .gkd import GkdTrainer, Loss, Material, draw, schedule
 from .responses import as_examples, collate, fixed_examples, response_states
-from .teacher import LiveTeacher, check_same_tokenizer, common_vocabulary, load_teacher
+from .teacher import LiveTeacher, check_head, check_same_tokenizer, common_vocabulary, load_teacher
 from .teacher_cache import CachedTeacher, TeacherCache
 
 __all__ = ["run_distill"]
 
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
+# Options of TRL about what is done here: sampling, the divergence, the teacher.
+UNUSED = ("beta", "top_p", "top_k", "min_p", "repetition_penalty", "teacher_model_name_or_path", "trust_remote_code")
 SHOWN = {"loss": "divergence", "length": "length", "truncated": "cut"}
 
 
@@ -103,6 +105,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progres
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
     student, tokenizer = load_policy(config.model)
+    check_head(student, f"--model {config.model}")
     check_targets(config, student)
     chat = ChatFormat(tokenizer, student.generation_config)
     size = int(student.get_output_embeddings().weight.shape[0])
@@ -153,6 +156,7 @@ def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> dict[
         TrlConfig,
         config,
         run,
+        UNUSED,
         max_steps=config.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=config.batch_size // micro,
@@ -172,8 +176,6 @@ class Evaluation(PeriodicEvaluation):
     config: DistillConfig
     setup: Setup
     trainer: GkdTrainer
-    first: dict[str, float | None] = field(default_factory=dict)
-    last: dict[str, float | None] = field(default_factory=dict)
 
     def measure(self, step: int) -> None:
         """Log one evaluation and stop a run that has gone wrong."""
@@ -183,7 +185,6 @@ class Evaluation(PeriodicEvaluation):
                 found |= self.on_prompts(step)
             if self.setup.heldout:
                 found |= self.on_rows()
-        self.last = found
         self.run.log(step, kind="eval", **found)
         for name, value in found.items():
             if name in ("divergence", "heldout_loss") and value is not None and not math.isfinite(value):
@@ -229,15 +230,16 @@ class Evaluation(PeriodicEvaluation):
 
     def summary(self) -> dict[str, float | None]:
         """The last measurement beside the first one, which a resumed run finds in its own metrics."""
-        first = first_evaluation(self.run.path / "metrics.jsonl")
+        found = evaluations(self.run.path / "metrics.jsonl")
+        first, last = (found[0], found[-1]) if found else ({}, {})
         before = {f"{name}_before": first[name] for name in ("divergence", "heldout_loss") if name in first}
-        return before | self.last
+        return before | {name: value for name, value in last.items() if name not in ("step", "kind")}
 
 
-def first_evaluation(metrics: Path) -> dict[str, float | None]:
-    """The measurement before the first step."""
+def evaluations(metrics: Path) -> list[dict[str, Any]]:
+    """What was measured, from before the first step to after the last, also by the parts of a run before a resume."""
     with metrics.open(encoding="utf-8") as lines:
-        return next((row for row in map(json.loads, lines) if row.get("kind") == "eval"), {})
+        return [row for row in map(json.loads, lines) if row.get("kind") == "eval"]
 
 
 @torch.no_grad()

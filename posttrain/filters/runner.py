@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gemma2.merging.errors import InputError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.sources import count_rows, data_files, iter_rows
 from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
@@ -53,6 +54,8 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
         judge = _safety_model(config) if config.safety_model and "unsafe" in active else None
         store = ChunkStore(run.checkpoints)
         bad = _scan(config, evaluation, judge, store, progress)
+        if not store.done:
+            raise InputError(f"no row of {config.data} can be read; the first: {bad[0]}", "mend the file")
         decisions = decide(store, config)
         bad += write_rows(run.path, config, store, decisions, progress)
         if bad:

@@ -69,13 +69,14 @@ class GenerateConfig(SamplingFields, RewardFields):
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("give both --price-in and --price-out")
         if self.base_url is not None:
-            self._check_url(self.base_url)
+            check_address(self.base_url)
         return self
 
-    @staticmethod
-    def _check_url(url: str) -> None:
-        parts = urlsplit(url)
-        if "@" in parts.netloc or parts.query:  # the address is recorded, so it must hold nothing secret
-            raise ValueError("--base-url holds credentials or a query; keep the key in the environment (--api-key-env)")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--base-url {url!r} is no http address; write for instance http://localhost:8000/v1")
+
+def check_address(url: str) -> None:
+    """Refuse a server's address that holds something secret: it is recorded. Raises ValueError."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("--base-url holds credentials or a query; keep the key in the environment (--api-key-env)")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--base-url {url!r} is no http address; write for instance http://localhost:8000/v1")

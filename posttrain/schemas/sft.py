@@ -76,6 +76,8 @@ class SftConfig(TrainingFields, LoraFields):
             raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; give one each, or none")
         if self.eval_every is None and (self.keep == "best" or self.patience is not None):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
+        if self.packing and self.weights and self.epochs > 1:
+            raise ValueError("packing would repeat the rows of the first epoch; drop weights, or take one epoch")
         if self.lora_output == "adapter" and self.lora_rank == 0:
             raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
         if self.packing and not self.attention.startswith("flash"):

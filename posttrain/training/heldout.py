@@ -11,6 +11,7 @@ decision by itself. The untouched model is no candidate; if nothing was better, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import GuardStop, InputError
 from gemma2.merging.outputs import write_json
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.data.examples import Example
@@ -83,7 +84,9 @@ class HeldOut(TrainerCallback):
 
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = self.config.eval_every
-        if every is None or not self.examples or state.global_step % every:
+        # At the last step too, so that its checkpoint knows of it: a run may be killed while its result is written.
+        due = state.global_step >= state.max_steps or (every is not None and state.global_step % every == 0)
+        if not self.examples or not due:
             return
         self._measure(state.global_step, kwargs["model"])
         if self.config.patience is not None and self.record.without_progress >= self.config.patience:
@@ -129,6 +132,8 @@ class HeldOut(TrainerCallback):
     def _measure(self, step: int, model: Any) -> None:
         loss = self._loss(model)
         assert loss is not None
+        if not math.isfinite(loss):
+            raise GuardStop(f"step {step}: the held-out loss is {loss}", "lower --learning-rate")
         record = self.record
         record.step, record.loss = step, loss
         if record.best_loss is None or loss < record.best_loss:

@@ -66,6 +66,10 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         (rows.overlong + rows.heldout_overlong).write(run.path / OVERLONG_FILE)
         mixture = Mixture.of(rows.sizes, config.weights, config.seed)
         trainer = make_trainer(model, tokenizer, rows.examples, config, run, accumulation, mixture)
+        if not rows.heldout and (config.keep == "best" or config.patience is not None):
+            raise UsageError(
+                "no rows are held out for --keep best or --patience", "give --eval-fraction or --eval-data"
+            )
         evaluation = HeldOut(run, rows.heldout, config)
         evaluation.before(trainer.model)
         callback = RunCallback(run, progress, "SFT", {"loss": "loss"})

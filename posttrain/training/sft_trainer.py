@@ -39,6 +39,12 @@ from .trainer import trainer_arguments
 
 __all__ = ["SftTrainer", "last_hidden_states", "make_trainer", "pack", "parts", "plain_model"]
 
+# Options of TRL about what is done here: rendering, masking, cutting, packing, order.
+UNUSED = (
+    *("assistant_only_loss", "completion_only_loss", "chat_template_path", "dataset_num_proc", "dataset_text_field"),
+    *("eos_token", "pad_token", "packing_strategy", "shuffle_dataset", "truncation_mode", "trust_remote_code"),
+    "train_sampling_strategy",
+)
 PART_TOKENS = 2048  # per forward pass on a CPU: what its caches hold of a layer's activations, measured (bench/sft.py)
 
 
@@ -137,6 +143,7 @@ def make_trainer(
         TrlSftConfig,
         config,
         run,
+        UNUSED,
         per_device_train_batch_size=config.batch_size // accumulation,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,

@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -58,11 +58,13 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def trainer_arguments(schema: type, config: TrainingFields, run: Run, **ours: Any) -> dict[str, Any]:
+def trainer_arguments(
+    schema: type, config: TrainingFields, run: Run, unused: Collection[str] = (), **ours: Any
+) -> dict[str, Any]:
     """Keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
 
-    Raises UsageError for an option that TRL does not have, or that a flag of ours sets, and for a tracker that is not
-    installed.
+    Raises UsageError for an option that TRL does not have, that a flag of ours sets, or that is among `unused`, which
+    nothing here would read; and for a tracker that is not installed.
     """
     on_gpu = torch.cuda.is_available()
     arguments = {
@@ -91,6 +93,10 @@ def trainer_arguments(schema: type, config: TrainingFields, run: Run, **ours: An
     for key in config.trainer:
         if key not in known:
             raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known))
+        if key.startswith("hub_") or key == "push_to_hub":  # what is set here is recorded, and a token is secret
+            raise UsageError(f"'trainer.{key}' is not taken", "push the finished output with `hf upload`")
+        if key in unused:
+            raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
         if key in arguments and key not in defaults:
             raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
     return arguments | config.trainer

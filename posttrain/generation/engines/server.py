@@ -20,7 +20,7 @@ from typing import Any
 
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import Progress
-from gemma2.posttrain.schemas import GenerateConfig
+from gemma2.posttrain.schemas.generate import GenerateConfig, check_address
 
 from .base import Completion, Key, Message, Request
 from .retry import Backoff, retry_after
@@ -31,6 +31,7 @@ WAVES = 64  # requests given at once, as a multiple of those in flight: the last
 AGAIN = (408, 409, 425, 429)  # and 5xx
 NOT_AGAIN = ("insufficient_quota", "billing_hard_limit_reached")  # 429s that waiting does not mend
 TOO_LONG = ("context_length_exceeded", "maximum context length", "context size", "context window", "too many tokens")
+FILTERED = "content_filter"  # also the code of a prompt that a server's filter does not let through
 LONG_WAIT = 20.0  # seconds of a pause that the user is told about
 FIRST_CONTACT = 2  # further attempts to reach a server that never answered: more likely the address is wrong
 
@@ -62,6 +63,10 @@ class ServerEngine:
             api_key=self.key or "none", base_url=config.base_url, timeout=config.timeout, max_retries=0
         )
         self.address = str(self.client.base_url).rstrip("/")
+        try:
+            check_address(self.address)  # it may come from OPENAI_BASE_URL
+        except ValueError as error:
+            raise UsageError(f"the server's address: {error}", "see --base-url and OPENAI_BASE_URL") from error
         self.chunk = WAVES * config.concurrency
         self.backoff = Backoff()
         self.runner = asyncio.Runner()
@@ -136,7 +141,8 @@ class ServerEngine:
         except openai.APIStatusError as error:
             return self._refused(request, error)
         except openai.APIConnectionError as error:  # time-outs among them
-            raise _Failed(f"{type(error).__name__}: {error.__cause__ or error}", connected=False) from error
+            why = self._redacted(f"{type(error).__name__}: {error.__cause__ or error}")
+            raise _Failed(why, connected=False) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Failed(f"an answer that is no completion ({type(error).__name__}: {error})") from error
 
@@ -173,6 +179,8 @@ class ServerEngine:
         self.reached = True
         status, said = error.status_code, self._said(error)
         lasting = any(mark in said for mark in NOT_AGAIN)
+        if status == 400 and FILTERED in said:
+            return Completion(request.key, "", FILTERED, 0)
         if (status in AGAIN or status >= 500) and not lasting:
             raise _Failed(f"{status} {said}", retry_after(error.response.headers)) from error
         if status in (400, 413, 422) and any(mark in said.lower() for mark in TOO_LONG):
@@ -199,6 +207,9 @@ class ServerEngine:
         detail = body.get("message", body) if isinstance(body, dict) else body
         code = f" ({body['code']})" if isinstance(body, dict) and isinstance(body.get("code"), str) else ""
         text = " ".join(str(detail or error.message).split())[:300] + code
+        return self._redacted(text)
+
+    def _redacted(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
 
     def facts(self) -> dict[str, Any]:
@@ -213,12 +224,14 @@ class ServerEngine:
 
 def _key(config: GenerateConfig) -> str | None:
     """The key; a server of one's own (--base-url) may do without."""
-    key = os.environ.get(config.api_key_env)
+    key = os.environ.get(config.api_key_env, "").strip()  # a newline would be refused as a header, and quoted
     if not key and (config.base_url is None or config.api_key_env != "OPENAI_API_KEY"):
         raise UsageError(
             f"the environment variable {config.api_key_env} holds no key",
             "export it, or give the --base-url of a server that needs none",
         )
+    if not key.isascii() or not key.isprintable():
+        raise UsageError(f"the key in {config.api_key_env} holds characters that no key has", "export it again")
     return key or None
 
 

@@ -21,6 +21,7 @@ from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import SftConfig
+from gemma2.posttrain.training import sft
 from gemma2.posttrain.training.sft import Example, heldout_loss, run_sft, tokenise
 from gemma2.posttrain.training.sft_trainer import make_trainer
 
@@ -63,8 +64,9 @@ def test_the_output_is_a_model_that_transformers_loads(trained):
 def test_metrics_begin_and_end_with_the_held_out_loss(trained):
     lines = [json.loads(line) for line in (trained.out / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 0, "heldout_loss": trained.summary["heldout_loss_before"]}
-    assert lines[-1] == {"step": trained.summary["steps"], "heldout_loss": trained.summary["heldout_loss"]}
-    assert [line["step"] for line in lines[1:-1]] == list(range(1, trained.summary["steps"] + 1))
+    assert lines[-2] == {"step": trained.summary["steps"], "heldout_loss": trained.summary["heldout_loss"]}
+    logged = [line["step"] for line in lines if "loss" in line]
+    assert logged == list(range(1, trained.summary["steps"] + 1))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,34 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained,
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert resumed.summary == json.loads((whole / "gemma2.json").read_text())["summary"]
+
+
+def test_a_run_killed_while_its_result_is_written_takes_no_further_step(inputs, tmp_path, monkeypatch):
+    """Three steps are no whole number of epochs: the trainer would go on with the fourth."""
+    config = configure(inputs, max_steps=3, trainer={"lr_scheduler_type": "constant"})
+    whole = run_sft(config, RunOptions(tmp_path / "whole"))
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "write_model", killed)
+        run_sft(config, RunOptions(tmp_path / "out"))
+    resumed = run_sft(config, RunOptions(tmp_path / "out", resume=True))
+    assert resumed.summary == whole.summary and resumed.summary["steps"] == 3
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole.out / name).read_bytes()
+
+
+def test_best_weights_without_rows_to_compare_them_on_are_refused(inputs, tmp_path):
+    with pytest.raises(UsageError, match="no rows are held out"):
+        run_sft(configure(inputs, eval_fraction=0, eval_every=2, keep="best"), RunOptions(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub", "completion_only_loss", "train_sampling_strategy"])
+def test_options_of_trl_that_would_do_nothing_or_hold_a_secret_are_refused(inputs, tmp_path, name):
+    with pytest.raises(UsageError, match=rf"trainer\.{name}"):
+        run_sft(configure(inputs, trainer={name: "x"}), RunOptions(tmp_path / "out"))
 
 
 def test_micro_batches_do_not_change_the_result(inputs, tmp_path, trained):

@@ -251,3 +251,94 @@ def test_retry_after_is_read_as_seconds_milliseconds_or_a_date():
     assert retry_after({"retry-after": email.utils.formatdate(time.time() + 30)}) == pytest.approx(30, abs=1.5)
     assert retry_after({"retry-after": "soon"}) is None and retry_after({}) is None
     assert retry_after({"retry-after": "-3"}) == 0
+
+
+def test_a_newline_behind_the_key_is_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    assert len(ask(Server(), count=1)) == 1
+
+
+def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
+    with pytest.raises(UsageError, match="holds characters that no key has") as caught:
+        ask(Server(), count=1)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_address_with_credentials_from_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://user:secret@127.0.0.1:1/v1")
+    config = GenerateConfig(teacher="a/model", prompts="p", engine="openai")
+    with pytest.raises(UsageError, match="holds credentials") as caught:
+        server.ServerEngine(config, SILENT)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_prompt_that_the_servers_filter_refuses_is_one_filtered_row():
+    fault = refuse(400, "The prompt was filtered", code="content_filter")
+    found = ask(Server(lambda number, body: fault if "prompt 1" in str(body) else None), count=3)
+    assert [found[i, 0, 0].finish_reason for i in range(3)] == ["stop", "overlong", "stop"]
+
+
+def test_counts_that_a_server_does_not_give_are_unknown(monkeypatch):
+    fake = Server()
+    whole = fake.completion
+    fake.completion = lambda body: {"choices": whole(body)["choices"]}
+    (answer,) = ask(fake, 1).values()
+    assert answer.tokens is None and answer.prompt_tokens is None and answer.logprob is None
+
+
+def test_a_key_is_needed_but_for_a_server_of_ones_own(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UsageError, match="OPENAI_API_KEY holds no key"):
+        server.ServerEngine(GenerateConfig(teacher="m", prompts="p", engine="openai"), SILENT)
+    given = {"teacher": "m", "prompts": "p", "engine": "openai", "base_url": "http://localhost:1/v1"}
+    with pytest.raises(UsageError, match="MY_KEY holds no key"):
+        server.ServerEngine(GenerateConfig(**given, api_key_env="MY_KEY"), SILENT)
+    fake = Server()
+    ask(fake, 1)  # a server of one's own may need none
+    assert KEY not in fake.requests[0][1]["authorization"]
+    monkeypatch.setenv("MY_KEY", "another")
+    ask(fake, 1, api_key_env="MY_KEY")
+    assert fake.requests[1][1]["authorization"] == "Bearer another"
+
+
+def test_delays_double_up_to_a_minute_with_jitter():
+    backoff = Backoff()
+    for failures in range(1, 20):
+        ideal = min(60.0, retry.FIRST * 2 ** (failures - 1))
+        drawn = {backoff.delay(failures) for _ in range(50)}
+        assert len(drawn) == 50 and all(0.5 * ideal <= delay <= 1.5 * ideal for delay in drawn)
+
+
+def test_retry_after_is_read_as_seconds_milliseconds_or_a_date():
+    assert retry_after({"retry-after": "7"}) == 7
+    assert retry_after({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
+    assert retry_after({"retry-after": email.utils.formatdate(time.time() + 30)}) == pytest.approx(30, abs=1.5)
+    assert retry_after({"retry-after": "soon"}) is None and retry_after({}) is None
+    assert retry_after({"retry-after": "-3"}) == 0
+
+
+def test_a_newline_behind_the_key_is_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    assert len(ask(Server(), count=1)) == 1
+
+
+def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
+    with pytest.raises(UsageError, match="holds characters that no key has") as caught:
+        ask(Server(), count=1)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_address_with_credentials_from_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://user:secret@127.0.0.1:1/v1")
+    config = GenerateConfig(teacher="a/model", prompts="p", engine="openai")
+    with pytest.raises(UsageError, match="holds credentials") as caught:
+        server.ServerEngine(config, SILENT)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_prompt_that_the_servers_filter_refuses_is_one_filtered_row():
+    error = {"error": {"message": "The prompt was filtered", "code": "content_filter"}}
+    found = ask(Server(lambda number, body: refuse(400, error) if "prompt 1" in str(body) else None), count=3)
+    assert [found[i, 0, 0].finish_reason for i in range(3)] == ["stop", "content_filter", "stop"]
