@@ -35,7 +35,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 setup: $(VENV)/.installed ## Make .venv with gemma2 in it
 setup-dev: $(VENV)/.installed-dev ## The same with the development tools
 
-quickstart: setup ## The whole pipeline on the embedded models: about six minutes on two cores
+quickstart: setup ## The whole pipeline on the embedded models: about five minutes on two cores
 	@$(BIN)/gemma2 quickstart --out $(OUT)
 
 # One process per core, one thread each; the tests of one file stay in one process and share their fixtures.

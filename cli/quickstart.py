@@ -55,7 +55,7 @@ def quickstart(
 ) -> None:
     """The whole path on the embedded models: teacher data, SFT, reward model, WARP, the KL-reward front, a report.
 
-    Takes about six minutes on two cores, needs no model and no network. Interrupted and started again, it goes on
+    Takes about five minutes on two cores, needs no model and no network. Interrupted and started again, it goes on
     where it was.
 
     \b
