@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from sizes import SIZES
-from transformers import PrinterCallback, TrainerCallback
+from stopwatch import Stopwatch
+from transformers import PrinterCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -147,20 +148,6 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
-
-
-class Stopwatch(TrainerCallback):
-    """CPU seconds of every step but the first, which pays for set-up."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.last: float | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.process_time()
-        if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.last = now
 
 
 def arguments(root: Path, steps: int, **fields: Any) -> DistillationConfig:

@@ -15,7 +15,6 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sizes import SIZES
-from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
+from stopwatch import Stopwatch
+from transformers import AutoModelForSequenceClassification, PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from gemma2.merging.progress import SILENT
@@ -43,20 +43,6 @@ from gemma2.posttrain.training.trainer import quiet_libraries
 
 WINDOW = {"sliding_window": 64}
 PROMPTS, SAMPLES, LIMIT, TEMPERATURE, BETA, MU = 4, 4, 24, 1.0, 0.1, 0.05
-
-
-class Stopwatch(TrainerCallback):
-    """CPU seconds of every step but the first, which pays for set-up."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.last: float | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.process_time()
-        if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.last = now
 
 
 def write_models(root: Path, size: dict[str, Any], ends: bool) -> None:

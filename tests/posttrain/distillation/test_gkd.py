@@ -11,6 +11,7 @@ from datasets import Dataset
 from distilling import arguments, ending_model, make, material
 from transformers import Trainer
 from trl import DistillationTrainer
+from trl_layout import trl_layout
 
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.distillation.divergence import Divergence
@@ -91,22 +92,6 @@ def test_our_loss_and_gradient_are_trl_s_on_the_same_batch(tmp_path, divergence,
     gradients = {name: parameter.grad for name, parameter in ours.model.named_parameters()}
     for name, parameter in theirs.model.named_parameters():
         assert (gradients[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
-
-
-def trl_layout(batch):
-    """Our right-padded rows as TRL lays them out: prompts padded on the left, completions on the right."""
-    rows = []
-    for ids, mask in zip(batch["ids"], batch["mask"], strict=True):
-        begin, end = int(mask.nonzero()[0]), int(mask.nonzero()[-1]) + 1
-        rows.append((ids[:begin], ids[begin:end]))
-    left, right = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
-    pad = torch.nn.functional.pad
-    return {
-        "prompt_ids": torch.stack([pad(p, (left - len(p), 0)) for p, _ in rows]),
-        "prompt_mask": torch.stack([pad(torch.ones_like(p), (left - len(p), 0)) for p, _ in rows]),
-        "completion_ids": torch.stack([pad(c, (0, right - len(c))) for _, c in rows]),
-        "completion_mask": torch.stack([pad(torch.ones_like(c), (0, right - len(c))) for _, c in rows]),
-    }
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------

@@ -428,13 +428,8 @@ class Killed(Exception):
     """Stands for a kill in the middle of a step."""
 
 
-@pytest.mark.parametrize(
-    ("anchor", "died_at"),
-    [("ema", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", 5), ("none", 4)))],
-)
-def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_path, monkeypatch, anchor, died_at):
-    config = configure(inputs, anchor=anchor, steps=5, save_every=2, eval_every=3, micro_batch_size=3)
-    run_rlhf(config, RunOptions(tmp_path / "whole"))
+def killed_run(monkeypatch, config, out, died_at):
+    """A run that is killed in the middle of step `died_at`."""
     observe = Guards.observe
 
     def die(self, step, metrics):
@@ -444,7 +439,17 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_p
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Guards, "observe", die)
-        run_rlhf(config, RunOptions(tmp_path / "parts"))
+        run_rlhf(config, RunOptions(out))
+
+
+@pytest.mark.parametrize(
+    ("anchor", "died_at"),
+    [("ema", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", 5), ("none", 4)))],
+)
+def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_path, monkeypatch, anchor, died_at):
+    config = configure(inputs, anchor=anchor, steps=5, save_every=2, eval_every=3, micro_batch_size=3)
+    run_rlhf(config, RunOptions(tmp_path / "whole"))
+    killed_run(monkeypatch, config, tmp_path / "parts", died_at)
     assert not (tmp_path / "parts").exists()
     run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
     names = ["model.safetensors", "metrics.jsonl", "samples.jsonl"]
@@ -456,16 +461,7 @@ def test_a_resume_without_the_saved_anchor_would_differ(inputs, tmp_path, monkey
     """The comparison above would notice an anchor that restarts from the resumed policy."""
     config = configure(inputs, steps=4, save_every=2, beta=1.0)
     run_rlhf(config, RunOptions(tmp_path / "whole"))
-    observe = Guards.observe
-
-    def die(self, step, metrics):
-        if step == 4:
-            raise Killed
-        observe(self, step, metrics)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Guards, "observe", die)
-        run_rlhf(config, RunOptions(tmp_path / "parts"))
+    killed_run(monkeypatch, config, tmp_path / "parts", 4)
     monkeypatch.setattr(EmaAnchor, "load", lambda self, path: None)
     run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() != (
@@ -474,16 +470,7 @@ def test_a_resume_without_the_saved_anchor_would_differ(inputs, tmp_path, monkey
 
 
 def test_a_resume_against_another_configuration_is_refused(inputs, tmp_path, monkeypatch):
-    observe = Guards.observe
-
-    def die(self, step, metrics):
-        if step == 3:
-            raise Killed
-        observe(self, step, metrics)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Guards, "observe", die)
-        run_rlhf(configure(inputs, steps=4, save_every=1), RunOptions(tmp_path / "out"))
+    killed_run(monkeypatch, configure(inputs, steps=4, save_every=1), tmp_path / "out", 3)
     with pytest.raises(InputError, match="beta"):
         run_rlhf(configure(inputs, steps=4, save_every=1, beta=0.2), RunOptions(tmp_path / "out", resume=True))
 

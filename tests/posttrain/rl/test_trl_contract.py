@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
+from trl_layout import trl_layout
 
 from gemma2.merging.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
@@ -162,7 +163,7 @@ def test_our_gradient_is_trl_s_on_the_same_batch(tmp_path):
         train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
         processing_class=tiny_tokenizer(),
     )
-    layout = trl_layout(batch)
+    layout = trl_layout(batch) | {"advantages": batch["advantages"]}
     with torch.no_grad():
         logps, _, _ = theirs._get_per_token_logps_and_entropies(
             theirs.model,
@@ -174,20 +175,3 @@ def test_our_gradient_is_trl_s_on_the_same_batch(tmp_path):
     theirs._compute_loss(theirs.model, layout).backward()
     for name, parameter in theirs.model.named_parameters():
         assert (gradient[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
-
-
-def trl_layout(batch):
-    """Our right-padded rows as TRL lays them out: prompts padded on the left, completions on the right."""
-    rows = []
-    for ids, mask in zip(batch["ids"], batch["mask"], strict=True):
-        start, end = int(mask.nonzero()[0]), int(mask.nonzero()[-1]) + 1
-        rows.append((ids[:start], ids[start:end]))
-    left, right = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
-    pad = torch.nn.functional.pad
-    return {
-        "prompt_ids": torch.stack([pad(p, (left - len(p), 0)) for p, _ in rows]),
-        "prompt_mask": torch.stack([pad(torch.ones_like(p), (left - len(p), 0)) for p, _ in rows]),
-        "completion_ids": torch.stack([pad(c, (0, right - len(c))) for _, c in rows]),
-        "completion_mask": torch.stack([pad(torch.ones_like(c), (0, right - len(c))) for _, c in rows]),
-        "advantages": batch["advantages"],
-    }
