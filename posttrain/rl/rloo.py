@@ -24,14 +24,13 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from gemma2.merging.errors import InputError
-from gemma2.posttrain.models.attention import causal_masks
-from gemma2.posttrain.models.scorer import head_logps
 
 from .ema import EmaAnchor
 from .guards import Guards
+from .objective import policy_loss
 from .rollout import Rollout
 
-__all__ = ["AnchoredRlooTrainer", "prompt_order", "sequence_logps"]
+__all__ = ["AnchoredRlooTrainer", "prompt_order"]
 
 ANCHOR_FILE = "anchor.safetensors"
 STATE_FILE = "rollout.pt"
@@ -48,21 +47,6 @@ def prompt_order(prompts: int, draws: int, seed: int) -> list[int]:
     while len(order) < draws:
         order += torch.randperm(prompts, generator=generator).tolist()
     return order[:draws]
-
-
-def sequence_logps(model: Any, ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log pi(y | x) of each row, (N,) fp32 with gradient, and the mean entropy per token, a scalar; nats.
-
-    ids: (N, T) right-padded; mask: (N, T) True on completion tokens. Prompt and padding do not enter.
-    """
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    hidden = model.base_model(
-        input_ids=ids, attention_mask=causal_masks(model, ids.shape[1]), position_ids=positions, use_cache=False
-    ).last_hidden_state  # (N, T, d)
-    target = mask[:, 1:]  # the state at position t predicts token t + 1
-    logps, entropies = head_logps(model, hidden[:, :-1][target], ids[:, 1:][target], temperature)
-    rows = target.nonzero()[:, 0]
-    return torch.zeros(len(ids), device=ids.device).index_add(0, rows, logps), entropies.mean()
 
 
 class AnchoredRlooTrainer(RLOOTrainer):
@@ -106,9 +90,9 @@ class AnchoredRlooTrainer(RLOOTrainer):
         width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
         ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
         with self.accelerator.autocast():
-            logps, entropy = sequence_logps(model, ids, mask, self.temperature)
-        self._metrics["train"]["entropy"].append(entropy.item())
-        return -(inputs["advantages"] * logps).mean()
+            loss, entropy, tokens = policy_loss(model, ids, mask, inputs["advantages"], self.temperature)
+        self._metrics["train"]["entropy"].append(entropy.item() / tokens)
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)

@@ -18,8 +18,9 @@ from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rl import rlhf, rollout
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
+from gemma2.posttrain.rl.objective import sequence_logps
 from gemma2.posttrain.rl.rlhf import AnchorUpdate, run_rlhf
-from gemma2.posttrain.rl.rloo import prompt_order, sequence_logps
+from gemma2.posttrain.rl.rloo import prompt_order
 from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, correlation, leave_one_out, padded
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RlhfConfig
