@@ -32,12 +32,12 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tasks import questions
 from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.rlhf import AnchorUpdate
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
 from gemma2.posttrain.rl.rollout import Rollout
-from gemma2.posttrain.rl.scores import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

@@ -23,8 +23,8 @@ from typing import Any
 from gemma2.merging.errors import InputError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.evaluation.pareto import best_at, run_pareto
+from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.rl.rlhf import run_rlhf
-from gemma2.posttrain.rl.scores import load_function
 
 from .config import resolve
 from .merge import run_merge

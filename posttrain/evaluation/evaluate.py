@@ -36,7 +36,8 @@ from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, evaluating, sample
 from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
-from gemma2.posttrain.rl.scores import Sampled, Score, function_score, reward_score
+from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
+from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

@@ -28,7 +28,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy
-from gemma2.posttrain.rl.scores import Score
+from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.training.trainer import quiet_libraries

@@ -31,7 +31,8 @@ from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import ShardWriter, data_files
 from gemma2.posttrain.models.loading import load_tokenizer
-from gemma2.posttrain.rl.scores import load_function, reward_score
+from gemma2.posttrain.rewards.functions import load_function
+from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rundir import HUB_SNAPSHOT, Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
 from gemma2.posttrain.training.trainer import quiet_libraries

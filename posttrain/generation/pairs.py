@@ -25,7 +25,8 @@ from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.sources import data_files, to_line
 from gemma2.posttrain.generation.engines.local import SamplerEngine
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rl.scores import function_score, reward_score
+from gemma2.posttrain.rewards.functions import function_score
+from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.training.trainer import quiet_libraries

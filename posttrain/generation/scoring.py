@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from gemma2.merging.errors import InputError
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.rl.scores import Sampled, Score
+from gemma2.posttrain.rewards.functions import Sampled, Score
 
 from .answers import Answering
 from .dialogues import Dialogue

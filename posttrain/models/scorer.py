@@ -1,4 +1,4 @@
-"""Log-probs of completions, and reward models that read token ids.
+"""Log-probs of completions.
 
     log pi(y | x) = sum_t log softmax(logits_t / temperature)[y_t]              over completion tokens only
 
@@ -6,30 +6,22 @@ The temperature is that of sampling: the policy of the RL objective is softmax(l
 anchor's and the SFT policy's log-probs are all taken there (WARP 2406.16768, Algorithm 1, line 6). The soft cap comes
 before it, as in the model. Rows are padded on the right and no position after a row's end can be seen from inside it,
 so neither padding nor the prompt enters, and the LM head runs on completion positions alone, in chunks.
-
-Reward models read the same ids as the policy wrote: decoding and encoding again rarely gives the same tokens, and chat
-templates close a truncated turn, which hides the truncation. Text is rendered again only where the tokenizers differ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
-
-from gemma2.posttrain.data.chat import ChatFormat, Message
 
 from .attention import causal_masks
-from .loading import load_reward_model
 from .sampler import evaluating, length_batches
 
-__all__ = ["RewardModel", "head_logits", "head_logps", "mean_and_error", "shaped_rewards", "token_logps"]
+__all__ = ["head_logits", "head_logps", "hidden_states", "mean_and_error", "token_logps"]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32
 
@@ -102,64 +94,6 @@ def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float
     with torch.no_grad():
         entropies = -(logps.exp() * logps).sum(-1)
     return logps.gather(1, targets[:, None]).squeeze(1), entropies
-
-
-class RewardModel:
-    """A sequence classifier with one output, read at the last token of the sequence as it is: no template is added.
-
-    A completion that was truncated therefore ends in the middle of a turn, and the model can see that.
-    """
-
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_dir(cls, path: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
-        """Load from a model directory. Raises InputError when it holds no reward model."""
-        return cls(*load_reward_model(path, dtype))
-
-    @torch.no_grad()
-    def score(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int = 32
-    ) -> Tensor:
-        """Rewards (N,) fp32 on the CPU, in the model's own ids. Order, batch size and padding do not matter."""
-        rewards = torch.zeros(len(prompts))
-        with evaluating(self.model):
-            for batch, hidden in hidden_states(self.model, prompts, completions, batch_size):
-                last = torch.tensor([len(prompts[i]) + len(completions[i]) - 1 for i in batch], device=hidden.device)
-                states = hidden[torch.arange(len(batch), device=hidden.device), last]  # (B, d)
-                rewards[batch] = self.model.score(states).squeeze(-1).float().cpu()
-        return rewards
-
-    def score_text(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        answers: Sequence[str],
-        truncated: Sequence[bool],
-        batch_size: int = 32,
-    ) -> Tensor:
-        """Rewards (N,) of texts from a policy with another tokenizer, rendered in this model's chat format."""
-        chat = ChatFormat(self.tokenizer)
-        ids = [
-            chat.example([*messages, {"role": "assistant", "content": answer}], "eot", truncated=cut)[0]
-            for messages, answer, cut in zip(conversations, answers, truncated, strict=True)
-        ]
-        return self.score(ids, [[]] * len(ids), batch_size)
-
-    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether ids and turns of `tokenizer` mean the same to this model."""
-        return (
-            self.tokenizer.get_vocab() == tokenizer.get_vocab()
-            and self.tokenizer.chat_template == tokenizer.chat_template
-        )
-
-
-def shaped_rewards(
-    rewards: Tensor, lengths: Tensor, truncated: Tensor, length_penalty: float, missing_eos_penalty: float
-) -> Tensor:
-    """r - length_penalty * tokens - missing_eos_penalty * [truncated], (N,) fp32 (WARP, App. E: 0.0005 per token)."""
-    return rewards - length_penalty * lengths - missing_eos_penalty * truncated
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

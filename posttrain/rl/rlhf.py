@@ -30,6 +30,7 @@ from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import Settings, check_same_vocabulary, measure
 from gemma2.posttrain.models.loading import load_policy, save_model
 from gemma2.posttrain.models.sampler import SamplingParams
+from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
@@ -38,7 +39,6 @@ from .ema import EmaAnchor
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .rollout import Rollout
-from .scores import reward_score
 
 __all__ = ["run_rlhf"]
 

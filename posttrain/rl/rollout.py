@@ -26,9 +26,8 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
-
-from .scores import Sampled, Score
 
 __all__ = ["Batch", "Rollout", "anchored_rewards", "leave_one_out", "padded"]
 

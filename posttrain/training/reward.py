@@ -31,7 +31,7 @@ from gemma2.posttrain.data.rows import Pair, located, read_pairs, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import init_reward_model, save_model
 from gemma2.posttrain.models.lora import lora_config, merged
-from gemma2.posttrain.models.scorer import RewardModel
+from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
 

@@ -21,7 +21,8 @@ from gemma2.posttrain.evaluation.evaluate import (
     sequence_kl,
 )
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rl.scores import Sampled, function_score, load_function, reward_score
+from gemma2.posttrain.rewards.functions import Sampled, function_score, load_function
+from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import EvalConfig, RewardFields
 
 TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort the letters c, a, b.", "Is 4 larger than 7?", "Say hello."]

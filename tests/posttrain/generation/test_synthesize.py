@@ -19,7 +19,8 @@ from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.generation.engines import Request, local
 from gemma2.posttrain.generation.generate import run_generate
 from gemma2.posttrain.models.loading import load_policy
-from gemma2.posttrain.models.scorer import RewardModel, token_logps
+from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
 

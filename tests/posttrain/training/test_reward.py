@@ -16,7 +16,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
-from gemma2.posttrain.models.scorer import RewardModel
+from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.reward import PairIds, make_trainer, preference_metrics, run_reward, tokenise_pairs

@@ -1,7 +1,7 @@
-"""What completions are worth: a reward model on token ids, or a function `module:function`, as named columns.
+"""Python functions as rewards: `module:function`, called as TRL calls its reward functions.
 
-A function is called as TRL calls its reward functions: `prompts` (messages), `completions` (texts) and every column of
-the prompt rows as keyword lists, and `truncated`. It returns one value per completion, or one mapping of named values.
+A function gets keyword lists: `prompts` (messages), `completions` (texts), every column of the prompt rows, and
+`truncated`. It returns one value per completion, or one mapping of named values.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from gemma2.merging.errors import InputError, UsageError
-from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.models.scorer import RewardModel, shaped_rewards
-from gemma2.posttrain.schemas import RewardFields
 
-__all__ = ["Sampled", "Score", "function_score", "load_function", "reward_score"]
+__all__ = ["Sampled", "Score", "function_score", "load_function"]
 
 
 @dataclass(frozen=True)
@@ -92,43 +87,3 @@ def _columns(values: Sequence[Any], source: str, column: str) -> dict[str, list[
         if not all(math.isfinite(value) for value in columns[str(key)]):
             raise InputError(f"{source} returned NaN or infinity for {key!r}", "return finite numbers")
     return columns
-
-
-def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Score:
-    """`reward` as the RL stage sees it: reward model or function, less the penalties for length and truncation."""
-    if (config.reward is None) == (config.reward_fn is None):
-        raise UsageError("give --reward DIR or --reward-fn module:function, one of them", "see --help")
-    raw = (
-        _model_score(RewardModel.from_dir(config.reward), chat, batch_size)
-        if config.reward is not None
-        else function_score(str(config.reward_fn), "--reward-fn", "reward")
-    )
-
-    def score(sampled: Sampled) -> dict[str, Sequence[float]]:
-        columns: dict[str, Sequence[float]] = dict(raw(sampled))
-        if "reward" not in columns:
-            raise InputError(f"--reward-fn {config.reward_fn!r} returned no 'reward'", "return plain numbers")
-        shaped = shaped_rewards(
-            torch.tensor(columns["reward"]),
-            torch.tensor([float(len(ids)) for ids in sampled.completions]),
-            torch.tensor([float(cut) for cut in sampled.truncated]),
-            config.length_penalty,
-            config.missing_eos_penalty,
-        )
-        return columns | {"reward": shaped.tolist()}
-
-    return score
-
-
-def _model_score(model: RewardModel, chat: ChatFormat, batch_size: int) -> Score:
-    same_ids = model.reads(chat.tokenizer)
-
-    def score(sampled: Sampled) -> dict[str, list[float]]:
-        if same_ids:
-            rewards = model.score(sampled.prompts, sampled.completions, batch_size)
-        else:
-            conversations = [row.messages for row in sampled.rows]
-            rewards = model.score_text(conversations, sampled.texts, sampled.truncated, batch_size)
-        return {"reward": rewards.tolist()}
-
-    return score

@@ -1,0 +1,1 @@
+"""What a completion is worth: reward models, functions, and their sum."""
