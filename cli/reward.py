@@ -10,13 +10,13 @@ from .options import add_stage, stage_group
 
 
 def run(config: RewardConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.training.reward import run_reward
+    from gemma2.posttrain.preferences.train import run_reward
 
     return run_reward(config, options, progress)
 
 
 def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.generation.pairs import run_pairs
+    from gemma2.posttrain.preferences.pairs import run_pairs
 
     return run_pairs(config, options, progress)
 

@@ -70,12 +70,12 @@ CHAPTERS = (
     (
         "Preference pairs",
         "the distilled model answers several times; a judge says which answer is better",
-        *("reward pairs", "pairs", "pairs", "generation.pairs", "run_pairs"),
+        *("reward pairs", "pairs", "pairs", "preferences.pairs", "run_pairs"),
     ),
     (
         "Reward model",
         "a Bradley-Terry model learns the judge's preferences from the pairs",
-        *("reward", "reward", "reward", "training.reward", "run_reward"),
+        *("reward", "reward", "reward", "preferences.train", "run_reward"),
     ),
     (
         "WARP",

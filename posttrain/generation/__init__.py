@@ -1,1 +1,1 @@
-"""Text from a teacher or a policy: engines, conversations, journals, best-of-n, preference pairs."""
+"""Text from a teacher or a policy: engines, conversations, journals, best-of-n."""

@@ -1,1 +1,1 @@
-"""Supervised training on TRL: the shared trainer frame, SFT, reward models."""
+"""Supervised training on TRL: the shared trainer frame, SFT."""

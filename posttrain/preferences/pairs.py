@@ -23,19 +23,18 @@ from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.sources import data_files, to_line
+from gemma2.posttrain.generation.answers import Answering
+from gemma2.posttrain.generation.budget import Source
+from gemma2.posttrain.generation.dialogues import Dialogue, Plan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
+from gemma2.posttrain.generation.journal import Journal
+from gemma2.posttrain.generation.scoring import Scored, scored
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.functions import function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.training.trainer import quiet_libraries
-
-from .answers import Answering
-from .budget import Source
-from .dialogues import Dialogue, Plan
-from .journal import Journal
-from .scoring import Scored, scored
 
 __all__ = ["choose", "run_pairs"]
 

@@ -12,7 +12,7 @@ from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import save_random
-from gemma2.posttrain.generation.pairs import choose, run_pairs
+from gemma2.posttrain.preferences.pairs import choose, run_pairs
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import PairsConfig
 

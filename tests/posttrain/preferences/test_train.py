@@ -16,10 +16,11 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
+from gemma2.posttrain.preferences.metrics import preference_metrics
+from gemma2.posttrain.preferences.train import PairIds, make_trainer, run_reward, tokenise_pairs
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RewardConfig
-from gemma2.posttrain.training.reward import PairIds, make_trainer, preference_metrics, run_reward, tokenise_pairs
 
 WORDS = ["honey", "glass", "wool", "salt", "copper"]
 
