@@ -30,7 +30,7 @@ from gemma2.merging.errors import InputError
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks
 from .decoder import Gemma2Decoder
 
-__all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "sample"]
+__all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
 
 RANKED = 1024  # tokens that top-p looks at first
 
@@ -71,16 +71,19 @@ def sample(
     pad_id: int,
     generator: torch.Generator | None = None,
     batch_size: int = 64,
+    uniforms: Tensor | None = None,
 ) -> Completions:
     """Draw `params.n` completions for each prompt (token ids, no padding).
 
-    `generator` (CPU) decides every draw; its state is all that a resume needs. `batch_size` counts completions; a
+    `generator` (CPU) decides every draw; its state is all that a resume needs. `uniforms` takes its place: what
+    `random_numbers` gave for these completions. `batch_size` counts completions; a
     group is never split, so at least one whole group is in flight.
     Raises InputError for an empty prompt or an attention back end that takes no prebuilt mask.
     """
     if any(not prompt for prompt in prompts):
         raise InputError("a prompt has no tokens", "remove empty prompts")
-    uniforms = torch.rand(len(prompts) * params.n, params.max_new_tokens, dtype=torch.float64, generator=generator)
+    if uniforms is None:
+        uniforms = random_numbers(len(prompts) * params.n, params, generator)
     rows: dict[int, tuple[list[int], list[float], bool]] = {}
     with evaluating(model):
         for batch in length_batches([len(prompt) for prompt in prompts], max(1, batch_size // params.n)):
@@ -94,6 +97,11 @@ def sample(
         truncated=[truncated for _, _, truncated in ordered],
         prompt_index=[slot // params.n for slot in range(len(rows))],
     )
+
+
+def random_numbers(rows: int, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
+    """(rows, max_new) float64 in [0, 1): what `rows` completions are drawn with."""
+    return torch.rand(rows, params.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
 def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
