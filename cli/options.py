@@ -21,6 +21,7 @@ from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.outputs import MANIFEST, STATE, check_output, partial_path
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.config import Config, closest, resolve
+from gemma2.posttrain.ranks import is_main
 from gemma2.posttrain.rundir import RunOptions, RunResult
 
 from .console import Console
@@ -260,7 +261,7 @@ def make_command(
                     f"options stand before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
                 )
         else:
-            console = Console(as_json=given["as_json"], quiet=given["quiet"])
+            console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
             values = _split_lists(schema, {name: given[name] for name in flags})
             if positional and given.get(ARGUMENT) is not None:
                 values = _with_argument(positional, given[ARGUMENT], values)
@@ -320,4 +321,5 @@ def execute(config: Config, given: dict[str, Any], run: Runner, console: Console
     finally:
         if result is None and (partial_path(options.out) / STATE).is_file():
             console.note("what was done so far is kept: continue with --resume")
-    console.result(result.summary, result.out)
+    if is_main():
+        console.result(result.summary, result.out)

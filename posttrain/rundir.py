@@ -14,12 +14,12 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError, OutputError
+from gemma2.merging.errors import InputError, OutputError, UsageError
 from gemma2.merging.outputs import (
     CHECKPOINTS,
     MANIFEST,
@@ -41,6 +41,7 @@ from gemma2.merging.outputs import (
 )
 
 from .config import Config
+from .ranks import ALONE, Ranks, announced
 
 __all__ = ["Parent", "Run", "RunOptions", "RunResult", "changes", "open_run"]
 
@@ -78,10 +79,19 @@ class RunResult:
 
 
 class Run:
-    """One run of one command, open for writing. Made by `open_run`."""
+    """One run of one command, open for writing. Made by `open_run`. Of several processes only rank 0 writes."""
 
-    def __init__(self, command: str, path: Path, options: RunOptions, origin: dict[str, Any], resumed: bool) -> None:
+    def __init__(
+        self,
+        command: str,
+        path: Path,
+        options: RunOptions,
+        origin: dict[str, Any],
+        resumed: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.command = command
+        self.ranks = ranks
         self.path = path
         self.options = options
         self.origin = origin
@@ -96,13 +106,16 @@ class Run:
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
+        if not self.ranks.is_main:
+            return
         self._append("metrics.jsonl", {"step": step, **metrics})
         for listener in self.listeners:
             listener(step, metrics)
 
     def sample(self, step: int, **row: Any) -> None:
         """Append one prompt and completion seen during the run to samples.jsonl."""
-        self._append("samples.jsonl", {"step": step, **row})
+        if self.ranks.is_main:
+            self._append("samples.jsonl", {"step": step, **row})
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -110,6 +123,8 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`, when a run goes on from an older checkpoint. A torn last line goes too."""
+        if not self.ranks.is_main:
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
@@ -124,14 +139,17 @@ class Run:
 
         The state goes last: digests and flushing of large weights take a while, and a kill in it must lose nothing.
         """
+        self.ranks.on_main(lambda: self._publish(summary))
+        self.result = RunResult(self.options.out, dict(summary))
+        return self.result
+
+    def _publish(self, summary: Mapping[str, Any]) -> None:
         manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
         write_manifest(self.path, manifest)
         fsync_tree(self.path)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self.path / STATE).unlink(missing_ok=True)
         publish(self.path, self.options.out, self.options.force)
-        self.result = RunResult(self.options.out, dict(summary))
-        return self.result
 
 
 def _step_of(line: bytes) -> float:
@@ -270,6 +288,7 @@ def open_run(
     *,
     parents: Sequence[Parent] = (),
     data: Sequence[Path] = (),
+    ranks: Ranks = ALONE,
 ) -> Iterator[Run]:
     """Open (or, with `options.resume`, continue) the run directory of one step.
 
@@ -277,6 +296,28 @@ def open_run(
     `--resume`; when no checkpoint was written yet, it is removed.
     Raises InputError for unusable inputs or a resume against changed ones, OutputError for an unusable `--out`.
     """
+    if ranks.size < announced():
+        raise UsageError(f"{command} was started with {announced()} processes", "start it with one")
+    partial = partial_path(options.out)
+    with ExitStack() as held:
+        origin, resumed = ranks.on_main(lambda: _open(command, config, options, parents, data, held))
+        run = Run(command, partial, options, origin, resumed, ranks)
+        try:
+            yield run
+        finally:
+            if ranks.is_main and run.result is None and not _worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(
+    command: str,
+    config: Config,
+    options: RunOptions,
+    parents: Sequence[Parent],
+    data: Sequence[Path],
+    held: ExitStack,
+) -> tuple[dict[str, Any], bool]:
+    """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
     check_parents(parents)
     if options.resume and (read_manifest(options.out) or {}).get("status") == "complete":
         raise OutputError(
@@ -285,21 +326,14 @@ def open_run(
     check_output(options.out, options.force)
     for role, path in [*((f"--{parent.role}", parent.path) for parent in parents), *(("data", path) for path in data)]:
         check_output(options.out, options.force, {role: path})
-    partial = partial_path(options.out)
     origin = {
         **describe_origin(command, config, options.out, parents, data),
         "versions": versions(),
         "hardware": hardware(),
         "started": now(),
     }
-    with locked(options.out):
-        resumed = _prepare(partial, options, config, origin)
-        run = Run(command, partial, options, origin, resumed)
-        try:
-            yield run
-        finally:
-            if run.result is None and not _worth_keeping(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+    held.enter_context(locked(options.out))
+    return origin, _prepare(partial_path(options.out), options, config, origin)
 
 
 def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[str, Any]) -> bool:

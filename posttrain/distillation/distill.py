@@ -56,7 +56,6 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    check_process_count()
     roles = {"model": config.model, "teacher": config.teacher}
     parents = [Parent(role, path) for role, path in roles.items() if path is not None]
     data = [file for path in (config.prompts, config.heldout, config.data) if path for file in data_files(path)]
@@ -77,13 +76,6 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         model.generation_config.eos_token_id = setup.material.chat.stop_ids
         save_model(model, setup.material.chat.tokenizer, run.path)
         return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
-
-
-def check_process_count() -> None:
-    """One process only: nothing is gathered across ranks."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if world > 1:
-        raise UsageError(f"distill was started with {world} processes", "start it with one")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,13 @@ reads beside its base.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma2.merging.errors import UsageError
@@ -17,7 +21,15 @@ from gemma2.posttrain.schemas import LoraFields
 
 from .loading import open_to_readers
 
-__all__ = ["check_targets", "lora_config", "merged", "save_adapter"]
+__all__ = [
+    "adapted_weights",
+    "check_targets",
+    "lora_config",
+    "merged",
+    "merged_copy",
+    "save_adapter",
+    "sharing_copy",
+]
 
 
 def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
@@ -39,8 +51,6 @@ def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> An
 def check_targets(config: LoraFields, model: Any) -> None:
     """Refuse target names that no linear layer of the model ends with, and the output head, whose adapter would be
     trained by some losses and not by others."""
-    import torch
-
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
@@ -54,6 +64,38 @@ def check_targets(config: LoraFields, model: Any) -> None:
 def merged(model: Any) -> Any:
     """The plain model: LoRA products added to their weights, in the dtype of the weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain model, W + (alpha / rank) B A in fp32) of every adapted weight, one after the other.
+
+    model: a causal LM with adapters in its layers, inside or outside peft's wrapper.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, module in plain.named_modules():
+        if isinstance(module, LoraLayer):
+            (adapter,) = module.active_adapters
+            weight = module.get_base_layer().weight.detach().float()
+            yield f"{name}.weight", weight + module.get_delta_weight(adapter).detach().float()
+
+
+def sharing_copy(model: Any) -> Any:
+    """A second model on the same parameters: modules of its own, no memory. For weights that stay as they are."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def merged_copy(base: Any, model: Any) -> Any:
+    """The plain model of one with adapters, beside it: products added to weights, everything else shared with `base`.
+
+    base: `sharing_copy` of the model from before it had adapters.
+    """
+    plain = sharing_copy(base)
+    for name, weight in adapted_weights(model):
+        module, _, leaf = name.rpartition(".")
+        setattr(plain.get_submodule(module), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return plain
 
 
 def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -2,10 +2,19 @@
 
     ema <- (1 - mu) ema + mu theta        after every optimizer step       (WARP 2406.16768, Algorithm 1, line 8; eq. 2)
 
-The anchor is a whole fp32 copy of the policy, so that it scores without conversion and a bf16 policy still moves it: in
-bf16, mu = 0.01 falls below the rounding of most weights and 83-98 % of the displacement is lost. It starts as the
-policy, only ever scores (it never generates), and is part of every checkpoint: a resume without it would quietly
-restart from the resumed policy, so it is refused.
+The average is kept in fp32, so that a bf16 policy still moves it: in bf16, mu = 0.01 falls below the rounding of most
+weights and 83-98 % of the displacement is lost. It starts as the policy, only ever scores (it never generates), and is
+part of every checkpoint: a resume without it would quietly restart from the resumed policy, so it is refused.
+
+    gpu     the average is the model that scores, in fp32 where the policy is
+    cpu     the average lies in the memory of the host; a bf16 copy of it scores. Half the memory of an accelerator, one
+            transfer of the weights per step, and log-probs to the precision of bf16
+
+Under LoRA a policy is theta = W + s B A with W frozen. The average of theta is a dense matrix that no factors hold:
+
+    dense   ema of W + s B A, weight by weight: exact; what is not adapted is shared with the policy
+    factors ema of A and of B: as small as the adapter, and an approximation, since the average of a product is not the
+            product of the averages
 
 A tied tensor is one parameter and moves once. Buffers do not move: Gemma 2's follow from its configuration.
 """
@@ -13,54 +22,75 @@ A tied tensor is one parameter and moves once. Buffers do not move: Gemma 2's fo
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma2.merging.errors import InputError
+from gemma2.posttrain.models.lora import adapted_weights, merged_copy
 
-__all__ = ["EmaAnchor"]
+__all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]
+
+Memory = Literal["gpu", "cpu"]
 
 
 class EmaAnchor:
-    """An fp32 shadow of a policy. `model` scores with it; `update` moves it towards the policy."""
+    """An fp32 average of a policy that is trained in full. `model` scores with it; `update` moves it to the policy."""
 
-    def __init__(self, policy: Any) -> None:
-        self.model = copy.deepcopy(policy).float().eval().requires_grad_(False)
+    def __init__(self, policy: Any, memory: Memory = "gpu") -> None:
+        self._begin(copy.deepcopy(policy).float(), [name for name, _ in policy.named_parameters()], memory)
 
-    @property
-    def shadow(self) -> dict[str, Tensor]:
-        """fp32 parameters by name, tied ones once."""
-        return {name: parameter.data for name, parameter in self.model.named_parameters()}
+    def _begin(self, model: Any, moving: list[str], memory: Memory) -> None:
+        """`model`: fp32, what the anchor starts as; `moving`: the parameters of it that the average is taken of."""
+        self.model = model.eval().requires_grad_(False)
+        self.memory = memory
+        averaged = {name: self.model.get_parameter(name).data for name in moving}
+        if memory == "cpu":
+            averaged = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in averaged.items()}
+            self.model = self.model.bfloat16()
+        self.shadow: dict[str, Tensor] = averaged  # fp32 parameters by name, tied ones once
+
+    def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
+        """(name, current value) of everything that the average is taken of."""
+        for name, parameter in policy.named_parameters():
+            yield name, parameter.data
 
     @torch.no_grad()
     def update(self, policy: Any, mu: float) -> None:
         """One step of the average, in place. `mu` is the weight of the policy, per optimizer step."""
-        theta = {name: parameter.data for name, parameter in policy.named_parameters()}
-        shadow = self.shadow
-        torch._foreach_lerp_(list(shadow.values()), [theta[name].float() for name in shadow], mu)
+        for name, value in self.theta(policy):
+            tensor = self.shadow[name]
+            tensor.lerp_(value.to(tensor.device, torch.float32), mu)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Bring the copy that scores up to date, where the average is not that itself."""
+        if self.memory == "cpu":
+            for name, tensor in self.shadow.items():
+                self.model.get_parameter(name).data.copy_(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the fp32 parameters by name."""
+        """What a checkpoint must hold: the fp32 average by name."""
         return self.shadow
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore by name, whatever the order. Raises InputError when a name or a shape does not fit."""
-        shadow = self.shadow
-        if state.keys() != shadow.keys():
-            odd = sorted(state.keys() ^ shadow.keys())[0]
+        if state.keys() != self.shadow.keys():
+            odd = sorted(state.keys() ^ self.shadow.keys())[0]
             raise InputError(f"the saved anchor and the policy differ in {odd}", "resume with the policy it began with")
-        for name, tensor in shadow.items():
+        for name, tensor in self.shadow.items():
             if state[name].shape != tensor.shape:
                 raise InputError(
                     f"the saved anchor has {name} of shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}",
                     "resume with the policy it began with",
                 )
             tensor.copy_(state[name])
+        self._refresh()
 
     def save(self, path: Path) -> None:
         """Write the state as one safetensors file."""
@@ -73,3 +103,45 @@ class EmaAnchor:
                 f"the checkpoint {path.parent} holds no anchor ({path.name})", "start over with --force: KL needs it"
             )
         self.load_state_dict(load_file(path))
+
+    @torch.no_grad()
+    def plain(self) -> Any:
+        """The anchor as a plain fp32 model, for the disk. The run is over: the copy that scores is used up."""
+        if self.memory == "cpu":
+            self.model = self.model.float()
+            for name, tensor in self.shadow.items():
+                self.model.get_parameter(name).data.copy_(tensor)
+        return self.model
+
+
+class LoraAnchor(EmaAnchor):
+    """The exact average of a LoRA policy: of the products, in the places of the weights that they are added to.
+
+    policy: the causal LM with adapters in its layers; base: `lora.sharing_copy` of it from before it had them.
+    """
+
+    def __init__(self, policy: Any, base: Any, memory: Memory = "gpu") -> None:
+        model = merged_copy(base, policy)
+        adapted = [name for name, _ in adapted_weights(policy)]
+        self._begin(copy.deepcopy(model) if memory == "cpu" else model, adapted, memory)
+
+    def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
+        yield from adapted_weights(policy)
+
+
+class FactorAnchor(EmaAnchor):
+    """The factor-wise approximation: averages of A and of B. What is not adapted is shared with the policy."""
+
+    def __init__(self, policy: Any, base: Any) -> None:
+        self.base = base
+        frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+        self._begin(copy.deepcopy(policy, frozen), [name for name, _ in self.theta(policy)], "gpu")
+
+    def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                yield name, parameter.data
+
+    def plain(self) -> Any:
+        """The averaged factors multiplied out and added to the weights."""
+        return merged_copy(self.base, self.model)

@@ -13,38 +13,37 @@ is updated is the one that was sampled. The learning rate is constant after its 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import transformers
+from transformers import TrainingArguments
 from trl import RLOOConfig
 
 from gemma2.merging.errors import UsageError
 from gemma2.merging.progress import SILENT, Progress
-from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts, split
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.evaluation.evaluate import Settings, check_same_vocabulary, measure
-from gemma2.posttrain.models.loading import load_policy, save_model
+from gemma2.posttrain.evaluation.evaluate import Settings, measure
+from gemma2.posttrain.models.loading import save_model
+from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rewards.terms import reward_score
+from gemma2.posttrain.ranks import Ranks, join
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
 
-from .ema import EmaAnchor
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
-from .rollout import Rollout
+from .setup import TOLERANCE_FP32, Setup, make_anchor, prepare
 
 __all__ = ["run_rlhf"]
 
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
-# KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
-TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
+# What RLOOConfig adds to transformers' own options is about TRL's rollout and loss, in whose place stand ours.
+UNUSED = {item.name for item in fields(RLOOConfig)} - {item.name for item in fields(TrainingArguments)}
 SHOWN = {"reward": "reward", "kl_anchor": "KL", "length": "length", "truncated": "cut"}
 
 
@@ -54,36 +53,47 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    check_process_count()
-    rows = config.prompts_per_step * config.n
-    micro = config.micro_batch_size or rows
-    if rows % micro:
-        raise UsageError(f"{rows} samples per step are not a multiple of --micro-batch-size {micro}", "change one")
+    ranks = join("rlhf")
+    if not ranks.is_main:
+        progress = SILENT
+    rows, micro = local_rows(config, ranks)
     models = {"policy": config.policy, "reward": config.reward, "sft": config.sft}
     parents = [Parent(role, path) for role, path in models.items() if path is not None]
     data = [file for path in (config.prompts, config.heldout) if path is not None for file in data_files(path)]
-    with open_run("rlhf", config, options, parents=parents, data=data) as run:
+    with open_run("rlhf", config, options, parents=parents, data=data, ranks=ranks) as run:
         prompts, heldout = read_data(config)
-        setup = prepare(config, prompts, micro)
+        setup = prepare(config, prompts, micro, ranks)
         guards = Guards(progress, config.max_kl, config.max_dead_steps, setup.tolerance)
         arguments = RLOOConfig(**rloo_arguments(config, run, rows, micro))
-        trainer = AnchoredRlooTrainer(setup.rollout, setup.ema, arguments, guards)
+        transformers.set_seed(config.seed)  # of the adapters' first values
+        trainer = AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
         callback = RunCallback(run, progress, "RL", SHOWN)
-        evaluation = Evaluation(run, config, setup, heldout, guards, trainer)
         trainer.add_callback(callback)
-        if setup.ema is not None:
-            trainer.add_callback(AnchorUpdate(setup.ema, config.mu))
+        if config.anchor == "ema":
+            trainer.follow(make_anchor(config, setup), config.mu)
+        evaluation = Evaluation(run, config, setup, heldout, guards, trainer)
         trainer.add_callback(evaluation)
         train(trainer, run, callback)
-        save(setup, run)
+        if ranks.is_main:
+            save(trainer, setup, config, run)
         return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
 
 
-def check_process_count() -> None:
-    """One process only: groups, metrics and the sampler's state are not gathered across ranks."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if world > 1:
-        raise UsageError(f"rlhf was started with {world} processes", "start it with one")
+def local_rows(config: RlhfConfig, ranks: Ranks) -> tuple[int, int]:
+    """Samples of this process (per step, per forward pass). Raises UsageError where they do not come out even."""
+    if config.prompts_per_step % ranks.size:
+        raise UsageError(
+            f"--prompts-per-step {config.prompts_per_step} is not a multiple of the {ranks.size} processes",
+            "change one",
+        )
+    rows = config.prompts_per_step // ranks.size * config.n
+    micro = config.micro_batch_size or rows
+    if rows % micro:
+        of_each = " of each process" if ranks.size > 1 else ""
+        raise UsageError(
+            f"{rows} samples per step{of_each} are not a multiple of --micro-batch-size {micro}", "change one"
+        )
+    return rows, micro
 
 
 def read_data(config: RlhfConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -97,44 +107,18 @@ def read_data(config: RlhfConfig) -> tuple[list[Prompt], list[Prompt]]:
     return prompts, heldout[: config.eval_prompts]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The models of a run. `reference` is the SFT policy that the measured KL refers to."""
-
-    rollout: Rollout
-    reference: Any
-    ema: EmaAnchor | None
-    starts_at_sft: bool
-    tolerance: float | None  # of the KL to the anchor at the first step; None: the anchor starts elsewhere
-
-
-def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int) -> Setup:
-    """Load policy, SFT policy and reward, and make the anchor."""
-    policy, tokenizer = load_policy(config.policy)
-    chat = ChatFormat(tokenizer, policy.generation_config)
-    starts_at_sft = config.sft is None or config.sft.resolve() == config.policy.resolve()
-    if starts_at_sft:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-    else:
-        assert config.sft is not None
-        reference = load_policy(config.sft)[0].requires_grad_(False)
-        check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
-    ema = EmaAnchor(policy) if config.anchor == "ema" else None
-    anchors = {"ema": ema.model if ema is not None else None, "sft": reference, "none": None}
-    generator = torch.Generator().manual_seed(config.seed)
-    score = reward_score(config, chat, micro)
-    rollout = Rollout(policy, anchors[config.anchor], chat, score, config, prompts, generator, micro)
-    zero = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
-    tolerance = TOLERANCE_BF16 if torch.cuda.is_available() else TOLERANCE_FP32
-    return Setup(rollout, reference, ema, starts_at_sft, tolerance if zero else None)
-
-
 def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> dict[str, Any]:
     """Options of TRL's RLOOConfig: on-policy, Adam without weight decay, constant learning rate after the warm-up."""
+    if config.trainer.get("use_transformers_continuous_batching"):
+        raise UsageError(
+            "'trainer.use_transformers_continuous_batching' is not taken: it drops the soft cap of Gemma 2's attention",
+            "leave it out; --engine vllm batches continuously",
+        )
     return trainer_arguments(
         RLOOConfig,
         config,
         run,
+        UNUSED,
         max_steps=config.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=rows // micro,
@@ -148,20 +132,8 @@ def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> dict[
         shuffle_dataset=False,
         lr_scheduler_type="constant_with_warmup",
         weight_decay=0.0,
+        ddp_find_unused_parameters=False,
     )
-
-
-class AnchorUpdate(TrainerCallback):
-    """ema <- (1 - mu) ema + mu theta, after every optimizer step (WARP, Algorithm 1, line 8)."""
-
-    def __init__(self, anchor: EmaAnchor, mu: float) -> None:
-        self.anchor = anchor
-        self.mu = mu
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.anchor.update(kwargs["model"], self.mu)
 
 
 @dataclass(eq=False)
@@ -184,7 +156,7 @@ class Evaluation(PeriodicEvaluation):
         )
         with self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
-        self.last = measured.columns()
+        self.last = self.run.ranks.on_main(measured.columns)  # rounding must not make ranks decide differently
         kl, truncated = float(self.last["kl"] or 0.0), float(self.last["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
             raise RuntimeError(f"KL to the SFT policy is {kl:.3g} nats before the first step, not 0")
@@ -198,10 +170,18 @@ class Evaluation(PeriodicEvaluation):
         return {name: self.last.get(name) for name in ("reward", "reward_se", "kl", "kl_se", "length", "truncated")}
 
 
-def save(setup: Setup, run: Run) -> None:
-    """The policy as the result, the anchor as a model directory of its own under `ema/`."""
-    rollout = setup.rollout
-    for model, directory in ((rollout.policy, run.path), (setup.ema.model if setup.ema else None, run.path / "ema")):
-        if model is not None:
-            model.generation_config.eos_token_id = rollout.chat.stop_ids
-            save_model(model, rollout.chat.tokenizer, directory)
+def save(trainer: AnchoredRlooTrainer, setup: Setup, config: RlhfConfig, run: Run) -> None:
+    """The policy as the result, or its adapter alone, and the anchor as a model directory of its own under `ema/`."""
+    chat, policy = setup.rollout.chat, setup.rollout.policy
+    if config.lora_output == "adapter":
+        save_adapter(trainer.model, chat.tokenizer, run.path)
+    else:
+        save_plain(policy if setup.base is None else merged_copy(setup.base, policy), setup, run.path)
+    if trainer.anchor is not None:
+        save_plain(trainer.anchor.plain(), setup, run.path / "ema")
+
+
+def save_plain(model: Any, setup: Setup, directory: Path) -> None:
+    """A model directory that ends its turns where the policy does."""
+    model.generation_config.eos_token_id = setup.rollout.chat.stop_ids
+    save_model(model, setup.rollout.chat.tokenizer, directory)

@@ -8,29 +8,32 @@ Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/rl/t
 2. `_compute_loss` is plain REINFORCE. On-policy, TRL's clipped ratio to the sampling policy is 1, with this gradient;
    in bf16 its noise would clip. The LM head sees completion positions only (on a CPU, TRL's sees the prompt as well).
 3. TRL gets beta = 0, so that it builds no reference model: the KL is in the reward, to the anchor that we keep.
-4. A checkpoint also holds the anchor, the sampler's generator and the guards' counters, and no model card. Every step
+4. The loss runs inside the forward of DistributedDataParallel, as TRL's own fused losses do.
+5. A checkpoint also holds the anchor, the sampler's generator and the guards' counters, and no model card. Every step
    generates its own completions, so every step is an edge of TRL's generation buffer and a safe place for it.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RLOOConfig, RLOOTrainer
+from trl.models.utils import _ForwardRedirection
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import InputError, UsageError
 
 from .ema import EmaAnchor
 from .guards import Guards
 from .objective import policy_loss
 from .rollout import Rollout
 
-__all__ = ["AnchoredRlooTrainer", "prompt_order"]
+__all__ = ["AnchorUpdate", "AnchoredRlooTrainer", "prompt_order"]
 
 ANCHOR_FILE = "anchor.safetensors"
 STATE_FILE = "rollout.pt"
@@ -49,8 +52,25 @@ def prompt_order(prompts: int, draws: int, seed: int) -> list[int]:
     return order[:draws]
 
 
+class AnchorUpdate(TrainerCallback):
+    """ema <- (1 - mu) ema + mu theta, after every optimizer step (WARP, Algorithm 1, line 8)."""
+
+    def __init__(self, anchor: EmaAnchor, policy: Any, mu: float) -> None:
+        self.anchor = anchor
+        self.policy = policy
+        self.mu = mu
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.anchor.update(self.policy, self.mu)
+
+
 class AnchoredRlooTrainer(RLOOTrainer):
-    """RLOO on our rollouts, in one process. `anchor` is what checkpoints must hold; a fixed anchor is None here."""
+    """RLOO on our rollouts. `anchor` is what checkpoints must hold; a fixed anchor is None here.
+
+    With `peft_config` the layers of the rollout's policy get adapters, in place, and those are trained.
+    """
 
     def __init__(
         self,
@@ -58,18 +78,35 @@ class AnchoredRlooTrainer(RLOOTrainer):
         anchor: EmaAnchor | None,
         args: RLOOConfig,
         guards: Guards,
+        peft_config: Any | None = None,
     ) -> None:
         draws = args.max_steps * args.generation_batch_size // args.num_generations
-        super().__init__(
-            model=rollout.policy,
-            reward_funcs=[],
-            args=args,
-            train_dataset=Dataset.from_dict({"prompt": prompt_order(len(rollout.prompts), draws, args.seed)}),
-            processing_class=rollout.chat.tokenizer,
-        )
+        with warnings.catch_warnings():
+            # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            super().__init__(
+                model=rollout.policy,
+                reward_funcs=[],
+                args=args,
+                train_dataset=Dataset.from_dict({"prompt": prompt_order(len(rollout.prompts), draws, args.seed)}),
+                processing_class=rollout.chat.tokenizer,
+                peft_config=peft_config,
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError(
+                "rlhf keeps the whole policy on every process, FSDP and DeepSpeed would shard it",
+                "start it with torchrun alone; --lora-rank and --anchor-memory cpu take less memory",
+            )
         self.rollout = rollout
         self.anchor = anchor
         self.guards = guards
+        self.redirect = _ForwardRedirection()
+
+    def follow(self, anchor: EmaAnchor, mu: float) -> None:
+        """Keep this anchor, and move it after every optimizer step."""
+        self.anchor = anchor
+        self.rollout.anchor = anchor.model
+        self.add_callback(AnchorUpdate(anchor, self.rollout.policy, mu))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         indices = [row["prompt"] for row in inputs[:: self.num_generations]]  # TRL repeats each prompt n times
@@ -87,15 +124,23 @@ class AnchoredRlooTrainer(RLOOTrainer):
         }
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        # Through the wrapper's forward: DistributedDataParallel reduces the gradients of nothing else.
+        return self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
+
+    def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
         width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
         ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
         with self.accelerator.autocast():
-            loss, entropy, tokens = policy_loss(model, ids, mask, inputs["advantages"], self.temperature)
-        self._metrics["train"]["entropy"].append(entropy.item() / tokens)
+            loss, entropy, tokens = policy_loss(self.rollout.policy, ids, mask, inputs["advantages"], self.temperature)
+        everyone = self.accelerator.gather(torch.stack([entropy.detach().float(), entropy.new_tensor(tokens).float()]))
+        total, count = everyone.view(-1, 2).sum(0).tolist()
+        self._metrics["train"]["entropy"].append(total / count)
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)
+        if not self.args.should_save:
+            return
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.anchor is not None:
             self.anchor.save(folder / ANCHOR_FILE)

@@ -24,8 +24,9 @@ from torch import Tensor
 from gemma2.merging.errors import GuardStop
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
+from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_numbers, sample
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
 
@@ -53,9 +54,23 @@ class Batch:
     advantages: Tensor
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Completions with their rewards and log-ratios, (N,) fp32 each, as ranks show them to each other."""
+
+    ids: list[list[int]]
+    truncated: list[bool]
+    rewards: Tensor
+    log_ratios: Tensor
+
+
 @dataclass
 class Rollout:
-    """Draws and scores the batches of a run. `generator` is all the state it has."""
+    """Draws and scores the batches of a run. `generator` is all the state it has.
+
+    Of several processes each answers its share of the prompts, with the random numbers that one process would use for
+    them, and logs the figures of all.
+    """
 
     policy: Any
     anchor: Any | None  # a model that scores and never generates; None: no KL in the reward
@@ -65,12 +80,13 @@ class Rollout:
     prompts: Sequence[Prompt]
     generator: torch.Generator
     batch_size: int  # sequences per forward pass
+    ranks: Ranks = ALONE
     encoded: dict[int, list[int]] = field(default_factory=dict)  # ids of the prompts met so far
 
     def __call__(self, indices: Sequence[int]) -> tuple[Batch, dict[str, float | None]]:
-        """A batch of n completions for each of `prompts[indices]`, and its metrics.
+        """A batch of n completions for each of `prompts[indices]`, and the metrics of all ranks' batches.
 
-        Raises GuardStop for a reward that is not finite.
+        Raises GuardStop for a reward that is not finite, on every rank.
         """
         rows = [self.prompts[i] for i in indices]
         for i in indices:
@@ -83,13 +99,19 @@ class Rollout:
         log_ratios = self.log_ratios(pairs, drawn)
         objective = anchored_rewards(rewards, log_ratios, self.config.beta)
         batch = padded(pairs, drawn.ids, leave_one_out(objective, self.config.n))
-        return batch, batch_metrics(drawn, rewards, log_ratios if self.anchor is not None else None, self.config.n)
+        scored = joined(self.ranks.gather(Scored(drawn.ids, drawn.truncated, rewards, log_ratios)))
+        if not scored.rewards.isfinite().all():
+            raise GuardStop("the reward is NaN or infinite, nothing was updated", "check the reward model")
+        return batch, batch_metrics(scored, self.anchor is not None, self.config.n)
 
     def draw(self, prompts: Sequence[Sequence[int]]) -> Completions:
         """n completions per prompt from the policy."""
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.config.n)
         pad_id = self.chat.tokenizer.pad_token_id or 0
-        return sample(self.policy, prompts, params, self.chat.stop_ids, pad_id, self.generator, self.batch_size)
+        rows = len(prompts) * params.n
+        everyone = random_numbers(rows * self.ranks.size, params, self.generator)
+        own = everyone[rows * self.ranks.rank : rows * (self.ranks.rank + 1)]
+        return sample(self.policy, prompts, params, self.chat.stop_ids, pad_id, None, self.batch_size, own)
 
     def rewards(self, rows: Sequence[Prompt], pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
         """r(x, y), (N,) fp32, penalties included."""
@@ -100,10 +122,7 @@ class Rollout:
             texts=[self.chat.decode(ids) for ids in drawn.ids],
             truncated=drawn.truncated,
         )
-        rewards = torch.tensor(self.score(sampled)["reward"], dtype=torch.float32)
-        if not rewards.isfinite().all():
-            raise GuardStop("the reward is NaN or infinite, nothing was updated", "check the reward model")
-        return rewards
+        return torch.tensor(self.score(sampled)["reward"], dtype=torch.float32)
 
     def log_ratios(self, pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
         """log pi(y | x) - log anchor(y | x), (N,) fp32 nats; 0 without an anchor."""
@@ -126,17 +145,28 @@ def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]
     return Batch(ids, mask, advantages)
 
 
-def batch_metrics(drawn: Completions, rewards: Tensor, log_ratios: Tensor | None, n: int) -> dict[str, float | None]:
+def joined(parts: Sequence[Scored]) -> Scored:
+    """The completions of all ranks, in the order in which one process would have drawn them."""
+    return Scored(
+        [ids for part in parts for ids in part.ids],
+        [cut for part in parts for cut in part.truncated],
+        torch.cat([part.rewards for part in parts]),
+        torch.cat([part.log_ratios for part in parts]),
+    )
+
+
+def batch_metrics(scored: Scored, anchored: bool, n: int) -> dict[str, float | None]:
     """What a step of training logs about its completions. A figure that is not defined is None."""
-    lengths = torch.tensor([float(len(ids)) for ids in drawn.ids])
+    lengths = torch.tensor([float(len(ids)) for ids in scored.ids])
+    rewards = scored.rewards
     metrics: dict[str, float | None] = {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         "reward_std_in_group": rewards.view(-1, n).std(1).mean().item(),
-        "kl_anchor": log_ratios.mean().item() if log_ratios is not None else None,
+        "kl_anchor": scored.log_ratios.mean().item() if anchored else None,
         "length": lengths.mean().item(),
-        "truncated": sum(drawn.truncated) / len(drawn.truncated),
-        "distinct_2": distinct_bigrams(drawn.ids),
+        "truncated": sum(scored.truncated) / len(scored.truncated),
+        "distinct_2": distinct_bigrams(scored.ids),
         "reward_length_correlation": correlation(rewards, lengths),
     }
     return metrics

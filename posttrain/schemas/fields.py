@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gemma2.posttrain.config import Config
 
@@ -48,3 +48,17 @@ class LoraFields(Config):
     lora_targets: tuple[str, ...] = Field(
         (), description="modules to adapt, by the last part of their names; default: every linear layer but the head"
     )
+
+
+class LoraOutputFields(LoraFields):
+    """Low-rank adaptation, and what is written."""
+
+    lora_output: Literal["merged", "adapter"] = Field(
+        "merged", description="write a plain model, or the LoRA adapter alone, which gemma2 merge reads beside its base"
+    )
+
+    @model_validator(mode="after")
+    def _an_adapter_is_there(self) -> LoraOutputFields:
+        if self.lora_output == "adapter" and self.lora_rank == 0:
+            raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
+        return self

@@ -5,23 +5,65 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gemma2.posttrain.config import Config
 
-from .fields import Data, Model, TrainingFields
+from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields
 
 
 class RewardFields(Config):
-    """What a completion is worth."""
+    """What a completion is worth: the weighted sum of reward models and functions, less the penalties."""
 
-    reward: Path | None = Field(None, description="reward model directory")
-    reward_fn: str | None = Field(None, description="reward function as module:function, instead of a reward model")
+    reward: tuple[Path, ...] = Field((), description="reward models, directories or hub ids")
+    reward_fn: tuple[str, ...] = Field((), description="reward functions, each as module:function")
+    reward_weights: tuple[float, ...] = Field(
+        (), description="weight of each term, reward models first, then functions; default: 1 each"
+    )
+    reward_ensemble: Literal["mean", "min", "warm"] | None = Field(
+        None,
+        description="the reward models are one term: mean or smallest of their scores, or the one model whose weights "
+        "are the mean of theirs (WARM)",
+    )
+    reward_clip: float | None = Field(
+        None, gt=0, description="the weighted sum is cut to -C .. C, before the penalties; default: it is not"
+    )
     length_penalty: float = Field(0.0, ge=0, description="subtracted per token (WARP, App. E: 0.0005)")
     missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a completion that was cut at the limit")
 
+    @field_validator("reward", "reward_fn", mode="before")
+    @classmethod
+    def _one_term_is_a_list_of_one(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str | Path) else value
 
-class RlFields(RewardFields):
+    @property
+    def reward_terms(self) -> tuple[str, ...]:
+        """What the reward is a sum of, in the order of the weights, as it was given."""
+        models = tuple(str(path) for path in self.reward)
+        if self.reward_ensemble is not None:
+            models = (f"{self.reward_ensemble} of {len(models)} reward models",)
+        return (*models, *self.reward_fn)
+
+    @model_validator(mode="after")
+    def _terms_fit_each_other(self) -> Self:
+        names = [*map(str, self.reward), *self.reward_fn]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"the reward names {min(twice)} twice; give it a larger weight instead")
+        if self.reward_ensemble is not None and len(self.reward) < 2:
+            raise ValueError(f"--reward-ensemble {self.reward_ensemble} needs two reward models or more in --reward")
+        terms, weights = self.reward_terms, self.reward_weights
+        if weights and len(weights) != len(terms):
+            named = f" ({', '.join(terms)})" if terms else ""
+            raise ValueError(f"--reward-weights gives {len(weights)} weights for {len(terms)} terms{named}")
+        if weights and not any(weights):
+            raise ValueError("--reward-weights are all 0: every completion would be worth the same")
+        return self
+
+
+class RlFields(RewardFields, LoraFields):
     """The RL stage of WARP (2406.16768, Algorithm 1, lines 3-8)."""
 
     steps: int = Field(100, ge=1, description="optimizer steps T")
@@ -30,6 +72,14 @@ class RlFields(RewardFields):
     beta: float = Field(0.1, ge=0, description="weight of the KL to the anchor, per nat")
     anchor: Literal["ema", "sft", "none"] = Field("ema", description="what the KL of the reward is measured to")
     mu: float = Field(0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step")
+    anchor_memory: Literal["gpu", "cpu"] = Field(
+        "gpu",
+        description="where the fp32 average lies: beside the policy, or on the host with a bf16 copy that scores",
+    )
+    lora_anchor: Literal["dense", "factors"] = Field(
+        "dense",
+        description="the average of a LoRA policy: of W + s B A, exact; or of A and of B, small and an approximation",
+    )
     temperature: float = Field(0.9, gt=0, le=5, description="sampling temperature")
     max_new_tokens: int = Field(128, ge=1, description="completion limit, tokens")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; default: the whole batch")
@@ -40,8 +90,18 @@ class RlFields(RewardFields):
     )
     max_dead_steps: int = Field(50, ge=1, description="stop after this many steps without any difference in reward")
 
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> RlFields:
+        if self.lora_dropout > 0:
+            raise ValueError("lora_dropout would update another policy than the one that was sampled; leave it at 0")
+        if self.anchor_memory == "cpu" and (self.anchor != "ema" or self.lora_anchor == "factors"):
+            raise ValueError("anchor_memory=cpu is for the average of whole weights; leave it at gpu")
+        if self.lora_anchor == "factors" and (self.lora_rank == 0 or self.anchor != "ema"):
+            raise ValueError("lora_anchor=factors is an EMA of adapters; give lora_rank and anchor=ema, or drop it")
+        return self
 
-class RlhfConfig(TrainingFields, RlFields):
+
+class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
     """RL from a reward model, with the KL anchored to an EMA of the policy."""
 
     policy: Model

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import LoraFields, Model, TrainingFields
+from .fields import LoraOutputFields, Model, TrainingFields
 
 Attention = Literal["eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
-class SftConfig(TrainingFields, LoraFields):
+class SftConfig(TrainingFields, LoraOutputFields):
     """Supervised fine-tuning on prompt and completion, or on conversations."""
 
     model: Model
@@ -47,9 +47,6 @@ class SftConfig(TrainingFields, LoraFields):
     patience: int | None = Field(
         None, ge=1, description="stop after this many held-out losses without a new lowest one"
     )
-    lora_output: Literal["merged", "adapter"] = Field(
-        "merged", description="write a plain model, or the LoRA adapter alone, which gemma2 merge reads beside its base"
-    )
     attention: Attention = Field("eager", description="attention back end; all but eager need a GPU")
     packing: bool = Field(
         False, description="put rows end to end up to --max-length, a batch counts these; flash attention only"
@@ -78,8 +75,6 @@ class SftConfig(TrainingFields, LoraFields):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
         if self.packing and self.weights and self.epochs > 1:
             raise ValueError("packing would repeat the rows of the first epoch; drop weights, or take one epoch")
-        if self.lora_output == "adapter" and self.lora_rank == 0:
-            raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
         if self.packing and not self.attention.startswith("flash"):
             raise ValueError(
                 f"packing needs flash attention, {self.attention} would be slow or wrong across rows; "

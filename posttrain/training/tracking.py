@@ -54,7 +54,7 @@ def check_tracking(names: Sequence[str]) -> None:
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
     """Send what `run` logs to the trackers that its configuration names, while the block runs."""
-    names = run.origin["config"].get("report_to", ())
+    names = run.origin["config"].get("report_to", ()) if run.ranks.is_main else ()
     with ExitStack() as stack:
         for name in names:
             tracker = OPEN[name](run)

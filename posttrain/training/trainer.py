@@ -195,7 +195,8 @@ class RunCallback(TrainerCallback):
             self.run.log(state.global_step, **metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.run.ranks.barrier()  # every rank has written its part
+        self.run.ranks.on_main(lambda: mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
 
 class PeriodicEvaluation(TrainerCallback):
@@ -221,7 +222,7 @@ class PeriodicEvaluation(TrainerCallback):
 def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
     """Run a Trainer to its end, from the latest complete checkpoint when the run is resumed."""
     trainer.remove_callback(PrinterCallback)
-    found = latest_checkpoint(run) if run.resumed else None
+    found = run.ranks.on_main(lambda: latest_checkpoint(run)) if run.resumed else None
     run.rewind(found[1] if found else -1)
     try:
         with tracked(run), warnings.catch_warnings():

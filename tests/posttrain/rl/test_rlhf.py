@@ -15,12 +15,12 @@ from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_token
 from gemma2.posttrain.evaluation import evaluate
 from gemma2.posttrain.models.sampler import sample
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.rl import rlhf, rollout
+from gemma2.posttrain.rl import rollout
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.objective import sequence_logps
-from gemma2.posttrain.rl.rlhf import AnchorUpdate, run_rlhf
-from gemma2.posttrain.rl.rloo import prompt_order
+from gemma2.posttrain.rl.rlhf import run_rlhf
+from gemma2.posttrain.rl.rloo import AnchorUpdate, prompt_order
 from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, correlation, leave_one_out, padded
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RlhfConfig
@@ -260,8 +260,8 @@ def test_the_anchor_scores_and_never_generates(inputs, tmp_path, monkeypatch):
     anchors, sampled = [], []
     make = EmaAnchor.__init__
 
-    def remember(self, policy):
-        make(self, policy)
+    def remember(self, policy, memory):
+        make(self, policy, memory)
         anchors.append(self.model)
 
     def spy(model, *args, **kwargs):
@@ -474,10 +474,3 @@ def test_a_resume_against_another_configuration_is_refused(inputs, tmp_path, mon
     killed_run(monkeypatch, configure(inputs, steps=4, save_every=1), tmp_path / "out", 3)
     with pytest.raises(InputError, match="beta"):
         run_rlhf(configure(inputs, steps=4, save_every=1, beta=0.2), RunOptions(tmp_path / "out", resume=True))
-
-
-def test_rlhf_in_several_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UsageError, match="2 processes"):
-        rlhf.check_process_count()

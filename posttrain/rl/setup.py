@@ -1,0 +1,83 @@
+"""The models of an RL run: the policy, what its KL is measured to, the anchor, and the reward.
+
+Under LoRA the weights that are not adapted exist once: policy, reference and anchor share them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.lora import check_targets, sharing_copy
+from gemma2.posttrain.ranks import Ranks
+from gemma2.posttrain.rewards.terms import reward_score
+from gemma2.posttrain.schemas import RlhfConfig
+
+from .ema import EmaAnchor, FactorAnchor, LoraAnchor
+from .rollout import Rollout
+
+__all__ = ["TOLERANCE_FP32", "Setup", "make_anchor", "prepare"]
+
+# KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
+TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run starts with.
+
+    reference: the SFT policy that the measured KL refers to. base: the policy's weights as they were, shared with it
+    where they are frozen; None where all are trained. tolerance: of the KL to the anchor at the first step, nats per
+    token; None where the anchor starts elsewhere.
+    """
+
+    rollout: Rollout
+    reference: Any
+    base: Any | None
+    starts_at_sft: bool
+    tolerance: float | None
+
+
+def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks) -> Setup:
+    """Load policy, SFT policy and reward. An EMA anchor comes later, when the policy has its adapters.
+
+    Raises InputError for unusable models, UsageError for adapters that no layer can have.
+    """
+    policy, tokenizer = load_policy(config.policy)
+    check_targets(config, policy)
+    chat = ChatFormat(tokenizer, policy.generation_config)
+    base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None
+    starts_at_sft = config.sft is None or config.sft.resolve() == config.policy.resolve()
+    if starts_at_sft:
+        reference = base if base is not None else copy.deepcopy(policy).requires_grad_(False)
+    else:
+        assert config.sft is not None
+        reference = load_policy(config.sft)[0].requires_grad_(False)
+        check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
+    generator = torch.Generator().manual_seed(config.seed)
+    score = reward_score(config, chat, micro)
+    anchor = reference if config.anchor == "sft" else None
+    rollout = Rollout(policy, anchor, chat, score, config, prompts, generator, micro, ranks)
+    zero = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
+    rounded = torch.cuda.is_available() or config.anchor_memory == "cpu"
+    return Setup(
+        rollout, reference, base, starts_at_sft, (TOLERANCE_BF16 if rounded else TOLERANCE_FP32) if zero else None
+    )
+
+
+def make_anchor(config: RlhfConfig, setup: Setup) -> EmaAnchor:
+    """The EMA anchor of a policy that has its adapters, or needs none."""
+    policy = setup.rollout.policy
+    if setup.base is None:
+        return EmaAnchor(policy, config.anchor_memory)
+    if config.lora_anchor == "factors":
+        return FactorAnchor(policy, setup.base)
+    return LoraAnchor(policy, setup.base, config.anchor_memory)
