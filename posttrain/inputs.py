@@ -8,18 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.locate import is_hub_id, locate_model
 from gemma2.merging.outputs import read_manifest
 from gemma2.posttrain.data.sources import data_files
 
 from .config import Config
-from .rundir import Parent, check_parents
+from .rundir import HUB_SNAPSHOT, Parent, check_parents
+from .schemas import RewardFields
 
-__all__ = ["check_inputs", "inputs_of", "located"]
+__all__ = ["check_inputs", "check_reward_terms", "inputs_of", "located", "model_name"]
 
-MODELS = ("model", "teacher", "policy", "reward", "sft", "init", "merged", "safety_model")
-LISTS_OF_MODELS = ("policies", "compare")
+MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model")
+LISTS_OF_MODELS = ("policies", "compare", "reward")
 DATA = ("data", "prompts", "heldout", "eval_data", "decontaminate")
 
 C = TypeVar("C", bound=Config)
@@ -31,7 +32,9 @@ def located(config: C) -> C:
     Raises InputError for an id that cannot be had.
     """
     found: dict[str, Any] = {
-        name: locate_model(path, f"--{name}") for name, path in inputs_of(config).items() if is_hub_id(path)
+        name: locate_model(path, f"--{name}")
+        for name, path in inputs_of(config).items()
+        if name in MODELS and is_hub_id(path)
     }
     for name in LISTS_OF_MODELS:
         paths = getattr(config, name, ())
@@ -41,15 +44,23 @@ def located(config: C) -> C:
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
-    """The models that a configuration names, by field. A teacher at a server is none of them: it is but a name."""
+    """The models that a configuration names, by field. A teacher at a server is none of them: it is but a name.
+
+    Of several reward models the second is `reward-2`.
+    """
     remote = {"teacher"} if getattr(config, "engine", None) == "openai" else set()
     found = {name: getattr(config, name, None) for name in MODELS if name not in remote}
+    rewards = getattr(config, "reward", ())
+    if isinstance(rewards, tuple):
+        found |= {f"reward-{i}" if i > 1 else "reward": path for i, path in enumerate(rewards, start=1)}
     return {name: path for name, path in found.items() if isinstance(path, Path)}
 
 
 def check_inputs(config: Config) -> None:
     """Refuse models and data that are not there."""
     check_parents([Parent(role.replace("_", "-"), path) for role, path in inputs_of(config).items()])
+    if isinstance(config, RewardFields) and config.REWARD_NEEDED:
+        check_reward_terms(config)
     cache = getattr(config, "teacher_cache", None)
     if cache is not None and (read_manifest(cache) or {}).get("status") != "complete":
         raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
@@ -58,3 +69,15 @@ def check_inputs(config: Config) -> None:
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
                 data_files(path)
+
+
+def check_reward_terms(config: RewardFields) -> None:
+    """Refuse a configuration without any reward."""
+    if not config.reward_terms:
+        raise UsageError("there is no reward", "give --reward RM, --reward-fn module:function, or both")
+
+
+def model_name(path: Path) -> str:
+    """What a model is called where names are listed: its hub id, or the name of its directory."""
+    found = HUB_SNAPSHOT.search(path.resolve().as_posix())
+    return f"{found['owner']}/{found['name']}" if found else path.resolve().name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,12 +150,12 @@ def _pairs(config: PairsConfig) -> Work:
     return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens)
 
 
-def _rl(n: int, reward: Path | None, config: RlhfConfig | WarpConfig) -> Work:
+def _rl(n: int, rewards: Sequence[Path], config: RlhfConfig | WarpConfig) -> Work:
     """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
 
     On disk: the policy and its anchor, and in every checkpoint both and the moments.
     """
-    judge = parameter_count(reward) if reward else 0
+    judge = sum(parameter_count(reward) for reward in rewards[: 1 if config.reward_ensemble == "warm" else None])
     tokens = config.steps * config.prompts_per_step * config.n * config.max_new_tokens
     return Work(
         memory=n * 24.0 + judge * 4.0,

@@ -24,13 +24,14 @@ from gemma2.merging.errors import InputError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.evaluation.pareto import best_at, run_pareto
 from gemma2.posttrain.rewards.functions import load_function
+from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.rl.rlhf import run_rlhf
 
 from .config import resolve
 from .merge import run_merge
 from .pipeline import Step, ensure
 from .rundir import Parent, RunOptions, RunResult, open_run
-from .schemas import MergeConfig, ParetoConfig, RlFields, RlhfConfig, TrainingFields, WarpConfig
+from .schemas import MergeConfig, ParetoConfig, RewardFields, RlFields, RlhfConfig, TrainingFields, WarpConfig
 
 __all__ = ["pick_eta", "run_warp", "warp_steps"]
 
@@ -97,15 +98,12 @@ def front_config(config: WarpConfig, root: Path) -> ParetoConfig:
         policies=(*config.compare, *measured),
         merged=merged_policy(config, root, config.iterations),
         etas=config.etas,
-        reward=config.reward,
-        reward_fn=config.reward_fn,
         judge_fn=config.judge_fn,
-        length_penalty=config.length_penalty,
-        missing_eos_penalty=config.missing_eos_penalty,
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         n=config.eval_n,
         seed=config.seed,
+        **{name: getattr(config, name) for name in RewardFields.model_fields},
     )
 
 
@@ -127,10 +125,10 @@ def run_warp(config: WarpConfig, options: RunOptions, progress: Progress = SILEN
 
     A killed run continues with `resume` at the step, and inside an RL run at the checkpoint, where it was.
     """
-    for option, name in (("--reward-fn", config.reward_fn), ("--judge-fn", config.judge_fn)):
-        if name is not None:
+    for option, names in (("--reward-fn", config.reward_fn), ("--judge-fn", filter(None, [config.judge_fn]))):
+        for name in names:
             load_function(name, option)  # an hour of RL later is too late for a typo
-    parents = [Parent("sft", config.sft)] + ([Parent("reward", config.reward)] if config.reward else [])
+    parents = [Parent("sft", config.sft), *reward_parents(config)]
     with open_run("warp", config, options, parents=parents, data=[config.prompts, config.heldout]) as run:
         for step in warp_steps(config, run.path):
             progress.note(f"{step.command} -> {step.out.relative_to(run.path)}")

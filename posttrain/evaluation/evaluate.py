@@ -69,7 +69,8 @@ class Measurement:
     """What one policy does on the held-out prompts.
 
     per_prompt: metric -> mean over the completions of each prompt; reward, kl (nats), length (tokens, the stop token
-    included), truncated (share), and every key of the scores.
+    included), truncated (share), and every key of the scores. A score that does not apply to a completion is left out
+    of the mean; one that applies to none of a prompt is NaN there, and its estimate is over the other prompts.
     distinct_2: distinct token bigrams / all bigrams over the whole set (Li et al. 2016, 1510.03055), jackknife error.
     """
 
@@ -81,13 +82,24 @@ class Measurement:
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Every metric with its standard error, clustered by prompt."""
-        return {name: estimate(values) for name, values in self.per_prompt.items()} | {"distinct_2": self.distinct_2}
+        found = {
+            name: estimate(values if name in OWN_METRICS else [value for value in values if not math.isnan(value)])
+            for name, values in self.per_prompt.items()
+        }
+        return found | {"distinct_2": self.distinct_2}
 
     def columns(self) -> dict[str, float | None]:
-        """Flat: `{"reward": ..., "reward_se": ..., ...}`. An error that cannot be told from one prompt is None."""
+        """Flat: `{"reward": ..., "reward_se": ..., ...}`.
+
+        An error that cannot be told from one prompt is None, and so is a score that applies to no completion.
+        """
         flat: dict[str, float | None] = {}
         for name, value in self.estimates.items():
-            flat |= {name: value.mean, f"{name}_se": value.se if math.isfinite(value.se) else None}
+            applies = name in OWN_METRICS or not math.isnan(value.mean)
+            flat |= {
+                name: value.mean if applies else None,
+                f"{name}_se": value.se if math.isfinite(value.se) else None,
+            }
         return flat
 
 
@@ -175,7 +187,7 @@ def _collect(parts: Sequence[tuple[Sampled, dict[str, list[float]]]], settings: 
     groups: list[list[Sequence[int]]] = []
     for sampled, values in parts:
         for name, column in values.items():
-            per_prompt[name] += [sum(column[i : i + n]) / n for i in range(0, len(column), n)]
+            per_prompt[name] += [_mean(name, column[i : i + n]) for i in range(0, len(column), n)]
         groups += [list(sampled.completions[i : i + n]) for i in range(0, len(sampled.completions), n)]
         for i in range(0, len(sampled.texts), n):
             if len(samples) < settings.keep:
@@ -187,8 +199,14 @@ def _sample_row(sampled: Sampled, values: Mapping[str, Sequence[float]], i: int)
     return {
         "prompt": sampled.rows[i].messages,
         "completion": sampled.texts[i],
-        **{name: round(column[i], 6) for name, column in values.items()},
+        **{name: None if math.isnan(column[i]) else round(column[i], 6) for name, column in values.items()},
     }
+
+
+def _mean(name: str, values: Sequence[float]) -> float:
+    """The mean; of a score over the completions that it applies to, NaN where there is none."""
+    found = [value for value in values if name in OWN_METRICS or not math.isnan(value)]
+    return sum(found) / len(found) if found else math.nan
 
 
 def distinct_bigrams(groups: Sequence[Sequence[Sequence[int]]]) -> Estimate:

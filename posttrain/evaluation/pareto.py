@@ -29,8 +29,9 @@ from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.rewards.functions import Score
+from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
-from gemma2.posttrain.schemas import ParetoConfig
+from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .evaluate import Settings, check_same_vocabulary, measure, scores_of, settings_of
@@ -285,10 +286,9 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     candidates = plan_candidates(config)
     parents = [Parent("sft", config.sft), *(Parent("policies", path) for path in config.policies)]
     parents += [
-        Parent(role, path)
-        for role, path in (("init", config.init), ("merged", config.merged), ("reward", config.reward))
-        if path is not None
+        Parent(role, path) for role, path in (("init", config.init), ("merged", config.merged)) if path is not None
     ]
+    parents += reward_parents(config)
     with open_run("pareto", config, options, parents=parents, data=data_files(config.prompts)) as run:
         results = measure_all(candidates, config, run, progress)
         front = build_front([result["point"] for result in results], trajectories(candidates), config)
@@ -322,7 +322,7 @@ def build_front(
         "reference": {"kl": reference[0], "reward": reference[1]},
         "settings": config.model_dump(
             mode="json",
-            include={"temperature", "max_new_tokens", "n", "limit", "seed", "reward", "reward_fn", "judge_fn"},
+            include={"temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *RewardFields.model_fields},
         ),
     }
 

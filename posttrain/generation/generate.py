@@ -12,7 +12,7 @@ and in every row, before the prompt row's other columns:
                     they report it; null where there is none
     sample, seed    number among the n of its prompt, and the seed that it was drawn with
     teacher, temperature, top_p, top_k
-    reward          with a reward model or function: of the last model turn
+    reward          with reward models or functions: their sum for the last model turn
 
 Rows are in the order of the prompts, then of the samples, whatever the engine and the order of its answers.
 """
@@ -30,10 +30,11 @@ from gemma2.merging.errors import GuardStop
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import ShardWriter, data_files
+from gemma2.posttrain.inputs import model_name
 from gemma2.posttrain.models.loading import load_tokenizer
 from gemma2.posttrain.rewards.functions import load_function
-from gemma2.posttrain.rewards.terms import reward_score
-from gemma2.posttrain.rundir import HUB_SNAPSHOT, Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.rewards.terms import reward_parents, reward_score
+from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 
@@ -55,16 +56,16 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
     Raises InputError for unusable prompts or models, or a server that refuses; GuardStop when nothing is left to keep.
     """
     quiet_libraries()
-    if config.reward_fn is not None:
-        load_function(config.reward_fn, "--reward-fn")  # a misspelt name shows before anything is drawn
+    for name in config.reward_fn:
+        load_function(name, "--reward-fn")  # a misspelt name shows before anything is drawn
     plan = Plan(config.n, config.seed, config.turns, config.user_instruction)
     parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
-    parents += [Parent("reward", config.reward)] if config.reward else []
+    parents += reward_parents(config)
     with open_run("generate", config, options, parents=parents, data=data_files(config.prompts)) as run:
         run.checkpoints.mkdir(exist_ok=True)
         with Journal(run.checkpoints / "answers.jsonl") as journal:
             with closing(load_engine(config, progress)) as engine:
-                ids = config.reward is not None
+                ids = bool(config.reward)
                 answering = Answering(source_of(config), plan, journal, engine.chunk, keep_ids=ids)
                 answering.run(engine, answering.check(engine, progress, config.on_overlong), progress)
                 facts, chat = engine.facts(), engine.chat
@@ -76,12 +77,12 @@ def _judged(
     run: Run, config: GenerateConfig, answering: Answering, chat: ChatFormat | None, progress: Progress
 ) -> Iterator[Scored]:
     """The chunks of answers with their scores, all None where nothing judges. The engine's memory is free by now."""
-    if config.reward is None and config.reward_fn is None:
+    if not config.reward_terms:
         for dialogues in answering.dialogues():
             yield [(dialogue, None) for dialogue in dialogues]
         return
-    if chat is None and config.reward is not None:
-        chat = ChatFormat(load_tokenizer(config.reward))
+    if chat is None and config.reward:
+        chat = ChatFormat(load_tokenizer(config.reward[0]))
     score = reward_score(config, chat, config.batch_size)  # type: ignore[arg-type]  # read with a reward model only
     with Journal(run.checkpoints / "scores.jsonl") as journal:
         yield from scored(answering, journal, score, chat, lambda dialogue: _kept(dialogue, config), progress)
@@ -152,11 +153,7 @@ def _total(counts: Iterator[int | None]) -> int | None:
 
 def teacher_name(config: GenerateConfig) -> str:
     """What rows say of the teacher: the model's name at a server, its hub id, or the name of its directory."""
-    if config.engine == "openai":
-        return str(config.teacher)
-    path = config.teacher.resolve()
-    found = HUB_SNAPSHOT.search(path.as_posix())
-    return f"{found['owner']}/{found['name']}" if found else path.name
+    return str(config.teacher) if config.engine == "openai" else model_name(config.teacher)
 
 
 def _count_row(count: Counter[str], dialogue: Dialogue) -> None:

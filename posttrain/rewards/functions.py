@@ -1,12 +1,21 @@
-"""Python functions as rewards: `module:function`, called as TRL calls its reward functions.
+"""Python functions as rewards: `module:function`, called with keyword lists as TRL calls its reward functions.
 
-A function gets keyword lists: `prompts` (messages), `completions` (texts), every column of the prompt rows, and
-`truncated`. It returns one value per completion, or one mapping of named values.
+    prompts          messages                           prompt_ids       their token ids, chat format included
+    completions      texts                              completion_ids   token ids, the stop token included
+    truncated        True where the limit came first    and every further column of the prompt rows, None where it lacks
+
+It returns one number per completion, or one mapping of named numbers. None means that it has no opinion on a sample.
+
+Deviations from TRL 1.16 (RLOOTrainer._calculate_rewards): completions are texts for conversational prompts too (TRL:
+lists with one message); `prompt_ids` and `truncated` are ours; there are no `trainer_state`, `log_extra`, `log_metric`
+(a mapping reports further numbers); async functions are refused; NaN is an error and not the same as None.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +38,14 @@ class Sampled:
     truncated: Sequence[bool]
 
 
-Score = Callable[[Sampled], Mapping[str, Sequence[float]]]
+Score = Callable[[Sampled], Mapping[str, Sequence[float]]]  # named columns; NaN where a column does not apply
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:
-    """The function that `module:function` names. Raises UsageError, naming the option, when there is none."""
+    """The function that `module:function` names.
+
+    Raises UsageError, naming the option, when there is none or when it is async.
+    """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise UsageError(f"{option} {name!r} is not module:function", "write for instance my_rewards:brevity")
@@ -47,43 +59,74 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
         raise UsageError(f"{option} {name!r}: {module_name} has no {attribute!r}", "check the name") from error
     if not callable(function):
         raise UsageError(f"{option} {name!r} is not a function", "name a function")
+    if _is_async(function):
+        raise UsageError(f"{option} {name!r} is async", "name a plain function that calls asyncio.run")
     return function
 
 
-def function_score(name: str, option: str, column: str) -> Score:
-    """A score from `module:function`. Plain values go to `column`; mappings give one column per key."""
+def _is_async(function: Callable[..., Any]) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def function_score(name: str, option: str, column: str, abstains: bool = False) -> Score:
+    """A score from `module:function`. Plain values go to `column`; mappings give one column per key.
+
+    With `abstains` a None becomes NaN, else it is refused as everything that is no finite number.
+    """
     function = load_function(name, option)
+    source = f"{option} {name!r}"
 
     def score(sampled: Sampled) -> dict[str, list[float]]:
-        extra = {key: [row.extra.get(key) for row in sampled.rows] for key in sampled.rows[0].extra}
-        inputs = {**extra, "truncated": list(sampled.truncated)}
         try:
-            values = list(
-                function(prompts=[row.messages for row in sampled.rows], completions=list(sampled.texts), **inputs)
-            )
+            values = list(function(**_arguments(sampled)))
         except Exception as error:  # the user's code: any exception is theirs to mend, not a bug of ours
-            detail = f"{type(error).__name__}: {error}"
-            raise InputError(f"{option} {name!r} failed with {detail}", "mend the function") from error
+            detail = " ".join(f"{type(error).__name__}: {error}".split())
+            unexpected = isinstance(error, TypeError) and "unexpected keyword argument" in detail
+            mend = "let it take **kwargs, as TRL's reward functions do" if unexpected else "mend the function"
+            raise InputError(f"{source} failed with {detail}", mend) from error
         if len(values) != len(sampled.texts):
             raise InputError(
-                f"{option} {name!r} returned {len(values)} values for {len(sampled.texts)} completions",
+                f"{source} returned {len(values)} values for {len(sampled.texts)} completions",
                 "return one value per completion",
             )
-        return _columns(values, f"{option} {name!r}", column)
+        return _columns(values, source, column, abstains)
 
     return score
 
 
-def _columns(values: Sequence[Any], source: str, column: str) -> dict[str, list[float]]:
+def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
+    """What a function is called with. A column of the rows never takes the place of what was drawn."""
+    names = dict.fromkeys(name for row in sampled.rows for name in row.extra)
+    return {
+        **{name: [row.extra.get(name) for row in sampled.rows] for name in names},
+        "prompts": [row.messages for row in sampled.rows],
+        "completions": list(sampled.texts),
+        "prompt_ids": [list(ids) for ids in sampled.prompts],
+        "completion_ids": [list(ids) for ids in sampled.completions],
+        "truncated": list(sampled.truncated),
+    }
+
+
+def _columns(values: Sequence[Any], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
     mappings = [value if isinstance(value, Mapping) else {column: value} for value in values]
     if any(mapping.keys() != mappings[0].keys() for mapping in mappings):
         raise InputError(f"{source} returned different keys for different completions", "return the same keys always")
-    columns = {}
-    for key in mappings[0]:
-        try:
-            columns[str(key)] = [float(mapping[key]) for mapping in mappings]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{source} returned something that is no number for {key!r}", "return numbers") from error
-        if not all(math.isfinite(value) for value in columns[str(key)]):
-            raise InputError(f"{source} returned NaN or infinity for {key!r}", "return finite numbers")
-    return columns
+    return {str(key): [_number(mapping[key], source, key, abstains) for mapping in mappings] for key in mappings[0]}
+
+
+def _number(value: Any, source: str, key: Any, abstains: bool) -> float:
+    if value is None and abstains:
+        return math.nan
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{source} returned something that is no number for {key!r}: {value!r:.40}", "return numbers"
+        ) from error
+    if not math.isfinite(number):
+        raise InputError(f"{source} returned NaN or infinity for {key!r}", "return finite numbers")
+    return number

@@ -1,48 +1,123 @@
-"""The reward of the RL stage: a reward model or a function, less the penalties for length and truncation."""
+"""The reward of a completion: reward models and functions, weighted, summed, clipped, less the penalties.
+
+    r = clip(sum_k w_k r_k, -C, C) - length_penalty * tokens - missing_eos_penalty * [truncated]
+
+The columns of a score, one value per completion:
+
+    reward                what RL maximises and evaluations plot
+    rewards/NAME          r_k before its weight, where there are several terms; NAME as TRL has it: the directory of a
+                          reward model, the name of a function, `ensemble`; `-2`, `-3` ... behind a name that recurs
+    reward_disagreement   standard deviation of the members' scores, where an ensemble takes their mean or smallest
+                          (over the members themselves: divided by M)
+    further names         what a function returned beside its reward
+
+NaN stands where a term has no opinion (a function returned None): it adds nothing to the sum there, and the mean of its
+column is over the rest. TRL 1.16 does the same (RLOOTrainer._calculate_rewards).
+
+Deviation: a completion that no term has an opinion on is an error. TRL leaves it out of the baseline and gives it no
+advantage; here every sample of a group counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
 
 import torch
+from torch import Tensor
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.errors import GuardStop, InputError
 from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.inputs import check_reward_terms, model_name
+from gemma2.posttrain.rundir import Parent
 from gemma2.posttrain.schemas import RewardFields
 
 from .functions import Sampled, Score, function_score
 from .model import RewardModel, shaped_rewards
+from .warm import averaged_reward_model
 
-__all__ = ["reward_score"]
+__all__ = ["column_means", "reward_parents", "reward_score", "weighted_sum"]
+
+REWARD = "reward"
+DISAGREEMENT = "reward_disagreement"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the reward: `score` returns its values as `reward`, and further columns."""
+
+    name: str
+    weight: float
+    score: Score
+
+
+def reward_parents(config: RewardFields) -> list[Parent]:
+    """The reward models among the inputs of a run, in their order: a resume is refused when one has changed."""
+    return [Parent(REWARD, path) for path in config.reward]
 
 
 def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Score:
-    """`reward` as the RL stage sees it: reward model or function, less the penalties for length and truncation."""
-    if (config.reward is None) == (config.reward_fn is None):
-        raise UsageError("give --reward DIR or --reward-fn module:function, one of them", "see --help")
-    raw = (
-        _model_score(RewardModel.from_dir(config.reward), chat, batch_size)
-        if config.reward is not None
-        else function_score(str(config.reward_fn), "--reward-fn", "reward")
-    )
+    """The reward of a configuration, with a column for each part where there are several.
+
+    `batch_size` is what a reward model reads at once. Raises UsageError where no term is given or a function is not
+    there, InputError for an unusable reward model.
+    """
+    check_reward_terms(config)
+    terms = _terms(config, chat, batch_size)
+    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)
 
     def score(sampled: Sampled) -> dict[str, Sequence[float]]:
-        columns: dict[str, Sequence[float]] = dict(raw(sampled))
-        if "reward" not in columns:
-            raise InputError(f"--reward-fn {config.reward_fn!r} returned no 'reward'", "return plain numbers")
+        values, columns = _evaluated(terms, sampled)
+        total = weighted_sum(values, weights, config.reward_clip)
+        _check_applies(total, sampled)
         shaped = shaped_rewards(
-            torch.tensor(columns["reward"]),
+            total.float(),
             torch.tensor([float(len(ids)) for ids in sampled.completions]),
             torch.tensor([float(cut) for cut in sampled.truncated]),
             config.length_penalty,
             config.missing_eos_penalty,
         )
-        return columns | {"reward": shaped.tolist()}
+        return {REWARD: shaped.tolist(), **columns}
 
     return score
 
 
-def _model_score(model: RewardModel, chat: ChatFormat, batch_size: int) -> Score:
+def weighted_sum(values: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
+    """sum_k weights[k] * values[k] within +-clip, (N,); NaN where no term has an opinion.
+
+    values: (K, N), NaN where a term has no opinion. weights: (K,).
+    """
+    total = (values * weights[:, None]).nansum(0)
+    total[values.isnan().all(0)] = math.nan
+    return total if clip is None else total.clamp(-clip, clip)
+
+
+def column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """The mean of every column over the completions that it applies to; None where it applies to none."""
+    found = {name: [value for value in column if not math.isnan(value)] for name, column in columns.items()}
+    return {name: math.fsum(values) / len(values) if values else None for name, values in found.items()}
+
+
+def _terms(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Term]:
+    """Functions first, since a misspelt name shows at once; the list is in the order of the weights."""
+    functions = [function_score(name, "--reward-fn", REWARD, abstains=True) for name in config.reward_fn]
+    scores = [*_model_scores(config, chat, batch_size), *functions]
+    models = ["ensemble"] if config.reward_ensemble else [model_name(path) for path in config.reward]
+    names = _distinct([*models, *(name.partition(":")[2] for name in config.reward_fn)])
+    weights = config.reward_weights or (1.0,) * len(scores)
+    return [Term(*parts) for parts in zip(names, weights, scores, strict=True)]
+
+
+def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Score]:
+    if config.reward_ensemble == "warm":
+        return [_model_score(averaged_reward_model(config.reward), "the average", chat, batch_size)]
+    members = [_model_score(RewardModel.from_dir(path), str(path), chat, batch_size) for path in config.reward]
+    return [_ensemble_score(members, config.reward_ensemble)] if config.reward_ensemble else members
+
+
+def _model_score(model: RewardModel, name: str, chat: ChatFormat, batch_size: int) -> Score:
     same_ids = model.reads(chat.tokenizer)
 
     def score(sampled: Sampled) -> dict[str, list[float]]:
@@ -51,6 +126,56 @@ def _model_score(model: RewardModel, chat: ChatFormat, batch_size: int) -> Score
         else:
             conversations = [row.messages for row in sampled.rows]
             rewards = model.score_text(conversations, sampled.texts, sampled.truncated, batch_size)
-        return {"reward": rewards.tolist()}
+        if not rewards.isfinite().all():
+            raise GuardStop(f"the reward of --reward {name} is NaN or infinite", "check the reward model")
+        return {REWARD: rewards.tolist()}
 
     return score
+
+
+def _ensemble_score(members: Sequence[Score], how: str) -> Score:
+    """Mean or smallest of the members' scores, and their standard deviation."""
+
+    def score(sampled: Sampled) -> dict[str, list[float]]:
+        scores = torch.tensor([member(sampled)[REWARD] for member in members], dtype=torch.float64)  # (M, N)
+        combined = scores.mean(0) if how == "mean" else scores.amin(0)
+        return {REWARD: combined.tolist(), DISAGREEMENT: scores.std(0, correction=0).tolist()}
+
+    return score
+
+
+def _evaluated(terms: Sequence[Term], sampled: Sampled) -> tuple[Tensor, dict[str, Sequence[float]]]:
+    """Values (K, N) fp64 of the terms, and every column but the reward."""
+    values: list[Sequence[float]] = []
+    columns: dict[str, Sequence[float]] = {}
+    for term in terms:
+        found = dict(term.score(sampled))
+        if REWARD not in found:
+            given = ", ".join(found) or "nothing"
+            raise InputError(f"--reward-fn {term.name} returned {given} and no 'reward'", "return plain numbers")
+        values.append(found.pop(REWARD))
+        if len(terms) > 1:
+            found = {f"rewards/{term.name}": values[-1], **found}
+        for name in found.keys() & columns.keys():
+            raise InputError(f"two terms of the reward return {name!r}", "rename the key in one of the functions")
+        columns |= found
+    return torch.tensor(values, dtype=torch.float64), columns
+
+
+def _check_applies(total: Tensor, sampled: Sampled) -> None:
+    missing = total.isnan().nonzero().flatten().tolist()
+    if missing:
+        raise InputError(
+            f"no term of the reward has an opinion on {len(missing)} of {len(total)} completions, "
+            f"the first one of the prompt {sampled.rows[missing[0]].where or sampled.rows[missing[0]].messages}",
+            "let one of the functions return a number there",
+        )
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Names that recur get a number: rm, rm-2, rm-3."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in count(2))
+        found.append(next(each for each in chain([name], numbered) if each not in found))
+    return found

@@ -31,6 +31,7 @@ from gemma2.posttrain.models.loading import save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.ranks import Ranks, join
+from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
@@ -57,8 +58,8 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     if not ranks.is_main:
         progress = SILENT
     rows, micro = local_rows(config, ranks)
-    models = {"policy": config.policy, "reward": config.reward, "sft": config.sft}
-    parents = [Parent(role, path) for role, path in models.items() if path is not None]
+    parents = [Parent("policy", config.policy), *reward_parents(config)]
+    parents += [Parent("sft", config.sft)] if config.sft else []
     data = [file for path in (config.prompts, config.heldout) if path is not None for file in data_files(path)]
     with open_run("rlhf", config, options, parents=parents, data=data, ranks=ranks) as run:
         prompts, heldout = read_data(config)

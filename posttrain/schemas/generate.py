@@ -21,6 +21,7 @@ USER_INSTRUCTION = (
 class GenerateConfig(SamplingFields, RewardFields):
     """Teacher completions for prompts, by a local model or a server; resumable at the row."""
 
+    REWARD_NEEDED = False
     INCIDENTAL = frozenset({"concurrency", "timeout", "retries", "price_in", "price_out", "api_key_env"})
 
     teacher: Path = Field(description="model directory or hub id; with --engine openai the name at the server")
@@ -59,10 +60,7 @@ class GenerateConfig(SamplingFields, RewardFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerateConfig:
-        scored = self.reward is not None or self.reward_fn is not None
-        if self.reward is not None and self.reward_fn is not None:
-            raise ValueError("give --reward or --reward-fn, not both")
-        if self.best is not None and not scored:
+        if self.best is not None and not self.reward_terms:
             raise ValueError("--best needs --reward DIR or --reward-fn module:function")
         if self.best is not None and self.best > self.n:
             raise ValueError(f"--best {self.best} of --n {self.n} completions cannot be kept")

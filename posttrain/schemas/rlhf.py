@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemma2.posttrain.config import Config
 
@@ -14,6 +14,8 @@ from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields
 
 class RewardFields(Config):
     """What a completion is worth: the weighted sum of reward models and functions, less the penalties."""
+
+    REWARD_NEEDED: ClassVar[bool] = True
 
     reward: tuple[Path, ...] = Field((), description="reward models, directories or hub ids")
     reward_fn: tuple[str, ...] = Field((), description="reward functions, each as module:function")

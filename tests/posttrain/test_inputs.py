@@ -18,7 +18,7 @@ class Settings(Config):
     """Fields named as those of the commands."""
 
     model: Path | None = None
-    reward: Path | None = None
+    reward: tuple[Path, ...] = ()
     policies: tuple[Path, ...] = ()
     data: Path | tuple[Path, ...] | None = None
     judge: str = ""
@@ -43,8 +43,15 @@ def snapshot(tmp_path, monkeypatch):
 def test_hub_ids_become_directories_and_paths_stay(snapshot, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
-    config = located(Settings(model=Path("owner/tiny"), reward=here, policies=(here, Path("owner/tiny")), judge="a/b"))
-    assert config == Settings(model=snapshot, reward=here, policies=(here, snapshot), judge="a/b")
+    config = located(
+        Settings(
+            model=Path("owner/tiny"),
+            reward=(here, Path("owner/tiny")),
+            policies=(here, Path("owner/tiny")),
+            judge="a/b",
+        )
+    )
+    assert config == Settings(model=snapshot, reward=(here, snapshot), policies=(here, snapshot), judge="a/b")
     check_inputs(Settings(model=config.model))
 
 

@@ -259,8 +259,8 @@ def test_penalties_are_taken_off_the_reward(sampled, chat):
     assert reward_score(config, chat, 8)(sampled) == {"reward": [2.0, 3.5]}
 
 
-def test_exactly_one_reward_is_needed(chat):
-    with pytest.raises(UsageError, match="one of them"):
+def test_a_reward_is_needed(chat):
+    with pytest.raises(UsageError, match="no reward; give --reward RM, --reward-fn"):
         reward_score(RewardFields(), chat, 8)
 
 

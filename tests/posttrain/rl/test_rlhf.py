@@ -417,8 +417,8 @@ def test_samples_that_do_not_fill_micro_batches_are_refused(inputs, tmp_path):
         run_rlhf(configure(inputs, micro_batch_size=4), RunOptions(tmp_path / "out"))
 
 
-def test_exactly_one_reward_is_taken(inputs, tmp_path):
-    with pytest.raises(UsageError, match="one of them"):
+def test_a_reward_is_needed(inputs, tmp_path):
+    with pytest.raises(UsageError, match="there is no reward"):
         run_rlhf(configure(inputs, reward_fn=None), RunOptions(tmp_path / "out"))
 
 

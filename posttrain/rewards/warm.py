@@ -1,0 +1,59 @@
+"""WARM: several reward models as one, whose weights are the uniform average of theirs (2401.12187, section 3).
+
+    phi = 1/M sum_i phi_i
+
+Averaging works for models that were fine-tuned from one pre-trained model and began with one head; that
+cannot be seen in the weights and is the caller's to know. What can be seen is checked: architecture, names and shapes
+of the tensors, and the tokenizer. The sum is taken in fp32 on the CPU, model by model, so that two are in memory.
+`gemma2 merge linear` writes the same average as a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gemma2.merging.checkpoint import open_checkpoint
+from gemma2.merging.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
+from gemma2.merging.errors import InputError
+from gemma2.posttrain.models.loading import default_device, load_reward_model
+
+from .model import RewardModel
+
+__all__ = ["averaged_reward_model"]
+
+
+@torch.no_grad()
+def averaged_reward_model(paths: Sequence[Path]) -> RewardModel:
+    """The average of reward models, in fp32.
+
+    Raises InputError for models that cannot be averaged, naming the first thing in which they differ.
+    """
+    check_averageable(paths)
+    cpu = torch.device("cpu")
+    model, tokenizer = load_reward_model(paths[0], device=cpu)
+    total = dict(model.named_parameters())
+    for path in paths[1:]:
+        other, other_tokenizer = load_reward_model(path, device=cpu)
+        if other_tokenizer.chat_template != tokenizer.chat_template:
+            raise InputError(
+                f"the chat templates of --reward {paths[0]} and --reward {path} differ",
+                "average models that were trained on one rendering of a conversation",
+            )
+        for name, parameter in other.named_parameters():
+            total[name] += parameter
+        del other
+    for parameter in total.values():
+        parameter /= len(paths)
+    return RewardModel(model.to(default_device()), tokenizer)
+
+
+def check_averageable(paths: Sequence[Path]) -> None:
+    """Refuse models that differ in architecture, tensors or tokenizer; only headers are read."""
+    first, *others = (open_checkpoint(path, "--reward") for path in paths)
+    for other in others:
+        check_same_architecture(first, other)
+        check_same_tensors(first, other)
+        check_same_tokenizer(first, other)
