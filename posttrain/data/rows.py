@@ -3,7 +3,8 @@
     prompts         {"prompt": TEXT | MESSAGES}
     conversations   {"prompt": TEXT | MESSAGES, "completion": TEXT | MESSAGES}  or  {"messages": MESSAGES}
     pairs           {"prompt": TEXT | MESSAGES, "chosen": TEXT | MESSAGES, "rejected": TEXT | MESSAGES}
-                    or, the prompt implied, {"chosen": MESSAGES, "rejected": MESSAGES} with a common beginning
+                    or, the prompt implied, {"chosen": ..., "rejected": ...} with a common beginning: of messages the
+                    first equal ones, of texts the words up to where they part
 
 MESSAGES is a list of {"role": ..., "content": TEXT}; as prompts serve {"messages": MESSAGES} too that end with a user
 turn. Columns that are not read stay in `extra`. Every refusal names file, line, what is wrong and the mend. Where rows
@@ -18,6 +19,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 Message = dict[str, str]
+ASKED = ("question", "instruction", "query", "input")  # other names under which data sets have their prompts
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,10 @@ def _pair(row: Row) -> Pair:
     chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
     if "prompt" in row.columns:
         prompt = _prompt(row)
-    elif isinstance(row.columns["chosen"], str) or isinstance(row.columns["rejected"], str):
-        _required(row, "prompt")
+    elif isinstance(row.columns["chosen"], str) != isinstance(row.columns["rejected"], str):
+        raise InputError(f"{row.where}: of 'chosen' and 'rejected' one is a text", "write two texts, or two lists")
+    elif isinstance(row.columns["chosen"], str):
+        prompt, chosen, rejected = _common_words(row)
     else:
         prompt, chosen, rejected = _common_beginning(row, chosen, rejected)
     return Pair(
@@ -196,6 +201,24 @@ def _common_beginning(
     if shared == 0:
         raise InputError(f"{row.where}: 'chosen' and 'rejected' share no prompt", "add the column 'prompt'")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _common_words(row: Row) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two texts parted behind the last word that they share, so that each keeps at least one word.
+
+    As TRL's `extract_prompt`, which parts them at the first character that differs, also inside a word.
+    """
+    meant = difflib.get_close_matches("prompt", row.columns, n=1) or [name for name in ASKED if name in row.columns]
+    if meant:  # a column of that name is the prompt, and not what two answers happen to begin with
+        raise InputError(f"{row.where}: no 'prompt'", f"rename '{meant[0]}' to 'prompt'")
+    chosen, rejected = row.columns["chosen"].rstrip(), row.columns["rejected"].rstrip()
+    shared = sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(chosen, rejected, strict=False)))
+    end = max((place for place, letter in enumerate(chosen[:shared]) if letter.isspace()), default=0)
+    prompt = chosen[:end].rstrip()
+    if not prompt.strip():
+        raise InputError(f"{row.where}: 'chosen' and 'rejected' share no prompt", "add the column 'prompt'")
+    sides = [[{"role": "assistant", "content": text[len(prompt) :]}] for text in (chosen, rejected)]
+    return [{"role": "user", "content": prompt}], *sides
 
 
 def _messages(row: Row, column: str, role: str) -> list[Message]:

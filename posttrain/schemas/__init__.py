@@ -9,7 +9,7 @@ from .evaluate import DistributionConfig, EvalConfig, ParetoConfig
 from .fields import LoraFields, SamplingFields, TrainingFields
 from .filter import FilterConfig
 from .generate import GenerateConfig
-from .reward import PairsConfig, RewardConfig
+from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
 from .rlhf import RewardFields, RlFields, RlhfConfig
 from .sft import SftConfig
 from .tools import ConvertConfig, MergeConfig, QuickstartConfig, TinyConfig
@@ -27,9 +27,12 @@ __all__ = [
     "MergeConfig",
     "PairsConfig",
     "ParetoConfig",
+    "ProbeConfig",
     "QuickstartConfig",
     "RewardConfig",
+    "RewardEvalConfig",
     "RewardFields",
+    "RewardScoreConfig",
     "RlFields",
     "RlhfConfig",
     "SamplingFields",

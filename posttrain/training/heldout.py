@@ -34,7 +34,7 @@ from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entro
 from gemma2.posttrain.models.sampler import evaluating, length_batches
 from gemma2.posttrain.models.scorer import head_logps, hidden_states
 from gemma2.posttrain.rundir import Run
-from gemma2.posttrain.schemas import SftConfig
+from gemma2.posttrain.schemas import RewardConfig, SftConfig
 
 from .sft_trainer import plain_model
 
@@ -57,12 +57,13 @@ class Record:
 
 class HeldOut(TrainerCallback):
     """Measures the held-out loss into metrics.jsonl as `heldout_loss`. To be added before `RunCallback`, which seals
-    the checkpoints that this one adds to."""
+    the checkpoints that this one adds to. A subclass that overrides `figures` has another loss, or more to tell."""
 
-    def __init__(self, run: Run, examples: Sequence[Example], config: SftConfig) -> None:
+    def __init__(self, run: Run, examples: Sequence[Any], config: SftConfig | RewardConfig) -> None:
         self.run = run
         self.examples = examples
         self.config = config
+        self.first: dict[str, Any] = {}
         self.initial: float | None = None
         self.record = Record()
 
@@ -73,14 +74,15 @@ class HeldOut(TrainerCallback):
 
     def before(self, model: Any) -> None:
         """Measure the model as it came. Apart from `on_train_begin`, which on a resume sees a trained one."""
-        self.initial = self._loss(model)
+        self.first = self.figures(model) if self.examples else {}
+        self.initial = self.first.get("heldout_loss")
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.best_file.unlink(missing_ok=True)
         if state.global_step > 0:
             self._restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        elif self.initial is not None:
-            self.run.log(0, heldout_loss=self.initial)
+        elif self.first:
+            self.run.log(0, **self.first)
 
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = self.config.eval_every
@@ -124,14 +126,14 @@ class HeldOut(TrainerCallback):
             )
         return found
 
-    def _loss(self, model: Any) -> float | None:
-        if not self.examples:
-            return None
-        return heldout_loss(model, self.examples, self.config.micro_batch_size or self.config.batch_size)
+    def figures(self, model: Any) -> dict[str, Any]:
+        """What is logged about the held-out rows: `heldout_loss`, which decides, and what else there is to tell."""
+        batch_size = self.config.micro_batch_size or self.config.batch_size
+        return {"heldout_loss": heldout_loss(model, self.examples, batch_size)}
 
     def _measure(self, step: int, model: Any) -> None:
-        loss = self._loss(model)
-        assert loss is not None
+        figures = self.figures(model)
+        loss = figures["heldout_loss"]
         if not math.isfinite(loss):
             raise GuardStop(f"step {step}: the held-out loss is {loss}", "lower --learning-rate")
         record = self.record
@@ -142,7 +144,7 @@ class HeldOut(TrainerCallback):
                 self._save_best(model)
         else:
             record.without_progress += 1
-        self.run.log(step, heldout_loss=loss)
+        self.run.log(step, **figures)
 
     def _save_best(self, model: Any) -> None:
         """The trained weights; replaced, not overwritten, since checkpoints may link to the file."""

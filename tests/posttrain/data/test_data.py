@@ -101,7 +101,7 @@ BAD = {
         "nor 'prompt' and 'completion'; rename 'mesages'",
     ),
     "no rejected": (read_pairs, {"prompt": "a", "chosen": "b", "rejcted": "c"}, "rename 'rejcted' to 'rejected'"),
-    "no prompt": (read_pairs, {"chosen": "b", "rejected": "c"}, "no 'prompt'"),
+    "no prompt": (read_pairs, {"chosen": "b", "rejected": "c"}, "share no prompt"),
     "nothing shared": (read_pairs, {"chosen": [MODEL], "rejected": [MODEL]}, "share no prompt"),
     "flag": (read_pairs, {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_truncated": 1}, "write true or false"),
     "margin": (read_pairs, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "finite number"),

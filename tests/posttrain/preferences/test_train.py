@@ -16,7 +16,6 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
-from gemma2.posttrain.preferences.metrics import preference_metrics
 from gemma2.posttrain.preferences.train import PairIds, make_trainer, run_reward, tokenise_pairs
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import RunOptions
@@ -177,44 +176,3 @@ def test_the_loss_is_bradley_terry_less_the_margin(inputs, tmp_path, margins):
     rewards = [[model(torch.tensor([side])).logits.item() for side in pair] for pair in ids]
     expected = [math.log1p(math.exp(-(c - r - (m or 0.0)))) for (c, r), m in zip(rewards, margins, strict=True)]
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)
-
-
-# -- figures by hand ------------------------------------------------------------------------------------------------
-
-
-def test_accuracy_margin_and_loss_by_hand():
-    chosen, rejected = torch.tensor([2.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0, -3.0])
-    figures = preference_metrics(chosen, rejected, torch.ones(8))
-    # margins 2, -1, 0, 3: two right, one wrong, one tie that counts half
-    assert figures["accuracy"] == 2.5 / 4 and figures["margin"] == 1.0
-    assert figures["accuracy_error"] == pytest.approx(math.sqrt(0.625 * 0.375 / 4))
-    expected = [math.log1p(math.exp(-m)) for m in (2, -1, 0, 3)]
-    assert figures["loss"] == pytest.approx(sum(expected) / 4)
-    assert figures["reward_mean"] == 0.25
-
-
-def test_calibration_is_the_gap_between_confidence_and_accuracy_by_hand():
-    # Four pairs at confidence 0.9 of which three are right, one at 0.6 that is wrong: bins 0.9-0.95 and 0.6-0.65.
-    sure, unsure = math.log(0.9 / 0.1) + 1e-9, math.log(0.6 / 0.4) + 1e-9
-    margins = torch.tensor([sure, sure, sure, -sure, -unsure], dtype=torch.float64)
-    figures = preference_metrics(margins, torch.zeros(5, dtype=torch.float64), torch.ones(10))
-    assert figures["calibration_error"] == pytest.approx((4 * abs(0.75 - 0.9) + 1 * abs(0 - 0.6)) / 5)
-
-
-def test_pairs_at_their_stated_confidence_are_calibrated():
-    draw = torch.Generator().manual_seed(0)
-    margins = torch.randn(20000, generator=draw, dtype=torch.float64) * 2
-    right = torch.rand(20000, generator=draw, dtype=torch.float64) < margins.abs().sigmoid()
-    signed = torch.where(right, margins.abs(), -margins.abs())
-    figures = preference_metrics(signed, torch.zeros_like(signed), torch.ones(40000))
-    assert figures["calibration_error"] < 0.015
-
-
-def test_reward_length_correlation_by_hand():
-    figures = preference_metrics(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0]), torch.tensor([10, 20, 30, 50]))
-    assert figures["reward_length_correlation"] == pytest.approx(1.0)
-    # Rewards 1, 0, 0, 1 and lengths 1, 2, 3, 4 do not correlate.
-    figures = preference_metrics(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1, 2, 3, 4]))
-    assert figures["reward_length_correlation"] == pytest.approx(0.0)
-    figures = preference_metrics(torch.zeros(2), torch.zeros(2), torch.tensor([1, 2, 3, 4]))
-    assert figures["reward_length_correlation"] is None

@@ -1,0 +1,84 @@
+"""The head of a reward model at the start of its training: drawn, taken from another reward model, or its own.
+
+    r(x, y) = w . h_last,   w (d,)
+
+WARM (2401.12187, section 2.2) starts all members from one head that was probed on the frozen backbone: weights can be
+averaged as long as the runs stay in one basin, and random heads pull the backbones apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import digest_weights, read_manifest, weight_files
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
+
+__all__ = ["HEAD", "starting_model"]
+
+HEAD = "score.weight"
+
+
+def starting_model(
+    path: Path, seed: int, from_head: Path | None, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that training starts from, with one output. A reward model goes on with the head that it has.
+
+    Raises InputError for several outputs, and for a head that does not fit.
+    """
+    check_outputs(path, "--model")
+    if is_classifier(path):
+        model, tokenizer = load_reward_model(path)
+        if from_head is None:
+            progress.note(f"{path} is a reward model: its head goes on with it")
+    else:
+        model, tokenizer = init_reward_model(path, seed)
+    if from_head is not None:
+        check_outputs(from_head, "--from-head")
+        _warn_of_another_backbone(path, from_head, progress)
+        head = model.get_parameter(HEAD)
+        with torch.no_grad():
+            head.copy_(_head_of(from_head, head.shape))
+    return model, tokenizer
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether a model directory holds a sequence classifier."""
+    return any("SequenceClassification" in name for name in read_config(path).get("architectures") or ())
+
+
+def check_outputs(path: Path, option: str) -> None:
+    """Refuse a classifier with several outputs: averages and RL need one score, and one head per backbone."""
+    config = read_config(path)
+    outputs = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 1)
+    if is_classifier(path) and outputs != 1:
+        raise InputError(
+            f"{option} {path} has {outputs} outputs off one backbone, a reward model has one",
+            "train one reward model per score, from the language model",
+        )
+
+
+def _head_of(path: Path, shape: torch.Size) -> Tensor:
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            if HEAD in tensors.keys():  # noqa: SIM118 - not a mapping
+                head: Tensor = tensors.get_tensor(HEAD)
+                if head.shape != shape:
+                    what = f"--from-head {path}: the head reads {head.shape[-1]} numbers, --model gives {shape[-1]}"
+                    raise InputError(what, "give a reward model on the same backbone")
+                return head.float()
+    raise InputError(f"--from-head {path} has no {HEAD}", "give a reward model, for instance of gemma2 reward probe")
+
+
+def _warn_of_another_backbone(path: Path, from_head: Path, progress: Progress) -> None:
+    """A probed head fits the features that it was probed on."""
+    parents = (read_manifest(from_head) or {}).get("parents", [])
+    backbones = [parent["weights"] for parent in parents if parent["role"] == "model"]
+    if backbones and digest_weights(path) not in backbones and path.resolve() != from_head.resolve():
+        progress.warn(f"the head of {from_head} was trained on another backbone than {path}")
