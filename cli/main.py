@@ -57,7 +57,9 @@ def _environment() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    rank = os.environ.get("RANK", "0")  # of several processes, started by torchrun
+    who = "error" if rank == "0" else f"error (rank {rank})"
+    sys.stderr.write(f"{who}: {' '.join(message.split())}\n")
     return code
 
 

@@ -270,6 +270,8 @@ def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config:
     for name, content in (("parents", "weights"), ("data", "digest")):
         if not changed and [item[content] for item in before[name]] != [item[content] for item in after[name]]:
             changed.append(f"the {name}")
+    if before.get("processes", 1) != after["processes"]:
+        changed.append(f"processes ({before.get('processes', 1)} -> {after['processes']})")
     for package, version in before["versions"].items():
         if after["versions"].get(package) != version:
             changed.append(f"{package} ({version} -> {after['versions'].get(package)})")
@@ -300,7 +302,8 @@ def open_run(
         raise UsageError(f"{command} was started with {announced()} processes", "start it with one")
     partial = partial_path(options.out)
     with ExitStack() as held:
-        origin, resumed = ranks.on_main(lambda: _open(command, config, options, parents, data, held))
+        start = Start(command, config, options, parents, data, ranks.size)
+        origin, resumed = ranks.on_main(lambda: _open(start, held))
         run = Run(command, partial, options, origin, resumed, ranks)
         try:
             yield run
@@ -309,15 +312,21 @@ def open_run(
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open(
-    command: str,
-    config: Config,
-    options: RunOptions,
-    parents: Sequence[Parent],
-    data: Sequence[Path],
-    held: ExitStack,
-) -> tuple[dict[str, Any], bool]:
+@dataclass(frozen=True)
+class Start:
+    """What a run is asked to do, and by how many processes."""
+
+    command: str
+    config: Config
+    options: RunOptions
+    parents: Sequence[Parent]
+    data: Sequence[Path]
+    processes: int
+
+
+def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
     """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
+    config, options, parents, data = start.config, start.options, start.parents, start.data
     check_parents(parents)
     if options.resume and (read_manifest(options.out) or {}).get("status") == "complete":
         raise OutputError(
@@ -327,7 +336,8 @@ def _open(
     for role, path in [*((f"--{parent.role}", parent.path) for parent in parents), *(("data", path) for path in data)]:
         check_output(options.out, options.force, {role: path})
     origin = {
-        **describe_origin(command, config, options.out, parents, data),
+        **describe_origin(start.command, config, options.out, parents, data),
+        "processes": start.processes,
         "versions": versions(),
         "hardware": hardware(),
         "started": now(),

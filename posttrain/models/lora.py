@@ -7,7 +7,7 @@ reads beside its base.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ __all__ = [
     "merged_copy",
     "save_adapter",
     "sharing_copy",
+    "with_weights",
 ]
 
 
@@ -91,8 +92,13 @@ def merged_copy(base: Any, model: Any) -> Any:
 
     base: `sharing_copy` of the model from before it had adapters.
     """
+    return with_weights(base, adapted_weights(model))
+
+
+def with_weights(base: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
+    """A model that shares everything with `base` but these weights, by name."""
     plain = sharing_copy(base)
-    for name, weight in adapted_weights(model):
+    for name, weight in weights:
         module, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(module), leaf, torch.nn.Parameter(weight, requires_grad=False))
     return plain

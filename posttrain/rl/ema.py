@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma2.merging.errors import InputError
-from gemma2.posttrain.models.lora import adapted_weights, merged_copy
+from gemma2.posttrain.models.lora import adapted_weights, merged_copy, with_weights
 
 __all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]
 
@@ -121,12 +121,17 @@ class LoraAnchor(EmaAnchor):
     """
 
     def __init__(self, policy: Any, base: Any, memory: Memory = "gpu") -> None:
+        self.base = base
         model = merged_copy(base, policy)
         adapted = [name for name, _ in adapted_weights(policy)]
         self._begin(copy.deepcopy(model) if memory == "cpu" else model, adapted, memory)
 
     def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
         yield from adapted_weights(policy)
+
+    def plain(self) -> Any:
+        """The average in the places of the weights; the rest is that of the policy, never rounded."""
+        return with_weights(self.base, self.shadow.items())
 
 
 class FactorAnchor(EmaAnchor):
