@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tiny import random_model, random_reward_model, save_random, tiny_tokenizer
@@ -21,9 +21,8 @@ from gemma2.posttrain.evaluation.evaluate import (
     sequence_kl,
 )
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rewards.functions import Sampled, function_score, load_function
-from gemma2.posttrain.rewards.terms import reward_score
-from gemma2.posttrain.schemas import EvalConfig, RewardFields
+from gemma2.posttrain.rewards.functions import function_score
+from gemma2.posttrain.schemas import EvalConfig
 
 TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort the letters c, a, b.", "Is 4 larger than 7?", "Say hello."]
 
@@ -217,51 +216,18 @@ def rich_judge(completions, truncated, **_):
     return [{"judge": 1.0, "accuracy": float(cut)} for cut in truncated]
 
 
-def bad_judge(completions, **_):
-    return [1.0]
+def hesitant_judge(prompts, completions, **_):
+    return [{"reward": 1.0, "accuracy": None if "Say" in each[-1]["content"] else 0.5} for each in prompts]
 
 
-def nan_judge(completions, **_):
-    return [math.nan for _ in completions]
-
-
-@pytest.fixture
-def sampled(rows):
-    return Sampled(rows[:2], [[2, 9], [2, 8]], [[30, 31], [32]], ["ab", "c"], [True, False])
-
-
-def test_a_judge_gets_the_columns_of_the_prompts(sampled):
-    assert function_score(f"{__name__}:plain_judge", "--judge-fn", "judge")(sampled) == {"judge": [5.0, 4.0]}
-
-
-def test_a_judge_of_several_values_gives_several_columns(sampled):
-    columns = function_score(f"{__name__}:rich_judge", "--judge-fn", "judge")(sampled)
-    assert columns == {"judge": [1.0, 1.0], "accuracy": [1.0, 0.0]}
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("bad_judge", "1 values for 2 completions"), ("nan_judge", "NaN or infinity")]
-)
-def test_a_judge_that_answers_nonsense_is_refused(sampled, name, message):
-    with pytest.raises(InputError, match=message):
-        function_score(f"{__name__}:{name}", "--judge-fn", "judge")(sampled)
-
-
-@pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "math:no_such", "math:pi"])
-def test_a_function_that_is_not_there_is_a_usage_error(name):
-    with pytest.raises(UsageError, match="--judge-fn"):
-        load_function(name, "--judge-fn")
-
-
-def test_penalties_are_taken_off_the_reward(sampled, chat):
-    config = RewardFields(reward_fn=f"{__name__}:plain_judge", length_penalty=0.5, missing_eos_penalty=2.0)
-    # 5 - 0.5 * 2 tokens - 2 (truncated); 4 - 0.5 * 1 token
-    assert reward_score(config, chat, 8)(sampled) == {"reward": [2.0, 3.5]}
-
-
-def test_a_reward_is_needed(chat):
-    with pytest.raises(UsageError, match="no reward; give --reward RM, --reward-fn"):
-        reward_score(RewardFields(), chat, 8)
+def test_a_score_counts_where_it_applies_and_is_null_where_it_does_not(policy, reference, chat, rows):
+    score = function_score(f"{__name__}:hesitant_judge", "--reward-fn", "reward", abstains=True)
+    measured = measure(policy, reference, chat, rows, [score], settings(2))
+    assert measured.columns()["accuracy"] == 0.5
+    assert [row["accuracy"] for row in measured.samples] == [0.5, 0.5, 0.5, 0.5, None]
+    nowhere = measure(policy, reference, chat, rows[4:], [score], settings(2)).columns()
+    assert nowhere["accuracy"] is None
+    assert nowhere["accuracy_se"] is None
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
