@@ -219,10 +219,17 @@ def stage_group(schema: type[Config], run: Runner, *, examples: str) -> typer.Ty
 
 
 def add_stage(
-    app: typer.Typer, schema: type[Config], run: Runner, *, name: str | None = None, examples: str, writes: bool = True
+    app: typer.Typer,
+    schema: type[Config],
+    run: Runner,
+    *,
+    name: str | None = None,
+    examples: str,
+    writes: bool = True,
+    positional: str | None = None,
 ) -> None:
-    """Register one command of a schema on an application."""
-    command = make_command(schema, run, writes)
+    """Register one command of a schema on an application; `writes` and `positional` as for `stage`."""
+    command = make_command(schema, run, writes, positional)
     _describe(command, schema, examples)
     app.command(name=name, cls=HelpCommand, context_settings=HELP_NAMES)(command)
 
@@ -233,18 +240,18 @@ def _describe(command: Callable[..., None], schema: type[Config], examples: str)
 
 
 def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
-    """A field as an argument without its flag's name, beside the flag."""
-    described = typer.Argument(
-        None, metavar=name.upper(), help=f"{field.description} (or --{name}).", show_default=False
-    )
-    annotation = _flag_type(field.annotation) | None
+    """A field as an argument without its flag's name, beside the flag; a list as several arguments."""
+    several = get_origin(field.annotation) is tuple
+    metavar = f"{name.removesuffix('s')}...".upper() if several else name.upper()
+    described = typer.Argument(None, metavar=metavar, help=f"{field.description} (or --{name}).", show_default=False)
+    annotation = list[str] | None if several else _flag_type(field.annotation) | None
     return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
 
 
 def _with_argument(name: str, value: Any, flags: dict[str, Any]) -> dict[str, Any]:
     if flags[name] is not None:
         raise UsageError(f"'{value}' and --{name} {flags[name]} name two inputs", f"give one {name.upper()}")
-    return flags | {name: value}
+    return flags | {name: tuple(value) if isinstance(value, list) else value}
 
 
 def make_command(
@@ -263,7 +270,7 @@ def make_command(
         else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
             values = _split_lists(schema, {name: given[name] for name in flags})
-            if positional and given.get(ARGUMENT) is not None:
+            if positional and given.get(ARGUMENT):
                 values = _with_argument(positional, given[ARGUMENT], values)
             config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=values)
             from gemma2.posttrain.inputs import check_inputs, located

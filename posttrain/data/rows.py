@@ -33,6 +33,7 @@ __all__ = [
     "Prompt",
     "conversation_of",
     "located",
+    "pair_of",
     "prompt_of",
     "read_conversations",
     "read_pairs",
@@ -106,9 +107,9 @@ def read_conversations(path: Path) -> list[Conversation]:
     return _not_empty([conversation_of(row) for row in iter_rows(path)], path)
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """The preference pairs of a data path. Raises InputError at the first bad row."""
-    return _not_empty([_pair(row) for row in iter_rows(path)], path)
+def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
+    """The preference pairs of a data path, at most `limit`. Raises InputError at the first bad row."""
+    return _not_empty([pair_of(row) for row in iter_rows(path, limit)], path)
 
 
 def prompt_of(row: Row, column: str = "prompt") -> Prompt:
@@ -170,7 +171,8 @@ def _prompt(row: Row, column: str = "prompt") -> list[Message]:
     return messages
 
 
-def _pair(row: Row) -> Pair:
+def pair_of(row: Row) -> Pair:
+    """The preference pair of a row. Raises InputError with file and line when it is none."""
     chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
     if "prompt" in row.columns:
         prompt = _prompt(row)

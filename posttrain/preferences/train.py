@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from gemma2.merging.errors import UsageError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
@@ -33,7 +35,7 @@ from .heads import starting_model
 from .metrics import preference_metrics
 from .trainer import make_trainer
 
-__all__ = ["measure", "run_reward"]
+__all__ = ["measure", "measure_rewards", "run_reward"]
 
 
 def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
@@ -85,16 +87,17 @@ def measure(model: RewardModel, pairs: Sequence[PairIds], batch_size: int) -> di
     """Scores of held-out pairs, as `preference_metrics` sums them up; empty without pairs."""
     if not pairs:
         return {}
-    ids = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    scores = model.score(ids, [[]] * len(ids), batch_size)
-    return preference_metrics(scores.view(2, -1), completion_lengths(pairs), prompts_of(pairs))
+    chosen, rejected = _sides(pairs)
+    ids = chosen + rejected
+    return measure_rewards(model.score(ids, [[]] * len(ids), batch_size).view(2, -1), pairs)
 
 
-def completion_lengths(pairs: Sequence[PairIds]) -> list[list[int]]:
-    """Tokens of the completions, (2, N): chosen, rejected."""
-    return [[len(pair.chosen) - pair.prompt for pair in pairs], [len(pair.rejected) - pair.prompt for pair in pairs]]
+def measure_rewards(rewards: Tensor, pairs: Sequence[PairIds]) -> dict[str, float | None]:
+    """`preference_metrics` of rewards (2, N), chosen first, of pairs."""
+    lengths = [[len(side) - pair.prompt for pair, side in zip(pairs, sides, strict=True)] for sides in _sides(pairs)]
+    prompts = [pair.source.key if pair.source else number for number, pair in enumerate(pairs)]
+    return preference_metrics(rewards, lengths, prompts)
 
 
-def prompts_of(pairs: Sequence[PairIds]) -> list[object]:
-    """What makes two pairs of one prompt."""
-    return [pair.source.key if pair.source else number for number, pair in enumerate(pairs)]
+def _sides(pairs: Sequence[PairIds]) -> tuple[list[list[int]], list[list[int]]]:
+    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]

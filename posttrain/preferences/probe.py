@@ -1,0 +1,111 @@
+"""A linear probe: the best head of a reward model whose backbone stays as it is.
+
+    min over w of  mean over pairs of [ -log sigmoid(w . (h_c - h_r) - m) + lambda (w . (h_c + h_r))^2 ] + l2 / 2 |w|^2
+
+h: the last hidden state of a conversation, computed once. That is a logistic regression on differences of states, which
+is convex: Newton's method in float64, with a halved step where a whole one would not lower the loss, ends at the one
+minimum, whatever the seed. WARM (2401.12187, section 2.2) starts its reward models from such a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma2.merging.errors import GuardStop
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import read_pairs, split
+from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.models.loading import save_model
+from gemma2.posttrain.models.sampler import evaluating
+from gemma2.posttrain.models.scorer import hidden_states
+from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import ProbeConfig
+from gemma2.posttrain.training.trainer import quiet_libraries
+
+from .examples import PairIds, report_dropped, tokenise_pairs
+from .heads import HEAD, starting_model
+from .train import measure_rewards
+
+__all__ = ["fit_head", "last_states", "run_probe"]
+
+STEPS = 100  # Newton's method needs about ten
+TOLERANCE = 1e-9  # of the gradient's norm, beside that at w = 0
+
+
+def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Fit a head on the frozen backbone of `config.model` and write both as a reward model to `options.out`.
+
+    Raises InputError for unusable data or models, GuardStop for states that are not finite.
+    """
+    quiet_libraries()
+    parents = [Parent("model", config.model)]
+    with open_run("reward probe", config, options, parents=parents, data=data_files(config.data)) as run:
+        model, tokenizer = starting_model(config.model, config.seed, None, progress)
+        training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
+        pairs, dropped = tokenise_pairs(training, ChatFormat(tokenizer), config.max_length)
+        heldout_pairs, _ = tokenise_pairs(heldout, ChatFormat(tokenizer), config.max_length)
+        report_dropped(dropped, len(training), config.max_length, progress)
+        states = last_states(model, pairs, config.batch_size, progress)
+        margins = torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float64)
+        head, steps = fit_head(states, margins, config.l2, config.center_coefficient)
+        with torch.no_grad():
+            model.get_parameter(HEAD).copy_(head[None])
+        save_model(model, tokenizer, run.path)
+        counts = {"newton_steps": steps, "pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
+        found: dict[str, Any] = {}
+        if heldout_pairs:
+            rewards = last_states(model, heldout_pairs, config.batch_size, progress).double() @ head
+            found = measure_rewards(rewards, heldout_pairs)
+        return run.finish(counts | dropped | {"train_accuracy": _accuracy(states, head)} | found)
+
+
+@torch.no_grad()
+def last_states(model: Any, pairs: Sequence[PairIds], batch_size: int, progress: Progress = SILENT) -> Tensor:
+    """Last hidden states (2, N, d) fp32 on the CPU of both sides at their last tokens, chosen first."""
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    found = torch.zeros(len(rows), model.config.hidden_size)
+    with evaluating(model), progress.task("states", total=len(rows), unit="conversations") as bar:
+        for batch, hidden in hidden_states(model, rows, [[]] * len(rows), batch_size):
+            last = torch.tensor([len(rows[i]) - 1 for i in batch], device=hidden.device)
+            found[batch] = hidden[torch.arange(len(batch), device=hidden.device), last].float().cpu()
+            bar.advance(len(batch))
+    if not found.isfinite().all():
+        raise GuardStop("a hidden state is NaN or infinite", "check the weights of --model")
+    return found.view(2, len(pairs), -1)
+
+
+def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) -> tuple[Tensor, int]:
+    """w (d,) float64 that minimises the loss above on states (2, N, d), and the steps that it took."""
+    chosen, rejected = states.double()
+    differences, sums = chosen - rejected, chosen + rejected
+    n, width = differences.shape
+    ridge = l2 * torch.eye(width, dtype=torch.float64) + 2 * centring / n * sums.T @ sums
+
+    def loss(w: Tensor) -> Tensor:
+        return -F.logsigmoid(differences @ w - margins).mean() + 0.5 * w @ ridge @ w
+
+    w = torch.zeros(width, dtype=torch.float64)
+    first: float | None = None
+    for step in range(STEPS):
+        wrong = torch.sigmoid(margins - differences @ w)  # (N,) probability of the other order
+        gradient = ridge @ w - differences.T @ wrong / n
+        first = first or gradient.norm().item()
+        if gradient.norm().item() <= TOLERANCE * first:
+            return w, step
+        hessian = ridge + (differences * (wrong * (1 - wrong))[:, None]).T @ differences / n
+        direction, size = torch.linalg.solve(hessian, gradient), 1.0
+        while loss(w - size * direction) > loss(w) and size > 1e-6:
+            size /= 2
+        w = w - size * direction
+    return w, STEPS
+
+
+def _accuracy(states: Tensor, head: Tensor) -> float:
+    chosen, rejected = states.double() @ head
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()

@@ -1,0 +1,168 @@
+"""Every row of a data set with its score by a reward model.
+
+    data-00000-of-0000N.jsonl   the rows as they came, and
+        score                           of {"prompt", "completion"} and {"messages"}: of the last model turn
+        chosen_score, rejected_score    of preference pairs
+
+The score is null where a conversation is longer than the limit. A completion ends with its end of turn, one that ran
+into the length limit (`finish_reason` length, `chosen_truncated`, `rejected_truncated`) without.
+
+Rows are scored in chunks that follow from the data alone, each of them in the journal before the next one, so that a
+killed run goes on with the same rows in the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.progress import SILENT, Progress, Task
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
+from gemma2.posttrain.data.sources import Row, ShardWriter, data_files, iter_rows
+from gemma2.posttrain.generation.journal import Journal
+from gemma2.posttrain.models.sampler import length_batches
+from gemma2.posttrain.rewards.model import RewardModel
+from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import RewardScoreConfig
+from gemma2.posttrain.training.trainer import quiet_libraries
+
+__all__ = ["run_score", "score_rows"]
+
+CHUNK = 512  # rows between two flushes of the journal
+DIGITS = 6
+
+Scores = list[float | None]  # of one row: one, or two of a pair
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one row is scored on: a column and a conversation for each score."""
+
+    row: Row
+    columns: list[str]
+    conversations: list[tuple[list[Message], bool]]  # messages, whether the last one was cut
+
+
+def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Score `config.data` with `config.model`; rows in shards in `options.out`.
+
+    Raises InputError with file and line for a row without a model turn, before anything is scored.
+    """
+    quiet_libraries()
+    parents = [Parent("model", config.model)]
+    with open_run("reward score", config, options, parents=parents, data=data_files(config.data)) as run:
+        total = check_rows(config, progress)
+        run.checkpoints.mkdir(exist_ok=True)
+        with Journal(run.checkpoints / "scores.jsonl") as journal:
+            with progress.task("score", total=total, unit="rows") as bar:
+                _fill(config, journal, bar)
+            scores = chain.from_iterable(record["scores"] for record in journal.records())
+            summary = _Summary()
+            with ShardWriter(run.path, config.shard_rows) as writer:
+                for scored, values in zip(_rows(config), scores, strict=True):
+                    writer.write(scored.row.columns | dict(zip(scored.columns, values, strict=True)))
+                    summary.add(values)
+        if summary.overlong:
+            progress.warn(f"{summary.overlong} of {total} rows are too long for the model and have no score")
+        return run.finish(summary.document())
+
+
+def check_rows(config: RewardScoreConfig, progress: Progress) -> int:
+    """Read every row before the first is scored; their number. Scores that are there already are replaced, aloud."""
+    count = replaced = 0
+    for scored in _rows(config):
+        count += 1
+        replaced += any(name in scored.row.columns for name in scored.columns)
+    if count == 0:
+        raise InputError(f"{config.data} has no rows", "write one JSON object per line")
+    if replaced:
+        progress.warn(f"{replaced} of {count} rows have scores of that name, which are replaced; see --column")
+    return count
+
+
+def score_rows(model: RewardModel, rows: Sequence[list[int]], batch_size: int, bar: Task) -> Tensor:
+    """Rewards (N,) fp32 of whole conversations, the bar in step."""
+    rewards = torch.zeros(len(rows))
+    for batch in length_batches([len(row) for row in rows], batch_size):
+        rewards[batch] = model.score([rows[i] for i in batch], [[]] * len(batch), batch_size)
+        bar.advance(len(batch))
+    return rewards
+
+
+def _rows(config: RewardScoreConfig) -> Iterator[Scored]:
+    name = config.column
+    for row in iter_rows(config.data, config.limit):
+        if "chosen" in row.columns or "rejected" in row.columns:
+            pair = pair_of(row)
+            sides = [
+                ([*pair.prompt, *pair.chosen], pair.chosen_truncated),
+                ([*pair.prompt, *pair.rejected], pair.rejected_truncated),
+            ]
+            yield Scored(row, [f"chosen_{name}", f"rejected_{name}"], sides)
+        else:
+            conversation = conversation_of(row)
+            if conversation.messages[-1]["role"] not in ("assistant", "model"):
+                raise InputError(f"{row.where}: the last message is not the model's", "give the answer to be scored")
+            yield Scored(row, [name], [(conversation.messages, conversation.truncated)])
+
+
+def _fill(config: RewardScoreConfig, journal: Journal, bar: Task) -> None:
+    """Score what the journal lacks, a chunk per record."""
+    done = sum(len(record["scores"]) for record in journal.records())
+    bar.advance(done)
+    rows = islice(_rows(config), done, None)
+    model = RewardModel.from_dir(config.model)
+    chat = ChatFormat(model.tokenizer)
+    longest = config.max_length or model.model.config.max_position_embeddings
+    while chunk := list(islice(rows, CHUNK)):
+        journal.append([{"scores": _score(chunk, model, chat, longest, config.batch_size)}])
+        bar.advance(len(chunk))
+
+
+def _score(chunk: list[Scored], model: RewardModel, chat: ChatFormat, longest: int, batch_size: int) -> list[Scores]:
+    ids: list[list[int]] = []
+    for scored in chunk:
+        for messages, cut in scored.conversations:
+            with located(scored.row.where):
+                ids.append(chat.example(messages, "eot", cut)[0])
+    fitting = [i for i, row in enumerate(ids) if len(row) <= longest]
+    rewards = model.score([ids[i] for i in fitting], [[]] * len(fitting), batch_size).tolist() if fitting else []
+    for i, reward in zip(fitting, rewards, strict=True):
+        if not math.isfinite(reward):
+            raise InputError(f"the reward model gives {reward} for a row of {len(ids[i])} tokens", "check its weights")
+    known = dict(zip(fitting, (round(reward, DIGITS) for reward in rewards), strict=True))
+    values = iter([known.get(i) for i in range(len(ids))])
+    return [[next(values) for _ in scored.conversations] for scored in chunk]
+
+
+class _Summary:
+    """Figures of the scores as they pass."""
+
+    def __init__(self) -> None:
+        self.rows = self.pairs = self.overlong = self.count = 0
+        self.correct = self.sum = self.squares = 0.0
+
+    def add(self, scores: Scores) -> None:
+        self.rows += 1
+        values = [score for score in scores if score is not None]
+        self.overlong += len(values) < len(scores)
+        self.count += len(values)
+        self.sum += sum(values)
+        self.squares += sum(value**2 for value in values)
+        if len(values) == 2:
+            self.pairs += 1
+            self.correct += (values[0] > values[1]) + 0.5 * (values[0] == values[1])
+
+    def document(self) -> dict[str, float | None]:
+        mean = self.sum / self.count if self.count else None
+        spread = math.sqrt(max(0.0, self.squares / self.count - mean**2)) if mean is not None else None
+        found: dict[str, float | None] = {"rows": self.rows, "overlong": self.overlong}
+        found |= {"mean_score": mean, "std_score": spread}
+        return found | ({"pairs": self.pairs, "accuracy": self.correct / self.pairs} if self.pairs else {})
