@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from gemma2.merging.errors import GuardStop, InputError, UsageError
 from gemma2.merging.progress import SILENT
@@ -13,6 +16,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.evaluation import evaluate
+from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.sampler import sample
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rl import rollout
@@ -297,6 +301,67 @@ def test_kl_is_measured_to_the_sft_policy_that_is_named(inputs, tmp_path):
     assert lines(tmp_path / "out" / "metrics.jsonl")[0]["kl"] > 0.1
 
 
+def test_a_lora_policy_moves_its_dense_anchor_through_the_trainer(inputs, tmp_path, monkeypatch):
+    """ema + mu (theta - ema), with theta the merged policy of every step; everything that is not adapted stays."""
+    mu, path = 0.3, []
+    update = AnchorUpdate.on_optimizer_step
+
+    def record(self, args, state, control, **kwargs):
+        path.append({name: weight.double() for name, weight in adapted_weights(self.policy)})
+        update(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(AnchorUpdate, "on_optimizer_step", record)
+    run_rlhf(configure(inputs, mu=mu, lora_rank=2, learning_rate=1e-2), RunOptions(tmp_path / "out"))
+    start = weights(inputs / "policy")
+    expected = {name: tensor.double() for name, tensor in start.items()}
+    for theta in path:
+        expected |= {name: (1 - mu) * expected[name] + mu * value for name, value in theta.items()}
+    saved, policy = weights(tmp_path / "out" / "ema"), weights(tmp_path / "out")
+    assert len(path) == 3
+    assert saved.keys() == start.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(saved[name].double(), tensor, atol=1e-6)
+        if name in path[-1]:
+            assert torch.allclose(policy[name].double(), path[-1][name], atol=1e-6)
+            assert not torch.equal(policy[name], start[name])
+        else:
+            assert torch.equal(policy[name], start[name])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft 0.21 asks for what transformers 5 renamed
+def test_an_adapter_alone_is_the_policy_once_it_is_merged(inputs, tmp_path):
+    for output in ("merged", "adapter"):
+        config = configure(inputs, lora_rank=2, learning_rate=1e-2, lora_output=output, steps=2)
+        run_rlhf(config, RunOptions(tmp_path / output))
+    base = AutoModelForCausalLM.from_pretrained(inputs / "policy", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    saved = weights(tmp_path / "merged")
+    assert all(torch.allclose(p, saved[name], atol=1e-6) for name, p in merged.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout"),
+        ({"anchor": "sft", "anchor_memory": "cpu"}, "anchor_memory"),
+        ({"lora_anchor": "factors"}, "lora_rank"),
+        ({"lora_rank": 2, "anchor": "sft", "lora_anchor": "factors"}, "anchor=ema"),
+        ({"lora_output": "adapter"}, "lora_rank"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(inputs, fields, what):
+    with pytest.raises(ValidationError, match=what):
+        configure(inputs, **fields)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"), [("use_transformers_continuous_batching", "soft cap"), ("top_p", "no effect"), ("beta", "option")]
+)
+def test_options_of_trl_that_would_do_nothing_or_harm_are_refused(inputs, tmp_path, key, what):
+    with pytest.raises(UsageError, match=what):
+        run_rlhf(configure(inputs, trainer={key: True}), RunOptions(tmp_path / "out"))
+
+
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -443,18 +508,29 @@ def killed_run(monkeypatch, config, out, died_at):
         run_rlhf(config, RunOptions(out))
 
 
+LORA = {"lora_rank": 2, "learning_rate": 1e-2}
+KINDS = [
+    ({"anchor": "ema"}, 4),
+    ({"anchor": "sft"}, 5),
+    ({"anchor": "none"}, 4),
+    ({"anchor_memory": "cpu"}, 3),
+    (LORA, 5),
+    (LORA | {"lora_anchor": "factors"}, 4),
+    (LORA | {"anchor_memory": "cpu"}, 4),
+]
+
+
 @pytest.mark.parametrize(
-    ("anchor", "died_at"),
-    [("ema", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", 5), ("none", 4)))],
+    ("fields", "died_at"), [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 )
-def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_path, monkeypatch, anchor, died_at):
-    config = configure(inputs, anchor=anchor, steps=5, save_every=2, eval_every=3, micro_batch_size=3)
+def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_path, monkeypatch, fields, died_at):
+    config = configure(inputs, **({"steps": 5, "save_every": 2, "eval_every": 3, "micro_batch_size": 3} | fields))
     run_rlhf(config, RunOptions(tmp_path / "whole"))
     killed_run(monkeypatch, config, tmp_path / "parts", died_at)
     assert not (tmp_path / "parts").exists()
     run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
     names = ["model.safetensors", "metrics.jsonl", "samples.jsonl"]
-    for name in [*names, "ema/model.safetensors"] if anchor == "ema" else names:
+    for name in [*names, "ema/model.safetensors"] if config.anchor == "ema" else names:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 

@@ -1,0 +1,179 @@
+"""RL in several processes is RL in one: the same prompts, draws, gradients, anchor and figures."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+import torch
+from processes import BARE_CHECKOUT, MAIN, finish, start
+from safetensors.torch import load_file
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.ranks import Ranks
+from gemma2.posttrain.rl.rlhf import local_rows
+from gemma2.posttrain.rl.rollout import Rollout
+from gemma2.posttrain.rundir import RunOptions, open_run
+from gemma2.posttrain.schemas import RlhfConfig
+
+JUDGE = (
+    "def judge(prompts, completions, **columns):\n    return [float(sum(map(ord, t)) % 17) / 17 for t in completions]\n"
+)
+
+
+# --- one process at a time --------------------------------------------------------------------------------------------
+
+
+class Told(Ranks):
+    """A rank whose neighbours are told by hand: what they hold, by gather."""
+
+    heard: ClassVar[list] = []
+
+    def gather(self, value):
+        self.heard.append(value)
+        return self.heard if len(self.heard) == self.size else [value]
+
+
+def make_rollout(policy, ranks):
+    config = RlhfConfig(policy=Path("p"), prompts=Path("p"), n=3, max_new_tokens=6, temperature=1.0)
+    prompts = [Prompt("", [{"role": "user", "content": f"What is {a} plus 3?"}]) for a in range(4)]
+    score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}  # noqa: E731
+    chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
+    return Rollout(policy, None, chat, score, config, prompts, torch.Generator().manual_seed(3), 6, ranks)
+
+
+def test_every_rank_draws_its_share_of_what_one_process_would_draw():
+    policy = random_model()
+    whole, figures = make_rollout(policy, Ranks())([0, 1, 2, 3])
+    Told.heard.clear()
+    parts = [make_rollout(policy, Told(rank, 2))([[0, 1], [2, 3]][rank]) for rank in range(2)]
+    rows = [row[mask].tolist() for batch, _ in parts for row, mask in zip(batch.ids, batch.mask, strict=True)]
+    assert rows == [row[mask].tolist() for row, mask in zip(whole.ids, whole.mask, strict=True)]
+    assert torch.equal(torch.cat([batch.advantages for batch, _ in parts]), whole.advantages)
+    # The last rank has heard everything: its figures are those of the whole batch.
+    assert parts[1][1] == figures
+
+
+def test_ranks_share_the_prompts_of_a_step_evenly():
+    config = RlhfConfig(policy=Path("p"), prompts=Path("p"), prompts_per_step=6, n=4)
+    assert local_rows(config, Ranks(1, 3)) == (8, 8)
+    with pytest.raises(UsageError, match="4 processes"):
+        local_rows(config, Ranks(0, 4))
+    with pytest.raises(UsageError, match="of each process"):
+        local_rows(config.model_copy(update={"micro_batch_size": 3}), Ranks(0, 3))
+
+
+def test_a_command_for_one_process_refuses_to_be_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = RlhfConfig(policy=tmp_path, prompts=tmp_path)
+    with (
+        pytest.raises(UsageError, match="sft was started with 2 processes"),
+        open_run("sft", config, RunOptions(tmp_path / "out")),
+    ):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_rank_0_ends_the_others_with_its_exit_code_and_no_words(monkeypatch):
+    def broken():
+        raise InputError("what", "mend")
+
+    monkeypatch.setattr(Ranks, "_broadcast", lambda self, value: value if self.is_main else (None, 1))
+    with pytest.raises(InputError):
+        Ranks(0, 2).on_main(broken)
+    with pytest.raises(SystemExit) as ended:
+        Ranks(1, 2).on_main(broken)
+    assert ended.value.code == 1
+
+
+# --- two processes, started by torchrun -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder with a policy, prompts, a judge and a script that is `gemma2`."""
+    root = tmp_path_factory.mktemp("job")
+    policy = random_model()
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[107] *= 8  # ends its turns often enough
+    policy.save_pretrained(root / "policy")
+    tiny_tokenizer().save_pretrained(root / "policy")
+    rows = [json.dumps({"prompt": f"What is {a} plus {b}?"}) for a in range(4) for b in range(3)]
+    (root / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (root / "judge.py").write_text(JUDGE, encoding="utf-8")
+    (root / "gemma2_script.py").write_text(BARE_CHECKOUT + MAIN, encoding="utf-8")
+    return root
+
+
+def words(job, out, *more):
+    inputs = ["--policy", job / "policy", "--prompts", job / "prompts.jsonl", "--heldout", job / "prompts.jsonl"]
+    settings = "--reward-fn judge:judge --steps 5 --prompts-per-step 4 --n 3 --max-new-tokens 16 --temperature 1 "
+    settings += "--learning-rate 1e-3 --warmup-steps 0 --mu 0.3 --save-every 2 --eval-every 3 --eval-prompts 6 --json"
+    return ["rlhf", *inputs, *settings.split(), "--out", job / out, *more]
+
+
+def environment(job):
+    return {**os.environ, "PYTHONPATH": str(job), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(job, out, *more):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "--", job / "gemma2_script.py", *words(job, out, *more)]
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(job),
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_and_resume_bit_for_bit(job):
+    code, _, err = finish(start(MAIN, *words(job, "one"), env=environment(job)), 120)
+    assert code == 0, err
+    code, out, err = finish(torchrun(job, "two"), 120)
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 5  # one document: rank 1 is silent
+    for folder in ("", "ema"):
+        alone, both = (load_file(job / name / folder / "model.safetensors") for name in ("one", "two"))
+        assert all(torch.allclose(alone[name], both[name], atol=2e-5) for name in alone)
+    lines = [(job / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for alone, both in zip(*(map(json.loads, rows) for rows in lines), strict=True):
+        assert alone.keys() == both.keys()
+        assert all(alone[key] == pytest.approx(both[key], rel=1e-3, abs=1e-4) for key in alone if key != "kind")
+
+    killed = torchrun(job, "again")
+    checkpoint = job / ".again.partial" / "checkpoints" / "checkpoint-2" / "complete.json"
+    while not checkpoint.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
+        process.kill()  # torchrun starts its workers in sessions of their own
+    killed.communicate()
+    assert checkpoint.exists()
+    code, _, err = finish(start(MAIN, *words(job, "again", "--resume"), env=environment(job)), 120)
+    assert code == 1
+    assert "processes (2 -> 1)" in err
+    code, _, err = finish(torchrun(job, "again", "--resume"), 120)
+    assert code == 0, err
+    for file in ("model.safetensors", "ema/model.safetensors", "metrics.jsonl", "samples.jsonl"):
+        assert (job / "again" / file).read_bytes() == (job / "two" / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_an_error_of_the_whole_job_is_said_once_and_leaves_nothing(job):
+    process = torchrun(job, "broken", "--set", "trainer.top_p=0.5")
+    code, out, err = finish(process, 120)
+    assert code != 0
+    assert out == ""
+    assert err.count("'trainer.top_p' has no effect here") == 2  # each rank says what it has found
+    assert err.count("error: ") == 1
+    assert not list(job.glob("*broken*"))
