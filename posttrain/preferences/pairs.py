@@ -4,7 +4,8 @@
                        two samples with different scores, drawn at random           (select: random)
                        every two samples with different scores, so several pairs    (select: all)
 
-A prompt whose samples differ by no more than `min_margin` gives no pair; how many is counted and reported.
+A prompt whose samples differ by no more than `min_margin` gives no pair; how many is counted and reported. The judge is
+a reward model, a Python function, or a language model at a server (`judge.py`).
 
     pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "chosen_truncated": bool, "chosen_score": s,
                   "rejected": MESSAGES, "rejected_truncated": bool, "rejected_score": s, ...the prompt row's columns}
@@ -13,7 +14,7 @@ A prompt whose samples differ by no more than `min_margin` gives no pair; how ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import combinations, groupby
 from pathlib import Path
 from random import Random
@@ -30,11 +31,13 @@ from gemma2.posttrain.generation.engines.local import SamplerEngine
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.generation.scoring import Scored, scored
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rewards.functions import function_score
+from gemma2.posttrain.rewards.functions import Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.training.trainer import quiet_libraries
+
+from .judge import Judge, judge_engine, judged, read_template
 
 __all__ = ["choose", "run_pairs"]
 
@@ -45,26 +48,42 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
     Raises InputError when no prompt gives a pair, UsageError for a judge that cannot be found.
     """
     quiet_libraries()
-    judge_model = Path(config.judge) if ":" not in config.judge else None
-    if judge_model is not None and not judge_model.is_dir():
-        raise UsageError(
-            f"--judge {config.judge!r} is neither a directory nor module:function", "name a reward model or a function"
-        )
-    function = function_score(config.judge, "--judge", "reward") if judge_model is None else None
+    score = _function_of(config)
+    judge_model = Path(config.judge) if score is None and config.judge_model is None else None
+    template = read_template(config) if config.judge_model is not None else ""
     parents = [Parent("model", config.model)] + ([Parent("judge", judge_model)] if judge_model else [])
-    source, plan = Source(config.prompts, config.limit), Plan(config.n, config.seed)
-    with open_run("reward pairs", config, options, parents=parents, data=data_files(config.prompts)) as run:
+    data = data_files(config.prompts) + ([config.judge_prompt] if config.judge_prompt else [])
+    with open_run("reward pairs", config, options, parents=parents, data=data) as run, ExitStack() as stack:
         run.checkpoints.mkdir(exist_ok=True)
-        with Journal(run.checkpoints / "answers.jsonl") as journal:
-            params = SamplingParams(config.max_new_tokens, config.temperature)
-            with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
-                answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
-                answering.run(engine, answering.check(engine, progress), progress)
-                chat = engine.chat
-            score = function or reward_score(RewardFields(reward=judge_model), chat, config.batch_size)
-            with Journal(run.checkpoints / "scores.jsonl") as scores:
-                chunks = scored(answering, scores, score, chat, lambda dialogue: True, progress)
-                return run.finish(_write(run, config, chunks, progress))
+        server = stack.enter_context(closing(judge_engine(config, progress))) if template else None
+        journal = stack.enter_context(Journal(run.checkpoints / "answers.jsonl"))
+        params = SamplingParams(config.max_new_tokens, config.temperature)
+        with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
+            source, plan = Source(config.prompts, config.limit), Plan(config.n, config.seed)
+            answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
+            prompts = answering.check(engine, progress)
+            answering.run(engine, prompts, progress)
+            chat = engine.chat
+        scores = stack.enter_context(Journal(run.checkpoints / "scores.jsonl"))
+        judge = Judge(template, config.judge_style == "compare")
+        if server is not None:
+            chunks = judged(answering, scores, server, judge, prompts, progress)
+        else:
+            score = score or reward_score(RewardFields(reward=(judge_model,)), chat, config.batch_size)
+            chunks = scored(answering, scores, score, chat, lambda dialogue: True, progress)
+        return run.finish(_write(run, config, chunks, progress) | (judge.facts() if server else {}))
+
+
+def _function_of(config: PairsConfig) -> Score | None:
+    """The judge where it is a Python function. Raises UsageError for a judge that is nothing known."""
+    if config.judge_model is not None or Path(config.judge).is_dir():
+        return None
+    if ":" not in config.judge:
+        raise UsageError(
+            f"--judge {config.judge!r} is neither a directory nor module:function",
+            "name a reward model, a function, or openai:MODEL",
+        )
+    return function_score(config.judge, "--judge", "reward")
 
 
 def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:
@@ -82,10 +101,12 @@ def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random
 
 
 def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
-    prompts = pairs = ties = 0
+    prompts = pairs = ties = unjudged = 0
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
-        for prompts, samples in enumerate(_by_prompt(chunks), start=1):
+        for prompts, group in enumerate(_by_prompt(chunks), start=1):
+            samples = [sample for sample in group if sample[1] is not None]
+            unjudged += len(group) - len(samples)
             scores = [score for _, score in samples if score is not None]
             draw = Random(derived_seed(config.seed, prompts))
             chosen = choose(scores, config.select, config.min_margin, draw)
@@ -98,7 +119,10 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
         raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
     if 2 * ties > prompts:
         progress.warn(f"{ties} of {prompts} prompts gave no pair: the scores of their samples do not differ")
-    return {"prompts": prompts, "pairs": pairs, "ties": ties, "mean_margin": round(margin / pairs, 4)}
+    found: dict[str, Any] = {"prompts": prompts, "pairs": pairs, "ties": ties}
+    if config.judge_model is not None:
+        found["unjudged"] = unjudged
+    return found | {"mean_margin": round(margin / pairs, 4)}
 
 
 def _by_prompt(chunks: Iterator[Scored]) -> Iterator[Scored]:

@@ -1,0 +1,252 @@
+"""A language model behind an OpenAI-compatible server as the judge of n answers to a prompt (RLAIF, 2309.00267).
+
+    score       every answer is rated alone: n requests per prompt. score = the number behind the last "Score:"
+    compare     every two answers, in both orders: n (n - 1) requests. An answer's score is the mean over the others of
+                1 where it is better, 1/2 for a tie, 0 where it is worse, each the mean over the two orders, so that a
+                preference for a position cancels (2309.00267, section 2.1.3, averages over the orders as well)
+
+A reply without the line that is asked for, or with a score out of bounds, is no judgement: it is counted and shown. An
+answer that cannot be scored takes part in no pair; a comparison of which one order failed is left out whole, since half
+of it would carry the position.
+
+Every reply is in a journal before the next group is asked for, so that nothing is paid twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, permutations
+from pathlib import Path
+from string import Formatter
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.data.batching import derived_seed
+from gemma2.posttrain.data.rows import Message
+from gemma2.posttrain.generation.answers import Answering
+from gemma2.posttrain.generation.dialogues import Dialogue
+from gemma2.posttrain.generation.engines import Completion, Engine, Request
+from gemma2.posttrain.generation.journal import Journal
+from gemma2.posttrain.generation.scoring import Scored
+from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
+
+__all__ = ["Judge", "judge_engine", "judged", "read_template"]
+
+LOWEST, HIGHEST = 1.0, 10.0
+SCORE_PROMPT = """\
+You judge the last answer of an assistant.
+
+[conversation]
+{prompt}
+
+[answer]
+{answer}
+[end of the answer]
+
+Is the answer right, complete, clear and harmless? Do not prefer it for its length. First explain your view in a few \
+sentences. Then end with one line of the form
+Score: N
+where N is a number from 1 (useless) to 10 (could not be better)."""
+COMPARE_PROMPT = """\
+You compare two answers of an assistant.
+
+[conversation]
+{prompt}
+
+[answer A]
+{answer_a}
+[end of answer A]
+
+[answer B]
+{answer_b}
+[end of answer B]
+
+Which answer is better: right, complete, clear and harmless? Do not let the order or the length of the answers decide. \
+First explain your view in a few sentences. Then end with one line of the form
+Better: X
+where X is A, B or tie."""
+PLACES = {"score": {"prompt", "answer"}, "compare": {"prompt", "answer_a", "answer_b"}}
+SCORE_LINE = re.compile(r"score[^\n:=]{0,20}[:=]\W{0,6}?(-?\d+(?:[.,]\d+)?)", re.IGNORECASE)
+NUMBER_ALONE = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*/\s*10)?")
+BETTER_LINE = re.compile(r"better[^\n:=]{0,20}[:=]\W{0,6}?(?:answer\W{1,3})?(A|B|tie)\b", re.IGNORECASE)
+SHOWN = 120  # characters of a reply that could not be read
+
+
+def read_template(config: PairsConfig) -> str:
+    """The judge's prompt. Raises UsageError for a file without the places that its style fills."""
+    if config.judge_prompt is None:
+        return SCORE_PROMPT if config.judge_style == "score" else COMPARE_PROMPT
+    places = PLACES[config.judge_style]
+    named = ", ".join(f"{{{name}}}" for name in sorted(places))
+    try:
+        text = config.judge_prompt.read_text(encoding="utf-8")
+        found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+    except FileNotFoundError as error:
+        raise UsageError(f"--judge-prompt {config.judge_prompt} does not exist", "give a text file") from error
+    except ValueError as error:  # not UTF-8, or a brace alone
+        raise UsageError(
+            f"--judge-prompt {config.judge_prompt}: {error}", "write {{ and }} for braces, in UTF-8"
+        ) from error
+    if found != places:
+        has = ", ".join(f"{{{name}}}" for name in sorted(found)) or "none"
+        raise UsageError(
+            f"--judge-prompt {config.judge_prompt} has the places {has}",
+            f"--judge-style {config.judge_style} fills {named}",
+        )
+    return text
+
+
+def judge_engine(config: PairsConfig, progress: Progress) -> Engine:
+    """The client of the judge's server: that of `gemma2 generate`, greedy."""
+    from gemma2.posttrain.generation.engines.server import ServerEngine
+
+    server = GenerateConfig(
+        teacher=Path(str(config.judge_model)),
+        prompts=config.prompts,
+        engine="openai",
+        temperature=0.0,
+        max_new_tokens=config.judge_tokens,
+        base_url=config.judge_url,
+        api_key_env=config.judge_key_env,
+        concurrency=config.judge_concurrency,
+        request=config.judge_request,
+        on_overlong="drop",
+    )
+    with _flags_of_this_command():
+        return ServerEngine(server, progress)
+
+
+@contextmanager
+def _flags_of_this_command() -> Iterator[None]:
+    """Errors of the engine name the flags of `gemma2 generate`; here they have other names."""
+    names = {"--base-url": "--judge-url", "--teacher": "--judge", "--set request.": "--set judge_request."}
+    try:
+        yield
+    except (InputError, UsageError) as error:
+        mend = error.mend
+        for theirs, ours in names.items():
+            mend = mend.replace(theirs, ours)
+        raise type(error)(error.what, mend) from error
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is asked about the n answers to one prompt, and what the replies make of it."""
+
+    template: str
+    compares: bool
+    tally: Counter[str] = field(default_factory=Counter)
+
+    def asked(self, samples: Sequence[Dialogue]) -> Iterator[tuple[int, str]]:
+        """(number within the prompt, text) of every request."""
+        prompt = _transcript(samples[0].prompt.messages)
+        answers = [dialogue.answers[-1].text if dialogue.answers else "" for dialogue in samples]
+        if not self.compares:
+            for i, answer in enumerate(answers):
+                yield i, self.template.format(prompt=prompt, answer=answer)
+            return
+        for i, j in permutations(range(len(answers)), 2):
+            text = self.template.format(prompt=prompt, answer_a=answers[i], answer_b=answers[j])
+            yield i * len(answers) + j, text
+
+    def read(self, reply: str) -> float | None:
+        """The rating, or of a comparison 1, 1/2 or 0 for A; None where the reply has none."""
+        if self.compares:
+            verdicts = BETTER_LINE.findall(reply)
+            return {"a": 1.0, "b": 0.0, "tie": 0.5}[verdicts[-1].lower()] if verdicts else None
+        alone = NUMBER_ALONE.fullmatch(reply.strip())
+        found = [alone[1]] if alone else SCORE_LINE.findall(reply)
+        value = float(found[-1].replace(",", ".")) if found else None
+        return value if value is not None and LOWEST <= value <= HIGHEST else None
+
+    def scores(self, count: int, values: Mapping[int, float | None]) -> list[float | None]:
+        """Scores of `count` answers from what was read, by number; None where there is nothing to go by."""
+        if not self.compares:
+            return [values[i] for i in range(count)]
+        won: list[list[float]] = [[] for _ in range(count)]
+        for i, j in permutations(range(count), 2):
+            first, second = values[i * count + j], values[j * count + i]  # 1: the one shown first is better
+            if first is None or second is None:
+                continue
+            won[i].append((first + 1 - second) / 2)
+            self.tally["orders_disagree"] += i < j and first == second != 0.5
+            self.tally["compared"] += i < j
+        return [sum(points) / len(points) if points else None for points in won]
+
+    def facts(self) -> dict[str, int]:
+        """How many replies were asked for, could not be read, and of a comparison chose by position."""
+        names = ("replies", "unreadable", *(("compared", "orders_disagree") if self.compares else ()))
+        return {f"judge_{name}": self.tally[name] for name in names}
+
+
+def judged(
+    answering: Answering, journal: Journal, engine: Engine, judge: Judge, prompts: int, progress: Progress
+) -> Iterator[Scored]:
+    """The chunks of a finished job with the judge's scores. Raises InputError when no reply at all can be read."""
+    n = answering.plan.n
+    unread = ""
+    known = _saved(journal, answering.rows)
+    with progress.task("judge", prompts * (n * (n - 1) if judge.compares else n), unit="replies") as bar:
+        for dialogues in answering.dialogues():
+            replies = next(known, {})
+            bar.advance(len(replies))
+            groups = [list(group) for _, group in groupby(dialogues, key=lambda dialogue: dialogue.row)]
+            requests = [request for group in groups for request in _requests(group, judge, answering.plan.seed)]
+            with _flags_of_this_command():
+                for completions in engine.complete(requests, replies):
+                    journal.append(completion.record() for completion in completions)
+                    replies.update({completion.key: completion for completion in completions})
+                    bar.advance(len(completions))
+            scored: Scored = []
+            for group in groups:
+                texts = {number: replies[group[0].row, number, 0].text for number, _ in judge.asked(group)}
+                values = {number: judge.read(text) for number, text in texts.items()}
+                failed = [text for number, text in texts.items() if values[number] is None]
+                judge.tally.update(replies=len(texts), unreadable=len(failed))
+                unread = unread or next(iter(failed), "")
+                scored += zip(group, judge.scores(len(group), values), strict=True)
+            yield scored
+    _report(judge, unread, progress)
+
+
+def _requests(group: Sequence[Dialogue], judge: Judge, seed: int) -> Iterator[Request]:
+    row = group[0].row
+    for number, text in judge.asked(group):
+        messages = [{"role": "user", "content": text}]
+        yield Request((row, number, 0), group[0].prompt.where, messages, [], derived_seed(seed, row, number, 1))
+
+
+def _saved(journal: Journal, rows: int) -> Iterator[dict[tuple[int, int, int], Completion]]:
+    """The replies of one chunk after the other."""
+    replies = map(Completion.of_record, journal.records())
+    for _, group in groupby(replies, key=lambda reply: reply.key[0] // rows):
+        yield {reply.key: reply for reply in group}
+
+
+def _report(judge: Judge, unread: str, progress: Progress) -> None:
+    tally = judge.tally
+    shown = " ".join(unread.split())[:SHOWN]
+    if tally["unreadable"] == tally["replies"]:
+        raise InputError(
+            f"none of the judge's {tally['replies']} replies has the line that is asked for; one is {shown!r}",
+            "raise --judge-tokens, or change --judge-prompt",
+        )
+    if tally["unreadable"]:
+        what = f"{tally['unreadable']} of the judge's {tally['replies']} replies have no verdict and count for nothing"
+        progress.warn(f"{what}; one is {shown!r}")
+    if judge.compares and 3 * tally["orders_disagree"] > tally["compared"]:
+        progress.warn(
+            f"the judge chose by position in {tally['orders_disagree']} of {tally['compared']} comparisons: "
+            "both orders are averaged, but it tells little apart"
+        )
+
+
+def _transcript(messages: Sequence[Message]) -> str:
+    """A conversation as text; one user message stands alone."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
