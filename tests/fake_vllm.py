@@ -1,8 +1,9 @@
-"""A stand-in for vLLM 0.10 with the signatures of its offline interface, drawing with a model of transformers.
+"""A stand-in for vLLM with the signatures of its offline interface, drawing with a model of transformers.
 
-`LLM.generate(prompts, sampling_params, *, use_tqdm)` takes token prompts and one SamplingParams each and returns
-RequestOutputs in the order of the prompts; a CompletionOutput's ids hold the stop token, its log-prob is that of
-temperature 1. Unknown arguments are errors, as there.
+`LLM.generate(prompts, sampling_params, *, use_tqdm)` takes token prompts and one SamplingParams each, or one for all,
+and returns RequestOutputs in the order of the prompts; a CompletionOutput's ids hold the stop token. The k-th of a
+request's n completions is drawn with its seed plus k, without a seed with the global random numbers. Weights are loaded
+through the engine, as TRL does it. `Client` stands for TRL's client of a server. Unknown arguments are errors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gemma2.posttrain.models.sampler import SamplingParams as Ours
 from gemma2.posttrain.models.sampler import sample
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingParams:
     """The fields of vLLM's that a client may set here, with its defaults."""
 
@@ -27,6 +28,8 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop_token_ids: list[int] | None = None
     max_tokens: int | None = 16
@@ -54,31 +57,137 @@ class RequestOutput:
     finished: bool = True
 
 
+@dataclass
+class Logprob:
+    logprob: float
+    rank: int = 1
+
+
+KWARGS = {
+    *("disable_log_stats", "dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs"),
+    *("enable_sleep_mode", "model_impl", "distributed_executor_backend", "max_num_batched_tokens", "logprobs_mode"),
+    *("quantization", "trust_remote_code"),
+}
+
+
 class LLM:
     calls: list[list[SamplingParams]] = []  # noqa: RUF012 - what the tests look at
+    made: list[LLM] = []  # noqa: RUF012
 
     def __init__(self, model: str, *, seed: int = 0, **kwargs: Any) -> None:
-        assert set(kwargs) <= {"disable_log_stats", "dtype", "max_model_len", "tensor_parallel_size"}
+        assert set(kwargs) <= KWARGS
         if not (Path(model) / "config.json").is_file():
             raise OSError(f"{model} is no model")
+        self.kwargs = kwargs
         self.model, _ = load_policy(Path(model))
+        self.off_by = 0.0  # nats: what is added to every log-prob that is told
         length = self.model.config.max_position_embeddings
-        self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=length))
+        runner = types.SimpleNamespace(model=types.SimpleNamespace(load_weights=self.load_weights))
+        executor = types.SimpleNamespace(driver_worker=types.SimpleNamespace(model_runner=runner))
+        config = types.SimpleNamespace(max_model_len=length)
+        self.llm_engine = types.SimpleNamespace(model_config=config, model_executor=executor)
+        self.loaded: list[str] = []
+        self.resets = 0
+        type(self).made.append(self)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            with torch.no_grad():
+                self.model.get_parameter(name).copy_(tensor)
+            self.loaded.append(name)
+
+    def reset_prefix_cache(self):
+        self.resets += 1
 
     def generate(self, prompts, sampling_params, *, use_tqdm=True, lora_request=None, priority=None):
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
         assert len(prompts) == len(sampling_params)
         type(self).calls.append(list(sampling_params))
         pairs = enumerate(zip(prompts, sampling_params, strict=True))
         return [self._one(i, prompt["prompt_token_ids"], params) for i, (prompt, params) in pairs]
 
     def _one(self, number, ids, given):
+        outputs = [self._drawn(k, ids, given) for k in range(given.n)]
+        return RequestOutput(str(number), None, ids, outputs)
+
+    def _drawn(self, k, ids, given):
         params = Ours(given.max_tokens, given.temperature, 1, given.top_p, max(0, given.top_k))
-        generator = torch.Generator().manual_seed(given.seed)
+        generator = None if given.seed is None else torch.Generator().manual_seed(given.seed + k)
         drawn = sample(self.model, [ids], params, given.stop_token_ids, 0, generator)
         reason = "length" if drawn.truncated[0] else "stop"
-        logprob = None if given.logprobs is None else sum(drawn.logps[0])
-        output = CompletionOutput(0, "", drawn.ids[0], logprob, None, reason)
-        return RequestOutput(str(number), None, ids, [output])
+        total, each = None, None
+        if given.logprobs is not None:
+            total = sum(drawn.logps[0])
+        if given.logprobs is not None and self.kwargs.get("logprobs_mode") == "processed_logprobs":
+            told = zip(drawn.ids[0], drawn.logps[0], strict=True)
+            each = [{token: Logprob(value + self.off_by)} for token, value in told]
+        return CompletionOutput(k, "", drawn.ids[0], total, each, reason)
+
+
+class Client:
+    """A server that answers, with the methods of TRL's VLLMClient that its trainers call."""
+
+    model: str = ""  # the directory that the server was started with
+    made: list[Client] = []  # noqa: RUF012
+
+    def __init__(
+        self, base_url=None, host="0.0.0.0", server_port=8000, group_port=51216, connection_timeout=0.0
+    ) -> None:
+        self.base_url = base_url
+        self.llm = LLM(self.model)
+        self.joined = None
+        type(self).made.append(self)
+
+    def init_communicator(self, device=0):
+        self.joined = device
+
+    def close_communicator(self):
+        self.joined = None
+
+    def update_named_params(self, metadata, named_params):
+        named = list(named_params)
+        assert metadata == [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in named]
+        self.llm.load_weights(named)
+
+    def reset_prefix_cache(self):
+        self.llm.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts,
+        features=None,
+        n=1,
+        repetition_penalty=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        max_tokens=16,
+        logprobs=0,
+        structured_outputs_regex=None,
+        generation_kwargs=None,
+    ):
+        assert features is None
+        assert structured_outputs_regex is None
+        params = SamplingParams(
+            n=n,
+            repetition_penalty=repetition_penalty,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            **(generation_kwargs or {}),
+        )
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        return {
+            "prompt_ids": [output.prompt_token_ids for output in outputs],
+            "completion_ids": [each.token_ids for output in outputs for each in output.outputs],
+            "logprobs": None,
+            "logprob_token_ids": None,
+        }
 
 
 def module() -> types.ModuleType:

@@ -10,7 +10,7 @@ from .fields import LoraFields, SamplingFields, TrainingFields
 from .filter import FilterConfig
 from .generate import GenerateConfig
 from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
-from .rlhf import RewardFields, RlFields, RlhfConfig
+from .rlhf import RewardFields, RlFields, RlhfConfig, VllmFields
 from .sft import SftConfig
 from .tools import ConvertConfig, MergeConfig, QuickstartConfig, TinyConfig
 from .warp import WarpConfig
@@ -39,5 +39,6 @@ __all__ = [
     "SftConfig",
     "TinyConfig",
     "TrainingFields",
+    "VllmFields",
     "WarpConfig",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -62,3 +63,12 @@ class LoraOutputFields(LoraFields):
         if self.lora_output == "adapter" and self.lora_rank == 0:
             raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
         return self
+
+
+def check_address(url: str, option: str = "--base-url") -> None:
+    """Refuse a server's address that holds something secret: it is recorded. Raises ValueError."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(f"{option} holds credentials or a query; keep keys in the environment")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{option} {url!r} is no http address; it begins with http:// or https://")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from .fields import Data, SamplingFields, Seed
+from .fields import Data, SamplingFields, Seed, check_address
 from .rlhf import RewardFields
 
 USER_INSTRUCTION = (
@@ -69,12 +68,3 @@ class GenerateConfig(SamplingFields, RewardFields):
         if self.base_url is not None:
             check_address(self.base_url)
         return self
-
-
-def check_address(url: str) -> None:
-    """Refuse a server's address that holds something secret: it is recorded. Raises ValueError."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:
-        raise ValueError("--base-url holds credentials or a query; keep the key in the environment (--api-key-env)")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"--base-url {url!r} is no http address; write for instance http://localhost:8000/v1")

@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 
 from gemma2.posttrain.config import Config
 
-from .fields import Data, LoraFields, Model, SamplingFields, Seed, TrainingFields
-from .generate import check_address
+from .fields import Data, LoraFields, Model, SamplingFields, Seed, TrainingFields, check_address
 
 Centring = Field(
     0.0, ge=0, description="weight of (r_chosen + r_rejected)^2 in the loss, which centres rewards on 0 (2312.09244)"
@@ -146,5 +145,5 @@ class PairsConfig(SamplingFields):
         if self.judge_model == "":
             raise ValueError("judge=openai: names no model; write openai:MODEL")
         if self.judge_url is not None:
-            check_address(self.judge_url)
+            check_address(self.judge_url, "--judge-url")
         return self

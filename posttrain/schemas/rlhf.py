@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gemma2.posttrain.config import Config
 
-from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields
+from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields, check_address
 
 
 class RewardFields(Config):
@@ -62,6 +62,38 @@ class RewardFields(Config):
             raise ValueError(f"--reward-weights gives {len(weights)} weights for {len(terms)} terms{named}")
         if weights and not any(weights):
             raise ValueError("--reward-weights are all 0: every completion would be worth the same")
+        return self
+
+
+class VllmFields(Config):
+    """What draws the samples of RL. TRL's names are use_vllm, vllm_mode, vllm_server_base_url,
+    vllm_gpu_memory_utilization and vllm_tensor_parallel_size.
+    """
+
+    INCIDENTAL = frozenset({"vllm_server_url", "vllm_memory"})
+
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what draws the samples: our sampler, or vLLM, which needs a GPU"
+    )
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate", description="vllm: in this process on the same GPU, or a server that was started by vllm serve"
+    )
+    vllm_server_url: str | None = Field(None, description="vllm server: its address, without /v1")
+    vllm_memory: float = Field(0.3, gt=0, lt=1, description="vllm colocate: share of the GPU's memory that it takes")
+    vllm_tensor_parallel: int = Field(1, ge=1, description="vllm colocate: processes that hold one copy of the policy")
+
+    @model_validator(mode="after")
+    def _vllm_options_fit_each_other(self) -> Self:
+        server = self.vllm_mode == "server"
+        told = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1
+        if self.engine != "vllm" and told:
+            raise ValueError("the options of vLLM are for --engine vllm; give it, or drop them")
+        if server != (self.vllm_server_url is not None):
+            raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
+        if server and self.vllm_tensor_parallel > 1:
+            raise ValueError("--vllm-tensor-parallel is for colocate; a server is told when it is started")
+        if self.vllm_server_url is not None:
+            check_address(self.vllm_server_url, "--vllm-server-url")
         return self
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import Progress
-from gemma2.posttrain.schemas.generate import GenerateConfig, check_address
+from gemma2.posttrain.schemas.fields import check_address
+from gemma2.posttrain.schemas.generate import GenerateConfig
 
 from .base import Completion, Key, Message, Request
 from .retry import Backoff, retry_after

@@ -217,7 +217,9 @@ def rich_judge(completions, truncated, **_):
 
 
 def hesitant_judge(prompts, completions, **_):
-    return [{"reward": 1.0, "accuracy": None if "Say" in each[-1]["content"] else 0.5} for each in prompts]
+    """No opinion on greetings, and on every second completion of the others."""
+    told = [i % 2 == 0 and "Say" not in messages[-1]["content"] for i, messages in enumerate(prompts)]
+    return [{"reward": 1.0, "accuracy": 0.5 if known else None} for known in told]
 
 
 def test_a_score_counts_where_it_applies_and_is_null_where_it_does_not(policy, reference, chat, rows):

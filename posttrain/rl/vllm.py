@@ -1,0 +1,252 @@
+"""vLLM as the sampler of RL, through TRL's VLLMGeneration: in this process (colocate) or at a server.
+
+    y ~ mu(. | x), mu the policy as vLLM computes it;   log pi(y | x) from our own forward, at the sampling temperature
+
+The policy's weights are copied to vLLM whenever they have changed (`sync`); prompts go there as token ids, and what
+comes back holds the stop token where one was drawn, so a completion is truncated when it ends in none.
+
+vLLM's kernels are others and it keeps its own dtype, so its log-probs differ from ours in the third digit or so: they
+are not used. log pi comes from `token_logps`, as the anchor's side does, so that equal weights have a KL of exactly 0
+and the KL in the reward is that of the policy that is trained. What is left is that the samples come from mu and not
+from pi. TRL's RLOOTrainer does the same and leaves it there; its GRPOTrainer weighs the loss by a truncated pi / mu
+(vllm_importance_sampling_correction). We leave it there too and show it: `mismatch`, mean log mu - log pi per token,
+an estimate of KL(mu || pi). A run stops where it is far above rounding: then vLLM computes another model.
+
+Deviations from TRL: (1) every completion has a seed of its own, from the run's generator, so that runs of different
+seeds differ, a resumed run goes on with the seeds it would have had, and no two completions share random numbers. TRL
+sends none; one seed for all would give the n colocated samples of a prompt the same text. vLLM repeats itself only
+approximately, since a row's last bits depend on its neighbours: with it a resumed run is no longer bit-exact. (2) LoRA
+products are added to weights on their way to vLLM and not in the policy: taken off again there, they would leave
+rounding in weights that are frozen, and that the reference and the anchor share.
+
+TRL 1.16 is written for vLLM 0.22 to 0.31. There was neither vLLM nor a GPU where this was written: the tests run TRL's
+own class over a stand-in for vLLM with the same interface.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.import_utils import is_vllm_available
+
+from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.models.lora import adapted_weights
+from gemma2.posttrain.models.sampler import Completions
+from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.ranks import ALONE, Ranks
+from gemma2.posttrain.schemas import VllmFields
+
+__all__ = ["VllmSampler"]
+
+REQUESTS = 64  # at a server at once
+ANOTHER_MODEL = 0.5  # nats per token between vLLM's log-probs and ours; rounding to bf16 gives about a hundredth
+
+
+class VllmSampler:
+    """Draws completions of a policy that is being trained. Of several processes each draws for its own prompts.
+
+    mismatch: mean log mu - log pi over the tokens of the last draw, nats; None where the server does not tell.
+    """
+
+    def __init__(
+        self,
+        generation: Any,
+        policy: Any,
+        chat: ChatFormat,
+        generator: torch.Generator,
+        batch_size: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.generation = generation
+        self.policy = policy
+        self.stop_ids = frozenset(chat.stop_ids)
+        self.generator = generator
+        self.batch_size = batch_size
+        self.ranks = ranks
+        self.mismatch: float | None = None
+        self._synced = False
+        self._seeds = _Seeds()
+        if generation.mode == "server":
+            if ranks.is_main:
+                generation.vllm_client = _SeededClient(generation.vllm_client, self._seeds)
+        else:
+            generation.llm = _SeededLLM(generation.llm, self._seeds)
+
+    @classmethod
+    def start(
+        cls,
+        config: Any,
+        policy: Any,
+        accelerator: Any,
+        chat: ChatFormat,
+        generator: torch.Generator,
+        batch_size: int,
+        ranks: Ranks = ALONE,
+    ) -> VllmSampler:
+        """Start vLLM beside the policy, or connect to the server.
+
+        config: RlFields with VllmFields. policy: the causal LM in training, whole on every process, with adapters in
+        its layers if it has any. generator: the same on every process, and all the state there is.
+        Raises UsageError where vLLM or a GPU is missing or the processes do not divide, InputError where vLLM or the
+        server refuses.
+        """
+        check_usable(config, accelerator.device, ranks)
+        rows = config.prompts_per_step // ranks.size * config.n
+        try:
+            generation = PlainWeights(
+                model=policy,
+                accelerator=accelerator,
+                processing_class=chat.tokenizer,
+                mode=config.vllm_mode,
+                server_base_url=config.vllm_server_url,
+                tensor_parallel_size=config.vllm_tensor_parallel,
+                gpu_memory_utilization=config.vllm_memory,
+                max_num_seqs=rows * config.vllm_tensor_parallel,
+                model_impl="vllm",
+                temperature=config.temperature,
+                max_completion_length=config.max_new_tokens,
+                # A server gives raw log-probs unless it was told otherwise; ours are at the sampling temperature.
+                logprobs=0 if config.vllm_mode == "colocate" else None,
+                generation_kwargs={"stop_token_ids": list(chat.stop_ids)},
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise InputError(f"--engine vllm does not start: {detail}", "see vLLM's own log above") from error
+        return cls(generation, policy, chat, generator, batch_size, ranks)
+
+    def sync(self) -> None:
+        """Copy the policy's weights to vLLM: before the first draw, and after every optimizer step and resume."""
+        self.generation.sync_weights()
+        self._synced = True
+
+    def draw(self, prompts: Sequence[Sequence[int]], n: int) -> Completions:
+        """n completions for each prompt (token ids), prompt-major, with log pi of our own forward.
+
+        Raises GuardStop where vLLM's log-probs are not those of the policy.
+        """
+        if not self._synced:
+            raise RuntimeError("vLLM has not been given the policy's weights: call sync() first")
+        slots = [list(prompt) for prompt in prompts for _ in range(n)]
+        self._seeds.renew(self.generator, self._first_slot(len(slots)))
+        _, drawn, theirs, _ = self.generation.generate(prompts=slots, images=None, num_generations=n)
+        ids = [list(completion) for completion in drawn]
+        logps = token_logps(self.policy, slots, ids, self.batch_size, self.generation.temperature)
+        self.mismatch = _mismatch(theirs, logps)
+        if self.mismatch is not None and not abs(self.mismatch) < ANOTHER_MODEL:
+            raise GuardStop(
+                f"vLLM's log-probs differ from the policy's by {self.mismatch:.3g} nats per token, nothing was updated",
+                "vLLM computes another model: check its version, or use --engine transformers",
+            )
+        return Completions(
+            ids=ids,
+            logps=[values.tolist() for values in logps],
+            truncated=[completion[-1] not in self.stop_ids for completion in ids],
+            prompt_index=[slot // n for slot in range(len(slots))],
+        )
+
+    def close(self) -> None:
+        """Leave the server's weight-update group, or let go of vLLM and its memory."""
+        if self.generation.mode == "server":
+            if self.ranks.is_main:
+                self.generation.vllm_client.close_communicator()
+        else:
+            self.generation.llm = None
+
+    def _first_slot(self, rows: int) -> int:
+        """The number, among the completions of all processes, of the first one that vLLM is asked for here."""
+        if self.generation.mode == "server":
+            return 0  # rank 0 asks for everyone
+        group = self.generation.tensor_parallel_size
+        return self.ranks.rank // group * group * rows
+
+
+class PlainWeights(VLLMGeneration):
+    """TRL's generation, given the weights of a plain model whether or not the policy has adapters."""
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" not in name and not name.endswith(".base_layer.weight"):
+                yield name.replace(".base_layer.", "."), parameter.data
+        yield from adapted_weights(self.model)
+
+
+def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None:
+    """Refuse what TRL would refuse late or with a traceback."""
+    if not is_vllm_available():
+        raise UsageError(
+            "--engine vllm: there is no package vllm", "pip install 'gemma2[vllm]' on a machine with a GPU"
+        )
+    if device.type == "cpu":
+        raise UsageError("--engine vllm needs a GPU, there is none here", "use --engine transformers")
+    if ranks.size % config.vllm_tensor_parallel:
+        raise UsageError(
+            f"--vllm-tensor-parallel {config.vllm_tensor_parallel} does not divide the {ranks.size} processes",
+            "start a multiple of it with torchrun",
+        )
+
+
+def _mismatch(theirs: Any, ours: Sequence[Tensor]) -> float | None:
+    """Mean of log mu - log pi over all tokens, nats. theirs: as TRL gives them, (N, tokens, 1), or None."""
+    if theirs is None:
+        return None
+    flat = torch.tensor([token[0] for completion in theirs for token in completion], dtype=torch.float64)
+    return float((flat - torch.cat(list(ours)).double()).mean())
+
+
+class _Seeds:
+    """The seeds of one draw: `first`, first + 1, ..."""
+
+    def __init__(self) -> None:
+        self.first = 0
+
+    def renew(self, generator: torch.Generator, skipped: int) -> None:
+        """Draw new seeds; the first `skipped` belong to other processes."""
+        self.first = int(torch.randint(2**62, (), generator=generator)) + skipped
+
+
+class _SeededLLM:
+    """vLLM's LLM, each request with its own seed."""
+
+    def __init__(self, llm: Any, seeds: _Seeds) -> None:
+        self._llm = llm
+        self._seeds = seeds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(self, prompts: Sequence[Any], sampling_params: Any, **options: Any) -> Any:
+        each = [copy.copy(sampling_params) for _ in prompts]
+        for number, params in enumerate(each):
+            params.seed = self._seeds.first + number
+        return self._llm.generate(prompts, sampling_params=each, **options)
+
+
+class _SeededClient:
+    """TRL's client of a server, a request per prompt: the k-th of its n completions has the request's seed plus k."""
+
+    def __init__(self, client: Any, seeds: _Seeds) -> None:
+        self._client = client
+        self._seeds = seeds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: dict[str, Any], **options: Any) -> Any:
+        def ask(number: int) -> dict[str, Any]:
+            own = generation_kwargs | {"seed": self._seeds.first + number * n}
+            return self._client.generate(prompts=[prompts[number]], n=n, generation_kwargs=own, **options)
+
+        with ThreadPoolExecutor(max_workers=min(REQUESTS, len(prompts))) as pool:
+            answers = list(pool.map(ask, range(len(prompts))))
+        found: dict[str, Any] = {}
+        for name in answers[0]:
+            parts = [answer[name] for answer in answers]
+            found[name] = None if parts[0] is None else [item for part in parts for item in part]
+        return found

@@ -1,0 +1,298 @@
+"""Samples from vLLM: TRL's own VLLMGeneration over a stand-in for the engine, in this process and at a server."""
+
+import inspect
+import os
+import types
+
+import fake_vllm
+import pytest
+import torch
+from accelerate import Accelerator
+from trl.generation import vllm_generation as trl_vllm
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.sampler import SamplingParams, sample
+from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.ranks import Ranks
+from gemma2.posttrain.rl import vllm
+from gemma2.posttrain.rl.vllm import VllmSampler
+from gemma2.posttrain.schemas import VllmFields
+
+PROMPTS = [[2, 9, 8], [2, 5, 7, 11]]
+N, LIMIT, TEMPERATURE = 3, 6, 0.8
+URL = "http://localhost:8000"
+
+
+class Drawing(VllmFields):
+    """The fields of the RL stage that the sampler reads."""
+
+    engine: str = "vllm"
+    prompts_per_step: int = 2
+    n: int = N
+    max_new_tokens: int = LIMIT
+    temperature: float = TEMPERATURE
+
+
+SERVER = Drawing(vllm_mode="server", vllm_server_url=URL)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """An untrained policy that draws the stop token often."""
+    place = tmp_path_factory.mktemp("policy")
+    model = random_model(4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[107] *= 6
+    model.save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch, model_dir):
+    """The stand-in where TRL looks for vLLM, and a device that passes for a GPU."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(trl_vllm, "LLM", fake_vllm.LLM, raising=False)
+    monkeypatch.setattr(trl_vllm, "SamplingParams", fake_vllm.SamplingParams, raising=False)
+    monkeypatch.setattr(trl_vllm, "VLLMClient", fake_vllm.Client)
+    monkeypatch.setattr(fake_vllm.Client, "model", str(model_dir))
+    for module in (trl_vllm, vllm):
+        monkeypatch.setattr(module, "is_vllm_available", lambda: True)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # TRL sets them for good
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    for calls in (fake_vllm.LLM.calls, fake_vllm.LLM.made, fake_vllm.Client.made):
+        calls.clear()
+    shown = types.SimpleNamespace(type="cuda")
+    names = ("num_processes", "process_index", "local_process_index", "is_main_process", "wait_for_everyone", "state")
+    return types.SimpleNamespace(device=shown, **{name: getattr(accelerator, name) for name in names})
+
+
+def started(model_dir, engine, config=None, seed=0, ranks=None, policy=None):
+    policy = policy if policy is not None else load_policy(model_dir)[0]
+    chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
+    generator = torch.Generator().manual_seed(seed)
+    return VllmSampler.start(config or Drawing(), policy, engine, chat, generator, 4, ranks or Ranks())
+
+
+def drawn(sampler, n=N):
+    sampler.sync()
+    return sampler.draw(PROMPTS, n)
+
+
+# --- what is drawn --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [Drawing(), SERVER], ids=["colocate", "server"])
+def test_every_completion_is_drawn_with_a_seed_of_its_own_from_the_runs_generator(model_dir, engine, config):
+    sampler = started(model_dir, engine, config, seed=7)
+    found = drawn(sampler)
+    first = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(7)))
+    stops = sampler.stop_ids
+    for slot, (ids, truncated) in enumerate(zip(found.ids, found.truncated, strict=True)):
+        generator = torch.Generator().manual_seed(first + slot)
+        params = SamplingParams(LIMIT, TEMPERATURE)
+        alone = sample(sampler.policy, [PROMPTS[slot // N]], params, sorted(stops), 0, generator)
+        assert (ids, truncated) == (alone.ids[0], alone.truncated[0])
+        assert (ids[-1] in stops) != truncated
+        assert len(ids) == LIMIT or not truncated
+    assert found.prompt_index == [0, 0, 0, 1, 1, 1]
+    assert {False, True} == set(found.truncated + sampler.draw(PROMPTS, 8).truncated), "both kinds are met"
+    assert len({tuple(ids) for ids in found.ids[:N]}) > 1, "the samples of a prompt differ"
+
+
+def test_log_probs_are_those_of_our_own_forward_and_the_difference_is_shown(model_dir, engine):
+    sampler = started(model_dir, engine)
+    fake_vllm.LLM.made[-1].off_by = 0.03
+    found = drawn(sampler)
+    pairs = [PROMPTS[i] for i in found.prompt_index]
+    ours = token_logps(sampler.policy, pairs, found.ids, 4, TEMPERATURE)
+    assert found.logps == [values.tolist() for values in ours]
+    assert sampler.mismatch == pytest.approx(0.03, abs=1e-5)
+
+
+def test_a_server_tells_no_log_probs_that_could_be_compared(model_dir, engine):
+    sampler = started(model_dir, engine, SERVER)
+    drawn(sampler)
+    assert sampler.mismatch is None
+
+
+def test_draws_go_on_and_repeat_with_the_generators_state(model_dir, engine):
+    sampler = started(model_dir, engine)
+    state = sampler.generator.get_state()
+    first, second = drawn(sampler), drawn(sampler)
+    assert first.ids != second.ids
+    assert drawn(started(model_dir, engine, seed=1)).ids != first.ids
+    resumed = started(model_dir, engine, seed=5)
+    resumed.generator.set_state(state)
+    assert drawn(resumed).ids == first.ids
+    assert drawn(resumed).ids == second.ids
+
+
+def test_a_process_skips_the_seeds_of_those_before_it(model_dir, engine):
+    seeds = []
+    for rank in (0, 1):
+        drawn(started(model_dir, engine, ranks=Ranks(rank, 2)))
+        seeds.append([params.seed for params in fake_vllm.LLM.calls[-1]])
+    assert seeds[0] + seeds[1] == list(range(seeds[0][0], seeds[0][0] + 4 * N))
+
+
+def test_the_processes_of_one_copy_share_their_seeds(model_dir, engine):
+    sampler = started(model_dir, engine)
+    sampler.generation.tensor_parallel_size = 2
+    firsts = []
+    for rank in range(4):
+        sampler.ranks = Ranks(rank, 4)
+        firsts.append(sampler._first_slot(6))
+    assert firsts == [0, 0, 12, 12]
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [Drawing(), SERVER], ids=["colocate", "server"])
+def test_sync_gives_vllm_the_weights_of_the_policy_once_each_tied_ones_included(model_dir, engine, config):
+    sampler = started(model_dir, engine, config)
+    llm = fake_vllm.LLM.made[-1]
+    with torch.no_grad():
+        for parameter in sampler.policy.parameters():
+            parameter += 0.01
+    sampler.sync()
+    theirs = dict(llm.model.named_parameters())
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in sampler.policy.named_parameters())
+    assert sorted(llm.loaded) == sorted(theirs)
+    assert llm.resets == 1, "keys and values of the old weights are dropped"
+
+
+def test_vllm_on_other_weights_than_the_policy_stops_the_run(model_dir, engine):
+    sampler = started(model_dir, engine)
+    sampler.sync()
+    with torch.no_grad():
+        sampler.policy.model.embed_tokens.weight *= 3
+    with pytest.raises(GuardStop, match="nats per token"):
+        sampler.draw(PROMPTS, N)
+    sampler.sync()
+    sampler.draw(PROMPTS, N)
+    assert sampler.mismatch == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_adapters_reach_vllm_as_products_and_leave_the_frozen_weights_alone(model_dir, engine):
+    from peft import LoraConfig, get_peft_model
+
+    policy, _ = load_policy(model_dir)
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    adapted = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    sampler = started(model_dir, engine, policy=policy)
+    drawn(sampler)
+    assert sampler.mismatch == pytest.approx(0, abs=1e-5)
+    llm = fake_vllm.LLM.made[-1]
+    assert sorted(llm.loaded) == sorted(before)
+    frozen = {name.replace(".base_layer", ""): p for name, p in policy.named_parameters() if ".lora_" not in name}
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (dict(llm.model.named_parameters())[name] - before[name]).abs().max() > 1e-3
+
+
+def test_a_draw_before_the_first_sync_is_a_bug(model_dir, engine):
+    with pytest.raises(RuntimeError, match="sync"):
+        started(model_dir, engine).draw(PROMPTS, N)
+
+
+# --- starting -------------------------------------------------------------------------------------------------------
+
+
+def test_the_options_reach_vllm_by_trls_names(model_dir, engine):
+    sampler = started(model_dir, engine, Drawing(vllm_memory=0.4))
+    kwargs = fake_vllm.LLM.made[-1].kwargs
+    wanted = {"gpu_memory_utilization": 0.4, "tensor_parallel_size": 1, "max_num_seqs": 6, "model_impl": "vllm"}
+    assert wanted.items() <= kwargs.items()
+    assert kwargs["logprobs_mode"] == "processed_logprobs", "what `mismatch` compares is at the sampling temperature"
+    assert set(sampler.generation.generation_kwargs) == {"stop_token_ids"}
+    drawn(sampler)
+    params = fake_vllm.LLM.calls[-1][0]
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (TEMPERATURE, 1.0, 0, 0.0)
+    assert set(params.stop_token_ids) == {1, 107}
+    sampler.close()
+    assert sampler.generation.llm is None
+
+
+def test_a_server_is_joined_and_left(model_dir, engine):
+    sampler = started(model_dir, engine, SERVER)
+    (client,) = fake_vllm.Client.made
+    assert (client.base_url, client.joined) == (URL, engine.device)
+    sampler.close()
+    assert client.joined is None
+
+
+def test_what_cannot_start_is_one_line(model_dir, engine, monkeypatch, tmp_path):
+    with pytest.raises(UsageError, match=r"--vllm-tensor-parallel 2 does not divide the 3 processes"):
+        started(model_dir, engine, Drawing(vllm_tensor_parallel=2), ranks=Ranks(0, 3))
+    policy = load_policy(model_dir)[0]
+    policy.name_or_path = str(tmp_path)
+    with pytest.raises(InputError, match=r"--engine vllm does not start: .* is no model"):
+        started(model_dir, engine, policy=policy)
+
+    def refuse(self, device=0):
+        raise RuntimeError("The vLLM server\nhas no weight-transfer engine")
+
+    monkeypatch.setattr(fake_vllm.Client, "init_communicator", refuse)
+    with pytest.raises(InputError, match="The vLLM server has no weight-transfer engine"):
+        started(model_dir, engine, SERVER)
+    with pytest.raises(UsageError, match="needs a GPU"):
+        started(model_dir, Accelerator(cpu=True))
+    monkeypatch.setattr(vllm, "is_vllm_available", lambda: False)
+    with pytest.raises(UsageError, match=r"pip install 'gemma2\[vllm\]'"):
+        started(model_dir, engine)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"engine": "transformers", "vllm_mode": "server", "vllm_server_url": URL}, "are for --engine vllm"),
+        ({"vllm_mode": "server"}, "go together"),
+        ({"vllm_server_url": URL}, "go together"),
+        ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_tensor_parallel": 2}, "is for colocate"),
+        ({"vllm_mode": "server", "vllm_server_url": "http://me:secret@host"}, "--vllm-server-url holds credentials"),
+        ({"vllm_mode": "server", "vllm_server_url": "host:8000"}, "no http address"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        VllmFields(**({"engine": "vllm"} | fields))
+
+
+# --- the contract with TRL 1.16 -------------------------------------------------------------------------------------
+
+
+def test_trl_has_what_the_sampler_calls():
+    assert list(inspect.signature(VLLMGeneration.generate).parameters)[:4] == [
+        *("self", "prompts", "images", "num_generations"),
+    ]
+    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    parameters = inspect.signature(VLLMGeneration.__init__).parameters
+    assert {
+        *("model", "accelerator", "processing_class", "mode", "server_base_url", "tensor_parallel_size"),
+        *("gpu_memory_utilization", "max_num_seqs", "model_impl", "temperature", "max_completion_length", "logprobs"),
+        "generation_kwargs",
+    } <= parameters.keys()
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "enable_sleep_mode": False}
+    assert {name: parameters[name].default for name in neutral} == neutral
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["__init__", "init_communicator", "close_communicator", "generate", "update_named_params", "reset_prefix_cache"],
+)
+def test_the_stand_in_for_the_client_has_trls_signatures(name):
+    ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (fake_vllm.Client, VLLMClient))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
