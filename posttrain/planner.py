@@ -1,7 +1,7 @@
 """What a step will need, from the headers of its inputs: memory, disk and time. Torch-free; nothing is written.
 
 Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
-RLHF 4 more, the policy that the KL is measured to another 4. Activations are not counted.
+RLHF 4 more, the policy that the KL is measured to another 4. Activations are not counted, nor is what vLLM takes.
 Time is floating-point work over this machine's measured matrix product rate (CPU; a lower bound):
 6 N per trained token, 2 N per token scored or generated (N parameters).
 """
@@ -41,6 +41,7 @@ __all__ = ["parameter_count", "plan"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
+LORA_SHARE = 0.05  # an adapter holds a few per cent of the gradients and moments
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 
@@ -74,7 +75,7 @@ def matmul_rate(size: int = 1024) -> float:
 
 
 def _train(n: int, tokens: float, lora: int) -> Work:
-    state = 0.05 if lora else 1.0  # an adapter holds a few per cent of the gradients and moments
+    state = LORA_SHARE if lora else 1.0
     checkpoint = 12.0 * state  # what is trained, and its moments
     return Work(
         memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), operations=6.0 * n * tokens
@@ -153,15 +154,27 @@ def _pairs(config: PairsConfig) -> Work:
 def _rl(n: int, rewards: Sequence[Path], config: RlhfConfig | WarpConfig) -> Work:
     """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
 
-    On disk: the policy and its anchor, and in every checkpoint both and the moments.
+    A LoRA policy shares its weights with the reference that it starts as. On disk: the policy and its anchor, and in every checkpoint
+    both and the moments.
     """
     judge = sum(parameter_count(reward) for reward in rewards[: 1 if config.reward_ensemble == "warm" else None])
     tokens = config.steps * config.prompts_per_step * config.n * config.max_new_tokens
+    adapter = LORA_SHARE if config.lora_rank else 1.0
+    shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
+    kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
+    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy beside the average
     return Work(
-        memory=n * 24.0 + judge * 4.0,
-        disk=n * (8.0 + 16.0 * CHECKPOINTS_AT_ONCE),
+        memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
+        disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
         operations=tokens * (n * (2 + 2 + 6) + judge * 2.0),
     )
+
+
+def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
+    """Of the EMA, per parameter of the policy: fp32. An adapter's share where it is one of factors."""
+    if config.anchor != "ema":
+        return 0.0
+    return 4.0 * (LORA_SHARE if config.lora_rank and config.lora_anchor == "factors" else 1.0)
 
 
 def _rlhf(config: RlhfConfig) -> Work:

@@ -140,6 +140,27 @@ def test_rl_holds_policy_gradients_moments_anchor_reference_and_reward_model(pla
     assert several[1] > 2 * (3 + 1) * 4e9 / GIB, "every policy and slerp stays"
 
 
+@pytest.mark.parametrize(
+    ("settings", "memory", "disk"),
+    [
+        # weights 4, gradients and moments 12, reference 4, anchor 4; disk: policy, anchor, three checkpoints of 12 + 4
+        ({}, 24, 4 + 4 + 3 * 16),
+        ({"anchor": "none"}, 20, 4 + 3 * 12),
+        ({"anchor": "sft"}, 20, 4 + 3 * 12),
+        ({"anchor_memory": "cpu"}, 26, 4 + 4 + 3 * 16),
+        # an adapter is a twentieth of gradients and moments, and the reference is the frozen weights
+        ({"lora_rank": 8}, 4 + 0.6 + 4, 4 + 4 + 3 * 4.6),
+        ({"lora_rank": 8, "lora_anchor": "factors"}, 4 + 0.6 + 0.2, 4 + 0.2 + 3 * 0.8),
+        ({"lora_rank": 8, "sft": "model"}, 4 + 0.6 + 4 + 4, 4 + 4 + 3 * 4.6),
+    ],
+)
+def test_the_anchor_and_the_adapter_decide_what_rl_holds(place, large, settings, memory, disk):
+    if "sft" in settings:
+        settings = settings | {"sft": place / settings["sft"]}
+    config = RlhfConfig(policy=place / "model", prompts=place / "rows.jsonl", reward_fn="m:f", **settings)
+    assert needs(planned(place, config))[:2] == shown(memory * 1e9, disk * 1e9, 0)[:2]
+
+
 def test_every_command_with_an_estimate_gives_one(place):
     model, rows = place / "model", place / "rows.jsonl"
     configs = [
