@@ -13,7 +13,8 @@ is updated is the one that was sampled. The learning rate is constant after its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.rows import Prompt, read_prompts, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import Settings, measure
-from gemma2.posttrain.models.loading import save_model
+from gemma2.posttrain.models.loading import default_device, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.ranks import Ranks, join
@@ -39,6 +40,7 @@ from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, q
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import TOLERANCE_FP32, Setup, make_anchor, prepare
+from .vllm import VllmSampler, check_usable
 
 __all__ = ["run_rlhf"]
 
@@ -58,6 +60,8 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     if not ranks.is_main:
         progress = SILENT
     rows, micro = local_rows(config, ranks)
+    if config.engine == "vllm":
+        check_usable(config, default_device(), ranks)
     parents = [Parent("policy", config.policy), *reward_parents(config)]
     parents += [Parent("sft", config.sft)] if config.sft else []
     data = [file for path in (config.prompts, config.heldout) if path is not None for file in data_files(path)]
@@ -74,10 +78,28 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
             trainer.follow(make_anchor(config, setup), config.mu)
         evaluation = Evaluation(run, config, setup, heldout, guards, trainer)
         trainer.add_callback(evaluation)
-        train(trainer, run, callback)
+        with drawing(config, trainer, ranks):
+            train(trainer, run, callback)
         if ranks.is_main:
             save(trainer, setup, config, run)
         return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
+
+
+@contextmanager
+def drawing(config: RlhfConfig, trainer: AnchoredRlooTrainer, ranks: Ranks) -> Iterator[None]:
+    """With `--engine vllm`: vLLM in the place of our sampler, on the policy that is trained, while the block runs."""
+    if config.engine != "vllm":
+        yield
+        return
+    rollout = trainer.rollout
+    rollout.vllm = VllmSampler.start(
+        config, rollout.policy, trainer.accelerator, rollout.chat, rollout.generator, rollout.batch_size, ranks
+    )
+    try:
+        yield
+    finally:
+        rollout.vllm.close()
+        rollout.vllm = None
 
 
 def local_rows(config: RlhfConfig, ranks: Ranks) -> tuple[int, int]:

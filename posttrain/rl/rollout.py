@@ -12,10 +12,8 @@ only repeat it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +27,9 @@ from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
+
+from .metrics import Scored, batch_metrics, joined
+from .vllm import VllmSampler
 
 __all__ = ["Batch", "Rollout", "anchored_rewards", "leave_one_out", "padded"]
 
@@ -54,16 +55,6 @@ class Batch:
     advantages: Tensor
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Completions with their rewards and log-ratios, (N,) fp32 each, as ranks show them to each other."""
-
-    ids: list[list[int]]
-    truncated: list[bool]
-    rewards: Tensor
-    log_ratios: Tensor
-
-
 @dataclass
 class Rollout:
     """Draws and scores the batches of a run. `generator` is all the state it has.
@@ -81,6 +72,7 @@ class Rollout:
     generator: torch.Generator
     batch_size: int  # sequences per forward pass
     ranks: Ranks = ALONE
+    vllm: VllmSampler | None = None  # draws in the place of our sampler
     encoded: dict[int, list[int]] = field(default_factory=dict)  # ids of the prompts met so far
 
     def __call__(self, indices: Sequence[int]) -> tuple[Batch, dict[str, float | None]]:
@@ -95,17 +87,25 @@ class Rollout:
         prompts = [self.encoded[i] for i in indices]
         drawn = self.draw(prompts)
         pairs = [prompts[i] for i in drawn.prompt_index]
-        rewards = self.rewards(rows, pairs, drawn)
+        columns = dict(self.scores(rows, pairs, drawn))
+        rewards = torch.tensor(columns.pop("reward"), dtype=torch.float32)
         log_ratios = self.log_ratios(pairs, drawn)
         objective = anchored_rewards(rewards, log_ratios, self.config.beta)
         batch = padded(pairs, drawn.ids, leave_one_out(objective, self.config.n))
-        scored = joined(self.ranks.gather(Scored(drawn.ids, drawn.truncated, rewards, log_ratios)))
+        own = Scored(drawn.ids, drawn.truncated, rewards, log_ratios, columns)
+        scored = joined(self.ranks.gather(own))
         if not scored.rewards.isfinite().all():
             raise GuardStop("the reward is NaN or infinite, nothing was updated", "check the reward model")
-        return batch, batch_metrics(scored, self.anchor is not None, self.config.n)
+        metrics = batch_metrics(scored, self.anchor is not None, self.config.n)
+        if self.vllm is not None:
+            metrics["vllm_mismatch"] = self.vllm.mismatch
+        return batch, metrics
 
     def draw(self, prompts: Sequence[Sequence[int]]) -> Completions:
         """n completions per prompt from the policy."""
+        if self.vllm is not None:
+            self.vllm.sync()
+            return self.vllm.draw(prompts, self.config.n)
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.config.n)
         pad_id = self.chat.tokenizer.pad_token_id or 0
         rows = len(prompts) * params.n
@@ -113,8 +113,10 @@ class Rollout:
         own = everyone[rows * self.ranks.rank : rows * (self.ranks.rank + 1)]
         return sample(self.policy, prompts, params, self.chat.stop_ids, pad_id, None, self.batch_size, own)
 
-    def rewards(self, rows: Sequence[Prompt], pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
-        """r(x, y), (N,) fp32, penalties included."""
+    def scores(
+        self, rows: Sequence[Prompt], pairs: Sequence[Sequence[int]], drawn: Completions
+    ) -> Mapping[str, Sequence[float]]:
+        """`reward`: r(x, y) of each completion, penalties included; and its parts."""
         sampled = Sampled(
             rows=[rows[i] for i in drawn.prompt_index],
             prompts=pairs,
@@ -122,7 +124,7 @@ class Rollout:
             texts=[self.chat.decode(ids) for ids in drawn.ids],
             truncated=drawn.truncated,
         )
-        return torch.tensor(self.score(sampled)["reward"], dtype=torch.float32)
+        return self.score(sampled)
 
     def log_ratios(self, pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
         """log pi(y | x) - log anchor(y | x), (N,) fp32 nats; 0 without an anchor."""
@@ -143,43 +145,3 @@ def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]
         ids[row, :end] = torch.tensor([*prompt, *completion])
         mask[row, len(prompt) : end] = True
     return Batch(ids, mask, advantages)
-
-
-def joined(parts: Sequence[Scored]) -> Scored:
-    """The completions of all ranks, in the order in which one process would have drawn them."""
-    return Scored(
-        [ids for part in parts for ids in part.ids],
-        [cut for part in parts for cut in part.truncated],
-        torch.cat([part.rewards for part in parts]),
-        torch.cat([part.log_ratios for part in parts]),
-    )
-
-
-def batch_metrics(scored: Scored, anchored: bool, n: int) -> dict[str, float | None]:
-    """What a step of training logs about its completions. A figure that is not defined is None."""
-    lengths = torch.tensor([float(len(ids)) for ids in scored.ids])
-    rewards = scored.rewards
-    metrics: dict[str, float | None] = {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
-        "reward_std_in_group": rewards.view(-1, n).std(1).mean().item(),
-        "kl_anchor": scored.log_ratios.mean().item() if anchored else None,
-        "length": lengths.mean().item(),
-        "truncated": sum(scored.truncated) / len(scored.truncated),
-        "distinct_2": distinct_bigrams(scored.ids),
-        "reward_length_correlation": correlation(rewards, lengths),
-    }
-    return metrics
-
-
-def distinct_bigrams(completions: Sequence[Sequence[int]]) -> float | None:
-    """Distinct token bigrams / all bigrams of the batch (Li et al. 2016, 1510.03055)."""
-    bigrams = [pair for ids in completions for pair in pairwise(ids)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else None
-
-
-def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's r, None where one side does not vary."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = math.sqrt((a @ a).item() * (b @ b).item())
-    return (a @ b).item() / scale if scale > 0 else None

@@ -41,7 +41,7 @@ from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.ranks import ALONE, Ranks
-from gemma2.posttrain.schemas import VllmFields
+from gemma2.posttrain.schemas import RlFields, VllmFields
 
 __all__ = ["VllmSampler"]
 
@@ -82,7 +82,7 @@ class VllmSampler:
     @classmethod
     def start(
         cls,
-        config: Any,
+        config: RlFields,
         policy: Any,
         accelerator: Any,
         chat: ChatFormat,
@@ -92,7 +92,7 @@ class VllmSampler:
     ) -> VllmSampler:
         """Start vLLM beside the policy, or connect to the server.
 
-        config: RlFields with VllmFields. policy: the causal LM in training, whole on every process, with adapters in
+        policy: the causal LM in training, whole on every process, with adapters in
         its layers if it has any. generator: the same on every process, and all the state there is.
         Raises UsageError where vLLM or a GPU is missing or the processes do not divide, InputError where vLLM or the
         server refuses.

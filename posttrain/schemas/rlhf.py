@@ -97,7 +97,7 @@ class VllmFields(Config):
         return self
 
 
-class RlFields(RewardFields, LoraFields):
+class RlFields(RewardFields, VllmFields, LoraFields):
     """The RL stage of WARP (2406.16768, Algorithm 1, lines 3-8)."""
 
     steps: int = Field(100, ge=1, description="optimizer steps T")

@@ -17,15 +17,16 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.evaluation import evaluate
 from gemma2.posttrain.models.lora import adapted_weights
-from gemma2.posttrain.models.sampler import sample
+from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.rl import rollout
+from gemma2.posttrain.rl import rlhf, rollout
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
-from gemma2.posttrain.rl.objective import sequence_logps
+from gemma2.posttrain.rl.metrics import correlation
+from gemma2.posttrain.rl.objective import policy_loss
 from gemma2.posttrain.rl.rlhf import run_rlhf
 from gemma2.posttrain.rl.rloo import AnchorUpdate, prompt_order
-from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, correlation, leave_one_out, padded
+from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, leave_one_out, padded
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RlhfConfig
 
@@ -191,15 +192,18 @@ def test_the_mask_covers_the_completion_and_nothing_else():
 def test_neither_prompt_nor_padding_enters_the_loss():
     policy = ending_model()
     batch, _ = make_rollout(policy, None)(range(4))
-    logps, _ = sequence_logps(policy, batch.ids, batch.mask, 1.0)
+    count = len(batch.ids)
+    chosen = torch.eye(count) * -count  # an advantage for one row alone: the loss is its log-prob
+    logps = [policy_loss(policy, batch.ids, batch.mask, one, 1.0)[0].item() for one in chosen]
     for row, (ids, mask) in enumerate(zip(bound_rows(batch.ids, batch.mask), batch.mask, strict=True)):
         start = int(mask.nonzero()[0])
         (alone,) = token_logps(policy, [ids[:start]], [ids[start:]])
-        assert logps[row].item() == pytest.approx(alone.sum().item(), abs=1e-4)
+        assert logps[row] == pytest.approx(alone.sum().item(), abs=1e-4)
     ends = torch.tensor([len(row) for row in bound_rows(batch.ids, batch.mask)])
     repadded = batch.ids.masked_fill(torch.arange(batch.ids.shape[1]) >= ends[:, None], 9)
     assert not torch.equal(repadded, batch.ids)
-    assert torch.allclose(sequence_logps(policy, repadded, batch.mask, 1.0)[0], logps, atol=1e-5)
+    again = [policy_loss(policy, repadded, batch.mask, one, 1.0)[0].item() for one in chosen]
+    assert again == pytest.approx(logps, abs=1e-5)
 
 
 def test_the_prompt_order_is_a_row_of_permutations_that_the_seed_decides():
@@ -360,6 +364,48 @@ def test_options_that_would_do_nothing_or_harm_are_refused(inputs, fields, what)
 def test_options_of_trl_that_would_do_nothing_or_harm_are_refused(inputs, tmp_path, key, what):
     with pytest.raises(UsageError, match=what):
         run_rlhf(configure(inputs, trainer={key: True}), RunOptions(tmp_path / "out"))
+
+
+class Elsewhere:
+    """Stands for vLLM: draws with our sampler, counts how often it is given the weights."""
+
+    def __init__(self, rollout):
+        self.rollout = rollout
+        self.mismatch = 0.01
+        self.calls = []
+
+    def sync(self):
+        self.calls.append("sync")
+
+    def draw(self, prompts, n):
+        self.calls.append("draw")
+        params = SamplingParams(self.rollout.config.max_new_tokens, 1.0, n)
+        return sample(self.rollout.policy, prompts, params, self.rollout.chat.stop_ids, 0, self.rollout.generator)
+
+    def close(self):
+        self.calls.append("close")
+
+
+def test_an_engine_draws_from_the_weights_of_every_step_and_is_closed(inputs, tmp_path, monkeypatch):
+    made = []
+
+    def start(config, policy, accelerator, chat, generator, batch_size, ranks):
+        made.append(Elsewhere(rollouts[-1]))
+        assert policy is made[0].rollout.policy
+        return made[0]
+
+    rollouts = []
+    make = Rollout.__init__
+    monkeypatch.setattr(Rollout, "__init__", lambda self, *a, **k: (make(self, *a, **k), rollouts.append(self))[0])
+    monkeypatch.setattr(rlhf, "check_usable", lambda *arguments: None)
+    monkeypatch.setattr(rlhf.VllmSampler, "start", start)
+    run_rlhf(configure(inputs), RunOptions(tmp_path / "ours"))
+    run_rlhf(configure(inputs, engine="vllm"), RunOptions(tmp_path / "theirs"))
+    assert made[0].calls == ["sync", "draw"] * 3 + ["close"]
+    steps = [row for row in lines(tmp_path / "theirs" / "metrics.jsonl") if "kind" not in row]
+    assert [row["vllm_mismatch"] for row in steps] == [0.01] * 3
+    ours, theirs = (weights(tmp_path / name) for name in ("ours", "theirs"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)  # the same draws, so the same run
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
