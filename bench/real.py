@@ -1,9 +1,10 @@
 """The suite on real weights: SmolLM2-135M-Instruct (Llama architecture, ChatML, 49152 tokens), see `make real`.
 
-    python bench/real.py [--out runs/real] [--only data | rl] [--prompts FILE --prompt-column NAME]
+    python bench/real.py [--out runs/real] [--only data | rl | sentiment] [--prompts FILE --prompt-column NAME]
 
 data: the instruct model teaches itself less six of its thirty layers, a real student with something to learn: teacher
-answers, filter, SFT, on-policy distillation. rl: preference pairs, reward model, two RL runs, SLERP, LITI.
+answers, filter, SFT, on-policy distillation. rl: preference pairs, reward model, two RL runs, SLERP, LITI. sentiment:
+twenty steps of RL whose reward is a program, VADER's sentiment of the answer.
 
 Every step is a `gemma2` command in a process of its own, printed as it could be typed. A finished step is not repeated,
 an interrupted one is resumed. At the end each model is loaded and run by plain transformers, and a table shows what the
@@ -51,6 +52,14 @@ def concise(
     """
     lengths = (len(text.split()) for text in completions)
     return [-abs(math.log((words + 1) / (WORDS + 1))) - cut for words, cut in zip(lengths, truncated, strict=True)]
+
+
+def positive(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    """How positive an answer sounds, -1 to 1: the compound score of VADER (Hutto and Gilbert, 2014), a rule set."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyser = SentimentIntensityAnalyzer()
+    return [float(analyser.polarity_scores(text)["compound"]) for text in completions]
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,17 @@ def rl_steps() -> Iterator[Step]:
             f"eval {model}",
             f"eval --model {model} --sft base --reward reward --judge-fn {JUDGE} --prompts {prompts} {EVAL}",
         )
+
+
+def sentiment_steps() -> Iterator[Step]:
+    """RL of the instruct model towards positive answers: all weights, the EMA anchor, a point every five steps."""
+    yield Step(
+        "rlhf, sentiment",
+        f"rlhf --policy base --reward-fn real:positive --prompts {shlex.quote(str(PROMPTS))} --steps 20 "
+        "--prompts-per-step 4 --n 4 --max-new-tokens 32 --temperature 1 --learning-rate 1e-5 --warmup-steps 2 "
+        "--beta 0.02 --mu 0.1 --eval-every 5 --eval-prompts 12 --save-every 5",
+        "sentiment",
+    )
 
 
 def prepare(directory: Path, prompts: Path, column: str) -> list[str]:
@@ -230,6 +250,20 @@ def show_records(records: Sequence[Record]) -> None:
     )
 
 
+def show_trajectory(directory: Path) -> None:
+    """Every figure of an RL run: held-out points, and what each step saw of its own completions."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    points = [row for row in rows if row.get("kind") == "eval"]
+    steps = [row for row in rows if "kind" not in row]
+    for title, chosen, columns in (
+        ("held-out point", points, ("reward", "reward_se", "kl", "kl_se", "length", "truncated", "distinct_2")),
+        ("step", steps, ("reward", "reward_std_in_group", "kl_anchor", "entropy", "length", "truncated")),
+    ):
+        print(f"\n| {title} | {' | '.join(columns)} |\n| ---: {'| ---: ' * len(columns)}|")
+        for row in chosen:
+            print(f"| {row['step']} | {' | '.join(f'{row[name]:.3f}' for name in columns)} |")
+
+
 def show_answers(directory: Path, names: Sequence[str], questions: Sequence[str], tokens: int) -> None:
     """Greedy answers of several outputs to the same questions, by plain transformers."""
     for question in questions:
@@ -238,10 +272,13 @@ def show_answers(directory: Path, names: Sequence[str], questions: Sequence[str]
             print(f"  {name:9} {answer(directory / name, question, tokens)}")
 
 
+PARTS = {"data": data_steps, "rl": rl_steps, "sentiment": sentiment_steps}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
-    parser.add_argument("--only", choices=("data", "rl"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="questions for the teacher, JSONL")
     parser.add_argument("--prompt-column", default="prompt")
     options = parser.parse_args()
@@ -249,13 +286,19 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     unseen = prepare(directory, options.prompts, options.prompt_column)
     chain = [Step("convert", f"convert {shlex.quote(str(gguf_file()))}", "base", resumable=False)]
-    chain += data_steps() if options.only != "rl" else ()
-    chain += rl_steps() if options.only != "data" else ()
+    parts = (options.only,) if options.only else PARTS
+    for part in parts:
+        chain += PARTS[part]()
     show_records([perform(step, directory) for step in chain])
     print("\nLoaded by plain transformers, greedy:")
-    if options.only != "rl":
+    if "data" in parts:
         show_answers(directory, ("base", "student", "sft", "distilled"), unseen, tokens=96)
-    if options.only != "data":
+    if "sentiment" in parts:
+        show_trajectory(directory / "sentiment")
+        show_answers(
+            directory, ("base", "sentiment"), ["What do you think of rain?", "Describe an old house."], tokens=40
+        )
+    if "rl" in parts:
         names = ("base", "reward", "rl-1", "rl-1/ema", "rl-2", "slerp", "liti")
         show_answers(directory, names, ["Name a fruit that is yellow."], tokens=24)
     return 0
