@@ -10,8 +10,8 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py holds the 
 3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs when the last
    micro-batch is smaller.
 4. In one process the head reads the last token's state alone, in fp32 also under bf16 autocast: differences of rewards
-   are small beside the rewards. On a CPU attention is in blocks (`causal_attention.py`), a part of the micro-batch at a
-   time, and the two sides are padded apart.
+   are small beside the rewards. On a CPU attention is in blocks and the last layer at that token only (`states.py`), a
+   part of the micro-batch at a time, and the two sides are padded apart.
 5. Dropout is what `--dropout` and `--lora-dropout` say; TRL switches it all off.
 6. A checkpoint holds no model card.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,16 +30,17 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from gemma2.posttrain.data.batching import GroupedByLength
-from gemma2.posttrain.models.causal_attention import blockwise, can_be_blockwise
+from gemma2.posttrain.models.causal_attention import can_be_blockwise
 from gemma2.posttrain.models.lora import check_targets, lora_config
 from gemma2.posttrain.rundir import Run
 from gemma2.posttrain.schemas import RewardConfig
-from gemma2.posttrain.training.sft_trainer import last_hidden_states, plain_model
+from gemma2.posttrain.training.sft_trainer import plain_model
 from gemma2.posttrain.training.trainer import trainer_arguments
 
 from .examples import PairIds, to_dataset
+from .states import all_positions, last_position
 
-__all__ = ["PairTrainer", "drop_block_outputs", "last_states", "make_trainer", "pair_loss"]
+__all__ = ["PairTrainer", "drop_block_outputs", "make_trainer", "pair_loss"]
 
 # Options of TRL about what is done here: rendering, cutting, order, dropout.
 UNUSED = (
@@ -56,21 +56,16 @@ def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring:
     return -F.logsigmoid(difference) + centring * (chosen + rejected) ** 2
 
 
-def last_states(model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Last hidden state (B, d) fp32 of the last token of rows (B, T) that are padded on the right."""
-    states = last_hidden_states(plain_model(model), ids)
-    return states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
-
-
 class PairTrainer(GroupedByLength, RewardTrainer):
     """RewardTrainer with batches of similar pairs and the loss above."""
 
     loss_is_scaled_for_ga = True
     part_tokens: int | None = None
 
-    def __init__(self, *arguments: Any, centring: float = 0.0, **options: Any) -> None:
+    def __init__(self, *arguments: Any, centring: float = 0.0, dropout: float = 0.0, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.centring = centring
+        self.centring, self.dropout = centring, dropout
+        drop_block_outputs(self.model, dropout)
         self.reads_last_states = self.accelerator.num_processes == 1
         on_cpu = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
         # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
@@ -107,9 +102,13 @@ class PairTrainer(GroupedByLength, RewardTrainer):
             return chosen, rejected
         lengths = inputs["attention_mask"].sum(1)
         sides = []
-        for ids, length in zip(inputs["input_ids"].chunk(2), lengths.chunk(2), strict=True):
-            with blockwise(plain_model(model)) if self.attends_in_blocks else nullcontext():
-                states = last_states(model, ids[:, : int(length.max())], length)
+        for rows, length in zip(inputs["input_ids"].chunk(2), lengths.chunk(2), strict=True):
+            ids = rows[:, : int(length.max())]
+            states = (
+                last_position(model, ids, length, self.dropout)
+                if self.attends_in_blocks
+                else all_positions(model, ids, length)
+            )
             with torch.autocast(states.device.type, enabled=False):
                 sides.append(plain_model(model).score(states).squeeze(-1))
         return sides[0], sides[1]
@@ -186,13 +185,12 @@ def make_trainer(
     with warnings.catch_warnings():
         # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
         warnings.simplefilter("ignore", FutureWarning)
-        trainer = PairTrainer(
+        return PairTrainer(
             model=model,
             args=TrlRewardConfig(**arguments, disable_dropout=False),
             train_dataset=to_dataset(pairs),
             processing_class=tokenizer,
             peft_config=lora_config(config, "SEQ_CLS"),
             centring=config.center_coefficient,
+            dropout=config.dropout,
         )
-    drop_block_outputs(trainer.model, config.dropout)
-    return trainer
