@@ -6,7 +6,8 @@
 
 A block of queries meets the keys up to its own end, in a local layer those of its window: about half of the score
 matrix is never formed. The soft cap's steps are done in place, and the heads that share keys are one product, so that
-keys and values are not repeated. Rows are padded on the right, so nothing looks at padding; it needs no mask.
+keys and values are not repeated. Rows are padded on the right, so nothing looks at padding; it needs no mask. Where no
+gradient is asked for, no block outlives its turn.
 
 Deviation from transformers' eager attention: none but the order of sums. No dropout, no attention weights.
 """
@@ -65,34 +66,60 @@ def causal_attention(
     groups = heads // key.shape[1]
     shape = (batch * key.shape[1], tokens, dim)
     grouped = query.reshape(batch * key.shape[1], groups, tokens, dim)
-    output = _Attention.apply(grouped, key.reshape(shape), value.reshape(shape), scale, cap, window)
+    arguments = (grouped, key.reshape(shape), value.reshape(shape), scale, cap, window)
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    output = _Attention.apply(*arguments) if learns else _attend(*arguments)
     return output.view(query.shape)
 
 
+Kept = list[tuple[Tensor, Tensor | None]]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    cap: float | None,
+    window: int | None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """query (N, G, T, D), key and value (N, T, D): N key heads of all rows, G query heads that share each.
+
+    `kept` takes what the backward pass needs of each block: the weights and the bounded scores.
+    """
+    output = torch.empty_like(query)
+    for rows, columns in _blocks(query.shape[2], window):
+        scores = torch.baddbmm(
+            query.new_empty(()),
+            _rows(query, rows),
+            key[:, columns].transpose(1, 2),
+            beta=0,
+            alpha=scale if cap is None else scale / cap,
+        )
+        mask = _mask(rows, columns, window, query)
+        square = scores.view(len(query), -1, rows.stop - rows.start, scores.shape[-1])
+        bounded = scores.tanh_() if cap is not None else None
+        if cap is None:
+            masked = square.add_(mask)
+        else:  # in place where nothing will ask for the bounded scores again
+            masked = torch.add(mask, square, alpha=cap, out=square if kept is None else None)
+        weights = torch.softmax(masked.view(scores.shape), -1)
+        output[:, :, rows] = torch.bmm(weights, value[:, columns]).view(output[:, :, rows].shape)
+        if kept is not None:
+            kept.append((weights, bounded))
+    return output
+
+
 class _Attention(torch.autograd.Function):
-    """query (N, G, T, D), key and value (N, T, D): N key heads of all rows, G query heads that share each."""
+    """`_attend` with its backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None, window: int | None
     ) -> Tensor:
-        output = torch.empty_like(query)
-        kept: list[tuple[Tensor, Tensor | None]] = []
-        for rows, columns in _blocks(query.shape[2], window):
-            scores = torch.baddbmm(
-                query.new_empty(()),
-                _rows(query, rows),
-                key[:, columns].transpose(1, 2),
-                beta=0,
-                alpha=scale if cap is None else scale / cap,
-            )
-            mask = _mask(rows, columns, window, query)
-            square = scores.view(len(query), -1, rows.stop - rows.start, scores.shape[-1])
-            bounded = scores.tanh_() if cap is not None else None
-            masked = square.add_(mask) if cap is None else torch.add(mask, square, alpha=cap)
-            weights = torch.softmax(masked.view(scores.shape), -1)
-            output[:, :, rows] = torch.bmm(weights, value[:, columns]).view(output[:, :, rows].shape)
-            kept.append((weights, bounded))
+        kept: Kept = []
+        output = _attend(query, key, value, scale, cap, window, kept)
         ctx.save_for_backward(query, key, value)
         ctx.kept, ctx.scale, ctx.window = kept, scale, window
         return output

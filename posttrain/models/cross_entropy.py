@@ -1,12 +1,13 @@
 """Cross-entropy of chosen positions from last hidden states, loss and gradient in one pass over chunks of logits.
 
-    L = - scale * sum_i log softmax(c(W h_i))[y_i],     c(z) = cap * tanh(z / cap), or z without a soft cap
-    dL/dz_i = scale * (softmax(c(z_i)) - onehot(y_i)) * (1 - tanh(z_i / cap)^2)
-                                                              soft cap: Gemma 2 report (2408.00118), section 2
+    L = - sum_i w_i log p_i(y_i),   p_i = softmax(x_i),   x_i = c(W h_i) / T,   c(z) = cap tanh(z / cap), or z
+    dL/dz_i = w_i / T (p_i - onehot(y_i)) (1 - tanh(z_i / cap)^2),   z_i = W h_i
+    entropy_i = log sum exp x_i - p_i x_i                     soft cap: Gemma 2 report (2408.00118), section 2
 
-The logits of a chunk exist once: their gradient replaces them, and goes into the gradients of h and W before the next
-chunk is formed. So the head costs three matrix products, where a loss that forms its logits again in the backward pass
-costs four, and no more than `CHUNK` logits are ever held.
+T is the temperature of sampling. The weights w carry no gradient: a constant in SFT, the advantage of its sequence in
+RL. The logits of a chunk exist once: their gradient replaces them, and goes into the gradients of h and W before the
+next chunk is formed. So the head costs three matrix products, where a loss that forms its logits again in the backward
+pass costs four. Everything between the products is done a tile of rows at a time, which stays in the caches.
 
 Deviation from TRL 1.16, whose head scores every position where there is no Triton: only targets are scored. Gradients
 agree to rounding (tests/posttrain/models/test_cross_entropy.py).
@@ -14,23 +15,25 @@ agree to rounding (tests/posttrain/models/test_cross_entropy.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["plain_head", "summed_cross_entropy"]
+__all__ = ["plain_head", "summed_cross_entropy", "target_logps", "weighted_cross_entropy"]
 
-CHUNK = 2**24  # logits held at once: 64 MiB in fp32, and as much again under a soft cap
-# What other architectures do to their logits besides a soft cap.
+CHUNK = 2**24  # logits held at once: 64 MiB in fp32,
+ROWS = 128  # but no fewer rows: each chunk reads W and writes its gradient once
+TILE = 2**22  # of them between two products: 16 MiB
+# What other architectures do to their logits besides a soft cap. Without effect at 1.
 SCALINGS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def plain_head(model: Any) -> bool:
     """Whether the logits of a causal LM are `c(W h)` and nothing else: no bias, no further scaling, no adapter."""
     head = model.get_output_embeddings()
-    scaled = any(getattr(model.config, name, None) is not None for name in SCALINGS)
+    scaled = any(getattr(model.config, name, None) not in (None, 1) for name in SCALINGS)
     return isinstance(head, torch.nn.Linear) and head.bias is None and not scaled
 
 
@@ -41,65 +44,133 @@ def summed_cross_entropy(
 
     hidden: last hidden states (N, d); targets: (N,) ids. `model` has a `plain_head`.
     """
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    weight = model.get_output_embeddings().weight
-    loss, logps, hits = _CrossEntropy.apply(hidden, weight, targets, cap, scale, torch.is_grad_enabled())
+    weights = torch.full((len(targets),), scale, dtype=_exact(hidden), device=hidden.device)
+    loss, logps, hits, _ = _apply(model, hidden, targets, weights, 1.0, False)
     return loss, logps, hits
+
+
+def weighted_cross_entropy(
+    model: Any, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of -weight * log pi, with gradient in the states and the head; log pi (N,) and entropies (N,), nats).
+
+    hidden: last hidden states (N, d); targets: (N,) ids; weights: (N,). `model` has a `plain_head`. fp32, or fp64 where
+    the states are.
+    """
+    loss, logps, _, entropies = _apply(model, hidden, targets, weights, temperature, True)
+    return loss, logps, entropies
+
+
+@torch.no_grad()
+def target_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log pi (N,) of `targets`, nats, without gradient. Arguments as above."""
+    return _apply(model, hidden, targets, hidden.new_ones(len(targets)), temperature, False)[1]
+
+
+class _Form(NamedTuple):
+    """The constants of a call. `learns`: gradients are wanted, which needs_input_grad does not know under no_grad."""
+
+    cap: float | None
+    temperature: float
+    entropies: bool
+    learns: bool
+
+    @property
+    def before(self) -> float:
+        """The factor of the states before the product with W."""
+        return 1.0 / (self.temperature if self.cap is None else self.cap)
+
+    @property
+    def after(self) -> float:
+        """The factor of what comes out of the product and the tanh."""
+        return 1.0 if self.cap is None else self.cap / self.temperature
+
+
+def _apply(
+    model: Any, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float, entropies: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = _Form(
+        getattr(model.config, "final_logit_softcapping", None), temperature, entropies, torch.is_grad_enabled()
+    )
+    weight = model.get_output_embeddings().weight
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(hidden, weight, targets, weights, form)
+    return result
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, scale: float, learns: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # needs_input_grad knows nothing of no_grad.
-        wants_hidden, wants_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, form: _Form
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = (form.learns and needed for needed in ctx.needs_input_grad[:2])
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
         to_weight = torch.zeros_like(weight) if wants_weight else None
-        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        exact = _exact(hidden)
+        logps, entropies = (torch.zeros(len(targets), dtype=exact, device=hidden.device) for _ in range(2))
         hits = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-        size = min(len(targets), max(1, CHUNK // weight.shape[0]))
+        factors = (weights / form.temperature)[:, None]
+        size = min(len(targets), max(ROWS, CHUNK // len(weight)))
         # Fresh memory for every chunk would cost as much as the arithmetic: the pages have to be mapped each time.
-        buffers = hidden.new_empty(2 if cap is None else 3, size, weight.shape[0])
+        logits, space = hidden.new_empty(size, len(weight)), _tile(size, len(weight), exact, hidden)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             states = hidden[part]
-            space = buffers[:, : len(states)]
-            torch.mm(states, weight.T, out=space[0])
-            logps[part], hits[part], gradient = _chunk(space, targets[part], cap, wants_hidden or wants_weight)
+            chunk = torch.mm(states * form.before, weight.T, out=logits[: len(states)])
+            for first in range(0, len(states), len(space)):
+                tile = slice(first, first + len(space))
+                at = slice(start + first, start + min(first + len(space), len(states)))
+                logps[at], hits[at], entropies[at] = _tile_of(
+                    chunk[tile], targets[at], form, space, wants_hidden or wants_weight
+                )
             if to_hidden is not None:
-                torch.mm(gradient, weight, out=to_hidden[part])
+                torch.mm(chunk, weight, out=to_hidden[part]).mul_(factors[part])
             if to_weight is not None:
-                to_weight.addmm_(gradient.T, states)
-        ctx.to_hidden, ctx.to_weight, ctx.scale = to_hidden, to_weight, scale
-        ctx.mark_non_differentiable(logps, hits)
-        return -scale * logps.sum(), logps, hits
+                to_weight.addmm_(chunk.T, (states * factors[part]).to(states.dtype))
+        ctx.to_hidden, ctx.to_weight = to_hidden, to_weight
+        ctx.mark_non_differentiable(logps, hits, entropies)
+        return -(weights * logps).sum(), logps, hits, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        factor = ctx.scale * upstream
-        to_hidden = ctx.to_hidden.mul_(factor) if ctx.to_hidden is not None else None
-        to_weight = ctx.to_weight.mul_(factor) if ctx.to_weight is not None else None
+        to_hidden = ctx.to_hidden.mul_(upstream) if ctx.to_hidden is not None else None
+        to_weight = ctx.to_weight.mul_(upstream) if ctx.to_weight is not None else None
         del ctx.to_hidden, ctx.to_weight
-        return to_hidden, to_weight, None, None, None, None
+        return to_hidden, to_weight, None, None, None
 
 
-def _chunk(space: Tensor, targets: Tensor, cap: float | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi (n,) of the targets, whether each is the mode (n,), the gradient (n, V) of -sum log pi in the raw logits.
+def _exact(hidden: Tensor) -> torch.dtype:
+    """fp32, or fp64 where the states are: what sums over a vocabulary need."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
-    space: (2 or, under a soft cap, 3, n, V) memory that is overwritten; the raw logits come in space[0].
+
+def _tile(rows: int, vocabulary: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory for the probabilities of some rows."""
+    return like.new_empty(min(rows, max(1, TILE // vocabulary)), vocabulary, dtype=dtype)
+
+
+def _tile_of(
+    raw: Tensor, targets: Tensor, form: _Form, space: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(log pi (n,) of the targets; whether each is the mode (n,); entropies (n,), or 0 where they are not asked for).
+
+    raw: (n, V) what came out of the product. With `gradient` it becomes the gradient of -sum log pi in W h / T.
     """
-    logits, logps = space[0], space[1]
-    if cap is not None:
-        bounded = logits.div_(cap).tanh_()
-        logits = torch.mul(bounded, cap, out=space[2])
-    torch.log_softmax(logits, -1, out=logps)
-    chosen = logps.gather(1, targets[:, None])
-    hits = chosen.squeeze(1) >= logps.amax(-1)
+    inner = raw.to(space.dtype)  # itself, unless the states are of half precision
+    if form.cap is not None:
+        inner.tanh_()
+    probs = torch.mul(inner, form.after, out=space[: len(inner)])
+    chosen, mode = probs.gather(1, targets[:, None]).squeeze(1), probs.amax(-1)
+    torch.softmax(probs, -1, out=probs)
+    # The mode's probability is never too small for a logarithm, as that of a target may be.
+    total = mode - probs.amax(-1).log()  # log sum exp
+    entropies = total - form.after * torch.linalg.vecdot(probs, inner) if form.entropies else 0.0
     if gradient:
-        logps.exp_()
-        logps.scatter_add_(1, targets[:, None], torch.full_like(chosen, -1.0))
-        if cap is not None:
-            torch.addcmul(logps, logps, bounded.square_(), value=-1, out=logps)
-    return chosen.squeeze(1), hits, logps
+        probs.scatter_add_(1, targets[:, None], probs.new_full((len(probs), 1), -1.0))
+        if form.cap is not None:
+            torch.addcmul(probs, probs, inner.square_(), value=-1, out=inner)
+        else:
+            inner.copy_(probs)
+        if inner is not raw:
+            raw.copy_(inner)
+    return chosen - total, chosen >= mode, entropies

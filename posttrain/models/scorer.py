@@ -6,24 +6,43 @@ The temperature is that of sampling: the policy of the RL objective is softmax(l
 anchor's and the SFT policy's log-probs are all taken there (WARP 2406.16768, Algorithm 1, line 6). The soft cap comes
 before it, as in the model. Rows are padded on the right and no position after a row's end can be seen from inside it,
 so neither padding nor the prompt enters, and the LM head runs on completion positions alone, in chunks.
+
+On a CPU eager attention is done in blocks (`causal_attention.py`), and rows of similar length share a forward pass. On
+an accelerator attention is what the model was loaded with; flash and flex attention build their own causal masks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gemma2.merging.errors import InputError
+
 from .attention import causal_masks
+from .causal_attention import blockwise, can_be_blockwise
+from .cross_entropy import SCALINGS, plain_head, target_logps
 from .sampler import evaluating, length_batches
 
-__all__ = ["head_logits", "head_logps", "hidden_states", "mean_and_error", "token_logps"]
+__all__ = [
+    "head_in_one_pass",
+    "head_logits",
+    "head_logps",
+    "hidden_states",
+    "last_hidden_states",
+    "mean_and_error",
+    "similar_rows",
+    "token_logps",
+]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32
+PART_TOKENS = 2048  # per forward pass on a CPU: what its caches hold of a layer's activations, measured (bench/sft.py)
+PART_COST = 64  # tokens that cost as much as one more forward pass, measured (bench/rlhf.py)
 
 
 @torch.no_grad()
@@ -44,7 +63,7 @@ def token_logps(
                 hidden[row, len(prompts[i]) - 1 : len(prompts[i]) + len(completions[i]) - 1]
                 for row, i in enumerate(batch)
             ]
-            logps, _ = head_logps(model, torch.cat(states), torch.cat(targets), temperature)
+            logps = _scored(model, torch.cat(states), torch.cat(targets), temperature)
             for i, values in zip(batch, logps.cpu().split([len(t) for t in targets]), strict=True):
                 result[i] = values
     return result
@@ -55,23 +74,71 @@ def hidden_states(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(indices, last hidden states (B, T, d)) in batches of similar length, padded on the right."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    for batch in length_batches([len(row) for row in rows], batch_size):
-        width = len(rows[batch[0]])
-        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch], device=model.device)
-        positions = torch.arange(width, device=model.device)[None]
-        output = model.base_model(
-            input_ids=ids, attention_mask=causal_masks(model, width), position_ids=positions, use_cache=False
+    for whole in length_batches([len(row) for row in rows], batch_size):
+        lengths = [len(rows[i]) for i in whole]
+        parts = similar_rows(lengths) if model.device.type == "cpu" else [list(range(len(whole)))]
+        for part in parts:
+            batch = [whole[j] for j in part]
+            width = max(lengths[j] for j in part)
+            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch], device=model.device)
+            yield batch, last_hidden_states(model, ids)
+
+
+def similar_rows(lengths: Sequence[int], tokens: int = PART_TOKENS, cost: int = PART_COST) -> list[list[int]]:
+    """Indices of rows of similar length, longest rows first: the cheapest way to cut the sorted rows into parts.
+
+    A part costs its tokens, padding counted, and `cost` more; it holds at most `tokens`, or one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best, cuts = [0], [0]  # of the first rows of `order`: the least cost, and where its last part begins
+    for end in range(1, len(order) + 1):
+        starts = (
+            start
+            for start in range(end - 1, -1, -1)
+            if start == end - 1 or (end - start) * lengths[order[start]] <= tokens
         )
-        yield batch, output.last_hidden_state
+        costs = {start: best[start] + (end - start) * lengths[order[start]] + cost for start in starts}
+        cuts.append(min(costs, key=lambda start: costs[start]))
+        best.append(costs[cuts[-1]])
+    parts: list[list[int]] = []
+    end = len(order)
+    while end:
+        parts.append(order[cuts[end] : end])
+        end = cuts[end]
+    return parts[::-1]
+
+
+def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """(B, T, d) of rows that are padded on the right: causal attention never looks there, so no mask says where."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    name = model.config._attn_implementation
+    # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
+    recomputed = model.training and model.is_activation_checkpointing
+    in_blocks = name == "eager" and ids.device.type == "cpu" and can_be_blockwise(model) and not recomputed
+    masks = causal_masks(model, ids.shape[1]) if name in ("eager", "sdpa") and not in_blocks else None
+    with blockwise(model) if in_blocks else nullcontext():
+        output = model.base_model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def head_in_one_pass(model: Any, hidden: Tensor) -> bool:
+    """Whether `cross_entropy.py` serves these states (N, d): a plain head, on a CPU, states and weights of one dtype.
+
+    On an accelerator a gradient of the head in fp32 beside bf16 states would cost more memory than it saves time.
+    """
+    return (
+        hidden.device.type == "cpu" and plain_head(model) and hidden.dtype == model.get_output_embeddings().weight.dtype
+    )
 
 
 def head_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` and entropies, both (N,) fp32 nats, from last hidden states (N, d).
 
     Differentiable in the log-probs. The logits never exist for more than a chunk of the N positions, backward included.
+    Raises InputError for a model that scales its logits.
     """
-    weight = model.get_output_embeddings().weight
-    size = max(1, CHUNK // weight.shape[0])
+    size = _chunk_rows(model)
     pieces = [
         checkpoint(_chunk_logps, model, states, tokens, temperature, use_reentrant=False)
         if torch.is_grad_enabled() and len(targets) > size
@@ -82,18 +149,45 @@ def head_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) 
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2)."""
+    """Logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2).
+
+    Raises InputError for a model that scales its logits in ways of its own.
+    """
+    for name in SCALINGS:
+        if getattr(model.config, name, None) not in (None, 1):
+            raise InputError(
+                f"a model of type {model.config.model_type} scales its logits ({name}), which is not done here",
+                "take a Gemma, Llama, Mistral or Qwen model",
+            )
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def _scored(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probs of `targets` (N,) without gradient and without entropies, which would need another pass."""
+    if head_in_one_pass(model, hidden):
+        return target_logps(model, hidden, targets, temperature)
+    size = _chunk_rows(model)
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([_target_logps(head_logits(model, states), tokens, temperature)[1] for states, tokens in pieces])
+
+
+def _chunk_rows(model: Any) -> int:
+    return max(1, CHUNK // int(model.get_output_embeddings().weight.shape[0]))
+
+
 def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head_logits(model, hidden)
-    logps = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    every, chosen = _target_logps(head_logits(model, hidden), targets, temperature)
     with torch.no_grad():
-        entropies = -(logps.exp() * logps).sum(-1)
-    return logps.gather(1, targets[:, None]).squeeze(1), entropies
+        entropies = -(every.exp() * every).sum(-1)
+    return chosen, entropies
+
+
+def _target_logps(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log softmax (N, V), that of `targets` (N,))."""
+    every = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    return every, every.gather(1, targets[:, None]).squeeze(1)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

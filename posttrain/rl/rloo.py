@@ -7,6 +7,7 @@ Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/rl/t
 1. `_generate_and_score_completions` is our rollout: shared prefill, kept log-probs, token-level rewards, our anchor.
 2. `_compute_loss` is plain REINFORCE. On-policy, TRL's clipped ratio to the sampling policy is 1, with this gradient;
    in bf16 its noise would clip. The LM head sees completion positions only (on a CPU, TRL's sees the prompt as well).
+   In one process on a CPU rows of similar length are a forward and a backward pass of their own.
 3. TRL gets beta = 0, so that it builds no reference model: the KL is in the reward, to the anchor that we keep.
 4. The loss runs inside the forward of DistributedDataParallel, as TRL's own fused losses do.
 5. A checkpoint also holds the anchor, the sampler's generator and the guards' counters, and no model card. Every step
@@ -30,7 +31,7 @@ from gemma2.merging.errors import InputError, UsageError
 
 from .ema import EmaAnchor
 from .guards import Guards
-from .objective import policy_loss
+from .objective import loss_parts, policy_loss
 from .rollout import Rollout
 
 __all__ = ["AnchorUpdate", "AnchoredRlooTrainer", "prompt_order"]
@@ -128,10 +129,17 @@ class AnchoredRlooTrainer(RLOOTrainer):
         return self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
-        width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
-        ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
-        with self.accelerator.autocast():
-            loss, entropy, tokens = policy_loss(self.rollout.policy, ids, mask, inputs["advantages"], self.temperature)
+        # DistributedDataParallel reduces gradients after one backward pass: with it the batch stays whole.
+        whole = self.accelerator.num_processes > 1
+        passes: list[tuple[Tensor, Tensor, int]] = []
+        for part in loss_parts(inputs["ids"], inputs["mask"], inputs["advantages"], whole):
+            if passes:  # spend the graph of a part before the next one is made
+                self.accelerator.backward(passes[-1][0] / self.current_gradient_accumulation_steps)
+            with self.accelerator.autocast():
+                passes.append(policy_loss(self.rollout.policy, *part, self.temperature))
+        losses, entropies, counts = zip(*passes, strict=True)
+        loss = losses[-1] + sum(value.detach() for value in losses[:-1])
+        entropy, tokens = sum(entropies, torch.zeros_like(loss)), sum(counts)
         everyone = self.accelerator.gather(torch.stack([entropy.detach().float(), entropy.new_tensor(tokens).float()]))
         total, count = everyone.view(-1, 2).sum(0).tolist()
         self._metrics["train"]["entropy"].append(total / count)

@@ -7,7 +7,12 @@ import torch
 
 from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models import cross_entropy as module
-from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
+from gemma2.posttrain.models.cross_entropy import (
+    plain_head,
+    summed_cross_entropy,
+    target_logps,
+    weighted_cross_entropy,
+)
 
 
 class Model:
@@ -30,10 +35,17 @@ def direct(model, hidden, targets, scale):
     return scale * torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
+def in_chunks(monkeypatch, logits):
+    """At most so many logits at once, and tiles of two rows."""
+    monkeypatch.setattr(module, "CHUNK", logits)
+    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setattr(module, "TILE", 50 * 2)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0, 30.0])
 @pytest.mark.parametrize("chunk", [1, 50 * 3, 10**6])
 def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, cap, chunk):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    in_chunks(monkeypatch, chunk)
     torch.manual_seed(0)
     model = Model(torch.randn(50, 6) * 2, cap)
     hidden, targets = torch.randn(8, 6, requires_grad=True), torch.randint(0, 50, (8,))
@@ -44,6 +56,49 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, cap, ch
     of = [hidden, model.head.weight]
     for one, other in zip(torch.autograd.grad(3 * found, of), torch.autograd.grad(3 * expected, of), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 50 * 3, 10**6])
+def test_weights_temperature_and_entropies_are_those_of_all_logits_at_once_in_float64(
+    monkeypatch, cap, temperature, chunk
+):
+    in_chunks(monkeypatch, chunk)
+    torch.manual_seed(0)
+    model = Model(torch.randn(50, 6, dtype=torch.float64) * 2, cap)
+    hidden, targets = torch.randn(8, 6, dtype=torch.float64, requires_grad=True), torch.randint(0, 50, (8,))
+    weights = torch.randn(8, dtype=torch.float64)
+    loss, logps, entropies = weighted_cross_entropy(model, hidden, targets, weights, temperature)
+    logits = hidden @ model.head.weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    choice = torch.distributions.Categorical(logits=logits / temperature)
+    torch.testing.assert_close(logps, choice.log_prob(targets))
+    torch.testing.assert_close(entropies, choice.entropy())
+    expected = -(weights * choice.log_prob(targets)).sum()
+    torch.testing.assert_close(loss, expected)
+    of = [hidden, model.head.weight]
+    for one, other in zip(torch.autograd.grad(3 * loss, of), torch.autograd.grad(3 * expected, of), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(target_logps(model, hidden, targets, temperature), choice.log_prob(targets))
+
+
+def test_a_target_without_any_probability_in_fp32_has_a_finite_log_prob():
+    model = Model(torch.tensor([[0.0], [200.0]]), None)
+    logps = target_logps(model, torch.ones(1, 1), torch.tensor([0]), 1.0)
+    assert logps.tolist() == [-200.0]
+
+
+def test_states_of_half_precision_are_summed_in_fp32():
+    torch.manual_seed(0)
+    model = Model(torch.randn(5000, 6).bfloat16(), 30.0)
+    hidden, targets = torch.randn(4, 6).bfloat16().requires_grad_(), torch.tensor([1, 2, 3, 4])
+    loss, logps, _ = summed_cross_entropy(model, hidden, targets, 1 / 3)
+    expected = direct(model, hidden, targets, 1 / 3)
+    assert logps.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    for one, other in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()
 
 
 def test_a_loss_by_hand():
@@ -73,6 +128,8 @@ def test_heads_with_a_bias_or_a_scale_are_none_of_its_business():
     assert plain_head(model)
     model.config.logit_scale = 0.5
     assert not plain_head(model)
+    model.config.logit_scale = 1.0
+    assert plain_head(model)
     del model.config.logit_scale
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(512))
     assert not plain_head(model)
