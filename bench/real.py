@@ -136,15 +136,15 @@ def sentiment_steps() -> Iterator[Step]:
     """RL of the instruct model towards positive answers: all weights, the EMA anchor, a point every five steps."""
     yield Step(
         "rlhf, sentiment",
-        f"rlhf --policy base --reward-fn real:positive --prompts {shlex.quote(str(PROMPTS))} --steps 20 "
-        "--prompts-per-step 4 --n 4 --max-new-tokens 32 --temperature 1 --learning-rate 1e-5 --warmup-steps 2 "
+        "rlhf --policy base --reward-fn real:positive --prompts brief.jsonl --steps 20 --prompts-per-step 4 --n 4 "
+        "--max-new-tokens 48 --missing-eos-penalty 0.5 --temperature 1 --learning-rate 1e-5 --warmup-steps 2 "
         "--beta 0.02 --mu 0.1 --eval-every 5 --eval-prompts 12 --save-every 5",
         "sentiment",
     )
 
 
 def prepare(directory: Path, prompts: Path, column: str) -> list[str]:
-    """Write the student's recipe and both sets of questions; returns the first of those that are never trained on."""
+    """Write the student's recipe and all sets of questions; returns the first of those that are never trained on."""
     first, last = LEFT_OUT
     layers = f"  - sources: [{{model: base, layer_range: [0, {first}]}}]\n"
     layers += f"  - sources: [{{model: base, layer_range: [{last}, 30]}}]\n"
@@ -154,6 +154,9 @@ def prepare(directory: Path, prompts: Path, column: str) -> list[str]:
     for name, chosen in (("questions", texts[:-UNSEEN]), ("unseen", texts[-UNSEEN:])):
         rows = "".join(json.dumps({"prompt": text}) + "\n" for text in chosen)
         (directory / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    asked = (json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines())
+    rows = "".join(json.dumps({"prompt": f"Answer in one short sentence. {text}"}) + "\n" for text in asked)
+    (directory / "brief.jsonl").write_text(rows, encoding="utf-8")
     return texts[-UNSEEN:][:SHOWN]
 
 

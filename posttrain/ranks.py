@@ -71,6 +71,10 @@ class Ranks:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def share(self, count: int) -> slice:
+        """The part of `count` things that is this rank's; all parts in order are the whole."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def barrier(self) -> None:
         """Wait for the others."""
         self.gather(None)

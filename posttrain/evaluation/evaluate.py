@@ -34,8 +34,9 @@ from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.models.loading import load_policy
-from gemma2.posttrain.models.sampler import Completions, SamplingParams, evaluating, sample
+from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
 from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
+from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
@@ -54,6 +55,7 @@ class Settings:
     batch_size: int = 32  # sequences at once
     seed: int = 0
     keep: int = 8  # prompts whose first completion is kept as a sample row
+    ranks: Ranks = ALONE  # the processes that share the prompts; each of them gets the whole result
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ class Measurement:
         return flat
 
 
+Part = tuple[Sampled, dict[str, list[float]]]  # completions, and a value for each by metric
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error of independent values."""
     return Estimate(*mean_and_error(torch.tensor(list(values), dtype=torch.float64)))
@@ -134,16 +139,18 @@ def measure(
     params = settings.sampling
     generator = torch.Generator().manual_seed(settings.seed)
     size = max(1, 4 * settings.batch_size // params.n)  # prompts a chunk: enough to sort by length, few enough to watch
-    parts: list[tuple[Sampled, dict[str, list[float]]]] = []
+    parts: list[Part | None] = []
     with evaluating(model), evaluating(reference), progress.task(label, total=len(rows), unit="prompts") as task:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
-            prompts = [chat.prompt_ids(row.messages) for row in chunk]
-            drawn = sample(model, prompts, params, chat.stop_ids, _pad_id(chat), generator, settings.batch_size)
-            sampled = _sampled(chat, chunk, prompts, drawn)
-            parts.append((sampled, _values(model, reference, sampled, scores, settings)))
+            uniforms = random_numbers(len(chunk) * params.n, params, generator)
+            own = settings.ranks.share(len(chunk))
+            uniforms = uniforms[own.start * params.n : own.stop * params.n]
+            sampled = _drawn(model, chat, chunk[own], uniforms, settings)
+            parts.append((sampled, _values(model, reference, sampled, scores, settings)) if sampled else None)
             task.advance(len(chunk))
-    return _collect(parts, settings)
+    of_every_chunk = zip(*settings.ranks.gather(parts), strict=True)
+    return _collect([part for parts in of_every_chunk for part in parts if part is not None], settings)
 
 
 def _pad_id(chat: ChatFormat) -> int:
@@ -151,7 +158,15 @@ def _pad_id(chat: ChatFormat) -> int:
     return int(pad) if pad is not None else 0
 
 
-def _sampled(chat: ChatFormat, rows: Sequence[Prompt], prompts: Sequence[list[int]], drawn: Completions) -> Sampled:
+def _drawn(
+    model: Any, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: Settings
+) -> Sampled | None:
+    """Completions of the rows with these random numbers; None where there is no row."""
+    if not rows:
+        return None
+    params, size = settings.sampling, settings.batch_size
+    prompts = [chat.prompt_ids(row.messages) for row in rows]
+    drawn = sample(model, prompts, params, chat.stop_ids, _pad_id(chat), None, size, uniforms)
     return Sampled(
         rows=[rows[i] for i in drawn.prompt_index],
         prompts=[prompts[i] for i in drawn.prompt_index],
@@ -180,7 +195,7 @@ def _values(
     return values
 
 
-def _collect(parts: Sequence[tuple[Sampled, dict[str, list[float]]]], settings: Settings) -> Measurement:
+def _collect(parts: Sequence[Part], settings: Settings) -> Measurement:
     n = settings.sampling.n
     per_prompt: dict[str, list[float]] = {name: [] for name in parts[0][1]}
     samples: list[dict[str, Any]] = []

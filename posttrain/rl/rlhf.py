@@ -174,12 +174,11 @@ class Evaluation(PeriodicEvaluation):
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""
         rollout, config = self.setup.rollout, self.config
-        settings = Settings(
-            SamplingParams(config.max_new_tokens, config.temperature), rollout.batch_size, config.seed, keep=4
-        )
+        params = SamplingParams(config.max_new_tokens, config.temperature)
+        settings = Settings(params, rollout.batch_size, config.seed, keep=4, ranks=self.run.ranks)
         with self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
-        self.last = self.run.ranks.on_main(measured.columns)  # rounding must not make ranks decide differently
+        self.last = measured.columns()
         kl, truncated = float(self.last["kl"] or 0.0), float(self.last["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
             raise RuntimeError(f"KL to the SFT policy is {kl:.3g} nats before the first step, not 0")

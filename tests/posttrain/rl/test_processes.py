@@ -18,6 +18,8 @@ from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.evaluation.evaluate import Settings, measure
+from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.ranks import Ranks
 from gemma2.posttrain.rl.rlhf import local_rows
 from gemma2.posttrain.rl.rollout import Rollout
@@ -60,6 +62,25 @@ def test_every_rank_draws_its_share_of_what_one_process_would_draw():
     assert torch.equal(torch.cat([batch.advantages for batch, _ in parts]), whole.advantages)
     # The last rank has heard everything: its figures are those of the whole batch.
     assert parts[1][1] == figures
+
+
+def test_an_evaluation_is_shared_and_each_rank_has_the_whole_of_it():
+    policy, reference = random_model(), random_model(1)
+    chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
+    rows = [Prompt("", [{"role": "user", "content": f"What is {a} plus 3?"}]) for a in range(5)]
+    score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}  # noqa: E731
+
+    def measured(ranks, batch_size=1):  # several chunks, the last one smaller than the number of ranks
+        settings = Settings(SamplingParams(6, n=2), batch_size, seed=4, ranks=ranks)
+        return measure(policy, reference, chat, rows, [score], settings)
+
+    whole = measured(Ranks())
+    Told.heard.clear()
+    measured(Told(0, 2))
+    last = measured(Told(1, 2))
+    assert last.samples == whole.samples
+    assert last.columns() == pytest.approx(whole.columns(), rel=1e-5)
+    assert [Ranks(rank, 3).share(5) for rank in range(3)] == [slice(0, 1), slice(1, 3), slice(3, 5)]
 
 
 def test_ranks_share_the_prompts_of_a_step_evenly():
