@@ -26,7 +26,8 @@ own class over a stand-in for vLLM with the same interface.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,6 +46,8 @@ from gemma2.posttrain.schemas import RlFields, VllmFields
 
 __all__ = ["VllmSampler"]
 
+# TRL sets these for vLLM. Left behind, they would tell the next run of this process (WARP) that a launcher started it.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 REQUESTS = 64  # at a server at once
 ANOTHER_MODEL = 0.5  # nats per token between vLLM's log-probs and ours; rounding to bf16 gives about a hundredth
 
@@ -72,6 +75,7 @@ class VllmSampler:
         self.ranks = ranks
         self.mismatch: float | None = None
         self._synced = False
+        self._environment: dict[str, str | None] = {}
         self._seeds = _Seeds()
         if generation.mode == "server":
             if ranks.is_main:
@@ -92,12 +96,13 @@ class VllmSampler:
     ) -> VllmSampler:
         """Start vLLM beside the policy, or connect to the server.
 
-        policy: the causal LM in training, whole on every process, with adapters in
-        its layers if it has any. generator: the same on every process, and all the state there is.
+        policy: the causal LM in training, whole on every process, with adapters in its layers if it has any.
+        generator: the same on every process, and all the state there is.
         Raises UsageError where vLLM or a GPU is missing or the processes do not divide, InputError where vLLM or the
         server refuses.
         """
         check_usable(config, accelerator.device, ranks)
+        environment = {name: os.environ.get(name) for name in LAUNCHER}
         rows = config.prompts_per_step // ranks.size * config.n
         try:
             generation = PlainWeights(
@@ -117,9 +122,12 @@ class VllmSampler:
                 generation_kwargs={"stop_token_ids": list(chat.stop_ids)},
             )
         except (ValueError, RuntimeError, OSError) as error:
+            _restore(environment)
             detail = " ".join(str(error).split())[:200]
             raise InputError(f"--engine vllm does not start: {detail}", "see vLLM's own log above") from error
-        return cls(generation, policy, chat, generator, batch_size, ranks)
+        sampler = cls(generation, policy, chat, generator, batch_size, ranks)
+        sampler._environment = environment
+        return sampler
 
     def sync(self) -> None:
         """Copy the policy's weights to vLLM: before the first draw, and after every optimizer step and resume."""
@@ -158,6 +166,7 @@ class VllmSampler:
                 self.generation.vllm_client.close_communicator()
         else:
             self.generation.llm = None
+        _restore(self._environment)
 
     def _first_slot(self, rows: int) -> int:
         """The number, among the completions of all processes, of the first one that vLLM is asked for here."""
@@ -190,6 +199,15 @@ def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None
             f"--vllm-tensor-parallel {config.vllm_tensor_parallel} does not divide the {ranks.size} processes",
             "start a multiple of it with torchrun",
         )
+
+
+def _restore(environment: Mapping[str, str | None]) -> None:
+    """Set environment variables to what they were; None: there was none."""
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _mismatch(theirs: Any, ours: Sequence[Tensor]) -> float | None:

@@ -1,6 +1,7 @@
 """Samples from vLLM: TRL's own VLLMGeneration over a stand-in for the engine, in this process and at a server."""
 
 import inspect
+import json
 import os
 import types
 
@@ -8,20 +9,24 @@ import fake_vllm
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from trl.generation import vllm_generation as trl_vllm
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.merging.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.ranks import Ranks
-from gemma2.posttrain.rl import vllm
+from gemma2.posttrain.rl import rlhf, vllm
+from gemma2.posttrain.rl.rlhf import run_rlhf
 from gemma2.posttrain.rl.vllm import VllmSampler
-from gemma2.posttrain.schemas import VllmFields
+from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.schemas import RlhfConfig, VllmFields
 
 PROMPTS = [[2, 9, 8], [2, 5, 7, 11]]
 N, LIMIT, TEMPERATURE = 3, 6, 0.8
@@ -63,8 +68,9 @@ def engine(monkeypatch, model_dir):
     monkeypatch.setattr(fake_vllm.Client, "model", str(model_dir))
     for module in (trl_vllm, vllm):
         monkeypatch.setattr(module, "is_vllm_available", lambda: True)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # TRL sets them for good
-        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    for name in vllm.LAUNCHER:  # TRL sets them for good
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     for calls in (fake_vllm.LLM.calls, fake_vllm.LLM.made, fake_vllm.Client.made):
         calls.clear()
     shown = types.SimpleNamespace(type="cuda")
@@ -207,6 +213,42 @@ def test_a_draw_before_the_first_sync_is_a_bug(model_dir, engine):
         started(model_dir, engine).draw(PROMPTS, N)
 
 
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def evens(completion_ids, **_):
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def rl(model_dir, prompts, out, resume=False, progress=None, **fields):
+    common = {"policy": model_dir, "prompts": prompts, "heldout": prompts, "reward_fn": f"{__name__}:evens"}
+    sizes = {"steps": 4, "prompts_per_step": 2, "n": N, "max_new_tokens": LIMIT, "save_every": 1, "eval_prompts": 2}
+    learning = {"learning_rate": 1e-2, "warmup_steps": 0, "mu": 0.3, "temperature": TEMPERATURE}
+    config = RlhfConfig(engine="vllm", **(common | sizes | learning | fields))
+    run_rlhf(config, RunOptions(out, resume), progress or SILENT)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rl_draws_from_vllm_and_a_resumed_run_goes_on_with_its_weights_and_seeds(
+    model_dir, engine, tmp_path, monkeypatch, interrupting
+):
+    for module in (vllm, rlhf):
+        monkeypatch.setattr(module, "check_usable", lambda *arguments: None)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": text}) for text in ("What is 2 + 3?", "Say hello.", "And?")]
+    prompts.write_text("\n".join(rows))
+    whole = rl(model_dir, prompts, tmp_path / "whole")
+    steps = [row for row in whole if "kind" not in row]
+    assert [abs(row["vllm_mismatch"]) < 1e-5 for row in steps] == [True] * 4, "vLLM has the weights of every step"
+    assert abs(steps[0]["kl_anchor"]) == 0, "equal weights, one forward: exactly 0"
+    assert abs(steps[-1]["kl_anchor"]) > 1e-3
+    with pytest.raises(KeyboardInterrupt):
+        rl(model_dir, prompts, tmp_path / "cut", progress=interrupting(2))
+    assert rl(model_dir, prompts, tmp_path / "cut", resume=True) == whole
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 # --- starting -------------------------------------------------------------------------------------------------------
 
 
@@ -221,8 +263,10 @@ def test_the_options_reach_vllm_by_trls_names(model_dir, engine):
     params = fake_vllm.LLM.calls[-1][0]
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (TEMPERATURE, 1.0, 0, 0.0)
     assert set(params.stop_token_ids) == {1, 107}
+    assert os.environ["LOCAL_RANK"] == "0", "TRL's doing"
     sampler.close()
     assert sampler.generation.llm is None
+    assert not os.environ.keys() & set(vllm.LAUNCHER), "the next run of this process is no child of a launcher"
 
 
 def test_a_server_is_joined_and_left(model_dir, engine):
