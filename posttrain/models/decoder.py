@@ -23,6 +23,7 @@ from transformers import Gemma2ForCausalLM
 from transformers.cache_utils import Cache
 
 from .attention import KvLayer, layer_masks
+from .lora import adapters_are_products, weight_of
 
 __all__ = ["Gemma2Decoder"]
 
@@ -39,14 +40,16 @@ class Gemma2Decoder:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether `model` is a Gemma 2 as released: no adapters, no biases, no other rotation or activation."""
+        """Whether `model` is a Gemma 2 as released: no biases, no other rotation or activation. Linear layers may hold
+        LoRA adapters, whose products are added to the weights for as long as the decoder lives."""
         config = model.config
         return (
             type(model) is Gemma2ForCausalLM
             and config.hidden_activation == "gelu_pytorch_tanh"
             and not config.attention_bias
             and config.rope_parameters.get("rope_type") == "default"
-            and not any("lora" in name for name, _ in model.named_parameters())
+            and adapters_are_products(model)
+            and isinstance(model.lm_head, torch.nn.Linear)
         )
 
     def _rotations(self, length: int) -> tuple[Tensor, Tensor]:
@@ -95,13 +98,13 @@ class _Norm:
 
 
 class _Layer:
-    """One block: its q, k and v weights side by side, everything else the module's own."""
+    """One block: its q, k and v weights side by side, everything else the module's own, products of adapters added."""
 
     def __init__(self, layer: Any) -> None:
-        self.attention, self.mlp = layer.self_attn, layer.mlp
-        self.qkv = torch.cat(
-            [p.weight for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)]
-        )
+        self.attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = torch.cat([weight_of(getattr(self.attention, f"{name}_proj")) for name in "qkv"])
+        self.out = weight_of(self.attention.o_proj)
+        self.gate, self.up, self.down = (weight_of(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.before_attention, self.after_attention = (
             _Norm(layer.input_layernorm),
             _Norm(layer.post_attention_layernorm),
@@ -118,9 +121,9 @@ class _Layer:
         attended = self._attend(self.before_attention(hidden), cos, sin, mask, kv)
         hidden = hidden + self.after_attention(attended)
         inner = self.before_mlp(hidden)
-        gate = F.gelu(F.linear(inner, self.mlp.gate_proj.weight), approximate="tanh")
-        gated = gate.mul_(F.linear(inner, self.mlp.up_proj.weight))
-        return hidden + self.after_mlp(F.linear(gated, self.mlp.down_proj.weight))
+        gate = F.gelu(F.linear(inner, self.gate), approximate="tanh")
+        gated = gate.mul_(F.linear(inner, self.up))
+        return hidden + self.after_mlp(F.linear(gated, self.down))
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
         rows, head_dim = x.shape[0], self.attention.head_dim
@@ -138,4 +141,4 @@ class _Layer:
         if self.cap is not None:
             weights = weights.div_(self.cap).tanh_().mul_(self.cap)
         weights = torch.softmax(weights.add_(mask), -1, dtype=torch.float32).to(values.dtype)
-        return F.linear(torch.matmul(weights, values).view(rows, -1), self.attention.o_proj.weight)
+        return F.linear(torch.matmul(weights, values).view(rows, -1), self.out)

@@ -23,12 +23,14 @@ from .loading import open_to_readers
 
 __all__ = [
     "adapted_weights",
+    "adapters_are_products",
     "check_targets",
     "lora_config",
     "merged",
     "merged_copy",
     "save_adapter",
     "sharing_copy",
+    "weight_of",
     "with_weights",
 ]
 
@@ -72,14 +74,40 @@ def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     model: a causal LM with adapters in its layers, inside or outside peft's wrapper.
     """
-    from peft.tuners.lora import LoraLayer
-
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, module in plain.named_modules():
-        if isinstance(module, LoraLayer):
-            (adapter,) = module.active_adapters
-            weight = module.get_base_layer().weight.detach().float()
-            yield f"{name}.weight", weight + module.get_delta_weight(adapter).detach().float()
+        if hasattr(module, "lora_A"):
+            yield f"{name}.weight", _product_added(module, torch.float32)
+
+
+def weight_of(linear: Any) -> Tensor:
+    """The weight of a linear layer, with the product of its adapter added where it has one, in the weight's dtype."""
+    if not hasattr(linear, "lora_A"):
+        return linear.weight  # type: ignore[no-any-return]
+    return _product_added(linear, linear.get_base_layer().weight.dtype)
+
+
+def _product_added(layer: Any, dtype: torch.dtype) -> Tensor:
+    (adapter,) = layer.active_adapters
+    weight = layer.get_base_layer().weight.detach().float()
+    return (weight + layer.get_delta_weight(adapter).detach().float()).to(dtype)
+
+
+def adapters_are_products(model: Any) -> bool:
+    """Whether every adapter in a model is one of W + s B A on a linear layer, and switched on."""
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    if not adapted:
+        return True
+    from peft.tuners.lora import Linear
+
+    return all(
+        type(module) is Linear
+        and len(module.active_adapters) == 1
+        and not module.lora_variant  # DoRA and its like
+        and not module.disable_adapters
+        and not module.merged
+        for module in adapted
+    )
 
 
 def sharing_copy(model: Any) -> Any:

@@ -292,12 +292,39 @@ def test_the_decoder_gives_the_logits_of_transformers(model):
             assert torch.allclose(logits, expected, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
 def test_the_decoder_declines_what_it_does_not_compute():
     assert Gemma2Decoder.fits(gemma())
     assert not Gemma2Decoder.fits(gemma(attention_bias=True))
     assert not Gemma2Decoder.fits(gemma(hidden_activation="silu"))
-    assert not Gemma2Decoder.fits(get_peft_model(gemma(), LoraConfig(target_modules=["q_proj"])).get_base_model())
+    for fields in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "use_dora": True}):
+        assert not Gemma2Decoder.fits(get_peft_model(gemma(), LoraConfig(**fields)).get_base_model())
+    adapted = get_peft_model(gemma(), LoraConfig(target_modules=["q_proj"]))
+    with adapted.disable_adapter():
+        assert not Gemma2Decoder.fits(adapted.get_base_model())
+    assert Gemma2Decoder.fits(adapted.get_base_model())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_policy_with_adapters_is_decoded_as_what_it_computes():
+    """Greedy text of transformers' generate, whose layers add the adapters' outputs; and log-probs of a forward."""
+    adapted = get_peft_model(gemma(), LoraConfig(r=3, lora_alpha=9, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    policy = adapted.get_base_model()
+    prompts = prompts_of([5, 3, 11])
+    assert Gemma2Decoder.fits(policy)
+    expected = generate(policy, prompts, 24)
+    assert sample(policy, prompts, SamplingParams(24, temperature=0.0), [STOP], PAD).ids == expected
+    with adapted.disable_adapter():
+        assert generate(policy, prompts, 24) != expected
+    drawn = sample(policy, prompts, SamplingParams(12), [STOP], PAD, torch.Generator().manual_seed(0))
+    for prompt, ids, logps in zip(prompts, drawn.ids, drawn.logps, strict=True):
+        with torch.no_grad():
+            scored = torch.log_softmax(policy(torch.tensor([[*prompt, *ids]])).logits[0].float(), -1)
+        reference = scored[range(len(prompt) - 1, len(prompt) + len(ids) - 1), ids]
+        assert torch.allclose(torch.tensor(logps), reference, atol=1e-5)
 
 
 def test_training_mode_is_restored(model):
