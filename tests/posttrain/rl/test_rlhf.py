@@ -1,6 +1,7 @@
 """The RL stage computes what Algorithm 1 of WARP says, stops when it should, and resumes bit for bit."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def too_few(prompts, completions, **columns):
 
 def not_a_number(prompts, completions, **columns):
     return [float("nan")] * len(completions)
+
+
+def fragile(prompts, completions, **columns):
+    """Fails at the call of that number."""
+    if "FRAGILE" in os.environ:
+        left = int(os.environ["FRAGILE"]) - 1
+        os.environ["FRAGILE"] = str(left)
+        if left == 0:
+            raise ValueError("no more")
+    return spread(prompts, completions)
 
 
 def broken(prompts, completions, **columns):
@@ -515,6 +526,19 @@ def test_a_bad_reward_function_is_named_in_one_line(inputs, tmp_path, name, mess
     with pytest.raises(InputError, match=message) as caught:
         run_rlhf(configure(inputs, reward_fn=f"test_rlhf:{name}"), RunOptions(tmp_path / "out"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_reward_function_that_fails_later_keeps_the_checkpoint(inputs, tmp_path, monkeypatch):
+    config = configure(inputs, reward_fn="test_rlhf:fragile", steps=4, save_every=2)
+    run_rlhf(config, RunOptions(tmp_path / "whole"))
+    monkeypatch.setenv("FRAGILE", "4")  # the evaluation before the first step, and three steps
+    with pytest.raises(InputError, match="failed with ValueError: no more"):
+        run_rlhf(config, RunOptions(tmp_path / "parts"))
+    assert [path.name for path in (tmp_path / ".parts.partial" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.delenv("FRAGILE")
+    run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
+    for name in ("model.safetensors", "ema/model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_constant_reward_stops_a_run_that_cannot_learn(inputs, tmp_path):
