@@ -58,7 +58,9 @@ def inputs_of(config: Config) -> dict[str, Path]:
 
 def check_inputs(config: Config) -> None:
     """Refuse models and data that are not there."""
-    check_parents([Parent(role.replace("_", "-"), path) for role, path in inputs_of(config).items()])
+    # Without the number of a reward model: that is no flag.
+    roles = [(name.partition("-")[0].replace("_", "-"), path) for name, path in inputs_of(config).items()]
+    check_parents([Parent(role, path) for role, path in roles])
     if isinstance(config, RewardFields) and config.REWARD_NEEDED:
         check_reward_terms(config)
     cache = getattr(config, "teacher_cache", None)

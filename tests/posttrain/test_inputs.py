@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.config import Config
-from gemma2.posttrain.inputs import check_inputs, located
+from gemma2.posttrain.inputs import check_inputs, inputs_of, located, model_name
 from gemma2.posttrain.rundir import Parent, describe_parent
+from gemma2.posttrain.schemas import GenerateConfig, RlhfConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -70,6 +71,28 @@ def test_the_record_of_a_parent_from_the_hub_names_id_and_revision(snapshot, tmp
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "model.safetensors").write_text("weights")
     assert "hub" not in describe_parent(Parent("model", tmp_path / "plain"), tmp_path / "out")
+
+
+def test_every_reward_model_is_an_input_and_the_missing_one_is_named_with_its_flag(snapshot, tmp_path):
+    config = RlhfConfig(policy=snapshot, prompts=tmp_path, reward=(snapshot, tmp_path / "gone"))
+    assert list(inputs_of(config)) == ["policy", "reward", "reward-2"]
+    with pytest.raises(InputError, match=r"--reward .*gone is not a directory"):
+        check_inputs(config)
+
+
+def test_rl_without_a_reward_is_refused_before_anything_is_loaded(snapshot, tmp_path):
+    with pytest.raises(UsageError, match="there is no reward; give --reward RM"):
+        check_inputs(RlhfConfig(policy=snapshot, prompts=tmp_path))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    check_inputs(GenerateConfig(teacher=snapshot, prompts=rows))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("plain", "plain"), ("plain/../plain", "plain")])
+def test_a_model_is_called_by_its_hub_id_or_its_directory(snapshot, tmp_path, name, expected):
+    (tmp_path / "plain").mkdir()
+    assert model_name(tmp_path / name) == expected
+    assert model_name(snapshot) == "owner/tiny"
 
 
 @pytest.mark.parametrize("as_list", [False, True])

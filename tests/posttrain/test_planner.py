@@ -134,6 +134,11 @@ def test_rl_holds_policy_gradients_moments_anchor_reference_and_reward_model(pla
     one = shown(24e9 + 4e8, 8e9 + 3 * 16e9, tokens * (10e9 + 2e8))
     assert needs(planned(place, RlhfConfig(policy=place / "model", **common, **settings))) == one
     warp = WarpConfig(sft=place / "model", heldout=place / "rows.jsonl", policies=3, iterations=2, **common, **settings)
+    two = common | {"reward": (place / "reward", place / "model")}
+    pair = needs(planned(place, RlhfConfig(policy=place / "model", **two, **settings)))
+    assert pair == shown(24e9 + 4e8 + 4e9, 8e9 + 3 * 16e9, tokens * (10e9 + 2e8 + 2e9))
+    averaged = RlhfConfig(policy=place / "model", reward_ensemble="warm", **two, **settings)
+    assert needs(planned(place, averaged)) == one, "one model at the cost of one"
     several = needs(planned(place, warp))
     assert several[0] == one[0], "one run after the other"
     assert several[2] == shown(0, 0, 6 * tokens * (10e9 + 2e8))[2]
