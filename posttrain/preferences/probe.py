@@ -100,7 +100,8 @@ def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) 
             return w, step
         hessian = ridge + (differences * (wrong * (1 - wrong))[:, None]).T @ differences / n
         direction, size = torch.linalg.solve(hessian, gradient), 1.0
-        while loss(w - size * direction) > loss(w) and size > 1e-6:
+        # Close to the minimum the loss no longer tells two points apart, so equal is good enough.
+        while loss(w - size * direction) > loss(w) * (1 + 1e-12) and size > 1e-6:
             size /= 2
         w = w - size * direction
     return w, STEPS

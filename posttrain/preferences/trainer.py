@@ -11,7 +11,7 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py holds the 
    micro-batch is smaller.
 4. In one process the head reads the last token's state alone, in fp32 also under bf16 autocast: differences of rewards
    are small beside the rewards. On a CPU attention is in blocks and the last layer at that token only (`states.py`), a
-   part of the micro-batch at a time, and the two sides are padded apart.
+   part of the micro-batch at a time, its long rows and its short ones apart.
 5. Dropout is what `--dropout` and `--lora-dropout` say; TRL switches it all off.
 6. A checkpoint holds no model card.
 """
@@ -101,17 +101,19 @@ class PairTrainer(GroupedByLength, RewardTrainer):
             chosen, rejected = logits.logits.squeeze(-1).float().chunk(2)
             return chosen, rejected
         lengths = inputs["attention_mask"].sum(1)
-        sides = []
-        for rows, length in zip(inputs["input_ids"].chunk(2), lengths.chunk(2), strict=True):
-            ids = rows[:, : int(length.max())]
+        rewards = []
+        groups = _by_length(lengths) if self.attends_in_blocks else [torch.arange(len(lengths))]
+        for rows in groups:
+            ids, length = inputs["input_ids"][rows, : int(lengths[rows].max())], lengths[rows]
             states = (
                 last_position(model, ids, length, self.dropout)
                 if self.attends_in_blocks
                 else all_positions(model, ids, length)
             )
             with torch.autocast(states.device.type, enabled=False):
-                sides.append(plain_model(model).score(states).squeeze(-1))
-        return sides[0], sides[1]
+                rewards.append(plain_model(model).score(states).squeeze(-1))
+        chosen, rejected = torch.cat(rewards)[torch.cat(groups).argsort()].chunk(2)
+        return chosen, rejected
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Rewards since the last line, all pairs alike, under TRL's names."""
@@ -141,6 +143,15 @@ def _parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]
         rows = torch.cat([chosen, chosen + pairs])
         yield {name: values[chosen] if name == "margin" else values[rows, :width] for name, values in inputs.items()}
         start = end
+
+
+def _by_length(lengths: Tensor) -> list[Tensor]:
+    """Rows (B,) in two groups, the long ones and the short ones, cut where the least padding is left."""
+    order = lengths.argsort(descending=True, stable=True)
+    widths = lengths[order]
+    first = torch.arange(1, len(order))
+    cut = int(first[(first * widths[0] + (len(order) - first) * widths[1:]).argmin()])
+    return [order[:cut], order[cut:]]
 
 
 def drop_block_outputs(model: Any, share: float) -> None:
