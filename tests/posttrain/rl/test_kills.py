@@ -44,7 +44,8 @@ def run(job, out, *more):
     settings = (
         f"--reward-fn judge:judge --steps {STEPS} --prompts-per-step 2 --n 3 --max-new-tokens 16 --temperature 1 "
     )
-    settings += "--learning-rate 1e-3 --warmup-steps 0 --mu 0.3 --save-every 3 --eval-every 5 --eval-prompts 6 --quiet"
+    settings += "--temperature 1 --learning-rate 1e-3 --warmup-steps 0 --mu 0.3 --save-every 3 --eval-every 5 "
+    settings += "--eval-prompts 6 --quiet"
     environment = {**os.environ, "PYTHONPATH": str(job), "OMP_NUM_THREADS": "1"}
     return start(MAIN, "rlhf", *inputs, *settings.split(), "--out", out, *more, env=environment)
 
