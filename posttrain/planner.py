@@ -8,6 +8,7 @@ Time is floating-point work over this machine's measured matrix product rate (CP
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,9 @@ from .schemas import (
     GenerateConfig,
     PairsConfig,
     ParetoConfig,
+    ProbeConfig,
     RewardConfig,
+    RewardScoreConfig,
     RlhfConfig,
     SftConfig,
     WarpConfig,
@@ -145,10 +148,30 @@ def _filter(config: FilterConfig) -> Work:
     )
 
 
-def _pairs(config: PairsConfig) -> Work:
-    tokens = min(count_rows(config.prompts), config.limit or 10**12) * config.n * config.max_new_tokens
+def _probe(config: ProbeConfig) -> Work:
+    """One forward pass; the last states of both sides are held, in fp32 and float64."""
+    pairs, n = count_rows(config.data), parameter_count(config.model)
+    width = json.loads((config.model / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0)
+    tokens = pairs * _mean_tokens(config.data, 2 * config.max_length)
+    return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, operations=2.0 * n * tokens)
+
+
+def _score(config: RewardScoreConfig) -> Work:
+    rows, size = count_rows(config.data), sum(file.stat().st_size for file in data_files(config.data))
+    share = min(rows, config.limit or rows) / rows
     n = parameter_count(config.model)
-    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens)
+    return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), operations=2.0 * n * share * size / 4)
+
+
+def _pairs(config: PairsConfig) -> Work:
+    prompts = min(count_rows(config.prompts), config.limit or 10**12)
+    tokens = prompts * config.n * config.max_new_tokens
+    n = parameter_count(config.model)
+    facts = {}
+    if config.judge_model is not None:
+        asked = prompts * config.n * (config.n - 1 if config.judge_style == "compare" else 1)
+        facts = {"judge_requests": asked, "judge_tokens_at_most": asked * config.judge_tokens}
+    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
 
 
 def _rl(n: int, rewards: Sequence[Path], config: RlhfConfig | WarpConfig) -> Work:
@@ -208,6 +231,8 @@ ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
     FilterConfig: _filter,
     GenerateConfig: _generate,
     PairsConfig: _pairs,
+    ProbeConfig: _probe,
+    RewardScoreConfig: _score,
     RlhfConfig: _rlhf,
     WarpConfig: _warp,
     ParetoConfig: _pareto,
