@@ -111,6 +111,15 @@ def test_every_completion_is_drawn_with_a_seed_of_its_own_from_the_runs_generato
     assert len({tuple(ids) for ids in found.ids[:N]}) > 1, "the samples of a prompt differ"
 
 
+def test_a_completion_is_truncated_when_it_ends_in_no_stop_token(model_dir, engine, monkeypatch):
+    sampler = started(model_dir, engine)
+    sampler.sync()
+    # A stop token; one in the last place; none at the limit; none before it (the model's context was full); <eos>.
+    given = [[5, 107], [5, 6, 7, 8, 9, 107], [5, 6, 7, 8, 9, 10], [5, 6], [107, 1], [1]]
+    monkeypatch.setattr(sampler.generation, "generate", lambda **_: (None, given, None, None))
+    assert sampler.draw(PROMPTS, N).truncated == [False, False, True, True, False, False]
+
+
 def test_log_probs_are_those_of_our_own_forward_and_the_difference_is_shown(model_dir, engine):
     sampler = started(model_dir, engine)
     fake_vllm.LLM.made[-1].off_by = 0.03
