@@ -5,9 +5,9 @@
 DIR: the `distilled` and `pairs` of a `gemma2 quickstart`. A fifth of the prompts is held out; a probe is fitted on the
 rest, and `--members` reward models start from it with different seeds (data order), learning rates and dropout, as
 WARM varies them (2401.12187, section 2.2), once on the labels as they are and once on labels of which `--flip` are
-turned around. Printed: accuracy on the held-out pairs, all with right labels, of the probe, the members and the average
-of their weights (`gemma2 merge linear`); and on the training pairs by whether their
-label was turned: a model that has learned the wrong ones by heart is right about few of them.
+turned around. Printed: accuracy on the held-out pairs, all with right labels, of the probe, the members and the mean
+of their weights (`gemma2 merge linear`); and on the training pairs apart by whether their label was turned: `True` is
+the share of wrong labels that were learned by heart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import random
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ def write_sets(options: argparse.Namespace, root: Path) -> None:
     training, heldout = split(read_pairs(options.pairs), 0.2, 0)
     where = {pair.where for pair in heldout}
     draw = random.Random(0)
-    with (root / "heldout.jsonl").open("wb") as held, (root / "right.jsonl").open("wb") as right:
-        with (root / "turned.jsonl").open("wb") as turned:
-            for row in iter_rows(options.pairs):
-                if row.where in where:
-                    held.write(to_line(row.columns))
-                    continue
-                flip = draw.random() < options.flip
-                right.write(to_line(row.columns))
-                turned.write(to_line((_turned(row.columns) if flip else row.columns) | {"turned": flip}))
+    with ExitStack() as stack:
+        names = ("heldout", "right", "turned")
+        held, right, turned = (stack.enter_context((root / f"{name}.jsonl").open("wb")) for name in names)
+        for row in iter_rows(options.pairs):
+            if row.where in where:
+                held.write(to_line(row.columns))
+                continue
+            flip = draw.random() < options.flip
+            right.write(to_line(row.columns))
+            turned.write(to_line((_turned(row.columns) if flip else row.columns) | {"turned": flip}))
     print(f"{len(training)} pairs to train on, {len(heldout)} held out", file=sys.stderr)
 
 
