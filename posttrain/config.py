@@ -82,6 +82,9 @@ def _explain(schema: type[Config], error: ValidationError, file: Path | None, se
     if first["type"] == "missing":
         return f"'{key}' is missing{where}{more}", f"give --{key.replace('_', '-')} or set it in the recipe"
     message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"] and not section:  # options that do not fit each other: the schema says what and how to mend
+        what, _, mend = message.partition("; ")
+        return f"{what}{where}{more}", mend or "see --help for the allowed values"
     given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
     return f"'{key}'{given}{where}: {message[:1].lower()}{message[1:]}{more}", "see --help for the allowed values"
 

@@ -92,7 +92,7 @@ def trainer_arguments(
     known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
     for key in config.trainer:
         if key not in known:
-            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known))
+            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known.difference(unused)))
         if key.startswith("hub_") or key == "push_to_hub":  # what is set here is recorded, and a token is secret
             raise UsageError(f"'trainer.{key}' is not taken", "push the finished output with `hf upload`")
         if key in unused:
