@@ -83,9 +83,11 @@ def capital(title: str) -> str:
 
 
 def scores_of_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the further scores, accuracy and judge first."""
-    keys = dict.fromkeys(key for point in points for key in point if f"{key}_se" in point and key not in NOT_SCORES)
-    return sorted(keys, key=lambda key: ({"accuracy": 0, "judge": 1}.get(key, 2), list(keys).index(key)))
+    """Names of the further scores that every point has a value of, accuracy and judge first."""
+    told = [{key for key in point if f"{key}_se" in point and point[key] is not None} for point in points]
+    common = set.intersection(*told) - set(NOT_SCORES) if told else set()
+    keys = [key for key in points[0] if key in common] if points else []
+    return sorted(keys, key=lambda key: ({"accuracy": 0, "judge": 1}.get(key, 2), keys.index(key)))
 
 
 def table(rows: Rows) -> dict[str, Any]:
