@@ -4,7 +4,7 @@
 
 DIR: the `distilled` and `pairs` of a `gemma2 quickstart`. A fifth of the prompts is held out; a probe is fitted on the
 rest, and `--members` reward models start from it with different seeds (data order), learning rates and dropout, as
-WARM varies them (2401.12187, section 2.2), once on the labels as they are and once on labels of which `--flip` are
+WARM varies them (2401.12187, section 3), once on the labels as they are and once on labels of which `--flip` are
 turned around. Printed: accuracy on the held-out pairs, all with right labels, of the probe, the members and the mean
 of their weights (`gemma2 merge linear`); and on the training pairs apart by whether their label was turned: `True` is
 the share of wrong labels that were learned by heart.

@@ -1,6 +1,6 @@
 """Reward models on preference pairs, side by side: the figures of `metrics.py`, a reliability table, sources apart.
 
-WARM (2401.12187, section 5) picks and judges reward models by their accuracy out of distribution, so several models are
+WARM (2401.12187) picks and judges reward models by their accuracy out of distribution, so several models are
 read on one set of pairs, and the pairs of every value of a column get figures of their own.
 """
 

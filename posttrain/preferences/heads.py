@@ -2,7 +2,7 @@
 
     r(x, y) = w . h_last,   w (d,)
 
-WARM (2401.12187, section 2.2) starts all members from one head that was probed on the frozen backbone: weights can be
+WARM (2401.12187, section 3) starts all members from one head that was probed on the frozen backbone: weights can be
 averaged as long as the runs stay in one basin, and random heads pull the backbones apart.
 """
 

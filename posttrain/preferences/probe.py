@@ -4,7 +4,7 @@
 
 h: the last hidden state of a conversation, computed once. That is a logistic regression on differences of states, which
 is convex: Newton's method in float64, with a halved step where a whole one would not lower the loss, ends at the one
-minimum, whatever the seed. WARM (2401.12187, section 2.2) starts its reward models from such a head.
+minimum, whatever the seed. WARM (2401.12187, section 3) starts its reward models from such a head.
 """
 
 from __future__ import annotations

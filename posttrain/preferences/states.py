@@ -23,7 +23,7 @@ from transformers.models.gemma2.modeling_gemma2 import rotate_half
 from gemma2.posttrain.models.causal_attention import blockwise
 from gemma2.posttrain.training.sft_trainer import last_hidden_states, plain_model
 
-__all__ = ["all_positions", "last_position"]
+__all__ = ["all_positions", "embed", "last_position"]
 
 
 def all_positions(model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -32,17 +32,26 @@ def all_positions(model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
     return states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
 
 
-def last_position(model: Any, ids: Tensor, lengths: Tensor, dropout: float = 0.0) -> Tensor:
+def embed(model: Any, ids: Tensor) -> Tensor | None:
+    """(B, T, d) for `last_position` to start from; None for an architecture that it does not take apart."""
+    plain = plain_model(model)
+    return plain.base_model.embed_tokens(ids) if isinstance(plain, Gemma2ForSequenceClassification) else None
+
+
+def last_position(
+    model: Any, ids: Tensor, lengths: Tensor, dropout: float = 0.0, embedded: Tensor | None = None
+) -> Tensor:
     """The same by blockwise attention, and of Gemma 2 with a last layer at one position.
 
     dropout: what the hook of a trainer does to the outputs of attention, which the last layer's does not pass.
+    embedded: (B, T, d) where the tokens are embedded already; Gemma 2 only.
     """
     plain = plain_model(model)
     if not isinstance(plain, Gemma2ForSequenceClassification):
         with blockwise(plain):
             return all_positions(plain, ids, lengths)
     base = plain.base_model
-    hidden = base.embed_tokens(ids)
+    hidden = base.embed_tokens(ids) if embedded is None else embedded
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotation = base.rotary_emb(hidden, positions)
     with blockwise(plain):

@@ -38,7 +38,7 @@ from gemma2.posttrain.training.sft_trainer import plain_model
 from gemma2.posttrain.training.trainer import trainer_arguments
 
 from .examples import PairIds, to_dataset
-from .states import all_positions, last_position
+from .states import all_positions, embed, last_position
 
 __all__ = ["PairTrainer", "drop_block_outputs", "make_trainer", "pair_loss"]
 
@@ -80,8 +80,18 @@ class PairTrainer(GroupedByLength, RewardTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
-        pieces = [inputs] if self.part_tokens is None else _parts(inputs, self.part_tokens)
-        losses = [super(PairTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces]
+        if self.part_tokens is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # The gradient of an embedding is as large as its table, so it is formed once for all parts.
+        embedded = embed(model, inputs["input_ids"])
+        if embedded is not None:
+            inputs["embedded"] = embedded.detach().requires_grad_(embedded.requires_grad)
+        losses = [
+            super(PairTrainer, self).training_step(model, part, num_items_in_batch)
+            for part in _parts(inputs, self.part_tokens)
+        ]
+        if embedded is not None and embedded.requires_grad:
+            embedded.backward(inputs["embedded"].grad)
         return torch.stack(losses).sum()
 
     def compute_loss(
@@ -104,9 +114,10 @@ class PairTrainer(GroupedByLength, RewardTrainer):
         rewards = []
         groups = _by_length(lengths) if self.attends_in_blocks else [torch.arange(len(lengths))]
         for rows in groups:
-            ids, length = inputs["input_ids"][rows, : int(lengths[rows].max())], lengths[rows]
+            width, length = int(lengths[rows].max()), lengths[rows]
+            ids, embedded = inputs["input_ids"][rows, :width], inputs.get("embedded")
             states = (
-                last_position(model, ids, length, self.dropout)
+                last_position(model, ids, length, self.dropout, None if embedded is None else embedded[rows, :width])
                 if self.attends_in_blocks
                 else all_positions(model, ids, length)
             )

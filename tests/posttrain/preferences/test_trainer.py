@@ -135,7 +135,7 @@ def test_the_last_position_is_what_transformers_computes(window):
     torch.testing.assert_close(all_positions(model, ids, lengths), reference, atol=1e-5, rtol=1e-5)
 
 
-def test_another_architecture_goes_through_all_positions(tmp_path):
+def test_another_architecture_goes_through_all_positions(trainer_of):
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -143,9 +143,11 @@ def test_another_architecture_goes_through_all_positions(tmp_path):
     )
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    ids, lengths = torch.randint(5, 400, (2, 9)), torch.tensor([9, 4])
-    reference = model.model(input_ids=ids).last_hidden_state[torch.arange(2), lengths - 1]
-    torch.testing.assert_close(last_position(model, ids, lengths), reference, atol=1e-5, rtol=1e-5)
+    pairs = draw_pairs()
+    rewards = [[model(torch.tensor([side])).logits.item() for side in (p.chosen, p.rejected)] for p in pairs]
+    loss, gradients = step(trainer_of(model, pairs))
+    assert loss == pytest.approx(sum(math.log1p(math.exp(r - c)) for c, r in rewards) / 8, rel=1e-5)
+    assert gradients["model.embed_tokens.weight"].norm() > 0
 
 
 def test_dropout_acts_while_training_only(trainer_of):
