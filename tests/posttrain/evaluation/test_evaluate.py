@@ -161,7 +161,9 @@ def test_dropout_is_off_and_the_training_mode_comes_back(reference, chat, rows):
     policy = random_model(1, attention_dropout=0.5).train()
     first = measure(policy, reference, chat, rows, [length_score], settings())
     assert policy.training
-    assert first.per_prompt == measure(random_model(1), reference, chat, rows, [length_score], settings()).per_prompt
+    plain = measure(random_model(1), reference, chat, rows, [length_score], settings()).per_prompt
+    for name, values in plain.items():  # a model that has dropout may take another attention kernel
+        assert first.per_prompt[name] == pytest.approx(values, abs=1e-5), name
 
 
 def test_the_error_of_one_prompt_is_unknown_not_zero(policy, reference, chat, rows):
