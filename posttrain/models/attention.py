@@ -12,6 +12,8 @@ any key stays finite. Only eager and sdpa attention take them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gemma2.merging.errors import InputError
 
-__all__ = ["Masks", "additive", "causal_masks", "check_attention", "empty_cache", "layer_masks", "padded_masks"]
+__all__ = [
+    "Masks",
+    "additive",
+    "causal_masks",
+    "check_attention",
+    "empty_cache",
+    "layer_masks",
+    "padded_masks",
+    "taking_masks",
+]
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -32,6 +43,20 @@ def check_attention(model: Any) -> None:
     name = getattr(model.config, "_attn_implementation", "eager")
     if name not in ("eager", "sdpa"):
         raise InputError(f"'{name}' attention takes no prebuilt mask", "load the model with eager attention")
+
+
+@contextmanager
+def taking_masks(model: Any) -> Iterator[None]:
+    """Eager attention while the context is open, where the model was loaded with one that takes no additive mask."""
+    name = getattr(model.config, "_attn_implementation", "eager")
+    if name in ("eager", "sdpa"):
+        yield
+        return
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = name
 
 
 def layer_windows(config: Any) -> list[int | None]:

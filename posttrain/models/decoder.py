@@ -27,6 +27,8 @@ from .lora import adapters_are_products, weight_of
 
 __all__ = ["Gemma2Decoder"]
 
+WIDE = 16384  # tokens of a wide vocabulary
+
 
 class Gemma2Decoder:
     """Steps one model from a prefilled cache, as long as its weights do not change. `length`: columns ever in use."""
@@ -76,9 +78,19 @@ class Gemma2Decoder:
         hidden = self.model.model.embed_tokens(tokens)  # (B, d)
         for layer, kind, kv in zip(self.layers, self.config.layer_types, cache.layers, strict=True):
             hidden = layer.step(hidden, cos, sin, masks[kind] if isinstance(masks, dict) else masks, kv)
-        logits = F.linear(self.norm(hidden), self.model.lm_head.weight)
+        logits = _head(self.norm(hidden), self.model.lm_head.weight)
         cap = self.config.final_logit_softcapping
         return (logits if cap is None else logits.div_(cap).tanh_().mul_(cap)).float()
+
+
+def _head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (B, d) times weight (V, d) transposed.
+
+    For a few rows and a wide vocabulary the other order is up to twice as fast on a CPU (4 to 15 rows, measured).
+    """
+    if hidden.device.type == "cpu" and 4 <= len(hidden) < 16 and len(weight) >= WIDE and hidden.dtype == weight.dtype:
+        return torch.mm(weight, hidden.T).T.contiguous()
+    return F.linear(hidden, weight)
 
 
 class _Norm:

@@ -3,13 +3,16 @@
     y_t ~ pi(. | x, y_<t),   pi = softmax(logits / temperature)          (WARP 2406.16768, Algorithm 1, line 5)
 
 Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
-the batch and the cache as soon as they end. Drawing inverts the distribution function in float64 on uniforms that are
-all taken from the generator beforehand, one per token slot, so what a row draws depends on neither the batch size nor
+the batch and the cache as soon as they end. Drawing inverts the distribution function on float64 uniforms that are all
+taken from the generator beforehand, one per token slot, so what a row draws depends on neither the batch size nor
 the other rows. Gemma 2 decodes through `decoder.py`, other architectures through transformers.
 
 Log-probs belong to the distribution that was sampled from, softmax(logits / temperature) over the full vocabulary.
 That is the policy of the RL objective, so they serve as its log pi without a second forward. Under top-p or top-k they
 still describe the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
+
+Prefill and decoding take masks that are made here, so a model that was loaded with flash or flex attention decodes with
+eager attention.
 
 Deviation from `transformers.generate`: none in the greedy tokens (test_sampler.py, with left padding, a sliding window
 shorter than the sequence and both soft caps).
@@ -27,12 +30,15 @@ from torch import Tensor
 
 from gemma2.merging.errors import InputError
 
-from .attention import Masks, additive, empty_cache, layer_masks, padded_masks
+from .attention import Masks, additive, empty_cache, layer_masks, padded_masks, taking_masks
 from .decoder import Gemma2Decoder
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
 
 RANKED = 1024  # tokens that top-p looks at first
+WIDE = 4096  # vocabularies from here on are searched in blocks
+BLOCK = 512  # tokens
+TILE = 2**22  # logits at once: 16 MiB, which stay in the caches
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def sample(
     `generator` (CPU) decides every draw; its state is all that a resume needs. `uniforms` takes its place: what
     `random_numbers` gave for these completions. `batch_size` counts completions; a
     group is never split, so at least one whole group is in flight.
-    Raises InputError for an empty prompt or an attention back end that takes no prebuilt mask.
+    Raises InputError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
         raise InputError("a prompt has no tokens", "remove empty prompts")
@@ -137,6 +143,18 @@ def decode(
 
     uniforms: (rows, max_new) float64 in [0, 1), what each row draws with. `params.n` is not read.
     """
+    with taking_masks(model):
+        return _decode(model, prompts, params, stop_ids, pad_id, uniforms)
+
+
+def _decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    uniforms: Tensor,
+) -> list[tuple[list[int], list[float], bool]]:
     device = model.device
     uniforms = uniforms.to(device)
     batch = _Batch(model, prompts, params, pad_id)
@@ -171,18 +189,54 @@ def decode(
 def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Tokens (B,) and their log-probs (B,) fp32 from logits (B, V) and one float64 uniform per row in [0, 1).
 
-    The token is the first whose cumulative probability exceeds u: exact up to float64, and one random number a row
+    The token is the first whose cumulative probability exceeds u: exact up to rounding, and one random number a row
     where Gumbel-max takes V.
     """
     if params.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, log_softmax_at(logits, tokens)
+    if logits.shape[1] >= WIDE and params.top_k == 0 and params.top_p == 1:
+        rows = max(1, TILE // logits.shape[1])
+        drawn = [
+            _draw_in_blocks(some, own, params.temperature)
+            for some, own in zip(logits.split(rows), uniforms.split(rows), strict=True)
+        ]
+        return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logps for _, logps in drawn])
     logits = logits if params.temperature == 1 else logits / params.temperature
     probs = torch.softmax(logits.double(), -1)
     cumulative = truncated_mass(probs, params).cumsum(-1)  # (B, V) float64
     target = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log().float()
+
+
+def _draw_in_blocks(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`draw` over a wide vocabulary: first the block in which the cumulative probability exceeds u, then the token.
+
+    Only the sums of the blocks and one block per row are accumulated in float64; the rest is one pass in fp32.
+    """
+    vocabulary = logits.shape[1]
+    blocks = -(-vocabulary // BLOCK)
+    mode = logits.amax(-1, keepdim=True)
+    masses = logits.new_zeros(len(logits), blocks * BLOCK)  # exp(x - mode), 0 past the vocabulary
+    torch.sub(logits, mode, out=masses[:, :vocabulary]).div_(temperature).exp_()
+    masses = masses.view(len(logits), blocks, BLOCK)
+    cumulative = masses.sum(-1).double().cumsum(-1)  # (B, blocks)
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniforms[:, None] * total, _below(total))
+    block = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inside = masses[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double().cumsum(-1)
+    # The fp32 sum of a block may exceed its float64 sum by a rounding: stay below, at a token that has mass.
+    rest = torch.minimum(target - before, _below(inside[:, -1:]))
+    tokens = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    logps = ((logits.gather(1, tokens) - mode) / temperature).double() - total.log()
+    return tokens.squeeze(1), logps.squeeze(1).float()
+
+
+def _below(values: Tensor) -> Tensor:
+    """The next smaller numbers of positive ones."""
+    return torch.nextafter(values, torch.zeros_like(values))
 
 
 def log_softmax_at(logits: Tensor, tokens: Tensor) -> Tensor:

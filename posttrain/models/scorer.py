@@ -42,7 +42,7 @@ __all__ = [
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32
 PART_TOKENS = 2048  # per forward pass on a CPU: what its caches hold of a layer's activations, measured (bench/sft.py)
-PART_COST = 64  # tokens that cost as much as one more forward pass, measured (bench/rlhf.py)
+PART_COST = 256  # tokens that cost as much as one more forward pass, measured (bench/rlhf.py)
 
 
 @torch.no_grad()

@@ -66,3 +66,12 @@ def test_a_whole_gemma_2_gives_the_same_states_and_gradients(monkeypatch):
         gradients.append([states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_gradient_the_outputs_are_the_same():
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
+    for cap in (None, 2.0):
+        wanted = causal_attention(*inputs, 0.7, cap, 4)
+        with torch.no_grad():
+            assert torch.equal(causal_attention(*inputs, 0.7, cap, 4), wanted)

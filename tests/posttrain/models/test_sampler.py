@@ -161,6 +161,51 @@ def test_a_draw_inverts_the_distribution_function():
         assert logp.item() == pytest.approx(math.log([0.2, 0.5, 0.3][token]), abs=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [4096, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_wide_vocabulary_is_searched_in_blocks_for_the_same_tokens(vocabulary, temperature):
+    """Against the distribution function in float64, also where u is at either end and a block has hardly any mass."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, vocabulary, generator=generator) * 3
+    logits[:20, 1024:2048] = -60.0
+    uniforms = torch.rand(40, dtype=torch.float64, generator=generator)
+    uniforms[:4] = torch.tensor([0.0, 1 - 2**-53, 0.5, 1e-300])
+    tokens, logps = draw(logits, uniforms, SamplingParams(1, temperature))
+    exact = torch.log_softmax(logits.double() / temperature, -1)
+    cumulative = exact.exp().cumsum(-1)
+    before = cumulative.gather(1, tokens[:, None]).squeeze(1)
+    width = exact.gather(1, tokens[:, None]).squeeze(1)
+    assert (uniforms < before + 1e-6).all()
+    assert (uniforms > before - width.exp() - 1e-6).all()
+    torch.testing.assert_close(logps, width.float(), atol=2e-6, rtol=0)
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+
+
+def test_draws_from_a_wide_vocabulary_follow_the_distribution():
+    """Chi-square over 16 tokens that hold all the mass, in several blocks; the rest has none."""
+    places = torch.arange(16) * 300 + 7
+    logits = torch.full((1, 5000), -200.0)
+    logits[0, places] = torch.linspace(-2, 2, 16)
+    count = 4000
+    uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    tokens, _ = draw(logits.expand(count, -1), uniforms, SamplingParams(1))
+    expected = torch.softmax(logits[0, places].double(), -1) * count
+    seen = (tokens[:, None] == places).sum(0).double()
+    assert seen.sum() == count
+    assert ((seen - expected) ** 2 / expected).sum() < 37.7  # the 99.9 % point of 15 degrees of freedom
+
+
+def test_a_row_draws_the_same_from_a_wide_vocabulary_whatever_is_beside_it(monkeypatch):
+    logits = torch.randn(7, 5000, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    together = draw(logits, uniforms, SamplingParams(1))
+    monkeypatch.setattr(sampler, "TILE", 5000 * 2)
+    in_tiles = draw(logits, uniforms, SamplingParams(1))
+    alone = [draw(logits[i : i + 1], uniforms[i : i + 1], SamplingParams(1)) for i in range(7)]
+    for found in (in_tiles, tuple(torch.cat(column) for column in zip(*alone, strict=True))):
+        assert torch.equal(found[0], together[0]) and torch.equal(found[1], together[1])
+
+
 def test_top_k_and_top_p_exclude_tokens_but_not_from_the_log_probs():
     logits = torch.tensor([[0.1, 0.5, 0.4]]).log()
     u = torch.tensor([0.0], dtype=torch.float64)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gemma2.merging.errors import InputError
 from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models import scorer
 from gemma2.posttrain.models.scorer import head_logps, mean_and_error, token_logps
@@ -84,3 +85,17 @@ def test_mean_and_standard_error_by_hand():
     mean, error = mean_and_error(torch.tensor([1.0, 2.0, 3.0]))
     assert (mean, error) == (2.0, pytest.approx(math.sqrt(1 / 3)))
     assert math.isnan(mean_and_error(torch.tensor([1.0]))[1])
+
+
+def test_a_head_in_one_pass_scores_as_a_head_in_chunks(model, pairs, monkeypatch):
+    wanted = token_logps(model, *pairs, temperature=0.7)
+    monkeypatch.setattr(scorer, "head_in_one_pass", lambda model, hidden: False)
+    for one, other in zip(token_logps(model, *pairs, temperature=0.7), wanted, strict=True):
+        assert torch.allclose(one, other, atol=2e-6)
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    model = random_model()
+    model.config.logit_scale = 0.5
+    with pytest.raises(InputError, match="scales its logits"):
+        token_logps(model, [[5]], [[6]])
