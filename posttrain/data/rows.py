@@ -219,8 +219,8 @@ def _common_words(row: Row) -> tuple[list[Message], list[Message], list[Message]
     prompt = chosen[:end].rstrip()
     if not prompt.strip():
         raise InputError(f"{row.where}: 'chosen' and 'rejected' share no prompt", "add the column 'prompt'")
-    sides = [[{"role": "assistant", "content": text[len(prompt) :]}] for text in (chosen, rejected)]
-    return [{"role": "user", "content": prompt}], *sides
+    better, worse = ([{"role": "assistant", "content": text[len(prompt) :]}] for text in (chosen, rejected))
+    return [{"role": "user", "content": prompt}], better, worse
 
 
 def _messages(row: Row, column: str, role: str) -> list[Message]:

@@ -52,7 +52,7 @@ def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progre
     rows = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
     with progress.task(f"score {path.name}", total=len(rows), unit="completions") as bar:
         rewards = score_rows(model, rows, config.batch_size, bar).view(2, -1)
-    found = {"model": str(path), "pairs": len(kept), **dropped, **measure_rewards(rewards, kept)}
+    found: dict[str, Any] = {"model": str(path), "pairs": len(kept), **dropped, **measure_rewards(rewards, kept)}
     found["reliability"] = reliability(rewards)
     if config.by is not None:
         found["by"] = {}

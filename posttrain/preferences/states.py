@@ -62,7 +62,7 @@ def last_position(
     attended = F.dropout(attended, dropout, training=plain.training)
     state = hidden[rows, last] + layer.post_attention_layernorm(attended)
     state = state + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(state)))
-    return base.norm(state).float()  # type: ignore[no-any-return]
+    return base.norm(state).float()
 
 
 def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:
@@ -84,4 +84,4 @@ def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], las
     if attention.sliding_window is not None:
         hidden_from |= column <= last[:, None] - attention.sliding_window
     weights = scores.masked_fill(hidden_from[:, None, None], -torch.inf).softmax(-1)
-    return attention.o_proj((weights @ value).view(batch, -1))  # type: ignore[no-any-return]
+    return attention.o_proj((weights @ value).view(batch, -1))

@@ -71,7 +71,7 @@ def test_a_probe_is_the_logistic_regression_on_frozen_states(inputs):
         states = [model.model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in sides]
         differences.append((states[0] - states[1]).detach().double())
     expected = independent_fit(torch.stack(differences), l2=1e-2)
-    torch.testing.assert_close(head_of(inputs / "probe"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head_of(inputs / "probe"), expected, rtol=1e-3, atol=5e-4)
 
 
 def test_a_probe_leaves_the_backbone_as_it_is(inputs):
