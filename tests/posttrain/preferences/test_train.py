@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
+import time
 
 import pytest
 import torch
+from processes import MAIN, gemma2, start
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -16,6 +19,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
+from gemma2.posttrain.models.loading import init_reward_model
 from gemma2.posttrain.preferences.train import PairIds, make_trainer, run_reward, tokenise_pairs
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import RunOptions
@@ -97,6 +101,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained,
 
 def test_lora_trains_products_and_head_and_writes_a_plain_model(inputs, tmp_path):
     out = run_reward(configure(inputs, lora_rank=2, max_steps=1), RunOptions(tmp_path / "out")).out
+    untrained, _ = init_reward_model(inputs / "model", 0)
+    # One step of Adam moves every weight of the head by the learning rate.
+    moved = load_file(out / "model.safetensors")["score.weight"] - untrained.score.weight.detach()
+    assert moved.abs().min() > 5e-3
     before, after = load_file(inputs / "model" / "model.safetensors"), load_file(out / "model.safetensors")
     assert after.keys() == before.keys() | {"score.weight"}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -176,3 +184,66 @@ def test_the_loss_is_bradley_terry_less_the_margin(inputs, tmp_path, margins):
     rewards = [[model(torch.tensor([side])).logits.item() for side in pair] for pair in ids]
     expected = [math.log1p(math.exp(-(c - r - (m or 0.0)))) for (c, r), m in zip(rewards, margins, strict=True)]
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_held_out_figures_come_every_few_steps_and_the_best_weights_can_be_kept(inputs, tmp_path):
+    config = configure(inputs, eval_every=2, keep="best", learning_rate=0.05, max_steps=8)
+    result = run_reward(config, RunOptions(tmp_path / "out"))
+    rows = [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
+    assert list(losses) == [0, 2, 4, 6, 8]
+    assert all("heldout_accuracy" in row for row in rows if "heldout_loss" in row)
+    best = min((2, 4, 6, 8), key=losses.__getitem__)
+    assert result.summary["best_step"] == best
+    # The weights that were written are those: measured again, they give the lowest loss.
+    assert result.summary["loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_dropout_and_accumulation_resume_to_the_same_bytes(inputs, tmp_path, interrupting):
+    fields = {"dropout": 0.2, "micro_batch_size": 4, "max_steps": 7, "eval_every": 2, "center_coefficient": 0.01}
+    config = configure(inputs, **fields)
+    whole = run_reward(config, RunOptions(tmp_path / "whole")).out
+    with pytest.raises(KeyboardInterrupt):
+        run_reward(config, RunOptions(tmp_path / "out"), interrupting(4))
+    run_reward(config, RunOptions(tmp_path / "out", resume=True))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_one_by_eight_is_eight_by_one_through_the_command(inputs, tmp_path):
+    weights = {}
+    for micro in (1, 8):
+        out = tmp_path / str(micro)
+        code, _, err = gemma2(
+            *("reward", "--model", inputs / "model", "--data", inputs / "pairs.jsonl", "--out", out, "--quiet"),
+            *("--batch-size", 8, "--micro-batch-size", micro, "--learning-rate", 1e-3, "--max-steps", 6),
+        )
+        assert code == 0, err
+        weights[micro] = load_file(out / "model.safetensors")
+    before = load_file(inputs / "model" / "model.safetensors")
+    for name, value in weights[8].items():
+        # Adam takes steps of lr / sqrt(v), so a difference is measured beside the way that was gone.
+        moved = (value - before[name]).norm() if name in before else value.norm()
+        assert (weights[1][name] - value).norm() < 2e-2 * moved, name
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path):
+    command = (
+        *("reward", "--model", inputs / "model", "--data", inputs / "pairs.jsonl", "--quiet", "--dropout", 0.1),
+        *("--save-every", 5, "--max-steps", 60, "--epochs", 50, "--eval-every", 7, "--keep", "best"),
+    )
+    assert gemma2(*command, "--out", tmp_path / "whole")[0] == 0
+    process = start(MAIN, *command, "--out", tmp_path / "out")
+    while process.poll() is None and not list(
+        (tmp_path / ".out.partial/checkpoints").glob("checkpoint-*/complete.json")
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    code, _, err = gemma2(*command, "--out", tmp_path / "out", "--resume")
+    assert code == 0, err
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
