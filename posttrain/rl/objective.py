@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gemma2.posttrain.models.cross_entropy import weighted_cross_entropy
 from gemma2.posttrain.models.scorer import head_in_one_pass, head_logps, last_hidden_states, similar_rows
 
-__all__ = ["loss_parts", "policy_loss", "sequence_logps"]
+__all__ = ["loss_parts", "policy_loss"]
 
 
 def policy_loss(
@@ -53,11 +52,3 @@ def loss_parts(
     for part in rows:
         width = int(ends[part].max())
         yield ids[part, :width], mask[part, :width], advantages[part] * (len(part) / len(ids))
-
-
-def sequence_logps(model: Any, ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log pi(y | x) of each row, (N,) fp32 with gradient, and the entropy at each of its tokens, (K,); nats."""
-    target = mask[:, 1:]
-    hidden = last_hidden_states(model, ids)[:, :-1][target]
-    logps, entropies = head_logps(model, hidden, ids[:, 1:][target], temperature)
-    return torch.zeros(len(ids), device=ids.device).index_add(0, target.nonzero()[:, 0], logps), entropies
