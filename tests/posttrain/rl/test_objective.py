@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +15,7 @@ from gemma2.posttrain.models.sampler import SamplingParams, decode
 from gemma2.posttrain.models.scorer import similar_rows, token_logps
 from gemma2.posttrain.rl import objective
 from gemma2.posttrain.rl.objective import loss_parts, policy_loss
+from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
 
 TEMPERATURE = 0.8
 
@@ -127,3 +131,36 @@ def test_layers_that_are_recomputed_meet_the_same_attention_twice():
     model.train()
     for name, gradient in gradients(model, policy_loss(model, *batch(), TEMPERATURE)[0]).items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+def test_parts_that_the_trainer_spends_one_by_one_leave_the_whole_batch_s_gradient(monkeypatch):
+    """As `AnchoredRlooTrainer._loss` does it: all but the last part are propagated at once, the last by the caller."""
+    monkeypatch.setattr(scorer.similar_rows, "__defaults__", (20, 2))
+    model = random_model()
+    ids, mask, advantages = batch()
+    wanted = gradients(model, policy_loss(model, ids, mask, advantages, TEMPERATURE)[0])
+    spent: list[float] = []
+
+    def backward(loss):
+        spent.append(loss.item())
+        loss.backward()
+
+    metrics = {"entropy": []}
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(
+            num_processes=1, backward=backward, autocast=nullcontext, gather=lambda values: values
+        ),
+        rollout=SimpleNamespace(policy=model),
+        temperature=TEMPERATURE,
+        current_gradient_accumulation_steps=1,
+        _metrics={"train": metrics},
+    )
+    model.zero_grad()
+    loss = AnchoredRlooTrainer._loss(trainer, {"ids": ids, "mask": mask, "advantages": advantages})
+    assert len(spent) >= 1
+    loss.backward()
+    assert loss.item() == pytest.approx(by_hand(model, ids, mask, advantages)[0].item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+    entropies = by_hand(model, ids, mask, advantages)[1].item()
+    assert metrics["entropy"] == [pytest.approx(entropies / int(mask.sum()), rel=1e-5)]
