@@ -242,7 +242,7 @@ def _describe(command: Callable[..., None], schema: type[Config], examples: str)
 def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
     """A field as an argument without its flag's name, beside the flag; a list as several arguments."""
     several = get_origin(field.annotation) is tuple
-    metavar = f"{name.removesuffix('s')}...".upper() if several else name.upper()
+    metavar = (name.removesuffix("s") if several else name).upper()
     described = typer.Argument(None, metavar=metavar, help=f"{field.description} (or --{name}).", show_default=False)
     annotation = list[str] | None if several else _flag_type(field.annotation) | None
     return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
