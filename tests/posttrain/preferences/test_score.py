@@ -152,7 +152,7 @@ def test_an_interrupted_job_goes_on_at_the_row(inputs, tmp_path, monkeypatch, in
 
 @pytest.mark.slow
 def test_a_killed_job_resumes_to_the_same_bytes(inputs, tmp_path):
-    write(tmp_path / "rows.jsonl", [ROWS[i % 5] | {"number": i} for i in range(6000)])
+    write(tmp_path / "rows.jsonl", [ROWS[i % 5] | {"number": i} for i in range(1600)])
     command = ("reward", "score", inputs / "model", "--data", tmp_path / "rows.jsonl", "--quiet", "--batch-size", 8)
     assert gemma2(*command, "--out", tmp_path / "whole")[0] == 0
     process = start(MAIN, *command, "--out", tmp_path / "out")
