@@ -19,8 +19,8 @@ from .schemas import RewardFields
 
 __all__ = ["check_inputs", "check_reward_terms", "inputs_of", "located", "model_name"]
 
-MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model")
-LISTS_OF_MODELS = ("policies", "compare", "reward")
+MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
+LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
 DATA = ("data", "prompts", "heldout", "eval_data", "decontaminate")
 
 C = TypeVar("C", bound=Config)

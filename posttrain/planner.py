@@ -177,8 +177,8 @@ def _pairs(config: PairsConfig) -> Work:
 def _rl(n: int, rewards: Sequence[Path], config: RlhfConfig | WarpConfig) -> Work:
     """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
 
-    A LoRA policy shares its weights with the reference that it starts as. On disk: the policy and its anchor, and in every checkpoint
-    both and the moments.
+    A LoRA policy shares its weights with the reference that it starts as. On disk: the policy and its anchor, and in
+    every checkpoint both and the moments.
     """
     judge = sum(parameter_count(reward) for reward in rewards[: 1 if config.reward_ensemble == "warm" else None])
     tokens = config.steps * config.prompts_per_step * config.n * config.max_new_tokens

@@ -83,7 +83,8 @@ def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 def weight_of(linear: Any) -> Tensor:
     """The weight of a linear layer, with the product of its adapter added where it has one, in the weight's dtype."""
     if not hasattr(linear, "lora_A"):
-        return linear.weight  # type: ignore[no-any-return]
+        weight: Tensor = linear.weight
+        return weight
     return _product_added(linear, linear.get_base_layer().weight.dtype)
 
 

@@ -227,7 +227,7 @@ def test_the_manifest_of_an_output_is_a_recipe_for_the_same_configuration(tmp_pa
 
 
 # What excludes another input, or needs one beside it.
-ALTERNATIVES = ("teacher_cache", "eval_data")
+ALTERNATIVES = ("teacher_cache", "eval_data", "judge_prompt")
 SCHEMAS = {name: getattr(schemas, name) for name in schemas.__all__}
 
 
@@ -239,7 +239,7 @@ def example(schema: type[Config]) -> Config:
         if (field.annotation in (Path, Path | None) and name not in ALTERNATIVES)
         or (field.is_required() and field.annotation in (str, tuple[Path, ...]))
     }
-    if "models" in schema.model_fields:
+    if "method" in schema.model_fields:
         paths |= {"models": ["a", "b"], "method": "slerp"}
     return schema.model_validate(paths)
 
