@@ -28,12 +28,11 @@ from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located, read_conversations, read_prompts, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer, save_model
-from gemma2.posttrain.models.lora import check_targets, lora_config, merged
+from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.training.heldout import heldout_loss
-from gemma2.posttrain.training.sft_trainer import plain_model
 from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
 
 from .divergence import Divergence, divergence_loss, head_of

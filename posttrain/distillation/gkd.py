@@ -37,9 +37,9 @@ from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
 from gemma2.posttrain.rl.rloo import prompt_order
-from gemma2.posttrain.training.sft_trainer import plain_model
 
 from .divergence import divergence_loss, head_of
 from .responses import as_examples, collate, response_states

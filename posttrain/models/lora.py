@@ -28,6 +28,7 @@ __all__ = [
     "lora_config",
     "merged",
     "merged_copy",
+    "plain_model",
     "save_adapter",
     "sharing_copy",
     "weight_of",
@@ -69,13 +70,17 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
+def plain_model(model: Any) -> Any:
+    """The causal LM inside an adapter, whose layers are in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, W + (alpha / rank) B A in fp32) of every adapted weight, one after the other.
 
     model: a causal LM with adapters in its layers, inside or outside peft's wrapper.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, module in plain.named_modules():
+    for name, module in plain_model(model).named_modules():
         if hasattr(module, "lora_A"):
             yield f"{name}.weight", _product_added(module, torch.float32)
 

@@ -21,7 +21,8 @@ from transformers import Gemma2ForSequenceClassification
 from transformers.models.gemma2.modeling_gemma2 import rotate_half
 
 from gemma2.posttrain.models.causal_attention import blockwise
-from gemma2.posttrain.training.sft_trainer import last_hidden_states, plain_model
+from gemma2.posttrain.models.lora import plain_model
+from gemma2.posttrain.models.scorer import last_hidden_states
 
 __all__ = ["all_positions", "embed", "last_position"]
 

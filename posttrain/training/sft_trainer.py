@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,16 +27,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gemma2.posttrain.data.batching import Epochs, GroupedByLength
 from gemma2.posttrain.data.examples import IGNORED, Example, to_dataset
-from gemma2.posttrain.models.attention import causal_masks
-from gemma2.posttrain.models.causal_attention import blockwise, can_be_blockwise
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
-from gemma2.posttrain.models.lora import check_targets, lora_config
+from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
+from gemma2.posttrain.models.scorer import last_hidden_states
 from gemma2.posttrain.rundir import Run
 from gemma2.posttrain.schemas import SftConfig
 
 from .trainer import trainer_arguments
 
-__all__ = ["SftTrainer", "last_hidden_states", "make_trainer", "pack", "parts", "plain_model"]
+__all__ = ["SftTrainer", "make_trainer", "pack", "parts"]
 
 # Options of TRL about what is done here: rendering, masking, cutting, packing, order.
 UNUSED = (
@@ -67,8 +65,6 @@ class SftTrainer(GroupedByLength, SFTTrainer):
             and not self.aux_loss_enabled
             and plain_head(model)
         )
-        # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
-        self.attends_in_blocks = can_be_blockwise(model) and not self.args.gradient_checkpointing
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
@@ -88,9 +84,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]  # the state at position t predicts token t + 1
         target = labels != IGNORED
-        with blockwise(plain_model(model)) if self.attends_in_blocks else nullcontext():
-            states = last_hidden_states(plain_model(model), inputs["input_ids"])
-        hidden = states[:, :-1][target]  # (N, d)
+        hidden = last_hidden_states(plain_model(model), inputs["input_ids"])[:, :-1][target]  # (N, d)
         count = target.sum() if num_items_in_batch is None else num_items_in_batch
         loss, _, hits = summed_cross_entropy(plain_model(model), hidden, labels[target], 1.0 / max(int(count), 1))
         accuracy = hits.float().mean().item() if len(hits) else 0.0
@@ -113,19 +107,6 @@ def parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]
         rows, width = order[start:end], int(lengths[order[end - 1]])
         yield {name: values[rows, :width] for name, values in inputs.items()}
         start = end
-
-
-def plain_model(model: Any) -> Any:
-    """The causal LM inside an adapter, whose layers are in it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """(B, T, d) of rows that are padded on the right: causal attention never looks there, so no mask says where."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    masks = causal_masks(model, ids.shape[1]) if model.config._attn_implementation == "eager" else None
-    output = model.base_model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
 
 
 def make_trainer(

@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_trl_s(tmp_path, fields, tokens):
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    assert trainer.scores_targets_only and trainer.attends_in_blocks
+    assert trainer.scores_targets_only
     loss, gradients = step(trainer)
     trainer.part_tokens = None
     expected_loss, expected = step(trainer, ours=False)
@@ -80,7 +80,11 @@ def test_losses_that_are_not_ours_are_left_to_trl(tmp_path, trainer_options):
 
 
 def test_recomputed_layers_keep_the_attention_of_the_forward_pass(tmp_path):
-    assert not trainer_of(tmp_path, trainer={"activation_checkpointing": True}).attends_in_blocks
+    trainer = trainer_of(tmp_path, trainer={"activation_checkpointing": True})
+    loss, gradients = step(trainer)
+    expected_loss, expected = step(trainer_of(tmp_path), ours=False)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(gradients, expected)
 
 
 def test_parts_hold_every_row_once_and_stay_under_the_limit():
