@@ -3,6 +3,7 @@
 A failure here after an upgrade says which private hook moved.
 """
 
+import copy
 import inspect
 
 import pytest
@@ -16,9 +17,11 @@ from gemma2.merging.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
-from gemma2.posttrain.rl.rollout import Rollout
+from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, leave_one_out
 from gemma2.posttrain.schemas import RlhfConfig
 
 OVERRIDDEN = {
@@ -175,3 +178,41 @@ def test_our_gradient_is_trl_s_on_the_same_batch(tmp_path):
     theirs._compute_loss(theirs.model, layout).backward()
     for name, parameter in theirs.model.named_parameters():
         assert (gradient[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def test_the_advantages_of_trl_s_own_training_are_those_that_we_would_form(tmp_path, monkeypatch):
+    """Reward less the KL to TRL's reference model, less the mean of the other samples: at every step of a TRL run."""
+    ending_model().save_pretrained(tmp_path / "policy")
+    tiny_tokenizer().save_pretrained(tmp_path / "policy")
+    policy, tokenizer = load_policy(tmp_path / "policy")
+    start = copy.deepcopy(policy)
+    worth = lambda ids: float(sum(ids) % 5)  # noqa: E731
+    apart, moved = [], []
+    generate = RLOOTrainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        out = generate(self, inputs)
+        prompts, completions = (
+            [row[mask.bool()].tolist() for row, mask in zip(out[f"{name}_ids"], out[f"{name}_mask"], strict=True)]
+            for name in ("prompt", "completion")
+        )
+        own, other = token_logps(self.model, prompts, completions), token_logps(start, prompts, completions)
+        ratios = torch.stack([(a - b).sum() for a, b in zip(own, other, strict=True)])
+        rewards = torch.tensor([worth(ids) for ids in completions])
+        ours = leave_one_out(anchored_rewards(rewards, ratios, 0.3), 4)
+        apart.append((ours - out["advantages"]).abs().max().item())
+        moved.append(ratios.abs().max().item())
+        return out
+
+    monkeypatch.setattr(RLOOTrainer, "_generate_and_score_completions", spy)
+    trainer = RLOOTrainer(
+        model=policy,
+        reward_funcs=[lambda completion_ids, **_: [worth(ids) for ids in completion_ids]],
+        args=arguments(tmp_path, beta=0.3, temperature=1.0, top_k=0, max_steps=3, learning_rate=1e-2),
+        train_dataset=Dataset.from_dict({"prompt": ["What is 1 plus 2?", "Sort 3 1 2."]}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert len(apart) == 3
+    assert max(apart) < 1e-4
+    assert moved[0] == 0 and moved[-1] > 0.1  # the KL has a say
