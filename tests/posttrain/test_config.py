@@ -239,8 +239,10 @@ def example(schema: type[Config]) -> Config:
         if (field.annotation in (Path, Path | None) and name not in ALTERNATIVES)
         or (field.is_required() and field.annotation in (str, tuple[Path, ...]))
     }
+    if "models" in schema.model_fields:
+        paths |= {"models": ["a", "b"]}
     if "method" in schema.model_fields:
-        paths |= {"models": ["a", "b"], "method": "slerp"}
+        paths |= {"method": "slerp"}
     return schema.model_validate(paths)
 
 
