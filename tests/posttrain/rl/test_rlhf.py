@@ -17,6 +17,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.evaluation import evaluate
+from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
@@ -26,10 +27,11 @@ from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.metrics import correlation
 from gemma2.posttrain.rl.objective import policy_loss
 from gemma2.posttrain.rl.rlhf import run_rlhf
-from gemma2.posttrain.rl.rloo import AnchorUpdate, prompt_order
+from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer, AnchorUpdate, prompt_order
 from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, leave_one_out, padded
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.training.trainer import RunCallback
 
 END_OF_TURN = 107
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
@@ -420,6 +422,52 @@ def test_an_engine_draws_from_the_weights_of_every_step_and_is_closed(inputs, tm
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradients_of_a_run_are_those_of_a_plain_forward(inputs, tmp_path, monkeypatch):
+    """Before every optimizer step: autograd through transformers' own forward, row by row, with advantages by hand."""
+    start = load_policy(inputs / "policy")[0]
+    config = configure(inputs, anchor="sft", beta=0.5, max_new_tokens=12, micro_batch_size=None)
+    seen, cosines = {}, []
+    generate, step = AnchoredRlooTrainer._generate_and_score_completions, RunCallback.on_pre_optimizer_step
+
+    def remember(self, rows):
+        seen["batch"] = generate(self, rows)
+        seen["policy"] = load_policy(inputs / "policy")[0]
+        seen["policy"].load_state_dict(self.model.state_dict())
+        return seen["batch"]
+
+    def compare(self, args, state, control, **kwargs):
+        step(self, args, state, control, **kwargs)
+        logps, ratios, rewards = [], [], []
+        for ids, mask in zip(seen["batch"]["ids"], seen["batch"]["mask"], strict=True):
+            places = mask.nonzero()[:, 0]
+            row = ids[: int(places[-1]) + 1][None]
+            own, other = (
+                torch.log_softmax(model(row).logits[0].float(), -1)[places - 1, ids[places]].sum()
+                for model in (seen["policy"], start)
+            )
+            logps.append(own)
+            ratios.append((own - other).item())
+            rewards.append(spread(None, [chat.decode(ids[places].tolist())])[0])
+        worth = [reward - 0.5 * ratio for reward, ratio in zip(rewards, ratios, strict=True)]
+        groups = [worth[i // 3 * 3 : i // 3 * 3 + 3] for i in range(len(worth))]
+        advantages = [own - (sum(group) - own) / 2 for own, group in zip(worth, groups, strict=True)]
+        loss = -sum(a * logp for a, logp in zip(advantages, logps, strict=True)) / len(worth)
+        loss.backward()
+        ours, theirs = (
+            torch.cat([p.grad.flatten().double() for p in model.parameters()])
+            for model in (kwargs["model"], seen["policy"])
+        )
+        assert ours.norm().item() == pytest.approx(min(1.0, theirs.norm().item()), rel=1e-3)  # clipped at 1
+        cosines.append(torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item())
+
+    chat = ChatFormat(tiny_tokenizer(), start.generation_config)
+    monkeypatch.setattr(AnchoredRlooTrainer, "_generate_and_score_completions", remember)
+    monkeypatch.setattr(RunCallback, "on_pre_optimizer_step", compare)
+    run_rlhf(config, RunOptions(tmp_path / "out"))
+    assert len(cosines) == 3
+    assert min(cosines) > 1 - 1e-6
 
 
 def test_the_reward_rises(inputs, tmp_path):
