@@ -54,10 +54,15 @@ def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> An
 
 def check_targets(config: LoraFields, model: Any) -> None:
     """Refuse target names that no linear layer of the model ends with, and the output head, whose adapter would be
-    trained by some losses and not by others."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    trained by some losses and not by others; that of a classifier is trained in full."""
+    heads = [
+        model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None,
+        getattr(model, "score", None),
+    ]
     names = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(module is head for head in heads)
     ]
     known = {name.rpartition(".")[2] for name in names}
     for target in config.lora_targets if config.lora_rank else ():

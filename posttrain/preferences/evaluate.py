@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import GuardStop, InputError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Pair, read_pairs
@@ -32,7 +32,8 @@ MOST_GROUPS = 100
 def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
     """{"data", "pairs", "models": [{"model", figures, "reliability": rows, "by": {value: figures}}]}.
 
-    Raises InputError for unusable data or models, and for a column that rows do not have.
+    Raises InputError for unusable data or models, and for a column that rows do not have, GuardStop for a model whose
+    scores are not finite.
     """
     quiet_libraries()
     check_parents([Parent("models", path) for path in config.models])
@@ -46,12 +47,14 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> di
 def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> dict[str, Any]:
     """What one reward model makes of the pairs."""
     model = RewardModel.from_dir(path)
-    longest = config.max_length or model.model.config.max_position_embeddings
+    longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest)
     report_dropped(dropped, len(pairs), longest, progress)
     rows = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
     with progress.task(f"score {path.name}", total=len(rows), unit="completions") as bar:
         rewards = score_rows(model, rows, config.batch_size, bar).view(2, -1)
+    if not rewards.isfinite().all():
+        raise GuardStop(f"{path} gives a score that is NaN or infinite", "check its weights")
     found: dict[str, Any] = {"model": str(path), "pairs": len(kept), **dropped, **measure_rewards(rewards, kept)}
     found["reliability"] = reliability(rewards)
     if config.by is not None:

@@ -13,7 +13,7 @@ from gemma2.merging.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Pair, located
 
-__all__ = ["PairIds", "report_dropped", "to_dataset", "tokenise_pairs"]
+__all__ = ["PairIds", "report_dropped", "to_dataset", "tokenise_pairs", "tokenise_split"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class PairIds:
 
 
 def tokenise_pairs(
-    pairs: Sequence[Pair], chat: ChatFormat, max_length: int | None
+    pairs: Sequence[Pair], chat: ChatFormat, max_length: int | None, some_needed: bool = True
 ) -> tuple[list[PairIds], dict[str, int]]:
     """Render both sides of every pair. Returns the usable pairs and how many were dropped, by reason.
 
-    Raises InputError with file and line for a pair that the chat template refuses, or when none is left.
+    Raises InputError with file and line for a pair that the chat template refuses, or when none is left and
+    `some_needed`.
     """
     kept: list[PairIds] = []
     dropped = {"overlong_dropped": 0, "identical_dropped": 0}
@@ -50,10 +51,26 @@ def tokenise_pairs(
             dropped["identical_dropped"] += 1
         else:
             kept.append(ids)
-    if pairs and not kept:
+    if some_needed and pairs and not kept:
         what = f"none of {len(pairs)} pairs is usable: {dropped['overlong_dropped']} over --max-length {max_length}"
         raise InputError(f"{what}, {dropped['identical_dropped']} the same on both sides", "check the data")
     return kept, dropped
+
+
+def tokenise_split(
+    training: Sequence[Pair], heldout: Sequence[Pair], chat: ChatFormat, max_length: int, progress: Progress
+) -> tuple[list[PairIds], list[PairIds], dict[str, int]]:
+    """The usable pairs of both sides of a split, and how many were dropped of both together, which is also told.
+
+    Raises InputError as `tokenise_pairs` does; training goes on without held-out pairs, with a warning.
+    """
+    pairs, dropped = tokenise_pairs(training, chat, max_length)
+    heldout_pairs, further = tokenise_pairs(heldout, chat, max_length, some_needed=False)
+    dropped = {reason: count + further[reason] for reason, count in dropped.items()}
+    report_dropped(dropped, len(training) + len(heldout), max_length, progress)
+    if heldout and not heldout_pairs:
+        progress.warn(f"none of the {len(heldout)} held-out pairs is usable: nothing is measured on them")
+    return pairs, heldout_pairs, dropped
 
 
 def _pair_ids(pair: Pair, chat: ChatFormat) -> PairIds:

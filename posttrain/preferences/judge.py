@@ -72,7 +72,14 @@ where X is A, B or tie."""
 PLACES = {"score": {"prompt", "answer"}, "compare": {"prompt", "answer_a", "answer_b"}}
 SCORE_LINE = re.compile(r"score[^\n:=]{0,20}[:=]\W{0,6}?(-?\d+(?:[.,]\d+)?)", re.IGNORECASE)
 NUMBER_ALONE = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*/\s*10)?")
-BETTER_LINE = re.compile(r"better[^\n:=]{0,20}[:=]\W{0,6}?(?:answer\W{1,3})?(A|B|tie)\b", re.IGNORECASE)
+# "A tie" is a tie; a small "a" with a word behind it is an article; what names both answers has decided nothing.
+BETTER_LINE = re.compile(
+    r"""better[^\n:=]{0,20}[:=]\W{0,6}?
+        (?:(?:an?[\s*_"']+)?(?P<tie>tie)\b
+          |(?:answer\W{1,3})?(?P<one>(?-i:A)\b|a\b(?![ \t*_]+\w)|B\b)
+           (?P<both>(?:,[ ]*[AB])?\W{0,4}(?:or|and|[/&=])\W{0,4}(?:answer\W{1,3})?(?:[AB]|(?:a[ ])?tie)\b)?)""",
+    re.IGNORECASE | re.VERBOSE,
+)
 SHOWN = 120  # characters of a reply that could not be read
 
 
@@ -87,6 +94,10 @@ def read_template(config: PairsConfig) -> str:
         found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
     except FileNotFoundError as error:
         raise UsageError(f"--judge-prompt {config.judge_prompt} does not exist", "give a text file") from error
+    except OSError as error:  # a directory, say
+        raise UsageError(
+            f"--judge-prompt {config.judge_prompt} cannot be read: {error.strerror}", "give a text file"
+        ) from error
     except ValueError as error:  # not UTF-8, or a brace alone
         raise UsageError(
             f"--judge-prompt {config.judge_prompt}: {error}", "write {{ and }} for braces, in UTF-8"
@@ -156,8 +167,10 @@ class Judge:
     def read(self, reply: str) -> float | None:
         """The rating, or of a comparison 1, 1/2 or 0 for A; None where the reply has none."""
         if self.compares:
-            verdicts = BETTER_LINE.findall(reply)
-            return {"a": 1.0, "b": 0.0, "tie": 0.5}[verdicts[-1].lower()] if verdicts else None
+            verdicts = list(BETTER_LINE.finditer(reply))
+            if not verdicts or verdicts[-1]["both"]:
+                return None
+            return 0.5 if verdicts[-1]["tie"] else float(verdicts[-1]["one"] in "Aa")
         alone = NUMBER_ALONE.fullmatch(reply.strip())
         found = [alone[1]] if alone else SCORE_LINE.findall(reply)
         value = float(found[-1].replace(",", ".")) if found else None

@@ -28,7 +28,7 @@ from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ProbeConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 
-from .examples import PairIds, report_dropped, tokenise_pairs
+from .examples import PairIds, tokenise_split
 from .heads import HEAD, starting_model
 from .train import measure_rewards
 
@@ -48,9 +48,8 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
     with open_run("reward probe", config, options, parents=parents, data=data_files(config.data)) as run:
         model, tokenizer = starting_model(config.model, config.seed, None, progress)
         training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
-        pairs, dropped = tokenise_pairs(training, ChatFormat(tokenizer), config.max_length)
-        heldout_pairs, _ = tokenise_pairs(heldout, ChatFormat(tokenizer), config.max_length)
-        report_dropped(dropped, len(training), config.max_length, progress)
+        chat = ChatFormat(tokenizer)
+        pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, progress)
         states = last_states(model, pairs, config.batch_size, progress)
         margins = torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float64)
         head, steps = fit_head(states, margins, config.l2, config.center_coefficient)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma2.merging.errors import UsageError
+from gemma2.merging.errors import GuardStop, UsageError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
@@ -29,7 +29,7 @@ from gemma2.posttrain.training.heldout import HeldOut
 from gemma2.posttrain.training.sft import accumulation_steps
 from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train
 
-from .examples import PairIds, report_dropped, tokenise_pairs
+from .examples import PairIds, tokenise_split
 from .heads import starting_model
 from .metrics import preference_metrics
 from .trainer import make_trainer
@@ -49,9 +49,8 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     with open_run("reward", config, options, parents=parents, data=data_files(config.data)) as run:
         model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress)
         training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
-        pairs, dropped = tokenise_pairs(training, ChatFormat(tokenizer), config.max_length)
-        heldout_pairs, _ = tokenise_pairs(heldout, ChatFormat(tokenizer), config.max_length)
-        report_dropped(dropped, len(training), config.max_length, progress)
+        chat = ChatFormat(tokenizer)
+        pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, progress)
         if not heldout_pairs and (config.keep == "best" or config.patience is not None):
             raise UsageError("no pairs are held out for --keep best or --patience", "give --eval-fraction")
         trainer = make_trainer(model, tokenizer, pairs, config, run, accumulation)
@@ -65,7 +64,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         plain = merged(trainer.model)
         save_model(plain, tokenizer, run.path)
         counts = {"steps": trainer.state.global_step, "pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
-        found = measure(RewardModel(plain, tokenizer), heldout_pairs, config.batch_size)
+        found = measure(RewardModel(plain, tokenizer), heldout_pairs, config.micro_batch_size or config.batch_size)
         return run.finish(counts | dropped | found | evaluation.summary(progress))
 
 
@@ -78,17 +77,27 @@ class HeldOutPairs(HeldOut):
 
     def figures(self, model: Any) -> dict[str, Any]:
         """`preference_metrics` of the held-out pairs; the loss is what --keep best and --patience compare."""
-        found = measure(RewardModel(plain_model(model), self.tokenizer), self.examples, self.config.batch_size)
+        batch_size = self.config.micro_batch_size or self.config.batch_size
+        found = measure(RewardModel(plain_model(model), self.tokenizer), self.examples, batch_size)
         return {f"heldout_{name}": value for name, value in found.items()}
 
 
 def measure(model: RewardModel, pairs: Sequence[PairIds], batch_size: int) -> dict[str, float | None]:
-    """Scores of held-out pairs, as `preference_metrics` sums them up; empty without pairs."""
+    """Scores of held-out pairs, as `preference_metrics` sums them up; empty without pairs.
+
+    Raises GuardStop for a score that is NaN or infinite.
+    """
     if not pairs:
         return {}
     chosen, rejected = _sides(pairs)
     ids = chosen + rejected
-    return measure_rewards(model.score(ids, [[]] * len(ids), batch_size).view(2, -1), pairs)
+    rewards = model.score(ids, [[]] * len(ids), batch_size)
+    if not rewards.isfinite().all():
+        raise GuardStop(
+            "the reward model gives a held-out pair a score that is NaN or infinite",
+            "lower --learning-rate, or check the weights of --model",
+        )
+    return measure_rewards(rewards.view(2, -1), pairs)
 
 
 def measure_rewards(rewards: Tensor, pairs: Sequence[PairIds]) -> dict[str, float | None]:

@@ -97,6 +97,19 @@ def test_a_rating_is_the_last_number_behind_score_within_its_bounds(reply, score
         ("Better: A? No.\nBetter: B", 0.0),
         ("**Better:** Answer A", 1.0),
         ("better: TIE", 0.5),
+        ("Better: a tie", 0.5),
+        ("Better: A tie.", 0.5),
+        ("**Better:** A **tie**", 0.5),
+        ("Better: a", 1.0),
+        ("Better: A, B is wrong", 1.0),
+        ("Better: B because it is shorter", 0.0),
+        ("Better: A or B", None),
+        ("Better: A and B", None),
+        ("Better: A/B", None),
+        ("Better: A, B or tie", None),
+        ("Better: A or B?\nBetter: B", 0.0),
+        ("Better: A\n\nBetter: A or B", None),
+        ("Better: a bit of both", None),
         ("A is better than B", None),
         ("Better: Both", None),
         ("", None),
@@ -212,6 +225,11 @@ def test_a_prompt_without_its_places_is_refused(make, tmp_path, template, words)
         make(JudgingServer(by_length), tmp_path / "out", judge_prompt=tmp_path / "judge.txt")
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_as_the_prompt_is_refused(make, tmp_path):
+    with pytest.raises(UsageError, match=r"--judge-prompt .* cannot be read: Is a directory; give a text file"):
+        make(JudgingServer(by_length), tmp_path / "out", judge_prompt=tmp_path)
 
 
 def test_options_of_a_server_need_one():

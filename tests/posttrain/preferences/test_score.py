@@ -10,7 +10,7 @@ import torch
 from processes import MAIN, gemma2, start
 from transformers import AutoModelForSequenceClassification
 
-from gemma2.merging.errors import InputError
+from gemma2.merging.errors import GuardStop, InputError
 from gemma2.merging.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import to_line
@@ -198,6 +198,16 @@ def test_models_stand_side_by_side_and_sources_apart(inputs):
 def test_a_column_that_is_not_there_is_named(inputs):
     with pytest.raises(InputError, match=r"pairs\.jsonl:1: no 'sauce' for --by; give one of the columns: source"):
         evaluated(inputs, "model", by="sauce")
+
+
+def test_a_model_whose_scores_are_not_finite_is_named(inputs, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(inputs / "model")
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(GuardStop, match=r"broken gives a score that is NaN or infinite"):
+        evaluated(inputs, tmp_path / "broken")
 
 
 def test_the_command_prints_tables_and_one_json_document(inputs, capsys, monkeypatch):

@@ -14,16 +14,19 @@ from processes import MAIN, gemma2, start
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import read_pairs
+from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.models.loading import init_reward_model
-from gemma2.posttrain.preferences.train import PairIds, make_trainer, run_reward, tokenise_pairs
+from gemma2.posttrain.preferences.examples import PairIds, tokenise_pairs
+from gemma2.posttrain.preferences.probe import run_probe
+from gemma2.posttrain.preferences.train import measure, run_reward
+from gemma2.posttrain.preferences.trainer import make_trainer
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rundir import RunOptions
-from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.schemas import ProbeConfig, RewardConfig
 
 WORDS = ["honey", "glass", "wool", "salt", "copper"]
 
@@ -168,6 +171,56 @@ def test_what_is_dropped_is_reported(inputs, tmp_path, interrupting):
     progress = interrupting(10**9)
     run_reward(configure(inputs, max_length=32, max_steps=1), RunOptions(tmp_path / "out"), progress)
     assert "pairs are longer than --max-length 32 and were dropped" in progress.warnings[0]
+
+
+@pytest.fixture
+def uneven(inputs, tmp_path):
+    """Pairs of which exactly the held-out ones are too long for 100 tokens."""
+    _, heldout = split(read_pairs(inputs / "pairs.jsonl"), 0.2, 0)
+    keys = {pair.prompt[0]["content"] for pair in heldout}
+    rows = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text().splitlines()]
+    long = [row | {"chosen": "x" * 300} if row["prompt"] in keys else row for row in rows]
+    (tmp_path / "uneven.jsonl").write_bytes(b"".join(map(to_line, long)))
+    return tmp_path / "uneven.jsonl", len(heldout)
+
+
+@pytest.mark.parametrize("command", ["reward", "probe"])
+def test_held_out_pairs_that_are_too_long_are_told_and_training_goes_on(
+    inputs, tmp_path, uneven, command, interrupting
+):
+    data, count = uneven
+    progress = interrupting(10**9)
+    if command == "reward":
+        config = configure(inputs, max_length=100, max_steps=1).model_copy(update={"data": data})
+        result = run_reward(config, RunOptions(tmp_path / "out"), progress)
+    else:
+        probe = ProbeConfig(model=inputs / "model", data=data, max_length=100, eval_fraction=0.2)
+        result = run_probe(probe, RunOptions(tmp_path / "out"), progress)
+    assert result.summary["overlong_dropped"] == count and result.summary["heldout_pairs"] == 0
+    assert f"{count} of 60 pairs are longer than --max-length 100" in progress.warnings[0]
+    assert f"none of the {count} held-out pairs is usable" in progress.warnings[1]
+
+
+def test_held_out_scores_that_are_not_finite_stop_the_run(conversations):
+    model = random_reward_model()
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    pair = PairIds(conversations[0], conversations[10], 4)
+    with pytest.raises(GuardStop, match=r"a score that is NaN or infinite; lower --learning-rate"):
+        measure(RewardModel(model, tiny_tokenizer()), [pair], 2)
+
+
+def test_held_out_pairs_are_read_as_many_at_once_as_training_reads(inputs, tmp_path, monkeypatch):
+    seen, score = set(), RewardModel.score
+    monkeypatch.setattr(RewardModel, "score", lambda self, *rows: seen.add(rows[2]) or score(self, *rows))
+    run_reward(configure(inputs, micro_batch_size=3, max_steps=1), RunOptions(tmp_path / "out"))
+    assert seen == {3}
+
+
+def test_the_head_takes_no_adapter(inputs, tmp_path):
+    config = configure(inputs, lora_rank=2, lora_targets=("score",), max_steps=1)
+    with pytest.raises(UsageError, match="--lora-targets: no linear layer is named 'score'"):
+        run_reward(config, RunOptions(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("margins", [(None, None), (1.5, None)])
