@@ -214,7 +214,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     """What decides the result: not the paths (what they lead to is compared by digest), nor what the schema says is
     incidental, so that a resume may change it."""
     dumped = config.model_dump(mode="json")
-    return {key: dumped[key] for key, value in config if not _is_path(value) and key not in config.INCIDENTAL}
+    incidental = {name for kind in type(config).__mro__ for name in vars(kind).get("INCIDENTAL", ())}
+    return {key: dumped[key] for key, value in config if not _is_path(value) and key not in incidental}
 
 
 def _is_path(value: object) -> bool:

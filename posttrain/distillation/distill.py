@@ -10,11 +10,9 @@ line of metrics.jsonl with `"kind": "eval"`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +31,15 @@ from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_b
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.training.heldout import heldout_loss
-from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
+from gemma2.posttrain.training.trainer import (
+    PeriodicEvaluation,
+    RunCallback,
+    configured,
+    evaluations,
+    quiet_libraries,
+    train,
+    trainer_arguments,
+)
 
 from .divergence import Divergence, divergence_loss, head_of
 from .gkd import GkdTrainer, Loss, Material, draw, schedule
@@ -62,7 +68,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     with open_run("distill", config, options, parents=parents, data=[*data, *(cache.files if cache else ())]) as run:
         setup = prepare(config, cache, progress)
         micro = config.micro_batch_size or config.batch_size
-        arguments = TrlConfig(**distillation_arguments(config, run, micro))
+        arguments = configured(TrlConfig, config, distillation_arguments(config, run, micro))
         rows = schedule(config.steps, config.batch_size, config.n, setup.material, config.fraction, config.seed)
         adapter = lora_config(config, "CAUSAL_LM")
         trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, progress, adapter)
@@ -221,16 +227,10 @@ class Evaluation(PeriodicEvaluation):
 
     def summary(self) -> dict[str, float | None]:
         """The last measurement beside the first one, which a resumed run finds in its own metrics."""
-        found = evaluations(self.run.path / "metrics.jsonl")
+        found = evaluations(self.run)
         first, last = (found[0], found[-1]) if found else ({}, {})
         before = {f"{name}_before": first[name] for name in ("divergence", "heldout_loss") if name in first}
         return before | {name: value for name, value in last.items() if name not in ("step", "kind")}
-
-
-def evaluations(metrics: Path) -> list[dict[str, Any]]:
-    """What was measured, from before the first step to after the last, also by the parts of a run before a resume."""
-    with metrics.open(encoding="utf-8") as lines:
-        return [row for row in map(json.loads, lines) if row.get("kind") == "eval"]
 
 
 @torch.no_grad()

@@ -114,7 +114,8 @@ def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
     name = model.config._attn_implementation
     # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
     recomputed = model.training and model.is_activation_checkpointing
-    in_blocks = name == "eager" and ids.device.type == "cpu" and can_be_blockwise(model) and not recomputed
+    plain = not recomputed and not torch.is_autocast_enabled("cpu")  # which would mix dtypes in its gradient
+    in_blocks = name == "eager" and ids.device.type == "cpu" and can_be_blockwise(model) and plain
     masks = causal_masks(model, ids.shape[1]) if name in ("eager", "sdpa") and not in_blocks else None
     with blockwise(model) if in_blocks else nullcontext():
         output = model.base_model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)

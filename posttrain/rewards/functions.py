@@ -110,7 +110,11 @@ def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
 
 
 def _columns(values: Sequence[Any], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
-    mappings = [value if isinstance(value, Mapping) else {column: value} for value in values]
+    keys = next((value for value in values if isinstance(value, Mapping)), {column: None})
+    silent = dict.fromkeys(keys) if abstains else {column: None}  # None beside mappings is no opinion on any key
+    mappings = [
+        value if isinstance(value, Mapping) else silent if value is None else {column: value} for value in values
+    ]
     if any(mapping.keys() != mappings[0].keys() for mapping in mappings):
         raise InputError(f"{source} returned different keys for different completions", "return the same keys always")
     return {str(key): [_number(mapping[key], source, key, abstains) for mapping in mappings] for key in mappings[0]}

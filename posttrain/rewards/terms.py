@@ -42,6 +42,27 @@ __all__ = ["column_means", "reward_parents", "reward_score", "weighted_sum"]
 
 REWARD = "reward"
 DISAGREEMENT = "reward_disagreement"
+# Figures of a training step or an evaluation: a function's own must not take their place.
+RESERVED = frozenset(
+    [
+        "step",
+        "kind",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "entropy",
+        "kl",
+        "kl_anchor",
+        "length",
+        "truncated",
+        "distinct_2",
+        "reward_std",
+        "reward_std_in_group",
+        "reward_length_correlation",
+        "vllm_mismatch",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +106,12 @@ def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Sco
 
 
 def weighted_sum(values: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
-    """sum_k weights[k] * values[k] within +-clip, (N,); NaN where no term has an opinion.
+    """sum_k weights[k] * values[k] within +-clip, (N,); NaN where no term that counts has an opinion.
 
     values: (K, N), NaN where a term has no opinion. weights: (K,).
     """
     total = (values * weights[:, None]).nansum(0)
-    total[values.isnan().all(0)] = math.nan
+    total[values[weights != 0].isnan().all(0)] = math.nan
     return total if clip is None else total.clamp(-clip, clip)
 
 
@@ -156,6 +177,8 @@ def _evaluated(terms: Sequence[Term], sampled: Sampled) -> tuple[Tensor, dict[st
         values.append(found.pop(REWARD))
         if len(terms) > 1:
             found = {f"rewards/{term.name}": values[-1], **found}
+        for name in found.keys() & RESERVED:
+            raise InputError(f"the reward's {term.name} returned {name!r}, a figure of the run", "rename the key")
         for name in found.keys() & columns.keys():
             raise InputError(f"two terms of the reward return {name!r}", "rename the key in one of the functions")
         columns |= found

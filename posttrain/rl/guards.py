@@ -17,6 +17,7 @@ __all__ = ["Guards"]
 
 # One small batch may be cut at the limit by chance; three in a row say that the limit is too low.
 TRUNCATED_STEPS = 3
+ROUNDING = 1e-5  # of a reward, in its own size
 
 
 @dataclass
@@ -35,7 +36,9 @@ class Guards:
         """Judge the completions of a training step. `step` counts from 1."""
         if step == 1:
             self._check_start(metrics)
-        self.dead_steps = 0 if metrics["reward_std_in_group"] else self.dead_steps + 1
+        # The same completion, read by a reward model beside others, differs in the last bits.
+        alike = (metrics["reward_std_in_group"] or 0.0) <= ROUNDING * max(1.0, abs(metrics["reward"] or 0.0))
+        self.dead_steps = self.dead_steps + 1 if alike else 0
         truncated = metrics["truncated"] or 0.0
         self.truncated_steps = self.truncated_steps + 1 if truncated == 1 else 0
         if truncated > 0.5 and not self.warned:

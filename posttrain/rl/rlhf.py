@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,19 @@ from gemma2.posttrain.ranks import Ranks, join
 from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
-from gemma2.posttrain.training.trainer import PeriodicEvaluation, RunCallback, quiet_libraries, train, trainer_arguments
+from gemma2.posttrain.training.trainer import (
+    PeriodicEvaluation,
+    RunCallback,
+    configured,
+    evaluations,
+    quiet_libraries,
+    train,
+    trainer_arguments,
+)
 
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
-from .setup import TOLERANCE_FP32, Setup, make_anchor, prepare
+from .setup import Setup, make_anchor, prepare
 from .vllm import VllmSampler, check_usable
 
 __all__ = ["run_rlhf"]
@@ -47,6 +55,9 @@ __all__ = ["run_rlhf"]
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
 # What RLOOConfig adds to transformers' own options is about TRL's rollout and loss, in whose place stand ours.
 UNUSED = {item.name for item in fields(RLOOConfig)} - {item.name for item in fields(TrainingArguments)}
+UNUSED |= {"num_train_epochs", "neftune_noise_alpha"}  # noise would update another policy than the sampled one
+# KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
+TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
 SHOWN = {"reward": "reward", "kl_anchor": "KL", "length": "length", "truncated": "cut"}
 
 
@@ -68,8 +79,11 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     with open_run("rlhf", config, options, parents=parents, data=data, ranks=ranks) as run:
         prompts, heldout = read_data(config)
         setup = prepare(config, prompts, micro, ranks)
-        guards = Guards(progress, config.max_kl, config.max_dead_steps, setup.tolerance)
-        arguments = RLOOConfig(**rloo_arguments(config, run, rows, micro))
+        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
+        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
+        tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
+        starts_at_anchor = tolerance if setup.starts_at_anchor else None
+        guards = Guards(progress, config.max_kl, config.max_dead_steps, starts_at_anchor)
         transformers.set_seed(config.seed)  # of the adapters' first values
         trainer = AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
         callback = RunCallback(run, progress, "RL", SHOWN)
@@ -169,7 +183,6 @@ class Evaluation(PeriodicEvaluation):
     rows: Sequence[Prompt]
     guards: Guards
     trainer: AnchoredRlooTrainer
-    last: dict[str, float | None] = field(default_factory=dict)
 
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""
@@ -178,18 +191,19 @@ class Evaluation(PeriodicEvaluation):
         settings = Settings(params, rollout.batch_size, config.seed, keep=4, ranks=self.run.ranks)
         with self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
-        self.last = measured.columns()
-        kl, truncated = float(self.last["kl"] or 0.0), float(self.last["truncated"] or 0.0)
+        found = measured.columns()
+        kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
             raise RuntimeError(f"KL to the SFT policy is {kl:.3g} nats before the first step, not 0")
-        self.run.log(step, kind="eval", **self.last)
+        self.run.log(step, kind="eval", **found)
         for row in measured.samples:
             self.run.sample(step, **row)
         self.guards.measured(step, kl, truncated)
 
     def summary(self) -> dict[str, float | None]:
-        """The last measurement."""
-        return {name: self.last.get(name) for name in ("reward", "reward_se", "kl", "kl_se", "length", "truncated")}
+        """The last measurement, which may be of the part of the run before a resume."""
+        last = evaluations(self.run)[-1]
+        return {name: last.get(name) for name in ("reward", "reward_se", "kl", "kl_se", "length", "truncated")}
 
 
 def save(trainer: AnchoredRlooTrainer, setup: Setup, config: RlhfConfig, run: Run) -> None:

@@ -102,6 +102,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
         self.anchor = anchor
         self.guards = guards
         self.redirect = _ForwardRedirection()
+        self._entropy = torch.zeros(2)  # sum, nats, and number of tokens since the last line of metrics
 
     def follow(self, anchor: EmaAnchor, mu: float) -> None:
         """Keep this anchor, and move it after every optimizer step."""
@@ -141,9 +142,16 @@ class AnchoredRlooTrainer(RLOOTrainer):
         loss = losses[-1] + sum(value.detach() for value in losses[:-1])
         entropy, tokens = sum(entropies, torch.zeros_like(loss)), sum(counts)
         everyone = self.accelerator.gather(torch.stack([entropy.detach().float(), entropy.new_tensor(tokens).float()]))
-        total, count = everyone.view(-1, 2).sum(0).tolist()
-        self._metrics["train"]["entropy"].append(total / count)
+        self._entropy += everyone.view(-1, 2).sum(0).cpu()
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Entropy is a mean over the tokens since the last line, however they were cut into forward passes."""
+        total, count = self._entropy.tolist()
+        if count:
+            self._metrics["train"]["entropy"] = [total / count]
+            self._entropy.zero_()
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)

@@ -24,10 +24,7 @@ from gemma2.posttrain.schemas import RlhfConfig
 from .ema import EmaAnchor, FactorAnchor, LoraAnchor
 from .rollout import Rollout
 
-__all__ = ["TOLERANCE_FP32", "Setup", "make_anchor", "prepare"]
-
-# KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
-TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
+__all__ = ["Setup", "make_anchor", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,14 @@ class Setup:
     """What a run starts with.
 
     reference: the SFT policy that the measured KL refers to. base: the policy's weights as they were, shared with it
-    where they are frozen; None where all are trained. tolerance: of the KL to the anchor at the first step, nats per
-    token; None where the anchor starts elsewhere.
+    where they are frozen; None where all are trained. starts_at_anchor: the KL to the anchor is 0 at the first step.
     """
 
     rollout: Rollout
     reference: Any
     base: Any | None
     starts_at_sft: bool
-    tolerance: float | None
+    starts_at_anchor: bool
 
 
 def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks) -> Setup:
@@ -66,11 +62,8 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
     score = reward_score(config, chat, micro)
     anchor = reference if config.anchor == "sft" else None
     rollout = Rollout(policy, anchor, chat, score, config, prompts, generator, micro, ranks)
-    zero = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
-    rounded = torch.cuda.is_available() or config.anchor_memory == "cpu"
-    return Setup(
-        rollout, reference, base, starts_at_sft, (TOLERANCE_BF16 if rounded else TOLERANCE_FP32) if zero else None
-    )
+    starts_at_anchor = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
+    return Setup(rollout, reference, base, starts_at_sft, starts_at_anchor)
 
 
 def make_anchor(config: RlhfConfig, setup: Setup) -> EmaAnchor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -26,11 +26,15 @@ class SamplingFields(Config):
 class TrainingFields(Config):
     """What every training step shares."""
 
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"report_to"})
+
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
-    log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    log_every: int = Field(
+        1, ge=1, description="optimizer steps between lines of metrics.jsonl; every checkpoint adds one"
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="also send the metrics to tensorboard, wandb, trackio; metrics.jsonl is always written"
     )

@@ -85,13 +85,16 @@ class VllmFields(Config):
     @model_validator(mode="after")
     def _vllm_options_fit_each_other(self) -> Self:
         server = self.vllm_mode == "server"
-        told = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1
+        shared = self.vllm_memory != type(self).model_fields["vllm_memory"].default
+        told = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1 or shared
         if self.engine != "vllm" and told:
             raise ValueError("the options of vLLM are for --engine vllm; give it, or drop them")
         if server != (self.vllm_server_url is not None):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
-        if server and self.vllm_tensor_parallel > 1:
-            raise ValueError("--vllm-tensor-parallel is for colocate; a server is told when it is started")
+        if server and (self.vllm_tensor_parallel > 1 or shared):
+            raise ValueError(
+                "--vllm-tensor-parallel and --vllm-memory are for colocate; a server is told when it is started"
+            )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")
         return self

@@ -33,7 +33,7 @@ from gemma2.posttrain.models.scorer import last_hidden_states
 from gemma2.posttrain.rundir import Run
 from gemma2.posttrain.schemas import SftConfig
 
-from .trainer import trainer_arguments
+from .trainer import configured, trainer_arguments
 
 __all__ = ["SftTrainer", "make_trainer", "pack", "parts"]
 
@@ -144,7 +144,7 @@ def make_trainer(
         warnings.simplefilter("ignore", FutureWarning)
         trainer = SftTrainer(
             model=model,
-            args=TrlSftConfig(**arguments),
+            args=configured(TrlSftConfig, config, arguments),
             data_collator=collator,
             train_dataset=dataset,
             processing_class=tokenizer,

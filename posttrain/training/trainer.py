@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -33,6 +33,8 @@ from .tracking import check_tracking, tracked
 __all__ = [
     "PeriodicEvaluation",
     "RunCallback",
+    "configured",
+    "evaluations",
     "latest_checkpoint",
     "mark_complete",
     "quiet_libraries",
@@ -43,6 +45,14 @@ __all__ = [
 COMPLETE = "complete.json"
 # transformers name -> ours, in the metrics and on the bar.
 RENAMED = {"grad_norm": "gradient_norm"}
+# Options of transformers that would break a promise of ours.
+BREAKS = {
+    "save_only_model": "a resumed run would start with a fresh optimizer",
+    "ignore_data_skip": "a resumed run would meet its first rows again",
+    "logging_strategy": "metrics.jsonl is always written; --log-every says how often",
+}
+C = TypeVar("C")
+
 # Wall-clock figures differ between a resumed run and an uninterrupted one; the manifest has start and end.
 DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
 
@@ -95,11 +105,24 @@ def trainer_arguments(
             raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known.difference(unused)))
         if key.startswith("hub_") or key == "push_to_hub":  # what is set here is recorded, and a token is secret
             raise UsageError(f"'trainer.{key}' is not taken", "push the finished output with `hf upload`")
-        if key in unused:
+        if key in BREAKS:
+            raise UsageError(f"'trainer.{key}' is not taken: {BREAKS[key]}", "leave it out")
+        if key in unused or key.startswith("eval_"):
             raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
         if key in arguments and key not in defaults:
             raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
     return arguments | config.trainer
+
+
+def configured(schema: type[C], config: TrainingFields, arguments: Mapping[str, Any]) -> C:
+    """A TRL config of `trainer_arguments`. Raises UsageError for a value in the user's `trainer:` that it refuses."""
+    try:
+        return schema(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        if not config.trainer:  # ours alone: a bug
+            raise
+        detail = " ".join(str(error).split())[:200]
+        raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "mend it, or leave it out") from error
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -174,6 +197,8 @@ class RunCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # What was gathered since the last line is in no checkpoint: with a line before each, none is lost on resume.
+        control.should_log = control.should_log or control.should_save
         if self.task is not None:
             self.task.advance(1, **self.live)
 
@@ -197,6 +222,16 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.run.ranks.barrier()  # every rank has written its part
         self.run.ranks.on_main(lambda: mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """What was measured, from before the first step to after the last, also by the parts of a run before a resume."""
+
+    def read() -> list[dict[str, Any]]:
+        with (run.path / "metrics.jsonl").open(encoding="utf-8") as lines:
+            return [row for row in map(json.loads, lines) if row.get("kind") == "eval"]
+
+    return run.ranks.on_main(read)
 
 
 class PeriodicEvaluation(TrainerCallback):

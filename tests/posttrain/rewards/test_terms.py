@@ -41,6 +41,14 @@ def graded(completions, **_):
     return [{"reward": 1.0, "accuracy": 0.5} for _ in completions]
 
 
+def in_the_way(completions, **_):
+    return [{"reward": 1.0, "reward_std_in_group": 5.0} for _ in completions]
+
+
+def half_graded(prompts, completions, **_):
+    return [{"reward": 2.0, "accuracy": 1.0} if "+" in messages[-1]["content"] else None for messages in prompts]
+
+
 def graded_too(completions, **_):
     return [{"reward": 1.0, "accuracy": 0.25} for _ in completions]
 
@@ -96,6 +104,12 @@ def test_the_weighted_sum_by_hand():
     assert clipped[2].isnan()
 
 
+def test_a_term_of_weight_0_reports_and_has_no_opinion():
+    values = torch.tensor([[math.nan, 1.0], [5.0, 5.0]], dtype=torch.float64)
+    total = weighted_sum(values, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert total[0].isnan() and total[1] == 1.0
+
+
 def test_clip_comes_after_the_weights_and_before_the_penalties(chat, sampled):
     config = RewardFields(
         reward_fn=fn("four", "letters"),
@@ -138,6 +152,14 @@ def test_further_numbers_of_a_function_keep_their_names(chat, sampled):
         reward_score(RewardFields(reward_fn=fn("graded", "graded_too")), chat, 8)(sampled)
     with pytest.raises(InputError, match=r"returned accuracy and no 'reward'"):
         reward_score(RewardFields(reward_fn=fn("no_reward")), chat, 8)(sampled)
+    with pytest.raises(InputError, match="returned 'reward_std_in_group', a figure of the run"):
+        reward_score(RewardFields(reward_fn=fn("in_the_way")), chat, 8)(sampled)
+
+
+def test_none_beside_mappings_is_no_opinion_on_any_key(chat, sampled):
+    columns = reward_score(RewardFields(reward_fn=fn("four", "half_graded")), chat, 8)(sampled)
+    assert columns["reward"] == [6.0, 4.0, 4.0]
+    assert column_means(columns)["accuracy"] == 1.0
 
 
 # --- reward models --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from gemma2.posttrain.rl.objective import policy_loss
 from gemma2.posttrain.rl.rlhf import run_rlhf
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer, AnchorUpdate, prompt_order
 from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, leave_one_out, padded
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.rundir import RunOptions, settings_of
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import RunCallback
 
@@ -372,11 +372,24 @@ def test_options_that_would_do_nothing_or_harm_are_refused(inputs, fields, what)
 
 
 @pytest.mark.parametrize(
-    ("key", "what"), [("use_transformers_continuous_batching", "soft cap"), ("top_p", "no effect"), ("beta", "option")]
+    ("key", "value", "what"),
+    [
+        ("use_transformers_continuous_batching", True, "soft cap"),
+        ("top_p", 0.5, "no effect"),
+        ("eval_strategy", "steps", "no effect"),
+        ("neftune_noise_alpha", 5, "no effect"),
+        ("beta", 0.1, "option"),
+        ("save_only_model", True, "fresh optimizer"),
+        ("optim", "nonsense", "'trainer' .optim.: .*nonsense"),
+    ],
 )
-def test_options_of_trl_that_would_do_nothing_or_harm_are_refused(inputs, tmp_path, key, what):
+def test_options_of_trl_that_would_do_nothing_or_harm_are_refused(inputs, tmp_path, key, value, what):
     with pytest.raises(UsageError, match=what):
-        run_rlhf(configure(inputs, trainer={key: True}), RunOptions(tmp_path / "out"))
+        run_rlhf(configure(inputs, trainer={key: value}), RunOptions(tmp_path / "out"))
+
+
+def test_a_run_in_bf16_may_round_its_first_kl(inputs, tmp_path):
+    run_rlhf(configure(inputs, steps=1, trainer={"bf16": True}), RunOptions(tmp_path / "out"))
 
 
 class Elsewhere:
@@ -484,9 +497,19 @@ def test_a_reward_model_is_scored_on_the_sampled_ids(inputs, tmp_path):
     assert result.summary["reward"] is not None
 
 
+def test_rounding_is_no_difference_in_reward():
+    watched = guards(max_dead_steps=2)
+    watched.observe(1, metrics(reward=40.0, reward_std_in_group=1e-4))
+    with pytest.raises(GuardStop, match="no difference in reward"):
+        watched.observe(2, metrics(reward=40.0, reward_std_in_group=1e-4))
+
+
 def test_micro_batches_give_the_step_of_the_whole_batch(inputs, tmp_path):
     for micro in (None, 2):
         run_rlhf(configure(inputs, micro_batch_size=micro, steps=1), RunOptions(tmp_path / str(micro)))
+    logged = (lines(tmp_path / name / "metrics.jsonl") for name in ("None", "2"))
+    once, twice = (next(row["entropy"] for row in rows if "entropy" in row) for rows in logged)
+    assert once == pytest.approx(twice, rel=1e-4)
     whole, parts = weights(tmp_path / "None"), weights(tmp_path / "2")
     start = weights(inputs / "policy")
     for name, tensor in whole.items():
@@ -498,7 +521,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(inputs, tmp_path):
 
 
 def metrics(**fields):
-    return {"reward_std_in_group": 1.0, "truncated": 0.0, "kl_anchor": 0.0, "length": 10.0} | fields
+    return {"reward": 0.5, "reward_std_in_group": 1.0, "truncated": 0.0, "kl_anchor": 0.0, "length": 10.0} | fields
 
 
 def guards(**fields):
@@ -650,6 +673,38 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(inputs, tmp_p
     names = ["model.safetensors", "metrics.jsonl", "samples.jsonl"]
     for name in [*names, "ema/model.safetensors"] if config.anchor == "ema" else names:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_lines_that_stand_for_several_steps_survive_a_resume(inputs, tmp_path, monkeypatch):
+    """A checkpoint between two lines: what was gathered before it is in a line of its own."""
+    config = configure(inputs, steps=6, save_every=3, log_every=2)
+    run_rlhf(config, RunOptions(tmp_path / "whole"))
+    killed_run(monkeypatch, config, tmp_path / "parts", 5)
+    run_rlhf(config, RunOptions(tmp_path / "parts", resume=True))
+    whole, parts = (tmp_path / name / "metrics.jsonl" for name in ("whole", "parts"))
+    assert parts.read_bytes() == whole.read_bytes()
+    assert [row["step"] for row in lines(whole) if "kind" not in row] == [2, 3, 4, 6]
+
+
+def test_a_run_killed_while_its_result_is_written_keeps_its_figures(inputs, tmp_path, monkeypatch):
+    whole = run_rlhf(configure(inputs), RunOptions(tmp_path / "whole"))
+
+    def killed(*given):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rlhf, "save", killed)
+        run_rlhf(configure(inputs, save_every=3), RunOptions(tmp_path / "parts"))
+    resumed = run_rlhf(configure(inputs, save_every=3), RunOptions(tmp_path / "parts", resume=True))
+    assert resumed.summary == whole.summary
+    assert resumed.summary["reward"] is not None
+
+
+def test_what_decides_no_result_may_change_on_resume(inputs):
+    """Where figures are reported, and what vLLM takes: said by two of the classes that the schema is made of."""
+    settings = settings_of(configure(inputs))
+    assert "beta" in settings
+    assert not {"report_to", "vllm_memory", "vllm_server_url"} & settings.keys()
 
 
 def test_a_resume_without_the_saved_anchor_would_differ(inputs, tmp_path, monkeypatch):

@@ -313,7 +313,7 @@ def test_what_cannot_start_is_one_line(model_dir, engine, monkeypatch, tmp_path)
         ({"engine": "transformers", "vllm_mode": "server", "vllm_server_url": URL}, "are for --engine vllm"),
         ({"vllm_mode": "server"}, "go together"),
         ({"vllm_server_url": URL}, "go together"),
-        ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_tensor_parallel": 2}, "is for colocate"),
+        ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_tensor_parallel": 2}, "are for colocate"),
         ({"vllm_mode": "server", "vllm_server_url": "http://me:secret@host"}, "--vllm-server-url holds credentials"),
         ({"vllm_mode": "server", "vllm_server_url": "host:8000"}, "no http address"),
     ],
