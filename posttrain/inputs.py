@@ -15,9 +15,9 @@ from gemma2.posttrain.data.sources import data_files
 
 from .config import Config
 from .rundir import HUB_SNAPSHOT, Parent, check_parents
-from .schemas import RewardFields
+from .schemas import PairsConfig, RewardFields
 
-__all__ = ["check_inputs", "check_reward_terms", "inputs_of", "located", "model_name"]
+__all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name"]
 
 MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
 LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
@@ -63,6 +63,8 @@ def check_inputs(config: Config) -> None:
     check_parents([Parent(role, path) for role, path in roles])
     if isinstance(config, RewardFields) and config.REWARD_NEEDED:
         check_reward_terms(config)
+    if isinstance(config, PairsConfig):
+        check_judge(config)
     cache = getattr(config, "teacher_cache", None)
     if cache is not None and (read_manifest(cache) or {}).get("status") != "complete":
         raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
@@ -77,6 +79,20 @@ def check_reward_terms(config: RewardFields) -> None:
     """Refuse a configuration without any reward."""
     if not config.reward_terms:
         raise UsageError("there is no reward", "give --reward RM, --reward-fn module:function, or both")
+
+
+def check_judge(config: PairsConfig) -> None:
+    """Refuse a judge that is nothing known. Whether a module has its function shows when it is imported."""
+    judge = Path(config.judge)
+    if config.judge_model is not None:
+        return
+    if judge.is_dir():
+        check_parents([Parent("judge", judge)])
+    elif ":" not in config.judge:
+        raise UsageError(
+            f"--judge {config.judge!r} is neither a directory nor module:function",
+            "name a reward model, a function, or openai:MODEL",
+        )
 
 
 def model_name(path: Path) -> str:

@@ -35,8 +35,6 @@ def starting_model(
     check_outputs(path, "--model")
     if is_classifier(path):
         model, tokenizer = load_reward_model(path)
-        if from_head is None:
-            progress.note(f"{path} is a reward model: its head goes on with it")
     else:
         model, tokenizer = init_reward_model(path, seed)
     if from_head is not None:

@@ -134,7 +134,12 @@ def judge_engine(config: PairsConfig, progress: Progress) -> Engine:
 @contextmanager
 def _flags_of_this_command() -> Iterator[None]:
     """Errors of the engine name the flags of `gemma2 generate`; here they have other names."""
-    names = {"--base-url": "--judge-url", "--teacher": "--judge", "--set request.": "--set judge_request."}
+    names = {
+        "--base-url": "--judge-url",
+        "--api-key-env": "--judge-key-env",
+        "--teacher": "--judge",
+        "--set request.": "--set judge_request.",
+    }
     try:
         yield
     except (InputError, UsageError) as error:

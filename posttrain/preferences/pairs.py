@@ -4,8 +4,9 @@
                        two samples with different scores, drawn at random           (select: random)
                        every two samples with different scores, so several pairs    (select: all)
 
-A prompt whose samples differ by no more than `min_margin` gives no pair; how many is counted and reported. The judge is
-a reward model, a Python function, or a language model at a server (`judge.py`).
+A prompt whose samples differ by no more than `min_margin` gives no pair, nor does one with fewer than two scores; how
+many of each is counted and reported. The judge is a reward model, a Python function, or a language model at a server
+(`judge.py`).
 
     pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "chosen_truncated": bool, "chosen_score": s,
                   "rejected": MESSAGES, "rejected_truncated": bool, "rejected_score": s, ...the prompt row's columns}
@@ -20,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.errors import InputError
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.sources import data_files, to_line
@@ -30,6 +31,7 @@ from gemma2.posttrain.generation.dialogues import Dialogue, Plan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.generation.scoring import Scored, scored
+from gemma2.posttrain.inputs import check_judge
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.functions import Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
@@ -76,13 +78,9 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
 
 def _function_of(config: PairsConfig) -> Score | None:
     """The judge where it is a Python function. Raises UsageError for a judge that is nothing known."""
+    check_judge(config)
     if config.judge_model is not None or Path(config.judge).is_dir():
         return None
-    if ":" not in config.judge:
-        raise UsageError(
-            f"--judge {config.judge!r} is neither a directory nor module:function",
-            "name a reward model, a function, or openai:MODEL",
-        )
     return function_score(config.judge, "--judge", "reward")
 
 
@@ -101,13 +99,16 @@ def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random
 
 
 def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
-    prompts = pairs = ties = unjudged = 0
+    prompts = pairs = ties = unjudged = blank = 0
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
         for prompts, group in enumerate(_by_prompt(chunks), start=1):
             samples = [sample for sample in group if sample[1] is not None]
             unjudged += len(group) - len(samples)
             scores = [score for _, score in samples if score is not None]
+            if len(scores) < 2:
+                blank += 1
+                continue
             draw = Random(derived_seed(config.seed, prompts))
             chosen = choose(scores, config.select, config.min_margin, draw)
             for better, worse in chosen:
@@ -117,11 +118,14 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
     if not pairs:
         what = f"the judge told no two samples of any of {prompts} prompts apart"
         raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
-    if 2 * ties > prompts:
-        progress.warn(f"{ties} of {prompts} prompts gave no pair: the scores of their samples do not differ")
+    if 2 * (ties + blank) > prompts:
+        progress.warn(
+            f"{ties + blank} of {prompts} prompts gave no pair: the scores of the samples do not differ in {ties}, "
+            f"fewer than two samples have a score in {blank}"
+        )
     found: dict[str, Any] = {"prompts": prompts, "pairs": pairs, "ties": ties}
     if config.judge_model is not None:
-        found["unjudged"] = unjudged
+        found |= {"unjudged": unjudged, "unjudged_prompts": blank}
     return found | {"mean_margin": round(margin / pairs, 4)}
 
 

@@ -120,19 +120,21 @@ def _fill(config: RewardScoreConfig, journal: Journal, bar: Task) -> None:
     rows = islice(_rows(config), done, None)
     model = RewardModel.from_dir(config.model)
     chat = ChatFormat(model.tokenizer)
-    longest = config.max_length or model.model.config.max_position_embeddings
+    longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     while chunk := list(islice(rows, CHUNK)):
         journal.append([{"scores": _score(chunk, model, chat, longest, config.batch_size)}])
         bar.advance(len(chunk))
 
 
-def _score(chunk: list[Scored], model: RewardModel, chat: ChatFormat, longest: int, batch_size: int) -> list[Scores]:
+def _score(
+    chunk: list[Scored], model: RewardModel, chat: ChatFormat, longest: int | None, batch_size: int
+) -> list[Scores]:
     ids: list[list[int]] = []
     for scored in chunk:
         for messages, cut in scored.conversations:
             with located(scored.row.where):
                 ids.append(chat.example(messages, "eot", cut)[0])
-    fitting = [i for i, row in enumerate(ids) if len(row) <= longest]
+    fitting = [i for i, row in enumerate(ids) if longest is None or len(row) <= longest]
     rewards = model.score([ids[i] for i in fitting], [[]] * len(fitting), batch_size).tolist() if fitting else []
     for i, reward in zip(fitting, rewards, strict=True):
         if not math.isfinite(reward):

@@ -30,7 +30,7 @@ from gemma2.posttrain.training.sft import accumulation_steps
 from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train
 
 from .examples import PairIds, tokenise_split
-from .heads import starting_model
+from .heads import is_classifier, starting_model
 from .metrics import preference_metrics
 from .trainer import make_trainer
 
@@ -47,6 +47,8 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     parents = [Parent("model", config.model)]
     parents += [Parent("from-head", config.from_head)] if config.from_head else []
     with open_run("reward", config, options, parents=parents, data=data_files(config.data)) as run:
+        if config.from_head is None and is_classifier(config.model):
+            progress.note(f"{config.model} is a reward model: its head goes on with it")
         model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress)
         training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)

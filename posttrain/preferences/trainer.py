@@ -14,6 +14,7 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py holds the 
    part of the micro-batch at a time, its long rows and its short ones apart.
 5. Dropout is what `--dropout` and `--lora-dropout` say; TRL switches it all off.
 6. A checkpoint holds no model card.
+7. A tie counts half in `accuracy`, as in an evaluation; TRL counts it as wrong.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ class PairTrainer(GroupedByLength, RewardTrainer):
             both, metrics = torch.cat([chosen, rejected]), self._metrics["train"]
             for name, value in (("min", both.min()), ("mean", both.mean()), ("max", both.max())):
                 metrics[f"{name}_reward"] = [value.item()]
-            metrics["accuracy"] = [(chosen > rejected).float().mean().item()]
+            right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+            metrics["accuracy"] = [right.mean().item()]
             metrics["margin"] = [(chosen - rejected).mean().item()]
             self._rewards.clear()
         super().log(logs, start_time)

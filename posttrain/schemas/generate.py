@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,4 +68,14 @@ class GenerateConfig(SamplingFields, RewardFields):
             raise ValueError("give both --price-in and --price-out")
         if self.base_url is not None:
             check_address(self.base_url)
+        check_key_variable(self.api_key_env)
         return self
+
+
+def check_key_variable(name: str, option: str = "--api-key-env") -> None:
+    """Refuse what is no name of a variable, and do not repeat it: it may be the key itself. Raises ValueError.
+
+    To be called by a validator of the whole model, since an error of a field shows its value.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{option} is no name of a variable; give the name of the one that holds the key, not the key")

@@ -10,11 +10,15 @@ from pydantic import Field, model_validator
 from gemma2.posttrain.config import Config
 
 from .fields import Data, LoraFields, Model, SamplingFields, Seed, TrainingFields, check_address
+from .generate import check_key_variable
 
 Centring = Field(
     0.0, ge=0, description="weight of (r_chosen + r_rejected)^2 in the loss, which centres rewards on 0 (2312.09244)"
 )
 Heldout = Field(0.1, ge=0, lt=1, description="share of prompts whose pairs are held out for accuracy and calibration")
+
+# What a row is scored on; "truncated" would become chosen_truncated and rejected_truncated.
+CONVERSATION = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "finish_reason", "truncated"})
 
 
 class RewardConfig(TrainingFields, LoraFields):
@@ -49,6 +53,8 @@ class RewardConfig(TrainingFields, LoraFields):
     def _options_fit_each_other(self) -> RewardConfig:
         if self.eval_every is None and (self.keep == "best" or self.patience is not None):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
+        if self.eval_every is not None and self.eval_fraction == 0:
+            raise ValueError("eval_every measures held-out pairs, and eval_fraction=0 holds none out; give one above 0")
         return self
 
 
@@ -79,6 +85,12 @@ class RewardScoreConfig(Config):
     )
     shard_rows: int = Field(100_000, ge=1, description="rows per output file")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
+
+    @model_validator(mode="after")
+    def _conversations_stay(self) -> RewardScoreConfig:
+        if self.column in CONVERSATION:
+            raise ValueError(f"--column {self.column} is a column that a score is made from; give another name")
+        return self
 
 
 class RewardEvalConfig(Config):
@@ -146,4 +158,5 @@ class PairsConfig(SamplingFields):
             raise ValueError("judge=openai: names no model; write openai:MODEL")
         if self.judge_url is not None:
             check_address(self.judge_url, "--judge-url")
+        check_key_variable(self.judge_key_env, "--judge-key-env")
         return self

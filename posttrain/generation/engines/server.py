@@ -227,6 +227,11 @@ def _key(config: GenerateConfig) -> str | None:
     """The key; a server of one's own (--base-url) may do without."""
     key = os.environ.get(config.api_key_env, "").strip()  # a newline would be refused as a header, and quoted
     if not key and (config.base_url is None or config.api_key_env != "OPENAI_API_KEY"):
+        # A key of letters, figures and underscores could be a name too; names are written in capitals, keys are not.
+        if config.api_key_env != config.api_key_env.upper():
+            raise UsageError(
+                "the environment variable for the key holds none", "give its name with --api-key-env, not the key"
+            )
         raise UsageError(
             f"the environment variable {config.api_key_env} holds no key",
             "export it, or give the --base-url of a server that needs none",

@@ -10,13 +10,14 @@ from chat_server import KEY, Server, refuse, serving
 
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.merging.progress import SILENT
+from gemma2.posttrain.config import resolve
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.preferences.judge import COMPARE_PROMPT, SCORE_PROMPT, Judge
 from gemma2.posttrain.preferences.pairs import run_pairs
 from gemma2.posttrain.rundir import RunOptions
-from gemma2.posttrain.schemas import PairsConfig
+from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
 
 PROMPTS = 6
 RATER, COMPARER = Judge(SCORE_PROMPT, False), Judge(COMPARE_PROMPT, True)
@@ -166,6 +167,9 @@ def test_a_reply_without_a_verdict_is_counted_and_shown_and_is_no_score(make, tm
 
     result = make(JudgingServer(says), tmp_path / "out", progress)
     assert result.summary["judge_unreadable"] == result.summary["unjudged"] == 3
+    # The prompt without scores is no tie.
+    assert result.summary["unjudged_prompts"] == 1
+    assert result.summary["pairs"] + result.summary["ties"] == PROMPTS - 1
     assert not any("What is 2?" in pair.prompt[0]["content"] for pair in read_pairs(result.out))
     assert "3 of the judge's 18 replies have no verdict" in progress.warnings[0]
     assert "I would rather not say." in progress.warnings[0]
@@ -230,6 +234,26 @@ def test_a_prompt_without_its_places_is_refused(make, tmp_path, template, words)
 def test_a_directory_as_the_prompt_is_refused(make, tmp_path):
     with pytest.raises(UsageError, match=r"--judge-prompt .* cannot be read: Is a directory; give a text file"):
         make(JudgingServer(by_length), tmp_path / "out", judge_prompt=tmp_path)
+
+
+@pytest.mark.parametrize("section", ["", "pairs"])
+@pytest.mark.parametrize(
+    ("schema", "given", "option"),
+    [
+        (PairsConfig, {"judge": "openai:x", "judge_key_env": "sk-my-secret"}, "--judge-key-env"),
+        (GenerateConfig, {"teacher": "x", "engine": "openai", "api_key_env": "sk-my-secret"}, "--api-key-env"),
+    ],
+)
+def test_a_key_in_place_of_its_variable_is_not_shown(schema, given, option, section):
+    with pytest.raises(UsageError, match=f"{option} is no name of a variable") as caught:
+        resolve(schema, flags={"prompts": "p", **given} | ({"model": "m"} if "judge" in given else {}), section=section)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_that_could_be_a_name_is_not_shown_either(make, tmp_path):
+    with pytest.raises(UsageError, match="holds none; give its name with --judge-key-env, not the key") as caught:
+        make(JudgingServer(by_length), tmp_path / "out", judge_key_env="gsk_MySecret")
+    assert "Secret" not in str(caught.value)
 
 
 def test_options_of_a_server_need_one():

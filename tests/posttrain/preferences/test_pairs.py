@@ -12,6 +12,8 @@ from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.posttrain.inputs import check_inputs
+from gemma2.posttrain.planner import plan
 from gemma2.posttrain.preferences.pairs import choose, run_pairs
 from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import PairsConfig
@@ -99,6 +101,15 @@ def test_a_reward_model_can_be_the_judge(inputs, tmp_path):
 def test_samples_that_nobody_can_tell_apart_make_no_data(inputs, tmp_path):
     with pytest.raises(InputError, match="the judge told no two samples of any of 10 prompts apart"):
         make(inputs, tmp_path / "out", f"{__name__}:equal")
+
+
+def test_an_unknown_judge_is_refused_before_anything_is_loaded(inputs, tmp_path):
+    config = PairsConfig(model=inputs / "model", prompts=inputs / "prompts.jsonl", judge="nowhere")
+    with pytest.raises(UsageError, match="neither a directory nor module:function"):
+        plan(config, RunOptions(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"--judge .* holds no config\.json"):
+        check_inputs(config.model_copy(update={"judge": str(tmp_path)}))
+    check_inputs(config.model_copy(update={"judge": str(inputs / "judge")}))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,15 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def noting(interrupting):
+    """A progress that keeps its notes."""
+    progress = interrupting(10**9)
+    progress.notes = []
+    progress.note = progress.notes.append
+    return progress
+
+
 def head_of(path):
     return load_file(path / "model.safetensors")[SCORE][0].double()
 
@@ -126,6 +135,14 @@ def test_training_starts_from_the_head_of_another_reward_model(inputs, tmp_path)
 def test_a_reward_model_goes_on_with_its_head(inputs, interrupting):
     model, _ = starting_model(inputs / "probe", 0, None, interrupting())
     torch.testing.assert_close(model.score.weight[0].double(), head_of(inputs / "probe"))
+
+
+def test_only_training_says_that_the_head_goes_on(inputs, tmp_path, noting):
+    fields = {"model": inputs / "probe", "data": inputs / "pairs.jsonl"}
+    run_probe(ProbeConfig(**fields), RunOptions(tmp_path / "again"), noting)
+    assert not any("its head goes on" in note for note in noting.notes)
+    run_reward(RewardConfig(**fields, max_steps=1), RunOptions(tmp_path / "out"), noting)
+    assert any("its head goes on" in note for note in noting.notes)
 
 
 def test_several_outputs_are_refused_by_name(inputs, tmp_path, interrupting):

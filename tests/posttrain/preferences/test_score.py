@@ -10,8 +10,9 @@ import torch
 from processes import MAIN, gemma2, start
 from transformers import AutoModelForSequenceClassification
 
-from gemma2.merging.errors import GuardStop, InputError
+from gemma2.merging.errors import GuardStop, InputError, UsageError
 from gemma2.merging.progress import SILENT
+from gemma2.posttrain.config import resolve
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.embedded.tiny import save_random, tiny_tokenizer
@@ -122,6 +123,13 @@ def test_scores_that_are_there_are_replaced_aloud_or_kept_by_another_name(inputs
     assert rows[0]["score"] != 123 and "1 of 1 rows have scores of that name" in progress.warnings[0]
     rows, _ = scored(inputs, tmp_path / "b", data=tmp_path / "rows.jsonl", column="rm")
     assert rows[0]["score"] == 123 and "rm" in rows[0]
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "messages", "chosen", "rejected", "truncated"])
+def test_a_score_does_not_take_the_place_of_a_conversation(inputs, column):
+    given = {"model": inputs / "model", "data": inputs / "rows.jsonl", "column": column}
+    with pytest.raises(UsageError, match=f"--column {column} is a column that a score is made from; give another name"):
+        resolve(RewardScoreConfig, flags=given)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,11 @@ def test_held_out_pairs_are_read_as_many_at_once_as_training_reads(inputs, tmp_p
     assert seen == {3}
 
 
+def test_held_out_figures_on_the_way_need_held_out_pairs(inputs):
+    with pytest.raises(ValueError, match="eval_fraction=0 holds none out"):
+        configure(inputs, eval_every=2, eval_fraction=0)
+
+
 def test_the_head_takes_no_adapter(inputs, tmp_path):
     config = configure(inputs, lora_rank=2, lora_targets=("score",), max_steps=1)
     with pytest.raises(UsageError, match="--lora-targets: no linear layer is named 'score'"):

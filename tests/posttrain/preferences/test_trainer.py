@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
@@ -96,6 +96,16 @@ def test_one_batch_gives_trl_s_loss_and_gradient(tmp_path, trainer_of, fields):
     expected_loss, expected = step(reference)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(gradients, expected)
+
+
+def test_a_tie_counts_half_as_in_an_evaluation(trainer_of):
+    trainer = trainer_of(random_reward_model(), draw_pairs())
+    trainer._rewards.append(torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 1.0, 2.0, 0.0]]))  # right, wrong, two ties
+    logged = []
+    trainer.model.train()
+    trainer.add_callback(type("Keep", (TrainerCallback,), {"on_log": lambda *_, logs, **__: logged.append(logs)}))
+    trainer.log({"loss": 0.0})
+    assert logged[0]["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("micro", [1, 4])
