@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import GuardStop
+from gemma2.merging.errors import GuardStop, InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_numbers, sample
@@ -83,7 +83,7 @@ class Rollout:
         rows = [self.prompts[i] for i in indices]
         for i in indices:
             if i not in self.encoded:
-                self.encoded[i] = self.chat.prompt_ids(self.prompts[i].messages)
+                self.encoded[i] = self.encode(self.prompts[i])
         prompts = [self.encoded[i] for i in indices]
         drawn = self.draw(prompts)
         pairs = [prompts[i] for i in drawn.prompt_index]
@@ -100,6 +100,18 @@ class Rollout:
         if self.vllm is not None:
             metrics["vllm_mismatch"] = self.vllm.mismatch
         return batch, metrics
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids. Raises InputError, with file and line, where prompt and completion would leave the context."""
+        ids = self.chat.prompt_ids(prompt.messages)
+        context = getattr(self.policy.config, "max_position_embeddings", None)
+        if context is not None and len(ids) + self.config.max_new_tokens > context:
+            raise InputError(
+                f"{prompt.where}: a prompt of {len(ids)} tokens and --max-new-tokens {self.config.max_new_tokens} "
+                f"exceed the policy's context of {context}",
+                "shorten or remove it, or lower --max-new-tokens",
+            )
+        return ids
 
     def draw(self, prompts: Sequence[Sequence[int]]) -> Completions:
         """n completions per prompt from the policy."""

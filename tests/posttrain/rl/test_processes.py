@@ -1,7 +1,6 @@
 """RL in several processes is RL in one: the same prompts, draws, gradients, anchor and figures."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import psutil
 import pytest
 import torch
 from processes import BARE_CHECKOUT, MAIN, finish, start
+from rl_job import environment, words, write_job
 from safetensors.torch import load_file
 
 from gemma2.merging.errors import InputError, UsageError
@@ -25,11 +25,6 @@ from gemma2.posttrain.rl.rlhf import local_rows
 from gemma2.posttrain.rl.rollout import Rollout
 from gemma2.posttrain.rundir import RunOptions, open_run
 from gemma2.posttrain.schemas import RlhfConfig
-
-JUDGE = (
-    "def judge(prompts, completions, **columns):\n    return [float(sum(map(ord, t)) % 17) / 17 for t in completions]\n"
-)
-
 
 # --- one process at a time --------------------------------------------------------------------------------------------
 
@@ -121,35 +116,21 @@ def test_an_error_of_rank_0_ends_the_others_with_its_exit_code_and_no_words(monk
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A folder with a policy, prompts, a judge and a script that is `gemma2`."""
-    root = tmp_path_factory.mktemp("job")
-    policy = random_model()
-    with torch.no_grad():
-        policy.model.embed_tokens.weight[107] *= 8  # ends its turns often enough
-    policy.save_pretrained(root / "policy")
-    tiny_tokenizer().save_pretrained(root / "policy")
-    rows = [json.dumps({"prompt": f"What is {a} plus {b}?"}) for a in range(4) for b in range(3)]
-    (root / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (root / "judge.py").write_text(JUDGE, encoding="utf-8")
+    root = write_job(tmp_path_factory.mktemp("job"))
     (root / "gemma2_script.py").write_text(BARE_CHECKOUT + MAIN, encoding="utf-8")
     return root
 
 
-def words(job, out, *more):
-    inputs = ["--policy", job / "policy", "--prompts", job / "prompts.jsonl", "--heldout", job / "prompts.jsonl"]
-    settings = "--reward-fn judge:judge --steps 5 --prompts-per-step 4 --n 3 --max-new-tokens 16 --temperature 1 "
-    settings += "--learning-rate 1e-3 --warmup-steps 0 --mu 0.3 --save-every 2 --eval-every 3 --eval-prompts 6 --json"
-    return ["rlhf", *inputs, *settings.split(), "--out", job / out, *more]
-
-
-def environment(job):
-    return {**os.environ, "PYTHONPATH": str(job), "OMP_NUM_THREADS": "1"}
+def command(job, out, *more):
+    settings = "--steps 5 --prompts-per-step 4 --n 3 --save-every 2 --eval-every 3 --json"
+    return [*words(job, job / out, settings), *more]
 
 
 def torchrun(job, out, *more):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "--", job / "gemma2_script.py", *words(job, out, *more)]
+    line = [*launcher, "--", job / "gemma2_script.py", *command(job, out, *more)]
     return subprocess.Popen(
-        list(map(str, command)),
+        list(map(str, line)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -159,7 +140,7 @@ def torchrun(job, out, *more):
 
 @pytest.mark.slow
 def test_two_processes_are_one_and_resume_bit_for_bit(job):
-    code, _, err = finish(start(MAIN, *words(job, "one"), env=environment(job)), 120)
+    code, _, err = finish(start(MAIN, *command(job, "one"), env=environment(job)), 120)
     assert code == 0, err
     code, out, err = finish(torchrun(job, "two"), 120)
     assert code == 0, err
@@ -180,7 +161,7 @@ def test_two_processes_are_one_and_resume_bit_for_bit(job):
         process.kill()  # torchrun starts its workers in sessions of their own
     killed.communicate()
     assert checkpoint.exists()
-    code, _, err = finish(start(MAIN, *words(job, "again", "--resume"), env=environment(job)), 120)
+    code, _, err = finish(start(MAIN, *command(job, "again", "--resume"), env=environment(job)), 120)
     assert code == 1
     assert "processes (2 -> 1)" in err
     code, _, err = finish(torchrun(job, "again", "--resume"), 120)

@@ -219,6 +219,12 @@ def test_neither_prompt_nor_padding_enters_the_loss():
     assert again == pytest.approx(logps, abs=1e-5)
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_named():
+    policy = ending_model(max_position_embeddings=20)
+    with pytest.raises(InputError, match="exceed the policy's context of 20"):
+        make_rollout(policy, None, max_new_tokens=10)([0])
+
+
 def test_the_prompt_order_is_a_row_of_permutations_that_the_seed_decides():
     order = prompt_order(5, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
