@@ -50,17 +50,19 @@ def test_a_bf16_policy_moves_its_anchor_as_an_fp32_recursion_says():
     anchor = EmaAnchor(policy)
     expected = {name: p.detach().double() for name, p in policy.named_parameters()}
     start = {name: tensor.clone() for name, tensor in anchor.shadow.items()}
-    for _ in moved(master, 1000, 1e-4):
+    for _ in moved(master, 1000, 1e-6):
         with torch.no_grad():
             for low, high in zip(policy.parameters(), master.parameters(), strict=True):
                 low.copy_(high)
         anchor.update(policy, mu)
         for name, parameter in policy.named_parameters():
             expected[name].lerp_(parameter.detach().double(), mu)
-    for name, tensor in anchor.shadow.items():
-        way = (expected[name] - start[name].double()).norm()
-        assert tensor.dtype == torch.float32
-        assert (tensor.double() - expected[name]).norm() < 1e-3 * way
+    # Over all weights together: most of one tensor may stand still in bf16.
+    way = sum(((expected[name] - start[name].double()) ** 2).sum() for name in start) ** 0.5
+    apart = sum(((tensor.double() - expected[name]) ** 2).sum() for name, tensor in anchor.shadow.items()) ** 0.5
+    assert all(tensor.dtype == torch.float32 for tensor in anchor.shadow.values())
+    assert way > 0
+    assert apart < 1e-3 * way
 
 
 def test_a_tied_embedding_moves_once():
