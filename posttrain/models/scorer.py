@@ -30,6 +30,7 @@ from .cross_entropy import SCALINGS, plain_head, target_logps
 from .sampler import evaluating, length_batches
 
 __all__ = [
+    "correlation",
     "head_in_one_pass",
     "head_logits",
     "head_logps",
@@ -196,3 +197,10 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     values = values.double()
     error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean().item(), error
+
+
+def correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's r of two series (N,), None where one side does not vary."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    scale = math.sqrt((a @ a).item() * (b @ b).item())
+    return (a @ b).item() / scale if scale > 0 else None

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma2.posttrain.models.scorer import correlation
+
 __all__ = ["preference_metrics", "reliability"]
 
 BINS = 10  # of the calibration error, over confidences from 1/2 to 1
@@ -43,7 +45,7 @@ def preference_metrics(
         "loss": -torch.nn.functional.logsigmoid(margins).mean().item(),
         "margin": margins.mean().item(),
         "calibration_error": _calibration_error(margins.abs().sigmoid(), correct),
-        "reward_length_correlation": _correlation(rewards.flatten(), tokens.flatten()),
+        "reward_length_correlation": correlation(rewards.flatten(), tokens.flatten()),
         **_length_bias(correct, tokens),
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
@@ -86,12 +88,6 @@ def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """confidence (N,) in [1/2, 1], correct (N,) in {0, 1/2, 1}."""
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, _bins(confidence), correct - confidence)
     return (gaps.abs().sum() / len(confidence)).item()
-
-
-def _correlation(a: Tensor, b: Tensor) -> float | None:
-    a, b = a - a.mean(), b - b.mean()
-    scale = a.norm() * b.norm()
-    return (a @ b / scale).item() if scale > 0 else None
 
 
 def _length_bias(correct: Tensor, tokens: Tensor) -> dict[str, float | None]:

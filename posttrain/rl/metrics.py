@@ -11,7 +11,6 @@ reward_length_correlation     Pearson's r of reward and length
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,9 +18,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gemma2.posttrain.models.scorer import correlation
 from gemma2.posttrain.rewards.terms import column_means
 
-__all__ = ["Scored", "batch_metrics", "correlation", "joined"]
+__all__ = ["Scored", "batch_metrics", "joined"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,3 @@ def distinct_bigrams(completions: Sequence[Sequence[int]]) -> float | None:
     """Distinct token bigrams / all bigrams of the batch."""
     bigrams = [pair for ids in completions for pair in pairwise(ids)]
     return len(set(bigrams)) / len(bigrams) if bigrams else None
-
-
-def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's r, None where one side does not vary."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = math.sqrt((a @ a).item() * (b @ b).item())
-    return (a @ b).item() / scale if scale > 0 else None

@@ -20,11 +20,10 @@ from gemma2.posttrain.evaluation import evaluate
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.sampler import SamplingParams, sample
-from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.models.scorer import correlation, token_logps
 from gemma2.posttrain.rl import rlhf, rollout
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
-from gemma2.posttrain.rl.metrics import correlation
 from gemma2.posttrain.rl.objective import policy_loss
 from gemma2.posttrain.rl.rlhf import run_rlhf
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer, AnchorUpdate, prompt_order
