@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["as_yaml", "duration", "number", "rounded", "short_hash", "start_of", "title_of", "with_error"]
+__all__ = [
+    "as_yaml",
+    "clipped",
+    "columns_of",
+    "duration",
+    "number",
+    "rounded",
+    "short_hash",
+    "start_of",
+    "title_of",
+    "with_error",
+]
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -73,3 +85,23 @@ def as_yaml(config: Mapping[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+
+
+def clipped(text: str, size: int) -> str:
+    """At most `size` columns: the middle goes, since names differ at both ends."""
+    if columns_of(text) <= size:
+        return text
+    head, tail = list(text), list[str]()
+    while head and columns_of("".join([*head, *tail])) + 1 > size:
+        if len(tail) < size // 2 and len(head) > 1:
+            tail.insert(0, head.pop())
+        else:
+            head.pop()
+    return f"{''.join(head)}…{''.join(tail)}"
+
+
+def columns_of(text: str) -> int:
+    """Columns that a text takes in a terminal: two for a wide character, none for a combining one."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )

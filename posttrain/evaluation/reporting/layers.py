@@ -1,0 +1,195 @@
+"""Places for the boxes of a graph, in layers from top to bottom (Sugiyama's method). Pure.
+
+    layer      longest path from a source; a source stands just above what first uses it
+    order      barycentres, a few sweeps down and up, keeping the order with the fewest crossings
+    x          each layer goes to the means of its neighbours, apart by isotonic regression (pool adjacent violators)
+
+Deviation: an edge over several layers has one chain of waypoints per source, shared by all its targets, so that a model
+that everything uses becomes one trunk with branches instead of a sheaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+__all__ = ["Layout", "layered"]
+
+Pair = tuple[int, int]
+Size = tuple[float, float]  # width, height
+GAP, LANE, BETWEEN = 22.0, 16.0, 38.0  # between boxes, between waypoints, between layers
+SWEEPS = 12
+LEAN = 0.8  # of the way from the axis that a box keeps in a sweep
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`boxes`: (left, top, width, height) of every item. `routes`: places (x, y) of an edge from top to bottom; between
+    two layers it may bend, through a layer (every second piece) it goes straight down."""
+
+    boxes: Sequence[tuple[float, float, float, float]]
+    routes: Mapping[Pair, Sequence[tuple[float, float]]]
+    width: float
+    height: float
+
+
+class Layers:
+    """Items (from 0, in topological order) and waypoints (numbers from there) in layers."""
+
+    def __init__(self, sizes: Sequence[Size], links: Sequence[Pair]) -> None:
+        self.sizes = list(sizes)
+        self.up: dict[int, list[int]] = {}
+        self.down: dict[int, list[int]] = {}
+        self.rank = ranks(len(sizes), links)
+        self.chains: dict[tuple[int, int], int] = {}  # (source, rank) -> waypoint
+        self.rows: list[list[int]] = [[] for _ in range(max(self.rank, default=-1) + 1)]
+        for item, rank in enumerate(self.rank):
+            self.rows[rank].append(item)
+        for link in links:
+            self.route(link)
+
+    def route(self, link: Pair) -> None:
+        """Lay a link through a waypoint in every layer that it passes."""
+        source, target = link
+        for a, b in pairwise([source, *self.passed(link), target]):
+            if b not in self.down.setdefault(a, []):
+                self.down[a].append(b)
+                self.up.setdefault(b, []).append(a)
+
+    def passed(self, link: Pair) -> list[int]:
+        """The waypoints of a link, made where they are not there yet."""
+        source, target = link
+        found = []
+        for rank in range(self.rank[source] + 1, self.rank[target]):
+            if (source, rank) not in self.chains:
+                self.chains[source, rank] = len(self.sizes)
+                self.rows[rank].append(len(self.sizes))
+                self.sizes.append((0.0, 0.0))
+            found.append(self.chains[source, rank])
+        return found
+
+    def is_waypoint(self, item: int) -> bool:
+        return self.sizes[item] == (0.0, 0.0)
+
+    # --- order ---
+
+    def untangle(self) -> None:
+        """Order every layer by barycentres, keeping the best of several sweeps."""
+        best, fewest = [list(row) for row in self.rows], self.crossings()
+        for sweep in range(SWEEPS):
+            downwards = sweep % 2 == 0
+            for row in self.rows if downwards else reversed(self.rows):
+                self.sort(row, self.up if downwards else self.down)
+            crossings = self.crossings()
+            if crossings < fewest:
+                best, fewest = [list(row) for row in self.rows], crossings
+        self.rows = best
+
+    def sort(self, row: list[int], neighbours: Mapping[int, Sequence[int]]) -> None:
+        """Sort a layer by the mean place of each item's neighbours; who has none keeps its place."""
+        share = {item: (i + 0.5) / len(row) for row in self.rows for i, item in enumerate(row)}
+        row.sort(key=lambda item: fmean(share[n] for n in neighbours.get(item) or [item]))
+
+    def crossings(self) -> int:
+        """Pairs of links between neighbouring layers that cross."""
+        place = {item: i for row in self.rows for i, item in enumerate(row)}
+        total = 0
+        for row in self.rows[:-1]:
+            lines = [(place[a], place[b]) for a in row for b in self.down.get(a, ())]
+            total += sum((a - c) * (b - d) < 0 for i, (a, b) in enumerate(lines) for c, d in lines[:i])
+        return total
+
+    # --- places ---
+
+    def columns(self) -> dict[int, float]:
+        """The centre of every item and waypoint, the leftmost border at 0."""
+        x = {}
+        for row in self.rows:
+            for item, place in zip(row, apart([0.0] * len(row), self.distances(row), [1.0] * len(row)), strict=True):
+                x[item] = place
+        for sweep in range(2 * SWEEPS):
+            downwards = sweep % 2 == 0
+            for row in self.rows if downwards else reversed(self.rows):
+                self.pull(row, x, self.up if downwards else self.down)
+        left = min((x[item] - self.sizes[item][0] / 2 for item in x), default=0.0)
+        return {item: place - left for item, place in x.items()}
+
+    def pull(self, row: Sequence[int], x: dict[int, float], neighbours: Mapping[int, Sequence[int]]) -> None:
+        """Move a layer as near to its neighbours as its boxes allow; a trunk weighs more, so that it stays straight.
+
+        Boxes are drawn a little to the axis (0): where every layer leans the same way, the drawing would drift off.
+        """
+        wanted, weights = [], []
+        for item in row:
+            mean = fmean(x[n] for n in neighbours.get(item) or [item])
+            trunk = self.is_waypoint(item)
+            wanted.append(mean if trunk else mean * LEAN)
+            weights.append(4.0 if trunk else 1.0 if neighbours.get(item) else 0.1)
+        x |= dict(zip(row, apart(wanted, self.distances(row), weights), strict=True))
+
+    def distances(self, row: Sequence[int]) -> list[float]:
+        """Least distance between the centres of neighbours in a layer."""
+        gaps = [LANE if self.is_waypoint(a) and self.is_waypoint(b) else GAP for a, b in pairwise(row)]
+        return [
+            (self.sizes[a][0] + self.sizes[b][0]) / 2 + gap for (a, b), gap in zip(pairwise(row), gaps, strict=True)
+        ]
+
+
+def ranks(count: int, links: Sequence[Pair]) -> list[int]:
+    """The layer of every item: the longest path from a source, sources as low as what uses them allows.
+
+    links: (upper, lower) of items in topological order.
+    """
+    rank = [0] * count
+    for upper, lower in sorted(links, key=lambda link: link[1]):
+        rank[lower] = max(rank[lower], rank[upper] + 1)
+    used = {lower for _, lower in links}
+    below: dict[int, list[int]] = {}
+    for upper, lower in links:
+        below.setdefault(upper, []).append(rank[lower])
+    return [rank[i] if i in used else min(below.get(i, [1])) - 1 for i in range(count)]
+
+
+def apart(wanted: Sequence[float], distances: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Places in order, at least `distances` apart, with the least weighted squared distance to `wanted`.
+
+    Less the sum of the distances before it a place may not fall: isotonic regression.
+    """
+    before = [0.0]
+    for distance in distances:
+        before.append(before[-1] + distance)
+    blocks: list[list[float]] = []  # [sum of weight * value, weight, members]
+    for want, offset, weight in zip(wanted, before, weights, strict=False):
+        blocks.append([weight * (want - offset), weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            last = blocks.pop()
+            blocks[-1] = [a + b for a, b in zip(blocks[-1], last, strict=True)]
+    levels = [block[0] / block[1] for block in blocks for _ in range(int(block[2]))]
+    return [level + offset for level, offset in zip(levels, before, strict=False)]
+
+
+def layered(sizes: Sequence[Size], links: Sequence[Pair]) -> Layout:
+    """Lay out items of these sizes, numbered in topological order; links are (upper, lower)."""
+    layers = Layers(sizes, links)
+    layers.untangle()
+    x = layers.columns()
+    tops, y = [], 0.0
+    for row in layers.rows:
+        tops.append(y)
+        y += max(layers.sizes[item][1] for item in row) + BETWEEN
+    ends = [top - BETWEEN for top in [*tops[1:], y]]
+    boxes = [
+        (round(x[i] - w / 2, 1), round(tops[layers.rank[i]], 1), w, h) for i, (w, h) in enumerate(sizes)
+    ]  # fmt: skip
+    routes = {}
+    for link in links:
+        source, target = link
+        first = layers.rank[source]
+        path = [(x[source], boxes[source][1] + sizes[source][1]), (x[source], ends[first])]
+        for i, waypoint in enumerate(layers.passed(link), first + 1):
+            path += [(x[waypoint], tops[i]), (x[waypoint], ends[i])]
+        routes[link] = [(round(a, 1), round(b, 1)) for a, b in [*path, (x[target], boxes[target][1])]]
+    right = max((place + layers.sizes[item][0] / 2 for item, place in x.items()), default=0.0)
+    return Layout(boxes, routes, round(right, 1), max(y - BETWEEN, 0.0))
