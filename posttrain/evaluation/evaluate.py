@@ -14,7 +14,9 @@ temperature 1, which describes that path and estimates no expectation.
 
 Every policy draws with common random numbers: the same uniforms for the same slot of the same prompt, so differences
 between policies carry less noise than their separate standard errors say (`difference` gives the paired one).
-Standard errors are clustered by prompt: the n completions of a prompt are averaged first.
+Standard errors are clustered by prompt: the n completions of a prompt are averaged first. Beside each stands a 95 %
+confidence interval, Student's t over the prompts, cut to what the quantity can be. One of zero width says that no
+prompt differed from another, not that the value is known.
 """
 
 from __future__ import annotations
@@ -42,9 +44,13 @@ from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 
+from .intervals import confidence_interval
+
 __all__ = ["Estimate", "Measurement", "Settings", "difference", "measure", "run_eval", "sequence_kl"]
 
-OWN_METRICS = frozenset({"kl", "length", "truncated", "distinct_2"})
+# What every policy is measured by besides the scores, and what values each can have.
+BOUNDS = {"kl": (0.0, math.inf), "length": (0.0, math.inf), "truncated": (0.0, 1.0), "distinct_2": (0.0, 1.0)}
+OWN_METRICS = frozenset(BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its standard error; the error of a single prompt is NaN."""
+    """A mean over prompts, its standard error (of a single prompt NaN), and the number of prompts."""
 
     mean: float
     se: float
+    prompts: int
 
 
 @dataclass(frozen=True)
@@ -91,16 +98,20 @@ class Measurement:
         return found | {"distinct_2": self.distinct_2}
 
     def columns(self) -> dict[str, float | None]:
-        """Flat: `{"reward": ..., "reward_se": ..., ...}`.
+        """Flat: `{"reward": ..., "reward_se": ..., "reward_low": ..., "reward_high": ..., ...}`.
 
         An error that cannot be told from one prompt is None, and so is a score that applies to no completion.
         """
         flat: dict[str, float | None] = {}
         for name, value in self.estimates.items():
             applies = name in OWN_METRICS or not math.isnan(value.mean)
+            bounds = BOUNDS.get(name, (-math.inf, math.inf))
+            low, high = confidence_interval(value.mean, value.se, value.prompts, bounds) or (None, None)
             flat |= {
                 name: value.mean if applies else None,
                 f"{name}_se": value.se if math.isfinite(value.se) else None,
+                f"{name}_low": low,
+                f"{name}_high": high,
             }
         return flat
 
@@ -110,7 +121,7 @@ Part = tuple[Sampled, dict[str, list[float]]]  # completions, and a value for ea
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error of independent values."""
-    return Estimate(*mean_and_error(torch.tensor(list(values), dtype=torch.float64)))
+    return Estimate(*mean_and_error(torch.tensor(list(values), dtype=torch.float64)), len(values))
 
 
 def difference(a: Measurement, b: Measurement, metric: str = "reward") -> Estimate:
@@ -239,7 +250,8 @@ def distinct_bigrams(groups: Sequence[Sequence[Sequence[int]]]) -> Estimate:
         left_out.append((distinct - only_here) / rest if rest else 0.0)
     values = torch.tensor(left_out, dtype=torch.float64)
     spread = ((values - values.mean()) ** 2).sum().item() * (len(values) - 1) / len(values)
-    return Estimate(distinct / total if total else 0.0, math.sqrt(spread) if len(values) > 1 else math.nan)
+    se = math.sqrt(spread) if len(values) > 1 else math.nan
+    return Estimate(distinct / total if total else 0.0, se, len(values))
 
 
 @torch.no_grad()

@@ -5,177 +5,48 @@
 The paper's front starts at the SFT policy and ends at the last SLERP, before LITI. Points of the line are formed in
 memory, in fp32, and never written. All policies answer the same held-out prompts with common random numbers.
 
+The front's hypervolume is the area gained over the SFT policy: its reference point is (the largest KL of a point that
+comes after the base, the reward of the SFT policy). With `fronts` the points of earlier fronts are taken over, and the
+gain is the area that the points of this one add to theirs, both bounded by the one reference point.
+
 Deviation: the RL trajectory is what each run measured on the way (its own evaluation prompts and sample count), so
 those points are drawn for orientation and are neither candidates for the front nor part of the hypervolume.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.outputs import digest_weights, read_manifest, write_json
+from gemma2.merging.checkpoint import open_checkpoint
+from gemma2.merging.compatibility import check_same_tokenizer
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import write_json
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.loading import load_policy, read_config
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rewards.terms import reward_parents
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
-from gemma2.posttrain.schemas import ParetoConfig, RewardFields
+from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, check_parents, open_run
+from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 
+from .bootstrap import RESAMPLES, interval, resampled_areas
+from .candidates import Candidate, assign_names, plan_candidates, trajectory
+from .carried import front_sources, measured_with, previous_flat, take_over
 from .evaluate import Settings, check_same_vocabulary, measure, scores_of, settings_of
+from .front import best_at, best_table, hypervolume, pareto_front, round_limits
+from .front_files import KEPT, Entry, answers_of, places, write_front
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
 
-Point = Mapping[str, Any]  # has at least "kl" (nats) and "reward"
-
-
-# --- pure -----------------------------------------------------------------------------------------------------------
-
-
-def pareto_front(points: Sequence[Point]) -> list[bool]:
-    """Which points no other beats: at most its KL and at least its reward, one of them strictly. Ties stay."""
-    return [not any(_beats(other, point) for other in points) for point in points]
-
-
-def _beats(a: Point, b: Point) -> bool:
-    no_worse = a["kl"] <= b["kl"] and a["reward"] >= b["reward"]
-    return no_worse and (a["kl"] < b["kl"] or a["reward"] > b["reward"])
-
-
-def hypervolume(points: Sequence[Point], reference: tuple[float, float]) -> float:
-    """Area in the (KL, reward) plane that the points dominate, bounded by `reference` = (largest KL, least reward).
-
-    Points with more KL or less reward than the reference add nothing. Unit: nats times reward.
-    """
-    limit, floor = reference
-    front = sorted(
-        (point["kl"], point["reward"]) for point in points if point["kl"] < limit and point["reward"] > floor
-    )
-    area, height = 0.0, floor
-    for kl, reward in front:
-        if reward > height:
-            area += (limit - kl) * (reward - height)
-            height = reward
-    return area
-
-
-def best_at(points: Sequence[Point], kl: float) -> Point | None:
-    """The point with the highest reward among those with KL <= `kl` nats; None when there is none."""
-    within = [point for point in points if point["kl"] <= kl]
-    return max(within, key=lambda point: point["reward"], default=None)
-
-
-# --- what is measured -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A point to measure: a policy directory, or a place on the line where `source` is None."""
-
-    name: str
-    kind: str  # base (what the SFT policy was made from), sft, policy, slerp, liti or line
-    source: Path | None
-    iteration: int | None = None
-    eta: float | None = None
-    title: str = ""  # of what comes before RL: base, SFT, distilled
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        titled = {"title": self.title} if self.title else {}
-        return {"name": self.name, "kind": self.kind, **titled, "iteration": self.iteration, "eta": self.eta}
-
-
-def plan_candidates(config: ParetoConfig) -> list[Candidate]:
-    """Every point of the front in the order of measuring. Raises UsageError for an incomplete line."""
-    if config.init is not None and config.merged is None:
-        raise UsageError("--init is given and --merged is not", "give --merged, where the line ends")
-    if any(not 0 <= eta <= 1 for eta in config.etas):
-        raise UsageError(f"--etas {' '.join(map(str, config.etas))}: not all in 0 .. 1", "the line goes from 0 to 1")
-    paths = [path for path in config.policies if path.resolve() != config.sft.resolve()]
-    candidates = [Candidate("SFT", "sft", config.sft, title=title_of(config.sft, "SFT"))]
-    before = ancestors(config.sft)
-    for path, name in zip(paths, short_names(paths), strict=True):
-        kind = kind_of(path, before)
-        title = title_of(path, "base") if kind == "base" else ""
-        candidates.append(Candidate(name, kind, path, iteration_of(path), title=title))
-    if config.merged is not None:
-        ends = {0.0: config.init or config.sft, 1.0: config.merged}
-        iteration = iteration_of(config.merged)
-        candidates += [
-            Candidate(f"eta {eta:g}", "line", ends.get(eta), iteration, eta) for eta in sorted(set(config.etas))
-        ]
-    return candidates
-
-
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """Directory names, with as many parent folders in front as it takes to tell all apart (at most three)."""
-    for depth in (1, 2, 3):
-        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def iteration_of(path: Path) -> int | None:
-    """The number in the `iteration-<i>` folder that holds a policy of a WARP run."""
-    found = re.search(r"iteration-(\d+)(?:/|$)", path.resolve().as_posix())
-    return int(found[1]) if found else None
-
-
-def title_of(path: Path, otherwise: str) -> str:
-    """What a policy before RL is called: by the command that made it."""
-    command = (read_manifest(path) or {}).get("command")
-    return {"sft": "SFT", "distill": "distilled"}.get(str(command), otherwise)
-
-
-def ancestors(path: Path) -> set[str]:
-    """Digests of the weights of every model that this one was made from, as far as directories are still there."""
-    found: set[str] = set()
-    waiting = [path]
-    while waiting:
-        directory = waiting.pop()
-        for parent in (read_manifest(directory) or {}).get("parents", []):
-            if parent.get("role") == "model" and parent["weights"] not in found:
-                found.add(parent["weights"])
-                waiting += [directory / parent["path"]] if "path" in parent else []
-    return found
-
-
-def kind_of(path: Path, before: Collection[str]) -> str:
-    """What a policy directory is: slerp or liti by its manifest, base when it is among `before`, else policy."""
-    manifest = read_manifest(path) or {}
-    described = f"{manifest.get('command', '')} {(manifest.get('config') or {}).get('method', '')}"
-    for kind in ("slerp", "liti"):
-        if kind in described:
-            return kind
-    return "base" if digest_weights(path) in before else "policy"
-
-
-def trajectory(path: Path, name: str) -> list[dict[str, Any]]:
-    """What an RL run measured on the way: the `"kind": "eval"` lines of its metrics.jsonl, as points."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    labels = {"kind": "trajectory", "iteration": iteration_of(path), "eta": None, "run": name, "on_front": False}
-    return [
-        {**labels, "name": f"{name} step {row['step']}"}
-        | {key: row[key] for key in ("step", "reward", "reward_se", "kl", "kl_se", "length") if key in row}
-        for row in rows
-        if row.get("kind") == "eval" and "reward" in row and "kl" in row
-    ]
+FIGURES = ("reward", "reward_se", "reward_low", "reward_high", "kl", "kl_se", "kl_low", "kl_high")
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -204,8 +75,8 @@ class Bench:
         self.settings: Settings = settings_of(config)
         self._line: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
 
-    def measure(self, candidate: Candidate) -> dict[str, Any]:
-        """`{"point": flat columns, "samples": rows}` of one candidate."""
+    def measure(self, candidate: Candidate, name: str) -> dict[str, Any]:
+        """`{"figures": flat columns, "samples": rows, "values": per prompt}` of one candidate."""
         measured = measure(
             self._model(candidate),
             self.reference,
@@ -214,17 +85,20 @@ class Bench:
             self.scores,
             self.settings,
             self.progress,
-            candidate.name,
+            name,
         )
-        samples = [{"index": i, **row} for i, row in enumerate(measured.samples)]
-        return {"point": {**measured.columns(), "n": measured.n}, "samples": samples}
+        return {
+            "figures": {**measured.columns(), "n": measured.n},
+            "samples": [{"index": i, **row} for i, row in enumerate(measured.samples)],
+            "values": {name: [_finite(value) for value in measured.per_prompt[name]] for name in KEPT},
+        }
 
     def _model(self, candidate: Candidate) -> Any:
-        if candidate.source is None:
+        if candidate.whole is None:
             model, init, merged = self._line_models()
             interpolate_(model, init, merged, float(candidate.eta or 0.0))
             return model
-        return self._load(candidate.source)
+        return self._load(candidate.whole.path)
 
     def _load(self, path: Path) -> Any:
         if path.resolve() == self.config.sft.resolve():
@@ -246,41 +120,54 @@ class Bench:
         return self._line
 
 
+def _finite(value: float) -> float | None:
+    return None if value != value else value  # NaN is a score without an opinion
+
+
 def measure_all(
-    candidates: Sequence[Candidate], config: ParetoConfig, run: Run, progress: Progress
-) -> list[dict[str, Any]]:
-    """One `{"point", "samples"}` per candidate. Done ones are kept in the run's checkpoints, for a resume."""
+    candidates: Sequence[Candidate], known: Sequence[Entry], config: ParetoConfig, run: Run, progress: Progress
+) -> list[Entry]:
+    """One entry per candidate. Done ones are kept in the run's checkpoints, for a resume.
+
+    A model that is measured already, here or in `known`, is not measured again.
+    """
     bench: Bench | None = None
-    done: dict[Path, dict[str, Any]] = {}
-    results = []
+    done = {entry.candidate.whole.digest: _record(entry) for entry in known if entry.candidate.whole}
+    entries = []
     run.checkpoints.mkdir(exist_ok=True)
+    names = assign_names([*(entry.candidate for entry in known), *candidates])[len(known) :]
     with progress.task("front", total=len(candidates), unit="policies") as task:
-        for i, candidate in enumerate(candidates):
+        for i, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
             file = run.checkpoints / f"point-{i:03d}.json"
-            key = candidate.source.resolve() if candidate.source else None
-            if key is not None and key in done:
-                result = done[key]  # the ends of the line are policies that may have been measured
+            digest = candidate.whole.digest if candidate.whole else None
+            if digest is not None and digest in done:
+                record = done[digest]  # the ends of the line are policies that may have been measured
             elif file.is_file():
-                result = json.loads(file.read_text(encoding="utf-8"))
+                record = json.loads(file.read_text(encoding="utf-8"))
             else:
                 bench = bench or Bench(config, progress)
-                result = bench.measure(candidate)
-                write_json(file, result)
-            if key is not None:
-                done[key] = result
-            results.append({"point": candidate.labels | result["point"], "samples": result["samples"]})
-            task.advance(1, reward=result["point"]["reward"], kl=result["point"]["kl"])
-    return results
+                record = bench.measure(candidate, name)
+                write_json(file, record)
+            if digest is not None:
+                done[digest] = record
+            path = trajectory(candidate.models[0].path) if candidate.kind == "policy" else []
+            entries.append(Entry(candidate, record["figures"], record["samples"], record["values"], path))
+            task.advance(1, reward=record["figures"]["reward"], kl=record["figures"]["kl"])
+    return entries
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    return {"figures": entry.figures, "samples": entry.samples, "values": entry.values}
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
 def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
-    """Measure every policy and the line, and write front.json, front.csv, front.png, front.svg and samples.jsonl.
+    """Measure every policy and the line that no earlier front has measured, and write the files of the front.
 
-    The hypervolume's reference point is (the largest KL measured, the reward of the SFT policy): the area gained over
-    the SFT policy. Summary: number of points, hypervolume, best point.
+    Summary: number of points, hypervolume with its interval and reference point, best point, best within KL limits;
+    `flat` (fronts in a row that gained nothing), and with `fronts` the gain with its interval and whether it is one.
     """
     quiet_libraries()
     candidates = plan_candidates(config)
@@ -289,56 +176,126 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
         Parent(role, path) for role, path in (("init", config.init), ("merged", config.merged)) if path is not None
     ]
     parents += reward_parents(config)
-    with open_run("pareto", config, options, parents=parents, data=data_files(config.prompts)) as run:
-        results = measure_all(candidates, config, run, progress)
-        front = build_front([result["point"] for result in results], trajectories(candidates), config)
-        write_front(run.path, front, [(c, r["samples"]) for c, r in zip(candidates, results, strict=True)])
-        best = max(front["points"], key=lambda point: (point["on_front"], point["reward"]))
-        return run.finish(
-            {
-                "points": len(results),
-                "hypervolume": front["hypervolume"],
-                "best": {key: best[key] for key in ("name", "reward", "reward_se", "kl", "kl_se")},
-            }
-        )
+    check_parents(parents)
+    check_policies(parents)
+    alike = measured_with(config)
+    carried = take_over(config, alike)
+    taken = {entry.candidate.key for entry in carried}
+    data = [*data_files(config.prompts), *front_sources(config)]
+    with open_run("pareto", config, options, parents=parents, data=data) as run:
+        fresh = [candidate for candidate in candidates if candidate.key not in taken]
+        entries = in_order([*carried, *measure_all(fresh, carried, config, run, progress)])
+        names = assign_names([entry.candidate for entry in entries])
+        front = alike | build_front(entries, names, options.out, config)
+        if config.fronts:
+            front |= gain_of(entries, front, [entry.candidate.key in taken for entry in entries], config)
+        write_front(run.path, front, entries, names)
+        return run.finish(summarise(front))
 
 
-def trajectories(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """The RL trajectories of all measured policies."""
-    runs = [candidate for candidate in candidates if candidate.kind == "policy" and candidate.source]
-    return [point for candidate in runs for point in trajectory(Path(str(candidate.source)), candidate.name)]
+def check_policies(parents: Sequence[Parent]) -> None:
+    """Refuse reward models in the place of policies, and policies whose tokens mean something else than the SFT's."""
+    policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
+    first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
+    for parent in policies:
+        told = f"--{parent.role} {parent.path}"
+        config = read_config(parent.path)
+        if any("SequenceClassification" in name for name in config.get("architectures") or ()):
+            raise InputError(f"{told} is a reward model, not a language model", "name it as --reward")
+        sizes = config.get("vocab_size"), first.config.get("vocab_size")
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"{told} has a vocabulary of {sizes[0]}, --sft {policies[0].path} one of {sizes[1]}",
+                "compare policies of one family",
+            )
+        try:
+            check_same_tokenizer(first, open_checkpoint(parent.path, f"--{parent.role}"))
+        except InputError as error:
+            raise InputError(error.what, "compare policies of one family") from error
 
 
-def build_front(
-    points: Sequence[dict[str, Any]], extra: Sequence[dict[str, Any]], config: ParetoConfig
-) -> dict[str, Any]:
-    """The content of front.json."""
-    sft = next(point for point in points if point["kind"] == "sft")
-    reference = (max(point["kl"] for point in points), sft["reward"])
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """The SFT policy first, whoever measured it; the rest as they are."""
+    return sorted(entries, key=lambda entry: entry.candidate.kind != "sft")
+
+
+def build_front(entries: Sequence[Entry], names: Sequence[str], out: Path, config: ParetoConfig) -> dict[str, Any]:
+    """The content of front.json, without what it was measured with and what it gains over others."""
+    named = list(zip(names, entries, strict=True))
+    points = [
+        {"name": name, **entry.candidate.labels, **places(entry.candidate, out), **entry.figures}
+        for name, entry in named
+    ]
+    drawn = [
+        point | {"name": f"{name} step {point['step']}", "run": name} for name, e in named for point in e.trajectory
+    ]
     marked = [point | {"on_front": flag} for point, flag in zip(points, pareto_front(points), strict=True)]
+    reference = reference_of(points)
+    area = hypervolume(points, reference)
+    limits = config.kl_limits or round_limits(points)
     return {
-        "points": [*marked, *extra],
-        "hypervolume": hypervolume(points, reference),
-        "reference": {"kl": reference[0], "reward": reference[1]},
-        "settings": config.model_dump(
-            mode="json",
-            include={"temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *RewardFields.model_fields},
-        ),
+        "points": [*marked, *drawn],
+        "reference": dict(zip(("kl", "reward"), reference, strict=True)),
+        "hypervolume": area,
+        **interval_of("hypervolume", area, entries, [range(len(entries))], reference),
+        "best_at": best_table(points, limits),
+        "flat": 0,
     }
 
 
-def write_front(directory: Path, front: Mapping[str, Any], samples: Sequence[tuple[Candidate, list[Any]]]) -> None:
-    """front.json, front.csv, front.png, front.svg and samples.jsonl."""
-    from gemma2.posttrain.evaluation.reporting.figures import front_figure, write_figure
+def reference_of(points: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """(largest KL, reward of the SFT policy). The base lies on the other side of SFT and may be far off."""
+    sft = next(point for point in points if point["kind"] == "sft")
+    return max(point["kl"] for point in points if point["kind"] != "base"), sft["reward"]
 
-    write_json(directory / "front.json", front)
-    columns = list(dict.fromkeys(key for point in front["points"] for key in point))
-    with (directory / "front.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(front["points"])
-    lines = [json.dumps(c.labels | row, ensure_ascii=False) for c, rows in samples for row in rows]
-    (directory / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    figure = front_figure(front["points"])
-    for name in ("front.png", "front.svg"):
-        write_figure(figure, directory / name)
+
+def interval_of(
+    name: str,
+    estimate: float,
+    entries: Sequence[Entry],
+    groups: Sequence[Sequence[int]],
+    reference: tuple[float, float],
+) -> dict[str, Any]:
+    """`{name_low, name_high, bootstrap_resamples}` of the area of the first group less that of the second, if any.
+
+    None where one prompt cannot tell.
+    """
+    answers = answers_of(entries)
+    if answers.kl.shape[1] < 2:
+        return {f"{name}_low": None, f"{name}_high": None, "bootstrap_resamples": 0}
+    areas = resampled_areas(answers, groups, reference)
+    low, high = interval(estimate, areas[0] - areas[1] if len(groups) > 1 else areas[0])
+    return {f"{name}_low": low, f"{name}_high": high, "bootstrap_resamples": RESAMPLES}
+
+
+def gain_of(
+    entries: Sequence[Entry], front: Mapping[str, Any], taken: Sequence[bool], config: ParetoConfig
+) -> dict[str, Any]:
+    """What this front's own points add to the area of those taken over, whether it is more than noise, and `flat`.
+
+    taken: per entry, whether it is one of an earlier front.
+    """
+    reference = front["reference"]["kl"], front["reference"]["reward"]
+    earlier = [i for i, before in enumerate(taken) if before]
+    points = front["points"][: len(entries)]
+    area = hypervolume([points[i] for i in earlier], reference)
+    gain = front["hypervolume"] - area
+    found = interval_of("hypervolume_gain", gain, entries, [range(len(entries)), earlier], reference)
+    improved = (found["hypervolume_gain_low"] or 0.0) > 0
+    flat = 0 if improved else 1 + previous_flat(config.fronts)
+    return {"hypervolume_before": area, "hypervolume_gain": gain, **found, "improved": improved, "flat": flat}
+
+
+def summarise(front: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures for the manifest and the screen."""
+    measured = [point for point in front["points"] if point["kind"] != "trajectory"]
+    best = max(measured, key=lambda point: (point["on_front"], point["reward"]))
+    areas = {key: value for key, value in front.items() if key.startswith("hypervolume") or key == "improved"}
+    return {
+        "points": len(measured),
+        **areas,
+        "reference": front["reference"],
+        "flat": front["flat"],
+        "best": {key: best[key] for key in ("name", *FIGURES)},
+        "best_at": front["best_at"],
+    }

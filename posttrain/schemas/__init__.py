@@ -5,7 +5,7 @@ stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report 
 """
 
 from .distill import DistillCacheConfig, DistillConfig
-from .evaluate import DistributionConfig, EvalConfig, ParetoConfig
+from .evaluate import DistributionConfig, EvalConfig, ParetoConfig, PickConfig
 from .fields import LoraFields, SamplingFields, TrainingFields
 from .filter import FilterConfig
 from .generate import GenerateConfig
@@ -27,6 +27,7 @@ __all__ = [
     "MergeConfig",
     "PairsConfig",
     "ParetoConfig",
+    "PickConfig",
     "ProbeConfig",
     "QuickstartConfig",
     "RewardConfig",

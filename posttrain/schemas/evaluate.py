@@ -1,10 +1,13 @@
-"""`gemma2 eval` and `gemma2 pareto`."""
+"""`gemma2 eval`, `gemma2 pareto` and `gemma2 pick`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
+
+from gemma2.posttrain.config import Config
 
 from .fields import Data, Model, SamplingFields, Seed
 from .rlhf import RewardFields
@@ -34,3 +37,20 @@ class ParetoConfig(DistributionConfig):
     init: Path | None = Field(None, description="where the eta line starts; default: --sft")
     merged: Path | None = Field(None, description="where the eta line ends: the last SLERP, before LITI")
     etas: tuple[float, ...] = Field((0.0, 0.1, 0.3, 0.5, 0.8, 1.0), description="points on the line from init to merge")
+    fronts: tuple[Path, ...] = Field(
+        (), description="earlier outputs of pareto, measured alike: their points are taken over"
+    )
+    kl_limits: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (), description="KL limits in nats, for each of which the best point is told; default: round ones"
+    )
+
+
+class PickConfig(Config):
+    """A point of a finished front as a model: the line from init to merge at the chosen eta, or a measured policy."""
+
+    front: Path = Field(description="output of gemma2 pareto")
+    pick: str = Field(
+        "best-reward",
+        pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
+        description="which point: best-reward, kl<=X (the best within X nats) or eta=E (on the last iteration's line)",
+    )

@@ -1,0 +1,78 @@
+"""Points taken over from earlier fronts, where everything that decides a measurement is the same. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import digest_file, digest_weights, read_manifest
+from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.schemas import ParetoConfig, RewardFields
+
+from .front_files import READ, Entry, read_entries, read_front
+
+__all__ = ["front_sources", "measured_with", "previous_flat", "take_over"]
+
+# What a measurement depends on besides files; `reward` names files.
+SETTINGS = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *sorted(RewardFields.model_fields))
+INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models"}
+
+
+def measured_with(config: ParetoConfig) -> dict[str, Any]:
+    """`{"settings", "inputs"}` of front.json: what two fronts must share to be compared. Inputs are digests."""
+    return {
+        "settings": config.model_dump(mode="json", include=set(SETTINGS)),
+        "inputs": {
+            "sft": digest_weights(config.sft),
+            "prompts": [digest_file(path) for path in data_files(config.prompts)],
+            "reward": [digest_weights(path) for path in config.reward],
+        },
+    }
+
+
+def front_sources(config: ParetoConfig) -> list[Path]:
+    """The files of earlier fronts that a new one reads."""
+    return [path / name for path in config.fronts for name in READ]
+
+
+def take_over(config: ParetoConfig, own: Mapping[str, Any]) -> list[Entry]:
+    """The points of `config.fronts`, each once, in their order. `own`: `measured_with` of this front.
+
+    Raises InputError for a front that was measured in another way, naming what differs.
+    """
+    found: dict[tuple[Any, ...], Entry] = {}
+    for path in config.fronts:
+        front = read_front(path, "--fronts")
+        check_alike(path, front, own)
+        for entry in read_entries(path, front):
+            found.setdefault(entry.candidate.key, entry)
+    entries = list(found.values())
+    counts = {len(column) for entry in entries for column in entry.values.values()}
+    if len(counts) > 1:
+        raise InputError(f"--fronts have values of {min(counts)} and of {max(counts)} prompts", "measure them again")
+    return entries
+
+
+def check_alike(path: Path, front: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a front whose points cannot stand beside this one's."""
+    theirs, inputs = front.get("settings"), front.get("inputs")
+    if not isinstance(theirs, dict) or not isinstance(inputs, dict):
+        raise InputError(f"--fronts {path} does not tell what it was measured with", "measure it again")
+    different = [
+        f"{name} {theirs.get(name)!r}, here {own['settings'][name]!r}"
+        for name in SETTINGS
+        if name != "reward" and theirs.get(name) != own["settings"][name]
+    ]
+    different += [f"other {told}" for name, told in INPUTS.items() if inputs.get(name) != own["inputs"][name]]
+    if different:
+        raise InputError(
+            f"--fronts {path} was measured with {'; '.join(different)}", "measure both alike, or leave it out"
+        )
+
+
+def previous_flat(fronts: Sequence[Path]) -> int:
+    """The largest number of fronts in a row, up to each of these, that gained nothing."""
+    summaries = [(read_manifest(path) or {}).get("summary") or {} for path in fronts]
+    return max((int(summary.get("flat") or 0) for summary in summaries), default=0)

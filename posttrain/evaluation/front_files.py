@@ -1,0 +1,211 @@
+"""The files of a front: written once, read again by later fronts and by `pick`. Torch-free.
+
+    front.json       the points, the front's area with its interval and reference point, the best within KL limits
+    front.csv        one row per point, the columns of front.json
+    hypervolume.csv  one row: the areas, their intervals, the reference point that they are bounded by
+    prompts.json     {"prompts": n, "points": {name: {"reward": [...], "kl": [...]}}}: one value per prompt, in the
+                     order of the prompts, null where a score had no opinion
+    samples.jsonl    the first completions of every point
+    front.png, .svg  the picture
+
+The values per prompt are JSON: every digit is kept, any tool reads it, and at one line a point it stays small (40 bytes
+a prompt and point). Paths in front.json are relative to its directory, so a run that is moved as a whole still works.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.header import printable
+from gemma2.merging.outputs import read_manifest, write_json
+
+from .bootstrap import Answers
+from .candidates import Candidate, Weights
+
+__all__ = ["FRONT", "READ", "Entry", "answers_of", "place_of", "read_entries", "read_front", "write_front"]
+
+FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
+READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
+KEPT = ("reward", "kl")  # the values per prompt that are kept: what the front is made of
+PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
+LABELS = frozenset({"name", "kind", "title", "iteration", "eta", "on_front"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measured point with all that belongs to it.
+
+    figures     flat columns: reward, reward_se, ..., n
+    samples     prompts and completions
+    values      "reward" and "kl" -> one value per prompt, None where a score had no opinion
+    trajectory  what an RL run measured on the way
+    """
+
+    candidate: Candidate
+    figures: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    values: Mapping[str, Sequence[float | None]]
+    trajectory: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+def answers_of(entries: Sequence[Entry]) -> Answers:
+    """KL and reward of every point on every prompt."""
+    columns = {
+        name: [[math.nan if value is None else value for value in entry.values[name]] for entry in entries]
+        for name in KEPT
+    }
+    return Answers.of(columns["kl"], columns["reward"])
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def places(candidate: Candidate, out: Path) -> dict[str, str]:
+    """Where a point's models are, relative to the front, and the digests of their weights."""
+    found = {}
+    for name, model in zip(PLACES[len(candidate.models)], candidate.models, strict=True):
+        found[name] = os.path.relpath(model.path.resolve(), out.resolve())
+        found[f"{name}_weights"] = model.digest
+    return found
+
+
+def write_front(directory: Path, front: Mapping[str, Any], entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """Every file of the output but the manifest. `names`: of the entries."""
+    from gemma2.posttrain.evaluation.reporting.figures import front_figure, write_figure
+
+    write_json(directory / FRONT, front)
+    _write_csv(directory / "front.csv", front["points"])
+    reference = {f"reference_{key}": value for key, value in front["reference"].items()}
+    areas = {key: value for key, value in front.items() if key.startswith(("hypervolume", "bootstrap"))}
+    _write_csv(directory / "hypervolume.csv", [areas | reference])
+    _write_values(directory / VALUES, entries, names)
+    rows = [
+        {"name": name, **entry.candidate.labels, **row}
+        for name, entry in zip(names, entries, strict=True)
+        for row in entry.samples
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (directory / SAMPLES).write_text("".join(lines), encoding="utf-8")
+    figure = front_figure(front["points"])
+    for name in ("front.png", "front.svg"):
+        write_figure(figure, directory / name)
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_values(path: Path, entries: Sequence[Entry], names: Sequence[str]) -> None:
+    lines = [
+        f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(dict(entry.values), separators=(',', ':'))}"
+        for name, entry in zip(names, entries, strict=True)
+    ]
+    count = len(entries[0].values["kl"])
+    text = f'{{"schema_version": 1, "prompts": {count}, "points": {{\n' + ",\n".join(lines) + "\n}}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_front(directory: Path, role: str) -> dict[str, Any]:
+    """front.json of a finished output of pareto. Raises InputError naming `role` for anything else."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise InputError(f"{role} {directory} is no output of gemma2 pareto", "give the directory of a finished front")
+    if manifest.get("command") != "pareto" or manifest.get("status") != "complete":
+        told = f"command {printable(str(manifest.get('command')))}, status {printable(str(manifest.get('status')))}"
+        raise InputError(
+            f"{role} {directory} is no finished front ({told})", "give a directory that gemma2 pareto has completed"
+        )
+    front = _read(directory / FRONT)
+    points = front.get("points")
+    if not isinstance(points, list) or not all(_is_point(point) for point in points):
+        raise InputError(f"{directory / FRONT} holds no points", "measure it again with gemma2 pareto")
+    return front
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return _objects(path, lines=False)[0]
+
+
+def _objects(path: Path, lines: bool) -> list[dict[str, Any]]:
+    """The JSON object that a file is, or those on its lines. Raises InputError where they are none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        documents = [json.loads(part) for part in (text.splitlines() if lines else [text])]
+    except (OSError, ValueError) as error:
+        cause = type(error).__name__
+        raise InputError(f"{path} cannot be read ({cause})", "measure it again with gemma2 pareto") from error
+    if not all(isinstance(document, dict) for document in documents):
+        raise InputError(f"{path} holds no JSON object", "measure it again with gemma2 pareto")
+    return documents
+
+
+def _is_point(point: object) -> bool:
+    return isinstance(point, dict) and {"name", "kind", "kl", "reward", "eta", "iteration"} <= point.keys()
+
+
+def place_of(point: Mapping[str, Any], directory: Path) -> tuple[Weights, ...]:
+    """The models of a point of `directory`'s front. Raises InputError where they are not recorded."""
+    names = PLACES[2 if point["kind"] == "line" else 1]
+    if any(not isinstance(point.get(key), str) for name in names for key in (name, f"{name}_weights")):
+        raise InputError(
+            f"{directory / FRONT} does not tell where the models of {printable(str(point['name']))!r} are",
+            "measure it again with gemma2 pareto",
+        )
+    return tuple(
+        Weights(Path(os.path.normpath(directory.resolve() / point[name])), point[f"{name}_weights"]) for name in names
+    )
+
+
+def read_entries(directory: Path, front: Mapping[str, Any]) -> list[Entry]:
+    """Every measured point of a front with its values, samples and trajectory. Raises InputError without them."""
+    values = _read(directory / VALUES).get("points")
+    if not isinstance(values, dict):
+        raise InputError(f"{directory / VALUES} holds no points", "measure it again with gemma2 pareto")
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for row in _objects(directory / SAMPLES, lines=True):
+        samples.setdefault(str(row.get("name")), []).append({key: row[key] for key in row if key not in LABELS})
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for point in front["points"]:
+        if point["kind"] == "trajectory":
+            drawn.setdefault(point["run"], []).append({k: point[k] for k in point if k not in ("name", "run")})
+    return [
+        _entry(point, directory, values, samples.get(point["name"], []), drawn.get(point["name"], []))
+        for point in front["points"]
+        if point["kind"] != "trajectory"
+    ]
+
+
+def _entry(
+    point: Mapping[str, Any],
+    directory: Path,
+    values: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    drawn: Sequence[Mapping[str, Any]],
+) -> Entry:
+    own = values.get(point["name"])
+    if not isinstance(own, dict) or not all(isinstance(own.get(name), list) for name in KEPT):
+        raise InputError(
+            f"{directory / VALUES} has no values of {printable(str(point['name']))!r}",
+            "measure it again with gemma2 pareto",
+        )
+    models = place_of(point, directory)
+    candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], point.get("title") or "")
+    placed = {f"{name}{part}" for name in PLACES[len(models)] for part in ("", "_weights")}
+    figures = {key: value for key, value in point.items() if key not in LABELS | placed}
+    return Entry(candidate, figures, samples, {name: own[name] for name in KEPT}, drawn)
