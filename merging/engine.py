@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .ancestry import write_card
+from .card import Account
 from .checkpoint import Checkpoint, Reader
 from .errors import Gemma2Error, InputError, OutputError
 from .feed import CUT, Feeder
@@ -77,26 +79,25 @@ def merge(
     verify: bool = True,
     progress: Progress = SILENT,
     cut: int = CUT,
+    account: Account | None = None,
 ) -> MergeResult:
     """Merge models into `out`, or with several etas into one directory for each below `out`.
 
     Each output is a model directory that appears complete or not at all. With `verify` it is read back from the disk
     before it appears; without, its manifest has no digests of the weights. `cut` is the elements per read, a multiple
-    of 4096; it does not change the result.
+    of 4096; it does not change the result. `account` is for a command that merges on behalf of something else.
     Raises UsageError, InputError or OutputError; before any work where that can be known.
     """
     with _refusals(out):
-        return _merge(request, out, force, dry_run, verify, progress, cut)
+        plan = plan_merge(request, out, force)
+        for line in plan.notes:
+            progress.note(line)
+        return MergeResult(plan) if dry_run else _merge(plan, force, verify, progress, cut, account)
 
 
 def _merge(
-    request: MergeRequest, out: Path, force: bool, dry_run: bool, verify: bool, progress: Progress, cut: int
+    plan: MergePlan, force: bool, verify: bool, progress: Progress, cut: int, account: Account | None
 ) -> MergeResult:
-    plan = plan_merge(request, out, force)
-    for line in plan.notes:
-        progress.note(line)
-    if dry_run:
-        return MergeResult(plan)
     started = now()
     with ExitStack() as stack:
         stack.enter_context(announced(progress.note))
@@ -110,7 +111,9 @@ def _merge(
         parents = [digest_weights(model.path, plan.request.threads) for model in plan.inputs]
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
-            write_manifest(directory, _manifest(result, number, parents, started), known)
+            manifest = _manifest(result, number, parents, started, account)
+            write_card(directory, manifest, plan.outputs[number], account)
+            write_manifest(directory, manifest, known)
     for line in result.warnings:
         progress.warn(line)
     return result
@@ -199,7 +202,9 @@ def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
             )
 
 
-def _manifest(result: MergeResult, number: int, weights: list[str], started: str) -> dict[str, Any]:
+def _manifest(
+    result: MergeResult, number: int, weights: list[str], started: str, account: Account | None
+) -> dict[str, Any]:
     """`gemma2.json` of one output: request, parents with their roles in the merge, and the report."""
     plan = result.plan
     here = plan.outputs[number].resolve()
@@ -222,4 +227,15 @@ def _manifest(result: MergeResult, number: int, weights: list[str], started: str
         "ended": now(),
         "status": "complete",
         "summary": result.summary_of(number),
+        **(_told(account) if account else {}),
+    }
+
+
+def _told(account: Account) -> dict[str, Any]:
+    """What another command says of its output in the manifest."""
+    return {
+        "command": account.command,
+        "config": dict(account.config),
+        "data": list(account.data),
+        "summary": dict(account.summary),
     }

@@ -145,6 +145,10 @@ class Run:
 
     def _publish(self, summary: Mapping[str, Any]) -> None:
         manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
+        if (self.path / "config.json").is_file() and weight_files(self.path):
+            from gemma2.merging.ancestry import write_card  # numpy, which the torch-free modules do without
+
+            write_card(self.path, manifest, self.options.out)
         write_manifest(self.path, manifest)
         fsync_tree(self.path)
         shutil.rmtree(self.checkpoints, ignore_errors=True)

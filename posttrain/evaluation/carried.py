@@ -9,6 +9,7 @@ from typing import Any
 from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import digest_file, digest_weights, read_manifest
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.rundir import code_of
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
 from .front_files import READ, Entry, read_entries, read_front
@@ -17,7 +18,7 @@ __all__ = ["front_sources", "measured_with", "previous_flat", "take_over"]
 
 # What a measurement depends on besides files; `reward` names files.
 SETTINGS = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *sorted(RewardFields.model_fields))
-INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models"}
+INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models", "code": "code of its functions"}
 
 
 def measured_with(config: ParetoConfig) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def measured_with(config: ParetoConfig) -> dict[str, Any]:
             "sft": digest_weights(config.sft),
             "prompts": [digest_file(path) for path in data_files(config.prompts)],
             "reward": [digest_weights(path) for path in config.reward],
+            "code": code_of(config),
         },
     }
 

@@ -54,13 +54,23 @@ def best_at(points: Sequence[Point], kl: float) -> Point | None:
 
 
 def round_limits(points: Sequence[Point]) -> tuple[float, ...]:
-    """The numbers 1, 2 and 5 times a power of ten in the range of the positive KLs; the largest five of them."""
+    """Limits worth a line each: 1, 2 and 5 times a power of ten in the range of the positive KLs.
+
+    Only those within which another point is the best than within the one before; of these the largest five.
+    """
     positive = sorted(point["kl"] for point in points if point["kl"] > 0)
     if not positive:
         return ()
     powers = range(math.floor(math.log10(positive[0])), math.ceil(math.log10(positive[-1])) + 1)
-    candidates = [float(f"{digit:g}e{power}") for power in powers for digit in ROUND]
-    return tuple(limit for limit in candidates if positive[0] <= limit <= positive[-1])[-LIMITS_SHOWN:]
+    limits = [float(f"{digit:g}e{power}") for power in powers for digit in ROUND]
+    shown: list[float] = []
+    best = None
+    for limit in (limit for limit in limits if positive[0] <= limit <= positive[-1]):
+        within = best_at(points, limit)
+        if within is not best:
+            shown.append(limit)
+        best = within
+    return tuple(shown[-LIMITS_SHOWN:])
 
 
 def best_table(points: Sequence[Point], limits: Sequence[float]) -> list[dict[str, Any]]:

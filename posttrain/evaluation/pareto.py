@@ -227,12 +227,14 @@ def build_front(entries: Sequence[Entry], names: Sequence[str], out: Path, confi
         for name, entry in named
     ]
     drawn = [
-        point | {"name": f"{name} step {point['step']}", "run": name} for name, e in named for point in e.trajectory
+        {**point, "name": f"{name} step {point['step']}", "run": name}
+        for name, entry in named
+        for point in entry.trajectory
     ]
     marked = [point | {"on_front": flag} for point, flag in zip(points, pareto_front(points), strict=True)]
     reference = reference_of(points)
     area = hypervolume(points, reference)
-    limits = config.kl_limits or round_limits(points)
+    limits = config.kl_limits or round_limits([point for point in points if point["kind"] != "base"])
     return {
         "points": [*marked, *drawn],
         "reference": dict(zip(("kl", "reward"), reference, strict=True)),

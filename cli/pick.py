@@ -1,0 +1,25 @@
+"""`gemma2 pick`"""
+
+from __future__ import annotations
+
+from gemma2.merging.progress import Progress
+from gemma2.posttrain.rundir import RunOptions, RunResult
+from gemma2.posttrain.schemas import PickConfig
+
+from .options import stage
+
+
+def run(config: PickConfig, options: RunOptions, progress: Progress) -> RunResult:
+    from gemma2.posttrain.evaluation.pick import run_pick
+
+    return run_pick(config, options, progress)
+
+
+app = stage(
+    PickConfig,
+    run,
+    positional="front",
+    examples="""gemma2 pick front --out model
+    gemma2 pick front --pick 'kl<=5' --out model
+    gemma2 pick front --pick eta=0.4 --out model""",
+)
