@@ -48,6 +48,7 @@ COMMANDS = {
     "eval": Entry("eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
     "pareto": Entry("pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"),
     "pick": Entry("pick", "A point of a finished front as a model directory, with its card.", "Evaluation"),
+    "lineage": Entry("lineage", "What an output was made from: a tree from base to result, with hashes.", "Evaluation"),
     "report": Entry("report", "One self-contained HTML page about a finished run.", "Evaluation"),
     "convert": Entry("convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"),
     "config": Entry("config", "List and show recipes, or the settings of an output.", "Tools"),

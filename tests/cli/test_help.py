@@ -67,7 +67,7 @@ def test_every_page_has_usage_a_sentence_and_a_text_for_every_option(page, name)
 def test_a_common_flag_means_the_same_everywhere(name):
     for parameter in ALL[name].params:
         expected = STANDARD.get(parameter.opts[0])
-        if expected and not (name in ("report", "quickstart") and parameter.opts[0] in ("--out", "--dry-run")):
+        if expected and not (name in ("report", "lineage", "quickstart") and parameter.opts[0] in ("--out", "--dry-run")):
             assert expected in parameter.help, parameter.opts[0]
 
 

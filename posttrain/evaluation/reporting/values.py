@@ -91,13 +91,19 @@ def clipped(text: str, size: int) -> str:
     """At most `size` columns: the middle goes, since names differ at both ends."""
     if columns_of(text) <= size:
         return text
-    head, tail = list(text), list[str]()
-    while head and columns_of("".join([*head, *tail])) + 1 > size:
-        if len(tail) < size // 2 and len(head) > 1:
-            tail.insert(0, head.pop())
-        else:
-            head.pop()
-    return f"{''.join(head)}…{''.join(tail)}"
+    tail = fitting(reversed(text), size // 2)[::-1]
+    return f"{fitting(text, size - 1 - columns_of(tail))}…{tail}"
+
+
+def fitting(text: Iterable[str], size: int) -> str:
+    """The first characters, as far as they fit into `size` columns."""
+    kept, used = [], 0
+    for char in text:
+        used += columns_of(char)
+        if used > size:
+            break
+        kept.append(char)
+    return "".join(kept)
 
 
 def columns_of(text: str) -> int:
