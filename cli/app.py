@@ -42,6 +42,7 @@ COMMANDS = {
     "warp": Entry(
         "warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
     ),
+    "pipeline": Entry("pipeline", "Stages from one file: run, skip, continue; status and graph.", "Post-training"),
     "merge": Entry("merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
     "diff": Entry("diff", "Norms, distances and angles between two models, with a heat map.", "Merging"),
     "inspect": Entry("inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"),

@@ -27,7 +27,19 @@ from gemma2.posttrain.rundir import RunOptions, RunResult
 from .console import Console
 from .help import HelpCommand, HelpGroup
 
-__all__ = ["AsJson", "DryRun", "Force", "Out", "Quiet", "Resume", "add_stage", "recipe_path", "stage", "stage_group"]
+__all__ = [
+    "COMMON",
+    "AsJson",
+    "DryRun",
+    "Force",
+    "Out",
+    "Quiet",
+    "Resume",
+    "add_stage",
+    "recipe_path",
+    "stage",
+    "stage_group",
+]
 
 COMMON = "Output and control"
 LONGEST_DEFAULT = 40  # characters of a default that the help shows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -14,9 +14,7 @@ from gemma2.merging.errors import UsageError
 from .console import Console
 from .help import HelpCommand
 from .options import HELP_NAMES, AsJson, ConfigFile, Quiet, Set, recipe_path
-
-if TYPE_CHECKING:
-    from gemma2.posttrain.quickstart import Chapter
+from .pipeline import Announcer
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -45,6 +43,15 @@ def quickstart(
     seed: int = typer.Option(
         None, "--seed", metavar="INT", help="Seed of every random choice [default 0].", rich_help_panel="Settings"
     ),
+    jobs: int = typer.Option(
+        None,
+        "--jobs",
+        "-j",
+        metavar="INT",
+        min=1,
+        help="Stages at once [default 2, 1 on one core].",
+        rich_help_panel="Settings",
+    ),
     config: str = ConfigFile,
     set_: list[str] = Set,
     dry_run: bool = typer.Option(
@@ -61,31 +68,26 @@ def quickstart(
     \b
       gemma2 quickstart --out quickstart
     """
-    from gemma2.posttrain.config import resolve
-    from gemma2.posttrain.schemas import QuickstartConfig
-
     if out is None:
         raise UsageError("--out is missing", "give the directory to write")
     console = Console(as_json=as_json, quiet=quiet)
-    file = recipe_path(config or "quickstart")
-    resolved = resolve(QuickstartConfig, file=file, sets=set_ or (), flags={"seed": seed})
-    from gemma2.posttrain.pipeline import command_line
-    from gemma2.posttrain.quickstart import chapters, run_quickstart
+    from gemma2.posttrain.commands import spell
+    from gemma2.posttrain.quickstart import quickstart_pipeline, run_quickstart
 
+    sets = [*(set_ or ()), *([f"vars.seed={seed}"] if seed is not None else [])]
+    pipeline = quickstart_pipeline(out, recipe_path(config or "quickstart"), sets)
     if dry_run:
-        commands = [command_line(chapter.step) for chapter in chapters(resolved, out)]
+        stages = pipeline.stages.values()
+        commands = [spell(stage.command, stage.config(), stage.out) for stage in stages]
         if as_json:
             console.json({"commands": commands})
         else:
             console.text("\n".join(commands))
         return
-
-    def announce(number: int, total: int, chapter: Chapter, command: str) -> None:
-        console.heading(f"{number}/{total}  {chapter.title}: {chapter.why}")
-        console.note(f"     $ {command}")
-
     started = time.monotonic()
-    result = run_quickstart(resolved, out, console, announce)
+    result = run_quickstart(
+        pipeline, jobs or min(2, os.cpu_count() or 1), Announcer(console, len(pipeline.stages)), console
+    )
     if as_json:
         console.json({key: result[key] for key in ("rows", "samples", "report")})
         return

@@ -10,9 +10,13 @@ from .options import stage
 
 
 def run(config: WarpConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.warp import run_warp
+    from gemma2.posttrain.warp import run_warp, warp_pipeline
 
-    return run_warp(config, options, progress)
+    from .console import Console
+    from .pipeline import Announcer
+
+    total = len(warp_pipeline(config, options.out).stages)
+    return run_warp(config, options, progress, Announcer(progress, total) if isinstance(progress, Console) else None)
 
 
 app = stage(

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "cache_folder",
     "check_output",
     "digest_file",
+    "digest_input",
     "digest_name",
     "digest_weights",
     "fsync_tree",
@@ -106,19 +108,35 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.safetensors") if path.is_file())
 
 
+def digest_input(path: Path, threads: int = 1) -> str:
+    """`digest_file` of an input, at the price of a look where that is enough.
+
+    The digest that the manifest beside it records is trusted for a file that was not touched after it; any other file
+    is read once per process and state.
+    """
+    manifest = read_manifest(path.parent) or {}
+    entry = manifest.get("files", {}).get(path.name) if manifest.get("status") == "complete" else None
+    if isinstance(entry, dict) and _untouched(path, entry, path.parent / MANIFEST):
+        return str(entry["digest"])
+    status = path.stat()
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _digest_of(path, threads, state)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, threads: int, state: tuple[int, ...]) -> str:
+    """The digest of a file in one state of its inode."""
+    return digest_file(path, threads)
+
+
 def digest_weights(directory: Path, threads: int = 1) -> str:
     """One digest of all weights of a model directory: over (name, digest) of its safetensors files.
 
     Digests that a complete manifest records are trusted for files that were not touched after it.
     """
-    manifest = read_manifest(directory) or {}
-    recorded = manifest.get("files", {}) if manifest.get("status") == "complete" else {}
     total = hasher()
     for path in weight_files(directory):
-        entry = recorded.get(path.name)
-        if not isinstance(entry, dict) or not _untouched(path, entry, directory / MANIFEST):
-            entry = {"digest": digest_file(path, threads)}
-        total.update(f"{path.name} {entry['digest']}\n".encode())
+        total.update(f"{path.name} {digest_input(path, threads)}\n".encode())
     return digest_name(total)
 
 

@@ -15,7 +15,7 @@ from gemma2.merging.errors import UsageError
 from gemma2.merging.outputs import MANIFEST
 from gemma2.merging.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
-__all__ = ["Config", "apply_sets", "closest", "load_yaml", "parse_value", "resolve", "to_yaml"]
+__all__ = ["Config", "apply_sets", "closest", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
 
 
 class Config(BaseModel):
@@ -26,6 +26,11 @@ class Config(BaseModel):
         extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
     )
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that do not decide the result: how fast, at what price
+    SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that no flag carries: the command's words do
+
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest of an output keeps of this configuration."""
+        return self.model_dump(mode="json")
 
 
 C = TypeVar("C", bound=Config)
@@ -61,6 +66,11 @@ def resolve(
     """
     values = apply_sets(load_yaml(file) if file else {}, sets)
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    return validated(schema, values, file=file, section=section)
+
+
+def validated(schema: type[C], values: Mapping[str, Any], *, file: Path | None = None, section: str = "") -> C:
+    """The frozen configuration of these values. Raises UsageError as `resolve` does."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:

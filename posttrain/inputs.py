@@ -5,6 +5,7 @@ Torch-free and quick: the step itself would first import torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from .config import Config
 from .rundir import HUB_SNAPSHOT, Parent, check_parents
 from .schemas import PairsConfig, RewardFields
 
-__all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name"]
+__all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name", "paths_of"]
 
 MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
 LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
@@ -56,23 +57,32 @@ def inputs_of(config: Config) -> dict[str, Path]:
     return {name: path for name, path in found.items() if isinstance(path, Path)}
 
 
-def check_inputs(config: Config) -> None:
-    """Refuse models and data that are not there."""
+def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
+    """Refuse models and data that are not there. What lies in a `promised` directory is another stage's to make."""
+
+    def is_promised(path: Path) -> bool:
+        return any(path.is_relative_to(place) for place in promised)
+
     # Without the number of a reward model: that is no flag.
     roles = [(name.partition("-")[0].replace("_", "-"), path) for name, path in inputs_of(config).items()]
-    check_parents([Parent(role, path) for role, path in roles])
+    roles += [(name, path) for name in ("policies", "compare") for path in paths_of(config, name)]
+    check_parents([Parent(role, path) for role, path in roles if not is_promised(path)])
     if isinstance(config, RewardFields) and config.REWARD_NEEDED:
         check_reward_terms(config)
     if isinstance(config, PairsConfig):
-        check_judge(config)
+        check_judge(config, promised)
     cache = getattr(config, "teacher_cache", None)
-    if cache is not None and (read_manifest(cache) or {}).get("status") != "complete":
+    if cache is not None and not is_promised(cache) and (read_manifest(cache) or {}).get("status") != "complete":
         raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
-    for name in DATA:
-        value = getattr(config, name, None)
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path):
-                data_files(path)
+    for path in (path for name in DATA for path in paths_of(config, name)):
+        if not is_promised(path):
+            data_files(path)
+
+
+def paths_of(config: Config, name: str) -> list[Path]:
+    """The paths that one field holds: one, several or none."""
+    value = getattr(config, name, None)
+    return [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Path)]
 
 
 def check_reward_terms(config: RewardFields) -> None:
@@ -81,10 +91,10 @@ def check_reward_terms(config: RewardFields) -> None:
         raise UsageError("there is no reward", "give --reward RM, --reward-fn module:function, or both")
 
 
-def check_judge(config: PairsConfig) -> None:
+def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
     """Refuse a judge that is nothing known. Whether a module has its function shows when it is imported."""
     judge = Path(config.judge)
-    if config.judge_model is not None:
+    if config.judge_model is not None or any(judge.is_relative_to(place) for place in promised):
         return
     if judge.is_dir():
         check_parents([Parent("judge", judge)])

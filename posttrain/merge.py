@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma2.merging import MergeRequest, merge
+from gemma2.merging import merge
 from gemma2.merging.progress import SILENT, Progress
 
 from .rundir import RunOptions, RunResult
@@ -13,6 +13,5 @@ __all__ = ["run_merge"]
 
 def run_merge(config: MergeConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Merge, and return the report per group as the summary. A merge is quick: `resume` starts it again."""
-    request = MergeRequest(method=config.method, models=config.models, base=config.base, etas=config.etas)
-    result = merge(request, out=options.out, force=options.force, progress=progress)
+    result = merge(config.request(), out=options.out, force=options.force, progress=progress)
     return RunResult(options.out, result.summary)

@@ -9,9 +9,10 @@ Time is floating-point work over this machine's measured matrix product rate (CP
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from .schemas import (
     DistillConfig,
     FilterConfig,
     GenerateConfig,
+    MergeConfig,
     PairsConfig,
     ParetoConfig,
+    PickConfig,
     ProbeConfig,
     RewardConfig,
     RewardScoreConfig,
@@ -40,7 +43,7 @@ from .schemas import (
     WarpConfig,
 )
 
-__all__ = ["parameter_count", "plan"]
+__all__ = ["Promise", "Sources", "Work", "estimate", "matmul_rate", "parameter_count", "plan"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
@@ -66,6 +69,65 @@ def parameter_count(directory: Path) -> int:
     return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What an output will be, as far as it is known before it is made.
+
+    kind       policy, reward model, adapter, data, front, cache
+    shape      what models must share to be merged: (type, hidden size, layers)
+    rows       at most, of data; `size` in bytes
+    """
+
+    kind: str
+    parameters: int | None = None
+    vocabulary: int | None = None
+    shape: tuple[Any, ...] | None = None
+    rows: float | None = None
+    size: float | None = None
+
+
+class Sources:
+    """The inputs of a step: on disk, or promised by a step before it. What is not known is NaN."""
+
+    def __init__(self, promised: Mapping[Path, Promise] | None = None) -> None:
+        self.promised = promised or {}
+
+    def parameters(self, path: Path | None) -> float:
+        """Parameters of a model; 0 without one."""
+        if path is None:
+            return 0.0
+        if path in self.promised:
+            return _known(self.promised[path].parameters)
+        return parameter_count(path)
+
+    def rows(self, path: Path) -> float:
+        """Rows of a data set."""
+        return _known(self.promised[path].rows) if path in self.promised else count_rows(path)
+
+    def size(self, path: Path) -> float:
+        """Bytes of a data set."""
+        if path in self.promised:
+            return _known(self.promised[path].size)
+        return sum(file.stat().st_size for file in data_files(path))
+
+    def mean_tokens(self, path: Path, limit: int) -> float:
+        """Tokens per row, at the usual four bytes per token."""
+        if path in self.promised and self.promised[path].size is None:
+            return limit
+        return min(self.size(path) / max(1.0, self.rows(path)) / 4, limit)
+
+    def hidden_size(self, path: Path) -> float:
+        """Width of a model."""
+        if path in self.promised:
+            shape = self.promised[path].shape
+            return float(shape[1]) if shape else math.nan
+        return float(json.loads((path / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0))
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
 def matmul_rate(size: int = 1024) -> float:
     """Floating-point operations per second of a fp32 matrix product on this CPU."""
     import numpy as np
@@ -77,7 +139,7 @@ def matmul_rate(size: int = 1024) -> float:
     return 2 * size**3 / (time.perf_counter() - started)
 
 
-def _train(n: int, tokens: float, lora: int) -> Work:
+def _train(n: float, tokens: float, lora: int) -> Work:
     state = LORA_SHARE if lora else 1.0
     checkpoint = 12.0 * state  # what is trained, and its moments
     return Work(
@@ -85,19 +147,21 @@ def _train(n: int, tokens: float, lora: int) -> Work:
     )
 
 
-def _sft(config: SftConfig) -> Work:
-    rows = [count_rows(path) for path in config.data]
+def _sft(config: SftConfig, sources: Sources) -> Work:
+    rows = [sources.rows(path) for path in config.data]
     steps = config.max_steps or sum(rows) * config.epochs / config.batch_size
     weights = config.weights or rows
-    means = [_mean_tokens(path, config.max_length) * weight for path, weight in zip(config.data, weights, strict=True)]
+    means = [
+        sources.mean_tokens(path, config.max_length) * weight for path, weight in zip(config.data, weights, strict=True)
+    ]
     tokens = steps * config.batch_size * sum(means) / sum(weights)
-    return _train(parameter_count(config.model), tokens, config.lora_rank)
+    return _train(sources.parameters(config.model), tokens, config.lora_rank)
 
 
-def _distill(config: DistillConfig) -> Work:
+def _distill(config: DistillConfig, sources: Sources) -> Work:
     """The student in training beside its teacher; the teacher reads every token, the student also writes its own."""
     tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
-    n, teacher = parameter_count(config.model), parameter_count(config.teacher) if config.teacher else 0
+    n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
     student = _train(n, tokens, config.lora_rank)
     width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
     return Work(
@@ -107,40 +171,36 @@ def _distill(config: DistillConfig) -> Work:
     )
 
 
-def _distill_cache(config: DistillCacheConfig) -> Work:
-    rows = min(count_rows(config.data), config.limit or 10**12)
-    tokens = rows * _mean_tokens(config.data, config.max_length)
-    n = parameter_count(config.teacher)
+def _distill_cache(config: DistillCacheConfig, sources: Sources) -> Work:
+    rows = min(sources.rows(config.data), config.limit or 10**12)
+    tokens = rows * sources.mean_tokens(config.data, config.max_length)
+    n = sources.parameters(config.teacher)
     width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
     return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), operations=2.0 * n * tokens)
 
 
-def _reward(config: RewardConfig) -> Work:
-    pairs = count_rows(config.data)
+def _reward(config: RewardConfig, sources: Sources) -> Work:
+    pairs = sources.rows(config.data)
     steps = config.max_steps or pairs * config.epochs / config.batch_size
-    tokens = steps * config.batch_size * _mean_tokens(config.data, 2 * config.max_length)
-    return _train(parameter_count(config.model), tokens, config.lora_rank)
+    tokens = steps * config.batch_size * sources.mean_tokens(config.data, 2 * config.max_length)
+    return _train(sources.parameters(config.model), tokens, config.lora_rank)
 
 
-def _mean_tokens(path: Path, limit: int) -> float:
-    """Tokens per row, at the usual four bytes per token."""
-    size = sum(file.stat().st_size for file in data_files(path))
-    return min(size / count_rows(path) / 4, limit)
-
-
-def _generate(config: GenerateConfig) -> Work:
+def _generate(config: GenerateConfig, sources: Sources) -> Work:
     """Nothing but the rows on disk where a server draws."""
-    facts = generate_budget(config)
-    tokens = facts["drawn_tokens_at_most"]
-    n = 0 if config.engine == "openai" else parameter_count(config.teacher)
+    rows = sources.rows(config.prompts) if config.prompts in sources.promised else None
+    facts = generate_budget(config) if rows is None else {}
+    drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
+    tokens = facts.get("drawn_tokens_at_most", drawn)
+    n = 0.0 if config.engine == "openai" else sources.parameters(config.teacher)
     return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
 
 
-def _filter(config: FilterConfig) -> Work:
-    rows = count_rows(config.data)
-    size = sum(file.stat().st_size for file in data_files(config.data))
+def _filter(config: FilterConfig, sources: Sources) -> Work:
+    rows = sources.rows(config.data)
+    size = sources.size(config.data)
     for path in config.decontaminate:
-        count_rows(path)
+        sources.rows(path)
     # What the scan found lies on disk beside the output; 250 bytes of a row are in memory when rows are compared.
     minutes = rows * FILTER_SECONDS / 60
     return Work(
@@ -148,25 +208,25 @@ def _filter(config: FilterConfig) -> Work:
     )
 
 
-def _probe(config: ProbeConfig) -> Work:
+def _probe(config: ProbeConfig, sources: Sources) -> Work:
     """One forward pass; the last states of both sides are held, in fp32 and float64."""
-    pairs, n = count_rows(config.data), parameter_count(config.model)
-    width = json.loads((config.model / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0)
-    tokens = pairs * _mean_tokens(config.data, 2 * config.max_length)
+    pairs, n = sources.rows(config.data), sources.parameters(config.model)
+    width = sources.hidden_size(config.model)
+    tokens = pairs * sources.mean_tokens(config.data, 2 * config.max_length)
     return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, operations=2.0 * n * tokens)
 
 
-def _score(config: RewardScoreConfig) -> Work:
-    rows, size = count_rows(config.data), sum(file.stat().st_size for file in data_files(config.data))
+def _score(config: RewardScoreConfig, sources: Sources) -> Work:
+    rows, size = sources.rows(config.data), sources.size(config.data)
     share = min(rows, config.limit or rows) / rows
-    n = parameter_count(config.model)
+    n = sources.parameters(config.model)
     return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), operations=2.0 * n * share * size / 4)
 
 
-def _pairs(config: PairsConfig) -> Work:
-    prompts = min(count_rows(config.prompts), config.limit or 10**12)
+def _pairs(config: PairsConfig, sources: Sources) -> Work:
+    prompts = min(sources.rows(config.prompts), config.limit or 10**12)
     tokens = prompts * config.n * config.max_new_tokens
-    n = parameter_count(config.model)
+    n = sources.parameters(config.model)
     facts = {}
     if config.judge_model is not None:
         asked = prompts * config.n * (config.n - 1 if config.judge_style == "compare" else 1)
@@ -174,14 +234,14 @@ def _pairs(config: PairsConfig) -> Work:
     return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
 
 
-def _rl(n: int, rewards: Sequence[Path], config: RlhfConfig | WarpConfig) -> Work:
+def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | WarpConfig) -> Work:
     """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
 
     A LoRA policy shares its weights with the reference that it starts as. On disk: the policy and its anchor, and in
     every checkpoint both and the moments.
     """
-    judge = sum(parameter_count(reward) for reward in rewards[: 1 if config.reward_ensemble == "warm" else None])
-    tokens = config.steps * config.prompts_per_step * config.n * config.max_new_tokens
+    judge = sum(judges[: 1 if config.reward_ensemble == "warm" else None])
+    tokens = steps * config.prompts_per_step * config.n * config.max_new_tokens
     adapter = LORA_SHARE if config.lora_rank else 1.0
     shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
     kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
@@ -200,30 +260,46 @@ def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
     return 4.0 * (LORA_SHARE if config.lora_rank and config.lora_anchor == "factors" else 1.0)
 
 
-def _rlhf(config: RlhfConfig) -> Work:
-    count_rows(config.prompts)
-    return _rl(parameter_count(config.policy), config.reward, config)
+def _rlhf(config: RlhfConfig, sources: Sources) -> Work:
+    sources.rows(config.prompts)
+    judges = [sources.parameters(reward) for reward in config.reward]
+    return _rl(sources.parameters(config.policy), judges, config.steps, config)
 
 
-def _warp(config: WarpConfig) -> Work:
-    count_rows(config.prompts)
-    count_rows(config.heldout)
-    n = parameter_count(config.sft)
-    one = _rl(n, config.reward, config)
-    runs = config.policies * config.iterations
+def _warp(config: WarpConfig, sources: Sources) -> Work:
+    sources.rows(config.prompts)
+    sources.rows(config.heldout)
+    n = sources.parameters(config.sft)
+    judges = [sources.parameters(reward) for reward in config.reward]
+    steps = sum(config.steps_of(i) for i in range(1, config.iterations + 1))
+    all_iterations = _rl(n, judges, steps, config)
     kept = config.iterations * (2 * config.policies + 2) * n * 4.0 + n * 4.0
-    return Work(memory=one.memory, disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE, operations=one.operations * runs)
+    return Work(
+        memory=all_iterations.memory,
+        disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE,
+        operations=all_iterations.operations * config.policies,
+    )
 
 
-def _pareto(config: ParetoConfig) -> Work:
-    rows = min(count_rows(config.prompts), config.limit or 10**12)
-    n = parameter_count(config.sft)
+def _pareto(config: ParetoConfig, sources: Sources) -> Work:
+    rows = min(sources.rows(config.prompts), config.limit or 10**12)
+    n = sources.parameters(config.sft)
     points = len(config.policies) + (len(config.etas) if config.merged else 0) + 1
     tokens = points * rows * config.n * config.max_new_tokens
     return Work(memory=n * 16.0, disk=1e6, operations=tokens * n * 6.0)
 
 
-ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
+def _merge(config: MergeConfig, sources: Sources) -> Work:
+    """A stream: blocks of a few megabytes for each model; the rate of the disk, not of the processor, is its time."""
+    n = sources.parameters(config.models[0])
+    return Work(memory=2.0e8, disk=4.0 * n, operations=0.0)
+
+
+def _pick(config: PickConfig, sources: Sources) -> Work:
+    return Work(memory=2.0e8, disk=math.nan, operations=0.0)
+
+
+ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     SftConfig: _sft,
     DistillConfig: _distill,
     DistillCacheConfig: _distill_cache,
@@ -236,7 +312,15 @@ ESTIMATES: dict[type[Config], Callable[[Any], Work]] = {
     RlhfConfig: _rlhf,
     WarpConfig: _warp,
     ParetoConfig: _pareto,
+    MergeConfig: _merge,
+    PickConfig: _pick,
 }
+
+
+def estimate(config: Config, sources: Sources) -> Work | None:
+    """What a step needs; None for a command that needs nothing worth a word."""
+    found = ESTIMATES.get(type(config))
+    return found(config, sources) if found else None
 
 
 def plan(config: Config, options: RunOptions) -> dict[str, Any]:
@@ -248,9 +332,8 @@ def plan(config: Config, options: RunOptions) -> dict[str, Any]:
         "plan": f"{type(config).__name__.removesuffix('Config').lower()} -> {options.out}, nothing was written",
         **{role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()},
     }
-    estimate = ESTIMATES.get(type(config))
-    if estimate is not None:
-        work = estimate(config)
+    work = estimate(config, Sources())
+    if work is not None:
         parent = next(path for path in [options.out, *options.out.absolute().parents] if path.exists())
         free = shutil.disk_usage(parent).free
         document |= work.facts | {

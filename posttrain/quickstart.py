@@ -1,210 +1,57 @@
-"""The whole path on the embedded models, from nothing to a front: every step the suite's own command.
+"""The whole path on the embedded models, from nothing to a front: the pipeline `configs/quickstart.yaml`. Torch-free.
 
     tiny student and teacher -> teacher data -> filter -> SFT -> distillation -> preference pairs -> reward model
-    -> WARP -> front -> report
+    -> WARP -> front -> chosen model, report
 
-The directory is visible while it grows; started again, it goes on where it was. Each step is the command that the
-screen shows, so that any of them can be repeated by hand with other settings.
+Each stage is the command that the screen shows, so that any of them can be repeated by hand with other settings.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma2.configs import recipes
-from gemma2.merging.errors import OutputError, UsageError
-from gemma2.merging.outputs import MANIFEST, check_output, locked, now, versions, write_json
+from gemma2.merging.outputs import write_json
 from gemma2.merging.progress import SILENT, Progress
 from gemma2.posttrain.evaluation.reporting.values import title_of
 
-from .config import Config, resolve
-from .pipeline import Step, command_line, ensure
-from .rundir import RunOptions, RunResult
-from .schemas import (
-    DistillConfig,
-    FilterConfig,
-    GenerateConfig,
-    PairsConfig,
-    QuickstartConfig,
-    RewardConfig,
-    SftConfig,
-    TinyConfig,
-    WarpConfig,
-)
+from .pipelines.compile import Pipeline, compile_pipeline, read_pipeline
+from .pipelines.local import LocalExecutor
+from .pipelines.run import run_pipeline
+from .pipelines.schedule import Observer
 
-__all__ = ["JUDGE", "Chapter", "chapters", "run_quickstart"]
-
-JUDGE = "gemma2.posttrain.embedded.tasks:judge_reward"
-SCORES = "gemma2.posttrain.embedded.tasks:judge_scores"
-# Title, why, command, section of the recipe, folder, and the module and function that run it.
-CHAPTERS = (
-    (
-        "Embedded models",
-        "pre-train a small Gemma 2 student and a larger teacher from scratch, on text that gemma2 writes itself",
-        *("tiny", "tiny", "models", "embedded.build", "run_tiny"),
-    ),
-    (
-        "Teacher data",
-        "the teacher answers the training prompts; truncated answers are dropped",
-        *("generate", "generate", "data", "generation.generate", "run_generate"),
-    ),
-    (
-        "Filter",
-        "rows that a model should not learn from go, each with its reason: duplicates, held-out questions, ...",
-        *("filter", "filter", "clean", "filters.runner", "run_filter"),
-    ),
-    (
-        "SFT",
-        "the student learns from the teacher's answers, with the loss on the model's turns only",
-        *("sft", "sft", "sft", "training.sft", "run_sft"),
-    ),
-    (
-        "Distillation",
-        "the student answers by itself, and learns the teacher's distribution at every token of its answers",
-        *("distill", "distill", "distilled", "distillation.distill", "run_distill"),
-    ),
-    (
-        "Preference pairs",
-        "the distilled model answers several times; a judge says which answer is better",
-        *("reward pairs", "pairs", "pairs", "preferences.pairs", "run_pairs"),
-    ),
-    (
-        "Reward model",
-        "a Bradley-Terry model learns the judge's preferences from the pairs",
-        *("reward", "reward", "reward", "preferences.train", "run_reward"),
-    ),
-    (
-        "WARP",
-        "RL with an EMA anchor, M times; SLERP of the policies; a step back towards the init; I rounds; the front",
-        *("warp", "warp", "warp", "warp", "run_warp"),
-    ),
-)
+__all__ = ["quickstart_pipeline", "run_quickstart"]
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """One step with its title and the line that explains it."""
-
-    title: str
-    why: str
-    step: Step
-
-
-def default_config() -> Path:
-    """The recipe that comes with the package."""
-    return recipes()["quickstart"]
-
-
-def chapters(config: QuickstartConfig, root: Path) -> list[Chapter]:
-    """All steps with their configurations, validated before the first one runs.
-
-    Raises UsageError for a setting that its step does not take.
-    """
-    settings = configurations(config, root)
-    return [
-        Chapter(title, why, Step(command, settings[section], root / folder, _lazy(module, function)))
-        for title, why, command, section, folder, module, function in CHAPTERS
-    ]
-
-
-def configurations(config: QuickstartConfig, root: Path) -> dict[str, Any]:
-    """The configuration of each step: the recipe's section, and the inputs that follow from the steps before it."""
-    models, heldout, prompts = root / "models", root / "models" / "heldout.jsonl", root / "models" / "prompts.jsonl"
-    teacher, policy = models / "teacher", root / "distilled"  # RL starts from the distilled student
-
-    def settings(schema: type[Config], section: str, given: dict[str, Any], **fixed: Any) -> Any:
-        for key in sorted(given.keys() & fixed.keys()):
-            raise UsageError(f"'{section}.{key}' is set by the quickstart itself", "remove it from the recipe")
-        return resolve(schema, flags={"seed": config.seed, **given, **fixed}, section=section)
-
-    sizes = {"train_prompts": config.train_prompts, "heldout_prompts": config.heldout_prompts}
-    taught = {"model": root / "sft", "teacher": teacher, "prompts": prompts, "heldout": heldout}
-    before = {"compare": (models / "student", root / "sft"), "judge_fn": SCORES}
-    asked = {"sft": policy, "reward": root / "reward", "prompts": prompts, "heldout": heldout}
-    found = [
-        settings(TinyConfig, "tiny", {}, **sizes),
-        settings(GenerateConfig, "generate", config.generate, teacher=teacher, prompts=prompts),
-        settings(FilterConfig, "filter", config.filter, data=root / "data", decontaminate=(heldout,)),
-        settings(SftConfig, "sft", config.sft, model=models / "student", data=(root / "clean",)),
-        settings(DistillConfig, "distill", config.distill, **taught),
-        settings(PairsConfig, "pairs", config.pairs, model=policy, prompts=prompts, judge=JUDGE),
-        settings(RewardConfig, "reward", config.reward, model=policy, data=root / "pairs"),
-        settings(WarpConfig, "warp", config.warp, **asked, **before),
-    ]
-    return dict(zip([chapter[3] for chapter in CHAPTERS], found, strict=True))
-
-
-def _lazy(module: str, function: str) -> Callable[[Any, RunOptions, Progress], RunResult]:
-    """A step whose heavy module is imported when it runs, so that a skipped step costs nothing."""
-
-    def run(config: Any, options: RunOptions, progress: Progress) -> RunResult:
-        from importlib import import_module
-
-        result: RunResult = getattr(import_module(f".{module}", __package__), function)(config, options, progress)
-        return result
-
-    return run
+def quickstart_pipeline(out: Path, file: Path | None = None, sets: Sequence[str] = ()) -> Pipeline:
+    """The pipeline, of another file than ours too. Raises UsageError for a setting that its stage does not take."""
+    return compile_pipeline(read_pipeline(file or recipes()["quickstart"], sets), out)
 
 
 def run_quickstart(
-    config: QuickstartConfig,
-    out: Path,
-    progress: Progress = SILENT,
-    announce: Callable[[int, int, Chapter, str], None] | None = None,
+    pipeline: Pipeline, jobs: int, observer: Observer | None = None, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """Run every chapter that is not done, measure, and write the report.
+    """Run every stage that is not done, measure, and write summary.json and the report.
 
     Returns {"rows": table rows, "samples": answers before and after, "points": the front, "report": path}.
     """
-    plan = chapters(config, out)
-    check_place(out)
-    started = now()
-    with locked(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for number, chapter in enumerate(plan, start=1):
-            if announce:
-                announce(number, len(plan), chapter, command_line(chapter.step))
-            ensure(chapter.step, progress)
-        summary = _summary(out)
+    out = pipeline.root
+    result = run_pipeline(pipeline, LocalExecutor(jobs), observer=observer, progress=progress)
+    summary = _summary(out)
+    report = out / "report.html"
+    if result.ran or not report.exists():
         write_json(out / "summary.json", summary)
-        write_json(out / MANIFEST, _manifest(config, started, summary))
         from gemma2.posttrain.evaluation.reporting.page import write_report
 
-        summary["report"] = str(write_report(out, out / "report.html"))
-        return summary
-
-
-def check_place(out: Path) -> None:
-    """Refuse a directory that holds something else: a quickstart grows in the open and would mix with it."""
-    check_output(out, force=True)
-    ours = (MANIFEST, "models", ".models.partial")
-    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in ours):
-        raise OutputError(f"--out {out} holds something else", "choose another --out")
-
-
-def _manifest(config: QuickstartConfig, started: str, summary: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "command": "quickstart",
-        "config": config.model_dump(mode="json"),
-        "parents": [],
-        "data": [],
-        "seed": config.seed,
-        "versions": versions(),
-        "started": started,
-        "ended": now(),
-        "status": "complete",
-        "summary": {"rows": summary["rows"]},
-        "files": {},
-    }
+        write_report(out, report)
+    return {**summary, "report": str(report)}
 
 
 def _summary(out: Path) -> dict[str, Any]:
-    """The table base, SFT, distilled, best single RL run, WARP 1..I, and answers before and after."""
+    """The table base, SFT, distilled, best single RL, WARP 1..I, and answers before and after."""
     front = out / "warp" / "front"
     points = json.loads((front / "front.json").read_text(encoding="utf-8"))["points"]
     chosen = list(_chosen(points))

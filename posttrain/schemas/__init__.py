@@ -9,10 +9,11 @@ from .evaluate import DistributionConfig, EvalConfig, ParetoConfig, PickConfig
 from .fields import LoraFields, SamplingFields, TrainingFields
 from .filter import FilterConfig
 from .generate import GenerateConfig
+from .pipeline import PipelineFile, Resources, StageFile
 from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
 from .rlhf import RewardFields, RlFields, RlhfConfig, VllmFields
 from .sft import SftConfig
-from .tools import ConvertConfig, MergeConfig, QuickstartConfig, TinyConfig
+from .tools import ConvertConfig, MergeConfig, TinyConfig
 from .warp import WarpConfig
 
 __all__ = [
@@ -28,8 +29,9 @@ __all__ = [
     "PairsConfig",
     "ParetoConfig",
     "PickConfig",
+    "PipelineFile",
     "ProbeConfig",
-    "QuickstartConfig",
+    "Resources",
     "RewardConfig",
     "RewardEvalConfig",
     "RewardFields",
@@ -38,6 +40,7 @@ __all__ = [
     "RlhfConfig",
     "SamplingFields",
     "SftConfig",
+    "StageFile",
     "TinyConfig",
     "TrainingFields",
     "VllmFields",

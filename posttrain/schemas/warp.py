@@ -3,30 +3,85 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from .fields import Data, Model, TrainingFields
 from .rlhf import RlFields
+
+VARIED = ("learning_rate", "length_penalty", "missing_eos_penalty", "reward", "beta", "mu", "temperature")
 
 
 class WarpConfig(TrainingFields, RlFields):
     """WARP (2406.16768, Algorithm 1): M policies, SLERP, LITI, repeated I times, then the front."""
 
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"jobs", "executor"})
+
     sft: Model
     prompts: Data
     heldout: Data
-    policies: int = Field(2, ge=1, le=64, description="M: RL runs per iteration")
+    policies: int = Field(2, ge=1, le=64, description="M: RL runs per iteration; 1 is plain RL and LITI")
     iterations: int = Field(2, ge=1, le=100, description="I: rounds of RL, SLERP and LITI")
+    steps: tuple[int, ...] = Field(
+        (100,), min_length=1, description="optimizer steps T of each iteration; the last holds for those after it"
+    )
     eta: float = Field(0.3, gt=0, le=1, description="LITI: the share of the merge in the next init")
-    etas: tuple[float, ...] = Field((0.0, 0.1, 0.3, 0.5, 0.8, 1.0), description="points of the front")
+    etas: tuple[float, ...] = Field((0.0, 0.1, 0.3, 0.5, 0.8, 1.0), description="points of every iteration's line")
+    vary: tuple[str, ...] = Field(
+        (), description=f"what else differs between the M runs, as KEY=A:B:...; KEY is one of {', '.join(VARIED)}"
+    )
+    patience: int = Field(
+        0, ge=0, description="stop after this many iterations in a row that do not improve the front; 0: never"
+    )
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
     judge_fn: str | None = Field(None, description="a second score as module:function, reported beside the reward")
     compare: tuple[Path, ...] = Field((), description="further model directories measured beside the front")
-    eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the final evaluation")
+    eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")
+    eval_limit: int | None = Field(None, ge=2, description="use only the first held-out prompts for the front")
     pick: str = Field(
         "best-reward",
         pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
         description="which point of the front becomes the model: best-reward, kl<=X or eta=X",
     )
+    cpus: int | None = Field(None, ge=1, description="threads of a stage; default: the cores, divided by --jobs")
+    jobs: int = Field(1, ge=1, le=1024, description="stages at once")
+    executor: Literal["local", "ray"] = Field("local", description="where stages run: here, or on a Ray cluster")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_number_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("steps")
+    @classmethod
+    def _at_least_one_step(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("every iteration takes at least one step")
+        return value
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        if len(self.steps) > self.iterations:
+            raise ValueError(f"--steps has {len(self.steps)} numbers for {self.iterations} iterations; drop some")
+        if any(not 0 <= eta <= 1 for eta in self.etas) or not self.etas:
+            raise ValueError("--etas are shares of the merge; give numbers from 0 to 1")
+        for item in self.vary:
+            key, equals, values = item.partition("=")
+            if not equals or key.replace("-", "_") not in VARIED:
+                raise ValueError(f"--vary {item} is not KEY=A:B; KEY is one of {', '.join(VARIED)}")
+            if len(values.split(":")) != self.policies:
+                raise ValueError(
+                    f"--vary {item} gives {len(values.split(':'))} values for {self.policies} policies; give one each"
+                )
+        return self
+
+    def varied(self, policy: int) -> dict[str, str]:
+        """What `vary` gives the m-th policy, counted from 1: option -> its text."""
+        pairs = (item.partition("=")[::2] for item in self.vary)
+        return {key.replace("-", "_"): values.split(":")[policy - 1] for key, values in pairs}
+
+    def steps_of(self, iteration: int) -> int:
+        """T of an iteration, counted from 1."""
+        return self.steps[min(iteration, len(self.steps)) - 1]

@@ -1,0 +1,184 @@
+"""A pipeline checked whole before anything runs: names, types, files, models that fit, disk. Torch-free and quick.
+
+options of every stage against its schema -> inputs on disk are there -> inputs by other stages are of the right
+kind and vocabulary (from headers, or promised) -> what is complete, what will run -> memory, disk, time
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.outputs import read_manifest
+from gemma2.posttrain.config import Config
+from gemma2.posttrain.inputs import check_inputs, located
+from gemma2.posttrain.planner import Promise, Sources, Work, estimate, matmul_rate
+from gemma2.posttrain.schemas import MergeConfig
+
+from .compile import Pipeline, Stage
+from .currency import Currency, currency_of, output_hash
+from .promises import check_kinds, promised_by
+
+__all__ = ["Checked", "Plan", "check_pipeline"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One stage as it stands.
+
+    action   skip (complete), run, continue, again (of something else), perhaps (what it needs will run first)
+    why      what changed
+    work     memory, disk, operations; None where nothing is known
+    """
+
+    stage: Stage
+    action: str
+    why: tuple[str, ...] = ()
+    work: Work | None = None
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole pipeline as it stands, in the order of its needs."""
+
+    stages: Mapping[str, Checked]
+    disk_free: float = 0.0
+    warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def disk(self) -> float:
+        """Bytes that the stages to run will write, as far as that is known."""
+        return sum(one.work.disk for one in self.to_run if one.work and math.isfinite(one.work.disk))
+
+    @property
+    def to_run(self) -> list[Checked]:
+        """The stages that are not complete."""
+        return [one for one in self.stages.values() if one.action != "skip"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A table: stage, command, what will be done, memory and disk in GiB, CPU seconds at least."""
+        rate = matmul_rate() if any(one.work and one.work.operations for one in self.to_run) else 1.0
+        return [_row(one, rate) for one in self.stages.values()]
+
+
+def _row(one: Checked, rate: float) -> dict[str, Any]:
+    work = one.work if one.action != "skip" else None
+
+    def figure(value: float | None, unit: float) -> float | None:
+        return None if value is None or not math.isfinite(value) else float(f"{value / unit:.3g}")
+
+    return {
+        "stage": one.stage.name,
+        "command": one.stage.command,
+        "action": one.action,
+        "memory_gib": figure(work.memory if work else None, 2.0**30),
+        "disk_gib": figure(work.disk if work else None, 2.0**30),
+        "cpu_seconds_at_least": figure(work.operations if work else None, rate),
+        "why": "; ".join(one.why),
+    }
+
+
+def check_pipeline(
+    pipeline: Pipeline, within: frozenset[str] | None = None, force: frozenset[str] = frozenset()
+) -> Plan:
+    """Check every stage and say what a run would do.
+
+    Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
+    """
+    promised: dict[Path, Promise] = {}
+    places = [stage.out for stage in pipeline.stages.values()]
+    found: dict[str, Checked] = {}
+    for stage in pipeline.stages.values():
+        config = _configured(stage)
+        if config is None:  # what another stage finds out decides it
+            promised[stage.out] = Promise("data") if stage.command in ("generate", "filter") else Promise("policy")
+            found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
+            continue
+        config = located(config)
+        try:
+            check_inputs(config, places)
+            check_merge(config, places)
+        except UsageError as error:
+            raise UsageError(f"stages.{stage.name}: {error.what}", error.mend) from error
+        except InputError as error:
+            raise InputError(f"stages.{stage.name}: {error.what}", error.mend) from error
+        check_kinds(stage.name, config, promised)
+        promised |= dict(promised_by(config, stage.out, promised))
+        found[stage.name] = _stand(stage, config, found, promised, within, force)
+    plan = Plan(found, _free(pipeline.root))
+    if plan.disk > plan.disk_free:
+        raise InputError(
+            f"{pipeline.root} needs about {plan.disk / 2**30:.1f} GiB and {plan.disk_free / 2**30:.1f} GiB are free",
+            "free some space, or choose another --out",
+        )
+    return plan
+
+
+def check_merge(config: Config, promised: Sequence[Path]) -> None:
+    """Refuse options that a merge method does not take, and models that are not there."""
+    if not isinstance(config, MergeConfig):
+        return
+    config.recorded()  # raises what the engine would
+    for path in [*config.models, *([config.base] if config.base else [])]:
+        # MODEL+ADAPTER names two directories; the engine tells them apart.
+        if not any(path.is_relative_to(place) for place in promised) and not path.exists() and "+" not in str(path):
+            raise InputError(f"{path} is not a directory", "give the path of a model directory")
+
+
+def _configured(stage: Stage) -> Config | None:
+    """The configuration as far as it is known; None where a required option is another stage's finding."""
+    deferred = stage.deferred
+    if not deferred:
+        return stage.config()
+    known = {key: value for key, value in stage.options.items() if key not in deferred}
+    try:
+        return stage.config(known)
+    except UsageError as error:
+        cause = error.__cause__
+        problems = cause.errors() if isinstance(cause, ValidationError) else []
+        own = [one for one in problems if one["loc"] and one["loc"][0] not in deferred]
+        if own or not problems:
+            raise
+        return None
+
+
+def _stand(
+    stage: Stage,
+    config: Config,
+    before: Mapping[str, Checked],
+    promised: Mapping[Path, Promise],
+    within: frozenset[str] | None,
+    force: frozenset[str],
+) -> Checked:
+    """What a run would do about a stage."""
+    work = estimate(config, Sources(promised))
+    if within is not None and stage.name not in within:
+        if (read_manifest(stage.out) or {}).get("status") == "complete":
+            return Checked(stage, "skip", work=work)
+        raise InputError(f"stages.{stage.name} is not complete, and the choice leaves it out", "include it, or run all")
+    if stage.name in force:
+        return Checked(stage, "again", ("--force",), work)
+    waits = [name for name in stage.needs if before[name].action != "skip"]
+    currency = (
+        Currency("missing") if waits and not stage.out.exists() else currency_of(stage.command, config, stage.out)
+    )
+    if currency.state == "complete" and not stage.deferred:
+        if waits:
+            return Checked(stage, "perhaps", (f"after {', '.join(waits)}",), work)
+        manifest = read_manifest(stage.out)
+        return Checked(stage, "skip", work=work, hash=output_hash(manifest) if manifest else None)
+    action = {"missing": "run", "interrupted": "continue", "changed": "again"}.get(currency.state, "perhaps")
+    return Checked(stage, "perhaps" if stage.when and action == "run" else action, currency.why, work)
+
+
+def _free(root: Path) -> float:
+    parent = next(path for path in [root, *root.absolute().parents] if path.exists())
+    return float(shutil.disk_usage(parent).free)

@@ -1,0 +1,315 @@
+"""A pipeline file as stages in the order of their needs: copies of a matrix, WARP's stages, references. Torch-free.
+
+    file -> ${vars} -> copies of every matrix -> stages of every `command: warp` -> ${STAGE.out} -> order
+
+Nothing is read but the file. A stage's output is ROOT/NAME, so its name is its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gemma2.merging.errors import UsageError
+from gemma2.posttrain.commands import COMMANDS, Command
+from gemma2.posttrain.config import Config, apply_sets, closest, load_yaml, validated
+from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
+from gemma2.posttrain.schemas.pipeline import RESERVED, STAGE_NAME
+
+from .algorithm import warp_stages
+from .references import lookup, parse_condition, references, replaced, texts
+
+__all__ = ["Pipeline", "Stage", "compile_pipeline", "read_pipeline"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a pipeline.
+
+    options  `${STAGE.out}` is replaced by its path; `${STAGE.summary.KEY}` is still there
+    needs    names of the stages that must be done before it, in the order of the pipeline
+    """
+
+    name: str
+    command: str
+    options: Mapping[str, Any]
+    out: Path
+    needs: tuple[str, ...] = ()
+    when: str | None = None
+    retries: int = 0
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def kind(self) -> Command:
+        """What the command is."""
+        return COMMANDS[self.command]
+
+    @property
+    def deferred(self) -> frozenset[str]:
+        """Options whose value is known when other stages are done."""
+        return frozenset(name for name, value in self.options.items() if any(references(t) for _, t in texts(value)))
+
+    def config(self, options: Mapping[str, Any] | None = None) -> Config:
+        """The validated configuration. Raises UsageError that names the stage and the key."""
+        values = dict(self.options if options is None else options)
+        return validated(self.kind.schema, with_method(self.command, values), section=f"stages.{self.name}.options")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in an order in which each comes after what it needs. `groups`: name -> its copies, or WARP's stages."""
+
+    root: Path
+    file: PipelineFile
+    stages: Mapping[str, Stage]
+    groups: Mapping[str, tuple[str, ...]]
+
+    def chosen(self, patterns: Iterable[str]) -> set[str]:
+        """The stages that patterns name: a stage, a group, a folder of stages, or a pattern with `*`.
+
+        Raises UsageError for a pattern that fits nothing.
+        """
+        found: set[str] = set()
+        for pattern in patterns:
+            fits = {name for name in self.stages if name == pattern or name.startswith(f"{pattern}/")}
+            fits |= {name for name in self.stages if "*" in pattern and fnmatchcase(name, pattern)}
+            if not fits:
+                raise UsageError(f"there is no stage '{pattern}'", closest(pattern, [*self.stages, *self.groups]))
+            found |= fits
+        return found
+
+    def after(self, names: Iterable[str]) -> set[str]:
+        """These stages and every one that needs one of them."""
+        found = set(names)
+        for stage in self.stages.values():
+            if found & set(stage.needs):
+                found.add(stage.name)
+        return found
+
+
+def with_method(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as the schema takes them: the method of a merge is a word of its command."""
+    first, _, method = command.partition(" ")
+    return {**options, "method": method} if first == "merge" else dict(options)
+
+
+def read_pipeline(path: Path, sets: Iterable[str] = ()) -> PipelineFile:
+    """A pipeline file with `--set` applied: `vars.x=1`, `stages.sft.options.steps=9` or, shorter, `sft.steps=9`.
+
+    Raises UsageError with the key that is wrong.
+    """
+    document = load_yaml(path)
+    stages = document.get("stages")
+    names = stages if isinstance(stages, dict) else {}
+    return validated(PipelineFile, apply_sets(document, (_in_full(item, names) for item in sets)), file=path)
+
+
+def _in_full(item: str, stages: Mapping[str, Any]) -> str:
+    """`sft.steps=9` as `stages.sft.options.steps=9`."""
+    name, dot, rest = item.partition(".")
+    return f"stages.{name}.options.{rest}" if dot and name in stages and "=" not in name else item
+
+
+def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:
+    """The stages of a file with outputs below `root`.
+
+    Raises UsageError for a name, command, option, reference or cycle that is wrong, naming the stage.
+    """
+    drafts, copies = _copies(dict(_with_vars(file)))
+    drafts, made = _with_warp(drafts)
+    maker = _Maker(root, drafts, copies, {**copies, **made}, file.resources)
+    stages = {name: maker.stage(name) for name in drafts}
+    order = _ordered(stages)
+    return Pipeline(root, file, {name: stages[name] for name in order}, {**copies, **made})
+
+
+def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
+    """The stages with `${vars.X}` replaced, names and commands checked."""
+
+    def of(name: str) -> Any:
+        return lookup(file.vars, name.split(".")[1:], name) if name.startswith("vars.") else None
+
+    for name, stage in file.stages.items():
+        if not re.fullmatch(STAGE_NAME, name) or name.partition("/")[0] in RESERVED:
+            raise UsageError(
+                f"'{name}' cannot be the name of a stage", "use letters, digits, _ . - and / between them; not 'logs'"
+            )
+        if stage.command not in COMMANDS:
+            raise UsageError(f"stages.{name}: unknown command '{stage.command}'", closest(stage.command, COMMANDS))
+        values = stage.model_dump()
+        changed = {key: replaced(values[key], of) for key in ("options", "matrix")}
+        when = None if stage.when is None else str(replaced(stage.when, of))
+        yield name, stage.model_copy(update={**changed, "when": when})
+
+
+def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
+    """Every matrix as copies of its stage, and the names of the copies."""
+    found: dict[str, StageFile] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, draft in drafts.items():
+        if not draft.matrix:
+            found[name] = draft
+            continue
+        copies = {}
+        for values in product(*draft.matrix.values()):
+            chosen = dict(zip(draft.matrix, values, strict=True))
+            copies[f"{name}/{_label(chosen)}"] = _copy(name, draft, chosen)
+        total = len(list(product(*draft.matrix.values())))
+        if len(copies) < total:
+            raise UsageError(f"stages.{name}.matrix gives copies with equal names", "give values that differ in text")
+        groups[name] = tuple(copies)
+        found |= copies
+    for name in found.keys() & groups.keys():
+        raise UsageError(f"stages.{name}: two stages have this name", "rename one")
+    return found, groups
+
+
+def _label(values: Mapping[str, Any]) -> str:
+    """The folder of a copy: `seed-1-learning_rate-3e-06`; of a path its last part."""
+    shown = {key: Path(value).name if isinstance(value, str) else str(value) for key, value in values.items()}
+    return "-".join(f"{key}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', text)}" for key, text in shown.items())
+
+
+def _copy(name: str, draft: StageFile, chosen: Mapping[str, Any]) -> StageFile:
+    """The stage with one combination of values: in the place of `${matrix.X}`, or as the option X."""
+    used = {
+        reference
+        for _, text in texts([draft.options, draft.when or ""])
+        for reference in references(text)
+        if reference.startswith("matrix.")
+    }
+
+    def of(reference: str) -> Any:
+        return lookup(chosen, reference.split(".")[1:], reference) if reference.startswith("matrix.") else None
+
+    options = replaced(draft.options, of)
+    for key, value in chosen.items():
+        if f"matrix.{key}" in used:
+            continue
+        if key not in COMMANDS[draft.command].schema.model_fields:
+            raise UsageError(
+                f"stages.{name}.matrix.{key} is no option of {draft.command}, and nothing says ${{matrix.{key}}}",
+                closest(key, COMMANDS[draft.command].schema.model_fields),
+            )
+        options[key] = value
+    when = None if draft.when is None else str(replaced(draft.when, of))
+    return draft.model_copy(update={"options": options, "matrix": {}, "when": when})
+
+
+def _with_warp(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
+    """Every `command: warp` as the stages of Algorithm 1, and their names."""
+    found: dict[str, StageFile] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, draft in drafts.items():
+        if draft.command != "warp":
+            found[name] = draft
+            continue
+        if any(".summary." in reference for _, text in texts(draft.options) for reference in references(text)):
+            raise UsageError(f"stages.{name}: warp takes no ${{STAGE.summary...}}", "its stages must be known at once")
+        config = validated(WarpConfig, draft.options, section=f"stages.{name}.options")
+        made = {
+            f"{name}/{inner}": stage.model_copy(
+                update={"after": draft.after, "retries": draft.retries, "resources": draft.resources}
+                | ({"when": draft.when} if draft.when and not stage.when else {})
+            )
+            for inner, stage in warp_stages(config, prefix=f"{name}/").items()
+        }
+        groups[name] = tuple(made)
+        found |= made
+    return found, groups
+
+
+def _ordered(stages: Mapping[str, Stage]) -> list[str]:
+    """The names in an order that respects the needs: that of the file where it does."""
+    try:
+        sorter = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
+        sorter.prepare()
+    except CycleError as error:
+        raise UsageError(f"stages need each other: {' <- '.join(error.args[1])}", "break the circle") from error
+    places = {name: place for place, name in enumerate(stages)}
+    order: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready += sorter.get_ready()
+        ready.sort(key=places.__getitem__)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Turns drafts into stages: replaces `${STAGE.out}` and finds what each stage needs.
+
+    copies: group -> copies, each of which is a stage or a group. groups: those, and WARP's.
+    """
+
+    root: Path
+    drafts: Mapping[str, StageFile]
+    copies: Mapping[str, tuple[str, ...]]
+    groups: Mapping[str, tuple[str, ...]]
+    shared: Resources
+
+    def stage(self, name: str) -> Stage:
+        draft = self.drafts[name]
+        needs: set[str] = set()
+        for place, text in [*texts(draft.options, "options"), *texts(draft.when or "", "when")]:
+            for reference in references(text):
+                rest = text.partition(f"${{{reference}}}")[2]
+                needs |= self._needed(reference, rest, f"stages.{name}.{place}")
+        for other in draft.after:
+            needs |= self._members(other, f"stages.{name}.after")
+        if draft.when is not None:
+            parse_condition(draft.when)
+        given = draft.resources.model_dump(exclude_none=True)
+        return Stage(
+            name=name,
+            command=draft.command,
+            options=replaced(draft.options, self._out),
+            out=self.root / name,
+            needs=tuple(other for other in self.drafts if other in needs),
+            when=draft.when,
+            retries=draft.retries,
+            resources=Resources(**{**self.shared.model_dump(exclude_none=True), **given}),
+        )
+
+    def _out(self, reference: str) -> Any:
+        """The path of `STAGE.out`, or the paths of a group's copies; None for a summary."""
+        if not reference.endswith(".out"):
+            return None
+        name = reference.removesuffix(".out")
+        return [str(self.root / copy) for copy in self.copies[name]] if name in self.copies else str(self.root / name)
+
+    def _needed(self, reference: str, rest: str, place: str) -> set[str]:
+        """The stages behind one reference; `rest` is the text after it."""
+        name, _, key = reference.partition(".summary.")
+        if key:
+            if name not in self.drafts:
+                self._unknown(name, place, [*self.drafts])
+            return {name}
+        if not reference.endswith(".out"):
+            raise UsageError(
+                f"{place}: ${{{reference}}} is no reference", "write ${STAGE.out}, ${STAGE.summary.KEY} or ${vars.X}"
+            )
+        name = reference.removesuffix(".out")
+        members = self._members(name, place)
+        inside = PurePosixPath(name + rest)
+        exact = {member for member in members if inside == PurePosixPath(member) or member in map(str, inside.parents)}
+        return exact or members
+
+    def _members(self, name: str, place: str) -> set[str]:
+        """The stage of this name, or those of a group."""
+        if name in self.drafts:
+            return {name}
+        if name not in self.groups:
+            self._unknown(name, place, [*self.drafts, *self.groups])
+        return {member for part in self.groups[name] for member in self._members(part, place)}
+
+    def _unknown(self, name: str, place: str, known: list[str]) -> None:
+        raise UsageError(f"{place}: there is no stage '{name}'", closest(name, known))

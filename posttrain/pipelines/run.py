@@ -1,0 +1,176 @@
+"""`gemma2 pipeline run | status`: a pipeline's folder, which grows in the open, and what stands in it. Torch-free.
+
+    OUT/STAGE/       the output of every stage, each complete or not there
+    OUT/logs/        what stages wrote to stdout and stderr
+    OUT/pipeline.yaml   what runs here, with every --set
+    OUT/pipeline.json   where every stage is
+    OUT/gemma2.json     when all is done: the file, its variables, the hashes
+
+Started again, a pipeline goes on where it was: there is no --resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import OutputError
+from gemma2.merging.outputs import MANIFEST, check_output, locked, now, read_manifest, versions, write_json
+from gemma2.merging.progress import SILENT, Progress
+from gemma2.posttrain.config import to_yaml
+
+from .check import Checked, Plan, check_pipeline
+from .compile import Pipeline, Stage
+from .local import LocalExecutor
+from .schedule import Choice, Executor, Observer, Scheduler
+from .state import STATE_FILE, read_state
+
+__all__ = ["FILE", "RunResult", "Watcher", "executor_of", "run_pipeline", "run_stages", "status_rows"]
+
+FILE = "pipeline.yaml"
+
+
+class Watcher:
+    """Watches nothing: the default observer."""
+
+    def started(self, stage: Stage, command: str, why: str) -> None:
+        return None
+
+    def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did: stage -> complete, not needed, failed or blocked; and which of them it ran."""
+
+    status: Mapping[str, str]
+    ran: tuple[str, ...]
+
+
+def executor_of(name: str, jobs: int, ray_address: str | None = None) -> Executor:
+    """The executor of this name."""
+    if name == "ray":
+        from .cluster import RayExecutor
+
+        return RayExecutor(jobs, ray_address)
+    return LocalExecutor(jobs)
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    executor: Executor,
+    *,
+    choice: Choice | None = None,
+    observer: Observer | None = None,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Check the pipeline, run what is missing or changed, and record it.
+
+    Raises UsageError or InputError before anything runs, StageFailed for a stage that failed, OutputError for a folder
+    that is not a pipeline's.
+    """
+    root = pipeline.root
+    check_place(root)
+    with locked(root):
+        root.mkdir(parents=True, exist_ok=True)
+        choice = choice or Choice()
+        plan = check_pipeline(pipeline, choice.within, choice.force)
+        started = now()
+        recorded = read_manifest(root)
+        if not plan.to_run and recorded is not None and recorded.get("config") == recorded_file(pipeline):
+            return RunResult(dict.fromkeys(pipeline.stages, "complete"), ())
+        (root / MANIFEST).unlink(missing_ok=True)  # what it says is about to change
+        _write_file(pipeline)
+        result = run_stages(pipeline, plan, executor, choice=choice, observer=observer, progress=progress)
+        if choice.within is None:
+            write_json(root / MANIFEST, _manifest(pipeline, started))
+        return result
+
+
+def run_stages(
+    pipeline: Pipeline,
+    plan: Plan,
+    executor: Executor,
+    *,
+    choice: Choice | None = None,
+    observer: Observer | None = None,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Run what is missing or changed in a folder that the caller holds; `plan` is what its check gave."""
+    commands = tuple(dict.fromkeys(one.stage.command for one in plan.to_run))
+    scheduler = Scheduler(pipeline, executor, choice or Choice(), observer or Watcher(), progress, commands)
+    try:
+        scheduler.run()
+    finally:
+        executor.close()
+    return RunResult(scheduler.status, tuple(scheduler.outcomes))
+
+
+def check_place(root: Path) -> None:
+    """Refuse a folder that holds something else: a pipeline grows in the open and would mix with it."""
+    check_output(root, force=True)
+    ours = (STATE_FILE, MANIFEST)
+    if root.exists() and any(root.iterdir()) and not any((root / name).exists() for name in ours):
+        raise OutputError(f"--out {root} holds something else", "choose another --out")
+    if (read_manifest(root) or {}).get("command", "pipeline") != "pipeline":
+        raise OutputError(f"--out {root} is the output of another command", "choose another --out")
+
+
+def recorded_file(pipeline: Pipeline) -> dict[str, Any]:
+    """The pipeline as a file that runs it again."""
+    return pipeline.file.model_dump(mode="json", exclude_defaults=True)
+
+
+def _write_file(pipeline: Pipeline) -> None:
+    """The pipeline that runs here, as a file: `gemma2 pipeline status OUT` reads it."""
+    path = pipeline.root / FILE
+    aside = path.with_name(f".{FILE}.tmp")
+    aside.write_text(to_yaml(recorded_file(pipeline)), encoding="utf-8")
+    aside.replace(path)
+
+
+def _manifest(pipeline: Pipeline, started: str) -> dict[str, Any]:
+    state = (read_state(pipeline.root) or {}).get("stages", {})
+    return {
+        "schema_version": 1,
+        "command": "pipeline",
+        "config": recorded_file(pipeline),
+        "parents": [],
+        "data": [],
+        "versions": versions(),
+        "started": started,
+        "ended": now(),
+        "status": "complete",
+        "summary": {
+            "stages": {
+                name: {key: one.get(key) for key in ("command", "status", "hash")} for name, one in state.items()
+            }
+        },
+        "files": {},
+    }
+
+
+WORDS = {"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"}
+
+
+def status_rows(pipeline: Pipeline, plan: Plan) -> list[dict[str, Any]]:
+    """Where every stage stands: what is on disk, and what the last run said of it."""
+    state = (read_state(pipeline.root) or {}).get("stages", {})
+    return [_status_row(one, state.get(name, {})) for name, one in plan.stages.items()]
+
+
+def _status_row(one: Checked, last: Mapping[str, Any]) -> dict[str, Any]:
+    told = last.get("status")
+    shown = told if one.action != "skip" and told in ("running", "failed", "not needed", "blocked") else None
+    digest = (one.hash or "").rpartition(":")[2][:10]
+    return {
+        "stage": one.stage.name,
+        "command": one.stage.command,
+        "status": shown or WORDS[one.action],
+        "seconds": last.get("seconds"),
+        "hash": digest or None,
+        "note": (last.get("error") if shown == "failed" else None) or "; ".join(one.why) or None,
+    }

@@ -1,0 +1,85 @@
+"""`pipeline.json` in the folder of a pipeline: which stage is where. Torch-free.
+
+    {"schema_version": 1, "name", "status": running | complete | failed | interrupted,
+     "stages": {NAME: {"command", "needs", "status", "started", "ended", "seconds", "attempts", "exit_code", "error",
+                       "hash"}}}
+
+The status of a stage: waiting, running, complete, failed, interrupted, blocked (one that it needs failed), not needed
+(its `when` did not hold). It is for people and reports: whether a stage is done is decided by its own `gemma2.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import SCHEMA_VERSION, write_json
+
+from .compile import Pipeline
+
+__all__ = ["STATE_FILE", "State", "read_state"]
+
+STATE_FILE = "pipeline.json"
+
+
+def read_state(root: Path) -> dict[str, Any] | None:
+    """The state of a pipeline's folder; None where there is none. Raises InputError when it cannot be read."""
+    path = root / STATE_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error})", "remove it: the next run writes it again") from error
+    if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
+        raise InputError(f"{path} is no state of a pipeline", "remove it: the next run writes it again")
+    return found
+
+
+class State:
+    """The state while a pipeline runs; every change is on disk before the call returns."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.path = pipeline.root / STATE_FILE
+        before = (read_state(pipeline.root) or {"stages": {}})["stages"]
+        self.document: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "name": pipeline.root.resolve().name,
+            "status": "running",
+            "stages": {
+                name: {
+                    **_kept(before.get(name)),
+                    "command": stage.command,
+                    "needs": list(stage.needs),
+                    "status": "waiting",
+                    "error": None,
+                }
+                for name, stage in pipeline.stages.items()
+            },
+        }
+
+    def set(self, stage: str, **changes: Any) -> None:
+        """Change one stage."""
+        self.document["stages"][stage].update(changes)
+        self.write()
+
+    def finish(self, status: str) -> None:
+        """The outcome of the whole; what was running is interrupted."""
+        self.document["status"] = status
+        for stage in self.document["stages"].values():
+            if stage["status"] == "running":
+                stage["status"] = "interrupted"
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        write_json(self.path, self.document)
+
+
+def _kept(before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an earlier run tells of a stage that this one may find complete."""
+    names = ("started", "ended", "seconds", "attempts", "exit_code", "hash")
+    return {name: (before or {}).get(name) for name in names}
