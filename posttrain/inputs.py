@@ -15,7 +15,8 @@ from gemma2.merging.outputs import read_manifest
 from gemma2.posttrain.data.sources import data_files
 
 from .config import Config
-from .rundir import HUB_SNAPSHOT, Parent, check_parents
+from .origin import HUB_SNAPSHOT, Parent
+from .rundir import check_parents
 from .schemas import PairsConfig, RewardFields
 
 __all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name", "paths_of"]

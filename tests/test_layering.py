@@ -26,7 +26,8 @@ TORCH_FREE = (
     "posttrain.schemas",
     "posttrain.rundir",
     "posttrain.planner",
-    "posttrain.pipeline",
+    "posttrain.commands",
+    "posttrain.pipelines.run",
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

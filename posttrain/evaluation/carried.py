@@ -9,7 +9,7 @@ from typing import Any
 from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import digest_file, digest_weights, read_manifest
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.rundir import code_of
+from gemma2.posttrain.origin import code_of
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
 from .front_files import READ, Entry, read_entries, read_front

@@ -29,7 +29,7 @@ from gemma2.posttrain.schemas import Resources, RewardFields, RlFields, StageFil
 
 __all__ = ["run_seed", "warp_stages"]
 
-SHARED = {*TrainingFields.model_fields, *RlFields.model_fields} - {"steps", "seed"}
+SHARED = {*TrainingFields.model_fields, *RlFields.model_fields} - {"seed"}
 
 
 def run_seed(seed: int, iteration: int, policy: int) -> int:

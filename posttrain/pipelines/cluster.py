@@ -64,7 +64,7 @@ class RayExecutor:
         except ImportError as error:
             raise UsageError("--executor ray needs Ray", "install gemma2[ray]") from error
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a stage without GPUs sees none of them
-        local = {} if self.address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        local: dict[str, Any] = {} if self.address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -20,7 +20,7 @@ from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import STATE, digest_name, hasher, partial_path, read_manifest
 from gemma2.posttrain.commands import COMMANDS
 from gemma2.posttrain.config import Config
-from gemma2.posttrain.rundir import changes, is_setting
+from gemma2.posttrain.origin import changes, is_setting
 
 __all__ = ["Currency", "currency_of", "output_hash"]
 

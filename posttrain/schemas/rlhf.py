@@ -103,7 +103,6 @@ class VllmFields(Config):
 class RlFields(RewardFields, VllmFields, LoraFields):
     """The RL stage of WARP (2406.16768, Algorithm 1, lines 3-8)."""
 
-    steps: int = Field(100, ge=1, description="optimizer steps T")
     prompts_per_step: int = Field(16, ge=1, description="distinct prompts per optimizer step")
     n: int = Field(4, ge=2, description="samples per prompt: the group of the leave-one-out baseline")
     beta: float = Field(0.1, ge=0, description="weight of the KL to the anchor, per nat")
@@ -143,6 +142,7 @@ class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
 
     policy: Model
     prompts: Data
+    steps: int = Field(100, ge=1, description="optimizer steps T")
     sft: Path | None = Field(None, description="the policy that the measured KL refers to; default: --policy")
     heldout: Path | None = Field(None, description="JSONL of evaluation prompts; default: a tenth of --prompts")
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")

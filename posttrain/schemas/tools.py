@@ -67,9 +67,11 @@ class MergeConfig(Config):
 
     def request(self) -> MergeRequest:
         """The merge as the engine takes it."""
-        lists = {name: getattr(self, name) or None for name in ("weights", "density", "gamma", "epsilon")}
+        lists: dict[str, Any] = {
+            name: getattr(self, name) or None for name in ("weights", "density", "gamma", "epsilon")
+        }
         plain = ("base", "t", "normalize", "decay", "scale", "rescale", "seed", "iterations", "tolerance")
-        named = {name: getattr(self, name) for name in (*plain, "granularity", "tokenizer", "dtype")}
+        named: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "granularity", "tokenizer", "dtype")}
         return MergeRequest(method=self.method, models=self.models, etas=self.eta, **named, **lists)
 
     def recorded(self) -> dict[str, Any]:

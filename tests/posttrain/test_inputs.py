@@ -9,7 +9,7 @@ import pytest
 from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.config import Config
 from gemma2.posttrain.inputs import check_inputs, inputs_of, located, model_name
-from gemma2.posttrain.rundir import Parent, describe_parent
+from gemma2.posttrain.origin import Parent, describe_parent
 from gemma2.posttrain.schemas import GenerateConfig, RlhfConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,56 +10,19 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gemma2.posttrain.config import Config
-from gemma2.posttrain.pipeline import spell
-from gemma2.posttrain.schemas import (
-    DistillConfig,
-    FilterConfig,
-    GenerateConfig,
-    PairsConfig,
-    ParetoConfig,
-    RewardConfig,
-    RlhfConfig,
-    SftConfig,
-    TinyConfig,
-    WarpConfig,
-)
+from gemma2.posttrain.commands import COMMANDS, spell
 
 from .collect import Stage, name_of
 
 __all__ = ["command_of", "phrases", "why"]
 
-COMMANDS: dict[str, tuple[type[Config], str]] = {
-    "tiny": (TinyConfig, "pre-trains a small Gemma 2 student and a larger teacher from scratch"),
-    "generate": (GenerateConfig, "lets the teacher answer the training prompts"),
-    "filter": (FilterConfig, "drops the rows that a model should not learn from, each with its reason"),
-    "distill": (DistillConfig, "teaches the student the teacher's distribution on the student's own answers"),
-    "sft": (SftConfig, "teaches the student the teacher's answers, with the loss on the model's turns only"),
-    "reward pairs": (PairsConfig, "samples several answers per prompt and keeps a better and a worse one"),
-    "reward": (RewardConfig, "learns those preferences: a Bradley-Terry reward model"),
-    "rlhf": (RlhfConfig, "RL on the reward, held near a moving average of the policy itself"),
-    "pareto": (
-        ParetoConfig,
-        "measures every policy and the line from SFT to the last SLERP on the same held-out prompts",
-    ),
-    "warp": (WarpConfig, "RL runs, SLERP of their policies, a step back towards the init; repeated"),
-}
-MERGES = {
-    "slerp": "merges the RL policies: spherical interpolation of their task vectors, one angle per layer",
-    "liti": "goes back part of the way towards the init: linear interpolation",
-    "linear": "averages weights",
-    "ema": "averages checkpoints with exponentially falling weights",
-    "warp": "SLERP and LITI in one combination",
-}
 MERGE_FLAGS = {"etas": "eta"}  # recorded name -> flag, where they differ
 DEFAULT_GRANULARITY = "layer"
 
 
 def why(command: str) -> str:
     """One line on what a command is for."""
-    if command.startswith("merge "):
-        return MERGES.get(command.removeprefix("merge "), "merges weights")
-    return COMMANDS[command][1] if command in COMMANDS else ""
+    return COMMANDS[command].why if command in COMMANDS else ""
 
 
 def command_of(stage: Stage, root: Path) -> str:
@@ -67,10 +30,10 @@ def command_of(stage: Stage, root: Path) -> str:
     out = root.resolve() / stage.name
     if stage.command.startswith("merge ") and stage.config:
         return local(shlex.join([*merge_words(stage, out), "--out", str(out)]), root)
-    if stage.command not in COMMANDS:
+    if stage.command not in COMMANDS or not stage.config:
         return ""
     try:
-        config = COMMANDS[stage.command][0].model_validate(dict(stage.config))
+        config = COMMANDS[stage.command].schema.model_validate(dict(stage.config))
     except ValidationError:  # written by another version: the settings are still shown in full
         return ""
     return local(spell(stage.command, config, out), root)
@@ -83,7 +46,7 @@ def merge_words(stage: Stage, out: Path) -> list[str]:
     words = ["gemma2", *stage.command.split(), *(path for role, path in places if role != "base")]
     words += [word for role, path in places if role == "base" for word in ("--base", path)]
     for key, value in stage.config.items():
-        if key == "method" or value in (None, [], DEFAULT_GRANULARITY):
+        if key in ("method", "seed") or value in (None, [], DEFAULT_GRANULARITY):
             continue
         text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
         words += [f"--{MERGE_FLAGS.get(key, key)}", text]
