@@ -169,7 +169,8 @@ def _base_names(ancestor: Ancestor) -> list[str]:
         return [ancestor.hub.partition("@")[0]]
     before = [parent for parent in ancestor.parents if parent.role in MADE_FROM]
     if not before:
-        return [re.sub(r"[^\w./-]+|^[^\w]+", "-", ancestor.name, flags=re.ASCII).strip("-./") or "model"]
+        # Without a slash: with one it would read as somebody's model on the hub.
+        return [re.sub(r"[^\w.-]+", "-", ancestor.name.rpartition("/")[2], flags=re.ASCII).strip("-.") or "model"]
     return [name for parent in before for name in _base_names(parent)]
 
 

@@ -25,7 +25,7 @@ from gemma2.posttrain.schemas import ParetoConfig
 
 __all__ = ["Candidate", "Weights", "assign_names", "plan_candidates", "short_names", "trajectory"]
 
-DEEPEST = 8  # folders that a name takes at most
+ITERATION = re.compile(r"iteration-(\d+)")  # a folder of WARP
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,19 @@ def plan_candidates(config: ParetoConfig) -> list[Candidate]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Directory names, with as many parent folders in front as it takes to tell all apart."""
-    different = {path.resolve() for path in paths}
-    for depth in range(1, DEEPEST + 1):
-        if len({path.parts[-depth:] for path in different}) == len(different):
-            break
-    return ["/".join(path.resolve().parts[-depth:]) for path in paths]
+    """Directory names, each with as many parent folders in front as tell it from the others; those of WARP alike."""
+    places = {path.resolve() for path in paths}
+    depths = {place: _depth(place, places) for place in places}
+    alike = [place for place in places if ITERATION.fullmatch(place.parent.name)]
+    depths |= dict.fromkeys(alike, max((depths[place] for place in alike), default=1))
+    return ["/".join(place.parts[-depths[place] :]) for place in (path.resolve() for path in paths)]
+
+
+def _depth(place: Path, places: Collection[Path]) -> int:
+    """The fewest folders that tell a path from the others."""
+    others = [other for other in places if other != place]
+    depths = range(1, len(place.parts) + 1)
+    return next((d for d in depths if all(o.parts[-d:] != place.parts[-d:] for o in others)), len(place.parts))
 
 
 def assign_names(candidates: Sequence[Candidate]) -> list[str]:
@@ -133,8 +140,8 @@ def _line_names(candidates: Sequence[Candidate], lines: Sequence[tuple[Weights, 
 
 def iteration_of(path: Path) -> int | None:
     """The number in the `iteration-<i>` folder that holds a policy of a WARP run."""
-    found = re.search(r"iteration-(\d+)(?:/|$)", path.resolve().as_posix())
-    return int(found[1]) if found else None
+    found = [ITERATION.fullmatch(part) for part in path.resolve().parts]
+    return next((int(match[1]) for match in reversed(found) if match), None)
 
 
 def title_of(path: Path, otherwise: str) -> str:

@@ -148,6 +148,10 @@ def test_errors_are_clustered_by_prompt(policy, reference, chat, rows):
     # mean 23/5 = 4.6; squared deviations 6.76 + .16 + 12.96 + 1.96 + 19.36 = 41.2; sqrt(41.2 / 4 / 5) = 1.4353
     assert measured.estimates["reward"].mean == pytest.approx(4.6)
     assert measured.estimates["reward"].se == pytest.approx(math.sqrt(2.06))
+    # 95 % of t with 4 degrees of freedom lie within 2.7764: 4.6 -+ 2.7764 * 1.4353
+    columns = measured.columns()
+    assert columns["reward_low"] == pytest.approx(0.6151, abs=1e-4)
+    assert columns["reward_high"] == pytest.approx(8.5849, abs=1e-4)
 
 
 def test_length_counts_the_stop_token_and_truncation_is_a_share(policy, reference, chat, rows):
@@ -169,7 +173,7 @@ def test_dropout_is_off_and_the_training_mode_comes_back(reference, chat, rows):
 def test_the_error_of_one_prompt_is_unknown_not_zero(policy, reference, chat, rows):
     columns = measure(policy, reference, chat, rows[:1], [length_score], settings()).columns()
     assert columns["kl"] is not None
-    assert columns["kl_se"] is None
+    assert [columns[f"kl_{part}"] for part in ("se", "low", "high")] == [None] * 3
     json.dumps(columns, allow_nan=False)
 
 
@@ -230,8 +234,7 @@ def test_a_score_counts_where_it_applies_and_is_null_where_it_does_not(policy, r
     assert measured.columns()["accuracy"] == 0.5
     assert [row["accuracy"] for row in measured.samples] == [0.5, 0.5, 0.5, 0.5, None]
     nowhere = measure(policy, reference, chat, rows[4:], [score], settings(2)).columns()
-    assert nowhere["accuracy"] is None
-    assert nowhere["accuracy_se"] is None
+    assert [nowhere[f"accuracy{part}"] for part in ("", "_se", "_low", "_high")] == [None] * 4
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

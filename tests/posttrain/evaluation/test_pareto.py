@@ -1,4 +1,4 @@
-"""The front by hand, and the command on random models."""
+"""The command on random models: names, the line, resume, files."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma2.cli.app import invoke
 from gemma2.merging.errors import InputError, OutputError, UsageError
 from gemma2.merging.outputs import digest_weights, read_manifest
 from gemma2.posttrain.embedded.tiny import random_model, save_random
@@ -17,7 +18,6 @@ from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import plan_candidates, short_names
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.pareto import (
-    best_at,
     hypervolume,
     interpolate_,
     pareto_front,
@@ -27,42 +27,18 @@ from gemma2.posttrain.rundir import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, ParetoConfig
 
 
-def points(*pairs):
-    return [{"kl": kl, "reward": reward} for kl, reward in pairs]
-
-
-# --- pure -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_front_keeps_what_nothing_beats():
-    assert pareto_front(points((0, 1), (1, 3), (2, 2), (3, 3), (4, 5))) == [True, True, False, False, True]
-
-
-def test_equal_points_stay_together():
-    assert pareto_front(points((1, 1), (1, 1), (2, 1))) == [True, True, False]
-
-
-def test_the_hypervolume_is_the_area_of_the_staircase():
-    # from KL 1 to 3 the best reward is 2, from 3 to 5 it is 4; floor 1: 2 * (2 - 1) + 2 * (4 - 1) = 8
-    assert hypervolume(points((1, 2), (3, 4), (4, 3)), (5, 1)) == pytest.approx(8)
-
-
-def test_points_outside_the_reference_add_nothing():
-    assert hypervolume(points((6, 9), (2, 0.5)), (5, 1)) == 0
-    assert hypervolume([], (5, 1)) == 0
-
-
-def test_best_at_takes_the_highest_reward_within_the_limit():
-    front = points((0, 1), (2, 3), (4, 5))
-    assert best_at(front, 2)["reward"] == 3
-    assert best_at(front, 3.9)["reward"] == 3
-    assert best_at(points((2, 3)), 1) is None
-
-
 def test_names_take_as_many_folders_as_they_need(tmp_path):
     paths = [tmp_path / "iteration-1" / "slerp", tmp_path / "iteration-2" / "slerp"]
     assert short_names(paths) == ["iteration-1/slerp", "iteration-2/slerp"]
     assert short_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    paths = [tmp_path / name for name in ("student", "iteration-1/m", "iteration-2/m", "iteration-2/slerp")]
+    assert short_names([*paths, paths[0]]) == [
+        "student",
+        "iteration-1/m",
+        "iteration-2/m",
+        "iteration-2/slerp",
+        "student",
+    ]
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -219,6 +195,41 @@ def test_the_csv_has_the_points_of_the_json(front):
     assert [row["name"] for row in rows] == list(points)
     assert float(rows[1]["kl"]) == points["base"]["kl"]
     assert rows[-1]["distinct_2"] == ""
+
+
+def test_the_area_stands_beside_the_points_with_what_bounds_it(front):
+    with (front / "hypervolume.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    document, summary = json.loads((front / "front.json").read_text()), read_manifest(front)["summary"]
+    for key in ("hypervolume", "hypervolume_low", "hypervolume_high"):
+        assert float(row[key]) == document[key] == summary[key]
+    for key in ("kl", "reward"):
+        assert float(row[f"reference_{key}"]) == document["reference"][key] == summary["reference"][key]
+    assert document["hypervolume_low"] <= document["hypervolume"] <= document["hypervolume_high"]
+    assert (document["flat"], summary["flat"]) == (0, 0)
+    assert "improved" not in summary
+
+
+def test_every_figure_of_every_point_has_an_interval(front):
+    for point in by_name(front).values():
+        if point["kind"] != "trajectory":
+            for metric in ("reward", "kl", "length", "truncated", "distinct_2"):
+                assert point[f"{metric}_low"] <= point[metric] <= point[f"{metric}_high"], (point["name"], metric)
+
+
+def test_the_screen_shows_the_front_and_the_best_within_each_limit(world, monkeypatch, capsys):
+    root, places = world
+    inputs = ["--sft", str(places["sft"]), "--prompts", str(root / "heldout.jsonl"), "--policies", str(places["slerp"])]
+    settings = ["--reward-fn", f"{__name__}:reward", "--max-new-tokens", "6", "--kl-limits", "0,1000", "--quiet"]
+    assert invoke(["pareto", *inputs, *settings, "--out", str(root / "shown")]) == 0
+    out = capsys.readouterr().out
+    assert "KL to the SFT policy, nats per sequence" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["KL", "at", "most", "point", "reward", "KL"] in rows
+    assert next(row for row in rows if row[:2] == ["0", "SFT"])
+    assert invoke(["pareto", *inputs, *settings, "--out", str(root / "json"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["limit"] for row in document["best_at"]] == [0.0, 1000.0]
 
 
 def test_samples_of_all_policies_answer_the_same_prompts(front):

@@ -1,0 +1,53 @@
+"""Random policies laid out as two iterations of WARP, for the tests of fronts and of what is picked from them."""
+
+import json
+
+from gemma2.merging.outputs import digest_weights
+from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.posttrain.schemas import ParetoConfig
+
+TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort c, a, b.", "Say hello."]
+
+
+def reward(completions, **_):
+    return [float(len(text) % 7) for text in completions]
+
+
+def manifest(directory, **fields):
+    (directory / "gemma2.json").write_text(json.dumps({"status": "complete", **fields}), encoding="utf-8")
+
+
+def two_iterations(root):
+    """base, sft, iteration-<i>/policy-1 and iteration-<i>/slerp below `root`, and four held-out prompts."""
+    for seed, name in enumerate(("base", "sft")):
+        save_random(root / name, seed)
+    manifest(root / "sft", command="sft", parents=[{"role": "model", "weights": digest_weights(root / "base")}])
+    for iteration in (1, 2):
+        for seed, (name, command) in enumerate((("policy-1", "rlhf"), ("slerp", "merge slerp"))):
+            path = root / f"iteration-{iteration}" / name
+            save_random(path, 10 * iteration + seed)
+            manifest(path, command=command)
+        log = {"step": 2, "kind": "eval", "reward": 2.0, "kl": 0.5 * iteration, "kl_se": 0.1}
+        (root / f"iteration-{iteration}" / "policy-1" / "metrics.jsonl").write_text(json.dumps(log) + "\n")
+    rows = [json.dumps({"prompt": text}) for text in TEXTS]
+    (root / "heldout.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return root
+
+
+def pareto_config(root, iteration=None, **more):
+    """The front of one iteration, or of the SFT policy alone."""
+    fields = {
+        "sft": root / "sft",
+        "prompts": root / "heldout.jsonl",
+        "etas": (0.0, 0.5, 1.0),
+        "reward_fn": "policies:reward",
+        "max_new_tokens": 6,
+    }
+    if iteration:
+        here = root / f"iteration-{iteration}"
+        fields |= {"policies": (here / "policy-1", here / "slerp"), "merged": here / "slerp"}
+    return ParetoConfig(**(fields | more))
+
+
+def points_of(front):
+    return {point["name"]: point for point in json.loads((front / "front.json").read_text())["points"]}
