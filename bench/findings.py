@@ -1,0 +1,365 @@
+"""What is made of the measurements of bench/science.py: each finding as a number per seed, and whether it holds. Pure.
+
+A curve is a polyline in the plane of KL (nats per sequence, to the SFT policy) and reward: an eta line of points
+(1 - eta) * theta_sft + eta * theta_merged, or the policies of an RL run at several steps. Both start at the SFT policy.
+
+    area(curve; K)    hypervolume of the polyline over (K, reward of the SFT policy); the polyline is cut into PARTS
+                      pieces a segment, since eta and the step can be chosen anywhere in between: measured points alone
+                      would favour the curve that has more of them
+    gap(a, b)         (area(a; K) - area(b; K)) / K up to K, the lesser of the largest KLs of both: the difference of
+                      the best rewards within the same KL, averaged over KLs from 0 to K
+    extent(a, b)      area(a; K) - area(b; K) up to K, the greater of the largest KLs: the difference of hypervolumes
+    bend(x, f)        second divided differences ((f2 - f1) / (x2 - x1) - (f1 - f0) / (x1 - x0)) / (x2 - x0) of
+                      neighbours: half the second derivative; positive where f is convex
+
+Errors. Within a seed: the jackknife over prompts. All policies answer the same n prompts with common random numbers, so
+every statistic v is computed on all prompts and n times with one prompt left out of every mean at once, and its
+standard error is sqrt((n - 1) / n * sum (v_i - mean v)^2); for a difference of means that is the paired standard error.
+Over S seeds the estimate is the mean, its error the larger of sd / sqrt(S), from the spread between seeds, and
+sqrt(sum se_s^2) / S, from the prompts: three values alone may lie close to each other by chance.
+
+The rule, stated before any result was seen. A claim of a sign holds (yes) when the mean has that sign, is more than
+LIMIT = 2 errors from zero, and every seed has that sign; it does not hold (no) when all this is so for the other sign;
+else the two are not told apart. A claim of a value ("about 90 degrees") holds when the mean is within two errors or
+one per cent of it, else not. Where nothing is true, a claim of a sign is found to hold in 2 % of cases if seeds differ
+by no more than their prompts, and in 9 % (Student's t, 2 degrees of freedom) if they differ by much more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.posttrain.evaluation.bootstrap import front_areas
+
+__all__ = [
+    "FINDINGS",
+    "RUNS",
+    "STOPS",
+    "Claim",
+    "Curve",
+    "Estimate",
+    "Finding",
+    "Seed",
+    "left_out",
+    "path",
+    "stop",
+    "table",
+]
+
+LIMIT = 2.0  # errors
+PARTS = 100  # pieces of a segment
+SAME = 0.01  # of a claimed value
+
+# Policies by the names of their stages.
+STOPS = (5, 10, 20, 40)  # steps
+ONE, TWO, FOUR, SECOND = "iteration-1/policy-1", "iteration-1/slerp", "iteration-1/slerp-4", "iteration-2/slerp"
+LERP = "iteration-1/linear"
+RUNS = {f"{kind}-{m}": f"{folder}/policy-{m}" for kind, folder in (("ema", "iteration-1"), ("fixed", "fixed"))
+        for m in (1, 2)}  # fmt: skip
+
+Floats = NDArray[np.float64]
+
+
+# --- one seed -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; NaN where it has none, as an angle between two given models."""
+
+    value: float
+    se: float = math.nan
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in the order of their path: (B, P) each, a row per set of prompts; row 0 is of all prompts."""
+
+    kl: Floats
+    reward: Floats
+
+    @property
+    def end(self) -> float:
+        """The largest KL, on all prompts."""
+        return float(self.kl[0].max())
+
+    def area(self, limit: float) -> Floats:
+        """Hypervolume of the polyline over (limit, reward of its first point on all prompts): (B,)."""
+        fine = [_refined(values) for values in (self.kl, self.reward)]
+        return front_areas(fine[0], fine[1], (limit, float(self.reward[0, 0])))
+
+
+def _refined(values: Floats) -> Floats:
+    """(B, P) -> (B, (P - 1) * PARTS + 1), linear between neighbours."""
+    share = np.arange(PARTS) / PARTS
+    left, right = values[:, :-1, None], values[:, 1:, None]
+    inner = (left + (right - left) * share).reshape(len(values), -1)
+    return np.concatenate([inner, values[:, -1:]], axis=1)
+
+
+def gap(a: Curve, b: Curve) -> Floats:
+    """Mean difference of the best rewards within the same KL: (B,)."""
+    limit = min(a.end, b.end)
+    return (a.area(limit) - b.area(limit)) / limit
+
+
+def extent(a: Curve, b: Curve) -> Floats:
+    """Difference of hypervolumes over one reference point, nats times reward: (B,)."""
+    limit = max(a.end, b.end)
+    return a.area(limit) - b.area(limit)
+
+
+def bend(x: Sequence[float], f: Floats) -> Floats:
+    """Second divided differences of f (B, P) over x (P): (B, P - 2)."""
+    grid = np.asarray(x, dtype=np.float64)
+    slopes = np.diff(f, axis=1) / np.diff(grid)
+    bends: Floats = np.diff(slopes, axis=1) / (grid[2:] - grid[:-2])
+    return bends
+
+
+def left_out(values: Floats) -> Floats:
+    """Means of P points over n prompts (P, n): over all, then without each prompt in turn, (1 + n, P)."""
+    count = values.shape[1]
+    total = values.sum(axis=1)
+    rest = (total[:, None] - values).T / (count - 1)
+    return np.concatenate([total[None, :] / count, rest])
+
+
+def jackknifed(values: Floats) -> Estimate:
+    """The estimate of row 0 with the error that the others tell: values (1 + n)."""
+    rest = values[1:]
+    spread = (len(rest) - 1) / len(rest) * float(((rest - rest.mean()) ** 2).sum())
+    return Estimate(float(values[0]), math.sqrt(spread))
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one seed's policies measured: a column per name.
+
+    columns   name -> column; a place on a line is (name of its end, eta), the SFT policy is "sft"
+    kl, reward  (1 + n, columns) as `left_out` gives them
+    geometry  name -> number, which needs no prompts
+    """
+
+    columns: Mapping[object, int]
+    kl: Floats
+    reward: Floats
+    geometry: Mapping[str, float]
+
+    def curve(self, *names: object) -> Curve:
+        """A path through these points."""
+        picked = [self.columns[name] for name in names]
+        return Curve(self.kl[:, picked], self.reward[:, picked])
+
+    def mean_kl(self, *names: object) -> Floats:
+        """Mean KL of these policies: (1 + n)."""
+        means: Floats = self.curve(*names).kl.mean(axis=1)
+        return means
+
+    def mean_reward(self, *names: object) -> Floats:
+        """Mean reward of these policies: (1 + n)."""
+        means: Floats = self.curve(*names).reward.mean(axis=1)
+        return means
+
+    def line(self, end: object) -> Curve:
+        """The eta line to a policy."""
+        return self.curve(*((end, eta) for eta in self.etas(end)))
+
+    def etas(self, end: object) -> list[float]:
+        """Where the line to a policy was measured."""
+        return sorted(key[1] for key in self.columns if isinstance(key, tuple) and key[0] == end)
+
+
+# --- claims and their verdict ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of a number: its words, and a sign (of number - bound) or a value that it should have."""
+
+    words: str
+    sign: int = 0
+    bound: float = 0.0
+    value: float | None = None
+
+    def verdict(self, found: Sequence[Estimate]) -> str:
+        """yes, no, or not told apart; a dash where nothing is claimed."""
+        mean, error = over_seeds(found)
+        if self.value is not None:
+            reach = max(LIMIT * error if math.isfinite(error) else 0.0, SAME * abs(self.value))
+            return "yes" if abs(mean - self.value) <= reach else "no"
+        if not self.sign:
+            return "—"
+        for sign, word in ((self.sign, "yes"), (-self.sign, "no")):
+            every = all(sign * (one.value - self.bound) > 0 for one in found)
+            if every and sign * (mean - self.bound) > LIMIT * error:
+                return word
+        return "not told apart"
+
+
+def above(words: str, bound: float = 0.0) -> Claim:
+    """The number is larger than this."""
+    return Claim(words, 1, bound)
+
+
+def below(words: str, bound: float = 0.0) -> Claim:
+    """The number is smaller than this."""
+    return Claim(words, -1, bound)
+
+
+def near(words: str, value: float) -> Claim:
+    """The number is this one."""
+    return Claim(words, value=value)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table. `of`: the number of one seed; an array (1 + n) is jackknifed."""
+
+    name: str
+    claim: Claim
+    of: Callable[[Seed], Floats | float]
+
+    def estimate(self, seed: Seed) -> Estimate:
+        """The number of one seed."""
+        found = self.of(seed)
+        return jackknifed(found) if isinstance(found, np.ndarray) else Estimate(float(found))
+
+
+def over_seeds(found: Sequence[Estimate]) -> tuple[float, float]:
+    """(mean, error) over seeds: the larger of the error from their spread and the error from their prompts."""
+    count = len(found)
+    mean = sum(one.value for one in found) / count
+    errors = [math.hypot(*(one.se for one in found)) / count]
+    if count > 1:
+        errors.append(math.sqrt(sum((one.value - mean) ** 2 for one in found) / (count - 1) / count))
+    known = [error for error in errors if math.isfinite(error)]
+    return mean, max(known) if known else math.nan
+
+
+# --- findings -------------------------------------------------------------------------------------------------------
+
+
+def stop(run: str, step: int) -> str:
+    """The policy of a run at a step."""
+    return f"path/{run}/step-{step}"
+
+
+def path(seed: Seed, run: str) -> Curve:
+    """What a run passes through from the SFT policy to its end."""
+    return seed.curve("sft", *(stop(run, step) for step in STOPS), RUNS[run])
+
+
+def _over_runs(anchor: str, of: Any) -> Any:
+    """Mean over both runs with this anchor."""
+    return lambda seed: (of(seed, f"{anchor}-1") + of(seed, f"{anchor}-2")) / 2
+
+
+def _anchors(of: Any) -> Any:
+    """Mean over both seeds of RL: EMA against fixed anchor."""
+    return lambda s: (of(path(s, "ema-1"), path(s, "fixed-1")) + of(path(s, "ema-2"), path(s, "fixed-2"))) / 2
+
+
+def _lines(of: Any, a: str, b: str) -> Any:
+    return lambda seed: of(seed.line(a), seed.line(b))
+
+
+def _geometry(name: str) -> Any:
+    return lambda seed: seed.geometry[name]
+
+
+def _bends(which: str, of: Any) -> Any:
+    """The bends of KL or reward along the line to SLERP."""
+    return lambda seed: of(bend(seed.etas(TWO), getattr(seed.line(TWO), which)), axis=1)
+
+
+PAIR = ("iteration-1/policy-1", "iteration-1/policy-2")
+FIXED = ("fixed/policy-1", "fixed/policy-2")
+MORE = "larger M is better"
+FINDINGS: dict[str, list[Finding]] = {
+    "Task vectors of RL runs, weights": [
+        Finding("angle between task vectors, blocks, degrees", near("about 90", 90.0), _geometry("blocks")),
+        Finding("the same, embedding", Claim("says nothing"), _geometry("embedding")),
+        Finding("the same, final norm", Claim("says nothing"), _geometry("norm")),
+        Finding("angle between full weights, largest", below("cosine > 0.999: < 2.6", 2.5626), _geometry("weights")),
+        Finding("norm of SLERP over that of its task vectors", near("kept: 1", 1.0), _geometry("slerp")),
+        Finding("norm of LERP over that", below("shrunk, to 0.707 at 90 degrees", 1.0), _geometry("lerp")),
+    ],
+    "SLERP and LERP of two policies": [
+        Finding("reward, SLERP − LERP", above("> 0"), lambda s: s.mean_reward(TWO) - s.mean_reward(LERP)),
+        Finding("KL, SLERP − LERP", above("> 0"), lambda s: s.mean_kl(TWO) - s.mean_kl(LERP)),
+        Finding("reward, SLERP − its policies", above("> 0"), lambda s: s.mean_reward(TWO) - s.mean_reward(*PAIR)),
+        Finding("KL, LERP − its policies", below("< 0"), lambda s: s.mean_kl(LERP) - s.mean_kl(*PAIR)),
+    ],
+    "The line from the SFT policy to SLERP, by eta": [
+        Finding("KL: mean bend", above("convex: > 0"), _bends("kl", np.mean)),
+        Finding("KL: least bend", above("convex: > 0"), _bends("kl", np.min)),
+        Finding("reward: mean bend", below("concave: < 0"), _bends("reward", np.mean)),
+        Finding("reward: largest bend", below("concave: < 0"), _bends("reward", np.max)),
+    ],
+    "LITI and the RL trajectory": [
+        Finding("reward at equal KL, line of SLERP − runs", above("> 0"),
+                _over_runs("ema", lambda s, run: gap(s.line(TWO), path(s, run)))),
+        Finding("hypervolume, line of SLERP − runs", above("> 0"),
+                _over_runs("ema", lambda s, run: extent(s.line(TWO), path(s, run)))),
+        Finding("reward at equal KL, line of policy-1 − its run", above("> 0"),
+                lambda s: gap(s.line(ONE), path(s, "ema-1"))),
+    ],
+    "EMA anchor and fixed anchor, equal beta": [
+        Finding("KL at the end, EMA − fixed", above("> 0"), lambda s: s.mean_kl(*PAIR) - s.mean_kl(*FIXED)),
+        Finding("reward at the end, EMA − fixed", above("> 0"), lambda s: s.mean_reward(*PAIR) - s.mean_reward(*FIXED)),
+        Finding("reward at equal KL, EMA − fixed", above("> 0"), _anchors(gap)),
+        Finding("hypervolume, EMA − fixed", above("> 0"), _anchors(extent)),
+    ],
+    "Iteration 2 and iteration 1": [
+        Finding("reward, SLERP 2 − SLERP 1", above("> 0"), lambda s: s.mean_reward(SECOND) - s.mean_reward(TWO)),
+        Finding("reward at equal KL, lines, 2 − 1", above("> 0"), _lines(gap, SECOND, TWO)),
+        Finding("hypervolume, lines, 2 − 1", above("> 0"), _lines(extent, SECOND, TWO)),
+    ],
+    "More policies": [
+        Finding("reward, M = 2 − M = 1", above(MORE), lambda s: s.mean_reward(TWO) - s.mean_reward(ONE)),
+        Finding("reward at equal KL, lines, 2 − 1", above(MORE), _lines(gap, TWO, ONE)),
+        Finding("hypervolume, lines, 2 − 1", above(MORE), _lines(extent, TWO, ONE)),
+        Finding("reward, M = 4 − M = 2", above(MORE), lambda s: s.mean_reward(FOUR) - s.mean_reward(TWO)),
+        Finding("reward at equal KL, lines, 4 − 2", above(MORE), _lines(gap, FOUR, TWO)),
+        Finding("hypervolume, lines, 4 − 2", above(MORE), _lines(extent, FOUR, TWO)),
+    ],
+}  # fmt: skip
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(sections: Mapping[str, Sequence[Finding]], seeds: Mapping[int, Seed]) -> str:
+    """The findings as a Markdown table, a line in bold before each section."""
+    head = ["finding", "the paper", "here, mean ± error", *(f"seed {seed}" for seed in seeds), "holds?"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for section, findings in sections.items():
+        lines.append(_line([f"**{section}**", *[""] * (len(head) - 1)]))
+        lines += [_row(finding, list(seeds.values())) for finding in findings]
+    return "\n".join(lines)
+
+
+def _row(finding: Finding, seeds: Sequence[Seed]) -> str:
+    found = [finding.estimate(seed) for seed in seeds]
+    mean, error = over_seeds(found)
+    signed = finding.claim.sign != 0 and finding.claim.bound == 0
+    cells = [_number(mean, error, signed), *(_number(one.value, one.se, signed) for one in found)]
+    return _line([finding.name, finding.claim.words, *cells, finding.claim.verdict(found)])
+
+
+def _number(value: float, error: float, signed: bool) -> str:
+    """A number with its error; three decimals, one for angles."""
+    digits = 1 if abs(value) >= 10 else 3
+    text = f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return f"{text} ± {error:.{digits}f}" if math.isfinite(error) else text
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

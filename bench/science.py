@@ -1,0 +1,263 @@
+"""WARP's findings in miniature: one pipeline over several seeds on the embedded models, and a table beside the paper.
+
+    python bench/science.py [--seeds 0 1 2] [--jobs 2] [--out runs/science]
+
+The paper is WARP, arXiv 2406.16768. The seeds are fixed beforehand; a seed draws everything: models, teacher data, SFT,
+reward model, RL. Settings are those of configs/quickstart.yaml, read from that file and chosen earlier for another
+purpose; mu * steps is 3. None was tried here. What differs from the recipe, decided before any result was seen:
+
+1. No distillation, to fit 15 minutes on two cores: RL starts from the SFT policy, which the paper's does too.
+2. RL runs measure themselves at the start and the end only, and keep no checkpoints: neither changes a weight.
+
+Of every seed, beside the chain of the recipe up to the reward model:
+
+    iteration-1/policy-1 .. 4           RL with the EMA anchor, each from the SFT policy with a seed of its own
+    iteration-1/slerp, linear, slerp-4  SLERP and plain average of the first two, SLERP of all four
+    iteration-1/init                    LITI from the SFT policy towards slerp
+    iteration-2/policy-1, 2, slerp      RL from that init, and their merge
+    fixed/policy-1, 2                   the first two of iteration 1 again, with the SFT policy as their anchor
+    path/ema-1/step-5 ...               these four runs, ended at STOPS
+    measured/...                        `gemma2 pareto`: every policy, and the eta lines to five of them, on the same
+                                        held-out prompts with common random numbers
+
+The trajectory of a run is made of runs with fewer steps and the same seed. The learning rate is constant after its
+warm-up, so that such a run is the beginning of the longer one; that the last step of each has the same figures as that
+step of the long run is checked. M = 1 is policy-1, M = 2 slerp, M = 4 slerp-4, each with the line from the SFT policy.
+
+Findings, errors and the rule by which a claim holds are in findings.py, the table that came out is in docs/warp.md. It
+is no test: the exit code is 0 whatever holds. A run that was interrupted goes on; a finished one is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from findings import FINDINGS, FOUR, LERP, ONE, RUNS, SECOND, STOPS, TWO, Floats, Seed, left_out, path, stop, table
+
+from gemma2.cli.console import Console
+from gemma2.cli.pipeline import Announcer
+from gemma2.configs import recipes
+from gemma2.merging.difference import Difference, diff_models
+from gemma2.posttrain.config import validated
+from gemma2.posttrain.evaluation.front_files import answers_of, read_entries, read_front
+from gemma2.posttrain.evaluation.reporting.figures import HUES, INK, new_figure, styled, write_figure
+from gemma2.posttrain.pipelines.algorithm import warp_stages
+from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline, read_pipeline
+from gemma2.posttrain.pipelines.local import LocalExecutor
+from gemma2.posttrain.pipelines.references import lookup, replaced
+from gemma2.posttrain.pipelines.run import run_pipeline
+from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
+
+SEEDS = (0, 1, 2)
+CHAIN = ("models", "data", "clean", "sft", "pairs", "reward")  # of the recipe
+USED = ("policy-1", "policy-2", "policy-3", "policy-4", "slerp", "init")  # of Algorithm 1's stages
+
+
+# --- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+def pipeline_of(seeds: Sequence[int], root: Path) -> Pipeline:
+    """The stages of all seeds, one thread each."""
+    stages = {f"seed-{seed}/{name}": stage for seed in seeds for name, stage in stages_of(seed).items()}
+    return compile_pipeline(PipelineFile(stages=stages, resources=Resources(cpus=1)), root)
+
+
+def stages_of(seed: int) -> dict[str, StageFile]:
+    """The stages of one seed, by the names above; their references have the seed's folder in front."""
+    prefix = f"seed-{seed}/"
+    recipe = read_pipeline(recipes()["quickstart"], [f"vars.seed={seed}"])
+
+    def own(reference: str) -> Any:
+        if reference.startswith("vars."):
+            return lookup(recipe.vars, reference.split(".")[1:], reference)
+        return f"${{{prefix}{reference.replace('distilled', 'sft')}}}"
+
+    chain = {name: recipe.stages[name] for name in CHAIN}
+    found = {name: _with(stage, **replaced(stage.options, own)) for name, stage in chain.items()}
+    found |= _trained({**replaced(recipe.stages["warp"].options, own), "compare": []}, prefix)
+    return found
+
+
+def _trained(warp: Mapping[str, Any], prefix: str) -> dict[str, StageFile]:
+    """RL, merges and measurements, of the options of a WARP run."""
+    iterated = warp_stages(validated(WarpConfig, {**warp, "policies": 2, "iterations": 2}), prefix)
+    four = warp_stages(validated(WarpConfig, {**warp, "policies": 4, "iterations": 1}), prefix)
+    found = {name: stage for name, stage in {**four, **iterated}.items() if name.endswith(USED)}
+    del found["iteration-2/init"]
+    found[FOUR] = four[TWO]
+    found[LERP] = StageFile(command="merge linear", options={"models": found[TWO].options["models"]})
+    for m in (1, 2):
+        found[f"fixed/policy-{m}"] = _with(found[f"iteration-1/policy-{m}"], anchor="sft")
+    found |= {stop(run, t): _with(found[long], steps=t) for run, long in RUNS.items() for t in STOPS}
+    quiet = {"eval_every": 10_000, "save_every": 10_000}
+    found = {name: _with(stage, **quiet) if stage.command == "rlhf" else stage for name, stage in found.items()}
+    return found | dict(_measured(iterated["iteration-1/front"], found, prefix))
+
+
+def _with(stage: StageFile, **options: Any) -> StageFile:
+    return stage.model_copy(update={"options": {**stage.options, **options}})
+
+
+def _measured(front: StageFile, stages: Mapping[str, StageFile], prefix: str) -> Iterator[tuple[str, StageFile]]:
+    """A front for each line, and every other policy in one of them, so that they take about as long."""
+    paths = {kind: [name for name in stages if name.startswith(f"path/{kind}")] for kind in ("ema", "fixed")}
+    beside = {
+        ONE: [f"iteration-1/policy-{m}" for m in (2, 3, 4)],
+        TWO: paths["ema"],
+        LERP: paths["fixed"],
+        FOUR: [name for name in RUNS.values() if name.startswith("fixed")],
+        SECOND: [f"iteration-2/policy-{m}" for m in (1, 2)],
+    }
+    for end, others in beside.items():
+        policies = [f"${{{prefix}{name}.out}}" for name in (end, *others)]
+        yield f"measured/{end.replace('/', '-')}", _with(front, merged=policies[0], policies=policies)
+
+
+# --- what it measured -----------------------------------------------------------------------------------------------
+
+
+def read_seed(folder: Path) -> Seed:
+    """The values of every policy and place on a line, and the geometry."""
+    kl: dict[object, Floats] = {}
+    reward: dict[object, Floats] = {}
+    for directory in sorted((folder / "measured").iterdir()):
+        entries = read_entries(directory, read_front(directory, "measured"))
+        answers = answers_of(entries)
+        for entry, *values in zip(entries, answers.kl, answers.reward, strict=True):
+            candidate = entry.candidate
+            place = candidate.models[-1].path.relative_to(folder.resolve()).as_posix()
+            key = (place, candidate.eta) if candidate.kind == "line" else place
+            kl[key], reward[key] = values
+    means = [left_out(np.stack(list(values.values()))) for values in (kl, reward)]
+    return Seed({name: column for column, name in enumerate(kl)}, means[0], means[1], geometry_of(folder))
+
+
+def geometry_of(folder: Path) -> dict[str, float]:
+    """Angles in degrees of the pairs of iteration 1, and norms of the merges of the first two over theirs; in the
+    blocks, where nothing else is said, as means over blocks and pairs."""
+    pairs = [f"iteration-1/policy-{a} iteration-1/policy-{b}".split() for a, b in combinations(range(1, 5), 2)]
+    groups = [group for a, b in pairs for group in _compared(folder, a, b)]
+    mean_norm = _mean(group.task_norm_a for group in _blocks(_compared(folder, *pairs[0])))
+    mean_norm = (mean_norm + _mean(group.task_norm_b for group in _blocks(_compared(folder, *pairs[0])))) / 2
+    merges = _blocks(_compared(folder, TWO, LERP))
+    return {
+        "blocks": _mean(group.task_angle for group in _blocks(groups)),
+        "embedding": _mean(group.task_angle for group in groups if "embed" in group.group),
+        "norm": _mean(group.task_angle for group in groups if group.group == "norm"),
+        "weights": max(group.angle or 0.0 for group in groups),
+        "slerp": _mean(group.task_norm_a for group in merges) / mean_norm,
+        "lerp": _mean(group.task_norm_b for group in merges) / mean_norm,
+    }
+
+
+def _compared(folder: Path, a: str, b: str) -> tuple[Difference, ...]:
+    return diff_models(folder / a, folder / b, base=folder / "sft").groups
+
+
+def _blocks(groups: Sequence[Difference]) -> list[Difference]:
+    return [group for group in groups if group.group.startswith("layers.")]
+
+
+def _mean(values: Iterator[float | None]) -> float:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found)
+
+
+def check_beginnings(folder: Path) -> None:
+    """Stop where a short run is not the beginning of its long one. Compared: every figure of its last step."""
+    for run, long in RUNS.items():
+        for step in STOPS:
+            rows = [_step(folder / name, step) for name in (stop(run, step), long)]
+            if rows[0] != rows[1]:
+                raise SystemExit(f"{folder / stop(run, step)} is not the beginning of {long}: {rows[0]}, {rows[1]}")
+
+
+def _step(policy: Path, step: int) -> dict[str, Any]:
+    """The figures of a training step that do not tell the time."""
+    rows = map(json.loads, (policy / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    row = next(row for row in rows if row["step"] == step and row.get("kind") != "eval")
+    return {key: value for key, value in row.items() if not any(word in key for word in ("second", "time", "memory"))}
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def draw(seeds: Mapping[int, Seed], place: Path) -> None:
+    """A panel per seed: RL runs thin, eta lines thick. Without errors: those of a point are mostly common to all."""
+    lines = {ONE: "line, M = 1", TWO: "line, M = 2", FOUR: "line, M = 4", SECOND: "line, iteration 2"}
+    with styled():
+        figure, axes = new_figure(4.0 * len(seeds), 4.2, columns=len(seeds))
+        for axis, (number, seed) in zip(axes, seeds.items(), strict=True):
+            for run in RUNS:
+                curve, fixed = path(seed, run), "fixed" in run
+                axis.plot(
+                    curve.kl[0],
+                    curve.reward[0],
+                    "--" if fixed else "-",
+                    color=INK,
+                    lw=0.9,
+                    alpha=0.6,
+                    marker=".",
+                    ms=4,
+                    label=f"RL, {'fixed' if fixed else 'EMA'} anchor" if "1" in run else None,
+                )
+            for (end, label), colour, marker in zip(lines.items(), HUES, "os^D", strict=False):
+                curve = seed.line(end)
+                axis.plot(curve.kl[0], curve.reward[0], color=colour, marker=marker, ms=5, lw=1.6, label=label)
+            axis.set_title(f"seed {number}")
+            axis.set_xlabel("KL to the SFT policy (nats per sequence)")
+        axes[0].set_ylabel("reward on held-out prompts")
+        axes[0].legend(frameon=False, fontsize=8.5, loc="lower right")
+        for suffix in (".png", ".svg"):
+            write_figure(figure, place.with_suffix(suffix))  # fmt: skip
+
+
+def cpu_seconds() -> float | None:
+    """CPU seconds of this process and of its children with those that they waited for; None where nothing tells."""
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    if not listed.exists():
+        return None
+    for child in listed.read_text(encoding="ascii").split():
+        # After the name in brackets: state is field 3, utime, stime, cutime and cstime are fields 14 to 17.
+        fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="stages at once, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/science"))
+    parser.add_argument("--quiet", action="store_true", help="no line per stage on stderr")
+    options = parser.parse_args()
+    started = time.monotonic()
+    pipeline = pipeline_of(options.seeds, options.out)
+    announcer = Announcer(Console(quiet=options.quiet), len(pipeline.stages))
+    result = run_pipeline(pipeline, LocalExecutor(options.jobs), observer=announcer)
+    spent = cpu_seconds()
+    folders = {seed: options.out / f"seed-{seed}" for seed in options.seeds}
+    for folder in folders.values():
+        check_beginnings(folder)
+    seeds = {seed: read_seed(folder) for seed, folder in folders.items()}
+    text = table(FINDINGS, seeds)
+    draw(seeds, options.out / "science")
+    (options.out / "science.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    told = "" if spent is None else f", {spent:.0f} CPU seconds"
+    print(f"\n{len(result.ran)} of {len(pipeline.stages)} stages run: {time.monotonic() - started:.0f} s{told}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
