@@ -47,6 +47,7 @@ class Command:
 
     module, function  below `gemma2.posttrain`: what runs it
     why               one line on what it is for
+    makes             what its output is: policy, reward model, data, front, cache
     accelerated       whether it runs a network, and so wants a GPU where there is one
     """
 
@@ -54,6 +55,7 @@ class Command:
     module: str
     function: str
     why: str
+    makes: str = "policy"
     accelerated: bool = True
 
     @property
@@ -91,7 +93,11 @@ COMMANDS: dict[str, Command] = {
         ConvertConfig, "models.convert", "run_convert", "imports a model as plain safetensors", accelerated=False
     ),
     "generate": Command(
-        GenerateConfig, "generation.generate", "run_generate", "lets the teacher answer the training prompts"
+        GenerateConfig,
+        "generation.generate",
+        "run_generate",
+        "lets the teacher answer the training prompts",
+        makes="data",
     ),
     "filter": Command(
         FilterConfig,
@@ -99,6 +105,7 @@ COMMANDS: dict[str, Command] = {
         "run_filter",
         "drops the rows that a model should not learn from, each with its reason",
         accelerated=False,
+        makes="data",
     ),
     "sft": Command(
         SftConfig, "training.sft", "run_sft", "teaches the student the teacher's answers, loss on the model's turns"
@@ -110,22 +117,35 @@ COMMANDS: dict[str, Command] = {
         "teaches the student the teacher's distribution on the student's own answers",
     ),
     "distill cache": Command(
-        DistillCacheConfig, "distillation.teacher_cache", "run_cache", "keeps the teacher's distributions on disk"
+        DistillCacheConfig,
+        "distillation.teacher_cache",
+        "run_cache",
+        "keeps the teacher's distributions on disk",
+        makes="cache",
     ),
     "reward pairs": Command(
         PairsConfig,
         "preferences.pairs",
         "run_pairs",
         "samples several answers per prompt; a judge says which is better",
+        makes="data",
     ),
     "reward": Command(
-        RewardConfig, "preferences.train", "run_reward", "learns preferences: a Bradley-Terry reward model"
+        RewardConfig,
+        "preferences.train",
+        "run_reward",
+        "learns preferences: a Bradley-Terry reward model",
+        makes="reward model",
     ),
     "reward probe": Command(
-        ProbeConfig, "preferences.probe", "run_probe", "fits a reward head on frozen states, to be shared (WARM)"
+        ProbeConfig,
+        "preferences.probe",
+        "run_probe",
+        "fits a reward head on frozen states, to be shared (WARM)",
+        makes="reward model",
     ),
     "reward score": Command(
-        RewardScoreConfig, "preferences.score", "run_score", "adds a reward model's score to every row"
+        RewardScoreConfig, "preferences.score", "run_score", "adds a reward model's score to every row", makes="data"
     ),
     "rlhf": Command(RlhfConfig, "rl.rlhf", "run_rlhf", "RL on the reward, held near a moving average of the policy"),
     **{
@@ -140,6 +160,7 @@ COMMANDS: dict[str, Command] = {
         "evaluation.pareto",
         "run_pareto",
         "measures policies and the line from SFT to the merge on the same held-out prompts",
+        makes="front",
     ),
     "pick": Command(
         PickConfig, "evaluation.pick", "run_pick", "makes the chosen point of a front a model", accelerated=False

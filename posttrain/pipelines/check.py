@@ -99,7 +99,7 @@ def check_pipeline(
     for stage in pipeline.stages.values():
         config = _configured(stage)
         if config is None:  # what another stage finds out decides it
-            promised[stage.out] = Promise("data") if stage.command in ("generate", "filter") else Promise("policy")
+            promised[stage.out] = Promise(stage.kind.makes)
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
         config = located(config)
@@ -111,7 +111,7 @@ def check_pipeline(
         except InputError as error:
             raise InputError(f"stages.{stage.name}: {error.what}", error.mend) from error
         check_kinds(stage.name, config, promised)
-        promised |= dict(promised_by(config, stage.out, promised))
+        promised |= dict(promised_by(stage, config, promised))
         found[stage.name] = _stand(stage, config, found, promised, within, force)
     plan = Plan(found, _free(pipeline.root))
     if plan.disk > plan.disk_free:

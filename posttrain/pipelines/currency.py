@@ -40,20 +40,19 @@ class Currency:
 def currency_of(command: str, config: Config, out: Path) -> Currency:
     """What is to be done about one output. Raises InputError for a foreign directory in its place."""
     manifest = read_manifest(out)
+    if manifest is not None and manifest.get("status") == "complete":
+        differing = _differing(manifest, command, config, out)
+        return Currency("changed", differing) if differing else Currency("complete")
+    if manifest is not None:
+        return Currency("changed", (f"status ({manifest.get('status')})",))
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} holds something else than an output of gemma2", "move it, or choose another --out")
     partial = partial_path(out)
-    if manifest is None or manifest.get("status") != "complete":
-        if manifest is None and out.is_dir() and any(out.iterdir()):
-            raise InputError(f"{out} holds something else than an output of gemma2", "move it, or choose another --out")
-        before = _interrupted(partial)
-        if before is None:
-            return Currency("missing")
-        return (
-            Currency("missing", differing)
-            if (differing := _differing(before, command, config, partial))
-            else (Currency("interrupted"))
-        )
-    differing = _differing(manifest, command, config, out)
-    return Currency("changed", differing) if differing else Currency("complete")
+    before = _interrupted(partial)
+    if before is None:
+        return Currency("missing")
+    differing = _differing(before, command, config, partial)
+    return Currency("missing", differing) if differing else Currency("interrupted")
 
 
 def _differing(recorded: Mapping[str, Any], command: str, config: Config, place: Path) -> tuple[str, ...]:

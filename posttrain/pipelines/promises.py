@@ -30,6 +30,8 @@ from gemma2.posttrain.schemas import (
     TinyConfig,
 )
 
+from .compile import Stage
+
 __all__ = ["check_kinds", "look_at", "promised_by"]
 
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
@@ -62,9 +64,9 @@ def look_at(path: Path) -> Promise | None:
     )
 
 
-def promised_by(config: Config, out: Path, known: Mapping[Path, Promise]) -> Iterator[tuple[Path, Promise]]:
+def promised_by(stage: Stage, config: Config, known: Mapping[Path, Promise]) -> Iterator[tuple[Path, Promise]]:
     """(path, what will be there) for the places in the output of one command that others may name."""
-    sources = Sources(known)
+    sources, out = Sources(known), stage.out
 
     def like(path: Path | None, kind: str | None = None) -> Promise:
         found = (known.get(path) or look_at(path)) if path is not None else None
@@ -86,8 +88,7 @@ def promised_by(config: Config, out: Path, known: Mapping[Path, Promise]) -> Ite
     elif type(config) in MAKERS:
         yield out, MAKERS[type(config)](config, sources, like)
     else:
-        kinds = {"ParetoConfig": FRONT, "DistillCacheConfig": CACHE, "ConvertConfig": POLICY, "PickConfig": POLICY}
-        yield out, Promise(kinds.get(type(config).__name__, DATA))
+        yield out, Promise(stage.kind.makes)
 
 
 Like = Callable[..., Promise]

@@ -117,8 +117,9 @@ class Scheduler:
             self.executor.check(stage.name, stage.resources.gpus)
         try:
             self.state.write()
-            while self._begin() or self.started:
-                self._wait()
+            while (moved := self._begin()) or self.started:
+                if self.started and not moved:
+                    self._wait()
         except BaseException:
             self.executor.stop()
             self.state.finish("interrupted")

@@ -1,0 +1,179 @@
+"""A pipeline is checked whole before anything runs, without torch: files, kinds, vocabularies, architectures, disk."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+from processes import finish, start
+from stages import compiled
+
+from gemma2.configs import recipes
+from gemma2.merging.errors import InputError, UsageError
+from gemma2.posttrain.pipelines import check
+from gemma2.posttrain.pipelines.check import check_pipeline
+from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+
+
+def model(path: Path, vocabulary: int = 16, hidden: int = 8, kind: str = "Gemma2ForCausalLM") -> str:
+    shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        end = position + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(position))
+    config = {"architectures": [kind], "model_type": "gemma2", "hidden_size": hidden, "num_hidden_layers": 2}
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
+    return str(path)
+
+
+@pytest.fixture
+def place(tmp_path):
+    for name, settings in {
+        "sft": {},
+        "rl": {},
+        "wide": {"hidden": 12},
+        "other": {"vocabulary": 20},
+        "reward": {"kind": "Gemma2ForSequenceClassification"},
+    }.items():
+        model(tmp_path / name, **settings)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    return tmp_path
+
+
+def stage(command, **options):
+    return {"command": command, "options": options}
+
+
+def checked(place, **stages):
+    return check_pipeline(compiled({k.replace("_", "-"): v for k, v in stages.items()}, place / "out"))
+
+
+CASES = {
+    "a file that is not there": (
+        lambda p: {"a": stage("sft", model=f"{p}/sft", data=[f"{p}/gone.jsonl"])},
+        r"stages\.a: .*gone\.jsonl",
+    ),
+    "a model that is not there": (
+        lambda p: {"a": stage("sft", model=f"{p}/gone", data=[f"{p}/p.jsonl"])},
+        r"stages\.a: --model .*gone is not a directory",
+    ),
+    "a data set in the place of a policy": (
+        lambda p: {
+            "data": stage("generate", teacher=f"{p}/sft", prompts=f"{p}/p.jsonl"),
+            "a": stage("sft", model="${data.out}", data=["${data.out}"]),
+        },
+        r"stages\.a: model .*out/data is a data set; give a policy",
+    ),
+    "a policy in the place of a reward model": (
+        lambda p: {
+            "sft": stage("sft", model=f"{p}/sft", data=[f"{p}/p.jsonl"]),
+            "a": stage("rlhf", policy="${sft.out}", reward=["${sft.out}"], prompts=f"{p}/p.jsonl"),
+        },
+        r"stages\.a: reward .*out/sft is a policy; give a reward model",
+    ),
+    "a teacher of another vocabulary": (
+        lambda p: {
+            "sft": stage("sft", model=f"{p}/sft", data=[f"{p}/p.jsonl"]),
+            "a": stage("distill", model="${sft.out}", teacher=f"{p}/other", prompts=f"{p}/p.jsonl"),
+        },
+        r"stages\.a: model .*out/sft has a vocabulary of 16, teacher .*other one of 20",
+    ),
+    "models of two architectures in a merge": (
+        lambda p: {
+            "sft": stage("sft", model=f"{p}/wide", data=[f"{p}/p.jsonl"]),
+            "a": stage("merge slerp", models=["${sft.out}", f"{p}/rl"], base=f"{p}/sft"),
+        },
+        r"stages\.a: models .*out/sft is gemma2 of 2 layers and width 12, base .*sft gemma2 of 2 layers and width 8",
+    ),
+    "an option that a merge does not take": (
+        lambda p: {"a": stage("merge linear", models=[f"{p}/sft", f"{p}/rl"], eta=0.3)},
+        r"stages\.a: merge linear does not take --eta",
+    ),
+    "a merged model that is not there": (
+        lambda p: {"a": stage("merge linear", models=[f"{p}/sft", f"{p}/gone"])},
+        r"stages\.a: .*gone is not a directory",
+    ),
+    "an option that is none": (
+        lambda p: {"a": stage("sft", model=f"{p}/sft", data=[f"{p}/p.jsonl"], lerning_rate=1)},
+        r"unknown key 'stages\.a\.options\.lerning_rate'; did you mean 'learning_rate'",
+    ),
+    "a value out of bounds": (
+        lambda p: {"a": stage("sft", model=f"{p}/sft", data=[f"{p}/p.jsonl"], learning_rate=2)},
+        r"'stages\.a\.options\.learning_rate' = 2",
+    ),
+    "a stage that lacks an input": (
+        lambda p: {"a": stage("sft", data=[f"{p}/p.jsonl"])},
+        r"'stages\.a\.options\.model' is missing",
+    ),
+    "a wrong value beside one that is not known yet": (
+        lambda p: {
+            "f": stage("pareto", sft=f"{p}/sft", reward_fn=["m:f"], prompts=f"{p}/p.jsonl"),
+            "a": stage("merge liti", models=[f"{p}/rl"], base=f"{p}/sft", eta="${f.summary.best.eta}", dtype="int8"),
+        },
+        r"stages\.a\.options\.dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_would_fail_later_fails_at_once_and_names_the_stage(place, name):
+    stages, said = CASES[name]
+    with pytest.raises((InputError, UsageError), match=said):
+        checked(place, **stages(place))
+    assert not (place / "out").exists()
+
+
+def test_outputs_of_stages_stand_for_what_they_will_be(place):
+    plan = checked(
+        place,
+        data=stage("generate", teacher=f"{place}/sft", prompts=f"{place}/p.jsonl", n=3, max_new_tokens=10),
+        sft=stage("sft", model=f"{place}/sft", data=["${data.out}"], max_steps=2, batch_size=4, max_length=8),
+        rm=stage("reward", model="${sft.out}", data=f"{place}/p.jsonl"),
+        rl=stage("rlhf", policy="${sft.out}", reward=["${rm.out}"], prompts=f"{place}/p.jsonl"),
+        m=stage("merge slerp", models=["${rl.out}", "${sft.out}"], base=f"{place}/sft"),
+        anchor=stage("merge linear", models=["${rl.out}/ema", "${rl.out}"]),
+    )
+    n = 16 * 8 + 8
+    assert [one.action for one in plan.stages.values()] == ["run"] * 6
+    # full fine-tuning in fp32: 16 bytes a parameter (planner.py), for a policy whose size is the SFT model's
+    assert plan.stages["sft"].work.memory == 16 * n
+    assert plan.stages["sft"].work.operations == 6 * n * (2 * 4 * 8)  # steps x rows x tokens, 6 N each
+    # weights, gradients and moments 16, the reference 4, the EMA 4; the reward model 4 more
+    assert plan.stages["rl"].work.memory == 24 * n + 4 * n
+    assert plan.disk > 0
+
+
+def test_a_value_that_is_found_out_later_is_no_error_now(place):
+    plan = checked(
+        place,
+        f=stage("pareto", sft=f"{place}/sft", reward_fn=["m:f"], prompts=f"{place}/p.jsonl"),
+        a=stage("merge liti", models=[f"{place}/rl"], base=f"{place}/sft", eta="${f.summary.best.eta}"),
+        b=stage("pick", front="${f.out}", pick="${f.summary.pick}"),
+    )
+    assert [one.action for one in plan.stages.values()] == ["run"] * 3
+
+
+def test_too_little_disk_is_said_before_anything_runs(place, monkeypatch):
+    monkeypatch.setattr(check, "_free", lambda root: 1.0)
+    with pytest.raises(InputError, match=r"needs about .* GiB and 0\.0 GiB are free"):
+        checked(place, a=stage("merge linear", models=[f"{place}/sft", f"{place}/rl"]))
+
+
+def test_the_quickstart_is_checked_whole_without_torch(tmp_path):
+    script = """
+import sys, time
+from pathlib import Path
+from gemma2.posttrain.pipelines.check import check_pipeline
+from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+pipeline = compile_pipeline(read_pipeline(Path(sys.argv[1])), Path(sys.argv[2]))
+print(len(check_pipeline(pipeline).stages), "torch" in sys.modules, "transformers" in sys.modules)
+"""
+    code, out, err = finish(start(script, recipes()["quickstart"], tmp_path / "out"))
+    assert code == 0, err
+    assert out.split() == ["19", "False", "False"]
+    assert len(compile_pipeline(read_pipeline(recipes()["quickstart"]), tmp_path).stages) == 19

@@ -1,0 +1,242 @@
+"""What runs, what is skipped, what is continued, what is left out; and what the state says of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from stages import Inline, compiled, run
+
+from gemma2.merging.errors import InputError
+from gemma2.merging.outputs import read_manifest
+from gemma2.posttrain.pipelines.currency import output_hash
+from gemma2.posttrain.pipelines.schedule import StageFailed
+from gemma2.posttrain.pipelines.state import read_state
+
+
+def stage(**keys):
+    options = {key: keys.pop(key) for key in [*keys] if key in ("model", "models", "data", "value", "fail")}
+    return {"command": "make", "options": options, **keys}
+
+
+CHAIN = {"a": stage(value=1), "b": stage(model="${a.out}", value=2), "c": stage(model="${b.out}", value=3)}
+
+
+def weights(root: Path, name: str) -> str:
+    return (root / name / "model.safetensors").read_text()
+
+
+def ran(pipeline, **choice) -> list[str]:
+    executor = Inline()
+    run(pipeline, executor, **choice)
+    return executor.started
+
+
+def test_stages_run_in_order_and_take_each_others_outputs(tmp_path):
+    assert ran(compiled(CHAIN, tmp_path)) == ["a", "b", "c"]
+    assert weights(tmp_path, "c") == "(3.0(2.0(1.0)))"
+    assert {one["status"] for one in read_state(tmp_path)["stages"].values()} == {"complete"}
+
+
+def test_what_is_complete_is_skipped(tmp_path):
+    ran(compiled(CHAIN, tmp_path))
+    assert ran(compiled(CHAIN, tmp_path)) == []
+
+
+def test_a_changed_setting_runs_the_stage_and_what_needs_it(tmp_path):
+    ran(compiled(CHAIN, tmp_path))
+    changed = {**CHAIN, "b": stage(model="${a.out}", value=20)}
+    assert ran(compiled(changed, tmp_path)) == ["b", "c"]
+    assert weights(tmp_path, "c") == "(3.0(20.0(1.0)))"
+
+
+def test_a_stage_made_again_with_the_same_result_stops_there(tmp_path):
+    ran(compiled(CHAIN, tmp_path))
+    assert ran(compiled(CHAIN, tmp_path), force=frozenset({"a"})) == ["a"]  # the weights are what they were
+
+
+def test_an_output_that_is_gone_or_half_written_is_made_again(tmp_path):
+    ran(compiled(CHAIN, tmp_path))
+    shutil.rmtree(tmp_path / "b")
+    assert ran(compiled(CHAIN, tmp_path)) == ["b"]
+    manifest = json.loads((tmp_path / "b" / "gemma2.json").read_text())
+    (tmp_path / "b" / "gemma2.json").write_text(json.dumps({**manifest, "status": "unfinished"}))
+    assert ran(compiled(CHAIN, tmp_path)) == ["b"]
+
+
+def test_weights_that_changed_in_place_run_what_needs_them(tmp_path):
+    ran(compiled(CHAIN, tmp_path))
+    (tmp_path / "a" / "model.safetensors").write_text("(9.0)")
+    assert ran(compiled(CHAIN, tmp_path)) == ["b", "c"]
+
+
+def test_data_that_changed_run_what_reads_them(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    stages = {"a": stage(value=1, data=str(data)), "b": stage(value=2)}
+    ran(compiled(stages, tmp_path / "out"))
+    data.write_text('{"x": 1}\n')
+    assert ran(compiled(stages, tmp_path / "out")) == ["a"]
+
+
+def test_the_same_content_at_another_place_is_the_same_input(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    ran(compiled({"a": stage(data=str(tmp_path / "one.jsonl"))}, tmp_path / "out"))
+    assert ran(compiled({"a": stage(data=str(tmp_path / "two.jsonl"))}, tmp_path / "out")) == []
+
+
+def test_a_folder_that_is_no_output_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else"):
+        ran(compiled(CHAIN, tmp_path))
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_hash_stands_for_settings_parents_and_data_and_for_nothing_else(tmp_path):
+    ran(compiled(CHAIN, tmp_path / "x"))
+    ran(compiled(CHAIN, tmp_path / "elsewhere" / "y"))
+    hashes = [
+        [output_hash(read_manifest(root / name)) for name in CHAIN]
+        for root in (tmp_path / "x", tmp_path / "elsewhere" / "y")
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 3
+    ran(compiled({**CHAIN, "a": stage(value=1.5)}, tmp_path / "x"))
+    after = [output_hash(read_manifest(tmp_path / "x" / name)) for name in CHAIN]
+    assert not set(after) & set(hashes[0])
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "a": stage(value=1),
+    "bad": stage(model="${a.out}", fail="mend it"),
+    "after": stage(model="${bad.out}"),
+    "apart": stage(value=4),
+}
+
+
+def statuses(root: Path) -> dict[str, str]:
+    return {name: one["status"] for name, one in read_state(root)["stages"].items()}
+
+
+def test_a_failure_stops_what_has_not_begun_and_names_the_stage(tmp_path):
+    executor = Inline()
+    with pytest.raises(StageFailed, match=r"stage bad: it cannot be; mend it; its log is .*logs/bad\.log") as caught:
+        run(compiled(BROKEN, tmp_path), executor)
+    assert caught.value.exit_code == 1
+    assert executor.started == ["a", "bad"]
+    assert statuses(tmp_path) == {"a": "complete", "bad": "failed", "after": "blocked", "apart": "blocked"}
+    assert read_state(tmp_path)["stages"]["bad"]["error"] == "it cannot be; mend it"
+    assert not (tmp_path / "bad").exists()
+
+
+def test_keep_going_runs_what_does_not_need_the_failed_stage(tmp_path):
+    with pytest.raises(StageFailed):
+        run(compiled(BROKEN, tmp_path), keep_going=True)
+    assert statuses(tmp_path) == {"a": "complete", "bad": "failed", "after": "blocked", "apart": "complete"}
+
+
+def test_after_the_mend_only_the_rest_runs(tmp_path):
+    with pytest.raises(StageFailed):
+        run(compiled(BROKEN, tmp_path))
+    assert ran(compiled({**BROKEN, "bad": stage(model="${a.out}")}, tmp_path)) == ["bad", "after", "apart"]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)stage a has a bug:.*Traceback.*ZeroDivisionError: a bug"):
+        run(compiled({"a": stage(fail="bug")}, tmp_path))
+    assert read_state(tmp_path)["stages"]["a"]["error"] == "ZeroDivisionError: a bug"
+
+
+def test_a_lost_process_is_tried_again_as_often_as_the_stage_says(tmp_path):
+    stages = {"a": stage(value=1, retries=2)}
+    executor = Inline(lost={"a": 2})
+    assert run(compiled(stages, tmp_path / "x"), executor) == {"a": "complete"}
+    assert executor.started == ["a"] * 3
+    with pytest.raises(StageFailed, match="SIGKILL"):
+        run(compiled(stages, tmp_path / "y"), Inline(lost={"a": 3}))
+
+
+def test_a_clear_error_is_not_tried_again(tmp_path):
+    executor = Inline()
+    with pytest.raises(StageFailed):
+        run(compiled({"a": stage(fail="mend it", retries=5)}, tmp_path), executor)
+    assert executor.started == ["a"]
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_of_stages_takes_the_others_as_they_are(tmp_path):
+    pipeline = compiled(CHAIN, tmp_path)
+    ran(pipeline)
+    changed = compiled({**CHAIN, "a": stage(value=7), "b": stage(model="${a.out}", value=8)}, tmp_path)
+    assert ran(changed, within=frozenset({"b"})) == ["b"]  # a is of another value, and that is not looked at
+    assert weights(tmp_path, "b") == "(8.0(1.0))"
+
+
+def test_a_choice_needs_the_others_complete(tmp_path):
+    with pytest.raises(InputError, match=r"stages\.a is not complete, and the choice leaves it out"):
+        run(compiled(CHAIN, tmp_path), within=frozenset({"b"}))
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
+
+
+def conditional(value: float) -> dict:
+    return {
+        "a": stage(value=value),
+        "more": stage(model="${a.out}", when="${a.summary.value} < 5"),
+        "then": stage(model="${more.out}"),
+        "all": stage(models=["${a.out}", "${more.out}", "${then.out}"]),
+    }
+
+
+def test_a_condition_that_holds_runs_the_stage(tmp_path):
+    assert set(run(compiled(conditional(1), tmp_path)).values()) == {"complete"}
+    assert weights(tmp_path, "all") == "(0.0(1.0)(0.0(1.0))(0.0(0.0(1.0))))"
+
+
+def test_what_is_not_needed_leaves_lists_and_takes_single_users_along(tmp_path):
+    found = run(compiled(conditional(6), tmp_path))
+    assert found == {"a": "complete", "more": "not needed", "then": "not needed", "all": "complete"}
+    assert weights(tmp_path, "all") == "(0.0(6.0))"
+
+
+def test_a_summary_of_another_stage_becomes_an_option_with_its_type(tmp_path):
+    stages = {"a": stage(value=2.5), "b": stage(value="${a.summary.nested.list.1}")}
+    run(compiled(stages, tmp_path))
+    assert weights(tmp_path, "b") == "(2.5)"
+    assert ran(compiled({**stages, "a": stage(value=3.5)}, tmp_path)) == ["a", "b"]
+
+
+def test_a_summary_that_is_not_there_fails_the_stage_with_the_key(tmp_path):
+    with pytest.raises(StageFailed, match="there is no 'valeu'; did you mean 'value'"):
+        run(compiled({"a": stage(), "b": stage(value="${a.summary.valeu}")}, tmp_path))
+
+
+# --- several at once --------------------------------------------------------------------------------------------------
+
+
+def test_independent_stages_run_side_by_side_up_to_the_number_of_jobs(tmp_path):
+    stages = {"m": stage(matrix={"value": [1, 2, 3, 4]}), "end": stage(models="${m.out}")}
+    executor = Inline(jobs=3)
+    run(compiled(stages, tmp_path), executor)
+    assert executor.most == 3
+    assert weights(tmp_path, "end") == "(0.0(1)(2)(3)(4))".replace("(1)(2)(3)(4)", "(1.0)(2.0)(3.0)(4.0)")
+
+
+def test_an_interrupt_leaves_a_state_that_says_so(tmp_path):
+    class Interrupting(Inline):
+        def poll(self, seconds):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(compiled(CHAIN, tmp_path), Interrupting())
+    state = read_state(tmp_path)
+    assert state["status"] == "interrupted"
+    assert state["stages"]["a"]["status"] == "interrupted"
+    assert ran(compiled(CHAIN, tmp_path)) == ["a", "b", "c"]
