@@ -6,21 +6,11 @@ import pytest
 
 from gemma2.configs import recipes
 from gemma2.posttrain import schemas
+from gemma2.posttrain.commands import COMMANDS
 from gemma2.posttrain.config import Config, load_yaml, resolve
-from gemma2.posttrain.quickstart import chapters
+from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+from gemma2.posttrain.schemas import EvalConfig
 
-SCHEMA_OF = {
-    "eval": schemas.EvalConfig,
-    "generate": schemas.GenerateConfig,
-    "pareto": schemas.ParetoConfig,
-    "quickstart": schemas.QuickstartConfig,
-    "reward": schemas.RewardConfig,
-    "reward pairs": schemas.PairsConfig,
-    "rlhf": schemas.RlhfConfig,
-    "sft": schemas.SftConfig,
-    "tiny": schemas.TinyConfig,
-    "warp": schemas.WarpConfig,
-}
 RECIPES = recipes()
 
 
@@ -29,6 +19,10 @@ def command_of(path: Path) -> str:
     command, colon, purpose = first.removeprefix("# gemma2 ").partition(":")
     assert first.startswith("# gemma2 ") and colon and purpose.strip(), f"{path.name}: first line {first!r}"
     return command
+
+
+def schema_of(command: str) -> type[Config]:
+    return EvalConfig if command == "eval" else COMMANDS[command].schema
 
 
 def required_of(schema: type[Config]) -> dict[str, str]:
@@ -41,9 +35,9 @@ def test_the_folder_holds_recipes_and_nothing_else():
     assert names - {"__init__.py", "__pycache__"} == {path.name for path in RECIPES.values()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) != "pipeline"])
 def test_a_recipe_resolves_with_the_schema_of_its_command(name):
-    schema = SCHEMA_OF[command_of(RECIPES[name])]
+    schema = schema_of(command_of(RECIPES[name]))
     given = load_yaml(RECIPES[name])
     assert given, "a recipe that sets nothing"
     missing = {key: value for key, value in required_of(schema).items() if key not in given}
@@ -52,10 +46,12 @@ def test_a_recipe_resolves_with_the_schema_of_its_command(name):
         assert resolved.model_dump(mode="json")[key] == value, f"{name}: {key}"
 
 
-@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) == "quickstart"])
-def test_every_section_of_a_quickstart_recipe_resolves(name):
-    config = resolve(schemas.QuickstartConfig, file=RECIPES[name])
-    steps = {chapter.step.command.split()[-1]: chapter.step.config for chapter in chapters(config, Path("out"))}
-    for section, step in steps.items():
-        for key, value in getattr(config, section, {}).items():
-            assert step.model_dump(mode="json")[key] == value, f"{section}.{key}"
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) == "pipeline"])
+def test_every_stage_of_a_pipeline_resolves_with_the_schema_of_its_command(name, tmp_path):
+    pipeline = compile_pipeline(read_pipeline(RECIPES[name]), tmp_path)
+    for stage in pipeline.stages.values():
+        resolved = stage.config().model_dump(mode="json")
+        given = {key: value for key, value in stage.options.items() if value is not None}
+        for key, value in given.items():
+            found = resolved[key]
+            assert found == value or found == [value] or (isinstance(found, list) and list(value) == found), key

@@ -102,8 +102,8 @@ def check_pipeline(
             promised[stage.out] = Promise(stage.kind.makes)
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
-        config = located(config)
         try:
+            config = located(config)
             check_inputs(config, places)
             check_merge(config, places)
         except UsageError as error:
