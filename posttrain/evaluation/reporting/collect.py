@@ -1,8 +1,8 @@
-"""Reads a finished output of `gemma2 warp` or `gemma2 quickstart` into plain records, for the report. Torch-free.
+"""Reads an output into plain records for the report: of a pipeline, of WARP, of one command. Torch-free.
 
-Every gemma2.json below the directory is a stage; a hidden `.NAME.partial` with a run.json is one that did not finish.
-What is missing or unreadable becomes a gap with a sentence, never an exception: a report of a failed run is needed
-most.
+Every gemma2.json below the directory is a stage; a hidden `.NAME.partial` with a run.json is one that did not finish;
+pipeline.json adds the stages that never began, and why. What is missing or unreadable becomes a gap with a sentence,
+never an exception: a report of a failed run is needed most.
 """
 
 from __future__ import annotations
@@ -17,35 +17,49 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import MANIFEST, digest_weights, read_manifest, weight_files
+from gemma2.merging.outputs import MANIFEST, STATE, digest_weights, partial_path, read_manifest, weight_files
+
+from .fronts import Front, choose_front, read_front, read_lines
 
 __all__ = ["Collected", "Stage", "collect", "name_of"]
 
 PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")
-# Commands in the order of the work, and what a finished quickstart holds.
+PIPELINE = "pipeline.json"
+RESUME_STATE = {"checkpoints", "ema"}
+# Commands in the order of the work, for stages that ended in the same second.
 WORK = (
     *("tiny", "generate", "filter", "sft", "distill", "reward pairs", "reward"),
-    *("rlhf", "merge slerp", "merge liti", "pareto", "warp"),
+    *("rlhf", "merge slerp", "merge liti", "pareto", "pick"),
 )
-QUICKSTART = ("models", "data", "clean", "sft", "distilled", "pairs", "reward", "warp")
+NAMED = 6  # stages that a gap names; of more it tells the number
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command's output. `name` is its path below the report's directory; "." is the directory itself."""
+    """One command's output, or a stage that has none yet. `name` is its path below the report's directory; "." is the
+    directory itself. `record` is its entry in pipeline.json."""
 
     name: str
     path: Path
     manifest: Mapping[str, Any]
     weights: str | None = None  # "blake3:..." of its own weights
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
-        return str(self.manifest.get("command", ""))
+        return str(self.manifest.get("command") or self.record.get("command") or "")
 
     @property
     def status(self) -> str:
-        return str(self.manifest.get("status", "unfinished"))
+        """Of its own manifest where that is complete, else what the pipeline knows."""
+        own = str(self.manifest.get("status", "unfinished" if self.manifest else "missing"))
+        told = str(self.record.get("status") or "")
+        return own if own == "complete" or told in ("", "complete") else told
+
+    @property
+    def error(self) -> str:
+        """The line with which it failed."""
+        return str(self.record.get("error") or "").removeprefix("error: ")
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -77,16 +91,17 @@ class Collected:
     """Everything that the report shows, and the gaps: what is missing, in sentences."""
 
     root: Path
+    title: str
     stages: Sequence[Stage]
-    front: Mapping[str, Any]  # front.json, or empty
+    fronts: Sequence[Front]  # of every measurement, in the order of the work
+    front: Front  # the one with the most points; without points where there is none
     samples: Sequence[Mapping[str, Any]]  # samples.jsonl of the front
     curves: Mapping[str, Sequence[Mapping[str, Any]]]  # RL run -> metrics.jsonl with "iteration"
-    merges: Mapping[str, Stage]  # name -> SLERP stage
     gaps: Sequence[str] = field(default_factory=tuple)
 
-    def find(self, *commands: str) -> Stage | None:
-        """The first stage of one of these commands."""
-        return next((stage for stage in self.stages if stage.command in commands), None)
+    def of(self, *commands: str) -> list[Stage]:
+        """The stages of these commands."""
+        return [stage for stage in self.stages if stage.command in commands]
 
 
 def name_of(text: str) -> str:
@@ -94,51 +109,64 @@ def name_of(text: str) -> str:
     return PARTIAL.sub(r"\1\2", text)
 
 
-def collect(root: Path) -> Collected:
-    """Read the directory. Raises InputError when no gemma2 command wrote anything into it."""
+def collect(directory: Path) -> Collected:
+    """Read a directory, or where it is not there yet the one in which it is being made.
+
+    Raises InputError when no gemma2 command wrote anything into it.
+    """
+    root = directory if directory.is_dir() else partial_path(directory)
     if not root.is_dir():
-        raise InputError(f"{root} is not a directory", "give the output of gemma2 warp or gemma2 quickstart")
+        raise InputError(f"{directory} is not a directory", "give the output of a gemma2 command or pipeline")
     gaps: list[str] = []
-    stages = sorted(find_stages(root, gaps), key=order)
+    records = read_records(root, gaps)
+    place = {name: i for i, name in enumerate(records)}
+    found = with_records(root, latest(find_stages(root, gaps)), records)
+    stages = sorted(found, key=lambda stage: order(stage, place))
     if not stages:
-        raise InputError(f"{root} holds no output of a gemma2 command", "give the output of gemma2 warp or quickstart")
-    gaps += [f"{s.name} did not finish (status {s.status})" for s in stages if s.status != "complete"]
-    gaps += missing_stages(stages)
-    fronts = [stage for stage in stages if (stage.path / "front.json").is_file()]
-    if not fronts:
+        raise InputError(f"{directory} holds no output of a gemma2 command", "give the output of a command or pipeline")
+    gaps += troubles(stages)
+    measured = [stage for stage in stages if stage.command == "pareto" or (stage.path / "front.json").is_file()]
+    every = [read_front(stage.name, stage.path, gaps) for stage in measured if stage.manifest]
+    fronts = [front for front in every if front.points]
+    front = choose_front(fronts)
+    if not front.points and (len(stages) > 1 or measured):
         gaps.append("there is no front: no policy was measured (gemma2 pareto)")
-    front = read_front(fronts[-1].path, gaps) if fronts else {}
     return Collected(
         root=root,
+        title=name_of(root.resolve().name),
         stages=stages,
+        fronts=fronts,
         front=front,
-        samples=read_lines(fronts[-1].path / "samples.jsonl", gaps) if fronts else [],
-        curves={stage.name: read_curve(stage, gaps) for stage in stages if stage.command == "rlhf"},
-        merges={stage.name: stage for stage in stages if "slerp" in stage.command},
+        samples=read_lines(front.path / "samples.jsonl", f"{front.name}/samples.jsonl", gaps) if front.points else [],
+        curves={stage.name: read_curve(stage, gaps) for stage in stages if stage.command == "rlhf" and stage.manifest},
         gaps=gaps,
     )
 
 
-def order(stage: Stage) -> tuple[str, int, str]:
-    """By end, a collection after what it holds: stages read in the order of the work."""
+def order(stage: Stage, place: Mapping[str, int]) -> tuple[str, int, int, int, str]:
+    """By end; those that ended in the same second in the order of the work; what never ended as the pipeline has it."""
+    ended = str(stage.manifest.get("ended") or "")
     rank = WORK.index(stage.command) if stage.command in WORK else len(WORK)
-    return str(stage.manifest.get("ended") or "~"), rank, stage.name
+    return ended or "~", 0 if ended else place.get(stage.name, len(place)), stage.iteration or 0, rank, stage.name
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
 
 
 def find_stages(root: Path, gaps: list[str]) -> Iterator[Stage]:
     """Every directory with a manifest, and every interrupted run."""
     for folder, children, files in os.walk(root):
         path = Path(folder)
-        hidden = [c for c in children if c.startswith(".") and not PARTIAL.search(c)]
-        children[:] = sorted(set(children) - set(hidden) - {"checkpoints", "ema"})
+        hidden = {child for child in children if child.startswith(".") and not PARTIAL.search(child)}
+        children[:] = sorted(set(children) - hidden - RESUME_STATE)
         name = name_of(path.relative_to(root).as_posix())
         try:
             if MANIFEST in files:
                 yield Stage(name, path, read_manifest(path) or {}, own_weights(path))
-            elif "run.json" in files and PARTIAL.search(path.name):
-                state = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            elif STATE in files and PARTIAL.search(path.name):
+                state = json.loads((path / STATE).read_text(encoding="utf-8"))
                 yield Stage(name, path, {**state, "status": "unfinished"} if isinstance(state, dict) else {})
-        except (InputError, ValueError) as error:
+        except (InputError, OSError, ValueError) as error:
             gaps.append(f"{name} cannot be read ({error})")
 
 
@@ -147,68 +175,60 @@ def own_weights(path: Path) -> str | None:
     return digest_weights(path) if weight_files(path) else None
 
 
-def missing_stages(stages: Sequence[Stage]) -> list[str]:
-    """What the configuration of a quickstart or a WARP run promises and the directory does not hold."""
-    names = {stage.name for stage in stages}
-    missing = []
+def latest(stages: Iterator[Stage]) -> dict[str, Stage]:
+    """By name; a complete output counts more than the attempt at another that lies beside it."""
+    found: dict[str, Stage] = {}
     for stage in stages:
-        prefix = "" if stage.name == "." else f"{stage.name}/"
-        if stage.command == "quickstart":
-            missing += [f"{prefix}{name} is missing" for name in QUICKSTART if f"{prefix}{name}" not in names]
-        if stage.command == "warp":
-            wanted = expected_of_warp(stage.config)
-            missing += [f"{prefix}{name} is missing" for name in wanted if f"{prefix}{name}" not in names]
-    return missing
+        if stage.name not in found or found[stage.name].status != "complete":
+            found[stage.name] = stage
+    return found
 
 
-def expected_of_warp(config: Mapping[str, Any]) -> list[str]:
-    """The outputs of a WARP run with this configuration."""
-    iterations, policies = (config.get(key) for key in ("iterations", "policies"))
-    if not isinstance(iterations, int) or not isinstance(policies, int):
-        return []
-    inside = [*(f"policy-{m}" for m in range(1, policies + 1)), "slerp", "init"]
-    return [f"iteration-{i}/{name}" for i in range(1, iterations + 1) for name in inside] + ["front", "model"]
-
-
-def read_front(directory: Path, gaps: list[str]) -> Mapping[str, Any]:
-    """front.json with its usable points; empty when it cannot be read."""
+def read_records(root: Path, gaps: list[str]) -> Mapping[str, Mapping[str, Any]]:
+    """The stages of pipeline.json by name; none where there is no such file, or it cannot be read."""
     try:
-        front = json.loads((directory / "front.json").read_text(encoding="utf-8"))
-        points = [p for p in front["points"] if isinstance(p, dict) and {"name", "kind", "kl", "reward"} <= p.keys()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        gaps.append(f"{directory.name}/front.json cannot be read ({error})")
+        stages = json.loads((root / PIPELINE).read_text(encoding="utf-8"))["stages"]
+        return {str(name): record for name, record in stages.items() if isinstance(record, Mapping)}
+    except FileNotFoundError:
         return {}
-    if not points:
-        gaps.append(f"{directory.name}/front.json holds no point")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        gaps.append(f"{PIPELINE} cannot be read ({type(error).__name__})")
         return {}
-    return {**front, "points": points}
 
 
-def read_lines(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; torn lines are counted and left out."""
-    if not path.is_file():
-        gaps.append(f"{path.parent.name}/{path.name} is missing")
-        return []
-    rows, torn = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
+def with_records(root: Path, stages: Mapping[str, Stage], records: Mapping[str, Mapping[str, Any]]) -> Iterator[Stage]:
+    """The stages with what the pipeline knows of them, and those that have no output."""
+    for stage in stages.values():
+        yield Stage(stage.name, stage.path, stage.manifest, stage.weights, records.get(stage.name, {}))
+    for name in records.keys() - stages.keys():
+        yield Stage(name, root / name, {}, None, records[name])
+
+
+def troubles(stages: Sequence[Stage]) -> Iterator[str]:
+    """What is not complete, in sentences: one each for what went wrong, one for all that waits for it."""
+    waiting: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.status in ("complete", "not needed"):
+            continue
+        if stage.status in ("waiting", "blocked", "running"):
+            waiting.setdefault(stage.status, []).append(stage.name)
+        elif stage.error:
+            yield f"{stage.name} {stage.status}: {stage.error}"
+        elif stage.status in ("failed", "missing"):
+            yield f"{stage.name} {'failed' if stage.status == 'failed' else 'is missing'}"
         else:
-            torn += 1
-    if torn:
-        gaps.append(f"{path.parent.name}/{path.name} has {torn} unreadable lines")
-    return rows
+            yield f"{stage.name} did not finish (status {stage.status})"
+    for status, names in waiting.items():
+        why = {"waiting": "waiting for its turn", "blocked": "not begun, since something before it failed"}
+        told = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        yield f"{why.get(status, status)}: {told}"
 
 
 def read_curve(stage: Stage, gaps: list[str]) -> list[dict[str, Any]]:
     """The metrics of an RL run: a training line has `reward`, an evaluation `heldout_reward` and `kl`, so that one
     metric never mixes training with held-out prompts."""
     rows = []
-    for row in read_lines(stage.path / "metrics.jsonl", gaps):
+    for row in read_lines(stage.path / "metrics.jsonl", f"{stage.name}/metrics.jsonl", gaps):
         if isinstance(row.get("step"), int):
             evaluation = row.get("kind") == "eval"
             renamed = {"heldout_reward" if evaluation and key == "reward" else key: row[key] for key in row}

@@ -46,10 +46,14 @@ def merge_words(stage: Stage, out: Path) -> list[str]:
     words = ["gemma2", *stage.command.split(), *(path for role, path in places if role != "base")]
     words += [word for role, path in places if role == "base" for word in ("--base", path)]
     for key, value in stage.config.items():
-        if key in ("method", "seed") or value in (None, [], DEFAULT_GRANULARITY):
+        if key == "method" or value in (None, [], DEFAULT_GRANULARITY) or (key, value) == ("seed", 0):
             continue
-        text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
-        words += [f"--{MERGE_FLAGS.get(key, key)}", text]
+        flag = MERGE_FLAGS.get(key, key)
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+            words += [f"--{flag}", text]
     return words
 
 

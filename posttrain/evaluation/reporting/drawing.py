@@ -39,6 +39,7 @@ FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',Arial,sans-serif
 LETTER, SMALL = 8.3, 7.1
 PAD, MARK, LINE, TALL = 11.0, 19.0, 30.0, 46.0  # inside a box, for the mark, height of a box of one and two lines
 WIDEST, NARROW_WIDTH, MARGIN = 30, 360.0, 3.0  # letters of a name, width of the narrow form, around everything
+SMALLEST = 0.6  # of its size, to which a page may shrink a wide graph before it scrolls
 FRAMED = {False: 5, True: 3}  # parallel copies from which on they share a frame, by `narrow`
 ACROSS, GAP = 4, 10.0  # boxes side by side in a frame, and between them
 PITCH, ALL_LANES, REACH = 13.0, 120.0, 14.0  # of lanes: distance, limit for all, from the nearest to the boxes
@@ -265,7 +266,7 @@ def document(scene: Scene, page: str | None, count: int, linked: bool) -> str:
     width, height = scene.width + 2 * MARGIN, scene.height + 2 * MARGIN
     view = f'viewBox="{short(-MARGIN)} {short(-MARGIN)} {short(width)} {short(height)}"'
     if page:  # as wide as the page, but never blown up; a graph too wide to be read is scrolled
-        size = f'class="figure dag" style="max-width:{short(width)}px;min-width:min({short(0.72 * width)}px,62rem)"'
+        size = f'class="figure dag" style="max-width:{short(width)}px;min-width:min({short(SMALLEST * width)}px,62rem)"'
         size = size if scene.width > NARROW_WIDTH else 'class="figure dag"'
     else:
         size = f'width="{short(width)}" height="{short(height)}"'

@@ -1,4 +1,4 @@
-"""Figures of a WARP run: the KL-reward front, angles per layer, training curves. PNG, SVG and SVG for a web page.
+"""Figures of a WARP run: the KL-reward front and training curves. PNG, SVG and SVG for a web page.
 
 Colour tells the iteration (Okabe-Ito, safe for colour-blind readers), shape tells what a point is, and what matters is
 labelled where it lies, so that a figure reads in print without its colours. Matplotlib is imported on first use and
@@ -18,10 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .textplot import front_text, off_chart
+from .textplot import front_text, line_labels, off_chart
 from .values import start_of, title_of
 
-__all__ = ["angles_figure", "curves_figure", "front_figure", "front_text", "page_svg", "write_figure"]
+__all__ = ["curves_figure", "front_figure", "front_text", "page_svg", "write_figure"]
 
 Point = Mapping[str, Any]
 
@@ -29,7 +29,9 @@ INK, MUTED, GRID, PAPER = "#1d232e", "#5c6675", "#dfe3e8", "#ffffff"
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f4fc9")
 # What a page may recolour: hex in the figure -> CSS variable.
 THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
-SHADES = ("#f4f7fa", "#a9cfe8", "#3a88bd", "#08477a", "#04203a")  # 0 to 120 degrees, in one hue
+SHADES = ("#f4f7fa", "#a9cfe8", "#3a88bd", "#08477a", "#04203a")  # of heat maps: one hue, light to dark
+FAINT = 0.18  # opacity of lines that a label may cover
+MANY = 12  # RL runs beyond which they are drawn smaller and without error bars
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -80,7 +82,7 @@ def styled() -> Any:
 
 
 def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
-    """Reward over KL to the SFT policy: points with error bars, the eta line joined, RL trajectories faint.
+    """Reward over KL to the SFT policy: points with error bars, every iteration's eta line joined, RL runs faint.
 
     points: as in front.json. Returns a matplotlib Figure.
     """
@@ -91,8 +93,9 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
         away = off_chart(measured)
         measured = [point for point in measured if point not in away]
         draw_lines(axis, measured)
+        crowded = sum(point["kind"] == "policy" for point in measured) > MANY
         for point in measured:
-            draw_point(axis, point)
+            draw_point(axis, point, crowded and point["kind"] == "policy")
         axis.set_xlabel(f"KL to the {start_of(points)} policy (nats per sequence)")
         axis.set_ylabel("reward on held-out prompts")
         axis.margins(0.09)
@@ -108,12 +111,14 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
 
 def draw_trajectories(axis: Any, points: Sequence[Point]) -> None:
     """The path of each RL run, thin."""
-    for name in dict.fromkeys(point.get("run") for point in points):
+    names = dict.fromkeys(point.get("run") for point in points)
+    alpha = 0.45 if len(names) <= MANY else FAINT
+    for name in names:
         path = sorted((p for p in points if p.get("run") == name), key=lambda p: p.get("step", 0))
         colour = hue(path[0].get("iteration"))
-        axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=colour, lw=0.9, alpha=0.45, zorder=1)
+        axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=colour, lw=0.9, alpha=alpha, zorder=1)
         axis.plot(
-            [p["kl"] for p in path], [p["reward"] for p in path], ".", color=colour, ms=3, alpha=0.45, mew=0, zorder=1
+            [p["kl"] for p in path], [p["reward"] for p in path], ".", color=colour, ms=3, alpha=alpha, mew=0, zorder=1
         )
 
 
@@ -125,33 +130,49 @@ def draw_lines(axis: Any, points: Sequence[Point]) -> None:
         axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=hue(iteration), lw=2.2, zorder=2)
 
 
-def draw_point(axis: Any, point: Point) -> None:
-    """One point with its standard errors; hollow where a point of the front has no more to say than its line."""
-    kind, colour = point["kind"], hue(point.get("iteration"))
-    if kind == "base":
-        colour = MUTED
-    size = {"line": 4.5, "policy": 5.5, "sft": 8.0}.get(kind, 7.5)
+def draw_point(axis: Any, point: Point, small: bool = False) -> None:
+    """One point with its 95 % intervals (standard errors where there are none); hollow where it lies on a line.
+
+    small: without bars, for one of many.
+    """
+    kind, colour = point["kind"], MUTED if point["kind"] == "base" else hue(point.get("iteration"))
+    size = {"line": 4.5, "policy": 3.5 if small else 5.5, "sft": 8.0}.get(kind, 7.5)
     axis.errorbar(
         point["kl"],
         point["reward"],
-        xerr=point.get("kl_se") or None,
-        yerr=point.get("reward_se") or None,
+        xerr=None if small else reach(point, "kl"),
+        yerr=None if small else reach(point, "reward"),
         fmt=MARKERS.get(kind, "o"),
         ms=size,
         color=colour,
         mfc=PAPER if kind in ("policy", "line") else colour,
         mec=colour,
-        mew=1.5,
+        mew=1.0 if small else 1.5,
         ecolor=colour,
         elinewidth=0.9,
         zorder=3 if kind in ("line", "policy") else 4,
     )[0].set_gid(f"tip:{point_tip(point)}")
 
 
+def reach(point: Point, key: str) -> Any:
+    """How far the error bar goes: down and up to the interval, or one standard error to both sides."""
+    ends = [point.get(f"{key}_low"), point.get(f"{key}_high")]
+    if any(end is None for end in ends):
+        return point.get(f"{key}_se") or None
+    return [[max(0.0, point[key] - ends[0])], [max(0.0, ends[1] - point[key])]]
+
+
 def point_tip(point: Point) -> str:
     """What hovering over a point says."""
-    errors = {key: f" ± {point[f'{key}_se']:.3g}" if point.get(f"{key}_se") else "" for key in ("reward", "kl")}
-    return f"{point['name']}: reward {point['reward']:.3f}{errors['reward']}, KL {point['kl']:.2f}{errors['kl']} nats"
+    return f"{point['name']}: reward {figure_of(point, 'reward', 3)}, KL {figure_of(point, 'kl', 2)} nats"
+
+
+def figure_of(point: Point, key: str, digits: int) -> str:
+    """A value with its interval, or its standard error."""
+    low, high = point.get(f"{key}_low"), point.get(f"{key}_high")
+    if low is not None and high is not None:
+        return f"{point[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{point[key]:.{digits}f}" + (f" ± {point[f'{key}_se']:.3g}" if point.get(f"{key}_se") else "")
 
 
 def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
@@ -167,33 +188,33 @@ def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
     if any(point["kind"] == "trajectory" for point in points):
         entries.append(Line2D([], [], color=MUTED, lw=0.9, alpha=0.6, marker=".", ms=4, label="during RL"))
     iterations = sorted({p["iteration"] for p in points if p.get("iteration")})
-    entries += [Line2D([], [], color=hue(i), lw=5, label=f"iteration {i}") for i in iterations]
+    entries += [Line2D([], [], color=hue(i), lw=5, solid_capstyle="butt", label=f"iteration {i}") for i in iterations]
     figure.legend(
         handles=entries, loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, labelcolor=MUTED,
         handletextpad=0.5, columnspacing=1.3, borderaxespad=0.2,
     )  # fmt: skip
 
 
-def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, bool]]:
-    """(point, text, important) for what is worth a label: ends, merges, etas, the best single RL run, other models."""
+def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, int]]:
+    """(point, text, rank) for what is worth a label, the most important (0) first: ends, merges and lines by their
+    iteration; the best single RL run (1); other models, and the etas of the last line (2)."""
     runs = [point for point in points if point["kind"] == "policy" and point.get("iteration")]
     first = min((point["iteration"] for point in runs), default=None)
     single = [point for point in runs if point["iteration"] == first]  # what RL alone gives
     best = max(single, key=lambda point: point["reward"], default=None)
-    chosen: list[tuple[Point, str, bool]] = []
+    chosen: list[tuple[Point, str, int]] = []
     for point in points:
-        kind, eta = point["kind"], point.get("eta")
+        kind = point["kind"]
         if kind in ("base", "sft"):
-            chosen.append((point, title_of(point), True))
+            chosen.append((point, title_of(point), 0))
         elif kind in ("slerp", "liti"):
-            chosen.append((point, f"{KIND_NAMES[kind]} {point.get('iteration') or ''}".strip(), True))
-        elif kind == "line" and eta not in (0, 1):
-            chosen.append((point, f"η {eta:g}", False))
+            chosen.append((point, f"{KIND_NAMES[kind]} {point.get('iteration') or ''}".strip(), 0))
         elif point is best:
-            chosen.append((point, "best RL", True))
+            chosen.append((point, "best RL", 1))
         elif kind == "policy" and not point.get("iteration"):
-            chosen.append((point, str(point["name"]), False))
-    return sorted(chosen, key=lambda item: not item[2])
+            chosen.append((point, str(point["name"]), 2))
+    chosen += [(point, text, 2 if text[0] == "η" else 0) for point, text in line_labels(points)]
+    return sorted(chosen, key=lambda item: item[2])
 
 
 def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
@@ -203,12 +224,12 @@ def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
     place = [axis.transData.transform((point["kl"], point["reward"])) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in [*place, *along_lines(axis)]]
     frame = axis.get_window_extent(renderer)
-    for point, text, important in labels_of(points):
+    for point, text, rank in labels_of(points):
         colour = MUTED if point["kind"] == "base" else hue(point.get("iteration"))
         for dx, dy, across, up in offsets():
             label = axis.annotate(
                 text, (point["kl"], point["reward"]), (dx, dy), textcoords="offset points", ha=across, va=up,
-                color=colour, fontsize=9 if important else 8, fontweight="bold" if important else "normal", zorder=5,
+                color=colour, fontsize=9 if rank < 2 else 8, fontweight="bold" if rank < 2 else "normal", zorder=5,
             )  # fmt: skip
             box = label.get_window_extent(renderer)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
@@ -221,7 +242,7 @@ def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
 def along_lines(axis: Any) -> list[tuple[float, float]]:
     """Places every few dots along every line and error bar, in display coordinates: labels keep off them."""
     places = []
-    drawn = [line.get_xydata() for line in axis.get_lines()]
+    drawn = [line.get_xydata() for line in axis.get_lines() if (line.get_alpha() or 1.0) > FAINT]
     drawn += [segment for bars in axis.collections for segment in bars.get_segments()]
     for path in drawn:
         corners = axis.transData.transform(path)
@@ -245,57 +266,6 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-# --- angles ---------------------------------------------------------------------------------------------------------
-
-
-def angles_figure(merges: Mapping[str, Mapping[str, float | None]], narrow: bool = False) -> Any:
-    """Heat map of the angle between task vectors, in degrees: one cell per group (layer) and merge.
-
-    merges: name of the merge -> group -> degrees; None where an angle does not exist (a zero task vector).
-    """
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
-
-    names = list(merges)
-    groups = list(dict.fromkeys(group for angles in merges.values() for group in angles))
-    across, down = (names, groups) if narrow else (groups, names)
-    with styled():
-        size = (4.0, 1.1 + 0.27 * len(down)) if narrow else (7.6, 0.9 + 0.42 * len(down))
-        figure, (axis,) = new_figure(*size)
-        colours = LinearSegmentedColormap.from_list("angles", SHADES)
-        for x, first in enumerate(across):
-            for y, second in enumerate(down):
-                name, group = (first, second) if narrow else (second, first)
-                degrees = merges[name].get(group)
-                shade = min(1.0, max(0.0, (degrees or 0.0) / 120.0))
-                cell = Rectangle((x, y), 1, 1, fc=PAPER if degrees is None else colours(shade), ec=PAPER, lw=1.5)
-                cell.set_gid(f"tip:{name}, {group}: {'no angle' if degrees is None else f'{degrees:.1f} degrees'}")
-                axis.add_patch(cell)
-                if len(across) <= 14:
-                    text = "-" if degrees is None else f"{degrees:.0f}°"
-                    colour = MUTED if degrees is None else ("#fffffe" if shade > 0.45 else "#000001")
-                    axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5, color=colour)
-        finish_heat_map(axis, across, down)
-        (axis.set_ylabel if narrow else axis.set_xlabel)("layer", fontsize=8.5)
-        return figure
-
-
-def finish_heat_map(axis: Any, across: Sequence[str], down: Sequence[str]) -> None:
-    """Names along both sides, first row on top, no frame; long names are broken over lines."""
-    axis.set_xlim(0, len(across))
-    axis.set_ylim(len(down), 0)
-    size = 7.5 if len(across) > 14 else 8.5
-    axis.set_xticks(
-        [i + 0.5 for i in range(len(across))], [name.replace(" ", "\n", 1) for name in across], fontsize=size
-    )
-    axis.set_yticks([i + 0.5 for i in range(len(down))], down, fontsize=8.5)
-    axis.xaxis.tick_top()
-    axis.xaxis.set_label_position("top")
-    axis.tick_params(length=0)
-    axis.grid(visible=False)
-    axis.spines[:].set_visible(False)
-
-
 # --- curves ---------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +276,8 @@ def curves_figure(
 
     runs: name -> rows with `step`, the metrics, and `iteration`. metrics: key in the rows -> title of the panel.
     """
+    from matplotlib.lines import Line2D
+
     with styled():
         count = len(metrics)
         figure, axes = new_figure(4.0, 2.1 * count, count, 1) if narrow else new_figure(7.6, 2.7, 1, count)
@@ -319,8 +291,16 @@ def curves_figure(
                     continue
                 steps, heights = zip(*values, strict=True)
                 colour = hue(rows[0].get("iteration"))
-                axis.plot(steps, heights, color=colour, lw=0.7, alpha=0.25)
-                axis.plot(steps, smooth(heights), color=colour, lw=1.4, gid=f"tip:{name}")
+                if len(runs) <= MANY:
+                    axis.plot(steps, heights, color=colour, lw=0.7, alpha=0.25)
+                crowd = {"lw": 1.4} if len(runs) <= MANY else {"lw": 0.8, "alpha": 0.6}
+                axis.plot(steps, smooth(heights), color=colour, gid=f"tip:{name}", **crowd)
+        iterations = sorted({rows[0]["iteration"] for rows in runs.values() if rows and rows[0].get("iteration")})
+        if len(iterations) > 1:
+            figure.legend(
+                handles=[Line2D([], [], color=hue(i), lw=1.8, label=f"iteration {i}") for i in iterations],
+                loc="outside upper left", ncols=3 if narrow else 8, frameon=False, fontsize=8.5, labelcolor=MUTED,
+            )  # fmt: skip
         return figure
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a finished run: `gemma2 report`.
+"""One self-contained HTML page about a run, finished or not: `gemma2 report`.
 
 No network, no script, readable on a phone and in print, light and dark. Model output is untrusted: every value passes
 the template's escaping, and a content policy forbids the page to load anything.
@@ -6,14 +6,12 @@ the template's escaping, and a content policy forbids the page to load anything.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from gemma2.merging.errors import OutputError
-
-from . import sections
+from . import family, headline, sections
 from .collect import Collected, collect
-from .values import as_yaml, duration, number, short_hash
+from .files import write_text
+from .values import duration, number, short_hash
 
 __all__ = ["write_report"]
 
@@ -21,23 +19,12 @@ HERE = Path(__file__).parent
 
 
 def write_report(directory: Path, out: Path) -> Path:
-    """Write the page about `directory`, a warp or quickstart output, to the file `out`; returns `out`.
+    """Write the page about `directory`, the output of a pipeline or of a command, to the file `out`; returns `out`.
 
     Replaces an existing file in one rename. What is missing in the directory is said on the page.
     Raises InputError when nothing of ours is in `directory`, OutputError when `out` cannot be written.
     """
-    page = render(collect(directory))
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(page, encoding="utf-8")
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write --out {out} ({error.strerror})", "choose another --out") from error
-    return out
+    return write_text(out, render(collect(directory)))
 
 
 def render(found: Collected) -> str:
@@ -49,22 +36,24 @@ def render(found: Collected) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "duration": duration, "short": short_hash}
-    rows = sections.headline_rows(found)
+    rows = headline.headline_rows(found)
     return environment.get_template("report.html.j2").render(
         css=(HERE / "report.css").read_text(encoding="utf-8"),
-        title=found.root.resolve().name,
-        facts=sections.facts(found),
+        title=found.title,
+        facts=headline.facts(found),
         gaps=found.gaps,
-        verdict=sections.verdict(rows),
-        table=sections.table(rows),
+        verdict=headline.verdict(rows),
+        table=headline.table(rows),
+        best=headline.best_within(found.front),
+        areas=headline.areas(found),
+        points=headline.point_table(found),
         front=sections.front_figures(found),
-        front_facts=found.front,
-        points=[point for point in found.front.get("points", ()) if point["kind"] != "trajectory"],
         stages=sections.stage_list(found),
         angles=sections.angles(found),
         curves=sections.curves(found),
         samples=sections.side_by_side(found, rows),
-        lineage=sections.lineage(found),
-        configs=[(stage.name, as_yaml(stage.config)) for stage in found.stages if stage.config],
+        graph=family.family(found),
+        lineage=family.lineage(found),
+        configs=sections.settings(found),
         versions=sections.versions(found),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from .values import start_of, title_of
 
-__all__ = ["front_text", "off_chart"]
+__all__ = ["front_text", "line_labels", "off_chart"]
 
 Point = Mapping[str, Any]
 
@@ -91,6 +91,20 @@ def off_chart(points: Sequence[Point]) -> list[Point]:
     return [p for p in points if p["kind"] == "base" and (p["reward"] < floor or p["kl"] > limit)]
 
 
+def line_labels(points: Sequence[Point]) -> list[tuple[Point, str]]:
+    """What is written along the eta lines: the etas of the last one, and at the end of a line that has no SLERP point
+    there its iteration."""
+    lines = [point for point in points if point["kind"] == "line"]
+    last = max((point.get("iteration") or 0 for point in lines), default=0)
+    merged = {point.get("iteration") for point in points if point["kind"] == "slerp"}
+    labels = [(p, f"η {p['eta']:g}") for p in lines if (p.get("iteration") or 0) == last and p["eta"] not in (0, 1)]
+    for iteration in dict.fromkeys(point.get("iteration") for point in lines):
+        if iteration is not None and iteration not in merged:
+            end = max((p for p in lines if p.get("iteration") == iteration), key=lambda point: point["eta"])
+            labels.append((end, f"iteration {iteration}"))
+    return labels
+
+
 def front_text(points: Sequence[Point], width: int = 76) -> str:
     """The front as lines of at most `width` characters (50 or more): reward over KL, the line, every policy.
 
@@ -114,9 +128,8 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
             canvas.write(point, title_of(point), over_lines=True)
         elif point["kind"] in ("slerp", "liti"):
             canvas.write(point, f"{point['kind'].upper()} {point.get('iteration') or ''}".strip(), over_lines=True)
-    for point in shown:
-        if point["kind"] == "line" and point["eta"] not in (0, 1):
-            canvas.write(point, f"{point['eta']:g}")
+    for point, text in line_labels(shown):
+        canvas.write(point, text.removeprefix("η "), over_lines=not text.startswith("η"))
     notes = [f"off the chart: {title_of(p)}, reward {p['reward']:.3g} at KL {p['kl']:.3g}" for p in away]
     return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
 

@@ -1,22 +1,24 @@
 """Figures as documents: text is there, hostile names stay text, nothing leaves the page."""
 
+import re
 import xml.etree.ElementTree as ET
 
 import matplotlib
 import pytest
 
 from gemma2.posttrain.evaluation.reporting.figures import (
-    angles_figure,
     curves_figure,
     front_figure,
     front_text,
     overlap,
     page_svg,
+    reach,
     smooth,
     svg_text,
     write_figure,
 )
-from gemma2.posttrain.evaluation.reporting.textplot import off_chart
+from gemma2.posttrain.evaluation.reporting.layermaps import ANGLES, KEPT, layer_map
+from gemma2.posttrain.evaluation.reporting.textplot import line_labels, off_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -69,6 +71,30 @@ def test_the_front_of_any_number_of_policies_draws_without_overlapping_labels(po
     assert not any(overlap(a, b) for i, a in enumerate(corners) for b in corners[:i])
 
 
+def test_every_iteration_has_a_line_with_a_label():
+    points = [*warp_points(), *(point(f"2/eta {eta}", "line", 5 * eta, 0.4 + eta, 2, eta) for eta in (0, 0.5, 1))]
+    assert [text for _, text in line_labels(points)] == ["η 0.5", "iteration 2"]  # iteration 1 ends at its SLERP
+    svg = svg_text(front_figure(points))
+    assert {"SLERP 1", "iteration 2", "η 0.5"} <= set(texts(svg)) and "η 0.3" not in texts(svg)
+    assert "iteration 2" in front_text(points)
+
+
+def test_bars_are_intervals_where_they_are_known():
+    near = point("SFT", "sft", 0.0, 0.4, reward_low=0.3, reward_high=0.7, kl_low=0.0, kl_high=0.0)
+    assert reach(near, "reward") == [[pytest.approx(0.1)], [pytest.approx(0.3)]]
+    assert reach(near, "kl") == [[0.0], [0.0]]
+    assert reach(point("SFT", "sft", 0.0, 0.4), "reward") == 0.02
+    assert "SFT: reward 0.400 (0.300 to 0.700), KL 0.00 (0.00 to 0.00) nats" in svg_text(front_figure([near]))
+
+
+def test_of_many_runs_only_the_merges_keep_their_bars():
+    def bars(policies):
+        figure = front_figure(warp_points(policies))
+        return sum(len(bars.get_segments()) for bars in figure.axes[0].collections)
+
+    assert bars(16) < bars(12)
+
+
 def test_a_front_of_one_point_draws():
     assert "SFT" in texts(svg_text(front_figure([point("SFT", "sft", 0.0, 0.4, kl_se=None, reward_se=None)])))
 
@@ -81,7 +107,7 @@ def test_hovering_tells_name_and_figures():
 
 def test_hostile_names_stay_text():
     name = '<script>alert("$x$")</script>'
-    svg = page_svg(angles_figure({name: {"layer$0$&<b>": 80.0}}), "angles", f"{name}")
+    svg = page_svg(layer_map({name: {"layer$0$&<b>": 80.0}}, ANGLES), "angles", f"{name}")
     assert "<script" not in svg
     assert name in texts(svg)
     assert "layer$0$&<b>" in texts(svg)
@@ -114,15 +140,29 @@ def test_the_settings_of_matplotlib_are_left_alone(tmp_path):
 
 def test_the_heat_map_prints_degrees_and_marks_a_missing_angle():
     merges = {"SLERP 1": {"embedding": 81.4, "layer 0": None}, "SLERP 2": {"embedding": 12.0, "layer 0": 66.6}}
-    shown = texts(svg_text(angles_figure(merges)))
+    shown = texts(svg_text(layer_map(merges, ANGLES)))
     assert {"81°", "-", "12°", "67°", "embedding", "SLERP 2"} <= set(shown)
 
 
 def test_a_heat_map_of_many_layers_leaves_the_figures_to_the_tips():
     merges = {"SLERP 1": {f"layer {i}": 80.0 for i in range(42)}}
-    svg = svg_text(angles_figure(merges))
+    svg = svg_text(layer_map(merges, ANGLES))
     assert "80°" not in texts(svg)
     assert "SLERP 1, layer 41: 80.0 degrees" in [node.text for node in ET.fromstring(svg).iter(f"{SVG}title")]
+
+
+def test_a_heat_map_of_lengths_is_in_percent_and_tips_may_tell_more():
+    svg = svg_text(layer_map({"SLERP 1": {"0": 1.0}, "LERP 1": {"0": 0.7071}}, KEPT, tips={("LERP 1", "0"): "of <3>"}))
+    assert {"100", "71"} <= set(texts(svg))
+    assert "LERP 1, 0: 70.7 % kept, of <3>" in [node.text for node in ET.fromstring(svg).iter(f"{SVG}title")]
+
+
+def test_a_larger_value_is_darker():
+    fills = re.findall(
+        r"fill: (#[0-9a-f]{6}); stroke: #ffffff", svg_text(layer_map({"x": {"a": 10.0, "b": 90.0}}, ANGLES))
+    )
+    light = [sum(int(fill[i : i + 2], 16) for i in (1, 3, 5)) for fill in fills]
+    assert len(light) == 2 and light[0] > light[1]
 
 
 @pytest.mark.parametrize("narrow", [False, True])

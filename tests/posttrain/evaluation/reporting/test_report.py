@@ -7,13 +7,13 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from finished_run import Run, quickstart, warp
+from finished_run import Run, broken, front, quickstart, warp
 
 from gemma2.merging.errors import InputError, OutputError
-from gemma2.posttrain.evaluation.reporting.collect import collect, expected_of_warp, name_of
+from gemma2.posttrain.evaluation.reporting.collect import collect, name_of
 from gemma2.posttrain.evaluation.reporting.commands import command_of
 from gemma2.posttrain.evaluation.reporting.page import write_report
-from gemma2.posttrain.evaluation.reporting.sections import group_label, thinned
+from gemma2.posttrain.evaluation.reporting.sections import Group, group_label, thinned
 from gemma2.posttrain.evaluation.reporting.values import duration, number, rounded, with_error
 
 SECTIONS = ["result", "front", "answers", "stages", "angles", "curves", "lineage", "settings"]
@@ -131,6 +131,7 @@ def test_every_stage_has_its_command(page):
         "gemma2 tiny --out q/models",
         "gemma2 sft --learning-rate 0.001 --model q/models/student --data q/clean --epochs 3.0 --out q/sft",
         "gemma2 distill --model q/sft --teacher q/models/teacher --prompts q/models/prompts.jsonl --out q/distilled",
+        "gemma2 pick --front q/warp/front --out q/warp/model",
         "gemma2 rlhf --seed 1 --policy q/warp/iteration-1/init --prompts q/models/prompts.jsonl"
         " --out q/warp/iteration-2/policy-1",
         "gemma2 merge slerp q/warp/iteration-1/policy-1 q/warp/iteration-1/policy-2 --base q/sft"
@@ -143,9 +144,10 @@ def test_every_stage_has_its_command(page):
 
 def test_stages_come_in_the_order_of_the_work(finished):
     names = [stage.name for stage in collect(finished).stages]
+    names = [name for name in names if not name.startswith("models/")]
     assert names[:7] == ["models", "data", "clean", "sft", "distilled", "pairs", "reward"]
-    assert names[7:11] == [f"warp/iteration-1/{name}" for name in ("policy-1", "policy-2", "slerp", "init")]
-    assert names[-4:] == ["warp/front", "warp/model", "warp", "."]
+    assert names[7:12] == [f"warp/iteration-1/{name}" for name in ("policy-1", "policy-2", "slerp", "init", "front")]
+    assert names[-2:] == ["warp/front", "warp/model"]
     assert collect(finished).gaps == []
 
 
@@ -168,8 +170,10 @@ def test_figures_come_wide_and_narrow_and_described(page):
     labels = page[0].values("aria-label")
     assert len([label for label in labels if label.startswith("Reward over KL")]) == 2
     assert len([label for label in labels if label.startswith("Angle between")]) == 2
+    assert len([label for label in labels if label.startswith("Length kept")]) == 2
     assert len([label for label in labels if label.startswith("Reward, KL and length")]) == 2
-    assert "slerp: reward 0.500 ± 0.061, KL 2.25 ± 0.0675 nats" in page[0].text  # a tool tip without a script
+    assert len([label for label in labels if label.startswith("Graph of")]) == 2
+    assert "slerp: reward 0.500 (0.380 to 0.620), KL 2.25 (2.12 to 2.38) nats" in page[0].text  # a tip without a script
 
 
 def test_nothing_of_the_machine_is_on_the_page_but_what_the_user_named(page, finished):
@@ -191,6 +195,7 @@ def test_one_policy_has_no_angles_and_says_so(tmp_path):
 def test_sixteen_policies_render_and_stay_small(tmp_path):
     run = Run(tmp_path / "q")
     run.stage("sft", "sft")
+    run.stage("models/student", "tiny")
     warp(run, policies=16, iterations=1, steps=400)
     parsed, html = read(tmp_path / "q", tmp_path)
     assert "15 more runs of this iteration" in parsed.text
@@ -201,12 +206,13 @@ def test_sixteen_policies_render_and_stay_small(tmp_path):
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
-        ("warp/front", "No policy was measured"),
+        ("warp/front", "warp/front is missing"),
         ("warp/front/samples.jsonl", "No sample answers were kept"),
         ("warp/iteration-1/policy-2", "warp/iteration-1/policy-2 is missing"),
-        ("warp/iteration-1/policy-2/metrics.jsonl", "policy-2/metrics.jsonl is missing"),
+        ("warp/iteration-1/policy-2/metrics.jsonl", "warp/iteration-1/policy-2/metrics.jsonl is missing"),
         ("reward", "reward is missing"),
         ("warp", "No RL run with metrics is recorded here"),
+        ("warp", "No SLERP of two or more policies is recorded here"),
     ],
 )
 def test_what_is_missing_is_said(finished, plain, tmp_path, gone, said):
@@ -235,11 +241,15 @@ def test_an_interrupted_stage_is_shown_as_unfinished(finished, plain, tmp_path):
 def test_a_run_that_works_inside_a_partial_directory_reads_by_its_final_names(finished, tmp_path):
     root = copy(finished, tmp_path)
     (root / "warp").rename(root / ".warp.partial")
-    (root / ".warp.partial/gemma2.json").rename(root / ".warp.partial/run.json")
     found = collect(root)
     assert "warp/iteration-1/slerp" in [stage.name for stage in found.stages]
-    assert found.front["points"]
-    assert "warp did not finish (status unfinished)" in found.gaps
+    assert found.front.points and found.gaps == []
+
+
+def test_an_output_that_is_still_being_made_is_read_where_it_is_made(finished, tmp_path):
+    copy(finished, tmp_path).rename(tmp_path / ".q.partial")
+    found = collect(tmp_path / "q")
+    assert found.title == "q" and found.front.points
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"points": []}', '{"points": [{"name": "x"}]}', '{"points": 3}'])
@@ -247,7 +257,11 @@ def test_a_broken_front_is_a_gap(finished, plain, tmp_path, content):
     root = copy(finished, tmp_path)
     (root / "warp/front/front.json").write_text(content)
     parsed, _ = read(root, tmp_path)
-    assert "front.json" in parsed.text and "No policy was measured" in parsed.text
+    assert "warp/front/front.json" in parsed.text and "WARP 2" in parsed.text  # from the front of iteration 2
+    for path in root.glob("warp/iteration-*/front/front.json"):
+        path.unlink()
+    parsed, _ = read(root, tmp_path)
+    assert "there is no front" in parsed.text and "Chosen model, η = 0.8" in parsed.text
 
 
 def test_a_broken_manifest_and_torn_lines_are_gaps(finished, plain, tmp_path):
@@ -257,7 +271,7 @@ def test_a_broken_manifest_and_torn_lines_are_gaps(finished, plain, tmp_path):
         file.write('{"step": 41, "rew')
     parsed, _ = read(root, tmp_path)
     assert "reward cannot be read" in parsed.text
-    assert "policy-1/metrics.jsonl has 1 unreadable lines" in parsed.text
+    assert "warp/iteration-1/policy-1/metrics.jsonl has 1 unreadable line" in parsed.text
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
@@ -266,6 +280,146 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a directory"):
         write_report(tmp_path / "none", tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_interrupted_and_blocked_stages_are_told(tmp_path, plain):
+    parsed, html = read(broken(tmp_path / "w"), tmp_path)
+    text = parsed.text
+    assert "16 policies × 5 iterations" in text
+    assert "iteration-3/policy-2 failed: KL 201 nats passed --max-kl 200" in text
+    assert "iteration-3/policy-5 did not finish (status interrupted)" in text
+    assert "not begun, since something before it failed: iteration-3/slerp, iteration-3/init" in text
+    assert "and 37 more" in text  # 3 of iteration 3, 19 of 4 and of 5, front and model, less the six that are named
+    assert "iteration-3/policy-5/metrics.jsonl has 1 unreadable line" in text
+    assert "42 more blocked" in text and ".partial" not in text
+    assert "WARP 2 1.50" in text  # the front of iteration 2 has the most points
+    assert text.count("policy-2 → iteration-3/slerp") == 2  # in the wide and in the narrow graph
+    assert len(html) < 3_000_000
+
+
+def test_a_stage_that_was_not_needed_is_no_gap(finished, plain, tmp_path):
+    root = copy(finished, tmp_path)
+    state = json.loads((root / "pipeline.json").read_text())
+    state["stages"]["warp/iteration-3/policy-1"] = {"command": "rlhf", "needs": [], "status": "not needed"}
+    (root / "pipeline.json").write_text(json.dumps(state))
+    assert collect(root).gaps == []
+    assert "not needed" in read(root, tmp_path)[0].text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"stages": 3}', '{"stages": {"x": 3}}'])
+def test_a_broken_state_of_the_pipeline_is_survived(finished, plain, tmp_path, content):
+    root = copy(finished, tmp_path)
+    (root / "pipeline.json").write_text(content)
+    assert "WARP 2" in read(root, tmp_path)[0].text
+
+
+def test_points_that_cannot_be_drawn_are_left_out_and_counted(finished, tmp_path):
+    root = copy(finished, tmp_path)
+    path = root / "warp/front/front.json"
+    document = json.loads(path.read_text())
+    good = {"name": "SFT", "kind": "sft", "kl": 0.0, "reward": 1.0}
+    odd = [good | {"kl": None}, good | {"reward": float("nan")}, good | {"kind": "x"}, good | {"kind": "line"}, 3]
+    strange = good | {"iteration": "two", "kl_se": "x", "reward_low": float("inf")}
+    path.write_text(json.dumps(document | {"points": [*document["points"], *odd, strange]}))
+    found = collect(root)
+    total = len(document["points"]) + 6
+    assert f"warp/front/front.json: 5 of {total} points cannot be used" in found.gaps
+    assert found.front.points[-1]["iteration"] is None and found.front.points[-1]["kl_se"] is None
+
+
+# --- one command alone ----------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_alone_is_a_report(finished, tmp_path):
+    shutil.copytree(finished / "warp/front", tmp_path / "front")
+    parsed, _ = read(tmp_path / "front", tmp_path)
+    assert "This run has gaps." not in parsed.text
+    assert "WARP 2 1.50 ± 0.06" in parsed.text
+    assert [label for label in parsed.values("aria-label") if label.startswith("Reward over KL")]
+
+
+def test_an_rl_run_alone_is_a_report(finished, tmp_path):
+    shutil.copytree(finished / "warp/iteration-1/policy-1", tmp_path / "rl")
+    parsed, _ = read(tmp_path / "rl", tmp_path)
+    assert "This run has gaps." not in parsed.text
+    assert "gemma2 rlhf --seed 1" in parsed.text
+    assert [label for label in parsed.values("aria-label") if label.startswith("Reward, KL and length")]
+
+
+def test_policies_without_an_iteration_are_all_in_the_table(tmp_path, plain):
+    run = Run(tmp_path / "f")
+    run.stage("sft", "sft")
+    front(run, "front", 2, 1, compared=("sft",))
+    path = tmp_path / "f/front/front.json"
+    document = json.loads(path.read_text())
+    document["points"] = [p | {"iteration": None} for p in document["points"] if p["kind"] in ("sft", "policy")]
+    path.write_text(json.dumps(document))
+    assert "iteration-1/policy-1 0.37" in read(tmp_path / "f", tmp_path)[0].text
+
+
+# --- the front ------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_with_the_most_points_is_shown_of_equal_ones_the_latest(finished, tmp_path):
+    assert collect(finished).front.name == "warp/front"
+    root = copy(finished, tmp_path)
+    document = json.loads((root / "warp/front/front.json").read_text())
+    document["points"] = [point for point in document["points"] if point["kind"] != "base"]
+    (root / "warp/front/front.json").write_text(json.dumps(document))
+    assert collect(root).front.name == "warp/front"  # as many as the front of iteration 2
+    document["points"].pop()
+    document["points"] = document["points"][:5]
+    (root / "warp/front/front.json").write_text(json.dumps(document))
+    assert collect(root).front.name == "warp/iteration-2/front"
+
+
+def test_the_best_within_a_kl_and_the_areas_are_told_with_their_intervals(page):
+    text = page[0].text
+    assert "KL at most Best point Reward KL 2 nats iteration 2, η = 0.5" in text
+    assert "an area of 6 (5.81 to 6.19, 95 % interval) nats × reward, up to KL 4.7 and above a reward of −1.1" in text
+    assert "iteration 1 5 4.81 to 5.19 – iteration 2 6 5.81 to 6.19 0.5 0.40 to 0.60" in text
+
+
+def test_an_older_front_has_neither_table_nor_area(finished, plain, tmp_path):
+    root = copy(finished, tmp_path)
+    for path in root.glob("**/front.json"):
+        points = json.loads(path.read_text())["points"]
+        bare = [{k: v for k, v in point.items() if not k.endswith(("_low", "_high"))} for point in points]
+        path.write_text(json.dumps({"points": bare}))
+    text = read(root, tmp_path)[0].text
+    assert "The best within a KL" not in text and "an area of" not in text and "WARP 2 1.50 ± 0.06" in text
+
+
+# --- merges ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_lerp_would_keep_follows_from_lengths_and_angles():
+    # Two of length 1 at 90 degrees: |(1, 1)| / 2 = 0.7071; lengths 3 and 1 at 0 degrees: (3 + 1) / 2 over their mean 2.
+    right = {"group": "layers.0", "norms": [1.0, 1.0], "angles": [90.0], "result_norm": 1.0}
+    assert Group(right).linear == pytest.approx(0.5**0.5) and Group(right).kept == 1.0
+    assert Group(right | {"norms": [3.0, 1.0], "angles": [0.0]}).linear == pytest.approx(1.0)
+    # Three at 60 degrees: |a + b + c|^2 = 3 + 2 * 3 * 0.5 = 6
+    three = Group({"norms": [1.0] * 3, "angles": [60.0] * 3, "result_norm": 0.9})
+    assert three.linear == pytest.approx(6**0.5 / 3) and three.angle == 60.0
+    for gap in ({"angles": [None]}, {"angles": []}, {"norms": []}, {"norms": [0.0, 0.0]}):
+        assert Group(right | gap).linear is None
+
+
+def test_angles_of_many_pairs_are_told_as_mean_and_range():
+    group = Group({"norms": [1.0] * 3, "angles": [60.0, 70.0, None], "result_norm": 1.0})
+    assert (group.angle, group.extremes) == (65.0, "60.0 to 70.0 over 2 pairs")
+
+
+# --- lineage --------------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_has_models_rows_and_stages_and_leads_to_their_entries(page):
+    text, ids = page[0].text, page[0].values("id")
+    edges = ["models → models/student (part)", "data → clean (data)", "clean → sft (data)", "pairs → reward (pairs)"]
+    for edge in (*edges, "iteration-1/policy-1 → iteration-1/slerp (input)", "front → model (front)"):
+        assert text.count(edge) == 2, edge
+    links = [value for value in page[0].values("href") if value.startswith("#stage-")]
+    assert links and {link[1:] for link in links} <= set(ids)
 
 
 # --- hostile content ------------------------------------------------------------------------------------------------
@@ -344,13 +498,6 @@ def test_durations_read_well(seconds, text):
 def test_paths_lose_the_marks_of_work_in_progress():
     assert name_of("q/.warp.partial/iteration-1/.policy-1.partial") == "q/warp/iteration-1/policy-1"
     assert name_of("q/warp.partial/.hidden") == "q/warp.partial/.hidden"
-
-
-def test_a_warp_run_promises_its_outputs():
-    assert expected_of_warp({"policies": 2, "iterations": 1}) == [
-        "iteration-1/policy-1", "iteration-1/policy-2", "iteration-1/slerp", "iteration-1/init", "front", "model",
-    ]  # fmt: skip
-    assert expected_of_warp({}) == []
 
 
 def test_groups_are_called_by_their_layer():

@@ -1,0 +1,84 @@
+"""Heat maps of merges over layers: the angle between task vectors, and how much of their length a merge keeps.
+
+A map has one hue from light to dark, so that order survives in print and for colour-blind readers; where there is room
+the figure stands in its cell, and hovering tells it everywhere. A cell is one group (a layer) of one merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .figures import MUTED, PAPER, SHADES, new_figure, styled
+
+__all__ = ["ANGLES", "KEPT", "MapOf", "layer_map"]
+
+WRITTEN = 14  # columns up to which a cell has room for its figure
+Cells = Mapping[str, Mapping[str, float | None]]  # row (a merge) -> column (a group) -> value
+
+
+@dataclass(frozen=True)
+class MapOf:
+    """What a map shows: the values that are lightest and darkest, and how a value is written in a cell and a tip."""
+
+    lightest: float
+    darkest: float
+    short: Callable[[float], str]
+    long: Callable[[float], str]
+    nothing: str
+
+
+ANGLES = MapOf(0.0, 120.0, lambda value: f"{value:.0f}°", lambda value: f"{value:.1f} degrees", "no angle")
+# From half of the length to a little more than all of it: LERP of orthogonal task vectors keeps 71 %, SLERP 100 %.
+KEPT = MapOf(0.5, 1.15, lambda value: f"{100 * value:.0f}", lambda value: f"{100 * value:.1f} % kept", "no length")
+
+
+def layer_map(cells: Cells, of: MapOf, narrow: bool = False, tips: Mapping[tuple[str, str], str] | None = None) -> Any:
+    """The map as a matplotlib Figure: merges down and groups across, or in the narrow form the other way round.
+
+    A value of None is a cell without a colour. tips: (merge, group) -> what hovering adds.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    names = list(cells)
+    groups = list(dict.fromkeys(group for row in cells.values() for group in row))
+    across, down = (names, groups) if narrow else (groups, names)
+    with styled():
+        size = (4.0, 1.1 + 0.27 * len(down)) if narrow else (7.6, 0.9 + 0.42 * len(down))
+        figure, (axis,) = new_figure(*size)
+        colours = LinearSegmentedColormap.from_list("shades", SHADES)
+        for x, first in enumerate(across):
+            for y, second in enumerate(down):
+                name, group = (first, second) if narrow else (second, first)
+                value = cells[name].get(group)
+                shade = 0.0 if value is None else (value - of.lightest) / (of.darkest - of.lightest)
+                shade = min(1.0, max(0.0, shade))
+                cell = Rectangle((x, y), 1, 1, fc=PAPER if value is None else colours(shade), ec=PAPER, lw=1.5)
+                more = (tips or {}).get((name, group), "")
+                told = of.nothing if value is None else of.long(value)
+                cell.set_gid(f"tip:{name}, {group}: {told}{f', {more}' if more else ''}")
+                axis.add_patch(cell)
+                if len(across) <= WRITTEN:
+                    text = "-" if value is None else of.short(value)
+                    colour = MUTED if value is None else ("#fffffe" if shade > 0.45 else "#000001")
+                    axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5, color=colour)
+        finish(axis, across, down)
+        (axis.set_ylabel if narrow else axis.set_xlabel)("layer", fontsize=8.5)
+        return figure
+
+
+def finish(axis: Any, across: Sequence[str], down: Sequence[str]) -> None:
+    """Names along both sides, first row on top, no frame; long names are broken over lines."""
+    axis.set_xlim(0, len(across))
+    axis.set_ylim(len(down), 0)
+    size = 7.5 if len(across) > WRITTEN else 8.5
+    names = [name.replace(" ", "\n", 1) for name in across]
+    axis.set_xticks([i + 0.5 for i in range(len(across))], names, fontsize=size)
+    axis.set_yticks([i + 0.5 for i in range(len(down))], down, fontsize=8.5)
+    axis.xaxis.tick_top()
+    axis.xaxis.set_label_position("top")
+    axis.tick_params(length=0)
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
