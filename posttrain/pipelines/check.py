@@ -33,7 +33,7 @@ __all__ = ["Checked", "Plan", "check_pipeline"]
 class Checked:
     """One stage as it stands.
 
-    action   skip (complete), run, continue, again (of something else), perhaps (what it needs will run first)
+    action   skip (complete), run, continue, again (of something else), perhaps (what it needs will run first), left out
     why      what changed
     work     memory, disk, operations; None where nothing is known
     """
@@ -60,8 +60,8 @@ class Plan:
 
     @property
     def to_run(self) -> list[Checked]:
-        """The stages that are not complete."""
-        return [one for one in self.stages.values() if one.action != "skip"]
+        """The stages that are chosen and not complete."""
+        return [one for one in self.stages.values() if one.action not in ("skip", "left out")]
 
     def rows(self) -> list[dict[str, Any]]:
         """A table: stage, command, what will be done, memory and disk in GiB, CPU seconds at least."""
@@ -70,7 +70,7 @@ class Plan:
 
 
 def _row(one: Checked, rate: float) -> dict[str, Any]:
-    work = one.work if one.action != "skip" else None
+    work = one.work if one.action not in ("skip", "left out") else None
 
     def figure(value: float | None, unit: float) -> float | None:
         return None if value is None or not math.isfinite(value) else float(f"{value / unit:.3g}")
@@ -161,9 +161,9 @@ def _stand(
     """What a run would do about a stage."""
     work = estimate(config, Sources(promised))
     if within is not None and stage.name not in within:
-        if (read_manifest(stage.out) or {}).get("status") == "complete":
-            return Checked(stage, "skip", work=work)
-        raise InputError(f"stages.{stage.name} is not complete, and the choice leaves it out", "include it, or run all")
+        return Checked(stage, "skip" if is_complete(stage.out) else "left out", work=work)
+    if within is not None:
+        _check_taken(stage, before, within)
     if stage.name in force:
         return Checked(stage, "again", ("--force",), work)
     waits = [name for name in stage.needs if before[name].action != "skip"]
@@ -177,6 +177,18 @@ def _stand(
         return Checked(stage, "skip", work=work, hash=output_hash(manifest) if manifest else None)
     action = {"missing": "run", "interrupted": "continue", "changed": "again"}.get(currency.state, "perhaps")
     return Checked(stage, "perhaps" if stage.when and action == "run" else action, currency.why, work)
+
+
+def is_complete(out: Path) -> bool:
+    """Whether an output is there, whatever it was made from."""
+    return (read_manifest(out) or {}).get("status") == "complete"
+
+
+def _check_taken(stage: Stage, before: Mapping[str, Checked], within: frozenset[str]) -> None:
+    """What a chosen stage takes from stages that are not chosen must be there."""
+    for name in stage.needs:
+        if name not in within and before[name].action == "left out":
+            raise InputError(f"stages.{stage.name} needs {name}, which is neither complete nor chosen", "run that too")
 
 
 def _free(root: Path) -> float:

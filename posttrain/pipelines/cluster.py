@@ -95,9 +95,8 @@ class RayExecutor:
         self._start()
         there = float(self.ray.cluster_resources().get("GPU", 0.0))
         gpus = wanted if wanted is not None else int(COMMANDS[job.command].accelerated and there > 0)
-        task = self.ray.remote(run_job).options(
-            num_cpus=job.cpus, num_gpus=gpus, max_retries=0, name=job.stage, max_calls=1
-        )
+        fresh = self.ray.remote(max_calls=1)(run_job)  # a process for each stage, whose memory is gone with it
+        task = fresh.options(num_cpus=job.cpus, num_gpus=gpus, max_retries=0, name=job.stage)
         self.running[job.stage] = task.remote(job, self.mailbox)
 
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]:

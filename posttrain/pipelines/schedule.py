@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma2.merging.errors import Gemma2Error, InputError
+from gemma2.merging.errors import Gemma2Error
 from gemma2.merging.outputs import now, partial_path, read_manifest
 from gemma2.merging.progress import Progress
 from gemma2.posttrain.commands import spell
@@ -112,7 +112,9 @@ class Scheduler:
 
         Raises StageFailed for the first stage that failed, RuntimeError with its traceback when that was a bug.
         """
-        self.state = State(self.pipeline)
+        self.state = State(self.pipeline, self.choice.within)
+        if self.choice.within is not None:  # what is taken as it is was checked to be there
+            self.status = dict.fromkeys(self.pipeline.stages.keys() - self.choice.within, "complete")
         for stage in self.pipeline.stages.values():
             self.executor.check(stage.name, stage.resources.gpus)
         try:
@@ -184,13 +186,6 @@ class Scheduler:
 
     def _look(self, stage: Stage) -> _Ready | None:
         """What a stage would run with; None when it is not needed."""
-        if self.choice.within is not None and stage.name not in self.choice.within:
-            manifest = read_manifest(stage.out) or {}
-            if manifest.get("status") != "complete":
-                raise InputError(
-                    f"{stage.out} is not there, and the choice of stages leaves it out", "include it, or run all"
-                )
-            return _Ready(stage, {}, Config(), Currency("complete"))
         if stage.when is not None:
             if any(self.status.get(name) == "not needed" for name in _asked(stage.when, stage.needs)):
                 return None

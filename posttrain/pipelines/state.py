@@ -11,7 +11,7 @@ The status of a stage: waiting, running, complete, failed, interrupted, blocked 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,12 @@ def read_state(root: Path) -> dict[str, Any] | None:
 
 
 class State:
-    """The state while a pipeline runs; every change is on disk before the call returns."""
+    """The state while a pipeline runs; every change is on disk before the call returns.
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    within: the stages that the run is about; the others stay as they were told.
+    """
+
+    def __init__(self, pipeline: Pipeline, within: Container[str] | None = None) -> None:
         self.path = pipeline.root / STATE_FILE
         before = (read_state(pipeline.root) or {"stages": {}})["stages"]
         self.document: dict[str, Any] = {
@@ -52,10 +55,11 @@ class State:
             "stages": {
                 name: {
                     **_kept(before.get(name)),
-                    "command": stage.command,
-                    "needs": list(stage.needs),
                     "status": "waiting",
                     "error": None,
+                    **(before.get(name, {}) if within is not None and name not in within else {}),
+                    "command": stage.command,
+                    "needs": list(stage.needs),
                 }
                 for name, stage in pipeline.stages.items()
             },

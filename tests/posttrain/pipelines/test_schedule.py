@@ -178,9 +178,13 @@ def test_a_choice_of_stages_takes_the_others_as_they_are(tmp_path):
     assert weights(tmp_path, "b") == "(8.0(1.0))"
 
 
-def test_a_choice_needs_the_others_complete(tmp_path):
-    with pytest.raises(InputError, match=r"stages\.a is not complete, and the choice leaves it out"):
+def test_a_choice_needs_what_it_takes_complete_and_nothing_else(tmp_path):
+    with pytest.raises(InputError, match=r"stages\.b needs a, which is neither complete nor chosen"):
         run(compiled(CHAIN, tmp_path), within=frozenset({"b"}))
+    assert ran(compiled(CHAIN, tmp_path), within=frozenset({"a"})) == ["a"]
+    assert {name: one["status"] for name, one in read_state(tmp_path)["stages"].items()} == {
+        "a": "complete", "b": "waiting", "c": "waiting",
+    }  # fmt: skip
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------
