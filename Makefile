@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow lint type check bench real science torture docs clean
+.PHONY: help setup setup-dev quickstart test test-slow test-browser lint type check bench real science torture docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -44,6 +44,10 @@ test: setup-dev ## Unit tests: under two minutes
 
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
 	@$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-browser: setup-dev ## The report page in a real Chromium or Chrome (BROWSER names another)
+	@$(BIN)/python tests/browser.py
+	@$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 torture: setup-dev ## Kills, full disks and malformed inputs, with figures
 	@$(BIN)/python -m pytest -m torture --timeout 1800 -s
