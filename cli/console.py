@@ -134,9 +134,14 @@ class Console:
             if not self.quiet and task.told != task.started:
                 task.tell()
             return
+        inner = self._display is not None
         with self._shared_display() as display:
             identifier = display.add_task(label, total=total, live="", unit=unit)
-            yield _RichTask(display, identifier, unit)
+            try:
+                yield _RichTask(display, identifier, unit)
+            finally:
+                if inner:  # the rows of a long job would fill the screen
+                    display.remove_task(identifier)
 
     @contextmanager
     def _shared_display(self) -> Iterator[Any]:

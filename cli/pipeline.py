@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Announcer", "app"]
 
+SHOWN = 4  # figures of a stage that ended
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
 
 File = typer.Argument(
@@ -57,7 +59,13 @@ class Announcer:
         self.console.note(f"     $ {command}")
 
     def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
-        self.console.note(f"     {stage.name}: {status} in {seconds:.1f} s")
+        figures = [
+            f"{key.replace('_', ' ')} {value:.4g}"
+            for key, value in summary.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("_se")
+        ]
+        told = "  ".join(figures[:SHOWN])
+        self.console.note(f"     {stage.name}: {status} in {seconds:.1f} s{'   ' if told else ''}{told}")
 
 
 def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeline:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from gemma2.merging.errors import Gemma2Error
 from gemma2.merging.outputs import now, partial_path, read_manifest
-from gemma2.merging.progress import Progress
+from gemma2.merging.progress import Progress, Task
 from gemma2.posttrain.commands import spell
 from gemma2.posttrain.config import Config
 from gemma2.posttrain.inputs import located
@@ -119,21 +119,28 @@ class Scheduler:
             self.executor.check(stage.name, stage.resources.gpus)
         try:
             self.state.write()
-            while (moved := self._begin()) or self.started:
-                if self.started and not moved:
-                    self._wait()
+            # The outermost bar holds the display, so that those of stages may end in any order.
+            with self.progress.task("pipeline", total=len(self.pipeline.stages), unit="stages") as bar:
+                self._until_done(bar)
         except BaseException:
             self.executor.stop()
             self.state.finish("interrupted")
             raise
-        finally:
-            self._close_bars()
         failed = [name for name, status in self.status.items() if status == "failed"]
         for name in self.pipeline.stages.keys() - self.status.keys():
             self.state.set(name, status="blocked")
         self.state.finish("failed" if failed else "complete")
         if failed:
             self._raise(failed)
+
+    def _until_done(self, bar: Task) -> None:
+        told = 0
+        while (moved := self._begin()) or self.started:
+            bar.advance(len(self.status) - told)
+            told = len(self.status)
+            if self.started and not moved:
+                self._wait()
+        self._close_bars()
 
     def _raise(self, failed: Sequence[str]) -> None:
         first = failed[0]

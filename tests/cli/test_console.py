@@ -195,12 +195,26 @@ def test_bars_of_nested_tasks_share_one_display_with_live_figures(terminal, monk
         with console.task("RL", total=10, unit="steps") as inner:
             inner.advance(4, reward=1.25)
             console.note("[a note] between")
+            opened[0].refresh()
+        assert len(opened[0].tasks) == 1  # the row of an inner task goes with it
         outer.advance(1)
     assert len(opened) == 1
     assert out.getvalue() == ""
     assert ESCAPE in err.getvalue()
     for part in ("WARP", "RL", "4/10", "reward", "1.25", "[a note] between"):
         assert part in err.getvalue(), part
+
+
+def test_inner_tasks_end_in_any_order(terminal):
+    _out, _err = terminal()
+    console = Console()
+    with console.task("pipeline", total=2, unit="stages"):
+        first, second = (console.task(name, total=1, unit="steps") for name in ("first", "second"))
+        first.__enter__()
+        bar = second.__enter__()
+        first.__exit__(None, None, None)
+        bar.advance(1)
+        second.__exit__(None, None, None)
 
 
 def test_a_display_is_closed_by_an_exception_and_another_can_open(terminal):
