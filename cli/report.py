@@ -17,7 +17,12 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def report(
-    directory: Path = typer.Argument(metavar="DIR", help="Finished output of gemma2 warp or gemma2 quickstart."),
+    directory: Path = typer.Argument(
+        metavar="DIR",
+        help="Output of a pipeline (warp, quickstart) or of one command, finished or not.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
     out: Path = typer.Option(
         Path("report.html"),
         "--out",
@@ -33,7 +38,10 @@ def report(
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """One self-contained HTML page: the front, the angles, the curves, answers before and after, every setting.
+    """One self-contained HTML page about a run: the front of every iteration, what the merges kept, the curves, the
+    lineage, answers before and after, every setting.
+
+    Of a run that failed or goes on, the page tells what is missing and why.
 
     \b
       gemma2 report quickstart --out report.html

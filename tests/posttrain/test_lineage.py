@@ -192,7 +192,9 @@ def test_a_long_chain_is_no_recursion(tmp_path):
     before = output(tmp_path / "0", "tiny")
     for i in range(1, 600):
         before = output(tmp_path / str(i), "sft", [("model", before)])
-    assert len(lineage_text(read_lineage(before)).splitlines()) == 600
+    lines = lineage_text(read_lineage(before), 80).splitlines()
+    assert len(lines) == 600
+    assert all(f"model → {i}  " in line and line.endswith("sft") for i, line in list(enumerate(lines))[1:])
 
 
 def test_untouched_weights_are_not_read(run, monkeypatch):
@@ -219,8 +221,10 @@ def test_of_a_pipeline_the_last_stage_is_taken(run):
 
 
 def test_of_several_last_stages_the_one_called_model_is_taken_or_the_names_are_told(run):
-    pipeline(run, {"sft": [], "slerp": ["sft"], "policy-1": ["sft"], "../../etc": [], "not/there": []})
-    with pytest.raises(InputError, match=r"several results.*name one of them: slerp, policy-1"):
+    output(run.parent / "outside", "sft")
+    outside = ["../outside", str(run.parent / "outside")]
+    pipeline(run, {"sft": [], "slerp": ["sft"], "policy-1": ["sft"], "not/there": [], **{key: [] for key in outside}})
+    with pytest.raises(InputError, match=r"several results.*name one of them: slerp, policy-1$"):
         final_output(run)
     output(run / "warp/model", "pick", [("base", run / "sft")])
     pipeline(run, {"sft": [], "slerp": ["sft"], "warp/model": ["sft"]})

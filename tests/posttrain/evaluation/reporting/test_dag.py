@@ -177,6 +177,12 @@ def test_links_are_where_nodes_have_them():
     assert ET.fromstring(svg).get("role") == "group"
 
 
+def test_nodes_come_in_topological_order_however_they_are_given():
+    nodes, edges = scattered(30)
+    order = list(graph_of(nodes[::-1], edges).nodes)
+    assert all(order.index(edge.source) < order.index(edge.target) for edge in edges)
+
+
 # --- cycles and mistakes --------------------------------------------------------------------------------------------
 
 
