@@ -124,7 +124,7 @@ def model_card(facts: Facts) -> str:
         ("How to load it", _loading(facts)),
         ("Lineage", _lineage(facts)),
         ("How it was made", _making(facts)),
-        ("Limits", _limits(facts, bool(figures))),
+        ("Limits", _limits(facts)),
     ]
     text = f"---\n{front}---\n\n# {_escaped(facts.name)}\n\n{_what(facts)}\n"
     return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections)
@@ -297,16 +297,19 @@ def _making(facts: Facts) -> str:
     return "\n".join(lines) + (f"\n\n{folded}" if settings else "")
 
 
-def _limits(facts: Facts, figures: bool) -> str:
+def _limits(facts: Facts) -> str:
     lines = []
-    if not figures:
+    if not facts.sections and facts.command not in TRAINED:
         lines.append("- Nothing was measured on this model.")
     lines.append("- No benchmark and no evaluation of safety, bias or facts was run by the command that made it.")
     if facts.command in ("rlhf", "pick"):
         lines.append("- A reward is what the reward model or function says, which RL learns to please; it is no truth.")
     licence = _inherited(facts.sources, ("license",)).get("license")
     if licence is None:
-        lines.append("- Licence: unknown. The models that it was made from state none here, or different ones.")
+        why = (
+            "the models that it was made from state none here, or different ones" if facts.sources else "none is stated"
+        )
+        lines.append(f"- Licence: unknown; {why}.")
     else:
         lines.append(f"- Licence: {code(str(licence))}, as the cards of the models state that it was made from.")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gemma2.merging.ancestry import write_card
 from gemma2.merging.outputs import (
     cache_folder,
     digest_file,
@@ -157,6 +158,9 @@ def run_tiny(config: TinyConfig, options: RunOptions, progress: Progress = SILEN
         places = ensure_cached(config.seed, progress)
         for size, place in places.items():
             shutil.copytree(place, run.path / size)
+            manifest = read_manifest(place) or {}
+            write_card(run.path / size, manifest, options.out / size)
+            write_manifest(run.path / size, manifest)  # again, with the card among its files
         for name, rows in (
             ("prompts", tasks.questions("train", config.train_prompts, config.seed)),
             ("heldout", tasks.questions("heldout", config.heldout_prompts, config.seed)),

@@ -142,6 +142,14 @@ def test_nothing_of_this_machine_is_shown(value, expected):
     assert shown(value) == expected
 
 
+def test_limits_tell_what_was_not_measured():
+    assert "Nothing was measured" in model_card(facts("merge slerp", summary={"parameters": 3}))
+    assert "Nothing was measured" not in model_card(facts("rlhf", summary={"reward": 3.0}))
+    assert "it is no truth" in model_card(facts("rlhf"))
+    assert "Licence: unknown; none is stated." in model_card(facts("tiny"))
+    assert "Licence: `gemma`, as the cards" in model_card(facts("sft", [HUB]))
+
+
 def test_lineage_tells_each_model_once_and_stays_short():
     base = ancestor("model", "base", command="sft", parents=[HUB])
     twice = model_card(

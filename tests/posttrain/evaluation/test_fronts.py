@@ -62,6 +62,21 @@ def test_the_gain_is_the_area_that_the_new_points_add(tmp_path):
     assert (front["improved"], front["flat"]) == (True, 0)
 
 
+def test_a_gain_is_paired_by_prompt(tmp_path):
+    """One more of reward on every prompt: hard and easy prompts move both fronts alike, so the gain has no spread."""
+    level = [0.0, 1.0, 2.0, 3.0]
+    entries = [
+        entry("sft", "sft", [0.0] * 4, level),
+        entry("far", "policy", [9.0] * 4, level),
+        entry("old", "policy", [1.0] * 4, [value + 2 for value in level]),
+        entry("new", "policy", [1.0] * 4, [value + 3 for value in level]),
+    ]
+    front = gained(entries, [True, True, True, False], tmp_path)
+    # From KL 1 to 9 the new point is 1 higher, in every resample.
+    assert [front[f"hypervolume_gain{end}"] for end in ("", "_low", "_high")] == pytest.approx([8.0, 8.0, 8.0])
+    assert front["hypervolume_high"] - front["hypervolume_low"] > 1
+
+
 @pytest.mark.parametrize(("flats", "expected"), [((0,), 1), ((2,), 3), ((1, 3, 0), 4), ((None,), 1)])
 def test_flat_counts_the_fronts_in_a_row_that_gained_nothing(tmp_path, flats, expected):
     entries = [entry("sft", "sft", [0.0] * 4, [1.0] * 4), entry("old", "policy", [2.0] * 4, [3.0] * 4)]
