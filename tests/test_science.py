@@ -150,8 +150,12 @@ def test_a_row_shows_the_mean_every_seed_and_the_verdict():
 
 
 @pytest.fixture(scope="module")
-def stages():
-    science = load("science")
+def science():
+    return load("science")
+
+
+@pytest.fixture(scope="module")
+def stages(science):
     return {seed: science.stages_of(seed) for seed in (0, 1)}
 
 
@@ -201,3 +205,22 @@ def test_every_policy_is_measured_once(stages):
     trained = [f"${{seed-0/{name}.out}}" for name, stage in stages[0].items() if stage.command == "rlhf"]
     merges = [f"${{seed-0/{name}.out}}" for name in (findings.TWO, findings.FOUR, findings.SECOND, findings.LERP)]
     assert sorted(listed) == sorted(trained + merges)
+
+
+def write_steps(folder, reward):
+    """The metrics of a run, as far as a check reads them."""
+    folder.mkdir(parents=True)
+    lines = [f'{{"step": {step}, "reward": {reward + step}, "epoch": {step / 60}}}\n' for step in range(1, 61)]
+    evaluation = '{"step": 5, "kind": "eval", "reward": 7}\n'
+    (folder / "metrics.jsonl").write_text(evaluation + "".join(lines), encoding="utf-8")
+
+
+def test_runs_that_are_not_the_beginning_of_their_long_one_are_refused(science, tmp_path):
+    for run, long in findings.RUNS.items():
+        for name in (long, *(findings.stop(run, step) for step in findings.STOPS)):
+            write_steps(tmp_path / name, reward=0.0)
+    science.check_beginnings(tmp_path)
+    other = tmp_path / findings.stop("fixed-2", 20) / "metrics.jsonl"
+    other.write_text(other.read_text(encoding="utf-8").replace('"reward": 20.0', '"reward": 20.5'), encoding="utf-8")
+    with pytest.raises(SystemExit, match="fixed-2/step-20 is not the beginning of"):
+        science.check_beginnings(tmp_path)
