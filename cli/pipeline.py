@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gemma2.posttrain.pipelines.check import Plan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
 
-__all__ = ["Announcer", "app"]
+__all__ = ["Announcer", "app", "kept_for_later"]
 
 SHOWN = 4  # figures of a stage that ended
 
@@ -66,6 +67,20 @@ class Announcer:
         ]
         told = "  ".join(figures[:SHOWN])
         self.console.note(f"     {stage.name}: {status} in {seconds:.1f} s{'   ' if told else ''}{told}")
+
+
+@contextmanager
+def kept_for_later(console: Console, root: Path) -> Iterator[None]:
+    """Say that what was done is not lost when a run ends early."""
+    from gemma2.posttrain.pipelines.state import STATE_FILE
+
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done and (root / STATE_FILE).is_file():
+            console.note("what was done so far is kept: the same command goes on from there")
 
 
 def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeline:
@@ -160,9 +175,10 @@ def run(
         return
     started = time.monotonic()
     announcer = Announcer(console, len(compiled.stages))
-    result = run_pipeline(
-        compiled, executor_of(executor, jobs, ray_address), choice=choice, observer=announcer, progress=console
-    )
+    with kept_for_later(console, compiled.root):
+        result = run_pipeline(
+            compiled, executor_of(executor, jobs, ray_address), choice=choice, observer=announcer, progress=console
+        )
     counts = {status: list(result.status.values()).count(status) for status in ("complete", "not needed")}
     console.result(
         {"stages": len(compiled.stages), "ran": len(result.ran), **{k: v for k, v in counts.items() if v},

@@ -14,7 +14,7 @@ from gemma2.merging.errors import UsageError
 from .console import Console
 from .help import HelpCommand
 from .options import HELP_NAMES, AsJson, ConfigFile, Quiet, Set, recipe_path
-from .pipeline import Announcer
+from .pipeline import Announcer, kept_for_later
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -85,9 +85,9 @@ def quickstart(
             console.text("\n".join(commands))
         return
     started = time.monotonic()
-    result = run_quickstart(
-        pipeline, jobs or min(2, os.cpu_count() or 1), Announcer(console, len(pipeline.stages)), console
-    )
+    announcer = Announcer(console, len(pipeline.stages))
+    with kept_for_later(console, out):
+        result = run_quickstart(pipeline, jobs or min(2, os.cpu_count() or 1), announcer, console)
     if as_json:
         console.json({key: result[key] for key in ("rows", "samples", "report")})
         return

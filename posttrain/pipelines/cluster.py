@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from .jobs import Event, Job, Outcome, execute
 __all__ = ["RayExecutor"]
 
 TELL = 0.5  # seconds between two looks at what stages say
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 60.0  # seconds that stages get to clean up before their workers are ended
 
 
@@ -65,12 +67,15 @@ class RayExecutor:
             raise UsageError("--executor ray needs Ray", "install gemma2[ray]") from error
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a stage without GPUs sees none of them
         local: dict[str, Any] = {} if self.address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"no Ray cluster at {self.address}: {error}", "start one with `ray start --head`"
             ) from error
+        for number, handler in handlers.items():  # Ray takes them; how this program ends is not Ray's to say
+            signal.signal(number, handler)
         self.ray = ray
         self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
 

@@ -292,7 +292,7 @@ class Scheduler:
     def _show(self, stage: str, event: Event) -> None:
         """Draw what a stage says. With several at once its bars carry its name."""
         kind, *rest = event
-        label = f"{stage}: " if len(self.started) > 1 else ""
+        label = f"{stage.rpartition('/')[2]}: " if len(self.started) > 1 else ""
         if kind == "task":
             number, name, total, unit = rest
             context = self.progress.task(f"{label}{name}", total, unit)
