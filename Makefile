@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-browser lint type check bench real science torture docs clean
+.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench real science torture docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -49,6 +49,14 @@ test-browser: setup-dev ## The report page in a real Chromium or Chrome (BROWSER
 	@$(BIN)/python tests/browser.py
 	@$(BIN)/python -m pytest -m browser tests/test_browser.py
 
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	@echo "Installing Ray into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	@touch $@
+
+test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started here
+	@$(BIN)/python -m pytest -m ray --timeout 600 tests/posttrain/pipelines/test_cluster.py
+
 torture: setup-dev ## Kills, full disks and malformed inputs, with figures
 	@$(BIN)/python -m pytest -m torture --timeout 1800 -s
 
@@ -63,7 +71,7 @@ type: setup-dev ## mypy, strict
 check: lint type test ## Everything that must be clean before a commit
 
 bench: setup-dev ## Ratios against a floor or a peer in the same run
-	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/pipeline.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 science: setup-dev ## WARP's findings over three seeds, beside what the paper says: about 15 minutes on two cores
 	@$(BIN)/python bench/science.py --out runs/science

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from gemma2.merging.errors import InputError, OutputError, UsageError
+from gemma2.merging.outputs import partial_path
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
@@ -48,16 +49,20 @@ Again = _stages("--force", "Make this stage again though it is complete; repeata
 
 
 class Announcer:
-    """Tells of every stage that starts and ends. `number`: how many have started."""
+    """Tells of every stage that starts and ends.
 
-    def __init__(self, console: Console, total: int) -> None:
+    out: what the output will be called, where it is built under another name (`.OUT.partial`).
+    """
+
+    def __init__(self, console: Console, total: int, out: Path | None = None) -> None:
         self.console, self.total, self.number = console, total, 0
+        self.names = (str(partial_path(out)), str(out)) if out else ("", "")
 
     def started(self, stage: Stage, command: str, why: str) -> None:
         self.number += 1
         because = f" ({why})" if why else ""
         self.console.heading(f"{self.number}/{self.total}  {stage.name}: {stage.kind.why}{because}")
-        self.console.note(f"     $ {command}")
+        self.console.note(f"     $ {command.replace(*self.names) if self.names[0] else command}")
 
     def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
         figures = [

@@ -16,7 +16,8 @@ def run(config: WarpConfig, options: RunOptions, progress: Progress) -> RunResul
     from .pipeline import Announcer
 
     total = len(warp_pipeline(config, options.out).stages)
-    return run_warp(config, options, progress, Announcer(progress, total) if isinstance(progress, Console) else None)
+    announcer = Announcer(progress, total, options.out) if isinstance(progress, Console) else None
+    return run_warp(config, options, progress, announcer)
 
 
 app = stage(
