@@ -20,7 +20,6 @@ from .outputs import digest_weights, read_manifest
 __all__ = ["CARD", "ancestors_of", "write_card"]
 
 CARD = "README.md"
-DEEPEST = 32  # generations
 CARD_BYTES = 1 << 16  # of a parent's card that are read
 STATED = ("license", "license_name", "license_link", "language")
 
@@ -63,35 +62,52 @@ def _chat(directory: Path) -> bool | None:
     return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
-def ancestors_of(manifest: Mapping[str, Any], directory: Path, depth: int = 0) -> tuple[Ancestor, ...]:
+def ancestors_of(manifest: Mapping[str, Any], directory: Path) -> tuple[Ancestor, ...]:
     """The parents that a manifest of `directory` records, each with its own."""
+    return _parents(manifest, directory, {})
+
+
+Known = dict[tuple[Path, str], tuple[str, Mapping[str, Any], tuple[Ancestor, ...]]]
+
+
+def _parents(manifest: Mapping[str, Any], directory: Path, known: Known) -> tuple[Ancestor, ...]:
     parents = manifest.get("parents")
-    if not isinstance(parents, list) or depth >= DEEPEST:
-        return ()
-    return tuple(_ancestor(parent, directory.resolve(), depth) for parent in parents if isinstance(parent, Mapping))
+    found = [parent for parent in parents if isinstance(parent, Mapping)] if isinstance(parents, list) else []
+    paths = [Path(os.path.normpath(directory.resolve() / str(parent.get("path", "")))) for parent in found]
+    return tuple(
+        _ancestor(parent, Path(os.path.normpath(place / str(parent.get("path", "")))), known) for parent in found
+    )
 
 
-def _ancestor(parent: Mapping[str, Any], directory: Path, depth: int) -> Ancestor:
-    path = Path(os.path.normpath(directory / str(parent.get("path", ""))))
+def _ancestor(parent: Mapping[str, Any], path: Path, known: Known) -> Ancestor:
+    """One parent. `known`: what was found before, so that a model is read once however many ways lead to it."""
     digest = str(parent.get("weights", ""))
     found = SNAPSHOT.search(path.as_posix())
     hub = f"{found['owner']}/{found['name']}@{found['revision']}" if found else str(parent.get("hub") or "")
-    known = Ancestor(role=str(parent.get("role", "")), name=name_of(path), digest=digest, hub=hub)
+    if (path, digest) not in known:
+        known[path, digest] = "", {}, ()  # a model that is recorded as its own ancestor has none
+        known[path, digest] = _read(path, digest, known)
+    command, stated, parents = known[path, digest]
+    return Ancestor(
+        role=str(parent.get("role", "")),
+        name=name_of(path),
+        digest=digest,
+        hub=hub,
+        command=command,
+        metadata=stated,
+        parents=parents,
+    )
+
+
+def _read(path: Path, digest: str, known: Known) -> tuple[str, Mapping[str, Any], tuple[Ancestor, ...]]:
+    """Command, stated licence and language, and parents of a model; nothing where it is gone or another by now."""
     try:
         own = read_manifest(path)
         if own is not None and digest_weights(path) != digest:
-            return known
-    except (InputError, OSError):  # gone, or no model of ours: what is recorded stays true
-        return known
-    return Ancestor(
-        role=known.role,
-        name=known.name,
-        digest=digest,
-        hub=hub,
-        command=str((own or {}).get("command") or ""),
-        metadata=_front_matter(path / CARD),
-        parents=ancestors_of(own or {}, path, depth + 1),
-    )
+            return "", {}, ()
+    except (InputError, OSError):  # what the child records stays true
+        return "", {}, ()
+    return str((own or {}).get("command") or ""), _front_matter(path / CARD), _parents(own or {}, path, known)
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ gives the same bytes: no times. Text from files stands in code spans and fences,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -135,7 +135,7 @@ def model_card(facts: Facts) -> str:
 
 def metadata(facts: Facts) -> dict[str, Any]:
     """The front matter, without what is not known."""
-    bases = list(dict.fromkeys(name for parent in facts.sources for name in _base_names(parent)))
+    bases = list(dict.fromkeys(_base_names(facts.sources)))
     merged = facts.command.startswith("merge") or facts.command == "pick"
     relation = "merge" if merged and len(facts.sources) > 1 else "finetune" if facts.command in TRAINED else None
     tags = ["gemma2", *(["merge"] if merged and len(facts.sources) > 1 else []), *_tags(facts.command)]
@@ -156,34 +156,45 @@ def _tags(command: str) -> tuple[str, ...]:
     return TAGS.get(command, ())
 
 
-def _all(ancestors: Sequence[Ancestor]) -> Iterator[Ancestor]:
-    """These and all before them whose weights went on."""
-    for ancestor in ancestors:
-        yield ancestor
-        yield from _all([parent for parent in ancestor.parents if parent.role in MADE_FROM])
+def _all(
+    ancestors: Sequence[Ancestor], until: Callable[[Ancestor], bool] = lambda ancestor: False
+) -> Iterator[Ancestor]:
+    """These and all before them whose weights went on, each once; nothing before one that satisfies `until`."""
+    waiting, seen = list(ancestors), set()
+    while waiting:
+        ancestor = waiting.pop(0)
+        if (ancestor.name, ancestor.digest) not in seen:
+            seen.add((ancestor.name, ancestor.digest))
+            yield ancestor
+            waiting = ([] if until(ancestor) else list(_before(ancestor))) + waiting
 
 
-def _base_names(ancestor: Ancestor) -> list[str]:
-    """Hub ids of the nearest models that have one; the name of the first model of the line where none has."""
-    if ancestor.hub:
-        return [ancestor.hub.partition("@")[0]]
-    before = [parent for parent in ancestor.parents if parent.role in MADE_FROM]
-    if not before:
-        # Without a slash: with one it would read as somebody's model on the hub.
-        return [re.sub(r"[^\w.-]+", "-", ancestor.name.rpartition("/")[2], flags=re.ASCII).strip("-.") or "model"]
-    return [name for parent in before for name in _base_names(parent)]
+def _before(ancestor: Ancestor) -> tuple[Ancestor, ...]:
+    return tuple(parent for parent in ancestor.parents if parent.role in MADE_FROM)
+
+
+def _base_names(sources: Sequence[Ancestor]) -> Iterator[str]:
+    """Hub ids of the nearest models that have one; the names of the first models of the lines where none has."""
+    for ancestor in _all(sources, until=lambda found: bool(found.hub)):
+        if ancestor.hub:
+            yield ancestor.hub.partition("@")[0]
+        elif not _before(ancestor):
+            # Without a slash: with one it would read as somebody's model on the hub.
+            yield re.sub(r"[^\w.-]+", "-", ancestor.name.rpartition("/")[2], flags=re.ASCII).strip("-.") or "model"
 
 
 def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> dict[str, Any]:
     """The first of `keys` and those that belong to it, where the lines of all sources state the same."""
-    found = [_stated(source, keys) for source in sources]
-    return dict(found[0]) if found and found[0] and all(other == found[0] for other in found) else {}
 
+    def states(ancestor: Ancestor) -> bool:
+        return keys[0] in ancestor.metadata
 
-def _stated(ancestor: Ancestor, keys: tuple[str, ...]) -> dict[str, Any]:
-    if keys[0] in ancestor.metadata:
-        return {key: ancestor.metadata[key] for key in keys if key in ancestor.metadata}
-    return _inherited([parent for parent in ancestor.parents if parent.role in MADE_FROM], keys)
+    told = [
+        {key: ancestor.metadata[key] for key in keys if key in ancestor.metadata} if states(ancestor) else {}
+        for ancestor in _all(sources, until=states)
+        if states(ancestor) or not _before(ancestor)
+    ]
+    return told[0] if told and all(other == told[0] for other in told) else {}
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,19 @@ def test_code_and_fences_hold_backticks():
     assert table(["a|b"], [["<i>"]]) == "| a\\|b |\n| --- |\n| \\<i\\> |"
 
 
+def test_many_iterations_of_several_policies_are_told_in_no_time():
+    """Each init of WARP is reached by M + 1 ways from the next: 6 ** 40 walks, 241 models."""
+    init = ancestor("base", "sft", command="sft", parents=[HUB])
+    for i in range(40):
+        made = ancestor("policy", init.name, command=init.command, parents=init.parents)
+        rl = [ancestor("input", f"{i}-{m}", command="rlhf", parents=[made]) for m in range(5)]
+        slerp = ancestor("input", f"slerp-{i}", command="merge slerp", parents=[init, *rl])
+        init = ancestor("base", f"init-{i}", command="merge liti", parents=[init, slerp])
+    found = metadata(facts("pick", [init]))
+    assert (found["base_model"], found["license"]) == ("google/gemma-2-2b", "gemma")
+    assert "lines more" in model_card(facts("pick", [init]))
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -205,6 +218,15 @@ def test_a_merge_has_a_card_of_its_own_and_the_manifest_knows_it(models, merged)
     assert "A merge of 2 models and their base by `slerp`." in card.text
     assert "README.md" in read_manifest(merged)["files"]
     assert str(models) not in card.content
+
+
+def test_a_model_that_is_recorded_as_its_own_parent_ends_the_line(models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "loop")
+    own = {"role": "model", "path": ".", "weights": digest_weights(tmp_path / "loop")}
+    write_manifest(tmp_path / "loop", {"command": "sft", "status": "complete", "parents": [own, own]})
+    first, second = ancestors_of(read_manifest(tmp_path / "loop"), tmp_path / "loop")
+    assert first == second
+    assert [found.parents for found in first.parents] == [(), ()]
 
 
 def test_each_eta_has_its_card(models, tmp_path):
