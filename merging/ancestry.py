@@ -74,9 +74,7 @@ def _parents(manifest: Mapping[str, Any], directory: Path, known: Known) -> tupl
     parents = manifest.get("parents")
     found = [parent for parent in parents if isinstance(parent, Mapping)] if isinstance(parents, list) else []
     paths = [Path(os.path.normpath(directory.resolve() / str(parent.get("path", "")))) for parent in found]
-    return tuple(
-        _ancestor(parent, Path(os.path.normpath(place / str(parent.get("path", "")))), known) for parent in found
-    )
+    return tuple(_ancestor(parent, path, known) for parent, path in zip(found, paths, strict=True))
 
 
 def _ancestor(parent: Mapping[str, Any], path: Path, known: Known) -> Ancestor:

@@ -156,9 +156,7 @@ def _tags(command: str) -> tuple[str, ...]:
     return TAGS.get(command, ())
 
 
-def _all(
-    ancestors: Sequence[Ancestor], until: Callable[[Ancestor], bool] = lambda ancestor: False
-) -> Iterator[Ancestor]:
+def _all(ancestors: Sequence[Ancestor], until: Callable[[Ancestor], bool] | None = None) -> Iterator[Ancestor]:
     """These and all before them whose weights went on, each once; nothing before one that satisfies `until`."""
     waiting, seen = list(ancestors), set()
     while waiting:
@@ -166,7 +164,7 @@ def _all(
         if (ancestor.name, ancestor.digest) not in seen:
             seen.add((ancestor.name, ancestor.digest))
             yield ancestor
-            waiting = ([] if until(ancestor) else list(_before(ancestor))) + waiting
+            waiting = ([] if until and until(ancestor) else list(_before(ancestor))) + waiting
 
 
 def _before(ancestor: Ancestor) -> tuple[Ancestor, ...]:
