@@ -64,6 +64,22 @@ def test_the_extent_goes_to_the_greater_end():
     assert findings.extent(a, b)[0] == pytest.approx(10.0, abs=0.2)
 
 
+def test_a_curve_is_read_at_the_kls_of_another():
+    # Between (1, 2) and (3, 3) the reward rises by 1/2 a nat; beyond 3 it stays; the second set has a line of its own.
+    a = Curve(np.array([[0.0, 1.0, 3.0], [0.0, 2.0, 4.0]]), np.array([[0.0, 2.0, 3.0], [0.0, 2.0, 8.0]]))
+    b = Curve(np.array([[0.0, 2.0, 5.0], [1.0, 3.0, 4.0]]), np.zeros((2, 3)))
+    read = a.at_kls_of(b)
+    assert read.kl is b.kl
+    assert read.reward.tolist() == [[0.0, 2.5, 3.0], [1.0, 5.0, 8.0]]
+
+
+def test_a_line_loses_at_the_corners_of_the_run_and_wins_at_its_own():
+    # Both lie on sqrt(KL), the line with corners at 0, 1, 4, the run at 0, 0.25, 2.25, 4: neither is above the other.
+    line, run = (curve(*((x, x**0.5) for x in corners)) for corners in ((0, 1, 4), (0, 0.25, 2.25, 4)))
+    assert findings._at_least(findings.gap)(line, run)[0] < -0.01
+    assert findings._at_most(findings.gap)(line, run)[0] > 0.01
+
+
 def test_bends_on_an_uneven_grid():
     # Divided differences: of x^2 always 1; of x^3 over (a, b, c) it is a + b + c.
     grid = [0.0, 0.1, 0.3, 0.5, 0.8, 1.0]
