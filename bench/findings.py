@@ -10,8 +10,8 @@ A curve is a polyline in the plane of KL (nats per sequence, to the SFT policy) 
                       the best rewards within the same KL, averaged over KLs from 0 to K
     extent(a, b)      area(a; K) - area(b; K) up to K, the greater of the largest KLs: the difference of hypervolumes
     a.at_kls_of(b)    a read at the KLs of b's points. A chord lies below a curve that is concave, so that the one with
-                      fewer corners loses: a line is compared with a run once with the corners of the run, where the
-                      line loses (at least), once with those of the line, where the run does (at most)
+                      fewer corners loses: where those of two differ, a is compared with b once with the corners of
+                      b, where a loses (at least), and once with those of a, where b does (at most)
     bend(x, f)        second divided differences ((f2 - f1) / (x2 - x1) - (f1 - f0) / (x1 - x0)) / (x2 - x0) of
                       neighbours: half the second derivative; positive where f is convex
 
@@ -21,8 +21,8 @@ standard error is sqrt((n - 1) / n * sum (v_i - mean v)^2); for a difference of 
 Over S seeds the estimate is the mean, its error the larger of sd / sqrt(S), from the spread between seeds, and
 sqrt(sum se_s^2) / S, from the prompts: three values alone may lie close to each other by chance.
 
-The rule, stated before any result was seen (that lines and runs are compared in two ways came when seed 0 had been: one
-way, in which the runs lost, seemed too good). A claim of a sign holds (yes) when the mean has that sign, is more than
+The rule, stated before any result was seen (that curves are compared in two ways came when seed 0 had been: one way, in
+which the runs lost, seemed too good). A claim of a sign holds (yes) when the mean has that sign, is more than
 LIMIT = 2 errors from zero, and every seed has that sign; it does not hold (no) when all this is so for the other sign;
 else the two are not told apart. A claim of a value ("about 90 degrees") holds when the mean is within two errors or
 one per cent of it, else not. Where nothing is true, a claim of a sign is found to hold in 2 % of cases if seeds differ
@@ -277,13 +277,13 @@ def _line_over_runs(of: Any) -> Any:
 
 
 def _at_least(of: Any) -> Any:
-    """A line against a run with the corners of the run."""
-    return lambda line, run: of(line.at_kls_of(run), run)
+    """a against b with the corners of b."""
+    return lambda a, b: of(a.at_kls_of(b), b)
 
 
 def _at_most(of: Any) -> Any:
-    """A line against a run with the corners of the line."""
-    return lambda line, run: of(line, run.at_kls_of(line))
+    """a against b with the corners of a."""
+    return lambda a, b: of(a, b.at_kls_of(a))
 
 
 def _anchors(of: Any) -> Any:
@@ -344,7 +344,8 @@ FINDINGS: dict[str, list[Finding]] = {
     ],
     "Iteration 2 and iteration 1": [
         Finding("reward, SLERP 2 − SLERP 1", above("> 0"), lambda s: s.mean_reward(SECOND) - s.mean_reward(TWO)),
-        Finding("reward at equal KL, line 2 − line 1", above("> 0"), _lines(gap, SECOND, TWO)),
+        Finding("reward at equal KL, line 2 − line 1, at least", above("> 0"), _lines(_at_least(gap), SECOND, TWO)),
+        Finding("the same, at most", above("> 0"), _lines(_at_most(gap), SECOND, TWO)),
         Finding("hypervolume, line 2 − line 1", above("> 0"), _lines(extent, SECOND, TWO)),
     ],
     "More policies": [

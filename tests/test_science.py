@@ -73,11 +73,11 @@ def test_a_curve_is_read_at_the_kls_of_another():
     assert read.reward.tolist() == [[0.0, 2.5, 3.0], [1.0, 5.0, 8.0]]
 
 
-def test_a_line_loses_at_the_corners_of_the_run_and_wins_at_its_own():
-    # Both lie on sqrt(KL), the line with corners at 0, 1, 4, the run at 0, 0.25, 2.25, 4: neither is above the other.
-    line, run = (curve(*((x, x**0.5) for x in corners)) for corners in ((0, 1, 4), (0, 0.25, 2.25, 4)))
-    assert findings._at_least(findings.gap)(line, run)[0] < -0.01
-    assert findings._at_most(findings.gap)(line, run)[0] > 0.01
+def test_a_curve_loses_at_the_corners_of_the_other_and_wins_at_its_own():
+    # Both lie on sqrt(KL), one with corners at 0, 1, 4, the other at 0, 0.25, 2.25, 4: neither is above the other.
+    a, b = (curve(*((x, x**0.5) for x in corners)) for corners in ((0, 1, 4), (0, 0.25, 2.25, 4)))
+    assert findings._at_least(findings.gap)(a, b)[0] < -0.01
+    assert findings._at_most(findings.gap)(a, b)[0] > 0.01
 
 
 def test_bends_on_an_uneven_grid():
