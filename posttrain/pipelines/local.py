@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -144,7 +145,7 @@ class LocalExecutor:
                 self._drain(stage, one, [])  # a full pipe would hold it up
                 one.process.join(0.05)
             if one.process.is_alive():
-                one.process.kill()
+                _kill_group(one.process.pid)
                 one.process.join()
             self._forget(stage)
 
@@ -162,8 +163,16 @@ def _lost(code: int | None) -> Outcome:
     return Outcome(-1, error=f"its process ended with exit code {code} and without a word")
 
 
+def _kill_group(pid: int | None) -> None:
+    """End a stage and the processes that it has started."""
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
 def _work(job: Job, pipe: Connection) -> None:
-    """What a stage's process does."""
+    """What a stage's process does. It leads a group of its own, so that none of its helpers outlives it."""
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pipeline, which stops its stages
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _follow_parent()
@@ -179,6 +188,6 @@ def _follow_parent() -> None:
 
     def watch(sentinel: Any) -> None:
         wait([sentinel])
-        os._exit(1)
+        _kill_group(os.getpid())
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
