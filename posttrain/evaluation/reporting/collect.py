@@ -77,6 +77,12 @@ class Stage:
         return int(found[1]) if found else None
 
     @property
+    def round(self) -> str:
+        """The folder of its WARP iteration: `warp/iteration-2`; "" outside of one."""
+        found = re.match(r"(?:.*/)?iteration-\d+(?=/|$)", self.name)
+        return found[0] if found else ""
+
+    @property
     def seconds(self) -> float | None:
         """From start to end, where both are recorded."""
         try:
@@ -143,11 +149,14 @@ def collect(directory: Path) -> Collected:
     )
 
 
-def order(stage: Stage, place: Mapping[str, int]) -> tuple[str, int, int, int, str]:
-    """By end; those that ended in the same second in the order of the work; what never ended as the pipeline has it."""
-    ended = str(stage.manifest.get("ended") or "")
+def order(stage: Stage, place: Mapping[str, int]) -> tuple[int, str, int, int, str]:
+    """As the pipeline has it, what lies in a stage beside it; without a pipeline by end, and those that ended in the
+    same second in the order of the work."""
+    parts = stage.name.split("/")
+    owners = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
     rank = WORK.index(stage.command) if stage.command in WORK else len(WORK)
-    return ended or "~", 0 if ended else place.get(stage.name, len(place)), stage.iteration or 0, rank, stage.name
+    ended = str(stage.manifest.get("ended") or "~")
+    return next((place[o] for o in owners if o in place), len(place)), ended, stage.iteration or 0, rank, stage.name
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------

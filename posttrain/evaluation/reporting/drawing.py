@@ -266,7 +266,7 @@ def document(scene: Scene, page: str | None, count: int, linked: bool) -> str:
     width, height = scene.width + 2 * MARGIN, scene.height + 2 * MARGIN
     view = f'viewBox="{short(-MARGIN)} {short(-MARGIN)} {short(width)} {short(height)}"'
     if page:  # as wide as the page, but never blown up; a graph too wide to be read is scrolled
-        size = f'class="figure dag" style="max-width:{short(width)}px;min-width:min({short(SMALLEST * width)}px,62rem)"'
+        size = f'class="figure dag" style="max-width:{short(width)}px;min-width:{short(SMALLEST * width)}px"'
         size = size if scene.width > NARROW_WIDTH else 'class="figure dag"'
     else:
         size = f'width="{short(width)}" height="{short(height)}"'

@@ -22,11 +22,12 @@ BARS = 2.0  # standard errors that a bar of the table reaches to either side, wh
 
 def facts(found: Collected) -> list[str]:
     """The line below the title: size of the run, of the measurement, time and day."""
-    runs: dict[int, int] = {}
+    runs: dict[str, int] = {}
     for stage in found.of("rlhf"):
-        if stage.iteration:
-            runs[stage.iteration] = runs.get(stage.iteration, 0) + 1
-    policies, iterations = max(runs.values(), default=0), len(runs)
+        if stage.round:
+            runs[stage.round] = runs.get(stage.round, 0) + 1
+    policies = max(runs.values(), default=0)
+    iterations = max((stage.iteration or 0 for stage in found.of("rlhf")), default=0)
     seconds = sum(stage.seconds or 0.0 for stage in found.stages if stage.command not in ("warp", "quickstart"))
     ends = [str(stage.manifest["ended"]) for stage in found.stages if stage.manifest.get("ended")]
     answers = max((point.get("n") or 0 for point in found.front.points), default=0)

@@ -1,6 +1,7 @@
 """Places for the boxes of a graph, in layers from top to bottom (Sugiyama's method). Pure.
 
-    layer      longest path from a source; a source stands just above what first uses it
+    layer      longest path from a source; a source stands just above what first uses it; a layer too wide for a page
+               becomes several
     order      barycentres, a few sweeps down and up, keeping the order with the fewest crossings
     x          each layer goes to the means of its neighbours, apart by isotonic regression (pool adjacent violators)
 
@@ -20,6 +21,7 @@ __all__ = ["Layout", "layered"]
 Pair = tuple[int, int]
 Size = tuple[float, float]  # width, height
 GAP, LANE, BETWEEN = 22.0, 16.0, 38.0  # between boxes, between waypoints, between layers
+WIDEST = 1150.0  # of the boxes of one layer
 SWEEPS = 12
 LEAN = 0.8  # of the way from the axis that a box keeps in a sweep
 
@@ -42,7 +44,7 @@ class Layers:
         self.sizes = list(sizes)
         self.up: dict[int, list[int]] = {}
         self.down: dict[int, list[int]] = {}
-        self.rank = ranks(len(sizes), links)
+        self.rank = broken(ranks(len(sizes), links), sizes)
         self.chains: dict[tuple[int, int], int] = {}  # (source, rank) -> waypoint
         self.rows: list[list[int]] = [[] for _ in range(max(self.rank, default=-1) + 1)]
         for item, rank in enumerate(self.rank):
@@ -150,6 +152,21 @@ def ranks(count: int, links: Sequence[Pair]) -> list[int]:
     for upper, lower in links:
         below.setdefault(upper, []).append(rank[lower])
     return [rank[i] if i in used else min(below.get(i, [1])) - 1 for i in range(count)]
+
+
+def broken(rank: Sequence[int], sizes: Sequence[Size]) -> list[int]:
+    """The layers, each that is wider than WIDEST divided into several, in the order of the items."""
+    found, start = [0] * len(rank), 0
+    for layer in sorted(set(rank)):
+        used = 0.0
+        for item in (i for i, own in enumerate(rank) if own == layer):
+            width = sizes[item][0] + GAP
+            if used and used + width > WIDEST:
+                start, used = start + 1, 0.0
+            used += width
+            found[item] = start
+        start += 1
+    return found
 
 
 def apart(wanted: Sequence[float], distances: Sequence[float], weights: Sequence[float]) -> list[float]:

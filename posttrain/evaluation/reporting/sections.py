@@ -73,23 +73,23 @@ def stage_list(found: Collected) -> list[dict[str, Any]]:
     return entries
 
 
-def group_of(stage: Stage) -> tuple[str, int | None] | None:
+def group_of(stage: Stage) -> tuple[str, str] | None:
     """What stages share that are one entry of the list."""
     if stage.status in NOT_BEGUN:
-        return stage.status, None
-    return ("rlhf", stage.iteration) if stage.command == "rlhf" and stage.status == "complete" else None
+        return stage.status, ""
+    together = stage.command == "rlhf" and stage.status == "complete" and stage.round
+    return ("rlhf", stage.round) if together else None
 
 
 def settings(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, [(name, configuration as YAML)]): the RL runs of one iteration under one title."""
-    groups: dict[tuple[str, int | None] | str, list[tuple[str, str]]] = {}
+    groups: dict[tuple[str, str] | str, list[tuple[str, str]]] = {}
     for stage in found.stages:
         if stage.config:
             name = "whole run" if stage.name == "." and len(found.stages) > 1 else called(stage, found)
             groups.setdefault(group_of(stage) or stage.name, []).append((name, as_yaml(stage.config)))
     return [
-        (f"{len(group)} RL runs of iteration {key[1]}" if len(group) > 1 else group[0][0], group)
-        for key, group in groups.items()
+        (f"{len(group)} RL runs of {key[1]}" if len(group) > 1 else group[0][0], group) for key, group in groups.items()
     ]
 
 
@@ -135,14 +135,17 @@ def angles(found: Collected) -> dict[str, Any] | None:
     kept: dict[str, dict[str, float | None]] = {}
     tips: dict[tuple[str, str], str] = {}
     rows = []
-    for stage in sorted((s for s in found.stages if s.command == "merge slerp"), key=lambda s: s.iteration or 0):
-        title = f"iteration {stage.iteration}" if stage.iteration else stage.name
+    merges = sorted(found.of("merge slerp"), key=lambda stage: (stage.round.rpartition("/")[0], stage.iteration or 0))
+    several = len({stage.round.rpartition("/")[0] for stage in merges if stage.round}) > 1
+    for stage in merges:
+        title = f"iteration {stage.iteration}" if stage.round and not several else stage.round or stage.name
+        short = stage.iteration if stage.round and not several else title
         groups = [Group(group) for group in stage.summary.get("groups") or () if isinstance(group, Mapping)]
         if not any(group.angle is not None for group in groups):
             continue
         cells[title] = {group.label: group.angle for group in groups}
-        kept[f"SLERP {stage.iteration or title}"] = {group.label: group.kept for group in groups}
-        kept[f"LERP {stage.iteration or title}"] = {group.label: group.linear for group in groups}
+        kept[f"SLERP {short}"] = {group.label: group.kept for group in groups}
+        kept[f"LERP {short}"] = {group.label: group.linear for group in groups}
         tips |= {(title, group.label): group.extremes for group in groups}
         rows += [(title, *group.row) for group in groups]
     if not cells:
@@ -160,7 +163,7 @@ def angles(found: Collected) -> dict[str, Any] | None:
             "Length kept by SLERP and by LERP, per layer and merge",
         ),
         "rows": rows,
-        "mean": mean_of([stage.summary.get("mean_angle") for stage in found.stages if stage.command == "merge slerp"]),
+        "mean": mean_of([stage.summary.get("mean_angle") for stage in merges]),
         "slerp": percent(shares[0::2]),
         "lerp": percent(shares[1::2]),
     }

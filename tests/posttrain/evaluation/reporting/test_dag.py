@@ -10,7 +10,7 @@ import pytest
 from gemma2.posttrain.evaluation.reporting.dag import Edge, Node, dag_mermaid, dag_svg, dag_text
 from gemma2.posttrain.evaluation.reporting.graph import graph_of
 from gemma2.posttrain.evaluation.reporting.lanes import graph_rows, lanes_of
-from gemma2.posttrain.evaluation.reporting.layers import apart, ranks
+from gemma2.posttrain.evaluation.reporting.layers import apart, broken, ranks
 from gemma2.posttrain.evaluation.reporting.values import clipped, columns_of
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -306,6 +306,12 @@ def test_mermaid_source_is_not_broken_by_names():
 def test_layers_are_longest_paths_and_sources_come_late():
     # 0 -> 1 -> 2 -> 3 and a source 4 that only 3 uses
     assert ranks(5, [(0, 1), (1, 2), (0, 2), (2, 3), (4, 3)]) == [0, 1, 2, 3, 2]
+
+
+def test_a_layer_too_wide_for_a_page_becomes_several():
+    # 1150 px hold five boxes of 200 with their gaps of 22
+    assert broken([0] * 7 + [1], [(200.0, 30.0)] * 8) == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert broken([0, 0], [(2000.0, 30.0), (10.0, 30.0)]) == [0, 1]
 
 
 def test_apart_is_the_least_squares_solution():

@@ -410,6 +410,26 @@ def test_angles_of_many_pairs_are_told_as_mean_and_range():
     assert (group.angle, group.extremes) == (65.0, "60.0 to 70.0 over 2 pairs")
 
 
+def test_runs_of_several_seeds_are_not_mixed(tmp_path, plain):
+    run = Run(tmp_path / "q")
+    run.stage("sft", "sft")
+    run.stage("models/student", "tiny")
+    for seed in (0, 1):
+        warp(run, f"seed-{seed}/", steps=20)
+    text = read(run.finish(), tmp_path)[0].text
+    assert "2 policies × 2 iterations" in text
+    for name in ("seed-0/iteration-1", "seed-1/iteration-2"):
+        assert f"2 RL runs of {name}" in text and f"{name} embedding" in text
+    assert text.count("1 more run of this iteration") == 4
+
+
+def test_a_stage_that_ran_again_keeps_its_place(finished, tmp_path):
+    root = copy(finished, tmp_path)
+    path = root / "warp/iteration-1/slerp/gemma2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ended": "2027-01-01T00:00:00Z"}))
+    assert [s.name for s in collect(root).stages] == [s.name for s in collect(finished).stages]
+
+
 # --- lineage --------------------------------------------------------------------------------------------------------
 
 
