@@ -171,17 +171,20 @@ def _kill_group(pid: int | None) -> None:
 
 
 def _work(job: Job, pipe: Connection) -> None:
-    """What a stage's process does. It leads a group of its own, so that none of its helpers outlives it."""
-    os.setpgid(0, 0)
+    """What a stage's process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pipeline, which stops its stages
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    _follow_parent()
+    follow_parent()
     pipe.send(execute(job, pipe.send))
     pipe.close()
 
 
-def _follow_parent() -> None:
-    """End at once when the pipeline's process is gone: an orphan would hold the locks of its outputs."""
+def follow_parent() -> None:
+    """End at once, with all helpers, when the pipeline's process is gone: orphans would hold the locks of outputs.
+
+    The process becomes the leader of a group of its own, in which its helpers are.
+    """
+    os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
