@@ -43,6 +43,12 @@ FIELDS |= {"reward": {REWARD}, "from_head": {REWARD}, "front": {FRONT}, "fronts"
 FIELDS |= {name: {DATA} for name in ("data", "prompts", "heldout", "eval_data", "decontaminate")}
 FIELDS |= {"models": {POLICY, REWARD, ADAPTER}, "base": {POLICY, REWARD}}
 SCORED = {"model": {REWARD}}  # gemma2 reward score
+# The embedded models (embedded/pretrain.py), which import torch.
+EMBEDDED = {
+    "student": Promise(POLICY, parameters=456_288, vocabulary=512, shape=("gemma2", 96, 4)),
+    "teacher": Promise(POLICY, parameters=867_360, vocabulary=512, shape=("gemma2", 160, 3)),
+}
+QUESTION_BYTES = 71.0  # of a row of their prompts
 # Fields whose models must have one vocabulary: their distributions are compared, or their weights mixed.
 TOGETHER = ("policy", "sft", "teacher", "model", "init", "merged", "policies", "compare")
 
@@ -74,9 +80,9 @@ def promised_by(stage: Stage, config: Config, known: Mapping[Path, Promise]) -> 
         return replace(found, kind=kind) if kind else found
 
     if isinstance(config, TinyConfig):
-        yield from ((out / name, Promise(POLICY)) for name in ("student", "teacher"))
-        yield out / "prompts.jsonl", Promise(DATA, rows=config.train_prompts)
-        yield out / "heldout.jsonl", Promise(DATA, rows=config.heldout_prompts)
+        yield from ((out / name, promise) for name, promise in EMBEDDED.items())
+        for name, rows in (("prompts", config.train_prompts), ("heldout", config.heldout_prompts)):
+            yield out / f"{name}.jsonl", Promise(DATA, rows=rows, size=rows * QUESTION_BYTES)
     elif isinstance(config, MergeConfig):
         yield out, like(config.models[0])
     elif isinstance(config, SftConfig | DistillConfig | RlhfConfig):

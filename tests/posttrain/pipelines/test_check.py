@@ -158,6 +158,15 @@ def test_a_value_that_is_found_out_later_is_no_error_now(place):
     assert [one.action for one in plan.stages.values()] == ["run"] * 3
 
 
+def test_the_embedded_models_are_what_they_are_said_to_be(tmp_path):
+    from gemma2.posttrain.embedded.pretrain import RECIPES
+    from gemma2.posttrain.pipelines.promises import EMBEDDED, look_at
+
+    for name, recipe in RECIPES.items():
+        recipe.network().save_pretrained(tmp_path / name)
+        assert look_at(tmp_path / name) == EMBEDDED[name]
+
+
 def test_too_little_disk_is_said_before_anything_runs(place, monkeypatch):
     monkeypatch.setattr(check, "_free", lambda root: 1.0)
     with pytest.raises(InputError, match=r"needs about .* GiB and 0\.0 GiB are free"):
