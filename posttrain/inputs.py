@@ -76,9 +76,9 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
     cache = getattr(config, "teacher_cache", None)
     if cache is not None and not is_promised(cache) and (read_manifest(cache) or {}).get("status") != "complete":
         raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
-    for name, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
+    for option, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
         if not is_promised(path) and (read_manifest(path) or {}).get("status") != "complete":
-            raise InputError(f"--{name} {path} is no finished front", "make one with gemma2 pareto")
+            raise InputError(f"--{option} {path} is no finished front", "make one with gemma2 pareto")
     for path in (path for name in DATA for path in paths_of(config, name)):
         if not is_promised(path):
             data_files(path)

@@ -206,7 +206,7 @@ def test_bars_of_nested_tasks_share_one_display_with_live_figures(terminal, monk
 
 
 def test_inner_tasks_end_in_any_order(terminal):
-    _out, _err = terminal()
+    _out, err = terminal()
     console = Console()
     with console.task("pipeline", total=2, unit="stages"):
         first, second = (console.task(name, total=1, unit="steps") for name in ("first", "second"))
@@ -214,7 +214,10 @@ def test_inner_tasks_end_in_any_order(terminal):
         bar = second.__enter__()
         first.__exit__(None, None, None)
         bar.advance(1)
+        console.note("the first has ended")
         second.__exit__(None, None, None)
+    assert "the first has ended" in err.getvalue()
+    assert err.getvalue().count(f"{ESCAPE}[?25l") == 1  # one display from beginning to end
 
 
 def test_a_display_is_closed_by_an_exception_and_another_can_open(terminal):
