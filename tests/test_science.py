@@ -188,7 +188,7 @@ def test_fixed_runs_differ_from_those_of_iteration_1_in_the_anchor_alone(stages)
 
 def test_short_runs_differ_from_their_long_one_in_the_steps_alone(stages):
     for run, long in findings.RUNS.items():
-        for step in findings.STOPS:
+        for step in findings.stops_of(run):
             short = stages[0][findings.stop(run, step)]
             assert different(short, stages[0][long]) == {"steps"}
             assert short.options["steps"] == step < stages[0][long].options["steps"]
@@ -216,11 +216,11 @@ def test_every_front_is_measured_alike(stages):
     assert all(different(front, fronts[0]) <= {"policies", "merged"} for front in fronts)
 
 
-def test_every_policy_is_measured_once(stages):
+def test_what_is_compared_is_measured_once(stages):
     listed = [p for stage in stages[0].values() if stage.command == "pareto" for p in stage.options["policies"]]
-    trained = [f"${{seed-0/{name}.out}}" for name, stage in stages[0].items() if stage.command == "rlhf"]
-    merges = [f"${{seed-0/{name}.out}}" for name in (findings.TWO, findings.FOUR, findings.SECOND, findings.LERP)]
-    assert sorted(listed) == sorted(trained + merges)
+    runs = [*findings.RUNS.values(), *(findings.stop(r, step) for r in findings.RUNS for step in findings.stops_of(r))]
+    merges = (findings.TWO, findings.FOUR, findings.SECOND, findings.LERP)
+    assert sorted(listed) == sorted(f"${{seed-0/{name}.out}}" for name in (*runs, *merges))
 
 
 def write_steps(folder, reward):
@@ -233,7 +233,7 @@ def write_steps(folder, reward):
 
 def test_runs_that_are_not_the_beginning_of_their_long_one_are_refused(science, tmp_path):
     for run, long in findings.RUNS.items():
-        for name in (long, *(findings.stop(run, step) for step in findings.STOPS)):
+        for name in (long, *(findings.stop(run, step) for step in findings.stops_of(run))):
             write_steps(tmp_path / name, reward=0.0)
     science.check_beginnings(tmp_path)
     other = tmp_path / findings.stop("fixed-2", 20) / "metrics.jsonl"
