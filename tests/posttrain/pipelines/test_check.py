@@ -90,6 +90,10 @@ CASES = {
         },
         r"stages\.a: models .*out/sft is gemma2 of 2 layers and width 12, base .*sft gemma2 of 2 layers and width 8",
     ),
+    "models of two vocabularies in a merge": (
+        lambda p: {"a": stage("merge linear", models=[f"{p}/sft", f"{p}/other"])},
+        r"stages\.a: models .*other has a vocabulary of 20, models .*sft one of 16",
+    ),
     "an option that a merge does not take": (
         lambda p: {"a": stage("merge linear", models=[f"{p}/sft", f"{p}/rl"], eta=0.3)},
         r"stages\.a: merge linear does not take --eta",

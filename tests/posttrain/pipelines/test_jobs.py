@@ -1,0 +1,85 @@
+"""What a stage's process is given: folder, modules, threads, devices; and how it tells of its work."""
+
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from stages import MAKE
+
+from gemma2.posttrain.commands import COMMANDS
+from gemma2.posttrain.pipelines.jobs import Job, Reporter, execute
+from gemma2.posttrain.rundir import RunResult
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in; what a job does to this process is taken back."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "before")
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def job(place, **changes) -> Job:
+    given = {"stage": "a", "command": "make", "options": {}, "out": "deep/a", "log": "logs/a.log", "resume": False}
+    given |= {"force": False, "folder": str(place), "modules": ("first",), "cpus": 1}
+    return Job(**given | changes)
+
+
+def test_a_process_has_the_folder_the_modules_the_threads_and_the_devices_of_its_job(place, monkeypatch):
+    seen = {}
+
+    def body(config, options, progress):
+        seen.update(folder=os.getcwd(), path=sys.path[0], threads=torch.get_num_threads())
+        seen.update({name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
+        seen.update(out=options.out, parent=options.out.parent.is_dir())
+        return RunResult(options.out, {"x": 1})
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body, accelerated=True))
+    torch.set_num_threads(2)
+    os.chdir("/")
+    outcome = execute(job(place, gpus=("3", "5")), lambda event: None)
+    assert (outcome.code, outcome.summary) == (0, {"x": 1})
+    assert seen["folder"] == str(place)
+    assert seen["path"] == "first"
+    assert seen["threads"] == 1
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert (str(seen["out"]), seen["parent"]) == ("deep/a", True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "7"
+    execute(job(place), lambda event: None)
+    assert seen["CUDA_VISIBLE_DEVICES"] == "7"  # without a word about devices they stay as they are
+
+
+def test_what_native_code_prints_goes_to_the_log(place, monkeypatch, capfd):
+    def body(config, options, progress):
+        os.write(1, b"to stdout\n")
+        os.write(2, b"to stderr\n")
+        return RunResult(options.out)
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    execute(job(place), lambda event: None)
+    os.write(1, b"afterwards\n")
+    assert (place / "logs" / "a.log").read_text() == "to stdout\nto stderr\n"
+    assert capfd.readouterr().out == "afterwards\n"
+
+
+def test_a_bar_tells_all_that_it_advanced_by_in_few_messages():
+    events = []
+    reporter = Reporter(events.append)
+    with reporter.task("RL", 500, "steps") as bar:
+        for i in range(500):
+            bar.advance(1, reward=float(i))
+    reporter.note("a note")
+    reporter.warn("a warning")
+    assert events[0] == ("task", 1, "RL", 500, "steps")
+    told = [event for event in events if event[0] == "advance"]
+    assert sum(event[2] for event in told) == 500
+    assert told[-1][3] == {"reward": 499.0}
+    assert len(told) < 20
+    assert events[-3:] == [("end", 1), ("note", "a note"), ("warn", "a warning")]
