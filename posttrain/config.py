@@ -96,6 +96,9 @@ def _explain(schema: type[Config], error: ValidationError, file: Path | None, se
         what, _, mend = message.partition("; ")
         return f"{what}{where}{more}", mend or "see --help for the allowed values"
     given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    field = schema.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+    if first["type"] == "string_pattern_mismatch" and field is not None:  # a pattern is no help, its description is
+        return f"'{key}'{given}{where} does not fit{more}", str(field.description)
     return f"'{key}'{given}{where}: {message[:1].lower()}{message[1:]}{more}", "see --help for the allowed values"
 
 

@@ -101,7 +101,6 @@ class _Algorithm:
     def policy(self, iteration: int, m: int, when: str | None) -> StageFile:
         """One RL run from this iteration's init; optimizer and anchor start fresh."""
         config = self.config
-        varied = {key: parse_value(text) for key, text in config.varied(m).items()}
         options = {
             **_settings(config, SHARED),
             "policy": self.init(iteration),
@@ -110,7 +109,7 @@ class _Algorithm:
             "heldout": config.heldout,
             "steps": config.steps_of(iteration),
             "seed": run_seed(config.seed, iteration, m),
-            **varied,
+            **varied(config, m),
         }
         return _stage("rlhf", options, when)
 
@@ -139,6 +138,12 @@ class _Algorithm:
         """The fronts of all iterations, and what they are to be compared with."""
         fronts = [self.out(f"iteration-{i}/front") for i in range(1, self.config.iterations + 1)]
         return _stage("pareto", {**self._measured(), "policies": self.config.compare, "fronts": fronts})
+
+
+def varied(config: WarpConfig, policy: int) -> dict[str, Any]:
+    """What `vary` (`KEY=A:B:...`) gives the m-th policy, counted from 1."""
+    pairs = (item.partition("=")[::2] for item in config.vary)
+    return {key.replace("-", "_"): parse_value(values.split(":")[policy - 1]) for key, values in pairs}
 
 
 def _settings(config: WarpConfig, names: set[str]) -> dict[str, Any]:

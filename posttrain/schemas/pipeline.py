@@ -49,5 +49,5 @@ class PipelineFile(Config):
     """A pipeline: a DAG of commands."""
 
     vars: dict[str, Any] = Field(default_factory=dict, description="values that ${vars.NAME} stands for")
-    resources: Resources = Resources()
+    resources: Resources = Field(Resources(), description="of every stage that does not say otherwise")
     stages: dict[str, StageFile] = Field(min_length=1, description="name -> stage; the name is the output's folder")

@@ -77,11 +77,6 @@ class WarpConfig(TrainingFields, RlFields):
                 )
         return self
 
-    def varied(self, policy: int) -> dict[str, str]:
-        """What `vary` gives the m-th policy, counted from 1: option -> its text."""
-        pairs = (item.partition("=")[::2] for item in self.vary)
-        return {key.replace("-", "_"): values.split(":")[policy - 1] for key, values in pairs}
-
     def steps_of(self, iteration: int) -> int:
         """T of an iteration, counted from 1."""
         return self.steps[min(iteration, len(self.steps)) - 1]

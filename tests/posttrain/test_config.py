@@ -243,6 +243,8 @@ def example(schema: type[Config]) -> Config:
         paths |= {"models": ["a", "b"]}
     if "method" in schema.model_fields:
         paths |= {"method": "slerp"}
+    if "stages" in schema.model_fields:
+        paths |= {"stages": {"a": {"command": "sft", "matrix": {"seed": [1, 2]}}}}
     return schema.model_validate(paths)
 
 
@@ -299,3 +301,8 @@ def test_every_field_is_read_somewhere():
 def test_an_error_in_a_section_of_a_larger_recipe_names_the_section():
     with pytest.raises(UsageError, match=r"unknown key 'sft\.stepps'; did you mean 'steps'\?"):
         resolve(Sample, flags={"stepps": 3}, section="sft")
+
+
+def test_a_text_of_the_wrong_form_is_told_what_the_field_is_for():
+    with pytest.raises(UsageError, match=r"^'pick' = 'kl<5' does not fit; which point: best-reward, kl<=X"):
+        resolve(schemas.PickConfig, flags={"front": "f", "pick": "kl<5"})
