@@ -34,7 +34,7 @@ class StageFile(Config):
     after: tuple[str, ...] = Field((), description="stages that must be done first, besides those that options name")
     when: str | None = Field(None, description="run only if this holds: ${STAGE.summary.KEY} < 1")
     retries: int = Field(0, ge=0, le=100, description="further attempts after the process died without a clear error")
-    resources: Resources = Resources()
+    resources: Resources = Field(Resources(), description="what it has to itself: cpus, gpus")
 
     @field_validator("matrix", mode="before")
     @classmethod
