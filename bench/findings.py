@@ -25,10 +25,11 @@ The rule, stated before any result was seen. A claim of a sign holds (yes) when 
 LIMIT = 2 errors from zero, and every seed has that sign; it does not hold (no) when all this is so for the other sign;
 else the two are not told apart. A claim of a value ("about 90 degrees") holds when the mean is within two errors or
 one per cent of it, else not. Where nothing is true, a claim of a sign is found to hold in 2 % of cases if seeds differ
-by no more than their prompts, and in 9 % (Student's t, 2 degrees of freedom) if they differ by much more.
+by no more than their prompts, and in 9 % (Student's t, 2 degrees of freedom) if they differ by much more. A number
+that is known to be too low can only show that a claim holds, one that is too high only that it does not.
 
-After a result: that curves are compared in two ways came when seed 0 had been seen, since one way, in which the runs
-lost, looked too good; step 30 of the EMA runs came when all seeds had been, to bring the two ways closer.
+After a result: that curves are compared in two ways, and what either can show, came when results had been seen, since
+one way, in which the runs lost, looked too good; step 30 of the EMA runs is there to bring the two ways closer.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ __all__ = [
     "Finding",
     "Seed",
     "left_out",
+    "over_seeds",
     "path",
     "stop",
-    "table",
+    "stops_of",
 ]
 
 LIMIT = 2.0  # errors
@@ -198,12 +200,16 @@ class Seed:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of a number: its words, and a sign (of number - bound) or a value that it should have."""
+    """What the paper says of a number: its words, and a sign (of number - bound) or a value that it should have.
+
+    only: the one verdict that a number can give which is known to be too low (yes) or too high (no)
+    """
 
     words: str
     sign: int = 0
     bound: float = 0.0
     value: float | None = None
+    only: str | None = None
 
     def verdict(self, found: Sequence[Estimate]) -> str:
         """yes, no, or not told apart; a dash where nothing is claimed."""
@@ -215,7 +221,7 @@ class Claim:
             return "—"
         for sign, word in ((self.sign, "yes"), (-self.sign, "no")):
             every = all(sign * (one.value - self.bound) > 0 for one in found)
-            if every and sign * (mean - self.bound) > LIMIT * error:
+            if every and sign * (mean - self.bound) > LIMIT * error and self.only in (None, word):
                 return word
         return "not told apart"
 
@@ -228,6 +234,9 @@ def above(words: str, bound: float = 0.0) -> Claim:
 def below(words: str, bound: float = 0.0) -> Claim:
     """The number is smaller than this."""
     return Claim(words, -1, bound)
+
+
+AT_LEAST, AT_MOST = Claim("> 0", 1, only="yes"), Claim("> 0", 1, only="no")
 
 
 def near(words: str, value: float) -> Claim:
@@ -338,24 +347,25 @@ FINDINGS: dict[str, list[Finding]] = {
         Finding("reward: largest bend", below("concave: < 0"), _bends("reward", np.max)),
     ],
     "LITI and the RL trajectory": [
-        Finding("reward at equal KL, line of SLERP − runs, at least", above("> 0"), _line_over_runs(_at_least(gap))),
-        Finding("the same, at most", above("> 0"), _line_over_runs(_at_most(gap))),
-        Finding("hypervolume, line of SLERP − runs, at least", above("> 0"), _line_over_runs(_at_least(extent))),
-        Finding("reward at equal KL, line of policy-1 − its run, at least", above("> 0"),
+        Finding("reward at equal KL, line of SLERP − runs, at least", AT_LEAST, _line_over_runs(_at_least(gap))),
+        Finding("the same, at most", AT_MOST, _line_over_runs(_at_most(gap))),
+        Finding("hypervolume, line of SLERP − runs, at least", AT_LEAST, _line_over_runs(_at_least(extent))),
+        Finding("reward at equal KL, line of policy-1 − its run, at least", AT_LEAST,
                 lambda s: _at_least(gap)(s.line(ONE), path(s, "ema-1"))),
-        Finding("the same, at most", above("> 0"), lambda s: _at_most(gap)(s.line(ONE), path(s, "ema-1"))),
+        Finding("the same, at most", AT_MOST, lambda s: _at_most(gap)(s.line(ONE), path(s, "ema-1"))),
     ],
     "EMA anchor and fixed anchor, equal beta": [
         Finding("KL at the end, EMA − fixed", above("> 0"), lambda s: s.mean_kl(*PAIR) - s.mean_kl(*FIXED)),
         Finding("reward at the end, EMA − fixed", above("> 0"), lambda s: s.mean_reward(*PAIR) - s.mean_reward(*FIXED)),
-        Finding("reward at equal KL, EMA − fixed", above("> 0"), _anchors(gap)),
-        Finding("hypervolume, EMA − fixed", above("> 0"), _anchors(extent)),
+        Finding("reward at equal KL, EMA − fixed, at least", AT_LEAST, _anchors(_at_least(gap))),
+        Finding("the same, at most", AT_MOST, _anchors(_at_most(gap))),
+        Finding("hypervolume, EMA − fixed, at most", AT_MOST, _anchors(_at_most(extent))),
     ],
     "Iteration 2 and iteration 1": [
         Finding("reward, SLERP 2 − SLERP 1", above("> 0"), lambda s: s.mean_reward(SECOND) - s.mean_reward(TWO)),
-        Finding("reward at equal KL, line 2 − line 1, at least", above("> 0"), _lines(_at_least(gap), SECOND, TWO)),
-        Finding("the same, at most", above("> 0"), _lines(_at_most(gap), SECOND, TWO)),
-        Finding("hypervolume, line 2 − line 1", above("> 0"), _lines(extent, SECOND, TWO)),
+        Finding("reward at equal KL, line 2 − line 1, at least", AT_LEAST, _lines(_at_least(gap), SECOND, TWO)),
+        Finding("the same, at most", AT_MOST, _lines(_at_most(gap), SECOND, TWO)),
+        Finding("hypervolume, line 2 − line 1, at most", AT_MOST, _lines(_at_most(extent), SECOND, TWO)),
     ],
     "More policies": [
         Finding("reward, M = 2 − M = 1", above(MORE), lambda s: s.mean_reward(TWO) - s.mean_reward(ONE)),
@@ -366,35 +376,3 @@ FINDINGS: dict[str, list[Finding]] = {
         Finding("hypervolume, lines, M = 4 − M = 2", above(MORE), _lines(extent, FOUR, TWO)),
     ],
 }  # fmt: skip
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def table(sections: Mapping[str, Sequence[Finding]], seeds: Mapping[int, Seed]) -> str:
-    """The findings as a Markdown table, a line in bold before each section."""
-    head = ["finding", "the paper", "here, mean ± error", *(f"seed {seed}" for seed in seeds), "holds?"]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for section, findings in sections.items():
-        lines.append(_line([f"**{section}**", *[""] * (len(head) - 1)]))
-        lines += [_row(finding, list(seeds.values())) for finding in findings]
-    return "\n".join(lines)
-
-
-def _row(finding: Finding, seeds: Sequence[Seed]) -> str:
-    found = [finding.estimate(seed) for seed in seeds]
-    mean, error = over_seeds(found)
-    signed = finding.claim.sign != 0 and finding.claim.bound == 0
-    cells = [_number(mean, error, signed), *(_number(one.value, one.se, signed) for one in found)]
-    return _line([finding.name, finding.claim.words, *cells, finding.claim.verdict(found)])
-
-
-def _number(value: float, error: float, signed: bool) -> str:
-    """A number with its error; three decimals, one for angles."""
-    digits = 1 if abs(value) >= 10 else 3
-    text = f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-    return f"{text} ± {error:.{digits}f}" if math.isfinite(error) else text
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

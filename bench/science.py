@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -42,7 +43,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from findings import FINDINGS, FOUR, LERP, ONE, RUNS, SECOND, TWO, Floats, Seed, left_out, path, stop, stops_of, table
+from findings import (
+    FINDINGS,
+    FOUR,
+    LERP,
+    ONE,
+    RUNS,
+    SECOND,
+    TWO,
+    Finding,
+    Floats,
+    Seed,
+    left_out,
+    over_seeds,
+    path,
+    stop,
+    stops_of,
+)
 
 from gemma2.cli.console import Console
 from gemma2.cli.pipeline import Announcer
@@ -187,6 +204,38 @@ def _step(policy: Path, step: int) -> dict[str, Any]:
     rows = map(json.loads, (policy / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["step"] == step and row.get("kind") != "eval")
     return {key: value for key, value in row.items() if key != "epoch"}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(sections: Mapping[str, Sequence[Finding]], seeds: Mapping[int, Seed]) -> str:
+    """The findings as a Markdown table, a line in bold before each section."""
+    head = ["finding", "the paper", "here, mean ± error", *(f"seed {seed}" for seed in seeds), "holds?"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for section, findings in sections.items():
+        lines.append(_line([f"**{section}**", *[""] * (len(head) - 1)]))
+        lines += [_row(finding, list(seeds.values())) for finding in findings]
+    return "\n".join(lines)
+
+
+def _row(finding: Finding, seeds: Sequence[Seed]) -> str:
+    found = [finding.estimate(seed) for seed in seeds]
+    mean, error = over_seeds(found)
+    signed = finding.claim.sign != 0 and finding.claim.bound == 0
+    cells = [_number(mean, error, signed), *(_number(one.value, one.se, signed) for one in found)]
+    return _line([finding.name, finding.claim.words, *cells, finding.claim.verdict(found)])
+
+
+def _number(value: float, error: float, signed: bool) -> str:
+    """A number with its error; three decimals, one for angles."""
+    digits = 1 if abs(value) >= 10 else 3
+    text = f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return f"{text} ± {error:.{digits}f}" if math.isfinite(error) else text
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

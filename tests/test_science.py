@@ -142,11 +142,17 @@ def test_the_rule(claim, values, se, expected):
     assert claim.verdict([Estimate(value, se) for value in values]) == expected
 
 
+def test_a_number_that_is_too_low_or_too_high_gives_one_verdict_alone():
+    up, down = [Estimate(value, 0.1) for value in (1.0, 1.1, 0.9)], [Estimate(-value, 0.1) for value in (1.0, 1.1, 0.9)]
+    assert [findings.AT_LEAST.verdict(found) for found in (up, down)] == ["yes", "not told apart"]
+    assert [findings.AT_MOST.verdict(found) for found in (up, down)] == ["not told apart", "no"]
+
+
 def test_a_single_number_without_an_error_tells_no_sign_apart():
     assert findings.above("").verdict([Estimate(1.0)]) == "not told apart"
 
 
-def test_a_row_shows_the_mean_every_seed_and_the_verdict():
+def test_a_row_shows_the_mean_every_seed_and_the_verdict(science):
     rewards = {0: [1.0, 3.0], 1: [2.0, 4.0]}
     seeds = {
         number: Seed({"a": 0, "b": 1}, np.zeros((3, 2)), findings.left_out(np.array([values, [0.0, 0.0]])), {})
@@ -154,7 +160,7 @@ def test_a_row_shows_the_mean_every_seed_and_the_verdict():
     }
     rows = [Finding("a over b", findings.above("> 0"), lambda s: s.mean_reward("a") - s.mean_reward("b"))]
     # Seeds: means 2 and 3, paired errors 1 each; over both 2.5, spread 0.5, prompts sqrt(2) / 2.
-    assert findings.table({"Part": rows}, seeds).splitlines() == [
+    assert science.table({"Part": rows}, seeds).splitlines() == [
         "| finding | the paper | here, mean ± error | seed 0 | seed 1 | holds? |",
         "| --- | --- | --- | --- | --- | --- |",
         "| **Part** |  |  |  |  |  |",
