@@ -8,7 +8,7 @@ Nothing is read but the file. A stage's output is ROOT/NAME, so its name is its 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
@@ -20,7 +20,7 @@ from gemma2.merging.errors import UsageError
 from gemma2.posttrain.commands import COMMANDS, Command
 from gemma2.posttrain.config import Config, apply_sets, closest, load_yaml, validated
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
-from gemma2.posttrain.schemas.pipeline import RESERVED, STAGE_NAME
+from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
 
 from .algorithm import warp_stages
 from .references import lookup, parse_condition, references, replaced, texts
@@ -106,6 +106,8 @@ def read_pipeline(path: Path, sets: Iterable[str] = ()) -> PipelineFile:
     """
     document = load_yaml(path)
     stages = document.get("stages")
+    if not stages:
+        raise UsageError(f"{path} has no stages", "write stages: {NAME: {command: ..., options: {...}}}")
     names = stages if isinstance(stages, dict) else {}
     return validated(PipelineFile, apply_sets(document, (_in_full(item, names) for item in sets)), file=path)
 
@@ -123,6 +125,7 @@ def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:
     """
     drafts, copies = _copies(dict(_with_vars(file)))
     drafts, made = _with_warp(drafts)
+    _check_places(drafts)
     maker = _Maker(root, drafts, copies, {**copies, **made}, file.resources)
     stages = {name: maker.stage(name) for name in drafts}
     order = _ordered(stages)
@@ -135,17 +138,37 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
     def of(name: str) -> Any:
         return lookup(file.vars, name.split(".")[1:], name) if name.startswith("vars.") else None
 
+    for place, text in texts(file.vars, "vars"):
+        if references(text):
+            raise UsageError(f"{place} = {text!r}: a variable stands for a value, not for a reference", "write it out")
     for name, stage in file.stages.items():
-        if not re.fullmatch(STAGE_NAME, name) or name.partition("/")[0] in RESERVED:
-            raise UsageError(
-                f"'{name}' cannot be the name of a stage", "use letters, digits, _ . - and / between them; not 'logs'"
-            )
+        _check_name(name)
         if stage.command not in COMMANDS:
             raise UsageError(f"stages.{name}: unknown command '{stage.command}'", closest(stage.command, COMMANDS))
         values = stage.model_dump()
         changed = {key: replaced(values[key], of) for key in ("options", "matrix")}
         when = None if stage.when is None else str(replaced(stage.when, of))
         yield name, stage.model_copy(update={**changed, "when": when})
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is no name of a folder, or would be read as another reference."""
+    long = any(len(part.encode()) > LONGEST_NAME for part in name.split("/"))
+    taken = name.partition("/")[0] in RESERVED or name.startswith(("vars.", "matrix.")) or ".summary." in name
+    if long or taken or not re.fullmatch(STAGE_NAME, name):
+        raise UsageError(
+            f"'{name[:LONGEST_NAME]}' cannot be the name of a stage",
+            "use letters, digits, _ . - and / between them; not 'logs', 'vars' or a file of the pipeline's folder",
+        )
+
+
+def _check_places(names: Iterable[str]) -> None:
+    """Refuse an output inside another: whoever replaces the outer one would remove it."""
+    known = set(names)
+    for name in known:
+        for outer in PurePosixPath(name).parents:
+            if str(outer) in known:
+                raise UsageError(f"stages.{name} would lie in the output of {outer}", "rename one of them")
 
 
 def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
@@ -159,7 +182,7 @@ def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict
         copies = {}
         for values in product(*draft.matrix.values()):
             chosen = dict(zip(draft.matrix, values, strict=True))
-            copies[f"{name}/{_label(chosen)}"] = _copy(name, draft, chosen)
+            copies[f"{name}/{_label(chosen, draft.matrix)}"] = _copy(name, draft, chosen)
         total = len(list(product(*draft.matrix.values())))
         if len(copies) < total:
             raise UsageError(f"stages.{name}.matrix gives copies with equal names", "give values that differ in text")
@@ -170,10 +193,14 @@ def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict
     return found, groups
 
 
-def _label(values: Mapping[str, Any]) -> str:
-    """The folder of a copy: `seed-1-learning_rate-3e-06`; of a path its last part."""
-    shown = {key: Path(value).name if isinstance(value, str) else str(value) for key, value in values.items()}
-    return "-".join(f"{key}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', text)}" for key, text in shown.items())
+def _label(values: Mapping[str, Any], matrix: Mapping[str, Sequence[Any]]) -> str:
+    """The folder of a copy: `seed-1-learning_rate-3e-06`; of a path its last part, where that tells it from others."""
+    parts = []
+    for key, value in values.items():
+        last = [Path(other).name for other in matrix[key] if isinstance(other, str)]
+        text = Path(value).name if isinstance(value, str) and len({*last}) == len(last) else str(value)
+        parts.append(f"{key}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', text.strip('/'))}")
+    return "-".join(parts)
 
 
 def _copy(name: str, draft: StageFile, chosen: Mapping[str, Any]) -> StageFile:
@@ -212,10 +239,18 @@ def _with_warp(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], d
             continue
         if any(".summary." in reference for _, text in texts(draft.options) for reference in references(text)):
             raise UsageError(f"stages.{name}: warp takes no ${{STAGE.summary...}}", "its stages must be known at once")
+        for option in {"jobs", "executor"} & draft.options.keys():
+            raise UsageError(
+                f"stages.{name}.options.{option} is for a whole pipeline", f"drop it; give --{option} to the run"
+            )
         config = validated(WarpConfig, draft.options, section=f"stages.{name}.options")
         made = {
             f"{name}/{inner}": stage.model_copy(
-                update={"after": draft.after, "retries": draft.retries, "resources": draft.resources}
+                update={
+                    "after": draft.after,
+                    "retries": draft.retries,
+                    "resources": _over(stage.resources, draft.resources),
+                }
                 | ({"when": draft.when} if draft.when and not stage.when else {})
             )
             for inner, stage in warp_stages(config, prefix=f"{name}/").items()
@@ -223,6 +258,11 @@ def _with_warp(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], d
         groups[name] = tuple(made)
         found |= made
     return found, groups
+
+
+def _over(shared: Resources, own: Resources) -> Resources:
+    """The shared resources, except where a stage has its own."""
+    return Resources(**{**shared.model_dump(exclude_none=True), **own.model_dump(exclude_none=True)})
 
 
 def _ordered(stages: Mapping[str, Stage]) -> list[str]:
@@ -267,7 +307,6 @@ class _Maker:
             needs |= self._members(other, f"stages.{name}.after")
         if draft.when is not None:
             parse_condition(draft.when)
-        given = draft.resources.model_dump(exclude_none=True)
         return Stage(
             name=name,
             command=draft.command,
@@ -276,7 +315,7 @@ class _Maker:
             needs=tuple(other for other in self.drafts if other in needs),
             when=draft.when,
             retries=draft.retries,
-            resources=Resources(**{**self.shared.model_dump(exclude_none=True), **given}),
+            resources=_over(self.shared, draft.resources),
         )
 
     def _out(self, reference: str) -> Any:

@@ -13,7 +13,17 @@ from typing import Any
 from gemma2.merging.errors import UsageError
 from gemma2.merging.yaml_files import closest, parse_value
 
-__all__ = ["condition_holds", "filled", "lookup", "parse_condition", "references", "replaced", "texts"]
+__all__ = ["NULL", "condition_holds", "filled", "lookup", "parse_condition", "references", "replaced", "texts"]
+
+
+class _Null:
+    """What a reference to a null stands for: a None would say that the reference is not known yet."""
+
+    def __str__(self) -> str:
+        return "null"
+
+
+NULL = _Null()
 
 REFERENCE = re.compile(r"(?<!\$)\$\{([^{}]*)\}")
 CONDITION = re.compile(r"^\s*(?P<left>.+?)\s*(?P<sign>==|!=|<=|>=|<|>)\s*(?P<right>.+?)\s*$")
@@ -45,7 +55,7 @@ def references(text: str) -> list[str]:
 
 
 def replaced(value: Any, of: Callable[[str], Any]) -> Any:
-    """A nested value with every reference replaced by `of(reference)`; None leaves a reference as it is.
+    """A nested value with every reference replaced by `of(reference)`; None leaves a reference as it is, NULL is null.
 
     A text that is nothing but one reference becomes the value itself, whatever its type; inside a longer text it
     becomes text. A list in place of an item is spliced into the list around it.
@@ -70,6 +80,8 @@ def _replaced_text(text: str, of: Callable[[str], Any]) -> Any:
     whole = REFERENCE.fullmatch(text)
     if whole:
         found = of(whole[1])
+        if found is NULL:
+            return None
         return text if found is None else list(found) if isinstance(found, tuple) else found
     values = {name: of(name) for name in names}
     lists = [name for name, value in values.items() if isinstance(value, list | tuple)]
@@ -94,7 +106,7 @@ def filled(value: Any) -> Any:
 
 
 def lookup(values: Mapping[str, Any], path: list[str], what: str) -> Any:
-    """The value at a path of keys. Raises UsageError that names the first key that is not there."""
+    """The value at a path of keys, NULL for a null. Raises UsageError that names the first key that is not there."""
     current: Any = values
     for key in path:
         if isinstance(current, list) and key.isdigit() and int(key) < len(current):
@@ -102,11 +114,15 @@ def lookup(values: Mapping[str, Any], path: list[str], what: str) -> Any:
         elif isinstance(current, Mapping) and key in current:
             current = current[key]
         else:
-            names = [str(name) for name in current] if isinstance(current, Mapping) else []
-            raise UsageError(
-                f"${{{what}}}: there is no '{key}'", closest(key, names) if names else "it is a single value"
-            )
-    return current
+            raise UsageError(f"${{{what}}}: there is no '{key}'", _there(current, key))
+    return NULL if current is None else current
+
+
+def _there(value: Any, key: str) -> str:
+    """What stands where `key` was looked for."""
+    if isinstance(value, Mapping):
+        return closest(key, map(str, value)) if value else "there are no names at all"
+    return f"it is a list of {len(value)}, counted from 0" if isinstance(value, list) else "it is a single value"
 
 
 def parse_condition(text: str) -> tuple[str, str, str]:

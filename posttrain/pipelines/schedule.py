@@ -223,8 +223,7 @@ class Scheduler:
         """The value of `STAGE.summary.KEY`."""
         name, _, key = reference.partition(".summary.")
         summary = (read_manifest(self.pipeline.stages[name].out) or {}).get("summary", {})
-        value = lookup(summary, key.split("."), reference)
-        return "null" if value is None else value
+        return lookup(summary, key.split("."), reference)
 
     def _start(self, ready: _Ready) -> None:
         stage, currency = ready.stage, ready.currency

@@ -11,7 +11,10 @@ from gemma2.posttrain.config import Config
 __all__ = ["PipelineFile", "Resources", "StageFile"]
 
 STAGE_NAME = r"^[A-Za-z0-9][\w.=-]*(/[A-Za-z0-9][\w.=-]*)*$"
-RESERVED = frozenset({"vars", "resources", "stages", "logs", "matrix"})  # sections, a folder, a prefix of references
+# Sections and prefixes of references; what a pipeline's folder holds beside the stages.
+RESERVED = frozenset({"vars", "resources", "stages", "matrix", "logs"})
+RESERVED |= {"pipeline.json", "pipeline.yaml", "gemma2.json", "summary.json", "report.html"}
+LONGEST_NAME = 200  # bytes between two slashes: file systems take 255, temporary names are longer than the name
 
 
 class Resources(Config):

@@ -10,6 +10,9 @@ from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
 from gemma2.posttrain.schemas import PipelineFile, WarpConfig
 
 
+WARP = {"sft": "S", "reward": ["R"], "prompts": "P", "heldout": "H"}
+
+
 def stage(command="make", **keys):
     options = keys.pop("options", {})
     return {"command": command, "options": options, **keys}
@@ -38,6 +41,23 @@ def test_vars_stand_for_their_values_with_their_types(tmp_path):
     made = compiled({"a": stage(options={"value": "${vars.x}", "data": "${vars.folder}/d"})}, tmp_path,
                     vars={"x": 1.5, "folder": "f"})  # fmt: skip
     assert made.stages["a"].options == {"value": 1.5, "data": "f/d"}
+
+
+def test_a_variable_may_be_null_and_is_no_reference(tmp_path):
+    made = compiled({"a": stage(options={"data": "${vars.x}", "fail": "x-${vars.x}"})}, tmp_path, vars={"x": None})
+    assert made.stages["a"].options == {"data": None, "fail": "x-null"}
+    with pytest.raises(UsageError, match=r"vars\.y\.0 = '\$\{vars\.x\}': a variable stands for a value"):
+        compiled({"a": stage()}, tmp_path, vars={"x": 1, "y": ["${vars.x}"]})
+    with pytest.raises(UsageError, match=r"\$\{vars\.x\}: there is no 'x'; there are no names at all"):
+        compiled({"a": stage(options={"data": "${vars.x}"})}, tmp_path)
+
+
+def test_paths_of_one_name_in_a_matrix_are_told_apart_by_their_folders(tmp_path):
+    made = compiled({"a": stage(matrix={"data": ["x/rows.jsonl", "/y/rows.jsonl"]})}, tmp_path)
+    assert {name: one.options["data"] for name, one in made.stages.items()} == {
+        "a/data-x_rows.jsonl": "x/rows.jsonl",
+        "a/data-y_rows.jsonl": "/y/rows.jsonl",
+    }
 
 
 def test_a_matrix_makes_a_copy_for_every_combination_and_its_name_stands_for_all(tmp_path):
@@ -87,6 +107,14 @@ def test_a_value_of_a_matrix_can_name_the_copy_of_another_stage(tmp_path):
         ({"a b": stage()}, "cannot be the name of a stage"),
         ({"../a": stage()}, "cannot be the name of a stage"),
         ({"logs": stage()}, "cannot be the name of a stage"),
+        ({"pipeline.json": stage()}, "cannot be the name of a stage"),
+        ({"gemma2.json/x": stage()}, "cannot be the name of a stage"),
+        ({"a.summary.b": stage()}, "cannot be the name of a stage"),
+        ({"vars.x": stage()}, "cannot be the name of a stage"),
+        ({"a" * 201: stage()}, "cannot be the name of a stage"),
+        ({"a": stage(), "a/b": stage()}, r"stages\.a/b would lie in the output of a; rename one"),
+        ({"a": stage(matrix={"value": [1]}), "a/value-1/x/y": stage()}, "would lie in the output of a/value-1"),
+        ({"w": stage("warp", options={**WARP, "jobs": 2})}, r"stages\.w\.options\.jobs is for a whole pipeline"),
         ({"a": stage(matrix={"valeu": [1]})}, r"matrix\.valeu is no option of make.*did you mean 'value'"),
         ({"a": stage(matrix={"value": [1, 1]})}, "copies with equal names"),
         ({"a": stage(matrix={"value": 1})}, "no list of values"),
@@ -109,6 +137,12 @@ def test_a_setting_is_changed_by_the_full_path_or_by_the_stages_name(tmp_path):
     assert (found.stages["a"].retries, found.vars) == (4, {"x": 5})
 
 
+def test_a_file_without_stages_is_told_what_to_write(tmp_path):
+    (tmp_path / "p.yaml").write_text("")
+    with pytest.raises(UsageError, match=r"p\.yaml has no stages; write stages: "):
+        read_pipeline(tmp_path / "p.yaml")
+
+
 def test_a_choice_names_stages_groups_folders_and_patterns(tmp_path):
     made = compiled(
         {"a": stage(matrix={"value": [1, 2]}), "b": stage(options={"models": "${a.out}"}), "f/x": stage()}, tmp_path
@@ -122,8 +156,6 @@ def test_a_choice_names_stages_groups_folders_and_patterns(tmp_path):
 
 
 # --- warp -------------------------------------------------------------------------------------------------------------
-
-WARP = {"sft": "S", "reward": ["R"], "prompts": "P", "heldout": "H"}
 
 
 def needs(made, name):
@@ -216,6 +248,11 @@ def test_warp_takes_other_stages_outputs_and_gives_its_own(tmp_path):
     assert needs(made, "after") == {"w/model"}
     assert len(needs(made, "all")) == len(made.groups["w"])
     assert needs(made, "w/iteration-1/policy-1") == {"s"}
+
+
+def test_the_threads_of_warp_are_those_of_its_stages(tmp_path):
+    made = compiled({"w": stage("warp", options={**WARP, "cpus": 2}, resources={"gpus": 0})}, tmp_path)
+    assert {(one.resources.cpus, one.resources.gpus) for one in made.stages.values()} == {(2, 0)}
 
 
 def test_the_steps_of_the_last_given_iteration_hold_for_those_after_it():

@@ -3,9 +3,9 @@
 import pytest
 
 from gemma2.merging.errors import UsageError
-from gemma2.posttrain.pipelines.references import condition_holds, filled, lookup, references, replaced
+from gemma2.posttrain.pipelines.references import NULL, condition_holds, filled, lookup, references, replaced
 
-VALUES = {"a": 1, "b": "x y", "c": ["p", "q"], "e": [1, 2]}
+VALUES = {"n": NULL, "a": 1, "b": "x y", "c": ["p", "q"], "e": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ VALUES = {"a": 1, "b": "x y", "c": ["p", "q"], "e": [1, 2]}
         ("${later}", "${later}"),  # not known yet: stays
         ("${a}-${later}", "1-${later}"),
         ("$${a}", "$${a}"),  # escaped
+        (["${n}", "${n}s"], [None, "nulls"]),
         (3, 3),
     ],
 )
@@ -40,7 +41,7 @@ def test_two_lists_in_one_text_are_refused():
 
 @pytest.mark.parametrize(
     ("text", "holds"),
-    [("${a} < 2", True), ("${a} >= 2", False), ("${b} == x y", True), ("1 != 1.0", False), ("${a}0 == 10", True)],
+    [("${a} < 2", True), ("${a} >= 2", False), ("${b} == x y", True), ("1 != 1.0", False), ("${n} == null", True), ("${a}0 == 10", True)],
 )
 def test_a_condition_compares_values(text, holds):
     assert condition_holds(text, VALUES.get) is holds
