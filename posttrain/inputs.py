@@ -15,7 +15,7 @@ from gemma2.merging.outputs import read_manifest
 from gemma2.posttrain.data.sources import data_files
 
 from .config import Config
-from .origin import HUB_SNAPSHOT, Parent
+from .origin import DATA, HUB_SNAPSHOT, Parent
 from .rundir import check_parents
 from .schemas import PairsConfig, RewardFields
 
@@ -24,7 +24,6 @@ __all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "lo
 MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
 LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
 FRONTS = ("front", "fronts")
-DATA = ("data", "prompts", "heldout", "eval_data", "decontaminate")
 
 C = TypeVar("C", bound=Config)
 

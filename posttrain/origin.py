@@ -2,7 +2,7 @@
 
     settings   by value, without paths and without what the schema calls incidental
     parents    models, by role and the digest of their weights
-    data       files, by their digest
+    data       files, by role (the option that names them) and their digest
     code       of Python functions that a configuration names, by the digest of their module's source
 
 A path is no setting: where an input lies makes no difference, what it holds does.
@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import digest_input, digest_weights
 
 from .config import Config
+from .data.sources import data_files
 
-__all__ = ["HUB_SNAPSHOT", "Parent", "changes", "code_of", "describe_origin", "is_setting"]
+__all__ = ["DATA", "HUB_SNAPSHOT", "Parent", "changes", "code_of", "describe_origin", "is_setting"]
 
 # Fields that name Python functions, as module:function.
 FUNCTIONS = ("reward_fn", "judge_fn", "judge")
+# Options that name rows: a file, or a directory of them.
+DATA = ("data", "prompts", "heldout", "eval_data", "decontaminate")
 # How the hub's cache lays out a model: the folder of one revision.
 HUB_SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)$")
 
@@ -47,6 +51,26 @@ def describe_parent(parent: Parent, out: Path) -> dict[str, str]:
     return {"role": parent.role, "path": relative, **hub, "weights": digest_weights(path)}
 
 
+def describe_data(path: Path, config: Config, out: Path) -> dict[str, str]:
+    """Role, path relative to the output, digest. No role where several options lead to it, or none (the hub's cache)."""
+    place = path.resolve()
+    roles = [
+        name for name in type(config).model_fields if any(_leads_to(given, place) for given in _paths(config, name))
+    ]
+    role = {"role": roles[0]} if len(roles) == 1 else {}
+    return {**role, "path": os.path.relpath(place, out.resolve()), "digest": digest_input(path)}
+
+
+def _paths(config: Config, name: str) -> tuple[Path, ...]:
+    """The paths that an option holds."""
+    value = getattr(config, name)
+    return tuple(item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Path))
+
+
+def _leads_to(given: Path, place: Path) -> bool:
+    return place.is_relative_to(given.resolve())
+
+
 def describe_origin(
     command: str, config: Config, out: Path, parents: Sequence[Parent], data: Sequence[Path]
 ) -> dict[str, Any]:
@@ -55,9 +79,7 @@ def describe_origin(
         "command": command,
         "config": config.recorded(),
         "parents": [describe_parent(parent, out) for parent in parents],
-        "data": [
-            {"path": os.path.relpath(path.resolve(), out.resolve()), "digest": digest_input(path)} for path in data
-        ],
+        "data": [describe_data(path, config, out) for path in data],
         **({"code": code} if (code := code_of(config)) else {}),
         "seed": getattr(config, "seed", None),
     }
@@ -84,8 +106,9 @@ def settings_of(config: Config) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
     """What differs between the record of a run in `directory` and what it would start from: names, or nothing.
 
-    A path that is not the recorded one is no difference when it leads to the content of a recorded input. A setting
-    that the record does not have yet counts as the default that the schema gives it.
+    A path that is not the recorded one is no difference when it leads to the content that was recorded for its option;
+    several, when they lead to all of it in the recorded order. A setting that the record does not have yet counts as
+    the default that the schema gives it.
     """
     recorded = before["config"]
     found = [
@@ -95,25 +118,32 @@ def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[
     ]
     dropped = sorted(recorded.keys() - config.recorded().keys())
     found += [f"{key} ({recorded[key]!r} -> nothing)" for key in dropped if recorded[key] not in (None, [], {})]
-    for parent in before["parents"]:
-        if digest_weights(directory / parent["path"]) != parent["weights"]:
-            found.append(f"the weights of {parent['role']} {parent['path']}")
-    for source in before["data"]:
-        path = directory / source["path"]
-        if not path.is_file() or digest_input(path) != source["digest"]:
-            found.append(f"the content of {source['path']}")
+    found += _changed_inputs(before, config, directory)
     for name, digest in code_of(config).items():
         if before.get("code", {}).get(name, digest) != digest:
             found.append(f"the code of {name}")
-    known = [parent["weights"] for parent in before["parents"]] + [source["digest"] for source in before["data"]]
-    for key, value in config.model_dump(mode="json").items():
-        was = recorded.get(key)
-        if not _holds_paths(type(config).model_fields[key].annotation) or value == was or not (value or was):
-            continue
-        paths = [Path(item) for item in (value if isinstance(value, list) else [value] if value else [])]
-        if not paths or not _in_order(paths, known):
-            found.append(f"{key} ({was!r} -> {value!r})")
     return found
+
+
+def _changed_inputs(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
+    """The options that lead to something else than was recorded for them, and other recorded inputs that are gone."""
+    inputs = [*before["parents"], *before["data"]]
+    others = [source["digest"] for source in before["data"] if "role" not in source]
+    found = []
+    for option, value in config.model_dump(mode="json").items():
+        was, own, paths = before["config"].get(option), _recorded_for(option, before), _paths(config, option)
+        shared = option in DATA and others and all(path.exists() for path in paths)  # a set of the hub does not
+        known = paths and (own or shared)
+        unchanged = (value or []) == (was or []) and not known
+        if unchanged or not _holds_paths(type(config).model_fields[option].annotation):
+            continue
+        inputs = [entry for entry in inputs if entry not in own]
+        if paths and _same_contents(option, paths, own, others):
+            continue
+        gone = [entry for entry in own if value == was and not _is_there(entry, directory)]
+        named = f"the files of {option}" if value == was else f"{option} ({was!r} -> {value!r})"
+        found += [f"the {_called(entry)}" for entry in gone] or [named]
+    return found + [f"the {_called(entry)}" for entry in inputs if not _is_there(entry, directory)]
 
 
 def _default_of(config: Config, key: str) -> Any:
@@ -148,14 +178,69 @@ def _source_of(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
-def _in_order(paths: Sequence[Path], known: Sequence[str]) -> bool:
-    """Whether every path leads to a recorded content, and several to theirs in the recorded order."""
-    places = [min((known.index(c) for c in _contents(path) if c in known), default=-1) for path in paths]
-    return -1 not in places and places == sorted(places)
+def _recorded_for(option: str, before: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The recorded inputs of an option, in their order."""
+    # A merge calls its models inputs: the role tells them from what a policy was trained from.
+    role = "input" if before["command"].startswith("merge ") and option == "models" else option.replace("_", "-")
+    parents = [parent for parent in before["parents"] if parent["role"] in (role, option)]
+    return parents + [source for source in before["data"] if source.get("role") == option]
 
 
-def _contents(path: Path) -> Iterator[str]:
-    """Digests that may stand for an input: of a file, of a directory's weights, of the rows in it."""
-    if path.is_dir():
-        yield digest_weights(path)
-    yield from (digest_input(file) for file in ([path] if path.is_file() else sorted(path.glob("*.json*"))))
+def _digest_of(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("weights") or entry["digest"])
+
+
+def _called(entry: Mapping[str, Any]) -> str:
+    return f"weights of {entry['role']} {entry['path']}" if "weights" in entry else f"content of {entry['path']}"
+
+
+def _is_there(entry: Mapping[str, Any], directory: Path) -> bool:
+    """Whether a recorded input is where it was, with the content that it had."""
+    path = directory / entry["path"]
+    if "weights" in entry:
+        return digest_weights(path) == entry["weights"]
+    return path.is_file() and digest_input(path) == entry["digest"]
+
+
+def _same_contents(
+    option: str, paths: Sequence[Path], recorded: Sequence[Mapping[str, Any]], others: Sequence[str]
+) -> bool:
+    """Whether paths lead to all recorded contents in the recorded order, or one by one to others.
+
+    others  digests of recorded files that may belong to any option
+    """
+    rest = [_digest_of(entry) for entry in recorded]
+    models = any("weights" in entry for entry in recorded)
+    for path in paths:
+        if option in DATA:
+            contents = _rows_in(path)  # all of them: a file that was added counts
+            if contents is None:
+                return False
+            own = [content for content in contents if content not in others]
+            if rest[: len(own)] != own:
+                return False
+            del rest[: len(own)]
+            continue
+        contents = _contents(path, models)
+        found = any(content in others for content in contents)
+        while rest and rest[0] in contents:
+            contents.remove(rest.pop(0))
+            found = True
+        if not found:
+            return False
+    return not rest
+
+
+def _rows_in(path: Path) -> list[str] | None:
+    """Digests of the files behind a data path; None where there are none, or where they are not finished."""
+    try:
+        return [digest_input(file) for file in data_files(path)] if path.exists() else None
+    except InputError:
+        return None
+
+
+def _contents(path: Path, models: bool) -> list[str]:
+    """Digests that may stand for an input: of a model's weights; of a file, or of those in an output."""
+    if models:
+        return [digest_weights(path)]
+    return [digest_input(file) for file in ([path] if path.is_file() else sorted(path.glob("*.json*")))]

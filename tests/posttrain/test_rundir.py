@@ -81,7 +81,8 @@ def test_the_manifest_tells_where_an_output_comes_from(place):
     assert manifest["parents"] == [
         {"role": "model", "path": "../model", "weights": outputs.digest_weights(place / "model")}
     ]
-    assert manifest["data"] == [{"path": "../data.jsonl", "digest": outputs.digest_file(place / "data.jsonl")}]
+    digest = outputs.digest_file(place / "data.jsonl")
+    assert manifest["data"] == [{"role": "data", "path": "../data.jsonl", "digest": digest}]
     assert {"torch", "transformers", "gemma2"} <= manifest["versions"].keys() or manifest["gemma2"] == "source"
     assert set(manifest["hardware"]) == {"machine", "system", "cpus"}
     assert manifest["started"] <= manifest["ended"]

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from gemma2.posttrain.commands import COMMANDS, Command
 from gemma2.posttrain.config import Config, validated
+from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline
 from gemma2.posttrain.pipelines.jobs import Event, Job, Outcome, execute
@@ -79,6 +80,7 @@ class Making(Config):
     model: Path | None = None
     models: tuple[Path, ...] = ()
     data: Path | None = None
+    extra: tuple[Path, ...] = ()
     value: float = 0.0
     fail: str = Field("", description="raise this: an error, a bug")
 
@@ -92,8 +94,9 @@ def make(config: Making, options: RunOptions, progress: Any) -> RunResult:
 
         raise InputError("it cannot be", config.fail)
     paths = [path for path in (config.model, *config.models) if path]
-    parents = [Parent("model", path) for path in paths]
-    data = [config.data] if config.data else []
+    parents = [Parent("model", config.model)] if config.model else []
+    parents += [Parent("models", path) for path in config.models]
+    data = [file for path in (config.data, *config.extra) if path for file in data_files(path)]
     with open_run("make", config, options, parents=parents, data=data) as run:
         text = "".join((path / "model.safetensors").read_text() for path in paths)
         (run.path / "config.json").write_text("{}")

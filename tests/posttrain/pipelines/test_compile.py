@@ -9,7 +9,6 @@ from gemma2.posttrain.config import validated
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
 from gemma2.posttrain.schemas import PipelineFile, WarpConfig
 
-
 WARP = {"sft": "S", "reward": ["R"], "prompts": "P", "heldout": "H"}
 
 

@@ -41,7 +41,14 @@ def test_two_lists_in_one_text_are_refused():
 
 @pytest.mark.parametrize(
     ("text", "holds"),
-    [("${a} < 2", True), ("${a} >= 2", False), ("${b} == x y", True), ("1 != 1.0", False), ("${n} == null", True), ("${a}0 == 10", True)],
+    [
+        ("${a} < 2", True),
+        ("${a} >= 2", False),
+        ("${b} == x y", True),
+        ("1 != 1.0", False),
+        ("${n} == null", True),
+        ("${a}0 == 10", True),
+    ],
 )
 def test_a_condition_compares_values(text, holds):
     assert condition_holds(text, VALUES.get) is holds

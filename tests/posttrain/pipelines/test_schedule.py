@@ -9,13 +9,14 @@ from stages import Inline, compiled, run
 
 from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import read_manifest
+from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.currency import output_hash
 from gemma2.posttrain.pipelines.schedule import StageFailed
 from gemma2.posttrain.pipelines.state import read_state
 
 
 def stage(**keys):
-    options = {key: keys.pop(key) for key in [*keys] if key in ("model", "models", "data", "value", "fail")}
+    options = {key: keys.pop(key) for key in [*keys] if key in ("model", "models", "data", "extra", "value", "fail")}
     return {"command": "make", "options": options, **keys}
 
 
@@ -84,6 +85,73 @@ def test_the_same_content_at_another_place_is_the_same_input(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
     ran(compiled({"a": stage(data=str(tmp_path / "one.jsonl"))}, tmp_path / "out"))
     assert ran(compiled({"a": stage(data=str(tmp_path / "two.jsonl"))}, tmp_path / "out")) == []
+
+
+TWO = {"a": stage(value=1), "b": stage(value=2)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"models": ["${a.out}", "${b.out}"]}, {"models": ["${a.out}"]}),
+        ({"models": ["${a.out}", "${b.out}"]}, {"models": ["${b.out}", "${a.out}"]}),
+        ({"models": ["${a.out}"]}, {"models": ["${a.out}", "${a.out}"]}),
+        ({"models": ["${a.out}"], "model": "${b.out}"}, {"models": ["${b.out}"], "model": "${a.out}"}),
+        ({"models": ["${a.out}", "${b.out}"], "model": "${b.out}"},
+         {"models": ["${a.out}", "${b.out}"], "model": "${a.out}"}),
+        ({"models": ["${a.out}"], "model": "${b.out}"}, {"model": "${b.out}"}),
+    ],
+)  # fmt: skip
+def test_inputs_that_are_fewer_or_elsewhere_among_the_options_are_a_change(tmp_path, before, after):
+    ran(compiled({**TWO, "c": stage(**before)}, tmp_path))
+    assert ran(compiled({**TWO, "c": stage(**after)}, tmp_path)) == ["c"]
+    assert ran(compiled({**TWO, "c": stage(**after)}, tmp_path)) == []
+
+
+def test_files_that_change_places_are_a_change(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"x": "{name}"}}\n')
+    one, two = (str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    ran(compiled({"a": stage(data=one, extra=[two])}, tmp_path / "out"))
+    assert ran(compiled({"a": stage(data=two, extra=[one])}, tmp_path / "out")) == ["a"]
+    assert ran(compiled({"a": stage(data=two, extra=[one, one])}, tmp_path / "out")) == ["a"]
+    assert ran(compiled({"a": stage(data=two, extra=[one])}, tmp_path / "out")) == ["a"]
+
+
+def test_moved_outputs_and_moved_inputs_are_what_they_were(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"x": "{name}"}}\n')
+    one, two = (tmp_path / f"{name}.jsonl" for name in ("one", "two"))
+    ran(compiled({"a": stage(data=str(two), extra=[str(one)]), "b": stage(model="${a.out}")}, tmp_path / "out"))
+    (tmp_path / "moved").mkdir()
+    one = one.rename(tmp_path / "moved" / "first.jsonl")
+    (tmp_path / "out").rename(tmp_path / "moved" / "out")  # no recorded path leads to its input any longer
+    stages = {"a": stage(data=str(two), extra=[str(one)]), "b": stage(model="${a.out}")}
+    assert ran(compiled(stages, tmp_path / "moved" / "out")) == []
+    two.write_text("{}\n")
+    found = check_pipeline(compiled(stages, tmp_path / "moved" / "out"))
+    assert found.stages["a"].why == ("the content of ../../two.jsonl",)
+
+
+def test_a_file_added_to_a_folder_of_data_is_a_change(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "b.jsonl").write_text("{}\n")
+    stages = {"a": stage(data=str(folder), extra=[str(folder / "b.jsonl")]), "b": stage(data=str(folder))}
+    ran(compiled(stages, tmp_path / "out"))
+    assert ran(compiled(stages, tmp_path / "out")) == []
+    (folder / "a.jsonl").write_text('{"x": 1}\n')
+    assert check_pipeline(compiled(stages, tmp_path / "out")).stages["b"].why == ("the files of data",)
+    assert ran(compiled(stages, tmp_path / "out")) == ["a", "b"]
+    assert ran(compiled(stages, tmp_path / "out")) == []
+
+
+def test_a_file_that_two_options_name_is_the_same_input_under_another_name(tmp_path, monkeypatch):
+    (tmp_path / "one.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    ran(compiled({"a": stage(data="one.jsonl", extra=["one.jsonl"])}, tmp_path / "out"))
+    full = str(tmp_path / "one.jsonl")
+    assert ran(compiled({"a": stage(data=full, extra=[full])}, tmp_path / "out")) == []
 
 
 def test_a_folder_that_is_no_output_is_refused(tmp_path):
