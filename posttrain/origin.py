@@ -52,7 +52,7 @@ def describe_parent(parent: Parent, out: Path) -> dict[str, str]:
 
 
 def describe_data(path: Path, config: Config, out: Path) -> dict[str, str]:
-    """Role, path relative to the output, digest. No role where several options lead to it, or none (the hub's cache)."""
+    """Role, path relative to the output, digest. No role where several options lead to it, or none."""
     place = path.resolve()
     roles = [
         name for name in type(config).model_fields if any(_leads_to(given, place) for given in _paths(config, name))

@@ -3,7 +3,7 @@
 A run works in a hidden sibling of `--out` (`.NAME.partial`) and moves there in one rename when it is complete, so that
 `--out` exists only as a result. Interrupted, the partial directory stays for `--resume`, which is refused when
 configuration, inputs or data have changed in between. `--force` builds beside an existing output and replaces it at
-the end.
+the end; together they continue such a run.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
     """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
     config, options, parents, data = start.config, start.options, start.parents, start.data
     check_parents(parents)
-    if options.resume and (read_manifest(options.out) or {}).get("status") == "complete":
+    if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
         raise OutputError(
             f"--out {options.out} is complete, there is nothing to resume", "drop --resume, or use --force"
         )

@@ -25,6 +25,7 @@ from gemma2.posttrain.schemas import MergeConfig
 from .compile import Pipeline, Stage
 from .currency import Currency, currency_of, output_hash
 from .promises import check_kinds, promised_by
+from .state import read_state
 
 __all__ = ["Checked", "Plan", "check_pipeline"]
 
@@ -94,6 +95,8 @@ def check_pipeline(
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
     """
     promised: dict[Path, Promise] = {}
+    told = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
+    dropped = frozenset(name for name, one in told.items() if one.get("status") == "not needed")
     places = [stage.out for stage in pipeline.stages.values()]
     found: dict[str, Checked] = {}
     for stage in pipeline.stages.values():
@@ -112,6 +115,8 @@ def check_pipeline(
             raise InputError(f"stages.{stage.name}: {error.what}", error.mend) from error
         check_kinds(stage.name, config, promised)
         promised |= dict(promised_by(stage, config, promised))
+        if within is not None and stage.name in within:
+            _check_taken(stage, found, within | dropped)
         found[stage.name] = _stand(stage, config, found, promised, within, force)
     plan = Plan(found, _free(pipeline.root))
     if plan.disk > plan.disk_free:
@@ -162,8 +167,6 @@ def _stand(
     work = estimate(config, Sources(promised))
     if within is not None and stage.name not in within:
         return Checked(stage, "skip" if is_complete(stage.out) else "left out", work=work)
-    if within is not None:
-        _check_taken(stage, before, within)
     if stage.name in force:
         return Checked(stage, "again", ("--force",), work)
     waits = [name for name in stage.needs if before[name].action != "skip"]
@@ -184,10 +187,10 @@ def is_complete(out: Path) -> bool:
     return (read_manifest(out) or {}).get("status") == "complete"
 
 
-def _check_taken(stage: Stage, before: Mapping[str, Checked], within: frozenset[str]) -> None:
-    """What a chosen stage takes from stages that are not chosen must be there."""
+def _check_taken(stage: Stage, before: Mapping[str, Checked], apart: frozenset[str]) -> None:
+    """What a chosen stage takes must be there, except from other chosen stages and those that are not needed."""
     for name in stage.needs:
-        if name not in within and before[name].action == "left out":
+        if name not in apart and before[name].action == "left out":
             raise InputError(f"stages.{stage.name} needs {name}, which is neither complete nor chosen", "run that too")
 
 

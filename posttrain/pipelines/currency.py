@@ -22,13 +22,15 @@ from gemma2.posttrain.commands import COMMANDS
 from gemma2.posttrain.config import Config
 from gemma2.posttrain.origin import changes, is_setting
 
-__all__ = ["Currency", "currency_of", "output_hash"]
+__all__ = ["Currency", "currency_of", "goes_on", "output_hash"]
+
+ASIDE = ("metrics.jsonl", "samples.jsonl", "dropped.jsonl")  # for people; no stage reads them
 
 
 @dataclass(frozen=True)
 class Currency:
     """complete     nothing is to be done
-    interrupted  a run of it can be continued
+    interrupted  a run of it can be continued; an output of something else may still be in its place
     changed      the output is of something else; `why` names what
     missing      there is nothing
     """
@@ -41,18 +43,36 @@ def currency_of(command: str, config: Config, out: Path) -> Currency:
     """What is to be done about one output. Raises InputError for a foreign directory in its place."""
     manifest = read_manifest(out)
     if manifest is not None and manifest.get("status") == "complete":
-        differing = _differing(manifest, command, config, out)
-        return Currency("changed", differing) if differing else Currency("complete")
+        differing = _differing(manifest, command, config, out) or _damaged(manifest, out)
+        if not differing:
+            return Currency("complete")
+        return Currency("interrupted" if goes_on(command, config, out) else "changed", differing)
     if manifest is not None:
         return Currency("changed", (f"status ({manifest.get('status')})",))
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} holds something else than an output of gemma2", "move it, or choose another --out")
+    return Currency("interrupted" if goes_on(command, config, out) else "missing")
+
+
+def goes_on(command: str, config: Config, out: Path) -> bool:
+    """Whether an interrupted run of the same can be continued."""
     partial = partial_path(out)
     before = _interrupted(partial)
-    if before is None:
-        return Currency("missing")
-    differing = _differing(before, command, config, partial)
-    return Currency("missing", differing) if differing else Currency("interrupted")
+    return before is not None and not _differing(before, command, config, partial)
+
+
+def _damaged(manifest: Mapping[str, Any], out: Path) -> tuple[str, ...]:
+    """What a finished output no longer holds of that which others read: its weights and its rows."""
+    for name, entry in manifest.get("files", {}).items():
+        if name in ASIDE or "/" in name or not name.endswith((".safetensors", ".jsonl")):
+            continue
+        try:
+            size = (out / name).stat().st_size
+        except OSError:
+            return (f"its {name} is gone",)
+        if size != entry.get("size"):
+            return (f"its {name} is not what was written",)
+    return ()
 
 
 def _differing(recorded: Mapping[str, Any], command: str, config: Config, place: Path) -> tuple[str, ...]:

@@ -106,14 +106,19 @@ class LocalExecutor:
 
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]:
         """(what running stages said, how those that ended did), after at most `seconds`."""
-        waiting: list[Any] = [one.pipe for one in self.running.values()]
+        # A pipe may be held open by helpers that a killed stage leaves behind, so its end is watched too.
+        waiting: list[Any] = [end for one in self.running.values() for end in (one.pipe, one.process.sentinel)]
         ready = set(wait(waiting, seconds)) if waiting else set()
         events: list[tuple[str, Event]] = []
         ended: dict[str, Outcome] = {}
         for stage, one in list(self.running.items()):
-            if one.pipe in ready and self._drain(stage, one, events):
+            closed = one.pipe in ready and self._drain(stage, one, events)
+            if closed or one.process.sentinel in ready:
                 one.process.join(GRACE)
+                self._drain(stage, one, events)
                 ended[stage] = one.outcome or _lost(one.process.exitcode)
+                if one.outcome is None:
+                    _kill_group(one.process.pid)  # its helpers, which would go on writing
                 self._forget(stage)
         return events, ended
 

@@ -25,7 +25,7 @@ from .check import Checked, Plan, check_pipeline
 from .compile import Pipeline, Stage
 from .local import LocalExecutor
 from .schedule import Choice, Executor, Observer, Scheduler
-from .state import STATE_FILE, read_state
+from .state import STATE_FILE, is_running, read_state
 
 __all__ = ["FILE", "RunResult", "Watcher", "executor_of", "run_pipeline", "run_stages", "status_rows"]
 
@@ -73,15 +73,16 @@ def run_pipeline(
     that is not a pipeline's.
     """
     root = pipeline.root
+    choice = choice or Choice()
     check_place(root)
+    check_executor(pipeline, executor)
+    plan = check_pipeline(pipeline, choice.within, choice.force)
     with locked(root):
-        root.mkdir(parents=True, exist_ok=True)
-        choice = choice or Choice()
-        plan = check_pipeline(pipeline, choice.within, choice.force)
         started = now()
         recorded = read_manifest(root)
         if not plan.to_run and recorded is not None and recorded.get("config") == recorded_file(pipeline):
             return RunResult(dict.fromkeys(pipeline.stages, "complete"), ())
+        root.mkdir(exist_ok=True)
         (root / MANIFEST).unlink(missing_ok=True)  # what it says is about to change
         _write_file(pipeline)
         result = run_stages(pipeline, plan, executor, choice=choice, observer=observer, progress=progress)
@@ -100,19 +101,28 @@ def run_stages(
     progress: Progress = SILENT,
 ) -> RunResult:
     """Run what is missing or changed in a folder that the caller holds; `plan` is what its check gave."""
+    check_executor(pipeline, executor)
     commands = tuple(dict.fromkeys(one.stage.command for one in plan.to_run))
     scheduler = Scheduler(pipeline, executor, choice or Choice(), observer or Watcher(), progress, commands)
     try:
         scheduler.run()
     finally:
         executor.close()
-    return RunResult(scheduler.status, tuple(scheduler.outcomes))
+    chosen = scheduler.choice.within
+    status = {name: one for name, one in scheduler.status.items() if chosen is None or name in chosen}
+    return RunResult(status, tuple(scheduler.outcomes))
+
+
+def check_executor(pipeline: Pipeline, executor: Executor) -> None:
+    """Refuse resources that no stage could ever get there."""
+    for stage in pipeline.stages.values():
+        executor.check(stage.name, stage.resources.gpus)
 
 
 def check_place(root: Path) -> None:
     """Refuse a folder that holds something else: a pipeline grows in the open and would mix with it."""
     check_output(root, force=True)
-    ours = (STATE_FILE, MANIFEST)
+    ours = (STATE_FILE, MANIFEST, FILE)
     if root.exists() and any(root.iterdir()) and not any((root / name).exists() for name in ours):
         raise OutputError(f"--out {root} holds something else", "choose another --out")
     if (read_manifest(root) or {}).get("command", "pipeline") != "pipeline":
@@ -159,12 +169,14 @@ WORDS = {"skip": "complete", "run": "to run", "again": "changed", "continue": "i
 def status_rows(pipeline: Pipeline, plan: Plan) -> list[dict[str, Any]]:
     """Where every stage stands: what is on disk, and what the last run said of it."""
     state = (read_state(pipeline.root) or {}).get("stages", {})
-    return [_status_row(one, state.get(name, {})) for name, one in plan.stages.items()]
+    alive = is_running(pipeline.root)
+    return [_status_row(one, state.get(name, {}), alive) for name, one in plan.stages.items()]
 
 
-def _status_row(one: Checked, last: Mapping[str, Any]) -> dict[str, Any]:
+def _status_row(one: Checked, last: Mapping[str, Any], alive: bool) -> dict[str, Any]:
     told = last.get("status")
-    shown = told if one.action != "skip" and told in ("running", "failed", "not needed", "blocked") else None
+    tellable = ("failed", "not needed", "blocked", *(("running",) if alive else ()))  # else its pipeline was killed
+    shown = told if one.action != "skip" and told in tellable else None
     digest = (one.hash or "").rpartition(":")[2][:10]
     return {
         "stage": one.stage.name,

@@ -23,7 +23,7 @@ from gemma2.posttrain.config import Config
 from gemma2.posttrain.inputs import located
 
 from .compile import Pipeline, Stage, with_method
-from .currency import Currency, currency_of, output_hash
+from .currency import Currency, currency_of, goes_on, output_hash
 from .jobs import Event, Job, Outcome
 from .references import condition_holds, filled, lookup, replaced
 from .state import State
@@ -113,10 +113,12 @@ class Scheduler:
         Raises StageFailed for the first stage that failed, RuntimeError with its traceback when that was a bug.
         """
         self.state = State(self.pipeline, self.choice.within)
-        if self.choice.within is not None:  # what is taken as it is was checked to be there
-            self.status = dict.fromkeys(self.pipeline.stages.keys() - self.choice.within, "complete")
-        for stage in self.pipeline.stages.values():
-            self.executor.check(stage.name, stage.resources.gpus)
+        if self.choice.within is not None:  # what is taken as it is was checked to be there, or not to be needed
+            self.status = {
+                name: "not needed" if one["status"] == "not needed" else "complete"
+                for name, one in self.state.document["stages"].items()
+                if name not in self.choice.within
+            }
         try:
             self.state.write()
             # The outermost bar holds the display, so that those of stages may end in any order.
@@ -230,9 +232,8 @@ class Scheduler:
         if not self.prepared:
             self.executor.prepare(self.commands)
             self.prepared = True
-        force = currency.state == "changed" or stage.name in self.choice.force
-        resume = currency.state == "interrupted" and stage.name not in self.choice.force
         attempts = self.tries[stage.name] = self.tries.get(stage.name, 0) + 1
+        resume = currency.state == "interrupted" and (stage.name not in self.choice.force or attempts > 1)
         job = Job(
             stage=stage.name,
             command=stage.command,
@@ -241,12 +242,12 @@ class Scheduler:
             log=str(self.pipeline.root / "logs" / f"{stage.name}.log"),
             resume=resume,
             # What an interrupted run of something else left behind is no reason to stop.
-            force=force or (not resume and partial_path(stage.out).exists()),
+            force=stage.out.exists() or (not resume and partial_path(stage.out).exists()),
             folder=os.getcwd(),
             modules=tuple(sys.path),
             cpus=self.executor.cpus(stage.resources.cpus),
         )
-        why = {"interrupted": "goes on where it was", "missing": ""}.get(currency.state, "; ".join(currency.why))
+        why = "goes on where it was" if resume else "; ".join(currency.why)
         self.observer.started(stage, spell(stage.command, ready.config, stage.out), why)
         self.started[stage.name] = time.monotonic()
         self.state.set(stage.name, status="running", started=now(), ended=None, attempts=attempts, exit_code=None)
@@ -268,9 +269,10 @@ class Scheduler:
         tries = self.tries[stage.name]
         if outcome.code < 0 and tries <= stage.retries:
             self.progress.warn(f"stage {stage.name}: {outcome.error}; attempt {tries + 1} of {stage.retries + 1}")
-            currency = currency_of(stage.command, ready.config, stage.out)
+            if goes_on(stage.command, ready.config, stage.out):
+                ready = replace(ready, currency=Currency("interrupted"))
             self.state.set(stage.name, status="waiting")
-            self.waiting[stage.name] = replace(ready, currency=currency)
+            self.waiting[stage.name] = ready
             return
         self.outcomes[stage.name] = outcome
         record = {"ended": now(), "seconds": round(seconds, 2), "exit_code": outcome.code}

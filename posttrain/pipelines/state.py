@@ -10,7 +10,9 @@ The status of a stage: waiting, running, complete, failed, interrupted, blocked 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from gemma2.merging.outputs import SCHEMA_VERSION, write_json
 
 from .compile import Pipeline
 
-__all__ = ["STATE_FILE", "State", "read_state"]
+__all__ = ["STATE_FILE", "State", "is_running", "read_state"]
 
 STATE_FILE = "pipeline.json"
 
@@ -37,6 +39,22 @@ def read_state(root: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
         raise InputError(f"{path} is no state of a pipeline", "remove it: the next run writes it again")
     return found
+
+
+def is_running(root: Path) -> bool:
+    """Whether a process holds the folder: a state that says `running` may be that of one that was killed."""
+    place = root.resolve()
+    try:
+        descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 class State:

@@ -5,14 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stages import Inline, compiled, run
+from stages import Inline, Making, Stub, compiled, run
 
 from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import read_manifest
+from gemma2.posttrain.commands import COMMANDS
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.currency import output_hash
+from gemma2.posttrain.pipelines.jobs import Outcome
 from gemma2.posttrain.pipelines.schedule import StageFailed
 from gemma2.posttrain.pipelines.state import read_state
+from gemma2.posttrain.rundir import open_run
 
 
 def stage(**keys):
@@ -235,6 +238,70 @@ def test_a_clear_error_is_not_tried_again(tmp_path):
     assert executor.started == ["a"]
 
 
+# --- what was interrupted ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The command `make` with a checkpoint, lost after it as often as `lost` says; `began` tells where it began."""
+    began: list[int] = []
+    lost: list[str] = []
+
+    def body(config, options, progress):
+        with open_run("make", config, options) as run:
+            done = run.checkpoints / "done"
+            began.append(len(list(run.checkpoints.glob("*"))))
+            done.parent.mkdir(exist_ok=True)
+            done.write_text("")
+            if lost:
+                raise InputError(lost.pop(), "mend it")
+            (run.path / "model.safetensors").write_text(f"({config.value})")
+            return run.finish({})
+
+    monkeypatch.setitem(COMMANDS, "make", Stub(Making, "none", "none", "makes", accelerated=False, body=body))
+    return began, lost
+
+
+def test_an_output_that_is_made_again_goes_on_where_that_was_interrupted(tmp_path, steps):
+    began, lost = steps
+    ran(compiled({"a": stage(value=1)}, tmp_path))
+    lost.append("stopped")
+    changed = compiled({"a": stage(value=2)}, tmp_path)
+    with pytest.raises(StageFailed):
+        ran(changed)
+    assert weights(tmp_path, "a") == "(1.0)"
+    assert check_pipeline(changed).stages["a"].action == "continue"
+    assert ran(changed) == ["a"]
+    assert (began, weights(tmp_path, "a")) == ([0, 0, 1], "(2.0)")
+    assert ran(changed) == []
+
+
+class Losing(Inline):
+    """The first process of a stage is lost when it has made its checkpoint."""
+
+    def poll(self, seconds):
+        events, ended = super().poll(seconds)
+        return events, {name: Outcome(-9, error="lost") if one.code else one for name, one in ended.items()}
+
+
+def test_a_forced_stage_that_is_lost_goes_on_from_its_checkpoint(tmp_path, steps):
+    began, lost = steps
+    pipeline = compiled({"a": stage(value=1, retries=1)}, tmp_path)
+    ran(pipeline)
+    lost.append("stopped")
+    executor = Losing()
+    run(pipeline, executor, force=frozenset({"a"}))
+    assert (executor.started, began) == (["a", "a"], [0, 0, 1])
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("(")])
+def test_weights_that_are_gone_or_cut_are_made_again(tmp_path, spoil):
+    ran(compiled(CHAIN, tmp_path))
+    spoil(tmp_path / "c" / "model.safetensors")
+    assert "model.safetensors" in check_pipeline(compiled(CHAIN, tmp_path)).stages["c"].why[0]
+    assert ran(compiled(CHAIN, tmp_path)) == ["c"]
+
+
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +320,14 @@ def test_a_choice_needs_what_it_takes_complete_and_nothing_else(tmp_path):
     assert {name: one["status"] for name, one in read_state(tmp_path)["stages"].items()} == {
         "a": "complete", "b": "waiting", "c": "waiting",
     }  # fmt: skip
+
+
+def test_what_was_not_needed_is_no_hindrance_to_a_choice_behind_it(tmp_path):
+    pipeline = compiled(conditional(6), tmp_path)
+    assert ran(pipeline) == ["a", "all"]
+    assert run(pipeline, within=frozenset({"all"}), force=frozenset({"all"})) == {"all": "complete"}
+    assert weights(tmp_path, "all") == "(0.0(6.0))"
+    assert read_state(tmp_path)["stages"]["more"]["status"] == "not needed"
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------
