@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from gemma2.configs import recipe, recipes
 from gemma2.merging.errors import InputError, OutputError, UsageError
 from gemma2.merging.outputs import partial_path
+from gemma2.merging.yaml_files import closest
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
-from .options import COMMON, HELP_NAMES, AsJson, Quiet, Set, recipe_path
+from .options import COMMON, HELP_NAMES, AsJson, Quiet, Set
 
 if TYPE_CHECKING:
     from gemma2.posttrain.pipelines.check import Plan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
+    from gemma2.posttrain.pipelines.schedule import Choice
 
 __all__ = ["Announcer", "app", "kept_for_later"]
 
@@ -55,13 +58,14 @@ class Announcer:
     """
 
     def __init__(self, console: Console, total: int, out: Path | None = None) -> None:
-        self.console, self.total, self.number = console, total, 0
+        self.console, self.total = console, total
+        self.numbers: dict[str, int] = {}
         self.names = (str(partial_path(out)), str(out)) if out else ("", "")
 
     def started(self, stage: Stage, command: str, why: str) -> None:
-        self.number += 1
+        number = self.numbers.setdefault(stage.name, len(self.numbers) + 1)  # another attempt is no other stage
         because = f" ({why})" if why else ""
-        self.console.heading(f"{self.number}/{self.total}  {stage.name}: {stage.kind.why}{because}")
+        self.console.heading(f"{number}/{self.total}  {stage.name}: {stage.kind.why}{because}")
         self.console.note(f"     $ {command.replace(*self.names) if self.names[0] else command}")
 
     def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
@@ -99,11 +103,27 @@ def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeli
         if not file.is_file():
             raise InputError(f"{folder} is no folder of a pipeline", "give a YAML file")
         return compile_pipeline(read_pipeline(file, sets or ()), out or folder)
+    path = folder if folder.is_file() else recipe(name)
+    if path is None:
+        known = closest(name, recipes())
+        raise InputError(f"{name} does not exist", f"give a YAML file, the folder of a run, or a recipe ({known})")
     if out is None:
         raise UsageError("--out is missing", "give the directory of the whole")
-    path = recipe_path(name)
-    assert path is not None
     return compile_pipeline(read_pipeline(path, sets or ()), out)
+
+
+def choice_of(
+    compiled: Pipeline, start: Sequence[str], only: Sequence[str], force: Sequence[str], keep_going: bool
+) -> Choice:
+    """What --from, --only and --force choose. Raises UsageError for what names no stage, or forces one left out."""
+    from gemma2.posttrain.pipelines.schedule import Choice
+
+    within = compiled.after(compiled.chosen(start)) if start else set(compiled.stages)
+    within &= compiled.chosen(only) if only else within
+    again = compiled.chosen(force)
+    if again - within:
+        raise UsageError(f"--force {min(again - within)} is not among the chosen stages", "choose it too, or drop it")
+    return Choice(frozenset(within) if start or only else None, frozenset(again), keep_going)
 
 
 @app.callback(context_settings=HELP_NAMES)
@@ -164,26 +184,22 @@ def run(
       gemma2 pipeline run quickstart --out quickstart --dry-run
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
-    from gemma2.posttrain.pipelines.run import executor_of, run_pipeline
-    from gemma2.posttrain.pipelines.schedule import Choice
+    from gemma2.posttrain.pipelines.run import check_executor, executor_of, run_pipeline
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
-    within = compiled.after(compiled.chosen(from_)) if from_ else set(compiled.stages)
-    within &= compiled.chosen(only) if only else within
-    chosen = frozenset(within) if from_ or only else None
-    choice = Choice(chosen, frozenset(compiled.chosen(force or ())), keep_going)
+    choice = choice_of(compiled, from_ or (), only or (), force or (), keep_going)
+    place = executor_of(executor, jobs, ray_address)
     if dry_run:
+        check_executor(compiled, place)
         show_plan(console, compiled, check_pipeline(compiled, choice.within, choice.force))
         return
     started = time.monotonic()
     announcer = Announcer(console, len(compiled.stages))
     with kept_for_later(console, compiled.root):
-        result = run_pipeline(
-            compiled, executor_of(executor, jobs, ray_address), choice=choice, observer=announcer, progress=console
-        )
+        result = run_pipeline(compiled, place, choice=choice, observer=announcer, progress=console)
     counts = {status: list(result.status.values()).count(status) for status in ("complete", "not needed")}
     console.result(
         {"stages": len(compiled.stages), "ran": len(result.ran), **{k: v for k, v in counts.items() if v},
@@ -270,5 +286,7 @@ def graph(
         return
     if write.exists() and not force:
         raise OutputError(f"--write {write} exists", "choose another file, or replace it with --force")
+    if not write.parent.is_dir():
+        raise OutputError(f"cannot write --write {write}: {write.parent} is not a directory", "make it first")
     write.write_text(text, encoding="utf-8")
     Console().result({}, write)

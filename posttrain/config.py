@@ -90,8 +90,12 @@ def _explain(schema: type[Config], error: ValidationError, file: Path | None, se
             str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1])
         )
     if first["type"] == "missing":
-        return f"'{key}' is missing{where}{more}", f"give --{key.replace('_', '-')} or set it in the recipe"
-    message = first["msg"].removeprefix("Value error, ")
+        flag = "" if section else f"give --{key.replace('_', '-')} or "  # what stands in a pipeline has no flag
+        return f"'{key}' is missing{where}{more}", f"{flag}set it in the recipe"
+    if first["loc"] and first["loc"][-1] == "[key]":  # YAML reads 1, on and no as numbers and truth values
+        place = key.removesuffix(".[key]")
+        return f"the name '{place}'{where} is read as {first['input']!r}{more}", "put it in quotes"
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     if not first["loc"] and not section:  # options that do not fit each other: the schema says what and how to mend
         what, _, mend = message.partition("; ")
         return f"{what}{where}{more}", mend or "see --help for the allowed values"

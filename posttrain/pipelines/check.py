@@ -25,6 +25,7 @@ from gemma2.posttrain.schemas import MergeConfig
 from .compile import Pipeline, Stage
 from .currency import Currency, currency_of, output_hash
 from .promises import check_kinds, promised_by
+from .references import filled
 from .state import read_state
 
 __all__ = ["Checked", "Plan", "check_pipeline"]
@@ -141,9 +142,9 @@ def check_merge(config: Config, promised: Sequence[Path]) -> None:
 def _configured(stage: Stage) -> Config | None:
     """The configuration as far as it is known; None where a required option is another stage's finding."""
     deferred = stage.deferred
+    known = {key: filled(value) for key, value in stage.options.items() if key not in deferred}
     if not deferred:
-        return stage.config()
-    known = {key: value for key, value in stage.options.items() if key not in deferred}
+        return stage.config(known)
     try:
         return stage.config(known)
     except UsageError as error:

@@ -136,11 +136,14 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
     """The stages with `${vars.X}` replaced, names and commands checked."""
 
     def of(name: str) -> Any:
-        return lookup(file.vars, name.split(".")[1:], name) if name.startswith("vars.") else None
+        if not name.startswith("vars."):
+            return None
+        value = lookup(file.vars, name.split(".")[1:], name)
+        for place, text in texts(value, name):
+            if references(text):
+                raise UsageError(f"{place} = {text!r}: a variable stands for a value, not a reference", "write it out")
+        return value
 
-    for place, text in texts(file.vars, "vars"):
-        if references(text):
-            raise UsageError(f"{place} = {text!r}: a variable stands for a value, not for a reference", "write it out")
     for name, stage in file.stages.items():
         _check_name(name)
         if stage.command not in COMMANDS:

@@ -27,7 +27,7 @@ from .local import LocalExecutor
 from .schedule import Choice, Executor, Observer, Scheduler
 from .state import STATE_FILE, is_running, read_state
 
-__all__ = ["FILE", "RunResult", "Watcher", "executor_of", "run_pipeline", "run_stages", "status_rows"]
+__all__ = ["FILE", "RunResult", "Watcher", "check_executor", "executor_of", "run_pipeline", "run_stages", "status_rows"]
 
 FILE = "pipeline.yaml"
 

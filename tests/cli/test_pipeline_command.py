@@ -80,7 +80,7 @@ def test_status_tells_what_is_to_run_and_nothing_is_written(place, said):
     ("words", "error", "text"),
     [
         (["run", "p.yaml"], UsageError, "--out is missing"),
-        (["run", "gone.yaml", "--out", "o"], InputError, r"--config gone\.yaml does not exist"),
+        (["run", "gone.yaml", "--out", "o"], InputError, r"gone\.yaml does not exist; give a YAML file"),
         (["run", "p.yaml", "--out", "o", "--only", "c"], UsageError, "there is no stage 'c'"),
         (["run", "p.yaml", "--out", "o", "--only", "b"], InputError, "needs a, which is neither complete nor chosen"),
         (["run", "p.yaml", "--out", "o", "--set", "a.min_wrds=1"], UsageError, "did you mean 'min_words'"),

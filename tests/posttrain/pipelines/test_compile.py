@@ -46,7 +46,7 @@ def test_a_variable_may_be_null_and_is_no_reference(tmp_path):
     made = compiled({"a": stage(options={"data": "${vars.x}", "fail": "x-${vars.x}"})}, tmp_path, vars={"x": None})
     assert made.stages["a"].options == {"data": None, "fail": "x-null"}
     with pytest.raises(UsageError, match=r"vars\.y\.0 = '\$\{vars\.x\}': a variable stands for a value"):
-        compiled({"a": stage()}, tmp_path, vars={"x": 1, "y": ["${vars.x}"]})
+        compiled({"a": stage(options={"models": "${vars.y}"})}, tmp_path, vars={"x": 1, "y": ["${vars.x}"]})
     with pytest.raises(UsageError, match=r"\$\{vars\.x\}: there is no 'x'; there are no names at all"):
         compiled({"a": stage(options={"data": "${vars.x}"})}, tmp_path)
 

@@ -12,7 +12,7 @@ from processes import MAIN, finish, start
 
 from gemma2.merging.errors import UsageError
 from gemma2.posttrain.pipelines.jobs import Job, Outcome
-from gemma2.posttrain.pipelines.local import LocalExecutor, visible_gpus
+from gemma2.posttrain.pipelines.local import LocalExecutor, _Running, visible_gpus
 
 ROW = {"prompt": "What is two plus two?", "completion": "It is four, as you can count on your fingers."}
 
@@ -240,4 +240,80 @@ process.join()
     assert alive({helper})
     process.kill()
     process.wait()  # not for its pipes, which the helper holds too
+    assert all_gone({helper})
+
+
+def statuses(place: Path) -> list[str]:
+    code, out, err = finish(start(MAIN, "pipeline", "status", "out", "--json", cwd=place))
+    assert code == 0, err
+    return [one["status"] for one in json.loads(out)["stages"]]
+
+
+def test_what_is_refused_leaves_nothing_behind_and_blocks_nothing(place):
+    asked = pipeline(place)
+    code, out, _ = finish(start(MAIN, *asked, "--set", "b.data=gone.jsonl", cwd=place))
+    assert (code, out) == (1, "")
+    for more in ([], ["--dry-run"]):
+        code, _, err = finish(start(MAIN, *asked, *more, "--set", "stages.b.resources.gpus=99", cwd=place))
+        assert code == 2, err
+        assert "stages.b.resources.gpus = 99: this machine has" in err
+    assert sorted(path.name for path in place.iterdir()) == ["p.yaml", "rows.jsonl"]
+    (place / "out").mkdir()
+    (place / "out" / "pipeline.yaml").write_text(PIPELINE)  # as a kill leaves it before the first state
+    assert finish(start(MAIN, *asked, "--quiet", cwd=place))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["status", "nowhere"], 1, "nowhere does not exist; give a YAML file, the folder of a run, or a recipe"),
+        (["run", "p.yaml", "--out", "out", "--only", "a", "--force", "b"], 2, "--force b is not among the chosen"),
+        (["graph", "p.yaml", "--write", "nowhere/x.svg"], 1, "cannot write --write nowhere/x.svg"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line(place, words, code, said):
+    pipeline(place)
+    found, out, err = finish(start(MAIN, "pipeline", *words, cwd=place))
+    assert (found, out) == (code, "")
+    assert err.startswith(f"error: {said}")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_killed_run_is_not_told_as_running(place, slow):
+    assert statuses(place) == ["running", "to run"]
+    slow.kill()
+    slow.wait()
+    assert statuses(place)[0] in ("interrupted", "to run")
+
+
+FORKING = """
+import os, time
+def work(file, pipe):
+    os.setpgid(0, 0)
+    helper = os.fork()  # holds the pipe open
+    if helper:
+        with open(file, "w") as out:
+            out.write(str(helper))
+    time.sleep(60)
+"""
+
+
+def test_a_stage_that_is_killed_takes_its_helpers_along_and_its_end_is_seen(place, executor, monkeypatch):
+    (place / "forking.py").write_text(FORKING)
+    monkeypatch.syspath_prepend(place)
+    from forking import work
+
+    receiver, sender = executor.context.Pipe(duplex=False)
+    process = executor.context.Process(target=work, args=(str(place / "pid"), sender))
+    process.start()
+    sender.close()
+    executor.running["a"] = _Running(process, receiver, ())
+    until = time.monotonic() + 30
+    while not ((place / "pid").exists() and (place / "pid").read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    helper = int((place / "pid").read_text())
+    assert alive({helper})
+    os.kill(process.pid, signal.SIGKILL)
+    assert outcomes(executor, 1)["a"].code == -signal.SIGKILL
     assert all_gone({helper})

@@ -387,3 +387,10 @@ def test_an_interrupt_leaves_a_state_that_says_so(tmp_path):
     assert state["status"] == "interrupted"
     assert state["stages"]["a"]["status"] == "interrupted"
     assert ran(compiled(CHAIN, tmp_path)) == ["a", "b", "c"]
+
+
+def test_an_escaped_brace_is_one_in_the_check_and_in_the_run(tmp_path):
+    (tmp_path / "${x}.jsonl").write_text("{}\n")
+    pipeline = compiled({"a": stage(data=f"{tmp_path}/$${{x}}.jsonl")}, tmp_path / "out")
+    assert ran(pipeline) == ["a"]
+    assert check_pipeline(pipeline).stages["a"].action == "skip"
