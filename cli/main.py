@@ -6,7 +6,6 @@ A bug keeps its traceback.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -14,10 +13,6 @@ import warnings
 from types import FrameType
 
 __all__ = ["main"]
-
-
-# What the machine may refuse at any write or read, whatever the command: no bug, and no traceback.
-REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 class Interrupted(BaseException):
@@ -70,7 +65,7 @@ def _interrupted(number: int) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; bugs propagate."""
-    from gemma2.merging.errors import Gemma2Error
+    from gemma2.merging.errors import Gemma2Error, refusal
 
     from .app import invoke
     from .console import UsageProblem
@@ -82,9 +77,10 @@ def run(arguments: list[str]) -> int:
     except Gemma2Error as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
-        if error.errno not in REFUSALS:
+        line = refusal(error)
+        if line is None:
             raise
-        return _fail(f"{error.strerror}: {error.filename or 'the output'}; check its place and permissions", 1)
+        return _fail(line, 1)
 
 
 def main() -> None:

@@ -11,7 +11,12 @@ Anything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-__all__ = ["Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError"]
+import errno
+
+__all__ = ["Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
+
+# What the machine may refuse at any write or read, whatever the command: no bug, and no traceback.
+REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 class Gemma2Error(Exception):
@@ -46,3 +51,10 @@ class GuardStop(Gemma2Error, RuntimeError):
     """A guard ended the run before it could do harm; the last good checkpoint is kept."""
 
     exit_code = 3
+
+
+def refusal(error: OSError) -> str | None:
+    """The one line of what the machine refuses: a full disk, a missing permission; None for what is a bug."""
+    if error.errno not in REFUSALS:
+        return None
+    return f"{error.strerror}: {error.filename or 'the output'}; check its place and permissions"

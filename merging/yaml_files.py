@@ -15,6 +15,7 @@ from .errors import InputError, UsageError
 
 __all__ = ["apply_sets", "closest", "parse_value", "read_documents", "to_yaml"]
 
+DEEPEST = 100  # levels of a file; ours have six
 LISTED = 40  # names that still read as one line
 NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
@@ -77,12 +78,29 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     except yaml.YAMLError as error:
         detail = " ".join(str(error).split())
         raise UsageError(f"{path} is not valid YAML: {detail}", "correct the file") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply", "correct the file") from error
+    if not _ends(documents):
+        raise UsageError(f"{path} holds a value that contains itself, or is nested too deeply", "correct the file")
     found = [document for document in documents if document is not None]
     for document in found:
         if not isinstance(document, dict):
             raise UsageError(
                 f"{path} holds a {type(document).__name__}, not key: value pairs", "see configs/ for recipes"
             )
+    return found
+
+
+def _ends(value: Any, above: tuple[int, ...] = (), seen: set[int] | None = None) -> bool:
+    """Whether a value has an end: an anchor that holds its own alias has none. Each is looked at once."""
+    seen = set() if seen is None else seen
+    if not isinstance(value, dict | list) or id(value) in seen:
+        return True
+    if id(value) in above or len(above) > DEEPEST:
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    found = all(_ends(item, (*above, id(value)), seen) for item in inner)
+    seen.add(id(value))
     return found
 
 

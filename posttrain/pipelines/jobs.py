@@ -13,13 +13,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gemma2.merging.errors import Gemma2Error
+from gemma2.merging.errors import Gemma2Error, refusal
 from gemma2.posttrain.commands import COMMANDS
 from gemma2.posttrain.inputs import check_inputs, located
 from gemma2.posttrain.rundir import RunOptions
@@ -144,9 +144,14 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         return Outcome(143, error="stopped")
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))
-    except Exception:  # a bug of the stage is shown by whoever started it, with its traceback
+    except Exception as error:
+        line = refusal(error) if isinstance(error, OSError) else None
+        if line is not None:
+            return Outcome(1, error=line)
+        # A bug of the stage is shown by whoever started it, with its traceback.
         text = traceback.format_exc()
-        sys.stderr.write(text)
+        with suppress(OSError):  # the disk of the log may be full
+            sys.stderr.write(text)
         return Outcome(1, traceback=text)
 
 
@@ -179,8 +184,9 @@ def _logged(path: Path) -> Iterator[None]:
         os.dup2(descriptor, 2)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         for number, kept in zip((1, 2), saved, strict=True):
             os.dup2(kept, number)
             os.close(kept)

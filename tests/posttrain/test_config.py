@@ -306,3 +306,23 @@ def test_an_error_in_a_section_of_a_larger_recipe_names_the_section():
 def test_a_text_of_the_wrong_form_is_told_what_the_field_is_for():
     with pytest.raises(UsageError, match=r"^'pick' = 'kl<5' does not fit; which point: best-reward, kl<=X"):
         resolve(schemas.PickConfig, flags={"front": "f", "pick": "kl<5"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps: &a {x: *a}", "contains itself"),
+        ("steps: &a [1, *a]", "contains itself"),
+        (f"steps: {'[' * 3000}{']' * 3000}", "nested too deeply"),
+    ],
+)
+def test_a_file_without_an_end_is_refused(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=rf"r\.yaml .*{said}"):
+        load_yaml(tmp_path / "r.yaml")
+
+
+def test_aliases_that_share_a_value_are_read_and_not_walked_again_and_again(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30))]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    assert len(load_yaml(tmp_path / "r.yaml")["a29"]) == 10

@@ -1,5 +1,6 @@
 """What a stage's process is given: folder, modules, threads, devices; and how it tells of its work."""
 
+import errno
 import os
 import sys
 from dataclasses import replace
@@ -67,6 +68,41 @@ def test_what_native_code_prints_goes_to_the_log(place, monkeypatch, capfd):
     os.write(1, b"afterwards\n")
     assert (place / "logs" / "a.log").read_text() == "to stdout\nto stderr\n"
     assert capfd.readouterr().out == "afterwards\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.ENOSPC, "No space left on device: w.safetensors; check its place and permissions"), (errno.EIO, "")],
+)
+def test_a_full_disk_is_one_line_and_no_bug(place, monkeypatch, number, error):
+    def body(config, options, progress):
+        raise OSError(number, os.strerror(number), "w.safetensors")
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    outcome = execute(job(place), lambda event: None)
+    assert (outcome.code, outcome.error) == (1, error)
+    assert bool(outcome.traceback) == (not error)
+
+
+class Full:
+    """A log on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_bug_is_told_also_when_its_log_takes_nothing(place, monkeypatch):
+    def body(config, options, progress):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    after_the_start = Full()
+    after_the_start.flush = lambda: setattr(after_the_start, "flush", Full.flush.__get__(after_the_start))  # once
+    monkeypatch.setattr(sys, "stderr", after_the_start)
+    assert "a bug" in execute(job(place), lambda event: None).traceback
 
 
 def test_a_bar_tells_all_that_it_advanced_by_in_few_messages():
