@@ -294,7 +294,7 @@ def work(file, pipe):
     if helper:
         with open(file, "w") as out:
             out.write(str(helper))
-    time.sleep(60)
+    time.sleep(180)
 """
 
 
