@@ -327,9 +327,9 @@ def execute(config: Config, given: dict[str, Any], run: Runner, console: Console
     from gemma2.posttrain.inputs import check_inputs
 
     if given["dry_run"]:
-        from gemma2.posttrain.planner import plan
+        from gemma2.posttrain.pipelines.plan import plan_step
 
-        console.result(plan(config, options))
+        console.result(plan_step(config, options))
         return
     check_inputs(config)
     if not options.resume:

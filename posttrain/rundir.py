@@ -43,8 +43,8 @@ from .ranks import ALONE, Ranks, announced
 
 __all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
 
-# A checkpoint, finished rows, a finished step of a pipeline, or an interrupted one.
-KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial")
+# A checkpoint, finished rows, a finished stage of WARP, an interrupted one, or the log of one that failed.
+KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
 
 
 @dataclass(frozen=True)

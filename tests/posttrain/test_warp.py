@@ -8,8 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemma2.cli.app import invoke
+from gemma2.merging.errors import InputError, UsageError
 from gemma2.posttrain.embedded.tasks import questions
 from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.posttrain.pipelines.schedule import StageFailed
 
 ETA, MU, POLICIES = 0.4, 0.25, 3
 
@@ -176,3 +178,24 @@ def test_a_second_run_into_the_output_is_refused_and_resume_has_nothing_to_do(wa
         invoke(command)
     with pytest.raises(OutputError, match="nothing to resume"):
         invoke([*command, "--resume"])
+
+
+def test_a_dry_run_checks_every_stage_and_writes_nothing(inputs: Path, capsys: pytest.CaptureFixture) -> None:
+    out = inputs / "planned"
+    command = ["warp", "--sft", str(inputs / "sft"), *rl_flags(inputs), "--dry-run", "--json", "--out", str(out)]
+    assert invoke([*command, "--policies", "3", "--iterations", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["stages_to_run"] == len(document["stages"]) == 2 * (3 + 3) + 2
+    with pytest.raises(UsageError, match=r"stages\.iteration-1/policy-2\.options\.learning_rate"):
+        invoke([*command, "--vary", "learning_rate=1e-3:x"])
+    with pytest.raises(InputError, match=r"stages\.iteration-1/policy-2: --reward .*gone is not a directory"):
+        invoke([*command, "--vary", f"reward={inputs / 'reward'}:gone"])
+    assert not out.exists()
+
+
+def test_the_log_of_a_stage_that_failed_is_there_to_read(inputs: Path) -> None:
+    out = inputs / "failing"
+    command = ["warp", "--sft", str(inputs / "sft"), *rl_flags(inputs), "--steps", "1", "--quiet", "--out", str(out)]
+    with pytest.raises(StageFailed, match=r"stage iteration-1/policy-1: .*its log is ") as caught:
+        invoke([*command, "--max-kl", "1e-9", "--cpus", "1"])
+    assert Path(str(caught.value).rpartition("its log is ")[2]).is_file()
