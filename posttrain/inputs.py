@@ -28,20 +28,25 @@ FRONTS = ("front", "fronts")
 C = TypeVar("C", bound=Config)
 
 
-def located(config: C) -> C:
+def located(config: C, promised: Sequence[Path] = ()) -> C:
     """The configuration with every hub id of a model replaced by its directory in the hub's cache, fetched if need be.
 
+    A path in a `promised` directory, which need not be there yet, is no hub id though it may look like one (`out/sft`).
     Raises InputError for an id that cannot be had.
     """
+
+    def is_id(path: Path) -> bool:
+        return not any(path.is_relative_to(place) for place in promised) and is_hub_id(path)
+
     found: dict[str, Any] = {
         name: locate_model(path, f"--{name}")
         for name, path in inputs_of(config).items()
-        if name in MODELS and is_hub_id(path)
+        if name in MODELS and is_id(path)
     }
     for name in LISTS_OF_MODELS:
         paths = getattr(config, name, ())
-        if isinstance(paths, tuple) and any(is_hub_id(path) for path in paths):
-            found[name] = tuple(locate_model(path, f"--{name}") for path in paths)
+        if isinstance(paths, tuple) and any(is_id(path) for path in paths):
+            found[name] = tuple(locate_model(path, f"--{name}") if is_id(path) else path for path in paths)
     return config.model_copy(update=found) if found else config
 
 

@@ -87,40 +87,50 @@ class Promise:
 
 
 class Sources:
-    """The inputs of a step: on disk, or promised by a step before it. What is not known is NaN."""
+    """The inputs of a step: on disk, or promised by a step before it. What is not known is NaN.
 
-    def __init__(self, promised: Mapping[Path, Promise] | None = None) -> None:
-        self.promised = promised or {}
+    places: the directories of steps; what lies in one and is not promised is not known.
+    """
+
+    def __init__(self, promised: Mapping[Path, Promise] | None = None, places: Sequence[Path] = ()) -> None:
+        self.promised = {} if promised is None else promised  # the caller's own, which grows
+        self.places = places
+
+    def promise(self, path: Path) -> Promise | None:
+        """What a step before is to make here; None for what is on disk by itself."""
+        if path in self.promised:
+            return self.promised[path]
+        return Promise("unknown") if any(path.is_relative_to(place) for place in self.places) else None
 
     def parameters(self, path: Path | None) -> float:
         """Parameters of a model; 0 without one."""
         if path is None:
             return 0.0
-        if path in self.promised:
-            return _known(self.promised[path].parameters)
-        return parameter_count(path)
+        made = self.promise(path)
+        return _known(made.parameters) if made else parameter_count(path)
 
     def rows(self, path: Path) -> float:
         """Rows of a data set."""
-        return _known(self.promised[path].rows) if path in self.promised else count_rows(path)
+        made = self.promise(path)
+        return _known(made.rows) if made else count_rows(path)
 
     def size(self, path: Path) -> float:
         """Bytes of a data set."""
-        if path in self.promised:
-            return _known(self.promised[path].size)
-        return sum(file.stat().st_size for file in data_files(path))
+        made = self.promise(path)
+        return _known(made.size) if made else sum(file.stat().st_size for file in data_files(path))
 
     def mean_tokens(self, path: Path, limit: int) -> float:
-        """Tokens per row, at the usual four bytes per token."""
-        if path in self.promised and self.promised[path].size is None:
+        """Tokens per row, at the usual four bytes per token; the limit where that is all that is known."""
+        made = self.promise(path)
+        if made and made.size is None:
             return limit
         return min(self.size(path) / max(1.0, self.rows(path)) / 4, limit)
 
     def hidden_size(self, path: Path) -> float:
         """Width of a model."""
-        if path in self.promised:
-            shape = self.promised[path].shape
-            return float(shape[1]) if shape else math.nan
+        made = self.promise(path)
+        if made:
+            return float(made.shape[1]) if made.shape else math.nan
         return float(json.loads((path / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0))
 
 
@@ -188,7 +198,7 @@ def _reward(config: RewardConfig, sources: Sources) -> Work:
 
 def _generate(config: GenerateConfig, sources: Sources) -> Work:
     """Nothing but the rows on disk where a server draws."""
-    rows = sources.rows(config.prompts) if config.prompts in sources.promised else None
+    rows = sources.rows(config.prompts) if sources.promise(config.prompts) else None
     facts = generate_budget(config) if rows is None else {}
     drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
     tokens = facts.get("drawn_tokens_at_most", drawn)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.locate import is_hub_id
 from gemma2.merging.outputs import read_manifest
 from gemma2.posttrain.config import Config
 from gemma2.posttrain.inputs import check_inputs, located
@@ -96,9 +97,9 @@ def check_pipeline(
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
     """
     promised: dict[Path, Promise] = {}
+    sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
     told = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
     dropped = frozenset(name for name, one in told.items() if one.get("status") == "not needed")
-    places = [stage.out for stage in pipeline.stages.values()]
     found: dict[str, Checked] = {}
     for stage in pipeline.stages.values():
         config = _configured(stage)
@@ -107,7 +108,7 @@ def check_pipeline(
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
         try:
-            config = located(config)
+            config = located(config, places)
             check_inputs(config, places)
             check_merge(config, places)
         except UsageError as error:
@@ -115,10 +116,10 @@ def check_pipeline(
         except InputError as error:
             raise InputError(f"stages.{stage.name}: {error.what}", error.mend) from error
         check_kinds(stage.name, config, promised)
-        promised |= dict(promised_by(stage, config, promised))
+        promised |= dict(promised_by(stage, config, sources))
         if within is not None and stage.name in within:
             _check_taken(stage, found, within | dropped)
-        found[stage.name] = _stand(stage, config, found, promised, within, force)
+        found[stage.name] = _stand(stage, config, found, estimate(config, sources), within, force)
     plan = Plan(found, _free(pipeline.root))
     if plan.disk > plan.disk_free:
         raise InputError(
@@ -134,8 +135,9 @@ def check_merge(config: Config, promised: Sequence[Path]) -> None:
         return
     config.recorded()  # raises what the engine would
     for path in [*config.models, *([config.base] if config.base else [])]:
-        # MODEL+ADAPTER names two directories; the engine tells them apart.
-        if not any(path.is_relative_to(place) for place in promised) and not path.exists() and "+" not in str(path):
+        # MODEL+ADAPTER names two directories, and a hub id none here; the engine tells them apart.
+        elsewhere = path.exists() or "+" in str(path) or is_hub_id(path)
+        if not elsewhere and not any(path.is_relative_to(place) for place in promised):
             raise InputError(f"{path} is not a directory", "give the path of a model directory")
 
 
@@ -160,12 +162,11 @@ def _stand(
     stage: Stage,
     config: Config,
     before: Mapping[str, Checked],
-    promised: Mapping[Path, Promise],
+    work: Work | None,
     within: frozenset[str] | None,
     force: frozenset[str],
 ) -> Checked:
     """What a run would do about a stage."""
-    work = estimate(config, Sources(promised))
     if within is not None and stage.name not in within:
         return Checked(stage, "skip" if is_complete(stage.out) else "left out", work=work)
     if stage.name in force:

@@ -70,9 +70,9 @@ def look_at(path: Path) -> Promise | None:
     )
 
 
-def promised_by(stage: Stage, config: Config, known: Mapping[Path, Promise]) -> Iterator[tuple[Path, Promise]]:
+def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tuple[Path, Promise]]:
     """(path, what will be there) for the places in the output of one command that others may name."""
-    sources, out = Sources(known), stage.out
+    known, out = sources.promised, stage.out
 
     def like(path: Path | None, kind: str | None = None) -> Promise:
         found = (known.get(path) or look_at(path)) if path is not None else None

@@ -203,7 +203,7 @@ class Scheduler:
         options = self._options(stage)
         if options is None:
             return None
-        config = located(stage.config(options))
+        config = located(stage.config(options), [self.pipeline.root])
         return _Ready(stage, options, config, currency_of(stage.command, config, stage.out))
 
     def _options(self, stage: Stage) -> dict[str, Any] | None:

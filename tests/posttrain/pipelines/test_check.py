@@ -190,3 +190,31 @@ print(len(check_pipeline(pipeline).stages), "torch" in sys.modules, "transformer
     assert code == 0, err
     assert out.split() == ["19", "False", "False"]
     assert len(compile_pipeline(read_pipeline(recipes()["quickstart"]), tmp_path).stages) == 19
+
+
+def test_an_output_that_looks_like_a_hub_id_is_none(place, monkeypatch):
+    """`out/sft`, before it is there, has the form of `owner/name`."""
+    monkeypatch.chdir(place)
+    stages = {
+        "sft": stage("sft", model="sft", data=["p.jsonl"]),
+        "distilled": stage("distill", model="${sft.out}", teacher="sft", prompts="p.jsonl"),
+        "rm": stage("reward", model="${distilled.out}", data="p.jsonl"),
+        "rl": stage("rlhf", policy="${distilled.out}", reward=["${rm.out}"], prompts="p.jsonl"),
+        "m": stage("merge slerp", models=["${rl.out}", "${sft.out}"], base="${distilled.out}"),
+        "f": stage("pareto", sft="${sft.out}", policies=["${rl.out}"], merged="${m.out}", reward_fn=["m:f"],
+                   prompts="p.jsonl"),
+        "end": stage("pick", front="${f.out}"),
+    }  # fmt: skip
+    plan = check_pipeline(compiled(stages, Path("out")))
+    assert {one.action for one in plan.stages.values()} == {"run"}
+
+
+def test_a_place_in_an_output_that_nobody_promised_is_not_known_and_no_error(place):
+    plan = checked(
+        place,
+        data=stage("generate", teacher=f"{place}/sft", prompts=f"{place}/p.jsonl"),
+        sft=stage("sft", model=f"{place}/sft", data=["${data.out}/data.jsonl"]),
+        clean=stage("filter", data="${data.out}/data.jsonl"),
+    )
+    assert math.isnan(plan.stages["sft"].work.operations)
+    assert all(row["cpu_seconds_at_least"] is None or row["stage"] != "sft" for row in plan.rows())
