@@ -9,6 +9,7 @@ from typing import Any
 from gemma2.merging.errors import InputError
 from gemma2.merging.outputs import digest_file, digest_weights, read_manifest
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.inputs import model_name
 from gemma2.posttrain.origin import code_of
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
@@ -22,9 +23,13 @@ INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models", 
 
 
 def measured_with(config: ParetoConfig) -> dict[str, Any]:
-    """`{"settings", "inputs"}` of front.json: what two fronts must share to be compared. Inputs are digests."""
+    """`{"settings", "inputs"}` of front.json: what two fronts must share to be compared. Inputs are digests.
+
+    Reward models are called by their names, not their places: the same measurement elsewhere gives the same bytes.
+    """
+    names = {"reward": [model_name(path) for path in config.reward]}
     return {
-        "settings": config.model_dump(mode="json", include=set(SETTINGS)),
+        "settings": config.model_dump(mode="json", include=set(SETTINGS)) | names,
         "inputs": {
             "sft": digest_weights(config.sft),
             "prompts": [digest_file(path) for path in data_files(config.prompts)],

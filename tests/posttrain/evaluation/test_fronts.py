@@ -13,6 +13,7 @@ from gemma2.merging.outputs import digest_weights, read_manifest
 from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import Candidate, Weights, assign_names
+from gemma2.posttrain.evaluation.carried import measured_with
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.front import hypervolume
 from gemma2.posttrain.evaluation.front_files import Entry
@@ -297,3 +298,13 @@ def test_given_limits_are_the_rows_of_the_table(iterations, tmp_path):
     assert rows[0]["kl"] == 0
     rewards = [p["reward"] for p in points_of(tmp_path / "front").values() if p["kind"] != "trajectory"]
     assert rows[1]["reward"] == max(rewards)
+
+
+def test_what_a_front_was_measured_with_does_not_tell_where_it_lies(iterations, tmp_path):
+    """So that the same measurement in another folder, or on another machine, gives the same bytes."""
+    told = []
+    for folder in ("here", "elsewhere"):
+        save_random(tmp_path / folder / "rm", seed=3, kind="reward")
+        told.append(measured_with(pareto_config(iterations, reward=(tmp_path / folder / "rm",))))
+    assert told[0] == told[1]
+    assert told[0]["settings"]["reward"] == ["rm"]
