@@ -11,10 +11,10 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from gemma2.merging.outputs import metadata_version
+from gemma2.core.outputs.outputs import metadata_version
 
-from .console import UsageProblem
-from .help import HelpGroup
+from .terminal.console import UsageProblem
+from .terminal.help import HelpGroup
 
 __all__ = ["COMMANDS", "invoke"]
 
@@ -30,29 +30,43 @@ class Entry:
 
 COMMANDS = {
     "quickstart": Entry(
-        "quickstart", "The whole path on the embedded models: data to aligned, merged model.", "Start here"
+        "tools.quickstart", "The whole path on the embedded models: data to aligned, merged model.", "Start here"
     ),
-    "tiny": Entry("tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"),
-    "generate": Entry("generate", "Teacher completions for a file of prompts.", "Post-training"),
-    "filter": Entry("filter", "Drop rows not to learn from, each with its reason.", "Post-training"),
-    "sft": Entry("sft", "Supervised fine-tuning on prompts and completions.", "Post-training"),
-    "distill": Entry("distill", "Distil a teacher into a student on the student's own completions.", "Post-training"),
-    "reward": Entry("reward", "Train a reward model; `reward pairs` makes its preference data.", "Post-training"),
-    "rlhf": Entry("rlhf", "RL from a reward model, the KL anchored to an EMA of the policy.", "Post-training"),
+    "tiny": Entry(
+        "stages.tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"
+    ),
+    "generate": Entry("stages.generate", "Teacher completions for a file of prompts.", "Post-training"),
+    "filter": Entry("stages.filter", "Drop rows not to learn from, each with its reason.", "Post-training"),
+    "sft": Entry("stages.sft", "Supervised fine-tuning on prompts and completions.", "Post-training"),
+    "distill": Entry(
+        "stages.distill", "Distil a teacher into a student on the student's own completions.", "Post-training"
+    ),
+    "reward": Entry(
+        "stages.reward", "Train a reward model; `reward pairs` makes its preference data.", "Post-training"
+    ),
+    "rlhf": Entry("stages.rlhf", "RL from a reward model, the KL anchored to an EMA of the policy.", "Post-training"),
     "warp": Entry(
-        "warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
+        "stages.warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
     ),
-    "pipeline": Entry("pipeline", "Stages from one file: run, skip, continue; status and graph.", "Post-training"),
-    "merge": Entry("merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
-    "diff": Entry("diff", "Norms, distances and angles between two models, with a heat map.", "Merging"),
-    "inspect": Entry("inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"),
-    "eval": Entry("eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
-    "pareto": Entry("pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"),
-    "pick": Entry("pick", "A point of a finished front as a model directory, with its card.", "Evaluation"),
-    "lineage": Entry("lineage", "What an output was made from: a tree from base to result, with hashes.", "Evaluation"),
-    "report": Entry("report", "One self-contained HTML page about a finished run.", "Evaluation"),
-    "convert": Entry("convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"),
-    "config": Entry("config", "List and show recipes, or the settings of an output.", "Tools"),
+    "pipeline": Entry(
+        "tools.pipeline", "Stages from one file: run, skip, continue; status and graph.", "Post-training"
+    ),
+    "merge": Entry("stages.merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
+    "diff": Entry("tools.diff", "Norms, distances and angles between two models, with a heat map.", "Merging"),
+    "inspect": Entry("tools.inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"),
+    "eval": Entry("stages.eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
+    "pareto": Entry(
+        "stages.pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"
+    ),
+    "pick": Entry("stages.pick", "A point of a finished front as a model directory, with its card.", "Evaluation"),
+    "lineage": Entry(
+        "tools.lineage", "What an output was made from: a tree from base to result, with hashes.", "Evaluation"
+    ),
+    "report": Entry("tools.report", "One self-contained HTML page about a finished run.", "Evaluation"),
+    "convert": Entry(
+        "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"
+    ),
+    "config": Entry("tools.config", "List and show recipes, or the settings of an output.", "Tools"),
 }
 
 

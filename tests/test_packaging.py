@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-PACKAGES = ("cli", "posttrain", "merging", "configs")
+PACKAGES = ("cli", "posttrain", "merging", "core", "configs")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from trl import DistillationConfig as TrlConfig
 
-from gemma2.merging.errors import GuardStop, UsageError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located, read_conversations, read_prompts, split
@@ -28,7 +28,7 @@ from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.training.heldout import heldout_loss
 from gemma2.posttrain.training.trainer import (

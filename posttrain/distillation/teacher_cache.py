@@ -27,16 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.outputs import digest_file, read_manifest, require_complete, write_json
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.outputs import digest_file, read_manifest, require_complete, write_json
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, read_conversations, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillCacheConfig, DistillConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import digest_file, digest_weights, read_manifest
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.outputs import digest_file, digest_weights, read_manifest
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.inputs import model_name
-from gemma2.posttrain.origin import code_of
+from gemma2.posttrain.runs.inputs import model_name
+from gemma2.posttrain.runs.provenance import code_of
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
 from .front_files import READ, Entry, read_entries, read_front

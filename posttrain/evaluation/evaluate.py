@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
 from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
-from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig

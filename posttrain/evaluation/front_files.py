@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.header import printable
-from gemma2.merging.outputs import read_manifest, write_json
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.outputs import read_manifest, write_json
+from gemma2.core.outputs.safetensors_header import printable
 
 from .bootstrap import Answers
 from .candidates import Candidate, Weights
@@ -79,7 +79,7 @@ def places(candidate: Candidate, out: Path) -> dict[str, str]:
 
 def write_front(directory: Path, front: Mapping[str, Any], entries: Sequence[Entry], names: Sequence[str]) -> None:
     """Every file of the output but the manifest. `names`: of the entries."""
-    from gemma2.posttrain.evaluation.reporting.figures import front_figure, write_figure
+    from gemma2.posttrain.reports.plots.figures import front_figure, write_figure
 
     write_json(directory / FRONT, front)
     _write_csv(directory / "front.csv", front["points"])

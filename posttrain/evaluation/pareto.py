@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 
-from gemma2.merging.checkpoint import open_checkpoint
-from gemma2.merging.compatibility import check_same_tokenizer
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import write_json
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.outputs import write_json
+from gemma2.core.progress import SILENT, Progress
+from gemma2.merging.inputs.checkpoint import open_checkpoint
+from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, read_config
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rewards.terms import reward_parents
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, check_parents, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
 from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
-from .refusals import surplus_refusals
+from .criteria.refusals import surplus_refusals
 from .rules import active_filters
 from .scan import STAYS, code_of
 
@@ -53,7 +53,7 @@ def decide(store: ChunkStore, config: FilterConfig) -> Decisions:
 
 
 def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
-    from .duplicates import exact_duplicates
+    from .criteria.duplicates import exact_duplicates
 
     alive = np.flatnonzero(decisions.codes == STAYS)
     first = exact_duplicates(digests[alive])
@@ -63,7 +63,7 @@ def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
 
 
 def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> None:
-    from .duplicates import link_bands, near_duplicates
+    from .criteria.duplicates import link_bands, near_duplicates
 
     sizes = store.column("sizes")
     compared = np.flatnonzero(sizes)  # the rows that `keys` has a line for

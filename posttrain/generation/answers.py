@@ -14,14 +14,14 @@ from dataclasses import replace
 from itertools import groupby, islice
 from typing import Literal
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import Progress, Task
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.data.rows import located
-from gemma2.posttrain.generation.engines.base import Key
+from gemma2.posttrain.runs.generation_budget import Source
 
-from .budget import Source
 from .dialogues import Dialogue, Plan
 from .engines import Completion, Engine, Request
+from .engines.base import Key
 from .journal import Journal
 
 __all__ = ["Answering"]

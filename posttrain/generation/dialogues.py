@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.rows import Message, Prompt
-from gemma2.posttrain.generation.engines.base import Completion, Key
+
+from .engines.base import Completion, Key
 
 __all__ = ["Dialogue", "Plan"]
 

@@ -26,20 +26,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import GuardStop
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import ShardWriter, data_files
-from gemma2.posttrain.inputs import model_name
 from gemma2.posttrain.models.loading import load_tokenizer
 from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.rewards.terms import reward_parents, reward_score
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.generation_budget import source_of
+from gemma2.posttrain.runs.inputs import model_name
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .answers import Answering
-from .budget import source_of
 from .dialogues import Dialogue, Plan
 from .engines import load_engine
 from .journal import Journal

@@ -30,12 +30,12 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import check_output
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.outputs import check_output
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.planner import parameter_count
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.estimates import parameter_count
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ConvertConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.header import read_header
-from gemma2.merging.outputs import weight_files
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.outputs import weight_files
+from gemma2.core.outputs.safetensors_header import read_header
 
 __all__ = [
     "check_attention",

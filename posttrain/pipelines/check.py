@@ -15,17 +15,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.locate import is_hub_id
-from gemma2.merging.outputs import read_manifest
-from gemma2.posttrain.config import Config
-from gemma2.posttrain.inputs import check_inputs, located
-from gemma2.posttrain.planner import Promise, Sources, Work, estimate, matmul_rate
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.hub import is_hub_id
+from gemma2.core.outputs.outputs import read_manifest
+from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
+from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage
-from .currency import Currency, currency_of, output_hash
-from .promises import check_kinds, promised_by
+from .expected_outputs import check_kinds, promised_by
+from .freshness import Currency, currency_of, output_hash
 from .references import filled
 from .state import read_state
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import OutputError
-from gemma2.merging.outputs import MANIFEST, check_output, locked, now, read_manifest, versions, write_json
-from gemma2.merging.progress import SILENT, Progress
-from gemma2.posttrain.config import to_yaml
+from gemma2.core.errors import OutputError
+from gemma2.core.outputs.outputs import MANIFEST, check_output, locked, now, read_manifest, versions, write_json
+from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.schemas.config import to_yaml
 
 from .check import Checked, Plan, check_pipeline
 from .compile import Pipeline, Stage
-from .local import LocalExecutor
-from .schedule import Choice, Executor, Observer, Scheduler
+from .executors.local import LocalExecutor
+from .scheduler import Choice, Executor, Observer, Scheduler
 from .state import STATE_FILE, is_running, read_state
 
 __all__ = ["FILE", "RunResult", "Watcher", "check_executor", "executor_of", "run_pipeline", "run_stages", "status_rows"]
@@ -53,7 +53,7 @@ class RunResult:
 def executor_of(name: str, jobs: int, ray_address: str | None = None) -> Executor:
     """The executor of this name."""
     if name == "ray":
-        from .cluster import RayExecutor
+        from .executors.cluster import RayExecutor
 
         return RayExecutor(jobs, ray_address)
     return LocalExecutor(jobs)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import GuardStop, InputError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop, InputError
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Pair, read_pairs
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import Parent, check_parents
+from gemma2.posttrain.runs.run_directory import Parent, check_parents
 from gemma2.posttrain.schemas import RewardEvalConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

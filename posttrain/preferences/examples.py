@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Pair, located
 

@@ -21,15 +21,15 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import SILENT, Progress, Task
+from gemma2.core.errors import InputError
+from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
 from gemma2.posttrain.data.sources import Row, ShardWriter, data_files, iter_rows
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardScoreConfig
 from gemma2.posttrain.training.trainer import quiet_libraries
 

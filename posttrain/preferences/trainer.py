@@ -33,7 +33,7 @@ from trl import RewardTrainer
 from gemma2.posttrain.data.batching import GroupedByLength
 from gemma2.posttrain.models.causal_attention import can_be_blockwise
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
-from gemma2.posttrain.rundir import Run
+from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.trainer import trainer_arguments
 

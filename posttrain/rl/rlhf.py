@@ -23,17 +23,17 @@ import transformers
 from transformers import TrainingArguments
 from trl import RLOOConfig
 
-from gemma2.merging.errors import UsageError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import UsageError
+from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import Ranks, join
 from gemma2.posttrain.data.rows import Prompt, read_prompts, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import Settings, measure
 from gemma2.posttrain.models.loading import default_device, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.ranks import Ranks, join
 from gemma2.posttrain.rewards.terms import reward_parents
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,

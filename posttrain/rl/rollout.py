@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import GuardStop, InputError
+from gemma2.core.errors import GuardStop, InputError
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_numbers, sample
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
 

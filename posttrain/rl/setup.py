@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import check_targets, sharing_copy
-from gemma2.posttrain.ranks import Ranks
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gemma2.merging.request import Granularity, MergeRequest
-from gemma2.posttrain.config import Config
+from gemma2.merging.methods.request import Granularity, MergeRequest
 
+from .config import Config
 from .fields import Seed
 
 
@@ -76,6 +76,6 @@ class MergeConfig(Config):
 
     def recorded(self) -> dict[str, Any]:
         """As the engine records it: options and defaults, no paths. Raises UsageError for an option not taken."""
-        from gemma2.merging.methods import check_request  # numpy, which --help does not pay for
+        from gemma2.merging.methods.table import check_request  # numpy, which --help does not pay for
 
         return check_request(self.request()).options()

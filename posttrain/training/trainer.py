@@ -21,12 +21,12 @@ import torch
 import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2.merging.errors import GuardStop, UsageError
-from gemma2.merging.outputs import digest_file, write_json
-from gemma2.merging.progress import Progress, Task
-from gemma2.posttrain.config import closest
-from gemma2.posttrain.rundir import Run
+from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.outputs.outputs import digest_file, write_json
+from gemma2.core.progress import Progress, Task
+from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import TrainingFields
+from gemma2.posttrain.schemas.config import closest
 
 from .tracking import check_tracking, tracked
 

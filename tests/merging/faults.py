@@ -14,8 +14,9 @@ import numpy as np
 from blake3 import blake3
 from model_files import added, entries, random_arrays, safetensors_bytes, write_model
 
-from gemma2.merging import MergeRequest, merge, outputs
-from gemma2.merging.errors import Gemma2Error
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs import outputs
+from gemma2.merging import MergeRequest, merge
 
 NO_SPACE, BROKEN = errno.ENOSPC, errno.EIO
 HALVES = ("pwrite", "preadv", "sendfile")  # calls that move bytes, and may move fewer than they were asked to

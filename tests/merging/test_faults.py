@@ -31,8 +31,11 @@ from faults import (
 )
 from processes import finish, start
 
-from gemma2.merging import checkpoint, engine, merge, outputs, stream, verify, writer
-from gemma2.merging.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.outputs import outputs
+from gemma2.merging import engine, merge
+from gemma2.merging.inputs import checkpoint
+from gemma2.merging.streaming import dense_stream, verify, writer
 
 
 @pytest.fixture
@@ -121,7 +124,9 @@ def test_a_write_that_ends_short_and_then_fails(root, monkeypatch, request, meth
 @pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
 def test_a_write_that_the_disk_refuses(root, monkeypatch, method):
     def broken(arguments):
-        return exchanged_descriptor(found(stream.Output, arguments).writers[0].places["model.norm.weight"].descriptor)
+        return exchanged_descriptor(
+            found(dense_stream.Output, arguments).writers[0].places["model.norm.weight"].descriptor
+        )
 
     around_the_stream(monkeypatch, broken)
     fails(root, OutputError, "writing the output failed (Input/output error)", method)
@@ -141,13 +146,13 @@ def test_a_read_that_the_disk_refuses(root, monkeypatch, method):
 @pytest.mark.parametrize("method", ["slerp", "linear"])
 def test_a_write_that_fails_only_in_the_compiled_pass_is_not_taken_for_done(root, monkeypatch, method):
     """What the repeated write in Python tells is then that it worked: the merge is refused all the same."""
-    begin = stream.Stream._blend
+    begin = dense_stream.Stream._blend
 
     def blend(self, group, job, *arguments):
         with exchanged_descriptor(int(self.output.targets(job.name)[0, 0])):
             return begin(self, group, job, *arguments)
 
-    monkeypatch.setattr(stream.Stream, "_blend", blend)
+    monkeypatch.setattr(dense_stream.Stream, "_blend", blend)
     fails(root, OutputError, "failed once; check the disk, and merge again", method)
 
 
@@ -326,7 +331,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from gemma2.cli import main
-from gemma2.merging import engine, outputs
+from gemma2.core.outputs import outputs
+from gemma2.merging import engine
 
 def stop(*arguments, **options):
     sys.stdout.write("here\\n")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from faults import TOKENIZER, no_hang, snapshot, weights, write_varied_models
 
-from gemma2.merging import MergeRequest, engine, merge, outputs
-from gemma2.merging.errors import Gemma2Error
-from gemma2.merging.outputs import cache_folder
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs import outputs
+from gemma2.core.outputs.outputs import cache_folder
+from gemma2.merging import MergeRequest, engine, merge
 
 
 @pytest.fixture

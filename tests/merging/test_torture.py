@@ -28,8 +28,10 @@ from faults import (
 from model_files import CONFIG
 from processes import MAIN, finish, start
 
-from gemma2.merging import engine, merge, outputs, verify, writer
-from gemma2.merging.outputs import write_manifest
+from gemma2.core.outputs import outputs
+from gemma2.core.outputs.outputs import write_manifest
+from gemma2.merging import engine, merge
+from gemma2.merging.streaming import verify, writer
 
 pytestmark = pytest.mark.torture
 

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tiny import random_model, random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.evaluation.evaluate import (
     Settings,
     difference,
@@ -23,6 +22,7 @@ from gemma2.posttrain.evaluation.evaluate import (
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.functions import function_score
 from gemma2.posttrain.schemas import EvalConfig
+from gemma2.posttrain.tiny.networks import random_model, random_reward_model, save_random, tiny_tokenizer
 
 TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort the letters c, a, b.", "Is 4 larger than 7?", "Say hello."]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from policies import manifest, pareto_config, points_of
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import digest_weights, read_manifest
-from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.outputs import digest_weights, read_manifest
 from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import Candidate, Weights, assign_names
 from gemma2.posttrain.evaluation.carried import measured_with
@@ -18,8 +17,9 @@ from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.front import hypervolume
 from gemma2.posttrain.evaluation.front_files import Entry
 from gemma2.posttrain.evaluation.pareto import build_front, gain_of, in_order, run_pareto
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig
+from gemma2.posttrain.tiny.networks import save_random
 
 # --- gain and flat, by hand -----------------------------------------------------------------------------------------
 

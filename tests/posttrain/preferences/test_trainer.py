@@ -10,12 +10,12 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from gemma2.posttrain.embedded.tiny import random_reward_model, tiny_tokenizer
 from gemma2.posttrain.preferences.examples import PairIds, to_dataset
 from gemma2.posttrain.preferences.states import all_positions, last_position
 from gemma2.posttrain.preferences.trainer import make_trainer, pair_loss
-from gemma2.posttrain.rundir import Run, RunOptions
+from gemma2.posttrain.runs.run_directory import Run, RunOptions
 from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.tiny.networks import random_reward_model, tiny_tokenizer
 from gemma2.posttrain.training.trainer import quiet_libraries
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

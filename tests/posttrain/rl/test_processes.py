@@ -14,17 +14,17 @@ from processes import BARE_CHECKOUT, MAIN, finish, start
 from rl_job import environment, words, write_job
 from safetensors.torch import load_file
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
 from gemma2.posttrain.evaluation.evaluate import Settings, measure
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.ranks import Ranks
 from gemma2.posttrain.rl.rlhf import local_rows
 from gemma2.posttrain.rl.rollout import Rollout
-from gemma2.posttrain.rundir import RunOptions, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 # --- one process at a time --------------------------------------------------------------------------------------------
 
