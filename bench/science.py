@@ -67,7 +67,7 @@ from gemma2.configs import recipes
 from gemma2.merging.inspect.difference import Difference, diff_models
 from gemma2.posttrain.evaluation.front_files import answers_of, read_entries, read_front
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline, read_pipeline
-from gemma2.posttrain.pipelines.executors.local import LocalExecutor
+from gemma2.posttrain.pipelines.executors.processes import LocalExecutor
 from gemma2.posttrain.pipelines.references import lookup, replaced
 from gemma2.posttrain.pipelines.run import run_pipeline
 from gemma2.posttrain.pipelines.warp_stages import warp_stages

@@ -12,8 +12,11 @@ from typing import Any
 
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.outputs.ancestry import write_card
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import now, versions, write_manifest
 from gemma2.core.outputs.model_card import Account
-from gemma2.core.outputs.outputs import digest_weights, now, staged_output, versions, weight_files, write_manifest
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
 from .inputs.checkpoint import Checkpoint, Reader

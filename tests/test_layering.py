@@ -22,7 +22,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numb
 TORCH_FREE = (
     "core.errors",
     "core.progress",
-    "core.outputs.outputs",
+    "core.outputs.staging",
     "posttrain.schemas.config",
     "posttrain.schemas",
     "posttrain.runs.run_directory",

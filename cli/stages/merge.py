@@ -19,7 +19,7 @@ from .merge_methods import COMMON, ENDING, METHODS, MODELS, OPTIONS, THREADS, En
 if TYPE_CHECKING:
     from gemma2.merging import MergePlan, MergeRequest, MergeResult
     from gemma2.merging.methods.parameters import Number
-    from gemma2.merging.recipes.recipe import Recipe
+    from gemma2.merging.recipes.step import Recipe
 
 __all__ = ["METHODS", "app"]
 

@@ -41,7 +41,7 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
 
 def run_eval(config: RewardEvalConfig, options: RunOptions, console: Any) -> RunResult:
     """Figures of the models as columns; --json has them as one document."""
-    from gemma2.posttrain.preferences.evaluate import run_reward_eval
+    from gemma2.posttrain.preferences.reward_eval import run_reward_eval
 
     found = run_reward_eval(config, console)
     if console.as_json:

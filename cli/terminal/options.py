@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.outputs import MANIFEST, STATE, check_output, partial_path
+from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.progress import Progress
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult

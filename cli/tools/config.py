@@ -11,7 +11,7 @@ from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, recipe_path
 from gemma2.configs import recipes
 from gemma2.core.errors import UsageError
-from gemma2.core.outputs.outputs import MANIFEST
+from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.posttrain.schemas.config import load_yaml, to_yaml
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)

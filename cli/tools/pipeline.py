@@ -15,11 +15,11 @@ from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Quiet, Set
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.outputs.outputs import partial_path
+from gemma2.core.outputs.staging import partial_path
 from gemma2.core.yaml_files import closest
 
 if TYPE_CHECKING:
-    from gemma2.posttrain.pipelines.check import Plan
+    from gemma2.posttrain.pipelines.check import PipelinePlan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
     from gemma2.posttrain.pipelines.scheduler import Choice
 
@@ -207,7 +207,7 @@ def run(
     )  # fmt: skip
 
 
-def show_plan(console: Console, compiled: Pipeline, plan: Plan) -> None:
+def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
     """What a run would do."""
     rows = plan.rows()
     total = sum(row["cpu_seconds_at_least"] or 0.0 for row in rows)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.merging.inputs.checkpoint import read_json
+from gemma2.core.json_files import read_json
 
+from .digests import digest_weights
+from .manifest import read_manifest
 from .model_card import SNAPSHOT, Account, Ancestor, Facts, model_card
-from .outputs import digest_weights, read_manifest
 
 __all__ = ["CARD", "ancestors_of", "write_card"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError
 
-__all__ = ["ITEM_BYTES", "Tensor", "encode_header", "printable", "read_header"]
+__all__ = ["ITEM_BYTES", "Tensor", "encode_header", "parameter_count", "printable", "read_header", "weight_files"]
 
 # Every dtype of the format, so that a file is judged by its layout here and by its arithmetic in the plan.
 ITEM_BYTES = {
@@ -159,3 +159,16 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[b
     length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
     header = length.to_bytes(8, "little") + text.ljust(length)
     return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def parameter_count(directory: Path) -> int:
+    """Parameters of a model directory, from its safetensors headers alone.
+
+    Raises InputError when a header is not readable or does not fit its file.
+    """
+    return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, by name."""
+    return sorted(path for path in directory.glob("*.safetensors") if path.is_file())

@@ -22,22 +22,15 @@ from typing import Any
 import numpy as np
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import require_complete
+from gemma2.core.json_files import read_json
+from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import Tensor, printable, read_header
 from gemma2.merging.kernels.dtypes import KINDS, Floats, compiled, widen
 
-from .checkpoint import Checkpoint, Reader, read_json
+from .checkpoint import Checkpoint, Reader
+from .low_rank import LowRank
 
-__all__ = [
-    "Adapter",
-    "Factors",
-    "LowRank",
-    "adapted_rows",
-    "check_adapter",
-    "is_adapter",
-    "load_factors",
-    "open_adapter",
-]
+__all__ = ["Adapter", "Factors", "adapted_rows", "check_adapter", "is_adapter", "load_factors", "open_adapter"]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -63,27 +56,6 @@ KINDS_OF_KEY = {
     ".lora_embedding_B": ("b", True),
 }
 MERGE_IT = "merge it into its base with peft (merge_and_unload) and give the result"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The update of one weight: scale * B @ A, a (rank, in), b (out, rank); transposed for a weight (in, out)."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    transposed: bool
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of A."""
-        return self.a.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight."""
-        shape = (self.b.shape[0], self.a.shape[1])
-        return shape[::-1] if self.transposed else shape
 
 
 @dataclass(frozen=True)

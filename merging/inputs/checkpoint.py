@@ -6,25 +6,24 @@ read is an error and not a bus fault.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import require_complete
+from gemma2.core.json_files import read_json
+from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
 
-if TYPE_CHECKING:
-    from .adapter import LowRank
+from .low_rank import LowRank
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint", "read_json"]
+__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,21 +63,6 @@ class Checkpoint:
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in name.split("."))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", "give a complete model directory") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "restore the file") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object", "restore the file")
-    return value
 
 
 def open_checkpoint(path: Path, role: str) -> Checkpoint:
@@ -198,3 +182,11 @@ class Reader:
             if not np.array_equal(ours[: count * ITEM_BYTES[left.dtype]], theirs[: count * ITEM_BYTES[left.dtype]]):
                 return False
         return True
+
+
+# What makes a model directory loadable besides the weights. Nothing else is taken over.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)

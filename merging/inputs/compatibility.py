@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.kernels.dtypes import KINDS
 
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 
 __all__ = ["check_model", "check_same_architecture", "check_same_tensors", "check_same_tokenizer", "tied_copies"]
 

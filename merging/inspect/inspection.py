@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.outputs.hub import locate_model
-from gemma2.core.outputs.outputs import read_manifest
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import Tensor
 from gemma2.merging.inputs.adapter import is_adapter, open_adapter
 from gemma2.merging.inputs.checkpoint import open_checkpoint

@@ -17,12 +17,13 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.methods.request import MergeRequest, Slice, settings_at
 from gemma2.merging.methods.table import Group
+from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
 
 if TYPE_CHECKING:
-    from gemma2.merging.inputs.adapter import LowRank
-    from gemma2.merging.tokenizers.row_map import RowMap
+    from gemma2.merging.inputs.low_rank import LowRank
+    from gemma2.merging.tokenizers.vocabulary import Vocabulary
 
-__all__ = ["Part", "Source", "check_shapes", "find_groups", "group_of", "one_to_one", "stacked"]
+__all__ = ["Part", "Source", "check_shapes", "find_groups", "group_of", "one_to_one", "read_through", "stacked"]
 
 LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(?=\.)")
 BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in)\.")
@@ -241,3 +242,14 @@ def _layer_types(origins: Sequence[tuple[Checkpoint, int]]) -> dict[str, Any]:
         alternating = "sliding_attention" if index % 2 == 0 else "full_attention"
         kinds.append(listed[index] if isinstance(listed, list) and index < len(listed) else alternating)
     return {"layer_types": kinds}
+
+
+def read_through(parts: Mapping[str, Part], vocabulary: Vocabulary) -> dict[str, Part]:
+    """The parts with the tensors that have a row per id read through the maps."""
+    named = {model.role: vocabulary_tensors(model) for model in vocabulary.inputs}
+
+    def mapped(source: Source) -> Source:
+        role = source.model.role
+        return replace(source, rows=vocabulary.maps[role]) if source.name in named[role] else source
+
+    return {name: replace(part, sources=tuple(map(mapped, part.sources))) for name, part in parts.items()}

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.outputs.outputs import check_output, digest_weights, read_manifest
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
+from gemma2.core.outputs.staging import check_output
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.inputs.compatibility import (
     check_model,
@@ -25,9 +27,9 @@ from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.table import METHODS, Group, Method, check_request
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
-from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary, read_through
+from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
-from .groups import Part, check_shapes, find_groups, group_of, one_to_one, stacked
+from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_through, stacked
 
 __all__ = ["MergePlan", "group_of", "plan_merge"]
 

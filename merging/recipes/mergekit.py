@@ -18,7 +18,8 @@ from gemma2.merging.methods.parameters import Number, Schedule
 from gemma2.merging.methods.request import MergeRequest, Slice
 
 from .mergekit_rules import Rules, complement, everywhere, only_keys, per_layer, read_rules
-from .recipe import Place, Step, check_name, needs_of, plain_number, shown
+from .place import Place, check_name, plain_number, shown
+from .step import Step, needs_of
 
 __all__ = ["is_mergekit", "mergekit_steps"]
 
@@ -111,7 +112,7 @@ def mergekit_steps(documents: Sequence[Mapping[str, Any]], place: Place) -> list
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceSpec:
     """A model of a slice, with its layers (None in a file of whole models) and its levels of parameters."""
 
     path: Path
@@ -121,10 +122,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
+class SliceSpec:
     """A slice of the output, or the whole of it, with the first of its layers in the output."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[SourceSpec, ...]
     parameters: Mapping[str, Any]
     place: Place
     start: int = 0
@@ -178,14 +179,14 @@ class _Document:
 
     # --- models and slices ---
 
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[SliceSpec]:
         if ("models" in self.values) == ("slices" in self.values):
             raise self.place.wrong("needs 'models' or 'slices', and not both", "keep one of them")
         if "models" in self.values:
             sources = self._sources(self.values["models"], self.place.at("models"), sliced=False)
             if self.base is not None and self.base not in [source.path for source in sources]:
-                sources = (*sources, Source(self.base, None, {}, self.place.at("base_model")))
-            return [Part(sources, {}, self.place)]
+                sources = (*sources, SourceSpec(self.base, None, {}, self.place.at("base_model")))
+            return [SliceSpec(sources, {}, self.place)]
         place, parts, start = self.place.at("slices"), [], 0
         for index, value in enumerate(_list(self.values["slices"], place)):
             here = place.at(index)
@@ -195,11 +196,11 @@ class _Document:
             if len(lengths) > 1:
                 raise here.wrong(f"has sources of {' and '.join(map(str, sorted(lengths)))} layers", "make them equal")
             parameters = self._parameters(value.get("parameters"), here.at("parameters"))
-            parts.append(Part(sources, parameters, here, start))
+            parts.append(SliceSpec(sources, parameters, here, start))
             start += lengths.pop()
         return parts
 
-    def _sources(self, values: Any, place: Place, sliced: bool) -> tuple[Source, ...]:
+    def _sources(self, values: Any, place: Place, sliced: bool) -> tuple[SourceSpec, ...]:
         found = []
         for index, value in enumerate(_list(values, place)):
             here = place.at(index)
@@ -208,10 +209,10 @@ class _Document:
                 raise here.wrong("has no 'model'", "add model: DIR")
             layers = _layer_range(value.get("layer_range"), here.at("layer_range")) if sliced else None
             parameters = self._parameters(value.get("parameters"), here.at("parameters"))
-            found.append(Source(here.at("model").model(value["model"]), layers, parameters, here))
+            found.append(SourceSpec(here.at("model").model(value["model"]), layers, parameters, here))
         return tuple(found)
 
-    def _slerp_order(self, part: Part) -> Part:
+    def _slerp_order(self, part: SliceSpec) -> SliceSpec:
         """t = 0 is the base model, wherever it stands."""
         first = [source for source in part.sources if source.path == self.base]
         others = [source for source in part.sources if source.path != self.base]
@@ -219,9 +220,9 @@ class _Document:
             raise part.place.wrong(
                 f"has {len(part.sources)} models, slerp takes two of which one is base_model", "change the models"
             )
-        return Part((first[0], others[0]), part.parameters, part.place, part.start)
+        return SliceSpec((first[0], others[0]), part.parameters, part.place, part.start)
 
-    def _check_sources(self, parts: Sequence[Part], base: Path | None) -> None:
+    def _check_sources(self, parts: Sequence[SliceSpec], base: Path | None) -> None:
         for part in parts:
             paths = [source.path for source in part.sources]
             if base is not None and base not in paths:
@@ -232,7 +233,7 @@ class _Document:
                 if paths.count(path) > 1 and (self.name != "linear" or path == base):
                     raise part.place.wrong(f"names {path} twice", "name each model once")
 
-    def _slice(self, part: Part, models: Sequence[Path], base: Path | None) -> Slice:
+    def _slice(self, part: SliceSpec, models: Sequence[Path], base: Path | None) -> Slice:
         inputs = [source for source in part.sources if source.path != base]
         layers = tuple((models.index(source.path), *(source.layers or (0, 0))) for source in inputs)
         of_base = next((source.layers for source in part.sources if source.path == base), None)
@@ -253,7 +254,7 @@ class _Document:
                 self.notes[f"{place.at(name).key} has no effect on {self.name}"] = None
         return values
 
-    def _settings(self, part: Part, base: Path | None) -> dict[str, Any]:
+    def _settings(self, part: SliceSpec, base: Path | None) -> dict[str, Any]:
         """The fields of the request for one slice, or for the whole."""
         inputs = [source for source in part.sources if source.path != base]
         found: dict[str, Any] = dict(self.method.fixed)
@@ -276,7 +277,7 @@ class _Document:
             found["weights"] = (complement(t), t)
         return found
 
-    def _single(self, name: str, default: Any, part: Part) -> Any:
+    def _single(self, name: str, default: Any, part: SliceSpec) -> Any:
         """An option that is one value for all tensors."""
         for level, place in ((part.parameters, part.place), (self.parameters, self.place)):
             if level.get(name) is not None:
@@ -292,7 +293,7 @@ class _Document:
                 return value
         return default
 
-    def _number(self, name: str, default: float | None, part: Part, source: Source | None) -> Number:
+    def _number(self, name: str, default: float | None, part: SliceSpec, source: SourceSpec | None) -> Number:
         """A parameter of one source, or of the merge (source None), by the levels that may give it."""
         levels = [(source.parameters, source.place)] if source else []
         levels += [(part.parameters, part.place), (self.parameters, self.place)]

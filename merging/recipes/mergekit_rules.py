@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma2.merging.methods.parameters import Number, Rule, Schedule, gradient
 
-from .recipe import Place, plain_number, shown
+from .place import Place, plain_number, shown
 
 __all__ = ["Rules", "complement", "everywhere", "only_keys", "per_layer", "read_rules"]
 

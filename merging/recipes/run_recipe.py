@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.hub import is_hub_id
-from gemma2.core.outputs.outputs import check_output
+from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.yaml_files import closest
 from gemma2.merging.engine import MergeResult, merge
@@ -21,7 +21,7 @@ from gemma2.merging.methods.request import MergeRequest
 from gemma2.merging.methods.table import check_request
 from gemma2.merging.plan.merge_plan import MergePlan, plan_merge
 
-from .recipe import Recipe, Step
+from .step import Recipe, Step
 
 __all__ = ["PlacedStep", "merge_recipe", "plan_recipe"]
 

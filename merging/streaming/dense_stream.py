@@ -28,7 +28,7 @@ from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE, blend, measure
 from gemma2.merging.methods.table import Group, Mix
 from gemma2.merging.plan.merge_plan import MergePlan
 
-from .feeder import Feeder, Job, Loaded, Workspace, in_order
+from .feeder import Block, Feeder, Loaded, Workspace, in_order
 from .gram_cache import Products
 from .group_report import GroupReport, gram_of, report_group
 from .writer import Writer
@@ -67,7 +67,7 @@ class Output:
         """The results' rows in the work space, of a tensor's dtype, (E, cut)."""
         return space.out.view(STORED[self.plan.layout[name][0]])
 
-    def failure(self, name: str, code: int, job: Job, space: Workspace) -> Gemma2Error:
+    def failure(self, name: str, code: int, job: Block, space: Workspace) -> Gemma2Error:
         """Why a compiled pass could not finish a job: the write is repeated, where the system's reason can be had."""
         dtype = self.plan.layout[name][0]
         if code == NOT_FINITE:
@@ -113,7 +113,7 @@ class Stream:
             known = found
         return self._report(group, known, mix)
 
-    def _measure(self, group: Group, job: Job) -> tuple[Job, Doubles]:
+    def _measure(self, group: Group, job: Block) -> tuple[Block, Doubles]:
         """Inner products of one job per block, (blocks, 1 + pairs)."""
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
@@ -125,7 +125,7 @@ class Stream:
             self._check_finite(job, products)
             return job, products
 
-    def _write(self, group: Group, job: Job, mix: Mix, wanted: bool) -> tuple[Job, Doubles]:
+    def _write(self, group: Group, job: Block, mix: Mix, wanted: bool) -> tuple[Block, Doubles]:
         """Combine and write one job; its inner products too where they are wanted."""
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
@@ -139,7 +139,7 @@ class Stream:
                 raise self.output.failure(job.name, code, job, space)
             return job, products
 
-    def _blend(self, group: Group, job: Job, mix: Mix, loaded: Loaded, space: Workspace, products: Doubles) -> int:
+    def _blend(self, group: Group, job: Block, mix: Mix, loaded: Loaded, space: Workspace, products: Doubles) -> int:
         checks = np.zeros(len(self.output.writers), np.uint64)
         code = blend(
             loaded.files,
@@ -154,14 +154,14 @@ class Stream:
         self.output.checks.add(job.name, checks.tolist())
         return int(code)
 
-    def _table(self, group: Group, job: Job) -> Doubles:
+    def _table(self, group: Group, job: Block) -> Doubles:
         return np.zeros((-(-job.count // BLOCK), 1 + pair_count(group.models)))
 
-    def _check_finite(self, job: Job, products: Doubles) -> None:
+    def _check_finite(self, job: Block, products: Doubles) -> None:
         if not np.isfinite(products).all():
             raise self.feeder.not_finite(job)
 
-    def _sums(self, group: Group, results: Iterable[tuple[Job, Doubles]]) -> dict[str, Doubles]:
+    def _sums(self, group: Group, results: Iterable[tuple[Block, Doubles]]) -> dict[str, Doubles]:
         """Exactly rounded sums over the blocks of each tensor, (1 + pairs,)."""
         blocks: dict[str, list[Doubles]] = {}
         sums = {name: np.zeros(1 + pair_count(group.models)) for name in group.tensors}

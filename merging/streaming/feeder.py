@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from gemma2.core.errors import Gemma2Error, InputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
-from gemma2.merging.inputs.adapter import Factors, LowRank, adapted_rows, load_factors
+from gemma2.merging.inputs.adapter import Factors, adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Reader
+from gemma2.merging.inputs.low_rank import LowRank
 from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, widen
 from gemma2.merging.methods.table import Group
@@ -32,7 +33,7 @@ from gemma2.merging.tokenizers.row_map import RowMap, gather
 
 from .writer import aligned
 
-__all__ = ["CUT", "Feeder", "Job", "Loaded", "Workspace", "in_order"]
+__all__ = ["CUT", "Block", "Feeder", "Loaded", "Workspace", "in_order"]
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
 CUTS_IN_A_JOB = 16  # between two visits to Python
@@ -43,7 +44,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Job:
+class Block:
     """Elements [first, first + count) of one tensor of the output."""
 
     name: str
@@ -87,14 +88,14 @@ class Feeder:
             self._free.put(Workspace(operands, outputs, self.size))
         self._factors = lru_cache(maxsize=4 * operands)(self._load_factors)
 
-    def jobs(self, group: Group) -> Iterator[Job]:
+    def jobs(self, group: Group) -> Iterator[Block]:
         """The ranges of a group's tensors, in order."""
         for name in group.tensors:
             part = self.plan.parts[name]
             count = part.sources[0].count
             step = self.size if self._common_dtype(part) is None else self.size * CUTS_IN_A_JOB
             for first in range(0, count, step):
-                yield Job(name, part, first, min(step, count - first))
+                yield Block(name, part, first, min(step, count - first))
 
     @contextmanager
     def space(self) -> Iterator[Workspace]:
@@ -105,7 +106,7 @@ class Feeder:
         finally:
             self._free.put(space)
 
-    def sources(self, job: Job, space: Workspace) -> Loaded:
+    def sources(self, job: Block, space: Workspace) -> Loaded:
         """Where the compiled passes find the operands: in their files if all are stored alike, else formed as fp32."""
         dtype = self._common_dtype(job.part)
         raw = space.raw[: len(job.part.sources)]
@@ -156,11 +157,11 @@ class Feeder:
     def _load_factors(self, update: LowRank) -> Factors:
         return load_factors(self.reader, update)
 
-    def job_bytes(self, job: Job) -> int:
+    def job_bytes(self, job: Block) -> int:
         """Of all operands."""
         return sum(job.count * ITEM_BYTES[source.tensor.dtype] for source in job.part.sources)
 
-    def unreadable(self, job: Job, operand: int) -> Gemma2Error:
+    def unreadable(self, job: Block, operand: int) -> Gemma2Error:
         """Why a compiled read failed: read again, where the system's reason can be had."""
         tensor = job.part.sources[operand].tensor
         try:
@@ -171,7 +172,7 @@ class Feeder:
             return error
         return InputError(f"reading {tensor.file} failed once", "check the disk, and merge again")
 
-    def not_finite(self, job: Job) -> InputError:
+    def not_finite(self, job: Block) -> InputError:
         """Names the input, the tensor and the element that is NaN or Inf."""
         for source in job.part.sources:
             for first in range(job.first, job.first + job.count, self.size):

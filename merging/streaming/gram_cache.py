@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma2.core.outputs.outputs import cache_folder, metadata_version
+from gemma2.core.outputs.cache import cache_folder
+from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.dtypes import Doubles
 from gemma2.merging.methods.table import Group

@@ -39,7 +39,7 @@ from gemma2.merging.methods.table import Group, Selection
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output
-from .feeder import CUTS_IN_A_JOB, Feeder, Job, in_order
+from .feeder import CUTS_IN_A_JOB, Block, Feeder, in_order
 from .group_report import GroupReport, gram_of, report_group
 
 __all__ = ["ChoosingStream", "longest_cut"]
@@ -74,7 +74,7 @@ def whole_rows(row: int, cut: int) -> int:
 class Found:
     """Of one job: inner products per block, (blocks, 1 + pairs), and squared norms of the merged delta."""
 
-    job: Job
+    job: Block
     products: Doubles
     squares: Doubles
 
@@ -152,7 +152,7 @@ class ChoosingStream:
         with self.feeder.space() as space:
             done = 0
             while len(places):
-                job = Job(name, part, int(places[0]), int(min(PIECE, count - places[0])))
+                job = Block(name, part, int(places[0]), int(min(PIECE, count - places[0])))
                 loaded = self.feeder.sources(job, space)
                 now = len(places) if loaded.files[0, 0] >= 0 else 1  # what is formed here is formed piece by piece
                 code = sample(loaded.files, places[:now], count, loaded.stored, bits[:, done:])
@@ -177,7 +177,7 @@ class ChoosingStream:
         for counts in tables:
             free.put(counts)
 
-        def count(job: Job) -> Job:
+        def count(job: Block) -> Block:
             counts = free.get()
             self._count_job(job, table, counts)
             free.put(counts)
@@ -193,7 +193,7 @@ class ChoosingStream:
         }
         return {item: windows[item][0] + place for item, place in places.items() if place is not None}
 
-    def _count_job(self, job: Job, windows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    def _count_job(self, job: Block, windows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
             span = (job.first, job.count, self.feeder.size)
@@ -201,7 +201,7 @@ class ChoosingStream:
             if code != DONE:
                 raise self.feeder.unreadable(job, code - 1)
 
-    def _row_jobs(self, group: Group) -> Iterator[Job]:
+    def _row_jobs(self, group: Group) -> Iterator[Block]:
         """Jobs of whole rows, where ranks within rows are wanted."""
         long = {job.name for job in self.feeder.jobs(group) if job.count > self.feeder.size}
         for name in group.tensors:
@@ -209,7 +209,7 @@ class ChoosingStream:
             count = part.sources[0].count
             step = self._step(name) * (CUTS_IN_A_JOB if name in long and self._in_pages(name) else 1)
             for first in range(0, count, step):
-                yield Job(name, part, first, min(step, count - first))
+                yield Block(name, part, first, min(step, count - first))
 
     def _step(self, name: str) -> int:
         """Elements of a cut of whole rows."""
@@ -219,7 +219,7 @@ class ChoosingStream:
         """Whether cuts of whole rows are whole pages, which writes past the page cache must be."""
         return self._step(name) * ITEM_BYTES[self.plan.layout[name][0]] % PAGE_BYTES == 0
 
-    def _merge(self, group: Group, job: Job, sparsity: Sparsity) -> Found:
+    def _merge(self, group: Group, job: Block, sparsity: Sparsity) -> Found:
         """Choose, combine and write one job."""
         name = job.name
         dtype, shape = self.plan.layout[name]

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from gemma2.core.errors import OutputError
-from gemma2.core.outputs.outputs import digest_name, hasher, weight_files
-from gemma2.core.outputs.safetensors_header import PAGE_BYTES, Tensor, printable, read_header
+from gemma2.core.outputs.hashing import digest_name, hasher
+from gemma2.core.outputs.safetensors_header import PAGE_BYTES, Tensor, printable, read_header, weight_files
 from gemma2.core.progress import Task
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.kernels.dense import check_sum
@@ -31,7 +31,7 @@ __all__ = ["ReadBack"]
 PIECE = 4 << 20  # bytes read, hashed and checked at a time
 
 
-class Stopped(Exception):
+class VerifyStopped(Exception):
     """The merge failed; what follows it ends."""
 
 
@@ -153,7 +153,7 @@ class ReadBack:
         with self._news:
             self._news.wait_for(lambda: self._stopped or names <= self._written)
             if self._stopped:
-                raise Stopped
+                raise VerifyStopped
 
 
 def overlaps(tensors: Iterable[Tensor], begin: int, end: int) -> Iterator[tuple[Tensor, int, int]]:

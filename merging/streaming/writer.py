@@ -22,25 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import OutputError
+from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES, encode_header
-from gemma2.merging.inputs.checkpoint import INDEX, WEIGHTS, read_json
+from gemma2.merging.inputs.checkpoint import COMPANIONS, INDEX, WEIGHTS
 
-__all__ = ["DIRECT_BYTES", "Layout", "Place", "Writer", "aligned", "copy_companions", "open_direct"]
+__all__ = ["DIRECT_BYTES", "Layout", "WritePlace", "Writer", "aligned", "copy_companions", "open_direct"]
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name, in the order of the file
 
 MAX_SHARD_BYTES = 5_000_000_000
 DIRECT_BYTES = 1 << 29  # smaller outputs are left in the page cache, for the command that reads them next
-# What makes a model directory loadable besides the weights. Nothing else is taken over.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
-)
 
 
 @dataclass(frozen=True)
-class Place:
+class WritePlace:
     """Where a tensor is written: a descriptor, and the offset of its first byte.
 
     descriptor  may bypass the page cache, and then takes whole pages only
@@ -71,7 +66,7 @@ def open_direct(path: Path, flags: int) -> int | None:
 class Writer:
     """Writes one model directory's weights in place. Safe to share between threads; made by `Writer.create`."""
 
-    def __init__(self, directory: Path, places: Mapping[str, Place]) -> None:
+    def __init__(self, directory: Path, places: Mapping[str, WritePlace]) -> None:
         self.directory = directory
         self.places = places
 
@@ -85,7 +80,7 @@ class Writer:
         shards = [_pages_first(shard) for shard in _divide(tensors, MAX_SHARD_BYTES)]
         names = shard_names(len(shards))
         direct = sum(_nbytes(*entry) for entry in tensors.values()) >= DIRECT_BYTES
-        places: dict[str, Place] = {}
+        places: dict[str, WritePlace] = {}
         with ExitStack() as stack:
             for file, shard in zip(names, shards, strict=True):
                 places |= _create_file(stack, directory / file, shard, direct)
@@ -101,7 +96,7 @@ class Writer:
         _write_all(descriptor, memoryview(data), offset)  # type: ignore[arg-type]
 
 
-def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> dict[str, Place]:
+def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> dict[str, WritePlace]:
     """One file with its header; where each of its tensors goes. Descriptors are closed with the stack."""
     header, starts = encode_header(shard)
     size = len(header) + sum(_nbytes(*entry) for entry in shard.values())
@@ -113,7 +108,7 @@ def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> d
     if bypass is not None:
         stack.callback(os.close, bypass)
     return {
-        name: Place(cached if bypass is None or _nbytes(*entry) % PAGE_BYTES else bypass, starts[name], cached)
+        name: WritePlace(cached if bypass is None or _nbytes(*entry) % PAGE_BYTES else bypass, starts[name], cached)
         for name, entry in shard.items()
     }
 

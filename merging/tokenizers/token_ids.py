@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import printable
-from gemma2.merging.inputs.checkpoint import Checkpoint, read_json
+from gemma2.merging.inputs.checkpoint import Checkpoint
 
 from .row_map import embedding_rows
 

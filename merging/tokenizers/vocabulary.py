@@ -18,7 +18,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import printable
-from gemma2.merging.inputs.checkpoint import Checkpoint, read_json
+from gemma2.merging.inputs.checkpoint import COMPANIONS, Checkpoint
 from gemma2.merging.methods.request import MergeRequest
-from gemma2.merging.streaming.writer import COMPANIONS
 
-from .row_map import RowMap, vocabulary_tensors
+from .row_map import RowMap
 from .token_ids import TOKENIZER, Tokens, added_entries, counted, read_tokenizers, union
 
 if TYPE_CHECKING:
-    from gemma2.merging.plan.groups import Part, Source
+    pass
 
-__all__ = ["Vocabulary", "choose_vocabulary", "read_through", "write_tokenizer"]
+__all__ = ["Vocabulary", "choose_vocabulary", "write_tokenizer"]
 
 GENERATION = "generation_config.json"
 
@@ -189,17 +189,6 @@ def _line(
     dropped = sum(token not in ids for token in own.names.values())
     parts += [f"{counted(dropped, 'token')} dropped"] if dropped else []
     return f"{own.model.role}: {', '.join(parts)}" if parts else ""
-
-
-def read_through(parts: Mapping[str, Part], vocabulary: Vocabulary) -> dict[str, Part]:
-    """The parts with the tensors that have a row per id read through the maps."""
-    named = {model.role: vocabulary_tensors(model) for model in vocabulary.inputs}
-
-    def mapped(source: Source) -> Source:
-        role = source.model.role
-        return replace(source, rows=vocabulary.maps[role]) if source.name in named[role] else source
-
-    return {name: replace(part, sources=tuple(map(mapped, part.sources))) for name, part in parts.items()}
 
 
 # --- files of the output ---

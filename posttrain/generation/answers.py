@@ -17,9 +17,9 @@ from typing import Literal
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.data.rows import located
-from gemma2.posttrain.runs.generation_budget import Source
+from gemma2.posttrain.runs.generation_budget import PromptSource
 
-from .dialogues import Dialogue, Plan
+from .dialogues import Dialogue, DialoguePlan
 from .engines import Completion, Engine, Request
 from .engines.base import Key
 from .journal import Journal
@@ -35,7 +35,9 @@ class Answering:
     Without `keep_ids` the journal holds no token ids; they are there for reward models that read them.
     """
 
-    def __init__(self, source: Source, plan: Plan, journal: Journal, chunk: int, keep_ids: bool = False) -> None:
+    def __init__(
+        self, source: PromptSource, plan: DialoguePlan, journal: Journal, chunk: int, keep_ids: bool = False
+    ) -> None:
         self.source = source
         self.plan = plan
         self.journal = journal

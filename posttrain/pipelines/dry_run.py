@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma2.core.outputs.outputs import partial_path
+from gemma2.core.outputs.staging import partial_path
 from gemma2.posttrain.runs.estimates import plan
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import PipelineFile, WarpConfig

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import weight_files
-from gemma2.posttrain.runs.estimates import Promise, Sources, parameter_count
+from gemma2.core.outputs.safetensors_header import parameter_count, weight_files
+from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.runs.inputs import paths_of
 from gemma2.posttrain.schemas import (
     DistillConfig,

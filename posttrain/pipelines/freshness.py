@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import STATE, digest_name, hasher, partial_path, read_manifest
+from gemma2.core.outputs.hashing import digest_name, hasher
+from gemma2.core.outputs.manifest import STATE, read_manifest
+from gemma2.core.outputs.staging import partial_path
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.provenance import changes, is_setting
 from gemma2.posttrain.schemas.config import Config

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.configs import recipes
-from gemma2.core.outputs.outputs import write_json
+from gemma2.core.json_files import write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.reports.plots.values import title_of
 
 from .compile import Pipeline, compile_pipeline, read_pipeline
-from .executors.local import LocalExecutor
+from .executors.processes import LocalExecutor
 from .run import run_pipeline
 from .scheduler import Observer
 

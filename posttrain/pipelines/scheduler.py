@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma2.core.errors import Gemma2Error
-from gemma2.core.outputs.outputs import now, partial_path, read_manifest
+from gemma2.core.outputs.manifest import now, read_manifest
+from gemma2.core.outputs.staging import partial_path
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.runs.commands import spell
 from gemma2.posttrain.runs.inputs import located

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import MANIFEST, STATE, digest_weights, partial_path, read_manifest, weight_files
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import MANIFEST, STATE, read_manifest
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.staging import partial_path
 
 from .fronts import Front, choose_front, read_front, read_lines
 
-__all__ = ["Collected", "Stage", "collect", "name_of"]
+__all__ = ["Collected", "RecordedStage", "collect", "name_of"]
 
 PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")
 PIPELINE = "pipeline.json"
@@ -35,7 +38,7 @@ NAMED = 6  # stages that a gap names; of more it tells the number
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecordedStage:
     """One command's output, or a stage that has none yet. `name` is its path below the report's directory; "." is the
     directory itself. `record` is its entry in pipeline.json."""
 
@@ -98,14 +101,14 @@ class Collected:
 
     root: Path
     title: str
-    stages: Sequence[Stage]
+    stages: Sequence[RecordedStage]
     fronts: Sequence[Front]  # of every measurement, in the order of the work
     front: Front  # the one with the most points; without points where there is none
     samples: Sequence[Mapping[str, Any]]  # samples.jsonl of the front
     curves: Mapping[str, Sequence[Mapping[str, Any]]]  # RL run -> metrics.jsonl with "iteration"
     gaps: Sequence[str] = field(default_factory=tuple)
 
-    def of(self, *commands: str) -> list[Stage]:
+    def of(self, *commands: str) -> list[RecordedStage]:
         """The stages of these commands."""
         return [stage for stage in self.stages if stage.command in commands]
 
@@ -149,7 +152,7 @@ def collect(directory: Path) -> Collected:
     )
 
 
-def order(stage: Stage, place: Mapping[str, int]) -> tuple[int, str, int, int, str]:
+def order(stage: RecordedStage, place: Mapping[str, int]) -> tuple[int, str, int, int, str]:
     """As the pipeline has it, what lies in a stage beside it; without a pipeline by end, and those that ended in the
     same second in the order of the work."""
     parts = stage.name.split("/")
@@ -162,7 +165,7 @@ def order(stage: Stage, place: Mapping[str, int]) -> tuple[int, str, int, int, s
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-def find_stages(root: Path, gaps: list[str]) -> Iterator[Stage]:
+def find_stages(root: Path, gaps: list[str]) -> Iterator[RecordedStage]:
     """Every directory with a manifest, and every interrupted run."""
     for folder, children, files in os.walk(root):
         path = Path(folder)
@@ -171,10 +174,10 @@ def find_stages(root: Path, gaps: list[str]) -> Iterator[Stage]:
         name = name_of(path.relative_to(root).as_posix())
         try:
             if MANIFEST in files:
-                yield Stage(name, path, read_manifest(path) or {}, own_weights(path))
+                yield RecordedStage(name, path, read_manifest(path) or {}, own_weights(path))
             elif STATE in files and PARTIAL.search(path.name):
                 state = json.loads((path / STATE).read_text(encoding="utf-8"))
-                yield Stage(name, path, {**state, "status": "unfinished"} if isinstance(state, dict) else {})
+                yield RecordedStage(name, path, {**state, "status": "unfinished"} if isinstance(state, dict) else {})
         except (InputError, OSError, ValueError) as error:
             gaps.append(f"{name} cannot be read ({error})")
 
@@ -184,9 +187,9 @@ def own_weights(path: Path) -> str | None:
     return digest_weights(path) if weight_files(path) else None
 
 
-def latest(stages: Iterator[Stage]) -> dict[str, Stage]:
+def latest(stages: Iterator[RecordedStage]) -> dict[str, RecordedStage]:
     """By name; a complete output counts more than the attempt at another that lies beside it."""
-    found: dict[str, Stage] = {}
+    found: dict[str, RecordedStage] = {}
     for stage in stages:
         if stage.name not in found or found[stage.name].status != "complete":
             found[stage.name] = stage
@@ -205,15 +208,17 @@ def read_records(root: Path, gaps: list[str]) -> Mapping[str, Mapping[str, Any]]
         return {}
 
 
-def with_records(root: Path, stages: Mapping[str, Stage], records: Mapping[str, Mapping[str, Any]]) -> Iterator[Stage]:
+def with_records(
+    root: Path, stages: Mapping[str, RecordedStage], records: Mapping[str, Mapping[str, Any]]
+) -> Iterator[RecordedStage]:
     """The stages with what the pipeline knows of them, and those that have no output."""
     for stage in stages.values():
-        yield Stage(stage.name, stage.path, stage.manifest, stage.weights, records.get(stage.name, {}))
+        yield RecordedStage(stage.name, stage.path, stage.manifest, stage.weights, records.get(stage.name, {}))
     for name in records.keys() - stages.keys():
-        yield Stage(name, root / name, {}, None, records[name])
+        yield RecordedStage(name, root / name, {}, None, records[name])
 
 
-def troubles(stages: Sequence[Stage]) -> Iterator[str]:
+def troubles(stages: Sequence[RecordedStage]) -> Iterator[str]:
     """What is not complete, in sentences: one each for what went wrong, one for all that waits for it."""
     waiting: dict[str, list[str]] = {}
     for stage in stages:
@@ -233,7 +238,7 @@ def troubles(stages: Sequence[Stage]) -> Iterator[str]:
         yield f"{why.get(status, status)}: {told}"
 
 
-def read_curve(stage: Stage, gaps: list[str]) -> list[dict[str, Any]]:
+def read_curve(stage: RecordedStage, gaps: list[str]) -> list[dict[str, Any]]:
     """The metrics of an RL run: a training line has `reward`, an evaluation `heldout_reward` and `kl`, so that one
     metric never mixes training with held-out prompts."""
     rows = []

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from gemma2.posttrain.runs.commands import COMMANDS, spell
 
-from .collect import Stage, name_of
+from .collect import RecordedStage, name_of
 
 __all__ = ["command_of", "phrases", "why"]
 
@@ -25,7 +25,7 @@ def why(command: str) -> str:
     return COMMANDS[command].why if command in COMMANDS else ""
 
 
-def command_of(stage: Stage, root: Path) -> str:
+def command_of(stage: RecordedStage, root: Path) -> str:
     """The shell command that repeats a stage, with paths as they are called below `root`; "" when it is not known."""
     out = root.resolve() / stage.name
     if stage.command.startswith("merge ") and stage.config:
@@ -39,7 +39,7 @@ def command_of(stage: Stage, root: Path) -> str:
     return local(spell(stage.command, config, out), root)
 
 
-def merge_words(stage: Stage, out: Path) -> list[str]:
+def merge_words(stage: RecordedStage, out: Path) -> list[str]:
     """A merge takes its models as arguments, its method as a command, and records both as parents."""
     parents = [parent for parent in stage.manifest.get("parents") or () if isinstance(parent, Mapping)]
     places = [(parent.get("role"), os.path.normpath(out / str(parent.get("path", "")))) for parent in parents]

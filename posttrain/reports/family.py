@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from .collect import Collected, Stage, name_of
+from .collect import Collected, RecordedStage, name_of
 from .graph.render import Edge, Node, dag_svg
 from .plots.values import short_hash
 from .sections import anchor_of
@@ -46,7 +46,7 @@ def family(found: Collected) -> dict[str, str] | None:
     return {form: dag_svg(nodes, edges, narrow=form == "narrow", page=f"family-{form}") for form in ("wide", "narrow")}
 
 
-def edges_of(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Edge]:
+def edges_of(stage: RecordedStage, stages: Mapping[str, RecordedStage]) -> Iterator[Edge]:
     """What a stage was made from, or where nothing is recorded yet, what it needs."""
     recorded = False
     for source, role in sources(stage):
@@ -63,7 +63,7 @@ def edges_of(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Edge]:
             yield Edge(name, stage.name)
 
 
-def sources(stage: Stage) -> Iterator[tuple[str, tuple[str, str]]]:
+def sources(stage: RecordedStage) -> Iterator[tuple[str, tuple[str, str]]]:
     """(path below the report's directory, ("parent" or "data", role)) of everything that a manifest records."""
     for parent in records(stage, "parents"):
         if parent.get("hub"):
@@ -75,17 +75,17 @@ def sources(stage: Stage) -> Iterator[tuple[str, tuple[str, str]]]:
         yield placed(stage, source), ("data", "data" if name.startswith("data-") else name)
 
 
-def records(stage: Stage, key: str) -> list[Mapping[str, Any]]:
+def records(stage: RecordedStage, key: str) -> list[Mapping[str, Any]]:
     found = stage.manifest.get(key)
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
 
-def placed(stage: Stage, record: Mapping[str, Any]) -> str:
+def placed(stage: RecordedStage, record: Mapping[str, Any]) -> str:
     """A recorded path, relative to the report's directory, as it is called once complete."""
     return name_of(os.path.normpath(os.path.join(stage.name, str(record.get("path", "")))))
 
 
-def owner_of(path: str, stages: Mapping[str, Stage]) -> str:
+def owner_of(path: str, stages: Mapping[str, RecordedStage]) -> str:
     """The stage that a path lies in; the path itself where it lies in none."""
     place = PurePosixPath(path)
     return next(
@@ -93,7 +93,7 @@ def owner_of(path: str, stages: Mapping[str, Stage]) -> str:
     )
 
 
-def shared_folder(stages: Mapping[str, Stage]) -> str:
+def shared_folder(stages: Mapping[str, RecordedStage]) -> str:
     """The folder of WARP's stages, `warp/`, which their names do without."""
     inside = {name[: name.index("iteration-")] for name in stages if "iteration-" in name}
     return inside.pop() if len(inside) == 1 else ""

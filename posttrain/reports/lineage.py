@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import MANIFEST, digest_input, digest_weights, read_manifest, weight_files
+from gemma2.core.outputs.digests import digest_input, digest_weights
+from gemma2.core.outputs.manifest import MANIFEST, read_manifest
+from gemma2.core.outputs.safetensors_header import weight_files
 
 from .graph.graph import graph_of
 from .graph.render import Edge, Node

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from .collect import Collected, Stage
+from .collect import Collected, RecordedStage
 from .command_lines import command_of, phrases, why
 from .fronts import is_number
 from .plots.figures import curves_figure, front_figure, page_svg
@@ -73,7 +73,7 @@ def stage_list(found: Collected) -> list[dict[str, Any]]:
     return entries
 
 
-def group_of(stage: Stage) -> tuple[str, str] | None:
+def group_of(stage: RecordedStage) -> tuple[str, str] | None:
     """What stages share that are one entry of the list."""
     if stage.status in NOT_BEGUN:
         return stage.status, ""
@@ -93,7 +93,7 @@ def settings(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
-def called(stage: Stage, found: Collected) -> str:
+def called(stage: RecordedStage, found: Collected) -> str:
     """A stage's name; of the directory itself its own."""
     return found.title if stage.name == "." else stage.name
 
@@ -103,7 +103,7 @@ def anchor_of(found: Collected, name: str) -> str:
     return f"stage-{next(i for i, stage in enumerate(found.stages, 1) if stage.name == name)}"
 
 
-def described(stage: Stage, found: Collected) -> dict[str, Any]:
+def described(stage: RecordedStage, found: Collected) -> dict[str, Any]:
     """A stage as one entry of the list: what it is for, what came out, the command."""
     figures = {
         key.replace("_", " "): number(value)
@@ -140,7 +140,7 @@ def angles(found: Collected) -> dict[str, Any] | None:
     for stage in merges:
         title = f"iteration {stage.iteration}" if stage.round and not several else stage.round or stage.name
         short = stage.iteration if stage.round and not several else title
-        groups = [Group(group) for group in stage.summary.get("groups") or () if isinstance(group, Mapping)]
+        groups = [MergedGroup(group) for group in stage.summary.get("groups") or () if isinstance(group, Mapping)]
         if not any(group.angle is not None for group in groups):
             continue
         cells[title] = {group.label: group.angle for group in groups}
@@ -169,7 +169,7 @@ def angles(found: Collected) -> dict[str, Any] | None:
     }
 
 
-class Group:
+class MergedGroup:
     """One group of a merge, as merging.report records it; what is not recorded is None."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import check_output, weight_files
-from gemma2.core.outputs.safetensors_header import read_header
+from gemma2.core.outputs.safetensors_header import parameter_count
+from gemma2.core.outputs.staging import check_output
 from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -43,7 +43,7 @@ from .generation_budget import generate_budget
 from .inputs import check_inputs, inputs_of
 from .run_directory import RunOptions
 
-__all__ = ["Promise", "Sources", "Work", "estimate", "matmul_rate", "parameter_count", "plan"]
+__all__ = ["Promise", "Sources", "Work", "estimate", "matmul_rate", "plan"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
@@ -59,14 +59,6 @@ class Work:
     disk: float
     operations: float
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def parameter_count(directory: Path) -> int:
-    """Parameters of a model directory, from its safetensors headers alone.
-
-    Raises InputError when a header is not readable or does not fit its file.
-    """
-    return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from gemma2.posttrain.data.rows import Message, Prompt, prompt_of
 from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.schemas import GenerateConfig
 
-__all__ = ["Source", "generate_budget", "source_of"]
+__all__ = ["PromptSource", "generate_budget", "source_of"]
 
 BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 5
 
 
 @dataclass(frozen=True)
-class Source:
+class PromptSource:
     """The prompts of a data path, read anew by every iteration. `system` goes before a prompt that has no such text."""
 
     path: Path
@@ -40,9 +40,9 @@ class Source:
             yield prompt
 
 
-def source_of(config: GenerateConfig) -> Source:
+def source_of(config: GenerateConfig) -> PromptSource:
     """The prompts of a `gemma2 generate`."""
-    return Source(config.prompts, config.limit, config.prompt_column, config.system)
+    return PromptSource(config.prompts, config.limit, config.prompt_column, config.system)
 
 
 def generate_budget(config: GenerateConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.hub import is_hub_id, locate_model
-from gemma2.core.outputs.outputs import read_manifest
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.schemas.config import Config

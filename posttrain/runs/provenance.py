@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import digest_input, digest_weights
+from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.schemas.config import Config
 

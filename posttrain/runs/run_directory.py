@@ -19,23 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.outputs.outputs import (
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
     STATE,
-    check_output,
-    fsync_tree,
-    locked,
     now,
-    partial_path,
-    publish,
     read_manifest,
     require_complete,
     versions,
-    weight_files,
-    write_json,
     write_manifest,
 )
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partial_path, publish
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.schemas.config import Config
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma2.core.errors import UsageError
-from gemma2.core.outputs.outputs import MANIFEST
+from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
 __all__ = ["Config", "apply_sets", "closest", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]

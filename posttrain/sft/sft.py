@@ -22,13 +22,13 @@ from gemma2.posttrain.data.examples import Example, Overlong, example_of, report
 from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.rows import Conversation, conversation_of, located, read_conversations, split
 from gemma2.posttrain.data.sources import data_files, iter_rows
-from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, save_model
+from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, save_adapter
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
 from gemma2.posttrain.training.tracking import check_tracking
-from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train
+from gemma2.posttrain.training.trainer import RunCallback, train
 
 from .sft_trainer import make_trainer
 

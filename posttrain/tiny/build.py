@@ -20,22 +20,16 @@ from typing import Any
 import torch
 
 from gemma2.core.outputs.ancestry import write_card
-from gemma2.core.outputs.outputs import (
-    cache_folder,
-    digest_file,
-    now,
-    read_manifest,
-    staged_output,
-    versions,
-    write_manifest,
-)
+from gemma2.core.outputs.cache import cache_folder
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.manifest import now, read_manifest, versions, write_manifest
+from gemma2.core.outputs.safetensors_header import parameter_count
+from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.posttrain.data import chat
-from gemma2.posttrain.models.loading import save_model
-from gemma2.posttrain.runs.estimates import parameter_count
+from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import TinyConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from . import networks, pretrain, tasks
 from .pretrain import RECIPES

@@ -31,7 +31,7 @@ from gemma2.posttrain.models.scorer import head_logits
 from .networks import tiny_config, tiny_tokenizer, with_generation_config
 from .tasks import GOOD_STYLES, MIXED_STYLES, dialogues, prose
 
-__all__ = ["RECIPES", "Recipe", "learning_rate_at", "pretrain"]
+__all__ = ["RECIPES", "TinySize", "learning_rate_at", "pretrain"]
 
 WARMUP = 30  # optimizer steps
 DECAYING = 0.6  # share of the steps over which the learning rate falls
@@ -40,7 +40,7 @@ SORTED_TOGETHER = 32  # batches of texts that are sorted by length among themsel
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TinySize:
     """Size of a network and how it is trained."""
 
     hidden: int
@@ -71,15 +71,15 @@ class Recipe:
 
 
 RECIPES = {
-    "student": Recipe(hidden=96, feedforward=256, layers=4, head=24, steps=700, learning_rate=3e-3),
-    "teacher": Recipe(
+    "student": TinySize(hidden=96, feedforward=256, layers=4, head=24, steps=700, learning_rate=3e-3),
+    "teacher": TinySize(
         hidden=160, feedforward=384, layers=3, head=40, steps=1000, learning_rate=2e-3, styles=GOOD_STYLES
     ),
 }
 Text = tuple[list[int], list[bool]]  # token ids, and which of them are learned
 
 
-def texts(recipe: Recipe, seed: int) -> Iterator[Text]:
+def texts(recipe: TinySize, seed: int) -> Iterator[Text]:
     """Endless texts: a dialogue from <bos> to <end_of_turn><eos>, or prose from <bos> to <eos>.
 
     Of a dialogue only the answer is learned: that a question is asked tells a network of this size nothing.
@@ -99,7 +99,7 @@ def texts(recipe: Recipe, seed: int) -> Iterator[Text]:
         yield asked + told, [False] * len(asked) + [True] * len(told)
 
 
-def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(recipe: TinySize, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`steps` batches: right-padded ids (B, T), and a mask (B, T) of what is learned. Texts of like length together."""
     source, rng = texts(recipe, seed), random.Random(f"batches/{seed}")
     left = recipe.steps
@@ -116,7 +116,7 @@ def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         left -= count
 
 
-def learning_rate_at(step: int, recipe: Recipe) -> float:
+def learning_rate_at(step: int, recipe: TinySize) -> float:
     """Linear warm-up, constant, linear decay to 2 % of the peak. Steps count from 0."""
     falling = (recipe.steps - step) / (DECAYING * recipe.steps)
     return recipe.learning_rate * min(1.0, (step + 1) / WARMUP) * max(LEAST, min(1.0, falling))
@@ -132,7 +132,7 @@ def next_token_loss(model: Gemma2ForCausalLM, ids: Tensor, mask: Tensor) -> Tens
 
 
 def pretrain(
-    recipe: Recipe, seed: int = 0, progress: Progress = SILENT, label: str = "pre-training"
+    recipe: TinySize, seed: int = 0, progress: Progress = SILENT, label: str = "pre-training"
 ) -> Gemma2ForCausalLM:
     """Train one network from scratch; returns it in eval mode. Uses one thread, and leaves torch's own RNG alone."""
     threads = torch.get_num_threads()

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from gemma2.core.errors import GuardStop, InputError
-from gemma2.core.outputs.outputs import write_json
+from gemma2.core.json_files import write_json
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy

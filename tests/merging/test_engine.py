@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_files import added, from_bytes, random_arrays, read_model, read_raw, stored, write_model
 
-from gemma2.core.outputs.outputs import read_manifest
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.merging import MergeRequest, merge
 
 ULPS = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}  # largest relative rounding error of one store

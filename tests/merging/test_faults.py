@@ -32,7 +32,7 @@ from faults import (
 from processes import finish, start
 
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
-from gemma2.core.outputs import outputs
+from gemma2.core.outputs import manifest, staging
 from gemma2.merging import engine, merge
 from gemma2.merging.inputs import checkpoint
 from gemma2.merging.streaming import dense_stream, verify, writer
@@ -41,7 +41,7 @@ from gemma2.merging.streaming import dense_stream, verify, writer
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "versions", dict)  # reading them from the installed packages takes most of a tiny merge
-    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    monkeypatch.setattr(manifest, "metadata_version", lambda: "test")
     return write_models(tmp_path)
 
 
@@ -297,9 +297,9 @@ def interrupted_at(number, run):
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the_whole_result(root, force):
     def run():
-        with outputs.staged_output(root / "out", force) as directory:
+        with staging.staged_output(root / "out", force) as directory:
             (directory / "model.safetensors").write_text("new")
-            outputs.write_manifest(directory, {"status": "complete"})
+            manifest.write_manifest(directory, {"status": "complete"})
 
     if force:
         run()
@@ -331,7 +331,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from gemma2.cli import main
-from gemma2.core.outputs import outputs
+from gemma2.core.outputs import digests, hashing, manifest, staging
 from gemma2.merging import engine
 
 def stop(*arguments, **options):
@@ -340,7 +340,7 @@ def stop(*arguments, **options):
     time.sleep(60)
 
 place = {"before the weights": (engine, "_groups"), "before the manifest": (engine, "write_manifest"),
-         "before the rename": (outputs, "publish")}[sys.argv[3]]
+         "before the rename": (staging, "publish")}[sys.argv[3]]
 setattr(*place, stop)
 sys.argv[1:] = sys.argv[4:]
 main.main()
@@ -385,4 +385,4 @@ def test_a_process_that_is_ended_in_the_middle(root, number, code, where):
 
 def is_weight(name):
     """Of the output, and not its manifest, which holds the time."""
-    return name.startswith("out/") and not name.endswith(outputs.MANIFEST)
+    return name.startswith("out/") and not name.endswith(manifest.MANIFEST)

@@ -64,13 +64,13 @@ class Outcome:
     traceback: str = ""
 
 
-class Stopped(BaseException):
+class StageStopped(BaseException):
     """SIGTERM: clean up and end."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not cut short
-    raise Stopped(number)
+    raise StageStopped(number)
 
 
 class Reporter:
@@ -125,7 +125,7 @@ def execute(job: Job, send: Callable[[Event], None]) -> Outcome:
     try:
         with _logged(Path(job.folder, job.log)):
             return _run(job, send)
-    except Stopped:
+    except StageStopped:
         return Outcome(143, error="stopped")
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -140,7 +140,7 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         result = command.run(config, RunOptions(Path(job.out), job.resume, job.force), Reporter(send))
         return Outcome(0, dict(result.summary))
-    except Stopped:
+    except StageStopped:
         return Outcome(143, error="stopped")
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))

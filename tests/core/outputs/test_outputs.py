@@ -11,17 +11,11 @@ from blake3 import blake3
 from processes import finish, start
 
 from gemma2.core.errors import InputError, OutputError
-from gemma2.core.outputs import outputs
-from gemma2.core.outputs.outputs import (
-    check_output,
-    digest_weights,
-    locked,
-    read_manifest,
-    require_complete,
-    staged_output,
-    write_json,
-    write_manifest,
-)
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs import manifest, staging
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest, require_complete, write_manifest
+from gemma2.core.outputs.staging import check_output, locked, staged_output
 
 
 def make(out, text="result", force=False):
@@ -84,7 +78,7 @@ def test_a_sibling_whose_name_begins_like_the_input_is_no_overlap(tmp_path):
 @pytest.mark.parametrize("out", ["", ".", "..", "/"])
 def test_an_output_without_a_name_is_refused(out):
     with pytest.raises(OutputError, match="no name of its own"):
-        check_output(outputs.Path(out), force=True)
+        check_output(staging.Path(out), force=True)
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):
@@ -134,8 +128,8 @@ def test_force_replaces_everything_in_one_exchange(tmp_path, monkeypatch):
         seen.append((old / "model.safetensors").read_text())
         return swapped
 
-    exchange = outputs.exchange
-    monkeypatch.setattr(outputs, "exchange", spy)
+    exchange = staging.exchange
+    monkeypatch.setattr(staging, "exchange", spy)
     make(out, "new", force=True)
     assert seen == ["old", "new"]
     assert names(out) == ["gemma2.json", "model.safetensors"]
@@ -144,7 +138,7 @@ def test_force_replaces_everything_in_one_exchange(tmp_path, monkeypatch):
 
 def test_force_works_where_the_system_cannot_exchange(tmp_path, monkeypatch):
     make(tmp_path / "out", "old")
-    monkeypatch.setattr(outputs, "exchange", lambda new, old: False)
+    monkeypatch.setattr(staging, "exchange", lambda new, old: False)
     make(tmp_path / "out", "new", force=True)
     assert (tmp_path / "out" / "model.safetensors").read_text() == "new"
     assert names(tmp_path) == ["out"]
@@ -204,7 +198,7 @@ def test_a_full_disk_while_writing_json_leaves_the_old_file(tmp_path, monkeypatc
 HOLD = """
 import sys, time
 from pathlib import Path
-from gemma2.core.outputs.outputs import staged_output
+from gemma2.core.outputs.staging import staged_output
 with staged_output(Path(sys.argv[1])) as tmp:
     (tmp / "file").write_text("first")
     print("ready", flush=True)
@@ -307,7 +301,7 @@ def test_the_digest_of_weights_is_that_of_their_names_and_bytes(tmp_path):
 def test_recorded_digests_are_used_for_files_that_nobody_touched(tmp_path, monkeypatch):
     make(tmp_path / "out")
     expected = by_hand(tmp_path / "out")
-    monkeypatch.setattr(outputs, "digest_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(manifest, "digest_file", lambda path: pytest.fail("hashed again"))
     assert digest_weights(tmp_path / "out") == expected
 
 

@@ -196,7 +196,7 @@ def test_kernels_are_compiled_once_per_machine_and_announced_in_one_line(tmp_pat
 
 def test_importing_the_package_loads_neither_numba_nor_numpy(tmp_path):
     (tmp_path / "gemma2").symlink_to(Path(__file__).parents[3])
-    code = "import sys, gemma2.core.outputs.outputs; print(sorted({'numba', 'numpy', 'torch'} & set(sys.modules)))"
+    code = "import sys, gemma2.core.outputs.staging; print(sorted({'numba', 'numpy', 'torch'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"

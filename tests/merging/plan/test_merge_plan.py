@@ -8,7 +8,8 @@ import pytest
 from model_files import added, random_arrays, read_raw, write_model
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.outputs import digest_weights, read_manifest
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.merging import MergeRequest, inspect_model, merge, plan_merge
 from gemma2.merging.methods.coefficients import slerp
 from gemma2.merging.methods.table import Mix

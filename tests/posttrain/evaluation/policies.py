@@ -2,7 +2,7 @@
 
 import json
 
-from gemma2.core.outputs.outputs import digest_weights
+from gemma2.core.outputs.digests import digest_weights
 from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.tiny.networks import save_random
 

@@ -11,7 +11,7 @@ from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import (
-    Settings,
+    MeasureSettings,
     difference,
     distinct_bigrams,
     estimate,
@@ -48,7 +48,7 @@ def rows():
 
 
 def settings(n=1, batch_size=8, seed=0, temperature=1.0):
-    return Settings(SamplingParams(max_new_tokens=6, temperature=temperature, n=n), batch_size, seed)
+    return MeasureSettings(SamplingParams(max_new_tokens=6, temperature=temperature, n=n), batch_size, seed)
 
 
 def length_score(sampled):

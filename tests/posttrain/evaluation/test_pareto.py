@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.outputs.outputs import digest_weights, read_manifest
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import plan_candidates, short_names
 from gemma2.posttrain.evaluation.evaluate import run_eval

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.outputs.outputs import digest_file, read_manifest
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.evaluation.pick import choose, run_pick

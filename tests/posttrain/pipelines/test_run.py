@@ -6,7 +6,8 @@ import pytest
 from stages import Inline, compiled
 
 from gemma2.core.errors import OutputError
-from gemma2.core.outputs.outputs import locked, read_manifest
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.staging import locked
 from gemma2.posttrain.pipelines.compile import compile_pipeline
 from gemma2.posttrain.pipelines.run import run_pipeline
 from gemma2.posttrain.pipelines.scheduler import Choice, StageFailed

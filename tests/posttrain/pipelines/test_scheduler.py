@@ -8,7 +8,7 @@ import pytest
 from stages import Inline, Making, Stub, compiled, run
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.outputs import read_manifest
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.executors.jobs import Outcome
 from gemma2.posttrain.pipelines.freshness import output_hash

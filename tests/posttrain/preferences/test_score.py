@@ -15,7 +15,7 @@ from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.preferences import score as score_module
-from gemma2.posttrain.preferences.evaluate import run_reward_eval
+from gemma2.posttrain.preferences.reward_eval import run_reward_eval
 from gemma2.posttrain.preferences.score import run_score
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import RewardEvalConfig, RewardScoreConfig

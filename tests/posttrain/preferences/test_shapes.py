@@ -9,7 +9,7 @@ from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.preferences.examples import tokenise_pairs
+from gemma2.posttrain.preferences.pair_examples import tokenise_pairs
 from gemma2.posttrain.tiny.networks import tiny_tokenizer
 
 

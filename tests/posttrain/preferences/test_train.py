@@ -19,10 +19,10 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.models.loading import init_reward_model
-from gemma2.posttrain.preferences.examples import PairIds, tokenise_pairs
+from gemma2.posttrain.preferences.pair_examples import PairIds, tokenise_pairs
 from gemma2.posttrain.preferences.probe import run_probe
+from gemma2.posttrain.preferences.reward_trainer import make_trainer
 from gemma2.posttrain.preferences.train import measure, run_reward
-from gemma2.posttrain.preferences.trainer import make_trainer
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ProbeConfig, RewardConfig

@@ -5,7 +5,9 @@ import math
 import os
 from random import Random
 
-from gemma2.core.outputs.outputs import digest_weights, write_json, write_manifest
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import write_manifest
 
 VERSIONS = {"gemma2": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 GROUPS = ["embed_tokens", *(f"layers.{i}" for i in range(6)), "norm"]

@@ -10,8 +10,11 @@ from processes import finish, gemma2, start
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
-from gemma2.core.outputs import outputs
-from gemma2.core.outputs.outputs import digest_file, digest_weights, write_json, write_manifest
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs import digests
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.manifest import write_manifest
 from gemma2.posttrain.reports.lineage import final_output, read_lineage
 from gemma2.posttrain.reports.lineage_tree import lineage_text
 
@@ -201,7 +204,7 @@ def test_untouched_weights_are_not_read(run, monkeypatch):
     def refuse(path, threads=1):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(outputs, "digest_file", refuse)
+    monkeypatch.setattr(digests, "digest_file", refuse)
     (run.parent / "prompts.jsonl").unlink()
     assert len(read_lineage(run / "slerp").origins) == 8
 

@@ -14,7 +14,7 @@ from gemma2.posttrain.reports.collect import collect, name_of
 from gemma2.posttrain.reports.command_lines import command_of
 from gemma2.posttrain.reports.page import write_report
 from gemma2.posttrain.reports.plots.values import duration, number, rounded, with_error
-from gemma2.posttrain.reports.sections import Group, group_label, thinned
+from gemma2.posttrain.reports.sections import MergedGroup, group_label, thinned
 
 SECTIONS = ["result", "front", "answers", "stages", "angles", "curves", "lineage", "settings"]
 VOID = ("meta", "br", "hr", "img", "input", "link")
@@ -396,17 +396,17 @@ def test_an_older_front_has_neither_table_nor_area(finished, plain, tmp_path):
 def test_what_lerp_would_keep_follows_from_lengths_and_angles():
     # Two of length 1 at 90 degrees: |(1, 1)| / 2 = 0.7071; lengths 3 and 1 at 0 degrees: (3 + 1) / 2 over their mean 2.
     right = {"group": "layers.0", "norms": [1.0, 1.0], "angles": [90.0], "result_norm": 1.0}
-    assert Group(right).linear == pytest.approx(0.5**0.5) and Group(right).kept == 1.0
-    assert Group(right | {"norms": [3.0, 1.0], "angles": [0.0]}).linear == pytest.approx(1.0)
+    assert MergedGroup(right).linear == pytest.approx(0.5**0.5) and MergedGroup(right).kept == 1.0
+    assert MergedGroup(right | {"norms": [3.0, 1.0], "angles": [0.0]}).linear == pytest.approx(1.0)
     # Three at 60 degrees: |a + b + c|^2 = 3 + 2 * 3 * 0.5 = 6
-    three = Group({"norms": [1.0] * 3, "angles": [60.0] * 3, "result_norm": 0.9})
+    three = MergedGroup({"norms": [1.0] * 3, "angles": [60.0] * 3, "result_norm": 0.9})
     assert three.linear == pytest.approx(6**0.5 / 3) and three.angle == 60.0
     for gap in ({"angles": [None]}, {"angles": []}, {"norms": []}, {"norms": [0.0, 0.0]}):
-        assert Group(right | gap).linear is None
+        assert MergedGroup(right | gap).linear is None
 
 
 def test_angles_of_many_pairs_are_told_as_mean_and_range():
-    group = Group({"norms": [1.0] * 3, "angles": [60.0, 70.0, None], "result_norm": 1.0})
+    group = MergedGroup({"norms": [1.0] * 3, "angles": [60.0, 70.0, None], "result_norm": 1.0})
     assert (group.angle, group.extremes) == (65.0, "60.0 to 70.0 over 2 pairs")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from gemma2.core.errors import InputError, OutputError
+from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.runs import estimates
-from gemma2.posttrain.runs.estimates import GIB, count_rows, parameter_count, plan
+from gemma2.posttrain.runs.estimates import GIB, count_rows, plan
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
     GenerateConfig,

@@ -6,7 +6,7 @@ import pytest
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.runs.generation_budget import Source, generate_budget
+from gemma2.posttrain.runs.generation_budget import PromptSource, generate_budget
 from gemma2.posttrain.schemas import GenerateConfig
 
 
@@ -44,7 +44,7 @@ def test_the_system_text_goes_before_prompts_that_have_none(tmp_path):
     path = tmp_path / "p.jsonl"
     own = [{"role": "system", "content": "theirs"}, {"role": "user", "content": "b"}]
     path.write_bytes(to_line({"prompt": "a", "id": 1}) + to_line({"prompt": own}))
-    first, second = Source(path, system="ours")
+    first, second = PromptSource(path, system="ours")
     assert [m["content"] for m in first.messages] == ["ours", "a"] and first.extra == {"id": 1}
     assert second.messages == own
 

@@ -7,8 +7,8 @@ import pytest
 from processes import finish, start
 
 from gemma2.core.errors import InputError, OutputError
-from gemma2.core.outputs import outputs
-from gemma2.core.outputs.outputs import read_manifest, write_manifest
+from gemma2.core.outputs import digests, hashing
+from gemma2.core.outputs.manifest import read_manifest, write_manifest
 from gemma2.posttrain.runs import run_directory
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, open_run
 from gemma2.posttrain.schemas.config import Config
@@ -79,9 +79,9 @@ def test_the_manifest_tells_where_an_output_comes_from(place):
     assert manifest["config"]["steps"] == 4
     assert manifest["summary"] == {"loss": 0.5}
     assert manifest["parents"] == [
-        {"role": "model", "path": "../model", "weights": outputs.digest_weights(place / "model")}
+        {"role": "model", "path": "../model", "weights": digests.digest_weights(place / "model")}
     ]
-    digest = outputs.digest_file(place / "data.jsonl")
+    digest = hashing.digest_file(place / "data.jsonl")
     assert manifest["data"] == [{"role": "data", "path": "../data.jsonl", "digest": digest}]
     assert {"torch", "transformers", "gemma2"} <= manifest["versions"].keys() or manifest["gemma2"] == "source"
     assert set(manifest["hardware"]) == {"machine", "system", "cpus"}

@@ -8,7 +8,7 @@ import time
 import pytest
 from processes import MAIN, finish, start
 
-from gemma2.core.outputs.outputs import read_manifest
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.pipelines.freshness import output_hash
 from gemma2.posttrain.tiny.networks import save_random
 

@@ -12,7 +12,7 @@ from processes import MAIN, finish, start
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
-from gemma2.posttrain.pipelines.executors.local import LocalExecutor, _Running, visible_gpus
+from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, _Running, visible_gpus
 
 ROW = {"prompt": "What is two plus two?", "completion": "It is four, as you can count on your fingers."}
 
@@ -211,7 +211,7 @@ def test_stages_do_not_outlive_a_pipeline_that_is_killed(place, slow):
 
 HELPED = """
 import subprocess, sys, time
-from gemma2.posttrain.pipelines.executors.local import follow_parent
+from gemma2.posttrain.pipelines.executors.processes import follow_parent
 def work(file):
     follow_parent()
     helper = subprocess.Popen(["sleep", "60"])

@@ -14,13 +14,13 @@ from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Pair, read_pairs
+from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, check_parents
 from gemma2.posttrain.schemas import RewardEvalConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
-from .examples import PairIds, report_dropped, tokenise_pairs
-from .metrics import reliability
+from .pair_examples import PairIds, report_dropped, tokenise_pairs
+from .ranking_metrics import reliability
 from .score import score_rows
 from .train import measure_rewards
 

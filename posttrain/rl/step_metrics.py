@@ -21,11 +21,11 @@ from torch import Tensor
 from gemma2.posttrain.models.scorer import correlation
 from gemma2.posttrain.rewards.terms import column_means
 
-__all__ = ["Scored", "batch_metrics", "joined"]
+__all__ = ["ScoredCompletions", "batch_metrics", "joined"]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredCompletions:
     """Completions with their rewards and log-ratios, (N,) fp32 each; columns: the reward's parts, a value each."""
 
     ids: list[list[int]]
@@ -35,9 +35,9 @@ class Scored:
     columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
-def joined(parts: Sequence[Scored]) -> Scored:
+def joined(parts: Sequence[ScoredCompletions]) -> ScoredCompletions:
     """The completions of all ranks, in the order in which one process would have drawn them."""
-    return Scored(
+    return ScoredCompletions(
         [ids for part in parts for ids in part.ids],
         [cut for part in parts for cut in part.truncated],
         torch.cat([part.rewards for part in parts]),
@@ -46,7 +46,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
     )
 
 
-def batch_metrics(scored: Scored, anchored: bool, n: int) -> dict[str, float | None]:
+def batch_metrics(scored: ScoredCompletions, anchored: bool, n: int) -> dict[str, float | None]:
     """The figures of a step. One that is not defined is None."""
     lengths = torch.tensor([float(len(ids)) for ids in scored.ids])
     rewards = scored.rewards

@@ -37,7 +37,7 @@ from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.trainer import trainer_arguments
 
-from .examples import PairIds, to_dataset
+from .pair_examples import PairIds, to_dataset
 from .states import all_positions, embed, last_position
 
 __all__ = ["PairTrainer", "drop_block_outputs", "make_trainer", "pair_loss"]
