@@ -10,10 +10,14 @@ from typing import Any
 
 from gemma2.core.errors import InputError
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["JsonMapping", "JsonObject", "read_json", "write_json"]
+
+# An object of a JSON or YAML file. Its values are whatever the file holds, so the reader of a key checks its type.
+JsonObject = dict[str, Any]
+JsonMapping = Mapping[str, Any]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object from a file. Raises InputError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -28,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: JsonMapping) -> None:
     """Replace `path` with the JSON of `value` in one rename, flushed to disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     # A path that is no UTF-8 has lone surrogates in Python, and with this their escapes in JSON.
