@@ -199,7 +199,7 @@ def test_a_class_name_means_one_thing():
 
 
 # A command has one name: its schema, its room's entry and its page are files of that name.
-COMMAND_FILES = {"config", "convert", "distill", "evaluate", "filter", "generate", "lineage", "pareto", "pick"}
+COMMAND_FILES = {"config", "convert", "distill", "evaluate", "filter", "generate", "lineage", "merge", "pareto", "pick"}
 COMMAND_FILES |= {"pipeline", "quickstart", "reward", "rlhf", "sft", "warp"}
 
 

@@ -13,21 +13,19 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set
 from gemma2.core.errors import InputError, UsageError
+from gemma2.merging.methods.method import Method
+from gemma2.merging.methods.table import METHODS
 
-from .merge_methods import COMMON, ENDING, METHODS, MODELS, OPTIONS, THREADS, Entry
+from .merge_methods import ENDING, MODELS, THREADS, flags_of, request_of
 
 if TYPE_CHECKING:
-    from gemma2.merging import MergePlan, MergeRequest, MergeResult
-    from gemma2.merging.methods.parameters import Number
+    from gemma2.merging import MergePlan, MergeResult
     from gemma2.merging.recipes.step import Recipe
 
-__all__ = ["METHODS", "app"]
+__all__ = ["app"]
 
 MOST_ROWS = 80  # a longer report is in gemma2.json only
 SOMEWHERE = Path("merged")  # of a plan without --out
-PER_MODEL = ("weights", "density", "gamma", "epsilon")
-PLAIN = ("base", "decay", "normalize", "rescale", "seed", "iterations", "tolerance")
-SHARED = ("granularity", "tokenizer", "dtype", "threads")
 ConfigFile = typer.Option(
     None,
     "--config",
@@ -35,39 +33,6 @@ ConfigFile = typer.Option(
     help="Recipe: a YAML file with one merge or several steps, in our keys or in mergekit's.",
     rich_help_panel="Inputs",
 )
-
-
-# --- from flags to a request ------------------------------------------------------------------------------------------
-
-
-def _numbers(flag: str, text: str | None) -> tuple[float, ...]:
-    """Comma-separated numbers."""
-    try:
-        return tuple(float(part) for part in (text or "").split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"--{flag} {text} is not a list of numbers", "separate them by commas: 0.3,0.5") from error
-
-
-def _number(flag: str, text: str | None) -> Number | None:
-    """A number, or the points of a gradient from the first layer to the last."""
-    from gemma2.merging.methods.parameters import Rule, Schedule
-
-    points = _numbers(flag, text)
-    if text is not None and not points:
-        raise UsageError(f"--{flag} is empty", "give a number, or several with commas")
-    return points[0] if len(points) == 1 else Schedule((Rule(points),)) if points else None
-
-
-def request_of(method: str, models: list[Path], given: Mapping[str, Any]) -> MergeRequest:
-    """The library's request for a command line."""
-    from gemma2.merging import MergeRequest
-
-    if method == "ema" and (given.get("decay") is None) != bool(given.get("uniform")):
-        raise UsageError("merge ema needs --decay or --uniform, and not both", "choose one")
-    named = {name: given[name] for name in (*PLAIN, *SHARED) if given.get(name) is not None}
-    named |= {name: _number(name, given.get(name)) for name in ("t", "scale")}
-    named |= {name: _numbers(name, given.get(name)) or None for name in PER_MODEL}
-    return MergeRequest(method=method, models=tuple(models), etas=_numbers("eta", given.get("eta")), **named)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -114,8 +79,8 @@ def _input_row(plan: MergePlan, number: int) -> dict[str, Any]:
 
 def _numbers_of(plan: MergePlan, number: int) -> dict[str, Any]:
     """What was asked for, as it holds for one group, by the names of the flags."""
-    settings = vars(plan.groups[number].settings)
-    named = {name: settings.get({"eta": "etas"}.get(name, name)) for name in METHODS[plan.request.method].options}
+    settings = plan.groups[number].settings
+    named = {option.name: getattr(settings, option.attribute) for option in METHODS[plan.request.method].options}
     return {name: value for name, value in named.items() if value not in (None, ())}
 
 
@@ -179,9 +144,10 @@ def show(console: Console, result: MergeResult) -> None:
 def run_method(method: str, models: list[Path], given: Mapping[str, Any]) -> None:
     """One merge by flags, or its plan."""
     from gemma2.merging import merge, plan_merge
+    from gemma2.merging.methods.request_check import check_chosen
 
     console = Console(as_json=given["as_json"], quiet=given["quiet"])
-    request = request_of(method, models, given)
+    request = check_chosen(request_of(method, models, given))
     if given["dry_run"]:
         out = given["out"]
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
@@ -296,16 +262,15 @@ def plan(ctx: typer.Context, **given: Any) -> None:
         commands[words[0]].invoke(inner)
 
 
-def command_of(method: str, entry: Entry) -> Callable[..., None]:
+def command_of(method: str, entry: Method) -> Callable[..., None]:
     """The function behind one sub-command, with the signature that typer reads."""
 
     def command(models: list[Path], **given: Any) -> None:
         run_method(method, models, given)
 
-    options = {name: OPTIONS[name] for name in entry.options} | COMMON
     models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=MODELS, annotation=list[Path])
     command.__doc__ = f"{entry.help}\n\n\b\n  {entry.example}"
-    return _signed(command, [models], options)
+    return _signed(command, [models], flags_of(entry))
 
 
 def _signed(

@@ -1,188 +1,98 @@
-"""What `gemma2 merge` offers: one entry per method, with the options it takes. Free of numpy, for quick help pages."""
+"""The flags of `gemma2 merge METHOD`, made from the table of merge methods. Free of numpy, for quick help pages."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet
+from gemma2.core.errors import UsageError
+from gemma2.core.yaml_files import parse_value
+from gemma2.merging.methods.method import Method
+from gemma2.merging.methods.option import OPTIONS, Option, OptionValue
+from gemma2.merging.methods.request import MergeRequest
+from gemma2.merging.recipes.place import Place, read_option
+from gemma2.merging.recipes.recipe import read_slices
 
-__all__ = ["COMMON", "METHODS", "MODELS", "OPTIONS", "Entry"]
+__all__ = ["COMMON", "ENDING", "MODELS", "THREADS", "Flag", "flags_of", "request_of"]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One sub-command: its help, an example, the options that it takes besides the common ones, and its panel."""
-
-    help: str
-    example: str
-    options: tuple[str, ...]
-    panel: str
-
-
-WARP, AVERAGES, SPHERES = "WARP", "Averages", "Averages on a sphere"
-SUMS, PARTS = "Sums of task vectors", "Layers"
-DROPPED = ("base", "weights", "density", "rescale", "seed", "normalize", "scale")
-
-METHODS = {
-    "slerp": Entry(
-        "Spherical interpolation of task vectors (WARP stage 2), one angle per layer. Three or more models are merged "
-        "one after the other, the k-th with weight 1/k. Without --base it is the parent that the models record, else "
-        "the weights themselves.",
-        "gemma2 merge slerp rl-1 rl-2 --base sft --out merged",
-        ("base", "t"),
-        WARP,
-    ),
-    "liti": Entry(
-        "Linear interpolation from the init towards a merged model (WARP stage 3): (1 - eta) base + eta model.",
-        "gemma2 merge liti merged --base sft --eta 0.1,0.3,0.5 --out front",
-        ("base", "eta"),
-        WARP,
-    ),
-    "warp": Entry(
-        "SLERP, then LITI, as one combination: no model in between.",
-        "gemma2 merge warp rl-1 rl-2 --base sft --eta 0.3 --out next-init",
-        ("base", "t", "eta"),
-        WARP,
-    ),
-    "linear": Entry(
-        "Weighted average of the weights. Uniform for reward models is WARM.",
-        "gemma2 merge linear rm-1 rm-2 rm-3 --out rm",
-        ("weights", "normalize"),
-        AVERAGES,
-    ),
-    "ema": Entry(
-        "Exponential moving average over checkpoints, oldest first.",
-        "gemma2 merge ema step-100 step-200 step-300 --decay 0.9 --out averaged",
-        ("decay", "uniform"),
-        AVERAGES,
-    ),
-    "model-stock": Entry(
-        "Average of the models, drawn to the base as far as the angle between their task vectors asks for.",
-        "gemma2 merge model-stock run-1 run-2 run-3 --base base --out merged",
-        ("base",),
-        AVERAGES,
-    ),
-    "nuslerp": Entry(
-        "SLERP of two models by relative weights, of their task vectors with --base, else of the weights themselves.",
-        "gemma2 merge nuslerp a b --weights 1,3 --base base --out merged",
-        ("base", "weights"),
-        SPHERES,
-    ),
-    "multislerp": Entry(
-        "Weighted mean of directions in the tangent space at their mean; of task vectors with --base.",
-        "gemma2 merge multislerp a b c --weights 1,1,2 --out merged",
-        ("base", "weights"),
-        SPHERES,
-    ),
-    "karcher": Entry(
-        "Karcher mean: the point of the sphere with the least squared angles to the models.",
-        "gemma2 merge karcher a b c --out merged",
-        ("base", "weights", "iterations", "tolerance"),
-        SPHERES,
-    ),
-    "task-arithmetic": Entry(
-        "The base plus the weighted sum of the task vectors, times --scale.",
-        "gemma2 merge task-arithmetic math code --base base --weights 0.5,0.4 --out merged",
-        ("base", "weights", "normalize", "scale"),
-        SUMS,
-    ),
-    "ties": Entry(
-        "Task vectors trimmed to their largest elements; where signs conflict, those of the majority by mass are kept. "
-        "Default density 0.2.",
-        "gemma2 merge ties math code --base base --density 0.2 --out merged",
-        ("base", "weights", "density", "normalize", "scale"),
-        SUMS,
-    ),
-    "dare": Entry(
-        "Task vectors with elements dropped at random and the rest scaled up, summed. Default density 0.5.",
-        "gemma2 merge dare math code --base base --density 0.5 --seed 1 --out merged",
-        DROPPED,
-        SUMS,
-    ),
-    "dare-ties": Entry(
-        "DARE's random dropping, then the signs as in TIES. Default density 0.5.",
-        "gemma2 merge dare-ties math code --base base --density 0.5 --out merged",
-        DROPPED,
-        SUMS,
-    ),
-    "della": Entry(
-        "Random dropping that keeps large elements of a row more often, then the signs as in TIES. Default "
-        "density 0.5, epsilon 0.1.",
-        "gemma2 merge della math code --base base --density 0.5 --epsilon 0.1 --out merged",
-        (*DROPPED, "epsilon"),
-        SUMS,
-    ),
-    "della-linear": Entry(
-        "DELLA's dropping without the signs: a plain sum. Default density 0.5, epsilon 0.1.",
-        "gemma2 merge della-linear math code --base base --density 0.5 --out merged",
-        (*DROPPED, "epsilon"),
-        SUMS,
-    ),
-    "breadcrumbs": Entry(
-        "Task vectors without their largest and their smallest elements, summed. Default density 0.9, gamma 0.01.",
-        "gemma2 merge breadcrumbs math code --base base --density 0.9 --gamma 0.01 --out merged",
-        ("base", "weights", "density", "gamma", "normalize", "scale"),
-        SUMS,
-    ),
-    "breadcrumbs-ties": Entry(
-        "Breadcrumbs, then the signs as in TIES. Default density 0.9, gamma 0.01.",
-        "gemma2 merge breadcrumbs-ties math code --base base --density 0.9 --gamma 0.01 --out merged",
-        ("base", "weights", "density", "gamma", "normalize", "scale"),
-        SUMS,
-    ),
-    "passthrough": Entry(
-        "A model as it is, or its weights times --scale. Layers of several models are stacked by a file (--config).",
-        "gemma2 merge passthrough model --dtype bfloat16 --out smaller",
-        ("scale",),
-        PARTS,
-    ),
-}
+Flag = tuple[Any, Any]  # the type that typer parses, and the option
 
 
 def _setting(flag: str, metavar: str | None, text: str, panel: str = "Settings") -> Any:
     return typer.Option(None, flag, metavar=metavar, help=text, show_default=False, rich_help_panel=panel)
 
 
-# A comma list is a gradient over the layers where the text says so; rules by name go into a file.
-OPTIONS: dict[str, tuple[Any, Any]] = {
-    "base": (Path | None, _setting("--base", "MODEL", "The init of the models; task vectors start from it.", "Inputs")),
-    "t": (
-        str | None,
-        _setting("--t", "FLOAT", "Share of the second of two models; A,B,... from first layer to last [default 0.5]."),
-    ),
-    "eta": (
-        str | None,
-        _setting("--eta", "A,B,...", "Share of the merged model [default 0.3]. Several: one OUT/eta-... for each."),
-    ),
-    "weights": (str | None, _setting("--weights", "A,B,...", "One per model [default equal].")),
-    "normalize": (
-        bool | None,
-        _setting("--normalize/--no-normalize", None, "Divide by the sum of the weights that take part."),
-    ),
-    "decay": (float | None, _setting("--decay", "FLOAT", "Share of the average so far at each checkpoint.")),
-    "uniform": (bool | None, _setting("--uniform", None, "Plain average of the checkpoints.")),
-    "scale": (
-        str | None,
-        _setting("--scale", "FLOAT", "Factor of the result; A,B,... from first layer to last [default 1]."),
-    ),
-    "density": (str | None, _setting("--density", "A,B,...", "Share of elements kept: one, or one per model.")),
-    "gamma": (str | None, _setting("--gamma", "A,B,...", "Share of the largest elements dropped: one, or one each.")),
-    "epsilon": (
-        str | None,
-        _setting("--epsilon", "A,B,...", "Half the spread of the keep probability over ranks: one, or one each."),
-    ),
-    "rescale": (
-        bool | None,
-        _setting("--rescale/--no-rescale", None, "Divide what is kept by its keep probability [default yes]."),
-    ),
-    "seed": (int | None, _setting("--seed", "INT", "Of the random masks [default 0].")),
-    "iterations": (int | None, _setting("--iterations", "INT", "Most steps of the mean.")),
-    "tolerance": (float | None, _setting("--tolerance", "FLOAT", "Radians; a shorter step is the last.")),
-}
+def _flag(option: Option, method: Method) -> Flag:
+    """One option of a method as a flag: numbers that may differ between tensors or models are text."""
+    default = method.default(option)
+    gradient = "; A,B,... from first layer to last" if option.varies and not option.per else ""
+    text = option.help[0].upper() + option.help[1:] + gradient + (f" [default {default}]." if default else ".")
+    if option.kind == "switch":
+        both = f"--{option.name}/--no-{option.name}" if option.recorded else f"--{option.name}"
+        return bool | None, _setting(both, None, text)
+    if option.kind == "integer":
+        return int | None, _setting(f"--{option.name}", "INT", text)
+    if not option.per and not option.varies:
+        return float | None, _setting(f"--{option.name}", "FLOAT", text)
+    return str | None, _setting(f"--{option.name}", "A,B,..." if option.per else "FLOAT", text)
+
+
+def flags_of(method: Method) -> dict[str, Flag]:
+    """Flags of one method: its base, its options in the order of its entry, then those of every method."""
+    help_of_base = "The init of the models; task vectors start from it."
+    base = {"base": (Path | None, _setting("--base", "MODEL", help_of_base, "Inputs"))}
+    own = {option.name: _flag(option, method) for option in method.options}
+    return (base if method.base != "none" else {}) | own | COMMON
+
+
+# --- from flags to a request ------------------------------------------------------------------------------------------
+
+COMMAND_LINE = Path("the command line")
+
+
+def _value(option: Option, given: Any) -> OptionValue:
+    """The value of a flag: commas separate numbers; what starts with a bracket is YAML, as in a merge file."""
+    place = Place(COMMAND_LINE, key=f"--{option.name}")
+    if not isinstance(given, str):
+        return read_option(option, given, place)
+    if given.lstrip().startswith(("[", "{")):
+        return read_option(option, parse_value(given), place)
+    numbers = _numbers(option.name, given)
+    return read_option(option, numbers if len(numbers) > 1 or option.per else numbers[0], place)
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    """Comma-separated numbers."""
+    try:
+        numbers = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UsageError(f"--{flag} {text} is not a list of numbers", "separate them by commas: 0.3,0.5") from error
+    if not numbers:
+        raise UsageError(f"--{flag} is empty", "give a number, or several with commas")
+    return numbers
+
+
+def request_of(method: str, models: list[Path], given: Mapping[str, Any]) -> MergeRequest:
+    """The library's request for a command line."""
+    common: dict[str, Any] = {name: given[name] for name in ("base", "granularity", "tokenizer", "dtype", "threads")
+              if given.get(name) is not None}  # fmt: skip
+    if given.get("slices") is not None:
+        place = Place(COMMAND_LINE, key="--slices")
+        common["slices"] = read_slices(parse_value(given["slices"]), place, models, given.get("base"))
+    values = {
+        option.attribute: _value(option, given[option.name])
+        for option in OPTIONS.values()
+        if given.get(option.name) is not None
+    }
+    return MergeRequest(method=method, models=tuple(models), **common, values=values)
+
+
+# --- flags of every method --------------------------------------------------------------------------------------------
+
 THREADS = _setting("--threads", "INT", "Threads that read, compute and write [default cores + 1; >=1].")
 VERIFY = typer.Option(
     True,
@@ -191,7 +101,7 @@ VERIFY = typer.Option(
     show_default=False,
     rich_help_panel="Output and control",
 )
-ENDING: dict[str, tuple[Any, Any]] = {
+ENDING: dict[str, Flag] = {
     "out": (Path | None, Out),
     "verify": (bool, VERIFY),
     "force": (bool, Force),
@@ -199,18 +109,21 @@ ENDING: dict[str, tuple[Any, Any]] = {
     "as_json": (bool, AsJson),
     "quiet": (bool, Quiet),
 }
-COMMON: dict[str, tuple[Any, Any]] = {
+COMMON: dict[str, Flag] = {
     "granularity": (
         Literal["layer", "tensor", "model"] | None,
-        _setting("--granularity", "layer|tensor|model", "What shares coefficients or thresholds [default by method]."),
+        _setting(
+            "--granularity", "layer|tensor|model", "Tensors that share coefficients or thresholds [default by method]."
+        ),
     ),
+    "slices": (str | None, _setting("--slices", "YAML", "Layers to stack, as in a merge file: docs/merging.md.")),
     "tokenizer": (
         str | None,
-        _setting("--tokenizer", "base|union|MODEL", "Whose tokenizer the output has; without it all must be equal."),
+        _setting("--tokenizer", "base|union|MODEL", "Tokenizer of the output; without it all must be equal."),
     ),
     "dtype": (
         Literal["bfloat16", "float16", "float32"] | None,
-        _setting("--dtype", "bfloat16|float16|float32", "Of the output [default that of the first model]."),
+        _setting("--dtype", "bfloat16|float16|float32", "dtype of the output [default that of the first model]."),
     ),
     "threads": (int | None, THREADS),
     **ENDING,

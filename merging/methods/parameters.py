@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["Number", "Rule", "Schedule", "gradient", "value_at"]
+__all__ = ["Number", "Rule", "Schedule", "gradient", "value_at", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,13 @@ def value_at(number: Number, name: str, depth: float) -> float | None:
         if rule.fits(name):
             return gradient(rule.points, depth)
     return number.default
+
+
+def values_of(number: Number | None) -> tuple[float, ...]:
+    """Every value that a number takes at the corners of its schedule."""
+    if number is None:
+        return ()
+    if not isinstance(number, Schedule):
+        return (number,)
+    points = [point for rule in number.rules for point in rule.points]
+    return (*points, *(() if number.default is None else (number.default,)))

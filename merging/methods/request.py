@@ -1,16 +1,17 @@
-"""What a user asks of a merge, and the plain numbers that it comes down to for one tensor."""
+"""A merge as the user asks for it, and the plain numbers that it comes down to for one tensor."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from gemma2.core.errors import UsageError
 from gemma2.core.outputs.safetensors_header import printable
 
+from .option import OPTIONS, OptionValue
 from .parameters import Number, Schedule, value_at
 
 __all__ = ["DTYPES", "Granularity", "MergeRequest", "Settings", "Slice", "settings_at"]
@@ -39,61 +40,87 @@ class Slice:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+def _named(values: Mapping[str, OptionValue], attribute: str) -> OptionValue:
+    """The value of an option by its attribute, given or initial."""
+    for option in OPTIONS.values():
+        if option.attribute == attribute:
+            return values.get(attribute, option.initial)
+    raise AttributeError(f"no merge option is called {attribute}")
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
 class MergeRequest:
-    """One merge as the user asks for it. A Number is a float, or a Schedule over tensors.
+    """One merge as the user asks for it.
+
+    Every option of the method (`merging/methods/option.py`) is a keyword and an attribute as well: `t`, `etas`,
+    `weights`, ... A number is a float, or a Schedule over tensors; one per model or output is a tuple.
 
     method       a name in METHODS
     models       directories of models or adapters, MODEL+ADAPTER, or hub ids; their order counts for slerp and warp of
                  three or more, and for ema
     base         the init that task vectors start from, or that the result is interpolated to (liti)
-    t            slerp of two models: 0 is the first, 1 the second; 1/2 when None
-    etas         liti and warp: share of the merged model, 0 is the base; several give one output each
-    weights      one per model; None is the method's own: uniform, or 1 each for sums of task vectors
-    decay        ema: of the recursion over the checkpoints; None is their uniform average
-    scale        of the merged task vector (lambda in the papers); passthrough: of the weights
-    density      share of a task vector's elements that is kept; one, or one per model
-    gamma        breadcrumbs: share of the largest elements that is dropped; one, or one per model
-    epsilon      della: half of the spread of the keep probability over the ranks; one, or one per model
-    normalize    divide by the sum of the weights that take part; None is the method's own
-    rescale      dare, della: divide what is kept by its keep probability; None is yes
-    seed         dare, della: of the random masks
-    iterations   karcher: most steps
-    tolerance    karcher: radians; a shorter step is the last
-    granularity  what shares coefficients or a threshold: a transformer layer, a tensor, or the whole model; None is
-                 the method's own
+    granularity  the tensors that share coefficients or a threshold: those of a transformer layer, a tensor alone, or
+                 the whole model; None is the method's own
     slices       layers of the output taken from layers of the models; () is all layers one to one
     tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
-    threads      that read, compute and write side by side; one more than cores, at most 9: one waits for the disk
+    threads      that read, compute and write side by side; None is one more than cores, at most 9
+    values       the options whose value is not the initial one, by attribute
     """
 
     method: str
     models: tuple[Path, ...]
-    base: Path | None = None
-    t: Number | None = None
-    etas: tuple[Number, ...] = ()
-    weights: tuple[Number, ...] | None = None
-    decay: float | None = None
-    scale: Number | None = None
-    density: tuple[Number, ...] | None = None
-    gamma: tuple[Number, ...] | None = None
-    epsilon: tuple[Number, ...] | None = None
-    normalize: bool | None = None
-    rescale: bool | None = None
-    seed: int = 0
-    iterations: int | None = None
-    tolerance: float | None = None
-    granularity: Granularity | None = None
-    slices: tuple[Slice, ...] = ()
-    tokenizer: str | None = None
-    dtype: str | None = None
-    threads: int = field(default_factory=default_threads)
+    base: Path | None
+    granularity: Granularity | None
+    slices: tuple[Slice, ...]
+    tokenizer: str | None
+    dtype: str | None
+    threads: int
+    values: Mapping[str, OptionValue]
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        models: tuple[Path, ...],
+        base: Path | None = None,
+        granularity: Granularity | None = None,
+        slices: tuple[Slice, ...] = (),
+        tokenizer: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls
+    ) -> None:
+        given = {**options.pop("values", {}), **options}
+        initial = {option.attribute: option.initial for option in OPTIONS.values()}
+        unknown = given.keys() - initial.keys()
+        if unknown:
+            raise TypeError(f"MergeRequest has no option {', '.join(sorted(unknown))}")
+        fields = {
+            "method": method,
+            "models": models,
+            "base": base,
+            "granularity": granularity,
+            "slices": slices,
+            "tokenizer": tokenizer,
+            "dtype": dtype,
+            "threads": default_threads() if threads is None else threads,
+            "values": {name: value for name, value in given.items() if value not in (None, (), initial[name])},
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of an option, given or initial; its type is the option's kind."""
+        if name.startswith("_") or name == "values":
+            raise AttributeError(name)
+        return _named(self.values, name)
 
     def options(self) -> dict[str, Any]:
         """What was asked for, without the paths: recorded in the manifest."""
-        skipped = {"models", "base", "threads", "slices"}
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in skipped}
+        own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
+        common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
+        values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}
         return {name: _plain(value) for name, value in given.items()} | parts
@@ -109,41 +136,32 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Settings:
-    """The numbers of a request for one tensor; the fields mean the same. Per-model fields have one entry per model."""
+    """The numbers of a request for one tensor: an attribute for each option. Per-model options have one per model."""
 
-    t: float | None = None
-    etas: tuple[float, ...] = ()
-    weights: tuple[float, ...] | None = None
-    decay: float | None = None
-    scale: float | None = None
-    density: tuple[float, ...] | None = None
-    gamma: tuple[float, ...] | None = None
-    epsilon: tuple[float, ...] | None = None
-    normalize: bool | None = None
-    rescale: bool | None = None
-    seed: int = 0
-    iterations: int | None = None
-    tolerance: float | None = None
+    values: tuple[tuple[str, OptionValue], ...]
 
-
-PER_MODEL = ("weights", "density", "gamma", "epsilon")
+    def __getattr__(self, name: str) -> Any:
+        """The number, the tuple of numbers or the switch of an option, given or initial."""
+        if name.startswith("_") or name == "values":
+            raise AttributeError(name)
+        return _named(dict(self.values), name)
 
 
 def settings_at(request: MergeRequest, name: str, depth: float) -> Settings:
     """The request's numbers for one tensor at its depth in [0, 1]. Raises UsageError where no rule gives a value."""
-    values: dict[str, Any] = {}
-    for item in fields(Settings):
-        value = getattr(request, item.name)
+    values: list[tuple[str, OptionValue]] = []
+    for option in OPTIONS.values():
+        value = getattr(request, option.attribute)
         if isinstance(value, tuple):
-            value = tuple(_at(number, item.name, name, depth) for number in value)
-            if item.name in PER_MODEL and len(value) == 1:
+            value = tuple(_at(number, option.name, name, depth) for number in value)
+            if option.per == "model" and len(value) == 1:
                 value *= len(request.models)
         elif isinstance(value, Schedule):
-            value = _at(value, item.name, name, depth)
-        values[item.name] = value
-    return Settings(**values)
+            value = _at(value, option.name, name, depth)
+        values.append((option.attribute, value))
+    return Settings(tuple(values))
 
 
 def _at(number: Number, parameter: str, name: str, depth: float) -> float:

@@ -23,9 +23,11 @@ from gemma2.merging.inputs.compatibility import (
     tied_copies,
 )
 from gemma2.merging.inputs.resolve import open_input
+from gemma2.merging.methods.method import Group, Method
 from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
-from gemma2.merging.methods.table import METHODS, Group, Method, check_request
+from gemma2.merging.methods.request_check import check_request
+from gemma2.merging.methods.table import METHODS
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
@@ -173,7 +175,7 @@ def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:
         return (out,)
     if any(isinstance(eta, Schedule) for eta in request.etas):
         raise UsageError("a gradient of eta is for one output", "give one eta")
-    etas = [float(eta) for eta in request.etas]  # type: ignore[arg-type]
+    etas = [float(eta) for eta in request.etas]
     return tuple(out / f"eta-{f'{eta:.2f}' if round(eta, 2) == eta else repr(eta)}" for eta in etas)
 
 

@@ -10,15 +10,16 @@ slice. Parameters that the method does not read have no effect there either: the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma2.merging.methods.parameters import Number, Schedule
 from gemma2.merging.methods.request import MergeRequest, Slice
+from gemma2.merging.methods.table import METHODS as TABLE
 
 from .mergekit_rules import Rules, complement, everywhere, only_keys, per_layer, read_rules
-from .place import Place, check_name, plain_number, shown
+from .place import Place, check_name, layer_range, plain_number, shown
 from .step import Step, needs_of
 
 __all__ = ["is_mergekit", "mergekit_steps"]
@@ -36,59 +37,12 @@ REFUSED_METHODS = ("sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True)
-class Theirs:
-    """One of mergekit's methods in our terms.
-
-    ours       our method
-    base       required, optional; input: a base_model is one more model; none: not taken
-    per_model  parameters of a model: name -> (our field, default; None: must be given)
-    options    parameters of the merge: name -> (our field, default)
-    only       parameters that have one value here: name -> the value
-    fixed      fields of ours that make our method theirs
-    """
-
-    ours: str
-    base: str
-    per_model: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
-    options: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-    only: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-WEIGHT: dict[str, tuple[str, float | None]] = {"weight": ("weights", None)}
-SPARSE = WEIGHT | {"density": ("density", 1.0)}
-OUTLIERS = SPARSE | {"gamma": ("gamma", 0.01)}
-RANKED = SPARSE | {"epsilon": ("epsilon", 0.15)}
-
-
-def _sum(normalize: bool, **more: tuple[str, Any]) -> dict[str, tuple[str, Any]]:
-    return {"normalize": ("normalize", normalize), "lambda": ("scale", 1.0), **more}
-
-
-RESCALED = {"rescale": ("rescale", True)}
-METHODS = {
-    "linear": Theirs("linear", "input", WEIGHT, {"normalize": ("normalize", True)}),
-    "slerp": Theirs("nuslerp", "required", {}, {"t": ("t", None)}),
-    "nuslerp": Theirs("nuslerp", "optional", WEIGHT, {}, {"nuslerp_flatten": True, "nuslerp_row_wise": None}),
-    "task_arithmetic": Theirs("task-arithmetic", "required", WEIGHT, _sum(False)),
-    "ties": Theirs("ties", "required", SPARSE, _sum(True)),
-    "dare_linear": Theirs("dare", "required", SPARSE, _sum(False, **RESCALED)),
-    "dare_ties": Theirs("dare-ties", "required", SPARSE, _sum(False, **RESCALED)),
-    "della": Theirs("della", "required", RANKED, _sum(True, **RESCALED)),
-    "della_linear": Theirs("della-linear", "required", RANKED, _sum(False, **RESCALED)),
-    "breadcrumbs": Theirs("breadcrumbs", "required", OUTLIERS, _sum(False)),
-    "breadcrumbs_ties": Theirs("breadcrumbs-ties", "required", OUTLIERS, _sum(False)),
-    "model_stock": Theirs("model-stock", "required", {}, {}, {"filter_wise": False}),
-    "karcher": Theirs("karcher", "input", {}, {"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)}),
-    # Its one step in the tangent space of the mean direction is nil: what is left is where the Karcher mean starts.
-    "multislerp": Theirs(
-        "karcher", "optional", WEIGHT, {}, {"normalize_weights": True, "eps": 1e-8}, {"iterations": 0}
-    ),
-    "passthrough": Theirs("passthrough", "none", {"scale": ("scale", 1.0)}),
-}
+# Their name -> our method and its form in their terms.
+METHODS = {name: (ours, form) for ours, method in TABLE.items() for name, form in method.mergekit.items()}
 NUMBERS = ("t", "lambda")  # options that may differ between tensors
-PARAMETERS = {name for each in METHODS.values() for part in (each.per_model, each.options, each.only) for name in part}
+PARAMETERS = {
+    name for _, form in METHODS.values() for part in (form.per_model, form.options, form.only) for name in part
+}
 PARAMETERS |= {"int8_mask", "select_topk"}
 
 
@@ -143,7 +97,7 @@ class _Document:
             if key not in KEYS:
                 raise place.unknown(key, KEYS)
         self.name = self._method()
-        self.method = METHODS[self.name]
+        self.ours, self.method = METHODS[self.name]
         base = values.get("base_model")
         self.base = None if base is None else place.at("base_model").model(base)
         if self.base is None and self.method.base == "required":
@@ -168,7 +122,7 @@ class _Document:
             parts, base = [self._slerp_order(part) for part in parts], None
         models = tuple(dict.fromkeys(source.path for part in parts for source in part.sources if source.path != base))
         self._check_sources(parts, base)
-        common: dict[str, Any] = {"method": self.method.ours, "models": models, "base": base, "granularity": "tensor"}
+        common: dict[str, Any] = {"method": self.ours, "models": models, "base": base, "granularity": "tensor"}
         common |= {"dtype": self._dtype(), "tokenizer": self._tokenizer()}
         if "slices" in self.values:
             slices = tuple(self._slice(part, models, base) for part in parts)
@@ -207,7 +161,7 @@ class _Document:
             only_keys(value, ("model", "layer_range", "parameters") if sliced else ("model", "parameters"), here)
             if "model" not in value:
                 raise here.wrong("has no 'model'", "add model: DIR")
-            layers = _layer_range(value.get("layer_range"), here.at("layer_range")) if sliced else None
+            layers = layer_range(value.get("layer_range"), here.at("layer_range")) if sliced else None
             parameters = self._parameters(value.get("parameters"), here.at("parameters"))
             found.append(SourceSpec(here.at("model").model(value["model"]), layers, parameters, here))
         return tuple(found)
@@ -227,7 +181,7 @@ class _Document:
             paths = [source.path for source in part.sources]
             if base is not None and base not in paths:
                 raise part.place.wrong(f"lacks the base_model {base} among its sources", "add it with its layer_range")
-            if self.method.ours == "passthrough" and len(paths) != 1:
+            if self.ours == "passthrough" and len(paths) != 1:
                 raise part.place.wrong(f"has {len(paths)} models, passthrough takes one", "use slices")
             for path in paths:
                 if paths.count(path) > 1 and (self.name != "linear" or path == base):
@@ -357,10 +311,3 @@ def _list(values: Any, place: Place) -> list[Any]:
     if not isinstance(values, list) or not values:
         raise place.wrong(f"is {shown(values)}", "give a list")
     return values
-
-
-def _layer_range(value: Any, place: Place) -> tuple[int, int]:
-    whole = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
-    if not whole or not 0 <= value[0] < value[1]:
-        raise place.wrong(f"is {shown(value)}", "give [first, end], the end not included")
-    return value[0], value[1]

@@ -12,6 +12,7 @@ from typing import Any
 from gemma2.core.errors import UsageError
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.yaml_files import closest
+from gemma2.merging.methods.option import Option, OptionValue
 from gemma2.merging.methods.parameters import Number, Rule, Schedule
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "check_name",
     "flag",
     "is_rules",
+    "layer_range",
     "number",
     "plain_number",
+    "read_option",
     "several",
     "shown",
     "text",
@@ -90,13 +93,13 @@ def plain_number(value: Any, place: Place) -> float:
 
 
 def number(value: Any, place: Place) -> Number:
-    """A number, a gradient, or a list of rules."""
+    """A number, a gradient (a list, or `{layers: [..]}`), or a list of rules."""
     if isinstance(value, dict):
         return Schedule((_rule(value, place),))
     if not isinstance(value, list):
         return plain_number(value, place)
     if not is_rules(value):
-        raise place.wrong("is a list", "a gradient over the layers is {layers: [...]}")
+        return Schedule((_rule({"layers": value}, place),))
     rules: list[Rule] = []
     for index, item in enumerate(value):
         rules.append(_rule(item if isinstance(item, dict) else {"value": item}, place.at(index)))
@@ -157,5 +160,25 @@ def text(value: Any, place: Place) -> str:
     return value
 
 
+def read_option(option: Option, value: Any, place: Place) -> OptionValue:
+    """The value of an option of merge methods, as a merge file, a stage or a flag gives it.
+
+    Raises UsageError naming the place.
+    """
+    if option.kind != "number":
+        return flag(value, place) if option.kind == "switch" else whole_number(value, place)
+    if option.per:
+        return several(value, place)
+    return number(value, place) if option.varies else plain_number(value, place)
+
+
 def tokenizer(value: Any, place: Place) -> str:
     return value if value in ("base", "union") else str(place.model(value))
+
+
+def layer_range(value: Any, place: Place) -> tuple[int, int]:
+    """First layer and end of a run of layers."""
+    whole = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+    if not whole or not 0 <= value[0] < value[1]:
+        raise place.wrong(f"is {shown(value)}", "give [first, end], the end not included")
+    return value[0], value[1]

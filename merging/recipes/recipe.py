@@ -7,7 +7,7 @@ Paths are taken from the current directory when they exist there, else from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -15,14 +15,15 @@ from typing import Any
 
 from gemma2.core.errors import UsageError
 from gemma2.core.yaml_files import apply_sets, read_documents
+from gemma2.merging.methods.option import OPTIONS, Option
 from gemma2.merging.methods.parameters import Number
-from gemma2.merging.methods.request import MergeRequest
+from gemma2.merging.methods.request import MergeRequest, Slice
 
 from .mergekit import is_mergekit, mergekit_steps
-from .place import Place, check_name, flag, number, plain_number, several, shown, text, tokenizer, whole_number
+from .place import Place, check_name, layer_range, number, read_option, shown, text, tokenizer
 from .step import Recipe, Step, needs_of
 
-__all__ = ["read_recipe"]
+__all__ = ["read_recipe", "read_slices"]
 
 
 def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None) -> Recipe:
@@ -92,42 +93,58 @@ def _ordered(steps: list[Step], path: Path) -> tuple[Step, ...]:
 
 # --- the keys of one merge --------------------------------------------------------------------------------------------
 
-LISTS = {"weights": "weight", "density": "density", "gamma": "gamma", "epsilon": "epsilon"}
+
+def _keys() -> list[str]:
+    """Every key that a merge may have: those of all methods, then the options in the table."""
+    return [*COMMON, *OPTIONS]
+
+
+def _of_one_model(option: Option) -> str:
+    """The key of an option in the entry of one model: `weights` is one `weight` each."""
+    return option.name.removesuffix("s")
 
 
 def _fields(values: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """The fields of a request from the keys of one merge."""
     for key in values:
-        if key not in READERS:
-            raise place.unknown(key, READERS)
+        if key not in COMMON and key not in OPTIONS:
+            raise place.unknown(key, _keys())
     for key in ("method", "models"):
         if values.get(key) is None:
             raise place.wrong(f"has no '{key}'", f"add {key}: ...")
-    found = {key: READERS[key](value, place.at(key)) for key, value in values.items() if value is not None}
+    found = {key: _read(key, value, place.at(key)) for key, value in values.items() if value is not None}
     paths, own = _models(values["models"], place.at("models"))
     for field in own:
         if field in found:
             raise place.at(field).wrong("is given for all models and for single ones", "give one of the two")
-    return {RENAMED.get(key, key): value for key, value in {**found, **own, "models": paths}.items()}
+    found |= {**own, "models": paths}
+    if "slices" in found:
+        found["slices"] = read_slices(found["slices"], place.at("slices"), paths, found.get("base"))
+    return {OPTIONS[key].attribute if key in OPTIONS else key: value for key, value in found.items()}
+
+
+def _read(key: str, value: Any, place: Place) -> Any:
+    return COMMON[key](value, place) if key in COMMON else read_option(OPTIONS[key], value, place)
 
 
 def _models(values: Any, place: Place) -> tuple[tuple[Path, ...], dict[str, tuple[Number, ...]]]:
     """The models, and the fields that their entries give: all of them, or none."""
     if not isinstance(values, list) or not values:
         raise place.wrong(f"is {shown(values)}", "give a list of models")
+    single = {_of_one_model(option): option.name for option in OPTIONS.values() if option.per == "model"}
     paths, own = [], []
     for index, value in enumerate(values):
         here = place.at(index)
         entry = value if isinstance(value, dict) else {"model": value}
         for key in entry:
-            if key != "model" and key not in LISTS.values():
-                raise here.unknown(key, ["model", *LISTS.values()])
+            if key != "model" and key not in single:
+                raise here.unknown(key, ["model", *single])
         if "model" not in entry:
             raise here.wrong("has no 'model'", "add model: DIR")
         paths.append(here.at("model").model(entry["model"]) if isinstance(value, dict) else here.model(value))
         own.append({key: number(item, here.at(key)) for key, item in entry.items() if key != "model"})
     lists = {}
-    for field, key in LISTS.items():
+    for key, field in single.items():
         having = [key in entry for entry in own]
         if any(having) and not all(having):
             raise place.at(having.index(False)).wrong(f"has no '{key}', others have", "give it for every model")
@@ -136,26 +153,48 @@ def _models(values: Any, place: Place) -> tuple[tuple[Path, ...], dict[str, tupl
     return tuple(paths), lists
 
 
-# One reader per key; `models` is read with what its entries say.
-READERS: dict[str, Callable[[Any, Place], Any]] = {
+def read_slices(value: Any, place: Place, models: Sequence[Path], base: Path | None) -> tuple[Slice, ...]:
+    """Runs of layers stacked on each other: `[{sources: [{model: a, layers: [0, 4]}, ..], t: 0.3}, ..]`.
+
+    A source is one of `models`, or the base with the layers that the others are compared with. Every other key is an
+    option that differs in this slice. Raises UsageError naming the place.
+    """
+    if not isinstance(value, list) or not value:
+        raise place.wrong(f"is {shown(value)}", "write [{sources: [{model: DIR, layers: [first, end]}]}]")
+    return tuple(_slice(item, place.at(index), models, base) for index, item in enumerate(value))
+
+
+def _slice(value: Any, place: Place, models: Sequence[Path], base: Path | None) -> Slice:
+    if not isinstance(value, dict) or not isinstance(value.get("sources"), list) or not value["sources"]:
+        raise place.wrong("has no list of 'sources'", "write {sources: [{model: DIR, layers: [first, end]}]}")
+    layers: list[tuple[int, int, int]] = []
+    of_base = None
+    for index, source in enumerate(value["sources"]):
+        here = place.at("sources").at(index)
+        if not isinstance(source, dict) or source.keys() != {"model", "layers"}:
+            raise here.wrong(f"is {shown(source)}", "write {model: DIR, layers: [first, end]}")
+        path, span = here.at("model").model(source["model"]), layer_range(source["layers"], here.at("layers"))
+        if path == base:
+            of_base = span
+        elif path in models:
+            layers.append((models.index(path), *span))
+        else:
+            raise here.at("model").wrong(f"{path} is neither one of the models nor the base", "add it to 'models'")
+    changes = {}
+    for key, item in value.items():
+        if key != "sources":
+            if key not in OPTIONS:
+                raise place.unknown(key, ["sources", *OPTIONS])
+            changes[OPTIONS[key].attribute] = read_option(OPTIONS[key], item, place.at(key))
+    return Slice(layers=tuple(layers), base=of_base, changes=changes)
+
+
+COMMON: dict[str, Callable[[Any, Place], Any]] = {
     "method": text,
-    "models": lambda value, place: value,
+    "models": lambda value, place: value,  # read with what its entries say
     "base": lambda value, place: place.model(value),
-    "t": number,
-    "eta": several,
-    "weights": several,
-    "decay": plain_number,
-    "scale": number,
-    "density": several,
-    "gamma": several,
-    "epsilon": several,
-    "normalize": flag,
-    "rescale": flag,
-    "seed": whole_number,
-    "iterations": whole_number,
-    "tolerance": plain_number,
     "granularity": text,
     "tokenizer": tokenizer,
     "dtype": text,
+    "slices": lambda value, place: value,  # read when the models are known
 }
-RENAMED = {"eta": "etas"}

@@ -18,7 +18,7 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.core.yaml_files import closest
 from gemma2.merging.engine import MergeResult, merge
 from gemma2.merging.methods.request import MergeRequest
-from gemma2.merging.methods.table import check_request
+from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.plan.merge_plan import MergePlan, plan_merge
 
 from .step import Recipe, Step

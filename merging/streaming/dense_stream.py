@@ -25,7 +25,7 @@ from gemma2.core.progress import Task
 from gemma2.merging.kernels.dense import BLOCK, pair_count
 from gemma2.merging.kernels.dtypes import STORED, Doubles
 from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE, blend, measure
-from gemma2.merging.methods.table import Group, Mix
+from gemma2.merging.methods.method import Group, Mix
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .feeder import Block, Feeder, Loaded, Workspace, in_order

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.merging.methods.coefficients import angle_degrees, norm
-from gemma2.merging.methods.table import Mix
+from gemma2.merging.methods.method import Mix
 
 __all__ = ["GroupReport", "gram_of", "judge", "mean_angle", "report_group"]
 

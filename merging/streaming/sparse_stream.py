@@ -35,7 +35,7 @@ from gemma2.merging.kernels.top_k import (
     sample,
     sample_places,
 )
-from gemma2.merging.methods.table import Group, Selection
+from gemma2.merging.methods.method import Group, Selection
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output

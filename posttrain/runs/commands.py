@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.progress import Progress
+from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.schemas import (
     ConvertConfig,
     DistillCacheConfig,
@@ -65,26 +66,6 @@ class Command:
         return runner
 
 
-MERGES = {
-    "slerp": "merges policies on the sphere: task vectors by spherical interpolation, one angle per layer",
-    "liti": "goes from the init part of the way towards the merge: linear interpolation",
-    "warp": "SLERP and LITI in one combination",
-    "linear": "averages weights",
-    "ema": "averages checkpoints with exponentially falling weights",
-    "model-stock": "averages models, drawn to the base as far as their angle asks for",
-    "nuslerp": "SLERP of two models by relative weights",
-    "multislerp": "averages directions in the tangent space at their mean",
-    "karcher": "takes the Karcher mean of the models' directions",
-    "task-arithmetic": "adds weighted task vectors to the base",
-    "ties": "adds trimmed task vectors where their signs agree",
-    "dare": "adds task vectors with elements dropped at random",
-    "dare-ties": "drops elements at random, then elects signs",
-    "della": "drops small elements more often, then elects signs",
-    "della-linear": "drops small elements more often, then adds",
-    "breadcrumbs": "adds task vectors without their largest and smallest elements",
-    "breadcrumbs-ties": "drops the largest and smallest elements, then elects signs",
-    "passthrough": "takes a model as it is",
-}
 COMMANDS: dict[str, Command] = {
     "tiny": Command(
         TinyConfig, "tiny.build", "run_tiny", "pre-trains a small Gemma 2 student and a larger teacher from scratch"
@@ -149,8 +130,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "rlhf": Command(RlhfConfig, "rl.rlhf", "run_rlhf", "RL on the reward, held near a moving average of the policy"),
     **{
-        f"merge {method}": Command(MergeConfig, "pipelines.merge_stage", "run_merge", why, accelerated=False)
-        for method, why in MERGES.items()
+        f"merge {name}": Command(MergeConfig, "pipelines.merge_stage", "run_merge", method.why, accelerated=False)
+        for name, method in METHODS.items()
     },
     "warp": Command(
         WarpConfig,
@@ -183,6 +164,8 @@ def spell(command: str, config: Config, out: Path) -> str:
         flag = f"--{name.replace('_', '-')}"
         if value is None:  # no flag can say it
             words += ["--set", f"{name}=null"]
+        elif isinstance(config, MergeConfig) and _is_nested(value):
+            words += [flag, json.dumps(value, ensure_ascii=False)]
         elif isinstance(value, dict):
             words += [word for key, item in value.items() for word in ("--set", f"{name}.{key}={_yaml(item)}")]
         elif isinstance(value, bool):
@@ -192,6 +175,12 @@ def spell(command: str, config: Config, out: Path) -> str:
         else:
             words += [flag, str(value)]
     return shlex.join([*words, "--out", str(out)])
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a value of a merge has rules, gradients or slices in it, which its flag takes as YAML."""
+    items = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(item, dict | tuple) for item in items)
 
 
 def _yaml(value: Any) -> str:

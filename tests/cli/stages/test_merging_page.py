@@ -79,7 +79,7 @@ def test_everything_on_the_page_runs_in_its_order(place, monkeypatch, capsys):
 
 
 def test_every_method_is_in_the_table_of_which_merge_when():
-    from gemma2.cli.stages.merge_methods import METHODS
+    from gemma2.merging.methods.table import METHODS
 
     table = PAGE[PAGE.index("## Which merge") : PAGE.index("## Plain calls")]
     assert {name for name in METHODS if f"`{name}`" not in table} == set()

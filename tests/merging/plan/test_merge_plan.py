@@ -12,7 +12,7 @@ from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.merging import MergeRequest, inspect_model, merge, plan_merge
 from gemma2.merging.methods.coefficients import slerp
-from gemma2.merging.methods.table import Mix
+from gemma2.merging.methods.method import Mix
 from gemma2.merging.plan.merge_plan import group_of
 from gemma2.merging.streaming.group_report import judge, mean_angle, report_group
 

@@ -174,7 +174,7 @@ WRONG = {
     f"{HEAD}t: fast": "t is 'fast', not a number in merge.yaml",
     f"{HEAD}t: true": "t is True, not a number",
     f"{HEAD}t: .nan": "t is nan, not a number",
-    f"{HEAD}t: [0, 1]": "t is a list in merge.yaml; a gradient over the layers is {layers: [...]}",
+    f"{HEAD}t: []": "t.layers is [] in merge.yaml; give a list of numbers",
     f"{HEAD}t: {{layers: 3}}": "t.layers is 3",
     f"{HEAD}t: {{layers: [0, x]}}": "t.layers is 'x', not a number",
     f"{HEAD}t: {{layer: [0, 1]}}": "unknown key 't.layer' in merge.yaml; did you mean 'layers'",

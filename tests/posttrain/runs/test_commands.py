@@ -7,8 +7,8 @@ import pytest
 
 from gemma2.cli.app import COMMANDS as ON_THE_COMMAND_LINE
 from gemma2.cli.app import invoke
-from gemma2.cli.stages.merge_methods import METHODS
 from gemma2.configs import recipes
+from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
 from gemma2.posttrain.runs.commands import COMMANDS, spell
 from gemma2.posttrain.schemas import MergeConfig, RlhfConfig, SftConfig, WarpConfig
