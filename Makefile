@@ -86,7 +86,7 @@ $(VENV)/.installed-real: $(VENV)/.installed
 real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct
 	@$(BIN)/python bench/real.py --out runs/real $(QUESTIONS)
 
-docs: setup-dev ## Regenerate docs/commands.md from --help
+docs: setup-dev ## Regenerate docs/commands.md and the tables of docs/merging.md
 	@$(BIN)/python docs/generate.py
 
 clean: ## Remove what make built

@@ -1,6 +1,6 @@
-"""Writes docs/commands.md from the commands' own --help pages: `make docs`.
+"""Writes docs/commands.md from the --help pages, and the methods of docs/merging.md from their table: `make docs`.
 
-A test compares the file with what this makes, so that no page is ever behind the code.
+A test compares both with what this makes, so that no page is ever behind the code.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ from pathlib import Path
 from typer.core import TyperGroup
 
 from gemma2.cli.app import COMMANDS, invoke, load
+from gemma2.merging.methods.option import OPTIONS
+from gemma2.merging.methods.table import METHODS
 
 TARGET = Path(__file__).with_name("commands.md")
+MERGING = Path(__file__).with_name("merging.md")
+BEGIN, END = "<!-- methods: written by make docs from merging/methods -->", "<!-- end of methods -->"
+BASES = {
+    "required": "required",
+    "sought": "named, or recorded by all models",
+    "optional": "named, recorded, or none",
+    "given": "optional",
+    "none": "not taken",
+}
 COLUMNS = "100"  # the width of a page, whatever terminal this runs in
 HEAD = """\
 # Commands
@@ -55,5 +66,31 @@ def render() -> str:
     return "\n".join(sections)
 
 
+def methods() -> str:
+    """Two tables: merge methods with what they take, and their options."""
+    rows = ["| method | base | models | options (default) |", "| --- | --- | --- | --- |"]
+    for name, method in METHODS.items():
+        least, most = method.models
+        count = str(least) if least == most else f"{least} or more"
+        taken = [f"`{o.name}`" + (f" ({method.default(o)})" if method.default(o) else "") for o in method.options]
+        rows.append(f"| `{name}` | {BASES[method.base]} | {count} | {', '.join(taken) or '-'} |")
+    rows += ["", "| option | meaning | values | may differ between |", "| --- | --- | --- | --- |"]
+    for option in OPTIONS.values():
+        kind = "yes or no" if option.kind == "switch" else option.range or "any number"
+        differs = [*(["models"] if option.per == "model" else []), *(["layers, tensors"] if option.varies else [])]
+        rows.append(f"| `{option.name}` | {option.help} | {kind} | {', '.join(differs) or '-'} |")
+    return "\n".join(rows)
+
+
+def merging_page() -> str:
+    """docs/merging.md with the tables of methods and options between their marks."""
+    before, begin, rest = MERGING.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{MERGING} has no marks for its tables")
+    return f"{before}{begin}\n\n{methods()}\n\n{end}{after}"
+
+
 if __name__ == "__main__":
     TARGET.write_text(render(), encoding="utf-8")
+    MERGING.write_text(merging_page(), encoding="utf-8")

@@ -48,7 +48,8 @@ PARAMETERS |= {"int8_mask", "select_topk"}
 
 def is_mergekit(document: Mapping[str, Any]) -> bool:
     """Whether a document is in mergekit's keys."""
-    return bool({"merge_method", "base_model", "tokenizer_source", "out_dtype", "slices"} & document.keys())
+    own = {"merge_method", "base_model", "tokenizer_source", "out_dtype"} & document.keys()
+    return bool(own) or ("slices" in document and "method" not in document)
 
 
 def mergekit_steps(documents: Sequence[Mapping[str, Any]], place: Place) -> list[Step]:

@@ -156,12 +156,19 @@ def _models(values: Any, place: Place) -> tuple[tuple[Path, ...], dict[str, tupl
 def read_slices(value: Any, place: Place, models: Sequence[Path], base: Path | None) -> tuple[Slice, ...]:
     """Runs of layers stacked on each other: `[{sources: [{model: a, layers: [0, 4]}, ..], t: 0.3}, ..]`.
 
-    A source is one of `models`, or the base with the layers that the others are compared with. Every other key is an
+    A source is one of `models`, by its path or its number from 0, or the base
+    with the layers that the others are compared with. Every other key is an
     option that differs in this slice. Raises UsageError naming the place.
     """
     if not isinstance(value, list) or not value:
         raise place.wrong(f"is {shown(value)}", "write [{sources: [{model: DIR, layers: [first, end]}]}]")
     return tuple(_slice(item, place.at(index), models, base) for index, item in enumerate(value))
+
+
+def _named_source(value: Any, place: Place, models: Sequence[Path]) -> Path:
+    if type(value) is int and 0 <= value < len(models):
+        return models[value]
+    return place.model(value)
 
 
 def _slice(value: Any, place: Place, models: Sequence[Path], base: Path | None) -> Slice:
@@ -173,7 +180,8 @@ def _slice(value: Any, place: Place, models: Sequence[Path], base: Path | None) 
         here = place.at("sources").at(index)
         if not isinstance(source, dict) or source.keys() != {"model", "layers"}:
             raise here.wrong(f"is {shown(source)}", "write {model: DIR, layers: [first, end]}")
-        path, span = here.at("model").model(source["model"]), layer_range(source["layers"], here.at("layers"))
+        span = layer_range(source["layers"], here.at("layers"))
+        path = _named_source(source["model"], here.at("model"), models)
         if path == base:
             of_base = span
         elif path in models:

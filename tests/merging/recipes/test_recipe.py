@@ -215,3 +215,37 @@ def test_a_set_that_is_no_assignment(read):
         read(HEAD, ["t"])
     with pytest.raises(UsageError, match="--set is for one YAML document"):
         read(f"merge_method: linear\n---\n{HEAD}", ["t=1"])
+
+
+SLICED = """
+method: slerp
+models: [a, b]
+base: base
+slices:
+- sources: [{model: a, layers: [0, 1]}, {model: b, layers: [1, 2]}, {model: base, layers: [0, 1]}]
+  t: 0.25
+- sources: [{model: 1, layers: [0, 2]}, {model: 0, layers: [0, 2]}]
+"""
+
+
+def test_slices_name_sources_by_path_or_number_and_change_options(read):
+    (step,) = read(SLICED)
+    first, second = step.request.slices
+    assert (first.layers, first.base, first.changes) == (((0, 0, 1), (1, 1, 2)), (0, 1), {"t": 0.25})
+    assert (second.layers, second.base, second.changes) == (((1, 0, 2), (0, 0, 2)), None, {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("model: a,", "model: c,", "slices[0].sources[0].model c is neither one of the models nor the base"),
+        ("layers: [0, 1]}, {model: b", "layers: [1, 1]}, {model: b", "slices[0].sources[0].layers is [1, 1]"),
+        ("t: 0.25", "tt: 0.25", "unknown key 'slices[0].tt'"),
+        ("sources: [{model: 1, layers: [0, 2]}, {model: 0, layers: [0, 2]}]", "t: 1", "slices[1] has no list of"),
+        ("model: 1,", "model: 2,", "slices[1].sources[0].model is 2"),
+    ],
+)
+def test_a_wrong_slice_is_named(read, old, new, said):
+    with pytest.raises(UsageError) as caught:
+        read(SLICED.replace(old, new, 1))
+    assert said in str(caught.value)

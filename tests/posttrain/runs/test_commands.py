@@ -75,6 +75,13 @@ def test_a_list_shows_as_one_word(parsed):
 def test_a_merge_is_spelt_as_gemma2_merge_takes_it(parsed):
     config = MergeConfig(method="ties", models=("a", "b"), base="c", density=0.2, weights=(1.0, 2.0), dtype="bfloat16")
     assert parsed(spell("merge ties", config, Path("o"))) == (config.request(), Path("o"))
+    nested = MergeConfig(
+        method="slerp", models=("a", "b"), base="c", t=[{"match": "mlp", "value": 0.3}, {"layers": [0, 1]}],
+        slices=({"sources": [{"model": 0, "layers": [0, 1]}, {"model": 1, "layers": [1, 2]}], "t": 0.5},),
+    )  # fmt: skip
+    assert parsed(spell("merge slerp", nested, Path("o"))) == (nested.request(), Path("o"))
+    densities = MergeConfig(method="ties", models=("a", "b"), base="c", density=[{"layers": [0.1, 0.9]}, 0.5])
+    assert parsed(spell("merge ties", densities, Path("o"))) == (densities.request(), Path("o"))
     uniform = MergeConfig(method="ema", models=("a", "b"), uniform=True)
     assert parsed(spell("merge ema", uniform, Path("o"))) == (uniform.request(), Path("o"))
 
