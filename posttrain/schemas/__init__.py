@@ -4,18 +4,56 @@ The flags and the `--help` of every command are generated from these fields, so 
 stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report (2408.00118) where they give one.
 """
 
-from .distill import DistillCacheConfig, DistillConfig
-from .evaluate import DistributionConfig, EvalConfig, ParetoConfig, PickConfig
-from .fields import LoraFields, SamplingFields, TrainingFields
-from .filter import FilterConfig
-from .generate import GenerateConfig
-from .merge import MergeConfig
-from .pipeline import PipelineFile, Resources, StageFile
-from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
-from .rlhf import RewardFields, RlFields, RlhfConfig, VllmFields
-from .sft import SftConfig
-from .tools import ConvertConfig, TinyConfig
-from .warp import WarpConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .distill import DistillCacheConfig, DistillConfig
+    from .evaluate import DistributionConfig, EvalConfig, ParetoConfig, PickConfig
+    from .fields import LoraFields, SamplingFields, TrainingFields
+    from .filter import FilterConfig
+    from .generate import GenerateConfig
+    from .merge import MergeConfig
+    from .pipeline import PipelineFile, Resources, StageFile
+    from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
+    from .rlhf import RewardFields, RlFields, RlhfConfig, VllmFields
+    from .sft import SftConfig
+    from .tools import ConvertConfig, TinyConfig
+    from .warp import WarpConfig
+
+# Resolved on first use: a command pays for its own schema, not for all.
+_HOMES = {
+    "ConvertConfig": "tools",
+    "DistillCacheConfig": "distill",
+    "DistillConfig": "distill",
+    "DistributionConfig": "evaluate",
+    "EvalConfig": "evaluate",
+    "FilterConfig": "filter",
+    "GenerateConfig": "generate",
+    "LoraFields": "fields",
+    "MergeConfig": "merge",
+    "PairsConfig": "reward",
+    "ParetoConfig": "evaluate",
+    "PickConfig": "evaluate",
+    "PipelineFile": "pipeline",
+    "ProbeConfig": "reward",
+    "Resources": "pipeline",
+    "RewardConfig": "reward",
+    "RewardEvalConfig": "reward",
+    "RewardFields": "rlhf",
+    "RewardScoreConfig": "reward",
+    "RlFields": "rlhf",
+    "RlhfConfig": "rlhf",
+    "SamplingFields": "fields",
+    "SftConfig": "sft",
+    "StageFile": "pipeline",
+    "TinyConfig": "tools",
+    "TrainingFields": "fields",
+    "VllmFields": "rlhf",
+    "WarpConfig": "warp",
+}
 
 __all__ = [
     "ConvertConfig",
@@ -47,3 +85,9 @@ __all__ = [
     "VllmFields",
     "WarpConfig",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
