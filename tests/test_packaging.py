@@ -18,6 +18,7 @@ PACKAGES = ("cli", "posttrain", "merging", "configs")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BUILT = {"build", "dist", "runs", "quickstart", "__pycache__"}  # never sources; hidden folders are neither
+RELEASED = os.environ.get("GEMMA2_DIST")  # a folder with the archives of a release, to test instead of fresh ones
 HIDDEN_SOURCES = {".ci", ".github", ".gitignore", ".pre-commit-config.yaml"}
 
 
@@ -52,6 +53,9 @@ def build(kind, tree, out):
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """The source archive of a copy: of every file that is tracked, or new and not ignored."""
+    if RELEASED:
+        (path,) = Path(RELEASED).resolve().glob("*.tar.gz")
+        return path
     tree = tmp_path_factory.mktemp("tree")
     for name in git_files("--cached", "--others", "--exclude-standard") or files_on_disk():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,9 @@ def sdist(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
     """Built from the unpacked source archive, as a release is."""
+    if RELEASED:
+        (path,) = Path(RELEASED).resolve().glob("*.whl")
+        return path
     place = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(place, filter="data")
