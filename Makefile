@@ -55,7 +55,7 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	@touch $@
 
 test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started here
-	@$(BIN)/python -m pytest -m ray --timeout 600 tests/posttrain/pipelines/test_cluster.py
+	@$(BIN)/python -m pytest -m ray --timeout 600 tests/posttrain/pipelines/executors/test_cluster.py
 
 torture: setup-dev ## Kills, full disks and malformed inputs, with figures
 	@$(BIN)/python -m pytest -m torture --timeout 1800 -s
@@ -66,7 +66,7 @@ lint: setup-dev ## ruff: rules and format
 
 type: setup-dev ## mypy, strict
 	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/gemma2
-	@$(BIN)/mypy -p gemma2.merging -p gemma2.posttrain -p gemma2.cli -p gemma2.configs
+	@$(BIN)/mypy -p gemma2.core -p gemma2.merging -p gemma2.posttrain -p gemma2.cli -p gemma2.configs
 
 check: lint type test ## Everything that must be clean before a commit
 

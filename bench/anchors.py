@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.posttrain.evaluation.pareto import best_at, hypervolume
-from gemma2.posttrain.evaluation.reporting.figures import HUES, new_figure, styled, write_figure
+from gemma2.posttrain.reports.plots.figures import HUES, new_figure, styled, write_figure
 
 GEMMA2 = str(Path(sys.executable).with_name("gemma2"))
 KINDS = {"ema": "EMA anchor", "sft": "fixed anchor"}

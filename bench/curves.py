@@ -24,17 +24,16 @@ from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 from trl import RLOOConfig, RLOOTrainer
 
-from gemma2.merging.progress import SILENT
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tasks import questions
-from gemma2.posttrain.evaluation.reporting.figures import HUES, new_figure, styled, write_figure
-from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.loading import load_policy, quiet_libraries
+from gemma2.posttrain.reports.plots.figures import HUES, new_figure, styled, write_figure
 from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
 from gemma2.posttrain.rl.rollout import Rollout
 from gemma2.posttrain.schemas import RlhfConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
+from gemma2.posttrain.tiny.tasks import questions
 
 PROMPTS, SAMPLES, LIMIT, BETA, RATE = 4, 4, 28, 0.05, 1e-3
 NAMES = {"trl": "TRL 1.16", "gemma2": "ours"}

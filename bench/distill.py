@@ -40,11 +40,10 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.distillation.divergence import Divergence, FullTarget, Head, divergence_loss
 from gemma2.posttrain.distillation.gkd import GkdTrainer, Loss, Material, schedule
 from gemma2.posttrain.distillation.teacher import LiveTeacher
-from gemma2.posttrain.embedded.tasks import questions
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
-from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.loading import load_policy, quiet_libraries
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.training.trainer import quiet_libraries
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
+from gemma2.posttrain.tiny.tasks import questions
 
 VOCABULARY, CAP = 256_000, 30.0
 TRL_BETA = {"forward-kl": 0.0, "reverse-kl": 1.0, "jsd": 0.5}

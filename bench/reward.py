@@ -28,13 +28,12 @@ from transformers import Gemma2ForSequenceClassification, PrinterCallback
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from gemma2.posttrain.embedded.tiny import tiny_config, tiny_tokenizer
-from gemma2.posttrain.models.loading import load_reward_model
-from gemma2.posttrain.preferences.examples import PairIds, to_dataset
-from gemma2.posttrain.preferences.trainer import make_trainer
-from gemma2.posttrain.rundir import Run, RunOptions
+from gemma2.posttrain.models.loading import load_reward_model, quiet_libraries
+from gemma2.posttrain.preferences.pair_examples import PairIds, to_dataset
+from gemma2.posttrain.preferences.reward_trainer import make_trainer
+from gemma2.posttrain.runs.run_directory import Run, RunOptions
 from gemma2.posttrain.schemas import RewardConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
+from gemma2.posttrain.tiny.networks import tiny_config, tiny_tokenizer
 
 LONGEST = 512
 

@@ -37,21 +37,20 @@ from stopwatch import Stopwatch, peak_mib
 from transformers import AutoModelForSequenceClassification, LogitsProcessor, LogitsProcessorList, PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from gemma2.merging.errors import Gemma2Error
-from gemma2.merging.progress import SILENT
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tasks import questions
-from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.models import sampler
-from gemma2.posttrain.models.loading import check_attention, load_policy
+from gemma2.posttrain.models.loading import check_attention, load_policy, quiet_libraries
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
 from gemma2.posttrain.rl.rollout import Rollout
 from gemma2.posttrain.schemas import RlhfConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
+from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
+from gemma2.posttrain.tiny.tasks import questions
 
 WINDOW = {"sliding_window": 64}
 TEMPERATURE, BETA, MU = 1.0, 0.1, 0.05

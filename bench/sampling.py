@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from sizes import SIZES
 
-from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models.sampler import SamplingParams, length_batches, sample
+from gemma2.posttrain.tiny.networks import random_model
 
 WINDOW = {"sliding_window": 128, "max_position_embeddings": 1024}
 PAD = 0

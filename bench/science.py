@@ -61,19 +61,19 @@ from findings import (
     stops_of,
 )
 
-from gemma2.cli.console import Console
-from gemma2.cli.pipeline import Announcer
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.tools.pipeline import Announcer
 from gemma2.configs import recipes
-from gemma2.merging.difference import Difference, diff_models
-from gemma2.posttrain.config import validated
+from gemma2.merging.inspect.difference import Difference, diff_models
 from gemma2.posttrain.evaluation.front_files import answers_of, read_entries, read_front
-from gemma2.posttrain.evaluation.reporting.figures import HUES, INK, new_figure, styled, write_figure
-from gemma2.posttrain.pipelines.algorithm import warp_stages
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline, read_pipeline
-from gemma2.posttrain.pipelines.local import LocalExecutor
+from gemma2.posttrain.pipelines.executors.processes import LocalExecutor
 from gemma2.posttrain.pipelines.references import lookup, replaced
 from gemma2.posttrain.pipelines.run import run_pipeline
+from gemma2.posttrain.pipelines.warp_stages import warp_stages
+from gemma2.posttrain.reports.plots.figures import HUES, INK, new_figure, styled, write_figure
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
+from gemma2.posttrain.schemas.config import validated
 
 SEEDS = (0, 1, 2)
 CHAIN = ("models", "data", "clean", "sft", "pairs", "reward")  # of the recipe

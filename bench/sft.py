@@ -33,13 +33,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_peak_flops
 
 from gemma2.posttrain.data.examples import Example, to_dataset
-from gemma2.posttrain.embedded.tiny import save_random
-from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.loading import load_policy, quiet_libraries
 from gemma2.posttrain.models.lora import lora_config
-from gemma2.posttrain.rundir import Run, RunOptions
+from gemma2.posttrain.runs.run_directory import Run, RunOptions
 from gemma2.posttrain.schemas import SftConfig
-from gemma2.posttrain.training.sft_trainer import make_trainer
-from gemma2.posttrain.training.trainer import quiet_libraries
+from gemma2.posttrain.sft.sft_trainer import make_trainer
+from gemma2.posttrain.tiny.networks import save_random
 
 WINDOW = {"sliding_window": 256}
 LONGEST = 512

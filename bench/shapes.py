@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2.merging.header import ITEM_BYTES, encode_header
-from gemma2.merging.outputs import write_manifest
+from gemma2.core.outputs.manifest import write_manifest
+from gemma2.core.outputs.safetensors_header import ITEM_BYTES, encode_header
 
 __all__ = ["SIZES", "layout", "write_random", "write_sparse"]
 

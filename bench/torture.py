@@ -25,7 +25,7 @@ from pathlib import Path
 
 from shapes import layout, write_random
 
-from gemma2.merging.outputs import digest_file
+from gemma2.core.outputs.hashing import digest_file
 
 MAIN = "from gemma2.cli.main import main\nmain()\n"
 

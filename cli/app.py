@@ -11,16 +11,16 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from gemma2.merging.outputs import metadata_version
+from gemma2.core.outputs.manifest import metadata_version
 
-from .console import UsageProblem
-from .help import HelpGroup
+from .terminal.console import UsageProblem
+from .terminal.help import HelpGroup
 
 __all__ = ["COMMANDS", "invoke"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class CommandEntry:
     """One command: its module in this package, its line in `gemma2 --help`, and the panel it stands in."""
 
     module: str
@@ -29,30 +29,50 @@ class Entry:
 
 
 COMMANDS = {
-    "quickstart": Entry(
-        "quickstart", "The whole path on the embedded models: data to aligned, merged model.", "Start here"
+    "quickstart": CommandEntry(
+        "tools.quickstart", "The whole path on the embedded models: data to aligned, merged model.", "Start here"
     ),
-    "tiny": Entry("tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"),
-    "generate": Entry("generate", "Teacher completions for a file of prompts.", "Post-training"),
-    "filter": Entry("filter", "Drop rows not to learn from, each with its reason.", "Post-training"),
-    "sft": Entry("sft", "Supervised fine-tuning on prompts and completions.", "Post-training"),
-    "distill": Entry("distill", "Distil a teacher into a student on the student's own completions.", "Post-training"),
-    "reward": Entry("reward", "Train a reward model; `reward pairs` makes its preference data.", "Post-training"),
-    "rlhf": Entry("rlhf", "RL from a reward model, the KL anchored to an EMA of the policy.", "Post-training"),
-    "warp": Entry(
-        "warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
+    "tiny": CommandEntry(
+        "stages.tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"
     ),
-    "pipeline": Entry("pipeline", "Stages from one file: run, skip, continue; status and graph.", "Post-training"),
-    "merge": Entry("merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
-    "diff": Entry("diff", "Norms, distances and angles between two models, with a heat map.", "Merging"),
-    "inspect": Entry("inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"),
-    "eval": Entry("eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
-    "pareto": Entry("pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"),
-    "pick": Entry("pick", "A point of a finished front as a model directory, with its card.", "Evaluation"),
-    "lineage": Entry("lineage", "What an output was made from: a tree from base to result, with hashes.", "Evaluation"),
-    "report": Entry("report", "One self-contained HTML page about a finished run.", "Evaluation"),
-    "convert": Entry("convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"),
-    "config": Entry("config", "List and show recipes, or the settings of an output.", "Tools"),
+    "generate": CommandEntry("stages.generate", "Teacher completions for a file of prompts.", "Post-training"),
+    "filter": CommandEntry("stages.filter", "Drop rows not to learn from, each with its reason.", "Post-training"),
+    "sft": CommandEntry("stages.sft", "Supervised fine-tuning on prompts and completions.", "Post-training"),
+    "distill": CommandEntry(
+        "stages.distill", "Distil a teacher into a student on the student's own completions.", "Post-training"
+    ),
+    "reward": CommandEntry(
+        "stages.reward", "Train a reward model; `reward pairs` makes its preference data.", "Post-training"
+    ),
+    "rlhf": CommandEntry(
+        "stages.rlhf", "RL from a reward model, the KL anchored to an EMA of the policy.", "Post-training"
+    ),
+    "warp": CommandEntry(
+        "stages.warp", "WARP: M policies, SLERP, interpolation to the init, I times, and the front.", "Post-training"
+    ),
+    "pipeline": CommandEntry(
+        "tools.pipeline", "Stages from one file: run, skip, continue; status and graph.", "Post-training"
+    ),
+    "merge": CommandEntry("stages.merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
+    "diff": CommandEntry("tools.diff", "Norms, distances and angles between two models, with a heat map.", "Merging"),
+    "inspect": CommandEntry(
+        "tools.inspect", "Tensors, parameters, tied weights and lineage of a model directory.", "Merging"
+    ),
+    "eval": CommandEntry("stages.eval", "Reward, KL to the SFT policy and length of one policy.", "Evaluation"),
+    "pareto": CommandEntry(
+        "stages.pareto", "The KL-reward front of policies and of the line between init and merge.", "Evaluation"
+    ),
+    "pick": CommandEntry(
+        "stages.pick", "A point of a finished front as a model directory, with its card.", "Evaluation"
+    ),
+    "lineage": CommandEntry(
+        "tools.lineage", "What an output was made from: a tree from base to result, with hashes.", "Evaluation"
+    ),
+    "report": CommandEntry("tools.report", "One self-contained HTML page about a finished run.", "Evaluation"),
+    "convert": CommandEntry(
+        "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"
+    ),
+    "config": CommandEntry("tools.config", "List and show recipes, or the settings of an output.", "Tools"),
 }
 
 

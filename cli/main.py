@@ -65,10 +65,10 @@ def _interrupted(number: int) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; bugs propagate."""
-    from gemma2.merging.errors import Gemma2Error, refusal
+    from gemma2.core.errors import Gemma2Error, refusal
 
     from .app import invoke
-    from .console import UsageProblem
+    from .terminal.console import UsageProblem
 
     try:
         return invoke(arguments)

@@ -13,33 +13,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .coefficients import (
+    from .engine import MergeResult, merge
+    from .inspect.difference import diff_models
+    from .inspect.inspection import inspect_model
+    from .methods.coefficients import (
         ema_coefficients,
         linear_coefficients,
         liti_coefficients,
         slerp_coefficients,
         warp_coefficients,
     )
-    from .difference import diff_models
-    from .engine import MergeResult, merge
-    from .inspection import inspect_model
-    from .plan import MergePlan, plan_merge
-    from .request import MergeRequest
+    from .methods.request import MergeRequest
+    from .plan.merge_plan import MergePlan, plan_merge
 
 # Resolved on first use: errors and outputs are imported at command line start-up, where numba must not be.
 _HOMES = {
-    "MergePlan": "plan",
-    "MergeRequest": "request",
+    "MergePlan": "plan.merge_plan",
+    "MergeRequest": "methods.request",
     "MergeResult": "engine",
-    "diff_models": "difference",
-    "ema_coefficients": "coefficients",
-    "inspect_model": "inspection",
-    "linear_coefficients": "coefficients",
-    "liti_coefficients": "coefficients",
+    "diff_models": "inspect.difference",
+    "ema_coefficients": "methods.coefficients",
+    "inspect_model": "inspect.inspection",
+    "linear_coefficients": "methods.coefficients",
+    "liti_coefficients": "methods.coefficients",
     "merge": "engine",
-    "plan_merge": "plan",
-    "slerp_coefficients": "coefficients",
-    "warp_coefficients": "coefficients",
+    "plan_merge": "plan.merge_plan",
+    "slerp_coefficients": "methods.coefficients",
+    "warp_coefficients": "methods.coefficients",
 }
 
 __all__ = [

@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ancestry import write_card
-from .card import Account
-from .checkpoint import Checkpoint, Reader
-from .errors import Gemma2Error, InputError, OutputError
-from .feed import CUT, Feeder
-from .kernels import announced
-from .outputs import digest_weights, now, staged_output, versions, weight_files, write_manifest
-from .plan import MergePlan, plan_merge
-from .products import Products
-from .progress import SILENT, Progress, Task
-from .report import GroupReport, judge, mean_angle
-from .request import MergeRequest
-from .stream import Output, Stream
-from .verify import ReadBack
-from .vocabulary import write_tokenizer
-from .writer import Writer, copy_companions
+from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.outputs.ancestry import write_card
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import now, versions, write_manifest
+from gemma2.core.outputs.model_card import Account
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.staging import staged_output
+from gemma2.core.progress import SILENT, Progress, Task
+
+from .inputs.checkpoint import Checkpoint, Reader
+from .kernels.dense import announced
+from .methods.request import MergeRequest
+from .plan.merge_plan import MergePlan, plan_merge
+from .streaming.dense_stream import Output, Stream
+from .streaming.feeder import CUT, Feeder
+from .streaming.gram_cache import Products
+from .streaming.group_report import GroupReport, judge, mean_angle
+from .streaming.verify import ReadBack
+from .streaming.writer import Writer, copy_companions
+from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
 
@@ -181,7 +185,10 @@ def _stream(
 def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
     """Merge group after group, by the streams of the method's kind."""
     if plan.method.selection is not None:
-        from .choose import ChoosingStream, longest_cut  # kernels that a scalar combination need not load
+        from .streaming.sparse_stream import (  # kernels that a scalar combination need not load
+            ChoosingStream,
+            longest_cut,
+        )
 
         feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
         yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()

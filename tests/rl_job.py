@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 JUDGE = """def judge(prompts, completions, **columns):
     return [float(sum(map(ord, text)) % 17) / 17 for text in completions]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.models.loading import load_policy, save_model
+from gemma2.posttrain.tiny.networks import save_random
 
 
 def save_stopping(folder: Path, factor: float = 8.0) -> Path:

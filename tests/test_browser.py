@@ -12,7 +12,7 @@ from browser import MISSING, Chromium, find_browser
 sys.path.append(str(Path(__file__).parent / "posttrain/evaluation/reporting"))
 from finished_run import broken, quickstart
 
-from gemma2.posttrain.evaluation.reporting.page import write_report
+from gemma2.posttrain.reports.page import write_report
 
 pytestmark = pytest.mark.browser
 

@@ -6,10 +6,10 @@ import pytest
 
 from gemma2.configs import recipes
 from gemma2.posttrain import schemas
-from gemma2.posttrain.commands import COMMANDS
-from gemma2.posttrain.config import Config, load_yaml, resolve
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.schemas import EvalConfig
+from gemma2.posttrain.schemas.config import Config, load_yaml, resolve
 
 RECIPES = recipes()
 

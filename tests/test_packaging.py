@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-PACKAGES = ("cli", "posttrain", "merging", "configs")
+PACKAGES = ("cli", "posttrain", "merging", "core", "configs")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BUILT = {"build", "dist", "runs", "quickstart", "__pycache__"}  # never sources; hidden folders are neither

@@ -95,8 +95,8 @@ def test_every_link_to_a_file_leads_to_one(path):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory that looks like the one after `make quickstart`, with untrained models."""
-    from gemma2.posttrain.embedded.tasks import questions
-    from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+    from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
+    from gemma2.posttrain.tiny.tasks import questions
 
     root = tmp_path_factory.mktemp("readme")
     models = root / "quickstart" / "models"

@@ -26,7 +26,7 @@ from typing import Literal
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 
 __all__ = ["GEMMA_TEMPLATE", "ChatFormat", "EndOfTurn", "Message"]
 

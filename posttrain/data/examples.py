@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 
 from datasets import Dataset
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import Progress
 
 from .chat import ChatFormat, EndOfTurn
 from .rows import Conversation, located

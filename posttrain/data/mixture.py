@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma2.merging.errors import UsageError
+from gemma2.core.errors import UsageError
 
 from .batching import derived_seed
 

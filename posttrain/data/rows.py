@@ -23,7 +23,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 
 from .sources import Row, iter_rows, kind
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import MANIFEST, cache_folder, require_complete
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.cache import cache_folder
+from gemma2.core.outputs.manifest import MANIFEST, require_complete
 
 __all__ = ["Row", "ShardWriter", "count_rows", "data_files", "iter_rows", "kind", "to_line"]
 

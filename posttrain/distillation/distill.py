@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from trl import DistillationConfig as TrlConfig
 
-from gemma2.merging.errors import GuardStop, UsageError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located, read_conversations, read_prompts, split
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.models.loading import load_policy, load_tokenizer, save_model
+from gemma2.posttrain.models.loading import load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.training.heldout import heldout_loss
 from gemma2.posttrain.training.trainer import (
@@ -36,7 +36,6 @@ from gemma2.posttrain.training.trainer import (
     RunCallback,
     configured,
     evaluations,
-    quiet_libraries,
     train,
     trainer_arguments,
 )
@@ -73,7 +72,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         adapter = lora_config(config, "CAUSAL_LM")
         trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, progress, adapter)
         callback = RunCallback(run, progress, "distill", SHOWN)
-        evaluation = Evaluation(run, config, setup, trainer)
+        evaluation = StudentEvaluation(run, config, setup, trainer)
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
         train(trainer, run, callback)
@@ -84,7 +83,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
 
 
 @dataclass(frozen=True)
-class Setup:
+class DistillSetup:
     """The models and the data of a run. `heldout`: rows that are not trained on, with their numbers in the cache."""
 
     student: Any
@@ -95,7 +94,7 @@ class Setup:
     heldout_numbers: Sequence[int]
 
 
-def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progress) -> Setup:
+def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progress) -> DistillSetup:
     """Check tokenizers, load the models, read and tokenise the data."""
     divergence = Divergence(config.divergence, 0.5 if config.beta is None else config.beta)
     tokenizer = load_tokenizer(config.model)
@@ -113,7 +112,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progres
         teacher = CachedTeacher(cache, divergence)
         material = Material(chat, params, [], [cache.examples[i] for i in ours], ours)
         loss = Loss(teacher, config.distill_temperature, None)
-        return Setup(student, loss, material, [], [cache.examples[i] for i in others], others)
+        return DistillSetup(student, loss, material, [], [cache.examples[i] for i in others], others)
     assert config.teacher is not None
     model, _ = load_teacher(config.teacher, config.teacher_dtype)
     rows = common_vocabulary(
@@ -123,7 +122,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progres
     prompts, heldout_prompts = read_prompt_sides(config)
     examples, heldout = read_fixed(config, chat, progress)
     material = Material(chat, params, prompts, examples, [-1] * len(examples))
-    return Setup(student, loss, material, heldout_prompts, heldout, [-1] * len(heldout))
+    return DistillSetup(student, loss, material, heldout_prompts, heldout, [-1] * len(heldout))
 
 
 def read_prompt_sides(config: DistillConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -166,12 +165,12 @@ def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> dict[
 
 
 @dataclass(eq=False)
-class Evaluation(PeriodicEvaluation):
+class StudentEvaluation(PeriodicEvaluation):
     """Measures the student at step 0, every `eval_every` steps and at the end."""
 
     run: Run
     config: DistillConfig
-    setup: Setup
+    setup: DistillSetup
     trainer: GkdTrainer
 
     def measure(self, step: int) -> None:

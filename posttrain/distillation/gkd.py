@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer
 
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example

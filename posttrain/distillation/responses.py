@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.progress import Progress
+from gemma2.core.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, report_overlong, tokenise
 from gemma2.posttrain.data.rows import Conversation

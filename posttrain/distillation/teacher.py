@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import default_device, load_policy
 from gemma2.posttrain.schemas.distill import Dtype

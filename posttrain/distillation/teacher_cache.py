@@ -27,18 +27,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.outputs import digest_file, read_manifest, require_complete, write_json
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.manifest import read_manifest, require_complete
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, read_conversations, split
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillCacheConfig, DistillConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .divergence import Divergence, Head, TopkTarget, head_of
 from .responses import collate, fixed_examples, response_states

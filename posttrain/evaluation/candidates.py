@@ -19,8 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import UsageError
-from gemma2.merging.outputs import digest_weights, read_manifest
+from gemma2.core.errors import UsageError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.schemas import ParetoConfig
 
 __all__ = ["Candidate", "Weights", "assign_names", "plan_candidates", "short_names", "trajectory"]

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import digest_file, digest_weights, read_manifest
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.inputs import model_name
-from gemma2.posttrain.origin import code_of
+from gemma2.posttrain.runs.inputs import model_name
+from gemma2.posttrain.runs.provenance import code_of
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
-from .front_files import READ, Entry, read_entries, read_front
+from .front_files import READ, FrontEntry, read_entries, read_front
 
 __all__ = ["front_sources", "measured_with", "previous_flat", "take_over"]
 
@@ -44,12 +46,12 @@ def front_sources(config: ParetoConfig) -> list[Path]:
     return [path / name for path in config.fronts for name in READ]
 
 
-def take_over(config: ParetoConfig, own: Mapping[str, Any]) -> list[Entry]:
+def take_over(config: ParetoConfig, own: Mapping[str, Any]) -> list[FrontEntry]:
     """The points of `config.fronts`, each once, in their order. `own`: `measured_with` of this front.
 
     Raises InputError for a front that was measured in another way, naming what differs.
     """
-    found: dict[tuple[Any, ...], Entry] = {}
+    found: dict[tuple[Any, ...], FrontEntry] = {}
     for path in config.fronts:
         front = read_front(path, "--fronts")
         check_alike(path, front, own)

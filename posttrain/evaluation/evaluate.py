@@ -31,22 +31,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
-from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.loading import load_policy, quiet_libraries
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
 from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
-from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .intervals import confidence_interval
 
-__all__ = ["Estimate", "Measurement", "Settings", "difference", "measure", "run_eval", "sequence_kl"]
+__all__ = ["Estimate", "MeasureSettings", "Measurement", "difference", "measure", "run_eval", "sequence_kl"]
 
 # What every policy is measured by besides the scores, and what values each can have.
 BOUNDS = {"kl": (0.0, math.inf), "length": (0.0, math.inf), "truncated": (0.0, 1.0), "distinct_2": (0.0, 1.0)}
@@ -54,7 +53,7 @@ OWN_METRICS = frozenset(BOUNDS)
 
 
 @dataclass(frozen=True)
-class Settings:
+class MeasureSettings:
     """How completions are drawn: the same for every policy of a comparison."""
 
     sampling: SamplingParams
@@ -136,7 +135,7 @@ def measure(
     chat: ChatFormat,
     rows: Sequence[Prompt],
     scores: Sequence[Score],
-    settings: Settings,
+    settings: MeasureSettings,
     progress: Progress = SILENT,
     label: str = "measuring",
 ) -> Measurement:
@@ -170,7 +169,7 @@ def _pad_id(chat: ChatFormat) -> int:
 
 
 def _drawn(
-    model: Any, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: Settings
+    model: Any, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: MeasureSettings
 ) -> Sampled | None:
     """Completions of the rows with these random numbers; None where there is no row."""
     if not rows:
@@ -189,7 +188,7 @@ def _drawn(
 
 @torch.no_grad()
 def _values(
-    model: Any, reference: Any, sampled: Sampled, scores: Sequence[Score], settings: Settings
+    model: Any, reference: Any, sampled: Sampled, scores: Sequence[Score], settings: MeasureSettings
 ) -> dict[str, list[float]]:
     """One value per completion for every metric but diversity."""
     values: dict[str, list[float]] = {}
@@ -206,7 +205,7 @@ def _values(
     return values
 
 
-def _collect(parts: Sequence[Part], settings: Settings) -> Measurement:
+def _collect(parts: Sequence[Part], settings: MeasureSettings) -> Measurement:
     n = settings.sampling.n
     per_prompt: dict[str, list[float]] = {name: [] for name in parts[0][1]}
     samples: list[dict[str, Any]] = []
@@ -304,10 +303,10 @@ def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(-1).double()
 
 
-def settings_of(config: DistributionConfig) -> Settings:
+def settings_of(config: DistributionConfig) -> MeasureSettings:
     """The part of a command's configuration that decides how completions are drawn."""
     sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, n=config.n)
-    return Settings(sampling, config.batch_size, config.seed)
+    return MeasureSettings(sampling, config.batch_size, config.seed)
 
 
 def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:

@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.header import printable
-from gemma2.merging.outputs import read_manifest, write_json
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.safetensors_header import printable
 
 from .bootstrap import Answers
 from .candidates import Candidate, Weights
 
-__all__ = ["FRONT", "READ", "Entry", "answers_of", "place_of", "read_entries", "read_front", "write_front"]
+__all__ = ["FRONT", "READ", "FrontEntry", "answers_of", "place_of", "read_entries", "read_front", "write_front"]
 
 FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
@@ -40,7 +41,7 @@ LABELS = frozenset({"name", "kind", "title", "iteration", "eta", "on_front"})
 
 
 @dataclass(frozen=True)
-class Entry:
+class FrontEntry:
     """A measured point with all that belongs to it.
 
     figures     flat columns: reward, reward_se, ..., n
@@ -56,7 +57,7 @@ class Entry:
     trajectory: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
-def answers_of(entries: Sequence[Entry]) -> Answers:
+def answers_of(entries: Sequence[FrontEntry]) -> Answers:
     """KL and reward of every point on every prompt."""
     columns = {
         name: [[math.nan if value is None else value for value in entry.values[name]] for entry in entries]
@@ -77,9 +78,9 @@ def places(candidate: Candidate, out: Path) -> dict[str, str]:
     return found
 
 
-def write_front(directory: Path, front: Mapping[str, Any], entries: Sequence[Entry], names: Sequence[str]) -> None:
+def write_front(directory: Path, front: Mapping[str, Any], entries: Sequence[FrontEntry], names: Sequence[str]) -> None:
     """Every file of the output but the manifest. `names`: of the entries."""
-    from gemma2.posttrain.evaluation.reporting.figures import front_figure, write_figure
+    from gemma2.posttrain.reports.plots.figures import front_figure, write_figure
 
     write_json(directory / FRONT, front)
     _write_csv(directory / "front.csv", front["points"])
@@ -107,7 +108,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _write_values(path: Path, entries: Sequence[Entry], names: Sequence[str]) -> None:
+def _write_values(path: Path, entries: Sequence[FrontEntry], names: Sequence[str]) -> None:
     lines = [
         f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(dict(entry.values), separators=(',', ':'))}"
         for name, entry in zip(names, entries, strict=True)
@@ -172,7 +173,7 @@ def place_of(point: Mapping[str, Any], directory: Path) -> tuple[Weights, ...]:
     )
 
 
-def read_entries(directory: Path, front: Mapping[str, Any]) -> list[Entry]:
+def read_entries(directory: Path, front: Mapping[str, Any]) -> list[FrontEntry]:
     """Every measured point of a front with its values, samples and trajectory. Raises InputError without them."""
     values = _read(directory / VALUES).get("points")
     if not isinstance(values, dict):
@@ -197,7 +198,7 @@ def _entry(
     values: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     drawn: Sequence[Mapping[str, Any]],
-) -> Entry:
+) -> FrontEntry:
     own = values.get(point["name"])
     if not isinstance(own, dict) or not all(isinstance(own.get(name), list) for name in KEPT):
         raise InputError(
@@ -208,4 +209,4 @@ def _entry(
     candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], point.get("title") or "")
     placed = {f"{name}{part}" for name in PLACES[len(models)] for part in ("", "_weights")}
     figures = {key: value for key, value in point.items() if key not in LABELS | placed}
-    return Entry(candidate, figures, samples, {name: own[name] for name in KEPT}, drawn)
+    return FrontEntry(candidate, figures, samples, {name: own[name] for name in KEPT}, drawn)

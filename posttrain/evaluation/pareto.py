@@ -22,27 +22,26 @@ from typing import Any
 
 import torch
 
-from gemma2.merging.checkpoint import open_checkpoint
-from gemma2.merging.compatibility import check_same_tokenizer
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import write_json
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import write_json
+from gemma2.core.progress import SILENT, Progress
+from gemma2.merging.inputs.checkpoint import open_checkpoint
+from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.models.loading import load_policy, read_config
+from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rewards.terms import reward_parents
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, check_parents, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
 from gemma2.posttrain.schemas import ParetoConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .bootstrap import RESAMPLES, interval, resampled_areas
 from .candidates import Candidate, assign_names, plan_candidates, trajectory
 from .carried import front_sources, measured_with, previous_flat, take_over
-from .evaluate import Settings, check_same_vocabulary, measure, scores_of, settings_of
+from .evaluate import MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
-from .front_files import KEPT, Entry, answers_of, places, write_front
+from .front_files import KEPT, FrontEntry, answers_of, places, write_front
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
 
@@ -72,7 +71,7 @@ class Bench:
         self.reference, tokenizer = load_policy(config.sft)
         self.chat = ChatFormat(tokenizer, self.reference.generation_config)
         self.scores: list[Score] = scores_of(config, self.chat)
-        self.settings: Settings = settings_of(config)
+        self.settings: MeasureSettings = settings_of(config)
         self._line: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
 
     def measure(self, candidate: Candidate, name: str) -> dict[str, Any]:
@@ -125,8 +124,8 @@ def _finite(value: float) -> float | None:
 
 
 def measure_all(
-    candidates: Sequence[Candidate], known: Sequence[Entry], config: ParetoConfig, run: Run, progress: Progress
-) -> list[Entry]:
+    candidates: Sequence[Candidate], known: Sequence[FrontEntry], config: ParetoConfig, run: Run, progress: Progress
+) -> list[FrontEntry]:
     """One entry per candidate. Done ones are kept in the run's checkpoints, for a resume.
 
     A model that is measured already, here or in `known`, is not measured again.
@@ -151,12 +150,12 @@ def measure_all(
             if digest is not None:
                 done[digest] = record
             path = trajectory(candidate.models[0].path) if candidate.kind == "policy" else []
-            entries.append(Entry(candidate, record["figures"], record["samples"], record["values"], path))
+            entries.append(FrontEntry(candidate, record["figures"], record["samples"], record["values"], path))
             task.advance(1, reward=record["figures"]["reward"], kl=record["figures"]["kl"])
     return entries
 
 
-def _record(entry: Entry) -> dict[str, Any]:
+def _record(entry: FrontEntry) -> dict[str, Any]:
     return {"figures": entry.figures, "samples": entry.samples, "values": entry.values}
 
 
@@ -214,12 +213,12 @@ def check_policies(parents: Sequence[Parent]) -> None:
             raise InputError(error.what, "compare policies of one family") from error
 
 
-def in_order(entries: Sequence[Entry]) -> list[Entry]:
+def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
     """The SFT policy first, whoever measured it; the rest as they are."""
     return sorted(entries, key=lambda entry: entry.candidate.kind != "sft")
 
 
-def build_front(entries: Sequence[Entry], names: Sequence[str], out: Path, config: ParetoConfig) -> dict[str, Any]:
+def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, config: ParetoConfig) -> dict[str, Any]:
     """The content of front.json, without what it was measured with and what it gains over others."""
     named = list(zip(names, entries, strict=True))
     points = [
@@ -254,7 +253,7 @@ def reference_of(points: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def interval_of(
     name: str,
     estimate: float,
-    entries: Sequence[Entry],
+    entries: Sequence[FrontEntry],
     groups: Sequence[Sequence[int]],
     reference: tuple[float, float],
 ) -> dict[str, Any]:
@@ -271,7 +270,7 @@ def interval_of(
 
 
 def gain_of(
-    entries: Sequence[Entry], front: Mapping[str, Any], taken: Sequence[bool], config: ParetoConfig
+    entries: Sequence[FrontEntry], front: Mapping[str, Any], taken: Sequence[bool], config: ParetoConfig
 ) -> dict[str, Any]:
     """What this front's own points add to the area of those taken over, whether it is more than noise, and `flat`.
 

@@ -21,13 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.model_card import Account, code, table
+from gemma2.core.outputs.safetensors_header import printable
+from gemma2.core.outputs.staging import check_output
+from gemma2.core.progress import SILENT, Progress
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.card import Account, code, table
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.header import printable
-from gemma2.merging.outputs import check_output, digest_file, digest_weights
-from gemma2.merging.progress import SILENT, Progress
-from gemma2.posttrain.rundir import RunOptions, RunResult
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
 
 from .front import best_at

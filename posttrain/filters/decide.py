@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,10 @@ from numpy.typing import NDArray
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
-from .refusals import surplus_refusals
 from .rules import active_filters
 from .scan import STAYS, code_of
 
-__all__ = ["Decisions", "decide"]
+__all__ = ["Decisions", "decide", "surplus_refusals"]
 
 
 @dataclass
@@ -53,7 +53,7 @@ def decide(store: ChunkStore, config: FilterConfig) -> Decisions:
 
 
 def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
-    from .duplicates import exact_duplicates
+    from .criteria.duplicates import exact_duplicates
 
     alive = np.flatnonzero(decisions.codes == STAYS)
     first = exact_duplicates(digests[alive])
@@ -63,7 +63,7 @@ def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
 
 
 def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> None:
-    from .duplicates import link_bands, near_duplicates
+    from .criteria.duplicates import link_bands, near_duplicates
 
     sizes = store.column("sizes")
     compared = np.flatnonzero(sizes)  # the rows that `keys` has a line for
@@ -78,3 +78,19 @@ def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> Non
     decisions.codes[rows[dropped]] = code_of("near-duplicate")
     decisions.original[rows[dropped]] = rows[repeats[dropped]]
     decisions.similarity[rows[dropped]] = similarity[dropped]
+
+
+def surplus_refusals(
+    refuses: NDArray[np.bool_], protected: NDArray[np.bool_], share: float, seed: int
+) -> NDArray[np.intp]:
+    """Indices of the refusals that must go for refusals to be at most `share` of what stays.
+
+    With A answers and R refusals r may stay: r / (A + r) <= share, so r = floor(share A / (1 - share)). Those that go
+    are drawn with `seed`; `protected` ones stay, and count.
+    """
+    answers = int(np.count_nonzero(~refuses))
+    allowed = math.floor(share * answers / (1 - share) + 1e-9)
+    droppable = np.flatnonzero(refuses & ~protected)
+    surplus = min(len(droppable), max(int(np.count_nonzero(refuses)) - allowed, 0))
+    drawn = np.random.default_rng(seed).permutation(droppable)[:surplus]
+    return np.sort(drawn)

@@ -13,7 +13,7 @@ from threading import Thread
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
 
-from .contamination import EvaluationTexts
+from .criteria.contamination import EvaluationTexts
 from .scan import Findings, Scanner
 
 __all__ = ["scanned"]

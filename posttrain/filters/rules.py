@@ -6,18 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
-from gemma2.merging.errors import UsageError
+from gemma2.core.errors import UsageError
 from gemma2.posttrain.schemas import FilterConfig
 from gemma2.posttrain.schemas.filter import FilterName
 
-from .contamination import EvaluationTexts, contaminated
-from .identity import claim_finder
-from .language import language
-from .personal import personal
-from .sample import Sample
-from .shape import empty, length, repetition, truncated
-from .subsets import disclaimer
-from .unsafe import unsafe
+from .criteria.contamination import EvaluationTexts, contaminated
+from .criteria.form import empty, length, repetition, truncated
+from .criteria.identity import claim_finder
+from .criteria.language import language
+from .criteria.personal import personal
+from .criteria.sample import Sample
+from .criteria.subsets import disclaimer
+from .criteria.unsafe import unsafe
 
 __all__ = ["ORDER", "active_filters", "row_filters"]
 

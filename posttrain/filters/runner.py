@@ -12,16 +12,16 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.sources import count_rows, data_files, iter_rows
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
-from .contamination import EvaluationTexts, read_evaluation
+from .criteria.contamination import EvaluationTexts, read_evaluation
+from .criteria.language import check_codes
 from .decide import decide
-from .language import check_codes
 from .pool import Rows, scanned
 from .rules import active_filters
 from .scan import Scanner

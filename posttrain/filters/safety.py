@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config
 from gemma2.posttrain.schemas import FilterConfig
 
-from .sample import Sample, sample_of
+from .criteria.sample import Sample, sample_of
 from .scan import STAYS, Findings
 
 __all__ = ["SafetyModel", "unsafe_labels"]

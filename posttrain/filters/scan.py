@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
 
-from .contamination import EvaluationTexts
+from .criteria.contamination import EvaluationTexts
+from .criteria.sample import Sample, sample_of
+from .criteria.signatures import band_keys, exact_digest, plan_bands, shingles
+from .criteria.subsets import OVERRIDDEN, Subsets, is_refusal
 from .rules import ORDER, active_filters, row_filters
-from .sample import Sample, sample_of
-from .signatures import band_keys, exact_digest, plan_bands, shingles
-from .subsets import OVERRIDDEN, Subsets, is_refusal
 
 __all__ = ["BAD", "STAYS", "Findings", "Scanner", "code_of"]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from gemma2.merging.progress import Progress
+from gemma2.core.progress import Progress
 from gemma2.posttrain.data.sources import ShardWriter, iter_rows, to_line
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
+from .criteria.subsets import Subsets
 from .decide import Decisions
 from .rules import ORDER, active_filters
 from .scan import BAD, STAYS, Reasons, code_of
-from .subsets import Subsets
 
 __all__ = ["DROPPED", "summary_of", "write_rows"]
 

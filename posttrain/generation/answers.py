@@ -14,14 +14,14 @@ from dataclasses import replace
 from itertools import groupby, islice
 from typing import Literal
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import Progress, Task
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.data.rows import located
-from gemma2.posttrain.generation.engines.base import Key
+from gemma2.posttrain.runs.generation_budget import PromptSource
 
-from .budget import Source
-from .dialogues import Dialogue, Plan
+from .dialogues import Dialogue, DialoguePlan
 from .engines import Completion, Engine, Request
+from .engines.base import Key
 from .journal import Journal
 
 __all__ = ["Answering"]
@@ -35,7 +35,9 @@ class Answering:
     Without `keep_ids` the journal holds no token ids; they are there for reward models that read them.
     """
 
-    def __init__(self, source: Source, plan: Plan, journal: Journal, chunk: int, keep_ids: bool = False) -> None:
+    def __init__(
+        self, source: PromptSource, plan: DialoguePlan, journal: Journal, chunk: int, keep_ids: bool = False
+    ) -> None:
         self.source = source
         self.plan = plan
         self.journal = journal

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.rows import Message, Prompt
-from gemma2.posttrain.generation.engines.base import Completion, Key
 
-__all__ = ["Dialogue", "Plan"]
+from .engines.base import Completion, Key
+
+__all__ = ["Dialogue", "DialoguePlan"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class DialoguePlan:
     """What is asked of every prompt: `n` conversations of `turns` model turns."""
 
     n: int
@@ -41,7 +42,7 @@ class Plan:
 class Dialogue:
     """One sample of one prompt: `drawn` alternates between model and user turns, the model's first."""
 
-    plan: Plan
+    plan: DialoguePlan
     prompt: Prompt
     row: int
     sample: int

@@ -26,21 +26,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import GuardStop
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import ShardWriter, data_files
-from gemma2.posttrain.inputs import model_name
-from gemma2.posttrain.models.loading import load_tokenizer
+from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
 from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.rewards.terms import reward_parents, reward_score
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.generation_budget import source_of
+from gemma2.posttrain.runs.inputs import model_name
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .answers import Answering
-from .budget import source_of
-from .dialogues import Dialogue, Plan
+from .dialogues import Dialogue, DialoguePlan
 from .engines import load_engine
 from .journal import Journal
 from .scoring import Scored, scored
@@ -58,7 +57,7 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
     quiet_libraries()
     for name in config.reward_fn:
         load_function(name, "--reward-fn")  # a misspelt name shows before anything is drawn
-    plan = Plan(config.n, config.seed, config.turns, config.user_instruction)
+    plan = DialoguePlan(config.n, config.seed, config.turns, config.user_instruction)
     parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
     parents += reward_parents(config)
     with open_run("generate", config, options, parents=parents, data=data_files(config.prompts)) as run:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.rewards.functions import Sampled, Score
 

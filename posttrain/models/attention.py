@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 
 __all__ = [
     "Masks",

@@ -30,17 +30,16 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import check_output
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.safetensors_header import parameter_count
+from gemma2.core.outputs.staging import check_output
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.planner import parameter_count
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ConvertConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .gguf import read_header
-from .loading import load_policy, load_reward_model, read_config, save_model
+from .loading import load_policy, load_reward_model, quiet_libraries, read_config, save_model
 
 __all__ = ["find_gguf", "gemma2_settings", "plan_convert", "run_convert"]
 

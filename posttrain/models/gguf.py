@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 
 __all__ = ["GgufHeader", "read_header"]
 

@@ -7,11 +7,13 @@ Attention is eager by default: `sdpa` has no soft cap and Gemma 2 refuses it (Ge
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,9 +23,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.header import read_header
-from gemma2.merging.outputs import weight_files
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.safetensors_header import read_header, weight_files
 
 __all__ = [
     "check_attention",
@@ -33,6 +34,7 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "open_to_readers",
+    "quiet_libraries",
     "save_model",
 ]
 
@@ -185,3 +187,14 @@ def open_to_readers(directory: Path) -> None:
     os.umask(umask)
     for file in directory.glob("*.safetensors"):
         file.chmod(0o666 & ~umask)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the terminal: progress and warnings are ours to show."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("trl", "accelerate", "datasets", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+
+    datasets.disable_progress_bars()

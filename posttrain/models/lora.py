@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gemma2.merging.errors import UsageError
-from gemma2.posttrain.config import closest
+from gemma2.core.errors import UsageError
 from gemma2.posttrain.schemas import LoraFields
+from gemma2.posttrain.schemas.config import closest
 
 from .loading import open_to_readers
 

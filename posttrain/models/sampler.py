@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks, taking_masks
 from .decoder import Gemma2Decoder

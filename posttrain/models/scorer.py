@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 
 from .attention import causal_masks
 from .causal_attention import blockwise, can_be_blockwise

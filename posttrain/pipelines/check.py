@@ -15,21 +15,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.locate import is_hub_id
-from gemma2.merging.outputs import read_manifest
-from gemma2.posttrain.config import Config
-from gemma2.posttrain.inputs import check_inputs, located
-from gemma2.posttrain.planner import Promise, Sources, Work, estimate, matmul_rate
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.hub import is_hub_id
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
+from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage
-from .currency import Currency, currency_of, output_hash
-from .promises import check_kinds, promised_by
+from .expected_outputs import check_kinds, promised_by
+from .freshness import Currency, currency_of, output_hash
 from .references import filled
 from .state import read_state
 
-__all__ = ["Checked", "Plan", "check_pipeline"]
+__all__ = ["Checked", "PipelinePlan", "check_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """The whole pipeline as it stands, in the order of its needs."""
 
     stages: Mapping[str, Checked]
@@ -91,7 +91,7 @@ def _row(one: Checked, rate: float) -> dict[str, Any]:
 
 def check_pipeline(
     pipeline: Pipeline, within: frozenset[str] | None = None, force: frozenset[str] = frozenset()
-) -> Plan:
+) -> PipelinePlan:
     """Check every stage and say what a run would do.
 
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
@@ -120,7 +120,7 @@ def check_pipeline(
         if within is not None and stage.name in within:
             _check_taken(stage, found, within | dropped)
         found[stage.name] = _stand(stage, config, found, estimate(config, sources), within, force)
-    plan = Plan(found, _free(pipeline.root))
+    plan = PipelinePlan(found, _free(pipeline.root))
     if plan.disk > plan.disk_free:
         raise InputError(
             f"{pipeline.root} needs about {plan.disk / 2**30:.1f} GiB and {plan.disk_free / 2**30:.1f} GiB are free",

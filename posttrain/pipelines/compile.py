@@ -16,14 +16,14 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma2.merging.errors import UsageError
-from gemma2.posttrain.commands import COMMANDS, Command
-from gemma2.posttrain.config import Config, apply_sets, closest, load_yaml, validated
+from gemma2.core.errors import UsageError
+from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
+from gemma2.posttrain.schemas.config import Config, apply_sets, closest, load_yaml, validated
 from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
 
-from .algorithm import warp_stages
 from .references import lookup, parse_condition, references, replaced, texts
+from .warp_stages import warp_stages
 
 __all__ = ["Pipeline", "Stage", "compile_pipeline", "read_pipeline"]
 

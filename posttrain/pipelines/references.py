@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gemma2.merging.errors import UsageError
-from gemma2.merging.yaml_files import closest, parse_value
+from gemma2.core.errors import UsageError
+from gemma2.core.yaml_files import closest, parse_value
 
 __all__ = ["NULL", "condition_holds", "filled", "lookup", "parse_condition", "references", "replaced", "texts"]
 

@@ -16,18 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import OutputError
-from gemma2.merging.outputs import MANIFEST, check_output, locked, now, read_manifest, versions, write_json
-from gemma2.merging.progress import SILENT, Progress
-from gemma2.posttrain.config import to_yaml
+from gemma2.core.errors import OutputError
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.manifest import MANIFEST, now, read_manifest, versions
+from gemma2.core.outputs.staging import check_output, locked
+from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.schemas.config import to_yaml
 
-from .check import Checked, Plan, check_pipeline
+from .check import Checked, PipelinePlan, check_pipeline
 from .compile import Pipeline, Stage
-from .local import LocalExecutor
-from .schedule import Choice, Executor, Observer, Scheduler
+from .executors.processes import LocalExecutor
+from .scheduler import Choice, Executor, Observer, Scheduler
 from .state import STATE_FILE, is_running, read_state
 
-__all__ = ["FILE", "RunResult", "Watcher", "check_executor", "executor_of", "run_pipeline", "run_stages", "status_rows"]
+__all__ = [
+    "FILE",
+    "PipelineResult",
+    "Watcher",
+    "check_executor",
+    "executor_of",
+    "run_pipeline",
+    "run_stages",
+    "status_rows",
+]
 
 FILE = "pipeline.yaml"
 
@@ -43,7 +54,7 @@ class Watcher:
 
 
 @dataclass(frozen=True)
-class RunResult:
+class PipelineResult:
     """What a run did: stage -> complete, not needed, failed or blocked; and which of them it ran."""
 
     status: Mapping[str, str]
@@ -53,7 +64,7 @@ class RunResult:
 def executor_of(name: str, jobs: int, ray_address: str | None = None) -> Executor:
     """The executor of this name."""
     if name == "ray":
-        from .cluster import RayExecutor
+        from .executors.cluster import RayExecutor
 
         return RayExecutor(jobs, ray_address)
     return LocalExecutor(jobs)
@@ -66,7 +77,7 @@ def run_pipeline(
     choice: Choice | None = None,
     observer: Observer | None = None,
     progress: Progress = SILENT,
-) -> RunResult:
+) -> PipelineResult:
     """Check the pipeline, run what is missing or changed, and record it.
 
     Raises UsageError or InputError before anything runs, StageFailed for a stage that failed, OutputError for a folder
@@ -81,7 +92,7 @@ def run_pipeline(
         started = now()
         recorded = read_manifest(root)
         if not plan.to_run and recorded is not None and recorded.get("config") == recorded_file(pipeline):
-            return RunResult(dict.fromkeys(pipeline.stages, "complete"), ())
+            return PipelineResult(dict.fromkeys(pipeline.stages, "complete"), ())
         root.mkdir(exist_ok=True)
         (root / MANIFEST).unlink(missing_ok=True)  # what it says is about to change
         _write_file(pipeline)
@@ -93,13 +104,13 @@ def run_pipeline(
 
 def run_stages(
     pipeline: Pipeline,
-    plan: Plan,
+    plan: PipelinePlan,
     executor: Executor,
     *,
     choice: Choice | None = None,
     observer: Observer | None = None,
     progress: Progress = SILENT,
-) -> RunResult:
+) -> PipelineResult:
     """Run what is missing or changed in a folder that the caller holds; `plan` is what its check gave."""
     check_executor(pipeline, executor)
     commands = tuple(dict.fromkeys(one.stage.command for one in plan.to_run))
@@ -110,7 +121,7 @@ def run_stages(
         executor.close()
     chosen = scheduler.choice.within
     status = {name: one for name, one in scheduler.status.items() if chosen is None or name in chosen}
-    return RunResult(status, tuple(scheduler.outcomes))
+    return PipelineResult(status, tuple(scheduler.outcomes))
 
 
 def check_executor(pipeline: Pipeline, executor: Executor) -> None:
@@ -166,7 +177,7 @@ def _manifest(pipeline: Pipeline, started: str) -> dict[str, Any]:
 WORDS = {"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"}
 
 
-def status_rows(pipeline: Pipeline, plan: Plan) -> list[dict[str, Any]]:
+def status_rows(pipeline: Pipeline, plan: PipelinePlan) -> list[dict[str, Any]]:
     """Where every stage stands: what is on disk, and what the last run said of it."""
     state = (read_state(pipeline.root) or {}).get("stages", {})
     alive = is_running(pipeline.root)

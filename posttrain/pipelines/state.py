@@ -17,8 +17,9 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import SCHEMA_VERSION, write_json
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.manifest import SCHEMA_VERSION
 
 from .compile import Pipeline
 

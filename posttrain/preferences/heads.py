@@ -15,9 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import digest_weights, read_manifest, weight_files
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.progress import Progress
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 
 __all__ = ["HEAD", "starting_model"]

@@ -23,8 +23,8 @@ from itertools import groupby, permutations
 from pathlib import Path
 from string import Formatter
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.rows import Message
 from gemma2.posttrain.generation.answers import Answering

@@ -21,23 +21,23 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import InputError
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.sources import data_files, to_line
 from gemma2.posttrain.generation.answers import Answering
-from gemma2.posttrain.generation.budget import Source
-from gemma2.posttrain.generation.dialogues import Dialogue, Plan
+from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.generation.scoring import Scored, scored
-from gemma2.posttrain.inputs import check_judge
+from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.functions import Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.generation_budget import PromptSource
+from gemma2.posttrain.runs.inputs import check_judge
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 from .judge import Judge, judge_engine, judged, read_template
 
@@ -61,7 +61,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         journal = stack.enter_context(Journal(run.checkpoints / "answers.jsonl"))
         params = SamplingParams(config.max_new_tokens, config.temperature)
         with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
-            source, plan = Source(config.prompts, config.limit), Plan(config.n, config.seed)
+            source, plan = PromptSource(config.prompts, config.limit), DialoguePlan(config.n, config.seed)
             answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
             prompts = answering.check(engine, progress)
             answering.run(engine, prompts, progress)

@@ -16,20 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma2.merging.errors import GuardStop
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.models.loading import save_model
+from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ProbeConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
-from .examples import PairIds, tokenise_split
 from .heads import HEAD, starting_model
+from .pair_examples import PairIds, tokenise_split
 from .train import measure_rewards
 
 __all__ = ["fit_head", "last_states", "run_probe"]

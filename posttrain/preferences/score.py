@@ -21,17 +21,17 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.progress import SILENT, Progress, Task
+from gemma2.core.errors import InputError
+from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
 from gemma2.posttrain.data.sources import Row, ShardWriter, data_files, iter_rows
 from gemma2.posttrain.generation.journal import Journal
+from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardScoreConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
 
 __all__ = ["run_score", "score_rows"]
 
@@ -42,7 +42,7 @@ Scores = list[float | None]  # of one row: one, or two of a pair
 
 
 @dataclass(frozen=True)
-class Scored:
+class RowToScore:
     """What one row is scored on: a column and a conversation for each score."""
 
     row: Row
@@ -96,7 +96,7 @@ def score_rows(model: RewardModel, rows: Sequence[list[int]], batch_size: int, b
     return rewards
 
 
-def _rows(config: RewardScoreConfig) -> Iterator[Scored]:
+def _rows(config: RewardScoreConfig) -> Iterator[RowToScore]:
     name = config.column
     for row in iter_rows(config.data, config.limit):
         if "chosen" in row.columns or "rejected" in row.columns:
@@ -105,12 +105,12 @@ def _rows(config: RewardScoreConfig) -> Iterator[Scored]:
                 ([*pair.prompt, *pair.chosen], pair.chosen_truncated),
                 ([*pair.prompt, *pair.rejected], pair.rejected_truncated),
             ]
-            yield Scored(row, [f"chosen_{name}", f"rejected_{name}"], sides)
+            yield RowToScore(row, [f"chosen_{name}", f"rejected_{name}"], sides)
         else:
             conversation = conversation_of(row)
             if conversation.messages[-1]["role"] not in ("assistant", "model"):
                 raise InputError(f"{row.where}: the last message is not the model's", "give the answer to be scored")
-            yield Scored(row, [name], [(conversation.messages, conversation.truncated)])
+            yield RowToScore(row, [name], [(conversation.messages, conversation.truncated)])
 
 
 def _fill(config: RewardScoreConfig, journal: Journal, bar: Task) -> None:
@@ -127,7 +127,7 @@ def _fill(config: RewardScoreConfig, journal: Journal, bar: Task) -> None:
 
 
 def _score(
-    chunk: list[Scored], model: RewardModel, chat: ChatFormat, longest: int | None, batch_size: int
+    chunk: list[RowToScore], model: RewardModel, chat: ChatFormat, longest: int | None, batch_size: int
 ) -> list[Scores]:
     ids: list[list[int]] = []
     for scored in chunk:

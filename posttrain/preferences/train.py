@@ -15,24 +15,24 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma2.merging.errors import GuardStop, UsageError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.models.loading import save_model
+from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.sft.sft import accumulation_steps
 from gemma2.posttrain.training.heldout import HeldOut
-from gemma2.posttrain.training.sft import accumulation_steps
-from gemma2.posttrain.training.trainer import RunCallback, quiet_libraries, train
+from gemma2.posttrain.training.trainer import RunCallback, train
 
-from .examples import PairIds, tokenise_split
 from .heads import is_classifier, starting_model
-from .metrics import preference_metrics
-from .trainer import make_trainer
+from .pair_examples import PairIds, tokenise_split
+from .ranking_metrics import preference_metrics
+from .reward_trainer import make_trainer
 
 __all__ = ["measure", "measure_rewards", "run_reward"]
 

@@ -28,10 +28,10 @@ from itertools import chain, count
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import GuardStop, InputError
+from gemma2.core.errors import GuardStop, InputError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.inputs import check_reward_terms, model_name
-from gemma2.posttrain.rundir import Parent
+from gemma2.posttrain.runs.inputs import check_reward_terms, model_name
+from gemma2.posttrain.runs.run_directory import Parent
 from gemma2.posttrain.schemas import RewardFields
 
 from .functions import Sampled, Score, function_score

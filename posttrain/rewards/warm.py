@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from gemma2.merging.checkpoint import open_checkpoint
-from gemma2.merging.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
+from gemma2.merging.inputs.checkpoint import open_checkpoint
+from gemma2.merging.inputs.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
 from gemma2.posttrain.models.loading import default_device, load_reward_model
 
 from .model import RewardModel

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.models.lora import adapted_weights, merged_copy, with_weights
 
 __all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]

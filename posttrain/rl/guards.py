@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gemma2.merging.errors import GuardStop
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import GuardStop
+from gemma2.core.progress import Progress
 
 __all__ = ["Guards"]
 

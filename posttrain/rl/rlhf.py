@@ -23,31 +23,30 @@ import transformers
 from transformers import TrainingArguments
 from trl import RLOOConfig
 
-from gemma2.merging.errors import UsageError
-from gemma2.merging.progress import SILENT, Progress
+from gemma2.core.errors import UsageError
+from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import Ranks, join
 from gemma2.posttrain.data.rows import Prompt, read_prompts, split
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.evaluation.evaluate import Settings, measure
-from gemma2.posttrain.models.loading import default_device, save_model
+from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
+from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.ranks import Ranks, join
 from gemma2.posttrain.rewards.terms import reward_parents
-from gemma2.posttrain.rundir import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
     RunCallback,
     configured,
     evaluations,
-    quiet_libraries,
     train,
     trainer_arguments,
 )
 
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
-from .setup import Setup, make_anchor, prepare
+from .setup import RlSetup, make_anchor, prepare
 from .vllm import VllmSampler, check_usable
 
 __all__ = ["run_rlhf"]
@@ -90,7 +89,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(callback)
         if config.anchor == "ema":
             trainer.follow(make_anchor(config, setup), config.mu)
-        evaluation = Evaluation(run, config, setup, heldout, guards, trainer)
+        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer)
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback)
@@ -174,12 +173,12 @@ def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> dict[
 
 
 @dataclass(eq=False)
-class Evaluation(PeriodicEvaluation):
+class PolicyEvaluation(PeriodicEvaluation):
     """Measures the policy on the held-out prompts at step 0, every `eval_every` steps and at the end."""
 
     run: Run
     config: RlhfConfig
-    setup: Setup
+    setup: RlSetup
     rows: Sequence[Prompt]
     guards: Guards
     trainer: AnchoredRlooTrainer
@@ -188,7 +187,7 @@ class Evaluation(PeriodicEvaluation):
         """Log one point of the trajectory and let the guards judge it."""
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
-        settings = Settings(params, rollout.batch_size, config.seed, keep=4, ranks=self.run.ranks)
+        settings = MeasureSettings(params, rollout.batch_size, config.seed, keep=4, ranks=self.run.ranks)
         with self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         found = measured.columns()
@@ -206,7 +205,7 @@ class Evaluation(PeriodicEvaluation):
         return {name: last.get(name) for name in ("reward", "reward_se", "kl", "kl_se", "length", "truncated")}
 
 
-def save(trainer: AnchoredRlooTrainer, setup: Setup, config: RlhfConfig, run: Run) -> None:
+def save(trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: Run) -> None:
     """The policy as the result, or its adapter alone, and the anchor as a model directory of its own under `ema/`."""
     chat, policy = setup.rollout.chat, setup.rollout.policy
     if config.lora_output == "adapter":
@@ -217,7 +216,7 @@ def save(trainer: AnchoredRlooTrainer, setup: Setup, config: RlhfConfig, run: Ru
         save_plain(trainer.anchor.plain(), setup, run.path / "ema")
 
 
-def save_plain(model: Any, setup: Setup, directory: Path) -> None:
+def save_plain(model: Any, setup: RlSetup, directory: Path) -> None:
     """A model directory that ends its turns where the policy does."""
     model.generation_config.eos_token_id = setup.rollout.chat.stop_ids
     save_model(model, setup.rollout.chat.tokenizer, directory)

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import _ForwardRedirection
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 
 from .ema import EmaAnchor
 from .guards import Guards

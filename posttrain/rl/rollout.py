@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.merging.errors import GuardStop, InputError
+from gemma2.core.errors import GuardStop, InputError
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_numbers, sample
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
 
-from .metrics import Scored, batch_metrics, joined
+from .step_metrics import ScoredCompletions, batch_metrics, joined
 from .vllm import VllmSampler
 
 __all__ = ["Batch", "Rollout", "anchored_rewards", "leave_one_out", "padded"]
@@ -92,7 +92,7 @@ class Rollout:
         log_ratios = self.log_ratios(pairs, drawn)
         objective = anchored_rewards(rewards, log_ratios, self.config.beta)
         batch = padded(pairs, drawn.ids, leave_one_out(objective, self.config.n))
-        own = Scored(drawn.ids, drawn.truncated, rewards, log_ratios, columns)
+        own = ScoredCompletions(drawn.ids, drawn.truncated, rewards, log_ratios, columns)
         scored = joined(self.ranks.gather(own))
         if not scored.rewards.isfinite().all():
             raise GuardStop("the reward is NaN or infinite, nothing was updated", "check the reward model")

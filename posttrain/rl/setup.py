@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import check_targets, sharing_copy
-from gemma2.posttrain.ranks import Ranks
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
 
 from .ema import EmaAnchor, FactorAnchor, LoraAnchor
 from .rollout import Rollout
 
-__all__ = ["Setup", "make_anchor", "prepare"]
+__all__ = ["RlSetup", "make_anchor", "prepare"]
 
 
 @dataclass(frozen=True)
-class Setup:
+class RlSetup:
     """What a run starts with.
 
     reference: the SFT policy that the measured KL refers to. base: the policy's weights as they were, shared with it
@@ -42,7 +42,7 @@ class Setup:
     starts_at_anchor: bool
 
 
-def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks) -> Setup:
+def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks) -> RlSetup:
     """Load policy, SFT policy and reward. An EMA anchor comes later, when the policy has its adapters.
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
@@ -63,10 +63,10 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
     anchor = reference if config.anchor == "sft" else None
     rollout = Rollout(policy, anchor, chat, score, config, prompts, generator, micro, ranks)
     starts_at_anchor = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
-    return Setup(rollout, reference, base, starts_at_sft, starts_at_anchor)
+    return RlSetup(rollout, reference, base, starts_at_sft, starts_at_anchor)
 
 
-def make_anchor(config: RlhfConfig, setup: Setup) -> EmaAnchor:
+def make_anchor(config: RlhfConfig, setup: RlSetup) -> EmaAnchor:
     """The EMA anchor of a policy that has its adapters, or needs none."""
     policy = setup.rollout.policy
     if setup.base is None:

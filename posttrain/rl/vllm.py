@@ -36,12 +36,12 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
-from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.ranks import ALONE, Ranks
 from gemma2.posttrain.schemas import RlFields, VllmFields
 
 __all__ = ["VllmSampler"]

@@ -9,11 +9,12 @@ from .evaluate import DistributionConfig, EvalConfig, ParetoConfig, PickConfig
 from .fields import LoraFields, SamplingFields, TrainingFields
 from .filter import FilterConfig
 from .generate import GenerateConfig
+from .merge import MergeConfig
 from .pipeline import PipelineFile, Resources, StageFile
 from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
 from .rlhf import RewardFields, RlFields, RlhfConfig, VllmFields
 from .sft import SftConfig
-from .tools import ConvertConfig, MergeConfig, TinyConfig
+from .tools import ConvertConfig, TinyConfig
 from .warp import WarpConfig
 
 __all__ = [

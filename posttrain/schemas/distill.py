@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gemma2.posttrain.config import Config
-
+from .config import Config
 from .fields import Data, LoraFields, Model, Seed, TrainingFields
 
 Dtype = Literal["auto", "float32", "bfloat16"]

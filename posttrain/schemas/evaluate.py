@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gemma2.posttrain.config import Config
-
+from .config import Config
 from .fields import Data, Model, SamplingFields, Seed
 from .rlhf import RewardFields
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from gemma2.posttrain.config import Config
+from .config import Config
 
 Model = Annotated[Path, Field(description="model directory or hub id")]
 Data = Annotated[Path, Field(description="JSONL, parquet or text file, directory of them, output, or hub data set")]

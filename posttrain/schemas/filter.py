@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from gemma2.posttrain.config import Config
-
+from .config import Config
 from .fields import Data, Seed
 
 # The order is the order in which a row meets them: the first that refuses it is its reason.

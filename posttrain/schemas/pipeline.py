@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from gemma2.posttrain.config import Config
+from .config import Config
 
 __all__ = ["PipelineFile", "Resources", "StageFile"]
 

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from gemma2.posttrain.config import Config
-
+from .config import Config
 from .fields import Data, LoraFields, Model, SamplingFields, Seed, TrainingFields, check_address
 from .generate import check_key_variable
 

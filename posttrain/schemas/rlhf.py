@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gemma2.posttrain.config import Config
-
+from .config import Config
 from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields, check_address
 
 

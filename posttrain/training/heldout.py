@@ -26,15 +26,15 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from gemma2.merging.errors import GuardStop, InputError
-from gemma2.merging.outputs import write_json
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import GuardStop, InputError
+from gemma2.core.json_files import write_json
+from gemma2.core.progress import Progress
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.sampler import evaluating, length_batches
 from gemma2.posttrain.models.scorer import head_logps, hidden_states
-from gemma2.posttrain.rundir import Run
+from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
 
 __all__ = ["HeldOut", "heldout_loss"]

@@ -26,8 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma2.merging.errors import UsageError
-from gemma2.posttrain.rundir import Run
+from gemma2.core.errors import UsageError
+from gemma2.posttrain.runs.run_directory import Run
 
 __all__ = ["check_tracking", "tracked"]
 

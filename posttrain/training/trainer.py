@@ -7,7 +7,6 @@ Trainer checkpoints carry no mark of completeness and would be picked up half-wr
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import warnings
@@ -18,15 +17,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2.merging.errors import GuardStop, UsageError
-from gemma2.merging.outputs import digest_file, write_json
-from gemma2.merging.progress import Progress, Task
-from gemma2.posttrain.config import closest
-from gemma2.posttrain.rundir import Run
+from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.progress import Progress, Task
+from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import TrainingFields
+from gemma2.posttrain.schemas.config import closest
 
 from .tracking import check_tracking, tracked
 
@@ -37,7 +36,6 @@ __all__ = [
     "evaluations",
     "latest_checkpoint",
     "mark_complete",
-    "quiet_libraries",
     "train",
     "trainer_arguments",
 ]
@@ -55,17 +53,6 @@ C = TypeVar("C")
 
 # Wall-clock figures differ between a resumed run and an uninterrupted one; the manifest has start and end.
 DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the terminal: progress and warnings are ours to show."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("trl", "accelerate", "datasets", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-
-    datasets.disable_progress_bars()
 
 
 def trainer_arguments(

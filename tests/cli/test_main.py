@@ -9,7 +9,7 @@ import pytest
 from processes import MAIN, finish, gemma2, start
 
 from gemma2.cli import app, main
-from gemma2.merging.errors import GuardStop, InputError, OutputError, UsageError
+from gemma2.core.errors import GuardStop, InputError, OutputError, UsageError
 
 
 @pytest.fixture
@@ -88,16 +88,16 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line_with_what_is_near(caps
 # A stage that works until it is told to stop, in place of the real one, which takes seconds to import.
 WORKING = """
 import sys, time, types
-from gemma2.posttrain.rundir import open_run
+from gemma2.posttrain.runs.run_directory import open_run
 def run_sft(config, options, progress):
     with open_run("sft", config, options) as run:
         if sys.argv[-1].endswith("keep"):
             (run.checkpoints / "checkpoint-1").mkdir(parents=True)
         print("ready", flush=True)
         BODY
-from gemma2.posttrain import inputs
+from gemma2.posttrain.runs import inputs
 inputs.check_inputs = lambda config: None
-sys.modules["gemma2.posttrain.training.sft"] = types.SimpleNamespace(run_sft=run_sft)
+sys.modules["gemma2.posttrain.sft.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
 SLEEP = "time.sleep(60)"
 # Libraries turn an exception of any kind into an ImportError.

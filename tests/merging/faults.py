@@ -14,8 +14,9 @@ import numpy as np
 from blake3 import blake3
 from model_files import added, entries, random_arrays, safetensors_bytes, write_model
 
-from gemma2.merging import MergeRequest, merge, outputs
-from gemma2.merging.errors import Gemma2Error
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs import digests, manifest, staging
+from gemma2.merging import MergeRequest, merge
 
 NO_SPACE, BROKEN = errno.ENOSPC, errno.EIO
 HALVES = ("pwrite", "preadv", "sendfile")  # calls that move bytes, and may move fewer than they were asked to
@@ -73,7 +74,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 def weights(directory: Path) -> dict[str, bytes]:
     """All files of an output but its manifest, which holds the time."""
-    return {name: data for name, data in snapshot(directory).items() if name != outputs.MANIFEST}
+    return {name: data for name, data in snapshot(directory).items() if name != manifest.MANIFEST}
 
 
 def temporaries(root: Path) -> list[str]:
@@ -83,10 +84,10 @@ def temporaries(root: Path) -> list[str]:
 
 def complete(directory: Path) -> bool:
     """Whether every file is as the manifest says, and none is missing or there besides."""
-    manifest = json.loads((directory / outputs.MANIFEST).read_text())
+    found_manifest = json.loads((directory / manifest.MANIFEST).read_text())
     files = weights(directory)
     found = {name: {"size": len(data), "digest": f"blake3:{blake3(data).hexdigest()}"} for name, data in files.items()}
-    return manifest["status"] == "complete" and manifest["files"] == found
+    return found_manifest["status"] == "complete" and found_manifest["files"] == found
 
 
 class Faults:
@@ -109,7 +110,7 @@ class Faults:
         opened = self._opened(io.open)
         monkeypatch.setattr(io, "open", opened)
         monkeypatch.setattr(builtins, "open", opened)
-        monkeypatch.setattr(outputs, "exchange", self._failing("exchange", outputs.exchange))
+        monkeypatch.setattr(staging, "exchange", self._failing("exchange", staging.exchange))
 
     def arm(self, number: int | None, code: int | None) -> None:
         """Let call `number` fail with an errno; without one it does half of what it was asked for."""
@@ -259,11 +260,11 @@ def write_varied_models(root: Path) -> Path:
     arrays = {name: generator.standard_normal(shape) for name, shape in pair.items()}
     (root / "lora/adapter_model.safetensors").write_bytes(safetensors_bytes(entries(arrays, "F32")))
     (root / "lora/adapter_config.json").write_text(json.dumps(LORA))
-    init = outputs.digest_weights(root / "base")
+    init = digests.digest_weights(root / "base")
     for name in ("rl-1", "rl-2"):
         (root / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
         parent = {"role": "policy", "path": "../base", "weights": init}
-        outputs.write_manifest(root / name, {"status": "complete", "parents": [parent]})
+        manifest.write_manifest(root / name, {"status": "complete", "parents": [parent]})
     (root / "rl-2" / "tokenizer.json").write_text(json.dumps(TOKENIZER, indent=1))  # equal in another spelling
     return root
 

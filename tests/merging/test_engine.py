@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_files import added, from_bytes, random_arrays, read_model, read_raw, stored, write_model
 
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.outputs import read_manifest
 
 ULPS = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}  # largest relative rounding error of one store
 
@@ -290,7 +290,7 @@ def test_tokenizer_and_generation_config_of_the_first_model_come_along_and_nothi
 
 
 def test_a_large_output_is_written_in_shards_with_an_index(triple, monkeypatch):
-    monkeypatch.setattr("gemma2.merging.writer.MAX_SHARD_BYTES", 600)
+    monkeypatch.setattr("gemma2.merging.streaming.writer.MAX_SHARD_BYTES", 600)
     merge(slerp_request(triple), out=triple / "sharded")
     monkeypatch.undo()
     merge(slerp_request(triple), out=triple / "whole")

@@ -31,14 +31,17 @@ from faults import (
 )
 from processes import finish, start
 
-from gemma2.merging import checkpoint, engine, merge, outputs, stream, verify, writer
-from gemma2.merging.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.outputs import manifest, staging
+from gemma2.merging import engine, merge
+from gemma2.merging.inputs import checkpoint
+from gemma2.merging.streaming import dense_stream, verify, writer
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "versions", dict)  # reading them from the installed packages takes most of a tiny merge
-    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    monkeypatch.setattr(manifest, "metadata_version", lambda: "test")
     return write_models(tmp_path)
 
 
@@ -121,7 +124,9 @@ def test_a_write_that_ends_short_and_then_fails(root, monkeypatch, request, meth
 @pytest.mark.parametrize("method", ["slerp", "linear", "ties"])
 def test_a_write_that_the_disk_refuses(root, monkeypatch, method):
     def broken(arguments):
-        return exchanged_descriptor(found(stream.Output, arguments).writers[0].places["model.norm.weight"].descriptor)
+        return exchanged_descriptor(
+            found(dense_stream.Output, arguments).writers[0].places["model.norm.weight"].descriptor
+        )
 
     around_the_stream(monkeypatch, broken)
     fails(root, OutputError, "writing the output failed (Input/output error)", method)
@@ -141,13 +146,13 @@ def test_a_read_that_the_disk_refuses(root, monkeypatch, method):
 @pytest.mark.parametrize("method", ["slerp", "linear"])
 def test_a_write_that_fails_only_in_the_compiled_pass_is_not_taken_for_done(root, monkeypatch, method):
     """What the repeated write in Python tells is then that it worked: the merge is refused all the same."""
-    begin = stream.Stream._blend
+    begin = dense_stream.Stream._blend
 
     def blend(self, group, job, *arguments):
         with exchanged_descriptor(int(self.output.targets(job.name)[0, 0])):
             return begin(self, group, job, *arguments)
 
-    monkeypatch.setattr(stream.Stream, "_blend", blend)
+    monkeypatch.setattr(dense_stream.Stream, "_blend", blend)
     fails(root, OutputError, "failed once; check the disk, and merge again", method)
 
 
@@ -292,9 +297,9 @@ def interrupted_at(number, run):
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the_whole_result(root, force):
     def run():
-        with outputs.staged_output(root / "out", force) as directory:
+        with staging.staged_output(root / "out", force) as directory:
             (directory / "model.safetensors").write_text("new")
-            outputs.write_manifest(directory, {"status": "complete"})
+            manifest.write_manifest(directory, {"status": "complete"})
 
     if force:
         run()
@@ -326,7 +331,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from gemma2.cli import main
-from gemma2.merging import engine, outputs
+from gemma2.core.outputs import digests, hashing, manifest, staging
+from gemma2.merging import engine
 
 def stop(*arguments, **options):
     sys.stdout.write("here\\n")
@@ -334,7 +340,7 @@ def stop(*arguments, **options):
     time.sleep(60)
 
 place = {"before the weights": (engine, "_groups"), "before the manifest": (engine, "write_manifest"),
-         "before the rename": (outputs, "publish")}[sys.argv[3]]
+         "before the rename": (staging, "publish")}[sys.argv[3]]
 setattr(*place, stop)
 sys.argv[1:] = sys.argv[4:]
 main.main()
@@ -379,4 +385,4 @@ def test_a_process_that_is_ended_in_the_middle(root, number, code, where):
 
 def is_weight(name):
     """Of the output, and not its manifest, which holds the time."""
-    return name.startswith("out/") and not name.endswith(outputs.MANIFEST)
+    return name.startswith("out/") and not name.endswith(manifest.MANIFEST)

@@ -21,8 +21,9 @@ import pytest
 from faults import PEFT, no_hang, snapshot, temporaries, write_varied_models
 from model_files import read_model, read_raw
 
-from gemma2.merging import MergeRequest, engine, merge, outputs
-from gemma2.merging.errors import Gemma2Error
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs import manifest
+from gemma2.merging import MergeRequest, engine, merge
 
 # Values that stand where others are expected.
 ODD = (
@@ -36,7 +37,7 @@ ODD = (
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "versions", dict)
-    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    monkeypatch.setattr(manifest, "metadata_version", lambda: "test")
     return write_varied_models(tmp_path)
 
 

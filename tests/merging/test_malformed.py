@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from faults import TOKENIZER, no_hang, snapshot, weights, write_varied_models
 
-from gemma2.merging import MergeRequest, engine, merge, outputs
-from gemma2.merging.errors import Gemma2Error
-from gemma2.merging.outputs import cache_folder
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs import digests, manifest
+from gemma2.core.outputs.cache import cache_folder
+from gemma2.merging import MergeRequest, engine, merge
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "versions", dict)
-    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    monkeypatch.setattr(manifest, "metadata_version", lambda: "test")
     return write_varied_models(tmp_path)
 
 
@@ -168,15 +169,15 @@ def test_digests_in_a_manifest_that_are_none_are_taken_again(root, entry):
     merge(MergeRequest(method="linear", models=(root / "rl-2",)), out=root / "out")
     parents = json.loads((root / "out/gemma2.json").read_text())["parents"]
     (root / "rl-2/gemma2.json").unlink()
-    assert parents[0]["weights"] == outputs.digest_weights(root / "rl-2")
+    assert parents[0]["weights"] == digests.digest_weights(root / "rl-2")
 
 
 def test_paths_that_are_no_utf_8_are_merged_and_recorded(root):
     odd = root / os.fsdecode(b"rl-\xff")
     (root / "rl-1").rename(odd)
     merge(MergeRequest(method="linear", models=(odd, root / "rl-2")), out=root / os.fsdecode(b"out-\xff"))
-    manifest = outputs.read_manifest(root / os.fsdecode(b"out-\xff"))
-    assert [parent["path"] for parent in manifest["parents"]] == [os.fsdecode(b"../rl-\xff"), "../rl-2"]
+    recorded = manifest.read_manifest(root / os.fsdecode(b"out-\xff"))
+    assert [parent["path"] for parent in recorded["parents"]] == [os.fsdecode(b"../rl-\xff"), "../rl-2"]
 
 
 @pytest.mark.parametrize("damage", ["values", "half", "empty", "other"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from model_files import added, random_arrays, read_model, safetensors_bytes, write_model
 
+from gemma2.core.errors import Gemma2Error, InputError, OutputError, UsageError
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.errors import Gemma2Error, InputError, OutputError, UsageError
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_one_existing_output_of_several_etas(root):
 
 def test_too_little_room_on_the_disk(root, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("gemma2.merging.plan.shutil.disk_usage", lambda path: usage(0, 0, 100))
+    monkeypatch.setattr("gemma2.merging.plan.merge_plan.shutil.disk_usage", lambda path: usage(0, 0, 100))
     refused(root, OutputError, "GB free; free some space, or choose another --out")
 
 
@@ -332,7 +332,7 @@ def test_a_full_disk_while_writing(root, monkeypatch):
     def full(descriptor, data, offset):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemma2.merging.writer.os.pwrite", full)
+    monkeypatch.setattr("gemma2.merging.streaming.writer.os.pwrite", full)
     refused(root, OutputError, "writing the output failed (No space left on device)")
 
 
@@ -354,7 +354,7 @@ def test_an_interrupt_leaves_nothing(root, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemma2.merging.stream.Stream._write", interrupt)
+    monkeypatch.setattr("gemma2.merging.streaming.dense_stream.Stream._write", interrupt)
     before = tree(root)
     with pytest.raises(KeyboardInterrupt):
         merge(MergeRequest(method="slerp", models=(root / "rl-1", root / "rl-2"), base=root / "base"), out=root / "out")

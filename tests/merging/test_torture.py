@@ -28,8 +28,10 @@ from faults import (
 from model_files import CONFIG
 from processes import MAIN, finish, start
 
-from gemma2.merging import engine, merge, outputs, verify, writer
-from gemma2.merging.outputs import write_manifest
+from gemma2.core.outputs import manifest
+from gemma2.core.outputs.manifest import write_manifest
+from gemma2.merging import engine, merge
+from gemma2.merging.streaming import verify, writer
 
 pytestmark = pytest.mark.torture
 
@@ -204,7 +206,7 @@ def test_of_two_runs_to_one_output_one_wins_and_the_other_fails_clearly(root, fo
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
     monkeypatch.setattr(engine, "versions", dict)
-    monkeypatch.setattr(outputs, "metadata_version", lambda: "test")
+    monkeypatch.setattr(manifest, "metadata_version", lambda: "test")
     totals = Counter()
     for direct in (False, True):
         if direct:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemma2.merging.progress import SILENT
+from gemma2.core.progress import SILENT
 
 
 class Interrupting:

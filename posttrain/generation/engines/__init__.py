@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gemma2.merging.progress import Progress
+from gemma2.core.progress import Progress
 
 from .base import Completion, Engine, Request
 

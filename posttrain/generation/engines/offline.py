@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import load_tokenizer, read_config
 from gemma2.posttrain.schemas import GenerateConfig

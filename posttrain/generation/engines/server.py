@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import Progress
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import Progress
 from gemma2.posttrain.schemas.fields import check_address
 from gemma2.posttrain.schemas.generate import GenerateConfig
 

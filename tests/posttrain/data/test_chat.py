@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.embedded.tiny import tiny_tokenizer
+from gemma2.posttrain.tiny.networks import tiny_tokenizer
 
 EOS, BOS, START, END = 1, 2, 106, 107
 CHATML = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.rows import located, read_conversations, read_pairs, read_prompts, split
 from gemma2.posttrain.data.sources import to_line
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from gemma2.merging.errors import UsageError
+from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.batching import LengthSampler
 from gemma2.posttrain.data.mixture import Mixture, apportion
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.sources import ShardWriter, count_rows, data_files, iter_rows, to_line
 
 

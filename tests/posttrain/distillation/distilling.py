@@ -12,8 +12,8 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.distillation.divergence import Divergence
 from gemma2.posttrain.distillation.gkd import GkdTrainer, Loss, Material, schedule
 from gemma2.posttrain.distillation.teacher import LiveTeacher
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
 from gemma2.posttrain.models.sampler import SamplingParams
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 END_OF_TURN = 107
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]

@@ -13,17 +13,17 @@ from processes import MAIN, finish, start
 from safetensors.torch import load_file
 
 from gemma2.cli.app import invoke
-from gemma2.merging.errors import GuardStop, InputError, UsageError
-from gemma2.merging.progress import SILENT
-from gemma2.posttrain.config import resolve
+from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.distillation import distill, gkd
 from gemma2.posttrain.distillation.distill import ratio, run_distill
 from gemma2.posttrain.distillation.gkd import GkdTrainer, schedule
 from gemma2.posttrain.distillation.teacher_cache import run_cache
-from gemma2.posttrain.embedded.tiny import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillCacheConfig, DistillConfig
+from gemma2.posttrain.schemas.config import resolve
+from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

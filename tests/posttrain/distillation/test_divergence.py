@@ -8,7 +8,7 @@ import torch
 from gemma2.posttrain.distillation import divergence as module
 from gemma2.posttrain.distillation.divergence import Divergence, FullTarget, Head, TopkTarget, divergence_loss, head_of
 from gemma2.posttrain.distillation.responses import response_states
-from gemma2.posttrain.embedded.tiny import random_model
+from gemma2.posttrain.tiny.networks import random_model
 
 KINDS = [("forward-kl", 0.5), ("reverse-kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 POSITIONS, VOCABULARY = 11, 37

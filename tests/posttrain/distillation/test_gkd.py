@@ -16,7 +16,7 @@ from trl_layout import trl_layout
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.distillation.divergence import Divergence
 from gemma2.posttrain.distillation.gkd import GkdTrainer, schedule
-from gemma2.posttrain.embedded.tiny import tiny_tokenizer
+from gemma2.posttrain.tiny.networks import tiny_tokenizer
 
 OVERRIDDEN = {
     DistillationTrainer: {

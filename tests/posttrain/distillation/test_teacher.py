@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.distillation.teacher import check_head, check_same_tokenizer, common_vocabulary
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 
 def test_a_teacher_with_other_tokens_or_another_template_is_refused():

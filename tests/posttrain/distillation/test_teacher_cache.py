@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.distillation import teacher_cache as module
 from gemma2.posttrain.distillation.divergence import Divergence, FullTarget, divergence_loss, head_of
 from gemma2.posttrain.distillation.responses import collate, response_states
 from gemma2.posttrain.distillation.teacher_cache import CachedTeacher, TeacherCache, run_cache
-from gemma2.posttrain.embedded.tiny import save_random, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillCacheConfig, DistillConfig
+from gemma2.posttrain.tiny.networks import save_random, tiny_tokenizer
 
 ROWS = [
     {"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}{'.' * (a + 1)}"}

@@ -4,7 +4,7 @@ import pytest
 from policies import pareto_config, two_iterations
 
 from gemma2.posttrain.evaluation.pareto import run_pareto
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
 import json
 
-from gemma2.merging.outputs import digest_weights
-from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.core.outputs.digests import digest_weights
 from gemma2.posttrain.schemas import ParetoConfig
+from gemma2.posttrain.tiny.networks import save_random
 
 TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort c, a, b.", "Say hello."]
 

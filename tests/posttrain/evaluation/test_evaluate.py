@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tiny import random_model, random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.evaluation.evaluate import (
-    Settings,
+    MeasureSettings,
     difference,
     distinct_bigrams,
     estimate,
@@ -23,6 +22,7 @@ from gemma2.posttrain.evaluation.evaluate import (
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.functions import function_score
 from gemma2.posttrain.schemas import EvalConfig
+from gemma2.posttrain.tiny.networks import random_model, random_reward_model, save_random, tiny_tokenizer
 
 TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort the letters c, a, b.", "Is 4 larger than 7?", "Say hello."]
 
@@ -48,7 +48,7 @@ def rows():
 
 
 def settings(n=1, batch_size=8, seed=0, temperature=1.0):
-    return Settings(SamplingParams(max_new_tokens=6, temperature=temperature, n=n), batch_size, seed)
+    return MeasureSettings(SamplingParams(max_new_tokens=6, temperature=temperature, n=n), batch_size, seed)
 
 
 def length_score(sampled):

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 from policies import manifest, pareto_config, points_of
 
-from gemma2.merging.errors import InputError
-from gemma2.merging.outputs import digest_weights, read_manifest
-from gemma2.posttrain.embedded.tiny import save_random
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import Candidate, Weights, assign_names
 from gemma2.posttrain.evaluation.carried import measured_with
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.front import hypervolume
-from gemma2.posttrain.evaluation.front_files import Entry
+from gemma2.posttrain.evaluation.front_files import FrontEntry
 from gemma2.posttrain.evaluation.pareto import build_front, gain_of, in_order, run_pareto
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig
+from gemma2.posttrain.tiny.networks import save_random
 
 # --- gain and flat, by hand -----------------------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ def entry(name, kind, kl, reward):
     """A point with these values on four prompts."""
     candidate = Candidate(kind, (Weights(Path(name), name),))
     figures = {"kl": sum(kl) / 4, "reward": sum(reward) / 4}
-    return Entry(candidate, figures, [], {"kl": kl, "reward": reward})
+    return FrontEntry(candidate, figures, [], {"kl": kl, "reward": reward})
 
 
 def gained(entries, taken, tmp_path, flats=()):
@@ -110,7 +111,7 @@ def test_the_base_bounds_nothing(tmp_path):
 
 def test_one_prompt_tells_no_interval(tmp_path):
     one = {"kl": [0.0], "reward": [1.0]}
-    entries = [Entry(Candidate("sft", (Weights(Path("sft"), "s"),)), {"kl": 0.0, "reward": 1.0}, [], one)]
+    entries = [FrontEntry(Candidate("sft", (Weights(Path("sft"), "s"),)), {"kl": 0.0, "reward": 1.0}, [], one)]
     front = build_front(entries, ["SFT"], tmp_path / "out", pareto_config(tmp_path))
     assert (front["hypervolume_low"], front["hypervolume_high"]) == (None, None)
 

@@ -11,20 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma2.cli.app import invoke
-from gemma2.merging.errors import InputError, OutputError, UsageError
-from gemma2.merging.outputs import digest_weights, read_manifest
-from gemma2.posttrain.embedded.tiny import random_model, save_random
+from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import plan_candidates, short_names
 from gemma2.posttrain.evaluation.evaluate import run_eval
-from gemma2.posttrain.evaluation.pareto import (
-    hypervolume,
-    interpolate_,
-    pareto_front,
-    run_pareto,
-)
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.evaluation.pareto import hypervolume, interpolate_, pareto_front, run_pareto
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, ParetoConfig
+from gemma2.posttrain.tiny.networks import random_model, save_random
 
 
 def test_names_take_as_many_folders_as_they_need(tmp_path):

@@ -10,12 +10,13 @@ from policies import pareto_config, points_of
 from safetensors.torch import load_file, save_file
 
 from gemma2.cli.app import invoke
-from gemma2.merging.errors import InputError, OutputError, UsageError
-from gemma2.merging.outputs import digest_file, read_manifest
+from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.evaluation.pick import choose, run_pick
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, PickConfig
 
 

@@ -1,6 +1,6 @@
 """Conversations for the tests of the filters."""
 
-from gemma2.posttrain.filters.sample import Sample
+from gemma2.posttrain.filters.criteria.sample import Sample
 
 QUESTION = "Can you tell me?"
 

@@ -8,11 +8,11 @@ import pytest
 from processes import finish, start
 from samples import row
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.filters import runner
 from gemma2.posttrain.filters.runner import run_filter
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import FilterConfig
 
 
@@ -132,7 +132,7 @@ def test_interrupted_and_resumed_is_uninterrupted(data, tmp_path, interrupting, 
 KILLED = """
 from pathlib import Path
 from gemma2.posttrain.filters import runner
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import FilterConfig
 runner.CHUNK = 16
 data, out, resume = sys.argv[1:4]

@@ -14,13 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.filters import safety
 from gemma2.posttrain.filters.runner import run_filter
 from gemma2.posttrain.filters.safety import SafetyModel, unsafe_labels
 from gemma2.posttrain.filters.scan import Findings
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import FilterConfig
 
 # Text gives the plain words only; the control tokens are added to them, as in Gemma's tokenizer.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.generation.dialogues import Dialogue, Plan
+from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines import Completion
 
-PLAN = Plan(n=1, seed=0, turns=3, user_instruction="Play the user.")
+PLAN = DialoguePlan(n=1, seed=0, turns=3, user_instruction="Play the user.")
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "u1"}
 
@@ -79,7 +79,7 @@ def test_seeds_differ_by_run_prompt_sample_and_turn():
     for seed in range(2):
         for row in range(3):
             for sample in range(3):
-                made = Dialogue(Plan(3, seed, 3, ""), Prompt("p:1", [ASK]), row, sample)
+                made = Dialogue(DialoguePlan(3, seed, 3, ""), Prompt("p:1", [ASK]), row, sample)
                 for turn in range(5):
                     seeds.add(made.turn_seed)
                     assert turn or made.turn_seed == made.seed

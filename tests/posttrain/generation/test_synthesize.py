@@ -9,20 +9,20 @@ import pytest
 import torch
 from teachers import save_stopping
 
-from gemma2.merging.errors import GuardStop, InputError, UsageError
-from gemma2.posttrain.config import resolve
+from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_conversations
 from gemma2.posttrain.data.sources import iter_rows, to_line
-from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.generation.engines import Request, local
 from gemma2.posttrain.generation.generate import run_generate
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
+from gemma2.posttrain.schemas.config import resolve
+from gemma2.posttrain.tiny.networks import save_random
 
 PROMPTS = [{"prompt": f"What is {i}?" + " please" * (7 * i % 5), "id": i, "sample": "theirs"} for i in range(12)]
 

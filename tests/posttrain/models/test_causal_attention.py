@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models import causal_attention as module
 from gemma2.posttrain.models.attention import causal_masks
 from gemma2.posttrain.models.causal_attention import blockwise, can_be_blockwise, causal_attention
+from gemma2.posttrain.tiny.networks import random_model
 
 
 def by_hand(query, key, value, scale, cap, window):

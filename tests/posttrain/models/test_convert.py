@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2.cli.app import invoke
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.rows import read_prompts
-from gemma2.posttrain.embedded.tiny import random_model, random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.models import convert
 from gemma2.posttrain.models.convert import find_gguf, gemma2_settings, run_convert
 from gemma2.posttrain.models.gguf import read_header
 from gemma2.posttrain.models.loading import load_policy, load_reward_model, save_model
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ConvertConfig
+from gemma2.posttrain.tiny.networks import random_model, random_reward_model, save_random, tiny_tokenizer
 
-PROMPTS = Path(convert.__file__).parents[1] / "prompts.jsonl"
+PROMPTS = Path(convert.__file__).parents[1] / "data" / "prompts.jsonl"
 
 
 def run(source, out, dtype="float32", **options):

@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models import cross_entropy as module
-from gemma2.posttrain.models.cross_entropy import (
-    plain_head,
-    summed_cross_entropy,
-    target_logps,
-    weighted_cross_entropy,
-)
+from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy, target_logps, weighted_cross_entropy
+from gemma2.posttrain.tiny.networks import random_model
 
 
 class Model:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma2.merging.errors import InputError
-from gemma2.posttrain.embedded.tiny import random_model, random_reward_model, save_random, tiny_tokenizer
+from gemma2.core.errors import InputError
 from gemma2.posttrain.models.loading import (
     init_reward_model,
     load_policy,
@@ -17,6 +16,7 @@ from gemma2.posttrain.models.loading import (
     load_tokenizer,
     save_model,
 )
+from gemma2.posttrain.tiny.networks import random_model, random_reward_model, save_random, tiny_tokenizer
 
 IDS = torch.tensor([[2, 106, 10, 20, 107]])  # (1, 5)
 

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.models import sampler
 from gemma2.posttrain.models.attention import additive, empty_cache, layer_masks, padded_masks
 from gemma2.posttrain.models.decoder import Gemma2Decoder

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError
-from gemma2.posttrain.embedded.tiny import random_model
+from gemma2.core.errors import InputError
 from gemma2.posttrain.models import scorer
 from gemma2.posttrain.models.scorer import head_logps, mean_and_error, token_logps
+from gemma2.posttrain.tiny.networks import random_model
 
 VOCAB = 512
 

@@ -3,7 +3,7 @@
 import pytest
 from stages import MAKE
 
-from gemma2.posttrain.commands import COMMANDS
+from gemma2.posttrain.runs.commands import COMMANDS
 
 
 @pytest.fixture(autouse=True)

@@ -9,16 +9,16 @@ from typing import Any
 
 from pydantic import Field
 
-from gemma2.posttrain.commands import COMMANDS, Command
-from gemma2.posttrain.config import Config, validated
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline
-from gemma2.posttrain.pipelines.jobs import Event, Job, Outcome, execute
+from gemma2.posttrain.pipelines.executors.jobs import Event, Job, Outcome, execute
 from gemma2.posttrain.pipelines.run import Watcher, run_stages
-from gemma2.posttrain.pipelines.schedule import Choice
-from gemma2.posttrain.rundir import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.pipelines.scheduler import Choice
+from gemma2.posttrain.runs.commands import COMMANDS, Command
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PipelineFile
+from gemma2.posttrain.schemas.config import Config, validated
 
 
 class Inline:
@@ -90,7 +90,7 @@ def make(config: Making, options: RunOptions, progress: Any) -> RunResult:
     if config.fail == "bug":
         raise ZeroDivisionError("a bug")
     if config.fail:
-        from gemma2.merging.errors import InputError
+        from gemma2.core.errors import InputError
 
         raise InputError("it cannot be", config.fail)
     paths = [path for path in (config.model, *config.models) if path]

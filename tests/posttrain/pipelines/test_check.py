@@ -10,7 +10,7 @@ from processes import finish, start
 from stages import compiled
 
 from gemma2.configs import recipes
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.pipelines import check
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
@@ -163,8 +163,8 @@ def test_a_value_that_is_found_out_later_is_no_error_now(place):
 
 
 def test_the_embedded_models_are_what_they_are_said_to_be(tmp_path):
-    from gemma2.posttrain.embedded.pretrain import RECIPES
-    from gemma2.posttrain.pipelines.promises import EMBEDDED, look_at
+    from gemma2.posttrain.pipelines.expected_outputs import EMBEDDED, look_at
+    from gemma2.posttrain.tiny.pretrain import RECIPES
 
     for name, recipe in RECIPES.items():
         recipe.network().save_pretrained(tmp_path / name)

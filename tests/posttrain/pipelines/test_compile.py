@@ -4,10 +4,10 @@ import pytest
 from stages import compiled
 
 from gemma2.configs import recipes
-from gemma2.merging.errors import UsageError
-from gemma2.posttrain.config import validated
+from gemma2.core.errors import UsageError
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
 from gemma2.posttrain.schemas import PipelineFile, WarpConfig
+from gemma2.posttrain.schemas.config import validated
 
 WARP = {"sft": "S", "reward": ["R"], "prompts": "P", "heldout": "H"}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from processes import MAIN, finish, start
 
-from gemma2.posttrain.embedded.tasks import questions
-from gemma2.posttrain.embedded.tiny import save_random
-from gemma2.posttrain.pipelines.currency import output_hash
+from gemma2.posttrain.pipelines.freshness import output_hash
+from gemma2.posttrain.tiny.networks import save_random
+from gemma2.posttrain.tiny.tasks import questions
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma2.merging.errors import UsageError
+from gemma2.core.errors import UsageError
 from gemma2.posttrain.pipelines.references import NULL, condition_holds, filled, lookup, references, replaced
 
 VALUES = {"n": NULL, "a": 1, "b": "x y", "c": ["p", "q"], "e": [1, 2]}

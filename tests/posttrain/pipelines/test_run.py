@@ -5,13 +5,14 @@ import json
 import pytest
 from stages import Inline, compiled
 
-from gemma2.merging.errors import OutputError
-from gemma2.merging.outputs import locked, read_manifest
-from gemma2.posttrain.config import load_yaml, validated
+from gemma2.core.errors import OutputError
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.staging import locked
 from gemma2.posttrain.pipelines.compile import compile_pipeline
 from gemma2.posttrain.pipelines.run import run_pipeline
-from gemma2.posttrain.pipelines.schedule import Choice, StageFailed
+from gemma2.posttrain.pipelines.scheduler import Choice, StageFailed
 from gemma2.posttrain.schemas import PipelineFile
+from gemma2.posttrain.schemas.config import load_yaml, validated
 
 STAGES = {
     "a": {"command": "make", "options": {"value": "${vars.x}"}},

@@ -8,16 +8,16 @@ import re
 import pytest
 from chat_server import KEY, Server, refuse, serving
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import SILENT
-from gemma2.posttrain.config import resolve
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.preferences.judge import COMPARE_PROMPT, SCORE_PROMPT, Judge
 from gemma2.posttrain.preferences.pairs import run_pairs
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
+from gemma2.posttrain.schemas.config import resolve
+from gemma2.posttrain.tiny.networks import save_random
 
 PROMPTS = 6
 RATER, COMPARER = Judge(SCORE_PROMPT, False), Judge(COMPARE_PROMPT, True)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gemma2.posttrain.preferences.metrics import preference_metrics, reliability
+from gemma2.posttrain.preferences.ranking_metrics import preference_metrics, reliability
 
 
 def figures(chosen, rejected, lengths=None, prompts=None):

@@ -8,15 +8,15 @@ from random import Random
 
 import pytest
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import save_random
-from gemma2.posttrain.inputs import check_inputs
-from gemma2.posttrain.planner import plan
 from gemma2.posttrain.preferences.pairs import choose, run_pairs
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.estimates import plan
+from gemma2.posttrain.runs.inputs import check_inputs
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import PairsConfig
+from gemma2.posttrain.tiny.networks import save_random
 
 
 def length_of(completions, **_):

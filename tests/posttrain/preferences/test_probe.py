@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma2.core.errors import InputError
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.errors import InputError
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.preferences.heads import starting_model
 from gemma2.posttrain.preferences.probe import fit_head, run_probe
 from gemma2.posttrain.preferences.train import run_reward
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ProbeConfig, RewardConfig
+from gemma2.posttrain.tiny.networks import save_random
 
 SCORE = "score.weight"
 
@@ -155,7 +155,7 @@ def test_several_outputs_are_refused_by_name(inputs, tmp_path, interrupting):
 def _three_outputs(path):
     from transformers import Gemma2ForSequenceClassification
 
-    from gemma2.posttrain.embedded.tiny import tiny_config, tiny_tokenizer
+    from gemma2.posttrain.tiny.networks import tiny_config, tiny_tokenizer
 
     Gemma2ForSequenceClassification(tiny_config(num_labels=3)).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)

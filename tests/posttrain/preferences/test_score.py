@@ -10,17 +10,17 @@ import torch
 from processes import MAIN, gemma2, start
 from transformers import AutoModelForSequenceClassification
 
-from gemma2.merging.errors import GuardStop, InputError, UsageError
-from gemma2.merging.progress import SILENT
-from gemma2.posttrain.config import resolve
+from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import save_random, tiny_tokenizer
 from gemma2.posttrain.preferences import score as score_module
-from gemma2.posttrain.preferences.evaluate import run_reward_eval
+from gemma2.posttrain.preferences.reward_eval import run_reward_eval
 from gemma2.posttrain.preferences.score import run_score
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import RewardEvalConfig, RewardScoreConfig
+from gemma2.posttrain.schemas.config import resolve
+from gemma2.posttrain.tiny.networks import save_random, tiny_tokenizer
 
 USER, MODEL = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 ROWS = [

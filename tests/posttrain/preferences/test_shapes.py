@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from trl import extract_prompt
 
-from gemma2.merging.errors import InputError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import tiny_tokenizer
-from gemma2.posttrain.preferences.examples import tokenise_pairs
+from gemma2.posttrain.preferences.pair_examples import tokenise_pairs
+from gemma2.posttrain.tiny.networks import tiny_tokenizer
 
 
 def user(text):

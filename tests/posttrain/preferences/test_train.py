@@ -14,19 +14,19 @@ from processes import MAIN, gemma2, start
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.models.loading import init_reward_model
-from gemma2.posttrain.preferences.examples import PairIds, tokenise_pairs
+from gemma2.posttrain.preferences.pair_examples import PairIds, tokenise_pairs
 from gemma2.posttrain.preferences.probe import run_probe
+from gemma2.posttrain.preferences.reward_trainer import make_trainer
 from gemma2.posttrain.preferences.train import measure, run_reward
-from gemma2.posttrain.preferences.trainer import make_trainer
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ProbeConfig, RewardConfig
+from gemma2.posttrain.tiny.networks import random_reward_model, save_random, tiny_tokenizer
 
 WORDS = ["honey", "glass", "wool", "salt", "copper"]
 

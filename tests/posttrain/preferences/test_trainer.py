@@ -10,13 +10,13 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from gemma2.posttrain.embedded.tiny import random_reward_model, tiny_tokenizer
-from gemma2.posttrain.preferences.examples import PairIds, to_dataset
+from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.preferences.pair_examples import PairIds, to_dataset
+from gemma2.posttrain.preferences.reward_trainer import make_trainer, pair_loss
 from gemma2.posttrain.preferences.states import all_positions, last_position
-from gemma2.posttrain.preferences.trainer import make_trainer, pair_loss
-from gemma2.posttrain.rundir import Run, RunOptions
+from gemma2.posttrain.runs.run_directory import Run, RunOptions
 from gemma2.posttrain.schemas import RewardConfig
-from gemma2.posttrain.training.trainer import quiet_libraries
+from gemma2.posttrain.tiny.networks import random_reward_model, tiny_tokenizer
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -177,7 +177,7 @@ def test_dropout_acts_while_training_only(trainer_of):
 def test_dropout_of_every_block_s_output_is_unbiased_and_as_large_as_asked():
     model = random_reward_model()
     outputs = []
-    from gemma2.posttrain.preferences.trainer import drop_block_outputs
+    from gemma2.posttrain.preferences.reward_trainer import drop_block_outputs
 
     clean = model.model.layers[0].mlp(torch.ones(1, 1, 16))
     drop_block_outputs(model, 0.25)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.rewards.functions import Sampled, function_score, load_function
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.rewards.model import RewardModel, shaped_rewards
+from gemma2.posttrain.tiny.networks import random_reward_model, save_random, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

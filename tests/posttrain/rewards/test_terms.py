@@ -6,15 +6,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gemma2.merging.errors import GuardStop, InputError, UsageError
+from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
 from gemma2.posttrain.rewards.functions import Sampled
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rewards.terms import column_means, reward_parents, reward_score, weighted_sum
-from gemma2.posttrain.rundir import Parent
+from gemma2.posttrain.runs.run_directory import Parent
 from gemma2.posttrain.schemas import RewardFields
+from gemma2.posttrain.tiny.networks import random_reward_model, save_random, tiny_tokenizer
 
 TURNS = [
     {"role": "user", "content": "Who lives in Tolba?"},

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma2.merging.errors import InputError
-from gemma2.posttrain.embedded.tiny import random_reward_model, save_random, tiny_tokenizer
-from gemma2.posttrain.merge import run_merge
+from gemma2.core.errors import InputError
+from gemma2.posttrain.pipelines.merge_stage import run_merge
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.rewards.warm import averaged_reward_model
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.tiny.networks import random_reward_model, save_random, tiny_tokenizer
 
 PROMPTS, COMPLETIONS = [[2, 9, 8], [2, 5], [2, 7, 7, 7, 4]], [[30, 31, 32, 1], [40], [50, 51]]
 

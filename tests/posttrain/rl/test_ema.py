@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gemma2.merging.errors import InputError
-from gemma2.posttrain.embedded.tiny import random_model
+from gemma2.core.errors import InputError
 from gemma2.posttrain.rl.ema import EmaAnchor
+from gemma2.posttrain.tiny.networks import random_model
 
 
 def moved(policy, steps, scale, seed=0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models.lora import adapted_weights, merged_copy, sharing_copy
 from gemma2.posttrain.rl.ema import EmaAnchor, FactorAnchor, LoraAnchor
+from gemma2.posttrain.tiny.networks import random_model
 
 RANK, ALPHA, MU = 4, 8.0, 0.1
 IDS = torch.tensor([[1, 5, 9, 20, 7]])

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gemma2.posttrain.embedded.tiny import random_model
 from gemma2.posttrain.models import cross_entropy, scorer
 from gemma2.posttrain.models.sampler import SamplingParams, decode
 from gemma2.posttrain.models.scorer import similar_rows, token_logps
 from gemma2.posttrain.rl import objective
 from gemma2.posttrain.rl.objective import loss_parts, policy_loss
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
+from gemma2.posttrain.tiny.networks import random_model
 
 TEMPERATURE = 0.8
 

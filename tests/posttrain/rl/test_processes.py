@@ -14,17 +14,17 @@ from processes import BARE_CHECKOUT, MAIN, finish, start
 from rl_job import environment, words, write_job
 from safetensors.torch import load_file
 
-from gemma2.merging.errors import InputError, UsageError
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
-from gemma2.posttrain.evaluation.evaluate import Settings, measure
+from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.ranks import Ranks
 from gemma2.posttrain.rl.rlhf import local_rows
 from gemma2.posttrain.rl.rollout import Rollout
-from gemma2.posttrain.rundir import RunOptions, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 # --- one process at a time --------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def test_an_evaluation_is_shared_and_each_rank_has_the_whole_of_it():
     score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}  # noqa: E731
 
     def measured(ranks, batch_size=1):  # several chunks, the last one smaller than the number of ranks
-        settings = Settings(SamplingParams(6, n=2), batch_size, seed=4, ranks=ranks)
+        settings = MeasureSettings(SamplingParams(6, n=2), batch_size, seed=4, ranks=ranks)
         return measure(policy, reference, chat, rows, [score], settings)
 
     whole = measured(Ranks())

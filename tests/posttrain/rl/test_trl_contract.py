@@ -13,16 +13,16 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 from trl_layout import trl_layout
 
-from gemma2.merging.progress import SILENT
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rl.guards import Guards
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer
 from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, leave_one_out
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 OVERRIDDEN = {
     RLOOTrainer: {

@@ -14,19 +14,19 @@ from trl.generation import vllm_generation as trl_vllm
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from gemma2.merging.errors import GuardStop, InputError, UsageError
-from gemma2.merging.progress import SILENT
+from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.progress import SILENT
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.embedded.tiny import random_model, tiny_tokenizer
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.ranks import Ranks
 from gemma2.posttrain.rl import rlhf, vllm
 from gemma2.posttrain.rl.rlhf import run_rlhf
 from gemma2.posttrain.rl.vllm import VllmSampler
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import RlhfConfig, VllmFields
+from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 
 PROMPTS = [[2, 9, 8], [2, 5, 7, 11]]
 N, LIMIT, TEMPERATURE = 3, 6, 0.8

@@ -8,12 +8,12 @@ import pytest
 from safetensors.torch import load_file
 
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.models.loading import load_policy
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import SftConfig
+from gemma2.posttrain.sft.sft import run_sft
+from gemma2.posttrain.tiny.networks import save_random
 from gemma2.posttrain.training.heldout import heldout_loss
-from gemma2.posttrain.training.sft import run_sft
 
 
 def write(path, rows):

@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from gemma2.merging.errors import UsageError
-from gemma2.posttrain.rundir import RunOptions, open_run
+from gemma2.core.errors import UsageError
+from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas import TrainingFields
 from gemma2.posttrain.training import tracking
 from gemma2.posttrain.training.tracking import check_tracking, tracked

@@ -9,16 +9,16 @@ import torch
 from transformers import Trainer
 from trl import SFTConfig
 
-from gemma2.merging.errors import GuardStop, UsageError
-from gemma2.merging.progress import SILENT
-from gemma2.posttrain.rundir import RunOptions, open_run
+from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.progress import SILENT
+from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas import TrainingFields
 from gemma2.posttrain.training.trainer import (
     RunCallback,
     is_complete,
     latest_checkpoint,
     mark_complete,
-    quiet_libraries,
     train,
     trainer_arguments,
 )

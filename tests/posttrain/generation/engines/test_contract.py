@@ -10,12 +10,12 @@ import pytest
 from chat_server import KEY, Server, serving
 from teachers import save_stopping
 
-from gemma2.merging.errors import UsageError
-from gemma2.merging.progress import SILENT
+from gemma2.core.errors import UsageError
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.generation.engines import Completion, Request, load_engine, local
 from gemma2.posttrain.generation.generate import run_generate
-from gemma2.posttrain.rundir import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
 
 ENGINES = ("transformers", "vllm", "openai")

@@ -8,8 +8,8 @@ import time
 import pytest
 from chat_server import KEY, Server, cut_short, hang, refuse, reset, serving, text
 
-from gemma2.merging.errors import InputError, UsageError
-from gemma2.merging.progress import SILENT
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.generation.engines import Request, retry, server
 from gemma2.posttrain.generation.engines.retry import Backoff, retry_after
 from gemma2.posttrain.schemas import GenerateConfig

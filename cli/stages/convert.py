@@ -1,0 +1,60 @@
+"""`gemma2 convert`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet
+from gemma2.core.errors import UsageError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def convert(
+    source: Path = typer.Argument(
+        metavar="SOURCE",
+        help="A GGUF file, a directory with one, or a model directory.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    dtype: Literal["float32", "bfloat16", "float16"] = typer.Option(
+        "float32",
+        "--dtype",
+        metavar="float32|bfloat16|float16",
+        help="Of the written weights [default float32].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    out: Path | None = Out,
+    force: bool = Force,
+    dry_run: bool = DryRun,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """Import a model as plain safetensors, with all its stop ids, a chat template and a pad token that is no stop.
+
+    Reading GGUF needs the extra: pip install 'gemma2[real]'.
+
+    \b
+      gemma2 convert model.Q8_0.gguf --out model
+      gemma2 convert model --dtype bfloat16 --out model-bf16
+    """
+    if out is None:
+        raise UsageError("--out is missing", "give the directory to write")
+    from gemma2.posttrain.models.convert import plan_convert, run_convert
+    from gemma2.posttrain.runs.run_directory import RunOptions
+    from gemma2.posttrain.schemas import ConvertConfig
+
+    console = Console(as_json=as_json, quiet=quiet)
+    config, options = ConvertConfig(source=source, dtype=dtype), RunOptions(out, force=force)
+    if dry_run:
+        console.result(plan_convert(config, options))
+        return
+    result = run_convert(config, options, console)
+    console.result(result.summary, result.out)

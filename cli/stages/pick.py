@@ -1,0 +1,24 @@
+"""`gemma2 pick`"""
+
+from __future__ import annotations
+
+from gemma2.cli.terminal.options import stage
+from gemma2.core.progress import Progress
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.schemas import PickConfig
+
+
+def run(config: PickConfig, options: RunOptions, progress: Progress) -> RunResult:
+    from gemma2.posttrain.evaluation.pick import run_pick
+
+    return run_pick(config, options, progress)
+
+
+app = stage(
+    PickConfig,
+    run,
+    positional="front",
+    examples="""gemma2 pick front --out model
+    gemma2 pick front --pick 'kl<=5' --out model
+    gemma2 pick front --pick eta=0.4 --out model""",
+)

@@ -1,0 +1,26 @@
+"""`gemma2 warp`"""
+
+from __future__ import annotations
+
+from gemma2.cli.terminal.options import stage
+from gemma2.core.progress import Progress
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.schemas import WarpConfig
+
+
+def run(config: WarpConfig, options: RunOptions, progress: Progress) -> RunResult:
+    from gemma2.cli.terminal.console import Console
+    from gemma2.cli.tools.pipeline import Announcer
+    from gemma2.posttrain.pipelines.warp import run_warp, warp_pipeline
+
+    total = len(warp_pipeline(config, options.out).stages)
+    announcer = Announcer(progress, total, options.out) if isinstance(progress, Console) else None
+    return run_warp(config, options, progress, announcer)
+
+
+app = stage(
+    WarpConfig,
+    run,
+    examples="""gemma2 warp --sft sft --reward reward --prompts prompts.jsonl --heldout heldout.jsonl --out warp
+    gemma2 warp --sft sft --reward reward --prompts p.jsonl --heldout h.jsonl --policies 3 --pick 'kl<=5' --out warp""",
+)

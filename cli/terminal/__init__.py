@@ -1,0 +1,1 @@
+"""The terminal: console, bars and tables, help pages, flags from schemas."""

@@ -1,0 +1,221 @@
+"""What the user sees: results on stdout, progress and notes on stderr. The only place that prints.
+
+A terminal gets rich bars and tables; a pipe gets plain lines without ANSI; `--json` gets one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from gemma2.core.progress import Task
+
+__all__ = ["Console", "UsageProblem"]
+
+PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
+
+
+class UsageProblem(Exception):
+    """A command line that cannot be parsed."""
+
+
+def _size(amount: float, unit: str) -> str:
+    if unit != "bytes":
+        return f"{amount:,.0f}"
+    for prefix in ("B", "KB", "MB", "GB"):
+        if amount < 1000 or prefix == "GB":
+            return f"{amount:.1f} {prefix}" if prefix != "B" else f"{amount:.0f} B"
+        amount /= 1000
+    raise AssertionError("unreachable")
+
+
+def _value(value: object) -> str:
+    """A figure as people read it: four significant digits."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return "  ".join(f"{key} {_value(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_value(item) for item in value)
+    return str(value)
+
+
+def _tell(text: str) -> None:
+    """A line on stderr. A reader who has gone (`2>&1 | head`) is no reason to stop the work."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        # What the buffer still holds would fail again when the interpreter shuts down, with exit code 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _plain(value: Any) -> Any:
+    """A document as JSON can hold it: a figure that is not finite is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+
+
+class _PlainTask:
+    """Progress as a line now and then, for logs and pipes."""
+
+    def __init__(self, label: str, total: float | None, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self.fields: dict[str, float | str] = {}
+        self.started = self.told = time.monotonic()
+        self._lock = Lock()
+
+    def advance(self, amount: float = 1, **fields: float | str) -> None:
+        with self._lock:  # merges advance it from several threads
+            self.done += amount
+            self.fields |= fields
+            if time.monotonic() - self.told >= PLAIN_INTERVAL:
+                self.tell()
+
+    def tell(self) -> None:
+        self.told = time.monotonic()
+        elapsed = self.told - self.started
+        of = f" of {_size(self.total, self.unit)}" if self.total else ""
+        live = "".join(f", {key} {_value(value)}" for key, value in self.fields.items())
+        _tell(f"{self.label}: {_size(self.done, self.unit)}{of} {self.unit} in {elapsed:.0f} s{live}")
+
+
+class _RichTask:
+    """One row of a rich progress display."""
+
+    def __init__(self, display: Any, identifier: Any, unit: str) -> None:
+        self.display, self.identifier, self.unit = display, identifier, unit
+        self.fields: dict[str, float | str] = {}
+
+    def advance(self, amount: float = 1, **fields: float | str) -> None:
+        self.fields |= fields
+        live = "  ".join(f"[dim]{key}[/] {_value(value)}" for key, value in self.fields.items())
+        self.display.update(self.identifier, advance=amount, live=live)
+
+
+class Console:
+    """Implements `Progress` and prints results. `quiet` keeps stderr to warnings and errors."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.interactive = sys.stderr.isatty() and not quiet
+        self._display: Any = None
+
+    @contextmanager
+    def task(self, label: str, total: float | None, unit: str) -> Iterator[Task]:
+        if self.quiet or not self.interactive:
+            task = _PlainTask(label, total, unit)
+            if self.quiet:
+                task.told = float("inf")
+            yield task
+            if not self.quiet and task.told != task.started:
+                task.tell()
+            return
+        inner = self._display is not None
+        with self._shared_display() as display:
+            identifier = display.add_task(label, total=total, live="", unit=unit)
+            try:
+                yield _RichTask(display, identifier, unit)
+            finally:
+                if inner:  # the rows of a long job would fill the screen
+                    display.remove_task(identifier)
+
+    @contextmanager
+    def _shared_display(self) -> Iterator[Any]:
+        """One live display for nested tasks: rich allows no second one on a terminal."""
+        if self._display is not None:
+            yield self._display
+            return
+        from rich.console import Console as RichConsole
+
+        from .display import progress_display
+
+        with progress_display(RichConsole(stderr=True)) as display:
+            self._display = display
+            try:
+                yield display
+            finally:
+                self._display = None
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._say(text, style="")
+
+    def warn(self, text: str) -> None:
+        self._say(f"warning: {text}", style="yellow")
+
+    def _say(self, text: str, style: str) -> None:
+        if self.interactive:
+            from rich.console import Console as RichConsole
+
+            console = self._display.console if self._display is not None else RichConsole(stderr=True)
+            console.print(text, style=style, markup=False, highlight=False)
+        else:
+            _tell(text)
+
+    def heading(self, text: str) -> None:
+        """A line that opens a stage of a longer job."""
+        if not self.quiet:
+            self._say(f"\n{text}", style="bold")
+
+    def result(self, document: Mapping[str, Any], out: Path | None = None) -> None:
+        """Print what a command found: a two-column table for people, the document itself with --json.
+
+        People are spared lists of records; they are in the document.
+        """
+        if self.as_json:
+            self.json({"out": str(out) if out else None, **document} if out else document)
+            return
+        shown = {key: value for key, value in document.items() if value is not None and not _is_table(value)}
+        rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
+        if out is not None:
+            rows.append(("output", str(out)))
+        width = max((len(key) for key, _ in rows), default=0)
+        for key, value in rows:
+            sys.stdout.write(f"{key:<{width}}  {value}\n")
+
+    def json(self, document: Any) -> None:
+        """One JSON document on stdout."""
+        sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def text(self, text: str) -> None:
+        """Text that is itself the result, such as a plot in characters."""
+        sys.stdout.write(text.rstrip("\n") + "\n")
+
+    def table(self, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
+        """A table for people: rich on a terminal, aligned columns in a pipe. Columns are the keys of the rows."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[_value(row.get(column)) for column in columns] for row in rows]
+        if sys.stdout.isatty():
+            from .display import rich_table
+
+            rich_table(title, columns, cells)
+            return
+        widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+        lines = [title] if title else []
+        for row in [columns, *cells]:
+            lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        self.text("\n".join(lines))

@@ -1,0 +1,345 @@
+"""Flags from schemas: a field of a command's configuration is a flag of the same name, with its bounds and its help.
+
+Precedence: recipe (`--config`) < `--set a.b=c` < flags. A flag that is not given is None and leaves the recipe's value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from gemma2.configs import recipe, recipes
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.core.outputs.staging import check_output, partial_path
+from gemma2.core.progress import Progress
+from gemma2.core.ranks import is_main
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.schemas.config import Config, closest, resolve
+
+from .console import Console
+from .help import HelpCommand, HelpGroup
+
+__all__ = [
+    "COMMON",
+    "AsJson",
+    "DryRun",
+    "Force",
+    "Out",
+    "Quiet",
+    "Resume",
+    "add_stage",
+    "recipe_path",
+    "stage",
+    "stage_group",
+]
+
+COMMON = "Output and control"
+LONGEST_DEFAULT = 40  # characters of a default that the help shows
+ARGUMENT = "argument"  # of a command that takes one field without its flag
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+# The flags that mean the same everywhere.
+Out = typer.Option(
+    None, "--out", "-o", metavar="DIR", help="Output directory; appears when it is complete.", rich_help_panel=COMMON
+)
+Resume = typer.Option(False, "--resume", help="Continue an interrupted run of this output.", rich_help_panel=COMMON)
+Force = typer.Option(
+    False, "--force", help="Replace an existing output, in one rename at the end.", rich_help_panel=COMMON
+)
+DryRun = typer.Option(
+    False, "--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=COMMON
+)
+AsJson = typer.Option(False, "--json", help="One JSON document on stdout.", rich_help_panel=COMMON)
+Quiet = typer.Option(False, "--quiet", "-q", help="No progress on stderr.", rich_help_panel=COMMON)
+ConfigFile = typer.Option(
+    None,
+    "--config",
+    metavar="FILE",
+    help="Recipe: a YAML file, an output to repeat, or the name of one that comes with gemma2.",
+    rich_help_panel=COMMON,
+)
+Set = typer.Option(
+    None,
+    "--set",
+    metavar="KEY=VALUE",
+    help="Set any key of the configuration, also nested ones; repeatable.",
+    rich_help_panel=COMMON,
+)
+
+Runner = Callable[[Any, RunOptions, Progress], RunResult]
+
+
+def recipe_path(name: str | None) -> Path | None:
+    """The file behind `--config`: a path, an output (for the configuration it records), or a recipe by name."""
+    if name is None:
+        return None
+    path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
+    found = path if path.is_file() else recipe(name)
+    if found is None:
+        raise InputError(
+            f"--config {name} does not exist", f"give a YAML file, or a recipe: {closest(name, recipes())}"
+        )
+    return found
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The type that the command line parses for a field: tuples are comma-separated text."""
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(item for item in get_args(annotation) if item is not type(None))
+    if get_origin(annotation) is Literal:
+        return annotation
+    if get_origin(annotation) is tuple:
+        return str
+    return annotation
+
+
+def _is_input(field: FieldInfo) -> bool:
+    """Whether a field names a file or directory, or a list of them."""
+    return Path in (field.annotation, *get_args(field.annotation))
+
+
+def _limits(field: FieldInfo) -> Iterator[str]:
+    """The bounds of a number as help text: `>0`, `<=1`."""
+    for item in field.metadata:
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if hasattr(item, name):
+                yield f"{sign}{getattr(item, name):g}"
+
+
+def _default(field: FieldInfo) -> Iterator[str]:
+    value = field.get_default(call_default_factory=True)
+    if field.is_required():
+        yield "required"
+    elif isinstance(value, tuple):
+        yield from ["default " + ",".join(str(item) for item in value)] if value else []
+    elif isinstance(value, str) and len(value) > LONGEST_DEFAULT:
+        yield "has a default"
+    elif value is not None and value is not False:
+        yield f"default {value:g}" if isinstance(value, float) else f"default {value}"
+    yield from _choices(field)
+
+
+def _choices(field: FieldInfo) -> Iterator[str]:
+    """What a list may hold, where that is not free: a single choice is told by the metavar."""
+    for item in get_args(field.annotation):
+        if get_origin(field.annotation) is tuple and get_origin(item) is Literal:
+            yield "of " + ", ".join(get_args(item))
+
+
+def _metavar(kind: Any, is_list: bool) -> str | None:
+    if is_list:
+        return "A,B,..."
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {Path: "PATH", int: "INT", float: "FLOAT", str: "TEXT"}.get(kind)
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    """The typer option of one field: its flag, its unit and bounds, its default."""
+    kind = _flag_type(field.annotation)
+    flag = f"--{name.replace('_', '-')}"
+    facts = "; ".join([*_default(field), *_limits(field)])
+    return typer.Option(
+        None,
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        metavar=_metavar(kind, get_origin(field.annotation) is tuple),
+        help=(field.description or "") + (f" [{facts}]" if facts else ""),
+        show_default=False,
+        rich_help_panel="Inputs" if _is_input(field) else "Settings",
+    )
+
+
+def flags_of(schema: type[Config]) -> dict[str, inspect.Parameter]:
+    """One keyword parameter per field of a schema that a flag can carry (mappings go through --set and recipes)."""
+    # Inputs first, then what is the command's own, then what it shares with others.
+    own = schema.__annotations__
+    ordered = sorted(schema.model_fields.items(), key=lambda item: (not _is_input(item[1]), item[0] not in own))
+    parameters = {}
+    for name, field in ordered:
+        if get_origin(field.annotation) is dict:
+            continue
+        parameters[name] = inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_option(name, field),
+            annotation=_flag_type(field.annotation) | None,
+        )
+    return parameters
+
+
+def _split_lists(schema: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
+    """Comma-separated text of tuple fields, as the tuple that the schema validates."""
+    return {
+        name: tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple
+        else value
+        for name, value in flags.items()
+    }
+
+
+@dataclass(frozen=True)
+class Look:
+    """A flag `--NAME N` that shows N of what a command would work on and ends; it needs no --out and writes nothing."""
+
+    name: str
+    help: str
+    show: Callable[[Any, int, Console], None]
+
+    def parameter(self) -> inspect.Parameter:
+        """The flag as typer reads it."""
+        flag = f"--{self.name.replace('_', '-')}"
+        option = typer.Option(None, flag, metavar="N", min=1, help=self.help, rich_help_panel=COMMON)
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=int | None)
+
+
+def stage(
+    schema: type[Config],
+    run: Runner,
+    *,
+    examples: str,
+    writes: bool = True,
+    positional: str | None = None,
+    look: Look | None = None,
+) -> typer.Typer:
+    """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
+
+    With `writes` the command takes --out, --resume, --force and --dry-run. `positional` names a field that may also be
+    given as an argument.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    command = make_command(schema, run, writes, positional, look)
+    _describe(command, schema, examples)
+    app.command(cls=HelpCommand, context_settings=HELP_NAMES)(command)
+    return app
+
+
+def stage_group(schema: type[Config], run: Runner, *, examples: str) -> typer.Typer:
+    """A command that has sub-commands as well: called without one, it runs itself."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
+    command = make_command(schema, run, writes=True)
+    _describe(command, schema, examples)
+    app.callback(invoke_without_command=True, context_settings=HELP_NAMES)(command)
+    return app
+
+
+def add_stage(
+    app: typer.Typer,
+    schema: type[Config],
+    run: Runner,
+    *,
+    name: str | None = None,
+    examples: str,
+    writes: bool = True,
+    positional: str | None = None,
+) -> None:
+    """Register one command of a schema on an application; `writes` and `positional` as for `stage`."""
+    command = make_command(schema, run, writes, positional)
+    _describe(command, schema, examples)
+    app.command(name=name, cls=HelpCommand, context_settings=HELP_NAMES)(command)
+
+
+def _describe(command: Callable[..., None], schema: type[Config], examples: str) -> None:
+    lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+    command.__doc__ = f"{inspect.getdoc(schema)}\n\n\b\n{lines}"
+
+
+def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
+    """A field as an argument without its flag's name, beside the flag; a list as several arguments."""
+    several = get_origin(field.annotation) is tuple
+    metavar = (name.removesuffix("s") if several else name).upper()
+    described = typer.Argument(None, metavar=metavar, help=f"{field.description} (or --{name}).", show_default=False)
+    annotation = list[str] | None if several else _flag_type(field.annotation) | None
+    return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
+
+
+def _with_argument(name: str, value: Any, flags: dict[str, Any]) -> dict[str, Any]:
+    if flags[name] is not None:
+        raise UsageError(f"'{value}' and --{name} {flags[name]} name two inputs", f"give one {name.upper()}")
+    return flags | {name: tuple(value) if isinstance(value, list) else value}
+
+
+def make_command(
+    schema: type[Config], run: Runner, writes: bool, positional: str | None = None, look: Look | None = None
+) -> Callable[..., None]:
+    """The function behind a command, with a signature that typer reads."""
+    flags = flags_of(schema)
+    arguments = [_argument(positional, schema.model_fields[positional])] if positional else []
+
+    def command(ctx: typer.Context, **given: Any) -> None:
+        if ctx.invoked_subcommand is not None:
+            if ctx.args or any(value not in (None, False, []) for value in given.values()):
+                raise UsageError(
+                    f"options stand before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
+                )
+        else:
+            console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
+            values = _split_lists(schema, {name: given[name] for name in flags})
+            if positional and given.get(ARGUMENT):
+                values = _with_argument(positional, given[ARGUMENT], values)
+            config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=values)
+            from gemma2.posttrain.runs.inputs import check_inputs, located
+
+            config = located(config)
+            if look is not None and given[look.name] is not None:
+                check_inputs(config)
+                look.show(config, given[look.name], console)
+            elif writes:
+                execute(config, given, run, console)
+            else:
+                check_inputs(config)
+                console.result(run(config, RunOptions(Path()), console).summary)
+
+    common: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
+    if writes:
+        common |= {
+            "out": (Path | None, Out),
+            "resume": (bool, Resume),
+            "force": (bool, Force),
+            "dry_run": (bool, DryRun),
+        }
+    common |= {"as_json": (bool, AsJson), "quiet": (bool, Quiet)}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *arguments,
+        *flags.values(),
+        *([look.parameter()] if look else []),
+        *(inspect.Parameter(key, keyword, default=o, annotation=a) for key, (a, o) in common.items()),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def execute(config: Config, given: dict[str, Any], run: Runner, console: Console) -> None:
+    """Run a step that writes, or with --dry-run print its plan."""
+    if given["out"] is None:
+        raise UsageError("--out is missing", "give the directory to write")
+    options = RunOptions(given["out"], given["resume"], given["force"])
+    from gemma2.posttrain.runs.inputs import check_inputs
+
+    if given["dry_run"]:
+        from gemma2.posttrain.pipelines.dry_run import plan_step
+
+        console.result(plan_step(config, options))
+        return
+    check_inputs(config)
+    if not options.resume:
+        check_output(options.out, options.force)
+    result = None
+    try:
+        result = run(config, options, console)
+    finally:
+        if result is None and (partial_path(options.out) / STATE).is_file():
+            console.note("what was done so far is kept: continue with --resume")
+    if is_main():
+        console.result(result.summary, result.out)

@@ -1,0 +1,1 @@
+"""Commands around the stages: pipelines, reports, and views of models, runs and recipes."""

@@ -1,0 +1,124 @@
+"""`gemma2 diff`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand
+from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Force, Quiet
+
+if TYPE_CHECKING:
+    from gemma2.merging.inspect.difference import Difference
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+MOST_ROWS = 80  # a longer table is in --json only
+# Columns on the screen: what is not here is in --json.
+COLUMNS = {
+    "group": "group",
+    "parameters": "parameters",
+    "norm_a": "|a|",
+    "norm_b": "|b|",
+    "norm_difference": "|b-a|",
+    "relative": "relative",
+    "largest": "largest",
+}
+WEIGHTS = {"cosine": "cosine", "angle": "angle"}
+TASK_VECTORS = {
+    "task_norm_a": "task |a|",
+    "task_norm_b": "task |b|",
+    "task_cosine": "task cosine",
+    "task_angle": "task angle",
+}
+
+
+def _row(group: Difference) -> dict[str, Any]:
+    """One line of the table."""
+    values = asdict(group)
+    columns = COLUMNS | (WEIGHTS if group.norm_base is None else TASK_VECTORS)
+    return {title: values[name] for name, title in columns.items()}
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def diff(
+    a: Path = typer.Argument(
+        metavar="A",
+        help="A model directory, a hub id, or a LoRA adapter.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    b: Path = typer.Argument(metavar="B", help="The other model.", show_default=False, rich_help_panel="Inputs"),
+    base: Path | None = typer.Option(
+        None,
+        "--base",
+        metavar="DIR",
+        help="The init of both: adds the norms of their task vectors and the angle between them.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    granularity: Literal["layer", "tensor"] = typer.Option(
+        "layer",
+        "--granularity",
+        metavar="layer|tensor",
+        help="What a row is [default layer].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    threads: int = typer.Option(
+        2,
+        "--threads",
+        min=1,
+        metavar="INT",
+        help="Threads that read and compute [default 2; >=1].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    plot: Path | None = typer.Option(
+        None,
+        "--plot",
+        metavar="FILE",
+        help="Write a heat map of kinds of tensors by layers to a .svg or .png file.",
+        show_default=False,
+        rich_help_panel=COMMON,
+    ),
+    force: bool = Force,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """How two models differ, per layer or tensor: norms, relative and largest difference, cosine and angle.
+
+    With --base the angle is the one between the task vectors, as SLERP sees it. Sums run in fp64; memory does not grow
+    with the models.
+
+    \b
+      gemma2 diff rl-1 rl-2 --base sft --plot angles.svg
+      gemma2 diff sft merged --granularity tensor --json
+    """
+    from gemma2.merging.inspect.difference import diff_models
+
+    console = Console(as_json=as_json, quiet=quiet)
+    if plot is not None:
+        from gemma2.posttrain.reports.plots.heatmap import check_plot
+
+        check_plot(plot, force)
+    found = diff_models(a, b, base=base, granularity=granularity, threads=threads, progress=console)
+    for line in found.notes:
+        console.note(line)
+    for line in found.warnings:
+        console.warn(line)
+    if plot is not None:
+        from gemma2.posttrain.reports.plots.heatmap import write_heat_map
+
+        write_heat_map(found, plot, force)
+    if as_json:
+        console.json(found.as_dict() | ({"plot": str(plot)} if plot else {}))
+        return
+    groups = found.groups if len(found.groups) <= MOST_ROWS else ()
+    console.table([_row(group) for group in (*groups, found.total)])
+    if plot is not None:
+        console.result({"plot": str(plot)})

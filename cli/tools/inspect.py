@@ -1,0 +1,77 @@
+"""`gemma2 inspect`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _overview(found: dict[str, Any]) -> dict[str, Any]:
+    """What a directory is, in a few lines."""
+    lineage = found["lineage"] or {}
+    return {
+        **(_of_adapter if found["kind"] == "adapter" else _of_model)(found),
+        "parameters": found["parameters"],
+        "tensors": len(found["tensors"]),
+        "dtypes": found["dtypes"],
+        "megabytes": found["bytes"] / 1e6,
+        "made by": lineage.get("command"),
+        "made from": [f"{parent['role']} {parent['path']}" for parent in lineage.get("parents", ())] or None,
+        "finished": lineage.get("ended"),
+    }
+
+
+def _of_model(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": found["path"],
+        "architecture": " ".join(found["architectures"] or ()),
+        "tied embeddings": found["tied_embeddings"],
+        "stored copies": found["tied_copies"] or None,
+        "shards": len(found["shards"]),
+    }
+
+
+def _of_adapter(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "adapter": found["path"],
+        "of model": found["base_model"],
+        "rank": found["rank"],
+        "scale": found["scale"],
+        "targets": found["targets"],
+        "in full": found["replaced"] or None,
+    }
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def inspect(
+    directory: Path = typer.Argument(
+        metavar="DIR", help="A model or adapter directory, or a hub id.", show_default=False, rich_help_panel="Inputs"
+    ),
+    tensors: bool = typer.Option(False, "--tensors", help="List every tensor.", rich_help_panel="Settings"),
+    as_json: bool = AsJson,
+) -> None:
+    """Tensors, dtypes, parameters, tied weights, shards and lineage of a model, from its headers alone.
+
+    Of a LoRA adapter: its rank, scale, targets and the model it belongs to.
+
+    \b
+      gemma2 inspect merged --tensors
+    """
+    from gemma2.merging import inspect_model
+
+    found = inspect_model(directory)
+    console = Console(as_json=as_json)
+    if as_json:
+        console.json(found)
+        return
+    console.result(_overview(found))
+    console.text("")
+    console.table(found["tensors"] if tensors else found["groups" if found["kind"] == "model" else "updates"])

@@ -1,0 +1,69 @@
+"""`gemma2 lineage`"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand
+from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Force
+from gemma2.core.errors import OutputError, UsageError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+PIPE_WIDTH = 120  # columns where nothing says how wide the screen is
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def lineage(
+    directory: Path = typer.Argument(
+        metavar="DIR",
+        help="Output of a gemma2 command, or of a pipeline.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    form: Literal["text", "mermaid", "svg"] = typer.Option(
+        "text",
+        "--format",
+        metavar="FORM",
+        help="text, mermaid or svg [default text].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    out: Path | None = typer.Option(
+        None, "--out", "-o", metavar="FILE", help="Write to a file instead of stdout.", rich_help_panel=COMMON
+    ),
+    force: bool = Force,
+    as_json: bool = AsJson,
+) -> None:
+    """What an output was made from: every model and every file of rows, from the roots to the result, with hashes.
+
+    A parent that is not there, or whose weights are not those that were used, is said so. Of the folder of a pipeline
+    its last stage is taken.
+
+    \b
+      gemma2 lineage merged
+      gemma2 lineage quickstart --format svg --out family.svg
+    """  # fmt: skip
+    from gemma2.core.outputs.text_file import write_text
+    from gemma2.posttrain.reports.lineage import read_lineage
+    from gemma2.posttrain.reports.lineage_tree import rendered
+
+    if as_json and (out is not None or form != "text"):
+        raise UsageError("--json goes to stdout in a form of its own", "drop --format and --out, or drop --json")
+    if out is not None and out.exists() and not force:
+        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    found = read_lineage(directory)
+    console = Console(as_json=as_json)
+    if as_json:
+        console.json(found.document())
+    elif out is not None:
+        console.result({}, write_text(out, rendered(found, form)))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+        console.text(rendered(found, form, width))

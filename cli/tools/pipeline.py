@@ -1,0 +1,291 @@
+"""`gemma2 pipeline run | status | graph`: a DAG of commands from one file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand, HelpGroup
+from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Quiet, Set
+from gemma2.configs import recipe, recipes
+from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.outputs.staging import partial_path
+from gemma2.core.yaml_files import closest
+
+if TYPE_CHECKING:
+    from gemma2.posttrain.pipelines.check import PipelinePlan
+    from gemma2.posttrain.pipelines.compile import Pipeline, Stage
+    from gemma2.posttrain.pipelines.scheduler import Choice
+
+__all__ = ["Announcer", "app", "kept_for_later"]
+
+SHOWN = 4  # figures of a stage that ended
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
+
+File = typer.Argument(
+    metavar="FILE",
+    help="Pipeline: a YAML file, the folder of a run, or the name of one that comes with gemma2.",
+    show_default=False,
+    rich_help_panel="Inputs",
+)
+Folder = typer.Option(
+    None, "--out", "-o", metavar="DIR", help="Output directory of the whole; grows stage by stage.",
+    rich_help_panel=COMMON,
+)  # fmt: skip
+
+
+def _stages(flag: str, text: str) -> Any:
+    return typer.Option(None, flag, metavar="STAGE", help=text, show_default=False, rich_help_panel="Stages")
+
+
+From = _stages("--from", "Run this stage and what needs it; what is before is taken as it is.")
+Only = _stages("--only", "Run this stage alone; what it needs is taken as it is.")
+Again = _stages("--force", "Make this stage again though it is complete; repeatable, takes `*`.")
+
+
+class Announcer:
+    """Tells of every stage that starts and ends.
+
+    out: what the output will be called, where it is built under another name (`.OUT.partial`).
+    """
+
+    def __init__(self, console: Console, total: int, out: Path | None = None) -> None:
+        self.console, self.total = console, total
+        self.numbers: dict[str, int] = {}
+        self.names = (str(partial_path(out)), str(out)) if out else ("", "")
+
+    def started(self, stage: Stage, command: str, why: str) -> None:
+        number = self.numbers.setdefault(stage.name, len(self.numbers) + 1)  # another attempt is no other stage
+        because = f" ({why})" if why else ""
+        self.console.heading(f"{number}/{self.total}  {stage.name}: {stage.kind.why}{because}")
+        self.console.note(f"     $ {command.replace(*self.names) if self.names[0] else command}")
+
+    def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
+        figures = [
+            f"{key.replace('_', ' ')} {value:.4g}"
+            for key, value in summary.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("_se")
+        ]
+        told = "  ".join(figures[:SHOWN])
+        self.console.note(f"     {stage.name}: {status} in {seconds:.1f} s{'   ' if told else ''}{told}")
+
+
+@contextmanager
+def kept_for_later(console: Console, root: Path) -> Iterator[None]:
+    """Say that what was done is not lost when a run ends early."""
+    from gemma2.posttrain.pipelines.state import STATE_FILE
+
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done and (root / STATE_FILE).is_file():
+            console.note("what was done so far is kept: the same command goes on from there")
+
+
+def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeline:
+    """The compiled pipeline of a file, a recipe, or the folder of an earlier run."""
+    from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+    from gemma2.posttrain.pipelines.run import FILE
+
+    folder = Path(name)
+    if folder.is_dir():
+        file = folder / FILE
+        if not file.is_file():
+            raise InputError(f"{folder} is no folder of a pipeline", "give a YAML file")
+        return compile_pipeline(read_pipeline(file, sets or ()), out or folder)
+    path = folder if folder.is_file() else recipe(name)
+    if path is None:
+        known = closest(name, recipes())
+        raise InputError(f"{name} does not exist", f"give a YAML file, the folder of a run, or a recipe ({known})")
+    if out is None:
+        raise UsageError("--out is missing", "give the directory of the whole")
+    return compile_pipeline(read_pipeline(path, sets or ()), out)
+
+
+def choice_of(
+    compiled: Pipeline, start: Sequence[str], only: Sequence[str], force: Sequence[str], keep_going: bool
+) -> Choice:
+    """What --from, --only and --force choose. Raises UsageError for what names no stage, or forces one left out."""
+    from gemma2.posttrain.pipelines.scheduler import Choice
+
+    within = compiled.after(compiled.chosen(start)) if start else set(compiled.stages)
+    within &= compiled.chosen(only) if only else within
+    again = compiled.chosen(force)
+    if again - within:
+        raise UsageError(f"--force {min(again - within)} is not among the chosen stages", "choose it too, or drop it")
+    return Choice(frozenset(within) if start or only else None, frozenset(again), keep_going)
+
+
+@app.callback(context_settings=HELP_NAMES)
+def pipeline() -> None:
+    """A pipeline: stages that name a command, its options and each other's outputs; run, skipped, continued."""
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def run(
+    file: str = File,
+    out: Path = Folder,
+    set_: list[str] = Set,
+    jobs: int = typer.Option(
+        1,
+        "--jobs",
+        "-j",
+        metavar="INT",
+        min=1,
+        help="Stages at once [default 1].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    executor: Literal["local", "ray"] = typer.Option(
+        "local",
+        "--executor",
+        metavar="local|ray",
+        help="Processes of this machine, or a Ray cluster [default local].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    ray_address: str = typer.Option(
+        None,
+        "--ray-address",
+        metavar="TEXT",
+        help="Ray: address of the cluster; without it one is started here.",
+        rich_help_panel="Settings",
+    ),
+    from_: list[str] = From,
+    only: list[str] = Only,
+    force: list[str] = Again,
+    keep_going: bool = typer.Option(
+        False,
+        "--keep-going",
+        help="After a failure go on with what does not need the failed stage.",
+        rich_help_panel="Stages",
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=COMMON
+    ),
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """Run what is missing or changed, in the order of the needs; started again, it goes on where it was.
+
+    \b
+      gemma2 pipeline run align.yaml --out runs/align --jobs 2
+      gemma2 pipeline run align.yaml --out runs/align --from reward --set sft.learning_rate=2e-5
+      gemma2 pipeline run quickstart --out quickstart --dry-run
+    """  # fmt: skip
+    from gemma2.posttrain.pipelines.check import check_pipeline
+    from gemma2.posttrain.pipelines.run import check_executor, executor_of, run_pipeline
+
+    if ray_address is not None and executor != "ray":
+        raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
+    console = Console(as_json=as_json, quiet=quiet)
+    compiled = open_pipeline(file, out, set_)
+    choice = choice_of(compiled, from_ or (), only or (), force or (), keep_going)
+    place = executor_of(executor, jobs, ray_address)
+    if dry_run:
+        check_executor(compiled, place)
+        show_plan(console, compiled, check_pipeline(compiled, choice.within, choice.force))
+        return
+    started = time.monotonic()
+    announcer = Announcer(console, len(compiled.stages))
+    with kept_for_later(console, compiled.root):
+        result = run_pipeline(compiled, place, choice=choice, observer=announcer, progress=console)
+    counts = {status: list(result.status.values()).count(status) for status in ("complete", "not needed")}
+    console.result(
+        {"stages": len(compiled.stages), "ran": len(result.ran), **{k: v for k, v in counts.items() if v},
+         "seconds": time.monotonic() - started},
+        compiled.root,
+    )  # fmt: skip
+
+
+def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
+    """What a run would do."""
+    rows = plan.rows()
+    total = sum(row["cpu_seconds_at_least"] or 0.0 for row in rows)
+    facts = {
+        "to_run": len(plan.to_run), "stages": len(rows), "cpu_seconds_at_least": total,
+        "disk_gib": plan.disk / 2**30, "disk_free_gib": plan.disk_free / 2**30,
+    }  # fmt: skip
+    if console.as_json:
+        console.json({"plan": rows, **facts, "out": str(compiled.root)})
+        return
+    console.table([{key.replace("_", " "): value for key, value in row.items()} for row in rows])
+    console.text("")
+    console.result(facts, compiled.root)
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def status(file: str = File, out: Path = Folder, set_: list[str] = Set, as_json: bool = AsJson) -> None:
+    """Where every stage stands: complete, changed and by what, interrupted, failed and why, to run.
+
+    \b
+      gemma2 pipeline status runs/align
+      gemma2 pipeline status align.yaml --out runs/align
+    """
+    from gemma2.posttrain.pipelines.check import check_pipeline
+    from gemma2.posttrain.pipelines.run import status_rows
+
+    console = Console(as_json=as_json)
+    compiled = open_pipeline(file, out, set_)
+    rows = status_rows(compiled, check_pipeline(compiled))
+    if as_json:
+        console.json({"stages": rows, "out": str(compiled.root)})
+    else:
+        used = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+        console.table([{key: row[key] for key in used} for row in rows])
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def graph(
+    file: str = File,
+    out: Path = Folder,
+    set_: list[str] = Set,
+    form: Literal["text", "mermaid", "svg"] = typer.Option(
+        "text",
+        "--format",
+        metavar="text|mermaid|svg",
+        help="How it is drawn [default text].",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    write: Path = typer.Option(
+        None, "--write", metavar="FILE", help="Write the drawing here instead of to stdout.", rich_help_panel=COMMON
+    ),
+    force: bool = typer.Option(False, "--force", help="Replace an existing file.", rich_help_panel=COMMON),
+) -> None:
+    """The stages and what they need, as text, Mermaid or SVG.
+
+    \b
+      gemma2 pipeline graph quickstart --out quickstart
+      gemma2 pipeline graph align.yaml --format svg --write align.svg
+    """  # fmt: skip
+    from gemma2.posttrain.pipelines.state import read_state
+    from gemma2.posttrain.reports.graph.render import Edge, Node, dag_mermaid, dag_svg, dag_text
+
+    compiled = open_pipeline(file, out or (None if Path(file).is_dir() else Path("out")), set_)
+    told = (read_state(compiled.root) or {}).get("stages", {})
+    nodes = [
+        Node(name, name, stage.command, str(told.get(name, {}).get("status", "")))
+        for name, stage in compiled.stages.items()
+    ]
+    edges = [Edge(need, name) for name, stage in compiled.stages.items() for need in stage.needs]
+    draw = {"text": dag_text, "mermaid": dag_mermaid, "svg": dag_svg}[form]
+    text = draw(nodes, edges)
+    if write is None:
+        Console().text(text)
+        return
+    if write.exists() and not force:
+        raise OutputError(f"--write {write} exists", "choose another file, or replace it with --force")
+    if not write.parent.is_dir():
+        raise OutputError(f"cannot write --write {write}: {write.parent} is not a directory", "make it first")
+    write.write_text(text, encoding="utf-8")
+    Console().result({}, write)

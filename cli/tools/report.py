@@ -1,0 +1,52 @@
+"""`gemma2 report`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
+from gemma2.core.errors import OutputError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def report(
+    directory: Path = typer.Argument(
+        metavar="DIR",
+        help="Output of a pipeline (warp, quickstart) or of one command, finished or not.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    out: Path = typer.Option(
+        Path("report.html"),
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="HTML file [default report.html].",
+        show_default=False,
+        rich_help_panel="Output and control",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Replace an existing file.", rich_help_panel="Output and control"
+    ),
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """One self-contained HTML page about a run: the front of every iteration, what the merges kept, the curves, the
+    lineage, answers before and after, every setting.
+
+    Of a run that failed or goes on, the page tells what is missing and why.
+
+    \b
+      gemma2 report quickstart --out report.html
+    """
+    from gemma2.posttrain.reports.page import write_report
+
+    if out.exists() and not force:
+        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    Console(as_json=as_json, quiet=quiet).result({}, write_report(directory, out))

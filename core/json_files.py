@@ -1,0 +1,44 @@
+"""JSON files: objects read with errors that name the file, and written in one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError
+
+__all__ = ["JsonMapping", "JsonObject", "read_json", "write_json"]
+
+# An object of a JSON or YAML file. Its values are whatever the file holds, so the reader of a key checks its type.
+JsonObject = dict[str, Any]
+JsonMapping = Mapping[str, Any]
+
+
+def read_json(path: Path) -> JsonObject:
+    """A JSON object from a file. Raises InputError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", "give a complete model directory") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "restore the file") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object", "restore the file")
+    return value
+
+
+def write_json(path: Path, value: JsonMapping) -> None:
+    """Replace `path` with the JSON of `value` in one rename, flushed to disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    # A path that is no UTF-8 has lone surrogates in Python, and with this their escapes in JSON.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,13 @@
+"""The user's cache folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["cache_folder"]
+
+
+def cache_folder(name: str) -> Path:
+    """A folder in the user's cache, as the XDG base directory specification says; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma2" / name

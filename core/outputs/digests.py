@@ -1,0 +1,54 @@
+"""Digests of inputs: the recorded one where the file was not touched after its manifest, else computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .hashing import digest_file, digest_name, hasher
+from .manifest import MANIFEST, read_manifest
+from .safetensors_header import weight_files
+
+__all__ = ["digest_input", "digest_weights"]
+
+
+def digest_input(path: Path, threads: int = 1) -> str:
+    """`digest_file` of an input, at the price of a look where that is enough.
+
+    The digest that the manifest beside it records is trusted for a file that was not touched after it; any other file
+    is read once per process and state.
+    """
+    manifest = read_manifest(path.parent) or {}
+    entry = manifest.get("files", {}).get(path.name) if manifest.get("status") == "complete" else None
+    if isinstance(entry, dict) and _untouched(path, entry, path.parent / MANIFEST):
+        return str(entry["digest"])
+    status = path.stat()
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _digest_of(path, threads, state)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, threads: int, state: tuple[int, ...]) -> str:
+    """The digest of a file in one state of its inode."""
+    return digest_file(path, threads)
+
+
+def digest_weights(directory: Path, threads: int = 1) -> str:
+    """One digest of all weights of a model directory: over (name, digest) of its safetensors files.
+
+    Digests that a complete manifest records are trusted for files that were not touched after it.
+    """
+    total = hasher()
+    for path in weight_files(directory):
+        total.update(f"{path.name} {digest_input(path, threads)}\n".encode())
+    return digest_name(total)
+
+
+def _untouched(path: Path, entry: Mapping[str, Any], manifest: Path) -> bool:
+    """Whether a file is as the manifest, written after it, describes it. No call sets ctime back, as it does mtime."""
+    status = path.stat()
+    if "digest" not in entry:
+        return False
+    return entry.get("size") == status.st_size and status.st_ctime_ns <= manifest.stat().st_ctime_ns

@@ -1,0 +1,80 @@
+"""Where a model is: a directory as it is, or a hub id (`owner/name`, `owner/name@revision`) from the hub or its cache.
+
+Only weights as safetensors, JSON, tokenizer files and chat templates are fetched: no pickle ever reaches the disk.
+huggingface_hub is imported when a hub id is met, so that directories need no network library.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError
+
+__all__ = ["is_hub_id", "locate_model"]
+
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
+FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name that is no file or directory here can be a hub id: `owner/name`, and no folder `owner` here."""
+    path = Path(name)
+    return HUB_ID.fullmatch(str(name)) is not None and not path.exists() and not Path(path.parts[0]).exists()
+
+
+def locate_model(name: str | Path, role: str) -> Path:
+    """The directory of a model. A hub id is looked up on the hub, or offline (HF_HUB_OFFLINE=1) in its cache.
+
+    Raises InputError naming the id and the cause. A path that does not exist and is no hub id is returned as it is:
+    whoever opens it says what is wrong with it.
+    """
+    return _fetch(str(name), role) if is_hub_id(name) else Path(name)
+
+
+def _fetch(name: str, role: str) -> Path:
+    """The snapshot of a hub id in the cache, fetched if need be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found = HUB_ID.fullmatch(name)
+    repo, revision = (found["name"], found["revision"]) if found else (name, None)
+    # The bases of the hub's own error are what its network library raises, whichever that is in the installed version.
+    failures: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=list(FETCHED))
+    except failures as error:
+        raise _failure(name, role, error) from error
+    return Path(folder)
+
+
+def _failure(name: str, role: str, error: Exception) -> InputError:
+    """One line for what the hub's library raises."""
+    from huggingface_hub import constants, errors
+
+    here = f"{role} {name} is no directory here"
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{role} {name} is gated on the hub", "accept its terms on its page, then log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{role} {name}: the hub has the model but not this revision", "name a branch, tag or commit")
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return InputError(
+            f"{here}, and the hub has no public model of that name", "check it; log in if the model is private"
+        )
+    incomplete = getattr(errors, "IncompleteSnapshotError", ())
+    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        state = (
+            "only in part in the cache of the hub" if isinstance(error, incomplete) else "not in the cache of the hub"
+        )
+        return InputError(
+            f"{here}, and it is {state}, which is offline (HF_HUB_OFFLINE)", "give a directory, or go online once"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return InputError(f"{here}, and the hub cannot be reached", "check the network, or give a directory")
+    return InputError(
+        f"{role} {name} could not be fetched from the hub ({type(error).__name__})",
+        "check the network and the space in the cache, or give a directory",
+    )

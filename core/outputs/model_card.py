@@ -1,0 +1,370 @@
+"""The model card of an output: README.md with the metadata that the hub reads. Pure: facts in, text out.
+
+    front matter   base_model, base_model_relation, library_name, pipeline_tag, tags, license, language
+                   (https://huggingface.co/docs/hub/model-cards, "Model card metadata")
+    text           what it is, figures, how to load it, lineage, how it was made, limits
+
+Only what is known is said: a licence or language is inherited from the cards of the models it was made from, where
+all of them state one and the same. No path of this machine is in it: models and files go by their names. The same run
+gives the same bytes: no times. Text from files stands in code spans and fences, or escaped, and breaks nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .safetensors_header import printable
+
+__all__ = ["Account", "Ancestor", "Facts", "code", "fenced", "model_card", "shown", "table"]
+
+# How a model directory in the hub's cache is called, and what a path of this machine looks like inside a text.
+SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
+ADDRESS = re.compile(r"\w+://\S+")
+PLACE = re.compile(r"(?:(?<![\w:./])~?/|(?:\.\./)+)(?:[^\s/,+]+/)*(?P<name>[^\s/,+]+)/?")
+MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are in the result
+
+WHAT = {
+    "sft": "A language model, fine-tuned on prompts and completions (supervised fine-tuning).",
+    "distill": "A language model, distilled from a teacher's distribution over every token of its answers.",
+    "reward": "A reward model: a classifier with one output that scores an answer, trained on pairs of answers.",
+    "reward probe": "A reward model: a linear head, fitted to pairs of answers, on a language model left as it was.",
+    "rlhf": "A language model, trained by reinforcement learning from a reward, held near an anchor by a KL penalty.",
+    "convert": "A model, imported as plain safetensors.",
+    "pick": "A language model, chosen from the front of reward over KL that post-training gave.",
+    "tiny": "A small model for trying out post-training, pre-trained from scratch.",
+}
+TAGS = {
+    **{"sft": ("sft",), "distill": ("distillation",), "rlhf": ("rlhf",)},
+    **{"reward": ("reward-model",), "reward probe": ("reward-model",), "pick": ("warp",), "merge warp": ("warp",)},
+}
+TREE_LINES = 60
+TRAINED = ("sft", "distill", "reward", "reward probe", "rlhf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """A model that an output was made from, as far as it was found.
+
+    role      in the command that read it: model, policy, base, input, reward, ...
+    hub       `owner/name@revision`, where it is in the hub's cache
+    command   that made it; "" where that is not known
+    metadata  front matter of its own card
+    """
+
+    role: str
+    name: str
+    digest: str = ""
+    hub: str = ""
+    command: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    parents: tuple[Ancestor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a command that merges says of its output in the manifest and on the card, in place of the merge's words.
+
+    sections  of the card: (title, Markdown), instead of the table of the summary
+    pictures  files that are copied beside the card and shown in it
+    """
+
+    command: str
+    config: Mapping[str, Any]
+    data: Sequence[Mapping[str, str]] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    sections: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything that a card tells.
+
+    manifest  of the output: command, config, data, seed, versions, summary
+    config    its config.json
+    chat      whether its tokenizer has a chat template; None without a tokenizer
+    """
+
+    name: str
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    chat: bool | None
+    parents: tuple[Ancestor, ...] = ()
+    sections: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        return str(self.manifest.get("command", ""))
+
+    @property
+    def is_reward(self) -> bool:
+        names = self.config.get("architectures")
+        return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
+
+    @property
+    def sources(self) -> tuple[Ancestor, ...]:
+        """The parents whose weights are in this model."""
+        return tuple(parent for parent in self.parents if parent.role in MADE_FROM)
+
+
+def model_card(facts: Facts) -> str:
+    """The README.md."""
+    import yaml
+
+    front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True, default_flow_style=False)
+    figures = facts.sections or tuple(_figures(facts.manifest.get("summary")))
+    pictures = "".join(f"\n\n![The front of reward over KL]({name})" for name in facts.pictures)
+    sections = [
+        *((title, text + (pictures if number == 0 else "")) for number, (title, text) in enumerate(figures)),
+        ("How to load it", _loading(facts)),
+        ("Lineage", _lineage(facts)),
+        ("How it was made", _making(facts)),
+        ("Limits", _limits(facts)),
+    ]
+    text = f"---\n{front}---\n\n# {_escaped(facts.name)}\n\n{_what(facts)}\n"
+    return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections)
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+
+def metadata(facts: Facts) -> dict[str, Any]:
+    """The front matter, without what is not known."""
+    bases = list(dict.fromkeys(_base_names(facts.sources)))
+    merged = facts.command.startswith("merge") or facts.command == "pick"
+    relation = "merge" if merged and len(facts.sources) > 1 else "finetune" if facts.command in TRAINED else None
+    tags = ["gemma2", *(["merge"] if merged and len(facts.sources) > 1 else []), *_tags(facts.command)]
+    for ancestor in _all(facts.sources):
+        tags += _tags(ancestor.command)
+    return {
+        **({"base_model": bases if len(bases) > 1 else bases[0]} if bases else {}),
+        **({"base_model_relation": relation} if relation and bases else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if facts.is_reward else "text-generation",
+        "tags": list(dict.fromkeys(tags)),
+        **_inherited(facts.sources, ("license", "license_name", "license_link")),
+        **_inherited(facts.sources, ("language",)),
+    }
+
+
+def _tags(command: str) -> tuple[str, ...]:
+    return TAGS.get(command, ())
+
+
+def _all(ancestors: Sequence[Ancestor], until: Callable[[Ancestor], bool] | None = None) -> Iterator[Ancestor]:
+    """These and all before them whose weights went on, each once; nothing before one that satisfies `until`."""
+    waiting, seen = list(ancestors), set()
+    while waiting:
+        ancestor = waiting.pop(0)
+        if (ancestor.name, ancestor.digest) not in seen:
+            seen.add((ancestor.name, ancestor.digest))
+            yield ancestor
+            waiting = ([] if until and until(ancestor) else list(_before(ancestor))) + waiting
+
+
+def _before(ancestor: Ancestor) -> tuple[Ancestor, ...]:
+    return tuple(parent for parent in ancestor.parents if parent.role in MADE_FROM)
+
+
+def _base_names(sources: Sequence[Ancestor]) -> Iterator[str]:
+    """Hub ids of the nearest models that have one; the names of the first models of the lines where none has."""
+    for ancestor in _all(sources, until=lambda found: bool(found.hub)):
+        if ancestor.hub:
+            yield ancestor.hub.partition("@")[0]
+        elif not _before(ancestor):
+            # Without a slash: with one it would read as somebody's model on the hub.
+            yield re.sub(r"[^\w.-]+", "-", ancestor.name.rpartition("/")[2], flags=re.ASCII).strip("-.") or "model"
+
+
+def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The first of `keys` and those that belong to it, where the lines of all sources state the same."""
+
+    def states(ancestor: Ancestor) -> bool:
+        return keys[0] in ancestor.metadata
+
+    told = [
+        {key: ancestor.metadata[key] for key in keys if key in ancestor.metadata} if states(ancestor) else {}
+        for ancestor in _all(sources, until=states)
+        if states(ancestor) or not _before(ancestor)
+    ]
+    return told[0] if told and all(other == told[0] for other in told) else {}
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _what(facts: Facts) -> str:
+    command = facts.command
+    if command.startswith("merge "):
+        inputs = sum(parent.role == "input" for parent in facts.parents)
+        based = " and their base" if inputs > 1 else " and its base"
+        told = based if any(parent.role == "base" for parent in facts.parents) else ""
+        return f"A merge of {inputs} model{'s' if inputs != 1 else ''}{told} by {code(command[6:])}."
+    return WHAT.get(command, f"A model that {code(f'gemma2 {command}')} wrote.")
+
+
+def _figures(summary: object) -> Iterator[tuple[str, str]]:
+    """The numbers of a summary as a table; nothing where it has none."""
+    if not isinstance(summary, Mapping):
+        return
+    rows = []
+    for key, value in summary.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | str) or str(key).endswith("_se"):
+            continue
+        error = summary.get(f"{key}_se")
+        told = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else shown(value)
+        rows.append([str(key).replace("_", " "), told + (f" ± {error:.2g}" if isinstance(error, float) else "")])
+    if rows:
+        yield "Figures", table(["figure", "value"], rows)
+
+
+def _loading(facts: Facts) -> str:
+    kind = "AutoModelForSequenceClassification" if facts.is_reward else "AutoModelForCausalLM"
+    # Gemma 2's soft cap is in eager attention; sdpa has none.
+    eager = ', attn_implementation="eager"' if facts.config.get("attn_logit_softcapping") is not None else ""
+    lines = [
+        f"from transformers import {kind}, AutoTokenizer",
+        "",
+        'path = "."  # this directory',
+        f"model = {kind}.from_pretrained(path{eager})",
+    ]
+    if facts.chat is None:
+        return fenced("\n".join([lines[0].removesuffix(", AutoTokenizer"), *lines[1:]]), "python")
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(path)", *_use(facts.is_reward, facts.chat)]
+    return fenced("\n".join(lines), "python")
+
+
+def _use(is_reward: bool, chat: bool) -> list[str]:
+    user = '{"role": "user", "content": "What is 2 + 3?"}'
+    if is_reward:
+        answered = [
+            f'messages = [{user}, {{"role": "assistant", "content": "5"}}]',
+            'text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\\n")',
+        ]
+        return [
+            *(answered if chat else ['text = "What is 2 + 3? 5"']),
+            f'inputs = tokenizer(text, add_special_tokens={not chat}, return_tensors="pt")',
+            "print(model(**inputs).logits[0, 0].item())",
+        ]
+    template = "messages, add_generation_prompt=True, return_dict=True, return_tensors"
+    asked = [f"messages = [{user}]", f'inputs = tokenizer.apply_chat_template({template}="pt")']
+    return [
+        *(asked if chat else ['inputs = tokenizer("The answer to 2 + 3 is", return_tensors="pt")']),
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _lineage(facts: Facts) -> str:
+    if not facts.parents:
+        return "Nothing is recorded of a model that it was made from."
+    rows = [printable(facts.name), *_tree(facts.parents, "", set())]
+    if len(rows) > TREE_LINES:
+        rows = [*rows[:TREE_LINES], f"... and {len(rows) - TREE_LINES} lines more, which gemma2.json leads to"]
+    return "Digests are the first digits of BLAKE3 over the weights.\n\n" + fenced("\n".join(rows), "text")
+
+
+def _tree(ancestors: Sequence[Ancestor], indent: str, told: set[str]) -> Iterator[str]:
+    """A line per model and, below it, what it was made from; once for each."""
+    for number, ancestor in enumerate(ancestors):
+        last = number == len(ancestors) - 1
+        name = f"{ancestor.role}: {printable(ancestor.hub or ancestor.name)}"
+        details = [
+            ancestor.digest.rpartition(":")[2][:10],
+            ancestor.command and f"gemma2 {printable(ancestor.command)}",
+        ]
+        again = bool(ancestor.digest) and ancestor.digest in told and bool(ancestor.parents)
+        row = "  ".join([name, *filter(None, details), *(["(as above)"] if again else [])])
+        yield f"{indent}{'└─ ' if last else '├─ '}{row}"
+        told.add(ancestor.digest)
+        if not again:
+            yield from _tree(ancestor.parents, indent + ("   " if last else "│  "), told)
+
+
+def _making(facts: Facts) -> str:
+    """Command, seed, data, versions; the settings folded away."""
+    from gemma2.core.yaml_files import to_yaml
+
+    manifest = facts.manifest
+    lines = [f"- Command: {code(f'gemma2 {facts.command}')}"]
+    if manifest.get("seed") is not None:
+        lines.append(f"- Seed: {code(str(manifest['seed']))}")
+    data = manifest.get("data")
+    for source in data if isinstance(data, list | tuple) else ():
+        name, digest = str(source.get("path", "")), str(source.get("digest", "")).rpartition(":")[2][:10]
+        lines.append(f"- Data: {code(shown(name))}, BLAKE3 {code(digest)}")
+    versions = manifest.get("versions")
+    if isinstance(versions, Mapping):
+        lines.append("- Versions: " + ", ".join(f"{code(f'{name} {value}')}" for name, value in versions.items()))
+    settings = {key: shown(value) for key, value in dict(manifest.get("config") or {}).items()}
+    folded = f"<details>\n<summary>Settings</summary>\n\n{fenced(to_yaml(settings), 'yaml')}\n\n</details>"
+    return "\n".join(lines) + (f"\n\n{folded}" if settings else "")
+
+
+def _limits(facts: Facts) -> str:
+    lines = []
+    if not facts.sections and facts.command not in TRAINED:
+        lines.append("- Nothing was measured on this model.")
+    lines.append("- No benchmark and no evaluation of safety, bias or facts was run by the command that made it.")
+    if facts.command in ("rlhf", "pick"):
+        lines.append("- A reward is what the reward model or function says, which RL learns to please; it is no truth.")
+    licence = _inherited(facts.sources, ("license",)).get("license")
+    if licence is None:
+        why = (
+            "the models that it was made from state none here, or different ones" if facts.sources else "none is stated"
+        )
+        lines.append(f"- Licence: unknown; {why}.")
+    else:
+        lines.append(f"- Licence: {code(str(licence))}, as the cards of the models state that it was made from.")
+    return "\n".join(lines)
+
+
+# --- Markdown -------------------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> Any:
+    """A setting without anything of this machine: paths are names, addresses are left out."""
+    if isinstance(value, Mapping):
+        return {str(key): shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shown(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    found = SNAPSHOT.search(value)
+    if found:
+        return f"{found['owner']}/{found['name']}@{found['revision']}"
+    if value.startswith(("/", "~/", "../")):
+        return PurePosixPath(value).name
+    return PLACE.sub(lambda match: match["name"], ADDRESS.sub("(an address)", value))
+
+
+def code(text: str) -> str:
+    """A code span that holds any text."""
+    text = printable(text)
+    ticks = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (ticks + 1)
+    pad = " " if ticks else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block that holds any text."""
+    ticks = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, ticks + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text."""
+    lines = [[*map(_escaped, columns)], ["---"] * len(columns), *([*map(_escaped, row)] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text inside a line that means nothing to Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", printable(text))

@@ -1,0 +1,174 @@
+"""The header of one safetensors file, read and checked by us before a byte of its data is touched.
+
+Layout: 8 bytes little-endian length N, N bytes of JSON, then the data that the JSON's offsets tile exactly.
+The safetensors library checks the same, but its messages do not name the file; ours name file, key and cause.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError
+
+__all__ = ["ITEM_BYTES", "Tensor", "encode_header", "parameter_count", "printable", "read_header", "weight_files"]
+
+# Every dtype of the format, so that a file is judged by its layout here and by its arithmetic in the plan.
+ITEM_BYTES = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
+    **{"U32": 4, "I32": 4, "F32": 4},
+    **{"U64": 8, "I64": 8, "F64": 8, "C64": 8},
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies. `offset` counts bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return self.count * ITEM_BYTES[self.dtype]
+
+
+def printable(text: str) -> str:
+    """A name from a file, safe to show: control characters escaped, at most 120 characters."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in the order of their data. Raises InputError for anything malformed."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})", "check the path and its permissions") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is not a regular file", "give a safetensors file")
+    entries, data_start = _read_entries(path, status.st_size)
+    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_tiling(path, tensors, data_start, status.st_size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _broken(path: Path, cause: str) -> InputError:
+    return InputError(f"{path}: {cause}", "the file is damaged or not safetensors; fetch or write it again")
+
+
+def _read_entries(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The JSON of the header without `__metadata__`, and where the data starts."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise _broken(path, f"header length {length} does not fit a file of {size} bytes")
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
+    try:
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except InputError:  # a key that is there twice
+        raise
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise _broken(path, f"the header is not JSON ({type(error).__name__})") from error
+    if not isinstance(entries, dict):
+        raise _broken(path, "the header is not a JSON object")
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
+
+
+def _unique(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _broken(path, f"the header names {printable(twice)} twice")
+    return result
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
+    """One checked entry: known dtype, natural shape, offsets that hold exactly shape x dtype bytes."""
+    shown = printable(name)
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise _broken(path, f"the name {shown} is not Unicode text")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"the entry of {shown} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _broken(path, f"{shown} has the unknown dtype {printable(str(dtype))}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _broken(path, f"{shown} has a malformed shape or data_offsets")
+    begin, end = offsets
+    tensor = Tensor(name, dtype, tuple(shape), path, data_start + begin)
+    if end - begin != tensor.nbytes:
+        raise _broken(path, f"{shown} is {dtype} {shape}, {tensor.nbytes} bytes, but its offsets span {end - begin}")
+    return tensor
+
+
+def _check_tiling(path: Path, tensors: Sequence[Tensor], data_start: int, size: int) -> None:
+    """The tensors cover the data without overlap or hole, and the file ends with the last of them."""
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            kind = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
+            raise _broken(path, f"{printable(tensor.name)} {kind}")
+        position += tensor.nbytes
+    if position != size:
+        kind = "is truncated" if position > size else "has extra bytes at its end"
+        raise _broken(path, f"the file {kind}: the header describes {position} bytes, the file has {size}")
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Header bytes for `{name: (dtype, shape)}` in that order, and the file offset of each tensor.
+
+    Padded with spaces to whole pages, so that the data is page-aligned on disk.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    starts = {}
+    for name, (dtype, shape) in tensors.items():
+        starts[name] = position
+        end = position + prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
+    header = length.to_bytes(8, "little") + text.ljust(length)
+    return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def parameter_count(directory: Path) -> int:
+    """Parameters of a model directory, from its safetensors headers alone.
+
+    Raises InputError when a header is not readable or does not fit its file.
+    """
+    return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, by name."""
+    return sorted(path for path in directory.glob("*.safetensors") if path.is_file())

@@ -1,0 +1,162 @@
+"""Outputs that appear whole or not at all, and the manifest (`gemma2.json`) that tells where they came from.
+
+An output is built in a hidden sibling of its final place, locked, flushed to disk and moved there in one rename.
+The manifest is written last; a directory without `"status": "complete"` in it is not a result.
+
+Torch-free and free of pydantic: the merge commands start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gemma2.core.errors import OutputError
+
+__all__ = ["check_output", "fsync_tree", "locked", "publish", "staged_output"]
+
+
+def partial_path(out: Path) -> Path:
+    """Where an output is built: a hidden sibling, so that the last step is a rename inside one file system."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
+    """Refuse an output that exists (without `force`), or that is, holds or lies in one of the inputs."""
+    if out.name in ("", "..") or "\0" in out.name:
+        raise OutputError(f"--out {out} has no name of its own", "give the name of a directory to make")
+    target = out.resolve()
+    for role, path in (inputs or {}).items():
+        source = path.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise OutputError(f"--out {out} and the {role} {path} overlap", "choose another --out")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"--out {out} exists and is not a directory", "choose another --out")
+    if out.exists() and not force and any(out.iterdir()):
+        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write --out {out}: {parent} is not a writable directory", "choose another --out")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the right to write `out`; a second process fails at once instead of waiting."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    descriptors: list[int] = []
+    try:
+        while not descriptors or not _hold(descriptors[-1], path):
+            descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+        yield
+    except BlockingIOError as error:
+        raise OutputError(f"another gemma2 process is writing {out}", "wait for it, or choose another --out") from error
+    finally:
+        try:
+            _release(descriptors, path)
+        except BaseException:  # an interrupt cut it short; further ones are ignored (cli/main.py)
+            _release(descriptors, path)
+            raise
+
+
+def _hold(descriptor: int, path: Path) -> bool:
+    """Lock an open file; whether it is still the one at `path`, which its holder before us may have unlinked."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _release(descriptors: list[int], path: Path) -> None:
+    """Unlink a lock file that is ours, or that we made and could not lock before an interrupt."""
+    with suppress(BlockingIOError):
+        if descriptors and _hold(descriptors[-1], path):
+            path.unlink()
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flush every file and folder below `directory` to disk."""
+    for root, _, names in os.walk(directory):
+        for path in [*(Path(root) / name for name in names), Path(root)]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def exchange(new: Path, old: Path) -> bool:
+    """Swap two directories in one step (Linux renameat2); False where the system cannot."""
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
+        return True
+    if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+
+
+def publish(partial: Path, out: Path, force: bool) -> None:
+    """Move a finished directory to its place: old or new is there at every moment, never a mixture."""
+    fsync_tree(partial)
+    if out.exists():
+        if any(out.iterdir()) and not force:
+            raise OutputError(f"--out {out} appeared while the command ran", "choose another --out, or use --force")
+        if exchange(partial, out):
+            shutil.rmtree(partial)
+        else:
+            aside = partial.with_name(f"{partial.name}-old")
+            out.rename(aside)
+            try:
+                partial.rename(out)
+            except BaseException:
+                aside.rename(out)
+                raise
+            shutil.rmtree(aside)
+    else:
+        partial.rename(out)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
+    """Build an output aside: yields an empty directory that becomes `out` when the block ends without an exception.
+
+    The block writes its files and, last, the manifest. Any exception (an interrupt too) removes what was built.
+    What a killed process left behind is swept by the next run to the same place.
+    """
+    check_output(out, force)
+    with locked(out):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
+            shutil.rmtree(stale)
+        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
+        try:
+            temporary.mkdir()
+            yield temporary
+            publish(temporary, out, force)
+        except BaseException:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+            except BaseException:  # as in `locked`
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            raise

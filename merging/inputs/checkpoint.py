@@ -1,0 +1,192 @@
+"""Model directories on disk: which tensors they hold, and ranges of them. With `writer`, the place that opens weights.
+
+Only headers are read on opening. Reads are `preadv` into the caller's buffer, so that a file that shrinks while it is
+read is an error and not a bus fault.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import read_json
+from gemma2.core.outputs.manifest import require_complete
+from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
+
+from .low_rank import LowRank
+
+__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its configuration and where each tensor lies. `role` is how messages name it.
+
+    origin   the directory of configuration and tokenizer; of an adapted model that of the model
+    updates  low-rank updates by tensor, of an adapted model
+    """
+
+    role: str
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    origin: Path
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.path}"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all weights."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its weights, by name."""
+        factors = {tensor.file for update in self.updates.values() for tensor in (update.a, update.b)}
+        return sorted({tensor.file for tensor in self.tensors.values()} | factors)
+
+
+def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts layer 2 before layer 10."""
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in name.split("."))
+
+
+def open_checkpoint(path: Path, role: str) -> Checkpoint:
+    """Read the configuration and every header of a model directory; no tensor data.
+
+    Raises InputError for a directory that is none, unfinished, or holds its weights in another form.
+    """
+    if not path.is_dir():
+        raise InputError(f"{role} {path} is not a directory", "give the path of a model directory")
+    require_complete(path, role)
+    shards = _shards(path, role)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{role} {path} holds no config.json", "give a directory with config.json and *.safetensors")
+    return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards), path)
+
+
+def _shards(path: Path, role: str) -> dict[str, list[str]] | None:
+    """Names in each shard as the index says; None for a single file."""
+    single, index = path / WEIGHTS, path / INDEX
+    if single.exists() and index.exists():
+        raise InputError(f"{role} {path} holds both {WEIGHTS} and {INDEX}", "remove the one that is not meant")
+    if single.exists():
+        return None
+    if index.exists():
+        return _read_index(index)
+    if (path / "adapter_config.json").exists():
+        raise InputError(f"{role} {path} is an adapter without its base model", "merge the adapter into its base first")
+    others = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if others:
+        raise InputError(
+            f"{role} {path} holds pickled weights only ({others[0]})", "convert them to safetensors; pickles are unsafe"
+        )
+    if any(path.glob("*.gguf")):
+        raise InputError(f"{role} {path} holds GGUF weights only", "import them with gemma2 convert")
+    raise InputError(f"{role} {path} holds neither {WEIGHTS} nor {INDEX}", "give a directory with safetensors weights")
+
+
+def _read_index(index: Path) -> dict[str, list[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map", "restore the file")
+    shards: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_file_name(file):
+            raise InputError(
+                f"{index} places {printable(name)} in {printable(str(file))}, not a file name", "restore the index"
+            )
+        shards.setdefault(file, []).append(name)
+    return shards
+
+
+def _is_file_name(text: str) -> bool:
+    """A bare name of the file system, and one that can be shown."""
+    bare = text not in ("", ".", "..") and Path(text).name == text and "\\" not in text
+    return bare and text.isprintable() and len(text.encode()) <= 255
+
+
+def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Tensor]:
+    """All tensors in natural order; index and shards must agree exactly."""
+    if shards is None:
+        found = read_header(path / WEIGHTS)
+    else:
+        found = {}
+        for file, names in sorted(shards.items()):
+            held = read_header(path / file)
+            for name in sorted(set(names) ^ set(held)):
+                where = f"in the index but not in {file}" if name in names else f"in {file} but not in the index"
+                raise InputError(f"{path}: {printable(name)} is {where}", "the index and its shards do not belong")
+            found |= held
+    return {name: found[name] for name in sorted(found, key=natural_order)}
+
+
+class Reader:
+    """Reads ranges of tensors. Safe to share between threads; made by `Reader.open`."""
+
+    def __init__(self, descriptors: Mapping[Path, int]) -> None:
+        self._descriptors = descriptors
+
+    def descriptor(self, tensor: Tensor) -> int:
+        """Of the open file that holds a tensor, for the compiled passes."""
+        return self._descriptors[tensor.file]
+
+    @classmethod
+    @contextmanager
+    def open(cls, checkpoints: Iterable[Checkpoint]) -> Iterator[Reader]:
+        """Open every weight file of the checkpoints for the time of the block."""
+        with ExitStack() as stack:
+            descriptors: dict[Path, int] = {}
+            for file in {file for checkpoint in checkpoints for file in checkpoint.files}:
+                descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, descriptors[file])
+            yield cls(descriptors)
+
+    def read(self, tensor: Tensor, first: int, count: int, into: NDArray[np.uint8]) -> None:
+        """Elements [first, first + count) of a tensor into the start of a byte buffer."""
+        item = ITEM_BYTES[tensor.dtype]
+        view = memoryview(into)[: count * item]  # type: ignore[arg-type]
+        offset = tensor.offset + first * item
+        while view:
+            try:
+                got = os.preadv(self._descriptors[tensor.file], [view], offset)
+            except OSError as error:
+                raise InputError(f"reading {tensor.file} failed ({error.strerror})", "check the disk") from error
+            if got == 0:
+                raise InputError(
+                    f"{tensor.file} ended while {printable(tensor.name)} was read", "do not write to it during a merge"
+                )
+            view, offset = view[got:], offset + got
+
+    def same(self, left: Tensor, right: Tensor, step: int = 1 << 20) -> bool:
+        """Whether two tensors of one shape and dtype hold the same bytes."""
+        ours, theirs = np.empty((2, step * ITEM_BYTES[left.dtype]), np.uint8)
+        for first in range(0, left.count, step):
+            count = min(step, left.count - first)
+            self.read(left, first, count, ours)
+            self.read(right, first, count, theirs)
+            if not np.array_equal(ours[: count * ITEM_BYTES[left.dtype]], theirs[: count * ITEM_BYTES[left.dtype]]):
+                return False
+        return True
+
+
+# What makes a model directory loadable besides the weights. Nothing else is taken over.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)

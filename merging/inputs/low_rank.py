@@ -1,0 +1,30 @@
+"""The low-rank update of one weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma2.core.outputs.safetensors_header import Tensor
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one weight: scale * B @ A, a (rank, in), b (out, rank); transposed for a weight (in, out)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape

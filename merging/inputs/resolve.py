@@ -1,0 +1,62 @@
+"""Inputs of a merge: model directories, hub ids, LoRA adapters with their base, all as checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.hub import is_hub_id, locate_model
+from gemma2.core.outputs.safetensors_header import printable
+
+from .adapter import Adapter, check_adapter, is_adapter, open_adapter
+from .checkpoint import Checkpoint, open_checkpoint
+
+__all__ = ["open_input"]
+
+
+def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
+    """Open a model, `MODEL+ADAPTER`, or an adapter alone: its model is the one it records, else `base`.
+
+    Reads headers only. Raises InputError.
+    """
+    model, plus, adapter = str(name).rpartition("+")
+    if plus and model and adapter and not name.exists():
+        return _adapted(
+            open_adapter(locate_model(adapter, role), role), open_checkpoint(locate_model(model, role), role)
+        )
+    path = locate_model(name, role)
+    if not is_adapter(path):
+        return open_checkpoint(path, role)
+    found = open_adapter(path, role)
+    return _adapted(found, open_checkpoint(_model_of(found, base), f"the model of {role}"))
+
+
+def _model_of(adapter: Adapter, base: Path | None) -> Path:
+    """The directory of the model that an adapter belongs to."""
+    recorded = adapter.base_model_name
+    if recorded is not None:
+        for place in (Path(recorded), adapter.path / recorded):
+            if place.is_dir():
+                return place
+        if base is None and is_hub_id(recorded):
+            return locate_model(recorded, f"the model of {adapter.role}")
+    if base is None:
+        raise InputError(
+            f"{adapter} is an adapter, and its model {printable(recorded or '(it names none)')} is not here",
+            f"name it: MODEL+{adapter.path}",
+        )
+    return locate_model(base, "base")
+
+
+def _adapted(adapter: Adapter, model: Checkpoint) -> Checkpoint:
+    """The model with the adapter's updates, as one checkpoint named after the adapter."""
+    check_adapter(adapter, model)
+    return replace(
+        model,
+        role=adapter.role,
+        path=adapter.path,
+        origin=model.origin,
+        tensors={name: adapter.replaced.get(name, tensor) for name, tensor in model.tensors.items()},
+        updates=adapter.updates,
+    )

@@ -1,0 +1,105 @@
+"""What a model or adapter directory holds, from its headers and its manifest; no tensor data is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.outputs.hub import locate_model
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.safetensors_header import Tensor
+from gemma2.merging.inputs.adapter import is_adapter, open_adapter
+from gemma2.merging.inputs.checkpoint import open_checkpoint
+from gemma2.merging.inputs.compatibility import tied_copies
+from gemma2.merging.plan.merge_plan import group_of
+
+__all__ = ["inspect_model"]
+
+
+def inspect_model(path: str | Path) -> dict[str, Any]:
+    """What a directory, or a hub id, holds: `kind` is "model" or "adapter".
+
+    A model: architecture, parameters, dtypes, tied weights, shards, groups of a merge, lineage. An adapter: rank,
+    scale, targets, and the model it says that it belongs to.
+    Raises InputError for a directory that is no complete model or adapter.
+    """
+    found = locate_model(path, "model")
+    return _adapter(found) if is_adapter(found) else _model(found)
+
+
+def _model(path: Path) -> dict[str, Any]:
+    model = open_checkpoint(path, "model")
+    copies = tied_copies(model)
+    tensors = [tensor for name, tensor in model.tensors.items() if name not in copies]
+    return {
+        "kind": "model",
+        "path": str(path),
+        "architectures": model.config.get("architectures"),
+        "parameters": sum(tensor.count for tensor in tensors),
+        "bytes": model.nbytes,
+        "dtypes": _dtypes(tensors),
+        "tied_embeddings": model.config.get("tie_word_embeddings"),
+        "tied_copies": dict(copies),
+        "shards": [{"file": file.name, "bytes": file.stat().st_size} for file in model.files],
+        "groups": _groups(tensors),
+        "lineage": _lineage(path),
+        "tensors": _listed(model.tensors.values()),
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    adapter = open_adapter(path, "adapter")
+    tensors = list(adapter.tensors.values())
+    targets = Counter(name.removesuffix(".weight").rsplit(".", 1)[-1] for name in adapter.updates)
+    return {
+        "kind": "adapter",
+        "path": str(path),
+        "base_model": adapter.base_model_name,
+        "rank": sorted({update.rank for update in adapter.updates.values()}),
+        "scale": sorted({update.scale for update in adapter.updates.values()}),
+        "targets": dict(targets),
+        "replaced": list(adapter.replaced),
+        "parameters": sum(tensor.count for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": _dtypes(tensors),
+        "updates": [
+            {"tensor": name, "shape": list(update.shape), "rank": update.rank, "scale": update.scale}
+            for name, update in adapter.updates.items()
+        ],
+        "lineage": _lineage(path),
+        "tensors": _listed(tensors),
+    }
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Parameters by dtype."""
+    dtypes = Counter[str]()
+    for tensor in tensors:
+        dtypes[tensor.dtype] += tensor.count
+    return dict(dtypes)
+
+
+def _listed(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
+    return [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
+
+
+def _groups(tensors: list[Tensor]) -> list[dict[str, Any]]:
+    """The groups that a merge by layer would make."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(group_of(tensor.name), []).append(tensor)
+    return [
+        {"group": name, "tensors": len(members), "parameters": sum(tensor.count for tensor in members)}
+        for name, members in groups.items()
+    ]
+
+
+def _lineage(path: Path) -> dict[str, Any] | None:
+    """The command that made the directory and what it was made from; None without a manifest."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return None
+    kept = ("command", "config", "parents", "seed", "started", "ended", "status")
+    return {key: manifest[key] for key in kept if key in manifest}

@@ -1,0 +1,1 @@
+"""Compiled arithmetic on tensors (numba, without the GIL), and number formats."""

@@ -1,0 +1,396 @@
+"""Merges that choose elements: TIES, DARE, DELLA, Model Breadcrumbs. The kernels behind them, and their thresholds.
+
+With deltas d_m = model_m - base (fp32, element by element):
+
+    result = base + consensus(w_1 mask_1 d_1 / q_1, ..., w_M mask_M d_M / q_M)
+
+mask       TIES: |d| >= low, the k-th largest magnitude. Breadcrumbs: low <= |d| <= high. DARE: kept with probability p.
+           DELLA: p grows linearly with the rank of |d| in its row, from density - epsilon to density + epsilon
+q          the keep probability when rescaling (DARE, DELLA), else 1
+consensus  the sum, or TIES' election: per element the sign of the sum; only terms of that sign stay; with `normalize`
+           they are divided by the sum of the weights of the models they come from. A zero agrees with nothing
+
+`low` and `high` come from `selection`; DELLA's ranks from counts of the leading bits within the row. Nothing is sorted.
+
+Sources: TIES, arXiv 2306.01708, section 4; DARE, 2311.03099, section 3; DELLA, 2406.11617, section 3 (MAGPRUNE, by
+rows); Model Breadcrumbs, 2312.06795, section 3. Deviations:
+1) Elements equal to a threshold are all kept (see `selection`).
+2) DELLA: elements in one bucket (within 1/32 of each other) share their mean rank, so p is off by at most
+   epsilon * (c - 1) / (row - 1) for c elements in a bucket; its mean over the row is the density. All magnitudes under
+   2**-12 of the row's largest are one bucket.
+3) Keep probabilities are multiples of 2**-16, the nearest one but 0 (see `randomness`); rescaling divides by these.
+4) Signs are elected after rescaling, by the weighted sum; a negative weight turns the sign of its term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dense import BLOCK, REORDER, check_sum, gram
+from .dtypes import Doubles, Floats, compiled, float_bits, store, value
+from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
+from .philox import STEPS, Words, attainable, uniforms
+from .top_k import MAGNITUDE, Counts
+
+__all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "sparse_combine"]
+
+SUM, ELECT, ELECT_MEAN = 0, 1, 2
+WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE = range(7)  # columns of the table
+COLUMNS = 7
+Draws = NDArray[np.uint16]
+CHUNK = 1024  # elements: the rows of a chunk stay in the first level cache
+OCTAVES = 12  # below the largest magnitude of a row, 32 buckets each
+ROW_BUCKETS = OCTAVES * 32
+LAST_BUCKET = np.uint32(ROW_BUCKETS - 1)
+U18 = np.uint32(18)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """What one tensor's merge does, in plain numbers: one per model in each tuple.
+
+    weights    of the task vectors
+    low, high  magnitudes that are kept, both included; () keeps all
+    keep       DARE, DELLA: mean keep probability; () keeps all
+    spread     DELLA: epsilon, half of the range of the keep probability; () is 0
+    rescale    divide what is kept by its keep probability
+    elect      take only terms of the elected sign
+    normalize  divide by the sum of the weights: of all models, or with `elect` of those that take part
+    scale      of the merged task vector (lambda)
+    """
+
+    weights: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    keep: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
+    rescale: bool = True
+    elect: bool = False
+    normalize: bool = False
+    scale: float = 1.0
+
+    @property
+    def consensus(self) -> int:
+        """SUM, ELECT or ELECT_MEAN."""
+        return (ELECT_MEAN if self.normalize else ELECT) if self.elect else SUM
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether ranks within rows are needed: the unit of `sparse_combine` is then the row."""
+        return any(self.spread)
+
+    def table(self) -> Doubles:
+        """For `sparse_combine`, (M, COLUMNS) fp64."""
+        table = np.zeros((len(self.weights), COLUMNS))
+        share = np.array(self.weights)
+        table[:, WEIGHT] = self.scale * share
+        if self.normalize and not self.elect:
+            table[:, WEIGHT] /= share.sum()
+        table[:, SHARE] = share
+        table[:, LOW] = self.low or 0.0
+        table[:, HIGH] = self.high or np.inf
+        table[:, KEEP] = self.keep or 1.0
+        table[:, SPREAD] = self.spread or 0.0
+        table[:, RESCALE] = self.rescale
+        return table
+
+
+@compiled(inner=True)
+def largest_bits(x: Any, base: Any) -> Any:
+    """The bit pattern of the largest |x - base|."""
+    largest = np.uint32(0)
+    for i in range(x.size):
+        own = np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)
+        largest = own if own > largest else largest
+    return largest
+
+
+@compiled(inner=True)
+def rank_buckets(x: Any, base: Any, largest: Any, out: NDArray[np.uint16]) -> None:
+    """The bucket of each |x - base|; 0 holds the largest."""
+    for i in range(x.size):
+        below = np.uint32(np.uint32(largest - np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)) >> U18)
+        out[i] = below if below < LAST_BUCKET else LAST_BUCKET
+
+
+@compiled(inner=True)
+def count_buckets(buckets: NDArray[np.uint16], counts: NDArray[np.int32]) -> None:
+    """Elements of each bucket, as a sum of four rows: equal neighbours abound, and one count waits for the other."""
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
+    whole = buckets.size // 4 * 4
+    for i in range(0, whole, 4):
+        first[buckets[i]] += 1
+        second[buckets[i + 1]] += 1
+        third[buckets[i + 2]] += 1
+        fourth[buckets[i + 3]] += 1
+    for i in range(whole, buckets.size):
+        first[buckets[i]] += 1
+
+
+@compiled(inner=True, error_model="numpy")
+def rank_row(
+    x: Any, base: Any, setting: Doubles, buckets: NDArray[np.uint16], counts: NDArray[np.int32], chances: Floats
+) -> None:
+    """The buckets of one row, and DELLA's keep probability per bucket.
+
+    The probability is density - epsilon for the smallest of the row, + epsilon at the top; a bucket has the mean rank
+    of its elements.
+
+    buckets  (n,) of each element
+    counts   (4, ROW_BUCKETS) work space
+    chances  (ROW_BUCKETS,)
+    """
+    rank_buckets(x, base, largest_bits(x, base), buckets)
+    for part in range(4):
+        for bucket in range(ROW_BUCKETS):
+            counts[part, bucket] = 0
+    count_buckets(buckets, counts)
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
+    for bucket in range(ROW_BUCKETS):
+        first[bucket] += second[bucket] + third[bucket] + fourth[bucket]
+    above = np.int32(0)  # twice the elements above the bucket, and those inside: in a loop of its own, as each waits
+    for bucket in range(ROW_BUCKETS):
+        inside = first[bucket]
+        second[bucket] = np.int32(np.int32(above + above) + inside)
+        above = np.int32(above + inside)
+    keep, slope, length = setting[KEEP], setting[SPREAD] / max(x.size - 1, 1), np.int32(x.size)
+    for bucket in range(ROW_BUCKETS):  # 2 epsilon (rank / (n - 1) - 1 / 2)
+        chances[bucket] = attainable(keep + slope * np.int32(length - second[bucket]))
+
+
+@compiled(inner=True)
+def trim(x: Any, base: Any, setting: Doubles, terms: Floats) -> None:
+    """`term = weight * delta` where low <= |delta| <= high, else 0."""
+    low, high, weight = np.float32(setting[LOW]), np.float32(setting[HIGH]), np.float32(setting[WEIGHT])
+    for i in range(terms.size):
+        delta = value(x[i]) - value(base[i])
+        size = abs(delta)
+        term = weight * delta if (size >= low) & (size <= high) else np.float32(0)
+        terms[i] = term
+
+
+@compiled(inner=True, error_model="numpy")
+def keep_at_random(x: Any, base: Any, draw: Draws, setting: Doubles, terms: Floats) -> None:
+    """DARE: `term = weight * delta / p` with probability p, else 0, the division where asked."""
+    chance, weight = attainable(setting[KEEP]), setting[WEIGHT]
+    factor = np.float32(weight / np.float64(chance) if setting[RESCALE] != 0.0 else weight)
+    limit = chance * np.float32(STEPS)
+    for i in range(terms.size):
+        delta = value(x[i]) - value(base[i])
+        term = factor * delta if np.float32(draw[i]) < limit else np.float32(0)
+        terms[i] = term
+
+
+@compiled(inner=True)
+def chances_of(buckets: NDArray[np.uint16], chances: Floats, out: Floats) -> None:
+    """The keep probability of each element's bucket."""
+    for i in range(out.size):
+        out[i] = chances[buckets[i]]
+
+
+@compiled(inner=True, error_model="numpy")
+def keep_by_rank(x: Any, base: Any, draw: Draws, chance: Floats, setting: Doubles, terms: Floats) -> None:
+    """DELLA: as `keep_at_random`, with the probability of each element."""
+    weight, rescale = np.float32(setting[WEIGHT]), setting[RESCALE] != 0.0
+    for i in range(terms.size):
+        delta = weight * (value(x[i]) - value(base[i]))
+        term = delta / (chance[i] if rescale else np.float32(1))
+        terms[i] = term if np.float32(draw[i]) < chance[i] * np.float32(STEPS) else np.float32(0)
+
+
+@compiled(inner=True)
+def add_agreeing(terms: Floats, weight: Any, total: Floats, kept: Floats, share: Floats) -> None:
+    """Where a term has the sign of the total: `kept += term; share += weight`."""
+    for i in range(total.size):
+        agrees = ((terms[i] > 0) & (total[i] > 0)) | ((terms[i] < 0) & (total[i] < 0))
+        kept[i] += terms[i] if agrees else np.float32(0)
+        share[i] += weight if agrees else np.float32(0)
+
+
+@compiled(inner=True, error_model="numpy")
+def divide(kept: Floats, share: Floats) -> None:
+    """`kept /= share`, where anything takes part."""
+    for i in range(kept.size):
+        kept[i] = kept[i] / (share[i] if share[i] != 0 else np.float32(1))
+
+
+@compiled(inner=True, fastmath=REORDER)
+def square(vector: Floats) -> Any:
+    """Squared norm of one chunk: fp32, or fp64 where that overflows."""
+    total = np.float32(0)
+    for i in range(vector.size):
+        total += vector[i] * vector[i]
+    if np.isfinite(total):
+        return np.float64(total)
+    precise = np.float64(0)
+    for i in range(vector.size):
+        precise += np.float64(vector[i]) * np.float64(vector[i])
+    return precise
+
+
+@compiled(inner=True)
+def add_base(base: Any, merged: Floats, out: Floats) -> None:
+    """Their sum; the base itself where nothing is added, since -0.0 + 0.0 loses the sign."""
+    for i in range(out.size):
+        origin = value(base[i])
+        out[i] = origin + merged[i] if merged[i] != 0 else origin
+
+
+@compiled(inner=True)
+def clear(row: Floats) -> None:
+    """Zeros."""
+    for i in range(row.size):
+        row[i] = np.float32(0)
+
+
+@compiled(inner=True, error_model="numpy")
+def mean_of_two(first: Floats, second: Floats, weights: Any, base: Any, merged: Floats) -> None:
+    """ELECT_MEAN of two rows of terms in one loop, which is the most common merge."""
+    one, two = weights
+    for i in range(merged.size):
+        a, b = first[i], second[i]
+        total = a + b
+        left = ((a > 0) & (total > 0)) | ((a < 0) & (total < 0))
+        right = ((b > 0) & (total > 0)) | ((b < 0) & (total < 0))
+        kept = (a if left else np.float32(0)) + (b if right else np.float32(0))
+        share = (one if left else np.float32(0)) + (two if right else np.float32(0))
+        merged[i] = kept / (share if share != 0 else np.float32(1))
+
+
+@compiled(inner=True)
+def elect(terms: Floats, table: Doubles, consensus: int, merged: Floats, total: Floats, share: Floats) -> None:
+    """The consensus of the terms (M, >= n) of any number of models; `total` and `share` are work space."""
+    clear(total)
+    clear(merged)
+    clear(share)
+    for m in range(len(table)):
+        for i in range(total.size):
+            total[i] += terms[m, i]
+    for m in range(len(table)):
+        add_agreeing(terms[m, : total.size], np.float32(table[m, SHARE]), total, merged, share)
+    if consensus == ELECT_MEAN:
+        divide(merged, share)
+
+
+@compiled(inner=True)
+def merge_chunk(terms: Floats, base: Any, table: Doubles, consensus: int, space: Any, out: Any) -> Any:
+    """From the terms (M, n) to the stored result: whether it is finite, and its squared norm."""
+    merged, total, share = space
+    if consensus == ELECT_MEAN and len(table) == 2:
+        mean_of_two(terms[0], terms[1], (np.float32(table[0, SHARE]), np.float32(table[1, SHARE])), base, merged)
+    elif consensus != SUM:
+        elect(terms, table, consensus, merged, total, share)
+    else:
+        clear(merged)
+        for m in range(len(table)):
+            for i in range(merged.size):
+                merged[i] += terms[m, i]
+    norm = square(merged)
+    add_base(base, merged, total)
+    return store(total, out), norm
+
+
+@compiled()
+def sparse_combine(
+    stored: Any, span: Counts, table: Doubles, keys: Words, consensus: int, rows: Floats, out: Any, squares: Doubles
+) -> bool:
+    """Merge elements of one tensor. False when a stored value is Inf or NaN; a bad delta may be dropped unseen.
+
+    stored     (M + 1, >= count) as `kernels.gram` wants it, row 0 the base
+    span       (count, first, unit): elements, index of the first in its tensor, and the length over which squares are
+               summed: BLOCK, or the row's length where the table has a spread. `count` covers whole units, but for the
+               end of the tensor
+    table      (M, COLUMNS) fp64, from `Sparsity.table`
+    keys       (M, 2) uint64, from `stream_key`
+    consensus  SUM, ELECT or ELECT_MEAN
+    rows       (>= M + 3, >= CHUNK) fp32 work space
+    out        (>= count,) of a dtype in formats.STORED
+    squares    (ceil(count / unit),) fp64: squared norm of the merged delta, per unit
+    """
+    count, first, unit, models = span[0], span[1], span[2], len(table)
+    ranked = False
+    for m in range(models):
+        ranked |= table[m, SPREAD] != 0.0
+    buckets = np.empty((models, unit if ranked else 0), np.uint16)
+    counts = np.empty((4, ROW_BUCKETS), np.int32)
+    chances = np.empty((models, ROW_BUCKETS), np.float32)
+    draws = np.empty(CHUNK // 2 + 7, np.uint32)
+    merged, total, share = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    finite = True
+    for number in range(squares.size):
+        begin = number * unit
+        stop = min(begin + unit, count)
+        for m in range(models):
+            if table[m, SPREAD] != 0.0:
+                x, base = stored[m + 1, begin:stop], stored[0, begin:stop]
+                rank_row(x, base, table[m], buckets[m, : stop - begin], counts, chances[m])
+        squares[number] = 0.0
+        for start in range(begin, stop, CHUNK):
+            end = min(start + CHUNK, stop)
+            size = end - start
+            base = stored[0, start:end]
+            for m in range(models):
+                x, terms = stored[m + 1, start:end], rows[m, :size]
+                if table[m, SPREAD] != 0.0:
+                    draw = uniforms(keys[m], first + start, size, draws)
+                    chances_of(buckets[m, start - begin : end - begin], chances[m], total[:size])
+                    keep_by_rank(x, base, draw, total[:size], table[m], terms)
+                elif table[m, KEEP] < 1.0:
+                    draw = uniforms(keys[m], first + start, size, draws)
+                    keep_at_random(x, base, draw, table[m], terms)
+                else:
+                    trim(x, base, table[m], terms)
+            space = (merged[:size], total[:size], share[:size])
+            fits, norm = merge_chunk(rows, base, table, consensus, space, out[start:end])
+            finite &= fits
+            squares[number] += norm
+    return finite
+
+
+@compiled()
+def blend_chosen(
+    files: Longs,
+    span: tuple[int, int, int, int],
+    settings: tuple[Doubles, Words, int],
+    target: tuple[int, int],
+    space: tuple[Any, Floats, Any],
+    checks: NDArray[np.uint64],
+    products: Doubles,
+    squares: Doubles,
+) -> Any:
+    """Choose, combine and write elements [first, first + count) of a tensor, `cut` at a time. A code as in `passes`.
+
+    span      (first, count, cut, unit); cut is a multiple of the unit, as in `sparse_combine`
+    settings  table, keys and consensus, as in `sparse_combine`
+    target    descriptor and offset of the tensor in the output; -1: the caller writes `out`, and count <= cut
+    space     stored (M + 1, >= cut), rows and out (1, >= cut), as in `sparse_combine`
+    checks    (1,) the check sum of what was written is added to it
+    products  (sum of ceil(cut / BLOCK), 1 + pairs) of each cut, see `kernels.gram`. Not finite: nothing else counts
+    squares   (ceil(count / unit),) as in `sparse_combine`
+    """
+    first, total, cut, unit = span
+    table, keys, consensus = settings
+    stored, rows, out = space
+    low, based = 0, len(table) > 0  # not a constant, for which `gram` would be compiled again
+    for begin in range(0, total, cut):
+        count = min(cut, total - begin)
+        failed = load(files, first + begin, count, stored)
+        if failed:
+            return failed
+        blocks = (count + BLOCK - 1) // BLOCK
+        gram(stored, count, based, products[low : low + blocks])
+        low += blocks
+        own = squares[begin // unit : (begin + count + unit - 1) // unit]
+        place = (first + begin) * out.itemsize
+        here = np.array((count, first + begin, unit))
+        if not sparse_combine(stored, here, table, keys, consensus, rows, out[0, :count], own):
+            return NOT_FINITE
+        data = out[0, :count].view(np.uint8)
+        checks[0] += check_sum(data, target[1] + place)
+        if target[0] >= 0 and not write_all(target[0], target[1] + place, data):
+            return NOT_FINITE - 1
+    return DONE

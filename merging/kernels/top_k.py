@@ -1,0 +1,152 @@
+"""Which elements of a task vector are the largest: exact thresholds by counting, without sorting.
+
+The magnitude of an fp32 number orders as its bit pattern does. A sample tells about where the wanted rank lies; one
+pass over the data counts the elements above a window of WINDOW bit patterns around it, and each pattern inside. When
+the rank is not in the window, one pass counts all patterns in steps of 2**COARSE, and another those of the step that
+holds it: the sample decides how long it takes, never what is found. Counts are integers: they add up over cuts, tensors
+and threads in any order.
+
+k = max(1, floor(density * n)); elements equal to the k-th largest are all kept, whatever their order, so that more than
+k may stay. The papers do not say how they round, and their sorts keep k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dense import BLOCK
+from .dtypes import compiled, float_bits, value
+from .file_passes import DONE, Longs, load
+
+__all__ = ["BINS", "COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank"]
+__all__ += ["sample", "sample_places"]
+
+WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
+BINS = WINDOW + 8  # the last eight take what is outside: eight, as one would wait for itself
+COARSE = 13  # WINDOW steps of 2**COARSE patterns are all there are
+PIECE = 512  # elements of a sample that are neighbours
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+Counts = NDArray[np.int64]
+Bits = NDArray[np.uint32]
+
+
+def kept_ranks(count: int, density: float, gamma: float = 0.0) -> tuple[int, int]:
+    """First and last rank (1 is the largest magnitude) that stay of `count` elements.
+
+    k = max(1, floor(density * count)) stay below the largest floor(gamma * count); gamma is at most 1 - density.
+    """
+    kept = min(max(1, int(density * count + 1e-6)), count)  # 0.29 * 100 is 28.999999999999996
+    dropped = min(int(min(gamma, 1.0 - density) * count + 1e-6), count - kept)
+    return dropped + 1, dropped + kept
+
+
+def magnitude(bits: int) -> float:
+    """The fp32 number with these bits."""
+    return float(np.array([bits], np.uint32).view(np.float32)[0])
+
+
+def sample_places(count: int, wanted: int) -> Longs:
+    """Where to take pieces of `count` elements, `wanted` of them or a few more in all, evenly spread."""
+    pieces = -(-wanted // PIECE)
+    if pieces * PIECE >= count:
+        return np.arange(0, count, PIECE)
+    return np.arange(pieces) * count // pieces
+
+
+def near_rank(bits: Bits, rank: int, count: int) -> int:
+    """The pattern of the rank-th largest of `count` elements, as far as a sample of them tells; exact if it is all."""
+    place = min(max(round((rank - 0.5) / count * len(bits) + 0.5), 1), len(bits))
+    return int(np.partition(bits, len(bits) - place)[len(bits) - place])
+
+
+def place_of_rank(counts: Counts, above: int, rank: int) -> int | None:
+    """The bin of the rank-th largest element, `above` of which lie beyond the last bin; None if it is in none."""
+    cumulated = np.cumsum(counts[::-1])
+    if not above < rank <= above + cumulated[-1]:
+        return None
+    return len(counts) - 1 - int(np.searchsorted(cumulated, rank - above))
+
+
+@compiled(inner=True)
+def delta_bits(x: Any, base: Any, out: Bits) -> None:
+    """The bit patterns of |x - base|."""
+    for i in range(out.size):
+        out[i] = np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)
+
+
+@compiled()
+def sample(files: Longs, places: Longs, count: int, stored: Any, out: Bits) -> Any:
+    """Bit patterns of all deltas in pieces of a tensor. A code as in `passes`.
+
+    files   as `passes.load` wants them
+    places  (P,) first elements of pieces of PIECE elements, fewer at the end of the `count` of the tensor
+    stored  (M + 1, >= PIECE) work space, row 0 the base
+    out     (M, >= P * PIECE) filled piece by piece, those at the end moved up
+    """
+    done = 0
+    for place in places:
+        size = min(PIECE, count - place)
+        failed = load(files, place, size, stored)
+        if failed:
+            return failed
+        for m in range(len(out)):
+            delta_bits(stored[m + 1, :size], stored[0, :size], out[m, done : done + size])
+        done += size
+    return DONE
+
+
+@compiled(inner=True)
+def offsets_of(bits: Bits, low: Any, shift: Any, offsets: Bits, inside: NDArray[np.uint8]) -> Any:
+    """The bin of each pattern in a window that begins at `low`, whether it is in one, and how many lie above."""
+    above = np.uint32(0)
+    high = np.uint32(low + np.uint32(np.uint32(WINDOW) << shift))
+    for i in range(bits.size):
+        above = np.uint32(above + np.uint32(bits[i] >= high))
+        offset = np.uint32(np.uint32(bits[i] - low) >> shift)
+        hit = offset < np.uint32(WINDOW)
+        offsets[i] = offset if hit else np.uint32(np.uint32(WINDOW) + np.uint32(np.uint32(i) & np.uint32(7)))
+        inside[i] = hit
+    return np.int64(above)
+
+
+@compiled(inner=True)
+def count_inside(offsets: Bits, inside: Any, counts: Counts) -> None:
+    """Count what is inside; few are, so that eight are looked at at a time. `inside` is (n / 8,) uint64."""
+    for word in range(inside.size):
+        if inside[word]:
+            for i in range(8 * word, 8 * word + 8):
+                counts[offsets[i]] += 1
+
+
+@compiled()
+def count_near(files: Longs, span: tuple[int, int, int], stored: Any, windows: Longs, counts: Counts) -> Any:
+    """Count the magnitudes of deltas of elements [first, first + count), `cut` at a time. A code as in `passes`.
+
+    span     (first, count, cut)
+    stored   (M + 1, >= cut) work space, row 0 the base
+    windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
+    counts   (Q, 1 + BINS) what lies above the window, and what lies in each of its bins, is added
+    """
+    first, total, cut = span
+    bits, offsets, inside = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)
+    for begin in range(0, total, cut):
+        count = min(cut, total - begin)
+        failed = load(files, first + begin, count, stored)
+        if failed:
+            return failed
+        for start in range(0, count, BLOCK):
+            size = min(BLOCK, count - start)
+            words = (size + 7) // 8
+            for i in range(size, 8 * words):
+                offsets[i], inside[i] = np.uint32(WINDOW), np.uint8(0)
+            for q in range(len(windows)):
+                x, base = stored[windows[q, 0], start : start + size], stored[0, start : start + size]
+                low, shift = np.uint32(windows[q, 1]), np.uint32(windows[q, 2])
+                delta_bits(x, base, bits[:size])
+                counts[q, 0] += offsets_of(bits[:size], low, shift, offsets, inside)
+                count_inside(offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])
+    return DONE

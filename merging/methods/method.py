@@ -1,0 +1,174 @@
+"""One merge method: its description, and the weights that it gives the operands. Numpy-free.
+
+The operands of a merge are the base, where there is one, then the models in the caller's order. Reading, checking,
+streaming, reporting, flags, file keys, pipeline stages and help pages are the same for all methods: see
+docs/adding-a-merge-method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .option import Option, OptionValue
+from .request import Granularity, MergeRequest, Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gemma2.merging.kernels.sparse import Sparsity
+
+    Doubles = NDArray[np.float64]
+
+__all__ = ["MANY", "Group", "MergekitForm", "Method", "Mix", "Selection", "Term", "around_base"]
+
+MANY = 64  # models at most
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the output that share coefficients, thresholds and settings."""
+
+    name: str
+    tensors: tuple[str, ...]
+    settings: Settings
+    based: bool
+    models: int
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights of the operands, shape (outputs, operands), and why the group fell back to LERP ("" when it did not)."""
+
+    weights: Doubles
+    fallback: str = ""
+
+
+def around_base(group: Group, coefficients: Doubles, fallback: str = "") -> Mix:
+    """Coefficients of the vectors as weights of the operands; with a base they add up to 1 together with its own."""
+    from .coefficients import warp_coefficients
+
+    weights = warp_coefficients(coefficients, 1.0) if group.based else coefficients
+    return Mix(weights[None, :], fallback)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a method chooses elements of the task vectors, and how it adds up what is left of several.
+
+    by       magnitude: the largest stay; random: with one probability; rank: with one that grows with the magnitude
+    elect    per element only the terms of the elected sign count (TIES)
+    density  share that stays, where none is given
+    gamma    share of the largest elements that is dropped, where none is given
+    epsilon  half of the spread of the keep probability, where none is given
+    """
+
+    by: Literal["magnitude", "random", "rank"]
+    elect: bool
+    density: float
+    gamma: float = 0.0
+    epsilon: float = 0.0
+
+    def of(self, group: Group) -> Sparsity:
+        """The group's numbers, without the thresholds that its data decides."""
+        from gemma2.merging.kernels.sparse import Sparsity  # its kernels, which a scalar combination need not load
+
+        given = group.settings
+        share = given.density or (self.density,) * group.models
+        spread = given.epsilon or (self.epsilon,) * group.models
+        return Sparsity(
+            weights=given.weights or (1.0,) * group.models,
+            keep=() if self.by == "magnitude" else share,
+            spread=spread if self.by == "rank" else (),
+            rescale=given.rescale is not False,
+            elect=self.elect,
+            normalize=self.elect if given.normalize is None else given.normalize,
+            scale=1.0 if given.scale is None else given.scale,
+        )
+
+    def ranks(self, group: Group, count: int) -> list[tuple[int, int]]:
+        """First and last rank that stays of `count` elements, of each model's task vector."""
+        from gemma2.merging.kernels.top_k import kept_ranks
+
+        density = group.settings.density or (self.density,) * group.models
+        gamma = group.settings.gamma or (self.gamma,) * group.models
+        return [kept_ranks(count, *pair) for pair in zip(density, gamma, strict=True)]
+
+
+Term = tuple[str, Any]  # one of our attributes, and mergekit's default of it; None: the file must give it
+
+
+@dataclass(frozen=True)
+class MergekitForm:
+    """A method of mergekit that this method computes, in mergekit's terms.
+
+    base       required, optional; input: a base_model is one more model; none: not taken
+    per_model  parameters of a model: name -> our attribute and the default
+    options    parameters of the merge: name -> our attribute and the default
+    only       parameters that have one value here: name -> the value
+    fixed      attributes of ours that make our method theirs
+    """
+
+    base: str
+    per_model: Mapping[str, Term] = field(default_factory=dict)
+    options: Mapping[str, Term] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One merge method.
+
+    help         its page and its line in the list of methods
+    why          what a stage with it does, in a report: "averages weights"
+    example      a command line
+    panel        heading of the list of methods that it stands under
+    mix          (group, Gram matrix of its vectors (M, M) float64) -> Mix. The vectors are task vectors where there is
+                 a base, else the weights
+    adaptive     whether mix looks at the Gram matrix: the data is then read twice
+    base         required: the user names it; sought: or it is the parent that all models record; optional: or there is
+                 none and the weights themselves are merged; given: only one that is named counts; none: not taken
+    models       smallest and largest number of models
+    options      that it reads, besides those of all methods
+    defaults     of its options, by name, where they are not those of all methods: shown on its page
+    filled       options that a request without them gets and that its manifest records, by attribute
+    one_of       names of options of which a command line or a stage gives exactly one
+    check        raises UsageError for numbers that do not fit each other
+    granularity  its own
+    selection    of elements; None for scalar combinations
+    mergekit     mergekit's names of it
+    """
+
+    help: str
+    why: str
+    example: str
+    panel: str
+    mix: Callable[[Group, Doubles], Mix]
+    base: Literal["required", "sought", "optional", "given", "none"]
+    models: tuple[int, int]
+    adaptive: bool = False
+    options: tuple[Option, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    filled: Mapping[str, OptionValue] = field(default_factory=dict)
+    one_of: tuple[str, ...] = ()
+    check: Callable[[MergeRequest], None] | None = None
+    granularity: Granularity = "layer"
+    selection: Selection | None = None
+    mergekit: Mapping[str, MergekitForm] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        """How often the data is read."""
+        thresholds = self.selection is not None and self.selection.by == "magnitude"
+        return 2 if self.adaptive or thresholds else 1
+
+    def default(self, option: Option) -> str:
+        """The default of an option as its page shows it."""
+        value = self.defaults.get(option.name)
+        if value is None and self.selection is not None:
+            value = {"density": self.selection.density, "gamma": self.selection.gamma}.get(option.name)
+            value = self.selection.epsilon if option.name == "epsilon" else value
+        return option.shown if value is None else f"{value:g}"

@@ -1,0 +1,173 @@
+"""A merge as the user asks for it, and the plain numbers that it comes down to for one tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma2.core.errors import UsageError
+from gemma2.core.outputs.safetensors_header import printable
+
+from .option import OPTIONS, OptionValue
+from .parameters import Number, Schedule, value_at
+
+__all__ = ["DTYPES", "Granularity", "MergeRequest", "Settings", "Slice", "settings_at"]
+
+Granularity = Literal["layer", "tensor", "model"]
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def default_threads() -> int:
+    """One more than there are cores, since one waits for the disk; at most 9."""
+    return min(os.cpu_count() or 1, 8) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A run of layers of the output, stacked after those of the slices before it.
+
+    layers   per model of the slice: (index into the request's models, first layer, end layer), all of one length
+    base     the layers of the base that they are compared with; those of the first model when None
+    changes  fields of the request that differ in this slice; per-model fields follow the slice's models
+    """
+
+    layers: tuple[tuple[int, int, int], ...]
+    base: tuple[int, int] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _named(values: Mapping[str, OptionValue], attribute: str) -> OptionValue:
+    """The value of an option by its attribute, given or initial."""
+    for option in OPTIONS.values():
+        if option.attribute == attribute:
+            return values.get(attribute, option.initial)
+    raise AttributeError(f"no merge option is called {attribute}")
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class MergeRequest:
+    """One merge as the user asks for it.
+
+    Every option of the method (`merging/methods/option.py`) is a keyword and an attribute as well: `t`, `etas`,
+    `weights`, ... A number is a float, or a Schedule over tensors; one per model or output is a tuple.
+
+    method       a name in METHODS
+    models       directories of models or adapters, MODEL+ADAPTER, or hub ids; their order counts for slerp and warp of
+                 three or more, and for ema
+    base         the init that task vectors start from, or that the result is interpolated to (liti)
+    granularity  the tensors that share coefficients or a threshold: those of a transformer layer, a tensor alone, or
+                 the whole model; None is the method's own
+    slices       layers of the output taken from layers of the models; () is all layers one to one
+    tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
+    dtype        of the output: bfloat16, float16 or float32; that of the first model when None
+    threads      that read, compute and write side by side; None is one more than cores, at most 9
+    values       the options whose value is not the initial one, by attribute
+    """
+
+    method: str
+    models: tuple[Path, ...]
+    base: Path | None
+    granularity: Granularity | None
+    slices: tuple[Slice, ...]
+    tokenizer: str | None
+    dtype: str | None
+    threads: int
+    values: Mapping[str, OptionValue]
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        models: tuple[Path, ...],
+        base: Path | None = None,
+        granularity: Granularity | None = None,
+        slices: tuple[Slice, ...] = (),
+        tokenizer: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls
+    ) -> None:
+        given = {**options.pop("values", {}), **options}
+        initial = {option.attribute: option.initial for option in OPTIONS.values()}
+        unknown = given.keys() - initial.keys()
+        if unknown:
+            raise TypeError(f"MergeRequest has no option {', '.join(sorted(unknown))}")
+        fields = {
+            "method": method,
+            "models": models,
+            "base": base,
+            "granularity": granularity,
+            "slices": slices,
+            "tokenizer": tokenizer,
+            "dtype": dtype,
+            "threads": default_threads() if threads is None else threads,
+            "values": {name: value for name, value in given.items() if value not in (None, (), initial[name])},
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of an option, given or initial; its type is the option's kind."""
+        if name.startswith("_") or name == "values":
+            raise AttributeError(name)
+        return _named(self.values, name)
+
+    def options(self) -> dict[str, Any]:
+        """What was asked for, without the paths: recorded in the manifest."""
+        own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
+        common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
+        values = {"method": self.method, **own, **common}
+        given = {name: value for name, value in values.items() if value is not None and value != ()}
+        parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}
+        return {name: _plain(value) for name, value in given.items()} | parts
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: schedules as their rules."""
+    if isinstance(value, Schedule):
+        rules = [{"points": list(rule.points), "pattern": rule.pattern} for rule in value.rules]
+        return {"rules": rules, "default": value.default}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a request for one tensor: an attribute for each option. Per-model options have one per model."""
+
+    values: tuple[tuple[str, OptionValue], ...]
+
+    def __getattr__(self, name: str) -> Any:
+        """The number, the tuple of numbers or the switch of an option, given or initial."""
+        if name.startswith("_") or name == "values":
+            raise AttributeError(name)
+        return _named(dict(self.values), name)
+
+
+def settings_at(request: MergeRequest, name: str, depth: float) -> Settings:
+    """The request's numbers for one tensor at its depth in [0, 1]. Raises UsageError where no rule gives a value."""
+    values: list[tuple[str, OptionValue]] = []
+    for option in OPTIONS.values():
+        value = getattr(request, option.attribute)
+        if isinstance(value, tuple):
+            value = tuple(_at(number, option.name, name, depth) for number in value)
+            if option.per == "model" and len(value) == 1:
+                value *= len(request.models)
+        elif isinstance(value, Schedule):
+            value = _at(value, option.name, name, depth)
+        values.append((option.attribute, value))
+    return Settings(tuple(values))
+
+
+def _at(number: Number, parameter: str, name: str, depth: float) -> float:
+    value = value_at(number, name, depth)
+    if value is None:
+        raise UsageError(
+            f"no rule of {parameter} fits the tensor {printable(name)}", "add a value without a filter as the last one"
+        )
+    return value

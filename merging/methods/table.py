@@ -1,0 +1,31 @@
+"""The table of merge methods: the entries of every module in `families`. Numpy-free.
+
+Flags, help pages, keys of merge files, pipeline stages, mergekit's names and docs/merging.md follow from it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from . import families
+from .method import Method
+
+__all__ = ["METHODS", "PANELS"]
+
+PANELS = ("WARP", "Averages", "Averages on a sphere", "Sums of task vectors", "Layers")  # the order of the list
+
+
+def _found() -> dict[str, Method]:
+    """Every method, by panel and in the order of its family. Raises ValueError for a name that two families give."""
+    methods: dict[str, Method] = {}
+    for module in iter_modules(families.__path__):
+        for name, method in import_module(f"{families.__name__}.{module.name}").METHODS.items():
+            if name in methods:
+                raise ValueError(f"two families have a merge method {name}")
+            methods[name] = method
+    panels = [*PANELS, *(method.panel for method in methods.values() if method.panel not in PANELS)]
+    return dict(sorted(methods.items(), key=lambda item: panels.index(item[1].panel)))
+
+
+METHODS = _found()

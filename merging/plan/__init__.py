@@ -1,0 +1,1 @@
+"""The plan of a merge: what is read, computed and written, decided from headers alone."""

@@ -1,0 +1,250 @@
+"""What a merge will read, compute and write. What can be refused is refused here, before a tensor is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.safetensors_header import ITEM_BYTES
+from gemma2.core.outputs.staging import check_output
+from gemma2.merging.inputs.checkpoint import Checkpoint
+from gemma2.merging.inputs.compatibility import (
+    check_model,
+    check_same_architecture,
+    check_same_tensors,
+    check_same_tokenizer,
+    tied_copies,
+)
+from gemma2.merging.inputs.resolve import open_input
+from gemma2.merging.methods.method import Group, Method
+from gemma2.merging.methods.parameters import Schedule
+from gemma2.merging.methods.request import DTYPES, MergeRequest
+from gemma2.merging.methods.request_check import check_request
+from gemma2.merging.methods.table import METHODS
+from gemma2.merging.tokenizers.row_map import vocabulary_tensors
+from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
+
+from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_through, stacked
+
+__all__ = ["MergePlan", "group_of", "plan_merge"]
+
+# How training commands name the policy that they start from in a manifest's list of parents.
+INIT_ROLES = ("policy-init", "policy", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """A merge that was checked and can be carried out.
+
+    inputs      the base, where there is one, and the models
+    parts       by tensor of the output: where it comes from
+    layout      of the output: dtype and shape by name, in the order of the file
+    config      keys of config.json that differ from those of the first model
+    tied        stored copies of tied tensors, and what they repeat
+    vocabulary  of the output, where a tokenizer is chosen
+    """
+
+    request: MergeRequest
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    groups: tuple[Group, ...]
+    parts: Mapping[str, Part]
+    layout: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: tuple[Path, ...]
+    config: Mapping[str, Any]
+    tied: dict[str, str]
+    vocabulary: Vocabulary | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> Method:
+        """The entry of METHODS."""
+        return METHODS[self.request.method]
+
+    @property
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        """The base, where there is one, and the models."""
+        return (*((self.base,) if self.base else ()), *self.models)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the output."""
+        return sum(prod(shape) for _, shape in self.layout.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Weights of one output."""
+        return sum(prod(shape) * ITEM_BYTES[dtype] for dtype, shape in self.layout.values())
+
+    @property
+    def input_bytes(self) -> int:
+        """Weights that take part, of all operands."""
+        return sum(source.nbytes for part in self.parts.values() for source in part.sources)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan for a dry run."""
+        place = _existing(self.outputs[0])
+        return {
+            **self.request.options(),
+            "vectors": f"task vectors from {self.base.path}" if self.base else "the weights themselves",
+            "models": [str(model.path) for model in self.models],
+            "outputs": [str(path) for path in self.outputs],
+            "parameters": self.parameters,
+            "tensors": len(self.layout),
+            "groups": [group.name for group in self.groups],
+            "passes": self.method.passes,
+            "bytes_to_read": self.input_bytes * self.method.passes,
+            "bytes_to_write": self.output_bytes * len(self.outputs),
+            "bytes_free": shutil.disk_usage(place).free,
+            "notes": list(self.notes),
+        }
+
+
+def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePlan:
+    """Check a merge completely. Raises UsageError, InputError or OutputError; touches nothing.
+
+    The plan's request has its base and its defaults filled in.
+    """
+    request = check_request(request)
+    models = tuple(open_input(path, f"model {i + 1}", request.base) for i, path in enumerate(request.models))
+    request, notes = _find_base(request, models)
+    base = open_input(request.base, "base") if request.base else None
+    for model in (*models, *((base,) if base else ())):
+        check_model(model)
+    _check_same(request, models, base)
+    vocabulary = choose_vocabulary(request, base, models) if request.tokenizer else None
+    tied = tied_copies(models[0])
+    if request.slices:
+        parts, config = stacked(request, base, models, tied)
+    else:
+        parts, config = one_to_one(request, base, models, tied), {}
+    if vocabulary:
+        parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
+        notes = [*notes, *vocabulary.notes]
+        if request.tokenizer not in ("base", "union"):
+            request = replace(request, tokenizer=vocabulary.owner.role)  # recorded, as all inputs are, without its path
+    for part in parts.values():
+        check_shapes(part)
+    plan = MergePlan(
+        request=request,
+        base=base,
+        models=models,
+        groups=find_groups(request.granularity, base is not None, parts),
+        parts=parts,
+        layout=_layout(request, parts, base is not None),
+        outputs=_outputs(request, out),
+        config=config,
+        tied=tied,
+        vocabulary=vocabulary,
+        notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
+    )
+    _check_outputs(plan, force)
+    return plan
+
+
+def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+    """All inputs compute the same function of their weights and mean the same by a token, or one is chosen."""
+    first = models[0]
+    free = [*(["num_hidden_layers"] if request.slices else []), *(["vocab_size"] if request.tokenizer else [])]
+    for other in (*models[1:], *((base,) if base else ())):
+        check_same_architecture(first, other, free)
+        if not request.slices:
+            resized = vocabulary_tensors(first) & vocabulary_tensors(other) if request.tokenizer else ()
+            check_same_tensors(first, other, resized)
+        if not request.tokenizer:
+            check_same_tokenizer(first, other)
+
+
+def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of the output's tensors: those of the first model, unless a dtype is asked for."""
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    sources = {name: part.sources[1 if based else 0] for name, part in parts.items()}
+    return {name: (dtype or source.tensor.dtype, source.shape) for name, source in sources.items()}
+
+
+def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:
+    """One output, or for several etas one directory for each below `out`."""
+    if len(request.etas) < 2:
+        return (out,)
+    if any(isinstance(eta, Schedule) for eta in request.etas):
+        raise UsageError("a gradient of eta is for one output", "give one eta")
+    etas = [float(eta) for eta in request.etas]
+    return tuple(out / f"eta-{f'{eta:.2f}' if round(eta, 2) == eta else repr(eta)}" for eta in etas)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _check_outputs(plan: MergePlan, force: bool) -> None:
+    """Place, overlap with inputs, and room on the disk."""
+    inputs = {model.role: model.path for model in plan.inputs}
+    inputs |= {f"model of {model.role}": model.origin for model in plan.inputs if model.origin != model.path}
+    for out in plan.outputs:
+        check_output(out, force, inputs)
+    parent = _existing(plan.outputs[0])
+    needed, free = plan.output_bytes * len(plan.outputs), shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            f"the output needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free",
+            "free some space, or choose another --out",
+        )
+
+
+def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[MergeRequest, list[str]]:
+    """The request with the recorded common parent as its base, where the method wants one and none is named."""
+    kind = METHODS[request.method].base
+    if request.base is not None or kind not in ("sought", "optional"):
+        return request, []
+    recorded, base = common_parent(models)
+    if base is not None:
+        return replace(request, base=base), [f"base: {base}, the parent that all models record"]
+    lost = f"the models record {recorded} as their common parent, but it is not there with the same weights"
+    if kind == "optional":
+        return request, [f"{lost}: merging the weights themselves"] if recorded else []
+    if recorded:
+        raise InputError(lost, "name it: --base")
+    raise UsageError(
+        f"merge {request.method} needs the init of the models, and they record no common parent", "name it: --base"
+    )
+
+
+def common_parent(models: Sequence[Checkpoint]) -> tuple[str | None, Path | None]:
+    """The one model that all the models' manifests record as what they were trained from.
+
+    As it is recorded (None when they do not agree), and where it is (None when it is gone or has changed).
+    """
+    records = [_init_of(model.path) for model in models]
+    first = records[0]
+    if first is None or any(record is None or record["weights"] != first["weights"] for record in records):
+        return None, None
+    for model, record in zip(models, records, strict=True):
+        path = (model.path.resolve() / record["path"]).resolve() if record else None
+        if path is not None and path.is_dir() and digest_weights(path) == first["weights"]:
+            return first["path"], path
+    return first["path"], None
+
+
+def _init_of(path: Path) -> dict[str, str] | None:
+    """The record {role, path, weights} of the one parent that a model was trained from."""
+    parents = (read_manifest(path) or {}).get("parents")
+    if not isinstance(parents, list):
+        return None
+    inits = [parent for parent in parents if isinstance(parent, dict) and parent.get("role") in INIT_ROLES]
+    # What is no path of this system, or could not be shown, is no record.
+    if len(inits) != 1 or not all(str(inits[0].get(key, "\0")).isprintable() for key in ("path", "weights")):
+        return None
+    if not all(isinstance(inits[0][key], str) for key in ("path", "weights")):
+        return None
+    return inits[0]

@@ -1,0 +1,313 @@
+"""Files written for mergekit 0.1.5, as requests of ours: what they ask for is done, or refused by the key that asks.
+
+Meanings and defaults are those that its documentation states and that its outputs show (tests/merging/golden). What is
+read where, the first that fits: a source of a slice, the slice, a model, the file. A filter is a part of a tensor's
+name, "*" is every tensor; in a slice it is a part of the name that the tensor has in its source. A gradient runs over
+the layers of a slice; tensors outside the layers take its first point, the final norm and the head that of the last
+slice. Parameters that the method does not read have no effect there either: they are named in a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma2.merging.methods.parameters import Number, Schedule
+from gemma2.merging.methods.request import MergeRequest, Slice
+from gemma2.merging.methods.table import METHODS as TABLE
+
+from .mergekit_rules import Rules, complement, everywhere, only_keys, per_layer, read_rules
+from .place import Place, check_name, layer_range, plain_number, shown
+from .step import Step, needs_of
+
+__all__ = ["is_mergekit", "mergekit_steps"]
+
+KEYS = (
+    *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "name"),
+)
+REFUSED_KEYS = {
+    "modules": "models of several modules are not merged",
+    "chat_template": "the output keeps the template of the tokenizer it takes",
+    "input_model_parameters": "mergekit 0.1.5 does not read it",
+}
+REFUSED_METHODS = ("sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+# Their name -> our method and its form in their terms.
+METHODS = {name: (ours, form) for ours, method in TABLE.items() for name, form in method.mergekit.items()}
+NUMBERS = ("t", "lambda")  # options that may differ between tensors
+PARAMETERS = {
+    name for _, form in METHODS.values() for part in (form.per_model, form.options, form.only) for name in part
+}
+PARAMETERS |= {"int8_mask", "select_topk"}
+
+
+def is_mergekit(document: Mapping[str, Any]) -> bool:
+    """Whether a document is in mergekit's keys."""
+    return bool({"merge_method", "base_model", "tokenizer_source", "out_dtype", "slices"} & document.keys())
+
+
+def mergekit_steps(documents: Sequence[Mapping[str, Any]], place: Place) -> list[Step]:
+    """One step per document; the one without a name, of several, is called "final"."""
+    several = len(documents) > 1
+    names = [check_name(document.get("name", "final"), place) if several else "" for document in documents]
+    for name in names:
+        if names.count(name) > 1:
+            raise place.wrong(f"has two merges named '{name}'", "name each by another 'name:'")
+    inside = Place(place.file, frozenset(names) - {""})
+    return [
+        _Document(document, Place(inside.file, inside.names, name)).step(name)
+        for name, document in zip(names, documents, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A model of a slice, with its layers (None in a file of whole models) and its levels of parameters."""
+
+    path: Path
+    layers: tuple[int, int] | None
+    parameters: Mapping[str, Any]
+    place: Place
+
+
+@dataclass(frozen=True)
+class SliceSpec:
+    """A slice of the output, or the whole of it, with the first of its layers in the output."""
+
+    sources: tuple[SourceSpec, ...]
+    parameters: Mapping[str, Any]
+    place: Place
+    start: int = 0
+
+
+class _Document:
+    """One merge in mergekit's keys."""
+
+    def __init__(self, values: Mapping[str, Any], place: Place) -> None:
+        self.values, self.place = values, place
+        self.notes: dict[str, None] = {}
+        for key in values:
+            if key in REFUSED_KEYS:
+                raise place.at(key).wrong("is not supported", REFUSED_KEYS[key])
+            if key not in KEYS:
+                raise place.unknown(key, KEYS)
+        self.name = self._method()
+        self.ours, self.method = METHODS[self.name]
+        base = values.get("base_model")
+        self.base = None if base is None else place.at("base_model").model(base)
+        if self.base is None and self.method.base == "required":
+            raise place.wrong(f"has no 'base_model' ({self.name} needs one)", "add base_model: DIR")
+        self.parameters = self._parameters(values.get("parameters"), place.at("parameters"))
+
+    def _method(self) -> str:
+        name, place = self.values.get("merge_method"), self.place
+        if name is None:
+            raise place.wrong("has no 'merge_method'", f"choose one of {', '.join(METHODS)}")
+        if name in REFUSED_METHODS:
+            raise place.at("merge_method").wrong(f"{name} is not supported", f"choose one of {', '.join(METHODS)}")
+        if name not in METHODS:
+            raise place.at("merge_method").wrong(f"is {shown(name)}", _nearest(name))
+        return str(name)
+
+    def step(self, name: str) -> Step:
+        """The merge as a request of ours."""
+        parts = self._parts()
+        base = self.base if self.method.base in ("required", "optional") else None
+        if self.name == "slerp":
+            parts, base = [self._slerp_order(part) for part in parts], None
+        models = tuple(dict.fromkeys(source.path for part in parts for source in part.sources if source.path != base))
+        self._check_sources(parts, base)
+        common: dict[str, Any] = {"method": self.ours, "models": models, "base": base, "granularity": "tensor"}
+        common |= {"dtype": self._dtype(), "tokenizer": self._tokenizer()}
+        if "slices" in self.values:
+            slices = tuple(self._slice(part, models, base) for part in parts)
+            request = MergeRequest(**common, slices=slices)
+        else:
+            request = MergeRequest(**common, **self._settings(parts[0], base))
+        return Step(name=name, request=request, needs=needs_of(request, self.place.names), notes=tuple(self.notes))
+
+    # --- models and slices ---
+
+    def _parts(self) -> list[SliceSpec]:
+        if ("models" in self.values) == ("slices" in self.values):
+            raise self.place.wrong("needs 'models' or 'slices', and not both", "keep one of them")
+        if "models" in self.values:
+            sources = self._sources(self.values["models"], self.place.at("models"), sliced=False)
+            if self.base is not None and self.base not in [source.path for source in sources]:
+                sources = (*sources, SourceSpec(self.base, None, {}, self.place.at("base_model")))
+            return [SliceSpec(sources, {}, self.place)]
+        place, parts, start = self.place.at("slices"), [], 0
+        for index, value in enumerate(_list(self.values["slices"], place)):
+            here = place.at(index)
+            only_keys(value, ("sources", "parameters"), here)
+            sources = self._sources(value.get("sources"), here.at("sources"), sliced=True)
+            lengths = {end - first for first, end in (source.layers or (0, 0) for source in sources)}
+            if len(lengths) > 1:
+                raise here.wrong(f"has sources of {' and '.join(map(str, sorted(lengths)))} layers", "make them equal")
+            parameters = self._parameters(value.get("parameters"), here.at("parameters"))
+            parts.append(SliceSpec(sources, parameters, here, start))
+            start += lengths.pop()
+        return parts
+
+    def _sources(self, values: Any, place: Place, sliced: bool) -> tuple[SourceSpec, ...]:
+        found = []
+        for index, value in enumerate(_list(values, place)):
+            here = place.at(index)
+            only_keys(value, ("model", "layer_range", "parameters") if sliced else ("model", "parameters"), here)
+            if "model" not in value:
+                raise here.wrong("has no 'model'", "add model: DIR")
+            layers = layer_range(value.get("layer_range"), here.at("layer_range")) if sliced else None
+            parameters = self._parameters(value.get("parameters"), here.at("parameters"))
+            found.append(SourceSpec(here.at("model").model(value["model"]), layers, parameters, here))
+        return tuple(found)
+
+    def _slerp_order(self, part: SliceSpec) -> SliceSpec:
+        """t = 0 is the base model, wherever it stands."""
+        first = [source for source in part.sources if source.path == self.base]
+        others = [source for source in part.sources if source.path != self.base]
+        if len(first) != 1 or len(others) != 1:
+            raise part.place.wrong(
+                f"has {len(part.sources)} models, slerp takes two of which one is base_model", "change the models"
+            )
+        return SliceSpec((first[0], others[0]), part.parameters, part.place, part.start)
+
+    def _check_sources(self, parts: Sequence[SliceSpec], base: Path | None) -> None:
+        for part in parts:
+            paths = [source.path for source in part.sources]
+            if base is not None and base not in paths:
+                raise part.place.wrong(f"lacks the base_model {base} among its sources", "add it with its layer_range")
+            if self.ours == "passthrough" and len(paths) != 1:
+                raise part.place.wrong(f"has {len(paths)} models, passthrough takes one", "use slices")
+            for path in paths:
+                if paths.count(path) > 1 and (self.name != "linear" or path == base):
+                    raise part.place.wrong(f"names {path} twice", "name each model once")
+
+    def _slice(self, part: SliceSpec, models: Sequence[Path], base: Path | None) -> Slice:
+        inputs = [source for source in part.sources if source.path != base]
+        layers = tuple((models.index(source.path), *(source.layers or (0, 0))) for source in inputs)
+        of_base = next((source.layers for source in part.sources if source.path == base), None)
+        return Slice(layers=layers, base=of_base, changes=self._settings(part, base))
+
+    # --- parameters ---
+
+    def _parameters(self, values: Any, place: Place) -> Mapping[str, Any]:
+        """A level of parameters; what the method does not read is noted."""
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            raise place.wrong(f"is {shown(values)}", "write NAME: VALUE")
+        for name in values:
+            if name not in PARAMETERS:
+                raise place.unknown(name, PARAMETERS)
+            if not any(name in part for part in (self.method.per_model, self.method.options, self.method.only)):
+                self.notes[f"{place.at(name).key} has no effect on {self.name}"] = None
+        return values
+
+    def _settings(self, part: SliceSpec, base: Path | None) -> dict[str, Any]:
+        """The fields of the request for one slice, or for the whole."""
+        inputs = [source for source in part.sources if source.path != base]
+        found: dict[str, Any] = dict(self.method.fixed)
+        for name, (ours, default) in self.method.per_model.items():
+            numbers = tuple(self._number(name, default, part, source) for source in inputs)
+            found[ours] = numbers[0] if ours == "scale" else numbers
+        for name, (ours, default) in self.method.options.items():
+            found[ours] = (
+                self._number(name, default, part, None) if name in NUMBERS else self._single(name, default, part)
+            )
+        for name, value in self.method.only.items():
+            given = self._single(name, value, part)
+            if value is not None and given != value:
+                raise part.place.wrong(f"sets {name} to {shown(given)}", f"only {name}: {str(value).lower()} is done")
+        if "epsilon" in found:  # at density 1 nothing is dropped there, whatever epsilon is
+            pairs = zip(found["density"], found["epsilon"], strict=True)
+            found["epsilon"] = tuple(0.0 if density == 1.0 else epsilon for density, epsilon in pairs)
+        if self.name == "slerp":
+            t = found.pop("t")
+            found["weights"] = (complement(t), t)
+        return found
+
+    def _single(self, name: str, default: Any, part: SliceSpec) -> Any:
+        """An option that is one value for all tensors."""
+        for level, place in ((part.parameters, part.place), (self.parameters, self.place)):
+            if level.get(name) is not None:
+                value, spot = level[name], place.at("parameters").at(name)
+                if isinstance(value, list | dict):
+                    raise spot.wrong("differs between tensors", "give one value")
+                if isinstance(default, bool) and not isinstance(value, bool):
+                    raise spot.wrong(f"is {shown(value)}, not true or false", "give true or false")
+                if isinstance(default, float):
+                    return plain_number(value, spot)
+                if isinstance(default, int) and not isinstance(default, bool):
+                    return int(plain_number(value, spot))
+                return value
+        return default
+
+    def _number(self, name: str, default: float | None, part: SliceSpec, source: SourceSpec | None) -> Number:
+        """A parameter of one source, or of the merge (source None), by the levels that may give it."""
+        levels = [(source.parameters, source.place)] if source else []
+        levels += [(part.parameters, part.place), (self.parameters, self.place)]
+        rules: Rules = []
+        for level, place in levels:
+            if level.get(name) is not None:
+                rules += read_rules(level[name], place.at("parameters").at(name))
+        whole = next((index for index, (text, _) in enumerate(rules) if text is None), None)
+        if whole is None and default is not None:
+            rules.append((None, [default]))
+        elif whole is None:
+            spot = source.place if source else part.place
+            raise spot.wrong(f"has no '{name}' for every tensor ({self.name} needs it)", "add it to the parameters")
+        else:
+            rules = rules[: whole + 1]
+        if len(rules) == 1 and len(rules[0][1]) == 1:
+            return rules[0][1][0]
+        layers = (source or part.sources[0]).layers
+        if layers is None:
+            return Schedule(tuple(rule for text, points in rules for rule in everywhere(text, points)))
+        origin = layers[0] if source else part.start
+        return Schedule(
+            tuple(rule for text, points in rules for rule in per_layer(text, points, layers, part.start, origin))
+        )
+
+    # --- output ---
+
+    def _dtype(self) -> str | None:
+        for key in ("out_dtype", "dtype"):
+            value = self.values.get(key)
+            if value is not None and value not in DTYPES:
+                raise self.place.at(key).wrong(f"is {shown(value)}", f"choose one of {', '.join(DTYPES)}")
+        return self.values.get("out_dtype") or self.values.get("dtype")
+
+    def _tokenizer(self) -> str | None:
+        place, value = self.place.at("tokenizer_source"), self.values.get("tokenizer_source")
+        if self.values.get("tokenizer") is not None:
+            if value is not None:
+                raise self.place.wrong("has 'tokenizer' and 'tokenizer_source'", "keep one of them")
+            tokenizer, place = self.values["tokenizer"], self.place.at("tokenizer")
+            if not isinstance(tokenizer, dict):
+                raise place.wrong(f"is {shown(tokenizer)}", "write {source: base}")
+            for key, given in tokenizer.items():
+                if key in ("tokens", "pad_to_multiple_of") and given:
+                    raise place.at(key).wrong("is not supported", "rows of single tokens are not replaced")
+                if key not in ("source", "tokens", "pad_to_multiple_of"):
+                    raise place.unknown(key, ("source",))
+            value, place = tokenizer.get("source", "union"), place.at("source")
+        if value is None or value in ("base", "union"):
+            return value
+        return str(place.model(value.removeprefix("model:") if isinstance(value, str) else value))
+
+
+def _nearest(name: Any) -> str:
+    from gemma2.core.yaml_files import closest
+
+    return closest(str(name), METHODS)
+
+
+def _list(values: Any, place: Place) -> list[Any]:
+    if not isinstance(values, list) or not values:
+        raise place.wrong(f"is {shown(values)}", "give a list")
+    return values

@@ -1,0 +1,184 @@
+"""A spot in a file of merges, for messages and for finding what it names; and the readers of its values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import UsageError
+from gemma2.core.outputs.safetensors_header import printable
+from gemma2.core.yaml_files import closest
+from gemma2.merging.methods.option import Option, OptionValue
+from gemma2.merging.methods.parameters import Number, Rule, Schedule
+
+__all__ = [
+    "Place",
+    "check_name",
+    "flag",
+    "is_rules",
+    "layer_range",
+    "number",
+    "plain_number",
+    "read_option",
+    "several",
+    "shown",
+    "text",
+    "tokenizer",
+    "whole_number",
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A spot in a file, for messages and for finding what it names.
+
+    names  of the steps of the file
+    """
+
+    file: Path
+    names: frozenset[str] = frozenset()
+    key: str = ""
+
+    def at(self, key: str | int) -> Place:
+        """A key or an index below."""
+        step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.key else key
+        return Place(self.file, self.names, f"{self.key}{step}")
+
+    def wrong(self, what: str, mend: str) -> UsageError:
+        """The error of a value at this spot."""
+        return UsageError(f"{self.key or 'the file'} {what} in {self.file}", mend)
+
+    def unknown(self, key: Any, valid: Iterable[str]) -> UsageError:
+        """The error of a key that is none."""
+        spot = self.at(printable(str(key)))
+        return UsageError(f"unknown key '{spot.key}' in {self.file}", closest(str(key), valid))
+
+    def model(self, value: Any) -> Path:
+        """A directory, MODEL+ADAPTER, a hub id, or the name of a step."""
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(f"is {shown(value)}, not a model", "give a directory or a hub id")
+        if value in self.names or Path(value).exists() or (self.file.parent / value).exists():
+            return Path(self._found(value))
+        model, plus, adapter = value.rpartition("+")
+        return Path(f"{self._found(model)}{plus}{self._found(adapter)}")
+
+    def _found(self, text: str) -> str:
+        here = not text or text in self.names or Path(text).exists()
+        beside = self.file.parent / text
+        return text if here or not beside.exists() else str(beside)
+
+
+def shown(value: Any) -> str:
+    """A value of a file on one line of a message."""
+    text = repr(value)
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def check_name(name: Any, place: Place) -> str:
+    """A step's name is a directory's name below --out."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise place.wrong(f"has a step named {shown(name)}", "use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def plain_number(value: Any, place: Place) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise place.wrong(f"is {shown(value)}, not a number", "give a number")
+    return float(value)
+
+
+def number(value: Any, place: Place) -> Number:
+    """A number, a gradient (a list, or `{layers: [..]}`), or a list of rules."""
+    if isinstance(value, dict):
+        return Schedule((_rule(value, place),))
+    if not isinstance(value, list):
+        return plain_number(value, place)
+    if not is_rules(value):
+        return Schedule((_rule({"layers": value}, place),))
+    rules: list[Rule] = []
+    for index, item in enumerate(value):
+        rules.append(_rule(item if isinstance(item, dict) else {"value": item}, place.at(index)))
+        if rules[-1].pattern is None and index + 1 < len(value):
+            raise place.at(index + 1).wrong("comes after a rule that fits every tensor", "put that one last")
+    return Schedule(tuple(rules))
+
+
+def is_rules(value: Any) -> bool:
+    """Whether a list holds rules, rather than one number per model."""
+    return isinstance(value, list) and any(
+        isinstance(item, dict) and {"match", "value"} & item.keys() for item in value
+    )
+
+
+def _rule(value: Mapping[str, Any], place: Place) -> Rule:
+    """`{match: .., value: ..}` or `{match: .., layers: [..]}`; without match it fits every tensor."""
+    for key in value:
+        if key not in ("match", "value", "layers"):
+            raise place.unknown(key, ["match", "value", "layers"])
+    if ("value" in value) == ("layers" in value):
+        raise place.wrong("needs 'value' or 'layers', and not both", "layers: [a, b] is a gradient")
+    pattern = value.get("match")
+    if pattern is not None:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise place.at("match").wrong(f"is no regular expression ({error})", "correct it") from error
+    points = value.get("layers", [value.get("value")])
+    spot = place.at("layers" if "layers" in value else "value")
+    if not isinstance(points, list) or not points:
+        raise spot.wrong(f"is {shown(points)}", "give a list of numbers")
+    return Rule(tuple(plain_number(point, spot) for point in points), pattern)
+
+
+def several(value: Any, place: Place) -> tuple[Number, ...]:
+    """One number, or one for each model or output."""
+    if not isinstance(value, list) or is_rules(value):
+        return (number(value, place),)
+    return tuple(number(item, place.at(index)) for index, item in enumerate(value))
+
+
+def whole_number(value: Any, place: Place) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise place.wrong(f"is {shown(value)}, not a whole number", "give a whole number")
+    return value
+
+
+def flag(value: Any, place: Place) -> bool:
+    if not isinstance(value, bool):
+        raise place.wrong(f"is {shown(value)}, not true or false", "give true or false")
+    return value
+
+
+def text(value: Any, place: Place) -> str:
+    if not isinstance(value, str):
+        raise place.wrong(f"is {shown(value)}, not a name", "give a name")
+    return value
+
+
+def read_option(option: Option, value: Any, place: Place) -> OptionValue:
+    """The value of an option of merge methods, as a merge file, a stage or a flag gives it.
+
+    Raises UsageError naming the place.
+    """
+    if option.kind != "number":
+        return flag(value, place) if option.kind == "switch" else whole_number(value, place)
+    if option.per:
+        return several(value, place)
+    return number(value, place) if option.varies else plain_number(value, place)
+
+
+def tokenizer(value: Any, place: Place) -> str:
+    return value if value in ("base", "union") else str(place.model(value))
+
+
+def layer_range(value: Any, place: Place) -> tuple[int, int]:
+    """First layer and end of a run of layers."""
+    whole = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+    if not whole or not 0 <= value[0] < value[1]:
+        raise place.wrong(f"is {shown(value)}", "give [first, end], the end not included")
+    return value[0], value[1]

@@ -1,0 +1,202 @@
+"""Brings ranges of tensors to the kernels: work space, jobs, adapters formed on the way, and what to say when it fails.
+
+A job is a range of one tensor. Operands that are all bf16 or all fp32 are read by the compiled passes themselves, cut
+by cut; others (mixed, fp16, adapted, read through a row map) are formed as fp32 here first: their jobs are single cuts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.core.errors import Gemma2Error, InputError
+from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
+from gemma2.merging.inputs.adapter import Factors, adapted_rows, load_factors
+from gemma2.merging.inputs.checkpoint import Reader
+from gemma2.merging.inputs.low_rank import LowRank
+from gemma2.merging.kernels.dense import BLOCK
+from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, widen
+from gemma2.merging.methods.method import Group
+from gemma2.merging.plan.groups import Part, Source
+from gemma2.merging.plan.merge_plan import MergePlan
+from gemma2.merging.tokenizers.row_map import RowMap, gather
+
+from .writer import aligned
+
+__all__ = ["CUT", "Block", "Feeder", "Loaded", "Workspace", "in_order"]
+
+CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
+CUTS_IN_A_JOB = 16  # between two visits to Python
+WIDE_ROWS = 3  # rows that the sparse kernels need besides those of the operands
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements [first, first + count) of one tensor of the output."""
+
+    name: str
+    part: Part
+    first: int
+    count: int
+
+
+class Workspace:
+    """The buffers of one thread: operands, results, and fp32 rows of one block."""
+
+    def __init__(self, operands: int, outputs: int, cut: int) -> None:
+        self.raw: Bytes = np.empty((operands, cut * 4), np.uint8)
+        self.rows: Floats = np.empty((operands + WIDE_ROWS, BLOCK), np.float32)
+        self.out: Bytes = aligned((outputs, cut * 4))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The operands of a job: descriptor and offset of each, (K, 2), and their rows in the work space.
+
+    stored  (K, >= cut) uint16 bits of bf16, or fp32
+    """
+
+    files: NDArray[np.int64]
+    stored: Any
+
+
+class Feeder:
+    """Work space and sources of one merge. `cut` is a multiple of BLOCK."""
+
+    def __init__(self, plan: MergePlan, reader: Reader, outputs: int, cut: int = CUT) -> None:
+        self.plan = plan
+        self.reader = reader
+        self.cut = cut
+        operands = max((len(part.sources) for part in plan.parts.values()), default=1)
+        largest = max((part.sources[0].count for part in plan.parts.values()), default=1)
+        self.size = min(cut, max(-(-largest // BLOCK), 1) * BLOCK)
+        self._free: SimpleQueue[Workspace] = SimpleQueue()
+        for _ in range(plan.request.threads):
+            self._free.put(Workspace(operands, outputs, self.size))
+        self._factors = lru_cache(maxsize=4 * operands)(self._load_factors)
+
+    def jobs(self, group: Group) -> Iterator[Block]:
+        """The ranges of a group's tensors, in order."""
+        for name in group.tensors:
+            part = self.plan.parts[name]
+            count = part.sources[0].count
+            step = self.size if self._common_dtype(part) is None else self.size * CUTS_IN_A_JOB
+            for first in range(0, count, step):
+                yield Block(name, part, first, min(step, count - first))
+
+    @contextmanager
+    def space(self) -> Iterator[Workspace]:
+        """The buffers of one thread, for as long as it needs them."""
+        space = self._free.get()
+        try:
+            yield space
+        finally:
+            self._free.put(space)
+
+    def sources(self, job: Block, space: Workspace) -> Loaded:
+        """Where the compiled passes find the operands: in their files if all are stored alike, else formed as fp32."""
+        dtype = self._common_dtype(job.part)
+        raw = space.raw[: len(job.part.sources)]
+        if dtype is not None:
+            files = [(self.reader.descriptor(source.tensor), source.tensor.offset) for source in job.part.sources]
+            return Loaded(np.array(files, np.int64), raw.view(STORED[dtype]))
+        stored = raw.view(np.float32)
+        for source, row in zip(job.part.sources, stored, strict=True):
+            self._form(source, job.first, row[: job.count])
+        return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
+
+    def _common_dtype(self, part: Part) -> str | None:
+        """The one dtype that all operands are stored in and that the kernels read as it is; None if there is none."""
+        dtypes = {source.tensor.dtype for source in part.sources}
+        plain = len(dtypes) == 1 and not any(source.update or source.rows for source in part.sources)
+        return dtypes.pop() if plain and dtypes <= {"BF16", "F32"} else None
+
+    def _form(self, source: Source, first: int, into: Floats) -> None:
+        """The elements from `first` on as fp32: each from the input that its row is taken from, W or W + scale B A."""
+        if source.rows is not None and self._gathered(source, source.rows, first, into):
+            return
+        done = 0
+        for piece, begin, count in source.pieces(first, into.size):
+            tensor, block = piece.tensor, into[done : done + count]
+            stored = np.empty(count * ITEM_BYTES[tensor.dtype], np.uint8)
+            self.reader.read(tensor, begin, count, stored)
+            widen(stored, KINDS[tensor.dtype], block)
+            if piece.update is not None:
+                adapted_rows(block, self._factors(piece.update), begin)
+            done += count
+
+    def _gathered(self, source: Source, rows: RowMap, first: int, into: Floats) -> bool:
+        """`_form` in one call for many short spans; False where they are not of one kind, or could not be read."""
+        parts = [Source(model, source.name) for model in rows.inputs]
+        tensors = [part.tensor for part in parts]
+        if any(part.update for part in parts) or len({tensor.dtype for tensor in tensors}) > 1:
+            return False
+        item = ITEM_BYTES[tensors[0].dtype]
+        files = np.array([(self.reader.descriptor(tensor), tensor.offset) for tensor in tensors], np.int64)
+        models, begins, counts = rows.spans(first, into.size, prod(source.tensor.shape[1:]))
+        places = np.column_stack([files[models, 0], files[models, 1] + begins * item, counts * item])
+        stored = np.empty(into.size * item, np.uint8)
+        if not gather(places, stored):
+            return False
+        widen(stored, KINDS[tensors[0].dtype], into)
+        return True
+
+    def _load_factors(self, update: LowRank) -> Factors:
+        return load_factors(self.reader, update)
+
+    def job_bytes(self, job: Block) -> int:
+        """Of all operands."""
+        return sum(job.count * ITEM_BYTES[source.tensor.dtype] for source in job.part.sources)
+
+    def unreadable(self, job: Block, operand: int) -> Gemma2Error:
+        """Why a compiled read failed: read again, where the system's reason can be had."""
+        tensor = job.part.sources[operand].tensor
+        try:
+            for first in range(job.first, job.first + job.count, self.size):
+                count = min(self.size, job.first + job.count - first)
+                self.reader.read(tensor, first, count, np.empty(count * 4, np.uint8))
+        except Gemma2Error as error:
+            return error
+        return InputError(f"reading {tensor.file} failed once", "check the disk, and merge again")
+
+    def not_finite(self, job: Block) -> InputError:
+        """Names the input, the tensor and the element that is NaN or Inf."""
+        for source in job.part.sources:
+            for first in range(job.first, job.first + job.count, self.size):
+                count = min(self.size, job.first + job.count - first)
+                values = np.empty(count, np.float32)
+                self._form(source, first, values)
+                bad = np.flatnonzero(~np.isfinite(values))
+                if bad.size:
+                    piece, element, _ = next(source.pieces(first + int(bad[0]), 1))
+                    return InputError(
+                        f"{piece.model}: {printable(piece.name)} holds {values[bad[0]]} at element {element}",
+                        "the model is broken; merge an earlier checkpoint",
+                    )
+        return InputError(f"{printable(job.name)}: the models differ by more than fp32 can hold", "check the models")
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 8
+) -> Iterator[Result]:
+    """`map` that keeps at most `ahead` calls waiting, so that memory does not grow with the model."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,90 @@
+"""Inner products of earlier merges: another t, eta or granularity over the same models needs no first pass.
+
+A few KB per set of models in the user's cache directory ($XDG_CACHE_HOME/gemma2/products). A file is found by what
+decides its numbers: each weight file's real path, inode, size and times of change, and the sources of every tensor. So
+a file that was written to, replaced or moved is simply not found. The file begins with a digest of the rest: a damaged
+one is not used. Where the cache cannot be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma2.core.outputs.cache import cache_folder
+from gemma2.core.outputs.manifest import metadata_version
+from gemma2.merging.kernels.dense import BLOCK
+from gemma2.merging.kernels.dtypes import Doubles
+from gemma2.merging.methods.method import Group
+from gemma2.merging.plan.groups import Source
+from gemma2.merging.plan.merge_plan import MergePlan
+
+__all__ = ["Products"]
+
+MOST_FILES = 64  # the oldest are removed
+
+
+class Products:
+    """Sums over each tensor, (1 + pairs,) fp64: as the cache has them, and as this merge finds them."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._file = cache_folder("products") / f"{_key(plan)}.json"
+        self._sums: dict[str, Doubles] = {}
+        self._known = False
+        with suppress(OSError, ValueError, TypeError):  # not there, or not ours: measured again
+            digest, _, text = self._file.read_text(encoding="utf-8").partition("\n")
+            if digest == _digest(text):
+                self._sums = {name: np.array(values, np.float64) for name, values in json.loads(text).items()}
+                self._known = set(self._sums) == set(plan.parts)
+
+    def known(self, group: Group) -> dict[str, Doubles] | None:
+        """The sums of a group's tensors, or None."""
+        return {name: self._sums[name] for name in group.tensors} if self._known else None
+
+    def keep(self, group: Group, sums: dict[str, Doubles]) -> None:
+        """Remember the sums of a group."""
+        self._sums |= sums
+
+    def save(self) -> None:
+        """Write what was found, in one rename; and remove the oldest files."""
+        if self._known:
+            return
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+            text = json.dumps({name: values.tolist() for name, values in self._sums.items()})
+            temporary.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
+            temporary.replace(self._file)
+            files = sorted(self._file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            for old in files[:-MOST_FILES]:
+                old.unlink(missing_ok=True)
+
+
+def _key(plan: MergePlan) -> str:
+    """What decides the sums."""
+    files = {str(file): _stamp(file) for model in plan.inputs for file in model.files}
+    parts: dict[str, Any] = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
+    decides = [metadata_version(), BLOCK, plan.base is not None, sorted(files.items()), sorted(parts.items())]
+    return _digest(json.dumps(decides))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _operand(source: Source) -> tuple[Any, ...]:
+    """What decides the numbers of an operand, given the files."""
+    adapted = source.update and source.update.scale
+    return str(source.tensor.file), source.tensor.offset, adapted, source.rows and source.rows.digest
+
+
+def _stamp(file: Path) -> tuple[str, int, int, int, int, int]:
+    status = file.stat()
+    real = str(file.resolve())
+    return real, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,0 +1,91 @@
+"""Which tensors have one row per token id, and their rows taken from several inputs in another order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.core.errors import InputError
+from gemma2.merging.inputs.checkpoint import Checkpoint
+from gemma2.merging.kernels.dtypes import Bytes, compiled
+from gemma2.merging.kernels.file_passes import read_all
+
+__all__ = ["RowMap", "embedding_rows", "gather", "vocabulary_tensors"]
+
+Longs = NDArray[np.int64]
+
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Rows of the output as runs of consecutive rows of the inputs.
+
+    count   rows of the output
+    starts  (R,) int64: the row of the output at which a run begins, ascending from 0
+    models  (R,) int64: whose rows, an index into `inputs`
+    rows    (R,) int64: the first of them there
+    """
+
+    count: int
+    starts: Longs
+    models: Longs
+    rows: Longs
+    inputs: tuple[Checkpoint, ...]
+
+    def spans(self, first: int, count: int, width: int) -> tuple[Longs, Longs, Longs]:
+        """Elements [first, first + count) of the output, `width` in a row, as consecutive spans of the inputs.
+
+        Returns (P,) each: whose elements, the first of them there, and their number.
+        """
+        low = int(np.searchsorted(self.starts, first // width, side="right")) - 1
+        high = int(np.searchsorted(self.starts * width, first + count))
+        starts = self.starts[low:high] * width
+        begins = np.maximum(starts, first)
+        counts = np.diff(begins, append=first + count)
+        return self.models[low:high], self.rows[low:high] * width + begins - starts, counts
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the map and the files that it reads."""
+        digest = hashlib.blake2b(str([str(file) for model in self.inputs for file in model.files]).encode())
+        for array in (self.starts, self.models, self.rows):
+            digest.update(array.tobytes())
+        return f"{self.count} {digest.hexdigest()}"
+
+
+def vocabulary_tensors(model: Checkpoint) -> set[str]:
+    """Names of the tensors that have a row per id: the embedding, and a head of its own."""
+    rows = embedding_rows(model)
+    named = (name for name in model.tensors if EMBEDDINGS.search(name) or HEADS.search(name))
+    return {name for name in named if model.tensors[name].shape[:1] == (rows,)}
+
+
+def embedding_rows(model: Checkpoint) -> int:
+    """Rows of the embedding. Raises InputError where none is known by its name."""
+    name = next((name for name in model.tensors if EMBEDDINGS.search(name)), None)
+    if name is None or not model.tensors[name].shape:
+        raise InputError(f"{model} has no embedding of a known name", "leave out --tokenizer")
+    return model.tensors[name].shape[0]
+
+
+@compiled()
+def gather(places: Longs, into: Bytes) -> Any:
+    """Fill `into` with ranges of files, one behind the other. False when one could not be read.
+
+    places  (P, 3): descriptor, offset and bytes of each
+    """
+    done = 0
+    for k in range(len(places)):
+        size = places[k, 2]
+        if not read_all(places[k, 0], places[k, 1], into[done : done + size]):
+            return False
+        done += size
+    return True

@@ -1,0 +1,251 @@
+"""Models whose tokenizers differ: whose vocabulary the output has, and which row each model gives to each token.
+
+The embedding and an output head of its own have one row per id. A model whose ids differ from the output's is read
+through a row map. Row i of the output is, for each model:
+
+    a token that the model has     its row of that token
+    a token that it has not        the row of the base, else of the model whose tokenizer is chosen, else of the first
+                                   model that has it: there its task vector is zero, or all agree
+    no token (a padding row)       its own row i where that has no token there either, else that of the chosen model
+
+A union is the tokenizer of the base (else of the first model) with the added tokens of the others: see `tokens`.
+Read from tokenizer.json alone: a tokenizer that transformers would have to convert first is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import read_json
+from gemma2.core.outputs.safetensors_header import printable
+from gemma2.merging.inputs.checkpoint import COMPANIONS, Checkpoint
+from gemma2.merging.methods.request import MergeRequest
+
+from .row_map import RowMap
+from .token_ids import TOKENIZER, Tokens, added_entries, counted, read_tokenizers, union
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Vocabulary", "choose_vocabulary", "write_tokenizer"]
+
+GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The vocabulary of an output.
+
+    owner       whose tokenizer files it takes
+    rows        of its embedding
+    maps        by role of the input; None where all rows are the input's own, in place
+    added       entries of tokenizer.json that are added to the owner's
+    config      keys of config.json, and
+    generation  of generation_config.json, that differ from the first model's
+    """
+
+    owner: Checkpoint
+    inputs: tuple[Checkpoint, ...]
+    rows: int
+    maps: Mapping[str, RowMap | None]
+    added: tuple[dict[str, Any], ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Vocabulary:
+    """What `request.tokenizer` asks for. Raises UsageError or InputError for a choice that cannot be had."""
+    choice = request.tokenizer or ""
+    operands = read_tokenizers((*((base,) if base else ()), *models))
+    owner = operands[_owner(choice, request, base)]
+    added, notes = union(owner, operands) if choice == "union" else ((), [])
+    ids = {**owner.ids, **{entry["content"]: entry["id"] for entry in added}}
+    rows = max(owner.rows, *(entry["id"] + 1 for entry in added)) if added else owner.rows
+    maps, moved = _row_maps(ids, rows, owner, operands, based=base is not None)
+    first = operands[-len(models)]
+    config = _token_keys(models[0].config, owner.model.config, first, ids)
+    generation = _token_keys(_generation(models[0]), _generation(owner.model), first, ids)
+    return Vocabulary(
+        owner=owner.model,
+        inputs=tuple(tokens.model for tokens in operands),
+        rows=rows,
+        maps=maps,
+        added=added,
+        config=({"vocab_size": rows} if rows != first.rows else {}) | config,
+        generation=generation,
+        notes=(*notes, *moved, *_template(owner.model, models[0])),
+    )
+
+
+def _owner(choice: str, request: MergeRequest, base: Checkpoint | None) -> int:
+    """The place of the chosen input among the base, where there is one, and the models."""
+    if choice == "base" and base is None:
+        raise UsageError("--tokenizer base: this merge has no base", "give --tokenizer union or the path of a model")
+    if choice in ("base", "union"):
+        return 0
+    paths = [*([request.base] if request.base else []), *request.models]
+    for same in (lambda path: path == Path(choice), lambda path: path.resolve() == Path(choice).resolve()):
+        for number, path in enumerate(paths):
+            if same(path):
+                return number
+    raise UsageError(f"--tokenizer {choice} is none of the inputs", "give base, union, or an input as it is named")
+
+
+def _template(owner: Checkpoint, first: Checkpoint) -> list[str]:
+    """A line where the first model's chat template is lost with its tokenizer."""
+
+    def has_one(model: Checkpoint) -> bool:
+        settings = model.origin / "tokenizer_config.json"
+        inside = settings.is_file() and bool(read_json(settings).get("chat_template"))
+        return inside or any((model.origin / f"chat_template.{end}").is_file() for end in ("jinja", "json"))
+
+    lost = has_one(first) and not has_one(owner)
+    return [f"no chat template: that of {first.role} is not taken with the tokenizer of {owner.role}"] if lost else []
+
+
+# --- row maps ---
+
+
+def _row_maps(
+    ids: Mapping[str, int], rows: int, owner: Tokens, operands: Sequence[Tokens], based: bool
+) -> tuple[dict[str, RowMap | None], list[str]]:
+    """The map of every input by its role, and a line for each that has one."""
+    tokens = {index: token for token, index in ids.items() if index < rows}
+    donors = [*([operands[0]] if based else []), owner, *operands]
+    maps: dict[str, RowMap | None] = {}
+    notes = []
+    for number, own in enumerate(operands):
+        if own.ids is owner.ids and own.rows == rows and len(ids) == len(owner.ids):
+            maps[own.model.role] = None
+            continue
+        place = np.full(rows, number, np.int64)
+        row = np.arange(rows, dtype=np.int64)
+        for index, token in tokens.items():
+            there = own.row(token)
+            place[index], row[index] = (number, there) if there is not None else _home(token, donors, operands)
+        padding = np.ones(rows, bool)
+        padding[list(tokens)] = False
+        foreign = padding & ~_free(own, rows)
+        place[foreign] = operands.index(owner)
+        maps[own.model.role] = _runs(place, row, number, own.rows, operands)
+        if line := _line(place, row, padding, number, operands, ids):
+            notes.append(line)
+    return maps, notes
+
+
+def _home(token: str, donors: Sequence[Tokens], operands: Sequence[Tokens]) -> tuple[int, int]:
+    """Whose row, and which, the inputs take that have none for a token."""
+    for donor in donors:
+        row = donor.row(token)
+        if row is not None:
+            return operands.index(donor), row
+    raise InputError(f"no input has a row for the token {printable(token)!r}", "check the tokenizers")
+
+
+def _free(own: Tokens, rows: int) -> NDArray[np.bool_]:
+    """(rows,) where an input has a row without a token."""
+    free = np.arange(rows) < own.rows
+    free[[index for index in own.names if index < rows]] = False
+    return free
+
+
+def _runs(
+    place: NDArray[np.int64], row: NDArray[np.int64], number: int, own_rows: int, operands: Sequence[Tokens]
+) -> RowMap | None:
+    count = len(row)
+    if count == own_rows and (place == number).all() and (row == np.arange(count)).all():
+        return None
+    breaks = (np.diff(place) != 0) | (np.diff(row) != 1)
+    starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
+    return RowMap(count, starts, place[starts], row[starts], tuple(tokens.model for tokens in operands))
+
+
+def _line(
+    place: NDArray[np.int64],
+    row: NDArray[np.int64],
+    padding: NDArray[np.bool_],
+    number: int,
+    operands: Sequence[Tokens],
+    ids: Mapping[str, int],
+) -> str:
+    """What happens to the rows of one input, or "": "model 2: 3 tokens mapped, 1 token taken from base"."""
+    own = operands[number]
+    moved = int(((place == number) & (row != np.arange(len(row)))).sum())
+    parts = [f"{counted(moved, 'token')} mapped"] if moved else []
+    for noun, rows in (("token", ~padding), ("padding row", padding)):
+        for donor, taken in sorted(Counter(place[rows & (place != number)].tolist()).items()):
+            parts.append(f"{counted(taken, noun)} taken from {operands[donor].model.role}")
+    dropped = sum(token not in ids for token in own.names.values())
+    parts += [f"{counted(dropped, 'token')} dropped"] if dropped else []
+    return f"{own.model.role}: {', '.join(parts)}" if parts else ""
+
+
+# --- files of the output ---
+
+
+def _generation(model: Checkpoint) -> dict[str, Any]:
+    path = model.origin / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def _token_keys(
+    config: Mapping[str, Any], owners: Mapping[str, Any], first: Tokens, ids: Mapping[str, int]
+) -> dict[str, Any]:
+    """Keys of the first model's configuration that name tokens (eos_token_id, ...) and change with the ids.
+
+    A token that the output has not is left out; where none is left the owner's value holds.
+    """
+    changed = {}
+    for key, value in config.items():
+        listed = value if isinstance(value, list) else [value]
+        if not key.endswith("_token_id") or any(type(item) is not int for item in listed):
+            continue
+        names = [first.names.get(item) for item in listed]
+        kept = [
+            item if name is None else ids[name]
+            for item, name in zip(listed, names, strict=True)
+            if name is None or name in ids
+        ]
+        meant = owners.get(key) if not kept else kept if isinstance(value, list) else kept[0]
+        if meant != value:
+            changed[key] = meant
+    return changed
+
+
+def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> None:
+    """The owner's tokenizer files, extended where tokens were added, in the place of the first model's."""
+    for name in COMPANIONS:
+        if name not in ("config.json", GENERATION):
+            (directory / name).unlink(missing_ok=True)
+            if (vocabulary.owner.origin / name).is_file():
+                shutil.copyfile(vocabulary.owner.origin / name, directory / name)
+    if vocabulary.generation:
+        _write(directory / GENERATION, read_json(directory / GENERATION) | dict(vocabulary.generation))
+    if not vocabulary.added:
+        return
+    file = read_json(directory / TOKENIZER)
+    entries = [*added_entries(directory / TOKENIZER, file), *vocabulary.added]
+    _write(directory / TOKENIZER, file | {"added_tokens": sorted(entries, key=lambda entry: entry["id"])})
+    table, settings = directory / "added_tokens.json", directory / "tokenizer_config.json"
+    if table.is_file():
+        _write(table, read_json(table) | {entry["content"]: entry["id"] for entry in vocabulary.added})
+    if settings.is_file():
+        known = read_json(settings)
+        if isinstance(known.get("added_tokens_decoder"), dict):
+            flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in vocabulary.added}
+            _write(settings, known | {"added_tokens_decoder": known["added_tokens_decoder"] | flags})
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

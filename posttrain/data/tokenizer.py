@@ -1,0 +1,62 @@
+"""What the suite asks of a tokenizer: the shape of transformers' tokenizers, for type checkers.
+
+A member is listed when the suite uses it; nothing here exists at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """A tokenizer that transformers has loaded."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    chat_template: str | None
+    padding_side: str
+
+    def __len__(self) -> int:
+        """Number of tokens, the added ones included."""
+        ...
+
+    def __call__(self, text: str | Sequence[str], **kwargs: Any) -> Mapping[str, Any]:
+        """Token ids (`input_ids`) of one text, or of several."""
+        ...
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        """Token ids of one text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+        """The text of token ids."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every token."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """The token of an id."""
+        ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        """The id of a token."""
+        ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: Any) -> Any:
+        """A conversation as text, or as token ids with `tokenize=True`."""
+        ...
+
+    def save_pretrained(self, save_directory: str | Path) -> Any:
+        """Write the tokenizer's files."""
+        ...

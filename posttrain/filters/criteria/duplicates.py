@@ -1,0 +1,102 @@
+"""Exact and near duplicates over all rows that the other filters left: the first of them stays.
+
+A row is a near duplicate when its Jaccard similarity to an earlier row *that stays* reaches the threshold; candidates
+come from the bands, the similarity is computed from the shingles themselves. At most CANDIDATES rows are compared to
+one row, the latest first. Memory: 4 bytes per band and row; the shingles stay on disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2.merging.kernels.dtypes import compiled
+
+from .signatures import Bands
+
+__all__ = ["exact_duplicates", "link_bands", "near_duplicates"]
+
+CANDIDATES = 256
+
+
+def exact_duplicates(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(N, 2) uint64 halves of digests -> (N,) index of the first row with the same digest, -1 for the first itself."""
+    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    ordered = digests[order]
+    same = np.zeros(len(digests), dtype=bool)
+    same[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(digests))))
+    first = np.full(len(digests), -1, dtype=np.int64)
+    first[order[same]] = order[starts[same]]
+    return first
+
+
+def link_bands(keys: Bands) -> NDArray[np.int32]:
+    """(N, bands) keys -> (N, bands) int32 index of the latest earlier row with the same key in that band, or -1.
+
+    In place: the result is the memory of `keys`.
+    """
+    links = keys.view(np.int32)
+    for band in range(keys.shape[1]):
+        column = keys[:, band].copy()
+        order = np.argsort(column, kind="stable")
+        ordered = column[order]
+        earlier = np.full(len(column), -1, dtype=np.int32)
+        same = ordered[1:] == ordered[:-1]
+        earlier[order[1:][same]] = order[:-1][same]
+        links[:, band] = earlier
+    return links
+
+
+@compiled(inner=True)
+def similarity(a: Any, b: Any) -> Any:
+    """Jaccard similarity of two sorted arrays of distinct numbers."""
+    i, j, shared = 0, 0, 0
+    while i < a.size and j < b.size:
+        if a[i] == b[j]:
+            i, j, shared = i + 1, j + 1, shared + 1
+        elif a[i] < b[j]:
+            i += 1
+        else:
+            j += 1
+    return shared / (a.size + b.size - shared)
+
+
+@compiled()
+def near_duplicates(links: Any, spans: Any, shingles: Any, threshold: float) -> Any:
+    """Which rows repeat an earlier one that stays.
+
+    links: (N, bands) int32 as `link_bands` says; it is changed. spans: (N, 2) int64, row i has the shingles
+    [spans[i, 0], spans[i, 1]): uint32, sorted.
+
+    Returns (N,) int64, the earlier row or -1, and (N,) float64, their similarity.
+    """
+    rows, bands = links.shape
+    repeats = np.full(rows, -1, np.int64)
+    found = np.zeros(rows)
+    compared_to = np.full(rows, -1, np.int64)
+    for i in range(rows):
+        for band in range(bands):  # skip what was dropped, once: a link leads to a row that stays
+            j = links[i, band]
+            while j >= 0 and repeats[j] >= 0:
+                j = links[j, band]
+            links[i, band] = j
+        mine = shingles[spans[i, 0] : spans[i, 1]]
+        compared = 0
+        for band in range(bands):
+            j = links[i, band]
+            while j >= 0 and repeats[i] < 0 and compared < CANDIDATES:
+                size = spans[j, 1] - spans[j, 0]
+                # The smaller set over the larger one bounds the similarity.
+                if compared_to[j] != i and min(size, mine.size) >= threshold * max(size, mine.size):
+                    compared_to[j] = i
+                    compared += 1
+                    value = similarity(mine, shingles[spans[j, 0] : spans[j, 1]])
+                    if value >= threshold:
+                        repeats[i], found[i] = j, value
+                j = links[j, band]
+            if repeats[i] >= 0:
+                break
+    return repeats, found

@@ -1,0 +1,166 @@
+"""Personal information: addresses, numbers and keys that belong to somebody.
+
+Every kind has a cheap pattern and then a real check: phonenumbers (metadata of libphonenumber), python-stdnum (check
+digits), `ipaddress`. What is reserved for examples, tests and fiction, public services and private networks belong to
+nobody. The detail names the kind, never the value.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from importlib import import_module
+
+from .published_numbers import EXAMPLE_IBANS, EXAMPLE_IDS, PUBLIC_ADDRESSES, TEST_CARDS
+from .sample import Sample
+from .secrets import has_secret
+
+__all__ = ["personal"]
+
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24}\b(?!\()", re.I)
+# RFC 2606 and 6761: these domains belong to nobody.
+RESERVED_DOMAIN = re.compile(
+    r"(?:^|\.)(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost|local|internal)$", re.IGNORECASE
+)
+NOBODY = re.compile(r"^(?:git|no-?reply|donotreply|do-not-reply|postmaster|mailer-daemon)$", re.IGNORECASE)
+DIGITS = re.compile(r"\d(?:[ .()/-]{0,2}\d){6}")
+PHONE_CUE = re.compile(
+    r"\b(?:phone|telephone|tel|mobile|cell|call|text|fax|whatsapp|sms|dial|ring)\b[^\d\n]{0,20}$", re.I
+)
+BARE_NUMBER = re.compile(r"\d+")
+# Fictitious numbers: North America's exchange 555, and the ranges of Ofcom for drama.
+FICTITIOUS = re.compile(r"1\d{3}555\d{4}|447700900\d{3}|442079460\d{3}|441632960\d{3}|44\d{2,3}4960\d{3}")
+CARD = re.compile(r"(?<![\d.,-])(?:\d[ -]?){12,18}\d(?![\d-]|[.,]\d)")
+# Issuers: Visa, Mastercard, American Express, Discover, Diners Club, JCB, UnionPay.
+CARD_ISSUER = re.compile(
+    r"4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2(?:2[2-9]|[3-6]\d|7[01]|720)\d{12,13}|3[47]\d{13}"
+    r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|35\d{14}|62\d{14,17}"
+)
+IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
+IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d]|\.\d)")
+IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:.])", re.IGNORECASE)
+VERSION_BEFORE = re.compile(
+    r"(?:\bv|\bversions?|\brelease|\bsection|\bchapter|\bclause|\bfirmware|\bbuild)[\s:]*$", re.I
+)
+# Country -> (how it is written, module of python-stdnum that knows its check digits).
+NATIONAL_IDS = {
+    "US": (r"\d{3}-\d{2}-\d{4}", "stdnum.us.ssn"),
+    "BR": (r"\d{3}\.\d{3}\.\d{3}-\d{2}", "stdnum.br.cpf"),
+    "IN": (r"\d{4} \d{4} \d{4}", "stdnum.in_.aadhaar"),
+    "FR": (r"[12] ?\d{2} ?[01]\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d{2}", "stdnum.fr.nir"),
+    "ES": (r"(?:\d{8}|[XYZ]\d{7})-?[A-Z]", "stdnum.es.nif"),
+    "IT": (r"[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z]", "stdnum.it.codicefiscale"),
+    "FI": (r"\d{6}[+A-]\d{3}[0-9A-Y]", "stdnum.fi.hetu"),
+    "SE": (r"\d{6}-\d{4}", "stdnum.se.personnummer"),
+    "KR": (r"\d{6}-\d{7}", "stdnum.kr.rrn"),
+    "CN": (r"\d{17}[\dX]", "stdnum.cn.ric"),
+    "MX": (r"[A-Z]{4}\d{6}[HM][A-Z]{5}[0-9A-Z]\d", "stdnum.mx.curp"),
+}
+# Not a part of a longer number: neither signs nor further groups of digits around it.
+NATIONAL_ID = {
+    country: (re.compile(rf"(?<![\w.-])(?<!\d ){spelt}(?![\w-]|\.\d| \d)"), module)
+    for country, (spelt, module) in NATIONAL_IDS.items()
+}
+UK_NINO = re.compile(r"\b(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]\b")
+CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2} ?\d{2}")
+FOUR_NUMBERS = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
+
+
+def personal(sample: Sample, region: str) -> str | None:
+    """Reads all turns. `region`: the country whose phone numbers are known without their international prefix."""
+    found = list(dict.fromkeys(_kinds(sample.whole, region)))
+    return ", ".join(found) if found else None
+
+
+def _kinds(text: str, region: str) -> Iterator[str]:
+    if "@" in text and any(map(_is_email, EMAIL.finditer(text))):
+        yield "e-mail address"
+    number = _kind_of_number(text, region)
+    if number:
+        yield number
+    if any(_is_public_address(text, found) for found in _addresses(text)):
+        yield "IP address"
+    if has_secret(text):
+        yield "key or token"
+
+
+def _kind_of_number(text: str, region: str) -> str | None:
+    """The same digits may look like several kinds: the one with the stricter check counts."""
+    digits, capitals = DIGITS.search(text), CAPITALS_AND_DIGITS.search(text)
+    if capitals and any(map(_is_iban, IBAN.finditer(text))):
+        return "bank account"
+    if digits and any(map(_is_card, CARD.finditer(text))):
+        return "card number"
+    if (capitals and UK_NINO.search(text)) or ((digits or capitals) and _has_national_id(text)):
+        return "national id"
+    return "phone number" if digits and _has_phone(text, region) else None
+
+
+def _is_email(found: re.Match[str]) -> bool:
+    local, _, domain = found.group().rpartition("@")
+    return not RESERVED_DOMAIN.search(domain) and not NOBODY.search(local)
+
+
+def _is_card(found: re.Match[str]) -> bool:
+    from stdnum import luhn
+
+    number = re.sub(r"\D", "", found.group())
+    return CARD_ISSUER.fullmatch(number) is not None and luhn.is_valid(number) and number not in TEST_CARDS
+
+
+def _is_iban(found: re.Match[str]) -> bool:
+    from stdnum import iban
+
+    # Words in capitals may follow the number: the longest beginning of it that is valid counts.
+    groups = found.group().split(" ")
+    tries = ("".join(groups[:end]) for end in range(len(groups), 0, -1))
+    return any(iban.is_valid(number) and number not in EXAMPLE_IBANS for number in tries)
+
+
+def _has_national_id(text: str) -> bool:
+    for pattern, module in NATIONAL_ID.values():
+        for found in pattern.finditer(text):
+            if found.group() not in EXAMPLE_IDS and import_module(module).is_valid(found.group()):
+                return True
+    return False
+
+
+def _has_phone(text: str, region: str) -> bool:
+    import phonenumbers as pn
+
+    of_nobody = (
+        pn.PhoneNumberType.TOLL_FREE,
+        pn.PhoneNumberType.PREMIUM_RATE,
+        pn.PhoneNumberType.SHARED_COST,
+        pn.PhoneNumberType.UAN,
+        pn.PhoneNumberType.VOICEMAIL,
+    )
+    for found in pn.PhoneNumberMatcher(text, region or None):
+        written = found.raw_string
+        if IPV4.fullmatch(written):
+            continue
+        # Ten digits in a row are a quantity, an order or an id, unless the text says that it is a phone number.
+        if BARE_NUMBER.fullmatch(written) and not PHONE_CUE.search(text[max(0, found.start - 40) : found.start]):
+            continue
+        number = pn.format_number(found.number, pn.PhoneNumberFormat.E164)[1:]
+        if pn.number_type(found.number) not in of_nobody and not FICTITIOUS.fullmatch(number):
+            return True
+    return False
+
+
+def _addresses(text: str) -> Iterator[re.Match[str]]:
+    if FOUR_NUMBERS.search(text):
+        yield from IPV4.finditer(text)
+    if text.count(":") > 1:
+        yield from IPV6.finditer(text)
+
+
+def _is_public_address(text: str, found: re.Match[str]) -> bool:
+    try:
+        address = ipaddress.ip_address(found.group())
+    except ValueError:
+        return False
+    if str(address) in PUBLIC_ADDRESSES or VERSION_BEFORE.search(text[max(0, found.start() - 20) : found.start()]):
+        return False
+    return address.is_global and not address.is_multicast

@@ -1,0 +1,101 @@
+"""Kinds of answers: attribution, hedging, refusals; and the disclaimers of assistants.
+
+The Gemma 2 report adds "subsets of data that encourage better in-context attribution, hedging, and refusals to minimize
+hallucinations" (section 4). `keep` names subsets that the OVERRIDDEN filters do not drop. A refusal in the sense of the
+subset admits a limit of knowledge or means; `is_refusal`, what the cap on refusals counts, is any refusal to answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from gemma2.core.errors import UsageError
+
+from .sample import Sample
+
+__all__ = ["OVERRIDDEN", "Subsets", "disclaimer", "is_refusal"]
+
+# Filters on style. A kept subset is never kept from personal data, unsafe answers, false names, duplicates or overlap.
+OVERRIDDEN = frozenset({"length", "disclaimer", "refusal"})
+
+PATTERNS = {
+    "attribution": (
+        r"\baccording to (?!me\b|my\b)"
+        r"|\bas (?:reported|stated|described|noted|mentioned|shown|cited) (?:by|in)\b"
+        r"|\b(?:based on|from) the (?:given |provided |above )?(?:passage|text|document|article|context|excerpt)s?\b"
+        r"|\bthe (?:passage|text|document|article|context|excerpt|author|study|report)s?"
+        r" (?:states?|says?|mentions?|notes?|reports?|describes?|explains?)\b"
+        r"|\(source:"
+    ),
+    "hedging": (
+        r"\bi(?:'m| am) not (?:entirely |completely |quite |absolutely |really )?(?:sure|certain)\b"
+        r"|\bi(?:'m| am) (?:unsure|uncertain)\b"
+        r"|\bi (?:could|might|may) be (?:wrong|mistaken)\b"
+        r"|\bi (?:do not|don't|cannot|can't) (?:say|tell|know) (?:for (?:sure|certain)|with certainty)\b"
+        r"|\bto the best of my knowledge\b|\bas far as i know\b|\bi (?:believe|think) (?:it|this|that)\b"
+        r"|\bit(?:'s| is) (?:possible|unclear|not clear|hard to say|difficult to say)\b"
+    ),
+    "refusal": (
+        r"\bi (?:do not|don't|cannot|can't) (?:know|recall)\b(?! (?:for|with) )"
+        r"|\bi (?:do not|don't) have (?:any |enough |sufficient |specific |reliable |up-to-date |real-time |current "
+        r"|access to |the ability to |personal ){0,3}(?:information|data|knowledge|details|access|records?|context"
+        r"|browse|opinions?|experiences?)\b"
+        r"|\bi(?:'m| am) (?:not aware of|not familiar with|unable to (?:verify|confirm|find|browse|access))\b"
+        r"|\bi (?:cannot|can't|can not) (?:verify|confirm|browse|access|look up|see|find)\b"
+    ),
+}
+REFUSES = (
+    r"\bi(?:'m| am) (?:(?:so |very |really |truly )?sorry|afraid)\b[^.!?\n]{0,40}?\bi(?:'m| am)? ?"
+    r"(?:can't|cannot|can not|won't|will not|must|unable|not able)"
+    r"|\bi (?:can't|cannot|can not|won't|will not|must) (?:refuse|decline|help|assist|provide|fulfil|comply|answer"
+    r"|support|engage|create|write|generate|discuss|share|give|offer|participate|condone|do that|be able to)"
+    r"|\bi(?:'m| am) (?:unable|not able|not allowed|not permitted) to"
+    r"|\bi (?:have to|must|need to) (?:refuse|decline)\b"
+    r"|\bi(?:'m| am) (?:not comfortable|not going to)\b|\bi'd rather not\b|\bi (?:politely )?(?:decline|refuse) to\b"
+    r"|\b(?:it is|it's|that is|that's) (?:not appropriate|inappropriate) for me\b"
+)
+DISCLAIMS = (
+    r"\b(?:as|i(?:'m| am)(?: just| only)?) an? (?:[\w-]+ ){0,2}?(?:ai|artificial intelligence|language model|llm)\b"
+    r"|\b(?:my|the) (?:knowledge|training) (?:cut-?off|data)\b"
+    r"|\b(?:as of|since) my last (?:knowledge |training )?update\b"
+)
+REFUSAL = re.compile("|".join([REFUSES, PATTERNS["refusal"]]), re.IGNORECASE)
+DISCLAIMER = re.compile(DISCLAIMS, re.IGNORECASE)
+OPENING = 200  # characters of a turn in which a refusal shows
+
+
+class Subsets:
+    """The subsets that are kept: built-in ones by name, and the user's own patterns."""
+
+    def __init__(self, names: Sequence[str], patterns: Mapping[str, str]) -> None:
+        taken = sorted(set(names) & set(patterns))
+        if taken:
+            raise UsageError(f"keep_patterns.{taken[0]} is also a subset of --keep", "give it another name")
+        self._patterns = {name: re.compile(PATTERNS[name], re.IGNORECASE) for name in names}
+        for name, pattern in patterns.items():
+            try:
+                self._patterns[name] = re.compile(pattern, re.IGNORECASE)
+            except re.error as error:
+                raise UsageError(f"keep_patterns.{name} is no regular expression ({error})", "mend it") from error
+        self.names = list(self._patterns)
+
+    def of(self, sample: Sample) -> list[str]:
+        """Names of the subsets that the model's turns belong to."""
+        text = _straight(sample.model)
+        return [name for name, pattern in self._patterns.items() if pattern.search(text)]
+
+
+def is_refusal(sample: Sample) -> bool:
+    """Whether a turn of the model opens with a refusal."""
+    return any(REFUSAL.search(_straight(text[:OPENING])) for text in sample.model_turns)
+
+
+def disclaimer(sample: Sample) -> str | None:
+    """Reads the model's turns: phrases of assistants about themselves, whoever made them."""
+    found = DISCLAIMER.search(_straight(sample.model))
+    return f"says '{found.group().lower()}'" if found else None
+
+
+def _straight(text: str) -> str:
+    return text.replace("’", "'")

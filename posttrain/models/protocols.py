@@ -1,0 +1,125 @@
+"""What the suite asks of a network: the shape of transformers' causal LMs and reward models, for type checkers.
+
+transformers is not typed, so a model that it loads is checked against these protocols and not against its classes. A
+member is listed when the suite uses it; nothing here exists at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gemma2.core.json_files import JsonObject
+
+__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardModel"]
+
+
+class ModelConfig(Protocol):
+    """config.json of a model, as transformers reads it."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    pad_token_id: int | None
+
+    def to_dict(self) -> JsonObject:
+        """The configuration as it is written to config.json."""
+        ...
+
+
+class GenerationSettings(Protocol):
+    """generation_config.json of a model: the token ids that start, end and pad a completion."""
+
+    eos_token_id: int | list[int] | None
+    bos_token_id: int | None
+    pad_token_id: int | None
+
+
+class Network(Protocol):
+    """A `torch.nn.Module` with a configuration, as transformers loads it."""
+
+    config: ModelConfig
+    training: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass; transformers' output object depends on the keyword arguments."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter with its name."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module with its name."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module."""
+        ...
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of that name."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        ...
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, weight (vocabulary, hidden)."""
+        ...
+
+    def eval(self) -> Network:
+        """Switch dropout off."""
+        ...
+
+    def train(self, mode: bool = True) -> Network:
+        """Switch dropout on or off."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Network:
+        """Train or freeze all parameters."""
+        ...
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write config.json and safetensors files."""
+        ...
+
+
+class CausalLM(Network, Protocol):
+    """A causal language model: `__call__` gives logits (batch, tokens, vocabulary)."""
+
+    generation_config: GenerationSettings
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head, weight (vocabulary, hidden)."""
+        ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sampled token ids, (batch, tokens) int64, the prompt included."""
+        ...
+
+
+class RewardModel(Network, Protocol):
+    """A sequence classifier with one output: `__call__` gives logits (batch, 1)."""
+
+    score: nn.Linear

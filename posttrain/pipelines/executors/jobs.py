@@ -1,0 +1,193 @@
+"""One stage in a process of its own: what the process is given, what it says while it works, how it ends.
+
+The process runs the command's own function, so that an output is the same whether it was made by hand, in a pipeline or
+on another machine. Its stdout and stderr go to a log file; progress and the outcome go to whoever started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gemma2.core.errors import Gemma2Error, refusal
+from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.runs.inputs import check_inputs, located
+from gemma2.posttrain.runs.run_directory import RunOptions
+
+__all__ = ["Event", "Job", "Outcome", "execute"]
+
+Event = tuple[
+    Any, ...
+]  # ("task", id, label, total, unit) | ("advance", id, amount, fields) | ("end", id) | (kind, text)
+INTERVAL = 0.2  # seconds between two messages about one bar
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage as another process can be told of it: plain values only. Paths are relative to `folder`."""
+
+    stage: str
+    command: str
+    options: Mapping[str, Any]
+    out: str
+    log: str
+    resume: bool
+    force: bool
+    folder: str
+    modules: tuple[str, ...]  # sys.path of the caller: where reward functions are found
+    cpus: int
+    gpus: tuple[str, ...] | None = None  # of CUDA_VISIBLE_DEVICES; None leaves it as it is
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    code       0 done, 1 - 3 as for every command, 143 stopped, -N ended by signal N or lost
+    error      the one line of an expected failure
+    traceback  of a bug
+    """
+
+    code: int
+    summary: Mapping[str, Any] | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+class StageStopped(BaseException):
+    """SIGTERM: clean up and end."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not cut short
+    raise StageStopped(number)
+
+
+class Reporter:
+    """The `Progress` of a job: what it says goes to `send`, a few times a second at most."""
+
+    def __init__(self, send: Callable[[Event], None]) -> None:
+        self.send = send
+        self.tasks = 0
+
+    @contextmanager
+    def task(self, label: str, total: float | None, unit: str) -> Iterator[_Bar]:
+        self.tasks += 1
+        bar = _Bar(self.send, self.tasks)
+        self.send(("task", bar.number, label, total, unit))
+        try:
+            yield bar
+        finally:
+            bar.tell()
+            self.send(("end", bar.number))
+
+    def note(self, text: str) -> None:
+        self.send(("note", text))
+
+    def warn(self, text: str) -> None:
+        self.send(("warn", text))
+
+
+class _Bar:
+    """Gathers what a bar has advanced by until it is time to tell."""
+
+    def __init__(self, send: Callable[[Event], None], number: int) -> None:
+        self.send, self.number = send, number
+        self.amount = 0.0
+        self.fields: dict[str, float | str] = {}
+        self.told = time.monotonic()
+
+    def advance(self, amount: float = 1, **fields: float | str) -> None:
+        self.amount += amount
+        self.fields |= fields
+        if time.monotonic() - self.told >= INTERVAL:
+            self.tell()
+
+    def tell(self) -> None:
+        if self.amount or self.fields:
+            self.send(("advance", self.number, self.amount, dict(self.fields)))
+        self.amount, self.fields, self.told = 0.0, {}, time.monotonic()
+
+
+def execute(job: Job, send: Callable[[Event], None]) -> Outcome:
+    """Run a job in this process, its output in its log. Never raises."""
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with _logged(Path(job.folder, job.log)):
+            return _run(job, send)
+    except StageStopped:
+        return Outcome(143, error="stopped")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
+    try:
+        _settle(job)
+        command = COMMANDS[job.command]
+        config = located(command.schema.model_validate(dict(job.options)))
+        check_inputs(config)
+        Path(job.out).parent.mkdir(parents=True, exist_ok=True)
+        result = command.run(config, RunOptions(Path(job.out), job.resume, job.force), Reporter(send))
+        return Outcome(0, dict(result.summary))
+    except StageStopped:
+        return Outcome(143, error="stopped")
+    except Gemma2Error as error:
+        return Outcome(error.exit_code, error=str(error))
+    except Exception as error:
+        line = refusal(error) if isinstance(error, OSError) else None
+        if line is not None:
+            return Outcome(1, error=line)
+        # A bug of the stage is shown by whoever started it, with its traceback.
+        text = traceback.format_exc()
+        with suppress(OSError):  # the disk of the log may be full
+            sys.stderr.write(text)
+        return Outcome(1, traceback=text)
+
+
+def _settle(job: Job) -> None:
+    """Working folder, modules, threads and devices of this process."""
+    os.chdir(job.folder)
+    sys.path[:] = [*job.modules, *(path for path in sys.path if path not in job.modules)]
+    if job.gpus is not None:  # before the first call of CUDA, which reads it once
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(job.cpus)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # the libraries' deprecations are not the user's business
+    if COMMANDS[job.command].accelerated:
+        import torch
+
+        torch.set_num_threads(job.cpus)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Append stdout and stderr of this process, native code's too, to a file while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(number) for number in (1, 2)]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        yield
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for number, kept in zip((1, 2), saved, strict=True):
+            os.dup2(kept, number)
+            os.close(kept)
+        os.close(descriptor)

@@ -1,0 +1,337 @@
+"""Runs the stages of a pipeline: what is missing or changed, in the order of their needs, several at once.
+
+A stage runs when all that it needs is complete. It is skipped when its output is current (currency.py), continued when
+it was interrupted, made again (the old output is replaced in one rename) when it is of something else. Where `when`
+does not hold it is not needed, and so is a stage that takes such a stage's output; a list leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs.manifest import now, read_manifest
+from gemma2.core.outputs.staging import partial_path
+from gemma2.core.progress import Progress, Task
+from gemma2.posttrain.runs.commands import spell
+from gemma2.posttrain.runs.inputs import located
+from gemma2.posttrain.schemas.config import Config
+
+from .compile import Pipeline, Stage, with_method
+from .executors.jobs import Event, Job, Outcome
+from .freshness import Currency, currency_of, goes_on, output_hash
+from .references import condition_holds, filled, lookup, replaced
+from .state import State
+
+__all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed"]
+
+POLL = 0.5  # seconds
+
+
+class Executor(Protocol):
+    """Where stages run."""
+
+    def prepare(self, commands: Sequence[str]) -> None: ...
+    def cpus(self, wanted: int | None) -> int: ...
+    def check(self, stage: str, wanted: int | None) -> None: ...
+    def has_room(self, command: str, wanted: int | None) -> bool: ...
+    def start(self, job: Job, wanted: int | None) -> None: ...
+    def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]: ...
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Observer(Protocol):
+    """Who watches: the command line, or nobody."""
+
+    def started(self, stage: Stage, command: str, why: str) -> None: ...
+    def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None: ...
+
+
+class StageFailed(Gemma2Error):
+    """A stage ended with an expected failure; the exit code is the stage's."""
+
+    def __init__(self, what: str, mend: str, code: int) -> None:
+        super().__init__(what, mend)
+        self.exit_code = code
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which stages a run is about.
+
+    within      the others must be complete, whatever they were made from; None is all
+    force       made again though they are current
+    keep_going  after a failure go on with what does not need the failed stage
+    """
+
+    within: frozenset[str] | None = None
+    force: frozenset[str] = frozenset()
+    keep_going: bool = False
+
+
+@dataclass
+class _Ready:
+    """A stage whose needs are complete: its options as they are known then."""
+
+    stage: Stage
+    options: dict[str, Any]
+    config: Config
+    currency: Currency
+
+
+@dataclass
+class Scheduler:
+    """One run of a pipeline.
+
+    commands  that will run, as far as is known: their libraries are imported beforehand
+    status    what became of each stage so far
+    """
+
+    pipeline: Pipeline
+    executor: Executor
+    choice: Choice
+    observer: Observer
+    progress: Progress
+    commands: Sequence[str] = ()
+    status: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
+    waiting: dict[str, _Ready] = field(default_factory=dict)
+    bars: dict[tuple[str, int], Any] = field(default_factory=dict)
+    tries: dict[str, int] = field(default_factory=dict)
+    prepared: bool = False
+
+    def run(self) -> None:
+        """Until nothing is left to start and nothing runs.
+
+        Raises StageFailed for the first stage that failed, RuntimeError with its traceback when that was a bug.
+        """
+        self.state = State(self.pipeline, self.choice.within)
+        if self.choice.within is not None:  # what is taken as it is was checked to be there, or not to be needed
+            self.status = {
+                name: "not needed" if one["status"] == "not needed" else "complete"
+                for name, one in self.state.document["stages"].items()
+                if name not in self.choice.within
+            }
+        try:
+            self.state.write()
+            # The outermost bar holds the display, so that those of stages may end in any order.
+            with self.progress.task("pipeline", total=len(self.pipeline.stages), unit="stages") as bar:
+                self._until_done(bar)
+        except BaseException:
+            self.executor.stop()
+            self.state.finish("interrupted")
+            raise
+        failed = [name for name, status in self.status.items() if status == "failed"]
+        for name in self.pipeline.stages.keys() - self.status.keys():
+            self.state.set(name, status="blocked")
+        self.state.finish("failed" if failed else "complete")
+        if failed:
+            self._raise(failed)
+
+    def _until_done(self, bar: Task) -> None:
+        told = 0
+        while (moved := self._begin()) or self.started:
+            bar.advance(len(self.status) - told)
+            told = len(self.status)
+            if self.started and not moved:
+                self._wait()
+        self._close_bars()
+
+    def _raise(self, failed: Sequence[str]) -> None:
+        first = failed[0]
+        outcome = self.outcomes[first]
+        if outcome.traceback:
+            raise RuntimeError(f"stage {first} has a bug:\n{outcome.traceback}")
+        others = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+        what, _, mend = outcome.error.partition("; ")
+        log = self.pipeline.root / "logs" / f"{first}.log"
+        code = outcome.code if outcome.code > 0 else 1
+        raise StageFailed(f"stage {first}: {what}{others}", f"{mend + '; ' if mend else ''}its log is {log}", code)
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> bool:
+        """Settle or start every stage that can be. True when something was settled or started."""
+        moved = False
+        failing = "failed" in self.status.values() and not self.choice.keep_going
+        for stage in self.pipeline.stages.values():
+            if stage.name in self.status or stage.name in self.started:
+                continue
+            if any(self.status.get(name) in ("failed", "blocked") for name in stage.needs):
+                self._settle(stage, "blocked")
+                moved = True
+            elif all(self.status.get(name) in ("complete", "not needed") for name in stage.needs):
+                moved = self._consider(stage, failing) or moved
+        return moved
+
+    def _consider(self, stage: Stage, failing: bool) -> bool:
+        """Skip, drop or start a stage whose needs are done. False when it has to wait for room."""
+        ready = self.waiting.get(stage.name)
+        if ready is None:
+            try:
+                found = self._look(stage)
+            except Gemma2Error as error:
+                self.outcomes[stage.name] = Outcome(error.exit_code, error=str(error))
+                self._settle(stage, "failed", error=str(error), exit_code=error.exit_code)
+                return True
+            if found is None:
+                self._settle(stage, "not needed")
+                return True
+            ready = self.waiting[stage.name] = found
+        if ready.currency.state == "complete" and stage.name not in self.choice.force:
+            self._settle(stage, "complete", hash=_hash_of(stage.out))
+            return True
+        if failing or not self.executor.has_room(stage.command, stage.resources.gpus):
+            return False
+        self._start(ready)
+        return True
+
+    def _look(self, stage: Stage) -> _Ready | None:
+        """What a stage would run with; None when it is not needed."""
+        if stage.when is not None:
+            if any(self.status.get(name) == "not needed" for name in _asked(stage.when, stage.needs)):
+                return None
+            if not condition_holds(stage.when, self._value):
+                return None
+        options = self._options(stage)
+        if options is None:
+            return None
+        config = located(stage.config(options), [self.pipeline.root])
+        return _Ready(stage, options, config, currency_of(stage.command, config, stage.out))
+
+    def _options(self, stage: Stage) -> dict[str, Any] | None:
+        """The options with summaries filled in, and without what is not needed; None when that leaves a hole."""
+        dropped = [self.pipeline.root / name for name in stage.needs if self.status.get(name) == "not needed"]
+        options: dict[str, Any] = {}
+        for key, value in stage.options.items():
+            if isinstance(value, list):
+                kept = [item for item in value if not _lies_in(item, dropped)]
+                if value and not kept:
+                    return None
+                value = kept
+            elif _lies_in(value, dropped):
+                return None
+            options[key] = filled(replaced(value, self._value))
+        return options
+
+    def _value(self, reference: str) -> Any:
+        """The value of `STAGE.summary.KEY`."""
+        name, _, key = reference.partition(".summary.")
+        summary = (read_manifest(self.pipeline.stages[name].out) or {}).get("summary", {})
+        return lookup(summary, key.split("."), reference)
+
+    def _start(self, ready: _Ready) -> None:
+        stage, currency = ready.stage, ready.currency
+        if not self.prepared:
+            self.executor.prepare(self.commands)
+            self.prepared = True
+        attempts = self.tries[stage.name] = self.tries.get(stage.name, 0) + 1
+        resume = currency.state == "interrupted" and (stage.name not in self.choice.force or attempts > 1)
+        job = Job(
+            stage=stage.name,
+            command=stage.command,
+            options=with_method(stage.command, _located_options(ready)),
+            out=str(stage.out),
+            log=str(self.pipeline.root / "logs" / f"{stage.name}.log"),
+            resume=resume,
+            # What an interrupted run of something else left behind is no reason to stop.
+            force=stage.out.exists() or (not resume and partial_path(stage.out).exists()),
+            folder=os.getcwd(),
+            modules=tuple(sys.path),
+            cpus=self.executor.cpus(stage.resources.cpus),
+        )
+        why = "goes on where it was" if resume else "; ".join(currency.why)
+        self.observer.started(stage, spell(stage.command, ready.config, stage.out), why)
+        self.started[stage.name] = time.monotonic()
+        self.state.set(stage.name, status="running", started=now(), ended=None, attempts=attempts, exit_code=None)
+        self.executor.start(job, stage.resources.gpus)
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        events, ended = self.executor.poll(POLL)
+        for stage, event in events:
+            self._show(stage, event)
+        for name, outcome in ended.items():
+            self._end(self.pipeline.stages[name], outcome)
+
+    def _end(self, stage: Stage, outcome: Outcome) -> None:
+        seconds = time.monotonic() - self.started.pop(stage.name)
+        ready = self.waiting.pop(stage.name)
+        self._close_bars(stage.name)
+        tries = self.tries[stage.name]
+        if outcome.code < 0 and tries <= stage.retries:
+            self.progress.warn(f"stage {stage.name}: {outcome.error}; attempt {tries + 1} of {stage.retries + 1}")
+            if goes_on(stage.command, ready.config, stage.out):
+                ready = replace(ready, currency=Currency("interrupted"))
+            self.state.set(stage.name, status="waiting")
+            self.waiting[stage.name] = ready
+            return
+        self.outcomes[stage.name] = outcome
+        record = {"ended": now(), "seconds": round(seconds, 2), "exit_code": outcome.code}
+        if outcome.code == 0:
+            self._settle(stage, "complete", **record, hash=_hash_of(stage.out))
+        else:
+            line = outcome.error or outcome.traceback.strip().rpartition("\n")[2]
+            self._settle(stage, "failed", **record, error=line)
+        self.observer.finished(stage, self.status[stage.name], seconds, outcome.summary or {})
+
+    def _settle(self, stage: Stage, status: str, **record: Any) -> None:
+        self.status[stage.name] = status
+        self.waiting.pop(stage.name, None)
+        self.state.set(stage.name, status=status, **record)
+
+    # --- progress -----------------------------------------------------------------------------------------------------
+
+    def _show(self, stage: str, event: Event) -> None:
+        """Draw what a stage says. With several at once its bars carry its name."""
+        kind, *rest = event
+        label = f"{stage.rpartition('/')[2]}: " if len(self.started) > 1 else ""
+        if kind == "task":
+            number, name, total, unit = rest
+            context = self.progress.task(f"{label}{name}", total, unit)
+            self.bars[stage, number] = (context, context.__enter__())
+        elif kind == "advance":
+            number, amount, fields = rest
+            if (stage, number) in self.bars:
+                self.bars[stage, number][1].advance(amount, **fields)
+        elif kind == "end":
+            self._close_bars(stage, rest[0])
+        elif kind == "warn":
+            self.progress.warn(f"{label}{rest[0]}")
+        else:
+            self.progress.note(f"{label}{rest[0]}")
+
+    def _close_bars(self, stage: str | None = None, number: int | None = None) -> None:
+        for key in [*self.bars]:
+            if stage in (None, key[0]) and number in (None, key[1]):
+                self.bars.pop(key)[0].__exit__(None, None, None)
+
+
+def _asked(when: str, needs: Sequence[str]) -> list[str]:
+    """The stages whose summaries a condition reads."""
+    return [name for name in needs if f"${{{name}.summary." in when]
+
+
+def _lies_in(value: Any, folders: Sequence[Path]) -> bool:
+    """Whether a value is a path in one of these folders."""
+    return isinstance(value, str) and any(Path(value).is_relative_to(folder) for folder in folders)
+
+
+def _located_options(ready: _Ready) -> dict[str, Any]:
+    """Options as plain values, with hub ids as the directories that they were found in."""
+    dumped = ready.config.model_dump(mode="json")
+    return {key: dumped.get(key, value) for key, value in ready.options.items()}
+
+
+def _hash_of(out: Path) -> str | None:
+    manifest = read_manifest(out)
+    return output_hash(manifest) if manifest else None

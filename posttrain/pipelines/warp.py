@@ -1,0 +1,69 @@
+"""WARP (arXiv 2406.16768), Algorithm 1: its stages (pipelines/algorithm.py) run as a pipeline of their own.
+
+    OUT/iteration-i/{policy-m, slerp, init, front}    OUT/front    OUT/model    OUT/report.html
+
+Every policy, slerp and init stays on disk. OUT appears when all is done; until then `.OUT.partial` holds what is, and
+`resume` goes on at the stage, and inside an RL run at the checkpoint, where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.rewards.functions import load_function
+from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import PipelineFile, WarpConfig
+
+from .check import check_pipeline
+from .compile import Pipeline, compile_pipeline
+from .run import Watcher, executor_of, run_stages
+from .scheduler import Observer
+from .warp_stages import warp_stages
+
+__all__ = ["run_warp", "warp_pipeline"]
+
+
+def warp_pipeline(config: WarpConfig, root: Path) -> Pipeline:
+    """The stages of a WARP run with outputs below `root`."""
+    return compile_pipeline(PipelineFile(stages=warp_stages(config)), root)
+
+
+def run_warp(
+    config: WarpConfig, options: RunOptions, progress: Progress = SILENT, observer: Observer | None = None
+) -> RunResult:
+    """Run Algorithm 1 and evaluate its front; `OUT/model` is the chosen point.
+
+    Raises UsageError or InputError before the first stage for what can be known then, StageFailed for a stage.
+    """
+    for option, names in (("--reward-fn", config.reward_fn), ("--judge-fn", filter(None, [config.judge_fn]))):
+        for name in names:
+            load_function(name, option)  # an hour of RL later is too late for a typo
+    parents = [Parent("sft", config.sft), *(Parent("reward", path) for path in config.reward)]
+    data = [file for path in (config.prompts, config.heldout) for file in data_files(path)]
+    with open_run("warp", config, options, parents=parents, data=data) as run:
+        pipeline = warp_pipeline(config, run.path)
+        executor = executor_of(config.executor, config.jobs)
+        plan = check_pipeline(pipeline)
+        run_stages(pipeline, plan, executor, observer=observer or Watcher(), progress=progress)
+        from gemma2.posttrain.reports.page import write_report
+
+        write_report(run.path, run.path / "report.html")
+        return run.finish(summarise(run.path))
+
+
+def summarise(root: Path) -> dict[str, Any]:
+    """The chosen model and the best single run, for the last lines on the screen."""
+    points = json.loads((root / "front" / "front.json").read_text(encoding="utf-8"))["points"]
+    chosen = json.loads((root / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
+    policies = [point for point in points if point["kind"] == "policy"]
+    best = max(policies, key=lambda point: point["reward"], default=None)
+    single = {f"best_policy{key}": best[name] for key, name in NAMES.items()} if best else {}
+    figures = ("eta", "iteration", "reward", "reward_se", "kl", "kl_se")
+    return {"model": "model", **{key: chosen[key] for key in figures if key in chosen}, **single}
+
+
+NAMES = {"": "name", "_reward": "reward", "_kl": "kl"}

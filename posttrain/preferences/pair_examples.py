@@ -1,0 +1,100 @@
+"""Preference pairs as token ids of whole conversations: rendered, checked, and counted where they are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from gemma2.core.errors import InputError
+from gemma2.core.progress import Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Pair, located
+
+__all__ = ["PairIds", "report_dropped", "to_dataset", "tokenise_pairs", "tokenise_split"]
+
+
+@dataclass(frozen=True)
+class PairIds:
+    """One pair as token ids of whole conversations; `prompt` is how many of them both share as the prompt."""
+
+    chosen: list[int]
+    rejected: list[int]
+    prompt: int
+    margin: float | None = None
+    source: Pair | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer side."""
+        return max(len(self.chosen), len(self.rejected))
+
+
+def tokenise_pairs(
+    pairs: Sequence[Pair], chat: ChatFormat, max_length: int | None, some_needed: bool = True
+) -> tuple[list[PairIds], dict[str, int]]:
+    """Render both sides of every pair. Returns the usable pairs and how many were dropped, by reason.
+
+    Raises InputError with file and line for a pair that the chat template refuses, or when none is left and
+    `some_needed`.
+    """
+    kept: list[PairIds] = []
+    dropped = {"overlong_dropped": 0, "identical_dropped": 0}
+    for pair in pairs:
+        with located(pair.where):
+            ids = _pair_ids(pair, chat)
+        if max_length is not None and ids.length > max_length:
+            dropped["overlong_dropped"] += 1
+        elif ids.chosen == ids.rejected:
+            dropped["identical_dropped"] += 1
+        else:
+            kept.append(ids)
+    if some_needed and pairs and not kept:
+        what = f"none of {len(pairs)} pairs is usable: {dropped['overlong_dropped']} over --max-length {max_length}"
+        raise InputError(f"{what}, {dropped['identical_dropped']} the same on both sides", "check the data")
+    return kept, dropped
+
+
+def tokenise_split(
+    training: Sequence[Pair], heldout: Sequence[Pair], chat: ChatFormat, max_length: int, progress: Progress
+) -> tuple[list[PairIds], list[PairIds], dict[str, int]]:
+    """The usable pairs of both sides of a split, and how many were dropped of both together, which is also told.
+
+    Raises InputError as `tokenise_pairs` does; training goes on without held-out pairs, with a warning.
+    """
+    pairs, dropped = tokenise_pairs(training, chat, max_length)
+    heldout_pairs, further = tokenise_pairs(heldout, chat, max_length, some_needed=False)
+    dropped = {reason: count + further[reason] for reason, count in dropped.items()}
+    report_dropped(dropped, len(training) + len(heldout), max_length, progress)
+    if heldout and not heldout_pairs:
+        progress.warn(f"none of the {len(heldout)} held-out pairs is usable: nothing is measured on them")
+    return pairs, heldout_pairs, dropped
+
+
+def _pair_ids(pair: Pair, chat: ChatFormat) -> PairIds:
+    chosen, _ = chat.example([*pair.prompt, *pair.chosen], "eot", pair.chosen_truncated)
+    rejected, _ = chat.example([*pair.prompt, *pair.rejected], "eot", pair.rejected_truncated)
+    return PairIds(chosen, rejected, len(chat.prompt_ids(pair.prompt)), pair.margin, pair)
+
+
+def report_dropped(dropped: dict[str, int], total: int, max_length: int | None, progress: Progress) -> None:
+    """Nothing is dropped in silence."""
+    if dropped["overlong_dropped"]:
+        what = f"are longer than --max-length {max_length}"
+        progress.warn(f"{dropped['overlong_dropped']} of {total} pairs {what} and were dropped")
+    if dropped["identical_dropped"]:
+        progress.warn(f"{dropped['identical_dropped']} of {total} pairs are the same on both sides and were dropped")
+
+
+def to_dataset(pairs: Sequence[PairIds]) -> Dataset:
+    """The columns that TRL's collator reads, and `length` for batches of similar pairs. No margin counts as 0."""
+    columns: dict[str, list[Any]] = {
+        "chosen_ids": [pair.chosen for pair in pairs],
+        "rejected_ids": [pair.rejected for pair in pairs],
+        "length": [pair.length for pair in pairs],
+    }
+    if any(pair.margin is not None for pair in pairs):
+        columns["margin"] = [pair.margin or 0.0 for pair in pairs]
+    return Dataset.from_dict(columns)

@@ -1,0 +1,85 @@
+"""Reward models on preference pairs, side by side: the figures of `metrics.py`, a reliability table, sources apart.
+
+WARM (2401.12187) picks and judges reward models by their accuracy out of distribution, so several models are
+read on one set of pairs, and the pairs of every value of a column get figures of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import GuardStop, InputError
+from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.rows import Pair, read_pairs
+from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.rewards.model import RewardModel
+from gemma2.posttrain.runs.run_directory import Parent, check_parents
+from gemma2.posttrain.schemas import RewardEvalConfig
+
+from .pair_examples import PairIds, report_dropped, tokenise_pairs
+from .ranking_metrics import reliability
+from .score import score_rows
+from .train import measure_rewards
+
+__all__ = ["run_reward_eval"]
+
+MOST_GROUPS = 100
+
+
+def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
+    """{"data", "pairs", "models": [{"model", figures, "reliability": rows, "by": {value: figures}}]}.
+
+    Raises InputError for unusable data or models, and for a column that rows do not have, GuardStop for a model whose
+    scores are not finite.
+    """
+    quiet_libraries()
+    check_parents([Parent("models", path) for path in config.models])
+    pairs = read_pairs(config.data, config.limit)
+    if config.by is not None:
+        check_column(pairs, config.by)
+    models = [evaluate(path, pairs, config, progress) for path in config.models]
+    return {"data": str(config.data), "pairs": len(pairs), "models": models}
+
+
+def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> dict[str, Any]:
+    """What one reward model makes of the pairs."""
+    model = RewardModel.from_dir(path)
+    longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
+    kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest)
+    report_dropped(dropped, len(pairs), longest, progress)
+    rows = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
+    with progress.task(f"score {path.name}", total=len(rows), unit="completions") as bar:
+        rewards = score_rows(model, rows, config.batch_size, bar).view(2, -1)
+    if not rewards.isfinite().all():
+        raise GuardStop(f"{path} gives a score that is NaN or infinite", "check its weights")
+    found: dict[str, Any] = {"model": str(path), "pairs": len(kept), **dropped, **measure_rewards(rewards, kept)}
+    found["reliability"] = reliability(rewards)
+    if config.by is not None:
+        found["by"] = {}
+        for value, places in _groups(kept, config.by).items():
+            figures = measure_rewards(rewards[:, places], [kept[i] for i in places])
+            found["by"][value] = {"pairs": len(places), **figures}
+    return found
+
+
+def check_column(pairs: Sequence[Pair], column: str) -> None:
+    """Refuse a column that a row lacks, or that does not sort the pairs into a table one can read."""
+    for pair in pairs:
+        if column not in pair.extra:
+            have = ", ".join(pair.extra) or "no further columns"
+            raise InputError(f"{pair.where}: no '{column}' for --by", f"give one of the columns: {have}")
+    count = len({str(pair.extra[column]) for pair in pairs})
+    if count > MOST_GROUPS:
+        raise InputError(f"'{column}' has {count} different values", f"give a column with at most {MOST_GROUPS}")
+
+
+def _groups(pairs: Sequence[PairIds], column: str) -> dict[str, list[int]]:
+    """Value of the column -> numbers of its pairs, values in their order."""
+    found: dict[str, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        assert pair.source is not None
+        found.setdefault(str(pair.source.extra[column]), []).append(number)
+    return dict(sorted(found.items()))

@@ -1,0 +1,219 @@
+"""TRL's RewardTrainer on pairs that are ready.
+
+    loss = mean over pairs of  -log sigmoid(r_c - r_r - m) + lambda (r_c + r_r)^2
+                                          Bradley-Terry with a margin m (Llama 2, 2307.09288, eq. 2) and centring
+                                          (2312.09244, section 2.2: rewards are free up to a constant per prompt)
+
+Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py holds the loss against TRL's):
+1. Rows come rendered; it templates and cuts nothing.
+2. Batches hold pairs of similar length in an order that a resume reproduces (`batching.py`).
+3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs when the last
+   micro-batch is smaller.
+4. In one process the head reads the last token's state alone, in fp32 also under bf16 autocast: differences of rewards
+   are small beside the rewards. On a CPU attention is in blocks and the last layer at that token only (`states.py`), a
+   part of the micro-batch at a time, its long rows and its short ones apart.
+5. Dropout is what `--dropout` and `--lora-dropout` say; TRL switches it all off.
+6. A checkpoint holds no model card.
+7. A tie counts half in `accuracy`, as in an evaluation; TRL counts it as wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import RewardConfig as TrlRewardConfig
+from trl import RewardTrainer
+
+from gemma2.posttrain.data.batching import GroupedByLength
+from gemma2.posttrain.models.causal_attention import can_be_blockwise
+from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
+from gemma2.posttrain.runs.run_directory import Run
+from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.training.trainer import trainer_arguments
+
+from .pair_examples import PairIds, to_dataset
+from .states import all_positions, embed, last_position
+
+__all__ = ["PairTrainer", "drop_block_outputs", "make_trainer", "pair_loss"]
+
+# Options of TRL about what is done here: rendering, cutting, order, dropout.
+UNUSED = (
+    *("chat_template_path", "dataset_num_proc", "disable_dropout", "eos_token", "model_init_kwargs", "pad_token"),
+    *("pad_to_multiple_of", "train_sampling_strategy", "trust_remote_code"),
+)
+PART_TOKENS = 2048  # of both sides, per forward pass on a CPU: what its caches hold (bench/reward.py)
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float) -> Tensor:
+    """Loss of every pair (B,), nats, from rewards (B,)."""
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    return -F.logsigmoid(difference) + centring * (chosen + rejected) ** 2
+
+
+class PairTrainer(GroupedByLength, RewardTrainer):
+    """RewardTrainer with batches of similar pairs and the loss above."""
+
+    loss_is_scaled_for_ga = True
+    part_tokens: int | None = None
+
+    def __init__(self, *arguments: Any, centring: float = 0.0, dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.centring, self.dropout = centring, dropout
+        drop_block_outputs(self.model, dropout)
+        self.reads_last_states = self.accelerator.num_processes == 1
+        on_cpu = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
+        # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
+        fits = can_be_blockwise(plain_model(self.model)) and not self.args.gradient_checkpointing
+        self.attends_in_blocks = self.reads_last_states and on_cpu and fits
+        self.part_tokens = PART_TOKENS if self.attends_in_blocks else None
+        self._rewards: list[Tensor] = []  # (2, B) each, since the last line of metrics
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        """Pairs of the optimizer batch on this rank."""
+        return sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
+        if self.part_tokens is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # The gradient of an embedding is as large as its table, so it is formed once for all parts.
+        embedded = embed(model, inputs["input_ids"])
+        if embedded is not None:
+            inputs["embedded"] = embedded.detach().requires_grad_(embedded.requires_grad)
+        losses = [
+            super(PairTrainer, self).training_step(model, part, num_items_in_batch)
+            for part in _parts(inputs, self.part_tokens)
+        ]
+        if embedded is not None and embedded.requires_grad:
+            embedded.backward(inputs["embedded"].grad)
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Sum of the pairs' losses over the pairs of the optimizer batch, nats."""
+        chosen, rejected = self._pair_rewards(model, inputs)
+        losses = pair_loss(chosen, rejected, inputs.get("margin"), self.centring)
+        rewards = torch.stack([chosen.detach(), rejected.detach()])
+        self._rewards.append(self.accelerator.gather(rewards.T).T)
+        return losses.sum() / (num_items_in_batch or len(losses))
+
+    def _pair_rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rewards (B,) fp32 of both sides; the first half of the rows are the chosen ones."""
+        if not self.reads_last_states:
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            chosen, rejected = logits.logits.squeeze(-1).float().chunk(2)
+            return chosen, rejected
+        lengths = inputs["attention_mask"].sum(1)
+        rewards = []
+        groups = _by_length(lengths) if self.attends_in_blocks else [torch.arange(len(lengths))]
+        for rows in groups:
+            width, length = int(lengths[rows].max()), lengths[rows]
+            ids, embedded = inputs["input_ids"][rows, :width], inputs.get("embedded")
+            states = (
+                last_position(model, ids, length, self.dropout, None if embedded is None else embedded[rows, :width])
+                if self.attends_in_blocks
+                else all_positions(model, ids, length)
+            )
+            with torch.autocast(states.device.type, enabled=False):
+                rewards.append(plain_model(model).score(states).squeeze(-1))
+        chosen, rejected = torch.cat(rewards)[torch.cat(groups).argsort()].chunk(2)
+        return chosen, rejected
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Rewards since the last line, all pairs alike, under TRL's names."""
+        if self._rewards:
+            chosen, rejected = torch.cat(self._rewards, 1)
+            both, metrics = torch.cat([chosen, rejected]), self._metrics["train"]
+            for name, value in (("min", both.min()), ("mean", both.mean()), ("max", both.max())):
+                metrics[f"{name}_reward"] = [value.item()]
+            right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+            metrics["accuracy"] = [right.mean().item()]
+            metrics["margin"] = [(chosen - rejected).mean().item()]
+            self._rewards.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)
+
+
+def _parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]:
+    """A batch of B pairs, rows (2B, T) padded on the right, as narrower ones; a pair stays together."""
+    longest = inputs["attention_mask"].sum(1).view(2, -1).amax(0)  # (B,)
+    order, pairs, start = longest.argsort(stable=True), len(longest), 0
+    while start < pairs:
+        end = start + 1
+        while end < pairs and 2 * (end + 1 - start) * int(longest[order[end]]) <= tokens:
+            end += 1
+        chosen, width = order[start:end], int(longest[order[end - 1]])
+        rows = torch.cat([chosen, chosen + pairs])
+        yield {name: values[chosen] if name == "margin" else values[rows, :width] for name, values in inputs.items()}
+        start = end
+
+
+def _by_length(lengths: Tensor) -> list[Tensor]:
+    """Rows (B,) in two groups, the long ones and the short ones, cut where the least padding is left."""
+    order = lengths.argsort(descending=True, stable=True)
+    widths = lengths[order]
+    first = torch.arange(1, len(order))
+    cut = int(first[(first * widths[0] + (len(order) - first) * widths[1:]).argmin()])
+    return [order[:cut], order[cut:]]
+
+
+def drop_block_outputs(model: Any, share: float) -> None:
+    """Dropout on what every attention and MLP block adds to the residual stream, while training (T5's, as WARM varies).
+
+    Gemma 2 has none of its own. The weights and what is saved do not change.
+    """
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        first = F.dropout(output[0] if isinstance(output, tuple) else output, share)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    for layer in plain_model(model).base_model.layers if share else ():
+        layer.self_attn.register_forward_hook(hook)
+        layer.mlp.register_forward_hook(hook)
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PairIds],
+    config: RewardConfig,
+    run: Run,
+    accumulation: int = 1,
+) -> PairTrainer:
+    """The trainer over pairs that need no further preparation."""
+    check_targets(config, model)
+    arguments = trainer_arguments(
+        TrlRewardConfig,
+        config,
+        run,
+        UNUSED,
+        per_device_train_batch_size=config.batch_size // accumulation,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        max_length=None,
+        center_rewards_coefficient=config.center_coefficient or None,
+    )
+    with warnings.catch_warnings():
+        # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        return PairTrainer(
+            model=model,
+            args=TrlRewardConfig(**arguments, disable_dropout=False),
+            train_dataset=to_dataset(pairs),
+            processing_class=tokenizer,
+            peft_config=lora_config(config, "SEQ_CLS"),
+            centring=config.center_coefficient,
+            dropout=config.dropout,
+        )

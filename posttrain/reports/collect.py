@@ -1,0 +1,252 @@
+"""Reads an output into plain records for the report: of a pipeline, of WARP, of one command. Torch-free.
+
+Every gemma2.json below the directory is a stage; a hidden `.NAME.partial` with a run.json is one that did not finish;
+pipeline.json adds the stages that never began, and why. What is missing or unreadable becomes a gap with a sentence,
+never an exception: a report of a failed run is needed most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.manifest import MANIFEST, STATE, read_manifest
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.staging import partial_path
+
+from .fronts import Front, choose_front, read_front, read_lines
+
+__all__ = ["Collected", "RecordedStage", "collect", "name_of"]
+
+PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")
+PIPELINE = "pipeline.json"
+RESUME_STATE = {"checkpoints", "ema"}
+# Commands in the order of the work, for stages that ended in the same second.
+WORK = (
+    *("tiny", "generate", "filter", "sft", "distill", "reward pairs", "reward"),
+    *("rlhf", "merge slerp", "merge liti", "pareto", "pick"),
+)
+NAMED = 6  # stages that a gap names; of more it tells the number
+
+
+@dataclass(frozen=True)
+class RecordedStage:
+    """One command's output, or a stage that has none yet. `name` is its path below the report's directory; "." is the
+    directory itself. `record` is its entry in pipeline.json."""
+
+    name: str
+    path: Path
+    manifest: Mapping[str, Any]
+    weights: str | None = None  # "blake3:..." of its own weights
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        return str(self.manifest.get("command") or self.record.get("command") or "")
+
+    @property
+    def status(self) -> str:
+        """Of its own manifest where that is complete, else what the pipeline knows."""
+        own = str(self.manifest.get("status", "unfinished" if self.manifest else "missing"))
+        told = str(self.record.get("status") or "")
+        return own if own == "complete" or told in ("", "complete") else told
+
+    @property
+    def error(self) -> str:
+        """The line with which it failed."""
+        return str(self.record.get("error") or "").removeprefix("error: ")
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        found = self.manifest.get("summary")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        found = self.manifest.get("config")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def iteration(self) -> int | None:
+        found = re.search(r"(?:^|/)iteration-(\d+)(?:/|$)", self.name)
+        return int(found[1]) if found else None
+
+    @property
+    def round(self) -> str:
+        """The folder of its WARP iteration: `warp/iteration-2`; "" outside of one."""
+        found = re.match(r"(?:.*/)?iteration-\d+(?=/|$)", self.name)
+        return found[0] if found else ""
+
+    @property
+    def seconds(self) -> float | None:
+        """From start to end, where both are recorded."""
+        try:
+            ends = [datetime.fromisoformat(str(self.manifest[key])) for key in ("started", "ended")]
+        except (KeyError, ValueError):
+            return None
+        return (ends[1] - ends[0]).total_seconds()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything that the report shows, and the gaps: what is missing, in sentences."""
+
+    root: Path
+    title: str
+    stages: Sequence[RecordedStage]
+    fronts: Sequence[Front]  # of every measurement, in the order of the work
+    front: Front  # the one with the most points; without points where there is none
+    samples: Sequence[Mapping[str, Any]]  # samples.jsonl of the front
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]  # RL run -> metrics.jsonl with "iteration"
+    gaps: Sequence[str] = field(default_factory=tuple)
+
+    def of(self, *commands: str) -> list[RecordedStage]:
+        """The stages of these commands."""
+        return [stage for stage in self.stages if stage.command in commands]
+
+
+def name_of(text: str) -> str:
+    """A path as it is called once complete: `a/.warp.partial/b` is `a/warp/b`."""
+    return PARTIAL.sub(r"\1\2", text)
+
+
+def collect(directory: Path) -> Collected:
+    """Read a directory, or where it is not there yet the one in which it is being made.
+
+    Raises InputError when no gemma2 command wrote anything into it.
+    """
+    root = directory if directory.is_dir() else partial_path(directory)
+    if not root.is_dir():
+        raise InputError(f"{directory} is not a directory", "give the output of a gemma2 command or pipeline")
+    gaps: list[str] = []
+    records = read_records(root, gaps)
+    place = {name: i for i, name in enumerate(records)}
+    found = with_records(root, latest(find_stages(root, gaps)), records)
+    stages = sorted(found, key=lambda stage: order(stage, place))
+    if not stages:
+        raise InputError(f"{directory} holds no output of a gemma2 command", "give the output of a command or pipeline")
+    gaps += troubles(stages)
+    measured = [stage for stage in stages if stage.command == "pareto" or (stage.path / "front.json").is_file()]
+    every = [read_front(stage.name, stage.path, gaps) for stage in measured if stage.manifest]
+    fronts = [front for front in every if front.points]
+    front = choose_front(fronts)
+    if not front.points and (len(stages) > 1 or measured):
+        gaps.append("there is no front: no policy was measured (gemma2 pareto)")
+    return Collected(
+        root=root,
+        title=name_of(root.resolve().name),
+        stages=stages,
+        fronts=fronts,
+        front=front,
+        samples=read_lines(front.path / "samples.jsonl", f"{front.name}/samples.jsonl", gaps) if front.points else [],
+        curves={stage.name: read_curve(stage, gaps) for stage in stages if stage.command == "rlhf" and stage.manifest},
+        gaps=gaps,
+    )
+
+
+def order(stage: RecordedStage, place: Mapping[str, int]) -> tuple[int, str, int, int, str]:
+    """As the pipeline has it, what lies in a stage beside it; without a pipeline by end, and those that ended in the
+    same second in the order of the work."""
+    parts = stage.name.split("/")
+    owners = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
+    rank = WORK.index(stage.command) if stage.command in WORK else len(WORK)
+    ended = str(stage.manifest.get("ended") or "~")
+    return next((place[o] for o in owners if o in place), len(place)), ended, stage.iteration or 0, rank, stage.name
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def find_stages(root: Path, gaps: list[str]) -> Iterator[RecordedStage]:
+    """Every directory with a manifest, and every interrupted run."""
+    for folder, children, files in os.walk(root):
+        path = Path(folder)
+        hidden = {child for child in children if child.startswith(".") and not PARTIAL.search(child)}
+        children[:] = sorted(set(children) - hidden - RESUME_STATE)
+        name = name_of(path.relative_to(root).as_posix())
+        try:
+            if MANIFEST in files:
+                yield RecordedStage(name, path, read_manifest(path) or {}, own_weights(path))
+            elif STATE in files and PARTIAL.search(path.name):
+                state = json.loads((path / STATE).read_text(encoding="utf-8"))
+                yield RecordedStage(name, path, {**state, "status": "unfinished"} if isinstance(state, dict) else {})
+        except (InputError, OSError, ValueError) as error:
+            gaps.append(f"{name} cannot be read ({error})")
+
+
+def own_weights(path: Path) -> str | None:
+    """Digest of a stage's weights; None where it has none."""
+    return digest_weights(path) if weight_files(path) else None
+
+
+def latest(stages: Iterator[RecordedStage]) -> dict[str, RecordedStage]:
+    """By name; a complete output counts more than the attempt at another that lies beside it."""
+    found: dict[str, RecordedStage] = {}
+    for stage in stages:
+        if stage.name not in found or found[stage.name].status != "complete":
+            found[stage.name] = stage
+    return found
+
+
+def read_records(root: Path, gaps: list[str]) -> Mapping[str, Mapping[str, Any]]:
+    """The stages of pipeline.json by name; none where there is no such file, or it cannot be read."""
+    try:
+        stages = json.loads((root / PIPELINE).read_text(encoding="utf-8"))["stages"]
+        return {str(name): record for name, record in stages.items() if isinstance(record, Mapping)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        gaps.append(f"{PIPELINE} cannot be read ({type(error).__name__})")
+        return {}
+
+
+def with_records(
+    root: Path, stages: Mapping[str, RecordedStage], records: Mapping[str, Mapping[str, Any]]
+) -> Iterator[RecordedStage]:
+    """The stages with what the pipeline knows of them, and those that have no output."""
+    for stage in stages.values():
+        yield RecordedStage(stage.name, stage.path, stage.manifest, stage.weights, records.get(stage.name, {}))
+    for name in records.keys() - stages.keys():
+        yield RecordedStage(name, root / name, {}, None, records[name])
+
+
+def troubles(stages: Sequence[RecordedStage]) -> Iterator[str]:
+    """What is not complete, in sentences: one each for what went wrong, one for all that waits for it."""
+    waiting: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.status in ("complete", "not needed"):
+            continue
+        if stage.status in ("waiting", "blocked", "running"):
+            waiting.setdefault(stage.status, []).append(stage.name)
+        elif stage.error:
+            yield f"{stage.name} {stage.status}: {stage.error}"
+        elif stage.status in ("failed", "missing"):
+            yield f"{stage.name} {'failed' if stage.status == 'failed' else 'is missing'}"
+        else:
+            yield f"{stage.name} did not finish (status {stage.status})"
+    for status, names in waiting.items():
+        why = {"waiting": "waiting for its turn", "blocked": "not begun, since something before it failed"}
+        told = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        yield f"{why.get(status, status)}: {told}"
+
+
+def read_curve(stage: RecordedStage, gaps: list[str]) -> list[dict[str, Any]]:
+    """The metrics of an RL run: a training line has `reward`, an evaluation `heldout_reward` and `kl`, so that one
+    metric never mixes training with held-out prompts."""
+    rows = []
+    for row in read_lines(stage.path / "metrics.jsonl", f"{stage.name}/metrics.jsonl", gaps):
+        if isinstance(row.get("step"), int):
+            evaluation = row.get("kind") == "eval"
+            renamed = {"heldout_reward" if evaluation and key == "reward" else key: row[key] for key in row}
+            if evaluation:
+                renamed.pop("length", None)
+            rows.append({**renamed, "iteration": stage.iteration})
+    return rows

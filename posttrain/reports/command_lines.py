@@ -1,0 +1,73 @@
+"""What each command does, in one line, and the command line that repeats a recorded stage. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gemma2.posttrain.runs.commands import COMMANDS, spell
+
+from .collect import RecordedStage, name_of
+
+__all__ = ["command_of", "phrases", "why"]
+
+MERGE_FLAGS = {"etas": "eta"}  # recorded name -> flag, where they differ
+DEFAULT_GRANULARITY = "layer"
+
+
+def why(command: str) -> str:
+    """One line on what a command is for."""
+    return COMMANDS[command].why if command in COMMANDS else ""
+
+
+def command_of(stage: RecordedStage, root: Path) -> str:
+    """The shell command that repeats a stage, with paths as they are called below `root`; "" when it is not known."""
+    out = root.resolve() / stage.name
+    if stage.command.startswith("merge ") and stage.config:
+        return local(shlex.join([*merge_words(stage, out), "--out", str(out)]), root)
+    if stage.command not in COMMANDS or not stage.config:
+        return ""
+    try:
+        config = COMMANDS[stage.command].schema.model_validate(dict(stage.config))
+    except ValidationError:  # written by another version: the settings are still shown in full
+        return ""
+    return local(spell(stage.command, config, out), root)
+
+
+def merge_words(stage: RecordedStage, out: Path) -> list[str]:
+    """A merge takes its models as arguments, its method as a command, and records both as parents."""
+    parents = [parent for parent in stage.manifest.get("parents") or () if isinstance(parent, Mapping)]
+    places = [(parent.get("role"), os.path.normpath(out / str(parent.get("path", "")))) for parent in parents]
+    words = ["gemma2", *stage.command.split(), *(path for role, path in places if role != "base")]
+    words += [word for role, path in places if role == "base" for word in ("--base", path)]
+    for key, value in stage.config.items():
+        if key == "method" or value in (None, [], DEFAULT_GRANULARITY) or (key, value) == ("seed", 0):
+            continue
+        flag = MERGE_FLAGS.get(key, key)
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+            words += [f"--{flag}", text]
+    return words
+
+
+def local(text: str, root: Path) -> str:
+    """Paths below the directory lose what comes before its name, and the hidden names of work in progress."""
+    text = name_of_paths(text)
+    return text.replace(f"{root.resolve().parent.as_posix().rstrip('/')}/", "")
+
+
+def name_of_paths(text: str) -> str:
+    """`name_of` for every path in a line."""
+    return re.sub(r"[^\s,']+", lambda found: name_of(found[0]), text)
+
+
+def phrases(command: str) -> list[str]:
+    """A command line cut in front of every flag: pieces that should not be broken over lines."""
+    return re.split(r" (?=--?[a-z])", command) if command else []

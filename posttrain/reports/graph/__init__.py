@@ -1,0 +1,1 @@
+"""Graphs of stages and of lineages: layout, lanes, SVG, Mermaid and text."""

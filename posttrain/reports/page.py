@@ -1,0 +1,60 @@
+"""One self-contained HTML page about a run, finished or not: `gemma2 report`.
+
+No network, no script, readable on a phone and in print, light and dark. Model output is untrusted: every value passes
+the template's escaping, and a content policy forbids the page to load anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma2.core.outputs.text_file import write_text
+
+from . import family, headline, sections
+from .collect import Collected, collect
+from .plots.values import duration, number, short_hash
+
+__all__ = ["write_report"]
+
+HERE = Path(__file__).parent
+
+
+def write_report(directory: Path, out: Path) -> Path:
+    """Write the page about `directory`, the output of a pipeline or of a command, to the file `out`; returns `out`.
+
+    Replaces an existing file in one rename. What is missing in the directory is said on the page.
+    Raises InputError when nothing of ours is in `directory`, OutputError when `out` cannot be written.
+    """
+    return write_text(out, render(collect(directory)))
+
+
+def render(found: Collected) -> str:
+    """The page as HTML."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "duration": duration, "short": short_hash}
+    rows = headline.headline_rows(found)
+    return environment.get_template("report.html.j2").render(
+        css=(HERE / "report.css").read_text(encoding="utf-8"),
+        title=found.title,
+        facts=headline.facts(found),
+        gaps=found.gaps,
+        verdict=headline.verdict(rows),
+        table=headline.table(rows),
+        best=headline.best_within(found.front),
+        areas=headline.areas(found),
+        points=headline.point_table(found),
+        front=sections.front_figures(found),
+        stages=sections.stage_list(found),
+        angles=sections.angles(found),
+        curves=sections.curves(found),
+        samples=sections.side_by_side(found, rows),
+        graph=family.family(found),
+        lineage=family.lineage(found),
+        configs=sections.settings(found),
+        versions=sections.versions(found),
+    )

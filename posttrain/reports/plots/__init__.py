@@ -1,0 +1,1 @@
+"""Figures: fronts, curves, heat maps, and numbers as text."""

@@ -1,0 +1,328 @@
+"""Heat map of the difference between two models: kinds of tensors down, layers across, the rest of the model beside it.
+
+One panel for the relative difference |b - a| / |a| (blue), and with a base one for the angle between the task vectors
+(orange). Each colour is one hue from light to dark, so that order survives in print and for colour-blind readers. The
+scale is logarithmic where the values span more than a factor of 30. A cell of an SVG tells its figures on hovering.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import OutputError, UsageError
+from gemma2.core.outputs.safetensors_header import printable
+from gemma2.merging.inspect.difference import Difference, ModelDifference
+from gemma2.merging.plan.merge_plan import group_of
+
+from .figures import GRID, INK, MUTED, PAPER, SHADES, styled, write_figure
+
+__all__ = ["check_plot", "heat_map", "write_heat_map"]
+
+EMBERS = ("#fdf6ef", "#f7c79b", "#e08a3c", "#a3480a", "#4a1c02")
+LAYER = re.compile(r"(?:layers|h|blocks)\.(\d+)$")
+# The order of a forward pass; what is not named here follows by name.
+ORDER = (
+    *("qkv_proj", "q_proj", "q_norm", "k_proj", "k_norm", "v_proj", "o_proj"),
+    *("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
+    *("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+ROW, LETTER = 0.25, 0.073  # inches: height of a cell, width of a letter of 8.5 points
+ACROSS, NARROWEST, WIDEST = 6.5, 0.11, 0.62  # inches: all layers of a deep model, and the limits of one cell
+READABLE = 0.42  # inches; in wider cells the figures are written out
+SPAN = 30.0  # largest over smallest value, from which on the scale is logarithmic
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells by (kind, layer), and by name for what is outside the layers."""
+
+    kinds: Sequence[str]
+    layers: Sequence[int]
+    cells: Mapping[tuple[str, int], Difference]
+    others: Mapping[str, Difference]
+
+    @property
+    def everything(self) -> list[Difference]:
+        """All cells."""
+        return [*self.cells.values(), *self.others.values()]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a panel shows of a cell: the value that is coloured, and how it is written."""
+
+    title: str
+    shades: Sequence[str]
+    value: Callable[[Difference], float | None]
+    text: Callable[[float], str]
+    blank: str  # what a cell without a colour means
+
+
+def _percent(value: float) -> str:
+    """Two significant digits: 12%, 1.2%, 0.012%."""
+    share = 100 * value
+    return f"{share:.0f}%" if share >= 9.95 or share == 0 else f"{share:.2g}%" if share >= 1e-3 else f"{share:.0e}%"
+
+
+def _apart(cell: Difference) -> str:
+    """The relative difference in words."""
+    return "a is zero" if cell.relative is None else f"{_percent(cell.relative)} of |a|"
+
+
+RELATIVE = Panel(
+    "Relative difference  |b − a| / |a|", SHADES, lambda cell: cell.relative or None, _percent, "white: identical"
+)
+ANGLE = Panel(
+    "Angle between the task vectors",
+    EMBERS,
+    lambda cell: cell.task_angle,
+    lambda value: f"{value:.0f}°",
+    "white: no task vector",
+)
+
+
+# --- what is in a cell ----------------------------------------------------------------------------------------------
+
+
+def grid_of(difference: ModelDifference) -> Grid:
+    """Sort the tensors of a comparison into kinds and layers; experts of one layer share a cell."""
+    inside: dict[tuple[str, int], list[str]] = {}
+    outside: dict[str, list[str]] = {}
+    for name in difference.sums:
+        group = group_of(name)
+        layer = LAYER.search(group)
+        if layer is None:
+            outside.setdefault(group.rsplit(".", 1)[-1], []).append(name)
+        else:
+            rest = name.split(f"{group}.", 1)[1].removesuffix(".weight")
+            inside.setdefault((re.sub(r"\.\d+(?=\.)", ".*", rest), int(layer[1])), []).append(name)
+    short = _short({kind for kind, _ in inside})
+    cells = {
+        (short[kind], layer): difference.over(f"layer {layer}, {short[kind]}", names)
+        for (kind, layer), names in inside.items()
+    }
+    return Grid(
+        kinds=sorted({kind for kind, _ in cells}, key=_place),
+        layers=sorted({layer for _, layer in cells}),
+        cells=cells,
+        others={printable(name): difference.over(name, names) for name, names in outside.items()},
+    )
+
+
+def _short(kinds: set[str]) -> dict[str, str]:
+    """`self_attn.q_proj` is q_proj, as long as nothing else is."""
+    last = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    return {kind: printable(tail if last.count(tail) == 1 else kind) for kind, tail in zip(kinds, last, strict=True)}
+
+
+def _place(kind: str) -> tuple[int, str]:
+    return (ORDER.index(kind) if kind in ORDER else len(ORDER), kind)
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def heat_map(difference: ModelDifference) -> Any:
+    """The figure of a comparison, with a second panel where it has a base. Returns a matplotlib Figure."""
+    grid = grid_of(difference)
+    panels = [RELATIVE, *([ANGLE] if difference.base else [])]
+    with styled():
+        page = _Page(grid, len(panels))
+        page.heading(difference)
+        for number, panel in enumerate(panels):
+            page.draw(panel, number)
+        return page.figure
+
+
+class _Page:
+    """The figure in inches from its upper left corner: names, cells of the layers, cells of the rest, colour bar."""
+
+    def __init__(self, grid: Grid, panels: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.grid = grid
+        self.cell = min(max(ACROSS / max(len(grid.layers), 1), NARROWEST), WIDEST)
+        self.left = 0.3 + LETTER * max((len(_label(kind)) for kind in grid.kinds), default=0)
+        self.side = self.left + self.cell * len(grid.layers) + (0.35 if grid.layers else 0)
+        self.side_cell = max(self.cell, READABLE + 0.1)
+        self.bar = self.side + 0.3
+        if grid.others:
+            self.bar += self.side_cell + LETTER * max(len(name) for name in grid.others) + 0.1
+        self.rows = max(len(grid.kinds), len(grid.others), 5)
+        self.width = max(self.bar + 0.85, 5.2)
+        self.panel_height = self.rows * ROW + 0.95
+        self.height = 0.55 + panels * self.panel_height
+        self.figure = Figure(figsize=(self.width, self.height), facecolor=PAPER)
+        FigureCanvasAgg(self.figure)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Any:
+        """Axes of that many inches, (x, y) from the upper left corner to theirs."""
+        box = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        """Text whose left end is x inches from the left and y from the top."""
+        self.figure.text(x / self.width, 1 - y / self.height, text, **({"ha": "left", "va": "center"} | style))
+
+    def heading(self, difference: ModelDifference) -> None:
+        """The two models, what they are compared from, and the total in words."""
+        total = difference.total
+        names = [printable(path.resolve().name) for path in (difference.a, difference.b)]
+        facts = [f"|b − a| is {_percent(total.relative)} of |a|" if total.relative is not None else "a is zero"]
+        if difference.base and total.task_angle is not None:
+            base = printable(difference.base.resolve().name)
+            facts.append(f"task vectors from {base} are {total.task_angle:.0f}° apart")
+        self.text(0.15, 0.22, f"a = {names[0]},  b = {names[1]}", fontsize=11, fontweight="bold", color=INK)
+        self.text(0.15, 0.45, ", ".join(facts), fontsize=8.5, color=MUTED)
+
+    def draw(self, panel: Panel, number: int) -> None:
+        """One panel: title, cells, colour bar, and what a blank cell means."""
+        top = 0.55 + number * self.panel_height + 0.62
+        colour = _colours(panel, [panel.value(cell) for cell in self.grid.everything])
+        self.text(0.15, top - 0.36, panel.title, fontsize=9.5, color=INK)
+        if self.grid.layers:
+            self._layers(panel, colour, top)
+        if self.grid.others:
+            self._others(panel, colour, top)
+        height = self.rows * ROW
+        if colour is not None:
+            self._bar(panel, colour, self.axes(self.bar, top, 0.13, height))
+        blank = {_face(panel, cell, colour) for cell in self.grid.everything if panel.value(cell) is None}
+        notes = [note for face, note in ((PAPER, panel.blank), (GRID, "grey: a is zero, b is not")) if face in blank]
+        self.text(self.left, top + height + 0.14, ", ".join(notes), fontsize=7.5, color=MUTED)
+
+    def _layers(self, panel: Panel, colour: Any, top: float) -> None:
+        kinds, layers = self.grid.kinds, self.grid.layers
+        axis = self.axes(self.left, top, self.cell * len(layers), ROW * len(kinds))
+        for y, kind in enumerate(kinds):
+            for x, layer in enumerate(layers):
+                if (kind, layer) in self.grid.cells:
+                    _draw_cell(axis, (x, y), self.grid.cells[kind, layer], panel, colour, self.cell >= READABLE)
+        _frame(axis, len(layers), len(kinds))
+        step = next(step for step in (1, 2, 5, 10, 20) if step * self.cell >= 0.21)
+        shown = [(x + 0.5, str(layer)) for x, layer in enumerate(layers) if layer % step == 0]
+        axis.set_xticks([x for x, _ in shown], [text for _, text in shown], fontsize=7.5)
+        axis.set_yticks([y + 0.5 for y in range(len(kinds))], [_label(kind) for kind in kinds], fontsize=8.5)
+        self.text(self.left - 0.09, top - 0.11, "layer", fontsize=7.5, color=MUTED, ha="right")
+
+    def _others(self, panel: Panel, colour: Any, top: float) -> None:
+        names = list(self.grid.others)
+        axis = self.axes(self.side, top, self.side_cell, ROW * len(names))
+        for y, name in enumerate(names):
+            _draw_cell(axis, (0, y), self.grid.others[name], panel, colour, True)
+        _frame(axis, 1, len(names))
+        axis.yaxis.tick_right()
+        axis.tick_params(length=0)
+        axis.set_yticks([y + 0.5 for y in range(len(names))], names, fontsize=8.5)
+        axis.set_xticks([])
+
+    def _bar(self, panel: Panel, colour: Any, axis: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, NullLocator
+
+        bar = self.figure.colorbar(colour, cax=axis)
+        bar.outline.set_visible(False)
+        axis.grid(visible=False)
+        axis.tick_params(length=0, labelsize=7.5)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        ticks = list(_ticks(colour.norm.vmin, colour.norm.vmax))
+        axis.set_yticks(ticks)
+
+
+def _label(kind: str) -> str:
+    return kind.replace("layernorm", "norm")
+
+
+def _colours(panel: Panel, values: Sequence[float | None]) -> Any:
+    """A ScalarMappable over the values; None where no cell has one."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    low, high = min(found), max(found)
+    logarithmic = panel is RELATIVE and high > SPAN * low
+    if not logarithmic:
+        # A little room, so that nearly equal values do not look far apart.
+        low, high = (0.0, high) if panel is RELATIVE else (max(low - 5, 0.0), min(high + 5, 180.0))
+    norm = (LogNorm if logarithmic else Normalize)(low, high if high > low else low + 1)
+    return ScalarMappable(norm, LinearSegmentedColormap.from_list("shades", list(panel.shades)))
+
+
+def _ticks(low: float, high: float) -> Iterator[float]:
+    """Places on a colour bar: powers of ten on a logarithmic scale, else about five round numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    wide = low > 0 and high > SPAN * low
+    places = LogLocator(subs=(1.0, 3.0)).tick_values(low, high) if wide else MaxNLocator(5).tick_values(low, high)
+    yield from (place for place in places if low <= place <= high)
+
+
+def _draw_cell(axis: Any, place: tuple[int, int], cell: Difference, panel: Panel, colour: Any, written: bool) -> None:
+    """One cell with its tool tip, and its figure where there is room."""
+    from matplotlib.patches import Rectangle
+
+    value = panel.value(cell)
+    face = _face(panel, cell, colour)
+    edge = GRID if value is None else PAPER
+    patch = Rectangle((place[0] + 0.02, place[1] + 0.02), 0.96, 0.96, fc=face, ec=edge, lw=0.6)
+    facts = [_apart(cell), f"largest {cell.largest:.3g}"]
+    facts += [f"{cell.task_angle:.1f} degrees"] if cell.task_angle is not None else []
+    patch.set_gid(f"tip:{printable(cell.group)}: {', '.join(facts)}")
+    axis.add_patch(patch)
+    if written:
+        dark = value is not None and sum(w * c for w, c in zip((0.3, 0.59, 0.11), face[:3], strict=True)) < 0.55
+        text = ("–" if cell.norm_difference or panel is ANGLE else "0") if value is None else panel.text(value)
+        ink = MUTED if value is None else ("#fffffe" if dark else "#000001")
+        axis.text(place[0] + 0.5, place[1] + 0.52, text, ha="center", va="center", fontsize=7.5, color=ink)
+
+
+def _face(panel: Panel, cell: Difference, colour: Any) -> Any:
+    """The colour of a cell; without a value white, or grey where a difference has nothing to be relative to."""
+    value = panel.value(cell)
+    if value is not None:
+        return colour.to_rgba(value)
+    return GRID if panel is RELATIVE and cell.norm_difference else PAPER
+
+
+def _frame(axis: Any, across: int, down: int) -> None:
+    """First row on top, no frame, no grid."""
+    axis.set_xlim(0, across)
+    axis.set_ylim(down, 0)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def check_plot(path: Path, force: bool) -> None:
+    """Refuse what cannot be drawn or written, before any work. Raises UsageError or OutputError."""
+    if path.suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot {path} is neither .svg nor .png", "give a file name with one of them")
+    if path.is_dir():
+        raise OutputError(f"--plot {path} is a directory", "choose another name")
+    if path.exists() and not force:
+        raise OutputError(f"--plot {path} exists", "choose another name, or replace it with --force")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write --plot {path}: {path.parent} is not a writable directory", "make it first")
+
+
+def write_heat_map(difference: ModelDifference, path: Path, force: bool = False) -> None:
+    """Draw and write, SVG or PNG by the suffix; the file appears complete, the same comparison gives the same bytes."""
+    check_plot(path, force)
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    try:
+        write_figure(heat_map(difference), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""Every command that writes an output: its schema, the function that runs it, and how it is spelt. Torch-free.
+
+A pipeline names its stages' commands by these names; the function's module is imported when the stage runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.progress import Progress
+from gemma2.merging.methods.table import METHODS
+from gemma2.posttrain.schemas import (
+    ConvertConfig,
+    DistillCacheConfig,
+    DistillConfig,
+    FilterConfig,
+    GenerateConfig,
+    MergeConfig,
+    PairsConfig,
+    ParetoConfig,
+    PickConfig,
+    ProbeConfig,
+    RewardConfig,
+    RewardScoreConfig,
+    RlhfConfig,
+    SftConfig,
+    TinyConfig,
+    WarpConfig,
+)
+from gemma2.posttrain.schemas.config import Config, parse_value
+
+from .run_directory import RunOptions, RunResult
+
+__all__ = ["COMMANDS", "Command", "Runner", "spell"]
+
+Runner = Callable[[Any, RunOptions, Progress], RunResult]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command that writes an output.
+
+    module, function  below `gemma2.posttrain`: what runs it
+    why               one line on what it is for
+    makes             what its output is: policy, reward model, data, front, cache
+    accelerated       whether it runs a network, and so wants a GPU where there is one
+    """
+
+    schema: type[Config]
+    module: str
+    function: str
+    why: str
+    makes: str = "policy"
+    accelerated: bool = True
+
+    @property
+    def run(self) -> Runner:
+        """The function; its module, and with it torch, is imported here."""
+        runner: Runner = getattr(import_module(f"gemma2.posttrain.{self.module}"), self.function)
+        return runner
+
+
+COMMANDS: dict[str, Command] = {
+    "tiny": Command(
+        TinyConfig, "tiny.build", "run_tiny", "pre-trains a small Gemma 2 student and a larger teacher from scratch"
+    ),
+    "convert": Command(
+        ConvertConfig, "models.convert", "run_convert", "imports a model as plain safetensors", accelerated=False
+    ),
+    "generate": Command(
+        GenerateConfig,
+        "generation.generate",
+        "run_generate",
+        "lets the teacher answer the training prompts",
+        makes="data",
+    ),
+    "filter": Command(
+        FilterConfig,
+        "filters.runner",
+        "run_filter",
+        "drops the rows that a model should not learn from, each with its reason",
+        accelerated=False,
+        makes="data",
+    ),
+    "sft": Command(
+        SftConfig, "sft.sft", "run_sft", "teaches the student the teacher's answers, loss on the model's turns"
+    ),
+    "distill": Command(
+        DistillConfig,
+        "distillation.distill",
+        "run_distill",
+        "teaches the student the teacher's distribution on the student's own answers",
+    ),
+    "distill cache": Command(
+        DistillCacheConfig,
+        "distillation.teacher_cache",
+        "run_cache",
+        "keeps the teacher's distributions on disk",
+        makes="cache",
+    ),
+    "reward pairs": Command(
+        PairsConfig,
+        "preferences.pairs",
+        "run_pairs",
+        "samples several answers per prompt; a judge says which is better",
+        makes="data",
+    ),
+    "reward": Command(
+        RewardConfig,
+        "preferences.train",
+        "run_reward",
+        "learns preferences: a Bradley-Terry reward model",
+        makes="reward model",
+    ),
+    "reward probe": Command(
+        ProbeConfig,
+        "preferences.probe",
+        "run_probe",
+        "fits a reward head on frozen states, to be shared (WARM)",
+        makes="reward model",
+    ),
+    "reward score": Command(
+        RewardScoreConfig, "preferences.score", "run_score", "adds a reward model's score to every row", makes="data"
+    ),
+    "rlhf": Command(RlhfConfig, "rl.rlhf", "run_rlhf", "RL on the reward, held near a moving average of the policy"),
+    **{
+        f"merge {name}": Command(MergeConfig, "pipelines.merge_stage", "run_merge", method.why, accelerated=False)
+        for name, method in METHODS.items()
+    },
+    "warp": Command(
+        WarpConfig,
+        "pipelines.warp",
+        "run_warp",
+        "RL M times, SLERP of the policies, a step back to the init; I times; the front",
+    ),
+    "pareto": Command(
+        ParetoConfig,
+        "evaluation.pareto",
+        "run_pareto",
+        "measures policies and the line from SFT to the merge on the same held-out prompts",
+        makes="front",
+    ),
+    "pick": Command(
+        PickConfig, "evaluation.pick", "run_pick", "makes the chosen point of a front a model", accelerated=False
+    ),
+}
+
+
+def spell(command: str, config: Config, out: Path) -> str:
+    """The command line of a configuration: every setting that is not the default."""
+    words = ["gemma2", *command.split()]
+    if isinstance(config, MergeConfig):  # the method is the command, the models are arguments
+        words += [str(model) for model in config.models]
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value == field.get_default(call_default_factory=True) or name in config.SPELT_BY_COMMAND:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if value is None:  # no flag can say it
+            words += ["--set", f"{name}=null"]
+        elif isinstance(config, MergeConfig) and _is_nested(value):
+            words += [flag, json.dumps(value, ensure_ascii=False)]
+        elif isinstance(value, dict):
+            words += [word for key, item in value.items() for word in ("--set", f"{name}.{key}={_yaml(item)}")]
+        elif isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple):
+            words += [flag, ",".join(str(item) for item in value)]
+        else:
+            words += [flag, str(value)]
+    return shlex.join([*words, "--out", str(out)])
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a value of a merge has rules, gradients or slices in it, which its flag takes as YAML."""
+    items = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(item, dict | tuple) for item in items)
+
+
+def _yaml(value: Any) -> str:
+    """The text after `--set KEY=` that reads as this value."""
+    plain = str(value)
+    return plain if parse_value(plain) == value else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,353 @@
+"""What a step will need, from the headers of its inputs: memory, disk and time. Torch-free; nothing is written.
+
+Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
+RLHF 4 more, the policy that the KL is measured to another 4. Activations are not counted, nor is what vLLM takes.
+Time is floating-point work over this machine's measured matrix product rate (CPU; a lower bound):
+6 N per trained token, 2 N per token scored or generated (N parameters).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.safetensors_header import parameter_count
+from gemma2.core.outputs.staging import check_output
+from gemma2.posttrain.data.sources import count_rows, data_files
+from gemma2.posttrain.schemas import (
+    DistillCacheConfig,
+    DistillConfig,
+    FilterConfig,
+    GenerateConfig,
+    MergeConfig,
+    PairsConfig,
+    ParetoConfig,
+    PickConfig,
+    ProbeConfig,
+    RewardConfig,
+    RewardScoreConfig,
+    RlhfConfig,
+    SftConfig,
+    WarpConfig,
+)
+from gemma2.posttrain.schemas.config import Config
+
+from .generation_budget import generate_budget
+from .inputs import check_inputs, inputs_of
+from .run_directory import RunOptions
+
+__all__ = ["Promise", "Sources", "Work", "estimate", "matmul_rate", "plan"]
+
+GIB = 2.0**30
+FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
+LORA_SHARE = 0.05  # an adapter holds a few per cent of the gradients and moments
+CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of memory and disk, floating-point operations, and what else a plan should show."""
+
+    memory: float
+    disk: float
+    operations: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What an output will be, as far as it is known before it is made.
+
+    kind       policy, reward model, adapter, data, front, cache
+    shape      what models must share to be merged: (type, hidden size, layers)
+    rows       at most, of data; `size` in bytes
+    """
+
+    kind: str
+    parameters: int | None = None
+    vocabulary: int | None = None
+    shape: tuple[Any, ...] | None = None
+    rows: float | None = None
+    size: float | None = None
+
+
+class Sources:
+    """The inputs of a step: on disk, or promised by a step before it. What is not known is NaN.
+
+    places: the directories of steps; what lies in one and is not promised is not known.
+    """
+
+    def __init__(self, promised: Mapping[Path, Promise] | None = None, places: Sequence[Path] = ()) -> None:
+        self.promised = {} if promised is None else promised  # the caller's own, which grows
+        self.places = places
+
+    def promise(self, path: Path) -> Promise | None:
+        """What a step before is to make here; None for what is on disk by itself."""
+        if path in self.promised:
+            return self.promised[path]
+        return Promise("unknown") if any(path.is_relative_to(place) for place in self.places) else None
+
+    def parameters(self, path: Path | None) -> float:
+        """Parameters of a model; 0 without one."""
+        if path is None:
+            return 0.0
+        made = self.promise(path)
+        return _known(made.parameters) if made else parameter_count(path)
+
+    def rows(self, path: Path) -> float:
+        """Rows of a data set."""
+        made = self.promise(path)
+        return _known(made.rows) if made else count_rows(path)
+
+    def size(self, path: Path) -> float:
+        """Bytes of a data set."""
+        made = self.promise(path)
+        return _known(made.size) if made else sum(file.stat().st_size for file in data_files(path))
+
+    def mean_tokens(self, path: Path, limit: int) -> float:
+        """Tokens per row, at the usual four bytes per token; the limit where that is all that is known."""
+        made = self.promise(path)
+        if made and made.size is None:
+            return limit
+        return min(self.size(path) / max(1.0, self.rows(path)) / 4, limit)
+
+    def hidden_size(self, path: Path) -> float:
+        """Width of a model."""
+        made = self.promise(path)
+        if made:
+            return float(made.shape[1]) if made.shape else math.nan
+        return float(json.loads((path / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0))
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def matmul_rate(size: int = 1024) -> float:
+    """Floating-point operations per second of a fp32 matrix product on this CPU."""
+    import numpy as np
+
+    a = np.ones((size, size), dtype=np.float32)
+    np.dot(a, a)
+    started = time.perf_counter()
+    np.dot(a, a)
+    return 2 * size**3 / (time.perf_counter() - started)
+
+
+def _train(n: float, tokens: float, lora: int) -> Work:
+    state = LORA_SHARE if lora else 1.0
+    checkpoint = 12.0 * state  # what is trained, and its moments
+    return Work(
+        memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), operations=6.0 * n * tokens
+    )
+
+
+def _sft(config: SftConfig, sources: Sources) -> Work:
+    rows = [sources.rows(path) for path in config.data]
+    steps = config.max_steps or sum(rows) * config.epochs / config.batch_size
+    weights = config.weights or rows
+    means = [
+        sources.mean_tokens(path, config.max_length) * weight for path, weight in zip(config.data, weights, strict=True)
+    ]
+    tokens = steps * config.batch_size * sum(means) / sum(weights)
+    return _train(sources.parameters(config.model), tokens, config.lora_rank)
+
+
+def _distill(config: DistillConfig, sources: Sources) -> Work:
+    """The student in training beside its teacher; the teacher reads every token, the student also writes its own."""
+    tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
+    n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
+    student = _train(n, tokens, config.lora_rank)
+    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
+    return Work(
+        student.memory + teacher * width,
+        student.disk,
+        student.operations + 2.0 * tokens * (teacher + n * config.fraction),
+    )
+
+
+def _distill_cache(config: DistillCacheConfig, sources: Sources) -> Work:
+    rows = min(sources.rows(config.data), config.limit or 10**12)
+    tokens = rows * sources.mean_tokens(config.data, config.max_length)
+    n = sources.parameters(config.teacher)
+    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
+    return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), operations=2.0 * n * tokens)
+
+
+def _reward(config: RewardConfig, sources: Sources) -> Work:
+    pairs = sources.rows(config.data)
+    steps = config.max_steps or pairs * config.epochs / config.batch_size
+    tokens = steps * config.batch_size * sources.mean_tokens(config.data, 2 * config.max_length)
+    return _train(sources.parameters(config.model), tokens, config.lora_rank)
+
+
+def _generate(config: GenerateConfig, sources: Sources) -> Work:
+    """Nothing but the rows on disk where a server draws."""
+    rows = sources.rows(config.prompts) if sources.promise(config.prompts) else None
+    facts = generate_budget(config) if rows is None else {}
+    drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
+    tokens = facts.get("drawn_tokens_at_most", drawn)
+    n = 0.0 if config.engine == "openai" else sources.parameters(config.teacher)
+    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
+
+
+def _filter(config: FilterConfig, sources: Sources) -> Work:
+    rows = sources.rows(config.data)
+    size = sources.size(config.data)
+    for path in config.decontaminate:
+        sources.rows(path)
+    # What the scan found lies on disk beside the output; 250 bytes of a row are in memory when rows are compared.
+    minutes = rows * FILTER_SECONDS / 60
+    return Work(
+        memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0, facts={"cpu_minutes_about": round(minutes, 1)}
+    )
+
+
+def _probe(config: ProbeConfig, sources: Sources) -> Work:
+    """One forward pass; the last states of both sides are held, in fp32 and float64."""
+    pairs, n = sources.rows(config.data), sources.parameters(config.model)
+    width = sources.hidden_size(config.model)
+    tokens = pairs * sources.mean_tokens(config.data, 2 * config.max_length)
+    return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, operations=2.0 * n * tokens)
+
+
+def _score(config: RewardScoreConfig, sources: Sources) -> Work:
+    rows, size = sources.rows(config.data), sources.size(config.data)
+    share = min(rows, config.limit or rows) / rows
+    n = sources.parameters(config.model)
+    return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), operations=2.0 * n * share * size / 4)
+
+
+def _pairs(config: PairsConfig, sources: Sources) -> Work:
+    prompts = min(sources.rows(config.prompts), config.limit or 10**12)
+    tokens = prompts * config.n * config.max_new_tokens
+    n = sources.parameters(config.model)
+    facts = {}
+    if config.judge_model is not None:
+        asked = prompts * config.n * (config.n - 1 if config.judge_style == "compare" else 1)
+        facts = {"judge_requests": asked, "judge_tokens_at_most": asked * config.judge_tokens}
+    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
+
+
+def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | WarpConfig) -> Work:
+    """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
+
+    A LoRA policy shares its weights with the reference that it starts as. On disk: the policy and its anchor, and in
+    every checkpoint both and the moments.
+    """
+    judge = sum(judges[: 1 if config.reward_ensemble == "warm" else None])
+    tokens = steps * config.prompts_per_step * config.n * config.max_new_tokens
+    adapter = LORA_SHARE if config.lora_rank else 1.0
+    shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
+    kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
+    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy beside the average
+    return Work(
+        memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
+        disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
+        operations=tokens * (n * (2 + 2 + 6) + judge * 2.0),
+    )
+
+
+def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
+    """Of the EMA, per parameter of the policy: fp32. An adapter's share where it is one of factors."""
+    if config.anchor != "ema":
+        return 0.0
+    return 4.0 * (LORA_SHARE if config.lora_rank and config.lora_anchor == "factors" else 1.0)
+
+
+def _rlhf(config: RlhfConfig, sources: Sources) -> Work:
+    sources.rows(config.prompts)
+    judges = [sources.parameters(reward) for reward in config.reward]
+    return _rl(sources.parameters(config.policy), judges, config.steps, config)
+
+
+def _warp(config: WarpConfig, sources: Sources) -> Work:
+    sources.rows(config.prompts)
+    sources.rows(config.heldout)
+    n = sources.parameters(config.sft)
+    judges = [sources.parameters(reward) for reward in config.reward]
+    steps = sum(config.steps_of(i) for i in range(1, config.iterations + 1))
+    all_iterations = _rl(n, judges, steps, config)
+    kept = config.iterations * (2 * config.policies + 2) * n * 4.0 + n * 4.0
+    return Work(
+        memory=all_iterations.memory,
+        disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE,
+        operations=all_iterations.operations * config.policies,
+    )
+
+
+def _pareto(config: ParetoConfig, sources: Sources) -> Work:
+    rows = min(sources.rows(config.prompts), config.limit or 10**12)
+    n = sources.parameters(config.sft)
+    points = len(config.policies) + (len(config.etas) if config.merged else 0) + 1
+    tokens = points * rows * config.n * config.max_new_tokens
+    return Work(memory=n * 16.0, disk=1e6, operations=tokens * n * 6.0)
+
+
+def _merge(config: MergeConfig, sources: Sources) -> Work:
+    """A stream: blocks of a few megabytes for each model; the rate of the disk, not of the processor, is its time."""
+    n = sources.parameters(config.models[0])
+    return Work(memory=2.0e8, disk=4.0 * n, operations=0.0)
+
+
+def _pick(config: PickConfig, sources: Sources) -> Work:
+    return Work(memory=2.0e8, disk=math.nan, operations=0.0)
+
+
+ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
+    SftConfig: _sft,
+    DistillConfig: _distill,
+    DistillCacheConfig: _distill_cache,
+    RewardConfig: _reward,
+    FilterConfig: _filter,
+    GenerateConfig: _generate,
+    PairsConfig: _pairs,
+    ProbeConfig: _probe,
+    RewardScoreConfig: _score,
+    RlhfConfig: _rlhf,
+    WarpConfig: _warp,
+    ParetoConfig: _pareto,
+    MergeConfig: _merge,
+    PickConfig: _pick,
+}
+
+
+def estimate(config: Config, sources: Sources) -> Work | None:
+    """What a step needs; None for a command that needs nothing worth a word."""
+    found = ESTIMATES.get(type(config))
+    return found(config, sources) if found else None
+
+
+def plan(config: Config, options: RunOptions) -> dict[str, Any]:
+    """The resolved configuration of a step with its needs. Raises what the step itself would raise about its inputs."""
+    models = inputs_of(config)
+    check_inputs(config)
+    check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
+    document: dict[str, Any] = {
+        "plan": f"{type(config).__name__.removesuffix('Config').lower()} -> {options.out}, nothing was written",
+        **{role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()},
+    }
+    work = estimate(config, Sources())
+    if work is not None:
+        parent = next(path for path in [options.out, *options.out.absolute().parents] if path.exists())
+        free = shutil.disk_usage(parent).free
+        document |= work.facts | {
+            "memory_gib": round(work.memory / GIB, 3),
+            "disk_gib": round(work.disk / GIB, 3),
+            "disk_free_gib": round(free / GIB, 1),
+        }
+        if work.operations:
+            document["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
+        if work.disk > free:
+            raise InputError(
+                f"--out {options.out} needs about {work.disk / GIB:.1f} GiB and {free / GIB:.1f} GiB are free",
+                "free some space, or choose another disk",
+            )
+    return document | {"config": config.model_dump(mode="json")}

@@ -1,0 +1,77 @@
+"""What `gemma2 generate` will ask for and draw, from the text of the prompts alone: tokens, and dollars at a server.
+
+    prompt tokens    = bytes / 4 + 5 per message, summed over all requests          (a rule of thumb for English)
+    drawn tokens    <= max_new_tokens per request
+    cost            <= prompt tokens * price_in + drawn tokens * price_out          (USD per million tokens)
+
+For several turns each request holds what came before it, at most max_new_tokens a turn. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma2.posttrain.data.rows import Message, Prompt, prompt_of
+from gemma2.posttrain.data.sources import iter_rows
+from gemma2.posttrain.schemas import GenerateConfig
+
+__all__ = ["PromptSource", "generate_budget", "source_of"]
+
+BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 5
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """The prompts of a data path, read anew by every iteration. `system` goes before a prompt that has no such text."""
+
+    path: Path
+    limit: int | None = None
+    column: str = "prompt"
+    system: str | None = None
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for row in iter_rows(self.path, self.limit):
+            prompt = prompt_of(row, self.column)
+            if self.system is not None and prompt.messages[0]["role"] != "system":
+                prompt = replace(prompt, messages=[{"role": "system", "content": self.system}, *prompt.messages])
+            yield prompt
+
+
+def source_of(config: GenerateConfig) -> PromptSource:
+    """The prompts of a `gemma2 generate`."""
+    return PromptSource(config.prompts, config.limit, config.prompt_column, config.system)
+
+
+def generate_budget(config: GenerateConfig) -> dict[str, Any]:
+    """Figures for --dry-run. Raises InputError for a row that is no prompt."""
+    rows = asked = 0
+    for prompt in source_of(config):
+        rows += 1
+        asked += about(prompt.messages)
+    figures = {
+        "prompts": rows,
+        "completions": rows * config.n,
+        "requests": rows * config.n * (2 * config.turns - 1),
+        "prompt_tokens_about": config.n * (asked * (2 * config.turns - 1) + rows * _carried(config)),
+        "drawn_tokens_at_most": rows * config.n * (2 * config.turns - 1) * config.max_new_tokens,
+    }
+    if config.price_in is not None and config.price_out is not None:
+        cost = figures["prompt_tokens_about"] * config.price_in + figures["drawn_tokens_at_most"] * config.price_out
+        return figures | {"cost_usd_at_most": round(cost / 1e6, 4)}
+    return figures
+
+
+def about(messages: list[Message]) -> int:
+    """Tokens of messages, roughly."""
+    size = sum(len(message["content"].encode()) for message in messages)
+    return size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(messages)
+
+
+def _carried(config: GenerateConfig) -> int:
+    """Tokens of drawn turns and instructions that the later requests of one conversation read again, at most."""
+    turn = config.max_new_tokens + TOKENS_PER_MESSAGE
+    drawn_before = sum(range(2 * config.turns - 1)) * turn
+    return drawn_before + (config.turns - 1) * about([{"role": "user", "content": config.user_instruction}])

@@ -1,0 +1,120 @@
+"""The models and data that a configuration names: hub ids become directories, and what is not there is refused at once.
+
+Torch-free and quick: the step itself would first import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.hub import is_hub_id, locate_model
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.schemas import PairsConfig, RewardFields
+from gemma2.posttrain.schemas.config import Config
+
+from .provenance import DATA, HUB_SNAPSHOT, Parent
+from .run_directory import check_parents
+
+__all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name", "paths_of"]
+
+MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
+LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
+FRONTS = ("front", "fronts")
+
+C = TypeVar("C", bound=Config)
+
+
+def located(config: C, promised: Sequence[Path] = ()) -> C:
+    """The configuration with every hub id of a model replaced by its directory in the hub's cache, fetched if need be.
+
+    A path in a `promised` directory, which need not be there yet, is no hub id though it may look like one (`out/sft`).
+    Raises InputError for an id that cannot be had.
+    """
+
+    def is_id(path: Path) -> bool:
+        return not any(path.is_relative_to(place) for place in promised) and is_hub_id(path)
+
+    found: dict[str, Any] = {
+        name: locate_model(path, f"--{name}")
+        for name, path in inputs_of(config).items()
+        if name in MODELS and is_id(path)
+    }
+    for name in LISTS_OF_MODELS:
+        paths = getattr(config, name, ())
+        if isinstance(paths, tuple) and any(is_id(path) for path in paths):
+            found[name] = tuple(locate_model(path, f"--{name}") if is_id(path) else path for path in paths)
+    return config.model_copy(update=found) if found else config
+
+
+def inputs_of(config: Config) -> dict[str, Path]:
+    """The models that a configuration names, by field. A teacher at a server is none of them: it is but a name.
+
+    Of several reward models the second is `reward-2`.
+    """
+    remote = {"teacher"} if getattr(config, "engine", None) == "openai" else set()
+    found = {name: getattr(config, name, None) for name in MODELS if name not in remote}
+    rewards = getattr(config, "reward", ())
+    if isinstance(rewards, tuple):
+        found |= {f"reward-{i}" if i > 1 else "reward": path for i, path in enumerate(rewards, start=1)}
+    return {name: path for name, path in found.items() if isinstance(path, Path)}
+
+
+def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
+    """Refuse models and data that are not there. What lies in a `promised` directory is another stage's to make."""
+
+    def is_promised(path: Path) -> bool:
+        return any(path.is_relative_to(place) for place in promised)
+
+    # Without the number of a reward model: that is no flag.
+    roles = [(name.partition("-")[0].replace("_", "-"), path) for name, path in inputs_of(config).items()]
+    roles += [(name, path) for name in ("policies", "compare") for path in paths_of(config, name)]
+    check_parents([Parent(role, path) for role, path in roles if not is_promised(path)])
+    if isinstance(config, RewardFields) and config.REWARD_NEEDED:
+        check_reward_terms(config)
+    if isinstance(config, PairsConfig):
+        check_judge(config, promised)
+    cache = getattr(config, "teacher_cache", None)
+    if cache is not None and not is_promised(cache) and (read_manifest(cache) or {}).get("status") != "complete":
+        raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
+    for option, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
+        if not is_promised(path) and (read_manifest(path) or {}).get("status") != "complete":
+            raise InputError(f"--{option} {path} is no finished front", "make one with gemma2 pareto")
+    for path in (path for name in DATA for path in paths_of(config, name)):
+        if not is_promised(path):
+            data_files(path)
+
+
+def paths_of(config: Config, name: str) -> list[Path]:
+    """The paths that one field holds: one, several or none."""
+    value = getattr(config, name, None)
+    return [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Path)]
+
+
+def check_reward_terms(config: RewardFields) -> None:
+    """Refuse a configuration without any reward."""
+    if not config.reward_terms:
+        raise UsageError("there is no reward", "give --reward RM, --reward-fn module:function, or both")
+
+
+def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
+    """Refuse a judge that is nothing known. Whether a module has its function shows when it is imported."""
+    judge = Path(config.judge)
+    if config.judge_model is not None or any(judge.is_relative_to(place) for place in promised):
+        return
+    if judge.is_dir():
+        check_parents([Parent("judge", judge)])
+    elif ":" not in config.judge:
+        raise UsageError(
+            f"--judge {config.judge!r} is neither a directory nor module:function",
+            "name a reward model, a function, or openai:MODEL",
+        )
+
+
+def model_name(path: Path) -> str:
+    """What a model is called where names are listed: its hub id, or the name of its directory."""
+    found = HUB_SNAPSHOT.search(path.resolve().as_posix())
+    return f"{found['owner']}/{found['name']}" if found else path.resolve().name

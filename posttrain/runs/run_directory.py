@@ -1,0 +1,282 @@
+"""Run directories of the training steps: manifest, metrics, samples, checkpoints, resume. Torch-free.
+
+A run works in a hidden sibling of `--out` (`.NAME.partial`) and moves there in one rename when it is complete, so that
+`--out` exists only as a result. Interrupted, the partial directory stays for `--resume`, which is refused when
+configuration, inputs or data have changed in between. `--force` builds beside an existing output and replaces it at
+the end; together they continue such a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.json_files import write_json
+from gemma2.core.outputs.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    STATE,
+    now,
+    read_manifest,
+    require_complete,
+    versions,
+    write_manifest,
+)
+from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partial_path, publish
+from gemma2.core.ranks import ALONE, Ranks, announced
+from gemma2.posttrain.schemas.config import Config
+
+from .provenance import Parent, changes, describe_origin
+
+__all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
+
+# A checkpoint, finished rows, a finished stage of WARP, an interrupted one, or the log of one that failed.
+KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a step writes, and what it may do with what is there."""
+
+    out: Path
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a step returns: the output directory and the figures for the last line."""
+
+    out: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One run of one command, open for writing. Made by `open_run`. Of several processes only rank 0 writes."""
+
+    def __init__(
+        self,
+        command: str,
+        path: Path,
+        options: RunOptions,
+        origin: dict[str, Any],
+        resumed: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.command = command
+        self.ranks = ranks
+        self.path = path
+        self.options = options
+        self.origin = origin
+        self.resumed = resumed
+        self.result: RunResult | None = None
+        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # told of every line of metrics.jsonl
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where resume state lives while the run works; removed at the end."""
+        return self.path / CHECKPOINTS
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if not self.ranks.is_main:
+            return
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        for listener in self.listeners:
+            listener(step, metrics)
+
+    def sample(self, step: int, **row: Any) -> None:
+        """Append one prompt and completion seen during the run to samples.jsonl."""
+        if self.ranks.is_main:
+            self._append("samples.jsonl", {"step": step, **row})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, when a run goes on from an older checkpoint. A torn last line goes too."""
+        if not self.ranks.is_main:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                # Bytes: a torn line may end inside a character, and text splits at more than the newline.
+                kept = [line + b"\n" for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+                aside = path.with_name(f".{name}.tmp")
+                aside.write_bytes(b"".join(kept))
+                aside.replace(path)
+
+    def finish(self, summary: Mapping[str, Any]) -> RunResult:
+        """Write the manifest, remove the resume state and move the directory to its place.
+
+        The state goes last: digests and flushing of large weights take a while, and a kill in it must lose nothing.
+        """
+        self.ranks.on_main(lambda: self._publish(summary))
+        self.result = RunResult(self.options.out, dict(summary))
+        return self.result
+
+    def _publish(self, summary: Mapping[str, Any]) -> None:
+        manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
+        if (self.path / "config.json").is_file() and weight_files(self.path):
+            from gemma2.core.outputs.ancestry import write_card  # numpy, which the torch-free modules do without
+
+            write_card(self.path, manifest, self.options.out)
+        write_manifest(self.path, manifest)
+        fsync_tree(self.path)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        (self.path / STATE).unlink(missing_ok=True)
+        publish(self.path, self.options.out, self.options.force)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def hardware() -> dict[str, Any]:
+    """The kind of machine, without anything that names it."""
+    return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+
+
+def check_parents(parents: Sequence[Parent]) -> None:
+    """Refuse inputs that are missing, no model directory, or unfinished."""
+    for parent in parents:
+        if not parent.path.is_dir():
+            raise InputError(f"--{parent.role} {parent.path} is not a directory", "give the path of a model directory")
+        if (parent.path / "adapter_config.json").is_file() and not (parent.path / "config.json").is_file():
+            raise InputError(
+                f"--{parent.role} {parent.path} is a LoRA adapter, not a model",
+                f"make one with gemma2 merge linear {parent.path} --out MODEL",
+            )
+        if not (parent.path / "config.json").is_file():
+            raise InputError(
+                f"--{parent.role} {parent.path} holds no config.json",
+                "give a directory with config.json and *.safetensors",
+            )
+        if not weight_files(parent.path):
+            raise InputError(
+                f"--{parent.role} {parent.path} holds no *.safetensors", "convert the weights with gemma2 convert"
+            )
+        require_complete(parent.path, f"--{parent.role}")
+
+
+def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config: Config, partial: Path) -> None:
+    """Refuse to resume a run whose configuration, inputs, data or libraries are not what it began with."""
+    if before["command"] != after["command"]:
+        changed = [f"command ({before['command']} -> {after['command']})"]
+    else:
+        changed = changes(before, config, partial)
+    for name, content in (("parents", "weights"), ("data", "digest")):
+        if not changed and [item[content] for item in before[name]] != [item[content] for item in after[name]]:
+            changed.append(f"the {name}")
+    if before.get("processes", 1) != after["processes"]:
+        changed.append(f"processes ({before.get('processes', 1)} -> {after['processes']})")
+    for package, version in before["versions"].items():
+        if after["versions"].get(package) != version:
+            changed.append(f"{package} ({version} -> {after['versions'].get(package)})")
+    if changed:
+        raise InputError(
+            f"cannot resume {partial}: changed since it began: {', '.join(changed)}",
+            "restore that, or start over with --force",
+        )
+
+
+@contextmanager
+def open_run(
+    command: str,
+    config: Config,
+    options: RunOptions,
+    *,
+    parents: Sequence[Parent] = (),
+    data: Sequence[Path] = (),
+    ranks: Ranks = ALONE,
+) -> Iterator[Run]:
+    """Open (or, with `options.resume`, continue) the run directory of one step.
+
+    The block must end with `return run.finish(summary)`. An exception or an interrupt leaves the partial directory for
+    `--resume`; when no checkpoint was written yet, it is removed.
+    Raises InputError for unusable inputs or a resume against changed ones, OutputError for an unusable `--out`.
+    """
+    if ranks.size < announced():
+        raise UsageError(f"{command} was started with {announced()} processes", "start it with one")
+    partial = partial_path(options.out)
+    with ExitStack() as held:
+        start = Start(command, config, options, parents, data, ranks.size)
+        origin, resumed = ranks.on_main(lambda: _open(start, held))
+        run = Run(command, partial, options, origin, resumed, ranks)
+        try:
+            yield run
+        finally:
+            if ranks.is_main and run.result is None and not _worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run is asked to do, and by how many processes."""
+
+    command: str
+    config: Config
+    options: RunOptions
+    parents: Sequence[Parent]
+    data: Sequence[Path]
+    processes: int
+
+
+def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
+    """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
+    config, options, parents, data = start.config, start.options, start.parents, start.data
+    check_parents(parents)
+    if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
+        raise OutputError(
+            f"--out {options.out} is complete, there is nothing to resume", "drop --resume, or use --force"
+        )
+    check_output(options.out, options.force)
+    for role, path in [*((f"--{parent.role}", parent.path) for parent in parents), *(("data", path) for path in data)]:
+        check_output(options.out, options.force, {role: path})
+    origin = {
+        **describe_origin(start.command, config, options.out, parents, data),
+        "processes": start.processes,
+        "versions": versions(),
+        "hardware": hardware(),
+        "started": now(),
+    }
+    held.enter_context(locked(options.out))
+    return origin, _prepare(partial_path(options.out), options, config, origin)
+
+
+def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[str, Any]) -> bool:
+    """Make the partial directory, or check that the one that is there may go on. True when it goes on."""
+    if options.resume and (partial / STATE).is_file():
+        before = json.loads((partial / STATE).read_text(encoding="utf-8"))
+        check_unchanged(before, origin, config, partial)
+        origin["started"] = before["started"]
+        return True
+    if options.resume:
+        raise OutputError(f"there is no interrupted run of --out {options.out} to resume", "drop --resume")
+    if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
+        raise OutputError(
+            f"an interrupted run of --out {options.out} is there",
+            "continue it with --resume, or start over with --force",
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_json(partial / STATE, origin)
+    return False
+
+
+def _worth_keeping(partial: Path) -> bool:
+    """Whether an interrupted run got far enough to be resumed: a checkpoint, finished rows, or a finished stage."""
+    return any(next(partial.glob(pattern), None) is not None for pattern in KEPT)

@@ -1,0 +1,118 @@
+"""Configuration: YAML recipe < `--set a.b=c` < named flags, validated by a pydantic schema.
+
+Torch-free. An unknown key is an error that names its path and the closest valid key; `1e-6` reads as a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gemma2.core.errors import UsageError
+from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
+
+__all__ = ["Config", "apply_sets", "closest", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
+
+
+class Config(BaseModel):
+    """Base of every command's schema: frozen, no unknown keys, schema built on first use (start-up time)."""
+
+    # No NaN or infinity: neither passes through JSON, and no field means anything by them.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
+    )
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that do not decide the result: how fast, at what price
+    SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that no flag carries: the command's words do
+
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest of an output keeps of this configuration."""
+        return self.model_dump(mode="json")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe; the manifest of an output stands for the configuration that it records.
+
+    Raises UsageError with file and line when it is not a YAML mapping.
+    """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        raise UsageError(f"{path} holds {len(documents)} YAML documents", "give one recipe per file")
+    document = documents[0] if documents else {}
+    if path.name == MANIFEST and isinstance(document.get("config"), dict):
+        return document["config"]
+    return document
+
+
+def resolve(
+    schema: type[C],
+    *,
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    section: str = "",
+) -> C:
+    """Merge recipe, `--set` and flags (None = not given), validate, and return the frozen configuration.
+
+    `section` is where the values stand in a larger recipe, for the errors.
+
+    Raises UsageError that names the key, the value, what is allowed and where it came from.
+    """
+    values = apply_sets(load_yaml(file) if file else {}, sets)
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    return validated(schema, values, file=file, section=section)
+
+
+def validated(schema: type[C], values: Mapping[str, Any], *, file: Path | None = None, section: str = "") -> C:
+    """The frozen configuration of these values. Raises UsageError as `resolve` does."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(*_explain(schema, error, file, section)) from error
+
+
+def _explain(schema: type[Config], error: ValidationError, file: Path | None, section: str) -> tuple[str, str]:
+    """One line for the first problem of a pydantic report, with the number of further ones."""
+    # A mistyped key is also a missing one: the typo is the cause, so it is named first.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    key = ".".join([*filter(None, [section]), *map(str, first["loc"])]) or "configuration"
+    where = f" in {file}" if file else ""
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{where}{more}", closest(
+            str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1])
+        )
+    if first["type"] == "missing":
+        flag = "" if section else f"give --{key.replace('_', '-')} or "  # what stands in a pipeline has no flag
+        return f"'{key}' is missing{where}{more}", f"{flag}set it in the recipe"
+    if first["loc"] and first["loc"][-1] == "[key]":  # YAML reads 1, on and no as numbers and truth values
+        place = key.removesuffix(".[key]")
+        return f"the name '{place}'{where} is read as {first['input']!r}{more}", "put it in quotes"
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    if not first["loc"] and not section:  # options that do not fit each other: the schema says what and how to mend
+        what, _, mend = message.partition("; ")
+        return f"{what}{where}{more}", mend or "see --help for the allowed values"
+    given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    field = schema.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+    if first["type"] == "string_pattern_mismatch" and field is not None:  # a pattern is no help, its description is
+        return f"'{key}'{given}{where} does not fit{more}", str(field.description)
+    return f"'{key}'{given}{where}: {message[:1].lower()}{message[1:]}{more}", "see --help for the allowed values"
+
+
+def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The valid keys at a place inside a schema."""
+    current = schema
+    for part in location:
+        field = current.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        current = inner
+    return list(current.model_fields)

@@ -1,0 +1,181 @@
+"""Supervised fine-tuning: behaviour cloning on conversations, for instance those that a teacher wrote (Gemma 2 report,
+section 4).
+
+    loss = - 1/N sum_t m_t log pi(y_t | y_<t)        m_t: 1 on model turns and their ends, N: targets of the whole batch
+
+On TRL's SFTTrainer (`sft_trainer.py`), which sees rows that `chat.py` rendered and masked; it templates and truncates
+nothing. Deviations from its defaults: the last target is explicit (`<end_of_turn><eos>`, science of the Gemma format),
+rows over `max_length` are counted and listed, data sets are mixed by weight (`mixture.py`), batches hold rows of
+similar length in an order that a resume reproduces, and the held-out loss is a mean over target tokens, not over
+batches (`heldout.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gemma2.core.errors import InputError, UsageError
+from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
+from gemma2.posttrain.data.mixture import Mixture
+from gemma2.posttrain.data.rows import Conversation, conversation_of, located, read_conversations, split
+from gemma2.posttrain.data.sources import data_files, iter_rows
+from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.lora import merged, save_adapter
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas import SftConfig
+from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
+from gemma2.posttrain.training.tracking import check_tracking
+from gemma2.posttrain.training.trainer import RunCallback, train
+
+from .sft_trainer import make_trainer
+
+__all__ = ["Example", "heldout_loss", "report_overlong", "run_sft", "show_tokens", "tokenise"]
+
+OVERLONG_FILE = "overlong.jsonl"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows of all data sets, one set after the other, and those held out."""
+
+    examples: list[Example]
+    sizes: list[int]
+    heldout: list[Example]
+    overlong: Overlong
+    heldout_overlong: Overlong
+
+
+def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Fine-tune `config.model` on `config.data` and write the result to `options.out`.
+
+    Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop on NaN.
+    """
+    quiet_libraries()
+    accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
+    check_attention(config.attention)
+    check_tracking(config.report_to)
+    paths = [*config.data, *([config.eval_data] if config.eval_data else [])]
+    files = [file for path in paths for file in data_files(path)]
+    with open_run("sft", config, options, parents=[Parent("model", config.model)], data=files) as run:
+        model, tokenizer = load_policy(config.model, attention=config.attention)
+        chat = ChatFormat(tokenizer, model.generation_config)
+        rows = read_rows(config, chat, progress)
+        (rows.overlong + rows.heldout_overlong).write(run.path / OVERLONG_FILE)
+        mixture = Mixture.of(rows.sizes, config.weights, config.seed)
+        trainer = make_trainer(model, tokenizer, rows.examples, config, run, accumulation, mixture)
+        if not rows.heldout and (config.keep == "best" or config.patience is not None):
+            raise UsageError(
+                "no rows are held out for --keep best or --patience", "give --eval-fraction or --eval-data"
+            )
+        evaluation = HeldOut(run, rows.heldout, config)
+        evaluation.before(trainer.model)
+        callback = RunCallback(run, progress, "SFT", {"loss": "loss"})
+        trainer.add_callback(evaluation)
+        trainer.add_callback(callback)
+        train(trainer, run, callback)
+        evaluation.keep_best(trainer.model)
+        write_model(trainer.model, tokenizer, chat, config, run)
+        return run.finish(
+            {"steps": trainer.state.global_step} | counts(rows, mixture, config) | evaluation.summary(progress)
+        )
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int | None) -> int:
+    """Forward passes per optimizer step."""
+    if micro_batch_size is None:
+        return 1
+    if batch_size % micro_batch_size:
+        raise UsageError(
+            f"--batch-size {batch_size} is not a multiple of --micro-batch-size {micro_batch_size}", "change one"
+        )
+    return batch_size // micro_batch_size
+
+
+def read_rows(config: SftConfig, chat: ChatFormat, progress: Progress) -> Rows:
+    """Read, split and tokenise every data set. A prompt is on one side in all of them.
+
+    Raises InputError with file and line for a row that cannot be used, and for a data set of which nothing is left.
+    """
+    sets = [read_conversations(path) for path in config.data]
+    everything = [row for rows in sets for row in rows]
+    if config.eval_data is not None:
+        training, heldout = everything, read_conversations(config.eval_data)
+        report_overlap(training, heldout, config, progress)
+    else:
+        training, heldout = split(everything, config.eval_fraction, config.seed)
+    kept = {id(row) for row in training}
+    examples: list[Example] = []
+    sizes: list[int] = []
+    overlong = Overlong()
+    for path, rows in zip(config.data, sets, strict=True):
+        tokenised, long = tokenise([row for row in rows if id(row) in kept], chat, config)
+        if not tokenised:
+            raise InputError(f"{path} has no row to train on, all are held out", "lower --eval-fraction")
+        examples += tokenised
+        sizes.append(len(tokenised))
+        overlong += long
+    report_overlong(overlong, len(training), config, progress)
+    heldout_examples, long = tokenise(heldout, chat, config)
+    report_overlong(long, len(heldout), config, progress, "held-out rows")
+    return Rows(examples, sizes, heldout_examples, overlong, long)
+
+
+def report_overlap(
+    training: list[Conversation], heldout: list[Conversation], config: SftConfig, progress: Progress
+) -> None:
+    """A prompt that was trained on says little when it is evaluated."""
+    trained = {row.key for row in training}
+    both = sum(row.key in trained for row in heldout)
+    if both:
+        progress.warn(f"{both} of {len(heldout)} prompts of {config.eval_data} are in the training data as well")
+
+
+def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> dict[str, Any]:
+    """Rows and targets, and of a mixture the rows of each data set: all, and in an epoch."""
+    found: dict[str, Any] = {"rows": len(rows.examples)}
+    if len(config.data) > 1:
+        names = [str(path) for path in config.data]
+        found["rows_by_source"] = dict(zip(names, mixture.sizes, strict=True))
+        found["rows_per_epoch"] = dict(zip(names, mixture.quotas, strict=True))
+    return found | {
+        "heldout_rows": len(rows.heldout),
+        "overlong_dropped": rows.overlong.dropped,
+        "overlong_truncated": rows.overlong.truncated,
+        "target_tokens": sum(sum(example.mask) for example in rows.examples),
+    }
+
+
+def write_model(model: Any, tokenizer: Any, chat: ChatFormat, config: SftConfig, run: Run) -> None:
+    """The output: a plain model, or the adapter alone."""
+    if config.lora_output == "adapter":
+        save_adapter(model, tokenizer, run.path)
+        return
+    model = merged(model)
+    model.generation_config.eos_token_id = chat.stop_ids
+    save_model(model, tokenizer, run.path)
+
+
+def show_tokens(config: SftConfig, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows of each data set as training sees them: where, and per token id, text, target, control.
+
+    A row over the limit is whole here, with the number of tokens that are `kept`. Reads no weights, writes nothing.
+    """
+    quiet_libraries()
+    chat = ChatFormat(load_tokenizer(config.model))
+    rows = (conversation_of(row) for path in config.data for row in iter_rows(path, count))
+    return [_shown(row, chat, config) for row in rows]
+
+
+def _shown(row: Conversation, chat: ChatFormat, config: SftConfig) -> dict[str, Any]:
+    with located(row.where):
+        example = example_of(row, chat, config)
+    kept = min(len(example.ids), config.max_length)
+    fits = kept == len(example.ids) or (config.on_overlong == "truncate" and any(example.mask[:kept]))
+    tokens = [
+        {"id": i, "text": chat.token_text(i), "target": learned, "control": chat.is_control(i)}
+        for i, learned in zip(example.ids, example.mask, strict=True)
+    ]
+    return {"where": row.where, "tokens": tokens, "kept": kept if fits else 0}

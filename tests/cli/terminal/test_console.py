@@ -1,0 +1,245 @@
+"""Results on stdout and nothing else; progress on stderr: plain lines in a pipe, bars on a terminal, none if quiet."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from gemma2.cli.terminal import console as module
+from gemma2.cli.terminal import display
+from gemma2.cli.terminal.console import Console
+
+ESCAPE = "\033"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Call it in the test: stdout and stderr become terminals of 200 columns, and are returned."""
+
+    def attach():
+        streams = Terminal(), Terminal()
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        return streams
+
+    return attach
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes when the test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_for_people_is_two_columns(capsys):
+    Console().result(
+        {
+            "final_loss": 0.123456,
+            "steps": 12345,
+            "kept": True,
+            "absent": None,
+            "by": {"a": 1, "b": 2.5},
+            "list": [1, 2],
+        },
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "final loss  0.1235",
+        "steps       12,345",
+        "kept        yes",
+        "by          a 1  b 2.5",
+        "list        1 2",
+    ]
+
+
+def test_json_is_one_document_with_every_digit_and_nothing_else_on_stdout(tmp_path, capsys):
+    console = Console(as_json=True)
+    with console.task("SFT", total=1, unit="steps") as task:
+        task.advance(1, loss=0.5)
+    console.note("a note")
+    console.warn("a warning")
+    console.heading("a heading")
+    document = {"loss": 0.123456789, "none": None, "nested": {"path": tmp_path, "text": "ünï"}, "tuple": (1, 2)}
+    console.result(document, tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "out": str(tmp_path / "out"),
+        "loss": 0.123456789,
+        "none": None,
+        "nested": {"path": str(tmp_path), "text": "ünï"},
+        "tuple": [1, 2],
+    }
+    assert "a note" in err
+
+
+def test_json_stays_json_when_a_figure_is_not_finite(capsys):
+    Console(as_json=True).result({"a": float("nan"), "b": [float("inf")], "c": {"d": -float("inf"), "e": 1.5}})
+    text = capsys.readouterr().out
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
+        "a": None,
+        "b": [None],
+        "c": {"d": None, "e": 1.5},
+    }
+
+
+def test_a_table_in_a_pipe_is_aligned_text(capsys):
+    Console().table([{"name": "sft", "reward": 0.5}, {"name": "warp 2", "kl": 1.25}], "Title")
+    assert capsys.readouterr().out.splitlines() == [
+        "Title",
+        "name    reward  kl",
+        "sft     0.5     -",
+        "warp 2  -       1.25",
+    ]
+
+
+def test_an_empty_table_is_no_error(capsys):
+    Console().table([])
+    assert capsys.readouterr().out.strip() == ""
+
+
+def test_a_table_on_a_terminal_holds_the_same_cells(terminal):
+    out, _err = terminal()
+    Console().table([{"name": "sft", "best_reward": 0.5}], "Title")
+    text = out.getvalue()
+    for part in ("Title", "name", "best reward", "sft", "0.5"):
+        assert part in text
+
+
+# --- progress in a pipe -----------------------------------------------------------------------------------------------
+
+
+def test_progress_in_a_pipe_is_a_plain_line_now_and_then(capsys, clock):
+    console = Console()
+    with console.task("SFT", total=100, unit="steps") as task:
+        for _ in range(4):
+            clock[0] += 10
+            task.advance(10, loss=0.51234)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "SFT: 20 of 100 steps in 20 s, loss 0.5123",
+        "SFT: 40 of 100 steps in 40 s, loss 0.5123",
+        "SFT: 40 of 100 steps in 40 s, loss 0.5123",
+    ]
+
+
+def test_what_is_done_at_once_is_not_worth_a_line(capsys, clock):
+    with Console().task("SFT", total=1, unit="steps") as task:
+        task.advance(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_bytes_are_told_in_their_unit(capsys, clock):
+    with Console().task("merge", total=5e9, unit="bytes") as task:
+        clock[0] += 20
+        task.advance(1_234_000_000)
+    assert capsys.readouterr().err.startswith("merge: 1.2 GB of 5.0 GB")
+
+
+def test_a_task_without_a_total_counts_up(capsys, clock):
+    with Console().task("read", total=None, unit="rows") as task:
+        clock[0] += 20
+        task.advance(7)
+    assert capsys.readouterr().err.startswith("read: 7 rows in 20 s")
+
+
+def test_quiet_leaves_warnings_only(capsys, clock):
+    console = Console(quiet=True)
+    with console.task("SFT", total=1, unit="steps") as task:
+        clock[0] += 100
+        task.advance(1)
+    console.note("a note")
+    console.heading("a heading")
+    console.warn("this matters")
+    assert capsys.readouterr() == ("", "warning: this matters\n")
+
+
+def test_nothing_in_a_pipe_has_ansi_codes(capsys, clock):
+    console = Console()
+    with console.task("SFT", total=2, unit="steps") as task:
+        clock[0] += 20
+        task.advance(1, loss=0.5)
+        console.note("[bold]note[/]")
+        console.warn("warning")
+        console.heading("heading")
+    console.result({"a": 1})
+    console.table([{"a": 1}], "title")
+    out, err = capsys.readouterr()
+    assert ESCAPE not in out + err
+    assert "[bold]note[/]\n" in err, "text is not markup"
+
+
+# --- progress on a terminal -------------------------------------------------------------------------------------------
+
+
+def test_bars_of_nested_tasks_share_one_display_with_live_figures(terminal, monkeypatch):
+    out, err = terminal()
+    opened = []
+    make = display.progress_display
+    monkeypatch.setattr(display, "progress_display", lambda console: opened.append(make(console)) or opened[-1])
+    console = Console()
+    with console.task("WARP", total=2, unit="runs") as outer:
+        with console.task("RL", total=10, unit="steps") as inner:
+            inner.advance(4, reward=1.25)
+            console.note("[a note] between")
+            opened[0].refresh()
+        assert len(opened[0].tasks) == 1  # the row of an inner task goes with it
+        outer.advance(1)
+    assert len(opened) == 1
+    assert out.getvalue() == ""
+    assert ESCAPE in err.getvalue()
+    for part in ("WARP", "RL", "4/10", "reward", "1.25", "[a note] between"):
+        assert part in err.getvalue(), part
+
+
+def test_inner_tasks_end_in_any_order(terminal):
+    _out, err = terminal()
+    console = Console()
+    with console.task("pipeline", total=2, unit="stages"):
+        first, second = (console.task(name, total=1, unit="steps") for name in ("first", "second"))
+        first.__enter__()
+        bar = second.__enter__()
+        first.__exit__(None, None, None)
+        bar.advance(1)
+        console.note("the first has ended")
+        second.__exit__(None, None, None)
+    assert "the first has ended" in err.getvalue()
+    assert err.getvalue().count(f"{ESCAPE}[?25l") == 1  # one display from beginning to end
+
+
+def test_a_display_is_closed_by_an_exception_and_another_can_open(terminal):
+    _out, err = terminal()
+    console = Console()
+    with pytest.raises(RuntimeError), console.task("first", total=1, unit="steps"):
+        raise RuntimeError
+    with console.task("second", total=1, unit="steps") as task:
+        task.advance(1)
+    assert "second" in err.getvalue()
+    assert err.getvalue().count(f"{ESCAPE}[?25l") == err.getvalue().count(f"{ESCAPE}[?25h")
+
+
+def test_quiet_shows_no_bar_on_a_terminal_either(terminal):
+    _out, err = terminal()
+    with Console(quiet=True).task("SFT", total=1, unit="steps") as task:
+        task.advance(1)
+    assert err.getvalue() == ""
+
+
+def test_headings_on_a_terminal_are_bold_and_not_markup(terminal):
+    _out, err = terminal()
+    Console().heading("[1/6] Embedded models")
+    assert "[1/6] Embedded models" in err.getvalue()
+    assert f"{ESCAPE}[1m" in err.getvalue()

@@ -1,0 +1,121 @@
+"""What a stage's process is given: folder, modules, threads, devices; and how it tells of its work."""
+
+import errno
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from stages import MAKE
+
+from gemma2.posttrain.pipelines.executors.jobs import Job, Reporter, execute
+from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.runs.run_directory import RunResult
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in; what a job does to this process is taken back."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "before")
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def job(place, **changes) -> Job:
+    given = {"stage": "a", "command": "make", "options": {}, "out": "deep/a", "log": "logs/a.log", "resume": False}
+    given |= {"force": False, "folder": str(place), "modules": ("first",), "cpus": 1}
+    return Job(**given | changes)
+
+
+def test_a_process_has_the_folder_the_modules_the_threads_and_the_devices_of_its_job(place, monkeypatch):
+    seen = {}
+
+    def body(config, options, progress):
+        seen.update(folder=os.getcwd(), path=sys.path[0], threads=torch.get_num_threads())
+        seen.update({name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
+        seen.update(out=options.out, parent=options.out.parent.is_dir())
+        return RunResult(options.out, {"x": 1})
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body, accelerated=True))
+    torch.set_num_threads(2)
+    os.chdir("/")
+    outcome = execute(job(place, gpus=("3", "5")), lambda event: None)
+    assert (outcome.code, outcome.summary) == (0, {"x": 1})
+    assert seen["folder"] == str(place)
+    assert seen["path"] == "first"
+    assert seen["threads"] == 1
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert (str(seen["out"]), seen["parent"]) == ("deep/a", True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "7"
+    execute(job(place), lambda event: None)
+    assert seen["CUDA_VISIBLE_DEVICES"] == "7"  # without a word about devices they stay as they are
+
+
+def test_what_native_code_prints_goes_to_the_log(place, monkeypatch, capfd):
+    def body(config, options, progress):
+        os.write(1, b"to stdout\n")
+        os.write(2, b"to stderr\n")
+        return RunResult(options.out)
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    execute(job(place), lambda event: None)
+    os.write(1, b"afterwards\n")
+    assert (place / "logs" / "a.log").read_text() == "to stdout\nto stderr\n"
+    assert capfd.readouterr().out == "afterwards\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.ENOSPC, "No space left on device: w.safetensors; check its place and permissions"), (errno.EIO, "")],
+)
+def test_a_full_disk_is_one_line_and_no_bug(place, monkeypatch, number, error):
+    def body(config, options, progress):
+        raise OSError(number, os.strerror(number), "w.safetensors")
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    outcome = execute(job(place), lambda event: None)
+    assert (outcome.code, outcome.error) == (1, error)
+    assert bool(outcome.traceback) == (not error)
+
+
+class Full:
+    """A log on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_bug_is_told_also_when_its_log_takes_nothing(place, monkeypatch):
+    def body(config, options, progress):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    after_the_start = Full()
+    after_the_start.flush = lambda: setattr(after_the_start, "flush", Full.flush.__get__(after_the_start))  # once
+    monkeypatch.setattr(sys, "stderr", after_the_start)
+    assert "a bug" in execute(job(place), lambda event: None).traceback
+
+
+def test_a_bar_tells_all_that_it_advanced_by_in_few_messages():
+    events = []
+    reporter = Reporter(events.append)
+    with reporter.task("RL", 500, "steps") as bar:
+        for i in range(500):
+            bar.advance(1, reward=float(i))
+    reporter.note("a note")
+    reporter.warn("a warning")
+    assert events[0] == ("task", 1, "RL", 500, "steps")
+    told = [event for event in events if event[0] == "advance"]
+    assert sum(event[2] for event in told) == 500
+    assert told[-1][3] == {"reward": 499.0}
+    assert len(told) < 20
+    assert events[-3:] == [("end", 1), ("note", "a note"), ("warn", "a warning")]

@@ -1,0 +1,319 @@
+"""Stages as processes of this machine: isolated, logged, stopped in order, gone with the pipeline that started them."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from processes import MAIN, finish, start
+
+from gemma2.core.errors import UsageError
+from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
+from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, _Running, visible_gpus
+
+ROW = {"prompt": "What is two plus two?", "completion": "It is four, as you can count on your fingers."}
+
+
+@pytest.fixture
+def place(tmp_path):
+    rows = [json.dumps({**ROW, "prompt": f"{ROW['prompt']} ({i})"}) for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def job(place: Path, stage: str = "a", **changes) -> Job:
+    return Job(
+        **{
+            "stage": stage,
+            "command": "filter",
+            "options": {"data": "rows.jsonl", "workers": 1},
+            "out": f"out/{stage}",
+            "log": f"out/logs/{stage}.log",
+            "resume": False,
+            "force": False,
+            "folder": str(place),
+            "modules": (),
+            "cpus": 1,
+            **changes,
+        }
+    )
+
+
+def outcomes(executor: LocalExecutor, count: int) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {}
+    until = time.monotonic() + 60
+    while len(found) < count and time.monotonic() < until:
+        found |= executor.poll(0.2)[1]
+    return found
+
+
+@pytest.fixture
+def executor():
+    made = LocalExecutor(2, gpus=("0", "1", "2"))
+    made.prepare(["filter"])
+    yield made
+    made.close()
+
+
+def test_a_stage_is_a_process_of_its_own_and_tells_how_it_ended(place, executor):
+    executor.start(job(place), None)
+    executor.start(job(place, "bad", options={"data": "gone.jsonl"}), None)
+    assert not executor.has_room("filter", None)
+    found = outcomes(executor, 2)
+    assert found["a"].code == 0
+    assert found["a"].summary["kept"] == 4
+    assert (place / "out" / "a" / "gemma2.json").is_file()
+    assert found["bad"].code == 1
+    assert "gone.jsonl" in found["bad"].error
+    assert not found["bad"].traceback
+    assert executor.has_room("filter", None)
+
+
+def test_a_bug_is_told_with_its_traceback_and_logged(place, executor):
+    executor.start(job(place, options={"data": "rows.jsonl", "no such option": 1}), None)
+    found = outcomes(executor, 1)["a"]
+    assert found.code == 1
+    assert "Traceback" in found.traceback
+    assert "no such option" in (place / "out" / "logs" / "a.log").read_text()
+
+
+def test_a_process_that_is_killed_is_told_by_its_signal(place, executor):
+    executor.start(job(place), None)
+    os.kill(executor.running["a"].process.pid, signal.SIGKILL)
+    assert outcomes(executor, 1)["a"].error.startswith("its process was ended by SIGKILL")
+
+
+def test_every_stage_has_its_gpus_to_itself(place, executor):
+    assert executor.wanted_gpus("rlhf", None) == 1
+    assert executor.wanted_gpus("filter", None) == executor.wanted_gpus("merge slerp", None) == 0
+    executor.start(job(place), 2)
+    assert executor.running["a"].gpus == ("0", "1")
+    assert executor.has_room("rlhf", None)
+    assert not executor.has_room("rlhf", 2)
+    executor.start(job(place, "b"), 1)
+    assert executor.running["b"].gpus == ("2",)
+    outcomes(executor, 2)
+    assert sorted(executor.gpus) == ["0", "1", "2"]
+    with pytest.raises(UsageError, match=r"stages\.a\.resources\.gpus = 4: this machine has 3"):
+        executor.check("a", 4)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", ()), ("-1", ()), ("3, 5", ("3", "5"))])
+def test_gpus_are_those_that_the_environment_leaves(monkeypatch, given, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus() == expected
+
+
+def test_threads_are_what_is_asked_for_else_a_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert LocalExecutor(3, gpus=()).cpus(None) == 2
+    assert LocalExecutor(3, gpus=()).cpus(5) == 5
+    assert LocalExecutor(9, gpus=()).cpus(None) == 1
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+PIPELINE = """
+stages:
+  a: {command: filter, options: {data: rows.jsonl, workers: 1}}
+  b: {command: filter, options: {data: "${a.out}", workers: 1, min_words: 1}}
+"""
+
+
+def pipeline(place: Path, *more: str) -> list[str]:
+    (place / "p.yaml").write_text(PIPELINE)
+    return ["pipeline", "run", "p.yaml", "--out", "out", *more]
+
+
+def test_a_pipeline_runs_is_skipped_and_tells_where_it_stands(place):
+    code, out, err = finish(start(MAIN, *pipeline(place, "--json"), cwd=place))
+    assert code == 0, err
+    assert json.loads(out)["ran"] == 2
+    assert "$ gemma2 filter --data rows.jsonl --workers 1 --out out/a" in err
+    code, out, _ = finish(start(MAIN, *pipeline(place, "--json"), cwd=place))
+    assert (code, json.loads(out)["ran"]) == (0, 0)
+    code, out, _ = finish(start(MAIN, "pipeline", "status", "out", "--json", cwd=place))
+    assert [one["status"] for one in json.loads(out)["stages"]] == ["complete", "complete"]
+    assert all(one["hash"] for one in json.loads(out)["stages"])
+
+
+def test_an_error_of_a_stage_is_one_line_with_its_exit_code(place):
+    (place / "rows.jsonl").write_text('{"prompt": 1}\n')
+    code, out, err = finish(start(MAIN, *pipeline(place, "--quiet"), cwd=place))
+    assert (code, out) == (1, "")
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("error: stage a: ")
+    assert "rows.jsonl:1" in err
+    assert "out/logs/a.log" in err
+
+
+@pytest.fixture
+def slow(place):
+    """A pipeline whose stage has a minute of work, and has begun."""
+    rows = (json.dumps({**ROW, "prompt": f"What is {i} plus {i * i} times {i % 7}? " * 8}) for i in range(60_000))
+    (place / "rows.jsonl").write_text("\n".join(rows))
+    process = start(MAIN, *pipeline(place), cwd=place)
+    until = time.monotonic() + 60
+    while not (place / "out" / ".a.partial").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def children_of(pid: int) -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(path.parent.name)
+            found |= {child, *children_of(child)}
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()}
+
+
+def all_gone(pids: set[int], seconds: float = 10) -> bool:
+    until = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_stages_and_says_so(place, slow, number, code):
+    children = children_of(slow.pid)
+    slow.send_signal(number)
+    found, _, err = finish(slow)
+    assert found == code, err
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("interrupted")
+    assert json.loads((place / "out" / "pipeline.json").read_text())["status"] == "interrupted"
+    assert all_gone(children)
+
+
+def test_stages_do_not_outlive_a_pipeline_that_is_killed(place, slow):
+    children = children_of(slow.pid)
+    assert children
+    slow.kill()
+    assert all_gone(children)
+
+
+HELPED = """
+import subprocess, sys, time
+from gemma2.posttrain.pipelines.executors.processes import follow_parent
+def work(file):
+    follow_parent()
+    helper = subprocess.Popen(["sleep", "60"])
+    open(file, "w").write(str(helper.pid))
+    time.sleep(60)
+"""
+
+
+def test_a_helper_of_a_stage_does_not_outlive_it_either(place):
+    (place / "helped.py").write_text(HELPED)
+    script = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import helped
+process = multiprocessing.get_context("forkserver").Process(target=helped.work, args=(sys.argv[1] + "/pid",))
+process.start()
+process.join()
+"""
+    process = start(script, place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while not ((place / "pid").exists() and (place / "pid").read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    helper = int((place / "pid").read_text())
+    assert alive({helper})
+    process.kill()
+    process.wait()  # not for its pipes, which the helper holds too
+    assert all_gone({helper})
+
+
+def statuses(place: Path) -> list[str]:
+    code, out, err = finish(start(MAIN, "pipeline", "status", "out", "--json", cwd=place))
+    assert code == 0, err
+    return [one["status"] for one in json.loads(out)["stages"]]
+
+
+def test_what_is_refused_leaves_nothing_behind_and_blocks_nothing(place):
+    asked = pipeline(place)
+    code, out, _ = finish(start(MAIN, *asked, "--set", "b.data=gone.jsonl", cwd=place))
+    assert (code, out) == (1, "")
+    for more in ([], ["--dry-run"]):
+        code, _, err = finish(start(MAIN, *asked, *more, "--set", "stages.b.resources.gpus=99", cwd=place))
+        assert code == 2, err
+        assert "stages.b.resources.gpus = 99: this machine has" in err
+    assert sorted(path.name for path in place.iterdir()) == ["p.yaml", "rows.jsonl"]
+    (place / "out").mkdir()
+    (place / "out" / "pipeline.yaml").write_text(PIPELINE)  # as a kill leaves it before the first state
+    assert finish(start(MAIN, *asked, "--quiet", cwd=place))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["status", "nowhere"], 1, "nowhere does not exist; give a YAML file, the folder of a run, or a recipe"),
+        (["run", "p.yaml", "--out", "out", "--only", "a", "--force", "b"], 2, "--force b is not among the chosen"),
+        (["graph", "p.yaml", "--write", "nowhere/x.svg"], 1, "cannot write --write nowhere/x.svg"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line(place, words, code, said):
+    pipeline(place)
+    found, out, err = finish(start(MAIN, "pipeline", *words, cwd=place))
+    assert (found, out) == (code, "")
+    assert err.startswith(f"error: {said}")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_killed_run_is_not_told_as_running(place, slow):
+    assert statuses(place) == ["running", "to run"]
+    slow.kill()
+    slow.wait()
+    assert statuses(place)[0] in ("interrupted", "to run")
+
+
+FORKING = """
+import os, time
+def work(file, pipe):
+    os.setpgid(0, 0)
+    helper = os.fork()  # holds the pipe open
+    if helper:
+        with open(file, "w") as out:
+            out.write(str(helper))
+    time.sleep(180)
+"""
+
+
+def test_a_stage_that_is_killed_takes_its_helpers_along_and_its_end_is_seen(place, executor, monkeypatch):
+    (place / "forking.py").write_text(FORKING)
+    monkeypatch.syspath_prepend(place)
+    from forking import work
+
+    receiver, sender = executor.context.Pipe(duplex=False)
+    process = executor.context.Process(target=work, args=(str(place / "pid"), sender))
+    process.start()
+    sender.close()
+    executor.running["a"] = _Running(process, receiver, ())
+    until = time.monotonic() + 30
+    while not ((place / "pid").exists() and (place / "pid").read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    helper = int((place / "pid").read_text())
+    assert alive({helper})
+    os.kill(process.pid, signal.SIGKILL)
+    assert outcomes(executor, 1)["a"].code == -signal.SIGKILL
+    assert all_gone({helper})
