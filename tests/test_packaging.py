@@ -1,10 +1,12 @@
-"""The wheel holds the namespace `gemma2` and nothing generic, with its data files, and works where it is installed."""
+"""The source archive holds every tracked file. The wheel made from it holds the namespace `gemma2` and nothing generic,
+with its data files, and works where it is installed."""
 
 import email
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -13,29 +15,80 @@ import pytest
 from processes import ROOT
 
 PACKAGES = ("cli", "posttrain", "merging", "core", "configs")
-BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+BUILT = {"build", "dist", "runs", "quickstart", "__pycache__"}  # never sources; hidden folders are neither
+RELEASED = os.environ.get("GEMMA2_DIST")  # a folder with the archives of a release, to test instead of fresh ones
+HIDDEN_SOURCES = {".ci", ".github", ".gitignore", ".pre-commit-config.yaml"}
+
+
+def git_files(*options):
+    """The files that git lists, or None where this is not the root of a readable repository."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {name for name in done.stdout.split("\0") if (ROOT / name).is_file()} if done.returncode == 0 else None
+
+
+def files_on_disk():
+    """What git would list, in a checkout without git."""
+
+    def is_source(part):
+        return part in HIDDEN_SOURCES or not (part.startswith(".") or part in BUILT or part.endswith(".egg-info"))
+
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if all(map(is_source, path.parts))}
+
+
+def build(kind, tree, out):
+    """Build "sdist" or "wheel", offline, with the setuptools that is installed."""
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, f"build_{kind}", str(out)], cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = out.iterdir()
+    return path
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, offline, with the setuptools that is installed."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for name in (*PACKAGES, "tests", "bench", "docs"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(out)], cwd=tree, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = out.glob("*.whl")
-    return path
+def sdist(tmp_path_factory):
+    """The source archive of a copy: of every file that is tracked, or new and not ignored."""
+    if RELEASED:
+        (path,) = Path(RELEASED).resolve().glob("*.tar.gz")
+        return path
+    tree = tmp_path_factory.mktemp("tree")
+    for name in git_files("--cached", "--others", "--exclude-standard") or files_on_disk():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    return build("sdist", tree, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the unpacked source archive, as a release is."""
+    if RELEASED:
+        (path,) = Path(RELEASED).resolve().glob("*.whl")
+        return path
+    place = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place, filter="data")
+    (tree,) = place.iterdir()
+    return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def names(wheel):
     return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_source_archive_holds_every_tracked_file(sdist):
+    """Among them the whole test suite, docs, benchmarks, Makefile and the entry point of CI."""
+    with tarfile.open(sdist) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    tracked = git_files("--cached") or files_on_disk()
+    assert {"tests/test_packaging.py", "Makefile", "constraints.txt", ".ci/run"} <= tracked
+    assert tracked - held == set()
+    assert [name for name in held if "__pycache__" in name or name.endswith(".pyc")] == []
 
 
 def test_only_the_namespace_and_its_metadata_are_at_the_top(names):
@@ -108,6 +161,14 @@ def test_what_is_tested_together_satisfies_what_is_promised():
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} is not pinned"
         assert requirement.specifier.contains(pinned[name], prereleases=True), requirement
+
+
+def test_the_citation_names_the_current_version():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["project"]["version"]
+    assert citation["license"] == PROJECT["project"]["license"]
 
 
 def test_the_build_requirement_is_part_of_the_development_tools():
