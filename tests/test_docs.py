@@ -75,3 +75,22 @@ def test_links_without_a_file_or_a_heading_are_found(tmp_path):
     assert broken(page) == []
     page.write_text("[a](missing.md) [b](other.md#no-heading) [c](#top) [d](other.md#twice-2) ![e](none.png)\n")
     assert broken(page) == ["missing.md", "other.md#no-heading", "#top", "other.md#twice-2", "none.png"]
+
+
+PATH = re.compile(r"`((?:cli|posttrain|merging|core|configs|tests|bench)/[\w./-]*)`")
+HISTORY = {"CHANGELOG.md", "log.md", "benchmarks.md"}  # these name what there was
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+def test_every_file_and_folder_that_a_page_names_exists(page):
+    named = set(PATH.findall(page.read_text(encoding="utf-8")))
+    made = {"merging/methods/families/norms.py", "configs/NAME.yaml"}  # files that a reader writes
+    assert {path for path in named - made if not (ROOT / path).exists()} == set()
+
+
+def test_the_page_of_the_architecture_lists_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    layers = ("cli", "posttrain", "merging", "core", "configs")
+    rooms = {path.parent.relative_to(ROOT) for layer in layers for path in (ROOT / layer).rglob("*.py")}
+    inner = {str(room) for room in rooms if len(room.parts) > 1}
+    assert {room for room in inner if f"`{room}`" not in text} == set()
