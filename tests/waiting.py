@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE = 300.0  # seconds; an import of torch and transformers alone takes a minute on a machine with a load of 20
+PATIENCE = 600.0  # seconds; on a machine with a load of 20 an import of torch and transformers alone takes a minute
 T = TypeVar("T")
 
 
