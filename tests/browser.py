@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+
+from waiting import PATIENCE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -22,7 +23,6 @@ FLAGS = (
     "--remote-debugging-pipe",
 )  # fmt: skip
 MISSING = "no browser: install Chromium or Chrome, or name one in the variable BROWSER"
-PATIENCE = 60.0  # seconds for one answer
 
 
 def find_browser():
@@ -75,9 +75,8 @@ class Chromium:
 
     def receive(self):
         """The next message."""
-        end = time.monotonic() + PATIENCE
         while b"\0" not in self.buffer:
-            ready, _, _ = select.select([self.read], [], [], max(end - time.monotonic(), 0))
+            ready, _, _ = select.select([self.read], [], [], PATIENCE)
             assert ready, "the browser does not answer"
             got = os.read(self.read, 1 << 20)
             assert got, "the browser has gone"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import struct
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
+
+from waiting import PATIENCE
 
 KEY = "sk-a-secret-that-must-not-be-written-4711"
 
@@ -16,10 +17,10 @@ KEY = "sk-a-secret-that-must-not-be-written-4711"
 class Server:
     """Answers `You said: ...`. `faults(number, body)` may return what to do instead with the number-th request."""
 
-    def __init__(self, faults=lambda number, body: None, delay=lambda body: 0.0):
+    def __init__(self, faults=lambda number, body: None, before=lambda body: None):
         self.faults = faults
-        self.delay = delay
-        self.requests = []  # (monotonic seconds, headers, body)
+        self.before = before  # called while the request counts as busy; may wait for something
+        self.requests = []  # (number, headers, body)
         self.answered = []  # seeds, in the order of the answers
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
@@ -49,13 +50,11 @@ class Server:
     def handle(self, handler, body):
         with self.lock:
             number = len(self.requests)
-            self.requests.append(
-                (time.monotonic(), {name.lower(): value for name, value in handler.headers.items()}, body)
-            )
+            self.requests.append((number, {name.lower(): value for name, value in handler.headers.items()}, body))
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
         try:
-            time.sleep(self.delay(body))
+            self.before(body)
         finally:  # before the answer: its reader may send the next request at once
             with self.lock:
                 self.busy -= 1
@@ -105,11 +104,11 @@ def reset(handler, body):
     handler.close_connection = True
 
 
-def hang(seconds):
-    """A fault: no answer for so long, then none at all."""
+def hang(released):
+    """A fault: no answer until an event is set, then none at all."""
 
     def fault(handler, body):
-        time.sleep(seconds)
+        released.wait(PATIENCE)
         handler.close_connection = True
 
     return fault
@@ -121,6 +120,7 @@ def serving(server):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body are two writes: the second would wait 40 ms for an ACK
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

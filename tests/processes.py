@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from waiting import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What conftest.py does for this process; and Ctrl-C works in it also where the tests run in the background.
@@ -25,7 +27,7 @@ def start(script: str, *arguments: object, **options: Any) -> subprocess.Popen[s
     return subprocess.Popen(command, **(pipes | options))
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a process that should end by itself."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from processes import MAIN, finish, gemma2, start
+from waiting import PATIENCE
 
 from gemma2.cli import app, main
 from gemma2.core.errors import GuardStop, InputError, OutputError, UsageError
@@ -99,16 +100,16 @@ from gemma2.posttrain.runs import inputs
 inputs.check_inputs = lambda config: None
 sys.modules["gemma2.posttrain.sft.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
-SLEEP = "time.sleep(60)"
+SLEEP = "time.sleep(3600)"
 # Libraries turn an exception of any kind into an ImportError.
 IMPORTING = "\n        ".join(
-    ["try:", "    time.sleep(60)", "except BaseException:", "    raise ImportError('the C extensions failed')"]
+    ["try:", "    time.sleep(3600)", "except BaseException:", "    raise ImportError('the C extensions failed')"]
 )
 CLEANING = "\n        ".join(
     [
         "try:",
         "    print('inside', flush=True)",
-        "    time.sleep(60)",
+        "    time.sleep(3600)",
         "finally:",
         "    print('cleaning', flush=True)",
         "    sys.stdin.readline()",
@@ -189,7 +190,7 @@ def test_a_reader_who_stops_early_is_no_error():
     os.close(read)
     process = start(MAIN, "warp", "--help", stdout=write, stderr=subprocess.PIPE)
     os.close(write)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
 
 
@@ -199,6 +200,6 @@ def test_a_reader_of_the_progress_who_stops_early_does_not_stop_the_work(tmp_pat
     process = working(tmp_path / "out", body, stderr=write, stdin=subprocess.PIPE)
     os.close(read)
     os.close(write)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert (tmp_path / "out" / "gemma2.json").exists()

@@ -337,7 +337,7 @@ from gemma2.merging import engine
 def stop(*arguments, **options):
     sys.stdout.write("here\\n")
     sys.stdout.flush()
-    time.sleep(60)
+    time.sleep(3600)
 
 place = {"before the weights": (engine, "_groups"), "before the manifest": (engine, "write_manifest"),
          "before the rename": (staging, "publish")}[sys.argv[3]]

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 
 import pytest
@@ -27,6 +26,7 @@ from faults import (
 )
 from model_files import CONFIG
 from processes import MAIN, finish, start
+from waiting import pause, seconds_of, wait_for
 
 from gemma2.core.outputs import manifest
 from gemma2.core.outputs.manifest import write_manifest
@@ -68,13 +68,15 @@ def command(root, out="out", method="slerp", *more):
     return start(MAIN, *words)
 
 
+def succeed(process):
+    code, _, err = finish(process)
+    assert code == 0, err
+
+
 def expected(root, method):
     """The files of an undisturbed merge, and how long one takes from the shell."""
     for _ in range(2):  # the first may have to compile
-        begin = time.monotonic()
-        code, _, err = finish(command(root, "reference", method, "--force"))
-        assert code == 0, err
-        seconds = time.monotonic() - begin
+        seconds = seconds_of(lambda: succeed(command(root, "reference", method, "--force")))
     files = weights(root / "reference")
     shutil.rmtree(root / "reference")
     return files, seconds
@@ -82,18 +84,17 @@ def expected(root, method):
 
 def wait_for_work(root, process):
     """Until the hidden directory of an output is there, or the process has ended."""
-    while process.poll() is None and not any(root.glob(".out.tmp-*")):
-        time.sleep(0.0005)
+    wait_for(lambda: process.poll() is not None or any(root.glob(".out.tmp-*")))
 
 
 def strike(root, process, number, seconds, random_seconds):
     """Send a signal at a random moment: of the whole run, or two times of three of the time in which it writes."""
     if random_seconds.random() < 1 / 3:
-        time.sleep(random_seconds.uniform(0, seconds))
+        pause(random_seconds.uniform(0, seconds))
         phase = "any time"
     else:
         wait_for_work(root, process)
-        time.sleep(random_seconds.uniform(0, 0.25 * seconds))
+        pause(random_seconds.uniform(0, 0.25 * seconds))
         phase = "while it writes"
     process.send_signal(number)
     return phase
@@ -160,7 +161,7 @@ def test_a_signal_leaves_nothing_and_its_exit_code(root, number, wanted):
             merge(request(root / "models", "linear"), out=root / "out")
         process = command(root, "out", "slerp", *(["--force"] if force else []))
         # The handler is there once the interpreter has begun; before that the system's default ends the process.
-        time.sleep(min(0.1, seconds / 4))
+        pause(min(0.1, seconds / 4))
         counts[f"signals {strike(root, process, number, seconds, moments)}"] += 1
         code, _, err = finish(process)
         assert code in (0, wanted, -number), (code, err)
@@ -182,7 +183,7 @@ def test_of_two_runs_to_one_output_one_wins_and_the_other_fails_clearly(root, fo
     for _ in range(times(25)):
         flags = ["--force"] if force else []
         first = command(root, "out", "slerp", *flags)
-        time.sleep(moments.uniform(0, 0.1 * seconds))
+        pause(moments.uniform(0, 0.1 * seconds))
         second = command(root, "out", "linear", *flags)
         ends = [finish(first), finish(second)]
         codes = [code for code, _, _ in ends]
@@ -273,7 +274,7 @@ def test_memory_stays_under_its_ceiling(tmp_path, method, layers, dry):
     shapes = {f"model.layers.{i}.mlp.up_proj.weight": (8192, 16384) for i in range(layers)}
     for name in ("base", "rl-1", "rl-2"):
         write_sparse(tmp_path / name, shapes)
-    code, out, err = finish(start(WATCHED, tmp_path, method, dry), 600)
+    code, out, err = finish(start(WATCHED, tmp_path, method, dry))
     assert code == 0, err
     peak = json.loads(out)
     tell(f"merge {method}{' --dry-run' if dry else ''} of {layers * 268} MB", {k: v // 10**6 for k, v in peak.items()})

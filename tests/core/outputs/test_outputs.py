@@ -4,11 +4,11 @@ import errno
 import json
 import os
 import stat
-import time
 
 import pytest
 from blake3 import blake3
 from processes import finish, start
+from waiting import wait_for
 
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.json_files import write_json
@@ -310,7 +310,9 @@ def test_weights_of_the_same_size_written_after_the_manifest_are_hashed_again(tm
     make(out, "one")
     before = digest_weights(out)
     old = (out / "model.safetensors").stat()
-    time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
+    probe = tmp_path / "probe"
+    # The clock of a file system ticks every few milliseconds: until a file written now is seen to be later.
+    wait_for(lambda: probe.write_text("") == 0 and probe.stat().st_ctime_ns > old.st_ctime_ns)
     (out / "model.safetensors").write_text("two")
     os.utime(out / "model.safetensors", ns=(old.st_atime_ns, old.st_mtime_ns))  # as `cp -p` does
     assert digest_weights(out) == by_hand(out) != before

@@ -2,11 +2,11 @@
 
 import json
 import signal
-import time
 
 import pytest
 from processes import finish, start
 from samples import row
+from waiting import wait_for
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.sources import iter_rows
@@ -147,8 +147,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
     checkpoints = tmp_path / ".out.partial" / "checkpoints"
     for chunks in (2, 20, 45):
         process = start(KILLED, data, tmp_path / "out", "yes" if chunks > 2 else "no")
-        while process.poll() is None and len(list(checkpoints.glob("chunk-*"))) < chunks:
-            time.sleep(0.005)
+        wait_for(lambda: len(list(checkpoints.glob("chunk-*"))) >= chunks or process.poll() is not None)  # noqa: B023
         process.kill()
         assert finish(process)[0] == -signal.SIGKILL
         assert not (tmp_path / "out").exists()

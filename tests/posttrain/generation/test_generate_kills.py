@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import pytest
 from chat_server import KEY, Server, serving
 from processes import MAIN, gemma2, start
 from teachers import save_stopping
+from waiting import pause, wait_for
 
 from gemma2.posttrain.data.sources import iter_rows, to_line
 
@@ -25,14 +25,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def kill_when(journal, records, process, seconds=60):
+def kill_when(journal, records, process):
     """SIGKILL once the journal holds so many records."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= records:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
+
+    def there():
+        return journal.exists() and journal.read_bytes().count(b"\n") >= records
+
+    wait_for(lambda: there() or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, f"it ended by itself: {err}"
 
@@ -60,17 +60,17 @@ def test_a_run_that_is_killed_again_and_again_writes_the_same_bytes(place, tmp_p
 def test_answers_of_a_server_survive_kills_and_are_not_paid_twice(place, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    fake = Server(delay=lambda body: 0.01 + body["seed"] % 5 / 100)
+    fake = Server(before=lambda body: pause(0.01 + body["seed"] % 5 / 100))
     journal = tmp_path / ".out.partial" / "checkpoints" / "answers.jsonl"
     with serving(fake) as address:
         words = ["generate", "--engine", "openai", "--teacher", "a/model", "--base-url", address, "--concurrency", 3]
         words += ["--prompts", place / "prompts.jsonl", "--n", 2, "--out", tmp_path / "out"]
         for kill, point in enumerate([5, 25, 60]):
             kill_when(journal, point, start(MAIN, *words, *(["--resume"] if kill else [])))
-            asked = len(fake.requests)
+            answered, asked = len(fake.answered), len(fake.requests)
             saved = {tuple(json.loads(line)["key"]) for line in journal.read_bytes().split(b"\n")[:-1]}
             # What was answered and is not in the journal was on its way when the process died.
-            assert len(fake.answered) - len(saved) <= asked - len(saved) <= 3 * (kill + 1)
+            assert answered - len(saved) <= asked - len(saved) <= 3 * (kill + 1)
         code, _, err = gemma2(*words, "--resume")
         assert code == 0, err
     rows = [row.columns for row in iter_rows(tmp_path / "out")]

@@ -6,11 +6,11 @@ The pipeline is `gemma2 warp` (with --resume) and `gemma2 pipeline run` of a sma
 import json
 import os
 import random
-import time
 from pathlib import Path
 
 import pytest
 from processes import MAIN, finish, start
+from waiting import pause, wait_for
 
 from gemma2.posttrain.pipelines.freshness import output_hash
 from gemma2.posttrain.tiny.networks import save_random
@@ -95,7 +95,7 @@ def digests(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module", params=COMMANDS)
 def whole(request, place):
     out = f"{request.param}-whole"
-    code, _, err = finish(begin(place, COMMANDS[request.param](out, False)), 300)
+    code, _, err = finish(begin(place, COMMANDS[request.param](out, False)))
     assert code == 0, err
     return request.param, digests(place / out)
 
@@ -114,11 +114,8 @@ def kill_when(place: Path, command: str, out: str, reached, delay: float) -> boo
     """Start or go on, and kill as soon as the state says so. False when it ended by itself."""
     folders = [place / out, place / f".{out}.partial"]
     process = begin(place, COMMANDS[command](out, any(folder.exists() for folder in folders)))
-    while process.poll() is None:
-        if reached(states(folders)):
-            time.sleep(delay)
-            break
-        time.sleep(0.002)
+    wait_for(lambda: reached(states(folders)) or process.poll() is not None)
+    pause(delay)
     ended = process.poll()
     process.kill()
     _, err = process.communicate()
@@ -128,7 +125,7 @@ def kill_when(place: Path, command: str, out: str, reached, delay: float) -> boo
 
 def end(place: Path, command: str, out: str) -> dict[str, str]:
     if not (place / out / "gemma2.json").exists():
-        code, _, err = finish(begin(place, COMMANDS[command](out, (place / f".{out}.partial").exists())), 300)
+        code, _, err = finish(begin(place, COMMANDS[command](out, (place / f".{out}.partial").exists())))
         assert code == 0, err
     return digests(place / out)
 

@@ -100,6 +100,7 @@ def rl_flags(root: Path) -> list[str]:
 def warp(inputs: Path) -> Path:
     out = inputs / "warp"
     shape = ["--policies", str(POLICIES), "--iterations", "2", "--eta", str(ETA), "--steps", "2", "--etas", "0,0.5,1"]
+    shape += ["--cpus", "1"]  # as many threads as a process of the tests has
     command = ["warp", "--sft", str(inputs / "sft"), *rl_flags(inputs), *shape, "--pick", "eta=0.5", "--quiet"]
     assert invoke([*command, "--out", str(out)]) == 0
     return out

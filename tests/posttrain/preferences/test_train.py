@@ -6,13 +6,13 @@ import json
 import math
 import random
 import signal
-import time
 
 import pytest
 import torch
 from processes import MAIN, gemma2, start
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
+from waiting import wait_for
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
@@ -294,10 +294,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path):
     )
     assert gemma2(*command, "--out", tmp_path / "whole")[0] == 0
     process = start(MAIN, *command, "--out", tmp_path / "out")
-    while process.poll() is None and not list(
-        (tmp_path / ".out.partial/checkpoints").glob("checkpoint-*/complete.json")
-    ):
-        time.sleep(0.01)
+    checkpoints = tmp_path / ".out.partial" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/complete.json")) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ import torch
 from processes import BARE_CHECKOUT, MAIN, finish, start
 from rl_job import environment, words, write_job
 from safetensors.torch import load_file
+from waiting import wait_for
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.ranks import Ranks
@@ -140,9 +140,9 @@ def torchrun(job, out, *more):
 
 @pytest.mark.slow
 def test_two_processes_are_one_and_resume_bit_for_bit(job):
-    code, _, err = finish(start(MAIN, *command(job, "one"), env=environment(job)), 120)
+    code, _, err = finish(start(MAIN, *command(job, "one"), env=environment(job)))
     assert code == 0, err
-    code, out, err = finish(torchrun(job, "two"), 120)
+    code, out, err = finish(torchrun(job, "two"))
     assert code == 0, err
     assert json.loads(out)["steps"] == 5  # one document: rank 1 is silent
     for folder in ("", "ema"):
@@ -155,16 +155,15 @@ def test_two_processes_are_one_and_resume_bit_for_bit(job):
 
     killed = torchrun(job, "again")
     checkpoint = job / ".again.partial" / "checkpoints" / "checkpoint-2" / "complete.json"
-    while not checkpoint.exists() and killed.poll() is None:
-        time.sleep(0.01)
+    wait_for(lambda: checkpoint.exists() or killed.poll() is not None)
     for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
         process.kill()  # torchrun starts its workers in sessions of their own
     killed.communicate()
     assert checkpoint.exists()
-    code, _, err = finish(start(MAIN, *command(job, "again", "--resume"), env=environment(job)), 120)
+    code, _, err = finish(start(MAIN, *command(job, "again", "--resume"), env=environment(job)))
     assert code == 1
     assert "processes (2 -> 1)" in err
-    code, _, err = finish(torchrun(job, "again", "--resume"), 120)
+    code, _, err = finish(torchrun(job, "again", "--resume"))
     assert code == 0, err
     for file in ("model.safetensors", "ema/model.safetensors", "metrics.jsonl", "samples.jsonl"):
         assert (job / "again" / file).read_bytes() == (job / "two" / file).read_bytes(), file
@@ -173,7 +172,7 @@ def test_two_processes_are_one_and_resume_bit_for_bit(job):
 @pytest.mark.slow
 def test_an_error_of_the_whole_job_is_said_once_and_leaves_nothing(job):
     process = torchrun(job, "broken", "--set", "trainer.top_p=0.5")
-    code, out, err = finish(process, 120)
+    code, out, err = finish(process)
     assert code != 0
     assert out == ""
     assert err.count("'trainer.top_p' has no effect here") == 2  # each rank says what it has found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
 from processes import MAIN, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import wait_for
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
@@ -298,9 +298,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, extra):
     assert cli(*flags(inputs, tmp_path / "whole", **more)) == 0
     process = start(MAIN, *flags(inputs, tmp_path / "out", **more))
     checkpoints = tmp_path / ".out.partial" / "checkpoints"
-    while not list(checkpoints.glob("checkpoint-*/complete.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/complete.json")) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     process.kill()
     process.communicate()
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import fake_vllm
 import pytest
 from chat_server import KEY, Server, serving
 from teachers import save_stopping
+from waiting import pause
 
 from gemma2.core.errors import UsageError
 from gemma2.core.progress import SILENT
@@ -41,7 +42,7 @@ def configure(request, teacher, monkeypatch):
         pytest.importorskip("openai")
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        with serving(Server(delay=lambda body: body["seed"] % 7 / 200)) as address:
+        with serving(Server(before=lambda body: pause(body["seed"] % 7 / 200))) as address:
             given |= {"teacher": "a/model", "base_url": address, "logprobs": True}
             yield lambda **more: GenerateConfig(**{**given, **more})
         return

@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 from processes import MAIN, finish, start
+from waiting import wait_for
 
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.pipelines.freshness import output_hash
@@ -36,9 +36,9 @@ def place(tmp_path_factory):
     return root
 
 
-def run(place, out, *more, seconds=180):
+def run(place, out, *more):
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    return finish(start(MAIN, "pipeline", "run", "p.yaml", "--out", out, *more, cwd=place, env=environment), seconds)
+    return finish(start(MAIN, "pipeline", "run", "p.yaml", "--out", out, *more, cwd=place, env=environment))
 
 
 def test_the_same_dag_gives_the_same_hashes_and_bytes(place):
@@ -71,14 +71,10 @@ def test_a_lost_worker_is_tried_again(place):
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     words = ["pipeline", "run", "p.yaml", "--out", "lost", "--executor", "ray", *options]
     process = start(MAIN, *words, cwd=place, env=environment)
-    record = place / "lost" / ".clean.partial" / "chunks"
-    until = time.monotonic() + 120
-    while not (found := worker_of(place / "lost" / ".clean.lock")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until, record
-        time.sleep(0.1)
-    os.kill(found, signal.SIGKILL)
-    code, _, err = finish(process, 240)
+    wait_for(lambda: worker_of(place / "lost" / ".clean.lock") or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    os.kill(worker_of(place / "lost" / ".clean.lock"), signal.SIGKILL)
+    code, _, err = finish(process)
     assert code == 0, err
     assert "its worker was lost" in err
     assert "attempt 2 of 2" in err

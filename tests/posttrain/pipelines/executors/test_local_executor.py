@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from processes import MAIN, finish, start
+from waiting import wait_for
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
@@ -22,6 +23,12 @@ def place(tmp_path):
     rows = [json.dumps({**ROW, "prompt": f"{ROW['prompt']} ({i})"}) for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     return tmp_path
+
+
+def write_rows(place: Path, count: int) -> None:
+    """Rows that take about a millisecond each."""
+    rows = (json.dumps({**ROW, "prompt": f"What is {i} plus {i * i} times {i % 7}? " * 8}) for i in range(count))
+    (place / "rows.jsonl").write_text("\n".join(rows))
 
 
 def job(place: Path, stage: str = "a", **changes) -> Job:
@@ -44,9 +51,7 @@ def job(place: Path, stage: str = "a", **changes) -> Job:
 
 def outcomes(executor: LocalExecutor, count: int) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {}
-    until = time.monotonic() + 60
-    while len(found) < count and time.monotonic() < until:
-        found |= executor.poll(0.2)[1]
+    wait_for(lambda: found.update(executor.poll(0.2)[1]) or len(found) >= count)
     return found
 
 
@@ -81,6 +86,7 @@ def test_a_bug_is_told_with_its_traceback_and_logged(place, executor):
 
 
 def test_a_process_that_is_killed_is_told_by_its_signal(place, executor):
+    write_rows(place, 20_000)  # so that it cannot end before it is killed
     executor.start(job(place), None)
     os.kill(executor.running["a"].process.pid, signal.SIGKILL)
     assert outcomes(executor, 1)["a"].error.startswith("its process was ended by SIGKILL")
@@ -153,14 +159,10 @@ def test_an_error_of_a_stage_is_one_line_with_its_exit_code(place):
 @pytest.fixture
 def slow(place):
     """A pipeline whose stage has a minute of work, and has begun."""
-    rows = (json.dumps({**ROW, "prompt": f"What is {i} plus {i * i} times {i % 7}? " * 8}) for i in range(60_000))
-    (place / "rows.jsonl").write_text("\n".join(rows))
+    write_rows(place, 60_000)
     process = start(MAIN, *pipeline(place), cwd=place)
-    until = time.monotonic() + 60
-    while not (place / "out" / ".a.partial").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for(lambda: (place / "out" / ".a.partial").exists() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     yield process
     process.kill()
     process.communicate()
@@ -183,11 +185,8 @@ def alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()}
 
 
-def all_gone(pids: set[int], seconds: float = 10) -> bool:
-    until = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not alive(pids)
+def wait_until_gone(pids: set[int]) -> None:
+    wait_for(lambda: not alive(pids))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -199,14 +198,26 @@ def test_an_interrupt_ends_the_stages_and_says_so(place, slow, number, code):
     assert "Traceback" not in err
     assert err.rstrip().endswith("interrupted")
     assert json.loads((place / "out" / "pipeline.json").read_text())["status"] == "interrupted"
-    assert all_gone(children)
+    wait_until_gone(children)
+    assert not (place / "out" / "a").exists()  # the stage has not come to its end meanwhile
 
 
 def test_stages_do_not_outlive_a_pipeline_that_is_killed(place, slow):
     children = children_of(slow.pid)
     assert children
     slow.kill()
-    assert all_gone(children)
+    wait_until_gone(children)
+    assert not (place / "out" / "a").exists()  # the stage has not come to its end meanwhile
+
+
+def written(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def end(pid: int) -> None:
+    """End what a failing test would leave behind."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 HELPED = """
@@ -214,9 +225,9 @@ import subprocess, sys, time
 from gemma2.posttrain.pipelines.executors.processes import follow_parent
 def work(file):
     follow_parent()
-    helper = subprocess.Popen(["sleep", "60"])
+    helper = subprocess.Popen(["sleep", "3600"])
     open(file, "w").write(str(helper.pid))
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -231,16 +242,15 @@ process.start()
 process.join()
 """
     process = start(script, place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 30
-    while not ((place / "pid").exists() and (place / "pid").read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    helper = int((place / "pid").read_text())
+    wait_for(lambda: written(place / "pid") or process.poll() is not None)
+    helper = int(written(place / "pid"))
     assert alive({helper})
     process.kill()
     process.wait()  # not for its pipes, which the helper holds too
-    assert all_gone({helper})
+    try:
+        wait_until_gone({helper})
+    finally:
+        end(helper)
 
 
 def statuses(place: Path) -> list[str]:
@@ -280,9 +290,11 @@ def test_a_command_line_that_cannot_be_is_one_line(place, words, code, said):
 
 
 def test_a_killed_run_is_not_told_as_running(place, slow):
+    children = children_of(slow.pid)
     assert statuses(place) == ["running", "to run"]
     slow.kill()
     slow.wait()
+    wait_until_gone(children)
     assert statuses(place)[0] in ("interrupted", "to run")
 
 
@@ -294,7 +306,7 @@ def work(file, pipe):
     if helper:
         with open(file, "w") as out:
             out.write(str(helper))
-    time.sleep(180)
+    time.sleep(3600)
 """
 
 
@@ -308,12 +320,11 @@ def test_a_stage_that_is_killed_takes_its_helpers_along_and_its_end_is_seen(plac
     process.start()
     sender.close()
     executor.running["a"] = _Running(process, receiver, ())
-    until = time.monotonic() + 30
-    while not ((place / "pid").exists() and (place / "pid").read_text()):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    helper = int((place / "pid").read_text())
+    helper = int(wait_for(lambda: written(place / "pid")))
     assert alive({helper})
     os.kill(process.pid, signal.SIGKILL)
-    assert outcomes(executor, 1)["a"].code == -signal.SIGKILL
-    assert all_gone({helper})
+    try:
+        assert outcomes(executor, 1)["a"].code == -signal.SIGKILL
+        wait_until_gone({helper})
+    finally:
+        end(helper)
