@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= quickstart
+BASE   ?= HEAD~1
 # GSM8K where it lies beside the checkout, else the project's own prompts.
 GSM8K  := $(wildcard ../shared/data/gsm8k/train.jsonl)
 QUESTIONS ?= $(if $(GSM8K),--prompts $(GSM8K) --prompt-column question)
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench real science torture docs clean
+.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench compare real science torture docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -72,6 +73,9 @@ check: lint type test ## Everything that must be clean before a commit
 
 bench: setup-dev ## Ratios against a floor or a peer in the same run
 	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/pipeline.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): about five minutes on two cores
+	@$(BIN)/python bench/compare.py $(BASE) . --assert-equal
 
 science: setup-dev ## WARP's findings over three seeds, beside what the paper says: about 15 minutes on two cores
 	@$(BIN)/python bench/science.py --out runs/science
