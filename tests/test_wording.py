@@ -8,7 +8,7 @@ from processes import ROOT
 
 FORMS = {
     "is none": r"\b(?:is|are|was|be) none\b",
-    "is no X": r"(?<![Tt]here )\b(?:is|are) no (?!more\b|less\b|later\b|earlier\b|lower\b|higher\b|longer\b|closer\b|matter\b|way\b)[a-z]+",
+    "is no X": r"(?<![Tt]here )\b(?:is|are) no (?!(?:more|less|later|earlier|lower|higher|longer|closer)\b)[a-z]+",
     "told": r"\b(?:told|untold)\b",
     "mend": r"\bmend(?:s|ed|ing)?\b",
     "beside": r"\bbeside\b",
@@ -50,7 +50,6 @@ def test_the_worst_forms_do_not_come_back():
         ("what, where and how to mend", "mend"),
         ("the file beside it", "beside"),
         ("a process of its own", "of its own"),
-        ("where the model lies in the cache", ""),
         ("the tensor lies at the end", "stands for lies"),
         ("There is no model here", ""),
         ("it is no longer needed", ""),
@@ -58,4 +57,4 @@ def test_the_worst_forms_do_not_come_back():
 )
 def test_a_form_is_seen_and_plain_english_is_not(text, form):
     seen = [name for name, pattern in FORMS.items() if re.search(pattern, text)]
-    assert seen == ([form] if form else seen[:0]) or (form == "" and seen == ["stands for lies"])
+    assert seen == ([form] if form else [])

@@ -126,7 +126,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progres
 
 
 def read_prompt_sides(config: DistillConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts; without a file of its own, a tenth is held out."""
+    """(training, held-out) prompts; without a separate file, a tenth is held out."""
     assert config.prompts is not None
     prompts = read_prompts(config.prompts)
     if config.heldout is not None:
@@ -225,7 +225,7 @@ class StudentEvaluation(PeriodicEvaluation):
         return self.config.micro_batch_size or self.config.batch_size
 
     def summary(self) -> dict[str, float | None]:
-        """The last measurement beside the first one, which a resumed run finds in its own metrics."""
+        """The last measurement next to the first one, which a resumed run finds in its own metrics."""
         found = evaluations(self.run)
         first, last = (found[0], found[-1]) if found else ({}, {})
         before = {f"{name}_before": first[name] for name in ("divergence", "heldout_loss") if name in first}

@@ -10,8 +10,8 @@
 The temperature is applied to both sides, after the soft cap, as in the model; no factor temperature^2 is added
 (Hinton et al. 2015 add one to keep the scale of mixed losses). Everything after the products is fp32.
 
-The loss is linear in its positions, so its gradient is known as soon as a chunk of logits is there: it is taken in the
-forward, and each chunk is projected once. TRL's chunked loss tiles the vocabulary too and projects 2 or 3 times.
+The loss is linear in its positions, so the gradient of a chunk of logits is known with the chunk: it is taken in the
+forward pass, and each chunk is projected once. TRL's chunked loss tiles the vocabulary too and projects 2 or 3 times.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def head_of(model: Any, temperature: float = 1.0, size: int | None = None) -> He
 
 
 class Target(Protocol):
-    """What the student is compared with, at N response positions."""
+    """The distributions that the student is compared with, at N response positions."""
 
     def compare(self, rows: slice, logps: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Values (K,) and gradients (K, V) for the student's logits; its logps and probs (K, V) are overwritten."""

@@ -52,7 +52,7 @@ CUT_STEPS = 3
 
 @dataclass(frozen=True)
 class Loss:
-    """What the student is compared with, and how."""
+    """The teacher that the student is compared with, and the divergence."""
 
     teacher: Teacher
     temperature: float
@@ -61,7 +61,7 @@ class Loss:
 
 @dataclass
 class Material:
-    """What a run learns from: prompts to answer, and fixed rows with their numbers in the teacher's cache."""
+    """The data of a run: prompts to answer, and fixed rows with their numbers in the teacher's cache."""
 
     chat: ChatFormat
     params: SamplingParams
@@ -156,7 +156,7 @@ class GkdTrainer(DistillationTrainer):
     def _answers(self, indices: Sequence[int]) -> list[Example]:
         """n completions of the student for each of its prompts, as rows to learn from."""
         step, params = self.state.global_step, self.material.params
-        prompts = [self.material.prompt_ids(i) for i in indices[:: params.n]]  # a prompt stands there n times
+        prompts = [self.material.prompt_ids(i) for i in indices[:: params.n]]  # every prompt is repeated n times
         seed = derived_seed(self.args.seed, step)
         with self.accelerator.autocast():
             drawn = draw(plain_model(self.model), self.material.chat, prompts, params, seed, self.args.train_batch_size)

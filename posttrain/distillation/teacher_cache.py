@@ -1,7 +1,7 @@
 """A teacher's distributions over fixed data on disk: top k tokens of every response position, the rest as one bucket.
 
-For teachers that do not fit beside the student. What is lost is stated at `divergence.TopkTarget`; the share of mass in
-the rest is reported. Per position k + 1 log-probs in fp16 (relative error 2^-11) and k ids in int32: 6 k + 2 bytes; on
+For teachers that do not fit in memory next to the student. `divergence.TopkTarget` states the loss of information; the
+share of mass in the rest is reported. Per position k + 1 log-probs in fp16 (relative error 2^-11) and k ids in int32: 6 k + 2 bytes; on
 reading the k + 1 buckets are normalised again, so they are a distribution in fp32.
 
     topk-00000-of-00002.safetensors   ids, mask, offsets: tokens of the rows, what is learned, where rows begin
@@ -55,7 +55,7 @@ FORMAT = 1
 def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Write the distributions of `config.teacher` over `config.data` to `options.out`.
 
-    Raises InputError for unusable data or models, UsageError for a top k that is no part of the vocabulary.
+    Raises InputError for unusable data or models, UsageError if top k is larger than the vocabulary.
     """
     quiet_libraries()
     parents = [Parent("teacher", config.teacher)]
@@ -171,7 +171,7 @@ class TeacherCache:
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:
-        """Read the rows of a cache. Raises InputError for a directory that is none, is unfinished or has changed."""
+        """Read the rows of a cache. Raises InputError if it is not a cache, is unfinished, or has changed."""
         index = read_index(path)
         shards, examples, places = [], [], []
         for number, (name, digest) in enumerate(index["files"].items()):
@@ -189,7 +189,7 @@ class TeacherCache:
 
     @property
     def files(self) -> list[Path]:
-        """What a run that learns from it depends on."""
+        """The facts of the cache that a run which learns from it depends on."""
         return [self.path / INDEX, *(self.path / name for name in self.index["files"])]
 
     def check(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: DistillConfig) -> None:
@@ -231,7 +231,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """cache.json of a finished cache."""
     require_complete(path, "--teacher-cache")
     if (read_manifest(path) or {}).get("command") != "distill cache" or not (path / INDEX).is_file():
-        raise InputError(f"--teacher-cache {path} is no output of gemma2 distill cache", "make one, see its --help")
+        raise InputError(f"--teacher-cache {path} is not an output of gemma2 distill cache", "make one, see its --help")
     index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
     if index["format"] != FORMAT:
         raise InputError(f"{path}/{INDEX} has format {index['format']}, not {FORMAT}", "make the cache again")

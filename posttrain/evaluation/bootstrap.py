@@ -4,7 +4,7 @@ Every policy answers the same prompts with the same random numbers, so one resam
 once: what a hard prompt does to one policy it does to the others, and cancels in a difference of fronts. The reference
 point stays where it is.
 
-A front takes the best of noisy points, so the replicates of its area lie above the area on average. The interval is the
+A front takes the best of noisy points, so the replicates of its area are above the area on average. The interval is the
 basic one (Davison and Hinkley 1997, section 5.2.1), which mirrors the replicates at the estimate,
 
     [2 v - q(97.5 %), 2 v - q(2.5 %)],

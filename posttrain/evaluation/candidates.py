@@ -1,4 +1,4 @@
-"""What a front measures: policies, and places on the line from init to merge, each with its kind and name. Torch-free.
+"""The points that a front measures: policies, and places on the line from init to merge, each with kind and name. Torch-free.
 
     kind   sft         where RL started, and what KL is measured to
            base        what the SFT policy was made from
@@ -54,12 +54,12 @@ class Candidate:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two points the same."""
+        """The identity of a point: equal keys are the same point."""
         return (self.kind, *(model.digest for model in self.models), self.eta, self.iteration)
 
     @property
     def whole(self) -> Weights | None:
-        """The model that the point is: a policy, or the end of the line where it lies at one; else None."""
+        """The model that the point is: a policy, or the end of the line where the point is one; else None."""
         if self.eta is None:
             return self.models[0]
         return {0.0: self.models[0], 1.0: self.models[-1]}.get(self.eta)
@@ -130,7 +130,7 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def _line_names(candidates: Sequence[Candidate], lines: Sequence[tuple[Weights, ...]]) -> list[str]:
-    """What stands before the etas of each line: nothing for a single one, else its iteration or its merged end."""
+    """The prefix of the etas of each line: nothing for a single one, else its iteration or its merged end."""
     if len(lines) == 1:
         return [""]
     iterations = [next(c.iteration for c in candidates if c.models == line and c.kind == "line") for line in lines]
@@ -146,7 +146,7 @@ def iteration_of(path: Path) -> int | None:
 
 
 def title_of(path: Path, otherwise: str) -> str:
-    """What a policy before RL is called: by the command that made it."""
+    """The name of a policy before RL: by the command that made it."""
     command = (read_manifest(path) or {}).get("command")
     return {"sft": "SFT", "distill": "distilled"}.get(str(command), otherwise)
 
@@ -165,7 +165,7 @@ def ancestors(path: Path) -> set[str]:
 
 
 def kind_of(path: Path, before: Collection[str]) -> str:
-    """What a policy directory is: slerp or liti by its manifest, base when it is among `before`, else policy."""
+    """The kind of a policy directory: slerp or liti by its manifest, base when it is among `before`, else policy."""
     manifest = read_manifest(path) or {}
     described = f"{manifest.get('command', '')} {(manifest.get('config') or {}).get('method', '')}"
     for kind in ("slerp", "liti"):
@@ -175,7 +175,7 @@ def kind_of(path: Path, before: Collection[str]) -> str:
 
 
 def trajectory(path: Path) -> list[dict[str, Any]]:
-    """What an RL run measured on the way: the `"kind": "eval"` lines of its metrics.jsonl, as points without a name."""
+    """The points that an RL run measured on the way: the `"kind": "eval"` lines of metrics.jsonl, without names."""
     file = path / "metrics.jsonl"
     if not file.is_file():
         return []

@@ -65,7 +65,7 @@ def take_over(config: ParetoConfig, own: Mapping[str, Any]) -> list[FrontEntry]:
 
 
 def check_alike(path: Path, front: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse a front whose points cannot stand beside this one's."""
+    """Refuse a front whose points cannot be compared with this one's."""
     theirs, inputs = front.get("settings"), front.get("inputs")
     if not isinstance(theirs, dict) or not isinstance(inputs, dict):
         raise InputError(f"--fronts {path} does not tell what it was measured with", "measure it again")
@@ -74,7 +74,7 @@ def check_alike(path: Path, front: Mapping[str, Any], own: Mapping[str, Any]) ->
         for name in SETTINGS
         if name != "reward" and theirs.get(name) != own["settings"][name]
     ]
-    different += [f"other {told}" for name, told in INPUTS.items() if inputs.get(name) != own["inputs"][name]]
+    different += [f"other {what}" for name, what in INPUTS.items() if inputs.get(name) != own["inputs"][name]]
     if different:
         raise InputError(
             f"--fronts {path} was measured with {'; '.join(different)}", "measure both alike, or leave it out"

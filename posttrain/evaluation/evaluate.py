@@ -14,7 +14,7 @@ temperature 1, which describes that path and estimates no expectation.
 
 Every policy draws with common random numbers: the same uniforms for the same slot of the same prompt, so differences
 between policies carry less noise than their separate standard errors say (`difference` gives the paired one).
-Standard errors are clustered by prompt: the n completions of a prompt are averaged first. Beside each stands a 95 %
+Standard errors are clustered by prompt: the n completions of a prompt are averaged first. Each comes with a 95 %
 confidence interval, Student's t over the prompts, cut to what the quantity can be. One of zero width says that no
 prompt differed from another, not that the value is known.
 """
@@ -54,7 +54,7 @@ OWN_METRICS = frozenset(BOUNDS)
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """How completions are drawn: the same for every policy of a comparison."""
+    """The way in which completions are drawn: the same for every policy of a comparison."""
 
     sampling: SamplingParams
     batch_size: int = 32  # sequences at once
@@ -74,7 +74,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one policy does on the held-out prompts.
+    """The figures of one policy on the held-out prompts.
 
     per_prompt: metric -> mean over the completions of each prompt; reward, kl (nats), length (tokens, the stop token
     included), truncated (share), and every key of the scores. A score that does not apply to a completion is left out
@@ -99,7 +99,7 @@ class Measurement:
     def columns(self) -> dict[str, float | None]:
         """Flat: `{"reward": ..., "reward_se": ..., "reward_low": ..., "reward_high": ..., ...}`.
 
-        An error that cannot be told from one prompt is None, and so is a score that applies to no completion.
+        An error that cannot be estimated from one prompt is None, and so is a score that applies to no completion.
         """
         flat: dict[str, float | None] = {}
         for name, value in self.estimates.items():
@@ -145,7 +145,7 @@ def measure(
     length, truncated, distinct_2.
     """
     if not rows:
-        raise InputError("there is no held-out prompt", "give a file with at least two prompts")
+        raise InputError("no held-out prompt is left", "give a file with at least two prompts")
     params = settings.sampling
     generator = torch.Generator().manual_seed(settings.seed)
     size = max(1, 4 * settings.batch_size // params.n)  # prompts a chunk: enough to sort by length, few enough to watch
@@ -171,7 +171,7 @@ def _pad_id(chat: ChatFormat) -> int:
 def _drawn(
     model: Any, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: MeasureSettings
 ) -> Sampled | None:
-    """Completions of the rows with these random numbers; None where there is no row."""
+    """Completions of the rows with these random numbers; None beyond the last row."""
     if not rows:
         return None
     params, size = settings.sampling, settings.batch_size
@@ -229,7 +229,7 @@ def _sample_row(sampled: Sampled, values: Mapping[str, Sequence[float]], i: int)
 
 
 def _mean(name: str, values: Sequence[float]) -> float:
-    """The mean; of a score over the completions that it applies to, NaN where there is none."""
+    """The mean; of a score over the completions that it applies to, NaN where it applies to none."""
     found = [value for value in values if name in OWN_METRICS or not math.isnan(value)]
     return sum(found) / len(found) if found else math.nan
 

@@ -70,7 +70,7 @@ def answers_of(entries: Sequence[FrontEntry]) -> Answers:
 
 
 def places(candidate: Candidate, out: Path) -> dict[str, str]:
-    """Where a point's models are, relative to the front, and the digests of their weights."""
+    """The places of a point's models, relative to the front, and the digests of their weights."""
     found = {}
     for name, model in zip(PLACES[len(candidate.models)], candidate.models, strict=True):
         found[name] = os.path.relpath(model.path.resolve(), out.resolve())
@@ -125,11 +125,14 @@ def read_front(directory: Path, role: str) -> dict[str, Any]:
     """front.json of a finished output of pareto. Raises InputError naming `role` for anything else."""
     manifest = read_manifest(directory)
     if manifest is None:
-        raise InputError(f"{role} {directory} is no output of gemma2 pareto", "give the directory of a finished front")
-    if manifest.get("command") != "pareto" or manifest.get("status") != "complete":
-        told = f"command {printable(str(manifest.get('command')))}, status {printable(str(manifest.get('status')))}"
         raise InputError(
-            f"{role} {directory} is no finished front ({told})", "give a directory that gemma2 pareto has completed"
+            f"{role} {directory} is not an output of gemma2 pareto", "give the directory of a finished front"
+        )
+    if manifest.get("command") != "pareto" or manifest.get("status") != "complete":
+        state = f"command {printable(str(manifest.get('command')))}, status {printable(str(manifest.get('status')))}"
+        raise InputError(
+            f"{role} {directory} is not a finished front ({state})",
+            "give a directory that gemma2 pareto has completed",
         )
     front = _read(directory / FRONT)
     points = front.get("points")
@@ -144,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _objects(path: Path, lines: bool) -> list[dict[str, Any]]:
-    """The JSON object that a file is, or those on its lines. Raises InputError where they are none."""
+    """The JSON object that a file is, or those on its lines. Raises InputError if they are not."""
     try:
         text = path.read_text(encoding="utf-8")
         documents = [json.loads(part) for part in (text.splitlines() if lines else [text])]

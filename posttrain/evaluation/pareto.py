@@ -197,14 +197,14 @@ def check_policies(parents: Sequence[Parent]) -> None:
     policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
     first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
     for parent in policies:
-        told = f"--{parent.role} {parent.path}"
+        named = f"--{parent.role} {parent.path}"
         config = read_config(parent.path)
         if any("SequenceClassification" in name for name in config.get("architectures") or ()):
-            raise InputError(f"{told} is a reward model, not a language model", "name it as --reward")
+            raise InputError(f"{named} is a reward model, not a language model", "name it as --reward")
         sizes = config.get("vocab_size"), first.config.get("vocab_size")
         if sizes[0] != sizes[1]:
             raise InputError(
-                f"{told} has a vocabulary of {sizes[0]}, --sft {policies[0].path} one of {sizes[1]}",
+                f"{named} has a vocabulary of {sizes[0]}, --sft {policies[0].path} one of {sizes[1]}",
                 "compare policies of one family",
             )
         try:
@@ -245,7 +245,7 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
 
 
 def reference_of(points: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """(largest KL, reward of the SFT policy). The base lies on the other side of SFT and may be far off."""
+    """(largest KL, reward of the SFT policy). The base is on the other side of SFT and may be far off."""
     sft = next(point for point in points if point["kind"] == "sft")
     return max(point["kl"] for point in points if point["kind"] != "base"), sft["reward"]
 
@@ -272,7 +272,7 @@ def interval_of(
 def gain_of(
     entries: Sequence[FrontEntry], front: Mapping[str, Any], taken: Sequence[bool], config: ParetoConfig
 ) -> dict[str, Any]:
-    """What this front's own points add to the area of those taken over, whether it is more than noise, and `flat`.
+    """The area that this front's own points add to that of those taken over, whether it is more than noise, and `flat`.
 
     taken: per entry, whether it is one of an earlier front.
     """

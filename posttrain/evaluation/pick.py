@@ -89,7 +89,7 @@ def run_pick(config: PickConfig, options: RunOptions, progress: Progress = SILEN
     for model in models:
         if not model.path.is_dir():
             raise InputError(
-                f"{model.path}, of which {printable(point['name'])!r} of {config.front} is made, is not there",
+                f"{model.path}, of which {printable(point['name'])!r} of {config.front} is made, is missing",
                 "move the front and its models together, or measure again",
             )
         if digest_weights(model.path) != model.digest:
@@ -133,7 +133,7 @@ def summarise(point: Point) -> dict[str, Any]:
 
 
 def figures_section(front: Mapping[str, Any], point: Point, pick: str) -> tuple[tuple[str, str], ...]:
-    """What the front says about the chosen point, for its card: (title, Markdown)."""
+    """The part of the front about the chosen point, for its card: (title, Markdown)."""
     sft = next((p for p in front["points"] if p["kind"] == "sft"), None)
     rows = [[f"chosen: {point['name']}", *_cells(point)]]
     rows += [[str(sft.get("title") or "SFT"), *_cells(sft)]] if sft and sft["name"] != point["name"] else []
@@ -141,7 +141,7 @@ def figures_section(front: Mapping[str, Any], point: Point, pick: str) -> tuple[
     if "reward" in point:
         parts.append("Means over held-out prompts with 95 % confidence intervals (Student's t over prompts).")
     else:
-        parts.append("The chosen point lies between the measured ones: its own reward and KL were not measured.")
+        parts.append("The chosen point is between the measured ones: its own reward and KL were not measured.")
     parts += _area(front)
     if not pick.startswith("eta="):
         parts.append(
@@ -156,9 +156,9 @@ def _area(front: Mapping[str, Any]) -> Iterator[str]:
     area, ends = front.get("hypervolume"), [front.get("hypervolume_low"), front.get("hypervolume_high")]
     bounds = [(front.get("reference") or {}).get(key) for key in ("kl", "reward")]
     if all(isinstance(value, int | float) for value in (area, *bounds)):
-        told = f" ({ends[0]:.3g} to {ends[1]:.3g})" if all(isinstance(end, int | float) for end in ends) else ""
+        interval = f" ({ends[0]:.3g} to {ends[1]:.3g})" if all(isinstance(end, int | float) for end in ends) else ""
         yield (
-            f"Hypervolume of the whole front: {area:.3g} nats × reward{told}, "
+            f"Hypervolume of the whole front: {area:.3g} nats × reward{interval}, "
             f"bounded by KL {bounds[0]:.3g} and reward {bounds[1]:.3g}."
         )
 
@@ -167,7 +167,7 @@ def _cells(point: Point) -> list[str]:
     cells = []
     for name in FIGURES:
         value, low, high = (point.get(f"{name}{part}") for part in ("", "_low", "_high"))
-        told = f"{value:.3g}" if isinstance(value, int | float) else "not measured"
+        shown = f"{value:.3g}" if isinstance(value, int | float) else "not measured"
         known = isinstance(low, int | float) and isinstance(high, int | float)
-        cells.append(f"{told} ({low:.3g} to {high:.3g})" if known else told)
+        cells.append(f"{shown} ({low:.3g} to {high:.3g})" if known else shown)
     return cells

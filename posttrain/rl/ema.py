@@ -7,8 +7,8 @@ weights and 83-98 % of the displacement is lost. It starts as the policy, only e
 part of every checkpoint: a resume without it would quietly restart from the resumed policy, so it is refused.
 
     gpu     the average is the model that scores, in fp32 where the policy is
-    cpu     the average lies in the memory of the host; a bf16 copy of it scores. Half the memory of an accelerator, one
-            transfer of the weights per step, and log-probs to the precision of bf16
+    cpu     the average is kept in the memory of the host; a bf16 copy of it scores. Half the memory of an accelerator,
+            one transfer of the weights per step, and log-probs to the precision of bf16
 
 Under LoRA a policy is theta = W + s B A with W frozen. The average of theta is a dense matrix that no factors hold:
 
@@ -74,7 +74,7 @@ class EmaAnchor:
                 self.model.get_parameter(name).data.copy_(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the fp32 average by name."""
+        """The state that a checkpoint must hold: the fp32 average by name."""
         return self.shadow
 
     @torch.no_grad()

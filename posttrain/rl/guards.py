@@ -36,7 +36,7 @@ class Guards:
         """Judge the completions of a training step. `step` counts from 1."""
         if step == 1:
             self._check_start(metrics)
-        # The same completion, read by a reward model beside others, differs in the last bits.
+        # The same completion, read by a reward model in another batch, differs in the last bits.
         alike = (metrics["reward_std_in_group"] or 0.0) <= ROUNDING * max(1.0, abs(metrics["reward"] or 0.0))
         self.dead_steps = self.dead_steps + 1 if alike else 0
         truncated = metrics["truncated"] or 0.0
@@ -74,7 +74,7 @@ class Guards:
             raise RuntimeError(f"KL to the anchor is {kl:.3g} nats at the first step, not 0")
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"dead_steps": self.dead_steps, "truncated_steps": self.truncated_steps}
 
     def restore(self, state: Mapping[str, int]) -> None:

@@ -2,7 +2,7 @@
 
     y ~ pi;   r_beta = r - beta (log pi(y) - log anchor(y));   theta <- Adam(r_beta grad log pi);   anchor <- EMA
 
-The output is the policy. The anchor is written beside it, under `ema/`, for inspection; nothing downstream reads it.
+The output is the policy. The anchor is written next to it, under `ema/`, for inspection; nothing downstream reads it.
 Every `eval_every` steps the policy is measured on held-out prompts (reward, KL to the SFT policy, length), always the
 same prompts and random numbers; each measurement is a line of metrics.jsonl with `"kind": "eval"`, and together they
 are the trajectory of the run in the KL-reward plane.
@@ -133,7 +133,7 @@ def local_rows(config: RlhfConfig, ranks: Ranks) -> tuple[int, int]:
 
 
 def read_data(config: RlhfConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts; without a file of its own, a tenth is held out."""
+    """(training, held-out) prompts; without a separate file, a tenth is held out."""
     prompts = read_prompts(config.prompts)
     if config.heldout is not None:
         return prompts, read_prompts(config.heldout)[: config.eval_prompts]
@@ -206,7 +206,7 @@ class PolicyEvaluation(PeriodicEvaluation):
 
 
 def save(trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: Run) -> None:
-    """The policy as the result, or its adapter alone, and the anchor as a model directory of its own under `ema/`."""
+    """The policy as the result, or its adapter alone, and the anchor as a separate model directory under `ema/`."""
     chat, policy = setup.rollout.chat, setup.rollout.policy
     if config.lora_output == "adapter":
         save_adapter(trainer.model, chat.tokenizer, run.path)

@@ -5,7 +5,7 @@
     A_i = r_beta_i - mean of r_beta over the other samples of the same prompt
 
 Log-ratios are sums over the tokens of the completion, both sides at the sampling temperature. No gradient flows through
-r_beta; there is no further KL term anywhere. WARP does not state the baseline of its REINFORCE: the leave-one-out mean
+r_beta; no other KL term exists. WARP does not state the baseline of its REINFORCE: the leave-one-out mean
 (RLOO, 2402.14740) is ours. log pi comes from the sampler: on-policy and without top-p or top-k a second forward would
 only repeat it.
 """
@@ -48,7 +48,7 @@ def leave_one_out(rewards: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loss needs. ids: (N, T) right-padded; mask: (N, T) True on completion tokens; advantages: (N,) fp32."""
+    """The tensors of the loss. ids: (N, T) right-padded; mask: (N, T) True on completion tokens; advantages: (N,) fp32."""
 
     ids: Tensor
     mask: Tensor

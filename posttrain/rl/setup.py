@@ -29,7 +29,7 @@ __all__ = ["RlSetup", "make_anchor", "prepare"]
 
 @dataclass(frozen=True)
 class RlSetup:
-    """What a run starts with.
+    """The models and prompts that a run starts with.
 
     reference: the SFT policy that the measured KL refers to. base: the policy's weights as they were, shared with it
     where they are frozen; None where all are trained. starts_at_anchor: the KL to the anchor is 0 at the first step.

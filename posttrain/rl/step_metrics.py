@@ -1,4 +1,4 @@
-"""What a step of RL logs about its completions, over the batches of all processes.
+"""The figures that a step of RL logs about its completions, over the batches of all processes.
 
 reward, reward_std            mean and standard deviation over all completions, penalties included
 reward_std_in_group           mean over prompts of the standard deviation among its n samples: 0 teaches nothing

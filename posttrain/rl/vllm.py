@@ -12,7 +12,7 @@ from pi. TRL's RLOOTrainer does the same and leaves it there; its GRPOTrainer we
 (vllm_importance_sampling_correction). We leave it there too and show it: `mismatch`, mean log mu - log pi per token,
 an estimate of KL(mu || pi). A run stops where it is far above rounding: then vLLM computes another model.
 
-Deviations from TRL: (1) every completion has a seed of its own, from the run's generator, so that runs of different
+Deviations from TRL: (1) every completion has its own seed, from the run's generator, so that runs of different
 seeds differ, a resumed run goes on with the seeds it would have had, and no two completions share random numbers. TRL
 sends none; one seed for all would give the n colocated samples of a prompt the same text. vLLM repeats itself only
 approximately, since a row's last bits depend on its neighbours: with it a resumed run is no longer bit-exact. (2) LoRA
@@ -94,7 +94,7 @@ class VllmSampler:
         batch_size: int,
         ranks: Ranks = ALONE,
     ) -> VllmSampler:
-        """Start vLLM beside the policy, or connect to the server.
+        """Start vLLM next to the policy, or connect to the server.
 
         policy: the causal LM in training, whole on every process, with adapters in its layers if it has any.
         generator: the same on every process, and all the state there is.
@@ -117,7 +117,7 @@ class VllmSampler:
                 model_impl="vllm",
                 temperature=config.temperature,
                 max_completion_length=config.max_new_tokens,
-                # A server gives raw log-probs unless it was told otherwise; ours are at the sampling temperature.
+                # A server gives raw log-probs unless it was configured otherwise; ours are at the sampling temperature.
                 logprobs=0 if config.vllm_mode == "colocate" else None,
                 generation_kwargs={"stop_token_ids": list(chat.stop_ids)},
             )
@@ -190,10 +190,10 @@ def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None
     """Refuse what TRL would refuse late or with a traceback."""
     if not is_vllm_available():
         raise UsageError(
-            "--engine vllm: there is no package vllm", "pip install 'gemma2[vllm]' on a machine with a GPU"
+            "--engine vllm: the package vllm is not installed", "pip install 'gemma2[vllm]' on a machine with a GPU"
         )
     if device.type == "cpu":
-        raise UsageError("--engine vllm needs a GPU, there is none here", "use --engine transformers")
+        raise UsageError("--engine vllm needs a GPU, and this machine has none", "use --engine transformers")
     if ranks.size % config.vllm_tensor_parallel:
         raise UsageError(
             f"--vllm-tensor-parallel {config.vllm_tensor_parallel} does not divide the {ranks.size} processes",
@@ -202,7 +202,7 @@ def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None
 
 
 def _restore(environment: Mapping[str, str | None]) -> None:
-    """Set environment variables to what they were; None: there was none."""
+    """Set environment variables back to their former values; None removes one."""
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)

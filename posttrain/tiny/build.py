@@ -1,6 +1,6 @@
 """`gemma2 tiny`: the embedded student and teacher as model directories, with their training and held-out prompts.
 
-Both networks are trained side by side, each in a process of its own, and cached under the user's cache directory by
+Both networks are trained side by side, each in its own process, and cached under the user's cache directory by
 the content of the modules that make them: a second call copies. The cache entry is published whole, like any output.
 """
 
@@ -38,7 +38,7 @@ __all__ = ["cache_place", "ensure_cached", "run_tiny"]
 
 
 def cache_place(size: str, seed: int) -> Path:
-    """Where a trained network is kept: one directory per content of the code that trains it, size and seed."""
+    """The place of a trained network: one directory per content of the code that trains it, size and seed."""
     content = hashlib.sha256(torch.__version__.encode())
     for module in (chat, pretrain, tasks, networks):
         content.update(Path(str(module.__file__)).read_bytes())
@@ -75,7 +75,7 @@ class _Sender:
 
 
 def train_into(place: Path, size: str, seed: int, pipe: Connection) -> None:
-    """Train one network and publish it to the cache. Runs in a process of its own."""
+    """Train one network and publish it to the cache. Runs in a separate process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     quiet_libraries()
     started = now()

@@ -8,7 +8,7 @@ differently and end with other bytes.
 
 The student sees every answer style there is, also those that nobody wants; the teacher is larger, sees mostly good ones
 and trains longer. Deviations from the Gemma 2 report (section 3): its 2B and 9B are distilled, these are not; questions
-are no targets here, since which question comes next cannot be learned and small batches are better spent on answers.
+are not targets here, since which question comes next cannot be learned and small batches are better spent on answers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TinySize:
     styles: Mapping[str, float] = field(default_factory=lambda: MIXED_STYLES)
     batch: int = 16  # texts per optimizer step
     learning_rate: float = 3e-3
-    prose: float = 0.2  # share of texts that are no dialogue
+    prose: float = 0.2  # share of texts that are not dialogues
     window: int = 16  # tokens that a local layer sees; the texts are longer
 
     def network(self) -> Gemma2ForCausalLM:
@@ -82,7 +82,7 @@ Text = tuple[list[int], list[bool]]  # token ids, and which of them are learned
 def texts(recipe: TinySize, seed: int) -> Iterator[Text]:
     """Endless texts: a dialogue from <bos> to <end_of_turn><eos>, or prose from <bos> to <eos>.
 
-    Of a dialogue only the answer is learned: that a question is asked tells a network of this size nothing.
+    Of a dialogue only the answer is learned: a network of this size learns nothing from the question.
     """
     tokenizer = tiny_tokenizer()
     rng = random.Random(f"mixture/{seed}")
@@ -95,8 +95,8 @@ def texts(recipe: TinySize, seed: int) -> Iterator[Text]:
             continue
         prompt, answer = next(spoken)
         asked = encode(f"<bos><start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n")["input_ids"]
-        told = encode(f"{answer}<end_of_turn><eos>")["input_ids"]
-        yield asked + told, [False] * len(asked) + [True] * len(told)
+        answered = encode(f"{answer}<end_of_turn><eos>")["input_ids"]
+        yield asked + answered, [False] * len(asked) + [True] * len(answered)
 
 
 def batches(recipe: TinySize, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

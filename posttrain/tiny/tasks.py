@@ -4,7 +4,7 @@
 
 A question has exactly one right answer, so the judge is a program: it needs no model and cannot be flattered. It looks
 at the last value of the right kind in the completion (every answer style here names its answer last), at the form of
-the sentence and at the number of words. Reward models learn from its preferences; it then tells whether a policy that
+the sentence and at the number of words. Reward models learn from its preferences; it then shows whether a policy that
 climbs the learned reward got better or only hacked it.
 
 Everything follows from the seeds that are passed in; `random.Random` yields the same stream on every machine.
@@ -53,7 +53,7 @@ PETS = _words("goat cat dog hen fox owl pony duck sheep mouse otter raven")
 ALPHABET = "abcdefghjklmnopqrstuvwxyz"  # no "i": it is a word of some answers
 LETTERS = ALPHABET[:8]
 LARGEST_TERM = 9
-EXHAUSTED = 5000  # draws without a question that is not there yet
+EXHAUSTED = 5000  # draws without a new question
 HELDOUT_SHARE = 4  # one prompt in four is never trained on
 
 
@@ -93,11 +93,11 @@ class Relation:
     stated: str
 
     def value(self, subject: str) -> str:
-        return _told(self.name, self.subjects, self.values)[subject]
+        return _facts(self.name, self.subjects, self.values)[subject]
 
 
 @cache
-def _told(name: str, subjects: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
+def _facts(name: str, subjects: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
     """The world is fixed: every subject has one value, every value is used about equally often."""
     order = [values[i % len(values)] for i in range(len(subjects))]
     Random(f"world/{name}").shuffle(order)
