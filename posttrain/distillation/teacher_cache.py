@@ -1,8 +1,8 @@
 """A teacher's distributions over fixed data on disk: top k tokens of every response position, the rest as one bucket.
 
-For teachers that do not fit in memory next to the student. `divergence.TopkTarget` states the loss of information; the
-share of mass in the rest is reported. Per position k + 1 log-probs in fp16 (relative error 2^-11) and k ids in int32: 6 k + 2 bytes; on
-reading the k + 1 buckets are normalised again, so they are a distribution in fp32.
+For teachers that do not fit in memory next to the student. `divergence.TopkTarget` states what is lost; the share of
+mass in the rest is reported. Per position k + 1 log-probs in fp16 (relative error 2^-11) and k ids in int32:
+6 k + 2 bytes; on reading the k + 1 buckets are normalised again, so they are a distribution in fp32.
 
     topk-00000-of-00002.safetensors   ids, mask, offsets: tokens of the rows, what is learned, where rows begin
                                       top_ids (P, k), logps (P, k + 1): one line per learned token, in order

@@ -1,4 +1,6 @@
-"""The points that a front measures: policies, and places on the line from init to merge, each with kind and name. Torch-free.
+"""The points that a front measures: policies, and places on the line from init to merge, with kinds and names.
+
+Torch-free.
 
     kind   sft         where RL started, and what KL is measured to
            base        what the SFT policy was made from

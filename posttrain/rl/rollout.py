@@ -48,7 +48,7 @@ def leave_one_out(rewards: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of the loss. ids: (N, T) right-padded; mask: (N, T) True on completion tokens; advantages: (N,) fp32."""
+    """The tensors of the loss. ids: (N, T) right-padded; mask: (N, T) True on completions; advantages: (N,) fp32."""
 
     ids: Tensor
     mask: Tensor

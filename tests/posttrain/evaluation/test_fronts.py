@@ -250,8 +250,8 @@ def torn(front):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (drop("gemma2.json"), "no output of gemma2 pareto"),
-        (unfinished, "no finished front"),
+        (drop("gemma2.json"), "not an output of gemma2 pareto"),
+        (unfinished, "not a finished front"),
         (drop("front.json"), r"front\.json cannot be read"),
         (drop("prompts.json"), r"prompts\.json cannot be read"),
         (drop("samples.jsonl"), r"samples\.jsonl cannot be read"),

@@ -162,7 +162,7 @@ def scale(directory):
         (lambda run: shutil.rmtree(run / "iteration-2" / "slerp"), "slerp, of which .* is made, is missing"),
         (lambda run: scale(run / "iteration-2" / "slerp"), "the weights of .*slerp are not those"),
         (lambda run: scale(run / "sft"), "the weights of .*sft are not those"),
-        (lambda run: (run / "iteration-2" / "front" / "gemma2.json").unlink(), "no output of gemma2 pareto"),
+        (lambda run: (run / "iteration-2" / "front" / "gemma2.json").unlink(), "not an output of gemma2 pareto"),
         (lambda run: os.truncate(run / "iteration-2" / "front" / "front.json", 99), r"front\.json cannot be read"),
     ],
 )
