@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line that says what, where and how.
+"""Errors that a user can fix: one line that says what is wrong, where, and how to fix it.
 
 Gemma2Error            exit code 1   a clear error
 ├── UsageError         exit code 2   wrong option, key or configuration
@@ -20,14 +20,14 @@ REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.
 
 
 class Gemma2Error(Exception):
-    """Base of every expected failure. `what` names the thing and the place, `mend` the way out."""
+    """Base of every expected failure. `what` names the thing and the place, `hint` the way out."""
 
     exit_code = 1
 
-    def __init__(self, what: str, mend: str = "") -> None:
+    def __init__(self, what: str, hint: str = "") -> None:
         self.what = what
-        self.mend = mend
-        super().__init__(f"{what}; {mend}" if mend else what)
+        self.hint = hint
+        super().__init__(f"{what}; {hint}" if hint else what)
 
 
 class UsageError(Gemma2Error, ValueError):
@@ -43,8 +43,8 @@ class InputError(Gemma2Error, ValueError):
 class OutputError(Gemma2Error, OSError):
     """An output that cannot be written: it exists, is locked, or there is no room."""
 
-    def __str__(self) -> str:  # OSError formats two arguments as "[Errno what] mend"
-        return f"{self.what}; {self.mend}" if self.mend else self.what
+    def __str__(self) -> str:  # OSError formats two arguments as "[Errno what] hint"
+        return f"{self.what}; {self.hint}" if self.hint else self.what
 
 
 class GuardStop(Gemma2Error, RuntimeError):

@@ -140,7 +140,7 @@ class ChatFormat:
         return self._text([i for i in ids if i not in controls])
 
     def token_text(self, token: int) -> str:
-        """What one token stands for, control tokens by their name; a blank is a blank, not the tokenizer's sign."""
+        """The text of one token, control tokens by their name; a blank is a blank, not the tokenizer's sign."""
         return self._text([token])
 
     def is_control(self, token: int) -> bool:
@@ -185,8 +185,8 @@ class ChatFormat:
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            mend = "let user and assistant alternate, beginning with user"
-            raise InputError(f"the chat template refuses the turns {roles}: {error}", mend) from error
+            hint = "let user and assistant alternate, beginning with user"
+            raise InputError(f"the chat template refuses the turns {roles}: {error}", hint) from error
 
     def _split_controls(self, text: str) -> Iterator[_Piece]:
         start = 0
@@ -267,7 +267,7 @@ class ChatFormat:
 def _join(pieces: list[_Piece]) -> list[_Piece]:
     """Join neighbouring text into runs that are encoded together, and spread targets to the end of each model turn.
 
-    The text of a model turn begins a run of its own: its header ends as the generation prompt does.
+    The text of a model turn begins a separate run: its header ends as the generation prompt does.
     """
     runs: list[_Piece] = []
     in_target = False

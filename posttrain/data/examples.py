@@ -37,7 +37,7 @@ SHOWN = 3  # rows that a warning names
 
 
 class RowLimits(Protocol):
-    """What a configuration says about rows."""
+    """The fields of a configuration that concern rows."""
 
     @property
     def max_length(self) -> int: ...
@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Cut:
-    """A row over the length limit: where it stands, its tokens, and how many of them are learned from (0: dropped)."""
+    """A row over the length limit: its place, its tokens, and how many of them are learned from (0: dropped)."""
 
     where: str
     tokens: int
@@ -68,7 +68,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Overlong:
-    """What became of rows over the length limit."""
+    """The fate of rows over the length limit."""
 
     rows: tuple[Cut, ...] = ()
 

@@ -7,7 +7,7 @@
                     first equal ones, of texts the words up to where they part
 
 MESSAGES is a list of {"role": ..., "content": TEXT}; as prompts serve {"messages": MESSAGES} too that end with a user
-turn. Columns that are not read stay in `extra`. Every refusal names file, line, what is wrong and the mend. Where rows
+turn. Columns that are not read stay in `extra`. Every refusal names file, line, the fault and the fix. Where rows
 come from is the matter of `sources.py`.
 """
 
@@ -47,7 +47,7 @@ ASKED = ("question", "instruction", "query", "input")  # other names under which
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is to answer."""
+    """A prompt that a model is to answer."""
 
     where: str
     messages: list[Message]
@@ -55,7 +55,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """What makes two rows the same question: the messages before the first model turn."""
+        """The key of a question: the messages before the first model turn."""
         return _key(self.messages)
 
 
@@ -71,7 +71,7 @@ class Conversation:
 
     @property
     def key(self) -> str:
-        """What makes two rows the same question: the messages before the first model turn."""
+        """The key of a question: the messages before the first model turn."""
         return _key(self.messages)
 
 
@@ -90,7 +90,7 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """What makes two rows the same question: the messages before the first model turn."""
+        """The key of a question: the messages before the first model turn."""
         return _key(self.prompt)
 
 
@@ -155,7 +155,7 @@ def located(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error.what}", error.mend) from error
+        raise InputError(f"{where}: {error.what}", error.hint) from error
 
 
 def _not_empty(rows: list[Any], path: Path) -> list[Any]:
@@ -172,7 +172,7 @@ def _prompt(row: Row, column: str = "prompt") -> list[Message]:
 
 
 def pair_of(row: Row) -> Pair:
-    """The preference pair of a row. Raises InputError with file and line when it is none."""
+    """The preference pair of a row. Raises InputError with file and line if it is not one."""
     chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
     if "prompt" in row.columns:
         prompt = _prompt(row)
@@ -261,7 +261,7 @@ def _required(row: Row, column: str) -> Any:
 
 
 def _rename(column: str, present: Iterable[str]) -> str:
-    """How to mend a missing name: most often it is misspelt."""
+    """The hint for a missing name: most often it is misspelt."""
     near = difflib.get_close_matches(column, present, n=1)
     return f"rename '{near[0]}' to '{column}'" if near else f"add '{column}' to {', '.join(present) or 'the empty row'}"
 

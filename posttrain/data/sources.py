@@ -1,10 +1,10 @@
-"""Where rows come from, and where they go: JSONL, parquet and text files, folders of them, outputs, hub data sets.
+"""Reading and writing rows: JSONL, parquet and text files, folders of them, outputs, hub data sets.
 
     PATH                          a JSONL file; *.parquet; *.txt with one prompt a line
     DIR                           an output of generate, filter or reward pairs, or a plain folder of such files
     ORG/NAME[:CONFIG][@SPLIT]     a data set of the hub (split: train), copied into the cache as parquet
 
-Torch-free. Every refusal names file, line (of a text file) or row (of a parquet file), what is wrong and the mend.
+Torch-free. Every refusal names file, line (of a text file) or row (of a parquet file), the fault and the fix.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Row:
 def data_files(path: Path) -> list[Path]:
     """The files that a data path names, in the order in which they are read.
 
-    Raises InputError when there are none, when an output is unfinished, or when the hub does not have the set.
+    Raises InputError when the path holds none, when an output is unfinished, or when the hub lacks the set.
     """
     if path.is_dir():
         return _files_inside(path)
     if path.is_file():
         return [path]
     if path.exists():
-        raise InputError(f"{path} is no regular file", "give a data file or a directory")
+        raise InputError(f"{path} is not a regular file", "give a data file or a directory")
     if is_hub_set(path):
         return [_from_hub(str(path))]
     raise InputError(f"{path} does not exist", "give a data file, a directory, or a hub data set ORG/NAME")
@@ -75,7 +75,7 @@ def iter_rows(path: Path, limit: int | None = None, on_bad: OnBad | None = None)
 
 
 def count_rows(path: Path) -> int:
-    """Rows behind a data path, without parsing them. Raises InputError when there are none."""
+    """Rows behind a data path, without parsing them. Raises InputError when the path holds none."""
     rows = sum(_count(file) for file in data_files(path))
     if rows == 0:
         raise InputError(f"{path} has no rows", "write one JSON object per line")
@@ -144,7 +144,7 @@ def is_hub_set(path: Path) -> bool:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words of JSON."""
+    """The JSON type of a value, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     if isinstance(value, list) and not value:
         return "an empty list"
@@ -155,12 +155,12 @@ def _files_inside(directory: Path) -> list[Path]:
     if (directory / MANIFEST).exists():
         require_complete(directory, "data set")
         found = next((sorted(directory.glob(name)) for name in OUTPUTS if any(directory.glob(name))), [])
-        mend = "give the output of generate, filter or reward pairs, or name the file"
+        hint = "give the output of generate, filter or reward pairs, or name the file"
     else:
         found = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
-        mend = f"put {', '.join(SUFFIXES)} files there"
+        hint = f"put {', '.join(SUFFIXES)} files there"
     if not found:
-        raise InputError(f"{directory} is a directory without data", mend)
+        raise InputError(f"{directory} is a directory without data", hint)
     _check_shards(directory, found)
     return found
 
@@ -219,7 +219,7 @@ def _text_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
-    """Rows of a parquet file, a batch at a time; a file is whole or broken, so there is no bad row to leave out."""
+    """Rows of a parquet file, a batch at a time; a file is whole or broken, so no single row can be left out."""
     number = 0
     with _open_parquet(path) as file:
         for batch in file.iter_batches(batch_size=1024):
@@ -265,7 +265,7 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as error:  # not found, offline, no such config or split
         detail = " ".join(str(error).split())[:160]
         raise InputError(
-            f"{name} is no file here, and cannot be loaded from the hub ({detail})",
+            f"{name} is not a file here, and cannot be loaded from the hub ({detail})",
             "give a file, or check name, config and split; go online once if HF_HUB_OFFLINE is set",
         ) from error
     folder = cache_folder("data")

@@ -1,4 +1,4 @@
-"""What the suite asks of a tokenizer: the shape of transformers' tokenizers, for type checkers.
+"""The members that the suite uses of a tokenizer: the shape of transformers' tokenizers, for type checkers.
 
 A member is listed when the suite uses it; nothing here exists at run time.
 """

@@ -47,7 +47,7 @@ class Answering:
     def check(self, engine: Engine, progress: Progress, on_overlong: OnOverlong = "error") -> int:
         """Read and render every prompt before the first one is answered; their number.
 
-        Raises InputError with `file:line` for a row that is no prompt, or that the engine cannot take.
+        Raises InputError with `file:line` for a row that is not a prompt, or that the engine cannot take.
         """
         if engine.window is not None and engine.window < 1:
             raise UsageError("--max-new-tokens fills the model's context alone", "lower it")
@@ -80,7 +80,7 @@ class Answering:
                 meter.close(len(dialogues) * self.plan.drawn_turns)
 
     def dialogues(self) -> Iterator[list[Dialogue]]:
-        """What the journal of a finished job holds, chunk by chunk, prompt-major."""
+        """The content of the journal of a finished job, chunk by chunk, prompt-major."""
         for dialogues, known in zip(self._chunks(), self._saved(), strict=True):
             for _ in range(self.plan.drawn_turns):
                 for dialogue in dialogues:

@@ -2,7 +2,7 @@
 
     prompt -> model turn 1 -> user turn 1 -> model turn 2 -> ... -> model turn T         2T - 1 turns drawn
 
-For a user turn the roles are swapped: an instruction opens, what the user said so far stands as the assistant's part
+For a user turn the roles are swapped: an instruction opens, the user's turns so far take the assistant's part
 and what the model answered as the user's, so that the teacher's own next turn is the user's next message. System text
 is left out of the swapped conversation: a user does not see it.
 
@@ -25,7 +25,7 @@ __all__ = ["Dialogue", "DialoguePlan"]
 
 @dataclass(frozen=True)
 class DialoguePlan:
-    """What is asked of every prompt: `n` conversations of `turns` model turns."""
+    """The work per prompt: `n` conversations of `turns` model turns."""
 
     n: int
     seed: int
@@ -78,7 +78,7 @@ class Dialogue:
             self.drawn.append(known[self.key])
 
     def next_prompt(self) -> list[Message]:
-        """What the teacher reads to write the next turn."""
+        """The messages that the teacher reads to write the next turn."""
         if len(self.drawn) % 2 == 0:
             return self._messages(len(self.drawn))
         swapped = {"user": "assistant", "assistant": "user", "model": "user"}
@@ -95,7 +95,7 @@ class Dialogue:
 
     @property
     def fate(self) -> str:
-        """`stop`; `length`: the last model turn was cut; `content_filter`, `overlong`: there is no answer at all."""
+        """`stop`; `length`: the last model turn was cut; `content_filter`, `overlong`: no answer at all."""
         answers = self.answers
         return answers[-1].finish_reason if answers else self.drawn[0].finish_reason
 

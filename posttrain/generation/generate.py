@@ -9,7 +9,7 @@ and in every row, before the prompt row's other columns:
     tokens          of the model turns, stop tokens included; null where a server does not count
     prompt_tokens   of the first request
     logprob         nats, sum over the model turns: of the sampler at the sampling temperature, of vLLM and servers as
-                    they report it; null where there is none
+                    they report it; null where they do not
     sample, seed    number among the n of its prompt, and the seed that it was drawn with
     teacher, temperature, top_p, top_k
     reward          with reward models or functions: their sum for the last model turn
@@ -151,7 +151,7 @@ def _total(counts: Iterator[int | None]) -> int | None:
 
 
 def teacher_name(config: GenerateConfig) -> str:
-    """What rows say of the teacher: the model's name at a server, its hub id, or the name of its directory."""
+    """The teacher's name in the rows: the model's name at a server, its hub id, or the name of its directory."""
     return str(config.teacher) if config.engine == "openai" else model_name(config.teacher)
 
 
@@ -184,7 +184,7 @@ def _guard(count: Counter[str], config: GenerateConfig, progress: Progress) -> N
 
 
 def _summary(count: Counter[str], rewards: list[float], config: GenerateConfig) -> dict[str, Any]:
-    """Figures of the job. What did not occur and cannot be told is left out, but for truncated and empty ones."""
+    """Figures of the job. Figures that did not occur or are unknown are left out, except truncated and empty ones."""
     summary: dict[str, Any] = {
         "prompts": count["prompts"],
         "completions": count["completions"],

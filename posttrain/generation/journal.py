@@ -42,7 +42,7 @@ class Journal:
         self.size += len(lines)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What is in it when the iteration begins, in order; records that are appended meanwhile do not appear."""
+        """The records at the start of the iteration, in order; records that are appended meanwhile do not appear."""
         left = self.size
         if not left:
             return
@@ -68,7 +68,7 @@ class Journal:
 
 
 def _whole(path: Path) -> int:
-    """Bytes up to the first line that is no record."""
+    """Bytes up to the first line that is not a record."""
     size = 0
     if path.exists():
         with path.open("rb") as file:

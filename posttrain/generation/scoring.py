@@ -1,4 +1,4 @@
-"""Scores for answered prompts, chunk by chunk, with a journal of their own: a reward model reads each answer once.
+"""Scores for answered prompts, chunk by chunk, with a separate journal: a reward model reads each answer once.
 
 The score of a conversation is that of its last model turn, given everything before it.
 """

@@ -143,10 +143,10 @@ def _flags_of_this_command() -> Iterator[None]:
     try:
         yield
     except (InputError, UsageError) as error:
-        mend = error.mend
+        hint = error.hint
         for theirs, ours in names.items():
-            mend = mend.replace(theirs, ours)
-        raise type(error)(error.what, mend) from error
+            hint = hint.replace(theirs, ours)
+        raise type(error)(error.what, hint) from error
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a step will need, from the headers of its inputs: memory, disk and time. Torch-free; nothing is written.
+"""The needs of a step, from the headers of its inputs: memory, disk and time. Torch-free; nothing is written.
 
 Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
 RLHF 4 more, the policy that the KL is measured to another 4. Activations are not counted, nor is what vLLM takes.
@@ -63,7 +63,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Promise:
-    """What an output will be, as far as it is known before it is made.
+    """The properties of an output that are known before it is made.
 
     kind       policy, reward model, adapter, data, front, cache
     shape      what models must share to be merged: (type, hidden size, layers)
@@ -81,7 +81,7 @@ class Promise:
 class Sources:
     """The inputs of a step: on disk, or promised by a step before it. What is not known is NaN.
 
-    places: the directories of steps; what lies in one and is not promised is not known.
+    places: the directories of steps; a path inside one that is not promised is unknown.
     """
 
     def __init__(self, promised: Mapping[Path, Promise] | None = None, places: Sequence[Path] = ()) -> None:
@@ -89,7 +89,7 @@ class Sources:
         self.places = places
 
     def promise(self, path: Path) -> Promise | None:
-        """What a step before is to make here; None for what is on disk by itself."""
+        """The output that an earlier step will make here; None for a path that is on disk already."""
         if path in self.promised:
             return self.promised[path]
         return Promise("unknown") if any(path.is_relative_to(place) for place in self.places) else None
@@ -161,7 +161,7 @@ def _sft(config: SftConfig, sources: Sources) -> Work:
 
 
 def _distill(config: DistillConfig, sources: Sources) -> Work:
-    """The student in training beside its teacher; the teacher reads every token, the student also writes its own."""
+    """The student in training and its teacher; the teacher reads every token, the student also writes its own."""
     tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
     n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
     student = _train(n, tokens, config.lora_rank)
@@ -203,7 +203,7 @@ def _filter(config: FilterConfig, sources: Sources) -> Work:
     size = sources.size(config.data)
     for path in config.decontaminate:
         sources.rows(path)
-    # What the scan found lies on disk beside the output; 250 bytes of a row are in memory when rows are compared.
+    # The findings of the scan are on disk next to the output; 250 bytes of a row are in memory when rows are compared.
     minutes = rows * FILTER_SECONDS / 60
     return Work(
         memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0, facts={"cpu_minutes_about": round(minutes, 1)}
@@ -247,7 +247,7 @@ def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | Warp
     adapter = LORA_SHARE if config.lora_rank else 1.0
     shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
     kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
-    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy beside the average
+    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy next to the average
     return Work(
         memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
         disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
@@ -320,7 +320,7 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
 
 
 def estimate(config: Config, sources: Sources) -> Work | None:
-    """What a step needs; None for a command that needs nothing worth a word."""
+    """The needs of a step; None for a command whose needs are negligible."""
     found = ESTIMATES.get(type(config))
     return found(config, sources) if found else None
 

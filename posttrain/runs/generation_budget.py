@@ -1,4 +1,4 @@
-"""What `gemma2 generate` will ask for and draw, from the text of the prompts alone: tokens, and dollars at a server.
+"""The tokens that `gemma2 generate` will read and draw, from the prompts alone, and the dollars at a server.
 
     prompt tokens    = bytes / 4 + 5 per message, summed over all requests          (a rule of thumb for English)
     drawn tokens    <= max_new_tokens per request
@@ -46,7 +46,7 @@ def source_of(config: GenerateConfig) -> PromptSource:
 
 
 def generate_budget(config: GenerateConfig) -> dict[str, Any]:
-    """Figures for --dry-run. Raises InputError for a row that is no prompt."""
+    """Figures for --dry-run. Raises InputError for a row that is not a prompt."""
     rows = asked = 0
     for prompt in source_of(config):
         rows += 1

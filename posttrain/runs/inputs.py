@@ -1,4 +1,4 @@
-"""The models and data that a configuration names: hub ids become directories, and what is not there is refused at once.
+"""The models and data that a configuration names: hub ids become directories, and a missing one is refused at once.
 
 Torch-free and quick: the step itself would first import torch.
 """
@@ -31,7 +31,7 @@ C = TypeVar("C", bound=Config)
 def located(config: C, promised: Sequence[Path] = ()) -> C:
     """The configuration with every hub id of a model replaced by its directory in the hub's cache, fetched if need be.
 
-    A path in a `promised` directory, which need not be there yet, is no hub id though it may look like one (`out/sft`).
+    A path in a `promised` directory, which need not exist yet, is not a hub id even if it looks like one (`out/sft`).
     Raises InputError for an id that cannot be had.
     """
 
@@ -51,7 +51,7 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
-    """The models that a configuration names, by field. A teacher at a server is none of them: it is but a name.
+    """The models that a configuration names, by field. A teacher at a server is not among them: it is only a name.
 
     Of several reward models the second is `reward-2`.
     """
@@ -64,12 +64,12 @@ def inputs_of(config: Config) -> dict[str, Path]:
 
 
 def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
-    """Refuse models and data that are not there. What lies in a `promised` directory is another stage's to make."""
+    """Refuse missing models and data. A path in a `promised` directory is made by another stage."""
 
     def is_promised(path: Path) -> bool:
         return any(path.is_relative_to(place) for place in promised)
 
-    # Without the number of a reward model: that is no flag.
+    # Without the number of a reward model, which is not part of the flag.
     roles = [(name.partition("-")[0].replace("_", "-"), path) for name, path in inputs_of(config).items()]
     roles += [(name, path) for name in ("policies", "compare") for path in paths_of(config, name)]
     check_parents([Parent(role, path) for role, path in roles if not is_promised(path)])
@@ -79,10 +79,10 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
         check_judge(config, promised)
     cache = getattr(config, "teacher_cache", None)
     if cache is not None and not is_promised(cache) and (read_manifest(cache) or {}).get("status") != "complete":
-        raise InputError(f"--teacher-cache {cache} is no finished cache", "make one with gemma2 distill cache")
+        raise InputError(f"--teacher-cache {cache} is not a finished cache", "make one with gemma2 distill cache")
     for option, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
         if not is_promised(path) and (read_manifest(path) or {}).get("status") != "complete":
-            raise InputError(f"--{option} {path} is no finished front", "make one with gemma2 pareto")
+            raise InputError(f"--{option} {path} is not a finished front", "make one with gemma2 pareto")
     for path in (path for name in DATA for path in paths_of(config, name)):
         if not is_promised(path):
             data_files(path)
@@ -97,7 +97,7 @@ def paths_of(config: Config, name: str) -> list[Path]:
 def check_reward_terms(config: RewardFields) -> None:
     """Refuse a configuration without any reward."""
     if not config.reward_terms:
-        raise UsageError("there is no reward", "give --reward RM, --reward-fn module:function, or both")
+        raise UsageError("no reward is given", "give --reward RM, --reward-fn module:function, or both")
 
 
 def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
@@ -115,6 +115,6 @@ def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
 
 
 def model_name(path: Path) -> str:
-    """What a model is called where names are listed: its hub id, or the name of its directory."""
+    """The name of a model in lists: its hub id, or the name of its directory."""
     found = HUB_SNAPSHOT.search(path.resolve().as_posix())
     return f"{found['owner']}/{found['name']}" if found else path.resolve().name

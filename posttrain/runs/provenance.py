@@ -1,11 +1,11 @@
-"""What an output is made from: recorded in its manifest, compared with what it would be made from. Torch-free.
+"""The inputs that an output is made from: recorded in its manifest, compared with the present ones. Torch-free.
 
     settings   by value, without paths and without what the schema calls incidental
     parents    models, by role and the digest of their weights
     data       files, by role (the option that names them) and their digest
     code       of Python functions that a configuration names, by the digest of their module's source
 
-A path is no setting: where an input lies makes no difference, what it holds does.
+A path is not a setting: the place of an input makes no difference, its content does.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def describe_origin(
 
 
 def is_setting(schema: type[Config], name: str) -> bool:
-    """Whether a field decides the result by its value: it is no path (what that leads to is compared by digest), nor
-    what the schema says is incidental, so that a resume may change it. A name that is no field is one."""
+    """Whether a field decides the result by its value. A path does not (its content is compared by digest), nor does a
+    field that the schema lists as incidental, which a resume may change. Unknown names count as settings."""
     if any(name in vars(kind).get("INCIDENTAL", ()) for kind in schema.__mro__):
         return False
     field = schema.model_fields.get(name)
@@ -98,14 +98,14 @@ def _holds_paths(annotation: Any) -> bool:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What decides the result, as a manifest records it."""
+    """The settings that decide the result, as a manifest records them."""
     return {key: value for key, value in config.recorded().items() if is_setting(type(config), key)}
 
 
 def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
-    """What differs between the record of a run in `directory` and what it would start from: names, or nothing.
+    """The names of the inputs that differ between the record of a run in `directory` and its present inputs.
 
-    A path that is not the recorded one is no difference when it leads to the content that was recorded for its option;
+    Another path than the recorded one does not count when it leads to the content that was recorded for its option;
     several, when they lead to all of it in the recorded order. A setting that the record does not have yet counts as
     the default that the schema gives it.
     """
@@ -179,7 +179,7 @@ def _source_of(module: str) -> Path | None:
 
 def _recorded_for(option: str, before: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The recorded inputs of an option, in their order."""
-    # A merge calls its models inputs: the role tells them from what a policy was trained from.
+    # A merge calls its models inputs: the role separates them from the model that a policy was trained from.
     role = "input" if before["command"].startswith("merge ") and option == "models" else option.replace("_", "-")
     parents = [parent for parent in before["parents"] if parent["role"] in (role, option)]
     return parents + [source for source in before["data"] if source.get("role") == option]
@@ -231,7 +231,7 @@ def _same_contents(
 
 
 def _rows_in(path: Path) -> list[str] | None:
-    """Digests of the files behind a data path; None where there are none, or where they are not finished."""
+    """Digests of the files behind a data path; None if they are missing or unfinished."""
     try:
         return [digest_input(file) for file in data_files(path)] if path.exists() else None
     except InputError:

@@ -2,7 +2,7 @@
 
 A run works in a hidden sibling of `--out` (`.NAME.partial`) and moves there in one rename when it is complete, so that
 `--out` exists only as a result. Interrupted, the partial directory stays for `--resume`, which is refused when
-configuration, inputs or data have changed in between. `--force` builds beside an existing output and replaces it at
+configuration, inputs or data have changed in between. `--force` builds next to an existing output and replaces it at
 the end; together they continue such a run.
 """
 
@@ -45,7 +45,7 @@ KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "lo
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a step writes, and what it may do with what is there."""
+    """The output directory of a step, and whether it may continue or replace an existing one."""
 
     out: Path
     resume: bool = False
@@ -54,7 +54,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a step returns: the output directory and the figures for the last line."""
+    """The result of a step: the output directory and the figures for the last line."""
 
     out: Path
     summary: dict[str, Any] = field(default_factory=dict)
@@ -79,11 +79,11 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
-        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # told of every line of metrics.jsonl
+        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # called with every line of metrics.jsonl
 
     @property
     def checkpoints(self) -> Path:
-        """Where resume state lives while the run works; removed at the end."""
+        """The directory of the resume state while the run works; removed at the end."""
         return self.path / CHECKPOINTS
 
     def log(self, step: int, **metrics: Any) -> None:
@@ -225,7 +225,7 @@ def open_run(
 
 @dataclass(frozen=True)
 class Start:
-    """What a run is asked to do, and by how many processes."""
+    """The task of a run, and the number of its processes."""
 
     command: str
     config: Config
@@ -265,7 +265,7 @@ def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[st
         origin["started"] = before["started"]
         return True
     if options.resume:
-        raise OutputError(f"there is no interrupted run of --out {options.out} to resume", "drop --resume")
+        raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
     if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
         raise OutputError(
             f"an interrupted run of --out {options.out} is there",

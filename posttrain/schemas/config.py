@@ -29,7 +29,7 @@ class Config(BaseModel):
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that no flag carries: the command's words do
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest of an output keeps of this configuration."""
+        """The part of this configuration that the manifest of an output keeps."""
         return self.model_dump(mode="json")
 
 
@@ -90,18 +90,18 @@ def _explain(schema: type[Config], error: ValidationError, file: Path | None, se
             str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1])
         )
     if first["type"] == "missing":
-        flag = "" if section else f"give --{key.replace('_', '-')} or "  # what stands in a pipeline has no flag
+        flag = "" if section else f"give --{key.replace('_', '-')} or "  # an option of a pipeline has no flag
         return f"'{key}' is missing{where}{more}", f"{flag}set it in the recipe"
     if first["loc"] and first["loc"][-1] == "[key]":  # YAML reads 1, on and no as numbers and truth values
         place = key.removesuffix(".[key]")
         return f"the name '{place}'{where} is read as {first['input']!r}{more}", "put it in quotes"
     message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-    if not first["loc"] and not section:  # options that do not fit each other: the schema says what and how to mend
-        what, _, mend = message.partition("; ")
-        return f"{what}{where}{more}", mend or "see --help for the allowed values"
+    if not first["loc"] and not section:  # options that do not fit each other: the schema's own words
+        what, _, hint = message.partition("; ")
+        return f"{what}{where}{more}", hint or "see --help for the allowed values"
     given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
     field = schema.model_fields.get(str(first["loc"][0])) if first["loc"] else None
-    if first["type"] == "string_pattern_mismatch" and field is not None:  # a pattern is no help, its description is
+    if first["type"] == "string_pattern_mismatch" and field is not None:  # the description helps, the pattern does not
         return f"'{key}'{given}{where} does not fit{more}", str(field.description)
     return f"'{key}'{given}{where}: {message[:1].lower()}{message[1:]}{more}", "see --help for the allowed values"
 

@@ -14,7 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class FixedDataFields(Config):
-    """How rows that were written beforehand become tokens, and how a teacher is read."""
+    """Fields of rows that were written beforehand, and of reading a teacher."""
 
     max_length: int = Field(1024, ge=8, description="longest row of --data, tokens")
     on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")

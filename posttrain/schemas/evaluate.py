@@ -13,12 +13,12 @@ from .rlhf import RewardFields
 
 
 class DistributionConfig(SamplingFields, RewardFields):
-    """How a policy is measured: common prompts, common seeds, reward and KL with standard errors."""
+    """Measure a policy: common prompts, common seeds, reward and KL with standard errors."""
 
     sft: Model
     prompts: Data
     n: int = Field(1, ge=1, description="samples per prompt")
-    judge_fn: str | None = Field(None, description="a second score as module:function, reported beside the reward")
+    judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
     limit: int | None = Field(None, ge=2, description="use only the first prompts of the file")
     seed: Seed = 0
 
@@ -40,7 +40,7 @@ class ParetoConfig(DistributionConfig):
         (), description="earlier outputs of pareto, measured alike: their points are taken over"
     )
     kl_limits: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (), description="KL limits in nats, for each of which the best point is told; default: round ones"
+        (), description="KL limits in nats, for each of which the best point is reported; default: round ones"
     )
 
 

@@ -1,4 +1,4 @@
-"""What several schemas share: kinds of fields, and the fields of sampling, training and LoRA."""
+"""Fields that several schemas share: kinds of fields, and the fields of sampling, training and LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 
 class SamplingFields(Config):
-    """How completions are drawn."""
+    """The fields of sampling completions."""
 
     temperature: float = Field(1.0, ge=0.0, le=5.0, description="sampling temperature; 0 is greedy")
     max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
@@ -24,7 +24,7 @@ class SamplingFields(Config):
 
 
 class TrainingFields(Config):
-    """What every training step shares."""
+    """The fields that every training step shares."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"report_to"})
 
@@ -59,7 +59,7 @@ class LoraOutputFields(LoraFields):
     """Low-rank adaptation, and what is written."""
 
     lora_output: Literal["merged", "adapter"] = Field(
-        "merged", description="write a plain model, or the LoRA adapter alone, which gemma2 merge reads beside its base"
+        "merged", description="write a plain model, or only the LoRA adapter, which gemma2 merge reads with its base"
     )
 
     @model_validator(mode="after")
@@ -75,4 +75,4 @@ def check_address(url: str, option: str = "--base-url") -> None:
     if "@" in parts.netloc or parts.query:
         raise ValueError(f"{option} holds credentials or a query; keep keys in the environment")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{option} {url!r} is no http address; it begins with http:// or https://")
+        raise ValueError(f"{option} {url!r} is not an http address; start it with http:// or https://")

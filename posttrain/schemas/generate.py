@@ -73,9 +73,9 @@ class GenerateConfig(SamplingFields, RewardFields):
 
 
 def check_key_variable(name: str, option: str = "--api-key-env") -> None:
-    """Refuse what is no name of a variable, and do not repeat it: it may be the key itself. Raises ValueError.
+    """Refuse a text that is not a variable's name, without repeating it: it may be the key. Raises ValueError.
 
     To be called by a validator of the whole model, since an error of a field shows its value.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{option} is no name of a variable; give the name of the one that holds the key, not the key")
+        raise ValueError(f"{option} is not the name of a variable; name the variable that holds the key, not the key")

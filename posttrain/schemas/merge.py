@@ -102,6 +102,6 @@ if TYPE_CHECKING:
     class MergeConfig(_MergeStage):
         """As built below."""
 else:
-    # Built from the table: a method that brings an option of its own brings the field with it.
+    # Built from the table: a method with a new option brings the field with it.
     FIELDS = {name: _field(option) for name, option in OPTIONS.items()}
     MergeConfig = create_model("MergeConfig", __base__=_MergeStage, __doc__=_MergeStage.__doc__, **FIELDS)

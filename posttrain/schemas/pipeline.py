@@ -11,14 +11,14 @@ from .config import Config
 __all__ = ["PipelineFile", "Resources", "StageFile"]
 
 STAGE_NAME = r"^[A-Za-z0-9][\w.=-]*(/[A-Za-z0-9][\w.=-]*)*$"
-# Sections and prefixes of references; what a pipeline's folder holds beside the stages.
+# Sections and prefixes of references; files in a pipeline's folder other than the stages.
 RESERVED = frozenset({"vars", "resources", "stages", "matrix", "logs"})
 RESERVED |= {"pipeline.json", "pipeline.yaml", "gemma2.json", "summary.json", "report.html"}
 LONGEST_NAME = 200  # bytes between two slashes: file systems take 255, temporary names are longer than the name
 
 
 class Resources(Config):
-    """What a stage has to itself while it runs."""
+    """The resources that a stage has to itself while it runs."""
 
     cpus: int | None = Field(None, ge=1, description="threads; default: the cores, divided by the stages at once")
     gpus: int | None = Field(
@@ -44,7 +44,7 @@ class StageFile(Config):
     def _values_are_lists(cls, value: Any) -> Any:
         for name, values in value.items() if isinstance(value, dict) else ():
             if not isinstance(values, list | tuple) or not values:
-                raise ValueError(f"matrix.{name} is no list of values; write [a, b]")
+                raise ValueError(f"matrix.{name} is not a list of values; write [a, b]")
         return value
 
 

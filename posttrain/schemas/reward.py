@@ -93,11 +93,11 @@ class RewardScoreConfig(Config):
 
 
 class RewardEvalConfig(Config):
-    """How well reward models order preference pairs: accuracy, calibration, and what length has to do with it."""
+    """Evaluate reward models on preference pairs: accuracy, calibration, and what length has to do with it."""
 
     models: tuple[Path, ...] = Field(min_length=1, description="reward models; several stand side by side")
     data: Data
-    by: str | None = Field(None, min_length=1, description="column of the rows whose values get a table of their own")
+    by: str | None = Field(None, min_length=1, description="column of the rows whose values each get a table")
     batch_size: int = Field(32, ge=1, description="sequences per forward pass")
     max_length: int | None = Field(
         None, ge=8, description="longer pairs are left out, tokens; default: the models' context"
@@ -116,7 +116,7 @@ class PairsConfig(SamplingFields):
         description="reward model directory, reward function as module:function, or openai:MODEL at a server"
     )
     judge_prompt: Path | None = Field(
-        None, description="openai: file with the judge's prompt; default: the text in docs/reward.md"
+        None, description="openai: file with the judge's prompt; default: the text in docs/reward-models.md"
     )
     judge_style: Literal["score", "compare"] = Field(
         "score", description="openai: a score per answer, or every two answers compared, in both orders"

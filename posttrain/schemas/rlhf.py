@@ -12,7 +12,7 @@ from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields, c
 
 
 class RewardFields(Config):
-    """What a completion is worth: the weighted sum of reward models and functions, less the penalties."""
+    """The reward of a completion: the weighted sum of reward models and functions, less the penalties."""
 
     REWARD_NEEDED: ClassVar[bool] = True
 
@@ -41,7 +41,7 @@ class RewardFields(Config):
 
     @property
     def reward_terms(self) -> tuple[str, ...]:
-        """What the reward is a sum of, in the order of the weights, as it was given."""
+        """The terms of the reward, as given, in the order of the weights."""
         models = tuple(str(path) for path in self.reward)
         if self.reward_ensemble is not None:
             models = (f"{self.reward_ensemble} of {len(models)} reward models",)
@@ -65,7 +65,7 @@ class RewardFields(Config):
 
 
 class VllmFields(Config):
-    """What draws the samples of RL. TRL's names are use_vllm, vllm_mode, vllm_server_base_url,
+    """The engine that draws the samples of RL. TRL's names are use_vllm, vllm_mode, vllm_server_base_url,
     vllm_gpu_memory_utilization and vllm_tensor_parallel_size.
     """
 
@@ -85,14 +85,14 @@ class VllmFields(Config):
     def _vllm_options_fit_each_other(self) -> Self:
         server = self.vllm_mode == "server"
         shared = self.vllm_memory != type(self).model_fields["vllm_memory"].default
-        told = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1 or shared
-        if self.engine != "vllm" and told:
+        given = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1 or shared
+        if self.engine != "vllm" and given:
             raise ValueError("the options of vLLM are for --engine vllm; give it, or drop them")
         if server != (self.vllm_server_url is not None):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
         if server and (self.vllm_tensor_parallel > 1 or shared):
             raise ValueError(
-                "--vllm-tensor-parallel and --vllm-memory are for colocate; a server is told when it is started"
+                "--vllm-tensor-parallel and --vllm-memory are for colocate; a server is configured when it is started"
             )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")
@@ -109,7 +109,7 @@ class RlFields(RewardFields, VllmFields, LoraFields):
     mu: float = Field(0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step")
     anchor_memory: Literal["gpu", "cpu"] = Field(
         "gpu",
-        description="where the fp32 average lies: beside the policy, or on the host with a bf16 copy that scores",
+        description="where the fp32 average is kept: next to the policy, or on the host with a bf16 copy that scores",
     )
     lora_anchor: Literal["dense", "factors"] = Field(
         "dense",

@@ -20,7 +20,7 @@ class TinyConfig(Config):
 
 
 class ConvertConfig(Config):
-    """Import a model as plain safetensors, with all its stop ids, a chat template and a pad token that is no stop."""
+    """Import a model as plain safetensors, with its stop ids, a chat template and a separate pad token."""
 
     source: Path = Field(description="GGUF file, a directory with one, or a model directory")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the written weights")

@@ -36,8 +36,8 @@ class WarpConfig(TrainingFields, RlFields):
     )
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
-    judge_fn: str | None = Field(None, description="a second score as module:function, reported beside the reward")
-    compare: tuple[Path, ...] = Field((), description="further model directories measured beside the front")
+    judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
+    compare: tuple[Path, ...] = Field((), description="further model directories measured with the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")
     eval_limit: int | None = Field(None, ge=2, description="use only the first held-out prompts for the front")
     pick: str = Field(

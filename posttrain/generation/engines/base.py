@@ -1,4 +1,4 @@
-"""What an engine is: requests for one turn each in, completions out. Torch-free.
+"""The interface of an engine: requests for one turn each in, completions out. Torch-free.
 
 An engine knows nothing of data files, journals or conversations. It may answer in any order; the key says which
 request a completion belongs to, and the caller restores the order. Engines: `local.py` (our sampler), `offline.py`
@@ -36,8 +36,8 @@ class Completion:
     """One drawn turn.
 
     finish_reason: `stop`; `length` (the limit came first); `content_filter` (a server took text out); `overlong` (the
-    prompt did not fit, nothing was drawn). Token counts are None where a server does not tell, `logprob` (nats) where
-    it is not asked to.
+    prompt did not fit, nothing was drawn). Token counts are None where a server does not report them,
+    `logprob` (nats) where it is not asked for.
     """
 
     key: Key
@@ -50,7 +50,7 @@ class Completion:
 
     @classmethod
     def overlong(cls, key: Key, prompt_tokens: int | None = None) -> Completion:
-        """What stands for a prompt that does not fit."""
+        """The completion of a prompt that does not fit."""
         return cls(key, "", "overlong", 0, prompt_tokens)
 
     def record(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Engine(Protocol):
 
     @property
     def chat(self) -> ChatFormat | None:
-        """How prompts become token ids; None where a server does it."""
+        """The chat format that turns prompts into token ids; None where a server does it."""
         ...
 
     @property
@@ -90,12 +90,12 @@ class Engine(Protocol):
         """Answer the requests, as groups of completions that are ready to be saved.
 
         Keys in `known` are answered already and need not come again. What a request gets does not depend on `known`.
-        Raises InputError for what another attempt cannot mend.
+        Raises InputError for a failure that another attempt cannot fix.
         """
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest should record of the engine beyond the configuration; nothing secret."""
+        """Facts about the engine that the manifest records beyond the configuration; nothing secret."""
         ...
 
     def close(self) -> None:

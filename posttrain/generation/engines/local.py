@@ -1,7 +1,7 @@
 """The default engine: our batched sampler on a model of transformers (`posttrain/models/sampler.py`).
 
 Requests are sorted by length and cut into batches; a batch, its order and its padding follow from the requests alone,
-and every row has a generator of its own seed. So a batch that is drawn again after a kill gives the same bytes, and a
+and every row has a generator with its own seed. So a batch that is drawn again after a kill gives the same bytes, and a
 batch of which every completion is known is skipped.
 """
 

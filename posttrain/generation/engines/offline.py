@@ -41,7 +41,7 @@ class VllmEngine:
             raise UsageError(
                 f"--engine vllm: {error}", "pip install 'gemma2[vllm]' on a machine with a GPU, or use another engine"
             ) from error
-        read_config(config.teacher)  # refuses code of its own and damaged files with our words
+        read_config(config.teacher)  # refuses models with code and damaged files, with our messages
         tokenizer = load_tokenizer(config.teacher)
         try:
             llm = vllm.LLM(model=str(config.teacher), seed=config.seed, disable_log_stats=True)

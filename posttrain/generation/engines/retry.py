@@ -41,7 +41,7 @@ class Backoff:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """What a server asks for, in seconds: `Retry-After` as seconds or as a date, or `retry-after-ms`."""
+    """The pause that a server asks for, in seconds: `Retry-After` as seconds or as a date, or `retry-after-ms`."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -2,7 +2,7 @@
 
 `POST {base_url}/chat/completions`, one request per completion, so that each has its own seed. Answers come in any
 order and are handed on as they arrive. Tried again: 408, 409, 429, 5xx, time-outs, broken connections, and answers
-that are no JSON or hold no choice. Everything else (a wrong key, an unknown model, a refused parameter) ends the run
+that are not JSON or hold no choice. Everything else (a wrong key, an unknown model, a refused parameter) ends the run
 with one line, after the requests in flight have been answered and handed on, since they are paid.
 
 The key is read from the environment when the engine opens. It is in no record, and cut out of what a server says.
@@ -30,10 +30,10 @@ __all__ = ["ServerEngine"]
 
 WAVES = 64  # requests given at once, as a multiple of those in flight: the last ones of a chunk leave slots empty
 AGAIN = (408, 409, 425, 429)  # and 5xx
-NOT_AGAIN = ("insufficient_quota", "billing_hard_limit_reached")  # 429s that waiting does not mend
+NOT_AGAIN = ("insufficient_quota", "billing_hard_limit_reached")  # 429s that waiting does not fix
 TOO_LONG = ("context_length_exceeded", "maximum context length", "context size", "context window", "too many tokens")
 FILTERED = "content_filter"  # also the code of a prompt that a server's filter does not let through
-LONG_WAIT = 20.0  # seconds of a pause that the user is told about
+LONG_WAIT = 20.0  # seconds of a pause that is shown to the user
 FIRST_CONTACT = 2  # further attempts to reach a server that never answered: more likely the address is wrong
 
 
@@ -118,8 +118,8 @@ class ServerEngine:
                 allowed = min(self.config.retries, FIRST_CONTACT) if lost else self.config.retries
                 if failures > allowed or self.failure is not None:
                     what = f"{request.where}: no answer from {self.address} in {failures} attempts, at last: {failed}"
-                    mend = "check --base-url" if lost else "what was answered is kept: continue with --resume"
-                    raise InputError(what, mend) from failed
+                    hint = "check --base-url" if lost else "the answers so far are kept: continue with --resume"
+                    raise InputError(what, hint) from failed
                 await self._pause(failed, failures)
 
     async def _pause(self, failed: _Failed, failures: int) -> None:
@@ -145,7 +145,7 @@ class ServerEngine:
             why = self._redacted(f"{type(error).__name__}: {error.__cause__ or error}")
             raise _Failed(why, connected=False) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Failed(f"an answer that is no completion ({type(error).__name__}: {error})") from error
+            raise _Failed(f"an answer that is not a completion ({type(error).__name__}: {error})") from error
 
     def _arguments(self, request: Request) -> dict[str, Any]:
         config = self.config
@@ -176,7 +176,7 @@ class ServerEngine:
         )
 
     def _refused(self, request: Request, error: Any) -> Completion:
-        """What a status that is no success means: an overlong prompt, another attempt, or the end."""
+        """The meaning of an error status: an overlong prompt, another attempt, or the end."""
         self.reached = True
         status, said = error.status_code, self._said(error)
         lasting = any(mark in said for mark in NOT_AGAIN)
@@ -191,7 +191,7 @@ class ServerEngine:
                 f"{request.where}: too long for {self.config.teacher}: {said}",
                 "shorten it, lower --max-new-tokens, or --on-overlong drop",
             ) from error
-        mends = {
+        hints = {
             401: f"check the key in {self.config.api_key_env}",
             403: f"check what the key in {self.config.api_key_env} may do",
             404: "check --teacher and --base-url",
@@ -199,11 +199,11 @@ class ServerEngine:
         }
         raise InputError(
             f"{self.address} refuses {self.config.teacher}: {status} {said}",
-            mends.get(status, "check model and settings; --set request.NAME=VALUE sets a field, null drops one"),
+            hints.get(status, "check model and settings; --set request.NAME=VALUE sets a field, null drops one"),
         ) from error
 
     def _said(self, error: Any) -> str:
-        """What the server wrote, in one short line without the key."""
+        """The message of the server, in one short line without the key."""
         body = error.body
         detail = body.get("message", body) if isinstance(body, dict) else body
         code = f" ({body['code']})" if isinstance(body, dict) and isinstance(body.get("code"), str) else ""
@@ -214,7 +214,7 @@ class ServerEngine:
         return text.replace(self.key, "***") if self.key else text
 
     def facts(self) -> dict[str, Any]:
-        """Where the answers came from."""
+        """The origin of the answers."""
         return {"server": self.address}
 
     def close(self) -> None:

@@ -153,7 +153,7 @@ def test_a_hub_set_becomes_one_file_in_the_cache(hub, tmp_path):
 
 
 def test_a_hub_set_that_cannot_be_had_is_one_line(hub):
-    with pytest.raises(InputError, match=r"org/other is no file here, and cannot be loaded from the hub") as caught:
+    with pytest.raises(InputError, match=r"org/other is not a file here, and cannot be loaded from the hub") as caught:
         data_files(Path("org/other"))
     assert "\n" not in str(caught.value)
 

@@ -245,7 +245,7 @@ def test_a_directory_as_the_prompt_is_refused(make, tmp_path):
     ],
 )
 def test_a_key_in_place_of_its_variable_is_not_shown(schema, given, option, section):
-    with pytest.raises(UsageError, match=f"{option} is no name of a variable") as caught:
+    with pytest.raises(UsageError, match=f"{option} is not the name of a variable") as caught:
         resolve(schema, flags={"prompts": "p", **given} | ({"model": "m"} if "judge" in given else {}), section=section)
     assert "secret" not in str(caught.value)
 

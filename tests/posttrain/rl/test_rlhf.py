@@ -630,7 +630,7 @@ def test_samples_that_do_not_fill_micro_batches_are_refused(inputs, tmp_path):
 
 
 def test_a_reward_is_needed(inputs, tmp_path):
-    with pytest.raises(UsageError, match="there is no reward"):
+    with pytest.raises(UsageError, match="no reward is given"):
         run_rlhf(configure(inputs, reward_fn=None), RunOptions(tmp_path / "out"))
 
 

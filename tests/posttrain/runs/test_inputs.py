@@ -81,7 +81,7 @@ def test_every_reward_model_is_an_input_and_the_missing_one_is_named_with_its_fl
 
 
 def test_rl_without_a_reward_is_refused_before_anything_is_loaded(snapshot, tmp_path):
-    with pytest.raises(UsageError, match="there is no reward; give --reward RM"):
+    with pytest.raises(UsageError, match="no reward is given; give --reward RM"):
         check_inputs(RlhfConfig(policy=snapshot, prompts=tmp_path))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n')
