@@ -144,7 +144,7 @@ def test_a_signal_ends_the_run_without_a_traceback_and_leaves_nothing(tmp_path, 
 def test_an_interrupted_run_with_a_checkpoint_is_kept_for_resume(tmp_path):
     process = working(tmp_path / "keep")
     process.send_signal(signal.SIGTERM)
-    assert finish(process) == (143, "", "what was done so far is kept: continue with --resume\n\ninterrupted\n")
+    assert finish(process) == (143, "", "work done so far is kept: continue with --resume\n\ninterrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == [".keep.partial"]
 
 

@@ -24,9 +24,8 @@ STANDARD = {
 }
 
 
-# What a flag means here and nowhere else: files instead of directories, a plan of commands, one stage made again.
-OTHERWISE = {(name, "--out") for name in ("report", "lineage", "quickstart")}
-OTHERWISE |= {("quickstart", "--dry-run"), ("pipeline run", "--force")}
+# Flags with another meaning: a file instead of a directory, a stage to run again.
+OTHERWISE = {(name, "--out") for name in ("report", "lineage")} | {("pipeline run", "--force")}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gemma2.cli.app import invoke
 from gemma2.cli.terminal import options
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.posttrain import schemas
-from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 
 SCHEMA_OF = {
     "distill": schemas.DistillConfig,
@@ -155,7 +155,7 @@ def test_a_wrong_value_is_a_usage_error(words, said):
 
 def test_options_that_a_sub_command_would_not_see_are_refused():
     for words in (["--out", "x"], ["--epochs", "1"], ["--force"], ["--set", "a=1"]):
-        with pytest.raises(UsageError, match="options stand before 'pairs'"):
+        with pytest.raises(UsageError, match="options come before 'pairs'"):
             invoke(["reward", *words, "pairs", "--model", "m"])
 
 
@@ -220,7 +220,7 @@ def test_a_step_gets_what_was_asked_and_its_summary_is_the_result(place, capsys)
 
     def run(config, run_options, progress):
         seen.append((config, run_options))
-        return options.RunResult(run_options.out, {"loss": 0.25})
+        return RunResult(run_options.out, {"loss": 0.25})
 
     (place / "o").mkdir()
     (place / "o" / "file").write_text("x")
