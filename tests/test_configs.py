@@ -32,7 +32,7 @@ def required_of(schema: type[Config]) -> dict[str, str]:
 
 def test_the_folder_holds_recipes_and_nothing_else():
     names = {path.name for path in Path(schemas.__file__).parents[2].joinpath("configs").iterdir()}
-    assert names - {"__init__.py", "__pycache__"} == {path.name for path in RECIPES.values()}
+    assert names - {"__init__.py", "__pycache__", "py.typed"} == {path.name for path in RECIPES.values()}
 
 
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) != "pipeline"])

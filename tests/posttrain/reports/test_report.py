@@ -207,7 +207,7 @@ def test_sixteen_policies_render_and_stay_small(tmp_path):
     ("gone", "said"),
     [
         ("warp/front", "warp/front is missing"),
-        ("warp/front/samples.jsonl", "No sample answers were kept"),
+        ("warp/front/samples.jsonl", "This directory has no sample answers"),
         ("warp/iteration-1/policy-2", "warp/iteration-1/policy-2 is missing"),
         ("warp/iteration-1/policy-2/metrics.jsonl", "warp/iteration-1/policy-2/metrics.jsonl is missing"),
         ("reward", "reward is missing"),
@@ -288,7 +288,7 @@ def test_failed_interrupted_and_blocked_stages_are_told(tmp_path, plain):
     assert "16 policies × 5 iterations" in text
     assert "iteration-3/policy-2 failed: KL 201 nats passed --max-kl 200" in text
     assert "iteration-3/policy-5 did not finish (status interrupted)" in text
-    assert "not begun, since something before it failed: iteration-3/slerp, iteration-3/init" in text
+    assert "not started, because an earlier stage failed: iteration-3/slerp, iteration-3/init" in text
     assert "and 37 more" in text  # 3 of iteration 3, 19 of 4 and of 5, front and model, less the six that are named
     assert "iteration-3/policy-5/metrics.jsonl has 1 unreadable line" in text
     assert "42 more blocked" in text and ".partial" not in text
