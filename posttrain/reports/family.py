@@ -42,9 +42,7 @@ def family(found: Collected) -> dict[str, str] | None:
         for name, stage in stages.items()
         if name in used
     ]
-    nodes += [
-        Node(name, PurePosixPath(name).name or name, "from outside this run", "") for name in used - stages.keys()
-    ]
+    nodes += [Node(name, PurePosixPath(name).name or name, "outside this run", "") for name in used - stages.keys()]
     nodes.sort(key=lambda node: (node.id in stages, list(stages).index(node.id) if node.id in stages else 0, node.id))
     return {form: dag_svg(nodes, edges, narrow=form == "narrow", page=f"family-{form}") for form in ("wide", "narrow")}
 
