@@ -387,7 +387,7 @@ def test_an_older_front_has_neither_table_nor_area(finished, plain, tmp_path):
         bare = [{k: v for k, v in point.items() if not k.endswith(("_low", "_high"))} for point in points]
         path.write_text(json.dumps({"points": bare}))
     text = read(root, tmp_path)[0].text
-    assert "The best point within each KL limit" not in text and "an area of" not in text and "WARP 2 1.50 ± 0.06" in text
+    assert "within each KL limit" not in text and "an area of" not in text and "WARP 2 1.50 ± 0.06" in text
 
 
 # --- merges ---------------------------------------------------------------------------------------------------------

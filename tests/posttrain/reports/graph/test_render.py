@@ -211,7 +211,7 @@ def test_an_edge_to_an_unknown_node_and_two_nodes_with_one_id_are_errors():
 
 
 def followed(lines):
-    """The nodes that every node uses, read from the lanes alone: lines that reach a mark from above or from its side."""
+    """The nodes that each node uses, read from the lanes: lines that reach a mark from above or from its side."""
     carried, used = {}, []
     for row, line in enumerate(lines):
         own = next(i for i, char in enumerate(line) if char in "●✗○◐◑")
