@@ -1,1 +1,1 @@
-"""The command line: parse, call one library function, print. Heavy libraries are imported inside functions only."""
+"""The command line: parse, call one library function, print. Heavy libraries are imported only inside functions."""

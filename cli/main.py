@@ -20,17 +20,17 @@ class Interrupted(BaseException):
 
 
 class _Signals:
-    """Raises `Interrupted` at the first signal and ignores further ones, so that cleaning up is not cut short."""
+    """Raises `Interrupted` at the first signal and ignores later ones, so that they do not cut the cleanup short."""
 
     caught: int | None = None
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs stay as they are
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup and in background jobs it stays ignored
                 signal.signal(number, self.handle)
 
     def release(self) -> None:
-        """Give the signals back: what comes while the interpreter shuts down ends it without a traceback."""
+        """Restore the default handlers: a signal during interpreter shutdown then ends it without a traceback."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == self.handle:
                 signal.signal(number, signal.SIG_DFL)
@@ -42,17 +42,17 @@ class _Signals:
 
 
 def _environment() -> None:
-    """Defaults that the user's own environment overrides."""
+    """Set environment defaults; values that the user has set take precedence."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them takes 20 ms of every start
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the search for them takes 20 ms of every start
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # the libraries' deprecations are not the user's business
+        warnings.simplefilter("ignore")  # users can do nothing about deprecations inside libraries
 
 
 def _fail(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")  # of several processes, started by torchrun
+    rank = os.environ.get("RANK", "0")  # set by torchrun for each of its processes
     who = "error" if rank == "0" else f"error (rank {rank})"
     sys.stderr.write(f"{who}: {' '.join(message.split())}\n")
     return code
@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The console script `gemma2`."""
+    """Entry point of the console script `gemma2`."""
     signals = _Signals()
     signals.install()
     try:
@@ -92,11 +92,11 @@ def main() -> None:
         code = run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        # `gemma2 ... | head`: the reader has what it wanted.
+        # `gemma2 ... | head`: the reader has closed the pipe, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except BaseException:
-        # An interrupt inside an import can surface as another exception; what counts is that there was one.
+        # An interrupt inside an import can surface as another exception, so `caught` decides.
         if signals.caught is None:
             raise
         code = _interrupted(signals.caught)

@@ -13,5 +13,5 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe(name: str) -> Path | None:
-    """The path of a recipe by name, or None."""
+    """The path of a recipe by name, or None for an unknown name."""
     return recipes().get(name)

@@ -30,9 +30,9 @@ def required_of(schema: type[Config]) -> dict[str, str]:
     return {name: "given/by/flag" for name, field in schema.model_fields.items() if field.is_required()}
 
 
-def test_the_folder_holds_recipes_and_nothing_else():
+def test_the_folder_holds_only_recipes():
     names = {path.name for path in Path(schemas.__file__).parents[2].joinpath("configs").iterdir()}
-    assert names - {"__init__.py", "__pycache__"} == {path.name for path in RECIPES.values()}
+    assert names - {"__init__.py", "__pycache__", "py.typed"} == {path.name for path in RECIPES.values()}
 
 
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) != "pipeline"])

@@ -9,8 +9,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet
-from gemma2.core.errors import UsageError
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet, required_out
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -27,7 +26,7 @@ def convert(
         "float32",
         "--dtype",
         metavar="float32|bfloat16|float16",
-        help="Of the written weights [default float32].",
+        help="Dtype of the written weights [default float32].",
         show_default=False,
         rich_help_panel="Settings",
     ),
@@ -37,7 +36,7 @@ def convert(
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """Import a model as plain safetensors, with all its stop ids, a chat template and a pad token that is no stop.
+    """Import a model as plain safetensors, with all stop ids, a chat template and a pad token that is not a stop token.
 
     Reading GGUF needs the extra: pip install 'gemma2[real]'.
 
@@ -45,14 +44,12 @@ def convert(
       gemma2 convert model.Q8_0.gguf --out model
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
-    if out is None:
-        raise UsageError("--out is missing", "give the directory to write")
     from gemma2.posttrain.models.convert import plan_convert, run_convert
     from gemma2.posttrain.runs.run_directory import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
 
     console = Console(as_json=as_json, quiet=quiet)
-    config, options = ConvertConfig(source=source, dtype=dtype), RunOptions(out, force=force)
+    config, options = ConvertConfig(source=source, dtype=dtype), RunOptions(required_out(out), force=force)
     if dry_run:
         console.result(plan_convert(config, options))
         return

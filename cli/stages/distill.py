@@ -30,7 +30,7 @@ gemma2 distill --teacher teacher --model sft --prompts prompts.jsonl --data data
 gemma2 distill --teacher-cache cache --model sft --divergence forward-kl --out student""",
 )
 assert app.registered_callback is not None and app.registered_callback.callback is not None
-# GKD's name for this share is a keyword of Python, so it can name neither a field nor a parameter, only a flag.
+# GKD calls this share lambda, a keyword of Python that can name neither a field nor a parameter, only a flag.
 _share = inspect.signature(app.registered_callback.callback).parameters["on_policy_fraction"].default
 _share.param_decls = (*_share.param_decls, "--lambda")
 add_stage(

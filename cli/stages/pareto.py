@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import stage
+from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import ParetoConfig
@@ -23,26 +23,26 @@ def run(config: ParetoConfig, options: RunOptions, progress: Progress) -> RunRes
     return result
 
 
-def show(console: Console, out: Path, summary: Mapping[str, Any]) -> None:
-    """The front in characters, and the best point within each KL limit."""
+def show(console: Console, out: Path, summary: JsonMapping) -> None:
+    """Print the front in characters, and the best point within each KL limit."""
     from gemma2.posttrain.reports.plots.textplot import front_text
 
     points = json.loads((out / "front.json").read_text(encoding="utf-8"))["points"]
     console.text("The KL-reward front\n" + front_text(points, width=76) + "\n")
     rows = list(best_rows(summary["best_at"]))
     if rows:
-        console.table(rows, "The best within a KL (nats per sequence to the SFT policy), mean ± standard error")
+        console.table(rows, "The best point within each KL limit (nats per sequence to SFT), mean ± standard error")
         console.text("")
 
 
-def best_rows(best: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`best_at` of a front as a table for people."""
+def best_rows(best: Sequence[JsonMapping]) -> Iterator[dict[str, str]]:
+    """Rows of the table of `best_at` of a front."""
     from gemma2.posttrain.reports.plots.values import number, with_error
 
     for point in best:
         figures = {name: with_error(point, name) for name in ("reward", "kl")}
-        told = {name: f"{f['value']} ± {f['error']}" if f["error"] else f["value"] for name, f in figures.items()}
-        yield {"KL at most": number(point["limit"]), "point": point["name"], "reward": told["reward"], "KL": told["kl"]}
+        text = {name: f"{f['value']} ± {f['error']}" if f["error"] else f["value"] for name, f in figures.items()}
+        yield {"KL at most": number(point["limit"]), "point": point["name"], "reward": text["reward"], "KL": text["kl"]}
 
 
 app = stage(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import add_stage, stage_group
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
 
-NOT_SHOWN = ("model", "reliability", "by", "accuracy_error")  # in tables of their own, or beside the accuracy
+NOT_SHOWN = ("model", "reliability", "by", "accuracy_error")  # shown in separate tables, or next to the accuracy
 
 
 def run(config: RewardConfig, options: RunOptions, progress: Progress) -> RunResult:
@@ -39,19 +39,19 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
     return run_score(config, options, progress)
 
 
-def run_eval(config: RewardEvalConfig, options: RunOptions, console: Any) -> RunResult:
-    """Figures of the models as columns; --json has them as one document."""
+def run_eval(config: RewardEvalConfig, options: RunOptions, progress: Progress) -> RunResult:
+    """Print the figures with one column per model, or return them as one document for --json."""
     from gemma2.posttrain.preferences.reward_eval import run_reward_eval
 
-    found = run_reward_eval(config, console)
-    if console.as_json:
+    found = run_reward_eval(config, progress)
+    if not isinstance(progress, Console) or progress.as_json:
         return RunResult(Path(), found)
-    show(found, console)
+    show(found, progress)
     return RunResult(Path())
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Tables of an evaluation: figures, reliability, and the values of a column."""
+def show(found: JsonObject, console: Console) -> None:
+    """Print the tables of an evaluation: figures, reliability, and accuracy by value of a column."""
     models = found["models"]
     names = _short([model["model"] for model in models])
     figures = [key for key in models[0] if key not in NOT_SHOWN]
@@ -69,13 +69,13 @@ def show(found: dict[str, Any], console: Console) -> None:
         console.table(list(_by(models, names)), "accuracy by value")
 
 
-def _by(models: list[dict[str, Any]], names: list[str]) -> Iterator[dict[str, Any]]:
+def _by(models: list[JsonObject], names: list[str]) -> Iterator[dict[str, object]]:
     for value, first in models[0]["by"].items():
         cells = {name: _cell(m["by"].get(value, {}), "accuracy") for name, m in zip(names, models, strict=True)}
         yield {"value": value, "pairs": first["pairs"], **cells}
 
 
-def _cell(figures: dict[str, Any], key: str) -> Any:
+def _cell(figures: JsonObject, key: str) -> object:
     value = figures.get(key)
     if key == "accuracy" and value is not None:
         return f"{value:.4f} ± {figures['accuracy_error']:.4f}"
@@ -83,7 +83,7 @@ def _cell(figures: dict[str, Any], key: str) -> Any:
 
 
 def _short(paths: list[str]) -> list[str]:
-    """The last part of every path, where that tells them apart."""
+    """The last part of every path if these are distinct, else the whole paths."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else paths
 

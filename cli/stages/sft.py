@@ -30,5 +30,5 @@ app = stage(
     gemma2 sft --model base --data data --show-tokens 2
     gemma2 sft --model base --data chat,maths --weights 3,1 --eval-every 50 --keep best --patience 3 --out sft
     """,
-    look=Look("show_tokens", "Print the first N rows of the data with their loss mask, and end.", show),
+    look=Look("show_tokens", "Print the first N rows of the data with their loss mask and stop.", show),
 )

@@ -1,4 +1,4 @@
-"""What the user sees: results on stdout, progress and notes on stderr. The only place that prints.
+"""Output to the user: results on stdout, progress and notes on stderr. Only this module prints.
 
 A terminal gets rich bars and tables; a pipe gets plain lines without ANSI; `--json` gets one JSON document.
 """
@@ -14,13 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING
 
+from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Display
+    from rich.progress import TaskID
 
 __all__ = ["Console", "UsageProblem"]
 
-PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
+PLAIN_INTERVAL = 15.0  # seconds between progress lines outside a terminal
 
 
 class UsageProblem(Exception):
@@ -38,7 +43,7 @@ def _size(amount: float, unit: str) -> str:
 
 
 def _value(value: object) -> str:
-    """A figure as people read it: four significant digits."""
+    """A value as text for people: numbers with four significant digits."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):
@@ -52,18 +57,18 @@ def _value(value: object) -> str:
     return str(value)
 
 
-def _tell(text: str) -> None:
-    """A line on stderr. A reader who has gone (`2>&1 | head`) is no reason to stop the work."""
+def _write_line(text: str) -> None:
+    """Write a line to stderr. A reader that has closed the pipe (`2>&1 | head`) does not stop the work."""
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
     except BrokenPipeError:
-        # What the buffer still holds would fail again when the interpreter shuts down, with exit code 120.
+        # The rest of the buffer would fail again when the interpreter shuts down, with exit code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _plain(value: Any) -> Any:
-    """A document as JSON can hold it: a figure that is not finite is null."""
+def _plain(value: object) -> object:
+    """A document that JSON can hold: numbers that are not finite become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -78,34 +83,34 @@ def _is_table(value: object) -> bool:
 
 
 class _PlainTask:
-    """Progress as a line now and then, for logs and pipes."""
+    """Progress as one line every PLAIN_INTERVAL seconds, for logs and pipes."""
 
     def __init__(self, label: str, total: float | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0.0
         self.fields: dict[str, float | str] = {}
-        self.started = self.told = time.monotonic()
+        self.started = self.last_line = time.monotonic()
         self._lock = Lock()
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
         with self._lock:  # merges advance it from several threads
             self.done += amount
             self.fields |= fields
-            if time.monotonic() - self.told >= PLAIN_INTERVAL:
-                self.tell()
+            if time.monotonic() - self.last_line >= PLAIN_INTERVAL:
+                self.write()
 
-    def tell(self) -> None:
-        self.told = time.monotonic()
-        elapsed = self.told - self.started
+    def write(self) -> None:
+        self.last_line = time.monotonic()
+        elapsed = self.last_line - self.started
         of = f" of {_size(self.total, self.unit)}" if self.total else ""
         live = "".join(f", {key} {_value(value)}" for key, value in self.fields.items())
-        _tell(f"{self.label}: {_size(self.done, self.unit)}{of} {self.unit} in {elapsed:.0f} s{live}")
+        _write_line(f"{self.label}: {_size(self.done, self.unit)}{of} {self.unit} in {elapsed:.0f} s{live}")
 
 
 class _RichTask:
     """One row of a rich progress display."""
 
-    def __init__(self, display: Any, identifier: Any, unit: str) -> None:
+    def __init__(self, display: Display, identifier: TaskID, unit: str) -> None:
         self.display, self.identifier, self.unit = display, identifier, unit
         self.fields: dict[str, float | str] = {}
 
@@ -116,23 +121,23 @@ class _RichTask:
 
 
 class Console:
-    """Implements `Progress` and prints results. `quiet` keeps stderr to warnings and errors."""
+    """Implements `Progress` and prints results. With `quiet`, only warnings and errors go to stderr."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self.interactive = sys.stderr.isatty() and not quiet
-        self._display: Any = None
+        self._display: Display | None = None
 
     @contextmanager
     def task(self, label: str, total: float | None, unit: str) -> Iterator[Task]:
         if self.quiet or not self.interactive:
             task = _PlainTask(label, total, unit)
             if self.quiet:
-                task.told = float("inf")
+                task.last_line = float("inf")
             yield task
-            if not self.quiet and task.told != task.started:
-                task.tell()
+            if not self.quiet and task.last_line != task.started:
+                task.write()
             return
         inner = self._display is not None
         with self._shared_display() as display:
@@ -140,12 +145,12 @@ class Console:
             try:
                 yield _RichTask(display, identifier, unit)
             finally:
-                if inner:  # the rows of a long job would fill the screen
+                if inner:  # else the rows of a long job would fill the screen
                     display.remove_task(identifier)
 
     @contextmanager
-    def _shared_display(self) -> Iterator[Any]:
-        """One live display for nested tasks: rich allows no second one on a terminal."""
+    def _shared_display(self) -> Iterator[Display]:
+        """The one live display that nested tasks share: rich allows only one per terminal."""
         if self._display is not None:
             yield self._display
             return
@@ -174,17 +179,17 @@ class Console:
             console = self._display.console if self._display is not None else RichConsole(stderr=True)
             console.print(text, style=style, markup=False, highlight=False)
         else:
-            _tell(text)
+            _write_line(text)
 
     def heading(self, text: str) -> None:
-        """A line that opens a stage of a longer job."""
+        """Print a line that opens a stage of a longer job."""
         if not self.quiet:
             self._say(f"\n{text}", style="bold")
 
-    def result(self, document: Mapping[str, Any], out: Path | None = None) -> None:
-        """Print what a command found: a two-column table for people, the document itself with --json.
+    def result(self, document: JsonMapping, out: Path | None = None) -> None:
+        """Print the result of a command: a two-column table, or with --json the document itself.
 
-        People are spared lists of records; they are in the document.
+        The table leaves out lists of records; the document has them.
         """
         if self.as_json:
             self.json({"out": str(out) if out else None, **document} if out else document)
@@ -197,16 +202,16 @@ class Console:
         for key, value in rows:
             sys.stdout.write(f"{key:<{width}}  {value}\n")
 
-    def json(self, document: Any) -> None:
-        """One JSON document on stdout."""
+    def json(self, document: object) -> None:
+        """Print one JSON document on stdout."""
         sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
 
     def text(self, text: str) -> None:
-        """Text that is itself the result, such as a plot in characters."""
+        """Print text that is itself the result, such as a plot in characters."""
         sys.stdout.write(text.rstrip("\n") + "\n")
 
-    def table(self, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
-        """A table for people: rich on a terminal, aligned columns in a pipe. Columns are the keys of the rows."""
+    def table(self, rows: Sequence[Mapping[str, object]], title: str = "") -> None:
+        """Print a table: rich on a terminal, aligned columns in a pipe. Columns are the keys of the rows."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[_value(row.get(column)) for column in columns] for row in rows]
         if sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""How bars and tables look on a terminal. Imported only where there is one: rich costs start-up time."""
+"""Layout of bars and tables on a terminal. Imported only if there is one: rich costs start-up time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["progress_display", "rich_table"]
 
 
 class _Amount(ProgressColumn):
-    """Done of total and the rate, in the unit of the task."""
+    """The amount done, the total and the rate, in the unit of the task."""
 
     def render(self, task: Task) -> Text:
         unit = str(task.fields.get("unit", ""))

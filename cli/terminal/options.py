@@ -1,6 +1,7 @@
-"""Flags from schemas: a field of a command's configuration is a flag of the same name, with its bounds and its help.
+"""Flags: those that all commands share, declared once, and those of a schema, one flag per field.
 
-Precedence: recipe (`--config`) < `--set a.b=c` < flags. A flag that is not given is None and leaves the recipe's value.
+The flag of a field has the field's name, bounds and description.
+Precedence: recipe (`--config`) < `--set a.b=c` < flags. A flag that is not given is None and keeps the recipe's value.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -20,36 +22,54 @@ from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path
-from gemma2.core.progress import Progress
 from gemma2.core.ranks import is_main
-from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.config import Config, closest, resolve
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
+
+if TYPE_CHECKING:
+    from typer.models import OptionInfo
+
+    from gemma2.posttrain.runs.commands import Runner
 
 __all__ = [
     "COMMON",
     "AsJson",
     "DryRun",
     "Force",
+    "Form",
     "Out",
     "Quiet",
     "Resume",
     "add_stage",
+    "file_option",
     "recipe_path",
+    "required_out",
     "stage",
     "stage_group",
 ]
 
 COMMON = "Output and control"
-LONGEST_DEFAULT = 40  # characters of a default that the help shows
-ARGUMENT = "argument"  # of a command that takes one field without its flag
+LONGEST_DEFAULT = 40  # characters; the help does not show a longer default
+ARGUMENT = "argument"  # parameter name of a field that may be given without its flag
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
-# The flags that mean the same everywhere.
+# A type or a construct of typing such as Literal["a", "b"]; no static type covers both.
+TypeForm: TypeAlias = Any
+# Value of every flag by parameter name, as typer parsed it; its type is the annotation of the flag.
+Flags: TypeAlias = dict[str, Any]
+
+# --- flags that mean the same everywhere ------------------------------------------------------------------------------
+
 Out = typer.Option(
-    None, "--out", "-o", metavar="DIR", help="Output directory; appears when it is complete.", rich_help_panel=COMMON
+    None,
+    "--out",
+    "-o",
+    metavar="DIR",
+    help="Output directory; the output of each command appears when it is complete.",
+    rich_help_panel=COMMON,
 )
 Resume = typer.Option(False, "--resume", help="Continue an interrupted run of this output.", rich_help_panel=COMMON)
 Force = typer.Option(
@@ -75,11 +95,29 @@ Set = typer.Option(
     rich_help_panel=COMMON,
 )
 
-Runner = Callable[[Any, RunOptions, Progress], RunResult]
+Form = typer.Option(
+    "text",
+    "--format",
+    metavar="text|mermaid|svg",
+    help="Format of the drawing [default text].",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+
+
+# A flag that names one file to write, called as typer.Option: its default, its names, its help.
+file_option = partial(typer.Option, metavar="FILE", show_default=False, rich_help_panel=COMMON)
+
+
+def required_out(out: Path | None) -> Path:
+    """The value of --out. Raises UsageError if it was not given."""
+    if out is None:
+        raise UsageError("--out is missing", "give the directory to write")
+    return out
 
 
 def recipe_path(name: str | None) -> Path | None:
-    """The file behind `--config`: a path, an output (for the configuration it records), or a recipe by name."""
+    """The file that `--config` means: a path, the configuration that an output records, or a recipe by name."""
     if name is None:
         return None
     path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
@@ -91,8 +129,11 @@ def recipe_path(name: str | None) -> Path | None:
     return found
 
 
-def _flag_type(annotation: Any) -> Any:
-    """The type that the command line parses for a field: tuples are comma-separated text."""
+# --- flags of a schema ------------------------------------------------------------------------------------------------
+
+
+def _flag_type(annotation: object) -> TypeForm:
+    """The type that typer parses for a field: text for tuples, whose items are separated by commas."""
     if get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(item for item in get_args(annotation) if item is not type(None))
     if get_origin(annotation) is Literal:
@@ -129,26 +170,27 @@ def _default(field: FieldInfo) -> Iterator[str]:
 
 
 def _choices(field: FieldInfo) -> Iterator[str]:
-    """What a list may hold, where that is not free: a single choice is told by the metavar."""
+    """The allowed items of a list, if they are restricted; for a single value the metavar shows them."""
     for item in get_args(field.annotation):
         if get_origin(field.annotation) is tuple and get_origin(item) is Literal:
             yield "of " + ", ".join(get_args(item))
 
 
-def _metavar(kind: Any, is_list: bool) -> str | None:
+def _metavar(kind: object, is_list: bool) -> str | None:
     if is_list:
         return "A,B,..."
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {Path: "PATH", int: "INT", float: "FLOAT", str: "TEXT"}.get(kind)
+    names: dict[object, str] = {Path: "PATH", int: "INT", float: "FLOAT", str: "TEXT"}
+    return names.get(kind)
 
 
-def _option(name: str, field: FieldInfo) -> Any:
-    """The typer option of one field: its flag, its unit and bounds, its default."""
+def _option(name: str, field: FieldInfo) -> OptionInfo:
+    """The typer option of one field, with its default and bounds in the help."""
     kind = _flag_type(field.annotation)
     flag = f"--{name.replace('_', '-')}"
     facts = "; ".join([*_default(field), *_limits(field)])
-    return typer.Option(
+    option: OptionInfo = typer.Option(
         None,
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         metavar=_metavar(kind, get_origin(field.annotation) is tuple),
@@ -156,11 +198,12 @@ def _option(name: str, field: FieldInfo) -> Any:
         show_default=False,
         rich_help_panel="Inputs" if _is_input(field) else "Settings",
     )
+    return option
 
 
 def flags_of(schema: type[Config]) -> dict[str, inspect.Parameter]:
-    """One keyword parameter per field of a schema that a flag can carry (mappings go through --set and recipes)."""
-    # Inputs first, then what is the command's own, then what it shares with others.
+    """One keyword parameter per field of a schema, except mappings, which only --set and recipes can give."""
+    # Inputs first, then fields of this command alone, then fields that it inherits.
     own = schema.__annotations__
     ordered = sorted(schema.model_fields.items(), key=lambda item: (not _is_input(item[1]), item[0] not in own))
     parameters = {}
@@ -176,8 +219,8 @@ def flags_of(schema: type[Config]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def _split_lists(schema: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
-    """Comma-separated text of tuple fields, as the tuple that the schema validates."""
+def _split_lists(schema: type[Config], flags: Flags) -> Flags:
+    """The flags with the comma-separated text of tuple fields split into tuples."""
     return {
         name: tuple(part.strip() for part in value.split(",") if part.strip())
         if isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple
@@ -188,14 +231,14 @@ def _split_lists(schema: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Look:
-    """A flag `--NAME N` that shows N of what a command would work on and ends; it needs no --out and writes nothing."""
+    """A flag `--NAME N` that shows the first N items of the input and stops; needs no --out, writes nothing."""
 
     name: str
     help: str
     show: Callable[[Any, int, Console], None]
 
     def parameter(self) -> inspect.Parameter:
-        """The flag as typer reads it."""
+        """The flag as a parameter of the command's function."""
         flag = f"--{self.name.replace('_', '-')}"
         option = typer.Option(None, flag, metavar="N", min=1, help=self.help, rich_help_panel=COMMON)
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=int | None)
@@ -212,8 +255,8 @@ def stage(
 ) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
-    With `writes` the command takes --out, --resume, --force and --dry-run. `positional` names a field that may also be
-    given as an argument.
+    With `writes` the command takes --out, --resume, --force and --dry-run. `positional` names a field that may be given
+    as an argument too.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     command = make_command(schema, run, writes, positional, look)
@@ -223,7 +266,7 @@ def stage(
 
 
 def stage_group(schema: type[Config], run: Runner, *, examples: str) -> typer.Typer:
-    """A command that has sub-commands as well: called without one, it runs itself."""
+    """A command that also has sub-commands; called without one, it runs itself."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
     command = make_command(schema, run, writes=True)
     _describe(command, schema, examples)
@@ -241,7 +284,7 @@ def add_stage(
     writes: bool = True,
     positional: str | None = None,
 ) -> None:
-    """Register one command of a schema on an application; `writes` and `positional` as for `stage`."""
+    """Register a command of one schema on an application; `writes` and `positional` as for `stage`."""
     command = make_command(schema, run, writes, positional)
     _describe(command, schema, examples)
     app.command(name=name, cls=HelpCommand, context_settings=HELP_NAMES)(command)
@@ -253,7 +296,7 @@ def _describe(command: Callable[..., None], schema: type[Config], examples: str)
 
 
 def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
-    """A field as an argument without its flag's name, beside the flag; a list as several arguments."""
+    """The parameter that takes a field as an argument, in addition to its flag; for a list, several arguments."""
     several = get_origin(field.annotation) is tuple
     metavar = (name.removesuffix("s") if several else name).upper()
     described = typer.Argument(None, metavar=metavar, help=f"{field.description} (or --{name}).", show_default=False)
@@ -261,7 +304,7 @@ def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
 
 
-def _with_argument(name: str, value: Any, flags: dict[str, Any]) -> dict[str, Any]:
+def _with_argument(name: str, value: object, flags: Flags) -> Flags:
     if flags[name] is not None:
         raise UsageError(f"'{value}' and --{name} {flags[name]} name two inputs", f"give one {name.upper()}")
     return flags | {name: tuple(value) if isinstance(value, list) else value}
@@ -270,22 +313,23 @@ def _with_argument(name: str, value: Any, flags: dict[str, Any]) -> dict[str, An
 def make_command(
     schema: type[Config], run: Runner, writes: bool, positional: str | None = None, look: Look | None = None
 ) -> Callable[..., None]:
-    """The function behind a command, with a signature that typer reads."""
+    """The function that typer calls for a command, with one keyword per flag in its signature."""
     flags = flags_of(schema)
     arguments = [_argument(positional, schema.model_fields[positional])] if positional else []
 
-    def command(ctx: typer.Context, **given: Any) -> None:
+    def command(ctx: typer.Context, **values: object) -> None:
+        given: Flags = values
         if ctx.invoked_subcommand is not None:
             if ctx.args or any(value not in (None, False, []) for value in given.values()):
                 raise UsageError(
-                    f"options stand before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
+                    f"options come before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
                 )
         else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
-            values = _split_lists(schema, {name: given[name] for name in flags})
+            settings = _split_lists(schema, {name: given[name] for name in flags})
             if positional and given.get(ARGUMENT):
-                values = _with_argument(positional, given[ARGUMENT], values)
-            config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=values)
+                settings = _with_argument(positional, given[ARGUMENT], settings)
+            config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=settings)
             from gemma2.posttrain.runs.inputs import check_inputs, located
 
             config = located(config)
@@ -298,7 +342,7 @@ def make_command(
                 check_inputs(config)
                 console.result(run(config, RunOptions(Path()), console).summary)
 
-    common: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
+    common: dict[str, tuple[TypeForm, object]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
     if writes:
         common |= {
             "out": (Path | None, Out),
@@ -320,11 +364,9 @@ def make_command(
     return command
 
 
-def execute(config: Config, given: dict[str, Any], run: Runner, console: Console) -> None:
-    """Run a step that writes, or with --dry-run print its plan."""
-    if given["out"] is None:
-        raise UsageError("--out is missing", "give the directory to write")
-    options = RunOptions(given["out"], given["resume"], given["force"])
+def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
+    """Run a command that writes an output, or with --dry-run print its plan."""
+    options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
     from gemma2.posttrain.runs.inputs import check_inputs
 
     if given["dry_run"]:
@@ -340,6 +382,6 @@ def execute(config: Config, given: dict[str, Any], run: Runner, console: Console
         result = run(config, options, console)
     finally:
         if result is None and (partial_path(options.out) / STATE).is_file():
-            console.note("what was done so far is kept: continue with --resume")
+            console.note("work done so far is kept: continue with --resume")
     if is_main():
         console.result(result.summary, result.out)

@@ -1,4 +1,4 @@
-"""Rows token by token with their loss mask: coloured text on a terminal, a line per token elsewhere.
+"""Rows of data token by token with their loss mask: coloured text on a terminal, one line per token elsewhere.
 
 position  id  learn|-  "text"
 """
@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+from gemma2.core.json_files import JsonMapping
 
 from .console import Console
 
 __all__ = ["show_rows"]
 
-Row = Mapping[str, Any]
-
-# Neighbouring tokens take turns, so that one sees where each begins.
+# (kind of token, whether it is learned) -> styles of even and odd positions, so that token borders show.
 STYLES = {
     ("text", False): ("", "dim"),
     ("text", True): ("black on green", "black on bright_green"),
@@ -35,8 +34,8 @@ LEGEND = (
 )
 
 
-def show_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print rows as `show_tokens` gives them. With --json they are the document."""
+def show_rows(rows: Sequence[JsonMapping], console: Console) -> None:
+    """Print rows of `show_tokens`; with --json they are the document."""
     if console.as_json:
         console.json(rows)
     elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
@@ -45,20 +44,20 @@ def show_rows(rows: Sequence[Row], console: Console) -> None:
         console.text("\n\n".join("\n".join([_title(row), *_lines(row)]) for row in rows))
 
 
-def _title(row: Row) -> str:
+def _title(row: JsonMapping) -> str:
     tokens, kept = row["tokens"], row["kept"]
     learned = sum(token["target"] for token in tokens[:kept])
     fate = "" if kept == len(tokens) else f", cut after {kept}" if kept else ", too long: dropped"
     return f"{row['where']}: {len(tokens)} tokens, {learned} learned{fate}"
 
 
-def _lines(row: Row) -> Iterator[str]:
+def _lines(row: JsonMapping) -> Iterator[str]:
     for position, token in enumerate(row["tokens"]):
         mark = "cut" if position >= row["kept"] else "learn" if token["target"] else "-"
         yield f"{position:>5}  {token['id']:>6}  {mark:<5}  {json.dumps(token['text'], ensure_ascii=False)}"
 
 
-def _coloured(rows: Sequence[Row]) -> None:
+def _coloured(rows: Sequence[JsonMapping]) -> None:
     from rich.console import Console as RichConsole
     from rich.text import Text
 
@@ -75,6 +74,6 @@ def _coloured(rows: Sequence[Row]) -> None:
 
 
 def _visible(text: str) -> str:
-    """A token as one sees it: an end of line shows where it is, and nothing in it can steer the terminal."""
+    """A token as visible text: line ends are marked, and characters that could steer the terminal are escaped."""
     shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     return shown.replace("\n", "⏎\n") or "∅"

@@ -19,19 +19,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.callback(context_settings=HELP_NAMES)
 def config() -> None:
-    """Recipes: YAML files with the settings of a command, for --config."""
+    """List and show recipes: YAML files with the settings of a command, for --config."""
 
 
 @app.command(name="list", cls=HelpCommand, context_settings=HELP_NAMES)
 def list_recipes(as_json: bool = AsJson) -> None:
-    """The recipes by name, with the command that each is for."""
+    """List the recipes by name, with the command that each is for."""
     console = Console(as_json=as_json)
     console.result({name: _purpose(path) for name, path in recipes().items()})
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
-def show(name: str = typer.Argument(metavar="NAME", help="A recipe name, a YAML file, or an output.")) -> None:
-    """Print a recipe, or the settings that an output was made with, as a start for one of your own."""
+def show(name: str = typer.Argument(metavar="NAME", help="Name of a recipe, a YAML file, or an output.")) -> None:
+    """Print a recipe, or the settings of an output, as a start for your own recipe."""
     path = recipe_path(name)
     if path is None:
         raise UsageError("no recipe is named", "see gemma2 config list")
@@ -40,6 +40,6 @@ def show(name: str = typer.Argument(metavar="NAME", help="A recipe name, a YAML 
 
 
 def _purpose(path: Path) -> str:
-    """The first comment line of a recipe says what it is for."""
+    """The first line of a recipe, a comment that states its purpose."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Force, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
 
 if TYPE_CHECKING:
     from gemma2.merging.inspect.difference import Difference
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-MOST_ROWS = 80  # a longer table is in --json only
-# Columns on the screen: what is not here is in --json.
+Plot = file_option(None, "--plot", help="Write a heat map of kinds of tensors by layers to a .svg or .png file.")
+
+MOST_ROWS = 80  # a longer table is only in --json
+# Field -> title of its column on the screen; --json has all fields.
 COLUMNS = {
     "group": "group",
     "parameters": "parameters",
@@ -37,8 +39,8 @@ TASK_VECTORS = {
 }
 
 
-def _row(group: Difference) -> dict[str, Any]:
-    """One line of the table."""
+def _row(group: Difference) -> dict[str, object]:
+    """One row of the table."""
     values = asdict(group)
     columns = COLUMNS | (WEIGHTS if group.norm_base is None else TASK_VECTORS)
     return {title: values[name] for name, title in columns.items()}
@@ -57,7 +59,7 @@ def diff(
         None,
         "--base",
         metavar="DIR",
-        help="The init of both: adds the norms of their task vectors and the angle between them.",
+        help="Init of both models; adds the norms of their task vectors and the angle between them.",
         show_default=False,
         rich_help_panel="Inputs",
     ),
@@ -65,7 +67,7 @@ def diff(
         "layer",
         "--granularity",
         metavar="layer|tensor",
-        help="What a row is [default layer].",
+        help="What each row stands for [default layer].",
         show_default=False,
         rich_help_panel="Settings",
     ),
@@ -74,26 +76,19 @@ def diff(
         "--threads",
         min=1,
         metavar="INT",
-        help="Threads that read and compute [default 2; >=1].",
+        help="Threads for reading and computing [default 2; >=1].",
         show_default=False,
         rich_help_panel="Settings",
     ),
-    plot: Path | None = typer.Option(
-        None,
-        "--plot",
-        metavar="FILE",
-        help="Write a heat map of kinds of tensors by layers to a .svg or .png file.",
-        show_default=False,
-        rich_help_panel=COMMON,
-    ),
+    plot: Path | None = Plot,
     force: bool = Force,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """How two models differ, per layer or tensor: norms, relative and largest difference, cosine and angle.
+    """Show how two models differ, per layer or tensor: norms, relative and largest difference, cosine and angle.
 
-    With --base the angle is the one between the task vectors, as SLERP sees it. Sums run in fp64; memory does not grow
-    with the models.
+    With --base the angle is that between the task vectors, the angle that SLERP uses. Sums are taken in fp64; memory
+    use does not grow with the size of the models.
 
     \b
       gemma2 diff rl-1 rl-2 --base sft --plot angles.svg

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson
+from gemma2.core.json_files import JsonObject
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-def _overview(found: dict[str, Any]) -> dict[str, Any]:
-    """What a directory is, in a few lines."""
+def _overview(found: JsonObject) -> JsonObject:
+    """The facts about a directory, a line each."""
     lineage = found["lineage"] or {}
     return {
         **(_of_adapter if found["kind"] == "adapter" else _of_model)(found),
@@ -29,7 +29,7 @@ def _overview(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_model(found: dict[str, Any]) -> dict[str, Any]:
+def _of_model(found: JsonObject) -> JsonObject:
     return {
         "model": found["path"],
         "architecture": " ".join(found["architectures"] or ()),
@@ -39,7 +39,7 @@ def _of_model(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_adapter(found: dict[str, Any]) -> dict[str, Any]:
+def _of_adapter(found: JsonObject) -> JsonObject:
     return {
         "adapter": found["path"],
         "of model": found["base_model"],
@@ -58,9 +58,9 @@ def inspect(
     tensors: bool = typer.Option(False, "--tensors", help="List every tensor.", rich_help_panel="Settings"),
     as_json: bool = AsJson,
 ) -> None:
-    """Tensors, dtypes, parameters, tied weights, shards and lineage of a model, from its headers alone.
+    """Show tensors, dtypes, parameters, tied weights, shards and lineage of a model, read from its headers alone.
 
-    Of a LoRA adapter: its rank, scale, targets and the model it belongs to.
+    For a LoRA adapter: its rank, scale, targets and base model.
 
     \b
       gemma2 inspect merged --tensors

@@ -11,12 +11,14 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Force
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Form, file_option
 from gemma2.core.errors import OutputError, UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-PIPE_WIDTH = 120  # columns where nothing says how wide the screen is
+OutFile = file_option(None, "--out", "-o", help="Write the drawing to this file instead of stdout.")
+
+PIPE_WIDTH = 120  # columns outside a terminal, where the width is unknown
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -27,24 +29,15 @@ def lineage(
         show_default=False,
         rich_help_panel="Inputs",
     ),
-    form: Literal["text", "mermaid", "svg"] = typer.Option(
-        "text",
-        "--format",
-        metavar="FORM",
-        help="text, mermaid or svg [default text].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    out: Path | None = typer.Option(
-        None, "--out", "-o", metavar="FILE", help="Write to a file instead of stdout.", rich_help_panel=COMMON
-    ),
+    form: Literal["text", "mermaid", "svg"] = Form,
+    out: Path | None = OutFile,
     force: bool = Force,
     as_json: bool = AsJson,
 ) -> None:
-    """What an output was made from: every model and every file of rows, from the roots to the result, with hashes.
+    """Show what an output was made from: all models and files of rows, from the roots to the result, with hashes.
 
-    A parent that is not there, or whose weights are not those that were used, is said so. Of the folder of a pipeline
-    its last stage is taken.
+    Parents that are missing, or whose weights have changed since, are marked. A folder of a pipeline stands for its
+    last stage.
 
     \b
       gemma2 lineage merged
@@ -55,7 +48,7 @@ def lineage(
     from gemma2.posttrain.reports.lineage_tree import rendered
 
     if as_json and (out is not None or form != "text"):
-        raise UsageError("--json goes to stdout in a form of its own", "drop --format and --out, or drop --json")
+        raise UsageError("--json has its own format and goes to stdout", "drop --format and --out, or drop --json")
     if out is not None and out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
     found = read_lineage(directory)

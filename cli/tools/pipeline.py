@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, Quiet, Set
+from gemma2.cli.terminal.options import (
+    HELP_NAMES,
+    AsJson,
+    DryRun,
+    Force,
+    Form,
+    Out,
+    Quiet,
+    Set,
+    file_option,
+    required_out,
+)
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.yaml_files import closest
 
 if TYPE_CHECKING:
+    from gemma2.core.json_files import JsonMapping
     from gemma2.posttrain.pipelines.check import PipelinePlan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
     from gemma2.posttrain.pipelines.scheduler import Choice
 
-__all__ = ["Announcer", "app", "kept_for_later"]
+__all__ = ["Announcer", "app", "jobs_option", "kept_for_later"]
 
-SHOWN = 4  # figures of a stage that ended
+SHOWN = 4  # figures in the line about a finished stage
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
 
@@ -35,25 +48,21 @@ File = typer.Argument(
     show_default=False,
     rich_help_panel="Inputs",
 )
-Folder = typer.Option(
-    None, "--out", "-o", metavar="DIR", help="Output directory of the whole; grows stage by stage.",
-    rich_help_panel=COMMON,
-)  # fmt: skip
-
-
-def _stages(flag: str, text: str) -> Any:
-    return typer.Option(None, flag, metavar="STAGE", help=text, show_default=False, rich_help_panel="Stages")
-
-
-From = _stages("--from", "Run this stage and what needs it; what is before is taken as it is.")
-Only = _stages("--only", "Run this stage alone; what it needs is taken as it is.")
-Again = _stages("--force", "Make this stage again though it is complete; repeatable, takes `*`.")
+stage_option = partial(typer.Option, None, metavar="STAGE", show_default=False, rich_help_panel="Stages")
+From = stage_option("--from", help="Run this stage and all stages that need it; earlier outputs are used as they are.")
+Only = stage_option("--only", help="Run only this stage; the outputs that it needs are used as they are.")
+Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
+jobs_option = partial(
+    typer.Option, None, "--jobs", "-j", metavar="INT", min=1, show_default=False, rich_help_panel="Settings"
+)
+Jobs = jobs_option(help="Stages that run at once [default 1].")
+Write = file_option(None, "--write", help="Write the drawing to this file instead of stdout.")
 
 
 class Announcer:
-    """Tells of every stage that starts and ends.
+    """Prints a line when a stage starts and one when it ends.
 
-    out: what the output will be called, where it is built under another name (`.OUT.partial`).
+    out: final name of the output, if it is built under another name (`.OUT.partial`).
     """
 
     def __init__(self, console: Console, total: int, out: Path | None = None) -> None:
@@ -62,24 +71,24 @@ class Announcer:
         self.names = (str(partial_path(out)), str(out)) if out else ("", "")
 
     def started(self, stage: Stage, command: str, why: str) -> None:
-        number = self.numbers.setdefault(stage.name, len(self.numbers) + 1)  # another attempt is no other stage
+        number = self.numbers.setdefault(stage.name, len(self.numbers) + 1)  # a retry keeps the number of its stage
         because = f" ({why})" if why else ""
         self.console.heading(f"{number}/{self.total}  {stage.name}: {stage.kind.why}{because}")
         self.console.note(f"     $ {command.replace(*self.names) if self.names[0] else command}")
 
-    def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
+    def finished(self, stage: Stage, status: str, seconds: float, summary: JsonMapping) -> None:
         figures = [
             f"{key.replace('_', ' ')} {value:.4g}"
             for key, value in summary.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("_se")
         ]
-        told = "  ".join(figures[:SHOWN])
-        self.console.note(f"     {stage.name}: {status} in {seconds:.1f} s{'   ' if told else ''}{told}")
+        shown = "  ".join(figures[:SHOWN])
+        self.console.note(f"     {stage.name}: {status} in {seconds:.1f} s{'   ' if shown else ''}{shown}")
 
 
 @contextmanager
 def kept_for_later(console: Console, root: Path) -> Iterator[None]:
-    """Say that what was done is not lost when a run ends early."""
+    """Note that finished stages are kept when a run ends early."""
     from gemma2.posttrain.pipelines.state import STATE_FILE
 
     done = False
@@ -88,11 +97,11 @@ def kept_for_later(console: Console, root: Path) -> Iterator[None]:
         done = True
     finally:
         if not done and (root / STATE_FILE).is_file():
-            console.note("what was done so far is kept: the same command goes on from there")
+            console.note("work done so far is kept: the same command continues from there")
 
 
 def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeline:
-    """The compiled pipeline of a file, a recipe, or the folder of an earlier run."""
+    """Compile the pipeline of a file, a recipe, or the folder of an earlier run."""
     from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
     from gemma2.posttrain.pipelines.run import FILE
 
@@ -100,21 +109,20 @@ def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeli
     if folder.is_dir():
         file = folder / FILE
         if not file.is_file():
-            raise InputError(f"{folder} is no folder of a pipeline", "give a YAML file")
+            raise InputError(f"{folder} is not the folder of a pipeline", "give a YAML file")
         return compile_pipeline(read_pipeline(file, sets or ()), out or folder)
     path = folder if folder.is_file() else recipe(name)
     if path is None:
         known = closest(name, recipes())
         raise InputError(f"{name} does not exist", f"give a YAML file, the folder of a run, or a recipe ({known})")
-    if out is None:
-        raise UsageError("--out is missing", "give the directory of the whole")
+    out = required_out(out)
     return compile_pipeline(read_pipeline(path, sets or ()), out)
 
 
 def choice_of(
     compiled: Pipeline, start: Sequence[str], only: Sequence[str], force: Sequence[str], keep_going: bool
 ) -> Choice:
-    """What --from, --only and --force choose. Raises UsageError for what names no stage, or forces one left out."""
+    """The stages that --from, --only and --force choose. Raises UsageError if one is unknown or forced but left out."""
     from gemma2.posttrain.pipelines.scheduler import Choice
 
     within = compiled.after(compiled.chosen(start)) if start else set(compiled.stages)
@@ -127,55 +135,44 @@ def choice_of(
 
 @app.callback(context_settings=HELP_NAMES)
 def pipeline() -> None:
-    """A pipeline: stages that name a command, its options and each other's outputs; run, skipped, continued."""
+    """Run a pipeline: stages that each name a command, its options, and outputs of other stages."""
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def run(
     file: str = File,
-    out: Path = Folder,
-    set_: list[str] = Set,
-    jobs: int = typer.Option(
-        1,
-        "--jobs",
-        "-j",
-        metavar="INT",
-        min=1,
-        help="Stages at once [default 1].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
+    out: Path | None = Out,
+    set_: list[str] | None = Set,
+    jobs: int | None = Jobs,
     executor: Literal["local", "ray"] = typer.Option(
         "local",
         "--executor",
         metavar="local|ray",
-        help="Processes of this machine, or a Ray cluster [default local].",
+        help="Run stages as processes on this machine, or on a Ray cluster [default local].",
         show_default=False,
         rich_help_panel="Settings",
     ),
-    ray_address: str = typer.Option(
+    ray_address: str | None = typer.Option(
         None,
         "--ray-address",
         metavar="TEXT",
-        help="Ray: address of the cluster; without it one is started here.",
+        help="Address of the Ray cluster; without it, a cluster is started on this machine.",
         rich_help_panel="Settings",
     ),
-    from_: list[str] = From,
-    only: list[str] = Only,
-    force: list[str] = Again,
+    from_: list[str] | None = From,
+    only: list[str] | None = Only,
+    force: list[str] | None = Again,
     keep_going: bool = typer.Option(
         False,
         "--keep-going",
-        help="After a failure go on with what does not need the failed stage.",
+        help="After a failure, continue with the stages that do not need the failed one.",
         rich_help_panel="Stages",
     ),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=COMMON
-    ),
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """Run what is missing or changed, in the order of the needs; started again, it goes on where it was.
+    """Run the stages that are missing or changed, each after those it needs; started again, continue where it stopped.
 
     \b
       gemma2 pipeline run align.yaml --out runs/align --jobs 2
@@ -190,7 +187,7 @@ def run(
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
     choice = choice_of(compiled, from_ or (), only or (), force or (), keep_going)
-    place = executor_of(executor, jobs, ray_address)
+    place = executor_of(executor, jobs or 1, ray_address)
     if dry_run:
         check_executor(compiled, place)
         show_plan(console, compiled, check_pipeline(compiled, choice.within, choice.force))
@@ -208,7 +205,7 @@ def run(
 
 
 def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
-    """What a run would do."""
+    """Print what a run would do."""
     rows = plan.rows()
     total = sum(row["cpu_seconds_at_least"] or 0.0 for row in rows)
     facts = {
@@ -224,8 +221,8 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
-def status(file: str = File, out: Path = Folder, set_: list[str] = Set, as_json: bool = AsJson) -> None:
-    """Where every stage stands: complete, changed and by what, interrupted, failed and why, to run.
+def status(file: str = File, out: Path | None = Out, set_: list[str] | None = Set, as_json: bool = AsJson) -> None:
+    """Show the status of every stage: complete, changed and by what, interrupted, failed and why, to run.
 
     \b
       gemma2 pipeline status runs/align
@@ -247,34 +244,26 @@ def status(file: str = File, out: Path = Folder, set_: list[str] = Set, as_json:
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def graph(
     file: str = File,
-    out: Path = Folder,
-    set_: list[str] = Set,
-    form: Literal["text", "mermaid", "svg"] = typer.Option(
-        "text",
-        "--format",
-        metavar="text|mermaid|svg",
-        help="How it is drawn [default text].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    write: Path = typer.Option(
-        None, "--write", metavar="FILE", help="Write the drawing here instead of to stdout.", rich_help_panel=COMMON
-    ),
-    force: bool = typer.Option(False, "--force", help="Replace an existing file.", rich_help_panel=COMMON),
+    out: Path | None = Out,
+    set_: list[str] | None = Set,
+    form: Literal["text", "mermaid", "svg"] = Form,
+    write: Path | None = Write,
+    force: bool = Force,
 ) -> None:
-    """The stages and what they need, as text, Mermaid or SVG.
+    """Draw the stages and what they need, as text, Mermaid or SVG.
 
     \b
       gemma2 pipeline graph quickstart --out quickstart
       gemma2 pipeline graph align.yaml --format svg --write align.svg
     """  # fmt: skip
+    from gemma2.core.outputs.text_file import write_text
     from gemma2.posttrain.pipelines.state import read_state
     from gemma2.posttrain.reports.graph.render import Edge, Node, dag_mermaid, dag_svg, dag_text
 
     compiled = open_pipeline(file, out or (None if Path(file).is_dir() else Path("out")), set_)
-    told = (read_state(compiled.root) or {}).get("stages", {})
+    recorded = (read_state(compiled.root) or {}).get("stages", {})
     nodes = [
-        Node(name, name, stage.command, str(told.get(name, {}).get("status", "")))
+        Node(name, name, stage.command, str(recorded.get(name, {}).get("status", "")))
         for name, stage in compiled.stages.items()
     ]
     edges = [Edge(need, name) for name, stage in compiled.stages.items() for need in stage.needs]
@@ -286,6 +275,5 @@ def graph(
     if write.exists() and not force:
         raise OutputError(f"--write {write} exists", "choose another file, or replace it with --force")
     if not write.parent.is_dir():
-        raise OutputError(f"cannot write --write {write}: {write.parent} is not a directory", "make it first")
-    write.write_text(text, encoding="utf-8")
-    Console().result({}, write)
+        raise OutputError(f"cannot write --write {write}: {write.parent} is not a directory", "create it first")
+    Console().result({}, write_text(write, text))

@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, ConfigFile, Quiet, Set, recipe_path
-from gemma2.core.errors import UsageError
+from gemma2.cli.terminal.options import (
+    HELP_NAMES,
+    AsJson,
+    ConfigFile,
+    DryRun,
+    Out,
+    Quiet,
+    Set,
+    recipe_path,
+    required_out,
+)
+from gemma2.core.json_files import JsonObject
 
-from .pipeline import Announcer, kept_for_later
+from .pipeline import Announcer, jobs_option, kept_for_later
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Jobs = jobs_option(help="Stages that run at once [default 2, 1 on one core].")
 
 NEXT = """\
 What to try next
@@ -32,44 +43,26 @@ With a real Gemma 2 (a directory, or its hub id) the commands are the same:
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def quickstart(
-    out: Path = typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="Directory of the whole run; goes on where it was.",
-        rich_help_panel="Inputs",
-    ),
-    seed: int = typer.Option(
+    seed: int | None = typer.Option(
         None, "--seed", metavar="INT", help="Seed of every random choice [default 0].", rich_help_panel="Settings"
     ),
-    jobs: int = typer.Option(
-        None,
-        "--jobs",
-        "-j",
-        metavar="INT",
-        min=1,
-        help="Stages at once [default 2, 1 on one core].",
-        rich_help_panel="Settings",
-    ),
-    config: str = ConfigFile,
-    set_: list[str] = Set,
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Print the commands of every step, run nothing.", rich_help_panel="Output and control"
-    ),
+    jobs: int | None = Jobs,
+    out: Path | None = Out,
+    config: str | None = ConfigFile,
+    set_: list[str] | None = Set,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """The whole path on the embedded models: teacher data, SFT, reward model, WARP, the KL-reward front, a report.
+    """Run every stage on the embedded models: teacher data, SFT, reward model, WARP, the KL-reward front, a report.
 
-    Takes about five minutes on two cores, needs no model and no network. Interrupted and started again, it goes on
-    where it was.
+    Takes about five minutes on two cores; needs no other model and no network. Started again after an interruption, it
+    continues where it stopped. The plan of --dry-run is the command of every stage.
 
     \b
       gemma2 quickstart --out quickstart
     """
-    if out is None:
-        raise UsageError("--out is missing", "give the directory to write")
+    out = required_out(out)
     console = Console(as_json=as_json, quiet=quiet)
     from gemma2.posttrain.pipelines.quickstart import quickstart_pipeline, run_quickstart
     from gemma2.posttrain.runs.commands import spell
@@ -77,6 +70,9 @@ def quickstart(
     sets = [*(set_ or ()), *([f"vars.seed={seed}"] if seed is not None else [])]
     pipeline = quickstart_pipeline(out, recipe_path(config or "quickstart"), sets)
     if dry_run:
+        from gemma2.posttrain.pipelines.check import check_pipeline
+
+        check_pipeline(pipeline)
         stages = pipeline.stages.values()
         commands = [spell(stage.command, stage.config(), stage.out) for stage in stages]
         if as_json:
@@ -94,8 +90,8 @@ def quickstart(
     show(console, result, out, time.monotonic() - started)
 
 
-def show(console: Console, result: dict[str, Any], out: Path, seconds: float) -> None:
-    """The table, the front, answers before and after, and where everything is."""
+def show(console: Console, result: JsonObject, out: Path, seconds: float) -> None:
+    """Print the table, the front, answers before and after, and the paths of the outputs."""
     from gemma2.posttrain.reports.plots.figures import front_text
 
     console.text("")

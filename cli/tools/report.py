@@ -8,10 +8,13 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
 from gemma2.core.errors import OutputError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+Page = file_option(Path("report.html"), "--out", "-o", help="HTML file to write [default report.html].")
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -22,25 +25,15 @@ def report(
         show_default=False,
         rich_help_panel="Inputs",
     ),
-    out: Path = typer.Option(
-        Path("report.html"),
-        "--out",
-        "-o",
-        metavar="FILE",
-        help="HTML file [default report.html].",
-        show_default=False,
-        rich_help_panel="Output and control",
-    ),
-    force: bool = typer.Option(
-        False, "--force", help="Replace an existing file.", rich_help_panel="Output and control"
-    ),
+    out: Path = Page,
+    force: bool = Force,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """One self-contained HTML page about a run: the front of every iteration, what the merges kept, the curves, the
-    lineage, answers before and after, every setting.
+    """Write one self-contained HTML page about a run: the front of every iteration, what the merges kept, the curves,
+    the lineage, answers before and after, every setting.
 
-    Of a run that failed or goes on, the page tells what is missing and why.
+    If the run failed or is not finished, the page says what is missing and why.
 
     \b
       gemma2 report quickstart --out report.html

@@ -1,1 +1,1 @@
-"""What a finished run looks like: figures, the front in characters, and the one-page report."""
+"""Reports on runs: figures, the front in characters, lineages, and the one-page HTML report."""

@@ -1,8 +1,8 @@
-"""Reads an output into plain records for the report: of a pipeline, of WARP, of one command. Torch-free.
+"""Reads the output of a pipeline, of WARP or of one command into plain records for the report. Torch-free.
 
-Every gemma2.json below the directory is a stage; a hidden `.NAME.partial` with a run.json is one that did not finish;
-pipeline.json adds the stages that never began, and why. What is missing or unreadable becomes a gap with a sentence,
-never an exception: a report of a failed run is needed most.
+Each gemma2.json below the directory is a stage; a hidden `.NAME.partial` with a run.json is a stage that did not
+finish; pipeline.json adds the stages that never began, and why. Missing and unreadable files become gaps, a sentence
+each, and never exceptions: a report matters most after a failed run.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import MANIFEST, STATE, read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
@@ -29,24 +29,27 @@ __all__ = ["Collected", "RecordedStage", "collect", "name_of"]
 PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")
 PIPELINE = "pipeline.json"
 RESUME_STATE = {"checkpoints", "ema"}
-# Commands in the order of the work, for stages that ended in the same second.
+# Commands in the order in which they run, for stages that ended in the same second.
 WORK = (
     *("tiny", "generate", "filter", "sft", "distill", "reward pairs", "reward"),
     *("rlhf", "merge slerp", "merge liti", "pareto", "pick"),
 )
-NAMED = 6  # stages that a gap names; of more it tells the number
+NAMED = 6  # stages that a gap names; it counts the others
 
 
 @dataclass(frozen=True)
 class RecordedStage:
-    """One command's output, or a stage that has none yet. `name` is its path below the report's directory; "." is the
-    directory itself. `record` is its entry in pipeline.json."""
+    """One command's output, or a stage without output so far.
+
+    name    path below the report's directory; "." is the directory itself
+    record  entry of the stage in pipeline.json
+    """
 
     name: str
     path: Path
-    manifest: Mapping[str, Any]
-    weights: str | None = None  # "blake3:..." of its own weights
-    record: Mapping[str, Any] = field(default_factory=dict)
+    manifest: JsonMapping
+    weights: str | None = None  # "blake3:..." of the stage's own weights
+    record: JsonMapping = field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -54,23 +57,23 @@ class RecordedStage:
 
     @property
     def status(self) -> str:
-        """Of its own manifest where that is complete, else what the pipeline knows."""
+        """The status in its manifest if that is complete, else the one in pipeline.json."""
         own = str(self.manifest.get("status", "unfinished" if self.manifest else "missing"))
-        told = str(self.record.get("status") or "")
-        return own if own == "complete" or told in ("", "complete") else told
+        recorded = str(self.record.get("status") or "")
+        return own if own == "complete" or recorded in ("", "complete") else recorded
 
     @property
     def error(self) -> str:
-        """The line with which it failed."""
+        """The error line of a failed stage, else ""."""
         return str(self.record.get("error") or "").removeprefix("error: ")
 
     @property
-    def summary(self) -> Mapping[str, Any]:
+    def summary(self) -> JsonMapping:
         found = self.manifest.get("summary")
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> JsonMapping:
         found = self.manifest.get("config")
         return found if isinstance(found, Mapping) else {}
 
@@ -81,13 +84,13 @@ class RecordedStage:
 
     @property
     def round(self) -> str:
-        """The folder of its WARP iteration: `warp/iteration-2`; "" outside of one."""
+        """The folder of its WARP iteration, such as `warp/iteration-2`; "" outside an iteration."""
         found = re.match(r"(?:.*/)?iteration-\d+(?=/|$)", self.name)
         return found[0] if found else ""
 
     @property
     def seconds(self) -> float | None:
-        """From start to end, where both are recorded."""
+        """Seconds from start to end, if both are recorded."""
         try:
             ends = [datetime.fromisoformat(str(self.manifest[key])) for key in ("started", "ended")]
         except (KeyError, ValueError):
@@ -97,31 +100,31 @@ class RecordedStage:
 
 @dataclass(frozen=True)
 class Collected:
-    """Everything that the report shows, and the gaps: what is missing, in sentences."""
+    """Everything that the report shows, and the gaps: sentences about missing parts."""
 
     root: Path
     title: str
     stages: Sequence[RecordedStage]
-    fronts: Sequence[Front]  # of every measurement, in the order of the work
-    front: Front  # the one with the most points; without points where there is none
-    samples: Sequence[Mapping[str, Any]]  # samples.jsonl of the front
-    curves: Mapping[str, Sequence[Mapping[str, Any]]]  # RL run -> metrics.jsonl with "iteration"
+    fronts: Sequence[Front]  # of every measurement, in the order of the stages
+    front: Front  # the one with the most points; an empty front if there is none
+    samples: Sequence[JsonMapping]  # samples.jsonl of the front
+    curves: Mapping[str, Sequence[JsonMapping]]  # RL run -> metrics.jsonl with "iteration"
     gaps: Sequence[str] = field(default_factory=tuple)
 
     def of(self, *commands: str) -> list[RecordedStage]:
-        """The stages of these commands."""
+        """The stages that ran one of these commands."""
         return [stage for stage in self.stages if stage.command in commands]
 
 
 def name_of(text: str) -> str:
-    """A path as it is called once complete: `a/.warp.partial/b` is `a/warp/b`."""
+    """The final form of a path: `a/.warp.partial/b` becomes `a/warp/b`."""
     return PARTIAL.sub(r"\1\2", text)
 
 
 def collect(directory: Path) -> Collected:
-    """Read a directory, or where it is not there yet the one in which it is being made.
+    """Read a directory; if it does not exist yet, the hidden directory in which it is being made.
 
-    Raises InputError when no gemma2 command wrote anything into it.
+    Raises InputError if it holds no output of a gemma2 command.
     """
     root = directory if directory.is_dir() else partial_path(directory)
     if not root.is_dir():
@@ -133,7 +136,7 @@ def collect(directory: Path) -> Collected:
     stages = sorted(found, key=lambda stage: order(stage, place))
     if not stages:
         raise InputError(f"{directory} holds no output of a gemma2 command", "give the output of a command or pipeline")
-    gaps += troubles(stages)
+    gaps += incomplete(stages)
     measured = [stage for stage in stages if stage.command == "pareto" or (stage.path / "front.json").is_file()]
     every = [read_front(stage.name, stage.path, gaps) for stage in measured if stage.manifest]
     fronts = [front for front in every if front.points]
@@ -153,8 +156,8 @@ def collect(directory: Path) -> Collected:
 
 
 def order(stage: RecordedStage, place: Mapping[str, int]) -> tuple[int, str, int, int, str]:
-    """As the pipeline has it, what lies in a stage beside it; without a pipeline by end, and those that ended in the
-    same second in the order of the work."""
+    """Sort key: the place in pipeline.json, with stages inside another right after it; without a pipeline the end, and
+    for stages that ended in the same second the place of the command in WORK."""
     parts = stage.name.split("/")
     owners = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
     rank = WORK.index(stage.command) if stage.command in WORK else len(WORK)
@@ -166,7 +169,7 @@ def order(stage: RecordedStage, place: Mapping[str, int]) -> tuple[int, str, int
 
 
 def find_stages(root: Path, gaps: list[str]) -> Iterator[RecordedStage]:
-    """Every directory with a manifest, and every interrupted run."""
+    """Yield every directory with a manifest and every interrupted run."""
     for folder, children, files in os.walk(root):
         path = Path(folder)
         hidden = {child for child in children if child.startswith(".") and not PARTIAL.search(child)}
@@ -183,12 +186,12 @@ def find_stages(root: Path, gaps: list[str]) -> Iterator[RecordedStage]:
 
 
 def own_weights(path: Path) -> str | None:
-    """Digest of a stage's weights; None where it has none."""
+    """Digest of a stage's weights, or None without weights."""
     return digest_weights(path) if weight_files(path) else None
 
 
 def latest(stages: Iterator[RecordedStage]) -> dict[str, RecordedStage]:
-    """By name; a complete output counts more than the attempt at another that lies beside it."""
+    """Stages by name; a complete output takes precedence over an unfinished attempt to replace it."""
     found: dict[str, RecordedStage] = {}
     for stage in stages:
         if stage.name not in found or found[stage.name].status != "complete":
@@ -196,8 +199,8 @@ def latest(stages: Iterator[RecordedStage]) -> dict[str, RecordedStage]:
     return found
 
 
-def read_records(root: Path, gaps: list[str]) -> Mapping[str, Mapping[str, Any]]:
-    """The stages of pipeline.json by name; none where there is no such file, or it cannot be read."""
+def read_records(root: Path, gaps: list[str]) -> Mapping[str, JsonMapping]:
+    """The stages of pipeline.json by name; empty if the file is missing or unreadable."""
     try:
         stages = json.loads((root / PIPELINE).read_text(encoding="utf-8"))["stages"]
         return {str(name): record for name, record in stages.items() if isinstance(record, Mapping)}
@@ -209,17 +212,17 @@ def read_records(root: Path, gaps: list[str]) -> Mapping[str, Mapping[str, Any]]
 
 
 def with_records(
-    root: Path, stages: Mapping[str, RecordedStage], records: Mapping[str, Mapping[str, Any]]
+    root: Path, stages: Mapping[str, RecordedStage], records: Mapping[str, JsonMapping]
 ) -> Iterator[RecordedStage]:
-    """The stages with what the pipeline knows of them, and those that have no output."""
+    """Yield the stages with their entries in pipeline.json, then the stages without output."""
     for stage in stages.values():
         yield RecordedStage(stage.name, stage.path, stage.manifest, stage.weights, records.get(stage.name, {}))
     for name in records.keys() - stages.keys():
         yield RecordedStage(name, root / name, {}, None, records[name])
 
 
-def troubles(stages: Sequence[RecordedStage]) -> Iterator[str]:
-    """What is not complete, in sentences: one each for what went wrong, one for all that waits for it."""
+def incomplete(stages: Sequence[RecordedStage]) -> Iterator[str]:
+    """Yield sentences about incomplete stages: one per stage that went wrong, one for all that wait."""
     waiting: dict[str, list[str]] = {}
     for stage in stages:
         if stage.status in ("complete", "not needed"):
@@ -233,14 +236,14 @@ def troubles(stages: Sequence[RecordedStage]) -> Iterator[str]:
         else:
             yield f"{stage.name} did not finish (status {stage.status})"
     for status, names in waiting.items():
-        why = {"waiting": "waiting for its turn", "blocked": "not begun, since something before it failed"}
-        told = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        yield f"{why.get(status, status)}: {told}"
+        why = {"waiting": "waiting to start", "blocked": "not started, because an earlier stage failed"}
+        listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        yield f"{why.get(status, status)}: {listed}"
 
 
-def read_curve(stage: RecordedStage, gaps: list[str]) -> list[dict[str, Any]]:
-    """The metrics of an RL run: a training line has `reward`, an evaluation `heldout_reward` and `kl`, so that one
-    metric never mixes training with held-out prompts."""
+def read_curve(stage: RecordedStage, gaps: list[str]) -> list[JsonObject]:
+    """Rows of the metrics of an RL run. Training rows have `reward`, evaluations `heldout_reward` and `kl`, so that no
+    metric mixes training with held-out prompts."""
     rows = []
     for row in read_lines(stage.path / "metrics.jsonl", f"{stage.name}/metrics.jsonl", gaps):
         if isinstance(row.get("step"), int):

@@ -1,4 +1,4 @@
-"""What each command does, in one line, and the command line that repeats a recorded stage. Torch-free."""
+"""The purpose of each command in one line, and the command line that repeats a recorded stage. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .collect import RecordedStage, name_of
 
 __all__ = ["command_of", "phrases", "why"]
 
-MERGE_FLAGS = {"etas": "eta"}  # recorded name -> flag, where they differ
+MERGE_FLAGS = {"etas": "eta"}  # recorded name -> flag, if they differ
 DEFAULT_GRANULARITY = "layer"
 
 
 def why(command: str) -> str:
-    """One line on what a command is for."""
+    """The purpose of a command in one line; "" for an unknown command."""
     return COMMANDS[command].why if command in COMMANDS else ""
 
 
 def command_of(stage: RecordedStage, root: Path) -> str:
-    """The shell command that repeats a stage, with paths as they are called below `root`; "" when it is not known."""
+    """The shell command that repeats a stage, with final paths relative to the parent of `root`; "" if unknown."""
     out = root.resolve() / stage.name
     if stage.command.startswith("merge ") and stage.config:
         return local(shlex.join([*merge_words(stage, out), "--out", str(out)]), root)
@@ -34,13 +34,13 @@ def command_of(stage: RecordedStage, root: Path) -> str:
         return ""
     try:
         config = COMMANDS[stage.command].schema.model_validate(dict(stage.config))
-    except ValidationError:  # written by another version: the settings are still shown in full
+    except ValidationError:  # written by another version; the page still shows the settings in full
         return ""
     return local(spell(stage.command, config, out), root)
 
 
 def merge_words(stage: RecordedStage, out: Path) -> list[str]:
-    """A merge takes its models as arguments, its method as a command, and records both as parents."""
+    """Words of a merge without --out: the method is a sub-command, the recorded parents are arguments and --base."""
     parents = [parent for parent in stage.manifest.get("parents") or () if isinstance(parent, Mapping)]
     places = [(parent.get("role"), os.path.normpath(out / str(parent.get("path", "")))) for parent in parents]
     words = ["gemma2", *stage.command.split(), *(path for role, path in places if role != "base")]
@@ -58,16 +58,16 @@ def merge_words(stage: RecordedStage, out: Path) -> list[str]:
 
 
 def local(text: str, root: Path) -> str:
-    """Paths below the directory lose what comes before its name, and the hidden names of work in progress."""
+    """The text with paths below `root` relative to its parent, and without hidden names of unfinished outputs."""
     text = name_of_paths(text)
     return text.replace(f"{root.resolve().parent.as_posix().rstrip('/')}/", "")
 
 
 def name_of_paths(text: str) -> str:
-    """`name_of` for every path in a line."""
+    """The line with `name_of` applied to each path."""
     return re.sub(r"[^\s,']+", lambda found: name_of(found[0]), text)
 
 
 def phrases(command: str) -> list[str]:
-    """A command line cut in front of every flag: pieces that should not be broken over lines."""
+    """A command line split before every flag, into pieces that should stay on one line."""
     return re.split(r" (?=--?[a-z])", command) if command else []

@@ -1,7 +1,7 @@
 """The lineage of a run as a graph of its stages, and as a table. Pure.
 
-An edge is a parent or a data file that a manifest records; of a stage without a manifest, what the pipeline says that
-it needs. A parent outside the run is a box of its own.
+An edge is a parent or a data file that a manifest records; for a stage without a manifest, a need that pipeline.json
+records. A parent outside the run gets its own box.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .collect import Collected, RecordedStage, name_of
 from .graph.render import Edge, Node, dag_svg
@@ -22,7 +23,7 @@ LEFT_OUT = ("warp", "quickstart", "pipeline")  # outputs that only hold others
 
 
 def family(found: Collected) -> dict[str, str] | None:
-    """The graph in its wide and its narrow form; None where nothing has a parent."""
+    """The graph in its wide and its narrow form; None if no stage has a parent."""
     stages = {stage.name: stage for stage in found.stages if stage.command not in LEFT_OUT}
     edges = list(dict.fromkeys(edge for stage in stages.values() for edge in edges_of(stage, stages)))
     if not edges:
@@ -41,13 +42,13 @@ def family(found: Collected) -> dict[str, str] | None:
         for name, stage in stages.items()
         if name in used
     ]
-    nodes += [Node(name, PurePosixPath(name).name or name, "not of this run", "") for name in used - stages.keys()]
+    nodes += [Node(name, PurePosixPath(name).name or name, "outside this run", "") for name in used - stages.keys()]
     nodes.sort(key=lambda node: (node.id in stages, list(stages).index(node.id) if node.id in stages else 0, node.id))
     return {form: dag_svg(nodes, edges, narrow=form == "narrow", page=f"family-{form}") for form in ("wide", "narrow")}
 
 
 def edges_of(stage: RecordedStage, stages: Mapping[str, RecordedStage]) -> Iterator[Edge]:
-    """What a stage was made from, or where nothing is recorded yet, what it needs."""
+    """Yield the edges from the recorded sources of a stage, or if none is recorded, from the stages that it needs."""
     recorded = False
     for source, role in sources(stage):
         owner = owner_of(source, stages)
@@ -64,7 +65,7 @@ def edges_of(stage: RecordedStage, stages: Mapping[str, RecordedStage]) -> Itera
 
 
 def sources(stage: RecordedStage) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(path below the report's directory, ("parent" or "data", role)) of everything that a manifest records."""
+    """Yield (path below the report's directory, ("parent" or "data", role)) of every source that a manifest records."""
     for parent in records(stage, "parents"):
         if parent.get("hub"):
             yield str(parent["hub"]), ("parent", str(parent.get("role", "")))
@@ -75,18 +76,18 @@ def sources(stage: RecordedStage) -> Iterator[tuple[str, tuple[str, str]]]:
         yield placed(stage, source), ("data", "data" if name.startswith("data-") else name)
 
 
-def records(stage: RecordedStage, key: str) -> list[Mapping[str, Any]]:
+def records(stage: RecordedStage, key: str) -> list[JsonMapping]:
     found = stage.manifest.get(key)
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
 
-def placed(stage: RecordedStage, record: Mapping[str, Any]) -> str:
-    """A recorded path, relative to the report's directory, as it is called once complete."""
+def placed(stage: RecordedStage, record: JsonMapping) -> str:
+    """The final form of a recorded path, relative to the report's directory."""
     return name_of(os.path.normpath(os.path.join(stage.name, str(record.get("path", "")))))
 
 
 def owner_of(path: str, stages: Mapping[str, RecordedStage]) -> str:
-    """The stage that a path lies in; the path itself where it lies in none."""
+    """The name of the stage that contains a path, or the path itself if no stage does."""
     place = PurePosixPath(path)
     return next(
         (str(folder) for folder in (place, *place.parents) if str(folder) in stages and str(folder) != "."), path
@@ -94,21 +95,21 @@ def owner_of(path: str, stages: Mapping[str, RecordedStage]) -> str:
 
 
 def shared_folder(stages: Mapping[str, RecordedStage]) -> str:
-    """The folder of WARP's stages, `warp/`, which their names do without."""
+    """The folder of WARP's stages, such as `warp/`, left out of their names; "" unless there is exactly one."""
     inside = {name[: name.index("iteration-")] for name in stages if "iteration-" in name}
     return inside.pop() if len(inside) == 1 else ""
 
 
 def called(name: str, prefix: str, found: Collected) -> str:
-    """A stage's name in its box."""
+    """The name of a stage in its box."""
     if name == ".":
         return found.title
     short = name.removeprefix(prefix)
     return name if any(stage.name == short for stage in found.stages) else short
 
 
-def lineage(found: Collected) -> list[dict[str, Any]]:
-    """Every result with its weights, and what it was made from, by the weights that were used."""
+def lineage(found: Collected) -> list[JsonObject]:
+    """Rows of the table: a result with its weights, and its parents with the weights that were used."""
     owners = {stage.weights: stage.name for stage in reversed(found.stages) if stage.weights}
     rows = []
     for stage in found.stages:

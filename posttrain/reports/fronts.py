@@ -1,14 +1,16 @@
-"""front.json and the rows beside it, read for a report: usable points only, everything else a gap. Torch-free."""
+"""Reads front.json and its samples for a report: usable points only; everything else becomes a gap. Torch-free."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 __all__ = ["Front", "choose_front", "is_number", "read_front", "read_lines"]
 
@@ -21,34 +23,34 @@ class Front:
 
     name: str
     path: Path
-    points: Sequence[dict[str, Any]] = field(default_factory=tuple)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    points: Sequence[JsonObject] = field(default_factory=tuple)
+    facts: JsonMapping = field(default_factory=dict)
 
     @property
-    def measured(self) -> list[dict[str, Any]]:
-        """The points but for the RL trajectories."""
+    def measured(self) -> list[JsonObject]:
+        """The points without the RL trajectories."""
         return [point for point in self.points if point["kind"] != "trajectory"]
 
     @property
     def iteration(self) -> int | None:
-        """Of a WARP iteration's own front."""
+        """Number of the WARP iteration, if the front belongs to one."""
         found = re.search(r"(?:^|/)iteration-(\d+)(?:/|$)", self.name)
         return int(found[1]) if found else None
 
 
 def choose_front(fronts: Sequence[Front]) -> Front:
-    """The front with the most points, of equal ones the latest; an empty one where there is none."""
+    """The front with the most points, the latest of equals; an empty front if there is none."""
     return max(reversed(fronts), key=lambda front: len(front.measured), default=Front("", Path()))
 
 
 def read_front(name: str, directory: Path, gaps: list[str]) -> Front:
-    """front.json with its usable points; without points when it cannot be read."""
+    """Read front.json with its usable points; without points if it cannot be read."""
     place = f"{name}/front.json" if name != "." else "front.json"
     try:
         front = json.loads((directory / "front.json").read_text(encoding="utf-8"))
         points = [usable(point) for point in front["points"]]
     except FileNotFoundError:
-        return Front(name, directory)  # an unfinished measurement has no front yet; that it is unfinished is said
+        return Front(name, directory)  # an unfinished measurement, which is already among the gaps
     except (OSError, ValueError, KeyError, TypeError) as error:
         gaps.append(f"{place} cannot be read ({type(error).__name__})")
         return Front(name, directory)
@@ -60,8 +62,8 @@ def read_front(name: str, directory: Path, gaps: list[str]) -> Front:
     return Front(name, directory, kept, {key: front[key] for key in front if key != "points"})
 
 
-def usable(point: object) -> dict[str, Any] | None:
-    """A point that can be drawn: known kind, finite reward and KL, no figure that is none."""
+def usable(point: object) -> JsonObject | None:
+    """The point with invalid figures set to None; None without a known kind, a finite reward and a finite KL."""
     if not isinstance(point, dict) or not (is_number(point.get("kl")) and is_number(point.get("reward"))):
         return None
     kind = str(point.get("kind"))
@@ -75,7 +77,7 @@ def usable(point: object) -> dict[str, Any] | None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number."""
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -83,8 +85,8 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def read_lines(path: Path, place: str, gaps: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; torn lines are counted and left out. `place`: what a gap calls the file."""
+def read_lines(path: Path, place: str, gaps: list[str]) -> list[JsonObject]:
+    """The objects of a JSONL file; unreadable lines are counted and left out. `place`: name of the file in a gap."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:

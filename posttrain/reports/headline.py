@@ -1,10 +1,11 @@
-"""The headline of a report: table of policies, verdict, the best within a KL, the area under the front. Pure."""
+"""The headline of a report: table of policies, verdict, best points by KL limit, area under the front. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .collect import Collected
 from .fronts import Front, is_number
@@ -12,16 +13,16 @@ from .plots.values import duration, number, rounded, start_of, title_of, with_er
 
 __all__ = ["areas", "best_within", "facts", "headline_rows", "point_table", "table", "verdict"]
 
-Rows = Sequence[tuple[str, Mapping[str, Any]]]
+Rows = Sequence[tuple[str, JsonMapping]]
 
-# Columns of a point that are not a score.
+# Columns of a point that are not scores.
 NOT_SCORES = ("reward", "kl", "length", "truncated", "distinct_2", "eta")
-CERTAIN = 3.0  # standard errors from which on a difference is hardly chance
-BARS = 2.0  # standard errors that a bar of the table reaches to either side, where no interval is known
+CERTAIN = 3.0  # standard errors; a larger difference is hardly chance
+BARS = 2.0  # half length of a bar in the table in standard errors, if no interval is known
 
 
 def facts(found: Collected) -> list[str]:
-    """The line below the title: size of the run, of the measurement, time and day."""
+    """The facts below the title: size of the run, size of the measurement, time and date."""
     runs: dict[str, int] = {}
     for stage in found.of("rlhf"):
         if stage.round:
@@ -48,9 +49,9 @@ def plural(word: str, count: int) -> str:
     return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
 
 
-def headline_rows(found: Collected) -> list[tuple[str, Mapping[str, Any]]]:
-    """(title, point): base, SFT, the best single RL run of the first iteration, every WARP iteration's merge, the
-    chosen model; where there is neither RL nor a merge in the front, every policy."""
+def headline_rows(found: Collected) -> list[tuple[str, JsonMapping]]:
+    """(title, point) of base, SFT, the best single RL run of the first iteration, the merge of every WARP iteration and
+    the chosen model; of every policy if the front has no iterations."""
     points = found.front.measured
     rows = [(capital(title_of(p)), p) for kind in ("base", "sft") for p in points if p["kind"] == kind]
     first = min((p["iteration"] for p in points if p["kind"] == "policy" and p.get("iteration")), default=None)
@@ -65,8 +66,8 @@ def headline_rows(found: Collected) -> list[tuple[str, Mapping[str, Any]]]:
     return rows + chosen_rows(found, points)
 
 
-def chosen_rows(found: Collected, points: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The chosen model, where it is none of the merges themselves."""
+def chosen_rows(found: Collected, points: Sequence[JsonMapping]) -> list[tuple[str, JsonMapping]]:
+    """The row of the chosen model, unless it is one of the merges."""
     rows = []
     for stage in found.of("pick"):
         eta, name = stage.summary.get("eta"), stage.summary.get("name")
@@ -79,19 +80,19 @@ def chosen_rows(found: Collected, points: Sequence[Mapping[str, Any]]) -> list[t
 
 
 def capital(title: str) -> str:
-    """With a capital letter at the beginning of a row."""
+    """The title with a capital first letter."""
     return title[:1].upper() + title[1:]
 
 
-def scores_of_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the further scores that every point has a value of, accuracy and judge first."""
-    told = [{key for key in point if f"{key}_se" in point and point[key] is not None} for point in points]
-    common = set.intersection(*told) - set(NOT_SCORES) if told else set()
+def scores_of_points(points: Sequence[JsonMapping]) -> list[str]:
+    """Names of the other scores for which every point has a value, accuracy and judge first."""
+    known = [{key for key in point if f"{key}_se" in point and point[key] is not None} for point in points]
+    common = set.intersection(*known) - set(NOT_SCORES) if known else set()
     keys = [key for key in points[0] if key in common] if points else []
     return sorted(keys, key=lambda key: ({"accuracy": 0, "judge": 1}.get(key, 2), keys.index(key)))
 
 
-def table(rows: Rows) -> dict[str, Any]:
+def table(rows: Rows) -> JsonObject:
     """The headline table. `dot` is (reward, reward - 2 errors, reward + 2 errors) on a common scale of 0 to 100."""
     points = [point for _, point in rows]
     scores = scores_of_points(points)[:3]
@@ -113,27 +114,27 @@ def table(rows: Rows) -> dict[str, Any]:
     return {"columns": [f"KL to {start_of(points)}", *(score_title(name) for name in scores), "Length"], "rows": lines}
 
 
-def error_bar(point: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The reward, and the ends of its interval, or two standard errors below and above it."""
+def error_bar(point: JsonMapping) -> tuple[float, float, float]:
+    """The reward and the ends of its interval; without interval, two standard errors below and above it."""
     reward, error = float(point["reward"]), BARS * float(point.get("reward_se") or 0.0)
     low, high = point.get("reward_low"), point.get("reward_high")
     return reward, reward - error if low is None else low, reward + error if high is None else high
 
 
 def scale_of(score: str) -> float:
-    """Shares of right answers are shown in percent."""
+    """Factor from a score to the figure shown: accuracies are shown in percent."""
     return 100.0 if score == "accuracy" else 1.0
 
 
 def score_title(score: str) -> str:
-    """A column's name."""
+    """Title of a score's column."""
     return f"{score.replace('_', ' ').capitalize()}{', %' if score == 'accuracy' else ''}"
 
 
-def verdict(rows: Rows) -> dict[str, Any] | None:
-    """The last WARP merge against the policy that RL started from, per score: the difference in standard errors.
+def verdict(rows: Rows) -> JsonObject | None:
+    """The last WARP merge compared with the policy that RL started from, per score, in standard errors.
 
-    The errors are taken as independent; common random numbers make the true one smaller.
+    The errors are taken as independent; common random numbers make the true error smaller.
     """
     last = [(title, point) for title, point in rows if title.startswith("WARP")]
     reference = [(title, point) for title, point in rows if point["kind"] == "sft"]
@@ -146,8 +147,8 @@ def verdict(rows: Rows) -> dict[str, Any] | None:
     return {"title": merge, "start": start, "kl": price, "lines": [line for line in lines if line]}
 
 
-def change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
-    """One line of the verdict; None where no error is known."""
+def change(name: str, before: JsonMapping, after: JsonMapping) -> JsonObject | None:
+    """One line of the verdict; None if no error is known."""
     error = math.hypot(before.get(f"{name}_se") or 0.0, after.get(f"{name}_se") or 0.0)
     if not error:
         return None
@@ -165,7 +166,7 @@ def change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> di
 
 
 def best_within(front: Front) -> list[dict[str, str]]:
-    """The best point for each limit of KL, as front.json has it."""
+    """The best point within each KL limit, from front.json."""
     found = front.facts.get("best_at")
     rows = []
     for row in found if isinstance(found, list) else ():
@@ -183,24 +184,24 @@ def best_within(front: Front) -> list[dict[str, str]]:
     return rows
 
 
-def spread(row: Mapping[str, Any], key: str) -> str:
-    """A value with its interval, or its standard error, or alone."""
+def spread(row: JsonMapping, key: str) -> str:
+    """A value with its interval, else with its standard error, else alone."""
     error = row.get(f"{key}_se")
     written = with_error({key: row.get(key), f"{key}_se": error if is_number(error) else None}, key)
     ends = interval(row, key)
     return f"{written['value']} ({ends})" if ends else " ± ".join(filter(None, written.values()))
 
 
-def interval(row: Mapping[str, Any], key: str) -> str:
-    """`0.78 to 0.83`, with the digits that its width deserves; "" where it is not known."""
+def interval(row: JsonMapping, key: str) -> str:
+    """The interval of a value, such as `0.78 to 0.83`, rounded by its width; "" if unknown."""
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
     if not (is_number(low) and is_number(high)):
         return ""
     return f"{rounded(low, (high - low) / 4)} to {rounded(high, (high - low) / 4)}"
 
 
-def areas(found: Collected) -> dict[str, Any] | None:
-    """The area under the front, what bounds it, and the areas of the iterations' own fronts."""
+def areas(found: Collected) -> JsonObject | None:
+    """The area under the front, its bounds, and the areas of the fronts of single iterations."""
     facts, reference = found.front.facts, found.front.facts.get("reference")
     if not is_number(facts.get("hypervolume")):
         return None
@@ -227,7 +228,7 @@ def areas(found: Collected) -> dict[str, Any] | None:
 
 
 def point_table(found: Collected) -> list[dict[str, str]]:
-    """Every measured point in full."""
+    """Rows of the table of all measured points."""
     return [
         {
             "name": str(point["name"]),

@@ -1,8 +1,8 @@
-"""What an output was made from, back to its roots, read from the manifests on the way: `gemma2 lineage`. Torch-free.
+"""The lineage of an output back to its roots, read from manifests: `gemma2 lineage`. Torch-free.
 
-A parent is followed where its weights are those that were used; where it is not there, or has other weights, the graph
-says so and ends. Rows count too: a data file of an output (generate, filter, reward pairs, pareto) leads to what that
-was made from. Files that no manifest describes, hub models and directories without a manifest are roots.
+A parent is followed if its weights are those that were used; if it is missing or has other weights, the graph says so
+and ends there. Rows count too: a data file in an output (generate, filter, reward pairs, pareto) is followed to the
+sources of that output. Files that no manifest describes, hub models and directories without a manifest are roots.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
@@ -27,16 +27,16 @@ __all__ = ["Lineage", "Origin", "final_output", "read_lineage"]
 
 PIPELINE = "pipeline.json"
 COLLECTIONS = ("quickstart", "warp", "pipeline")  # commands whose output is a folder of outputs
-THREADS = min(8, os.cpu_count() or 1)  # for weights that no manifest vouches for
+THREADS = min(8, os.cpu_count() or 1)  # for weights whose digest no manifest records
 
 
 @dataclass(frozen=True)
 class Origin:
-    """One thing that the result was made from, or the result.
+    """A source of the result, or the result itself.
 
     kind    output (of a command), model (a directory without a manifest), hub, file
-    digest  of the weights or of the file, as they were used; of an output without weights, of its first data file
-    note    what is wrong with it; "" when it is there and unchanged
+    digest  of the weights or the file at the time of use; for an output without weights, of its first data file
+    note    the problem with it; "" if it exists unchanged
     """
 
     id: str
@@ -50,19 +50,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class Lineage:
-    """`origins` in topological order, the result last; `uses` are (what is used, by what, in which role) by id."""
+    """`origins` in topological order, the result last; `uses` are (id used, id of the user, role)."""
 
     result: str
     origins: Sequence[Origin]
     uses: Sequence[tuple[str, str, str]]
 
-    def document(self) -> dict[str, Any]:
-        """For JSON."""
+    def document(self) -> JsonObject:
+        """The lineage as a JSON document."""
         edges = [{"source": source, "target": target, "role": role} for source, target, role in self.uses]
         return {"result": self.result, "nodes": [asdict(origin) for origin in self.origins], "edges": edges}
 
     def drawn(self) -> tuple[list[Node], list[Edge]]:
-        """For reporting.dag."""
+        """The lineage as nodes and edges to draw."""
         nodes = [
             Node(
                 origin.id,
@@ -80,9 +80,9 @@ class Lineage:
 
 
 def final_output(directory: Path) -> Path:
-    """The output that a directory stands for: itself, or of a pipeline its last stage.
+    """The output that a directory stands for: itself, or the last stage of a pipeline.
 
-    Raises InputError for what is neither, and for a pipeline that ends in several results.
+    Raises InputError if it is neither an output nor a pipeline, or a pipeline with several results.
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory", "give the output of a gemma2 command, or a model")
@@ -101,7 +101,7 @@ def final_output(directory: Path) -> Path:
 
 
 def pipeline_ends(directory: Path) -> list[Path]:
-    """The finished stages that no other uses; of several, the one called `model`."""
+    """The finished stages that no other stage uses; the one named `model` if it is among them."""
     stages = (read_json(directory / PIPELINE) or {}).get("stages")
     stages = stages if isinstance(stages, Mapping) else {}
     described = [stage for stage in stages.values() if isinstance(stage, Mapping)]
@@ -115,13 +115,13 @@ def pipeline_ends(directory: Path) -> list[Path]:
 
 
 def inside(directory: Path, name: str) -> Path | None:
-    """The folder of a stage, where its name stays inside the pipeline's."""
+    """The folder of a stage, or None if its name leads outside the folder of the pipeline."""
     parts = Path(name).parts
     return directory / name if parts and not Path(name).is_absolute() and ".." not in parts else None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is none. Raises InputError when it cannot be read."""
+def read_json(path: Path) -> JsonObject | None:
+    """The JSON object in a file, or None if there is none. Raises InputError if the file cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -135,9 +135,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_lineage(directory: Path) -> Lineage:
-    """The graph of what `directory`, an output or a model, was made from.
+    """The lineage of `directory`, an output or a model.
 
-    Raises InputError when `directory` itself is neither, or its manifest cannot be read.
+    Raises InputError if `directory` is neither, or its manifest cannot be read.
     """
     start = final_output(directory).resolve()
     read_manifest(start)
@@ -156,19 +156,19 @@ def read_lineage(directory: Path) -> Lineage:
 
 @dataclass
 class Walk:
-    """What was found so far, by key; keys of outputs whose manifests are still to be read."""
+    """Origins found so far by key, and the keys of outputs whose manifests are still to be read."""
 
     found: dict[str, Origin] = field(default_factory=dict)
     uses: list[tuple[str, str, str]] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
 
     def add(self, origin: Origin, key: str) -> str:
-        """Remember it, once."""
+        """Store an origin under its key, unless the key is known; returns the key."""
         self.found.setdefault(key, origin)
         return key
 
     def output(self, path: Path) -> str:
-        """A directory that is as it was when it was used. Raises InputError for a manifest that cannot be read."""
+        """Add a directory that is unchanged since its use; returns its key. Raises InputError for a bad manifest."""
         key = str(path)
         if key in self.found:
             return key
@@ -185,7 +185,7 @@ class Walk:
         )
 
     def follow(self, key: str) -> None:
-        """Read the parents and the data of an output."""
+        """Add the parents and the data of an output."""
         directory = Path(key)
         manifest = read_manifest(directory) or {}
         for parent in entries(manifest, "parents"):
@@ -199,8 +199,8 @@ class Walk:
         if (source, target, role) not in self.uses:
             self.uses.append((source, target, role))
 
-    def parent(self, directory: Path, parent: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-        """A model that was used: followed where it is unchanged."""
+    def parent(self, directory: Path, parent: JsonMapping, manifest: JsonMapping) -> str:
+        """Add a model that was used, to be followed if it is unchanged; returns its key."""
         used = str(parent.get("weights") or "")
         place = Path(os.path.normpath(directory / str(parent.get("path"))))
         if parent.get("hub"):
@@ -209,32 +209,32 @@ class Walk:
         for path in [place, *configured(manifest)]:
             if state_of(path) == (used, ""):
                 return self.output(path)
-        there, problem = state_of(place)
-        note = problem or f"changed: weights {short_hash(there)}"
-        # By its weights: two results that were made from the same lost model share it.
+        present, problem = state_of(place)
+        note = problem or f"changed: weights {short_hash(present)}"
+        # The key has the weights, so that two results made from the same lost model share one node.
         return self.add(Origin("", place.name, "model", str(place), "", used, note), f"{used} {place}")
 
     def data(self, path: Path, used: str) -> str:
-        """A data file that was used; the output that it lies in, where it does."""
+        """Add a data file that was used, or the output that contains it; returns its key."""
         try:
-            there = digest_input(path, THREADS) if path.is_file() else ""
-            if there == used and (path.parent / MANIFEST).is_file():
+            present = digest_input(path, THREADS) if path.is_file() else ""
+            if present == used and (path.parent / MANIFEST).is_file():
                 return self.output(path.parent)
-            problem = f"changed: {short_hash(there)}" if there else "not there"
+            problem = f"changed: {short_hash(present)}" if present else "not there"
         except (OSError, InputError):
-            there, problem = "", "cannot be read"
-        note = "" if there == used else problem
+            present, problem = "", "cannot be read"
+        note = "" if present == used else problem
         return self.add(Origin("", path.name, "file", str(path), "", used, note), f"{used} {path}")
 
 
-def entries(manifest: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The records under a key, as far as they are some."""
+def entries(manifest: JsonMapping, key: str) -> list[JsonMapping]:
+    """The records in the list under a key; malformed ones are left out."""
     found = manifest.get(key)
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
 
-def configured(manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """The directories that a configuration names: an output that was moved still finds its parents there."""
+def configured(manifest: JsonMapping) -> Iterator[Path]:
+    """Yield the absolute paths in a configuration: a moved output still finds its parents there."""
     config = manifest.get("config")
     for value in config.values() if isinstance(config, Mapping) else ():
         for text in value if isinstance(value, list) else [value]:
@@ -243,7 +243,7 @@ def configured(manifest: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def state_of(path: Path) -> tuple[str, str]:
-    """The digest of a directory's weights, and what is wrong with it: one of them is ""."""
+    """The digest of a directory's weights, and the problem with it; one of the two is ""."""
     try:
         if not path.is_dir():
             return "", "not there"
@@ -255,8 +255,8 @@ def state_of(path: Path) -> tuple[str, str]:
         return "", "cannot be read"
 
 
-def first_digest(manifest: Mapping[str, Any]) -> str:
-    """Of an output without weights: the digest of its first file of rows or points."""
+def first_digest(manifest: JsonMapping) -> str:
+    """The digest of an output's first file of rows or points, for outputs without weights."""
     files = manifest.get("files")
     for name, entry in sorted(files.items()) if isinstance(files, Mapping) else ():
         if name.endswith((".jsonl", ".json")) and isinstance(entry, Mapping) and entry.get("digest"):
@@ -265,7 +265,7 @@ def first_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def named(origins: Mapping[str, Origin]) -> dict[str, str]:
-    """What each is called, by its key: the path below the folder that holds all outputs, outside it in full."""
+    """Name of each origin by key: the path relative to the folder that holds all outputs, outside it the full path."""
     outputs = [origin.path for origin in origins.values() if origin.kind == "output"]
     common = os.path.commonpath(outputs or ["/"])
     if common in outputs:

@@ -1,7 +1,7 @@
 """A lineage as a tree in characters, from the roots to the result. Pure.
 
-Everything stands once, below the parent that it continues (a policy below its init, a merge below its base). What else
-it was made from follows it by name: `above` or `below` tells where in the tree that stands.
+Every origin has one line, below the parent that it continues (a policy below its init, a merge below its base). Its
+other parents follow by name, with `above` or `below` for their place in the tree.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .plots.values import clipped, columns_of, short_hash
 
 __all__ = ["lineage_text", "rendered"]
 
-# Roles of the parent that a result continues, first choice first.
+# Roles of the parent that a result continues, in order of preference.
 CONTINUES = ("base", "init", "policy", "model", "student", "sft", "teacher")
-LONGEST = 46  # columns of the names, beyond which hashes and commands are not lined up
+LONGEST = 46  # columns; hashes and commands after longer names are not aligned
 
 
 def rendered(lineage: Lineage, form: str, width: int = 80) -> str:
@@ -28,12 +28,12 @@ def rendered(lineage: Lineage, form: str, width: int = 80) -> str:
 
 
 def lineage_text(lineage: Lineage, width: int = 80) -> str:
-    """The tree, a line per origin: role, name, digits of its hash, command, what is wrong with it."""
+    """The tree, a line per origin: role, name, digits of its hash, command, problem."""
     return "\n".join(Tree(lineage, width).lines())
 
 
 class Tree:
-    """Which parent everything stands below, and in which order."""
+    """The parent below which each origin is drawn, and the order of the lines."""
 
     def __init__(self, lineage: Lineage, width: int) -> None:
         self.width = width
@@ -42,20 +42,20 @@ class Tree:
         for source, target, role in lineage.uses:
             if source != target:
                 self.parents[target].append((source, role))
-        place = {name: i for i, name in enumerate(self.origins)}  # a parent in a cycle may come later: no tree then
+        place = {name: i for i, name in enumerate(self.origins)}  # a parent in a cycle may come later; it is left out
         earlier = {n: [use for use in found if place[use[0]] < place[n]] for n, found in self.parents.items()}
         self.main = {name: min(found, key=rank) if found else None for name, found in earlier.items()}
         self.children: dict[str | None, list[str]] = {}
         for name, main in self.main.items():
             self.children.setdefault(main[0] if main else None, []).append(name)
         trunk = self.trunk(lineage.result)
-        # What stands alone comes first and the result last: most of what a line names is above it then.
+        # Origins without children come first and the result last, so that most parents are above the lines naming them.
         self.children[None] = sorted(self.children.get(None, []), key=lambda n: (n in trunk, n in self.children))
         self.rows = list(self.walk())
         self.position = {name: i for i, (name, _, _) in enumerate(self.rows)}
 
     def trunk(self, name: str | None) -> set[str]:
-        """The result and what it continues: its tree comes last, so that what it uses stands above."""
+        """The result and the origins that it continues; their tree comes last, below the origins that it uses."""
         found = set[str]()
         while name is not None:
             found.add(name)
@@ -64,7 +64,7 @@ class Tree:
         return found
 
     def walk(self) -> list[tuple[str, str, str]]:
-        """(name, what stands before it, what stands before the lines below it), depth first."""
+        """(name, prefix of its line, prefix of the lines below it), depth first."""
         rows = []
         waiting = [(name, "", "") for name in reversed(self.children[None])]
         while waiting:
@@ -77,18 +77,18 @@ class Tree:
         return rows
 
     def indented(self, before: str) -> str:
-        """What stands before a line, cut from the left where the tree is too deep for the width."""
+        """The prefix of a line, cut on the left if the tree is too deep for the width."""
         most = self.width // 2
         return before if len(before) <= most else f"…{before[1 - most :]}"
 
     def lines(self) -> list[str]:
-        """The text."""
+        """The lines of the text."""
         heads = [f"{self.indented(head)}{self.title(name)}" for name, head, _ in self.rows]
         column = min(max(map(columns_of, heads), default=0), LONGEST)
         lines = []
         for (name, _, rest), head in zip(self.rows, heads, strict=True):
             origin = self.origins[name]
-            line = f"{head}{' ' * (column - columns_of(head))}  {short_hash(origin.digest) or '-':<10}  {told(origin)}"
+            line = f"{head}{' ' * (column - columns_of(head))}  {short_hash(origin.digest) or '-':<10}  {facts(origin)}"
             lines.append(clipped(line.rstrip(), self.width))
             below = "│  " if self.children.get(name) else "   "
             lines += self.others(name, self.indented(rest + below))
@@ -102,7 +102,7 @@ class Tree:
         return printable(self.origins[name].name)
 
     def others(self, name: str, before: str) -> list[str]:
-        """What else it was made from: `role: names (above)`, for each of the roles."""
+        """Lines with the other parents of an origin, as `role: names (above)` for each role."""
         roles: dict[str, list[str]] = {}
         for source, role in self.parents[name]:
             if (source, role) != self.main[name]:
@@ -123,12 +123,12 @@ class Tree:
 
 
 def rank(use: tuple[str, str]) -> int:
-    """The place of a parent's role in CONTINUES."""
+    """The index of a parent's role in CONTINUES."""
     return CONTINUES.index(use[1]) if use[1] in CONTINUES else len(CONTINUES)
 
 
-def told(origin: Origin) -> str:
-    """The command, or what it is where no command made it, and what is wrong."""
+def facts(origin: Origin) -> str:
+    """The command that made an origin, or its kind if none did, and its problem."""
     kinds = {"hub": "from the hub", "file": "file", "model": "not made by gemma2", "output": ""}
     what = printable(origin.command) or ("" if origin.note else kinds.get(origin.kind, ""))
     return ", ".join(text for text in (what, origin.note) if text)

@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run, finished or not: `gemma2 report`.
 
 No network, no script, readable on a phone and in print, light and dark. Model output is untrusted: every value passes
-the template's escaping, and a content policy forbids the page to load anything.
+the template's escaping, and a content security policy keeps the page from loading anything.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 def write_report(directory: Path, out: Path) -> Path:
     """Write the page about `directory`, the output of a pipeline or of a command, to the file `out`; returns `out`.
 
-    Replaces an existing file in one rename. What is missing in the directory is said on the page.
-    Raises InputError when nothing of ours is in `directory`, OutputError when `out` cannot be written.
+    Replaces an existing file in one rename. The page says what is missing in the directory.
+    Raises InputError if `directory` holds no output of ours, OutputError if `out` cannot be written.
     """
     return write_text(out, render(collect(directory)))
 

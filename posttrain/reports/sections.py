@@ -1,11 +1,13 @@
-"""What the report shows below its headline, section by section: plain values and SVG, ready for the template. Pure."""
+"""The sections of the report below its headline, as plain values and SVG for the template. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .collect import Collected, RecordedStage
 from .command_lines import command_of, phrases, why
@@ -13,6 +15,9 @@ from .fronts import is_number
 from .plots.figures import curves_figure, front_figure, page_svg
 from .plots.layermaps import ANGLES, KEPT, layer_map
 from .plots.values import as_yaml, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "anchor_of",
@@ -26,7 +31,7 @@ __all__ = [
     "versions",
 ]
 
-Rows = Sequence[tuple[str, Mapping[str, Any]]]
+Rows = Sequence[tuple[str, JsonMapping]]
 
 PANELS = {
     "reward": "reward, training",
@@ -34,19 +39,19 @@ PANELS = {
     "kl": "KL, held-out",
     "length": "length, training",
 }
-LONGEST_CURVE = 120  # points of a curve: more than a panel has dots for
+LONGEST_CURVE = 120  # points of a curve; a panel could not show more
 SHOWN_SAMPLES = 8
 NOT_BEGUN = ("waiting", "blocked", "not needed")
-SCORES = ("reward", "judge", "accuracy")  # of an answer
+SCORES = ("reward", "judge", "accuracy")  # shown below an answer
 
 
-def both(make: Callable[[bool], Any], name: str, description: str) -> dict[str, str]:
-    """A figure in its wide and its narrow form."""
+def both(make: Callable[[bool], Figure], name: str, description: str) -> dict[str, str]:
+    """A figure as SVG in its wide and its narrow form. `make` takes whether the form is narrow."""
     return {form: page_svg(make(form == "narrow"), f"{name}-{form}", description) for form in ("wide", "narrow")}
 
 
 def front_figures(found: Collected) -> dict[str, str] | None:
-    """The front: reward over KL."""
+    """The front (reward over KL), or None without points."""
     points = found.front.points
     if not points:
         return None
@@ -55,10 +60,10 @@ def front_figures(found: Collected) -> dict[str, str] | None:
     )
 
 
-def stage_list(found: Collected) -> list[dict[str, Any]]:
-    """The stages in the order of the work. One entry are the RL runs of one iteration, which differ in their seed, and
-    the stages that were not begun; the rest of such an entry is in its `also`."""
-    entries: list[dict[str, Any]] = []
+def stage_list(found: Collected) -> list[JsonObject]:
+    """The stages in their order. The RL runs of one iteration, which differ in their seed, share one entry, as do
+    stages that were not started; `also` of the entry has all but the first."""
+    entries: list[JsonObject] = []
     for stage in found.stages:
         if stage.name == "." and len(found.stages) > 1:
             continue
@@ -74,7 +79,7 @@ def stage_list(found: Collected) -> list[dict[str, Any]]:
 
 
 def group_of(stage: RecordedStage) -> tuple[str, str] | None:
-    """What stages share that are one entry of the list."""
+    """Key that the stages of one entry of the list share; None for a stage with its own entry."""
     if stage.status in NOT_BEGUN:
         return stage.status, ""
     together = stage.command == "rlhf" and stage.status == "complete" and stage.round
@@ -82,7 +87,7 @@ def group_of(stage: RecordedStage) -> tuple[str, str] | None:
 
 
 def settings(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, [(name, configuration as YAML)]): the RL runs of one iteration under one title."""
+    """(title, [(name, configuration as YAML)]) of every stage, the RL runs of one iteration under one title."""
     groups: dict[tuple[str, str] | str, list[tuple[str, str]]] = {}
     for stage in found.stages:
         if stage.config:
@@ -94,17 +99,17 @@ def settings(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def called(stage: RecordedStage, found: Collected) -> str:
-    """A stage's name; of the directory itself its own."""
+    """The name of a stage; for the directory itself, the title of the report."""
     return found.title if stage.name == "." else stage.name
 
 
 def anchor_of(found: Collected, name: str) -> str:
-    """The id of a stage's entry."""
+    """The HTML id of a stage's entry."""
     return f"stage-{next(i for i, stage in enumerate(found.stages, 1) if stage.name == name)}"
 
 
-def described(stage: RecordedStage, found: Collected) -> dict[str, Any]:
-    """A stage as one entry of the list: what it is for, what came out, the command."""
+def described(stage: RecordedStage, found: Collected) -> JsonObject:
+    """A stage as one entry of the list: its purpose, figures and command."""
     figures = {
         key.replace("_", " "): number(value)
         for key, value in stage.summary.items()
@@ -128,9 +133,9 @@ def described(stage: RecordedStage, found: Collected) -> dict[str, Any]:
 # --- merges ---------------------------------------------------------------------------------------------------------
 
 
-def angles(found: Collected) -> dict[str, Any] | None:
-    """Two heat maps over layers: the angle between the task vectors of every SLERP, and the length that SLERP keeps and
-    LERP would keep; and the table behind them."""
+def angles(found: Collected) -> JsonObject | None:
+    """Two heat maps over layers with their table: the angle between the task vectors of every SLERP, and the length
+    that SLERP keeps and LERP would keep. None without a SLERP of two or more policies."""
     cells: dict[str, dict[str, float | None]] = {}
     kept: dict[str, dict[str, float | None]] = {}
     tips: dict[tuple[str, str], str] = {}
@@ -170,9 +175,9 @@ def angles(found: Collected) -> dict[str, Any] | None:
 
 
 class MergedGroup:
-    """One group of a merge, as merging.report records it; what is not recorded is None."""
+    """One group of a merge, as the manifest records it; missing figures are None."""
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    def __init__(self, record: JsonMapping) -> None:
         self.label = group_label(str(record.get("group", "")))
         self.pairs = [angle if is_number(angle) else None for angle in record.get("angles") or ()]
         self.norms = [float(norm) for norm in record.get("norms") or () if is_number(norm)]
@@ -185,12 +190,12 @@ class MergedGroup:
 
     @property
     def angle(self) -> float | None:
-        """Degrees; with more than two policies the mean over their pairs."""
+        """Angle in degrees; the mean over pairs for more than two policies."""
         return fmean(self.known) if self.known else None
 
     @property
     def extremes(self) -> str:
-        """Of several pairs: the smallest and the largest angle."""
+        """The smallest and the largest angle of several pairs; "" for a single pair."""
         return (
             f"{min(self.known):.1f} to {max(self.known):.1f} over {len(self.known)} pairs"
             if len(self.known) > 1
@@ -209,7 +214,10 @@ class MergedGroup:
 
     @property
     def linear(self) -> float | None:
-        """What the plain average of the task vectors would keep: |sum d_m / M|, from lengths and angles."""
+        """The share that the plain average of the task vectors would keep: |sum d_m / M| over their mean length.
+
+        Computed from lengths and angles.
+        """
         count = len(self.norms)
         if len(self.pairs) != count * (count - 1) // 2 or None in self.pairs or not self.norm:
             return None
@@ -220,24 +228,24 @@ class MergedGroup:
         return math.sqrt(max(square, 0.0)) / count / self.norm
 
     @property
-    def row(self) -> tuple[Any, ...]:
+    def row(self) -> tuple[object, ...]:
         return self.label, self.angle, self.extremes, self.norm, self.result, self.kept, self.linear, self.fallback
 
 
 def group_label(group: str) -> str:
-    """`model.layers.3` is `3`, `model.embed_tokens` is `embedding`, `model.norm` is `final norm`."""
+    """Short name of a group: `3` for `model.layers.3`, `embedding` for `model.embed_tokens`, `final norm`."""
     last = group.rsplit(".", 1)[-1]
     return {"embed_tokens": "embedding", "norm": "final norm"}.get(last, last)
 
 
 def mean_of(values: Sequence[object]) -> str | None:
-    """The mean of the angles that are known, in degrees."""
+    """The mean of the known angles, in degrees; None without any."""
     known = [float(value) for value in values if isinstance(value, int | float) and is_number(value)]
     return f"{fmean(known):.0f}°" if known else None
 
 
 def percent(shares: Sequence[Sequence[float]]) -> str | None:
-    """The mean of all shares, in percent."""
+    """The mean of all shares, in percent; None without any."""
     every = [share for row in shares for share in row]
     return f"{100 * fmean(every):.0f}\u00a0%" if every else None
 
@@ -246,7 +254,7 @@ def percent(shares: Sequence[Sequence[float]]) -> str | None:
 
 
 def curves(found: Collected) -> dict[str, str] | None:
-    """Training curves of every RL run."""
+    """The training curves of every RL run, or None without metrics."""
     metrics = {
         key: title
         for key, title in PANELS.items()
@@ -258,14 +266,14 @@ def curves(found: Collected) -> dict[str, str] | None:
     return both(lambda narrow: curves_figure(runs, metrics, narrow), "curves", "Reward, KL and length over RL steps")
 
 
-def thinned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """At most LONGEST_CURVE training rows, evenly, and every evaluation."""
+def thinned(rows: Sequence[JsonMapping]) -> list[JsonMapping]:
+    """At most LONGEST_CURVE training rows, evenly spaced, and every evaluation."""
     training = [row for row in rows if row.get("kind") != "eval"]
     stride = max(1, math.ceil(len(training) / LONGEST_CURVE))
     return training[::stride] + [row for row in rows if row.get("kind") == "eval"]
 
 
-def side_by_side(found: Collected, rows: Rows) -> list[dict[str, Any]]:
+def side_by_side(found: Collected, rows: Rows) -> list[JsonObject]:
     """Answers of base, SFT and the last merge to the same prompts: [{"prompt", "answers": [(title, answer)]}]."""
     shown = [(title, point) for title, point in rows if not title.startswith(("Best", "Chosen"))]
     if len(shown) > 3:  # the first, what RL started from, and the last
@@ -273,7 +281,7 @@ def side_by_side(found: Collected, rows: Rows) -> list[dict[str, Any]]:
         shown = [shown[0], *start[-1:], shown[-1]]
     titles = [title for title, _ in shown]
     names = {point["name"]: title for title, point in rows if title in titles}
-    prompts: dict[Any, dict[str, Any]] = {}
+    prompts: dict[object, JsonObject] = {}
     for sample in found.samples:
         if sample.get("name") in names:
             prompt = prompt_text(sample.get("prompt"))
@@ -290,14 +298,14 @@ def side_by_side(found: Collected, rows: Rows) -> list[dict[str, Any]]:
 
 
 def prompt_text(prompt: object) -> str:
-    """The last message of a prompt."""
+    """The text of a prompt's last message."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping):
         return str(prompt[-1].get("content", ""))
     return str(prompt)
 
 
 def versions(found: Collected) -> list[tuple[str, str]]:
-    """Package -> version; several where stages differ."""
+    """(package, version); several versions if stages differ."""
     every: dict[str, set[str]] = {}
     for stage in found.stages:
         recorded = stage.manifest.get("versions")

@@ -1,4 +1,4 @@
-"""Exit codes and messages of the process itself: one line for what is expected, a traceback for what is a bug."""
+"""Exit codes and messages of the process itself: one line for an expected failure, a traceback for a bug."""
 
 import errno
 import os
@@ -33,32 +33,32 @@ def command(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (InputError("model x is no directory", "give one"), 1),
+        (InputError("model x is not a directory", "give one"), 1),
         (OutputError("out exists", "give one"), 1),
         (UsageError("unknown key 'a'", "give one"), 2),
         (GuardStop("the KL is 201", "give one"), 3),
     ],
 )
-def test_an_expected_failure_is_one_line_and_its_own_code(command, capsys, error, code):
+def test_an_expected_failure_is_one_line_and_has_its_own_exit_code(command, capsys, error, code):
     assert command(error) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"error: {error.what}; give one\n"
 
 
-def test_a_message_of_several_lines_is_told_in_one(command, capsys):
-    assert command(InputError("first\n  second", "mend\nit")) == 1
-    assert capsys.readouterr().err == "error: first second; mend it\n"
+def test_a_message_of_several_lines_is_printed_as_one(command, capsys):
+    assert command(InputError("first\n  second", "fix\nit")) == 1
+    assert capsys.readouterr().err == "error: first second; fix it\n"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
-def test_what_the_machine_refuses_is_told_in_one_line(command, capsys, number):
+def test_a_refusal_of_the_operating_system_is_one_line(command, capsys, number):
     assert command(OSError(number, os.strerror(number), "/some/file")) == 1
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: /some/file; check its place and permissions\n"
 
 
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("k"), OSError(errno.EIO, "Input/output error")])
-def test_a_bug_is_not_dressed_up_as_an_error(command, bug):
+def test_a_bug_is_not_reported_as_an_expected_error(command, bug):
     with pytest.raises(type(bug)):
         command(bug)
 
@@ -75,7 +75,7 @@ def test_a_bug_is_not_dressed_up_as_an_error(command, bug):
         (["sft", "--end-of-turn", "never"], "'never' is not one of 'eot', 'eot+eos'"),
     ],
 )
-def test_a_command_line_that_cannot_be_parsed_is_one_line_with_what_is_near(capsys, line, said):
+def test_a_command_line_that_cannot_be_parsed_is_one_line_with_a_suggestion(capsys, line, said):
     assert main.run(line) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -86,7 +86,7 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line_with_what_is_near(caps
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
-# A stage that works until it is told to stop, in place of the real one, which takes seconds to import.
+# A stage that works until it gets a signal; it replaces the real stage, which takes seconds to import.
 WORKING = """
 import sys, time, types
 from gemma2.posttrain.runs.run_directory import open_run
@@ -145,11 +145,11 @@ def test_a_signal_ends_the_run_without_a_traceback_and_leaves_nothing(tmp_path, 
 def test_an_interrupted_run_with_a_checkpoint_is_kept_for_resume(tmp_path):
     process = working(tmp_path / "keep")
     process.send_signal(signal.SIGTERM)
-    assert finish(process) == (143, "", "what was done so far is kept: continue with --resume\n\ninterrupted\n")
+    assert finish(process) == (143, "", "work done so far is kept: continue with --resume\n\ninterrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == [".keep.partial"]
 
 
-def test_a_second_signal_does_not_cut_the_cleaning_short(tmp_path):
+def test_a_second_signal_does_not_cut_the_cleanup_short(tmp_path):
     process = working(tmp_path / "out", CLEANING, stdin=subprocess.PIPE)
     assert process.stdout.readline() == "inside\n"
     process.send_signal(signal.SIGINT)
@@ -185,7 +185,7 @@ def test_an_error_of_the_real_process_is_one_line_and_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_who_stops_early_is_no_error():
+def test_a_reader_that_closes_the_pipe_early_is_not_an_error():
     read, write = os.pipe()
     os.close(read)
     process = start(MAIN, "warp", "--help", stdout=write, stderr=subprocess.PIPE)
@@ -194,7 +194,7 @@ def test_a_reader_who_stops_early_is_no_error():
     assert (process.returncode, err) == (0, "")
 
 
-def test_a_reader_of_the_progress_who_stops_early_does_not_stop_the_work(tmp_path):
+def test_a_reader_of_the_progress_that_closes_the_pipe_does_not_stop_the_work(tmp_path):
     read, write = os.pipe()
     body = f"sys.stdin.readline(); progress.warn('a line'); progress.warn('another'); {WAITING}"
     process = working(tmp_path / "out", body, stderr=write, stdin=subprocess.PIPE)

@@ -1,7 +1,7 @@
 """A graph as SVG: boxes of two lines with a mark for the status, edges with arrow heads, wide or narrow.
 
-As an element of a page it takes the page's CSS variables (with these colours where there are none); as a file it
-carries its own style, light and dark. Text stays text. Sizes are CSS pixels.
+An element of a page uses the page's CSS variables, with the colours below as fallback; a file has its own light and
+dark style. Text stays text. Sizes are CSS pixels.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ STATUSES = {
     "not needed": ("muted", "1 4", 1),
 }
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',Arial,sans-serif"
-# Upper bounds of the width of a character at 13 and 11.5 px: a box must hold its text in any of these fonts.
+# Upper bounds of the width of a character at 13 and 11.5 px: a box must have room for its text in any of these fonts.
 LETTER, SMALL = 8.3, 7.1
-PAD, MARK, LINE, TALL = 11.0, 19.0, 30.0, 46.0  # inside a box, for the mark, height of a box of one and two lines
-WIDEST, NARROW_WIDTH, MARGIN = 30, 360.0, 3.0  # letters of a name, width of the narrow form, around everything
-SMALLEST = 0.6  # of its size, to which a page may shrink a wide graph before it scrolls
-FRAMED = {False: 5, True: 3}  # parallel copies from which on they share a frame, by `narrow`
-ACROSS, GAP = 4, 10.0  # boxes side by side in a frame, and between them
-PITCH, ALL_LANES, REACH = 13.0, 120.0, 14.0  # of lanes: distance, limit for all, from the nearest to the boxes
+PAD, MARK, LINE, TALL = 11.0, 19.0, 30.0, 46.0  # padding, width of the mark, heights of boxes of one and two lines
+WIDEST, NARROW_WIDTH, MARGIN = 30, 360.0, 3.0  # letters of a name, width of the narrow form, margin of the drawing
+SMALLEST = 0.6  # share of its size to which a page may shrink a wide graph; beyond this it scrolls
+FRAMED = {False: 5, True: 3}  # least number of parallel copies that share a frame, by `narrow`
+ACROSS, GAP = 4, 10.0  # boxes per row of a frame, and the gap between them
+PITCH, ALL_LANES, REACH = 13.0, 120.0, 14.0  # distance of lanes, limit for all lanes, distance from lanes to boxes
 
 
 def drawing(graph: Graph, narrow: bool, page: str | None) -> str:
-    """The graph as one <svg> element. `page`: prefix of ids where it becomes an element of a page."""
+    """The graph as one <svg> element. `page`: prefix of ids for an element of a page, None for a file."""
     groups = graph.copies(FRAMED[narrow])
     numbers = {name: i for i, names in enumerate(groups) for name in names}
     links: dict[tuple[int, int], list[tuple[str, str]]] = {}
@@ -57,7 +57,7 @@ def drawing(graph: Graph, narrow: bool, page: str | None) -> str:
 
 
 class Scene:
-    """Pieces of the drawing: edges lie below frames and boxes."""
+    """Pieces of the drawing; edges are drawn before frames and boxes."""
 
     def __init__(self, graph: Graph, width: float, height: float) -> None:
         self.graph, self.width, self.height = graph, width, height
@@ -65,7 +65,7 @@ class Scene:
         self.boxes: list[str] = []
 
     def edge(self, path: str, pairs: Sequence[tuple[str, str]]) -> None:
-        """One path for these (upper, lower) pairs; the arrow heads are where the edges lead."""
+        """Add one path for these (upper, lower) pairs, with arrow heads at the targets of the edges."""
         roles = self.graph.roles
         turned = [(lower, upper) for upper, lower in pairs]
         heads = {"end": pairs, "start": turned}
@@ -74,7 +74,7 @@ class Scene:
         self.edges.append(f'<path class="edge" d="{path}"{ends}>{titled(title)}</path>')
 
     def frame(self, names: Sequence[str], outer: Box, boxes: Sequence[Box]) -> None:
-        """The boxes of parallel copies in one frame, or a single box."""
+        """Add the boxes of parallel copies in one frame, or a single box."""
         if len(names) > 1:
             self.boxes.append(f'<rect class="frame" {rectangle(outer)} rx="9"/>')
         for name, box in zip(names, boxes, strict=True):
@@ -87,7 +87,7 @@ class Scene:
 def layers_of(
     graph: Graph, groups: Sequence[Sequence[str]], links: Mapping[tuple[int, int], Sequence[tuple[str, str]]]
 ) -> Scene:
-    """Layers from top to bottom."""
+    """The wide form: layers from top to bottom."""
     cells = [cell_of([graph.nodes[name] for name in names]) for names in groups]
     sizes = [frame_size(cell, len(names)) for cell, names in zip(cells, groups, strict=True)]
     layout = layered(sizes, list(links))
@@ -108,7 +108,7 @@ def layers_of(
 
 
 def cell_of(nodes: Sequence[Node]) -> tuple[float, float]:
-    """Width and height that every one of these boxes fits in."""
+    """Width and height for each of these boxes, so that all texts fit."""
     letters = max(max(LETTER * width_of(node.label), SMALL * width_of(node.second)) for node in nodes)
     marked = any(node.status for node in nodes)
     tall = any(node.second for node in nodes)
@@ -117,7 +117,7 @@ def cell_of(nodes: Sequence[Node]) -> tuple[float, float]:
 
 
 def frame_size(cell: tuple[float, float], count: int) -> tuple[float, float]:
-    """Width and height of `count` boxes in a frame, or of the one."""
+    """Width and height of `count` boxes with their frame; of the box alone if there is one."""
     if count == 1:
         return cell
     columns, rows = min(ACROSS, count), -(-count // ACROSS)
@@ -125,7 +125,7 @@ def frame_size(cell: tuple[float, float], count: int) -> tuple[float, float]:
 
 
 def inside(outer: Box, cell: tuple[float, float], count: int) -> Iterator[Box]:
-    """The boxes in a frame."""
+    """Yield the boxes in a frame."""
     if count == 1:
         yield outer
         return
@@ -136,7 +136,7 @@ def inside(outer: Box, cell: tuple[float, float], count: int) -> Iterator[Box]:
 
 
 def curve(points: Sequence[tuple[float, float]]) -> str:
-    """Straight through a layer, a curve between two."""
+    """SVG path along the points: straight through a layer, a curve between two layers."""
     path = [f"M{place(*points[0])}"]
     for i, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
         if i % 2 == 0:
@@ -153,7 +153,7 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
 def list_of(
     graph: Graph, groups: Sequence[Sequence[str]], links: Mapping[tuple[int, int], Sequence[tuple[str, str]]]
 ) -> Scene:
-    """A box per row, lanes on the left."""
+    """The narrow form: a box per row, lanes on the left."""
     last = [max([i, *(lower for upper, lower in links if upper == i)]) for i in range(len(groups))]
     lanes = lanes_of(last)
     count = 1 + max((lane for lane in lanes if lane is not None), default=-1)
@@ -180,7 +180,7 @@ def list_of(
 
 
 def detour(left: float, x: float, start: float, end: float) -> str:
-    """Out of a box to the left, down a lane, and into a box again, with round corners."""
+    """SVG path to the left out of a box, down a lane and into another box, with round corners."""
     r = min(6.0, left - x, (end - start) / 2)
     corners = f"Q{place(x, start)} {place(x, start + r)}V{short(end - r)}Q{place(x, end)} {place(x + r, end)}"
     return f"M{place(left, start)}H{short(x + r)}{corners}H{short(left)}"
@@ -190,7 +190,7 @@ def detour(left: float, x: float, start: float, end: float) -> str:
 
 
 def boxed(node: Node, box: Box) -> str:
-    """A box with its mark, its two lines, and everything in full on hovering."""
+    """A box with its mark and two lines; the tool tip has the full texts."""
     x, y, width, height = box
     kind = node.status.replace(" ", "-") if node.status in STATUSES else "other"
     start = x + PAD + (MARK if node.status else 0)
@@ -203,19 +203,19 @@ def boxed(node: Node, box: Box) -> str:
     at = y + (19.5 if node.second else 19.5 - (TALL - height) / 2 + 8)
     lines.append(f'<text class="name" x="{short(start)}" y="{short(at)}">{text(node.label, room / LETTER)}</text>')
     if node.second:
-        shown = node.told
+        shown = node.shown_status
         word = f'<tspan class="{kind}">{text(shown)}</tspan>' if shown else ""
         left = room / SMALL - (width_of(shown) + 3 if shown else 0)
         detail = text(node.detail, max(left, 3)) if node.detail else ""
         joint = " · " if detail and word else ""
         lines.append(f'<text class="detail" x="{short(start)}" y="{short(y + 35.5)}">{detail}{joint}{word}</text>')
-    told = [f"{node.label}: {node.status}" if node.status else node.label, node.detail, node.tip]
-    body = f"<g>{titled(chr(10).join(line for line in told if line))}{''.join(lines)}</g>"
+    tip = [f"{node.label}: {node.status}" if node.status else node.label, node.detail, node.tip]
+    body = f"<g>{titled(chr(10).join(line for line in tip if line))}{''.join(lines)}</g>"
     return f'<a href="{escape(node.href)}">{body}</a>' if node.href else body
 
 
 def mark(kind: str) -> str:
-    """What stands for a status, around (0, 0): readable without its colour."""
+    """The mark of a status, centred at (0, 0), distinct without its colour."""
     ring = '<circle r="5.2" class="line"/>'
     return {
         "complete": '<circle r="6" class="full"/><path d="M-2.8 .2-.8 2.2 2.9-2" class="cut"/>',
@@ -229,17 +229,17 @@ def mark(kind: str) -> str:
 
 
 def width_of(written: str) -> int:
-    """Letters of a name; a wide character counts for two."""
+    """Width of a name in letters; a wide character counts as two."""
     return columns_of(printable(written))
 
 
 def text(written: str, letters: float = 1e9) -> str:
-    """Escaped, its middle left out where it has no room."""
+    """The text escaped, with its middle cut if it exceeds `letters`."""
     return escape(clipped(printable(written), max(int(letters + 0.1), 3)))
 
 
 def titled(written: str) -> str:
-    """What hovering says; lines are kept."""
+    """A <title> element, the tool tip; line breaks are kept."""
     return f"<title>{chr(10).join(escape(printable(line)) for line in written.splitlines())}</title>"
 
 
@@ -253,7 +253,7 @@ def place(x: float, y: float) -> str:
 
 
 def short(value: float) -> str:
-    """At most one decimal."""
+    """A number with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
@@ -270,7 +270,7 @@ def document(scene: Scene, page: str | None, count: int, linked: bool) -> str:
         size = size if scene.width > NARROW_WIDTH else 'class="figure dag"'
     else:
         size = f'width="{short(width)}" height="{short(height)}"'
-    # A reader is told the whole; with links, the parts.
+    # Screen readers announce a single image; if there are links, a group whose parts can be reached.
     role = f'role="{"group" if linked else "img"}" aria-label="Graph of {count} boxes"'
     parts = "\n".join([*scene.edges, *scene.boxes]).replace("url(#ARROW)", f"url(#{name}-arrow)")
     paper = "" if page else f'<rect class="paper" {rectangle((-MARGIN, -MARGIN, width, height))}/>\n'
@@ -285,14 +285,14 @@ def document(scene: Scene, page: str | None, count: int, linked: bool) -> str:
 
 
 def style(name: str, page: str | None) -> str:
-    """The rules of one drawing, in the page's variables or in colours for light and dark."""
+    """The CSS rules of one drawing, with the page's variables, or with light and dark colours."""
     if page:
         return rules(name, {key: f"var(--{key},{colour})" for key, colour in LIGHT.items()})
     return f"{rules(name, LIGHT)}@media (prefers-color-scheme:dark){{{rules(name, DARK)}}}"
 
 
 def rules(name: str, c: Mapping[str, str]) -> str:
-    """CSS with these colours, for what lies in the element `name` alone."""
+    """CSS rules with these colours, limited to the element `name`."""
     found = {
         ".paper": f"fill:{c['paper']}",
         ".edge": f"fill:none;stroke:{c['muted']};stroke-width:1.3;stroke-opacity:.75",

@@ -1,6 +1,6 @@
-"""A directed acyclic graph as it is drawn: a topological order, layers, and parallel copies that share one frame. Pure.
+"""A directed acyclic graph to draw: topological order, neighbours, and parallel copies that share one frame. Pure.
 
-A cycle is the caller's mistake; here it ends in a drawing all the same, with the edge that closes it pointing upwards.
+A cycle is an error of the caller; it is drawn all the same, with the edge that closes it pointing upwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Node:
-    """A box. `detail` is its second line, `tip` what hovering tells beside the names, `href` where a click leads."""
+    """A box. `detail` is its second line, `tip` is added to its tool tip, `href` is the target of a click."""
 
     id: str
     label: str
@@ -26,19 +26,19 @@ class Node:
     href: str = ""
 
     @property
-    def told(self) -> str:
-        """The status where it is worth a word."""
+    def shown_status(self) -> str:
+        """The status, or "" for complete."""
         return "" if self.status == "complete" else self.status
 
     @property
     def second(self) -> str:
-        """The second line: the detail, and the status where it is worth a word."""
-        return " · ".join(text for text in (self.detail, self.told) if text)
+        """The second line: the detail, and the status unless it is complete."""
+        return " · ".join(text for text in (self.detail, self.shown_status) if text)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """From what is used to what uses it, by node id."""
+    """An edge from a node to a node that uses it, by id."""
 
     source: str
     target: str
@@ -54,11 +54,11 @@ class Graph:
     down: Sequence[Pair]
 
     def above(self) -> dict[str, list[str]]:
-        """Node -> the nodes that it uses, in the order of the nodes."""
+        """Node -> the nodes that it uses, in the order of `nodes`."""
         return self._neighbours((lower, upper) for upper, lower in self.down)
 
     def below(self) -> dict[str, list[str]]:
-        """Node -> the nodes that use it, in the order of the nodes."""
+        """Node -> the nodes that use it, in the order of `nodes`."""
         return self._neighbours(self.down)
 
     def _neighbours(self, pairs: Iterable[Pair]) -> dict[str, list[str]]:
@@ -69,9 +69,9 @@ class Graph:
         return {name: sorted(others, key=place.__getitem__) for name, others in found.items()}
 
     def copies(self, least: int) -> list[list[str]]:
-        """The nodes, where `least` or more that use the same and are used by the same (parallel copies) are one entry.
+        """The nodes in entries of one, in topological order; `least` or more parallel copies share an entry.
 
-        In topological order of the entries.
+        Parallel copies use the same nodes and are used by the same nodes.
         """
         above, below = self.above(), self.below()
         alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
@@ -84,16 +84,16 @@ class Graph:
         return [entries[name] for name in self.nodes if entries[name][0] == name]
 
     def title(self, pair: Pair) -> str:
-        """An edge in words: `sft -> policy-1 (policy)`."""
+        """An edge as text: `sft → policy-1 (policy)`."""
         names = " → ".join(self.nodes[name].label for name in pair)
         roles = ", ".join(role for role in self.roles[pair] if role)
         return f"{names} ({roles})" if roles else names
 
 
 def graph_of(nodes: Sequence[Node], edges: Sequence[Edge]) -> Graph:
-    """Order the nodes, join edges between the same two, leave out those of a node to itself.
+    """Order the nodes, join edges between the same two nodes, and drop edges from a node to itself.
 
-    Raises ValueError for two nodes of one id and for an edge to a node that is not there.
+    Raises ValueError for two nodes with one id and for an edge from or to an unknown node.
     """
     known = {node.id: node for node in nodes}
     if len(known) < len(nodes):
@@ -111,7 +111,7 @@ def graph_of(nodes: Sequence[Node], edges: Sequence[Edge]) -> Graph:
 
 
 def topological(names: Sequence[str], edges: Iterable[Pair]) -> list[str]:
-    """The names so that every edge leads onwards, otherwise as given; a cycle is entered at its first name."""
+    """The names, ordered so that every edge leads forward and otherwise as given; a cycle starts at its first name."""
     given = {name: i for i, name in enumerate(names)}
     below: dict[str, list[str]] = {name: [] for name in names}
     missing = dict.fromkeys(names, 0)

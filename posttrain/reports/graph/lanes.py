@@ -1,6 +1,6 @@
-"""A graph as rows with lanes beside them, as in the log of a version control system. Pure.
+"""A graph as rows with lanes at their side, as in the log of a version control system. Pure.
 
-One row per item, in topological order. What an item makes runs down its lane to the row of its last user.
+There is one row per item, in topological order. The lane of an item runs down to the row of its last user.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ MARKS = {"complete": "●", "": "●", "running": "◐", "failed": "✗", "inter
 
 
 def lanes_of(last: Sequence[int]) -> list[int | None]:
-    """The lane of every row, 0 nearest to the rows; short ones inside, long ones outside. None where nothing follows.
+    """The lane of every row, 0 nearest to the rows, short lanes inside and long ones outside; None without users.
 
-    last: row -> row of the last user, or the row itself.
+    last: row -> row of the last user, or the row itself without users.
     """
     lanes: list[int | None] = [None] * len(last)
     taken: list[list[tuple[int, int]]] = []
@@ -33,21 +33,21 @@ def lanes_of(last: Sequence[int]) -> list[int | None]:
 
 
 def free(spans: Iterable[tuple[int, int]], start: int, end: int) -> bool:
-    """Whether a lane has nothing between two rows; one may begin where another ends."""
+    """Whether a lane is free between two rows; a span may begin at the row where another ends."""
     return all(end <= a or b <= start for a, b in spans)
 
 
 def graph_rows(graph: Graph) -> list[str]:
-    """The lanes of every node's row in characters, in the order of the nodes; the node is where the mark is.
+    """The lanes of each node's row in characters, in the order of the nodes; a mark stands for the node.
 
-    A line into a mark from the side or from above comes from what the node uses.
+    A line into a mark from above or from the side comes from a node that it uses.
     """
     names = list(graph.nodes)
     place = {name: i for i, name in enumerate(names)}
     above = {place[name]: [place[other] for other in others] for name, others in graph.above().items()}
     last = {place[name]: max((place[other] for other in others), default=-1) for name, others in graph.below().items()}
-    lane: dict[int, int] = {}  # row -> its lane, while it runs
-    blocked: set[int] = set()  # lanes that end in the row above: a mark right below would look joined to them
+    lane: dict[int, int] = {}  # row -> its lane, until its last user
+    blocked: set[int] = set()  # lanes that end in the row above; a mark right below would look connected to them
     lines = []
     for row, name in enumerate(names):
         ending = [parent for parent in above[row] if last[parent] == row]
@@ -67,7 +67,7 @@ def graph_rows(graph: Graph) -> list[str]:
 
 
 def drawn(own: int, mark: str, joined: Mapping[int, bool], running: set[int]) -> str:
-    """One row. joined: lane of what the node uses -> whether it runs on below."""
+    """The characters of one row. joined: lane of a node used here -> whether the lane continues below."""
     span = [own, *joined]
     low, high = min(span), max(span)
     cells = []

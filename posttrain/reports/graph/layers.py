@@ -1,12 +1,13 @@
-"""Places for the boxes of a graph, in layers from top to bottom (Sugiyama's method). Pure.
+"""Positions of the boxes of a graph, in layers from top to bottom (Sugiyama's method). Pure.
 
-    layer      longest path from a source; a source stands just above what first uses it; a layer too wide for a page
-               becomes several
-    order      barycentres, a few sweeps down and up, keeping the order with the fewest crossings
-    x          each layer goes to the means of its neighbours, apart by isotonic regression (pool adjacent violators)
+    layer      longest path from a source; a source is placed just above its first user; a layer too wide for a page
+               is split into several
+    order      barycentres, in a few sweeps down and up; the order with the fewest crossings is kept
+    x          each box moves to the mean of its neighbours; isotonic regression (pool adjacent violators) keeps boxes
+               apart
 
-Deviation: an edge over several layers has one chain of waypoints per source, shared by all its targets, so that a model
-that everything uses becomes one trunk with branches instead of a sheaf.
+Deviation: the edges from one source over several layers share one chain of waypoints, so that the edges of a model that
+many others use form one trunk with branches.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ __all__ = ["Layout", "layered"]
 Pair = tuple[int, int]
 Size = tuple[float, float]  # width, height
 GAP, LANE, BETWEEN = 22.0, 16.0, 38.0  # between boxes, between waypoints, between layers
-WIDEST = 1150.0  # of the boxes of one layer
+WIDEST = 1150.0  # width of the boxes of one layer
 SWEEPS = 12
-LEAN = 0.8  # of the way from the axis that a box keeps in a sweep
+LEAN = 0.8  # factor by which a sweep reduces the distance of a box from the axis
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`boxes`: (left, top, width, height) of every item. `routes`: places (x, y) of an edge from top to bottom; between
-    two layers it may bend, through a layer (every second piece) it goes straight down."""
+    """`boxes`: (left, top, width, height) of every item. `routes`: points (x, y) of an edge from top to bottom; it may
+    bend between two layers and runs straight down through a layer (every second piece)."""
 
     boxes: Sequence[tuple[float, float, float, float]]
     routes: Mapping[Pair, Sequence[tuple[float, float]]]
@@ -38,7 +39,7 @@ class Layout:
 
 
 class Layers:
-    """Items (from 0, in topological order) and waypoints (numbers from there) in layers."""
+    """Items (numbered from 0, in topological order) and waypoints (numbered after the items) in layers."""
 
     def __init__(self, sizes: Sequence[Size], links: Sequence[Pair]) -> None:
         self.sizes = list(sizes)
@@ -53,7 +54,7 @@ class Layers:
             self.route(link)
 
     def route(self, link: Pair) -> None:
-        """Lay a link through a waypoint in every layer that it passes."""
+        """Lead a link through a waypoint in every layer between its ends."""
         source, target = link
         for a, b in pairwise([source, *self.passed(link), target]):
             if b not in self.down.setdefault(a, []):
@@ -61,7 +62,7 @@ class Layers:
                 self.up.setdefault(b, []).append(a)
 
     def passed(self, link: Pair) -> list[int]:
-        """The waypoints of a link, made where they are not there yet."""
+        """The waypoints of a link; missing ones are created."""
         source, target = link
         found = []
         for rank in range(self.rank[source] + 1, self.rank[target]):
@@ -90,7 +91,7 @@ class Layers:
         self.rows = best
 
     def sort(self, row: list[int], neighbours: Mapping[int, Sequence[int]]) -> None:
-        """Sort a layer by the mean place of each item's neighbours; who has none keeps its place."""
+        """Sort a layer by the mean position of each item's neighbours; items without neighbours keep their position."""
         share = {item: (i + 0.5) / len(row) for row in self.rows for i, item in enumerate(row)}
         row.sort(key=lambda item: fmean(share[n] for n in neighbours.get(item) or [item]))
 
@@ -106,7 +107,7 @@ class Layers:
     # --- places ---
 
     def columns(self) -> dict[int, float]:
-        """The centre of every item and waypoint, the leftmost border at 0."""
+        """x of the centre of every item and waypoint; the leftmost border is at 0."""
         x = {}
         for row in self.rows:
             for item, place in zip(row, apart([0.0] * len(row), self.distances(row), [1.0] * len(row)), strict=True):
@@ -119,9 +120,9 @@ class Layers:
         return {item: place - left for item, place in x.items()}
 
     def pull(self, row: Sequence[int], x: dict[int, float], neighbours: Mapping[int, Sequence[int]]) -> None:
-        """Move a layer as near to its neighbours as its boxes allow; a trunk weighs more, so that it stays straight.
+        """Move a layer as close to its neighbours as its boxes allow; waypoints weigh more, so trunks stay straight.
 
-        Boxes are drawn a little to the axis (0): where every layer leans the same way, the drawing would drift off.
+        Boxes are pulled towards the axis (0); otherwise a drawing whose layers all lean one way would drift off.
         """
         wanted, weights = [], []
         for item in row:
@@ -132,7 +133,7 @@ class Layers:
         x |= dict(zip(row, apart(wanted, self.distances(row), weights), strict=True))
 
     def distances(self, row: Sequence[int]) -> list[float]:
-        """Least distance between the centres of neighbours in a layer."""
+        """Least distances between the centres of adjacent items of a layer."""
         gaps = [LANE if self.is_waypoint(a) and self.is_waypoint(b) else GAP for a, b in pairwise(row)]
         return [
             (self.sizes[a][0] + self.sizes[b][0]) / 2 + gap for (a, b), gap in zip(pairwise(row), gaps, strict=True)
@@ -140,7 +141,7 @@ class Layers:
 
 
 def ranks(count: int, links: Sequence[Pair]) -> list[int]:
-    """The layer of every item: the longest path from a source, sources as low as what uses them allows.
+    """The layer of every item: its longest path from a source; a source is just above its highest user.
 
     links: (upper, lower) of items in topological order.
     """
@@ -155,7 +156,7 @@ def ranks(count: int, links: Sequence[Pair]) -> list[int]:
 
 
 def broken(rank: Sequence[int], sizes: Sequence[Size]) -> list[int]:
-    """The layers, each that is wider than WIDEST divided into several, in the order of the items."""
+    """The layer of every item after splitting layers wider than WIDEST, in the order of the items."""
     found, start = [0] * len(rank), 0
     for layer in sorted(set(rank)):
         used = 0.0
@@ -170,9 +171,9 @@ def broken(rank: Sequence[int], sizes: Sequence[Size]) -> list[int]:
 
 
 def apart(wanted: Sequence[float], distances: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Places in order, at least `distances` apart, with the least weighted squared distance to `wanted`.
+    """Increasing positions at least `distances` apart, with the least weighted squared distance to `wanted`.
 
-    Less the sum of the distances before it a place may not fall: isotonic regression.
+    Positions minus the sum of the distances before them must not decrease, which is isotonic regression.
     """
     before = [0.0]
     for distance in distances:
@@ -188,7 +189,7 @@ def apart(wanted: Sequence[float], distances: Sequence[float], weights: Sequence
 
 
 def layered(sizes: Sequence[Size], links: Sequence[Pair]) -> Layout:
-    """Lay out items of these sizes, numbered in topological order; links are (upper, lower)."""
+    """The layout of items of these sizes, numbered in topological order; links are (upper, lower)."""
     layers = Layers(sizes, links)
     layers.untangle()
     x = layers.columns()

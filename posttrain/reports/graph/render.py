@@ -1,8 +1,8 @@
-"""A pipeline or a lineage drawn: text for a terminal, Mermaid source, SVG for a file or a page.
+"""Drawings of a pipeline or a lineage: text for a terminal, Mermaid source, SVG for a file or a page.
 
-Every name passes an escape; the same graph gives the same bytes; a status is told by a mark, a border and a word, so
-that colour only repeats it. The wide drawing is in layers from top to bottom (layers.py), the narrow one a list with
-lanes at its side (lanes.py). Of many parallel copies a drawing frames the boxes and draws their edges once.
+Every name is escaped; the same graph gives the same bytes; a mark, a border and a word show a status, so that colour
+only repeats it. The wide form has layers from top to bottom (layers.py), the narrow form is a list with lanes at its
+side (lanes.py). Many parallel copies share one frame, and their edges are drawn once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .lanes import graph_rows
 
 __all__ = ["Edge", "Node", "dag_mermaid", "dag_svg", "dag_text"]
 
-LANES_SHARE = 0.4  # of the width of a terminal: beyond it, names tell what a node uses
+LANES_SHARE = 0.4  # of the width of a terminal; wider lanes are replaced by the names of the nodes used
 MERMAID_STYLES = {
     "running": "stroke-width:3px",
     "failed": "stroke:#d55e00,stroke-width:3px",
@@ -33,7 +33,7 @@ MERMAID_STYLES = {
 def dag_text(nodes: Sequence[Node], edges: Sequence[Edge], width: int = 80) -> str:
     """One line per node in topological order, at most `width` characters: lanes, name, detail, status.
 
-    Where the lanes would take too much of the width, the names of what a node uses follow it instead.
+    If the lanes would take too much of the width, each node is followed by the names of the nodes that it uses.
     """
     graph = graph_of(nodes, edges)
     lanes = graph_rows(graph)
@@ -47,7 +47,7 @@ def dag_text(nodes: Sequence[Node], edges: Sequence[Edge], width: int = 80) -> s
 
 
 def as_table(nodes: Sequence[Node], above: dict[str, list[str]], width: int) -> str:
-    """A line per node, and below it, indented, what it uses."""
+    """A line per node, with the names of the nodes that it uses indented below it."""
     named = {node.id: printable(node.label) for node in nodes}
     lines = []
     heads = fitted([(node.label, node.detail, node.status) for node in nodes], width)
@@ -65,7 +65,7 @@ def as_table(nodes: Sequence[Node], above: dict[str, list[str]], width: int) -> 
 
 
 def fitted(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
-    """Cells in columns, together at most `width` characters; a column that is too wide is clipped, names last."""
+    """Rows with their cells in columns, at most `width` characters; details are clipped first, names last."""
     clean = [[printable(cell) for cell in row] for row in rows]
     sizes = [max((columns_of(row[i]) for row in clean), default=0) for i in range(3)]
     for i in (1, 2, 0):
@@ -75,13 +75,13 @@ def fitted(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
 
 
 def filled(text: str, size: int) -> str:
-    """Clipped or padded to `size` columns of a terminal."""
+    """The text clipped or padded to `size` columns of a terminal."""
     text = clipped(text, size)
     return text + " " * (size - columns_of(text))
 
 
 def dag_mermaid(nodes: Sequence[Node], edges: Sequence[Edge]) -> str:
-    """Mermaid source of a flowchart from top to bottom; what is not complete has a border of its own and says so."""
+    """Mermaid source of a flowchart from top to bottom; incomplete nodes have a border by status, and name it."""
     graph = graph_of(nodes, edges)
     short = {name: f"n{i}" for i, name in enumerate(graph.nodes)}
     lines = ["flowchart TD"]
@@ -99,13 +99,13 @@ def dag_mermaid(nodes: Sequence[Node], edges: Sequence[Edge]) -> str:
 
 
 def mermaid_text(text: str) -> str:
-    """Everything but letters, digits and harmless signs as Mermaid's #code; entities."""
+    """The text with all but letters, digits and harmless signs as #code; entities of Mermaid."""
     return re.sub(r"[^\w\s.,:/+=·…-]", lambda found: f"#{ord(found[0])};", printable(text))
 
 
 def dag_svg(nodes: Sequence[Node], edges: Sequence[Edge], *, narrow: bool = False, page: str | None = None) -> str:
     """The graph as SVG: a file, or with `page` (a prefix of ids) an element of a page.
 
-    narrow: one box per row and lanes at the side, readable at 360 px. Hovering tells names in full, roles and tips.
+    narrow: one box per row and lanes at the side, readable at 360 px. Tool tips have full names, roles and tips.
     """
     return drawing(graph_of(nodes, edges), narrow, page)

@@ -1,10 +1,10 @@
 """Figures of a WARP run: the KL-reward front and training curves. PNG, SVG and SVG for a web page.
 
-Colour tells the iteration (Okabe-Ito, safe for colour-blind readers), shape tells what a point is, and what matters is
-labelled where it lies, so that a figure reads in print without its colours. Matplotlib is imported on first use and
-without pyplot: no global state, no display.
+Colour shows the iteration (Okabe-Ito, safe for colour-blind readers), shape shows the kind of point, and important
+points have labels next to them, so that a figure is readable in print without colour. Matplotlib is imported on first
+use and without pyplot: no global state, no display.
 
-Every figure has a wide and a narrow form; a phone gets the narrow one in readable letters instead of a shrunken page.
+Every figure has a wide and a narrow form; phones get the narrow one, in readable letters, instead of a shrunken page.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from gemma2.core.json_files import JsonMapping
 
 from .textplot import front_text, line_labels, off_chart
 from .values import start_of, title_of
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["curves_figure", "front_figure", "front_text", "page_svg", "write_figure"]
 
-Point = Mapping[str, Any]
+Point = JsonMapping
 
 INK, MUTED, GRID, PAPER = "#1d232e", "#5c6675", "#dfe3e8", "#ffffff"
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f4fc9")
-# What a page may recolour: hex in the figure -> CSS variable.
+# Colour in the figure -> CSS variable with which a page may replace it.
 THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
 SHADES = ("#f4f7fa", "#a9cfe8", "#3a88bd", "#08477a", "#04203a")  # of heat maps: one hue, light to dark
 FAINT = 0.18  # opacity of lines that a label may cover
-MANY = 12  # RL runs beyond which they are drawn smaller and without error bars
+MANY = 12  # more RL runs than this are drawn smaller and without error bars
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
-    "text.parse_math": False,  # names come from files: a $ in one is a $
+    "text.parse_math": False,  # names come from files and may contain a $
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
@@ -56,12 +63,12 @@ KIND_NAMES = {"base": "base", "sft": "SFT", "policy": "RL policy", "slerp": "SLE
 
 
 def hue(iteration: int | None) -> str:
-    """The colour of an iteration (from 1); ink where there is none."""
+    """The colour of an iteration (from 1); ink without iteration."""
     return HUES[(iteration - 1) % len(HUES)] if iteration else INK
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of inches and its axes, in the house style. Call inside `styled()`."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure, its size in inches, and its axes, in the style of all figures. Call inside `styled()`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,20 +78,21 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return figure, [axis for row in axes for axis in row]
 
 
-def styled() -> Any:
-    """Context with the house style; leaves matplotlib's own settings alone."""
+def styled() -> AbstractContextManager[None]:
+    """Context with the style of all figures; leaves matplotlib's global settings unchanged."""
     from matplotlib import rc_context
 
-    return rc_context(RC)
+    context: AbstractContextManager[None] = rc_context(RC)
+    return context
 
 
 # --- the front ------------------------------------------------------------------------------------------------------
 
 
-def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
+def front_figure(points: Sequence[Point], narrow: bool = False) -> Figure:
     """Reward over KL to the SFT policy: points with error bars, every iteration's eta line joined, RL runs faint.
 
-    points: as in front.json. Returns a matplotlib Figure.
+    points: as in front.json.
     """
     with styled():
         figure, (axis,) = new_figure(*((4.0, 4.4) if narrow else (7.6, 4.8)))
@@ -109,8 +117,8 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Any:
         return figure
 
 
-def draw_trajectories(axis: Any, points: Sequence[Point]) -> None:
-    """The path of each RL run, thin."""
+def draw_trajectories(axis: Axes, points: Sequence[Point]) -> None:
+    """Draw the path of each RL run as a thin line."""
     names = dict.fromkeys(point.get("run") for point in points)
     alpha = 0.45 if len(names) <= MANY else FAINT
     for name in names:
@@ -122,18 +130,18 @@ def draw_trajectories(axis: Any, points: Sequence[Point]) -> None:
         )
 
 
-def draw_lines(axis: Any, points: Sequence[Point]) -> None:
-    """The eta line of each iteration."""
+def draw_lines(axis: Axes, points: Sequence[Point]) -> None:
+    """Draw the eta line of each iteration."""
     line = [point for point in points if point["kind"] == "line"]
     for iteration in dict.fromkeys(point.get("iteration") for point in line):
         path = sorted((p for p in line if p.get("iteration") == iteration), key=lambda p: p["eta"])
         axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=hue(iteration), lw=2.2, zorder=2)
 
 
-def draw_point(axis: Any, point: Point, small: bool = False) -> None:
-    """One point with its 95 % intervals (standard errors where there are none); hollow where it lies on a line.
+def draw_point(axis: Axes, point: Point, small: bool = False) -> None:
+    """Draw a point with its 95 % intervals, or standard errors without intervals; RL policies and etas are hollow.
 
-    small: without bars, for one of many.
+    small: smaller and without bars, for one of many.
     """
     kind, colour = point["kind"], MUTED if point["kind"] == "base" else hue(point.get("iteration"))
     size = {"line": 4.5, "policy": 3.5 if small else 5.5, "sft": 8.0}.get(kind, 7.5)
@@ -154,8 +162,8 @@ def draw_point(axis: Any, point: Point, small: bool = False) -> None:
     )[0].set_gid(f"tip:{point_tip(point)}")
 
 
-def reach(point: Point, key: str) -> Any:
-    """How far the error bar goes: down and up to the interval, or one standard error to both sides."""
+def reach(point: Point, key: str) -> list[list[float]] | float | None:
+    """Length of the error bar: down and up to the ends of the interval, or one standard error to both sides."""
     ends = [point.get(f"{key}_low"), point.get(f"{key}_high")]
     if any(end is None for end in ends):
         return point.get(f"{key}_se") or None
@@ -163,20 +171,20 @@ def reach(point: Point, key: str) -> Any:
 
 
 def point_tip(point: Point) -> str:
-    """What hovering over a point says."""
+    """The tool tip of a point."""
     return f"{point['name']}: reward {figure_of(point, 'reward', 3)}, KL {figure_of(point, 'kl', 2)} nats"
 
 
 def figure_of(point: Point, key: str, digits: int) -> str:
-    """A value with its interval, or its standard error."""
+    """A value with its interval, or without one, its standard error."""
     low, high = point.get(f"{key}_low"), point.get(f"{key}_high")
     if low is not None and high is not None:
         return f"{point[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return f"{point[key]:.{digits}f}" + (f" ± {point[f'{key}_se']:.3g}" if point.get(f"{key}_se") else "")
 
 
-def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
-    """What is not labelled where it lies: RL runs, the line, the colours of the iterations."""
+def draw_legend(figure: Figure, points: Sequence[Point], columns: int) -> None:
+    """Draw the legend of unlabelled marks: RL runs, the line, the colours of the iterations."""
     from matplotlib.lines import Line2D
 
     kinds = [kind for kind in ("policy", "line") if any(point["kind"] == kind for point in points)]
@@ -196,11 +204,11 @@ def draw_legend(figure: Any, points: Sequence[Point], columns: int) -> None:
 
 
 def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, int]]:
-    """(point, text, rank) for what is worth a label, the most important (0) first: ends, merges and lines by their
-    iteration; the best single RL run (1); other models, and the etas of the last line (2)."""
+    """(point, text, rank) of every label, the most important (rank 0) first: base, SFT, merges and lines by their
+    iteration; then the best single RL run (1); then other models and the etas of the last line (2)."""
     runs = [point for point in points if point["kind"] == "policy" and point.get("iteration")]
     first = min((point["iteration"] for point in runs), default=None)
-    single = [point for point in runs if point["iteration"] == first]  # what RL alone gives
+    single = [point for point in runs if point["iteration"] == first]  # RL without merging
     best = max(single, key=lambda point: point["reward"], default=None)
     chosen: list[tuple[Point, str, int]] = []
     for point in points:
@@ -217,11 +225,17 @@ def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, int]]:
     return sorted(chosen, key=lambda item: item[2])
 
 
-def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
-    """Write each label where it meets neither a point nor another label; leave it out where there is no room."""
+def label_points(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:
+    """Write each label where it overlaps no point and no other label; leave it out if there is no room."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.draw_without_rendering()
+    assert isinstance(figure.canvas, FigureCanvasAgg)  # as new_figure makes it
     renderer = figure.canvas.get_renderer()
-    place = [axis.transData.transform((point["kl"], point["reward"])) for point in points]
+    place: list[tuple[float, float]] = []
+    for point in points:
+        x, y = axis.transData.transform((point["kl"], point["reward"]))
+        place.append((x, y))
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in [*place, *along_lines(axis)]]
     frame = axis.get_window_extent(renderer)
     for point, text, rank in labels_of(points):
@@ -239,11 +253,14 @@ def label_points(figure: Any, axis: Any, points: Sequence[Point]) -> None:
             label.remove()
 
 
-def along_lines(axis: Any) -> list[tuple[float, float]]:
-    """Places every few dots along every line and error bar, in display coordinates: labels keep off them."""
-    places = []
+def along_lines(axis: Axes) -> list[tuple[float, float]]:
+    """Positions every few dots along lines and error bars, in display coordinates, which labels must not cover."""
+    from matplotlib.collections import LineCollection
+
+    places: list[tuple[float, float]] = []
     drawn = [line.get_xydata() for line in axis.get_lines() if (line.get_alpha() or 1.0) > FAINT]
-    drawn += [segment for bars in axis.collections for segment in bars.get_segments()]
+    bars = [each for each in axis.collections if isinstance(each, LineCollection)]
+    drawn += [segment for each in bars for segment in each.get_segments()]
     for path in drawn:
         corners = axis.transData.transform(path)
         for (x0, y0), (x1, y1) in pairwise(corners):
@@ -253,7 +270,7 @@ def along_lines(axis: Any) -> list[tuple[float, float]]:
 
 
 def offsets() -> Iterable[tuple[float, float, str, str]]:
-    """Places around a point, nearest and most natural first: (dx, dy, horizontal, vertical alignment) in points."""
+    """Offsets of a label from its point, nearest first: (dx, dy, horizontal, vertical alignment) in points."""
     for radius in (8, 14, 22, 30):
         for degrees in (45, 135, 90, 0, -45, 180, -90, -135):
             x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
@@ -262,7 +279,7 @@ def offsets() -> Iterable[tuple[float, float, str, str]]:
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Whether two boxes (x0, y0, x1, y1) meet."""
+    """Whether two boxes (x0, y0, x1, y1) overlap."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -270,8 +287,8 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def curves_figure(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, str], narrow: bool = False
-) -> Any:
+    runs: Mapping[str, Sequence[JsonMapping]], metrics: Mapping[str, str], narrow: bool = False
+) -> Figure:
     """Small multiples: one panel per metric, one curve per run, over optimizer steps.
 
     runs: name -> rows with `step`, the metrics, and `iteration`. metrics: key in the rows -> title of the panel.
@@ -291,10 +308,10 @@ def curves_figure(
                     continue
                 steps, heights = zip(*values, strict=True)
                 colour = hue(rows[0].get("iteration"))
+                width, alpha = (1.4, None) if len(runs) <= MANY else (0.8, 0.6)
                 if len(runs) <= MANY:
                     axis.plot(steps, heights, color=colour, lw=0.7, alpha=0.25)
-                crowd = {"lw": 1.4} if len(runs) <= MANY else {"lw": 0.8, "alpha": 0.6}
-                axis.plot(steps, smooth(heights), color=colour, gid=f"tip:{name}", **crowd)
+                axis.plot(steps, smooth(heights), color=colour, gid=f"tip:{name}", lw=width, alpha=alpha)
         iterations = sorted({rows[0]["iteration"] for rows in runs.values() if rows and rows[0].get("iteration")})
         if len(iterations) > 1:
             figure.legend(
@@ -314,7 +331,7 @@ def smooth(values: Sequence[float], share: float = 0.06) -> list[float]:
 # --- output ---------------------------------------------------------------------------------------------------------
 
 
-def write_figure(figure: Any, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
     """Write PNG (160 dpi) or SVG by the suffix; the same figure gives the same bytes."""
     with styled():
         if path.suffix == ".svg":
@@ -323,8 +340,8 @@ def write_figure(figure: Any, path: Path) -> None:
             figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
-def svg_text(figure: Any) -> str:
-    """A standalone SVG document; text stays text, points have tool tips."""
+def svg_text(figure: Figure) -> str:
+    """The figure as a standalone SVG document; text stays text, points have tool tips."""
     buffer = io.StringIO()
     with styled():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -332,10 +349,10 @@ def svg_text(figure: Any) -> str:
     return svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
 
 
-def page_svg(figure: Any, name: str, description: str) -> str:
-    """The figure as an element of a page: themed by CSS variables, ids prefixed with `name`, described for readers.
+def page_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an element of a page: colours from CSS variables, ids prefixed with `name`, width from the page.
 
-    `description` is escaped. Width follows the page.
+    `description` is for screen readers; it is escaped here.
     """
     svg = svg_text(figure)
     svg = svg[svg.index("<svg") :]

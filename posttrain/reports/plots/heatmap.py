@@ -1,8 +1,8 @@
-"""Heat map of the difference between two models: kinds of tensors down, layers across, the rest of the model beside it.
+"""Heat map of the difference between two models: kinds of tensors as rows, layers as columns, the rest at the side.
 
-One panel for the relative difference |b - a| / |a| (blue), and with a base one for the angle between the task vectors
-(orange). Each colour is one hue from light to dark, so that order survives in print and for colour-blind readers. The
-scale is logarithmic where the values span more than a factor of 30. A cell of an SVG tells its figures on hovering.
+One panel shows the relative difference |b - a| / |a| (blue); with a base, a second shows the angle between the task
+vectors (orange). Each panel has one hue from light to dark, so that order survives in print and for colour-blind
+readers. The scale is logarithmic if the values span more than a factor of 30. In an SVG, cells have tool tips.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gemma2.core.errors import OutputError, UsageError
 from gemma2.core.outputs.safetensors_header import printable
@@ -21,11 +23,18 @@ from gemma2.merging.plan.merge_plan import group_of
 
 from .figures import GRID, INK, MUTED, PAPER, SHADES, styled, write_figure
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
 __all__ = ["check_plot", "heat_map", "write_heat_map"]
+
+Rgba = tuple[float, float, float, float]
 
 EMBERS = ("#fdf6ef", "#f7c79b", "#e08a3c", "#a3480a", "#4a1c02")
 LAYER = re.compile(r"(?:layers|h|blocks)\.(\d+)$")
-# The order of a forward pass; what is not named here follows by name.
+# Kinds in the order of a forward pass; others follow by name.
 ORDER = (
     *("qkv_proj", "q_proj", "q_norm", "k_proj", "k_norm", "v_proj", "o_proj"),
     *("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
@@ -33,13 +42,13 @@ ORDER = (
 )
 ROW, LETTER = 0.25, 0.073  # inches: height of a cell, width of a letter of 8.5 points
 ACROSS, NARROWEST, WIDEST = 6.5, 0.11, 0.62  # inches: all layers of a deep model, and the limits of one cell
-READABLE = 0.42  # inches; in wider cells the figures are written out
-SPAN = 30.0  # largest over smallest value, from which on the scale is logarithmic
+READABLE = 0.42  # inches; wider cells have room for their values
+SPAN = 30.0  # largest over smallest value; beyond this ratio the scale is logarithmic
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells by (kind, layer), and by name for what is outside the layers."""
+    """Cells by (kind, layer), and for tensors outside the layers by name."""
 
     kinds: Sequence[str]
     layers: Sequence[int]
@@ -54,13 +63,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Panel:
-    """What a panel shows of a cell: the value that is coloured, and how it is written."""
+    """The content of a panel: the value that a cell's colour shows, and how it is written."""
 
     title: str
     shades: Sequence[str]
     value: Callable[[Difference], float | None]
     text: Callable[[float], str]
-    blank: str  # what a cell without a colour means
+    blank: str  # meaning of a cell without colour
 
 
 def _percent(value: float) -> str:
@@ -70,7 +79,7 @@ def _percent(value: float) -> str:
 
 
 def _apart(cell: Difference) -> str:
-    """The relative difference in words."""
+    """The relative difference as text."""
     return "a is zero" if cell.relative is None else f"{_percent(cell.relative)} of |a|"
 
 
@@ -90,7 +99,7 @@ ANGLE = Panel(
 
 
 def grid_of(difference: ModelDifference) -> Grid:
-    """Sort the tensors of a comparison into kinds and layers; experts of one layer share a cell."""
+    """Sort the tensors of a comparison by kind and layer; experts of one layer share a cell."""
     inside: dict[tuple[str, int], list[str]] = {}
     outside: dict[str, list[str]] = {}
     for name in difference.sums:
@@ -115,7 +124,7 @@ def grid_of(difference: ModelDifference) -> Grid:
 
 
 def _short(kinds: set[str]) -> dict[str, str]:
-    """`self_attn.q_proj` is q_proj, as long as nothing else is."""
+    """Short names of kinds: `q_proj` for `self_attn.q_proj`, unless another kind has the same last part."""
     last = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return {kind: printable(tail if last.count(tail) == 1 else kind) for kind, tail in zip(kinds, last, strict=True)}
 
@@ -127,8 +136,8 @@ def _place(kind: str) -> tuple[int, str]:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
-def heat_map(difference: ModelDifference) -> Any:
-    """The figure of a comparison, with a second panel where it has a base. Returns a matplotlib Figure."""
+def heat_map(difference: ModelDifference) -> Figure:
+    """The figure of a comparison, with a second panel if it has a base."""
     grid = grid_of(difference)
     panels = [RELATIVE, *([ANGLE] if difference.base else [])]
     with styled():
@@ -140,7 +149,10 @@ def heat_map(difference: ModelDifference) -> Any:
 
 
 class _Page:
-    """The figure in inches from its upper left corner: names, cells of the layers, cells of the rest, colour bar."""
+    """The figure, from left to right: names, cells of the layers, cells of other tensors, colour bar.
+
+    Positions are in inches from the upper left corner.
+    """
 
     def __init__(self, grid: Grid, panels: int) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -161,31 +173,42 @@ class _Page:
         self.figure = Figure(figsize=(self.width, self.height), facecolor=PAPER)
         FigureCanvasAgg(self.figure)
 
-    def axes(self, x: float, y: float, width: float, height: float) -> Any:
-        """Axes of that many inches, (x, y) from the upper left corner to theirs."""
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes of that size whose upper left corner is at (x, y)."""
         box = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
         return self.figure.add_axes(box)
 
-    def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Text whose left end is x inches from the left and y from the top."""
-        self.figure.text(x / self.width, 1 - y / self.height, text, **({"ha": "left", "va": "center"} | style))
+    def text(
+        self, x: float, y: float, text: str, size: float, colour: str = MUTED, weight: str = "normal", end: str = "left"
+    ) -> None:
+        """Write text of `size` points; (x, y) is the middle of its left or right end."""
+        self.figure.text(
+            x / self.width,
+            1 - y / self.height,
+            text,
+            ha=end,
+            va="center",
+            fontsize=size,
+            color=colour,
+            fontweight=weight,
+        )
 
     def heading(self, difference: ModelDifference) -> None:
-        """The two models, what they are compared from, and the total in words."""
+        """Write the names of the models and the total difference."""
         total = difference.total
         names = [printable(path.resolve().name) for path in (difference.a, difference.b)]
         facts = [f"|b − a| is {_percent(total.relative)} of |a|" if total.relative is not None else "a is zero"]
         if difference.base and total.task_angle is not None:
             base = printable(difference.base.resolve().name)
             facts.append(f"task vectors from {base} are {total.task_angle:.0f}° apart")
-        self.text(0.15, 0.22, f"a = {names[0]},  b = {names[1]}", fontsize=11, fontweight="bold", color=INK)
-        self.text(0.15, 0.45, ", ".join(facts), fontsize=8.5, color=MUTED)
+        self.text(0.15, 0.22, f"a = {names[0]},  b = {names[1]}", 11, INK, "bold")
+        self.text(0.15, 0.45, ", ".join(facts), 8.5)
 
     def draw(self, panel: Panel, number: int) -> None:
-        """One panel: title, cells, colour bar, and what a blank cell means."""
+        """Draw a panel: title, cells, colour bar, and the meaning of blank cells."""
         top = 0.55 + number * self.panel_height + 0.62
         colour = _colours(panel, [panel.value(cell) for cell in self.grid.everything])
-        self.text(0.15, top - 0.36, panel.title, fontsize=9.5, color=INK)
+        self.text(0.15, top - 0.36, panel.title, 9.5, INK)
         if self.grid.layers:
             self._layers(panel, colour, top)
         if self.grid.others:
@@ -195,9 +218,9 @@ class _Page:
             self._bar(panel, colour, self.axes(self.bar, top, 0.13, height))
         blank = {_face(panel, cell, colour) for cell in self.grid.everything if panel.value(cell) is None}
         notes = [note for face, note in ((PAPER, panel.blank), (GRID, "grey: a is zero, b is not")) if face in blank]
-        self.text(self.left, top + height + 0.14, ", ".join(notes), fontsize=7.5, color=MUTED)
+        self.text(self.left, top + height + 0.14, ", ".join(notes), 7.5)
 
-    def _layers(self, panel: Panel, colour: Any, top: float) -> None:
+    def _layers(self, panel: Panel, colour: ScalarMappable | None, top: float) -> None:
         kinds, layers = self.grid.kinds, self.grid.layers
         axis = self.axes(self.left, top, self.cell * len(layers), ROW * len(kinds))
         for y, kind in enumerate(kinds):
@@ -209,9 +232,9 @@ class _Page:
         shown = [(x + 0.5, str(layer)) for x, layer in enumerate(layers) if layer % step == 0]
         axis.set_xticks([x for x, _ in shown], [text for _, text in shown], fontsize=7.5)
         axis.set_yticks([y + 0.5 for y in range(len(kinds))], [_label(kind) for kind in kinds], fontsize=8.5)
-        self.text(self.left - 0.09, top - 0.11, "layer", fontsize=7.5, color=MUTED, ha="right")
+        self.text(self.left - 0.09, top - 0.11, "layer", 7.5, end="right")
 
-    def _others(self, panel: Panel, colour: Any, top: float) -> None:
+    def _others(self, panel: Panel, colour: ScalarMappable | None, top: float) -> None:
         names = list(self.grid.others)
         axis = self.axes(self.side, top, self.side_cell, ROW * len(names))
         for y, name in enumerate(names):
@@ -222,7 +245,7 @@ class _Page:
         axis.set_yticks([y + 0.5 for y in range(len(names))], names, fontsize=8.5)
         axis.set_xticks([])
 
-    def _bar(self, panel: Panel, colour: Any, axis: Any) -> None:
+    def _bar(self, panel: Panel, colour: ScalarMappable, axis: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
 
         bar = self.figure.colorbar(colour, cax=axis)
@@ -231,16 +254,15 @@ class _Page:
         axis.tick_params(length=0, labelsize=7.5)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
         axis.yaxis.set_minor_locator(NullLocator())
-        ticks = list(_ticks(colour.norm.vmin, colour.norm.vmax))
-        axis.set_yticks(ticks)
+        axis.set_yticks(list(_ticks(*colour.get_clim())))
 
 
 def _label(kind: str) -> str:
     return kind.replace("layernorm", "norm")
 
 
-def _colours(panel: Panel, values: Sequence[float | None]) -> Any:
-    """A ScalarMappable over the values; None where no cell has one."""
+def _colours(panel: Panel, values: Sequence[float | None]) -> ScalarMappable | None:
+    """The colour scale over the values, or None without any."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
@@ -250,14 +272,14 @@ def _colours(panel: Panel, values: Sequence[float | None]) -> Any:
     low, high = min(found), max(found)
     logarithmic = panel is RELATIVE and high > SPAN * low
     if not logarithmic:
-        # A little room, so that nearly equal values do not look far apart.
+        # Widen the scale, so that nearly equal values do not get very different colours.
         low, high = (0.0, high) if panel is RELATIVE else (max(low - 5, 0.0), min(high + 5, 180.0))
     norm = (LogNorm if logarithmic else Normalize)(low, high if high > low else low + 1)
     return ScalarMappable(norm, LinearSegmentedColormap.from_list("shades", list(panel.shades)))
 
 
 def _ticks(low: float, high: float) -> Iterator[float]:
-    """Places on a colour bar: powers of ten on a logarithmic scale, else about five round numbers."""
+    """Tick values of a colour bar: 1 and 3 times powers of ten on a logarithmic scale, else about five values."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     wide = low > 0 and high > SPAN * low
@@ -265,8 +287,10 @@ def _ticks(low: float, high: float) -> Iterator[float]:
     yield from (place for place in places if low <= place <= high)
 
 
-def _draw_cell(axis: Any, place: tuple[int, int], cell: Difference, panel: Panel, colour: Any, written: bool) -> None:
-    """One cell with its tool tip, and its figure where there is room."""
+def _draw_cell(
+    axis: Axes, place: tuple[int, int], cell: Difference, panel: Panel, colour: ScalarMappable | None, written: bool
+) -> None:
+    """Draw a cell with its tool tip, and with `written` its value."""
     from matplotlib.patches import Rectangle
 
     value = panel.value(cell)
@@ -278,22 +302,23 @@ def _draw_cell(axis: Any, place: tuple[int, int], cell: Difference, panel: Panel
     patch.set_gid(f"tip:{printable(cell.group)}: {', '.join(facts)}")
     axis.add_patch(patch)
     if written:
-        dark = value is not None and sum(w * c for w, c in zip((0.3, 0.59, 0.11), face[:3], strict=True)) < 0.55
+        dark = not isinstance(face, str) and 0.3 * face[0] + 0.59 * face[1] + 0.11 * face[2] < 0.55
         text = ("–" if cell.norm_difference or panel is ANGLE else "0") if value is None else panel.text(value)
         ink = MUTED if value is None else ("#fffffe" if dark else "#000001")
         axis.text(place[0] + 0.5, place[1] + 0.52, text, ha="center", va="center", fontsize=7.5, color=ink)
 
 
-def _face(panel: Panel, cell: Difference, colour: Any) -> Any:
-    """The colour of a cell; without a value white, or grey where a difference has nothing to be relative to."""
+def _face(panel: Panel, cell: Difference, colour: ScalarMappable | None) -> str | Rgba:
+    """The colour of a cell; without a value white, or grey if a is zero and b is not."""
     value = panel.value(cell)
-    if value is not None:
-        return colour.to_rgba(value)
+    if value is not None and colour is not None:
+        red, green, blue, alpha = colour.to_rgba(np.asarray(value))
+        return red, green, blue, alpha
     return GRID if panel is RELATIVE and cell.norm_difference else PAPER
 
 
-def _frame(axis: Any, across: int, down: int) -> None:
-    """First row on top, no frame, no grid."""
+def _frame(axis: Axes, across: int, down: int) -> None:
+    """Put the first row on top, without frame and grid."""
     axis.set_xlim(0, across)
     axis.set_ylim(down, 0)
     axis.xaxis.tick_top()
@@ -306,19 +331,22 @@ def _frame(axis: Any, across: int, down: int) -> None:
 
 
 def check_plot(path: Path, force: bool) -> None:
-    """Refuse what cannot be drawn or written, before any work. Raises UsageError or OutputError."""
+    """Check the path of a plot before any work. Raises UsageError for its suffix, OutputError if it is not writable."""
     if path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot {path} is neither .svg nor .png", "give a file name with one of them")
+        raise UsageError(f"--plot {path} is neither .svg nor .png", "give a file name with one of these suffixes")
     if path.is_dir():
         raise OutputError(f"--plot {path} is a directory", "choose another name")
     if path.exists() and not force:
         raise OutputError(f"--plot {path} exists", "choose another name, or replace it with --force")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write --plot {path}: {path.parent} is not a writable directory", "make it first")
+        raise OutputError(f"cannot write --plot {path}: {path.parent} is not a writable directory", "create it first")
 
 
 def write_heat_map(difference: ModelDifference, path: Path, force: bool = False) -> None:
-    """Draw and write, SVG or PNG by the suffix; the file appears complete, the same comparison gives the same bytes."""
+    """Draw the map and write it as SVG or PNG by the suffix, in one rename.
+
+    The same comparison gives the same bytes.
+    """
     check_plot(path, force)
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     try:

@@ -1,26 +1,30 @@
-"""Heat maps of merges over layers: the angle between task vectors, and how much of their length a merge keeps.
+"""Heat maps of merges over layers: the angle between task vectors, and the share of their length that a merge keeps.
 
-A map has one hue from light to dark, so that order survives in print and for colour-blind readers; where there is room
-the figure stands in its cell, and hovering tells it everywhere. A cell is one group (a layer) of one merge.
+A map has one hue from light to dark, so that order survives in print and for colour-blind readers. A cell is one group
+(a layer) of one merge; the value is written in it if there is room, and always in its tool tip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .figures import MUTED, PAPER, SHADES, new_figure, styled
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["ANGLES", "KEPT", "MapOf", "layer_map"]
 
-WRITTEN = 14  # columns up to which a cell has room for its figure
+WRITTEN = 14  # most columns with which a cell has room for its value
 Cells = Mapping[str, Mapping[str, float | None]]  # row (a merge) -> column (a group) -> value
 
 
 @dataclass(frozen=True)
 class MapOf:
-    """What a map shows: the values that are lightest and darkest, and how a value is written in a cell and a tip."""
+    """The scale of a map: values of the lightest and the darkest shade, and the text of a value in a cell and a tip."""
 
     lightest: float
     darkest: float
@@ -30,14 +34,16 @@ class MapOf:
 
 
 ANGLES = MapOf(0.0, 120.0, lambda value: f"{value:.0f}°", lambda value: f"{value:.1f} degrees", "no angle")
-# From half of the length to a little more than all of it: LERP of orthogonal task vectors keeps 71 %, SLERP 100 %.
+# From half of the length to a little more than all: LERP of orthogonal task vectors keeps 71 %, SLERP 100 %.
 KEPT = MapOf(0.5, 1.15, lambda value: f"{100 * value:.0f}", lambda value: f"{100 * value:.1f} % kept", "no length")
 
 
-def layer_map(cells: Cells, of: MapOf, narrow: bool = False, tips: Mapping[tuple[str, str], str] | None = None) -> Any:
-    """The map as a matplotlib Figure: merges down and groups across, or in the narrow form the other way round.
+def layer_map(
+    cells: Cells, of: MapOf, narrow: bool = False, tips: Mapping[tuple[str, str], str] | None = None
+) -> Figure:
+    """The map: merges as rows and groups as columns, in the narrow form the other way round.
 
-    A value of None is a cell without a colour. tips: (merge, group) -> what hovering adds.
+    A cell with the value None has no colour. tips: (merge, group) -> text added to the tool tip.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
@@ -57,8 +63,8 @@ def layer_map(cells: Cells, of: MapOf, narrow: bool = False, tips: Mapping[tuple
                 shade = min(1.0, max(0.0, shade))
                 cell = Rectangle((x, y), 1, 1, fc=PAPER if value is None else colours(shade), ec=PAPER, lw=1.5)
                 more = (tips or {}).get((name, group), "")
-                told = of.nothing if value is None else of.long(value)
-                cell.set_gid(f"tip:{name}, {group}: {told}{f', {more}' if more else ''}")
+                written = of.nothing if value is None else of.long(value)
+                cell.set_gid(f"tip:{name}, {group}: {written}{f', {more}' if more else ''}")
                 axis.add_patch(cell)
                 if len(across) <= WRITTEN:
                     text = "-" if value is None else of.short(value)
@@ -69,8 +75,8 @@ def layer_map(cells: Cells, of: MapOf, narrow: bool = False, tips: Mapping[tuple
         return figure
 
 
-def finish(axis: Any, across: Sequence[str], down: Sequence[str]) -> None:
-    """Names along both sides, first row on top, no frame; long names are broken over lines."""
+def finish(axis: Axes, across: Sequence[str], down: Sequence[str]) -> None:
+    """Put names along both sides and the first row on top, without a frame; long names get two lines."""
     axis.set_xlim(0, len(across))
     axis.set_ylim(len(down), 0)
     size = 7.5 if len(across) > WRITTEN else 8.5

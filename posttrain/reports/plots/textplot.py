@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+
+from gemma2.core.json_files import JsonMapping
 
 from .values import start_of, title_of
 
 __all__ = ["front_text", "line_labels", "off_chart"]
 
-Point = Mapping[str, Any]
+Point = JsonMapping
 
 # Bit of each dot of a braille cell, by (row, column): U+2800 + bits.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -19,7 +20,7 @@ GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "
 
 
 class Canvas:
-    """Characters over braille dots, on axes. Cell (0, 0) is the lower left one."""
+    """A grid of characters over braille dots, with a scale. Cell (0, 0) is at the lower left."""
 
     def __init__(self, width: int, height: int, points: Sequence[Point]) -> None:
         self.width, self.height = width, height
@@ -35,7 +36,7 @@ class Canvas:
         return across * (self.width - 1), up * (self.height - 1)
 
     def line(self, start: Point, end: Point) -> None:
-        """Braille dots from one point to another: 2 per cell across, 4 up."""
+        """Draw braille dots from one point to another: 2 per cell across, 4 up."""
         (x0, y0), (x1, y1) = self.place(start), self.place(end)
         steps = max(1, math.ceil(max(abs(x1 - x0) * 2, abs(y1 - y0) * 4)))
         for i in range(steps + 1):
@@ -44,12 +45,12 @@ class Canvas:
             self.dots[row // 4 % self.height][column // 2] |= DOTS[3 - row % 4][column % 2]
 
     def mark(self, point: Point) -> None:
-        """The glyph of a policy; a later one covers an earlier one."""
+        """Draw the glyph of a policy, over any earlier glyph in its cell."""
         column, row = self.place(point)
         self.glyphs[round(column), round(row)] = GLYPHS.get(point["kind"], "•")
 
     def write(self, point: Point, text: str, over_lines: bool = False) -> None:
-        """A label beside a point, or a row above or below it; left out where everything is taken."""
+        """Write a label next to a point, or a row above or below; leave it out if all these places are taken."""
         column, row = (round(value) for value in self.place(point))
         left, right = column - 1 - len(text), column + 2
         for start, up in ((left, 0), (right, 0), (left + 1, 1), (right - 1, -1), (left + 1, -1), (right - 1, 1)):
@@ -59,7 +60,7 @@ class Canvas:
                 return
 
     def free(self, cells: Sequence[tuple[int, int]], over_lines: bool) -> bool:
-        """Whether nothing is written at these cells and all lie on the canvas; the outermost may overhang."""
+        """Whether all cells are empty and on the canvas; the first and the last may be outside."""
         inside = all(0 <= column < self.width and 0 <= row < self.height for column, row in cells[1:-1])
         return inside and not any(
             cell in self.glyphs or (not over_lines and self.dots[cell[1]][min(max(cell[0], 0), self.width - 1)])
@@ -76,13 +77,13 @@ class Canvas:
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
-    """The range of the values, never empty."""
+    """The range of the values, widened if they are all equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def off_chart(points: Sequence[Point]) -> list[Point]:
-    """Base models so far from everything else that they would squeeze it into less than half of an axis."""
+    """Base models so far away that all other points would share less than half of an axis."""
     rest = [point for point in points if point["kind"] != "base"]
     if not rest:
         return []
@@ -92,8 +93,8 @@ def off_chart(points: Sequence[Point]) -> list[Point]:
 
 
 def line_labels(points: Sequence[Point]) -> list[tuple[Point, str]]:
-    """What is written along the eta lines: the etas of the last one, and at the end of a line that has no SLERP point
-    there its iteration."""
+    """Labels of the eta lines: the etas of the last line, and the iteration at the end of each line without a SLERP
+    point."""
     lines = [point for point in points if point["kind"] == "line"]
     last = max((point.get("iteration") or 0 for point in lines), default=0)
     merged = {point.get("iteration") for point in points if point["kind"] == "slerp"}
@@ -106,7 +107,7 @@ def line_labels(points: Sequence[Point]) -> list[tuple[Point, str]]:
 
 
 def front_text(points: Sequence[Point], width: int = 76) -> str:
-    """The front as lines of at most `width` characters (50 or more): reward over KL, the line, every policy.
+    """The front as text of at most `width` characters (50 or more): reward over KL, the eta lines, every policy.
 
     points: as in front.json. RL trajectories are left out: a terminal has too few dots for them.
     """
@@ -135,7 +136,7 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
 
 
 def frame(canvas: Canvas, start: str) -> list[str]:
-    """The rows of the canvas with both axes and three figures on each. `start`: what KL is measured to."""
+    """The rows of the canvas with both axes, three numbers on each. `start`: the policy to which KL is measured."""
     low, high = canvas.y
     ticks = {0: low, (canvas.height - 1) // 2: low + (high - low) * ((canvas.height - 1) // 2) / (canvas.height - 1),
              canvas.height - 1: high}  # fmt: skip
@@ -152,7 +153,7 @@ def frame(canvas: Canvas, start: str) -> list[str]:
 
 
 def legend(points: Sequence[Point]) -> str:
-    """The glyphs that are not labelled where they lie."""
+    """The meaning of the glyphs without labels."""
     names = {"policy": "RL policy", "line": "SFT to SLERP, by eta"}
     return "   ".join(
         f"{GLYPHS[kind]} {name}" for kind, name in names.items() if any(p["kind"] == kind for p in points)

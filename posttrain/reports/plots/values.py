@@ -1,11 +1,12 @@
-"""Values as people read them: digits that the error deserves, a true minus sign, a dash for nothing. Pure."""
+"""Values as text for people: digits chosen by the error, a true minus sign, a dash for a missing value. Pure."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from gemma2.core.json_files import JsonMapping
 
 __all__ = [
     "as_yaml",
@@ -22,7 +23,7 @@ __all__ = [
 
 
 def number(value: object, digits: int = 3) -> str:
-    """Three significant digits, a true minus sign, a dash for nothing."""
+    """A value with three significant digits and a true minus sign; a dash if it is missing or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     if not math.isfinite(value):
@@ -34,7 +35,10 @@ def number(value: object, digits: int = 3) -> str:
 
 
 def decimals_of(error: float) -> int:
-    """Decimals that an error deserves: two digits of it up to 29, else one (the Particle Data Group's habit)."""
+    """Decimals by which to write a value with this error: two digits of the error if these are at most 29, else one.
+
+    This follows the Particle Data Group.
+    """
     if error <= 0:
         return 2
     exponent = math.floor(math.log10(error))
@@ -42,12 +46,12 @@ def decimals_of(error: float) -> int:
 
 
 def rounded(value: float, error: float, sign: str = "") -> str:
-    """A value with the decimals that its error deserves; `sign` is "+" to always show one."""
+    """A value with decimals chosen by its error; with `sign` "+", positive values have a plus sign."""
     return f"{value:{sign}.{decimals_of(error)}f}".replace("-", "−")
 
 
-def with_error(point: Mapping[str, Any], key: str, scale: float = 1.0) -> dict[str, str]:
-    """`{"value", "error"}` of one column of a point; the error is "" where there is none."""
+def with_error(point: JsonMapping, key: str, scale: float = 1.0) -> dict[str, str]:
+    """`{"value", "error"}` of one column of a point; the error is "" if unknown."""
     value, error = point.get(key), (point.get(f"{key}_se") or 0.0) * scale
     if not isinstance(value, int | float):
         return {"value": "–", "error": ""}
@@ -55,7 +59,7 @@ def with_error(point: Mapping[str, Any], key: str, scale: float = 1.0) -> dict[s
 
 
 def duration(seconds: float | None) -> str:
-    """`12 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A time such as `12 s`, `3 min 05 s` or `2 h 10 min`."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -70,25 +74,25 @@ def short_hash(digest: str | None) -> str:
     return (digest or "").rpartition(":")[2][:10]
 
 
-def title_of(point: Mapping[str, Any]) -> str:
-    """What a policy before RL is called: the title that it was measured under, else base or SFT."""
+def title_of(point: JsonMapping) -> str:
+    """Name of a policy before RL: the title in its point, else base or SFT."""
     return str(point.get("title") or {"base": "base", "sft": "SFT"}[point["kind"]])
 
 
-def start_of(points: Iterable[Mapping[str, Any]]) -> str:
-    """What the policy is called that RL started from and KL is measured to: SFT, or distilled."""
+def start_of(points: Iterable[JsonMapping]) -> str:
+    """Name of the policy from which RL started and to which KL is measured: SFT, or distilled."""
     return next((title_of(point) for point in points if point["kind"] == "sft"), "SFT")
 
 
-def as_yaml(config: Mapping[str, Any]) -> str:
-    """A configuration as a recipe."""
+def as_yaml(config: JsonMapping) -> str:
+    """A configuration as the YAML of a recipe."""
     import yaml
 
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def clipped(text: str, size: int) -> str:
-    """At most `size` columns: the middle goes, since names differ at both ends."""
+    """The text in at most `size` columns; the middle is cut, because names differ at both ends."""
     if columns_of(text) <= size:
         return text
     tail = fitting(reversed(text), size // 2)[::-1]
@@ -96,7 +100,7 @@ def clipped(text: str, size: int) -> str:
 
 
 def fitting(text: Iterable[str], size: int) -> str:
-    """The first characters, as far as they fit into `size` columns."""
+    """The longest start of a text that fits into `size` columns."""
     kept, used = [], 0
     for char in text:
         used += columns_of(char)
@@ -107,7 +111,7 @@ def fitting(text: Iterable[str], size: int) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Columns that a text takes in a terminal: two for a wide character, none for a combining one."""
+    """Columns of a text in a terminal: two for a wide character, none for a combining one."""
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )

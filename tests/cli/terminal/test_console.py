@@ -1,4 +1,4 @@
-"""Results on stdout and nothing else; progress on stderr: plain lines in a pipe, bars on a terminal, none if quiet."""
+"""Results alone on stdout; progress on stderr: plain lines in a pipe, bars on a terminal, nothing if quiet."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_a_table_in_a_pipe_is_aligned_text(capsys):
     ]
 
 
-def test_an_empty_table_is_no_error(capsys):
+def test_an_empty_table_is_not_an_error(capsys):
     Console().table([])
     assert capsys.readouterr().out.strip() == ""
 
@@ -121,7 +121,7 @@ def test_a_table_on_a_terminal_holds_the_same_cells(terminal):
 # --- progress in a pipe -----------------------------------------------------------------------------------------------
 
 
-def test_progress_in_a_pipe_is_a_plain_line_now_and_then(capsys, clock):
+def test_progress_in_a_pipe_is_one_line_per_interval(capsys, clock):
     console = Console()
     with console.task("SFT", total=100, unit="steps") as task:
         for _ in range(4):
@@ -136,13 +136,13 @@ def test_progress_in_a_pipe_is_a_plain_line_now_and_then(capsys, clock):
     ]
 
 
-def test_what_is_done_at_once_is_not_worth_a_line(capsys, clock):
+def test_a_task_that_ends_at_once_prints_no_line(capsys, clock):
     with Console().task("SFT", total=1, unit="steps") as task:
         task.advance(1)
     assert capsys.readouterr().err == ""
 
 
-def test_bytes_are_told_in_their_unit(capsys, clock):
+def test_bytes_are_printed_with_their_unit(capsys, clock):
     with Console().task("merge", total=5e9, unit="bytes") as task:
         clock[0] += 20
         task.advance(1_234_000_000)

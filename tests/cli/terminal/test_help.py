@@ -24,9 +24,8 @@ STANDARD = {
 }
 
 
-# What a flag means here and nowhere else: files instead of directories, a plan of commands, one stage made again.
-OTHERWISE = {(name, "--out") for name in ("report", "lineage", "quickstart")}
-OTHERWISE |= {("quickstart", "--dry-run"), ("pipeline run", "--force")}
+# Flags with another meaning: a file instead of a directory, a stage to run again.
+OTHERWISE = {(name, "--out") for name in ("report", "lineage")} | {("pipeline run", "--force")}
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_a_page_is_plain_in_a_pipe_and_no_wider_than_a_terminal(page, monkeypatc
     assert max(map(len, lines)) <= 80
 
 
-def test_titles_are_bold_on_a_terminal_that_can(monkeypatch):
+def test_titles_are_bold_on_a_terminal_that_supports_it(monkeypatch):
     monkeypatch.setattr(pages.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -114,7 +113,7 @@ def test_every_command_has_an_example_that_it_parses(name):
         assert any(value not in (None, False, ()) for value in parameters.values())
 
 
-def test_the_table_of_commands_says_what_the_pages_say_they_are():
+def test_every_entry_of_the_command_table_has_a_summary_and_the_module_of_its_name():
     for name, entry in COMMANDS.items():
         assert entry.summary.endswith(".")
         assert entry.module.partition(".")[2] == name

@@ -12,7 +12,7 @@ from gemma2.cli.app import invoke
 from gemma2.cli.terminal import options
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.posttrain import schemas
-from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 
 SCHEMA_OF = {
     "distill": schemas.DistillConfig,
@@ -49,7 +49,7 @@ def resolved(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCHEMA_OF)
-def test_every_field_is_a_flag_of_its_command_and_says_what_it_is(name):
+def test_every_field_is_a_flag_of_its_command_with_its_description(name):
     flags = {parameter.opts[0]: parameter for parameter in COMMANDS[name].params}
     for key, field in SCHEMA_OF[name].model_fields.items():
         if get_origin(field.annotation) is dict:  # through --set and recipes
@@ -90,7 +90,7 @@ def test_an_argument_is_the_flag_without_its_name(resolved):
     assert by_argument.data == Path("d")
 
 
-def test_an_argument_comes_before_the_recipe_and_is_no_other_flag(resolved, tmp_path):
+def test_an_argument_takes_precedence_over_the_recipe_and_sets_only_its_field(resolved, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: from-the-recipe\nmin_words: 3\n", encoding="utf-8")
     config, _ = resolved("filter", "--config", recipe, "--out", "o")
@@ -153,9 +153,9 @@ def test_a_wrong_value_is_a_usage_error(words, said):
         invoke([*SFT, *words])
 
 
-def test_options_that_a_sub_command_would_not_see_are_refused():
+def test_options_before_a_sub_command_are_refused():
     for words in (["--out", "x"], ["--epochs", "1"], ["--force"], ["--set", "a=1"]):
-        with pytest.raises(UsageError, match="options stand before 'pairs'"):
+        with pytest.raises(UsageError, match="options come before 'pairs'"):
             invoke(["reward", *words, "pairs", "--model", "m"])
 
 
@@ -215,12 +215,12 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(place, capsys):
     assert sorted(place.rglob("*")) == before
 
 
-def test_a_step_gets_what_was_asked_and_its_summary_is_the_result(place, capsys):
+def test_a_step_gets_configuration_and_options_and_its_summary_is_the_result(place, capsys):
     seen = []
 
     def run(config, run_options, progress):
         seen.append((config, run_options))
-        return options.RunResult(run_options.out, {"loss": 0.25})
+        return RunResult(run_options.out, {"loss": 0.25})
 
     (place / "o").mkdir()
     (place / "o" / "file").write_text("x")

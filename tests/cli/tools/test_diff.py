@@ -78,7 +78,7 @@ def test_json_is_the_whole_document(models, capsys):
     assert document["warnings"] == ["1 of 4 groups are identical, norm for one"]
 
 
-def test_a_model_and_itself_are_said_to_be_identical(models, capsys):
+def test_a_model_compared_with_itself_is_reported_as_identical(models, capsys):
     assert gemma2("diff a a") == 0
     assert capsys.readouterr().err == "warning: the models are identical: all 124 parameters are equal\n"
 
@@ -111,7 +111,7 @@ def test_a_mistake_is_one_line_on_stderr_and_leaves_nothing(models, capsys, comm
 # --- the heat map ---------------------------------------------------------------------------------------------------
 
 
-def test_the_plot_is_an_svg_with_the_same_bytes_each_time_and_nothing_beside_it(models, capsys):
+def test_the_plot_is_the_only_new_file_and_has_the_same_bytes_each_time(models, capsys):
     assert gemma2("diff a b --base base --plot one.svg") == 0
     assert rows(capsys.readouterr().out)[-1] == ["plot", "one.svg"]
     (models / "two.svg").write_text("old")
@@ -126,7 +126,7 @@ def test_the_plot_is_an_svg_with_the_same_bytes_each_time_and_nothing_beside_it(
     assert len([tip for tip in tips if re.match(r"layer 1, q_proj: \S+% of \|a\|, largest \S+, \S+ degrees", tip)]) == 2
 
 
-def test_a_png_is_a_png_and_a_failed_one_leaves_the_old(models, monkeypatch):
+def test_a_failed_png_leaves_the_old_file(models, monkeypatch):
     assert gemma2("diff a b --plot x.png -q") == 0
     before = (models / "x.png").read_bytes()
     assert before.startswith(b"\x89PNG")
@@ -142,7 +142,7 @@ def test_a_png_is_a_png_and_a_failed_one_leaves_the_old(models, monkeypatch):
     assert sorted(path.name for path in models.iterdir()) == ["a", "b", "base", "x.png"]
 
 
-def test_kinds_are_rows_in_the_order_of_a_forward_pass_and_the_rest_stands_beside(models):
+def test_kinds_are_rows_in_the_order_of_a_forward_pass_and_other_tensors_are_at_the_side(models):
     grid = grid_of(diff_models(models / "a", models / "b"))
     assert grid.kinds == ["q_proj", "up_proj", "input_layernorm"]
     assert grid.layers == [0, 1]
@@ -164,7 +164,7 @@ def test_experts_share_a_row_and_equal_last_names_are_written_in_full(models):
 
 
 @pytest.mark.parametrize("layers", [2, 26, 80])
-def test_no_text_of_the_figure_lies_on_other_text_or_outside(tmp_path, layers):
+def test_no_text_of_the_figure_overlaps_other_text_or_the_border(tmp_path, layers):
     for name, seed, scale in (("base", 0, 0.0), ("a", 1, 0.01), ("b", 2, 0.01)):
         write(tmp_path / name, seed, layers, scale)
     figure = heat_map(diff_models(tmp_path / "a", tmp_path / "b", base=tmp_path / "base"))

@@ -1,4 +1,4 @@
-"""`gemma2 pipeline`: files, folders and recipes by name; the plan; the graph; what is wrong, in one line."""
+"""`gemma2 pipeline`: files, folders and recipes by name; the plan; the graph; errors of one line."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, said):
     assert "b/min_words-2" in said("run", "p.yaml", "--out", "out", "--dry-run")
 
 
-def test_a_choice_shows_in_the_plan(place, said):
+def test_chosen_stages_show_in_the_plan(place, said):
     def actions(*choice: str) -> list[str]:
         document = json.loads(said("run", "p.yaml", "--out", "out", "--dry-run", "--json", *choice))
         return [row["action"] for row in document["plan"]]
@@ -61,7 +61,7 @@ def test_the_graph_names_every_stage(place, said, form, part):
     assert all(name in text for name in ("min_words-1", "min_words-2", "filter"))
 
 
-def test_a_graph_is_written_to_a_file_that_is_not_there(place, said):
+def test_a_graph_replaces_a_file_only_with_force(place, said):
     said("graph", "p.yaml", "--format", "svg", "--write", "g.svg")
     first = (place / "g.svg").read_text()
     with pytest.raises(OutputError, match=r"g\.svg exists"):
@@ -70,7 +70,7 @@ def test_a_graph_is_written_to_a_file_that_is_not_there(place, said):
     assert (place / "g.svg").read_text() == first
 
 
-def test_status_tells_what_is_to_run_and_nothing_is_written(place, said):
+def test_status_lists_the_stages_to_run_and_writes_nothing(place, said):
     rows = json.loads(said("status", "p.yaml", "--out", "out", "--json"))["stages"]
     assert [row["status"] for row in rows] == ["to run"] * 3
     assert not (place / "out").exists()
@@ -86,12 +86,12 @@ def test_status_tells_what_is_to_run_and_nothing_is_written(place, said):
         (["run", "p.yaml", "--out", "o", "--set", "a.min_wrds=1"], UsageError, "did you mean 'min_words'"),
         (["run", "p.yaml", "--out", "o", "--set", "vars.words=none"], UsageError, r"'stages\.a\.options\.min_words'"),
         (["run", "p.yaml", "--out", "o", "--ray-address", "x"], UsageError, "is for --executor ray"),
-        (["status", "."], InputError, "no folder of a pipeline"),
+        (["status", "."], InputError, "is not the folder of a pipeline"),
         (["run", "p.yaml", "--out", "rows.jsonl"], OutputError, "exists and is not a directory"),
         (["run", "p.yaml", "--out", "."], OutputError, "has no name|holds something else"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_line(place, words, error, text):
+def test_a_wrong_command_line_gives_an_error_of_one_line(place, words, error, text):
     with pytest.raises(error, match=text) as caught:
         invoke(["pipeline", *words])
     assert "\n" not in str(caught.value)

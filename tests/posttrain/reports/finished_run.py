@@ -246,7 +246,7 @@ def quickstart(root, policies=2, iterations=2, steps=120):
 
 
 def broken(root, policies=16, iterations=5, done=2, steps=60):
-    """WARP that ended in iteration `done + 1`: one run failed, one was interrupted, what follows was not begun."""
+    """WARP that ended in iteration `done + 1`: one run failed, one was interrupted, later stages were not started."""
     run = Run(root)
     run.stage("sft", "sft")
     run.stage("reward", "reward", {}, [("model", "sft")])

@@ -1,4 +1,4 @@
-"""What an output was made from: found, followed, and said where it is not as it was."""
+"""Lineages: parents are found and followed; changed and missing ones are marked."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_the_graph_reaches_back_to_every_root(run, tmp_path):
     assert by_name(found)["data"].digest == digest_file(run / "data" / "data-00000-of-00001.jsonl")
 
 
-def test_the_tree_tells_everything_once_and_the_rest_by_name(run):
+def test_the_tree_has_every_origin_once_and_other_parents_by_name(run):
     found = read_lineage(run / "slerp")
     short = {name: origin.digest.removeprefix("blake3:")[:10] for name, origin in by_name(found).items()}
     text = lineage_text(found, 200).splitlines()
@@ -107,7 +107,7 @@ def test_the_tree_keeps_to_its_width(run, width):
 # --- what is not as it was ------------------------------------------------------------------------------------------
 
 
-def test_a_parent_with_other_weights_is_said_so_and_not_followed(run):
+def test_a_parent_with_other_weights_is_marked_and_not_followed(run):
     old = digest_weights(run / "sft")
     output(run / "sft", "sft", rows={"model.safetensors": "others"})
     found = read_lineage(run / "slerp")
@@ -125,7 +125,7 @@ def test_a_child_of_the_old_and_one_of_the_new_weights_have_different_parents(ru
     assert sorted(bool(origin.note) for origin in found) == [False, True]
 
 
-def test_a_parent_that_is_gone_is_said_so_once(run):
+def test_a_missing_parent_is_marked_once(run):
     shutil.rmtree(run / "sft")
     found = read_lineage(run / "slerp")
     (sft,) = [origin for origin in found.origins if origin.path == str(run / "sft")]
@@ -133,7 +133,7 @@ def test_a_parent_that_is_gone_is_said_so_once(run):
     assert len([use for use in found.uses if use[0] == sft.id]) == 3
 
 
-def test_an_output_that_was_moved_finds_its_parents_where_its_configuration_says(run, tmp_path):
+def test_a_moved_output_finds_its_parents_by_its_configuration(run, tmp_path):
     output(run / "sft", "sft", [("model", run / "base")], config={"model": str(run / "base"), "x": ["a\0", 3]})
     shutil.move(run / "sft", tmp_path / "elsewhere")
     found = read_lineage(tmp_path / "elsewhere")
@@ -142,7 +142,7 @@ def test_an_output_that_was_moved_finds_its_parents_where_its_configuration_says
     assert [origin.note for origin in read_lineage(tmp_path / "elsewhere").origins] == ["not there", ""]
 
 
-def test_rows_that_changed_or_are_gone_are_said_so(run):
+def test_changed_and_missing_rows_are_marked(run):
     file = run / "data" / "data-00000-of-00001.jsonl"
     file.write_text('{"other": 1}\n')
     (rows,) = [origin for origin in read_lineage(run / "sft").origins if origin.kind == "file"]
@@ -152,7 +152,7 @@ def test_rows_that_changed_or_are_gone_are_said_so(run):
     assert rows.note == "not there"
 
 
-def test_a_hub_model_is_called_by_its_id(run):
+def test_a_hub_model_is_named_by_its_id(run):
     manifest = json.loads((run / "sft/gemma2.json").read_text())
     manifest["parents"][0] |= {"path": "../../hub/x", "hub": "google/gemma-2-2b@abc"}
     write_json(run / "sft/gemma2.json", manifest)
@@ -160,7 +160,7 @@ def test_a_hub_model_is_called_by_its_id(run):
     assert (found.kind, found.note) == ("hub", "")
 
 
-def test_unreadable_and_unfinished_parents_are_said_so(run):
+def test_unreadable_and_unfinished_parents_are_marked(run):
     (run / "base/gemma2.json").write_text("{")
     found = by_name(read_lineage(run / "sft"))
     assert found["base"].note == "gemma2.json cannot be read"
@@ -177,13 +177,13 @@ def test_a_model_without_a_manifest_is_a_root(tmp_path):
 
 
 @pytest.mark.parametrize("parents", [3, ["x"], [{}], [{"role": 3, "path": ["x"], "weights": None}], {"a": 1}])
-def test_manifests_of_any_shape_are_survived(run, parents):
+def test_malformed_parents_in_a_manifest_are_left_out(run, parents):
     manifest = json.loads((run / "slerp/gemma2.json").read_text()) | {"parents": parents, "data": parents, "config": 1}
     write_json(run / "slerp/gemma2.json", manifest)
     assert lineage_text(read_lineage(run / "slerp"))
 
 
-def test_parents_in_a_circle_end(run):
+def test_a_cycle_of_parents_ends(run):
     manifest = json.loads((run / "base/gemma2.json").read_text())
     manifest["parents"] = [{"role": "model", "path": "../slerp", "weights": digest_weights(run / "slerp")}]
     write_json(run / "base/gemma2.json", manifest)
@@ -191,7 +191,7 @@ def test_parents_in_a_circle_end(run):
     assert len(lineage_text(found).splitlines()) >= len(found.origins)
 
 
-def test_a_long_chain_is_no_recursion(tmp_path):
+def test_a_long_chain_does_not_exceed_the_recursion_limit(tmp_path):
     before = output(tmp_path / "0", "tiny")
     for i in range(1, 600):
         before = output(tmp_path / str(i), "sft", [("model", before)])
@@ -217,13 +217,13 @@ def pipeline(run, needs):
     write_json(run / "pipeline.json", {"schema_version": 1, "name": "run", "status": "complete", "stages": stages})
 
 
-def test_of_a_pipeline_the_last_stage_is_taken(run):
+def test_a_pipeline_stands_for_its_last_stage(run):
     pipeline(run, {"base": [], "sft": ["base"], "slerp": ["sft"]})
     assert final_output(run) == run / "slerp"
     assert edges(read_lineage(run)) == edges(read_lineage(run / "slerp"))
 
 
-def test_of_several_last_stages_the_one_called_model_is_taken_or_the_names_are_told(run):
+def test_a_pipeline_of_several_results_stands_for_model_or_is_refused_with_their_names(run):
     output(run.parent / "outside", "sft")
     outside = ["../outside", str(run.parent / "outside")]
     pipeline(run, {"sft": [], "slerp": ["sft"], "policy-1": ["sft"], "not/there": [], **{key: [] for key in outside}})
@@ -234,13 +234,13 @@ def test_of_several_last_stages_the_one_called_model_is_taken_or_the_names_are_t
     assert final_output(run) == run / "warp/model"
 
 
-def test_of_a_quickstart_the_model_is_taken(run):
+def test_a_quickstart_stands_for_its_model(run):
     output(run / "warp/model", "pick", [("base", run / "sft")])
     output(run, "quickstart", rows={"summary.json": "{}"})
     assert final_output(run) == run / "warp/model"
 
 
-def test_what_is_no_output_is_refused(tmp_path):
+def test_a_directory_that_is_not_an_output_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a directory"):
         final_output(tmp_path / "none")
     with pytest.raises(InputError, match=r"holds no gemma2.json and no model"):
@@ -274,7 +274,7 @@ def test_a_file_is_written_and_not_replaced_without_force(run, tmp_path):
     assert code == 1 and err.count("\n") == 1 and "exists" in err
 
 
-def test_it_needs_no_torch():
+def test_the_lineage_needs_no_torch():
     script = (
         "import sys, gemma2.posttrain.reports.lineage_tree\nprint({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     )

@@ -21,7 +21,7 @@ VOID = ("meta", "br", "hr", "img", "input", "link")
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails where tags do not nest."""
+    """Tags, attributes and text of a page; fails if tags do not nest."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -76,7 +76,7 @@ def copy(finished, tmp_path):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Empty figures, which take most of the time, where a test is about the rest of the page."""
+    """Use empty figures, since drawing takes most of the time, in tests about the rest of the page."""
     forms = {"wide": "<svg></svg>", "narrow": "<svg></svg>"}
     monkeypatch.setattr("gemma2.posttrain.reports.sections.both", lambda make, name, description: forms)
 
@@ -84,7 +84,7 @@ def plain(monkeypatch):
 # --- a finished run -------------------------------------------------------------------------------------------------
 
 
-def test_every_section_is_there_once_and_reachable(page):
+def test_every_section_exists_once_and_is_linked(page):
     ids = page[0].values("id")
     assert [name for name in ids if name in SECTIONS] == SECTIONS
     assert len(ids) == len(set(ids))
@@ -102,7 +102,7 @@ def test_the_page_loads_nothing_and_needs_no_script(page):
     assert "default-src 'none'" in html
 
 
-def test_the_table_tells_the_figures_of_the_front_with_errors(page):
+def test_the_table_has_the_figures_of_the_front_with_errors(page):
     text = page[0].text
     assert "2 policies × 2 iterations" in text
     for row in ("Base −2.20 ± 0.06", "SFT −1.10 ± 0.06", "Best single RL run 0.39 ± 0.06", "WARP 1 0.50 ± 0.06",
@@ -118,7 +118,7 @@ def test_the_verdict_counts_standard_errors(page):
     assert "+0.043 judge, 2.6 standard errors: could be chance" in page[0].text
 
 
-def test_answers_before_and_after_stand_side_by_side(page):
+def test_answers_before_and_after_are_side_by_side(page):
     text = page[0].text
     assert "What is 7 + 12? Base Hmm, I am not sure" in text
     assert "SFT I think that it is probably 18." in text
@@ -142,7 +142,7 @@ def test_every_stage_has_its_command(page):
         assert command in text
 
 
-def test_stages_come_in_the_order_of_the_work(finished):
+def test_stages_are_listed_in_the_order_in_which_they_ran(finished):
     names = [stage.name for stage in collect(finished).stages]
     names = [name for name in names if not name.startswith("models/")]
     assert names[:7] == ["models", "data", "clean", "sft", "distilled", "pairs", "reward"]
@@ -176,7 +176,7 @@ def test_figures_come_wide_and_narrow_and_described(page):
     assert "slerp: reward 0.500 (0.380 to 0.620), KL 2.25 (2.12 to 2.38) nats" in page[0].text  # a tip without a script
 
 
-def test_nothing_of_the_machine_is_on_the_page_but_what_the_user_named(page, finished):
+def test_the_page_shows_only_paths_that_the_user_named(page, finished):
     assert str(finished.parent) not in page[0].text.split("Settings and versions")[0]
 
 
@@ -207,7 +207,7 @@ def test_sixteen_policies_render_and_stay_small(tmp_path):
     ("gone", "said"),
     [
         ("warp/front", "warp/front is missing"),
-        ("warp/front/samples.jsonl", "No sample answers were kept"),
+        ("warp/front/samples.jsonl", "This directory has no sample answers"),
         ("warp/iteration-1/policy-2", "warp/iteration-1/policy-2 is missing"),
         ("warp/iteration-1/policy-2/metrics.jsonl", "warp/iteration-1/policy-2/metrics.jsonl is missing"),
         ("reward", "reward is missing"),
@@ -215,7 +215,7 @@ def test_sixteen_policies_render_and_stay_small(tmp_path):
         ("warp", "No SLERP of two or more policies is recorded here"),
     ],
 )
-def test_what_is_missing_is_said(finished, plain, tmp_path, gone, said):
+def test_the_page_says_what_is_missing(finished, plain, tmp_path, gone, said):
     root = copy(finished, tmp_path)
     target = root / gone
     shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -238,7 +238,7 @@ def test_an_interrupted_stage_is_shown_as_unfinished(finished, plain, tmp_path):
     assert ".partial" not in parsed.text
 
 
-def test_a_run_that_works_inside_a_partial_directory_reads_by_its_final_names(finished, tmp_path):
+def test_a_run_in_a_partial_directory_is_shown_with_its_final_names(finished, tmp_path):
     root = copy(finished, tmp_path)
     (root / "warp").rename(root / ".warp.partial")
     found = collect(root)
@@ -246,7 +246,7 @@ def test_a_run_that_works_inside_a_partial_directory_reads_by_its_final_names(fi
     assert found.front.points and found.gaps == []
 
 
-def test_an_output_that_is_still_being_made_is_read_where_it_is_made(finished, tmp_path):
+def test_an_unfinished_output_is_read_from_its_partial_directory(finished, tmp_path):
     copy(finished, tmp_path).rename(tmp_path / ".q.partial")
     found = collect(tmp_path / "q")
     assert found.title == "q" and found.front.points
@@ -282,13 +282,13 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failed_interrupted_and_blocked_stages_are_told(tmp_path, plain):
+def test_failed_interrupted_and_blocked_stages_are_reported(tmp_path, plain):
     parsed, html = read(broken(tmp_path / "w"), tmp_path)
     text = parsed.text
     assert "16 policies × 5 iterations" in text
     assert "iteration-3/policy-2 failed: KL 201 nats passed --max-kl 200" in text
     assert "iteration-3/policy-5 did not finish (status interrupted)" in text
-    assert "not begun, since something before it failed: iteration-3/slerp, iteration-3/init" in text
+    assert "not started, because an earlier stage failed: iteration-3/slerp, iteration-3/init" in text
     assert "and 37 more" in text  # 3 of iteration 3, 19 of 4 and of 5, front and model, less the six that are named
     assert "iteration-3/policy-5/metrics.jsonl has 1 unreadable line" in text
     assert "42 more blocked" in text and ".partial" not in text
@@ -297,7 +297,7 @@ def test_failed_interrupted_and_blocked_stages_are_told(tmp_path, plain):
     assert len(html) < 3_000_000
 
 
-def test_a_stage_that_was_not_needed_is_no_gap(finished, plain, tmp_path):
+def test_a_stage_that_was_not_needed_is_not_a_gap(finished, plain, tmp_path):
     root = copy(finished, tmp_path)
     state = json.loads((root / "pipeline.json").read_text())
     state["stages"]["warp/iteration-3/policy-1"] = {"command": "rlhf", "needs": [], "status": "not needed"}
@@ -307,7 +307,7 @@ def test_a_stage_that_was_not_needed_is_no_gap(finished, plain, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"stages": 3}', '{"stages": {"x": 3}}'])
-def test_a_broken_state_of_the_pipeline_is_survived(finished, plain, tmp_path, content):
+def test_a_broken_pipeline_file_does_not_stop_the_report(finished, plain, tmp_path, content):
     root = copy(finished, tmp_path)
     (root / "pipeline.json").write_text(content)
     assert "WARP 2" in read(root, tmp_path)[0].text
@@ -330,7 +330,7 @@ def test_points_that_cannot_be_drawn_are_left_out_and_counted(finished, tmp_path
 # --- one command alone ----------------------------------------------------------------------------------------------
 
 
-def test_a_measurement_alone_is_a_report(finished, tmp_path):
+def test_a_single_measurement_has_a_report(finished, tmp_path):
     shutil.copytree(finished / "warp/front", tmp_path / "front")
     parsed, _ = read(tmp_path / "front", tmp_path)
     assert "This run has gaps." not in parsed.text
@@ -338,7 +338,7 @@ def test_a_measurement_alone_is_a_report(finished, tmp_path):
     assert [label for label in parsed.values("aria-label") if label.startswith("Reward over KL")]
 
 
-def test_an_rl_run_alone_is_a_report(finished, tmp_path):
+def test_a_single_rl_run_has_a_report(finished, tmp_path):
     shutil.copytree(finished / "warp/iteration-1/policy-1", tmp_path / "rl")
     parsed, _ = read(tmp_path / "rl", tmp_path)
     assert "This run has gaps." not in parsed.text
@@ -360,7 +360,7 @@ def test_policies_without_an_iteration_are_all_in_the_table(tmp_path, plain):
 # --- the front ------------------------------------------------------------------------------------------------------
 
 
-def test_the_front_with_the_most_points_is_shown_of_equal_ones_the_latest(finished, tmp_path):
+def test_the_front_with_the_most_points_is_shown_and_the_latest_of_equals(finished, tmp_path):
     assert collect(finished).front.name == "warp/front"
     root = copy(finished, tmp_path)
     document = json.loads((root / "warp/front/front.json").read_text())
@@ -373,7 +373,7 @@ def test_the_front_with_the_most_points_is_shown_of_equal_ones_the_latest(finish
     assert collect(root).front.name == "warp/iteration-2/front"
 
 
-def test_the_best_within_a_kl_and_the_areas_are_told_with_their_intervals(page):
+def test_the_best_points_within_kl_limits_and_the_areas_have_intervals(page):
     text = page[0].text
     assert "KL at most Best point Reward KL 2 nats iteration 2, η = 0.5" in text
     assert "an area of 6 (5.81 to 6.19, 95 % interval) nats × reward, up to KL 4.7 and above a reward of −1.1" in text
@@ -387,13 +387,13 @@ def test_an_older_front_has_neither_table_nor_area(finished, plain, tmp_path):
         bare = [{k: v for k, v in point.items() if not k.endswith(("_low", "_high"))} for point in points]
         path.write_text(json.dumps({"points": bare}))
     text = read(root, tmp_path)[0].text
-    assert "The best within a KL" not in text and "an area of" not in text and "WARP 2 1.50 ± 0.06" in text
+    assert "within each KL limit" not in text and "an area of" not in text and "WARP 2 1.50 ± 0.06" in text
 
 
 # --- merges ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_lerp_would_keep_follows_from_lengths_and_angles():
+def test_the_length_that_lerp_keeps_follows_from_lengths_and_angles():
     # Two of length 1 at 90 degrees: |(1, 1)| / 2 = 0.7071; lengths 3 and 1 at 0 degrees: (3 + 1) / 2 over their mean 2.
     right = {"group": "layers.0", "norms": [1.0, 1.0], "angles": [90.0], "result_norm": 1.0}
     assert MergedGroup(right).linear == pytest.approx(0.5**0.5) and MergedGroup(right).kept == 1.0
@@ -405,7 +405,7 @@ def test_what_lerp_would_keep_follows_from_lengths_and_angles():
         assert MergedGroup(right | gap).linear is None
 
 
-def test_angles_of_many_pairs_are_told_as_mean_and_range():
+def test_angles_of_many_pairs_are_shown_as_mean_and_range():
     group = MergedGroup({"norms": [1.0] * 3, "angles": [60.0, 70.0, None], "result_norm": 1.0})
     assert (group.angle, group.extremes) == (65.0, "60.0 to 70.0 over 2 pairs")
 
@@ -478,7 +478,7 @@ def test_the_page_replaces_an_older_one_and_leaves_nothing_else(finished, plain,
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_place_that_cannot_be_written_is_an_output_error(finished, plain, tmp_path):
+def test_an_unwritable_path_is_an_output_error(finished, plain, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         write_report(finished, tmp_path / "file" / "report.html")
@@ -492,11 +492,11 @@ def test_a_place_that_cannot_be_written_is_an_output_error(finished, plain, tmp_
     [(1.23456, 0.012, "1.235"), (1.23456, 0.051, "1.23"), (47.23, 3.1, "47"), (47.23, 1.4, "47.2"),
      (-2.0, 0.0, "−2.00"), (0.5, 0.00001, "0.5000")],
 )  # fmt: skip
-def test_a_value_has_the_decimals_that_its_error_deserves(value, error, text):
+def test_the_error_decides_the_decimals_of_a_value(value, error, text):
     assert rounded(value, error) == text
 
 
-def test_an_error_of_nothing_is_not_shown():
+def test_an_error_of_zero_is_not_shown():
     assert with_error({"kl": 0.0, "kl_se": 0.0}, "kl") == {"value": "0.00", "error": ""}
     assert with_error({"kl": 0.1, "kl_se": None}, "kl") == {"value": "0.10", "error": ""}
     assert with_error({}, "kl") == {"value": "–", "error": ""}
@@ -506,21 +506,21 @@ def test_an_error_of_nothing_is_not_shown():
     ("value", "text"),
     [(0.12345, "0.123"), (456_000, "456,000"), (12345.6, "12,346"), (-1.5, "−1.5"), (None, "–"), (float("nan"), "–")],
 )
-def test_numbers_read_well(value, text):
+def test_numbers_are_written_for_people(value, text):
     assert number(value) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.4, "3 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (None, "")])
-def test_durations_read_well(seconds, text):
+def test_durations_are_written_for_people(seconds, text):
     assert duration(seconds) == text
 
 
-def test_paths_lose_the_marks_of_work_in_progress():
+def test_final_names_have_no_partial_directories():
     assert name_of("q/.warp.partial/iteration-1/.policy-1.partial") == "q/warp/iteration-1/policy-1"
     assert name_of("q/warp.partial/.hidden") == "q/warp.partial/.hidden"
 
 
-def test_groups_are_called_by_their_layer():
+def test_groups_are_named_by_their_layer():
     assert [group_label(g) for g in ("model.layers.12", "model.embed_tokens", "model.norm", "score")] == [
         "12", "embedding", "final norm", "score",
     ]  # fmt: skip
@@ -533,7 +533,7 @@ def test_thinning_keeps_every_evaluation():
     assert 60 <= sum(row.get("kind") != "eval" for row in kept) <= 120
 
 
-def test_commands_survive_a_shell(finished):
+def test_commands_can_be_pasted_into_a_shell(finished):
     for stage in collect(finished).stages:
         words = shlex.split(command_of(stage, finished))
         assert not words or (words[0] == "gemma2" and words[-2] == "--out")

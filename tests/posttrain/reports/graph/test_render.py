@@ -1,4 +1,4 @@
-"""Drawn graphs, read back: every node and edge is there, edges lead down, no box covers another, names stay text."""
+"""Drawn graphs, read back: every node and edge is drawn, edges lead down, no box covers another, names stay text."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -79,7 +79,7 @@ def edge_titles(svg):
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_no_box_covers_another_and_all_lie_in_the_picture(case, narrow):
+def test_no_box_covers_another_and_all_are_inside_the_picture(case, narrow):
     svg = dag_svg(*CASES[case], narrow=narrow)
     found = list(boxes(svg).values())
     assert len(found) == len(CASES[case][0])
@@ -145,7 +145,7 @@ def test_hostile_names_stay_text(narrow):
     assert "\x00" not in svg
 
 
-def test_a_status_is_told_without_its_colour():
+def test_a_status_is_readable_without_its_colour():
     nodes = [Node("a", "a", "rlhf", "complete"), Node("b", "b", "rlhf", "failed"), Node("c", "c", "", "not needed")]
     words = ["".join(text.itertext()) for text in ET.fromstring(dag_svg(nodes, [])).iter(f"{SVG}text")]
     assert words == ["a", "rlhf", "b", "rlhf · failed", "c", "not needed"]
@@ -153,7 +153,7 @@ def test_a_status_is_told_without_its_colour():
     assert len(set(marks)) == 3
 
 
-def test_in_a_page_ids_are_prefixed_and_colours_are_its_variables():
+def test_an_element_of_a_page_has_prefixed_ids_and_the_variables_of_the_page():
     svg = dag_svg(*warp(), page="family")
     root = ET.fromstring(svg)
     ids = [node.get("id") for node in root.iter() if node.get("id")]
@@ -171,7 +171,7 @@ def test_a_file_has_its_size_and_both_colour_schemes():
     assert ET.fromstring(svg).get("width") and "prefers-color-scheme:dark" in svg and "var(" not in svg
 
 
-def test_links_are_where_nodes_have_them():
+def test_boxes_of_nodes_with_links_are_links():
     svg = dag_svg([Node("a", "a", href='#of"1'), Node("b", "b")], [Edge("a", "b")])
     assert [link.get("href") for link in ET.fromstring(svg).iter(f"{SVG}a")] == ['#of"1']
     assert ET.fromstring(svg).get("role") == "group"
@@ -200,7 +200,7 @@ def test_the_edge_that_closes_a_cycle_points_upwards():
     assert path.find(f"{SVG}title").text.splitlines() == ["a → b", "b → a"]
 
 
-def test_an_edge_to_nowhere_and_two_nodes_of_one_id_are_errors():
+def test_an_edge_to_an_unknown_node_and_two_nodes_with_one_id_are_errors():
     with pytest.raises(ValueError, match="a -> x leads to no node"):
         dag_text([Node("a", "a")], [Edge("a", "x")])
     with pytest.raises(ValueError, match="same id"):
@@ -211,7 +211,7 @@ def test_an_edge_to_nowhere_and_two_nodes_of_one_id_are_errors():
 
 
 def followed(lines):
-    """What every node uses, read from the lanes alone: lines that reach a mark from above or from its side."""
+    """The nodes that each node uses, read from the lanes: lines that reach a mark from above or from its side."""
     carried, used = {}, []
     for row, line in enumerate(lines):
         own = next(i for i, char in enumerate(line) if char in "●✗○◐◑")
@@ -236,7 +236,7 @@ def followed(lines):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_lanes_tell_exactly_what_every_node_uses(seed):
+def test_the_lanes_show_exactly_which_nodes_every_node_uses(seed):
     nodes, edges = scattered(25, seed)
     graph = graph_of(nodes, edges)
     names = list(graph.nodes)
@@ -264,7 +264,7 @@ def test_text_keeps_to_its_width_and_names_every_node(case, width):
         assert all(node.label in text for node in CASES[case][0])
 
 
-def test_too_many_lanes_become_names():
+def test_names_replace_too_many_lanes():
     text = dag_text(*warp(16))
     assert "●" not in text
     lines = text.splitlines()
@@ -272,7 +272,7 @@ def test_too_many_lanes_become_names():
     assert lines[at + 1].split()[:4] == ["←", "sft", "1/policy-1", "1/policy-2"]
 
 
-def test_lanes_are_shared_by_spans_that_do_not_meet():
+def test_spans_that_do_not_overlap_share_lanes():
     # 0 -> 1 -> 2 -> 3 in one lane, 0's trunk to 3 outside it
     assert lanes_of([3, 2, 3, 3]) == [1, 0, 0, None]
 
@@ -303,12 +303,12 @@ def test_mermaid_source_is_not_broken_by_names():
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
-def test_layers_are_longest_paths_and_sources_come_late():
+def test_layers_are_longest_paths_and_sources_are_just_above_their_users():
     # 0 -> 1 -> 2 -> 3 and a source 4 that only 3 uses
     assert ranks(5, [(0, 1), (1, 2), (0, 2), (2, 3), (4, 3)]) == [0, 1, 2, 3, 2]
 
 
-def test_a_layer_too_wide_for_a_page_becomes_several():
+def test_a_layer_too_wide_for_a_page_is_split():
     # 1150 px hold five boxes of 200 with their gaps of 22
     assert broken([0] * 7 + [1], [(200.0, 30.0)] * 8) == [0, 0, 0, 0, 0, 1, 1, 2]
     assert broken([0, 0], [(2000.0, 30.0), (10.0, 30.0)]) == [0, 1]

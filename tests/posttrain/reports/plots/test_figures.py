@@ -1,4 +1,4 @@
-"""Figures as documents: text is there, hostile names stay text, nothing leaves the page."""
+"""Figures as documents: labels exist, hostile names stay text, nothing is loaded from elsewhere."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -44,7 +44,7 @@ def texts(svg):
     return ["".join(node.itertext()).strip() for node in ET.fromstring(svg).iter(f"{SVG}text")]
 
 
-def test_the_front_labels_what_it_shows():
+def test_the_front_labels_its_points():
     shown = texts(svg_text(front_figure(warp_points())))
     for label in (
         "SFT",
@@ -79,7 +79,7 @@ def test_every_iteration_has_a_line_with_a_label():
     assert "iteration 2" in front_text(points)
 
 
-def test_bars_are_intervals_where_they_are_known():
+def test_bars_are_intervals_if_known():
     near = point("SFT", "sft", 0.0, 0.4, reward_low=0.3, reward_high=0.7, kl_low=0.0, kl_high=0.0)
     assert reach(near, "reward") == [[pytest.approx(0.1)], [pytest.approx(0.3)]]
     assert reach(near, "kl") == [[0.0], [0.0]]
@@ -87,7 +87,7 @@ def test_bars_are_intervals_where_they_are_known():
     assert "SFT: reward 0.400 (0.300 to 0.700), KL 0.00 (0.00 to 0.00) nats" in svg_text(front_figure([near]))
 
 
-def test_of_many_runs_only_the_merges_keep_their_bars():
+def test_many_runs_are_drawn_without_bars():
     def bars(policies):
         figure = front_figure(warp_points(policies))
         return sum(len(bars.get_segments()) for bars in figure.axes[0].collections)
@@ -99,7 +99,7 @@ def test_a_front_of_one_point_draws():
     assert "SFT" in texts(svg_text(front_figure([point("SFT", "sft", 0.0, 0.4, kl_se=None, reward_se=None)])))
 
 
-def test_hovering_tells_name_and_figures():
+def test_tool_tips_have_name_and_figures():
     svg = svg_text(front_figure(warp_points()))
     titles = [node.text for node in ET.fromstring(svg).iter(f"{SVG}title")]
     assert "slerp: reward 0.800 ± 0.02, KL 3.20 ± 0.1 nats" in titles
@@ -144,14 +144,14 @@ def test_the_heat_map_prints_degrees_and_marks_a_missing_angle():
     assert {"81°", "-", "12°", "67°", "embedding", "SLERP 2"} <= set(shown)
 
 
-def test_a_heat_map_of_many_layers_leaves_the_figures_to_the_tips():
+def test_a_heat_map_of_many_layers_has_values_only_in_tool_tips():
     merges = {"SLERP 1": {f"layer {i}": 80.0 for i in range(42)}}
     svg = svg_text(layer_map(merges, ANGLES))
     assert "80°" not in texts(svg)
     assert "SLERP 1, layer 41: 80.0 degrees" in [node.text for node in ET.fromstring(svg).iter(f"{SVG}title")]
 
 
-def test_a_heat_map_of_lengths_is_in_percent_and_tips_may_tell_more():
+def test_a_heat_map_of_lengths_is_in_percent_and_tips_may_have_more():
     svg = svg_text(layer_map({"SLERP 1": {"0": 1.0}, "LERP 1": {"0": 0.7071}}, KEPT, tips={("LERP 1", "0"): "of <3>"}))
     assert {"100", "71"} <= set(texts(svg))
     assert "LERP 1, 0: 70.7 % kept, of <3>" in [node.text for node in ET.fromstring(svg).iter(f"{SVG}title")]
@@ -166,7 +166,7 @@ def test_a_larger_value_is_darker():
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_curves_take_what_the_rows_have(narrow):
+def test_curves_draw_the_metrics_that_the_rows_have(narrow):
     runs = {"policy-1": [{"step": s, "reward": s / 10, "kl": None, "iteration": 1} for s in range(9)], "empty": []}
     shown = texts(svg_text(curves_figure(runs, {"reward": "reward", "kl": "KL"}, narrow)))
     assert "reward" in shown and "KL" in shown
@@ -188,7 +188,7 @@ def test_the_text_keeps_to_its_width_and_shows_every_kind(width):
         assert part in text
 
 
-def test_higher_reward_stands_higher_and_more_kl_further_right():
+def test_higher_reward_is_drawn_higher_and_more_kl_further_right():
     text = front_text([point("SFT", "sft", 0.0, 0.0), point("slerp", "slerp", 4.0, 1.0, 1)], 60)
     rows = text.splitlines()
     (high,), (low,) = ([i for i, row in enumerate(rows) if glyph in row] for glyph in "◆●")
@@ -197,13 +197,13 @@ def test_higher_reward_stands_higher_and_more_kl_further_right():
     assert rows[high].lstrip().startswith("1 ┤") and rows[low].lstrip().startswith("0 ┤")
 
 
-def test_a_base_far_away_is_told_instead_of_squeezing_the_rest():
+def test_a_base_far_away_is_a_note_below_the_chart():
     points = [*warp_points(), point("raw", "base", 90.0, 0.1)]
     assert [p["name"] for p in off_chart(points)] == ["raw"]
     assert "off the chart: base, reward 0.1 at KL 90" in front_text(points)
     assert "off the chart: base, reward 0.1 at KL 90" in texts(svg_text(front_figure(points)))
 
 
-def test_text_of_nothing_and_of_one_point():
+def test_text_of_no_points_and_of_one_point():
     assert front_text([]) == "no policy was measured"
     assert "●" in front_text([point("SFT", "sft", 0.0, 0.4)])
