@@ -11,7 +11,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set, required_out
 from gemma2.core.errors import InputError, UsageError
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
@@ -153,15 +153,9 @@ def run_method(method: str, models: list[Path], given: Mapping[str, Any]) -> Non
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
         show_plan(console, plan, named=out is not None)
         return
-    out = _needed(given["out"])
+    out = required_out(given["out"])
     result = merge(request, out=out, force=given["force"], verify=given["verify"], progress=console)
     show(console, result)
-
-
-def _needed(out: Path | None) -> Path:
-    if out is None:
-        raise UsageError("--out is missing", "give the directory to write")
-    return out
 
 
 def run_file(given: Mapping[str, Any]) -> None:
@@ -177,7 +171,7 @@ def run_file(given: Mapping[str, Any]) -> None:
     if given["dry_run"]:
         show_recipe(console, recipe, given["out"], given["force"])
         return
-    out = _needed(given["out"])
+    out = required_out(given["out"])
     results = merge_recipe(recipe, out=out, force=given["force"], verify=given["verify"], progress=console)
     if console.as_json and len(results) > 1:
         names = [step.name for step in recipe.steps]
@@ -225,7 +219,7 @@ def merge(ctx: typer.Context, **given: Any) -> None:
     if ctx.invoked_subcommand is not None:
         if said or not given["verify"]:
             raise UsageError(
-                f"options stand before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
+                f"options come before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
             )
     elif given["config"] is None:
         if said:

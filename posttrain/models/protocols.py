@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gemma2.core.json_files import JsonObject
 
-__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardModel"]
+__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardNetwork"]
 
 
 class ModelConfig(Protocol):
@@ -119,7 +119,7 @@ class CausalLM(Network, Protocol):
         ...
 
 
-class RewardModel(Network, Protocol):
+class RewardNetwork(Network, Protocol):
     """A sequence classifier with one output: `__call__` gives logits (batch, 1)."""
 
     score: nn.Linear
