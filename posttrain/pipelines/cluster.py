@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma2.merging.errors import InputError, UsageError
+from gemma2.merging.interrupts import allow
 from gemma2.posttrain.commands import COMMANDS
 
 from .jobs import Event, Job, Outcome, execute
@@ -128,6 +129,7 @@ class RayExecutor:
 
     def stop(self) -> None:
         """End every running stage. Ray ends a worker without a word, as kill -9 does: the checkpoints stay."""
+        allow(GRACE + 5)
         references = list(self.running.values())
         for reference in references:
             self.ray.cancel(reference, force=True)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from gemma2.merging.errors import Gemma2Error, refusal
+from gemma2.merging.interrupts import Interrupted, Signals
 from gemma2.posttrain.commands import COMMANDS
 from gemma2.posttrain.inputs import check_inputs, located
 from gemma2.posttrain.rundir import RunOptions
@@ -64,13 +64,7 @@ class Outcome:
     traceback: str = ""
 
 
-class Stopped(BaseException):
-    """SIGTERM: clean up and end."""
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not cut short
-    raise Stopped(number)
+STOPPED = Outcome(143, error="stopped")
 
 
 class Reporter:
@@ -120,15 +114,19 @@ class _Bar:
 
 
 def execute(job: Job, send: Callable[[Event], None]) -> Outcome:
-    """Run a job in this process, its output in its log. Never raises."""
-    previous = signal.signal(signal.SIGTERM, _stop)
+    """Run a job in this process, its output in its log. Never raises. SIGTERM: it cleans up and ends."""
+    signals = Signals((signal.SIGTERM,))
+    signals.install()
     try:
         with _logged(Path(job.folder, job.log)):
-            return _run(job, send)
-    except Stopped:
-        return Outcome(143, error="stopped")
+            outcome = _run(job, send)
+        signals.ended = True
+    except Interrupted:
+        outcome = STOPPED
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signals.release()
+    # A library may have made another failure out of the interrupt.
+    return STOPPED if outcome.code and signals.caught is not None else outcome
 
 
 def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
@@ -140,8 +138,6 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         result = command.run(config, RunOptions(Path(job.out), job.resume, job.force), Reporter(send))
         return Outcome(0, dict(result.summary))
-    except Stopped:
-        return Outcome(143, error="stopped")
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))
     except Exception as error:

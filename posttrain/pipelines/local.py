@@ -22,6 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from gemma2.merging.errors import UsageError
+from gemma2.merging.interrupts import POKE, allow
 from gemma2.posttrain.commands import COMMANDS
 
 from .jobs import Event, Job, Outcome, execute
@@ -29,6 +30,7 @@ from .jobs import Event, Job, Outcome, execute
 __all__ = ["LocalExecutor", "visible_gpus"]
 
 GRACE = 60.0  # seconds that a stage gets to clean up before it is killed
+POKES = 0.5  # seconds between two reminders of a stage that is being ended
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -142,13 +144,18 @@ class LocalExecutor:
 
     def stop(self) -> None:
         """End every running stage: it keeps its last checkpoint, and cleans up."""
+        allow(GRACE + 5)
         for one in self.running.values():
             one.process.terminate()
-        until = time.monotonic() + GRACE
+        begin = poked = time.monotonic()
         for stage, one in list(self.running.items()):
-            while one.process.is_alive() and time.monotonic() < until:
+            while one.process.is_alive() and time.monotonic() < begin + GRACE:
                 self._drain(stage, one, [])  # a full pipe would hold it up
                 one.process.join(0.05)
+                if time.monotonic() - poked >= POKES:  # a stage may have begun to wait just before SIGTERM
+                    poked = time.monotonic()
+                    for other in self.running.values():
+                        _poke(other.process)
             if one.process.is_alive():
                 _kill_group(one.process.pid)
                 one.process.join()
@@ -166,6 +173,13 @@ def _lost(code: int | None) -> Outcome:
         likely = ": out of memory?" if name == "SIGKILL" else ""
         return Outcome(code, error=f"its process was ended by {name}{likely}")
     return Outcome(-1, error=f"its process ended with exit code {code} and without a word")
+
+
+def _poke(process: ForkServerProcess) -> None:
+    """Wake the main thread of a stage, so that it hears of a signal that came before."""
+    if process.is_alive() and process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, POKE)
 
 
 def _kill_group(pid: int | None) -> None:

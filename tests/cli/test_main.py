@@ -106,6 +106,8 @@ IMPORTING = "\n        ".join(
 )
 CLEANING = "\n        ".join(
     [
+        "from gemma2.merging import interrupts",
+        "interrupts.ECHO = 60",  # seconds in which signals count as one
         "try:",
         "    print('inside', flush=True)",
         "    time.sleep(60)",
