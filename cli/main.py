@@ -7,38 +7,12 @@ A bug keeps its traceback.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
+
+from gemma2.core.interrupts import Signals
 
 __all__ = ["main"]
-
-
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP. No `except Exception` in a library can swallow it."""
-
-
-class _Signals:
-    """Raises `Interrupted` at the first signal and ignores later ones, so that they do not cut the cleanup short."""
-
-    caught: int | None = None
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup and in background jobs it stays ignored
-                signal.signal(number, self.handle)
-
-    def release(self) -> None:
-        """Restore the default handlers: a signal during interpreter shutdown then ends it without a traceback."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == self.handle:
-                signal.signal(number, signal.SIG_DFL)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is None:
-            self.caught = number
-            raise Interrupted(number)
 
 
 def _environment() -> None:
@@ -84,23 +58,28 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script `gemma2`."""
-    signals = _Signals()
+    """The console script `gemma2`."""
+    signals = Signals()
     signals.install()
     try:
-        _environment()
-        code = run(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # `gemma2 ... | head`: the reader has closed the pipe, which is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        try:
+            _environment()
+            code = run(sys.argv[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # `gemma2 ... | head`: the reader has what it wanted.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        signals.end()
+        if code and signals.caught is not None:  # a library made an expected failure out of the interrupt
+            code = _interrupted(signals.caught)
     except BaseException:
         # An interrupt inside an import can surface as another exception, so `caught` decides.
         if signals.caught is None:
             raise
+        signals.ended = True
         code = _interrupted(signals.caught)
-    signals.release()
+        signals.end()
     sys.exit(code)
 
 

@@ -174,7 +174,7 @@ FACES = {
     "cli": {"app", "main"},
     "posttrain": set(),
     "merging": {"engine"},
-    "core": {"errors", "progress", "yaml_files", "json_files", "ranks"},
+    "core": {"errors", "interrupts", "progress", "yaml_files", "json_files", "ranks"},
     "configs": set(),
 }
 

@@ -63,7 +63,7 @@ def _scan(chunk: Rows) -> Findings:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers to go."""
+    """A killed parent cannot stop its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

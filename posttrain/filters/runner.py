@@ -55,7 +55,7 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
         store = ChunkStore(run.checkpoints)
         bad = _scan(config, evaluation, judge, store, progress)
         if not store.done:
-            raise InputError(f"no row of {config.data} can be read; the first: {bad[0]}", "mend the file")
+            raise InputError(f"no row of {config.data} can be read; the first: {bad[0]}", "correct the file")
         decisions = decide(store, config)
         bad += write_rows(run.path, config, store, decisions, progress)
         if bad:

@@ -97,11 +97,11 @@ class SafetyModel:
 def unsafe_labels(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:
     """Indices of the labels that mean unsafe: `wanted`, or all but the one whose name says safe.
 
-    Raises UsageError when names do not tell.
+    Raises UsageError when the names do not decide it.
     """
     listed = ", ".join(labels)
     if unknown := sorted(set(wanted) - set(labels)):
-        raise UsageError(f"--safety-labels {unknown[0]} is no label of the model", f"it has {listed}")
+        raise UsageError(f"--safety-labels {unknown[0]} is not a label of the model", f"it has {listed}")
     chosen = [i for i, name in enumerate(labels) if name in wanted or (not wanted and not SAFE_LABEL.fullmatch(name))]
     if not wanted and len(labels) > 1 and len(chosen) == len(labels):
         raise UsageError(f"which labels of the safety model mean unsafe: {listed}?", "name them with --safety-labels")

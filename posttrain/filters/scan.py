@@ -35,7 +35,7 @@ def code_of(name: str) -> int:
 
 @dataclass
 class Findings:
-    """What the scan of n rows found; every array is (n,) or has n rows."""
+    """The findings of the scan of n rows; every array is (n,) or has n rows."""
 
     codes: NDArray[np.uint8]
     subsets: NDArray[np.uint32]  # bit k: the row belongs to the k-th kept subset
@@ -135,7 +135,7 @@ class Scanner:
             found.drop(index, reasons)
 
     def _describe(self, index: int, sample: Sample, found: Findings, sets: list[NDArray[np.uint32]]) -> None:
-        """What the comparison of rows needs of one that stays so far."""
+        """The signature of a row that stays so far, for the comparison of rows."""
         side = self.config.dedup_on
         if self.compares:
             found.digests[index] = np.frombuffer(exact_digest(sample, side), dtype=np.uint64)

@@ -27,7 +27,7 @@ TELL = 1024  # rows between two advances of the bar
 def write_rows(
     directory: Path, config: FilterConfig, store: ChunkStore, decisions: Decisions, progress: Progress
 ) -> list[str]:
-    """Write every row to its place; returns what is wrong with the rows that are no conversations."""
+    """Write every row to its place; returns the faults of rows that are not conversations."""
     bad: list[str] = []
     places: dict[int, str] = {}  # of rows that others repeat
     repeated = set(decisions.original[decisions.original >= 0].tolist())
@@ -91,7 +91,7 @@ def _comparison(decisions: Decisions, index: int, places: Mapping[int, str]) -> 
 
 
 def _with_reasons(columns: Mapping[str, Any], reasons: Reasons, every: bool) -> dict[str, Any]:
-    """A dropped row with its first reason; columns of these names in the row itself stay beside it."""
+    """A dropped row with its first reason; columns of the same names in the row itself are kept next to it."""
     ours: dict[str, Any] = {"reason": reasons[0][0], "detail": reasons[0][1]}
     if every:
         ours["reasons"] = [{"reason": name, "detail": detail} for name, detail in reasons]

@@ -74,7 +74,7 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def layer_masks(config: Any, mask: Tensor) -> Masks:
-    """What a model takes as `attention_mask`, from the mask (B, 1, Q, K) of a global layer.
+    """The `attention_mask` argument of a model, from the mask (B, 1, Q, K) of a global layer.
 
     A mapping by layer kind where local and global layers mix, else one tensor.
     """

@@ -27,7 +27,7 @@ __all__ = ["blockwise", "can_be_blockwise", "causal_attention"]
 
 NAME = "gemma2_blockwise"
 BLOCK = 64  # queries at once
-# Architectures whose attention is this one: no sinks, no position biases, no scores of their own.
+# Architectures whose attention is this one: no sinks, no position biases, no scores of another kind.
 KNOWN = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 

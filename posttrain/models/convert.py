@@ -1,11 +1,11 @@
 """Import of models: a GGUF file, or a model directory in another dtype, as plain safetensors for every other command.
 
 Quantised blocks are expanded by transformers' GGUF reader; the result is an ordinary fp32, bf16 or fp16 model without a
-trace of the quantisation. What sources get wrong and training trips over is mended on the way:
+trace of the quantisation. Faults of sources that would harm training are fixed on the way:
 
 1. `generation_config.eos_token_id` holds every stop id, the end-of-turn token included: without it samples run on to
    the limit.
-2. The pad token is no stop token: masked with the padding, a stop token would never be learned.
+2. The pad token is not a stop token: masked with the padding, a stop token would never be learned.
 3. transformers does not read a Gemma 2 file's soft caps and leaves the query scale at that of the 2B (see
    `gemma2_settings`).
 
@@ -53,7 +53,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def run_convert(config: ConvertConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Convert `config.source` and write the model to `options.out`.
 
-    Raises InputError for a source that is no model, is quantised otherwise than by GGUF, or does not fit the dtype.
+    Raises InputError for a source that is not a model, is quantised otherwise than by GGUF, or does not fit the dtype.
     """
     quiet_libraries()
     gguf = find_gguf(config.source)
@@ -79,7 +79,7 @@ def run_convert(config: ConvertConfig, options: RunOptions, progress: Progress =
 
 
 def plan_convert(config: ConvertConfig, options: RunOptions) -> dict[str, Any]:
-    """What `run_convert` would read and write; raises what it would raise about its arguments."""
+    """The plan of `run_convert`; raises what it would raise about its arguments."""
     gguf = find_gguf(config.source)
     check_output(options.out, options.force, {} if gguf else {"source": config.source})
     if gguf is None:
@@ -164,7 +164,7 @@ def bar_of_dequantisation(progress: Progress) -> Iterator[None]:
 
 
 def gemma2_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a Gemma 2 file says beyond what transformers 5.23 reads: the soft caps and the scale of the queries.
+    """The settings of a Gemma 2 file that transformers 5.23 does not read: the soft caps and the scale of the queries.
 
     The file does not store the scale. Queries are divided by sqrt(head_dim), but by sqrt(d / heads) in the 27B
     (Gemma 2 report, Table 1; `query_pre_attn_scalar` 256 / 256 / 144).
@@ -217,7 +217,7 @@ def remove_quantisation(model: Any) -> None:
 def complete_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path, progress: Progress
 ) -> list[int]:
-    """Give model and tokenizer all stop ids, a pad token that is none of them and, where known, a chat template."""
+    """Give model and tokenizer all stop ids, a separate pad token and, where known, a chat template."""
     generation = getattr(model, "generation_config", None)
     try:
         stop_ids = ChatFormat(tokenizer, generation).stop_ids

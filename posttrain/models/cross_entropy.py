@@ -9,7 +9,7 @@ RL. The logits of a chunk exist once: their gradient replaces them, and goes int
 next chunk is formed. So the head costs three matrix products, where a loss that forms its logits again in the backward
 pass costs four. Everything between the products is done a tile of rows at a time, which stays in the caches.
 
-Deviation from TRL 1.16, whose head scores every position where there is no Triton: only targets are scored. Gradients
+Deviation from TRL 1.16, whose head scores every position without Triton: only targets are scored. Gradients
 agree to rounding (tests/posttrain/models/test_cross_entropy.py).
 """
 

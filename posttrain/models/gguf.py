@@ -32,7 +32,7 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises InputError when it is none, is cut off, or of an unknown version."""
+    """Read the header of a GGUF file. Raises InputError if it is not one, is cut off, or has an unknown version."""
     try:
         with path.open("rb") as file:
             return _Header(file).read()

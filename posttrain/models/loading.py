@@ -57,7 +57,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}/config.json is not a JSON object", "restore the file")
     if "auto_map" in config:
-        raise InputError(f"{path}/config.json asks for code of its own (auto_map)", "use a model that transformers has")
+        raise InputError(
+            f"{path}/config.json asks for code of the model (auto_map)", "use a model that transformers has"
+        )
     shards = weight_files(path)
     if not shards:
         raise InputError(f"{path} holds no *.safetensors", "convert the weights to safetensors first")
@@ -69,12 +71,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, with a pad token that is not the eos: that one would hide real ends."""
     if not any((path / name).is_file() for name in VOCABULARIES):  # transformers would make one up
-        raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files beside the weights")
+        raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files to the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"no tokenizer can be loaded from {path}", "copy the tokenizer files beside the weights"
+            f"no tokenizer can be loaded from {path}", "copy the tokenizer files to the weights"
         ) from error
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Padding is masked everywhere, so any id that is never generated serves.
@@ -94,7 +96,7 @@ def check_attention(name: str) -> None:
     if name == "eager":
         return
     if not torch.cuda.is_available():
-        raise UsageError(f"--attention {name} needs a GPU, there is none here", "use eager")
+        raise UsageError(f"--attention {name} needs a GPU, and this machine has none", "use eager")
     if name in found and not found[name]():
         package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[name]
         raise UsageError(f"--attention {name} needs the package {package}", f"pip install {package}, or use eager")
@@ -139,7 +141,7 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, in eval mode. `device`: the accelerator where there is one.
 
-    Raises InputError when the directory is no model, or tensors are missing, unknown or of the wrong shape.
+    Raises InputError if the directory is not a model, or tensors are missing, unknown or of the wrong shape.
     """
     config = read_config(path)
     if any("SequenceClassification" in name for name in config.get("architectures") or ()):

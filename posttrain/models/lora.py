@@ -1,7 +1,7 @@
 """Low-rank adaptation by peft: W + (alpha / rank) B A, with B = 0 at the start (Hu et al., 2106.09685).
 
 The output is the plain model, products added to weights, or the adapter alone in peft's layout, which `gemma2 merge`
-reads beside its base.
+reads together with its base.
 """
 
 from __future__ import annotations
@@ -122,12 +122,12 @@ def adapters_are_products(model: Any) -> bool:
 
 
 def sharing_copy(model: Any) -> Any:
-    """A second model on the same parameters: modules of its own, no memory. For weights that stay as they are."""
+    """A second model on the same parameters: separate modules, no memory. For weights that stay as they are."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def merged_copy(base: Any, model: Any) -> Any:
-    """The plain model of one with adapters, beside it: products added to weights, everything else shared with `base`.
+    """The plain model of one with adapters, next to it: products added to weights, everything else shared with `base`.
 
     base: `sharing_copy` of the model from before it had adapters.
     """

@@ -1,4 +1,4 @@
-"""What the suite asks of a network: the shape of transformers' causal LMs and reward models, for type checkers.
+"""The members that the suite uses of transformers' causal LMs and reward models, for type checkers.
 
 transformers is not typed, so a model that it loads is checked against these protocols and not against its classes. A
 member is listed when the suite uses it; nothing here exists at run time.

@@ -43,7 +43,7 @@ TILE = 2**22  # logits at once: 16 MiB, which stay in the caches
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What to draw. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole."""
+    """The settings of sampling. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole."""
 
     max_new_tokens: int
     temperature: float = 1.0

@@ -127,7 +127,7 @@ def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
 def head_in_one_pass(model: Any, hidden: Tensor) -> bool:
     """Whether `cross_entropy.py` serves these states (N, d): a plain head, on a CPU, states and weights of one dtype.
 
-    On an accelerator a gradient of the head in fp32 beside bf16 states would cost more memory than it saves time.
+    On an accelerator a gradient of the head in fp32 next to bf16 states would cost more memory than it saves time.
     """
     return (
         hidden.device.type == "cpu" and plain_head(model) and hidden.dtype == model.get_output_embeddings().weight.dtype
@@ -153,7 +153,7 @@ def head_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2).
 
-    Raises InputError for a model that scales its logits in ways of its own.
+    Raises InputError for a model that scales its logits in another way.
     """
     for name in SCALINGS:
         if getattr(model.config, name, None) not in (None, 1):

@@ -34,7 +34,7 @@ __all__ = ["Checked", "PipelinePlan", "check_pipeline"]
 
 @dataclass(frozen=True)
 class Checked:
-    """One stage as it stands.
+    """One stage in its present state.
 
     action   skip (complete), run, continue, again (of something else), perhaps (what it needs will run first), left out
     why      what changed
@@ -50,7 +50,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """The whole pipeline as it stands, in the order of its needs."""
+    """The whole pipeline in its present state, in the order of its needs."""
 
     stages: Mapping[str, Checked]
     disk_free: float = 0.0
@@ -98,8 +98,8 @@ def check_pipeline(
     """
     promised: dict[Path, Promise] = {}
     sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
-    told = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
-    dropped = frozenset(name for name, one in told.items() if one.get("status") == "not needed")
+    recorded = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
+    dropped = frozenset(name for name, one in recorded.items() if one.get("status") == "not needed")
     found: dict[str, Checked] = {}
     for stage in pipeline.stages.values():
         config = _configured(stage)
@@ -130,12 +130,12 @@ def check_pipeline(
 
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:
-    """Refuse options that a merge method does not take, and models that are not there."""
+    """Refuse options that a merge method does not take, and missing models."""
     if not isinstance(config, MergeConfig):
         return
     config.recorded()  # raises what the engine would
     for path in [*config.models, *([config.base] if config.base else [])]:
-        # MODEL+ADAPTER names two directories, and a hub id none here; the engine tells them apart.
+        # MODEL+ADAPTER names two directories, and a hub id none here; the engine distinguishes them.
         elsewhere = path.exists() or "+" in str(path) or is_hub_id(path)
         if not elsewhere and not any(path.is_relative_to(place) for place in promised):
             raise InputError(f"{path} is not a directory", "give the path of a model directory")
@@ -166,7 +166,7 @@ def _stand(
     within: frozenset[str] | None,
     force: frozenset[str],
 ) -> Checked:
-    """What a run would do about a stage."""
+    """The action that a run would take on a stage."""
     if within is not None and stage.name not in within:
         return Checked(stage, "skip" if is_complete(stage.out) else "left out", work=work)
     if stage.name in force:
@@ -190,7 +190,7 @@ def is_complete(out: Path) -> bool:
 
 
 def _check_taken(stage: Stage, before: Mapping[str, Checked], apart: frozenset[str]) -> None:
-    """What a chosen stage takes must be there, except from other chosen stages and those that are not needed."""
+    """Refuse a chosen stage whose input is missing, unless a chosen stage makes it or nothing needs it."""
     for name in stage.needs:
         if name not in apart and before[name].action == "left out":
             raise InputError(f"stages.{stage.name} needs {name}, which is neither complete nor chosen", "run that too")

@@ -47,7 +47,7 @@ class Stage:
 
     @property
     def kind(self) -> Command:
-        """What the command is."""
+        """The entry of the command."""
         return COMMANDS[self.command]
 
     @property
@@ -80,7 +80,7 @@ class Pipeline:
             fits = {name for name in self.stages if name == pattern or name.startswith(f"{pattern}/")}
             fits |= {name for name in self.stages if "*" in pattern and fnmatchcase(name, pattern)}
             if not fits:
-                raise UsageError(f"there is no stage '{pattern}'", closest(pattern, [*self.stages, *self.groups]))
+                raise UsageError(f"no stage is called '{pattern}'", closest(pattern, [*self.stages, *self.groups]))
             found |= fits
         return found
 
@@ -141,7 +141,7 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
         value = lookup(file.vars, name.split(".")[1:], name)
         for place, text in texts(value, name):
             if references(text):
-                raise UsageError(f"{place} = {text!r}: a variable stands for a value, not a reference", "write it out")
+                raise UsageError(f"{place} = {text!r}: the value of a variable cannot be a reference", "write it out")
         return value
 
     for name, stage in file.stages.items():
@@ -155,7 +155,7 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
 
 
 def _check_name(name: str) -> None:
-    """Refuse what is no name of a folder, or would be read as another reference."""
+    """Refuse a text that is not a folder's name, or that would be read as another reference."""
     long = any(len(part.encode()) > LONGEST_NAME for part in name.split("/"))
     taken = name.partition("/")[0] in RESERVED or name.startswith(("vars.", "matrix.")) or ".summary." in name
     if long or taken or not re.fullmatch(STAGE_NAME, name):
@@ -197,7 +197,7 @@ def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict
 
 
 def _label(values: Mapping[str, Any], matrix: Mapping[str, Sequence[Any]]) -> str:
-    """The folder of a copy: `seed-1-learning_rate-3e-06`; of a path its last part, where that tells it from others."""
+    """The folder of a copy: `seed-1-learning_rate-3e-06`; of a path its last part, where that is unique."""
     parts = []
     for key, value in values.items():
         last = [Path(other).name for other in matrix[key] if isinstance(other, str)]
@@ -224,7 +224,7 @@ def _copy(name: str, draft: StageFile, chosen: Mapping[str, Any]) -> StageFile:
             continue
         if key not in COMMANDS[draft.command].schema.model_fields:
             raise UsageError(
-                f"stages.{name}.matrix.{key} is no option of {draft.command}, and nothing says ${{matrix.{key}}}",
+                f"stages.{name}.matrix.{key} is not an option of {draft.command}, and nothing says ${{matrix.{key}}}",
                 closest(key, COMMANDS[draft.command].schema.model_fields),
             )
         options[key] = value
@@ -337,7 +337,7 @@ class _Maker:
             return {name}
         if not reference.endswith(".out"):
             raise UsageError(
-                f"{place}: ${{{reference}}} is no reference", "write ${STAGE.out}, ${STAGE.summary.KEY} or ${vars.X}"
+                f"{place}: ${{{reference}}} is not a reference", "write ${STAGE.out}, ${STAGE.summary.KEY} or ${vars.X}"
             )
         name = reference.removesuffix(".out")
         members = self._members(name, place)
@@ -354,4 +354,4 @@ class _Maker:
         return {member for part in self.groups[name] for member in self._members(part, place)}
 
     def _unknown(self, name: str, place: str, known: list[str]) -> None:
-        raise UsageError(f"{place}: there is no stage '{name}'", closest(name, known))
+        raise UsageError(f"{place}: no stage is called '{name}'", closest(name, known))

@@ -1,4 +1,4 @@
-"""What `--dry-run` says: the planner's figures, and of `gemma2 warp` the plan of its stages. Torch-free."""
+"""The plan that `--dry-run` prints: the estimates, and of `gemma2 warp` the plan of its stages. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the output of every command will be, before it is made: its kind, its vocabulary, its size. Torch-free.
+"""The output of every command before it is made: its kind, its vocabulary, its size. Torch-free.
 
 A pipeline is checked whole with these: a data set where a policy belongs, two models that cannot be merged, a teacher
 with another vocabulary show in the first second, not after the first day.
@@ -54,7 +54,7 @@ TOGETHER = ("policy", "sft", "teacher", "model", "init", "merged", "policies", "
 
 
 def look_at(path: Path) -> Promise | None:
-    """What a directory on disk is, from its config.json and headers; None for what is no model."""
+    """The properties of a model on disk, from config.json and headers; None if it is not a model."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
 """Whether a stage's output is there, and made from what the stage names. Torch-free.
 
 An output counts as made when its manifest is complete, and was written by the same command from the same settings,
-parents (digests of their weights) and data (digests). Where an input lies makes no difference, what it holds does.
+parents (digests of their weights) and data (digests). The place of an input makes no difference, its content does.
 
-The hash of an output stands for all that:
+The hash of an output covers all of that:
 
     BLAKE3 of {command, settings without paths, (role, digest) of every parent, digest of every data file, code}
 """
@@ -42,7 +42,7 @@ class Currency:
 
 
 def currency_of(command: str, config: Config, out: Path) -> Currency:
-    """What is to be done about one output. Raises InputError for a foreign directory in its place."""
+    """The state of one output and the reasons for it. Raises InputError for a foreign directory in its place."""
     manifest = read_manifest(out)
     if manifest is not None and manifest.get("status") == "complete":
         differing = _differing(manifest, command, config, out) or _damaged(manifest, out)
@@ -64,7 +64,7 @@ def goes_on(command: str, config: Config, out: Path) -> bool:
 
 
 def _damaged(manifest: Mapping[str, Any], out: Path) -> tuple[str, ...]:
-    """What a finished output no longer holds of that which others read: its weights and its rows."""
+    """The weights and rows that a finished output no longer holds."""
     for name, entry in manifest.get("files", {}).items():
         if name in ASIDE or "/" in name or not name.endswith((".safetensors", ".jsonl")):
             continue

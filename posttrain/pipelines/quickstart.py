@@ -64,7 +64,7 @@ def _summary(out: Path) -> dict[str, Any]:
 
 
 def _chosen(points: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What was before RL, the single RL run with the highest reward in the first iteration, each iteration's slerp."""
+    """The policies before RL, the single RL run of iteration 1 with the highest reward, each iteration's slerp."""
     for kind in ("base", "sft"):
         yield from ((title_of(point), point) for point in points if point["kind"] == kind)
     first = [point for point in points if point["kind"] == "policy" and point["iteration"] == 1]
@@ -93,11 +93,13 @@ def _side_by_side(samples: list[dict[str, Any]], titles: dict[str, str], limit: 
 
     One prompt of each kind (by its first word), so that the skills show.
     """
-    told = {(sample["prompt"][-1]["content"], titles.get(sample["name"])): sample["completion"] for sample in samples}
+    answers = {
+        (sample["prompt"][-1]["content"], titles.get(sample["name"])): sample["completion"] for sample in samples
+    }
     kinds: dict[str, str] = {}
-    for prompt, _ in told:
+    for prompt, _ in answers:
         kinds.setdefault(prompt.split()[0], prompt)
     return [
-        {"prompt": prompt, **{title: told[prompt, title] for title in titles.values() if (prompt, title) in told}}
+        {"prompt": prompt, **{title: answers[prompt, title] for title in titles.values() if (prompt, title) in answers}}
         for prompt in list(kinds.values())[:limit]
     ]

@@ -17,7 +17,7 @@ __all__ = ["NULL", "condition_holds", "filled", "lookup", "parse_condition", "re
 
 
 class _Null:
-    """What a reference to a null stands for: a None would say that the reference is not known yet."""
+    """The value of a reference to a null: a None would say that the reference is not known yet."""
 
     def __str__(self) -> str:
         return "null"
@@ -50,7 +50,7 @@ def texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def references(text: str) -> list[str]:
-    """What stands between the braces, in order."""
+    """The texts between the braces, in order."""
     return REFERENCE.findall(text)
 
 
@@ -97,7 +97,7 @@ def _joined(text: str, values: Mapping[str, Any]) -> str:
 
 
 def filled(value: Any) -> Any:
-    """A nested value in which `$${` is what it stands for."""
+    """A nested value in which `$${` is replaced by `${`."""
     if isinstance(value, str):
         return value.replace("$${", "${")
     if isinstance(value, Mapping):
@@ -106,7 +106,7 @@ def filled(value: Any) -> Any:
 
 
 def lookup(values: Mapping[str, Any], path: list[str], what: str) -> Any:
-    """The value at a path of keys, NULL for a null. Raises UsageError that names the first key that is not there."""
+    """The value at a path of keys, NULL for a null. Raises UsageError that names the first missing key."""
     current: Any = values
     for key in path:
         if isinstance(current, list) and key.isdigit() and int(key) < len(current):
@@ -119,9 +119,9 @@ def lookup(values: Mapping[str, Any], path: list[str], what: str) -> Any:
 
 
 def _there(value: Any, key: str) -> str:
-    """What stands where `key` was looked for."""
+    """The names next to which `key` was looked for."""
     if isinstance(value, Mapping):
-        return closest(key, map(str, value)) if value else "there are no names at all"
+        return closest(key, map(str, value)) if value else "no names are defined there"
     return f"it is a list of {len(value)}, counted from 0" if isinstance(value, list) else "it is a single value"
 
 
@@ -129,7 +129,7 @@ def parse_condition(text: str) -> tuple[str, str, str]:
     """(left, sign, right) of `LEFT < RIGHT`. Raises UsageError for anything else."""
     found = CONDITION.match(text)
     if found is None:
-        raise UsageError(f"when: {text!r} is no comparison", "write for instance ${front.summary.flat} < 1")
+        raise UsageError(f"when: {text!r} is not a comparison", "write for instance ${front.summary.flat} < 1")
     return found["left"], found["sign"], found["right"]
 
 

@@ -1,6 +1,6 @@
-"""`gemma2 pipeline run | status`: a pipeline's folder, which grows in the open, and what stands in it. Torch-free.
+"""`gemma2 pipeline run | status`: a pipeline's folder, which grows in the open, and its state. Torch-free.
 
-    OUT/STAGE/       the output of every stage, each complete or not there
+    OUT/STAGE/       the output of every stage, each complete or missing
     OUT/logs/        what stages wrote to stdout and stderr
     OUT/pipeline.yaml   what runs here, with every --set
     OUT/pipeline.json   where every stage is
@@ -55,7 +55,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What a run did: stage -> complete, not needed, failed or blocked; and which of them it ran."""
+    """The result of a run: stage -> complete, not needed, failed or blocked; and which of them it ran."""
 
     status: Mapping[str, str]
     ran: tuple[str, ...]
@@ -178,16 +178,16 @@ WORDS = {"skip": "complete", "run": "to run", "again": "changed", "continue": "i
 
 
 def status_rows(pipeline: Pipeline, plan: PipelinePlan) -> list[dict[str, Any]]:
-    """Where every stage stands: what is on disk, and what the last run said of it."""
+    """The state of every stage: on disk, and as the last run recorded it."""
     state = (read_state(pipeline.root) or {}).get("stages", {})
     alive = is_running(pipeline.root)
     return [_status_row(one, state.get(name, {}), alive) for name, one in plan.stages.items()]
 
 
 def _status_row(one: Checked, last: Mapping[str, Any], alive: bool) -> dict[str, Any]:
-    told = last.get("status")
-    tellable = ("failed", "not needed", "blocked", *(("running",) if alive else ()))  # else its pipeline was killed
-    shown = told if one.action != "skip" and told in tellable else None
+    recorded = last.get("status")
+    shown_states = ("failed", "not needed", "blocked", *(("running",) if alive else ()))  # else its pipeline was killed
+    shown = recorded if one.action != "skip" and recorded in shown_states else None
     digest = (one.hash or "").rpartition(":")[2][:10]
     return {
         "stage": one.stage.name,

@@ -35,7 +35,7 @@ POLL = 0.5  # seconds
 
 
 class Executor(Protocol):
-    """Where stages run."""
+    """The interface of an executor: it runs jobs."""
 
     def prepare(self, commands: Sequence[str]) -> None: ...
     def cpus(self, wanted: int | None) -> int: ...
@@ -137,10 +137,10 @@ class Scheduler:
             self._raise(failed)
 
     def _until_done(self, bar: Task) -> None:
-        told = 0
+        shown = 0
         while (moved := self._begin()) or self.started:
-            bar.advance(len(self.status) - told)
-            told = len(self.status)
+            bar.advance(len(self.status) - shown)
+            shown = len(self.status)
             if self.started and not moved:
                 self._wait()
         self._close_bars()
@@ -151,10 +151,10 @@ class Scheduler:
         if outcome.traceback:
             raise RuntimeError(f"stage {first} has a bug:\n{outcome.traceback}")
         others = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
-        what, _, mend = outcome.error.partition("; ")
+        what, _, hint = outcome.error.partition("; ")
         log = self.pipeline.root / "logs" / f"{first}.log"
         code = outcome.code if outcome.code > 0 else 1
-        raise StageFailed(f"stage {first}: {what}{others}", f"{mend + '; ' if mend else ''}its log is {log}", code)
+        raise StageFailed(f"stage {first}: {what}{others}", f"{hint + '; ' if hint else ''}its log is {log}", code)
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Scheduler:
         return True
 
     def _look(self, stage: Stage) -> _Ready | None:
-        """What a stage would run with; None when it is not needed."""
+        """The configuration that a stage would run with; None when it is not needed."""
         if stage.when is not None:
             if any(self.status.get(name) == "not needed" for name in _asked(stage.when, stage.needs)):
                 return None
@@ -242,7 +242,7 @@ class Scheduler:
             out=str(stage.out),
             log=str(self.pipeline.root / "logs" / f"{stage.name}.log"),
             resume=resume,
-            # What an interrupted run of something else left behind is no reason to stop.
+            # Leftovers of an interrupted run of something else do not stop this one.
             force=stage.out.exists() or (not resume and partial_path(stage.out).exists()),
             folder=os.getcwd(),
             modules=tuple(sys.path),

@@ -29,7 +29,7 @@ STATE_FILE = "pipeline.json"
 
 
 def read_state(root: Path) -> dict[str, Any] | None:
-    """The state of a pipeline's folder; None where there is none. Raises InputError when it cannot be read."""
+    """The state of a pipeline's folder; None if it is missing. Raises InputError when it cannot be read."""
     path = root / STATE_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def read_state(root: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error})", "remove it: the next run writes it again") from error
     if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
-        raise InputError(f"{path} is no state of a pipeline", "remove it: the next run writes it again")
+        raise InputError(f"{path} is not the state of a pipeline", "remove it: the next run writes it again")
     return found
 
 
@@ -61,7 +61,7 @@ def is_running(root: Path) -> bool:
 class State:
     """The state while a pipeline runs; every change is on disk before the call returns.
 
-    within: the stages that the run is about; the others stay as they were told.
+    within: the stages that the run is about; the others keep their recorded state.
     """
 
     def __init__(self, pipeline: Pipeline, within: Container[str] | None = None) -> None:
@@ -103,6 +103,6 @@ class State:
 
 
 def _kept(before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What an earlier run tells of a stage that this one may find complete."""
+    """The record of an earlier run about a stage that this one may find complete."""
     names = ("started", "ended", "seconds", "attempts", "exit_code", "hash")
     return {name: (before or {}).get(name) for name in names}

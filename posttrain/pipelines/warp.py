@@ -1,4 +1,4 @@
-"""WARP (arXiv 2406.16768), Algorithm 1: its stages (pipelines/algorithm.py) run as a pipeline of their own.
+"""WARP (arXiv 2406.16768), Algorithm 1: its stages (`warp_stages.py`) run as a separate pipeline.
 
     OUT/iteration-i/{policy-m, slerp, init, front}    OUT/front    OUT/model    OUT/report.html
 

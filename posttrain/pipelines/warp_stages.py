@@ -9,7 +9,7 @@
     the fronts of all iterations, side by side                                           front
     the chosen point                                                                     model
 
-The policies are merged, never their anchors. LITI goes towards the init of its own iteration; every line of the front
+The policies are merged, never their anchors. LITI goes towards the init of the same iteration; every line of the front
 goes from the SFT policy to a slerp, before LITI. The runs of an iteration differ in their seed, which decides prompt
 order and samples, and in what `vary` says. With M = 1 (plain RL and LITI) the policy takes the place of the slerp.
 
@@ -74,7 +74,7 @@ class _Algorithm:
         return f"${{{self.prefix}{name}.out}}"
 
     def init(self, iteration: int) -> str:
-        """Where the RL runs of an iteration start."""
+        """The init of the RL runs of an iteration."""
         return str(self.config.sft) if iteration == 1 else self.out(f"iteration-{iteration - 1}/init")
 
     def merged(self, iteration: int) -> str:
@@ -114,7 +114,7 @@ class _Algorithm:
         return _stage("rlhf", options, when)
 
     def _measured(self) -> dict[str, Any]:
-        """What every front measures alike."""
+        """The options that all fronts share."""
         config = self.config
         return {
             **_settings(config, {*RewardFields.model_fields, "judge_fn"}),
@@ -128,7 +128,7 @@ class _Algorithm:
         }
 
     def iteration_front(self, i: int) -> StageFile:
-        """Every policy, the merge and the line to it; beside the fronts of the iterations before."""
+        """Every policy, the merge and the line to it; with the fronts of the iterations before."""
         measured = [*self.policies(i), *([self.merged(i)] if self.config.policies > 1 else [])]
         options = {"policies": measured, "merged": self.merged(i), "etas": self.config.etas}
         earlier = {"fronts": [self.out(f"iteration-{i - 1}/front")]} if i > 1 else {}
@@ -141,7 +141,7 @@ class _Algorithm:
 
 
 def varied(config: WarpConfig, policy: int) -> dict[str, Any]:
-    """What `vary` (`KEY=A:B:...`) gives the m-th policy, counted from 1."""
+    """The values that `vary` (`KEY=A:B:...`) gives the m-th policy, counted from 1."""
     pairs = (item.partition("=")[::2] for item in config.vary)
     return {key.replace("-", "_"): parse_value(values.split(":")[policy - 1]) for key, values in pairs}
 

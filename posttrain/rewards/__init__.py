@@ -1,1 +1,1 @@
-"""What a completion is worth: reward models, functions, and their sum."""
+"""The reward of a completion: reward models, functions, and their sum."""

@@ -44,7 +44,7 @@ Score = Callable[[Sampled], Mapping[str, Sequence[float]]]  # named columns; NaN
 def load_function(name: str, option: str) -> Callable[..., Any]:
     """The function that `module:function` names.
 
-    Raises UsageError, naming the option, when there is none or when it is async.
+    Raises UsageError, naming the option, if the function is missing or async.
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
@@ -73,7 +73,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 def function_score(name: str, option: str, column: str, abstains: bool = False) -> Score:
     """A score from `module:function`. Plain values go to `column`; mappings give one column per key.
 
-    With `abstains` a None becomes NaN, else it is refused as everything that is no finite number.
+    With `abstains` a None becomes NaN, else it is refused like everything that is not a finite number.
     """
     function = load_function(name, option)
     source = f"{option} {name!r}"
@@ -81,11 +81,11 @@ def function_score(name: str, option: str, column: str, abstains: bool = False) 
     def score(sampled: Sampled) -> dict[str, list[float]]:
         try:
             values = list(function(**_arguments(sampled)))
-        except Exception as error:  # the user's code: any exception is theirs to mend, not a bug of ours
+        except Exception as error:  # the user's code: any exception is a fault there, not a bug here
             detail = " ".join(f"{type(error).__name__}: {error}".split())
             unexpected = isinstance(error, TypeError) and "unexpected keyword argument" in detail
-            mend = "let it take **kwargs, as TRL's reward functions do" if unexpected else "mend the function"
-            raise InputError(f"{source} failed with {detail}", mend) from error
+            hint = "let it take **kwargs, as TRL's reward functions do" if unexpected else "correct the function"
+            raise InputError(f"{source} failed with {detail}", hint) from error
         if len(values) != len(sampled.texts):
             raise InputError(
                 f"{source} returned {len(values)} values for {len(sampled.texts)} completions",
@@ -97,7 +97,7 @@ def function_score(name: str, option: str, column: str, abstains: bool = False) 
 
 
 def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
-    """What a function is called with. A column of the rows never takes the place of what was drawn."""
+    """The keyword arguments of a function. A column of the rows never replaces a drawn value."""
     names = dict.fromkeys(name for row in sampled.rows for name in row.extra)
     return {
         **{name: [row.extra.get(name) for row in sampled.rows] for name in names},
@@ -111,7 +111,7 @@ def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
 
 def _columns(values: Sequence[Any], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
     keys = next((value for value in values if isinstance(value, Mapping)), {column: None})
-    silent = dict.fromkeys(keys) if abstains else {column: None}  # None beside mappings is no opinion on any key
+    silent = dict.fromkeys(keys) if abstains else {column: None}  # None among mappings is no opinion on any key
     mappings = [
         value if isinstance(value, Mapping) else silent if value is None else {column: value} for value in values
     ]
@@ -129,7 +129,7 @@ def _number(value: Any, source: str, key: Any, abstains: bool) -> float:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{source} returned something that is no number for {key!r}: {value!r:.40}", "return numbers"
+            f"{source} returned something that is not a number for {key!r}: {value!r:.40}", "return numbers"
         ) from error
     if not math.isfinite(number):
         raise InputError(f"{source} returned NaN or infinity for {key!r}", "return finite numbers")

@@ -1,6 +1,6 @@
 """Reward models that read token ids.
 
-    r(x, y) = head(h_last),   h_last the last hidden state of the sequence as it stands
+    r(x, y) = head(h_last),   h_last the last hidden state of the sequence as given
 
 A reward model reads the same ids as the policy wrote: decoding and encoding again rarely gives the same tokens, and
 chat templates close a truncated turn, which hides the truncation. Text is rendered again only where tokenizer or

@@ -9,9 +9,9 @@ The columns of a score, one value per completion:
                           reward model, the name of a function, `ensemble`; `-2`, `-3` ... behind a name that recurs
     reward_disagreement   standard deviation of the members' scores, where an ensemble takes their mean or smallest
                           (over the members themselves: divided by M)
-    further names         what a function returned beside its reward
+    further names         further values that a function returned
 
-NaN stands where a term has no opinion (a function returned None): it adds nothing to the sum there, and the mean of its
+NaN marks a term without an opinion (a function returned None): it adds nothing to the sum there, and the mean of its
 column is over the rest. TRL 1.16 does the same (RLOOTrainer._calculate_rewards).
 
 Deviation: a completion that no term has an opinion on is an error. TRL leaves it out of the baseline and gives it no

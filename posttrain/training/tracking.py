@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma2.core.errors import UsageError
+from gemma2.core.interrupts import allow
 from gemma2.posttrain.runs.run_directory import Run
 
 __all__ = ["check_tracking", "tracked"]
@@ -34,6 +35,7 @@ __all__ = ["check_tracking", "tracked"]
 FOLDER = "tensorboard"
 CURSOR = "tracked.json"
 PROJECT = "gemma2"
+UPLOAD = 60.0  # seconds that an interrupted run gives a service to take what was sent
 
 
 class Tracker(Protocol):
@@ -111,6 +113,7 @@ class Remote:
             self.cursor.write_text(json.dumps(step))
 
     def close(self) -> None:
+        allow(UPLOAD)
         with redirect_stdout(sys.stderr):
             self.finish()
 

@@ -107,6 +107,8 @@ IMPORTING = "\n        ".join(
 )
 CLEANING = "\n        ".join(
     [
+        "from gemma2.core import interrupts",
+        "interrupts.ECHO = 60",  # seconds in which signals count as one
         "try:",
         "    print('inside', flush=True)",
         "    time.sleep(3600)",

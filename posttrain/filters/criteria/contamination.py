@@ -33,7 +33,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: a polynomial over 2^64
 
 @dataclass(frozen=True)
 class EvaluationTexts:
-    """What rows must not overlap: sorted n-gram hashes, and whole short questions."""
+    """The evaluation texts that rows must not overlap: sorted n-gram hashes, and whole short questions."""
 
     n: int
     ngrams: NDArray[np.uint64]
@@ -87,7 +87,7 @@ def contaminated(sample: Sample, evaluation: EvaluationTexts) -> str | None:
             return "asks a question of an evaluation set"
     if len(evaluation.ngrams) == 0:
         return None
-    # Between two turns stands what no text holds: words of different turns are not in a row.
+    # A separator that no text contains: words of different turns never form one n-gram.
     joined = np.concatenate([part for ids in sample.ids for part in (ids, BREAK)])
     hashes = ngram_hashes(joined, evaluation.n)
     places = np.searchsorted(evaluation.ngrams, hashes)

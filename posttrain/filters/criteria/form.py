@@ -18,7 +18,7 @@ __all__ = ["empty", "length", "repeated_share", "repetition", "truncated"]
 
 WORDS, CHARACTERS = 4, 10  # n; ten characters do not repeat by chance in keys or sequences of four letters
 FEWEST_NGRAMS = 24  # shorter turns repeat themselves by chance: lists, verses, sums
-SEEN = 20_000  # characters of such a run are enough to tell
+SEEN = 20_000  # characters of such a run are enough to decide
 ENDLESS = 0.9  # ruled tables have long lines too
 LONG_WORD = 60  # characters; a loop without spaces is one long word
 CLOSED = re.compile(r"""[.!?…。!?।؟)\]}>"'”’»`*|$%]\s*$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?\s*$""")
@@ -57,7 +57,7 @@ def length(sample: Sample, config: FilterConfig) -> str | None:
 def repetition(sample: Sample, limit: float) -> str | None:
     """Reads the model's turns, one by one."""
     for text, words in zip(sample.model_turns, sample.model_words, strict=True):
-        # Every distinct word but the last three begins an n-gram of its own: many leave no room for a loop.
+        # Every distinct word but the last three begins a different n-gram: many leave no room for a loop.
         share = 0.0 if len(set(words)) - WORDS >= (1 - limit) * len(words) else repeated_share(words, WORDS)
         if share > limit:
             return f"{share:.2f} of the {WORDS}-grams of words are repeated"
@@ -76,7 +76,7 @@ def repeated_share(items: Sequence[str], n: int) -> float:
 
 
 def _unspaced(text: str, words: Sequence[str]) -> list[str]:
-    """What words do not see: endless ones, or a text of signs with hardly a word in it."""
+    """Faults that a count of words misses: endless words, or a text of signs with hardly a word in it."""
     if LONG_WORD * (len(words) + 1) < 2 * len(text):
         return [text[:SEEN]]
     return [word[:SEEN] for word in words if len(word) > LONG_WORD]

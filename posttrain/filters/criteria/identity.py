@@ -1,8 +1,8 @@
 """Mistaken self-identification: the model's turns claim to be another vendor's assistant (Gemma 2 report, section 4).
 
 A claim is made in the first person ("I am ChatGPT", "as a model trained by OpenAI", "OpenAI created me"), outside
-quotation marks, without a negation. Talk about these models is none. Names that people and things bear too (Claude,
-Gemini, Llama, ...) count only at the end of the clause or beside a word such as "assistant".
+quotation marks, without a negation. Talk about these models does not count. Names that people and things bear too
+(Claude, Gemini, Llama, ...) count only at the end of the clause or next to a word such as "assistant".
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ MADE = r"(?:developed|created|trained|made|built|designed|programmed|fine-?tuned
 MODEL = (
     r"(?:ai|a\.i\.|artificial intelligence|assistant|chat ?bot|bot|(?:large |small )?language model|llm|model|system)"
 )
-# "I am", "I'm actually", "my name is", "you're talking to", "call me"; "I am not" is none of them.
+# "I am", "I'm actually", "my name is", "you're talking to", "call me"; not "I am not".
 SELF = (
     r"(?:\bi(?:'m| am)(?: actually| just| only| in fact| still| called| known as| named)?|\bmy name is|\bmy name's"
     r"|\byou(?:'re| are) (?:talking|speaking|chatting) (?:to|with)|\bcall me|\bthis is)"
@@ -131,7 +131,7 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
 
 
 def _first_words(spellings: Iterable[str]) -> Iterator[str]:
-    """Words of which at least one stands in a text that holds one of the names: a look at its words is quick."""
+    """Words of which every text with one of the names contains at least one: a quick first look."""
     for spelling in spellings:
         plain = re.sub(r"\(\?:[^()]*(?:\([^()]*\)[^()]*)*\)[?*]?", "", spelling)  # what is optional, and what follows
         for stem, rest in re.findall(r"(?:^|\|)(\w+)(?:(?: \?|\[ -\]\?)(\w+))?", plain):
@@ -161,7 +161,7 @@ def _claimed(text: str, found: re.Match[str], needs_cue: bool) -> bool:
 
 
 def _about_a_machine(text: str, found: re.Match[str]) -> bool:
-    """Whether a name that people bear too is a machine's here: it ends the clause, or a cue stands beside it."""
+    """Whether a name that people bear too is a machine's here: it ends the clause, or a cue is next to it."""
     if CUE.search(found.group()):
         return True
     rest = text[found.end() : found.end() + NEAR]
@@ -170,6 +170,6 @@ def _about_a_machine(text: str, found: re.Match[str]) -> bool:
 
 
 def _quoted(text: str, place: int) -> bool:
-    """Whether a place lies inside quotation marks that opened in its line."""
+    """Whether a place is inside quotation marks that opened in its line."""
     line = text[text.rfind("\n", 0, place) + 1 : place]
     return line.count('"') % 2 == 1 or line.count("“") > line.count("”") or line.count("«") > line.count("»")

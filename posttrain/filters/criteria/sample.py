@@ -53,12 +53,12 @@ class Sample:
 
     @cached_property
     def user_turns(self) -> list[str]:
-        """What was said to the model."""
+        """The text of the turns addressed to the model."""
         return [text for ours, text in self.turns if not ours]
 
     @cached_property
     def model_turns(self) -> list[str]:
-        """What the model said."""
+        """The text of the model's turns."""
         return [text for ours, text in self.turns if ours]
 
     @cached_property
@@ -116,7 +116,7 @@ def normal(text: str) -> str:
 
 
 def sample_of(row: Row) -> Sample:
-    """The turns of a row. Raises InputError when it is no conversation; an empty prompt is none of its matters."""
+    """The turns of a row. Raises InputError if it is not a conversation; an empty prompt is accepted here."""
     columns: dict[str, Any] = row.columns
     truncated = columns.get("finish_reason") == "length"
     if "messages" not in columns and _blank(columns.get("prompt")):

@@ -1,4 +1,4 @@
-"""Keys and tokens, by the formats that their issuers document. Placeholders are none: they say so, or repeat a sign."""
+"""Keys and tokens, by the formats that their issuers document. Placeholders do not count: they say so, or repeat."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 __all__ = ["has_secret"]
 
-# What stands in every secret of the kind -> its format.
+# A text that every secret of the kind contains -> its format.
 FORMATS = {
     "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
     "ASIA": r"\bASIA[0-9A-Z]{16}\b",

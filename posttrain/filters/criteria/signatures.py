@@ -1,4 +1,4 @@
-"""What tells two rows apart: a digest of the text, the set of word shingles, and its MinHash bands (Broder 1997).
+"""Signatures of rows: a digest of the text, the set of word shingles, and its MinHash bands (Broder 1997).
 
     J(A, B) = |A & B| / |A | B|       P(two rows share a band of r hashes) = J^r       P(candidate) = 1 - (1 - J^r)^b
 

@@ -77,7 +77,7 @@ class Subsets:
             try:
                 self._patterns[name] = re.compile(pattern, re.IGNORECASE)
             except re.error as error:
-                raise UsageError(f"keep_patterns.{name} is no regular expression ({error})", "mend it") from error
+                raise UsageError(f"keep_patterns.{name} is not a regular expression ({error})", "correct it") from error
         self.names = list(self._patterns)
 
     def of(self, sample: Sample) -> list[str]:

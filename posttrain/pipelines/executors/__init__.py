@@ -1,1 +1,1 @@
-"""Where stages run: processes of this machine, or tasks of a Ray cluster."""
+"""Executors of stages: processes of this machine, or tasks of a Ray cluster."""

@@ -1,6 +1,6 @@
 """Stages as tasks of a Ray cluster: an existing one (`--ray-address`), or one that is started on this machine.
 
-Ray places each stage where its CPUs and GPUs are free, and runs it in a worker process of its own. The folder of the
+Ray places each stage where its CPUs and GPUs are free, and runs it in a separate worker process. The folder of the
 pipeline and its inputs must be on a disk that every node has: outputs and logs are written there, as by the local
 executor. What a stage says while it works comes through a small actor. A stage whose worker or node is lost ends like
 one whose process was killed: it is tried again as often as its `retries` say, from its last checkpoint.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.interrupts import allow
 from gemma2.posttrain.runs.commands import COMMANDS
 
 from .jobs import Event, Job, Outcome, execute
@@ -42,7 +43,7 @@ class Mailbox:
 
 
 def run_job(job: Job, mailbox: Any) -> Outcome:
-    """What a worker does."""
+    """Run one job in a worker."""
     return execute(job, lambda event: mailbox.put.remote(job.stage, event))
 
 
@@ -128,6 +129,7 @@ class RayExecutor:
 
     def stop(self) -> None:
         """End every running stage. Ray ends a worker without a word, as kill -9 does: the checkpoints stay."""
+        allow(GRACE + 5)
         references = list(self.running.values())
         for reference in references:
             self.ray.cancel(reference, force=True)

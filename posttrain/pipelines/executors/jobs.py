@@ -1,4 +1,4 @@
-"""One stage in a process of its own: what the process is given, what it says while it works, how it ends.
+"""One stage in a separate process: the job that the process gets, its events while it works, and its outcome.
 
 The process runs the command's own function, so that an output is the same whether it was made by hand, in a pipeline or
 on another machine. Its stdout and stderr go to a log file; progress and the outcome go to whoever started it.
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from gemma2.core.errors import Gemma2Error, refusal
+from gemma2.core.interrupts import Interrupted, Signals
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -34,7 +34,7 @@ INTERVAL = 0.2  # seconds between two messages about one bar
 
 @dataclass(frozen=True)
 class Job:
-    """A stage as another process can be told of it: plain values only. Paths are relative to `folder`."""
+    """A stage as it is passed to another process: plain values only. Paths are relative to `folder`."""
 
     stage: str
     command: str
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """The end of a job.
 
     code       0 done, 1 - 3 as for every command, 143 stopped, -N ended by signal N or lost
     error      the one line of an expected failure
@@ -64,13 +64,7 @@ class Outcome:
     traceback: str = ""
 
 
-class StageStopped(BaseException):
-    """SIGTERM: clean up and end."""
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not cut short
-    raise StageStopped(number)
+STOPPED = Outcome(143, error="stopped")
 
 
 class Reporter:
@@ -88,7 +82,7 @@ class Reporter:
         try:
             yield bar
         finally:
-            bar.tell()
+            bar.flush()
             self.send(("end", bar.number))
 
     def note(self, text: str) -> None:
@@ -99,36 +93,40 @@ class Reporter:
 
 
 class _Bar:
-    """Gathers what a bar has advanced by until it is time to tell."""
+    """Collects the advance of a bar and sends it at intervals."""
 
     def __init__(self, send: Callable[[Event], None], number: int) -> None:
         self.send, self.number = send, number
         self.amount = 0.0
         self.fields: dict[str, float | str] = {}
-        self.told = time.monotonic()
+        self.sent = time.monotonic()
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
         self.amount += amount
         self.fields |= fields
-        if time.monotonic() - self.told >= INTERVAL:
-            self.tell()
+        if time.monotonic() - self.sent >= INTERVAL:
+            self.flush()
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         if self.amount or self.fields:
             self.send(("advance", self.number, self.amount, dict(self.fields)))
-        self.amount, self.fields, self.told = 0.0, {}, time.monotonic()
+        self.amount, self.fields, self.sent = 0.0, {}, time.monotonic()
 
 
 def execute(job: Job, send: Callable[[Event], None]) -> Outcome:
-    """Run a job in this process, its output in its log. Never raises."""
-    previous = signal.signal(signal.SIGTERM, _stop)
+    """Run a job in this process, its output in its log. Never raises. SIGTERM: it cleans up and ends."""
+    signals = Signals((signal.SIGTERM,))
+    signals.install()
     try:
         with _logged(Path(job.folder, job.log)):
-            return _run(job, send)
-    except StageStopped:
-        return Outcome(143, error="stopped")
+            outcome = _run(job, send)
+        signals.ended = True
+    except Interrupted:
+        outcome = STOPPED
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signals.release()
+    # A library may have made another failure out of the interrupt.
+    return STOPPED if outcome.code and signals.caught is not None else outcome
 
 
 def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
@@ -140,8 +138,6 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         result = command.run(config, RunOptions(Path(job.out), job.resume, job.force), Reporter(send))
         return Outcome(0, dict(result.summary))
-    except StageStopped:
-        return Outcome(143, error="stopped")
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))
     except Exception as error:

@@ -2,7 +2,7 @@
 
 A new interpreter takes 6 to 8 s to import torch, transformers and trl; a fork of a process that has them takes 0.2 s.
 The server (multiprocessing's forkserver) imports and does nothing else, so there are no threads and no CUDA in it when
-it forks. Each stage is a process of its own: its memory is gone with it, and a crash is the stage's alone.
+it forks. Each stage is a separate process: its memory is gone with it, and a crash is the stage's alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.interrupts import POKE, allow
 from gemma2.posttrain.runs.commands import COMMANDS
 
 from .jobs import Event, Job, Outcome, execute
@@ -29,6 +30,7 @@ from .jobs import Event, Job, Outcome, execute
 __all__ = ["LocalExecutor", "visible_gpus"]
 
 GRACE = 60.0  # seconds that a stage gets to clean up before it is killed
+POKES = 0.5  # seconds between two reminders of a stage that is being ended
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -142,13 +144,18 @@ class LocalExecutor:
 
     def stop(self) -> None:
         """End every running stage: it keeps its last checkpoint, and cleans up."""
+        allow(GRACE + 5)
         for one in self.running.values():
             one.process.terminate()
-        until = time.monotonic() + GRACE
+        begin = poked = time.monotonic()
         for stage, one in list(self.running.items()):
-            while one.process.is_alive() and time.monotonic() < until:
+            while one.process.is_alive() and time.monotonic() < begin + GRACE:
                 self._drain(stage, one, [])  # a full pipe would hold it up
                 one.process.join(0.05)
+                if time.monotonic() - poked >= POKES:  # a stage may have begun to wait just before SIGTERM
+                    poked = time.monotonic()
+                    for other in self.running.values():
+                        _poke(other.process)
             if one.process.is_alive():
                 _kill_group(one.process.pid)
                 one.process.join()
@@ -168,6 +175,13 @@ def _lost(code: int | None) -> Outcome:
     return Outcome(-1, error=f"its process ended with exit code {code} and without a word")
 
 
+def _poke(process: ForkServerProcess) -> None:
+    """Wake the main thread of a stage, so that it hears of a signal that came before."""
+    if process.is_alive() and process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, POKE)
+
+
 def _kill_group(pid: int | None) -> None:
     """End a stage and the processes that it has started."""
     if pid is not None:
@@ -176,7 +190,7 @@ def _kill_group(pid: int | None) -> None:
 
 
 def _work(job: Job, pipe: Connection) -> None:
-    """What a stage's process does."""
+    """The main function of a stage's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pipeline, which stops its stages
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     follow_parent()
@@ -187,7 +201,7 @@ def _work(job: Job, pipe: Connection) -> None:
 def follow_parent() -> None:
     """End at once, with all helpers, when the pipeline's process is gone: orphans would hold the locks of outputs.
 
-    The process becomes the leader of a group of its own, in which its helpers are.
+    The process becomes the leader of a new process group, which its helpers join.
     """
     os.setpgid(0, 0)
     parent = multiprocessing.parent_process()

@@ -1,8 +1,11 @@
 """What a stage's process is given: folder, modules, threads, devices; and how it tells of its work."""
 
+import contextlib
 import errno
 import os
+import signal
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -82,6 +85,35 @@ def test_a_full_disk_is_one_line_and_no_bug(place, monkeypatch, number, error):
     outcome = execute(job(place), lambda event: None)
     assert (outcome.code, outcome.error) == (1, error)
     assert bool(outcome.traceback) == (not error)
+
+
+@pytest.mark.parametrize("swallowed", [BaseException, ()], ids=["swallowed", ""])
+def test_a_stage_that_is_stopped_says_so_and_leaves_no_trace_in_its_process(place, monkeypatch, swallowed):
+    def body(config, options, progress):
+        with contextlib.suppress(swallowed):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(600)
+
+    def traces():
+        numbers = (signal.SIGTERM, signal.SIGURG, signal.SIGALRM)
+        return [*map(signal.getsignal, numbers), sys.unraisablehook, signal.getitimer(signal.ITIMER_REAL)[0] > 0]
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    before = traces()
+    outcome = execute(job(place), lambda event: None)
+    assert (outcome.code, outcome.error) == (143, "stopped")
+    assert traces() == before
+
+
+def test_a_failure_that_a_library_makes_of_an_interrupt_is_no_bug(place, monkeypatch):
+    def body(config, options, progress):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("the C extensions failed") from error
+
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=body))
+    assert execute(job(place), lambda event: None).code == 143
 
 
 class Full:

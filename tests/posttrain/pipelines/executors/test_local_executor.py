@@ -328,3 +328,33 @@ def test_a_stage_that_is_killed_takes_its_helpers_along_and_its_end_is_seen(plac
         wait_until_gone({helper})
     finally:
         end(helper)
+
+
+# C code waits for the signal and goes on to sleep: Python, which hears signals between bytecodes, has no chance to.
+DEAF = """
+import ctypes, functools, time
+from gemma2.posttrain.pipelines.executors import jobs, processes
+class Seconds:
+    __index__ = functools.partial(sum, map(ctypes.CDLL(None).pause, [0]), 600)
+def work(file, job, pipe):
+    def run(job, send):
+        open(file, "w").close()
+        time.sleep(Seconds())
+    jobs._run = run
+    processes._work(job, pipe)
+"""
+
+
+def test_a_stage_that_began_to_wait_just_before_it_was_stopped_ends_in_order(place, executor, monkeypatch):
+    (place / "deaf.py").write_text(DEAF)
+    monkeypatch.syspath_prepend(place)
+    from deaf import work
+
+    receiver, sender = executor.context.Pipe(duplex=False)
+    process = executor.context.Process(target=work, args=(str(place / "here"), job(place), sender))
+    process.start()
+    sender.close()
+    executor.running["a"] = _Running(process, receiver, ())
+    wait_for(lambda: (place / "here").exists())
+    executor.stop()
+    assert process.exitcode == 0, "it was killed"
