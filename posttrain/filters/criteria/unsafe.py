@@ -1,6 +1,6 @@
 """Toxic answers, by the word list of profanex (compiled; word boundaries, leetspeak, an allowlist).
 
-A word list sees insults, slurs and obscenities, not dangerous advice, and cannot distinguish abuse from a quotation: give a
+A word list sees insults, slurs and obscenities, not dangerous advice, and cannot tell abuse from quotation: give a
 safety model for that (`safety.py`).
 """
 

@@ -45,9 +45,11 @@ def test_vars_stand_for_their_values_with_their_types(tmp_path):
 def test_a_variable_may_be_null_and_is_no_reference(tmp_path):
     made = compiled({"a": stage(options={"data": "${vars.x}", "fail": "x-${vars.x}"})}, tmp_path, vars={"x": None})
     assert made.stages["a"].options == {"data": None, "fail": "x-null"}
-    with pytest.raises(UsageError, match=r"vars\.y\.0 = '\$\{vars\.x\}': a variable stands for a value"):
+    with pytest.raises(
+        UsageError, match=r"vars\.y\.0 = '\$\{vars\.x\}': the value of a variable cannot be a reference"
+    ):
         compiled({"a": stage(options={"models": "${vars.y}"})}, tmp_path, vars={"x": 1, "y": ["${vars.x}"]})
-    with pytest.raises(UsageError, match=r"\$\{vars\.x\}: there is no 'x'; there are no names at all"):
+    with pytest.raises(UsageError, match=r"\$\{vars\.x\}: there is no 'x'; no names are defined there"):
         compiled({"a": stage(options={"data": "${vars.x}"})}, tmp_path)
 
 
@@ -93,16 +95,16 @@ def test_a_value_of_a_matrix_can_name_the_copy_of_another_stage(tmp_path):
     ("stages", "said"),
     [
         ({"a": stage("sfft")}, r"stages\.a: unknown command 'sfft'; did you mean 'sft'"),
-        ({"a": stage(options={"model": "${b.out}"})}, r"stages\.a\.options\.model: there is no stage 'b'"),
+        ({"a": stage(options={"model": "${b.out}"})}, r"stages\.a\.options\.model: no stage is called 'b'"),
         ({"good": stage(), "a": stage(options={"model": "${goood.out}"})}, r"did you mean 'good'"),
-        ({"a": stage(options={"model": "${a.output}"})}, r"\$\{a\.output\} is no reference"),
+        ({"a": stage(options={"model": "${a.output}"})}, r"\$\{a\.output\} is not a reference"),
         ({"a": stage(options={"model": "${vars.x}"})}, r"\$\{vars\.x\}: there is no 'x'"),
         ({"a": stage(options={"model": "${a.out}"})}, r"stages need each other: a <- a"),
         (
             {"a": stage(options={"model": "${b.out}"}), "b": stage(options={"model": "${a.out}"})},
             "stages need each other: . <- . <- .",
         ),
-        ({"a": stage(after=["nothing"])}, r"stages\.a\.after: there is no stage 'nothing'"),
+        ({"a": stage(after=["nothing"])}, r"stages\.a\.after: no stage is called 'nothing'"),
         ({"a b": stage()}, "cannot be the name of a stage"),
         ({"../a": stage()}, "cannot be the name of a stage"),
         ({"logs": stage()}, "cannot be the name of a stage"),
@@ -114,11 +116,11 @@ def test_a_value_of_a_matrix_can_name_the_copy_of_another_stage(tmp_path):
         ({"a": stage(), "a/b": stage()}, r"stages\.a/b would lie in the output of a; rename one"),
         ({"a": stage(matrix={"value": [1]}), "a/value-1/x/y": stage()}, "would lie in the output of a/value-1"),
         ({"w": stage("warp", options={**WARP, "jobs": 2})}, r"stages\.w\.options\.jobs is for a whole pipeline"),
-        ({"a": stage(matrix={"valeu": [1]})}, r"matrix\.valeu is no option of make.*did you mean 'value'"),
+        ({"a": stage(matrix={"valeu": [1]})}, r"matrix\.valeu is not an option of make.*did you mean 'value'"),
         ({"a": stage(matrix={"value": [1, 1]})}, "copies with equal names"),
-        ({"a": stage(matrix={"value": 1})}, "no list of values"),
-        ({"a": stage(when="${b.summary.x}")}, "there is no stage 'b'"),
-        ({"a": stage(when="yes")}, "no comparison"),
+        ({"a": stage(matrix={"value": 1})}, "not a list of values"),
+        ({"a": stage(when="${b.summary.x}")}, "no stage is called 'b'"),
+        ({"a": stage(when="yes")}, "not a comparison"),
         ({"a": {"commnd": "make"}}, r"unknown key 'stages\.a\.commnd'"),
         ({}, "at least 1 item"),
     ],
@@ -150,7 +152,7 @@ def test_a_choice_names_stages_groups_folders_and_patterns(tmp_path):
     assert made.chosen(["f", "b"]) == {"f/x", "b"}
     assert made.chosen(["*value-2"]) == {"a/value-2"}
     assert made.after({"a/value-1"}) == {"a/value-1", "b"}
-    with pytest.raises(UsageError, match="there is no stage 'bb'; did you mean 'b'"):
+    with pytest.raises(UsageError, match="no stage is called 'bb'; did you mean 'b'"):
         made.chosen(["bb"])
 
 

@@ -54,7 +54,7 @@ def test_a_condition_compares_values(text, holds):
     assert condition_holds(text, VALUES.get) is holds
 
 
-@pytest.mark.parametrize(("text", "said"), [("${a}", "no comparison"), ("${b} < 1", "compares 'x y' with 1")])
+@pytest.mark.parametrize(("text", "said"), [("${a}", "not a comparison"), ("${b} < 1", "compares 'x y' with 1")])
 def test_a_condition_that_is_none_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
         condition_holds(text, VALUES.get)

@@ -5,12 +5,12 @@ import errno
 import os
 import signal
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from stages import MAKE
+from waiting import pause
 
 from gemma2.posttrain.pipelines.executors.jobs import Job, Reporter, execute
 from gemma2.posttrain.runs.commands import COMMANDS
@@ -92,7 +92,7 @@ def test_a_stage_that_is_stopped_says_so_and_leaves_no_trace_in_its_process(plac
     def body(config, options, progress):
         with contextlib.suppress(swallowed):
             signal.raise_signal(signal.SIGTERM)
-        time.sleep(600)
+        pause(600)  # the signal ends it
 
     def traces():
         numbers = (signal.SIGTERM, signal.SIGURG, signal.SIGALRM)
