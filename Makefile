@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= quickstart
 BASE   ?= HEAD~1
-# GSM8K where it lies beside the checkout, else the project's own prompts.
+# GSM8K where it is stored next to the checkout, else the project's own prompts.
 GSM8K  := $(wildcard ../shared/data/gsm8k/train.jsonl)
 QUESTIONS ?= $(if $(GSM8K),--prompts $(GSM8K) --prompt-column question)
 
@@ -77,7 +77,7 @@ bench: setup-dev ## Ratios against a floor or a peer in the same run
 compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): about five minutes on two cores
 	@$(BIN)/python bench/compare.py $(BASE) . --assert-equal
 
-science: setup-dev ## WARP's findings over three seeds, beside what the paper says: about 15 minutes on two cores
+science: setup-dev ## WARP's findings over three seeds, next to the paper's claims: about 15 minutes on two cores
 	@$(BIN)/python bench/science.py --out runs/science
 
 $(VENV)/.installed-real: $(VENV)/.installed

@@ -1,1 +1,1 @@
-"""The training steps, data, evaluation and pipelines. Nothing is imported here: every step is a module of its own."""
+"""The training steps, data, evaluation and pipelines. Nothing is imported here: every step is a separate module."""

@@ -45,7 +45,7 @@ def size(count: float) -> str:
 
 
 def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
-    """What would be read, computed and written. `named`: --out was given."""
+    """Show the plan of a merge. `named`: --out was given."""
     facts = plan.describe()
     if console.as_json:
         console.json(facts)
@@ -78,7 +78,7 @@ def _input_row(plan: MergePlan, number: int) -> dict[str, Any]:
 
 
 def _numbers_of(plan: MergePlan, number: int) -> dict[str, Any]:
-    """What was asked for, as it holds for one group, by the names of the flags."""
+    """The options that hold for one group, by the names of the flags."""
     settings = plan.groups[number].settings
     named = {option.name: getattr(settings, option.attribute) for option in METHODS[plan.request.method].options}
     return {name: value for name, value in named.items() if value not in (None, ())}

@@ -67,7 +67,7 @@ def diff(
         "layer",
         "--granularity",
         metavar="layer|tensor",
-        help="What each row stands for [default layer].",
+        help="The group of tensors in each row [default layer].",
         show_default=False,
         rich_help_panel="Settings",
     ),

@@ -56,7 +56,7 @@ def around_base(group: Group, coefficients: Doubles, fallback: str = "") -> Mix:
 
 @dataclass(frozen=True)
 class Selection:
-    """How a method chooses elements of the task vectors, and how it adds up what is left of several.
+    """The way in which a method chooses elements of the task vectors and adds up the chosen ones.
 
     by       magnitude: the largest stay; random: with one probability; rank: with one that grows with the magnitude
     elect    per element only the terms of the elected sign count (TIES)
@@ -125,7 +125,7 @@ class Method:
     help         its page and its line in the list of methods
     why          what a stage with it does, in a report: "averages weights"
     example      a command line
-    panel        heading of the list of methods that it stands under
+    panel        heading under which the list of methods shows it
     mix          (group, Gram matrix of its vectors (M, M) float64) -> Mix. The vectors are task vectors where there is
                  a base, else the weights
     adaptive     whether mix looks at the Gram matrix: the data is then read twice
@@ -161,7 +161,7 @@ class Method:
 
     @property
     def passes(self) -> int:
-        """How often the data is read."""
+        """The number of times that the data is read."""
         thresholds = self.selection is not None and self.selection.by == "magnitude"
         return 2 if self.adaptive or thresholds else 1
 

@@ -50,7 +50,7 @@ def gradient(points: Sequence[float], depth: float) -> float:
 
 
 def value_at(number: Number, name: str, depth: float) -> float | None:
-    """The value for one tensor at its depth in [0, 1]; None where no rule fits and there is no default."""
+    """The value for one tensor at its depth in [0, 1]; None where no rule fits and no default is set."""
     if not isinstance(number, Schedule):
         return number
     for rule in number.rules:

@@ -117,7 +117,7 @@ class MergeRequest:
         return _named(self.values, name)
 
     def options(self) -> dict[str, Any]:
-        """What was asked for, without the paths: recorded in the manifest."""
+        """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
         common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
         values = {"method": self.method, **own, **common}

@@ -59,7 +59,7 @@ def _shares(models: int, weights: Sequence[float] | None) -> Doubles:
     """Weights (M,) that sum to 1."""
     shares = np.ones(models) if weights is None else np.array(weights, dtype=np.float64)
     if shares.min() < 0 or not shares.sum() > 0:
-        raise UsageError(f"weights {shares.tolist()} are no shares of a mean", "give positive weights")
+        raise UsageError(f"weights {shares.tolist()} are not shares of a mean", "give positive weights")
     return shares / shares.sum()
 
 

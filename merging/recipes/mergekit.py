@@ -168,7 +168,7 @@ class _Document:
         return tuple(found)
 
     def _slerp_order(self, part: SliceSpec) -> SliceSpec:
-        """t = 0 is the base model, wherever it stands."""
+        """t = 0 is the base model, wherever it is listed."""
         first = [source for source in part.sources if source.path == self.base]
         others = [source for source in part.sources if source.path != self.base]
         if len(first) != 1 or len(others) != 1:

@@ -22,7 +22,7 @@ Rules = list[tuple[str | None, list[float]]]  # (filter, points)
 
 
 def only_keys(value: Any, keys: Sequence[str], place: Place) -> None:
-    """Refuse what is no mapping, or has other keys."""
+    """Refuse a value that is not a mapping, or has other keys."""
     if not isinstance(value, dict):
         raise place.wrong(f"is {shown(value)}", f"write {{{keys[0]}: ...}}")
     for key in value:

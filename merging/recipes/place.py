@@ -48,12 +48,12 @@ class Place:
         step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.key else key
         return Place(self.file, self.names, f"{self.key}{step}")
 
-    def wrong(self, what: str, mend: str) -> UsageError:
+    def wrong(self, what: str, hint: str) -> UsageError:
         """The error of a value at this spot."""
-        return UsageError(f"{self.key or 'the file'} {what} in {self.file}", mend)
+        return UsageError(f"{self.key or 'the file'} {what} in {self.file}", hint)
 
     def unknown(self, key: Any, valid: Iterable[str]) -> UsageError:
-        """The error of a key that is none."""
+        """Error for an unknown key."""
         spot = self.at(printable(str(key)))
         return UsageError(f"unknown key '{spot.key}' in {self.file}", closest(str(key), valid))
 
@@ -68,8 +68,8 @@ class Place:
 
     def _found(self, text: str) -> str:
         here = not text or text in self.names or Path(text).exists()
-        beside = self.file.parent / text
-        return text if here or not beside.exists() else str(beside)
+        neighbour = self.file.parent / text
+        return text if here or not neighbour.exists() else str(neighbour)
 
 
 def shown(value: Any) -> str:
@@ -127,7 +127,7 @@ def _rule(value: Mapping[str, Any], place: Place) -> Rule:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise place.at("match").wrong(f"is no regular expression ({error})", "correct it") from error
+            raise place.at("match").wrong(f"is not a regular expression ({error})", "correct it") from error
     points = value.get("layers", [value.get("value")])
     spot = place.at("layers" if "layers" in value else "value")
     if not isinstance(points, list) or not points:

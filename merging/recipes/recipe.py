@@ -30,7 +30,7 @@ def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None
     """The merges that a file asks for, in the order in which they can run.
 
     `sets` are KEY=VALUE assignments to the keys of the file, `threads` of every request.
-    Raises InputError for a file that cannot be read, UsageError that names file, key and mend for everything else.
+    Raises InputError for a file that cannot be read, UsageError that names file, key and fix for everything else.
     No model is opened.
     """
     documents = read_documents(path)
@@ -57,7 +57,7 @@ def _own_steps(document: Mapping[str, Any], place: Place) -> list[Step]:
         return [_step("", document, place)]
     others = set(document) - {"steps"}
     if others:
-        raise place.wrong(f"has '{min(map(str, others))}' beside 'steps'", "give it to every step that needs it")
+        raise place.wrong(f"has '{min(map(str, others))}' next to 'steps'", "give it to every step that needs it")
     steps = document["steps"]
     if not isinstance(steps, dict) or not steps:
         raise place.at("steps").wrong(f"is {shown(steps)}", "write NAME: {method: ..., models: [...]}")

@@ -101,10 +101,10 @@ def _inputs(request: MergeRequest) -> list[Path]:
 
 
 def _check_inputs(recipe: Recipe, paths: Iterable[Path]) -> None:
-    """Refuse a name that is no step, no directory and cannot be a hub id, before an earlier step has run."""
+    """Refuse a name that is not a step, a directory or a possible hub id, before an earlier step has run."""
     names = [step.name for step in recipe.steps if step.name]
     for path in paths:
         if not path.exists() and not is_hub_id(path):
-            mend = closest(str(path), names) if names else "check the path"
+            hint = closest(str(path), names) if names else "check the path"
             kinds = "a step, a directory or a hub id" if names else "a directory or a hub id"
-            raise InputError(f"{recipe.path} names {path}, which is not {kinds}", mend)
+            raise InputError(f"{recipe.path} names {path}, which is not {kinds}", hint)

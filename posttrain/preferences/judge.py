@@ -5,7 +5,7 @@
                 1 where it is better, 1/2 for a tie, 0 where it is worse, each the mean over the two orders, so that a
                 preference for a position cancels (2309.00267, section 2.1.3, averages over the orders as well)
 
-A reply without the line that is asked for, or with a score out of bounds, is no judgement: it is counted and shown. An
+A reply without the requested line, or with a score out of bounds, is not a judgement: it is counted and shown. An
 answer that cannot be scored takes part in no pair; a comparison of which one order failed is left out whole, since half
 of it would carry the position.
 
@@ -151,7 +151,7 @@ def _flags_of_this_command() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Judge:
-    """What is asked about the n answers to one prompt, and what the replies make of it."""
+    """The questions about the n answers to one prompt, and the ratings that the replies give."""
 
     template: str
     compares: bool
@@ -196,7 +196,7 @@ class Judge:
         return [sum(points) / len(points) if points else None for points in won]
 
     def facts(self) -> dict[str, int]:
-        """How many replies were asked for, could not be read, and of a comparison chose by position."""
+        """The number of replies asked for, of unreadable ones, and of comparisons decided by position."""
         names = ("replies", "unreadable", *(("compared", "orders_disagree") if self.compares else ()))
         return {f"judge_{name}": self.tally[name] for name in names}
 
@@ -259,12 +259,12 @@ def _report(judge: Judge, unread: str, progress: Progress) -> None:
     if judge.compares and 3 * tally["orders_disagree"] > tally["compared"]:
         progress.warn(
             f"the judge chose by position in {tally['orders_disagree']} of {tally['compared']} comparisons: "
-            "both orders are averaged, but it tells little apart"
+            "both orders are averaged, but it distinguishes little"
         )
 
 
 def _transcript(messages: Sequence[Message]) -> str:
-    """A conversation as text; one user message stands alone."""
+    """A conversation as text; a single user message has no name before it."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

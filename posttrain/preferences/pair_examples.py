@@ -60,7 +60,7 @@ def tokenise_pairs(
 def tokenise_split(
     training: Sequence[Pair], heldout: Sequence[Pair], chat: ChatFormat, max_length: int, progress: Progress
 ) -> tuple[list[PairIds], list[PairIds], dict[str, int]]:
-    """The usable pairs of both sides of a split, and how many were dropped of both together, which is also told.
+    """The usable pairs of both sides of a split, and how many were dropped of both together, which is also reported.
 
     Raises InputError as `tokenise_pairs` does; training goes on without held-out pairs, with a warning.
     """

@@ -116,7 +116,7 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
                 margin += scores[better] - scores[worse]
             pairs, ties = pairs + len(chosen), ties + (not chosen)
     if not pairs:
-        what = f"the judge told no two samples of any of {prompts} prompts apart"
+        what = f"the judge rated the samples of each of {prompts} prompts alike"
         raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
     if 2 * (ties + blank) > prompts:
         progress.warn(

@@ -34,7 +34,7 @@ from .train import measure_rewards
 __all__ = ["fit_head", "last_states", "run_probe"]
 
 STEPS = 100  # Newton's method needs about ten
-TOLERANCE = 1e-9  # of the gradient's norm, beside that at w = 0
+TOLERANCE = 1e-9  # of the gradient's norm, relative to that at w = 0
 
 
 def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
@@ -98,7 +98,7 @@ def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) 
             return w, step
         hessian = ridge + (differences * (wrong * (1 - wrong))[:, None]).T @ differences / n
         direction, size = torch.linalg.solve(hessian, gradient), 1.0
-        # Close to the minimum the loss no longer tells two points apart, so equal is good enough.
+        # Close to the minimum the loss no longer distinguishes two points, so equal is good enough.
         while loss(w - size * direction) > loss(w) * (1 + 1e-12) and size > 1e-6:
             size /= 2
         w = w - size * direction

@@ -1,4 +1,4 @@
-"""How well rewards order preference pairs: accuracy, loss, margin, calibration, and what length has to do with it.
+"""Metrics of rewards on preference pairs: accuracy, loss, margin, calibration, and the influence of length.
 
 accuracy        share of pairs with r_c > r_r; a tie counts half
 accuracy_error  its standard error. Pairs of one prompt are not independent, so it sums over prompts g:

@@ -1,7 +1,7 @@
 """Reward models on preference pairs, side by side: the figures of `metrics.py`, a reliability table, sources apart.
 
 WARM (2401.12187) picks and judges reward models by their accuracy out of distribution, so several models are
-read on one set of pairs, and the pairs of every value of a column get figures of their own.
+read on one set of pairs, and the pairs of every value of a column get separate figures.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> di
 
 
 def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> dict[str, Any]:
-    """What one reward model makes of the pairs."""
+    """The figures of one reward model on the pairs."""
     model = RewardModel.from_dir(path)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest)

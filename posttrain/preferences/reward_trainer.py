@@ -10,7 +10,7 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py holds the 
 3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs when the last
    micro-batch is smaller.
 4. In one process the head reads the last token's state alone, in fp32 also under bf16 autocast: differences of rewards
-   are small beside the rewards. On a CPU attention is in blocks and the last layer at that token only (`states.py`), a
+   are small next to the rewards. On a CPU attention is in blocks and the last layer at that token only (`states.py`), a
    part of the micro-batch at a time, its long rows and its short ones apart.
 5. Dropout is what `--dropout` and `--lora-dropout` say; TRL switches it all off.
 6. A checkpoint holds no model card.
@@ -169,7 +169,7 @@ def _by_length(lengths: Tensor) -> list[Tensor]:
 def drop_block_outputs(model: Any, share: float) -> None:
     """Dropout on what every attention and MLP block adds to the residual stream, while training (T5's, as WARM varies).
 
-    Gemma 2 has none of its own. The weights and what is saved do not change.
+    Gemma 2 has none. The weights and what is saved do not change.
     """
 
     def hook(module: Any, inputs: Any, output: Any) -> Any:

@@ -43,7 +43,7 @@ Scores = list[float | None]  # of one row: one, or two of a pair
 
 @dataclass(frozen=True)
 class RowToScore:
-    """What one row is scored on: a column and a conversation for each score."""
+    """The texts of one row that are scored: a column and a conversation for each score."""
 
     row: Row
     columns: list[str]

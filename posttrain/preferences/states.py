@@ -67,7 +67,7 @@ def last_position(
 
 
 def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:
-    """What attention gives (B, d) for queries at positions `last` (B,) of hidden states (B, T, d)."""
+    """The output of attention, (B, d), for queries at positions `last` (B,) of hidden states (B, T, d)."""
     batch, tokens, _ = hidden.shape
     cos, sin = rotation  # (1, T, D)
     rows = torch.arange(batch, device=hidden.device)

@@ -5,7 +5,7 @@
 Measured before the first step, after every `eval_every` steps and after the last. The lowest, the number of
 measurements since, and (`keep` best) the weights that gave it are part of every checkpoint, so that a resumed run finds
 and forgets the same ones. A run that stops early writes no checkpoint at its last step: a resume comes to the same
-decision by itself. The untouched model is no candidate; if nothing was better, a warning says so.
+decision by itself. The untouched model is not a candidate; if nothing was better, a warning says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BEST_FILE = "best.safetensors"
 
 @dataclass
 class Record:
-    """What was measured so far: the last loss and the lowest one, nats per target, and the steps they belong to."""
+    """The measurements so far: the last loss and the lowest one, nats per target, and the steps they belong to."""
 
     step: int = 0
     loss: float | None = None
@@ -56,7 +56,7 @@ class Record:
 
 class HeldOut(TrainerCallback):
     """Measures the held-out loss into metrics.jsonl as `heldout_loss`. To be added before `RunCallback`, which seals
-    the checkpoints that this one adds to. A subclass that overrides `figures` has another loss, or more to tell."""
+    the checkpoints that this one adds to. A subclass that overrides `figures` has another loss, or more figures."""
 
     def __init__(self, run: Run, examples: Sequence[Any], config: SftConfig | RewardConfig) -> None:
         self.run = run
@@ -126,7 +126,7 @@ class HeldOut(TrainerCallback):
         return found
 
     def figures(self, model: Any) -> dict[str, Any]:
-        """What is logged about the held-out rows: `heldout_loss`, which decides, and what else there is to tell."""
+        """The logged figures of the held-out rows: `heldout_loss`, which decides, and others."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
         return {"heldout_loss": heldout_loss(model, self.examples, batch_size)}
 

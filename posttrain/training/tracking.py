@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, W&B and trackio, beside metrics.jsonl, which stays the record of a run.
+"""Metrics to TensorBoard, W&B and trackio, next to metrics.jsonl, which stays the record of a run.
 
 A tracker gets what metrics.jsonl gets, under the same names, from `Run.log`. transformers' own callbacks are not used:
 they log every argument of the trainer, name the machine, put TensorBoard's files where checkpoints are removed, and

@@ -1,4 +1,4 @@
-"""What the TRL-based steps share: trainer arguments, logging into the run, guards, checkpoints that prove themselves.
+"""The frame of the TRL-based steps: trainer arguments, logging into the run, guards, checkpoints that prove themselves.
 
 Trainer checkpoints carry no mark of completeness and would be picked up half-written; here every checkpoint gets a
 `complete.json` with the digest of each file, written last and verified before a resume.
@@ -109,7 +109,7 @@ def configured(schema: type[C], config: TrainingFields, arguments: Mapping[str, 
         if not config.trainer:  # ours alone: a bug
             raise
         detail = " ".join(str(error).split())[:200]
-        raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "mend it, or leave it out") from error
+        raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "correct it, or leave it out") from error
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -140,7 +140,7 @@ def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
 class RunCallback(TrainerCallback):
     """Feeds a run from a Trainer: metrics, the bar, the NaN guard and the checkpoint mark.
 
-    `shown` maps metric names to the short names beside the progress bar.
+    `shown` maps metric names to the short names next to the progress bar.
     """
 
     def __init__(self, run: Run, progress: Progress, label: str, shown: Mapping[str, str] | None = None) -> None:
@@ -212,7 +212,7 @@ class RunCallback(TrainerCallback):
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
-    """What was measured, from before the first step to after the last, also by the parts of a run before a resume."""
+    """The measurements, from before the first step to after the last, also by the parts of a run before a resume."""
 
     def read() -> list[dict[str, Any]]:
         with (run.path / "metrics.jsonl").open(encoding="utf-8") as lines:

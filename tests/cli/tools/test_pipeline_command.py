@@ -81,7 +81,7 @@ def test_status_lists_the_stages_to_run_and_writes_nothing(place, said):
     [
         (["run", "p.yaml"], UsageError, "--out is missing"),
         (["run", "gone.yaml", "--out", "o"], InputError, r"gone\.yaml does not exist; give a YAML file"),
-        (["run", "p.yaml", "--out", "o", "--only", "c"], UsageError, "there is no stage 'c'"),
+        (["run", "p.yaml", "--out", "o", "--only", "c"], UsageError, "no stage is called 'c'"),
         (["run", "p.yaml", "--out", "o", "--only", "b"], InputError, "needs a, which is neither complete nor chosen"),
         (["run", "p.yaml", "--out", "o", "--set", "a.min_wrds=1"], UsageError, "did you mean 'min_words'"),
         (["run", "p.yaml", "--out", "o", "--set", "vars.words=none"], UsageError, r"'stages\.a\.options\.min_words'"),

@@ -154,7 +154,7 @@ def test_every_two_answers_are_compared_in_both_orders(make, tmp_path):
 
 def test_a_judge_that_likes_a_position_tells_nothing_apart(make, tmp_path, interrupting):
     progress = interrupting()
-    with pytest.raises(InputError, match="told no two samples"):
+    with pytest.raises(InputError, match="rated the samples of each"):
         make(JudgingServer(lambda text: "Better: A"), tmp_path / "out", progress, judge_style="compare")
     assert "chose by position in 18 of 18 comparisons" in progress.warnings[0]
 

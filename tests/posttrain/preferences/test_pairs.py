@@ -99,7 +99,7 @@ def test_a_reward_model_can_be_the_judge(inputs, tmp_path):
 
 
 def test_samples_that_nobody_can_tell_apart_make_no_data(inputs, tmp_path):
-    with pytest.raises(InputError, match="the judge told no two samples of any of 10 prompts apart"):
+    with pytest.raises(InputError, match="the judge rated the samples of each of 10 prompts alike"):
         make(inputs, tmp_path / "out", f"{__name__}:equal")
 
 
