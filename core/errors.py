@@ -15,12 +15,12 @@ import errno
 
 __all__ = ["Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
 
-# What the machine may refuse at any write or read, whatever the command: no bug, and no traceback.
+# Failures of the operating system that any read or write may meet: they are not bugs, so they show no traceback.
 REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 class Gemma2Error(Exception):
-    """Base of every expected failure. `what` names the thing and the place, `hint` the way out."""
+    """Base of every expected failure. `what` says what is wrong and where, `hint` how to fix it."""
 
     exit_code = 1
 
@@ -31,7 +31,7 @@ class Gemma2Error(Exception):
 
 
 class UsageError(Gemma2Error, ValueError):
-    """An option, key or value that the command does not take."""
+    """An option, key or value that the command does not accept."""
 
     exit_code = 2
 
@@ -41,7 +41,7 @@ class InputError(Gemma2Error, ValueError):
 
 
 class OutputError(Gemma2Error, OSError):
-    """An output that cannot be written: it exists, is locked, or there is no room."""
+    """An output that cannot be written: it exists, is locked, or the disk is full."""
 
     def __str__(self) -> str:  # OSError formats two arguments as "[Errno what] hint"
         return f"{self.what}; {self.hint}" if self.hint else self.what
@@ -54,7 +54,7 @@ class GuardStop(Gemma2Error, RuntimeError):
 
 
 def refusal(error: OSError) -> str | None:
-    """The one line of what the machine refuses: a full disk, a missing permission; None for what is a bug."""
+    """Return the error line for a failure of the operating system (full disk, missing permission); None for a bug."""
     if error.errno not in REFUSALS:
         return None
     return f"{error.strerror}: {error.filename or 'the output'}; check its place and permissions"

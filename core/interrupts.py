@@ -11,8 +11,9 @@ thread, started by the first signal, watches the main thread:
 
 Ending at once is safe: outputs and checkpoints count only when complete, as after kill -9.
 
-Until the first signal there is no thread and no timer. The price: Python hears a signal between two bytecodes, so one
-that comes just before a blocking call is heard when the call returns. Any further signal, POKE too, ends that wait.
+Python handles a signal between two bytecodes, so one that comes just before a blocking call waits until the call
+returns. A second thread, which sleeps in a read of the wake-up pipe, sees the signal at once and sends POKE until the
+handler has run: any further signal ends the wait of the main thread.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ TICK = 0.1  # seconds
 ECHO = 1.0  # seconds
 GRACE = 8.0  # seconds; `docker stop` sends SIGKILL after 10
 LAST = 2.0  # seconds
+POKES = 20  # for one signal: more than enough, and an end where the signal was that of a forked child
 
 
 class Interrupted(BaseException):
@@ -56,12 +58,19 @@ class Signals:
         self.previous: dict[int, Any] = {}
         self.unraisable: Any = None
         self.alarm: tuple[Any, float, float] = (signal.SIG_DFL, 0, 0)
+        self.wakeup: tuple[int, int] | None = None  # our end of the pipe, and the descriptor that was set before
 
     def install(self) -> None:
         for number in self.numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs stay as they are
                 self.previous[number] = signal.signal(number, self._first)
         self.previous[POKE] = signal.signal(POKE, self._again)
+        self.main = _thread.get_ident()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self.wakeup = writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        with suppress(RuntimeError):  # no more threads for this user: a late signal is handled late
+            _thread.start_new_thread(self._hear, (reader,))
 
     def end(self) -> None:
         """The work is over, or its interrupt was caught: further signals have their default action.
@@ -83,6 +92,10 @@ class Signals:
             signal.signal(signal.SIGALRM, self.alarm[0])
             sys.unraisablehook = self.unraisable
         self.previous.clear()
+        if self.wakeup is not None:
+            signal.set_wakeup_fd(self.wakeup[1])
+            os.close(self.wakeup[0])  # the thread that reads it ends
+            self.wakeup = None
 
     def extend(self, seconds: float) -> None:
         """Move the deadline to at least `seconds` from here."""
@@ -93,7 +106,6 @@ class Signals:
         if self.caught is not None or self.ended:
             return
         self.caught = number
-        self.main = _thread.get_ident()
         Signals.current = self
         self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         self.alarm = (signal.signal(signal.SIGALRM, signal.SIG_DFL), *signal.getitimer(signal.ITIMER_REAL))
@@ -111,6 +123,16 @@ class Signals:
         """Python's report of an exception that it drops; of ours there is nothing to say, since it comes again."""
         if not isinstance(unraisable.exc_value, Interrupted):
             self.unraisable(unraisable)
+
+    def _hear(self, reader: int) -> None:
+        """Make the main thread handle a signal that came just before it began to wait."""
+        while numbers := os.read(reader, 64):
+            for _ in range(POKES):
+                if self.caught is not None or self.ended or not set(numbers) & set(self.numbers):
+                    break
+                time.sleep(TICK)
+                signal.pthread_kill(self.main, POKE)
+        os.close(reader)
 
     def _watch(self) -> None:
         begin = time.monotonic()

@@ -102,4 +102,4 @@ def _lineage(path: Path) -> dict[str, Any] | None:
     if manifest is None:
         return None
     kept = ("command", "config", "parents", "seed", "started", "ended", "status")
-    return {key: manifest[key] for key in kept if key in manifest}
+    return {key: value for key, value in manifest.items() if key in kept}

@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.manifest import ParentRecord, read_manifest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.core.outputs.staging import check_output
 from gemma2.merging.inputs.checkpoint import Checkpoint
@@ -236,15 +236,15 @@ def common_parent(models: Sequence[Checkpoint]) -> tuple[str | None, Path | None
     return first["path"], None
 
 
-def _init_of(path: Path) -> dict[str, str] | None:
+def _init_of(path: Path) -> ParentRecord | None:
     """The record {role, path, weights} of the one parent that a model was trained from."""
     parents = (read_manifest(path) or {}).get("parents")
     if not isinstance(parents, list):
         return None
     inits = [parent for parent in parents if isinstance(parent, dict) and parent.get("role") in INIT_ROLES]
-    # What is no path of this system, or could not be shown, is no record.
+    # A path that this system cannot have, or that cannot be shown, does not count as a record.
     if len(inits) != 1 or not all(str(inits[0].get(key, "\0")).isprintable() for key in ("path", "weights")):
         return None
-    if not all(isinstance(inits[0][key], str) for key in ("path", "weights")):
+    if not all(isinstance(inits[0].get(key), str) for key in ("path", "weights")):
         return None
     return inits[0]
