@@ -32,7 +32,7 @@ __all__ = ["POKE", "Interrupted", "Signals", "allow"]
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POKE = signal.SIGURG  # wakes the main thread; ignored by default, so that a late one harms nothing
 TICK = 0.1  # seconds
-# `timeout`, torchrun and a terminal that closes send two signals in a row, which is no user who lost patience.
+# `timeout`, torchrun and a terminal that closes send two signals in a row, which is not a user who lost patience.
 ECHO = 1.0  # seconds
 GRACE = 8.0  # seconds; `docker stop` sends SIGKILL after 10
 LAST = 2.0  # seconds
@@ -192,7 +192,7 @@ def _holds(error: BaseException | None) -> bool:
 
 
 def _say(text: str) -> None:
-    """A line on stderr, from a thread of its own: a reader that takes nothing must not hold up the watch."""
+    """A line on stderr, from a separate thread: a reader that takes nothing must not hold up the watch."""
     with suppress(RuntimeError):
         _thread.start_new_thread(_write, (f"\n{text}\n".encode(),))
 

@@ -36,7 +36,7 @@ __all__ = ["MergeResult", "merge"]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did. After a dry run `groups` is empty.
+    """The result of a merge. After a dry run `groups` is empty.
 
     seconds  spent in reading, merging, writing and reading back, without flushing to disk and publication
     """
@@ -125,7 +125,7 @@ def _merge(
 
 @contextmanager
 def _refusals(out: Path) -> Iterator[None]:
-    """What the system refuses at any open, write, flush or rename, as one clear error."""
+    """Turn a refusal of the system at any open, write, flush or rename into one clear error."""
     try:
         yield
     except OSError as error:
@@ -216,7 +216,7 @@ def _manifest(
     plan = result.plan
     here = plan.outputs[number].resolve()
     parents = [
-        # "input", not "model": the role tells a trained policy's init from the models that a merge mixes.
+        # "input", not "model": the role separates a trained policy's init from the models that a merge mixes.
         {
             "role": "base" if model is plan.base else "input",
             "path": os.path.relpath(model.path.resolve(), here),
@@ -239,7 +239,7 @@ def _manifest(
 
 
 def _told(account: Account) -> dict[str, Any]:
-    """What another command says of its output in the manifest."""
+    """The facts that another command adds to the manifest."""
     return {
         "command": account.command,
         "config": dict(account.config),

@@ -104,7 +104,7 @@ def is_adapter(path: Path) -> bool:
 def open_adapter(path: Path, role: str) -> Adapter:
     """Read configuration and header of an adapter directory; no tensor data.
 
-    Raises InputError for what is no adapter, is pickled, malformed, or a variant whose product is not W + scale B A.
+    Raises InputError if it is not an adapter, is pickled, malformed, or a variant whose product is not W + scale B A.
     """
     require_complete(path, role)
     config = read_json(path / CONFIG)
@@ -199,7 +199,7 @@ def _number(path: Path, config: Mapping[str, Any], key: str, patterns: str, modu
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
             raise InputError(
-                f"{path / CONFIG}: {patterns} has {printable(pattern)}, which is no pattern ({error})", "correct it"
+                f"{path / CONFIG}: {patterns} has {printable(pattern)}, which is not a pattern ({error})", "correct it"
             ) from error
         if found:
             value, where = special, patterns

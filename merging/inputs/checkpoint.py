@@ -32,7 +32,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its configuration and where each tensor lies. `role` is how messages name it.
+    """A model directory: its configuration and the place of each tensor. `role` is how messages name it.
 
     origin   the directory of configuration and tokenizer; of an adapted model that of the model
     updates  low-rank updates by tensor, of an adapted model
@@ -68,7 +68,7 @@ def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
 def open_checkpoint(path: Path, role: str) -> Checkpoint:
     """Read the configuration and every header of a model directory; no tensor data.
 
-    Raises InputError for a directory that is none, unfinished, or holds its weights in another form.
+    Raises InputError if it is not a model directory, is unfinished, or stores weights in another format.
     """
     if not path.is_dir():
         raise InputError(f"{role} {path} is not a directory", "give the path of a model directory")

@@ -27,10 +27,10 @@ FAMILIES = (
 )
 HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "LMHeadModel")
 ARCHITECTURES = frozenset(family + head for family in FAMILIES for head in HEADS)
-# What asks for code, or for weights that are no plain numbers.
+# Keys that ask for code, or for weights that are not plain numbers.
 FORBIDDEN_KEYS = {
-    "auto_map": "asks for code of its own",
-    "custom_pipelines": "asks for code of its own",
+    "auto_map": "asks for code of the model",
+    "custom_pipelines": "asks for code of the model",
     "quantization_config": "has quantised weights",
 }
 # Keys that decide the function a checkpoint computes. Only these are compared: others differ between versions of
@@ -93,11 +93,11 @@ def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collecti
     pairs += [(key, _value(first.config, key), _value(other.config, key)) for key in keys]
     for key, left, right in pairs:
         if left != right and left is not None and right is not None:
-            mend = "merge models of one architecture"
+            hint = "merge models of one architecture"
             if key == "vocab_size":
-                mend = "merge models of one vocabulary, or choose one: merge --tokenizer"
+                hint = "merge models of one vocabulary, or choose one: merge --tokenizer"
             raise InputError(
-                f"{key} differs: {printable(str(left))} in {first}, {printable(str(right))} in {other}", mend
+                f"{key} differs: {printable(str(left))} in {first}, {printable(str(right))} in {other}", hint
             )
 
 
@@ -145,7 +145,7 @@ def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
 
 
 def _first_difference(left: Path, right: Path) -> str:
-    """What differs in the ids of two tokenizer.json files: vocabulary, merges or added tokens. "" when they agree.
+    """The difference in the ids of two tokenizer.json files: vocabulary, merges or added tokens. "" when they agree.
 
     The files may still differ in padding, truncation or spelling, which change no id.
     """

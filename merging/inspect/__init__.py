@@ -1,1 +1,1 @@
-"""What a model directory holds, and how two models differ."""
+"""The contents of a model directory, and the difference between two models."""

@@ -1,4 +1,4 @@
-"""How two models differ: norms, distances and angles per layer or tensor, from one streamed pass over their weights.
+"""The difference between two models: norms, distances, angles per layer or tensor, from one streamed pass over the weights.
 
 With d = b - a, and with a base the task vectors u = a - base, v = b - base (so that v - u = d too):
 relative difference |d| / |a|; sin^2(angle / 2) = (|d|^2 - (|a| - |b|)^2) / (4 |a| |b|).
@@ -89,7 +89,7 @@ class ModelDifference:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What looks wrong, with figures, one line each."""
+        """Warnings with figures, one line each."""
         return tuple(_judge(self.groups, self.total))
 
     def over(self, group: str, names: Sequence[str]) -> Difference:
@@ -181,7 +181,7 @@ def _angle(a: float, b: float, apart: float) -> tuple[float | None, float | None
 
 
 def _notes(models: Sequence[Checkpoint], copies: Mapping[str, str]) -> Iterator[str]:
-    """What is worth knowing and no reason to refuse."""
+    """Warnings about facts that are not a reason to refuse."""
     yield from (f"{copy} repeats {name}: compared once" for copy, name in copies.items())
     kinds = {model.role: sorted({tensor.dtype for tensor in model.tensors.values()}) for model in models}
     if len({tuple(kind) for kind in kinds.values()}) > 1:

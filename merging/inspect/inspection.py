@@ -1,4 +1,4 @@
-"""What a model or adapter directory holds, from its headers and its manifest; no tensor data is read."""
+"""The contents of a model or adapter directory, from its headers and its manifest; no tensor data is read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["inspect_model"]
 
 
 def inspect_model(path: str | Path) -> dict[str, Any]:
-    """What a directory, or a hub id, holds: `kind` is "model" or "adapter".
+    """The contents of a directory or hub id: `kind` is "model" or "adapter".
 
     A model: architecture, parameters, dtypes, tied weights, shards, groups of a merge, lineage. An adapter: rank,
     scale, targets, and the model it says that it belongs to.
-    Raises InputError for a directory that is no complete model or adapter.
+    Raises InputError if the directory is not a complete model or adapter.
     """
     found = locate_model(path, "model")
     return _adapter(found) if is_adapter(found) else _model(found)

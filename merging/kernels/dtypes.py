@@ -1,6 +1,6 @@
-"""How numbers are stored and how they become fp32 and back: bf16, fp16, fp32. numba, without the GIL.
+"""Number formats, and their conversion to fp32 and back: bf16, fp16, fp32. numba, without the GIL.
 
-Widening is exact for every bit pattern. Narrowing rounds once, to nearest even, and tells whether a stored value is Inf
+Widening is exact for every bit pattern. Narrowing rounds once, to nearest even, and reports whether a value is Inf
 or NaN.
 """
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 __all__ = ["ITEMS", "KINDS", "STORED", "Bytes", "Doubles", "Floats", "compiled", "narrow", "store", "value", "widen"]
 
-KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # how the kernels are told what the bytes are
+KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # the code of a format for the kernels
 ITEMS = (2, 2, 4)  # bytes of an element, by kind
-# How the compiler is told what the numbers of an array are, so that only the code for them is made.
+# Types that tell the compiler the format of an array, so that only the code for it is made.
 STORED = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}
 U1, U16, U7FFF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 
@@ -28,10 +28,10 @@ Doubles = NDArray[np.float64]
 
 
 def compiled(inner: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`njit` with the machine code kept on disk: beside the source, else in the user's cache directory.
+    """`njit` with the machine code kept on disk: next to the source, else in the user's cache directory.
 
     Where neither can be written the kernels still work, compiled again in each process. `inner` ones are called by
-    other kernels only: they are compiled as part of these, without a door for Python and a file of their own.
+    other kernels only: they are compiled as part of these, without an entry for Python and without a separate file.
     """
     if inner:
         return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
@@ -115,7 +115,7 @@ def widen(raw: Bytes, kind: int, out: Floats) -> None:
 @compiled(inner=True)
 def to_bf16(values: Floats, halves: NDArray[np.uint16]) -> Any:
     """fp32 (n,) to bf16 bits (n,), to nearest even. False when a stored value is Inf or NaN."""
-    # The largest magnitude as a bit pattern tells Inf and NaN; a loop of its own, since with it in the rounding loop
+    # The largest magnitude as a bit pattern shows Inf and NaN; a separate loop, since with it in the rounding loop
     # the compiler uses half of the vector width.
     for i in range(values.size):
         bits = float_bits(values[i])
@@ -153,7 +153,7 @@ def narrow(values: Floats, kind: int, raw: Bytes) -> Any:
 
 
 def store(values: Any, out: Any) -> Any:
-    """`narrow` into an array whose dtype tells the format, as STORED has it."""
+    """`narrow` into an array whose dtype is that of the format in STORED."""
     raise NotImplementedError("for compiled code")
 
 

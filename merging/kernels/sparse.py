@@ -51,7 +51,7 @@ U18 = np.uint32(18)
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """What one tensor's merge does, in plain numbers: one per model in each tuple.
+    """The merge of one tensor in plain numbers: one per model in each tuple.
 
     weights    of the task vectors
     low, high  magnitudes that are kept, both included; () keeps all
@@ -152,7 +152,7 @@ def rank_row(
     first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
     for bucket in range(ROW_BUCKETS):
         first[bucket] += second[bucket] + third[bucket] + fourth[bucket]
-    above = np.int32(0)  # twice the elements above the bucket, and those inside: in a loop of its own, as each waits
+    above = np.int32(0)  # twice the elements above the bucket, and those inside: in a separate loop, as each waits
     for bucket in range(ROW_BUCKETS):
         inside = first[bucket]
         second[bucket] = np.int32(np.int32(above + above) + inside)
@@ -204,7 +204,7 @@ def keep_by_rank(x: Any, base: Any, draw: Draws, chance: Floats, setting: Double
 
 @compiled(inner=True)
 def add_agreeing(terms: Floats, weight: Any, total: Floats, kept: Floats, share: Floats) -> None:
-    """Where a term has the sign of the total: `kept += term; share += weight`."""
+    """For a term with the sign of the total: `kept += term; share += weight`."""
     for i in range(total.size):
         agrees = ((terms[i] > 0) & (total[i] > 0)) | ((terms[i] < 0) & (total[i] < 0))
         kept[i] += terms[i] if agrees else np.float32(0)

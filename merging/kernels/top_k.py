@@ -1,6 +1,6 @@
 """Which elements of a task vector are the largest: exact thresholds by counting, without sorting.
 
-The magnitude of an fp32 number orders as its bit pattern does. A sample tells about where the wanted rank lies; one
+The magnitude of an fp32 number orders as its bit pattern does. A sample shows roughly where the wanted rank is; one
 pass over the data counts the elements above a window of WINDOW bit patterns around it, and each pattern inside. When
 the rank is not in the window, one pass counts all patterns in steps of 2**COARSE, and another those of the step that
 holds it: the sample decides how long it takes, never what is found. Counts are integers: they add up over cuts, tensors
@@ -50,7 +50,7 @@ def magnitude(bits: int) -> float:
 
 
 def sample_places(count: int, wanted: int) -> Longs:
-    """Where to take pieces of `count` elements, `wanted` of them or a few more in all, evenly spread."""
+    """The starts of pieces of `count` elements, `wanted` of them or a few more in all, evenly spread."""
     pieces = -(-wanted // PIECE)
     if pieces * PIECE >= count:
         return np.arange(0, count, PIECE)
@@ -58,7 +58,7 @@ def sample_places(count: int, wanted: int) -> Longs:
 
 
 def near_rank(bits: Bits, rank: int, count: int) -> int:
-    """The pattern of the rank-th largest of `count` elements, as far as a sample of them tells; exact if it is all."""
+    """The pattern of the rank-th largest of `count` elements, estimated from a sample; exact if that is all."""
     place = min(max(round((rank - 0.5) / count * len(bits) + 0.5), 1), len(bits))
     return int(np.partition(bits, len(bits) - place)[len(bits) - place])
 
@@ -129,7 +129,7 @@ def count_near(files: Longs, span: tuple[int, int, int], stored: Any, windows: L
     span     (first, count, cut)
     stored   (M + 1, >= cut) work space, row 0 the base
     windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
-    counts   (Q, 1 + BINS) what lies above the window, and what lies in each of its bins, is added
+    counts   (Q, 1 + BINS) the numbers above the window and in each of its bins are added
     """
     first, total, cut = span
     bits, offsets, inside = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)

@@ -1,4 +1,4 @@
-"""Where each tensor of the output comes from, and which tensors share their coefficients.
+"""The sources of each tensor of the output, and the groups of tensors that share coefficients.
 
 Usually tensor for tensor. With slices, layers of the output are layers of the models stacked anew (a "frankenmerge"):
 tensors before the layers come from the first slice, those after them from the last.
@@ -33,7 +33,7 @@ BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_i
 class Source:
     """One tensor of one input, under the name that it has there.
 
-    rows  which rows of it, and of others, the output has in which order; None is all of its own
+    rows  which rows of it, and of others, the output has in which order; None is all of this tensor's
     """
 
     model: Checkpoint
@@ -47,7 +47,7 @@ class Source:
 
     @property
     def update(self) -> LowRank | None:
-        """What an adapter adds to it."""
+        """The update that an adapter adds to it."""
         return self.model.updates.get(self.name)
 
     @property

@@ -1,4 +1,4 @@
-"""What a merge will read, compute and write. What can be refused is refused here, before a tensor is read."""
+"""The plan of a merge: the reads, the arithmetic, the writes. All refusals happen here, before a tensor is read."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[Mer
     recorded, base = common_parent(models)
     if base is not None:
         return replace(request, base=base), [f"base: {base}, the parent that all models record"]
-    lost = f"the models record {recorded} as their common parent, but it is not there with the same weights"
+    lost = f"the models record {recorded} as their common parent, but it is missing or has other weights"
     if kind == "optional":
         return request, [f"{lost}: merging the weights themselves"] if recorded else []
     if recorded:

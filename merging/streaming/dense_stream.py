@@ -51,7 +51,7 @@ class Checks:
 
 
 class Output:
-    """Where the streams write: the outputs, the dtype of each tensor, and the check sums of what was written."""
+    """The target of the streams: the outputs, the dtype of each tensor, and the check sums of what was written."""
 
     def __init__(self, plan: MergePlan, writers: Sequence[Writer]) -> None:
         self.plan = plan

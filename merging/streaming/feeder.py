@@ -107,7 +107,7 @@ class Feeder:
             self._free.put(space)
 
     def sources(self, job: Block, space: Workspace) -> Loaded:
-        """Where the compiled passes find the operands: in their files if all are stored alike, else formed as fp32."""
+        """The operands for the compiled passes: in their files if all are stored alike, else formed as fp32."""
         dtype = self._common_dtype(job.part)
         raw = space.raw[: len(job.part.sources)]
         if dtype is not None:
@@ -119,7 +119,7 @@ class Feeder:
         return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
 
     def _common_dtype(self, part: Part) -> str | None:
-        """The one dtype that all operands are stored in and that the kernels read as it is; None if there is none."""
+        """The one dtype that all operands are stored in and that the kernels can read; None if they differ."""
         dtypes = {source.tensor.dtype for source in part.sources}
         plain = len(dtypes) == 1 and not any(source.update or source.rows for source in part.sources)
         return dtypes.pop() if plain and dtypes <= {"BF16", "F32"} else None

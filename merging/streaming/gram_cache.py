@@ -37,7 +37,7 @@ class Products:
         self._file = cache_folder("products") / f"{_key(plan)}.json"
         self._sums: dict[str, Doubles] = {}
         self._known = False
-        with suppress(OSError, ValueError, TypeError):  # not there, or not ours: measured again
+        with suppress(OSError, ValueError, TypeError):  # missing, or not ours: measured again
             digest, _, text = self._file.read_text(encoding="utf-8").partition("\n")
             if digest == _digest(text):
                 self._sums = {name: np.array(values, np.float64) for name, values in json.loads(text).items()}
@@ -67,7 +67,7 @@ class Products:
 
 
 def _key(plan: MergePlan) -> str:
-    """What decides the sums."""
+    """The key of the sums: everything that decides them."""
     files = {str(file): _stamp(file) for model in plan.inputs for file in model.files}
     parts: dict[str, Any] = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
     decides = [metadata_version(), BLOCK, plan.base is not None, sorted(files.items()), sorted(parts.items())]
@@ -79,7 +79,7 @@ def _digest(text: str) -> str:
 
 
 def _operand(source: Source) -> tuple[Any, ...]:
-    """What decides the numbers of an operand, given the files."""
+    """The facts that decide the numbers of an operand, given the files."""
     adapted = source.update and source.update.scale
     return str(source.tensor.file), source.tensor.offset, adapted, source.rows and source.rows.digest
 

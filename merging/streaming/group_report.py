@@ -1,4 +1,4 @@
-"""What a merge did, per group: norms, angles, coefficients; and what looks wrong in it. Pure, from Gram matrices."""
+"""The report of a merge per group: norms, angles, coefficients, and warnings. Pure, from Gram matrices."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GroupReport:
 
     @property
     def angle(self) -> float | None:
-        """Mean of the angles that exist; None when there is none."""
+        """Mean of the angles that exist; None if none exists."""
         angles = [angle for angle in self.angles if angle is not None]
         return sum(angles) / len(angles) if angles else None
 
@@ -79,7 +79,7 @@ def gram_of(upper: Sequence[float], vectors: int) -> Doubles:
 
 
 def mean_angle(groups: Sequence[GroupReport]) -> float | None:
-    """Mean over the groups, weighted by parameters; None where there is no angle."""
+    """Mean over the groups, weighted by parameters; None without any angle."""
     pairs = [(group.angle, group.parameters) for group in groups if group.angle is not None]
     total = sum(weight for _, weight in pairs)
     return sum(angle * weight for angle, weight in pairs) / total if total else None

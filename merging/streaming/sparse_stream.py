@@ -46,7 +46,7 @@ __all__ = ["ChoosingStream", "longest_cut"]
 
 SAMPLE = 1 << 17, 1 << 20  # elements of a group that are looked at first, at least and at most, of each model
 SHARE = 32  # one of so many is, between these
-MOST_ALIGNED = 1 << 20  # elements; a cut of whole rows that is no multiple of BLOCK below it gives up on BLOCK
+MOST_ALIGNED = 1 << 20  # elements; a cut of whole rows that is not a multiple of BLOCK below it gives up on BLOCK
 
 
 def row_length(shape: Sequence[int]) -> int:
@@ -121,7 +121,7 @@ class ChoosingStream:
         return replace(sparsity, low=low, high=high)
 
     def _find(self, pool: ThreadPoolExecutor, group: Group, wanted: list[Wanted]) -> dict[Wanted, float]:
-        """What is sought in a group: from a sample that is all of it, else by counting near what the sample tells."""
+        """The thresholds of a group: from a sample that is all of it, else by counting near the sample's estimate."""
         bits = self._sample(group)
         near = {item: near_rank(bits[item.model], item.rank, item.count) for item in wanted}
         if not wanted or bits.shape[1] == wanted[0].count:
@@ -171,7 +171,7 @@ class ChoosingStream:
     ) -> dict[Wanted, int]:
         """The pattern of each one sought, shifted as its window; without those that are outside."""
         table = np.array([(item.model + 1, *window) for item, window in windows.items()], np.int64)
-        size = (len(table), 1 + BINS)  # what lies above a window, then its bins
+        size = (len(table), 1 + BINS)  # the number above a window, then its bins
         tables = [np.zeros(size, np.int64) for _ in range(self.plan.request.threads)]
         free: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         for counts in tables:

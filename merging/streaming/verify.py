@@ -1,6 +1,6 @@
 """Reads an output back as it is on the disk: header, check sums, and the digests that its manifest records.
 
-A reader follows the writer through each file in a thread of its own, past the page cache where the writer went past it:
+A reader follows the writer through each file in a separate thread, past the page cache where the writer went past it:
 BLAKE3 over the file in order, and the check sums of the tensors, which must be those of what was computed. Values were
 found finite when they were computed, so equal bytes are finite as well.
 """

@@ -36,7 +36,7 @@ DIRECT_BYTES = 1 << 29  # smaller outputs are left in the page cache, for the co
 
 @dataclass(frozen=True)
 class WritePlace:
-    """Where a tensor is written: a descriptor, and the offset of its first byte.
+    """The place to which a tensor is written: a descriptor, and the offset of its first byte.
 
     descriptor  may bypass the page cache, and then takes whole pages only
     cached      goes through it
@@ -187,7 +187,7 @@ def copy_companions(source: Path, directory: Path, changes: Mapping[str, Any]) -
     """Configuration and tokenizer of a model into another directory, byte for byte.
 
     `changes` are keys of config.json that the merge gives other values; `dtype` is written as it is spelled there,
-    since transformers loads weights as the configuration tells.
+    since transformers loads weights as the configuration says.
     """
     for name in COMPANIONS:
         if (source / name).is_file():

@@ -62,7 +62,7 @@ class RowMap:
 
 
 def vocabulary_tensors(model: Checkpoint) -> set[str]:
-    """Names of the tensors that have a row per id: the embedding, and a head of its own."""
+    """Names of the tensors that have a row per id: the embedding, and a separate head."""
     rows = embedding_rows(model)
     named = (name for name in model.tensors if EMBEDDINGS.search(name) or HEADS.search(name))
     return {name for name in named if model.tensors[name].shape[:1] == (rows,)}

@@ -43,13 +43,13 @@ class Tokens:
         return {index: token for token, index in self.ids.items() if index < self.rows}
 
     def row(self, token: str) -> int | None:
-        """Where the embedding has a token."""
+        """The row of a token in the embedding."""
         index = self.ids.get(token)
         return index if index is not None and index < self.rows else None
 
 
 def _read(model: Checkpoint) -> Tokens:
-    """The tokenizer of a model. Raises InputError where there is no tokenizer.json, or one that is malformed."""
+    """The tokenizer of a model. Raises InputError if tokenizer.json is missing or malformed."""
     path = model.origin / TOKENIZER
     if not path.is_file():
         raise InputError(f"{model} has no {TOKENIZER}", "save its fast tokenizer there, or leave out --tokenizer")
@@ -115,7 +115,7 @@ def union(owner: Tokens, operands: Sequence[Tokens]) -> tuple[tuple[dict[str, An
         if other.file is not owner.file and _core(place, other.file) != core:
             raise InputError(
                 f"{owner.model} and {other.model} have different vocabularies or merges; "
-                "a union of different vocabularies is no tokenizer",
+                "different vocabularies have no union",
                 "choose one: --tokenizer base or the path of a model",
             )
         for entry in added_entries(place, other.file):

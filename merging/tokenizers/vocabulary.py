@@ -1,6 +1,6 @@
 """Models whose tokenizers differ: whose vocabulary the output has, and which row each model gives to each token.
 
-The embedding and an output head of its own have one row per id. A model whose ids differ from the output's is read
+The embedding and a separate output head have one row per id. A model whose ids differ from the output's is read
 through a row map. Row i of the output is, for each model:
 
     a token that the model has     its row of that token
@@ -65,7 +65,7 @@ class Vocabulary:
 
 
 def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Vocabulary:
-    """What `request.tokenizer` asks for. Raises UsageError or InputError for a choice that cannot be had."""
+    """The vocabulary that `request.tokenizer` asks for. Raises UsageError or InputError for an impossible choice."""
     choice = request.tokenizer or ""
     operands = read_tokenizers((*((base,) if base else ()), *models))
     owner = operands[_owner(choice, request, base)]
@@ -99,7 +99,7 @@ def _owner(choice: str, request: MergeRequest, base: Checkpoint | None) -> int:
         for number, path in enumerate(paths):
             if same(path):
                 return number
-    raise UsageError(f"--tokenizer {choice} is none of the inputs", "give base, union, or an input as it is named")
+    raise UsageError(f"--tokenizer {choice} is not one of the inputs", "give base, union, or an input as it is named")
 
 
 def _template(owner: Checkpoint, first: Checkpoint) -> list[str]:
@@ -145,7 +145,7 @@ def _row_maps(
 
 
 def _home(token: str, donors: Sequence[Tokens], operands: Sequence[Tokens]) -> tuple[int, int]:
-    """Whose row, and which, the inputs take that have none for a token."""
+    """The input and the row that other inputs take for a token that they lack."""
     for donor in donors:
         row = donor.row(token)
         if row is not None:
@@ -179,7 +179,7 @@ def _line(
     operands: Sequence[Tokens],
     ids: Mapping[str, int],
 ) -> str:
-    """What happens to the rows of one input, or "": "model 2: 3 tokens mapped, 1 token taken from base"."""
+    """The changes to the rows of one input, or "": "model 2: 3 tokens mapped, 1 token taken from base"."""
     own = operands[number]
     moved = int(((place == number) & (row != np.arange(len(row)))).sum())
     parts = [f"{counted(moved, 'token')} mapped"] if moved else []

@@ -47,7 +47,7 @@ def hypervolume(points: Sequence[Point], reference: tuple[float, float]) -> floa
 def best_at(points: Sequence[Point], kl: float) -> Point | None:
     """The point with the highest reward among those with KL <= `kl` nats, of equal ones that with the least KL.
 
-    None when there is none.
+    None if no point is.
     """
     within = [point for point in points if point["kl"] <= kl]
     return max(within, key=lambda point: (point["reward"], -point["kl"]), default=None)

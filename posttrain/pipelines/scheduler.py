@@ -57,8 +57,8 @@ class Observer(Protocol):
 class StageFailed(Gemma2Error):
     """A stage ended with an expected failure; the exit code is the stage's."""
 
-    def __init__(self, what: str, mend: str, code: int) -> None:
-        super().__init__(what, mend)
+    def __init__(self, what: str, hint: str, code: int) -> None:
+        super().__init__(what, hint)
         self.exit_code = code
 
 

@@ -106,7 +106,7 @@ class Collected:
     title: str
     stages: Sequence[RecordedStage]
     fronts: Sequence[Front]  # of every measurement, in the order of the stages
-    front: Front  # the one with the most points; an empty front if there is none
+    front: Front  # the one with the most points; an empty front without any
     samples: Sequence[JsonMapping]  # samples.jsonl of the front
     curves: Mapping[str, Sequence[JsonMapping]]  # RL run -> metrics.jsonl with "iteration"
     gaps: Sequence[str] = field(default_factory=tuple)

@@ -39,7 +39,7 @@ class Front:
 
 
 def choose_front(fronts: Sequence[Front]) -> Front:
-    """The front with the most points, the latest of equals; an empty front if there is none."""
+    """The front with the most points, the latest of equals; an empty front without any."""
     return max(reversed(fronts), key=lambda front: len(front.measured), default=Front("", Path()))
 
 

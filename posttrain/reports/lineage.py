@@ -121,7 +121,7 @@ def inside(directory: Path, name: str) -> Path | None:
 
 
 def read_json(path: Path) -> JsonObject | None:
-    """The JSON object in a file, or None if there is none. Raises InputError if the file cannot be read."""
+    """The JSON object in a file, or None if it is missing. Raises InputError if the file cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

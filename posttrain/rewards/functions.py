@@ -111,7 +111,7 @@ def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
 
 def _columns(values: Sequence[Any], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
     keys = next((value for value in values if isinstance(value, Mapping)), {column: None})
-    silent = dict.fromkeys(keys) if abstains else {column: None}  # None among mappings is no opinion on any key
+    silent = dict.fromkeys(keys) if abstains else {column: None}  # None among mappings: an abstention on any key
     mappings = [
         value if isinstance(value, Mapping) else silent if value is None else {column: value} for value in values
     ]

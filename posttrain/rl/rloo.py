@@ -7,7 +7,7 @@ Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/rl/t
 1. `_generate_and_score_completions` is our rollout: shared prefill, kept log-probs, token-level rewards, our anchor.
 2. `_compute_loss` is plain REINFORCE. On-policy, TRL's clipped ratio to the sampling policy is 1, with this gradient;
    in bf16 its noise would clip. The LM head sees completion positions only (on a CPU, TRL's sees the prompt as well).
-   In one process on a CPU rows of similar length are a forward and a backward pass of their own.
+   In one process on a CPU rows of similar length get a separate forward and backward pass.
 3. TRL gets beta = 0, so that it builds no reference model: the KL is in the reward, to the anchor that we keep.
 4. The loss runs inside the forward of DistributedDataParallel, as TRL's own fused losses do.
 5. A checkpoint also holds the anchor, the sampler's generator and the guards' counters, and no model card. Every step

@@ -166,12 +166,12 @@ def test_an_adapter_without_its_model(root):
 
 def test_code_of_the_model(root):
     change_config(root / "rl-2", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
-    refused(root, InputError, "rl-2/config.json asks for code of its own (auto_map)")
+    refused(root, InputError, "rl-2/config.json asks for code of the model (auto_map)")
 
 
 def test_code_of_the_tokenizer(root):
     (root / "base/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}}')
-    refused(root, InputError, "base/tokenizer_config.json asks for code of its own (auto_map)")
+    refused(root, InputError, "base/tokenizer_config.json asks for code of the model (auto_map)")
 
 
 def test_an_unknown_architecture(root):

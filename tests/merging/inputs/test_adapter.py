@@ -205,7 +205,7 @@ def refusal(path, base=None):
         ({"r": 0}, "r is 0, not a positive number"),
         ({"lora_alpha": "8"}, "lora_alpha is 8, not a positive number"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is 0"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has \(, which is no pattern"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has \(, which is not a pattern"),
     ],
     ids=str,
 )

@@ -68,7 +68,7 @@ def test_the_parent_that_all_models_record_is_the_base(family, method):
 
 def test_a_recorded_parent_that_is_gone_or_has_changed_is_said_and_the_weights_are_merged(family):
     write_model(family / "sft", random_arrays(9))
-    lost = "record ../sft as their common parent, but it is not there with the same weights: merging the weights"
+    lost = "record ../sft as their common parent, but it is missing or has other weights: merging the weights"
     assert lost in plan_merge(request(family), family / "out").notes[0]
     shutil.rmtree(family / "sft")
     plan = plan_merge(request(family), family / "out")
@@ -78,7 +78,7 @@ def test_a_recorded_parent_that_is_gone_or_has_changed_is_said_and_the_weights_a
 
 def test_a_method_that_needs_the_init_refuses_when_it_is_gone(family):
     shutil.rmtree(family / "sft")
-    with pytest.raises(InputError, match="not there with the same weights; name it: --base"):
+    with pytest.raises(InputError, match="missing or has other weights; name it: --base"):
         plan_merge(request(family, method="warp"), family / "out")
 
 
