@@ -1,4 +1,4 @@
-"""The difference between two models: norms, distances, angles per layer or tensor, from one streamed pass over the weights.
+"""The difference between two models: norms, distances, angles per layer or tensor, in one pass over the weights.
 
 With d = b - a, and with a base the task vectors u = a - base, v = b - base (so that v - u = d too):
 relative difference |d| / |a|; sin^2(angle / 2) = (|d|^2 - (|a| - |b|)^2) / (4 |a| |b|).

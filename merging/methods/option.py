@@ -25,8 +25,8 @@ class Option:
     kind      number, integer or switch
     per       "": one value. model: one for all models, or one for each. output: one output for each
     varies    may differ between tensors: a gradient over the layers, or rules by name
-    low, high smallest and largest value; None is no bound. open_low: `low` itself is refused
-    shown     the default that the help page shows; "" where the method states it, or where there is none
+    low, high smallest and largest value; None: no bound. open_low: `low` itself is refused
+    shown     the default that the help page shows; "" where the method states it or none exists
     initial   value of a request that does not give it
     field     attribute of MergeRequest and Settings; the name where ""
     recorded  whether a manifest keeps it
