@@ -13,6 +13,8 @@ from gemma2.posttrain.embedded.tasks import questions
 from gemma2.posttrain.embedded.tiny import save_random
 from gemma2.posttrain.pipelines.schedule import StageFailed
 
+pytestmark = pytest.mark.long
+
 ETA, MU, POLICIES = 0.4, 0.25, 3
 
 

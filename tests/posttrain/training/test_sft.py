@@ -25,6 +25,8 @@ from gemma2.posttrain.training import sft
 from gemma2.posttrain.training.sft import Example, heldout_loss, run_sft, tokenise
 from gemma2.posttrain.training.sft_trainer import make_trainer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
