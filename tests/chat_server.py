@@ -61,9 +61,9 @@ class Server:
         (self.faults(number, body) or self.succeed)(handler, body)
 
     def succeed(self, handler, body):
-        reply(handler, 200, self.completion(body))
-        with self.lock:
+        with self.lock:  # before the answer: its reader may look here at once
             self.answered.append(body["seed"])
+        reply(handler, 200, self.completion(body))
 
 
 def reply(handler, status, document, headers=()):
@@ -137,6 +137,7 @@ def serving(server):
 
     class Quiet(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128  # the default is 5: further connections come a second later
 
         def handle_error(self, request, client_address):
             return None

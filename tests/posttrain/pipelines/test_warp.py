@@ -13,6 +13,8 @@ from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.tiny.networks import save_random
 from gemma2.posttrain.tiny.tasks import questions
 
+pytestmark = pytest.mark.long
+
 ETA, MU, POLICIES = 0.4, 0.25, 3
 
 

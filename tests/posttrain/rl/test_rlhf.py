@@ -33,6 +33,8 @@ from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.training.trainer import RunCallback
 
+pytestmark = pytest.mark.long
+
 END_OF_TURN = 107
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
 

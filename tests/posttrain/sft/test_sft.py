@@ -25,6 +25,8 @@ from gemma2.posttrain.sft.sft import Example, heldout_loss, run_sft, tokenise
 from gemma2.posttrain.sft.sft_trainer import make_trainer
 from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):

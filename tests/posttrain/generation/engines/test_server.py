@@ -223,7 +223,6 @@ def test_answers_in_flight_are_handed_on_before_a_refusal_ends_the_run():
 def test_answers_out_of_order_keep_their_keys():
     fake = Server(before=lambda body: body["seed"] != 100 or wait_for(lambda: len(fake.answered) == 7))
     found = ask(fake, 8, concurrency=8)
-    wait_for(lambda: len(fake.answered) == 8)  # a thread of the server notes an answer after it was read here
     assert fake.answered[-1] == 100
     assert all(f"prompt {key[0]} " in answer.text for key, answer in found.items())
 

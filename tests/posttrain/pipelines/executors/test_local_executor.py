@@ -15,6 +15,8 @@ from gemma2.core.errors import UsageError
 from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
 from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, _Running, visible_gpus
 
+pytestmark = pytest.mark.long
+
 ROW = {"prompt": "What is two plus two?", "completion": "It is four, as you can count on your fingers."}
 
 
