@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from trl import DistillationConfig as TrlConfig
 
 from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
@@ -27,6 +27,7 @@ from gemma2.posttrain.data.rows import Prompt, located, read_conversations, read
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
@@ -86,7 +87,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
 class DistillSetup:
     """The models and the data of a run. `heldout`: rows that are not trained on, with their numbers in the cache."""
 
-    student: Any
+    student: CausalLM
     loss: Loss
     material: Material
     heldout_prompts: Sequence[Prompt]
@@ -146,7 +147,7 @@ def read_fixed(config: DistillConfig, chat: ChatFormat, progress: Progress) -> t
     return examples, fixed_examples(heldout, chat, config, progress, "held-out rows")
 
 
-def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> dict[str, Any]:
+def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> JsonObject:
     """Options of TRL's DistillationConfig: dropout off, Adam without weight decay."""
     return trainer_arguments(
         TrlConfig,
@@ -234,7 +235,7 @@ class StudentEvaluation(PeriodicEvaluation):
 
 @torch.no_grad()
 def divergence_sums(
-    model: Any, loss: Loss, examples: Sequence[Example], numbers: Sequence[int], batch_size: int
+    model: CausalLM, loss: Loss, examples: Sequence[Example], numbers: Sequence[int], batch_size: int
 ) -> Tensor:
     """The divergence summed over the response tokens of each row, (N,) float64 nats."""
     model = plain_model(model)

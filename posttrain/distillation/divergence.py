@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.scorer import CHUNK
 
 __all__ = ["Divergence", "FullTarget", "Head", "Measured", "Target", "TopkTarget", "divergence_loss", "head_of"]
@@ -98,7 +99,7 @@ class Head:
         return gradient if self.temperature == 1 else gradient.div_(self.temperature)
 
 
-def head_of(model: Any, temperature: float = 1.0, size: int | None = None) -> Head:
+def head_of(model: CausalLM, temperature: float = 1.0, size: int | None = None) -> Head:
     """The head of a causal language model, its first `size` rows where that is given."""
     weight = model.get_output_embeddings().weight
     cap = getattr(model.config, "final_logit_softcapping", None)

@@ -32,12 +32,14 @@ from torch import Tensor
 from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer
 
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located
 from gemma2.posttrain.models.lora import plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
 from gemma2.posttrain.rl.rloo import prompt_order
 
@@ -102,7 +104,12 @@ def _order(rows: int, draws: int, seed: int) -> list[int]:
 
 
 def draw(
-    model: Any, chat: ChatFormat, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int, batch_size: int
+    model: CausalLM,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seed: int,
+    batch_size: int,
 ) -> Completions:
     """Completions of a student; they follow from the seed, not from the batch size."""
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +121,7 @@ class GkdTrainer(DistillationTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         loss: Loss,
         material: Material,
         rows: dict[str, list[int]],
@@ -137,7 +144,7 @@ class GkdTrainer(DistillationTrainer):
         self.progress = progress
         self.cut_steps = 0  # in a row
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _generate_and_score_completions(self, inputs: list[JsonObject]) -> dict[str, Tensor]:
         indices = [row["prompt"] for row in inputs]
         if inputs[0]["on_policy"]:
             examples, numbers = self._answers(indices), [-1] * len(indices)
@@ -190,5 +197,5 @@ class GkdTrainer(DistillationTrainer):
         share = num_items_in_batch / self.args.gradient_accumulation_steps
         return measured.loss, measured.entropies.sum(), share
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +12,14 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, report_overlong, tokenise
 from gemma2.posttrain.data.rows import Conversation
 from gemma2.posttrain.models.attention import causal_masks
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.schemas.distill import FixedDataFields
 
 __all__ = ["as_examples", "collate", "fixed_examples", "response_states"]
 
 
-def response_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def response_states(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     """The last hidden states that predict the tokens of `mask`, (K, d), row by row. ids, mask: (N, T), right-padded."""
     width = ids.shape[1]
     positions = torch.arange(width, device=ids.device)[None]

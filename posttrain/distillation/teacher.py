@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import default_device, load_policy
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.schemas.distill import Dtype
 
 from .divergence import Divergence, FullTarget, Target, head_of
@@ -50,7 +51,7 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A teacher that reads the same tokens as the student, frozen and in eval mode."""
 
-    model: Any
+    model: CausalLM
     divergence: Divergence
     temperature: float
     vocabulary: int | None  # rows of the head that are compared; None: all
@@ -72,7 +73,7 @@ def load_teacher(path: Path, dtype: Dtype) -> tuple[Any, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def check_head(model: Any, name: str) -> None:
+def check_head(model: CausalLM, name: str) -> None:
     """Refuse a model whose logits are not those of `Head`: a bias or a scale would be left out in silence."""
     ids = torch.arange(1, 9, device=model.device)[None]
     own = model(input_ids=ids).logits[0, :-1].float()

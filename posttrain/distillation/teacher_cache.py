@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest, require_complete
 from gemma2.core.progress import SILENT, Progress
@@ -37,6 +37,7 @@ from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, read_conversations, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
@@ -90,8 +91,8 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
 
 
 def write_shards(
-    run: Run, config: DistillCacheConfig, model: Any, examples: Sequence[Example], progress: Progress
-) -> list[dict[str, Any]]:
+    run: Run, config: DistillCacheConfig, model: CausalLM, examples: Sequence[Example], progress: Progress
+) -> list[JsonObject]:
     """Write what is missing of the files; returns what the index needs to know of each."""
     total = -(-len(examples) // config.shard_rows)
     shards = []
@@ -116,7 +117,7 @@ def facts_mode(directory: Path) -> int:
     return directory.stat().st_mode & 0o666
 
 
-def facts_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def facts_of(tensors: dict[str, Tensor]) -> JsonObject:
     """Positions of a file, the teacher's mass outside the top k summed over them, the highest id in it."""
     return {
         "positions": len(tensors["logps"]),
@@ -126,7 +127,7 @@ def facts_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def shard_tensors(model: Any, examples: Sequence[Example], config: DistillCacheConfig) -> dict[str, Tensor]:
+def shard_tensors(model: CausalLM, examples: Sequence[Example], config: DistillCacheConfig) -> dict[str, Tensor]:
     """The content of one file."""
     head = head_of(model, config.distill_temperature)
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -164,7 +165,7 @@ class TeacherCache:
     """A finished cache, open for reading. `examples`: its rows; `index`: what cache.json says."""
 
     path: Path
-    index: dict[str, Any]
+    index: JsonObject
     shards: list[Any]
     examples: list[Example]
     places: list[tuple[int, int, int]]  # of each row: its file, and its lines there
@@ -227,12 +228,12 @@ class TeacherCache:
         return shard.get_slice("top_ids")[start:end], shard.get_slice("logps")[start:end]
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> JsonObject:
     """cache.json of a finished cache."""
     require_complete(path, "--teacher-cache")
     if (read_manifest(path) or {}).get("command") != "distill cache" or not (path / INDEX).is_file():
         raise InputError(f"--teacher-cache {path} is not an output of gemma2 distill cache", "make one, see its --help")
-    index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    index: JsonObject = json.loads((path / INDEX).read_text(encoding="utf-8"))
     if index["format"] != FORMAT:
         raise InputError(f"{path}/{INDEX} has format {index['format']}, not {FORMAT}", "make the cache again")
     return index

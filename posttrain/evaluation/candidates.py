@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.schemas import ParetoConfig
@@ -67,7 +68,7 @@ class Candidate:
         return {0.0: self.models[0], 1.0: self.models[-1]}.get(self.eta)
 
     @property
-    def labels(self) -> dict[str, Any]:
+    def labels(self) -> JsonObject:
         """Kind, title, iteration and eta, as they are in front.json."""
         titled = {"title": self.title} if self.title else {}
         return {"kind": self.kind, **titled, "iteration": self.iteration, "eta": self.eta}
@@ -176,7 +177,7 @@ def kind_of(path: Path, before: Collection[str]) -> str:
     return "base" if digest_weights(path) in before else "policy"
 
 
-def trajectory(path: Path) -> list[dict[str, Any]]:
+def trajectory(path: Path) -> list[JsonObject]:
     """The points that an RL run measured on the way: the `"kind": "eval"` lines of metrics.jsonl, without names."""
     file = path / "metrics.jsonl"
     if not file.is_file():

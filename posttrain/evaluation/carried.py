@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest
@@ -24,7 +25,7 @@ SETTINGS = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *
 INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models", "code": "code of its functions"}
 
 
-def measured_with(config: ParetoConfig) -> dict[str, Any]:
+def measured_with(config: ParetoConfig) -> JsonObject:
     """`{"settings", "inputs"}` of front.json: what two fronts must share to be compared. Inputs are digests.
 
     Reward models are called by their names, not their places: the same measurement elsewhere gives the same bytes.
@@ -46,7 +47,7 @@ def front_sources(config: ParetoConfig) -> list[Path]:
     return [path / name for path in config.fronts for name in READ]
 
 
-def take_over(config: ParetoConfig, own: Mapping[str, Any]) -> list[FrontEntry]:
+def take_over(config: ParetoConfig, own: JsonMapping) -> list[FrontEntry]:
     """The points of `config.fronts`, each once, in their order. `own`: `measured_with` of this front.
 
     Raises InputError for a front that was measured in another way, naming what differs.
@@ -64,7 +65,7 @@ def take_over(config: ParetoConfig, own: Mapping[str, Any]) -> list[FrontEntry]:
     return entries
 
 
-def check_alike(path: Path, front: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_alike(path: Path, front: JsonMapping, own: JsonMapping) -> None:
     """Refuse a front whose points cannot be compared with this one's."""
     theirs, inputs = front.get("settings"), front.get("inputs")
     if not isinstance(theirs, dict) or not isinstance(inputs, dict):

@@ -26,17 +26,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
 from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
@@ -85,7 +86,7 @@ class Measurement:
     per_prompt: Mapping[str, Sequence[float]]
     distinct_2: Estimate
     n: int  # completions
-    samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    samples: Sequence[JsonMapping] = field(default_factory=list)
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -130,8 +131,8 @@ def difference(a: Measurement, b: Measurement, metric: str = "reward") -> Estima
 
 
 def measure(
-    model: Any,
-    reference: Any,
+    model: CausalLM,
+    reference: CausalLM,
     chat: ChatFormat,
     rows: Sequence[Prompt],
     scores: Sequence[Score],
@@ -169,7 +170,7 @@ def _pad_id(chat: ChatFormat) -> int:
 
 
 def _drawn(
-    model: Any, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: MeasureSettings
+    model: CausalLM, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: MeasureSettings
 ) -> Sampled | None:
     """Completions of the rows with these random numbers; None beyond the last row."""
     if not rows:
@@ -188,7 +189,7 @@ def _drawn(
 
 @torch.no_grad()
 def _values(
-    model: Any, reference: Any, sampled: Sampled, scores: Sequence[Score], settings: MeasureSettings
+    model: CausalLM, reference: CausalLM, sampled: Sampled, scores: Sequence[Score], settings: MeasureSettings
 ) -> dict[str, list[float]]:
     """One value per completion for every metric but diversity."""
     values: dict[str, list[float]] = {}
@@ -208,7 +209,7 @@ def _values(
 def _collect(parts: Sequence[Part], settings: MeasureSettings) -> Measurement:
     n = settings.sampling.n
     per_prompt: dict[str, list[float]] = {name: [] for name in parts[0][1]}
-    samples: list[dict[str, Any]] = []
+    samples: list[JsonObject] = []
     groups: list[list[Sequence[int]]] = []
     for sampled, values in parts:
         for name, column in values.items():
@@ -220,7 +221,7 @@ def _collect(parts: Sequence[Part], settings: MeasureSettings) -> Measurement:
     return Measurement(per_prompt, distinct_bigrams(groups), n * len(groups), samples)
 
 
-def _sample_row(sampled: Sampled, values: Mapping[str, Sequence[float]], i: int) -> dict[str, Any]:
+def _sample_row(sampled: Sampled, values: Mapping[str, Sequence[float]], i: int) -> JsonObject:
     return {
         "prompt": sampled.rows[i].messages,
         "completion": sampled.texts[i],
@@ -255,8 +256,8 @@ def distinct_bigrams(groups: Sequence[Sequence[Sequence[int]]]) -> Estimate:
 
 @torch.no_grad()
 def sequence_kl(
-    model: Any,
-    reference: Any,
+    model: CausalLM,
+    reference: CausalLM,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
@@ -317,7 +318,7 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
     return scores
 
 
-def run_eval(config: EvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
+def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
     quiet_libraries()
     rows = read_prompts(config.prompts, config.limit)
@@ -337,7 +338,7 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
     }
 
 
-def check_same_vocabulary(model: Any, reference: Any, name: str, reference_name: str) -> None:
+def check_same_vocabulary(model: CausalLM, reference: CausalLM, name: str, reference_name: str) -> None:
     """A KL needs one vocabulary. Raises InputError with both sizes."""
     sizes = int(model.config.vocab_size), int(reference.config.vocab_size)
     if sizes[0] != sizes[1]:

@@ -6,12 +6,13 @@ A point is a mapping with at least `kl` (nats per sequence, less is better) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 __all__ = ["best_at", "best_table", "hypervolume", "pareto_front", "round_limits"]
 
-Point = Mapping[str, Any]
+Point = JsonMapping
 
 ROUND = (1.0, 2.0, 5.0)
 LIMITS_SHOWN = 5
@@ -73,7 +74,7 @@ def round_limits(points: Sequence[Point]) -> tuple[float, ...]:
     return tuple(shown[-LIMITS_SHOWN:])
 
 
-def best_table(points: Sequence[Point], limits: Sequence[float]) -> list[dict[str, Any]]:
+def best_table(points: Sequence[Point], limits: Sequence[float]) -> list[JsonObject]:
     """For each limit that any point keeps: the limit, and the name, labels and figures of the best point within it."""
     figures = [f"{name}{part}" for name in ("reward", "kl") for part in ("", "_se", "_low", "_high")]
     shown = ("name", "kind", "eta", "iteration", *figures)

@@ -21,10 +21,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable
 
@@ -51,10 +50,10 @@ class FrontEntry:
     """
 
     candidate: Candidate
-    figures: Mapping[str, Any]
-    samples: Sequence[Mapping[str, Any]]
+    figures: JsonMapping
+    samples: Sequence[JsonMapping]
     values: Mapping[str, Sequence[float | None]]
-    trajectory: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    trajectory: Sequence[JsonMapping] = field(default_factory=tuple)
 
 
 def answers_of(entries: Sequence[FrontEntry]) -> Answers:
@@ -78,7 +77,7 @@ def places(candidate: Candidate, out: Path) -> dict[str, str]:
     return found
 
 
-def write_front(directory: Path, front: Mapping[str, Any], entries: Sequence[FrontEntry], names: Sequence[str]) -> None:
+def write_front(directory: Path, front: JsonMapping, entries: Sequence[FrontEntry], names: Sequence[str]) -> None:
     """Every file of the output but the manifest. `names`: of the entries."""
     from gemma2.posttrain.reports.plots.figures import front_figure, write_figure
 
@@ -100,7 +99,7 @@ def write_front(directory: Path, front: Mapping[str, Any], entries: Sequence[Fro
         write_figure(figure, directory / name)
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Sequence[JsonMapping]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
@@ -121,7 +120,7 @@ def _write_values(path: Path, entries: Sequence[FrontEntry], names: Sequence[str
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_front(directory: Path, role: str) -> dict[str, Any]:
+def read_front(directory: Path, role: str) -> JsonObject:
     """front.json of a finished output of pareto. Raises InputError naming `role` for anything else."""
     manifest = read_manifest(directory)
     if manifest is None:
@@ -141,12 +140,12 @@ def read_front(directory: Path, role: str) -> dict[str, Any]:
     return front
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     """The JSON object in a file."""
     return _objects(path, lines=False)[0]
 
 
-def _objects(path: Path, lines: bool) -> list[dict[str, Any]]:
+def _objects(path: Path, lines: bool) -> list[JsonObject]:
     """The JSON object that a file is, or those on its lines. Raises InputError if they are not."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -163,7 +162,7 @@ def _is_point(point: object) -> bool:
     return isinstance(point, dict) and {"name", "kind", "kl", "reward", "eta", "iteration"} <= point.keys()
 
 
-def place_of(point: Mapping[str, Any], directory: Path) -> tuple[Weights, ...]:
+def place_of(point: JsonMapping, directory: Path) -> tuple[Weights, ...]:
     """The models of a point of `directory`'s front. Raises InputError where they are not recorded."""
     names = PLACES[2 if point["kind"] == "line" else 1]
     if any(not isinstance(point.get(key), str) for name in names for key in (name, f"{name}_weights")):
@@ -176,15 +175,15 @@ def place_of(point: Mapping[str, Any], directory: Path) -> tuple[Weights, ...]:
     )
 
 
-def read_entries(directory: Path, front: Mapping[str, Any]) -> list[FrontEntry]:
+def read_entries(directory: Path, front: JsonMapping) -> list[FrontEntry]:
     """Every measured point of a front with its values, samples and trajectory. Raises InputError without them."""
     values = _read(directory / VALUES).get("points")
     if not isinstance(values, dict):
         raise InputError(f"{directory / VALUES} holds no points", "measure it again with gemma2 pareto")
-    samples: dict[str, list[dict[str, Any]]] = {}
+    samples: dict[str, list[JsonObject]] = {}
     for row in _objects(directory / SAMPLES, lines=True):
         samples.setdefault(str(row.get("name")), []).append({key: row[key] for key in row if key not in LABELS})
-    drawn: dict[str, list[dict[str, Any]]] = {}
+    drawn: dict[str, list[JsonObject]] = {}
     for point in front["points"]:
         if point["kind"] == "trajectory":
             drawn.setdefault(point["run"], []).append({k: point[k] for k in point if k not in ("name", "run")})
@@ -196,11 +195,11 @@ def read_entries(directory: Path, front: Mapping[str, Any]) -> list[FrontEntry]:
 
 
 def _entry(
-    point: Mapping[str, Any],
+    point: JsonMapping,
     directory: Path,
-    values: Mapping[str, Any],
-    samples: Sequence[Mapping[str, Any]],
-    drawn: Sequence[Mapping[str, Any]],
+    values: JsonMapping,
+    samples: Sequence[JsonMapping],
+    drawn: Sequence[JsonMapping],
 ) -> FrontEntry:
     own = values.get(point["name"])
     if not isinstance(own, dict) or not all(isinstance(own.get(name), list) for name in KEPT):

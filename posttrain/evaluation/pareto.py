@@ -16,14 +16,14 @@ those points are drawn for orientation and are neither candidates for the front 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
@@ -52,7 +52,7 @@ FIGURES = ("reward", "reward_se", "reward_low", "reward_high", "kl", "kl_se", "k
 
 
 @torch.no_grad()
-def interpolate_(model: torch.nn.Module, init: Mapping[str, Any], merged: Mapping[str, Any], eta: float) -> None:
+def interpolate_(model: torch.nn.Module, init: JsonMapping, merged: JsonMapping, eta: float) -> None:
     """Set every parameter to (1 - eta) * init + eta * merged, in fp32, cast back once. A tied tensor is one parameter.
 
     init, merged: tensors by parameter name, as `dict(model.named_parameters())` gives them.
@@ -72,9 +72,9 @@ class Bench:
         self.chat = ChatFormat(tokenizer, self.reference.generation_config)
         self.scores: list[Score] = scores_of(config, self.chat)
         self.settings: MeasureSettings = settings_of(config)
-        self._line: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
+        self._line: tuple[Any, JsonObject, JsonObject] | None = None
 
-    def measure(self, candidate: Candidate, name: str) -> dict[str, Any]:
+    def measure(self, candidate: Candidate, name: str) -> JsonObject:
         """`{"figures": flat columns, "samples": rows, "values": per prompt}` of one candidate."""
         measured = measure(
             self._model(candidate),
@@ -106,7 +106,7 @@ class Bench:
         check_same_vocabulary(model, self.reference, str(path), str(self.config.sft))
         return model
 
-    def _line_models(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _line_models(self) -> tuple[Any, JsonObject, JsonObject]:
         """(a model to write into, init, merged): the SFT policy serves as init without a copy."""
         if self._line is None:
             init = dict(self._load(self.config.init or self.config.sft).named_parameters())
@@ -155,7 +155,7 @@ def measure_all(
     return entries
 
 
-def _record(entry: FrontEntry) -> dict[str, Any]:
+def _record(entry: FrontEntry) -> JsonObject:
     return {"figures": entry.figures, "samples": entry.samples, "values": entry.values}
 
 
@@ -218,7 +218,7 @@ def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
     return sorted(entries, key=lambda entry: entry.candidate.kind != "sft")
 
 
-def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, config: ParetoConfig) -> dict[str, Any]:
+def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, config: ParetoConfig) -> JsonObject:
     """The content of front.json, without what it was measured with and what it gains over others."""
     named = list(zip(names, entries, strict=True))
     points = [
@@ -244,7 +244,7 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
     }
 
 
-def reference_of(points: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def reference_of(points: Sequence[JsonMapping]) -> tuple[float, float]:
     """(largest KL, reward of the SFT policy). The base is on the other side of SFT and may be far off."""
     sft = next(point for point in points if point["kind"] == "sft")
     return max(point["kl"] for point in points if point["kind"] != "base"), sft["reward"]
@@ -256,7 +256,7 @@ def interval_of(
     entries: Sequence[FrontEntry],
     groups: Sequence[Sequence[int]],
     reference: tuple[float, float],
-) -> dict[str, Any]:
+) -> JsonObject:
     """`{name_low, name_high, bootstrap_resamples}` of the area of the first group less that of the second, if any.
 
     None where one prompt cannot tell.
@@ -270,8 +270,8 @@ def interval_of(
 
 
 def gain_of(
-    entries: Sequence[FrontEntry], front: Mapping[str, Any], taken: Sequence[bool], config: ParetoConfig
-) -> dict[str, Any]:
+    entries: Sequence[FrontEntry], front: JsonMapping, taken: Sequence[bool], config: ParetoConfig
+) -> JsonObject:
     """The area that this front's own points add to that of those taken over, whether it is more than noise, and `flat`.
 
     taken: per entry, whether it is one of an earlier front.
@@ -287,7 +287,7 @@ def gain_of(
     return {"hypervolume_before": area, "hypervolume_gain": gain, **found, "improved": improved, "flat": flat}
 
 
-def summarise(front: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(front: JsonMapping) -> JsonObject:
     """The figures for the manifest and the screen."""
     measured = [point for point in front["points"] if point["kind"] != "trajectory"]
     best = max(measured, key=lambda point: (point["on_front"], point["reward"]))

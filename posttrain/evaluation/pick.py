@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.model_card import Account, code, table
@@ -37,14 +37,14 @@ from .front_files import FRONT, place_of, read_front
 
 __all__ = ["choose", "run_pick"]
 
-Point = Mapping[str, Any]
+Point = JsonMapping
 
 FIGURES = ("reward", "kl", "length")
 PARTS = ("", "_se", "_low", "_high")
 PICTURE_BYTES = 400_000  # a larger picture of the front stays where it is
 
 
-def choose(points: Sequence[Point], pick: str) -> dict[str, Any]:
+def choose(points: Sequence[Point], pick: str) -> JsonObject:
     """The chosen point; with eta=E one of the last line, with figures only where it was measured.
 
     Raises InputError when no point satisfies `pick`.
@@ -63,7 +63,7 @@ def choose(points: Sequence[Point], pick: str) -> dict[str, Any]:
     return dict(chosen)
 
 
-def _at_eta(lines: Sequence[Point], eta: float) -> dict[str, Any]:
+def _at_eta(lines: Sequence[Point], eta: float) -> JsonObject:
     if not lines:
         raise InputError(f"--pick eta={eta:g}: the front has no line from init to merge", "use best-reward or kl<=X")
     if not 0 <= eta <= 1:
@@ -121,7 +121,7 @@ def _is_small(picture: Path) -> bool:
     return picture.is_file() and picture.stat().st_size <= PICTURE_BYTES
 
 
-def summarise(point: Point) -> dict[str, Any]:
+def summarise(point: Point) -> JsonObject:
     """Name, kind, eta and iteration, and the figures with their errors where the point was measured."""
     figures = {
         f"{name}{part}": point[f"{name}{part}"] for name in FIGURES for part in PARTS if f"{name}{part}" in point
@@ -132,7 +132,7 @@ def summarise(point: Point) -> dict[str, Any]:
 # --- the card -------------------------------------------------------------------------------------------------------
 
 
-def figures_section(front: Mapping[str, Any], point: Point, pick: str) -> tuple[tuple[str, str], ...]:
+def figures_section(front: JsonMapping, point: Point, pick: str) -> tuple[tuple[str, str], ...]:
     """The part of the front about the chosen point, for its card: (title, Markdown)."""
     sft = next((p for p in front["points"] if p["kind"] == "sft"), None)
     rows = [[f"chosen: {point['name']}", *_cells(point)]]
@@ -151,7 +151,7 @@ def figures_section(front: Mapping[str, Any], point: Point, pick: str) -> tuple[
     return (("Measured on the KL-reward front", "\n\n".join(parts)),)
 
 
-def _area(front: Mapping[str, Any]) -> Iterator[str]:
+def _area(front: JsonMapping) -> Iterator[str]:
     """The sentence about the hypervolume, where the front has one."""
     area, ends = front.get("hypervolume"), [front.get("hypervolume_low"), front.get("hypervolume_high")]
     bounds = [(front.get("reference") or {}).get(key) for key in ("kl", "reward")]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.sources import ShardWriter, iter_rows, to_line
 from gemma2.posttrain.schemas import FilterConfig
@@ -54,14 +54,14 @@ def write_rows(
     return bad
 
 
-def summary_of(config: FilterConfig, decisions: Decisions, bad: int) -> dict[str, Any]:
+def summary_of(config: FilterConfig, decisions: Decisions, bad: int) -> JsonObject:
     """Counts of rows: read, kept, dropped by every active filter, kept of every subset."""
     counts = np.bincount(decisions.codes, minlength=BAD + 1)
     stays = decisions.codes == STAYS
     rows = len(decisions.codes) - int(counts[BAD])
     names = Subsets(config.keep, config.keep_patterns).names
     subsets = {name: int(np.count_nonzero(decisions.subsets[stays] >> k & 1)) for k, name in enumerate(names)}
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         "rows": rows,
         "kept": int(counts[STAYS]),
         "share": round(int(counts[STAYS]) / rows, 6) if rows else 0.0,
@@ -90,9 +90,9 @@ def _comparison(decisions: Decisions, index: int, places: Mapping[int, str]) -> 
     return f"{decisions.similarity[index]:.2f} like {places[original]}"
 
 
-def _with_reasons(columns: Mapping[str, Any], reasons: Reasons, every: bool) -> dict[str, Any]:
+def _with_reasons(columns: JsonMapping, reasons: Reasons, every: bool) -> JsonObject:
     """A dropped row with its first reason; columns of the same names in the row itself are kept next to it."""
-    ours: dict[str, Any] = {"reason": reasons[0][0], "detail": reasons[0][1]}
+    ours: JsonObject = {"reason": reasons[0][0], "detail": reasons[0][1]}
     if every:
         ours["reasons"] = [{"reason": name, "detail": detail} for name, detail in reasons]
     theirs = {f"{name}_of_row" if name in ours else name: value for name, value in columns.items()}

@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gemma2.core.errors import InputError
 
+from .protocols import CausalLM
+
 __all__ = [
     "Masks",
     "additive",
@@ -38,7 +40,7 @@ Masks = Tensor | dict[str, Tensor]
 GROWTH = 64  # token columns added when the cache is full
 
 
-def check_attention(model: Any) -> None:
+def check_attention(model: CausalLM) -> None:
     """Raise InputError for an attention back end that takes no additive mask."""
     name = getattr(model.config, "_attn_implementation", "eager")
     if name not in ("eager", "sdpa"):
@@ -46,7 +48,7 @@ def check_attention(model: Any) -> None:
 
 
 @contextmanager
-def taking_masks(model: Any) -> Iterator[None]:
+def taking_masks(model: CausalLM) -> Iterator[None]:
     """Eager attention while the context is open, where the model was loaded with one that takes no additive mask."""
     name = getattr(model.config, "_attn_implementation", "eager")
     if name in ("eager", "sdpa"):
@@ -103,12 +105,12 @@ def windowed(mask: Tensor, window: int) -> Tensor:
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
 
 
-def causal_masks(model: Any, width: int) -> Masks:
+def causal_masks(model: CausalLM, width: int) -> Masks:
     """Masks (1, 1, width, width) of rows without padding on the left; what follows a row's end it cannot see."""
     return padded_masks(model, torch.ones(1, width, dtype=torch.bool, device=model.device))
 
 
-def padded_masks(model: Any, present: Tensor) -> Masks:
+def padded_masks(model: CausalLM, present: Tensor) -> Masks:
     """Masks (B, 1, T, T) from present (B, T) bool, False on padding of either side."""
     check_attention(model)
     column = torch.arange(present.shape[1], device=present.device)

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
+from .protocols import CausalLM
+
 __all__ = ["blockwise", "can_be_blockwise", "causal_attention"]
 
 NAME = "gemma2_blockwise"
@@ -31,14 +33,14 @@ BLOCK = 64  # queries at once
 KNOWN = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
-def can_be_blockwise(model: Any) -> bool:
+def can_be_blockwise(model: CausalLM) -> bool:
     """Whether a model's eager attention is the one above."""
     config = model.config
     return config.model_type in KNOWN and not getattr(config, "attention_dropout", 0.0)
 
 
 @contextmanager
-def blockwise(model: Any) -> Iterator[None]:
+def blockwise(model: CausalLM) -> Iterator[None]:
     """Attention in blocks while the context is open. The backward pass may come after it."""
     AttentionInterface.register(NAME, _attention)
     before = model.config._attn_implementation

@@ -14,7 +14,7 @@ Weights that are not finite, in the source or after the cast (fp16 ends at 65504
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
@@ -40,6 +41,7 @@ from gemma2.posttrain.schemas import ConvertConfig
 
 from .gguf import read_header
 from .loading import load_policy, load_reward_model, quiet_libraries, read_config, save_model
+from .protocols import CausalLM
 
 __all__ = ["find_gguf", "gemma2_settings", "plan_convert", "run_convert"]
 
@@ -78,7 +80,7 @@ def run_convert(config: ConvertConfig, options: RunOptions, progress: Progress =
         )
 
 
-def plan_convert(config: ConvertConfig, options: RunOptions) -> dict[str, Any]:
+def plan_convert(config: ConvertConfig, options: RunOptions) -> JsonObject:
     """The plan of `run_convert`; raises what it would raise about its arguments."""
     gguf = find_gguf(config.source)
     check_output(options.out, options.force, {} if gguf else {"source": config.source})
@@ -163,7 +165,7 @@ def bar_of_dequantisation(progress: Progress) -> Iterator[None]:
         modeling_gguf_pytorch_utils.tqdm = theirs
 
 
-def gemma2_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def gemma2_settings(metadata: JsonMapping) -> JsonObject:
     """The settings of a Gemma 2 file that transformers 5.23 does not read: the soft caps and the scale of the queries.
 
     The file does not store the scale. Queries are divided by sqrt(head_dim), but by sqrt(d / heads) in the 27B
@@ -204,7 +206,7 @@ def check_finite(model: PreTrainedModel, config: ConvertConfig) -> None:
             )
 
 
-def remove_quantisation(model: Any) -> None:
+def remove_quantisation(model: CausalLM) -> None:
     """Drop the marks of a dequantised model: with them it is neither saved nor loaded as a plain one."""
     for owner, names in (
         (model, ("hf_quantizer", "is_quantized", "quantization_method")),

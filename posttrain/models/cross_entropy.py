@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .protocols import CausalLM
+
 __all__ = ["plain_head", "summed_cross_entropy", "target_logps", "weighted_cross_entropy"]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32,
@@ -30,7 +32,7 @@ TILE = 2**22  # of them between two products: 16 MiB
 SCALINGS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
-def plain_head(model: Any) -> bool:
+def plain_head(model: CausalLM) -> bool:
     """Whether the logits of a causal LM are `c(W h)` and nothing else: no bias, no further scaling, no adapter."""
     head = model.get_output_embeddings()
     scaled = any(getattr(model.config, name, None) not in (None, 1) for name in SCALINGS)
@@ -38,7 +40,7 @@ def plain_head(model: Any) -> bool:
 
 
 def summed_cross_entropy(
-    model: Any, hidden: Tensor, targets: Tensor, scale: float = 1.0
+    model: CausalLM, hidden: Tensor, targets: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scale * sum of -log pi, fp32 nats, with gradient; log pi (N,) fp32 nats; whether each target is the mode (N,)).
 
@@ -50,7 +52,7 @@ def summed_cross_entropy(
 
 
 def weighted_cross_entropy(
-    model: Any, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float
+    model: CausalLM, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of -weight * log pi, with gradient in the states and the head; log pi (N,) and entropies (N,), nats).
 
@@ -62,7 +64,7 @@ def weighted_cross_entropy(
 
 
 @torch.no_grad()
-def target_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def target_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log pi (N,) of `targets`, nats, without gradient. Arguments as above."""
     return _apply(model, hidden, targets, hidden.new_ones(len(targets)), temperature, False)[1]
 
@@ -87,7 +89,7 @@ class _Form(NamedTuple):
 
 
 def _apply(
-    model: Any, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float, entropies: bool
+    model: CausalLM, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float, entropies: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     form = _Form(
         getattr(model.config, "final_logit_softcapping", None), temperature, entropies, torch.is_grad_enabled()

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from .attention import KvLayer, layer_masks
 from .lora import adapters_are_products, weight_of
+from .protocols import CausalLM
 
 __all__ = ["Gemma2Decoder"]
 
@@ -33,7 +34,7 @@ WIDE = 16384  # tokens of a wide vocabulary
 class Gemma2Decoder:
     """Steps one model from a prefilled cache, as long as its weights do not change. `length`: columns ever in use."""
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: CausalLM, length: int) -> None:
         self.model = model
         self.config = model.config
         self.layers = [_Layer(layer) for layer in model.model.layers]
@@ -41,7 +42,7 @@ class Gemma2Decoder:
         self.cos, self.sin = self._rotations(length)
 
     @staticmethod
-    def fits(model: Any) -> bool:
+    def fits(model: CausalLM) -> bool:
         """Whether `model` is a Gemma 2 as released: no biases, no other rotation or activation. Linear layers may hold
         LoRA adapters, whose products are added to the weights for as long as the decoder lives."""
         config = model.config

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 
 __all__ = ["GgufHeader", "read_header"]
 
@@ -27,7 +28,7 @@ TEXT, ARRAY = 8, 9
 class GgufHeader:
     """`metadata`: numbers and texts by key. `parameters`: elements of all tensors."""
 
-    metadata: dict[str, Any]
+    metadata: JsonObject
     parameters: int
 
 

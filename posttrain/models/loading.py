@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
 
 __all__ = [
@@ -46,7 +47,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> JsonObject:
     """config.json of a model directory. Raises InputError for what cannot or must not be loaded."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.config import closest
 
 from .loading import open_to_readers
+from .protocols import CausalLM
 
 __all__ = [
     "adapted_weights",
@@ -52,7 +53,7 @@ def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> An
     )
 
 
-def check_targets(config: LoraFields, model: Any) -> None:
+def check_targets(config: LoraFields, model: CausalLM) -> None:
     """Refuse target names that no linear layer of the model ends with, and the output head, whose adapter would be
     trained by some losses and not by others; that of a classifier is trained in full."""
     heads = [
@@ -70,17 +71,17 @@ def check_targets(config: LoraFields, model: Any) -> None:
             raise UsageError(f"--lora-targets: no linear layer is named '{target}'", closest(target, known))
 
 
-def merged(model: Any) -> Any:
+def merged(model: CausalLM) -> CausalLM:
     """The plain model: LoRA products added to their weights, in the dtype of the weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def plain_model(model: Any) -> Any:
+def plain_model(model: CausalLM) -> CausalLM:
     """The causal LM inside an adapter, whose layers are in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def adapted_weights(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, W + (alpha / rank) B A in fp32) of every adapted weight, one after the other.
 
     model: a causal LM with adapters in its layers, inside or outside peft's wrapper.
@@ -104,7 +105,7 @@ def _product_added(layer: Any, dtype: torch.dtype) -> Tensor:
     return (weight + layer.get_delta_weight(adapter).detach().float()).to(dtype)
 
 
-def adapters_are_products(model: Any) -> bool:
+def adapters_are_products(model: CausalLM) -> bool:
     """Whether every adapter in a model is one of W + s B A on a linear layer, and switched on."""
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
     if not adapted:
@@ -113,7 +114,7 @@ def adapters_are_products(model: Any) -> bool:
 
     return all(
         type(module) is Linear
-        and len(module.active_adapters) == 1
+        and len(module.active_adapters) == 1  # type: ignore[arg-type]  # peft is not typed
         and not module.lora_variant  # DoRA and its like
         and not module.disable_adapters
         and not module.merged
@@ -121,12 +122,12 @@ def adapters_are_products(model: Any) -> bool:
     )
 
 
-def sharing_copy(model: Any) -> Any:
+def sharing_copy(model: CausalLM) -> CausalLM:
     """A second model on the same parameters: separate modules, no memory. For weights that stay as they are."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def merged_copy(base: Any, model: Any) -> Any:
+def merged_copy(base: CausalLM, model: CausalLM) -> CausalLM:
     """The plain model of one with adapters, next to it: products added to weights, everything else shared with `base`.
 
     base: `sharing_copy` of the model from before it had adapters.
@@ -134,7 +135,7 @@ def merged_copy(base: Any, model: Any) -> Any:
     return with_weights(base, adapted_weights(model))
 
 
-def with_weights(base: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
+def with_weights(base: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> CausalLM:
     """A model that shares everything with `base` but these weights, by name."""
     plain = sharing_copy(base)
     for name, weight in weights:
@@ -143,7 +144,7 @@ def with_weights(base: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
     return plain
 
 
-def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_adapter(model: CausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write the adapter in peft's layout, and the tokenizer it was trained with."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from gemma2.core.json_files import JsonObject
 
-__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardNetwork"]
+__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network"]
 
 
 class ModelConfig(Protocol):
@@ -25,7 +25,15 @@ class ModelConfig(Protocol):
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    layer_types: list[str]
+    rope_parameters: JsonObject
+    hidden_activation: str
+    attention_bias: bool
+    final_logit_softcapping: float | None
     pad_token_id: int | None
+    _attn_implementation: str
 
     def to_dict(self) -> JsonObject:
         """The configuration as it is written to config.json."""
@@ -45,6 +53,10 @@ class Network(Protocol):
 
     config: ModelConfig
     training: bool
+    # The backbone: its members differ between architectures, and the code that reads them checks for them first.
+    model: Any
+    base_model: Any
+    score: nn.Linear  # of a sequence classifier: its output is the reward
 
     @property
     def device(self) -> torch.device:
@@ -84,20 +96,32 @@ class Network(Protocol):
         """Parameters and buffers by name."""
         ...
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The embedding, weight (vocabulary, hidden)."""
         ...
 
-    def eval(self) -> Network:
+    def eval(self) -> Self:
         """Switch dropout off."""
         ...
 
-    def train(self, mode: bool = True) -> Network:
+    def train(self, mode: bool = True) -> Self:
         """Switch dropout on or off."""
         ...
 
-    def requires_grad_(self, requires_grad: bool = True) -> Network:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Train or freeze all parameters."""
+        ...
+
+    def float(self) -> Self:
+        """Cast to fp32, in place."""
+        ...
+
+    def bfloat16(self) -> Self:
+        """Cast to bf16, in place."""
+        ...
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module of that name."""
         ...
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -109,17 +133,13 @@ class CausalLM(Network, Protocol):
     """A causal language model: `__call__` gives logits (batch, tokens, vocabulary)."""
 
     generation_config: GenerationSettings
+    lm_head: nn.Linear
+    is_activation_checkpointing: bool
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         """The output head, weight (vocabulary, hidden)."""
         ...
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sampled token ids, (batch, tokens) int64, the prompt included."""
         ...
-
-
-class RewardNetwork(Network, Protocol):
-    """A sequence classifier with one output: `__call__` gives logits (batch, 1)."""
-
-    score: nn.Linear

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from gemma2.core.errors import InputError
 
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks, taking_masks
 from .decoder import Gemma2Decoder
+from .protocols import CausalLM
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
 
@@ -70,7 +70,7 @@ class Completions:
 
 @torch.no_grad()
 def sample(
-    model: Any,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     stop_ids: Sequence[int],
@@ -118,7 +118,7 @@ def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: CausalLM) -> Iterator[None]:
     """Dropout off, and gradient checkpointing with it (in training mode it would disable the cache)."""
     training = model.training
     if training:
@@ -132,7 +132,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def decode(
-    model: Any,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     stop_ids: Sequence[int],
@@ -148,7 +148,7 @@ def decode(
 
 
 def _decode(
-    model: Any,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     stop_ids: Sequence[int],
@@ -278,7 +278,7 @@ def _most_probable(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class _Batch:
     """The rows that are still being decoded: cache, padding mask and positions, and the logits of the next token."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
+    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
         self.model = model
         self.cache = empty_cache(model.config)
         groups = dict.fromkeys(map(tuple, prompts))

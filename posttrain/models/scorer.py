@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from gemma2.core.errors import InputError
 from .attention import causal_masks
 from .causal_attention import blockwise, can_be_blockwise
 from .cross_entropy import SCALINGS, plain_head, target_logps
+from .protocols import CausalLM
 from .sampler import evaluating, length_batches
 
 __all__ = [
@@ -48,7 +48,7 @@ PART_COST = 256  # tokens that cost as much as one more forward pass, measured (
 
 @torch.no_grad()
 def token_logps(
-    model: Any,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     batch_size: int = 32,
@@ -71,7 +71,7 @@ def token_logps(
 
 
 def hidden_states(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(indices, last hidden states (B, T, d)) in batches of similar length, padded on the right."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
@@ -109,7 +109,7 @@ def similar_rows(lengths: Sequence[int], tokens: int = PART_TOKENS, cost: int = 
     return parts[::-1]
 
 
-def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
+def last_hidden_states(model: CausalLM, ids: Tensor) -> Tensor:
     """(B, T, d) of rows that are padded on the right: causal attention never looks there, so no mask says where."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     name = model.config._attn_implementation
@@ -124,7 +124,7 @@ def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
     return states
 
 
-def head_in_one_pass(model: Any, hidden: Tensor) -> bool:
+def head_in_one_pass(model: CausalLM, hidden: Tensor) -> bool:
     """Whether `cross_entropy.py` serves these states (N, d): a plain head, on a CPU, states and weights of one dtype.
 
     On an accelerator a gradient of the head in fp32 next to bf16 states would cost more memory than it saves time.
@@ -134,7 +134,7 @@ def head_in_one_pass(model: Any, hidden: Tensor) -> bool:
     )
 
 
-def head_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def head_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` and entropies, both (N,) fp32 nats, from last hidden states (N, d).
 
     Differentiable in the log-probs. The logits never exist for more than a chunk of the N positions, backward included.
@@ -150,7 +150,7 @@ def head_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) 
     return torch.cat([logps for logps, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
 
 
-def head_logits(model: Any, hidden: Tensor) -> Tensor:
+def head_logits(model: CausalLM, hidden: Tensor) -> Tensor:
     """Logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2).
 
     Raises InputError for a model that scales its logits in another way.
@@ -166,7 +166,7 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _scored(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def _scored(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Log-probs of `targets` (N,) without gradient and without entropies, which would need another pass."""
     if head_in_one_pass(model, hidden):
         return target_logps(model, hidden, targets, temperature)
@@ -175,11 +175,11 @@ def _scored(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> 
     return torch.cat([_target_logps(head_logits(model, states), tokens, temperature)[1] for states, tokens in pieces])
 
 
-def _chunk_rows(model: Any) -> int:
+def _chunk_rows(model: CausalLM) -> int:
     return max(1, CHUNK // int(model.get_output_embeddings().weight.shape[0]))
 
 
-def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     every, chosen = _target_logps(head_logits(model, hidden), targets, temperature)
     with torch.no_grad():
         entropies = -(every.exp() * every).sum(-1)

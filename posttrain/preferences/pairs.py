@@ -19,9 +19,9 @@ from contextlib import ExitStack, closing
 from itertools import combinations, groupby
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.sources import data_files, to_line
@@ -98,7 +98,7 @@ def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random
     return [max(different, key=lambda pair: scores[pair[0]] - scores[pair[1]])]
 
 
-def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
+def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> JsonObject:
     prompts = pairs = ties = unjudged = blank = 0
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
@@ -123,7 +123,7 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
             f"{ties + blank} of {prompts} prompts gave no pair: the scores of the samples do not differ in {ties}, "
             f"fewer than two samples have a score in {blank}"
         )
-    found: dict[str, Any] = {"prompts": prompts, "pairs": pairs, "ties": ties}
+    found: JsonObject = {"prompts": prompts, "pairs": pairs, "ties": ties}
     if config.judge_model is not None:
         found |= {"unjudged": unjudged, "unjudged_prompts": blank}
     return found | {"mean_margin": round(margin / pairs, 4)}
@@ -136,9 +136,9 @@ def _by_prompt(chunks: Iterator[Scored]) -> Iterator[Scored]:
             yield list(group)
 
 
-def _pair_row(chosen: tuple[Dialogue, float | None], rejected: tuple[Dialogue, float | None]) -> dict[str, Any]:
+def _pair_row(chosen: tuple[Dialogue, float | None], rejected: tuple[Dialogue, float | None]) -> JsonObject:
     prompt = chosen[0].prompt
-    ours: dict[str, Any] = {"prompt": prompt.messages}
+    ours: JsonObject = {"prompt": prompt.messages}
     for name, (dialogue, score) in (("chosen", chosen), ("rejected", rejected)):
         ours[name] = [{"role": "assistant", "content": dialogue.answers[0].text}]
         ours[f"{name}_truncated"] = dialogue.fate == "length"

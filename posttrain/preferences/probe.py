@@ -10,18 +10,19 @@ minimum, whatever the seed. WARM (2401.12187, section 3) starts its reward model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gemma2.core.errors import GuardStop
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
@@ -56,7 +57,7 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
             model.get_parameter(HEAD).copy_(head[None])
         save_model(model, tokenizer, run.path)
         counts = {"newton_steps": steps, "pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
-        found: dict[str, Any] = {}
+        found: JsonObject = {}
         if heldout_pairs:
             rewards = last_states(model, heldout_pairs, config.batch_size, progress).double() @ head
             found = measure_rewards(rewards, heldout_pairs)
@@ -64,7 +65,7 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
 
 
 @torch.no_grad()
-def last_states(model: Any, pairs: Sequence[PairIds], batch_size: int, progress: Progress = SILENT) -> Tensor:
+def last_states(model: CausalLM, pairs: Sequence[PairIds], batch_size: int, progress: Progress = SILENT) -> Tensor:
     """Last hidden states (2, N, d) fp32 on the CPU of both sides at their last tokens, chosen first."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     found = torch.zeros(len(rows), model.config.hidden_size)

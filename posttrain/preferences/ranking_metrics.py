@@ -16,11 +16,11 @@ accuracy_chosen_longer, accuracy_chosen_shorter     accuracy on the pairs of eac
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.models.scorer import correlation
 
 __all__ = ["preference_metrics", "reliability"]
@@ -52,7 +52,7 @@ def preference_metrics(
     }
 
 
-def reliability(rewards: Tensor) -> list[dict[str, Any]]:
+def reliability(rewards: Tensor) -> list[JsonObject]:
     """One row per bin of the confidence that holds a pair: bounds, pairs, mean confidence, accuracy."""
     margins = (rewards[0] - rewards[1]).double()
     confidence, correct = margins.abs().sigmoid(), _correct(margins)

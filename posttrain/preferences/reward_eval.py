@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import GuardStop, InputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Pair, read_pairs
@@ -29,7 +29,7 @@ __all__ = ["run_reward_eval"]
 MOST_GROUPS = 100
 
 
-def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> dict[str, Any]:
+def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> JsonObject:
     """{"data", "pairs", "models": [{"model", figures, "reliability": rows, "by": {value: figures}}]}.
 
     Raises InputError for unusable data or models, and for a column that rows do not have, GuardStop for a model whose
@@ -44,7 +44,7 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> di
     return {"data": str(config.data), "pairs": len(pairs), "models": models}
 
 
-def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> dict[str, Any]:
+def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> JsonObject:
     """The figures of one reward model on the pairs."""
     model = RewardModel.from_dir(path)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
@@ -55,7 +55,7 @@ def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progre
         rewards = score_rows(model, rows, config.batch_size, bar).view(2, -1)
     if not rewards.isfinite().all():
         raise GuardStop(f"{path} gives a score that is NaN or infinite", "check its weights")
-    found: dict[str, Any] = {"model": str(path), "pairs": len(kept), **dropped, **measure_rewards(rewards, kept)}
+    found: JsonObject = {"model": str(path), "pairs": len(kept), **dropped, **measure_rewards(rewards, kept)}
     found["reliability"] = reliability(rewards)
     if config.by is not None:
         found["by"] = {}

@@ -30,9 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.batching import GroupedByLength
 from gemma2.posttrain.models.causal_attention import can_be_blockwise
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.trainer import trainer_arguments
@@ -78,7 +80,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):
         """Pairs of the optimizer batch on this rank."""
         return sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
         if self.part_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -95,7 +97,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):
         return torch.stack(losses).sum()
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: CausalLM, inputs: JsonObject, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Sum of the pairs' losses over the pairs of the optimizer batch, nats."""
         chosen, rejected = self._pair_rewards(model, inputs)
@@ -104,7 +106,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):
         self._rewards.append(self.accelerator.gather(rewards.T).T)
         return losses.sum() / (num_items_in_batch or len(losses))
 
-    def _pair_rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _pair_rewards(self, model: CausalLM, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards (B,) fp32 of both sides; the first half of the rows are the chosen ones."""
         if not self.reads_last_states:
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -139,7 +141,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):
             self._rewards.clear()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
 
@@ -166,7 +168,7 @@ def _by_length(lengths: Tensor) -> list[Tensor]:
     return [order[:cut], order[cut:]]
 
 
-def drop_block_outputs(model: Any, share: float) -> None:
+def drop_block_outputs(model: CausalLM, share: float) -> None:
     """Dropout on what every attention and MLP block adds to the residual stream, while training (T5's, as WARM varies).
 
     Gemma 2 has none. The weights and what is saved do not change.

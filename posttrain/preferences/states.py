@@ -22,25 +22,26 @@ from transformers.models.gemma2.modeling_gemma2 import rotate_half
 
 from gemma2.posttrain.models.causal_attention import blockwise
 from gemma2.posttrain.models.lora import plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.scorer import last_hidden_states
 
 __all__ = ["all_positions", "embed", "last_position"]
 
 
-def all_positions(model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+def all_positions(model: CausalLM, ids: Tensor, lengths: Tensor) -> Tensor:
     """Last hidden state (B, d) fp32 of the last token of rows (B, T), padded on the right, lengths (B,)."""
     states = last_hidden_states(plain_model(model), ids)
     return states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
 
 
-def embed(model: Any, ids: Tensor) -> Tensor | None:
+def embed(model: CausalLM, ids: Tensor) -> Tensor | None:
     """(B, T, d) for `last_position` to start from; None for an architecture that it does not take apart."""
     plain = plain_model(model)
     return plain.base_model.embed_tokens(ids) if isinstance(plain, Gemma2ForSequenceClassification) else None
 
 
 def last_position(
-    model: Any, ids: Tensor, lengths: Tensor, dropout: float = 0.0, embedded: Tensor | None = None
+    model: CausalLM, ids: Tensor, lengths: Tensor, dropout: float = 0.0, embedded: Tensor | None = None
 ) -> Tensor:
     """The same by blockwise attention, and of Gemma 2 with a last layer at one position.
 

@@ -16,12 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
@@ -73,11 +76,11 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
 class HeldOutPairs(HeldOut):
     """Held-out loss and accuracy of a reward model on the way."""
 
-    def __init__(self, run: Any, pairs: Sequence[PairIds], config: RewardConfig, tokenizer: Any) -> None:
+    def __init__(self, run: Any, pairs: Sequence[PairIds], config: RewardConfig, tokenizer: Tokenizer) -> None:
         super().__init__(run, pairs, config)
         self.tokenizer = tokenizer
 
-    def figures(self, model: Any) -> dict[str, Any]:
+    def figures(self, model: CausalLM) -> JsonObject:
         """`preference_metrics` of the held-out pairs; the loss is what --keep best and --patience compare."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
         found = measure(RewardModel(plain_model(model), self.tokenizer), self.examples, batch_size)

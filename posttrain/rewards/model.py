@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2.posttrain.data.chat import ChatFormat, Message
 from gemma2.posttrain.models.loading import load_reward_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
 
@@ -31,7 +31,7 @@ class RewardModel:
     A completion that was truncated therefore ends in the middle of a turn, and the model can see that.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.models.lora import adapted_weights, merged_copy, with_weights
+from gemma2.posttrain.models.protocols import CausalLM
 
 __all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]
 
@@ -41,10 +42,10 @@ Memory = Literal["gpu", "cpu"]
 class EmaAnchor:
     """An fp32 average of a policy that is trained in full. `model` scores with it; `update` moves it to the policy."""
 
-    def __init__(self, policy: Any, memory: Memory = "gpu") -> None:
+    def __init__(self, policy: CausalLM, memory: Memory = "gpu") -> None:
         self._begin(copy.deepcopy(policy).float(), [name for name, _ in policy.named_parameters()], memory)
 
-    def _begin(self, model: Any, moving: list[str], memory: Memory) -> None:
+    def _begin(self, model: CausalLM, moving: list[str], memory: Memory) -> None:
         """`model`: fp32, what the anchor starts as; `moving`: the parameters of it that the average is taken of."""
         self.model = model.eval().requires_grad_(False)
         self.memory = memory
@@ -54,13 +55,13 @@ class EmaAnchor:
             self.model = self.model.bfloat16()
         self.shadow: dict[str, Tensor] = averaged  # fp32 parameters by name, tied ones once
 
-    def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
         """(name, current value) of everything that the average is taken of."""
         for name, parameter in policy.named_parameters():
             yield name, parameter.data
 
     @torch.no_grad()
-    def update(self, policy: Any, mu: float) -> None:
+    def update(self, policy: CausalLM, mu: float) -> None:
         """One step of the average, in place. `mu` is the weight of the policy, per optimizer step."""
         for name, value in self.theta(policy):
             tensor = self.shadow[name]
@@ -105,7 +106,7 @@ class EmaAnchor:
         self.load_state_dict(load_file(path))
 
     @torch.no_grad()
-    def plain(self) -> Any:
+    def plain(self) -> CausalLM:
         """The anchor as a plain fp32 model, for the disk. The run is over: the copy that scores is used up."""
         if self.memory == "cpu":
             self.model = self.model.float()
@@ -120,16 +121,16 @@ class LoraAnchor(EmaAnchor):
     policy: the causal LM with adapters in its layers; base: `lora.sharing_copy` of it from before it had them.
     """
 
-    def __init__(self, policy: Any, base: Any, memory: Memory = "gpu") -> None:
+    def __init__(self, policy: CausalLM, base: CausalLM, memory: Memory = "gpu") -> None:
         self.base = base
         model = merged_copy(base, policy)
         adapted = [name for name, _ in adapted_weights(policy)]
         self._begin(copy.deepcopy(model) if memory == "cpu" else model, adapted, memory)
 
-    def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
         yield from adapted_weights(policy)
 
-    def plain(self) -> Any:
+    def plain(self) -> CausalLM:
         """The average in the places of the weights; the rest is that of the policy, never rounded."""
         return with_weights(self.base, self.shadow.items())
 
@@ -137,16 +138,16 @@ class LoraAnchor(EmaAnchor):
 class FactorAnchor(EmaAnchor):
     """The factor-wise approximation: averages of A and of B. What is not adapted is shared with the policy."""
 
-    def __init__(self, policy: Any, base: Any) -> None:
+    def __init__(self, policy: CausalLM, base: CausalLM) -> None:
         self.base = base
         frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
         self._begin(copy.deepcopy(policy, frozen), [name for name, _ in self.theta(policy)], "gpu")
 
-    def theta(self, policy: Any) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in policy.named_parameters():
             if "lora_" in name:
                 yield name, parameter.data
 
-    def plain(self) -> Any:
+    def plain(self) -> CausalLM:
         """The averaged factors multiplied out and added to the weights."""
         return merged_copy(self.base, self.model)

@@ -11,18 +11,18 @@ changes neither loss nor gradient: each part counts as many rows as the whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
 from gemma2.posttrain.models.cross_entropy import weighted_cross_entropy
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.scorer import head_in_one_pass, head_logps, last_hidden_states, similar_rows
 
 __all__ = ["loss_parts", "policy_loss"]
 
 
 def policy_loss(
-    model: Any, ids: Tensor, mask: Tensor, advantages: Tensor, temperature: float
+    model: CausalLM, ids: Tensor, mask: Tensor, advantages: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, int]:
     """(loss, a scalar with gradient; sum of the entropies of all completion tokens, nats; how many tokens these are).
 

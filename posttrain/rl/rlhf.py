@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import TrainingArguments
 from trl import RLOOConfig
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
 from gemma2.posttrain.data.rows import Prompt, read_prompts, split
@@ -31,6 +31,7 @@ from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
@@ -143,7 +144,7 @@ def read_data(config: RlhfConfig) -> tuple[list[Prompt], list[Prompt]]:
     return prompts, heldout[: config.eval_prompts]
 
 
-def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> dict[str, Any]:
+def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> JsonObject:
     """Options of TRL's RLOOConfig: on-policy, Adam without weight decay, constant learning rate after the warm-up."""
     if config.trainer.get("use_transformers_continuous_batching"):
         raise UsageError(
@@ -216,7 +217,7 @@ def save(trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: 
         save_plain(trainer.anchor.plain(), setup, run.path / "ema")
 
 
-def save_plain(model: Any, setup: RlSetup, directory: Path) -> None:
+def save_plain(model: CausalLM, setup: RlSetup, directory: Path) -> None:
     """A model directory that ends its turns where the policy does."""
     model.generation_config.eos_token_id = setup.rollout.chat.stop_ids
     save_model(model, setup.rollout.chat.tokenizer, directory)

@@ -28,6 +28,8 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import _ForwardRedirection
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
+from gemma2.posttrain.models.protocols import CausalLM
 
 from .ema import EmaAnchor
 from .guards import Guards
@@ -56,7 +58,7 @@ def prompt_order(prompts: int, draws: int, seed: int) -> list[int]:
 class AnchorUpdate(TrainerCallback):
     """ema <- (1 - mu) ema + mu theta, after every optimizer step (WARP, Algorithm 1, line 8)."""
 
-    def __init__(self, anchor: EmaAnchor, policy: Any, mu: float) -> None:
+    def __init__(self, anchor: EmaAnchor, policy: CausalLM, mu: float) -> None:
         self.anchor = anchor
         self.policy = policy
         self.mu = mu
@@ -110,7 +112,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
         self.rollout.anchor = anchor.model
         self.add_callback(AnchorUpdate(anchor, self.rollout.policy, mu))
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _generate_and_score_completions(self, inputs: list[JsonObject]) -> dict[str, Tensor]:
         indices = [row["prompt"] for row in inputs[:: self.num_generations]]  # TRL repeats each prompt n times
         with self.accelerator.autocast():
             batch, metrics = self.rollout(indices)
@@ -125,7 +127,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
             "advantages": batch.advantages.to(device),
         }
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    def _compute_loss(self, model: CausalLM, inputs: dict[str, Tensor]) -> Tensor:
         # Through the wrapper's forward: DistributedDataParallel reduces the gradients of nothing else.
         return self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
 
@@ -153,7 +155,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
             self._entropy.zero_()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)
         if not self.args.should_save:
             return
@@ -163,7 +165,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
         state = {"generator": self.rollout.generator.get_state(), "guards": self.guards.state()}
         torch.save(state, folder / STATE_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: CausalLM | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         if self.anchor is not None:

@@ -23,6 +23,7 @@ from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_numbers, sample
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rewards.functions import Sampled, Score
@@ -63,7 +64,7 @@ class Rollout:
     them, and logs the figures of all.
     """
 
-    policy: Any
+    policy: CausalLM
     anchor: Any | None  # a model that scores and never generates; None: no KL in the reward
     chat: ChatFormat
     score: Score

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import check_targets, sharing_copy
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
 
@@ -36,8 +36,8 @@ class RlSetup:
     """
 
     rollout: Rollout
-    reference: Any
-    base: Any | None
+    reference: CausalLM
+    base: CausalLM | None
     starts_at_sft: bool
     starts_at_anchor: bool
 

@@ -37,9 +37,11 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.lora import adapted_weights
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.schemas import RlFields, VllmFields
@@ -61,7 +63,7 @@ class VllmSampler:
     def __init__(
         self,
         generation: Any,
-        policy: Any,
+        policy: CausalLM,
         chat: ChatFormat,
         generator: torch.Generator,
         batch_size: int,
@@ -87,7 +89,7 @@ class VllmSampler:
     def start(
         cls,
         config: RlFields,
-        policy: Any,
+        policy: CausalLM,
         accelerator: Any,
         chat: ChatFormat,
         generator: torch.Generator,
@@ -256,14 +258,14 @@ class _SeededClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: dict[str, Any], **options: Any) -> Any:
-        def ask(number: int) -> dict[str, Any]:
+    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: JsonObject, **options: Any) -> Any:
+        def ask(number: int) -> JsonObject:
             own = generation_kwargs | {"seed": self._seeds.first + number * n}
             return self._client.generate(prompts=[prompts[number]], n=n, generation_kwargs=own, **options)
 
         with ThreadPoolExecutor(max_workers=min(REQUESTS, len(prompts))) as pool:
             answers = list(pool.map(ask, range(len(prompts))))
-        found: dict[str, Any] = {}
+        found: JsonObject = {}
         for name in answers[0]:
             parts = [answer[name] for answer in answers]
             found[name] = None if parts[0] is None else [item for part in parts for item in part]

@@ -13,17 +13,19 @@ batches (`heldout.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
 from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.rows import Conversation, conversation_of, located, read_conversations, split
 from gemma2.posttrain.data.sources import data_files, iter_rows
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, save_adapter
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
@@ -133,9 +135,9 @@ def report_overlap(
         progress.warn(f"{both} of {len(heldout)} prompts of {config.eval_data} are in the training data as well")
 
 
-def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> dict[str, Any]:
+def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> JsonObject:
     """Rows and targets, and of a mixture the rows of each data set: all, and in an epoch."""
-    found: dict[str, Any] = {"rows": len(rows.examples)}
+    found: JsonObject = {"rows": len(rows.examples)}
     if len(config.data) > 1:
         names = [str(path) for path in config.data]
         found["rows_by_source"] = dict(zip(names, mixture.sizes, strict=True))
@@ -148,7 +150,7 @@ def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> dict[str, Any]:
     }
 
 
-def write_model(model: Any, tokenizer: Any, chat: ChatFormat, config: SftConfig, run: Run) -> None:
+def write_model(model: CausalLM, tokenizer: Tokenizer, chat: ChatFormat, config: SftConfig, run: Run) -> None:
     """The output: a plain model, or the adapter alone."""
     if config.lora_output == "adapter":
         save_adapter(model, tokenizer, run.path)
@@ -158,7 +160,7 @@ def write_model(model: Any, tokenizer: Any, chat: ChatFormat, config: SftConfig,
     save_model(model, tokenizer, run.path)
 
 
-def show_tokens(config: SftConfig, count: int) -> list[dict[str, Any]]:
+def show_tokens(config: SftConfig, count: int) -> list[JsonObject]:
     """The first `count` rows of each data set as training sees them: where, and per token id, text, target, control.
 
     A row over the limit is whole here, with the number of tokens that are `kept`. Reads no weights, writes nothing.
@@ -169,7 +171,7 @@ def show_tokens(config: SftConfig, count: int) -> list[dict[str, Any]]:
     return [_shown(row, chat, config) for row in rows]
 
 
-def _shown(row: Conversation, chat: ChatFormat, config: SftConfig) -> dict[str, Any]:
+def _shown(row: Conversation, chat: ChatFormat, config: SftConfig) -> JsonObject:
     with located(row.where):
         example = example_of(row, chat, config)
     kept = min(len(example.ids), config.max_length)

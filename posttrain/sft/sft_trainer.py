@@ -25,10 +25,12 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.batching import Epochs, GroupedByLength
 from gemma2.posttrain.data.examples import IGNORED, Example, to_dataset
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.scorer import last_hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import SftConfig
@@ -65,7 +67,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):
             and plain_head(model)
         )
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
         if self.part_tokens is None or num_items_in_batch is None or "attention_mask" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -76,7 +78,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):
         return torch.stack(losses).sum()
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: CausalLM, inputs: JsonObject, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean of -log pi over the targets of the optimizer batch, nats."""
         if not self.scores_targets_only or return_outputs:
@@ -90,7 +92,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(accuracy)
         return loss
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
 

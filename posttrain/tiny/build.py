@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.cache import cache_folder
 from gemma2.core.outputs.hashing import digest_file
@@ -130,7 +130,7 @@ def _watch(pipes: dict[str, Connection], progress: Progress) -> None:
     if not pipes:
         return
     total = sum(RECIPES[size].steps for size in pipes)
-    losses: dict[str, Any] = {}
+    losses: JsonObject = {}
     names = {id(pipe): size for size, pipe in pipes.items()}
     open_pipes = list(pipes.values())
     with progress.task("pre-training " + " and ".join(pipes), total=total, unit="steps") as task:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import GEMMA_TEMPLATE
 
 from .tasks import MIXED_STYLES, dialogues, prose
@@ -111,7 +112,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(**overrides: Any) -> Gemma2Config:
     """A Gemma 2 configuration for unit tests (2 layers, width 16); any field can be overridden."""
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "intermediate_size": 32,

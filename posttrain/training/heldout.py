@@ -27,11 +27,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from gemma2.core.errors import GuardStop, InputError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonObject, write_json
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import plain_model
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import evaluating, length_batches
 from gemma2.posttrain.models.scorer import head_logps, hidden_states
 from gemma2.posttrain.runs.run_directory import Run
@@ -62,7 +63,7 @@ class HeldOut(TrainerCallback):
         self.run = run
         self.examples = examples
         self.config = config
-        self.first: dict[str, Any] = {}
+        self.first: JsonObject = {}
         self.initial: float | None = None
         self.record = Record()
 
@@ -71,7 +72,7 @@ class HeldOut(TrainerCallback):
         """The weights with the lowest loss so far."""
         return self.run.checkpoints / BEST_FILE
 
-    def before(self, model: Any) -> None:
+    def before(self, model: CausalLM) -> None:
         """Measure the model as it came. Apart from `on_train_begin`, which on a resume sees a trained one."""
         self.first = self.figures(model) if self.examples else {}
         self.initial = self.first.get("heldout_loss")
@@ -104,7 +105,7 @@ class HeldOut(TrainerCallback):
         if self.examples and self.record.step != state.global_step:
             self._measure(state.global_step, kwargs["model"])
 
-    def keep_best(self, model: Any) -> None:
+    def keep_best(self, model: CausalLM) -> None:
         """Put the weights with the lowest loss into `model`, if others came after them."""
         if self.config.keep == "best" and self.record.best_step != self.record.step:
             parameters = dict(model.named_parameters())
@@ -112,10 +113,10 @@ class HeldOut(TrainerCallback):
                 for name, value in load_file(self.best_file).items():
                     parameters[name].copy_(value)
 
-    def summary(self, progress: Progress) -> dict[str, Any]:
+    def summary(self, progress: Progress) -> JsonObject:
         """The losses for the manifest; a warning where training did not help."""
         record = self.record
-        found: dict[str, Any] = {"heldout_loss_before": self.initial, "heldout_loss": record.loss}
+        found: JsonObject = {"heldout_loss_before": self.initial, "heldout_loss": record.loss}
         if self.config.keep == "best":
             found |= {"heldout_loss": record.best_loss, "best_step": record.best_step}
         if self.initial is not None and found["heldout_loss"] is not None and found["heldout_loss"] > self.initial:
@@ -125,12 +126,12 @@ class HeldOut(TrainerCallback):
             )
         return found
 
-    def figures(self, model: Any) -> dict[str, Any]:
+    def figures(self, model: CausalLM) -> JsonObject:
         """The logged figures of the held-out rows: `heldout_loss`, which decides, and others."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
         return {"heldout_loss": heldout_loss(model, self.examples, batch_size)}
 
-    def _measure(self, step: int, model: Any) -> None:
+    def _measure(self, step: int, model: CausalLM) -> None:
         figures = self.figures(model)
         loss = figures["heldout_loss"]
         if not math.isfinite(loss):
@@ -145,7 +146,7 @@ class HeldOut(TrainerCallback):
             record.without_progress += 1
         self.run.log(step, **figures)
 
-    def _save_best(self, model: Any) -> None:
+    def _save_best(self, model: CausalLM) -> None:
         """The trained weights; replaced, not overwritten, since checkpoints may link to the file."""
         self.best_file.parent.mkdir(parents=True, exist_ok=True)
         aside = self.best_file.with_suffix(".tmp")
@@ -171,7 +172,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, examples: Sequence[Example], batch_size: int) -> float:
+def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int) -> float:
     """Mean of -log pi over all target tokens of all examples, nats per token."""
     model = plain_model(model)
     total = torch.zeros((), dtype=torch.float64)
@@ -188,14 +189,14 @@ def heldout_loss(model: Any, examples: Sequence[Example], batch_size: int) -> fl
     return -total.item() / max(count, 1)
 
 
-def _logps(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """log pi (N,) fp32 nats of `targets` after last hidden states (N, d)."""
     if plain_head(model) and hidden.dtype == torch.float32:
         return summed_cross_entropy(model, hidden, targets)[1]
     return head_logps(model, hidden, targets, temperature=1.0)[0]
 
 
-def _batches(model: Any, rows: Sequence[list[int]], batch_size: int) -> Any:
+def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Any:
     """(indices, last hidden states (B, T, d) fp32) in batches of similar length."""
     if model.config._attn_implementation == "eager":
         yield from hidden_states(model, rows, [[]] * len(rows), batch_size)

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from gemma2.core.errors import UsageError
 from gemma2.core.interrupts import allow
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.run_directory import Run
 
 __all__ = ["check_tracking", "tracked"]
@@ -68,7 +69,7 @@ def tracked(run: Run) -> Iterator[None]:
 
 
 def _figures(tracker: Tracker) -> Any:
-    def listener(step: int, metrics: Mapping[str, Any]) -> None:
+    def listener(step: int, metrics: JsonMapping) -> None:
         tracker.log(step, {key: value for key, value in metrics.items() if isinstance(value, int | float)})
 
     return listener
@@ -145,10 +146,10 @@ def open_trackio(run: Run) -> Tracker:
     return Remote(run, trackio.log, trackio.finish)
 
 
-OPEN: Mapping[str, Any] = {"tensorboard": TensorBoard, "wandb": open_wandb, "trackio": open_trackio}
+OPEN: JsonMapping = {"tensorboard": TensorBoard, "wandb": open_wandb, "trackio": open_trackio}
 
 
-def _logged(path: Path) -> list[dict[str, Any]]:
+def _logged(path: Path) -> list[JsonObject]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

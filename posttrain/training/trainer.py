@@ -20,7 +20,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma2.core.errors import GuardStop, UsageError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.runs.run_directory import Run
@@ -57,7 +57,7 @@ DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
 
 def trainer_arguments(
     schema: type, config: TrainingFields, run: Run, unused: Collection[str] = (), **ours: Any
-) -> dict[str, Any]:
+) -> JsonObject:
     """Keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
 
     Raises UsageError for an option that TRL does not have, that a flag of ours sets, or that is among `unused`, which
@@ -101,7 +101,7 @@ def trainer_arguments(
     return arguments | config.trainer
 
 
-def configured(schema: type[C], config: TrainingFields, arguments: Mapping[str, Any]) -> C:
+def configured(schema: type[C], config: TrainingFields, arguments: JsonMapping) -> C:
     """A TRL config of `trainer_arguments`. Raises UsageError for a value in the user's `trainer:` that it refuses."""
     try:
         return schema(**arguments)
@@ -194,7 +194,7 @@ class RunCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
+        logs: JsonObject | None = None,
         **kwargs: Any,
     ) -> None:
         metrics = {
@@ -211,10 +211,10 @@ class RunCallback(TrainerCallback):
         self.run.ranks.on_main(lambda: mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
 
-def evaluations(run: Run) -> list[dict[str, Any]]:
+def evaluations(run: Run) -> list[JsonObject]:
     """The measurements, from before the first step to after the last, also by the parts of a run before a resume."""
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[JsonObject]:
         with (run.path / "metrics.jsonl").open(encoding="utf-8") as lines:
             return [row for row in map(json.loads, lines) if row.get("kind") == "eval"]
 

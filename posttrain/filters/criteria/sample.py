@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.rows import conversation_of
 from gemma2.posttrain.data.sources import Row
 
@@ -117,7 +118,7 @@ def normal(text: str) -> str:
 
 def sample_of(row: Row) -> Sample:
     """The turns of a row. Raises InputError if it is not a conversation; an empty prompt is accepted here."""
-    columns: dict[str, Any] = row.columns
+    columns: JsonObject = row.columns
     truncated = columns.get("finish_reason") == "length"
     if "messages" not in columns and _blank(columns.get("prompt")):
         row = Row(row.where, {**columns, "prompt": "(empty)"})  # the rest of the row is still checked
