@@ -201,7 +201,7 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Almost always 1: then the (V, d) gradient of the head is handed on without a copy.
         factor = gradient.item()
         found = (

@@ -24,7 +24,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -127,7 +126,7 @@ class GkdTrainer(DistillationTrainer):
         rows: dict[str, list[int]],
         args: DistillationConfig,
         progress: Progress = SILENT,
-        peft_config: Any | None = None,
+        peft_config: object | None = None,
     ) -> None:
         with warnings.catch_warnings():
             # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
@@ -183,7 +182,7 @@ class GkdTrainer(DistillationTrainer):
             )
 
     def _compute_loss(
-        self, unwrapped_student: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor
+        self, unwrapped_student: CausalLM, inputs: dict[str, Tensor], num_items_in_batch: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
         ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
@@ -197,5 +196,5 @@ class GkdTrainer(DistillationTrainer):
         share = num_items_in_batch / self.args.gradient_accumulation_steps
         return measured.loss, measured.entropies.sum(), share
 
-    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)

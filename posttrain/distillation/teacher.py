@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class LiveTeacher:
         return FullTarget(hidden, head_of(self.model, self.temperature, self.vocabulary), self.divergence)
 
 
-def load_teacher(path: Path, dtype: Dtype) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_teacher(path: Path, dtype: Dtype) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """A frozen teacher and its tokenizer. Raises InputError for a head that is more than a product and a soft cap."""
     if dtype == "auto":
         dtype = "float32" if default_device().type == "cpu" else "bfloat16"

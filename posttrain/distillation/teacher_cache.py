@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -166,7 +165,7 @@ class TeacherCache:
 
     path: Path
     index: JsonObject
-    shards: list[Any]
+    shards: list[safe_open]
     examples: list[Example]
     places: list[tuple[int, int, int]]  # of each row: its file, and its lines there
 
@@ -239,7 +238,7 @@ def read_index(path: Path) -> JsonObject:
     return index
 
 
-def _examples(shard: Any) -> list[Example]:
+def _examples(shard: safe_open) -> list[Example]:
     ids, mask = shard.get_tensor("ids").tolist(), shard.get_tensor("mask").tolist()
     offsets = shard.get_tensor("offsets").tolist()
     return [Example(ids[start:end], mask[start:end]) for start, end in pairwise(offsets)]

@@ -19,7 +19,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
@@ -56,7 +55,7 @@ class Candidate:
     title: str = ""  # of what comes before RL: base, SFT, distilled
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """The identity of a point: equal keys are the same point."""
         return (self.kind, *(model.digest for model in self.models), self.eta, self.iteration)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
@@ -52,7 +51,7 @@ def take_over(config: ParetoConfig, own: JsonMapping) -> list[FrontEntry]:
 
     Raises InputError for a front that was measured in another way, naming what differs.
     """
-    found: dict[tuple[Any, ...], FrontEntry] = {}
+    found: dict[tuple[object, ...], FrontEntry] = {}
     for path in config.fronts:
         front = read_front(path, "--fronts")
         check_alike(path, front, own)

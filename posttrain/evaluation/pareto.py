@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt, read_prompts
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
@@ -52,7 +52,7 @@ FIGURES = ("reward", "reward_se", "reward_low", "reward_high", "kl", "kl_se", "k
 
 
 @torch.no_grad()
-def interpolate_(model: torch.nn.Module, init: JsonMapping, merged: JsonMapping, eta: float) -> None:
+def interpolate_(model: CausalLM | torch.nn.Module, init: JsonMapping, merged: JsonMapping, eta: float) -> None:
     """Set every parameter to (1 - eta) * init + eta * merged, in fp32, cast back once. A tied tensor is one parameter.
 
     init, merged: tensors by parameter name, as `dict(model.named_parameters())` gives them.
@@ -72,7 +72,7 @@ class Bench:
         self.chat = ChatFormat(tokenizer, self.reference.generation_config)
         self.scores: list[Score] = scores_of(config, self.chat)
         self.settings: MeasureSettings = settings_of(config)
-        self._line: tuple[Any, JsonObject, JsonObject] | None = None
+        self._line: tuple[CausalLM, JsonObject, JsonObject] | None = None
 
     def measure(self, candidate: Candidate, name: str) -> JsonObject:
         """`{"figures": flat columns, "samples": rows, "values": per prompt}` of one candidate."""
@@ -92,21 +92,21 @@ class Bench:
             "values": {name: [_finite(value) for value in measured.per_prompt[name]] for name in KEPT},
         }
 
-    def _model(self, candidate: Candidate) -> Any:
+    def _model(self, candidate: Candidate) -> CausalLM:
         if candidate.whole is None:
             model, init, merged = self._line_models()
             interpolate_(model, init, merged, float(candidate.eta or 0.0))
             return model
         return self._load(candidate.whole.path)
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path) -> CausalLM:
         if path.resolve() == self.config.sft.resolve():
             return self.reference
         model, _ = load_policy(path)
         check_same_vocabulary(model, self.reference, str(path), str(self.config.sft))
         return model
 
-    def _line_models(self) -> tuple[Any, JsonObject, JsonObject]:
+    def _line_models(self) -> tuple[CausalLM, JsonObject, JsonObject]:
         """(a model to write into, init, merged): the SFT policy serves as init without a copy."""
         if self._line is None:
             init = dict(self._load(self.config.init or self.config.sft).named_parameters())

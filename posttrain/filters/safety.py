@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.sources import Row
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config
 from gemma2.posttrain.schemas import FilterConfig
 
@@ -203,7 +204,7 @@ class _PolicyJudge:
             yield [*bos, *head, *asked, *middle, *window, *tail]
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 

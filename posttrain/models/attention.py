@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gemma2.core.errors import InputError
 
-from .protocols import CausalLM
+from .protocols import CausalLM, ModelConfig
 
 __all__ = [
     "Masks",
@@ -61,7 +60,7 @@ def taking_masks(model: CausalLM) -> Iterator[None]:
         model.config._attn_implementation = name
 
 
-def layer_windows(config: Any) -> list[int | None]:
+def layer_windows(config: ModelConfig) -> list[int | None]:
     """The window of each layer in tokens, None where it is global."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -75,7 +74,7 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def layer_masks(config: Any, mask: Tensor) -> Masks:
+def layer_masks(config: ModelConfig, mask: Tensor) -> Masks:
     """The `attention_mask` argument of a model, from the mask (B, 1, Q, K) of a global layer.
 
     A mapping by layer kind where local and global layers mix, else one tensor.
@@ -118,7 +117,7 @@ def padded_masks(model: CausalLM, present: Tensor) -> Masks:
     return layer_masks(model.config, additive(present[:, None, None] & past, model.dtype))
 
 
-def empty_cache(config: Any) -> Cache:
+def empty_cache(config: ModelConfig) -> Cache:
     """A cache for decoding, one `KvLayer` per layer."""
     return Cache(layers=[KvLayer(window) for window in layer_windows(config)])
 
@@ -143,7 +142,9 @@ class KvLayer(CacheLayerMixin):
         self.length = key_states.shape[2]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append (B, heads, Q, head_dim) and return what the queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

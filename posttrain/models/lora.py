@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from gemma2.posttrain.schemas.config import closest
 
 from .loading import open_to_readers
 from .protocols import CausalLM
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 __all__ = [
     "adapted_weights",
@@ -37,7 +40,7 @@ __all__ = [
 ]
 
 
-def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig | None:
     """peft's configuration, or None when `lora_rank` is 0. The head of a classifier is trained in full."""
     if config.lora_rank == 0:
         return None

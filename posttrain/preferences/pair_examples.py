@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 
@@ -90,7 +89,7 @@ def report_dropped(dropped: dict[str, int], total: int, max_length: int | None, 
 
 def to_dataset(pairs: Sequence[PairIds]) -> Dataset:
     """The columns that TRL's collator reads, and `length` for batches of similar pairs. No margin counts as 0."""
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, list[object]] = {
         "chosen_ids": [pair.chosen for pair in pairs],
         "rejected_ids": [pair.rejected for pair in pairs],
         "length": [pair.length for pair in pairs],

@@ -64,7 +64,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):
     loss_is_scaled_for_ga = True
     part_tokens: int | None = None
 
-    def __init__(self, *arguments: Any, centring: float = 0.0, dropout: float = 0.0, **options: Any) -> None:
+    def __init__(self, *arguments: object, centring: float = 0.0, dropout: float = 0.0, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.centring, self.dropout = centring, dropout
         drop_block_outputs(self.model, dropout)
@@ -76,11 +76,13 @@ class PairTrainer(GroupedByLength, RewardTrainer):
         self.part_tokens = PART_TOKENS if self.attends_in_blocks else None
         self._rewards: list[Tensor] = []  # (2, B) each, since the last line of metrics
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+    def _get_num_items_in_batch(self, batch_samples: list[JsonObject], device: torch.device) -> int:
         """Pairs of the optimizer batch on this rank."""
         return sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
 
-    def training_step(self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
         if self.part_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -97,7 +99,11 @@ class PairTrainer(GroupedByLength, RewardTrainer):
         return torch.stack(losses).sum()
 
     def compute_loss(
-        self, model: CausalLM, inputs: JsonObject, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: CausalLM,
+        inputs: JsonObject,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sum of the pairs' losses over the pairs of the optimizer batch, nats."""
         chosen, rejected = self._pair_rewards(model, inputs)
@@ -141,7 +147,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):
             self._rewards.clear()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
 

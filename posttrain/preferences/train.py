@@ -11,7 +11,6 @@ of similar length in an order that a resume reproduces.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.sft.sft import accumulation_steps
 from gemma2.posttrain.training.heldout import HeldOut
@@ -76,7 +75,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
 class HeldOutPairs(HeldOut):
     """Held-out loss and accuracy of a reward model on the way."""
 
-    def __init__(self, run: Any, pairs: Sequence[PairIds], config: RewardConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, run: Run, pairs: Sequence[PairIds], config: RewardConfig, tokenizer: Tokenizer) -> None:
         super().__init__(run, pairs, config)
         self.tokenizer = tokenizer
 

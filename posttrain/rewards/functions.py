@@ -96,7 +96,7 @@ def function_score(name: str, option: str, column: str, abstains: bool = False) 
     return score
 
 
-def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
+def _arguments(sampled: Sampled) -> dict[str, list[object]]:
     """The keyword arguments of a function. A column of the rows never replaces a drawn value."""
     names = dict.fromkeys(name for row in sampled.rows for name in row.extra)
     return {
@@ -109,7 +109,7 @@ def _arguments(sampled: Sampled) -> dict[str, list[Any]]:
     }
 
 
-def _columns(values: Sequence[Any], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
+def _columns(values: Sequence[object], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
     keys = next((value for value in values if isinstance(value, Mapping)), {column: None})
     silent = dict.fromkeys(keys) if abstains else {column: None}  # None among mappings: an abstention on any key
     mappings = [
@@ -120,7 +120,7 @@ def _columns(values: Sequence[Any], source: str, column: str, abstains: bool) ->
     return {str(key): [_number(mapping[key], source, key, abstains) for mapping in mappings] for key in mappings[0]}
 
 
-def _number(value: Any, source: str, key: Any, abstains: bool) -> float:
+def _number(value: Any, source: str, key: object, abstains: bool) -> float:
     if value is None and abstains:
         return math.nan
     try:

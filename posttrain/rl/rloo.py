@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -64,7 +63,7 @@ class AnchorUpdate(TrainerCallback):
         self.mu = mu
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.anchor.update(self.policy, self.mu)
 
@@ -81,7 +80,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
         anchor: EmaAnchor | None,
         args: RLOOConfig,
         guards: Guards,
-        peft_config: Any | None = None,
+        peft_config: object | None = None,
     ) -> None:
         draws = args.max_steps * args.generation_batch_size // args.num_generations
         with warnings.catch_warnings():
@@ -155,7 +154,7 @@ class AnchoredRlooTrainer(RLOOTrainer):
             self._entropy.zero_()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)
         if not self.args.should_save:
             return

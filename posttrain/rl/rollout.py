@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ class Rollout:
     """
 
     policy: CausalLM
-    anchor: Any | None  # a model that scores and never generates; None: no KL in the reward
+    anchor: CausalLM | None  # a model that scores and never generates; None: no KL in the reward
     chat: ChatFormat
     score: Score
     config: RlFields

@@ -241,7 +241,7 @@ class _SeededLLM:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    def generate(self, prompts: Sequence[Any], sampling_params: Any, **options: Any) -> Any:
+    def generate(self, prompts: Sequence[object], sampling_params: Any, **options: Any) -> Any:
         each = [copy.copy(sampling_params) for _ in prompts]
         for number, params in enumerate(each):
             params.seed = self._seeds.first + number

@@ -53,7 +53,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):
     epochs: Epochs | None = None
     part_tokens: int | None = None
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: object, **options: Any) -> None:
         super().__init__(*arguments, **options)
         model = plain_model(self.model)
         self.scores_targets_only = (
@@ -67,7 +67,9 @@ class SftTrainer(GroupedByLength, SFTTrainer):
             and plain_head(model)
         )
 
-    def training_step(self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
         if self.part_tokens is None or num_items_in_batch is None or "attention_mask" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -78,7 +80,11 @@ class SftTrainer(GroupedByLength, SFTTrainer):
         return torch.stack(losses).sum()
 
     def compute_loss(
-        self, model: CausalLM, inputs: JsonObject, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: CausalLM,
+        inputs: JsonObject,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean of -log pi over the targets of the optimizer batch, nats."""
         if not self.scores_targets_only or return_outputs:
@@ -92,7 +98,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(accuracy)
         return loss
 
-    def _save_checkpoint(self, model: CausalLM, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
 

@@ -15,7 +15,7 @@ import string
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -110,7 +110,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
-def tiny_config(**overrides: Any) -> Gemma2Config:
+def tiny_config(**overrides: object) -> Gemma2Config:
     """A Gemma 2 configuration for unit tests (2 layers, width 16); any field can be overridden."""
     fields: JsonObject = {
         "vocab_size": VOCABULARY,
@@ -154,17 +154,17 @@ def _randomised(kind: type[Model], config: Gemma2Config, seed: int) -> Model:
     return model
 
 
-def random_model(seed: int = 0, **overrides: Any) -> Gemma2ForCausalLM:
+def random_model(seed: int = 0, **overrides: object) -> Gemma2ForCausalLM:
     """An untrained causal model for unit tests, in eval mode; `overrides` are fields of `tiny_config`."""
     return with_generation_config(_randomised(Gemma2ForCausalLM, tiny_config(**overrides), seed))
 
 
-def random_reward_model(seed: int = 0, **overrides: Any) -> Gemma2ForSequenceClassification:
+def random_reward_model(seed: int = 0, **overrides: object) -> Gemma2ForSequenceClassification:
     """An untrained reward model (one output) for unit tests, in eval mode."""
     return _randomised(Gemma2ForSequenceClassification, tiny_config(num_labels=1, **overrides), seed)
 
 
-def save_random(path: Path, seed: int = 0, kind: Literal["causal", "reward"] = "causal", **overrides: Any) -> Path:
+def save_random(path: Path, seed: int = 0, kind: Literal["causal", "reward"] = "causal", **overrides: object) -> Path:
     """Write an untrained model and its tokenizer as a model directory; returns `path`."""
     make = random_model if kind == "causal" else random_reward_model
     make(seed, **overrides).save_pretrained(path)

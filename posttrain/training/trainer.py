@@ -24,7 +24,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.runs.run_directory import Run
-from gemma2.posttrain.schemas import TrainingFields
+from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 from gemma2.posttrain.schemas.config import closest
 
 from .tracking import check_tracking, tracked
@@ -153,14 +153,14 @@ class RunCallback(TrainerCallback):
         self._bar: AbstractContextManager[Task] | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._bar = self.progress.task(self.label, total=state.max_steps, unit="steps")
         self.task = self._bar.__enter__()
         self.task.advance(state.global_step)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.close()
 
@@ -183,7 +183,9 @@ class RunCallback(TrainerCallback):
                 "lower --learning-rate; --resume goes on from the last checkpoint",
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         # What was gathered since the last line is in no checkpoint: with a line before each, none is lost on resume.
         control.should_log = control.should_log or control.should_save
         if self.task is not None:
@@ -195,7 +197,7 @@ class RunCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: JsonObject | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         metrics = {
             RENAMED.get(key, key): value
@@ -206,7 +208,7 @@ class RunCallback(TrainerCallback):
         if "train_loss" not in metrics:
             self.run.log(state.global_step, **metrics)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.run.ranks.barrier()  # every rank has written its part
         self.run.ranks.on_main(lambda: mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
@@ -224,19 +226,21 @@ def evaluations(run: Run) -> list[JsonObject]:
 class PeriodicEvaluation(TrainerCallback):
     """Calls `measure` at step 0, every `config.eval_every` steps and at the end."""
 
-    config: Any
+    config: DistillConfig | RlhfConfig
 
     def measure(self, step: int) -> None:
         """Measure the model and log what was found."""
         raise NotImplementedError
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.global_step == 0:  # a resumed run logged it
             self.measure(0)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step % self.config.eval_every == 0 or state.global_step == state.max_steps:
             self.measure(state.global_step)
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +114,7 @@ def _texts(row: Row) -> tuple[list[str], list[str]]:
     return asked, others
 
 
-def _of_column(value: Any) -> tuple[list[str], list[str]]:
+def _of_column(value: object) -> tuple[list[str], list[str]]:
     """(what a user says, what a model says) in a text, a list of texts or a list of messages."""
     if isinstance(value, str):
         return [value], []

@@ -12,7 +12,6 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +127,7 @@ def sample_of(row: Row) -> Sample:
     return Sample([(turn["role"] in MODEL_ROLES, turn["content"]) for turn in turns], truncated)
 
 
-def _blank(prompt: Any) -> bool:
+def _blank(prompt: object) -> bool:
     if isinstance(prompt, str):
         return not prompt.strip()
     if not isinstance(prompt, list) or not prompt:
