@@ -293,7 +293,7 @@ def test_shards_hold_as_many_rows_as_asked(inputs, tmp_path):
         ({"best": 3, "n": 2, "reward_fn": "m:f"}, "--best 3 of --n 2"),
         ({"reward_fn": "m:f", "reward_weights": (1, 2)}, "2 weights for 1 terms"),
         ({"price_in": 1.0}, "both --price-in and --price-out"),
-        ({"base_url": "ftp://x/v1"}, "is no http address"),
+        ({"base_url": "ftp://x/v1"}, "is not an http address"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields, words):

@@ -116,7 +116,7 @@ def test_a_value_of_a_matrix_can_name_the_copy_of_another_stage(tmp_path):
         ({"w": stage("warp", options={**WARP, "jobs": 2})}, r"stages\.w\.options\.jobs is for a whole pipeline"),
         ({"a": stage(matrix={"valeu": [1]})}, r"matrix\.valeu is no option of make.*did you mean 'value'"),
         ({"a": stage(matrix={"value": [1, 1]})}, "copies with equal names"),
-        ({"a": stage(matrix={"value": 1})}, "no list of values"),
+        ({"a": stage(matrix={"value": 1})}, "not a list of values"),
         ({"a": stage(when="${b.summary.x}")}, "there is no stage 'b'"),
         ({"a": stage(when="yes")}, "no comparison"),
         ({"a": {"commnd": "make"}}, r"unknown key 'stages\.a\.commnd'"),
