@@ -57,7 +57,8 @@ class Observer(Protocol):
 class StageFailed(Gemma2Error):
     """A stage ended with an expected failure; the exit code is the stage's."""
 
-    def __init__(self, what: str, hint: str, code: int) -> None:
+    # The defaults let pickle rebuild the error from its message alone; it then restores the attributes.
+    def __init__(self, what: str, hint: str = "", code: int = 1) -> None:
         super().__init__(what, hint)
         self.exit_code = code
 

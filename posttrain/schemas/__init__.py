@@ -1,7 +1,7 @@
-"""One schema per command: what a recipe, `--set` and the flags may say. Torch-free.
+"""One schema per command: the settings that a recipe, `--set` and flags may give. Torch-free.
 
 The flags and the `--help` of every command are generated from these fields, so a name, its bounds and its unit are
-stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report (2408.00118) where they give one.
+stated once. Defaults follow the WARP paper (2406.16768) and the Gemma 2 report (2408.00118) if they give one.
 """
 
 from __future__ import annotations

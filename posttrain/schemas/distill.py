@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -14,10 +14,10 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class FixedDataFields(Config):
-    """Fields of rows that were written beforehand, and of reading a teacher."""
+    """Settings for tokenising existing rows and for loading the teacher."""
 
     max_length: int = Field(1024, ge=8, description="longest row of --data, tokens")
-    on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
+    on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what to do with longer rows")
     end_of_turn: Literal["eot", "eot+eos"] = Field("eot+eos", description="last target of a row of --data")
     teacher_dtype: Dtype = Field("auto", description="auto: bfloat16 on an accelerator, float32 on the CPU")
     distill_temperature: float = Field(
@@ -26,7 +26,7 @@ class FixedDataFields(Config):
 
 
 class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
-    """Distillation from a teacher on what the student itself writes (GKD, 2306.13649)."""
+    """Distillation from a teacher on the student's own completions (GKD, 2306.13649)."""
 
     model: Model
     teacher: Path | None = Field(None, description="teacher model directory, with the student's tokenizer")
@@ -35,7 +35,7 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
     )
     prompts: Path | None = Field(None, description="prompts that the student answers during training")
     heldout: Path | None = Field(None, description="evaluation prompts; default: a tenth of --prompts")
-    data: Path | None = Field(None, description="fixed prompts and completions, for --lambda below 1")
+    data: Path | None = Field(None, description="fixed prompts and completions, used if --lambda is below 1")
     divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
         "reverse-kl", description="KL(teacher || student), KL(student || teacher), or JSD with --beta"
     )
@@ -60,15 +60,15 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
 
     @property
     def fraction(self) -> float:
-        """lambda: 1 unless said otherwise, 0 from a cache."""
+        """The effective lambda; by default 1, or 0 from a cache."""
         if self.on_policy_fraction is not None:
             return self.on_policy_fraction
         return 0.0 if self.teacher_cache else 1.0
 
     @model_validator(mode="before")
     @classmethod
-    def _recipes_may_say_lambda(cls, values: Any) -> Any:
-        """GKD's name, which Python keeps to itself. A flag comes under the field's name, and goes before the recipe."""
+    def _recipes_may_say_lambda(cls, values: object) -> object:
+        """Accept GKD's name, a reserved word of Python. A flag arrives under the field's name and wins over it."""
         if isinstance(values, dict) and "lambda" in values:
             return {"on_policy_fraction": values["lambda"]} | {k: v for k, v in values.items() if k != "lambda"}
         return values
@@ -79,10 +79,10 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
         micro = self.micro_batch_size or self.batch_size
         problems = {
             "give teacher or teacher_cache, one of them": live == cached,
-            "a teacher needs prompts, to train on and to measure on": live and self.prompts is None,
+            "a teacher needs prompts, for training and for evaluation": live and self.prompts is None,
             "a teacher_cache brings its own data; leave out prompts, heldout and data": cached
             and any((self.prompts, self.heldout, self.data)),
-            "a teacher_cache says nothing about new completions; lambda (on_policy_fraction) must be 0": cached
+            "a teacher_cache does not cover new completions; lambda (on_policy_fraction) must be 0": cached
             and self.fraction > 0,
             f"lambda (on_policy_fraction) {self.fraction:g} needs fixed data; give data": live
             and self.fraction < 1
@@ -98,12 +98,12 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
 
 
 class DistillCacheConfig(FixedDataFields):
-    """The teacher's distributions over fixed data, top-k and the rest as one bucket, for distilling without it."""
+    """The teacher's distributions over fixed data, top-k and the rest as one bucket, to distill without the teacher."""
 
     teacher: Model
     data: Data
     top_k: int = Field(64, ge=1, description="tokens kept per position; the rest is one bucket")
     batch_size: int = Field(16, ge=1, description="sequences per forward pass")
-    shard_rows: int = Field(1024, ge=1, description="rows per file; what a killed run repeats at most")
+    shard_rows: int = Field(1024, ge=1, description="rows per file; a killed run repeats at most this many")
     limit: int | None = Field(None, ge=1, description="use only the first rows of the data")
     seed: Seed = 0

@@ -13,7 +13,7 @@ from .rlhf import RewardFields
 
 
 class DistributionConfig(SamplingFields, RewardFields):
-    """Measure a policy: common prompts, common seeds, reward and KL with standard errors."""
+    """Settings for measuring a policy: common prompts and seeds, reward and KL with standard errors."""
 
     sft: Model
     prompts: Data
@@ -30,17 +30,17 @@ class EvalConfig(DistributionConfig):
 
 
 class ParetoConfig(DistributionConfig):
-    """The KL-reward front: policies, and the line from init to merge at several eta, measured alike."""
+    """The KL-reward front: policies, and the line from init to merge at several eta, all measured the same way."""
 
     policies: tuple[Path, ...] = Field((), description="policy directories")
-    init: Path | None = Field(None, description="where the eta line starts; default: --sft")
-    merged: Path | None = Field(None, description="where the eta line ends: the last SLERP, before LITI")
+    init: Path | None = Field(None, description="start of the eta line; default: --sft")
+    merged: Path | None = Field(None, description="end of the eta line: the last SLERP, before LITI")
     etas: tuple[float, ...] = Field((0.0, 0.1, 0.3, 0.5, 0.8, 1.0), description="points on the line from init to merge")
     fronts: tuple[Path, ...] = Field(
-        (), description="earlier outputs of pareto, measured alike: their points are taken over"
+        (), description="earlier outputs of pareto, measured with the same settings: their points are reused"
     )
     kl_limits: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (), description="KL limits in nats, for each of which the best point is reported; default: round ones"
+        (), description="KL limits in nats; the best point within each is reported; default: round numbers"
     )
 
 

@@ -1,12 +1,14 @@
-"""Fields that several schemas share: kinds of fields, and the fields of sampling, training and LoRA."""
+"""Field types and fields that several schemas share: sampling, training and LoRA."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
+
+from gemma2.core.json_files import JsonObject
 
 from .config import Config
 
@@ -16,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 
 class SamplingFields(Config):
-    """The fields of sampling completions."""
+    """Settings for drawing completions."""
 
     temperature: float = Field(1.0, ge=0.0, le=5.0, description="sampling temperature; 0 is greedy")
     max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
@@ -24,7 +26,7 @@ class SamplingFields(Config):
 
 
 class TrainingFields(Config):
-    """The fields that every training step shares."""
+    """Settings of every training command."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"report_to"})
 
@@ -33,14 +35,14 @@ class TrainingFields(Config):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     log_every: int = Field(
-        1, ge=1, description="optimizer steps between lines of metrics.jsonl; every checkpoint adds one"
+        1, ge=1, description="optimizer steps between lines of metrics.jsonl; every checkpoint adds a line"
     )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="also send the metrics to tensorboard, wandb, trackio; metrics.jsonl is always written"
     )
     seed: Seed = 0
-    trainer: dict[str, Any] = Field(
-        default_factory=dict, description="further options of the TRL trainer, by TRL's names"
+    trainer: JsonObject = Field(
+        default_factory=dict, description="further options of the TRL trainer, under TRL's names"
     )
 
 
@@ -49,30 +51,30 @@ class LoraFields(Config):
 
     lora_rank: int = Field(0, ge=0, description="rank of the LoRA adapter; 0 trains all weights")
     lora_alpha: float = Field(16.0, gt=0, description="LoRA scale is alpha / rank")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that is dropped")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the adapter's inputs")
     lora_targets: tuple[str, ...] = Field(
-        (), description="modules to adapt, by the last part of their names; default: every linear layer but the head"
+        (), description="modules to adapt, by the last part of their names; default: all linear layers except the head"
     )
 
 
 class LoraOutputFields(LoraFields):
-    """Low-rank adaptation, and what is written."""
+    """Low-rank adaptation, and the form of the output."""
 
     lora_output: Literal["merged", "adapter"] = Field(
         "merged", description="write a plain model, or only the LoRA adapter, which gemma2 merge reads with its base"
     )
 
     @model_validator(mode="after")
-    def _an_adapter_is_there(self) -> LoraOutputFields:
+    def _adapter_output_needs_an_adapter(self) -> LoraOutputFields:
         if self.lora_output == "adapter" and self.lora_rank == 0:
             raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
         return self
 
 
 def check_address(url: str, option: str = "--base-url") -> None:
-    """Refuse a server's address that holds something secret: it is recorded. Raises ValueError."""
+    """Raise ValueError for a server address with credentials: addresses are recorded in outputs."""
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query:
         raise ValueError(f"{option} holds credentials or a query; keep keys in the environment")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{option} {url!r} is not an http address; start it with http:// or https://")
+        raise ValueError(f"{option} {url!r} is not an http address; begin it with http:// or https://")

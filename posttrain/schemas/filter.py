@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from .config import Config
 from .fields import Data, Seed
 
-# The order is the order in which a row meets them: the first that refuses it is its reason.
+# In the order in which they are applied: the first filter that drops a row gives the reason.
 FilterName = Literal[
     "empty",
     "truncated",
@@ -34,8 +34,8 @@ class FilterConfig(Config):
     """Drop rows that a model should not learn from, each with its reason (Gemma 2 report, section 4)."""
 
     data: Data
-    filters: tuple[FilterName, ...] = Field((), description="use only these filters; default: all that are set up")
-    skip: tuple[FilterName, ...] = Field((), description="leave these filters out")
+    filters: tuple[FilterName, ...] = Field((), description="use only these filters; default: all that are configured")
+    skip: tuple[FilterName, ...] = Field((), description="do not use these filters")
     keep: tuple[Subset, ...] = Field(
         (), description="subsets that length, disclaimer and refusal do not drop: attribution, hedging, refusal"
     )
@@ -48,9 +48,9 @@ class FilterConfig(Config):
     min_chars: int | None = Field(None, ge=0, description="length: fewest characters of the model's turns")
     max_chars: int | None = Field(None, ge=1, description="length: most characters of the model's turns")
     max_repetition: float = Field(
-        0.5, gt=0, le=1, description="repetition: largest share of a turn's word 4-grams that occurred before in it"
+        0.5, gt=0, le=1, description="repetition: largest share of a turn's word 4-grams that occur earlier in it"
     )
-    language: tuple[str, ...] = Field((), description="language: codes that are kept (ISO 639: en, de, ...)")
+    language: tuple[str, ...] = Field((), description="language: codes to keep (ISO 639: en, de, ...)")
     language_confidence: float = Field(
         0.9, gt=0, le=1, description="language: drop only when another language is at least this probable"
     )
@@ -58,32 +58,34 @@ class FilterConfig(Config):
     identity: tuple[str, ...] = Field(
         ("Gemma", "Google", "Google DeepMind", "DeepMind"), description="identity: names that the model may claim"
     )
-    drop_disclaimers: bool = Field(False, description="disclaimer: drop 'as an AI language model' and the like")
+    drop_disclaimers: bool = Field(False, description="disclaimer: drop 'as an AI language model' and similar")
     unsafe_categories: tuple[UnsafeCategory, ...] = Field(
         ("general", "sexual", "slurs"), min_length=1, description="unsafe: categories of the word list"
     )
     unsafe_terms: int = Field(1, ge=1, description="unsafe: matches of the word list that drop a row")
     safety_model: Path | None = Field(
-        None, description="unsafe: classifier or ShieldGemma-style model that is asked instead of the word list"
+        None, description="unsafe: classifier or ShieldGemma-style model to use instead of the word list"
     )
     safety_labels: tuple[str, ...] = Field((), description="unsafe: labels of the classifier that mean unsafe")
-    safety_threshold: float = Field(0.5, gt=0, lt=1, description="unsafe: probability from which a row is dropped")
-    safety_max_length: int = Field(1024, ge=16, description="unsafe: tokens of a row that the safety model reads")
+    safety_threshold: float = Field(0.5, gt=0, lt=1, description="unsafe: lowest probability that drops a row")
+    safety_max_length: int = Field(1024, ge=16, description="unsafe: most tokens of a row that the safety model reads")
     batch_size: int = Field(16, ge=1, description="unsafe: rows that the safety model reads at once")
-    decontaminate: tuple[Path, ...] = Field((), description="contaminated: evaluation sets that no row may overlap")
-    decontaminate_ngram: int = Field(13, ge=3, description="contaminated: words in a row that count as an overlap")
+    decontaminate: tuple[Path, ...] = Field(
+        (), description="contaminated: evaluation sets that the rows must not overlap"
+    )
+    decontaminate_ngram: int = Field(13, ge=3, description="contaminated: consecutive equal words that are an overlap")
     dedup_on: Literal["both", "prompt", "completion"] = Field(
         "both", description="duplicate, near-duplicate: which turns are compared"
     )
     near_threshold: float = Field(
         0.8, gt=0.1, lt=1, description="near-duplicate: Jaccard similarity of word shingles that drops the later row"
     )
-    shingle_words: int = Field(3, ge=1, le=13, description="near-duplicate: words of a shingle")
+    shingle_words: int = Field(3, ge=1, le=13, description="near-duplicate: words per shingle")
     max_refusal_share: float | None = Field(None, ge=0, lt=1, description="refusal: largest share of the kept rows")
-    all_reasons: bool = Field(False, description="list every reason in dropped.jsonl, not only the first")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="what happens to rows that cannot be read")
+    all_reasons: bool = Field(False, description="list all reasons in dropped.jsonl, not only the first")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be read")
     workers: int | None = Field(None, ge=1, description="processes; default: one per core")
-    shard_rows: int = Field(100_000, ge=1, description="rows of an output file")
+    shard_rows: int = Field(100_000, ge=1, description="rows per output file")
     seed: Seed = 0
 
     @model_validator(mode="after")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
+
+from gemma2.core.json_files import JsonObject
 
 from .fields import Data, SamplingFields, Seed, check_address
 from .rlhf import RewardFields
@@ -19,41 +21,43 @@ USER_INSTRUCTION = (
 
 
 class GenerateConfig(SamplingFields, RewardFields):
-    """Teacher completions for prompts, by a local model or a server; resumable at the row."""
+    """Teacher completions for prompts, by a local model or a server; resumable at any row."""
 
     REWARD_NEEDED = False
     INCIDENTAL = frozenset({"concurrency", "timeout", "retries", "price_in", "price_out", "api_key_env"})
 
-    teacher: Path = Field(description="model directory or hub id; with --engine openai the name at the server")
+    teacher: Path = Field(description="model directory or hub id; with --engine openai the model's name on the server")
     prompts: Data
     engine: Literal["transformers", "vllm", "openai"] = Field(
-        "transformers", description="what draws: our sampler, vLLM, or an OpenAI-compatible server"
+        "transformers", description="engine: the built-in sampler, vLLM, or an OpenAI-compatible server"
     )
-    prompt_column: str = Field("prompt", min_length=1, description="column that holds the prompt (GSM8K: question)")
-    system: str | None = Field(None, min_length=1, description="system text put before every prompt without one")
+    prompt_column: str = Field("prompt", min_length=1, description="column of the prompts (GSM8K: question)")
+    system: str | None = Field(None, min_length=1, description="system text for every prompt without one")
     n: int = Field(1, ge=1, description="completions per prompt")
     best: int | None = Field(None, ge=1, description="keep this many of the n, by --reward or --reward-fn")
-    turns: int = Field(1, ge=1, description="model turns; from 2 on the teacher also plays the user between them")
-    user_instruction: str = Field(USER_INSTRUCTION, min_length=1, description="what makes the teacher play the user")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the most probable tokens of this mass only")
-    top_k: int = Field(0, ge=0, description="draw from this many most probable tokens only; 0: all")
-    keep_truncated: bool = Field(False, description="keep completions that ran into the limit")
+    turns: int = Field(1, ge=1, description="model turns; if 2 or more, the teacher also writes the user turns between")
+    user_instruction: str = Field(
+        USER_INSTRUCTION, min_length=1, description="instruction that makes the teacher write as the user"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="sample only from the most probable tokens with this total mass")
+    top_k: int = Field(0, ge=0, description="sample only from this many most probable tokens; 0: all")
+    keep_truncated: bool = Field(False, description="keep completions that reached the limit")
     on_overlong: Literal["error", "drop"] = Field(
-        "error", description="a prompt that leaves no room for --max-new-tokens: stop, or drop and count it"
+        "error", description="if a prompt leaves no room for --max-new-tokens: stop, or drop and count it"
     )
     shard_rows: int = Field(100_000, ge=1, description="rows per output file")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")
     seed: Seed = 0
-    base_url: str | None = Field(None, description="openai: address of the server, up to and including /v1")
+    base_url: str | None = Field(None, description="openai: address of the server, including /v1")
     api_key_env: str = Field(
         "OPENAI_API_KEY", min_length=1, description="openai: environment variable that holds the key"
     )
-    concurrency: int = Field(8, ge=1, le=4096, description="openai: requests in flight at once")
+    concurrency: int = Field(8, ge=1, le=4096, description="openai: requests at the same time")
     timeout: float = Field(300.0, gt=0, description="openai: longest wait for one answer, seconds")
-    retries: int = Field(8, ge=0, description="openai: further attempts after a failure that may pass")
+    retries: int = Field(8, ge=0, description="openai: further attempts after a temporary failure")
     logprobs: bool = Field(False, description="openai: ask for log-probs, which not every server gives")
-    request: dict[str, Any] = Field(
-        default_factory=dict, description="openai: further fields of each request; null takes one of ours out"
+    request: JsonObject = Field(
+        default_factory=dict, description="openai: further fields of each request; null removes a default field"
     )
     price_in: float | None = Field(None, ge=0, description="openai: USD per million prompt tokens, for --dry-run")
     price_out: float | None = Field(None, ge=0, description="openai: USD per million completion tokens")
@@ -73,9 +77,9 @@ class GenerateConfig(SamplingFields, RewardFields):
 
 
 def check_key_variable(name: str, option: str = "--api-key-env") -> None:
-    """Refuse a text that is not a variable's name, without repeating it: it may be the key. Raises ValueError.
+    """Raise ValueError for a text that cannot be a variable's name, without repeating it: it may be the key itself.
 
-    To be called by a validator of the whole model, since an error of a field shows its value.
+    Call it from a validator of the whole model: the error of a field's validator shows the value.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{option} is not the name of a variable; name the variable that holds the key, not the key")
+        raise ValueError(f"{option} is not a variable's name; give the name of the variable that holds the key")

@@ -1,4 +1,4 @@
-"""Pipeline files: stages that name a command, its options, and each other's outputs."""
+"""Pipeline files: stages with a command and its options, which may refer to the outputs of other stages."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from gemma2.core.json_files import JsonObject
+
 from .config import Config
 
 __all__ = ["PipelineFile", "Resources", "StageFile"]
 
 STAGE_NAME = r"^[A-Za-z0-9][\w.=-]*(/[A-Za-z0-9][\w.=-]*)*$"
-# Sections and prefixes of references; files in a pipeline's folder other than the stages.
+# Sections of the file, prefixes of references, and the files that a pipeline's folder holds besides the stages.
 RESERVED = frozenset({"vars", "resources", "stages", "matrix", "logs"})
 RESERVED |= {"pipeline.json", "pipeline.yaml", "gemma2.json", "summary.json", "report.html"}
 LONGEST_NAME = 200  # bytes between two slashes: file systems take 255, temporary names are longer than the name
 
 
 class Resources(Config):
-    """The resources that a stage has to itself while it runs."""
+    """Resources that are reserved for a stage while it runs."""
 
-    cpus: int | None = Field(None, ge=1, description="threads; default: the cores, divided by the stages at once")
+    cpus: int | None = Field(None, ge=1, description="threads; default: cores / stages that run at the same time")
     gpus: int | None = Field(
-        None, ge=0, description="GPUs; default: one for a stage that runs a network, where there is one"
+        None, ge=0, description="GPUs; default: one for a stage that runs a network, if the machine has any"
     )
 
 
@@ -30,18 +32,20 @@ class StageFile(Config):
     """One stage of a pipeline file."""
 
     command: str = Field(description="a gemma2 command that writes an output: sft, merge slerp, ...")
-    options: dict[str, Any] = Field(default_factory=dict, description="its options; ${STAGE.out} is another's output")
+    options: JsonObject = Field(
+        default_factory=dict, description="options of the command; ${STAGE.out} is the output of another stage"
+    )
     matrix: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict, description="lists of values: one copy of the stage for every combination"
     )
-    after: tuple[str, ...] = Field((), description="stages that must be done first, besides those that options name")
-    when: str | None = Field(None, description="run only if this holds: ${STAGE.summary.KEY} < 1")
-    retries: int = Field(0, ge=0, le=100, description="further attempts after the process died without a clear error")
-    resources: Resources = Field(Resources(), description="what it has to itself: cpus, gpus")
+    after: tuple[str, ...] = Field((), description="stages that must be done first, besides those named in options")
+    when: str | None = Field(None, description="run only if this condition holds: ${STAGE.summary.KEY} < 1")
+    retries: int = Field(0, ge=0, le=100, description="further attempts if the process dies without a clear error")
+    resources: Resources = Field(Resources(), description="reserved resources: cpus, gpus")
 
     @field_validator("matrix", mode="before")
     @classmethod
-    def _values_are_lists(cls, value: Any) -> Any:
+    def _values_are_lists(cls, value: object) -> object:
         for name, values in value.items() if isinstance(value, dict) else ():
             if not isinstance(values, list | tuple) or not values:
                 raise ValueError(f"matrix.{name} is not a list of values; write [a, b]")
@@ -51,6 +55,6 @@ class StageFile(Config):
 class PipelineFile(Config):
     """A pipeline: a DAG of commands."""
 
-    vars: dict[str, Any] = Field(default_factory=dict, description="values that ${vars.NAME} stands for")
-    resources: Resources = Field(Resources(), description="of every stage that does not say otherwise")
+    vars: JsonObject = Field(default_factory=dict, description="values of ${vars.NAME}")
+    resources: Resources = Field(Resources(), description="default resources of the stages")
     stages: dict[str, StageFile] = Field(min_length=1, description="name -> stage; the name is the output's folder")

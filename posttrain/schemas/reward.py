@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
+
+from gemma2.core.json_files import JsonObject
 
 from .config import Config
 from .fields import Data, LoraFields, Model, SamplingFields, Seed, TrainingFields, check_address
 from .generate import check_key_variable
 
 Centring = Field(
-    0.0, ge=0, description="weight of (r_chosen + r_rejected)^2 in the loss, which centres rewards on 0 (2312.09244)"
+    0.0, ge=0, description="weight of (r_chosen + r_rejected)^2 in the loss, to centre rewards on 0 (2312.09244)"
 )
 Heldout = Field(0.1, ge=0, lt=1, description="share of prompts whose pairs are held out for accuracy and calibration")
 
-# What a row is scored on; "truncated" would become chosen_truncated and rejected_truncated.
+# Columns that scores are computed from; "truncated" would become chosen_truncated and rejected_truncated.
 CONVERSATION = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "finish_reason", "truncated"})
 
 
@@ -26,7 +28,7 @@ class RewardConfig(TrainingFields, LoraFields):
     model: Model
     data: Data
     from_head: Path | None = Field(
-        None, description="reward model whose head is the start (gemma2 reward probe); default: drawn from --seed"
+        None, description="reward model that gives the initial head (gemma2 reward probe); default: random, from --seed"
     )
     epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
@@ -35,30 +37,28 @@ class RewardConfig(TrainingFields, LoraFields):
     max_length: int = Field(1024, ge=8, description="longest conversation, tokens")
     center_coefficient: float = Centring
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of what each attention and MLP block adds that is dropped while training"
+        0.0, ge=0, lt=1, description="dropout probability of the output of each attention and MLP block in training"
     )
     eval_fraction: float = Heldout
     eval_every: int | None = Field(
-        None, ge=1, description="optimizer steps between held-out figures; default: at the start and the end"
+        None, ge=1, description="optimizer steps between held-out figures; default: only at the start and the end"
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="weights that become the output; best: those with the lowest held-out loss"
+        "last", description="weights to write: the last ones, or those with the lowest held-out loss"
     )
-    patience: int | None = Field(
-        None, ge=1, description="stop after this many held-out losses without a new lowest one"
-    )
+    patience: int | None = Field(None, ge=1, description="stop after this many held-out losses without a new minimum")
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RewardConfig:
         if self.eval_every is None and (self.keep == "best" or self.patience is not None):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
         if self.eval_every is not None and self.eval_fraction == 0:
-            raise ValueError("eval_every measures held-out pairs, and eval_fraction=0 holds none out; give one above 0")
+            raise ValueError("eval_every needs held-out pairs, and eval_fraction is 0; give an eval_fraction above 0")
         return self
 
 
 class ProbeConfig(Config):
-    """A reward model whose backbone is left as it is: the best head on its last hidden states (WARM's start)."""
+    """A reward model with a frozen backbone: the best head on its last hidden states (WARM's initial head)."""
 
     model: Model
     data: Data
@@ -71,36 +71,36 @@ class ProbeConfig(Config):
 
 
 class RewardScoreConfig(Config):
-    """Every row of a data set with its score: prompts and completions, conversations, or preference pairs."""
+    """Add a score to every row of a data set: prompts and completions, conversations, or preference pairs."""
 
     INCIDENTAL = frozenset({"batch_size"})
 
     model: Model
     data: Data
     batch_size: int = Field(32, ge=1, description="sequences per forward pass")
-    column: str = Field("score", min_length=1, description="name of the score; pairs get chosen_NAME and rejected_NAME")
+    column: str = Field("score", min_length=1, description="column to write; pairs get chosen_NAME and rejected_NAME")
     max_length: int | None = Field(
-        None, ge=8, description="longer conversations get no score, tokens; default: the model's context"
+        None, ge=8, description="limit in tokens; longer conversations get no score; default: the model's context"
     )
     shard_rows: int = Field(100_000, ge=1, description="rows per output file")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
 
     @model_validator(mode="after")
-    def _conversations_stay(self) -> RewardScoreConfig:
+    def _the_column_is_new(self) -> RewardScoreConfig:
         if self.column in CONVERSATION:
-            raise ValueError(f"--column {self.column} is a column that a score is made from; give another name")
+            raise ValueError(f"--column {self.column} is a column that scores are computed from; give another name")
         return self
 
 
 class RewardEvalConfig(Config):
-    """Evaluate reward models on preference pairs: accuracy, calibration, and what length has to do with it."""
+    """Measure how well reward models order preference pairs: accuracy, calibration, and the influence of length."""
 
-    models: tuple[Path, ...] = Field(min_length=1, description="reward models; several stand side by side")
+    models: tuple[Path, ...] = Field(min_length=1, description="reward models; several are compared side by side")
     data: Data
-    by: str | None = Field(None, min_length=1, description="column of the rows whose values each get a table")
+    by: str | None = Field(None, min_length=1, description="column of the rows; adds a table by its values")
     batch_size: int = Field(32, ge=1, description="sequences per forward pass")
     max_length: int | None = Field(
-        None, ge=8, description="longer pairs are left out, tokens; default: the models' context"
+        None, ge=8, description="limit in tokens; longer pairs are left out; default: the models' context"
     )
     limit: int | None = Field(None, ge=1, description="use only the first pairs")
 
@@ -113,34 +113,34 @@ class PairsConfig(SamplingFields):
     model: Model
     prompts: Data
     judge: str = Field(
-        description="reward model directory, reward function as module:function, or openai:MODEL at a server"
+        description="reward model directory, reward function as module:function, or openai:MODEL on a server"
     )
     judge_prompt: Path | None = Field(
         None, description="openai: file with the judge's prompt; default: the text in docs/reward-models.md"
     )
     judge_style: Literal["score", "compare"] = Field(
-        "score", description="openai: a score per answer, or every two answers compared, in both orders"
+        "score", description="openai: score each answer, or compare every two answers in both orders"
     )
-    judge_url: str | None = Field(None, description="openai: address of the server, up to and including /v1")
+    judge_url: str | None = Field(None, description="openai: address of the server, including /v1")
     judge_tokens: int = Field(512, ge=1, description="openai: longest reply of the judge, tokens")
     judge_key_env: str = Field(
         "OPENAI_API_KEY", min_length=1, description="openai: environment variable that holds the key"
     )
-    judge_concurrency: int = Field(8, ge=1, le=4096, description="openai: requests in flight at once")
-    judge_request: dict[str, Any] = Field(
-        default_factory=dict, description="openai: further fields of each request; null takes one of ours out"
+    judge_concurrency: int = Field(8, ge=1, le=4096, description="openai: requests at the same time")
+    judge_request: JsonObject = Field(
+        default_factory=dict, description="openai: further fields of each request; null removes a default field"
     )
     n: int = Field(4, ge=2, description="samples per prompt")
     select: Literal["extremes", "random", "all"] = Field(
-        "extremes", description="the best against the worst sample, any two that differ, or all that differ"
+        "extremes", description="pairs to write: the best and the worst sample, any two that differ, or all that differ"
     )
-    min_margin: float = Field(0.0, ge=0, description="scores must differ by more than this to make a pair")
+    min_margin: float = Field(0.0, ge=0, description="the scores of a pair must differ by more than this")
     limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
     seed: Seed = 0
 
     @property
     def judge_model(self) -> str | None:
-        """The judge's name at a server, where it is at one."""
+        """The judge's model name on its server; None for other judges."""
         return self.judge.removeprefix("openai:") if self.judge.startswith("openai:") else None
 
     @model_validator(mode="after")
@@ -152,7 +152,7 @@ class PairsConfig(SamplingFields):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
         ]
         if self.judge_model is None and differ:
-            raise ValueError(f"{differ[0]} is about a judge at a server; give judge=openai:MODEL, or drop it")
+            raise ValueError(f"{differ[0]} is for a judge on a server; give judge=openai:MODEL, or drop it")
         if self.judge_model == "":
             raise ValueError("judge=openai: names no model; write openai:MODEL")
         if self.judge_url is not None:

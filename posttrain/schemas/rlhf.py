@@ -1,9 +1,9 @@
-"""`gemma2 rlhf`, and the fields of the RL stage."""
+"""`gemma2 rlhf`, and the fields that RL shares with `gemma2 warp`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +12,7 @@ from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields, c
 
 
 class RewardFields(Config):
-    """The reward of a completion: the weighted sum of reward models and functions, less the penalties."""
+    """The reward of a completion: the weighted sum of reward models and functions, minus the penalties."""
 
     REWARD_NEEDED: ClassVar[bool] = True
 
@@ -23,25 +23,25 @@ class RewardFields(Config):
     )
     reward_ensemble: Literal["mean", "min", "warm"] | None = Field(
         None,
-        description="the reward models are one term: mean or smallest of their scores, or the one model whose weights "
-        "are the mean of theirs (WARM)",
+        description="use the reward models as one term: mean or minimum of their scores, or one model with the mean "
+        "of their weights (WARM)",
     )
     reward_clip: float | None = Field(
-        None, gt=0, description="the weighted sum is cut to -C .. C, before the penalties; default: it is not"
+        None, gt=0, description="clip the weighted reward to [-C, C] before penalties; default: no clipping"
     )
     length_penalty: float = Field(0.0, ge=0, description="subtracted per token (WARP, App. E: 0.0005)")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a completion that was cut at the limit")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from a completion that was cut off")
 
     @field_validator("reward", "reward_fn", mode="before")
     @classmethod
-    def _one_term_is_a_list_of_one(cls, value: Any) -> Any:
+    def _one_term_is_a_list_of_one(cls, value: object) -> object:
         if value is None:
             return ()
         return (value,) if isinstance(value, str | Path) else value
 
     @property
     def reward_terms(self) -> tuple[str, ...]:
-        """The terms of the reward, as given, in the order of the weights."""
+        """The terms of the reward as they were given, in the order of the weights."""
         models = tuple(str(path) for path in self.reward)
         if self.reward_ensemble is not None:
             models = (f"{self.reward_ensemble} of {len(models)} reward models",)
@@ -60,7 +60,7 @@ class RewardFields(Config):
             named = f" ({', '.join(terms)})" if terms else ""
             raise ValueError(f"--reward-weights gives {len(weights)} weights for {len(terms)} terms{named}")
         if weights and not any(weights):
-            raise ValueError("--reward-weights are all 0: every completion would be worth the same")
+            raise ValueError("--reward-weights are all 0: every completion would get the same reward")
         return self
 
 
@@ -72,13 +72,13 @@ class VllmFields(Config):
     INCIDENTAL = frozenset({"vllm_server_url", "vllm_memory"})
 
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="what draws the samples: our sampler, or vLLM, which needs a GPU"
+        "transformers", description="engine that draws the samples: the built-in sampler, or vLLM, which needs a GPU"
     )
     vllm_mode: Literal["colocate", "server"] = Field(
-        "colocate", description="vllm: in this process on the same GPU, or a server that was started by vllm serve"
+        "colocate", description="vllm: in this process on the same GPU, or a server started with vllm serve"
     )
     vllm_server_url: str | None = Field(None, description="vllm server: its address, without /v1")
-    vllm_memory: float = Field(0.3, gt=0, lt=1, description="vllm colocate: share of the GPU's memory that it takes")
+    vllm_memory: float = Field(0.3, gt=0, lt=1, description="vllm colocate: share of the GPU's memory for vLLM")
     vllm_tensor_parallel: int = Field(1, ge=1, description="vllm colocate: processes that hold one copy of the policy")
 
     @model_validator(mode="after")
@@ -92,7 +92,7 @@ class VllmFields(Config):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
         if server and (self.vllm_tensor_parallel > 1 or shared):
             raise ValueError(
-                "--vllm-tensor-parallel and --vllm-memory are for colocate; a server is configured when it is started"
+                "--vllm-tensor-parallel and --vllm-memory are for colocate; set them where the server is started"
             )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")
@@ -105,15 +105,17 @@ class RlFields(RewardFields, VllmFields, LoraFields):
     prompts_per_step: int = Field(16, ge=1, description="distinct prompts per optimizer step")
     n: int = Field(4, ge=2, description="samples per prompt: the group of the leave-one-out baseline")
     beta: float = Field(0.1, ge=0, description="weight of the KL to the anchor, per nat")
-    anchor: Literal["ema", "sft", "none"] = Field("ema", description="what the KL of the reward is measured to")
+    anchor: Literal["ema", "sft", "none"] = Field(
+        "ema", description="reference of the KL penalty: the policy's average, the SFT policy, or no penalty"
+    )
     mu: float = Field(0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step")
     anchor_memory: Literal["gpu", "cpu"] = Field(
         "gpu",
-        description="where the fp32 average is kept: next to the policy, or on the host with a bf16 copy that scores",
+        description="where the fp32 average is kept: on the GPU, or on the host with a bf16 copy for scoring",
     )
     lora_anchor: Literal["dense", "factors"] = Field(
         "dense",
-        description="the average of a LoRA policy: of W + s B A, exact; or of A and of B, small and an approximation",
+        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation",
     )
     temperature: float = Field(0.9, gt=0, le=5, description="sampling temperature")
     max_new_tokens: int = Field(128, ge=1, description="completion limit, tokens")
@@ -121,28 +123,28 @@ class RlFields(RewardFields, VllmFields, LoraFields):
     eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations on held-out prompts")
     eval_prompts: int = Field(64, ge=2, description="held-out prompts per evaluation")
     max_kl: float | None = Field(
-        200.0, gt=0, description="stop when the KL to the SFT policy reaches this, nats per sequence"
+        200.0, gt=0, description="stop when the KL to the SFT policy reaches this limit, nats per sequence"
     )
     max_dead_steps: int = Field(50, ge=1, description="stop after this many steps without any difference in reward")
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RlFields:
         if self.lora_dropout > 0:
-            raise ValueError("lora_dropout would update another policy than the one that was sampled; leave it at 0")
+            raise ValueError("lora_dropout would train a different policy from the one that sampled; leave it at 0")
         if self.anchor_memory == "cpu" and (self.anchor != "ema" or self.lora_anchor == "factors"):
-            raise ValueError("anchor_memory=cpu is for the average of whole weights; leave it at gpu")
+            raise ValueError("anchor_memory=cpu is for an average of full weights; leave it at gpu")
         if self.lora_anchor == "factors" and (self.lora_rank == 0 or self.anchor != "ema"):
             raise ValueError("lora_anchor=factors is an EMA of adapters; give lora_rank and anchor=ema, or drop it")
         return self
 
 
 class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
-    """RL from a reward model, with the KL anchored to an EMA of the policy."""
+    """RL from a reward model, with a KL penalty to an EMA of the policy."""
 
     policy: Model
     prompts: Data
     steps: int = Field(100, ge=1, description="optimizer steps T")
-    sft: Path | None = Field(None, description="the policy that the measured KL refers to; default: --policy")
+    sft: Path | None = Field(None, description="policy that the reported KL is measured to; default: --policy")
     heldout: Path | None = Field(None, description="JSONL of evaluation prompts; default: a tenth of --prompts")
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,13 +13,13 @@ Attention = Literal["eager", "flex_attention", "flash_attention_2", "flash_atten
 
 
 class SftConfig(TrainingFields, LoraOutputFields):
-    """Supervised fine-tuning on prompt and completion, or on conversations."""
+    """Supervised fine-tuning on prompts and completions, or on conversations."""
 
     model: Model
     data: tuple[Path, ...] = Field(
-        min_length=1, description="files, directories or hub data sets of rows; several are a mixture"
+        min_length=1, description="files, directories or hub data sets of rows; several are mixed"
     )
-    eval_data: Path | None = Field(None, description="rows of the held-out loss; default: --eval-fraction of --data")
+    eval_data: Path | None = Field(None, description="rows for the held-out loss; default: --eval-fraction of --data")
     weights: tuple[float, ...] = Field(
         (), description="share of each data set in the rows of an epoch; default: every row once"
     )
@@ -30,38 +30,36 @@ class SftConfig(TrainingFields, LoraOutputFields):
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens per forward pass, padding counted: splits micro-batches further; default: 2048 on a CPU",
+        description="tokens per forward pass, with padding: splits micro-batches further; default: 2048 on a CPU",
     )
     max_length: int = Field(1024, ge=8, description="longest row, tokens")
-    on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
+    on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what to do with longer rows")
     end_of_turn: Literal["eot", "eot+eos"] = Field("eot+eos", description="last target of a conversation")
     eval_fraction: float = Field(
-        0.05, ge=0, lt=1, description="share of prompts held out for the evaluation loss, without --eval-data"
+        0.05, ge=0, lt=1, description="share of prompts held out for the evaluation loss if there is no --eval-data"
     )
     eval_every: int | None = Field(
-        None, ge=1, description="optimizer steps between held-out losses; default: at the start and the end"
+        None, ge=1, description="optimizer steps between held-out losses; default: only at the start and the end"
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="weights that become the output; best: those with the lowest held-out loss"
+        "last", description="weights to write: the last ones, or those with the lowest held-out loss"
     )
-    patience: int | None = Field(
-        None, ge=1, description="stop after this many held-out losses without a new lowest one"
-    )
-    attention: Attention = Field("eager", description="attention back end; all but eager need a GPU")
+    patience: int | None = Field(None, ge=1, description="stop after this many held-out losses without a new minimum")
+    attention: Attention = Field("eager", description="attention implementation; all except eager need a GPU")
     packing: bool = Field(
-        False, description="put rows end to end up to --max-length, a batch counts these; flash attention only"
+        False, description="join rows up to --max-length; the batch size counts joined rows; flash attention only"
     )
 
     @field_validator("data", mode="before")
     @classmethod
-    def _one_path_is_a_list_of_one(cls, value: Any) -> Any:
+    def _one_path_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, str | Path) else value
 
     @field_validator("weights")
     @classmethod
     def _weights_are_positive(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
         if any(weight <= 0 for weight in weights):
-            raise ValueError("weights are above 0; leave out a data set that is not wanted")
+            raise ValueError("weights must be above 0; leave out a data set that is not wanted")
         return weights
 
     @model_validator(mode="after")
@@ -74,10 +72,10 @@ class SftConfig(TrainingFields, LoraOutputFields):
         if self.eval_every is None and (self.keep == "best" or self.patience is not None):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
         if self.packing and self.weights and self.epochs > 1:
-            raise ValueError("packing would repeat the rows of the first epoch; drop weights, or take one epoch")
+            raise ValueError("packing would repeat the rows of the first epoch; drop weights, or set epochs=1")
         if self.packing and not self.attention.startswith("flash"):
             raise ValueError(
-                f"packing needs flash attention, {self.attention} would be slow or wrong across rows; "
-                "drop packing, rows of similar length share a batch anyway, or give attention=flash_attention_2"
+                f"packing needs flash attention, {self.attention} would be slow, or would mix rows; "
+                "drop packing (rows of similar length share a batch anyway), or give attention=flash_attention_2"
             )
         return self

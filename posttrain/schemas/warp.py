@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,23 +21,25 @@ class WarpConfig(TrainingFields, RlFields):
     sft: Model
     prompts: Data
     heldout: Data
-    policies: int = Field(2, ge=1, le=64, description="M: RL runs per iteration; 1 is plain RL and LITI")
+    policies: int = Field(2, ge=1, le=64, description="M: RL runs per iteration; 1: plain RL and LITI")
     iterations: int = Field(2, ge=1, le=100, description="I: rounds of RL, SLERP and LITI")
     steps: tuple[int, ...] = Field(
-        (100,), min_length=1, description="optimizer steps T of each iteration; the last holds for those after it"
+        (100,), min_length=1, description="optimizer steps T of each iteration; later iterations use the last number"
     )
-    eta: float = Field(0.3, gt=0, le=1, description="LITI: the share of the merge in the next init")
-    etas: tuple[float, ...] = Field((0.0, 0.1, 0.3, 0.5, 0.8, 1.0), description="points of every iteration's line")
+    eta: float = Field(0.3, gt=0, le=1, description="LITI: share of the merge in the next init")
+    etas: tuple[float, ...] = Field(
+        (0.0, 0.1, 0.3, 0.5, 0.8, 1.0), description="shares of the merge that are measured on every iteration's line"
+    )
     vary: tuple[str, ...] = Field(
-        (), description=f"what else differs between the M runs, as KEY=A:B:...; KEY is one of {', '.join(VARIED)}"
+        (), description=f"settings that differ between the M runs, as KEY=A:B:...; KEY is one of {', '.join(VARIED)}"
     )
     patience: int = Field(
-        0, ge=0, description="stop after this many iterations in a row that do not improve the front; 0: never"
+        0, ge=0, description="stop after this many iterations in a row without a better front; 0: never"
     )
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
     judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
-    compare: tuple[Path, ...] = Field((), description="further model directories measured with the front")
+    compare: tuple[Path, ...] = Field((), description="further model directories to measure with the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")
     eval_limit: int | None = Field(None, ge=2, description="use only the first held-out prompts for the front")
     pick: str = Field(
@@ -45,24 +47,26 @@ class WarpConfig(TrainingFields, RlFields):
         pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
         description="which point of the front becomes the model: best-reward, kl<=X or eta=X",
     )
-    cpus: int | None = Field(None, ge=1, description="threads of a stage; default: the cores, divided by --jobs")
-    jobs: int = Field(1, ge=1, le=1024, description="stages at once")
-    executor: Literal["local", "ray"] = Field("local", description="where stages run: here, or on a Ray cluster")
+    cpus: int | None = Field(None, ge=1, description="threads per stage; default: number of cores / --jobs")
+    jobs: int = Field(1, ge=1, le=1024, description="stages that run at the same time")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="where stages run: on this machine, or on a Ray cluster"
+    )
 
     @field_validator("steps", mode="before")
     @classmethod
-    def _one_number_is_a_list_of_one(cls, value: Any) -> Any:
+    def _one_number_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("steps")
     @classmethod
     def _at_least_one_step(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if min(value) < 1:
-            raise ValueError("every iteration takes at least one step")
+            raise ValueError("every iteration needs at least one step")
         return value
 
     @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
+    def _options_fit_each_other(self) -> Self:
         if len(self.steps) > self.iterations:
             raise ValueError(f"--steps has {len(self.steps)} numbers for {self.iterations} iterations; drop some")
         if any(not 0 <= eta <= 1 for eta in self.etas) or not self.etas:

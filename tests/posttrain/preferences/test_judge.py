@@ -247,7 +247,7 @@ def test_a_directory_as_the_prompt_is_refused(make, tmp_path):
     ],
 )
 def test_a_key_in_place_of_its_variable_is_not_shown(schema, given, option, section):
-    with pytest.raises(UsageError, match=f"{option} is not the name of a variable") as caught:
+    with pytest.raises(UsageError, match=f"{option} is not a variable's name") as caught:
         resolve(schema, flags={"prompts": "p", **given} | ({"model": "m"} if "judge" in given else {}), section=section)
     assert "secret" not in str(caught.value)
 
@@ -259,7 +259,7 @@ def test_a_key_that_could_be_a_name_is_not_shown_either(make, tmp_path):
 
 
 def test_options_of_a_server_need_one():
-    with pytest.raises(ValueError, match="judge_style is about a judge at a server"):
+    with pytest.raises(ValueError, match="judge_style is for a judge on a server"):
         PairsConfig(model="m", prompts="p", judge="module:f", judge_style="compare")
     with pytest.raises(ValueError, match="credentials"):
         PairsConfig(model="m", prompts="p", judge="openai:x", judge_url="https://me:secret@host/v1")

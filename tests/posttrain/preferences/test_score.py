@@ -128,7 +128,7 @@ def test_scores_that_are_there_are_replaced_aloud_or_kept_by_another_name(inputs
 @pytest.mark.parametrize("column", ["prompt", "completion", "messages", "chosen", "rejected", "truncated"])
 def test_a_score_does_not_take_the_place_of_a_conversation(inputs, column):
     given = {"model": inputs / "model", "data": inputs / "rows.jsonl", "column": column}
-    with pytest.raises(UsageError, match=f"--column {column} is a column that a score is made from; give another name"):
+    with pytest.raises(UsageError, match=f"--column {column} is a column that scores are computed from; give"):
         resolve(RewardScoreConfig, flags=given)
 
 

@@ -218,7 +218,7 @@ def test_held_out_pairs_are_read_as_many_at_once_as_training_reads(inputs, tmp_p
 
 
 def test_held_out_figures_on_the_way_need_held_out_pairs(inputs):
-    with pytest.raises(ValueError, match="eval_fraction=0 holds none out"):
+    with pytest.raises(ValueError, match="eval_fraction is 0"):
         configure(inputs, eval_every=2, eval_fraction=0)
 
 

@@ -315,7 +315,7 @@ def test_what_cannot_start_is_one_line(model_dir, engine, monkeypatch, tmp_path)
         ({"vllm_server_url": URL}, "go together"),
         ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_tensor_parallel": 2}, "are for colocate"),
         ({"vllm_mode": "server", "vllm_server_url": "http://me:secret@host"}, "--vllm-server-url holds credentials"),
-        ({"vllm_mode": "server", "vllm_server_url": "host:8000"}, "no http address"),
+        ({"vllm_mode": "server", "vllm_server_url": "host:8000"}, "not an http address"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(fields, words):

@@ -237,7 +237,7 @@ def test_weights_change_the_result_and_a_resume_keeps_it(inputs, tmp_path, mixed
     ("fields", "said"),
     [
         ({"weights": (1, 2)}, "2 weights for 1 data sets"),
-        ({"weights": (-1,)}, "weights are above 0"),
+        ({"weights": (-1,)}, "weights must be above 0"),
         ({"data": ("a", "a")}, "data names a twice"),
         ({"lora_output": "adapter"}, "lora_output=adapter needs an adapter"),
         ({"packing": True}, "packing needs flash attention"),
