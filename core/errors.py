@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line that says what, where and how.
+"""Errors that a user can fix: one line that says what is wrong, where, and how to fix it.
 
 Gemma2Error            exit code 1   a clear error
 ├── UsageError         exit code 2   wrong option, key or configuration
@@ -15,23 +15,23 @@ import errno
 
 __all__ = ["Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
 
-# What the machine may refuse at any write or read, whatever the command: no bug, and no traceback.
+# Failures of the operating system that any read or write may meet: they are not bugs, so they show no traceback.
 REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 class Gemma2Error(Exception):
-    """Base of every expected failure. `what` names the thing and the place, `mend` the way out."""
+    """Base of every expected failure. `what` says what is wrong and where, `hint` how to fix it."""
 
     exit_code = 1
 
-    def __init__(self, what: str, mend: str = "") -> None:
+    def __init__(self, what: str, hint: str = "") -> None:
         self.what = what
-        self.mend = mend
-        super().__init__(f"{what}; {mend}" if mend else what)
+        self.hint = hint
+        super().__init__(f"{what}; {hint}" if hint else what)
 
 
 class UsageError(Gemma2Error, ValueError):
-    """An option, key or value that the command does not take."""
+    """An option, key or value that the command does not accept."""
 
     exit_code = 2
 
@@ -41,10 +41,10 @@ class InputError(Gemma2Error, ValueError):
 
 
 class OutputError(Gemma2Error, OSError):
-    """An output that cannot be written: it exists, is locked, or there is no room."""
+    """An output that cannot be written: it exists, is locked, or the disk is full."""
 
-    def __str__(self) -> str:  # OSError formats two arguments as "[Errno what] mend"
-        return f"{self.what}; {self.mend}" if self.mend else self.what
+    def __str__(self) -> str:  # OSError formats two arguments as "[Errno what] hint"
+        return f"{self.what}; {self.hint}" if self.hint else self.what
 
 
 class GuardStop(Gemma2Error, RuntimeError):
@@ -54,7 +54,7 @@ class GuardStop(Gemma2Error, RuntimeError):
 
 
 def refusal(error: OSError) -> str | None:
-    """The one line of what the machine refuses: a full disk, a missing permission; None for what is a bug."""
+    """Return the error line for a failure of the operating system (full disk, missing permission); None for a bug."""
     if error.errno not in REFUSALS:
         return None
     return f"{error.strerror}: {error.filename or 'the output'}; check its place and permissions"

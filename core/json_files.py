@@ -12,13 +12,13 @@ from gemma2.core.errors import InputError
 
 __all__ = ["JsonMapping", "JsonObject", "read_json", "write_json"]
 
-# An object of a JSON or YAML file. Its values are whatever the file holds, so the reader of a key checks its type.
+# An object of a JSON or YAML file. Its values may have any type, so the reader of a key checks it.
 JsonObject = dict[str, Any]
 JsonMapping = Mapping[str, Any]
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object from a file. Raises InputError naming the file."""
+    """Return the JSON object in a file. Raises InputError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -35,7 +35,7 @@ def read_json(path: Path) -> JsonObject:
 def write_json(path: Path, value: JsonMapping) -> None:
     """Replace `path` with the JSON of `value` in one rename, flushed to disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    # A path that is no UTF-8 has lone surrogates in Python, and with this their escapes in JSON.
+    # A path that is not UTF-8 holds lone surrogates in Python; `errors` writes their escapes to the JSON.
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")

@@ -1,4 +1,4 @@
-"""What a long run tells while it works. The library reports; `cli/terminal/console.py` decides how it looks."""
+"""Progress of long runs: bars, notes, warnings. The library reports; `cli/terminal/console.py` decides how it looks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["SILENT", "Progress", "Task"]
 
 
 class Task(Protocol):
-    """One bar. `fields` are live values shown beside it, for instance `reward=1.2`."""
+    """One bar. `fields` are live values shown next to it, for instance `reward=1.2`."""
 
     def advance(self, amount: float = 1, **fields: float | str) -> None: ...
 
 
 class Progress(Protocol):
-    """Where a library function reports: bars, notes and warnings, never results."""
+    """The receiver of a library function's reports: bars, notes and warnings, never results."""
 
     @contextmanager
     def task(self, label: str, total: float | None, unit: str) -> Iterator[Task]:
@@ -24,11 +24,11 @@ class Progress(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """One line for the user, on stderr."""
+        """Write one line for the user to stderr."""
         ...
 
     def warn(self, text: str) -> None:
-        """One line that deserves attention, on stderr."""
+        """Write one line that deserves attention to stderr."""
         ...
 
 

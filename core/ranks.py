@@ -1,10 +1,10 @@
-"""The processes of one job: torchrun starts several copies of a command, rank 0 speaks and writes for all of them.
+"""The processes of one job: torchrun starts several copies of a command, rank 0 prints and writes for all of them.
 
     torchrun --nproc-per-node 2 -m gemma2.cli.main rlhf ...
 
-Torch-free until there are several. Rank 0 alone opens outputs, logs and decides what depends on the disk, and tells the
-others; where it fails, they end with the same exit code and without a word. A rank that fails alone is torchrun's to
-notice: it ends the others.
+A single process does not import torch. Rank 0 alone opens outputs, logs, and makes the decisions that depend on the
+disk, and sends them to the others; if it fails, they end silently with the same exit code. If another rank fails,
+torchrun notices and ends the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from .errors import Gemma2Error, UsageError
 
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 def is_main() -> bool:
-    """Whether this process speaks for the job; reads nothing but the environment."""
+    """Whether this process prints and writes for the job; reads only the environment."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def announced() -> int:
-    """How many processes the launcher says there are."""
+    """The number of processes that the launcher announced."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -44,10 +44,10 @@ class Ranks:
         return self.rank == 0
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank. An expected error of it ends every rank."""
+        """Run `work` on rank 0 and return its result on every rank. A Gemma2Error that it raises ends every rank."""
         if self.size == 1:
             return work()
-        result: tuple[Any, int] = (None, 0)
+        result: tuple[T | None, int] = (None, 0)
         failure: Gemma2Error | None = None
         if self.is_main:
             try:
@@ -59,27 +59,28 @@ class Ranks:
             raise failure
         if code:
             raise SystemExit(code)
-        return value
+        return cast("T", value)
 
     def gather(self, value: T) -> list[T]:
-        """What every rank holds, by rank, on every rank. Small things: they are pickled."""
+        """Return the values of all ranks, by rank, on every rank. For small values: they are pickled."""
         if self.size == 1:
             return [value]
         import torch
 
-        values: list[Any] = [None] * self.size
+        values: list[T | None] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
-        return values
+        return cast("list[T]", values)
 
     def share(self, count: int) -> slice:
-        """The part of `count` things that is this rank's; all parts in order are the whole."""
+        """Return this rank's part of `count` items; the parts of all ranks in order cover them."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait for the other ranks."""
         self.gather(None)
 
-    def _broadcast(self, value: Any) -> Any:
+    def _broadcast(self, value: T) -> T:
+        """Return the value of rank 0."""
         import torch
 
         values = [value]
@@ -91,10 +92,10 @@ ALONE = Ranks()
 
 
 def join(command: str) -> Ranks:
-    """Meet the other processes of this job, where there are any.
+    """Connect to the other processes of this job, if there are any.
 
-    Raises UsageError when the launcher announced several processes and they did not meet: some launchers start one
-    process and say so to nobody.
+    Raises UsageError if the launcher announced several processes and they did not connect: some launchers announce
+    several and start one.
     """
     expected = announced()
     if expected == 1:
@@ -105,7 +106,7 @@ def join(command: str) -> Ranks:
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != expected:
         raise UsageError(
-            f"{command}: WORLD_SIZE is {expected} and {state.num_processes} process(es) have met",
+            f"{command}: WORLD_SIZE is {expected}, but {state.num_processes} process(es) have connected",
             "start it with torchrun --nproc-per-node N -m gemma2.cli.main",
         )
     return Ranks(state.process_index, state.num_processes)

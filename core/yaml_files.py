@@ -1,27 +1,34 @@
-"""YAML files as a user writes them: the safe loader, where a key given twice is an error and `1e-6` is a number.
+"""YAML files that users write: the safe loader, for which a key given twice is an error and `1e-6` is a number.
 
-Deviation from YAML 1.1: it wants a dot in the mantissa and reads `1e-6` as text.
+Deviation from YAML 1.1, which requires a dot in the mantissa and reads `1e-6` as text.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import InputError, UsageError
+from .json_files import JsonMapping, JsonObject
+
+if TYPE_CHECKING:
+    import yaml
+    from yaml.resolver import BaseResolver
 
 __all__ = ["apply_sets", "closest", "parse_value", "read_documents", "to_yaml"]
 
-DEEPEST = 100  # levels of a file; ours have six
-LISTED = 40  # names that still read as one line
+Resolver = TypeVar("Resolver", bound="type[BaseResolver]")
+
+DEEPEST = 100  # levels of nesting; our own files have six
+LISTED = 40  # names that still fit on one line
 NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """`"did you mean 'x'?"`; when nothing is near, what is valid, or the nearest five of a long list."""
+    """Return `"did you mean 'x'?"`; without a close match the valid names, or the nearest five of a long list."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
@@ -31,19 +38,19 @@ def closest(name: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}"
 
 
-def _with_numbers(resolver: Any) -> Any:
-    """Teach a YAML loader or dumper that `1e-6` is a number: the one reads it so, the other quotes such a text."""
+def _with_numbers(resolver: Resolver) -> Resolver:
+    """Teach a YAML loader or dumper that `1e-6` is a number: the loader reads a float, the dumper quotes such text."""
     resolver.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
     return resolver
 
 
-def _loader() -> Any:
+def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Loader(yaml.SafeLoader):
         """The safe loader, except that a key given twice is an error."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
             keys = [key.value for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
@@ -54,8 +61,8 @@ def _loader() -> Any:
     return _with_numbers(Loader)
 
 
-def parse_value(text: str) -> Any:
-    """The YAML value of one `--set` right-hand side: `3`, `1e-6`, `true`, `[1, 2]`, `null`, else text."""
+def parse_value(text: str) -> object:
+    """Return the YAML value of the right-hand side of a `--set`: `3`, `1e-6`, `true`, `[1, 2]`, `null`, else text."""
     import yaml
 
     try:
@@ -64,10 +71,10 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def read_documents(path: Path) -> list[dict[str, Any]]:
-    """The mappings of a YAML file, one for each document that is not empty.
+def read_documents(path: Path) -> list[JsonObject]:
+    """Return the mappings of a YAML file, one for each document that is not empty.
 
-    Raises InputError when the file cannot be read, UsageError with file and line when it is not YAML mappings.
+    Raises InputError if the file cannot be read, UsageError with file and line if it does not hold YAML mappings.
     """
     import yaml
 
@@ -80,7 +87,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} is not valid YAML: {detail}", "correct the file") from error
     except RecursionError as error:
         raise UsageError(f"{path} is nested too deeply", "correct the file") from error
-    if not _ends(documents):
+    if not _is_finite(documents):
         raise UsageError(f"{path} holds a value that contains itself, or is nested too deeply", "correct the file")
     found = [document for document in documents if document is not None]
     for document in found:
@@ -91,38 +98,38 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _ends(value: Any, above: tuple[int, ...] = (), seen: set[int] | None = None) -> bool:
-    """Whether a value has an end: an anchor that holds its own alias has none. Each is looked at once."""
+def _is_finite(value: object, above: tuple[int, ...] = (), seen: set[int] | None = None) -> bool:
+    """Whether a value is finite and not too deep: an anchor that holds its own alias is not. Each is visited once."""
     seen = set() if seen is None else seen
     if not isinstance(value, dict | list) or id(value) in seen:
         return True
     if id(value) in above or len(above) > DEEPEST:
         return False
     inner = value.values() if isinstance(value, dict) else value
-    found = all(_ends(item, (*above, id(value)), seen) for item in inner)
+    found = all(_is_finite(item, (*above, id(value)), seen) for item in inner)
     seen.add(id(value))
     return found
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """A dumped or recorded configuration as a recipe that reruns the same job."""
+def to_yaml(values: JsonMapping) -> str:
+    """Return a dumped or recorded configuration as a recipe that reruns the same job."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """The safe dumper, as the counterpart of our loader."""
+        """The safe dumper, the counterpart of our loader."""
 
     return yaml.dump(dict(values), Dumper=_with_numbers(Dumper), sort_keys=False, allow_unicode=True)
 
 
-def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
-    """Apply `a.b=c` assignments to a nested mapping; returns a new one."""
+def apply_sets(values: JsonObject, sets: Iterable[str]) -> JsonObject:
+    """Apply `a.b=c` assignments to a nested mapping; return a new one."""
     result = _copied(values)
     for item in sets:
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise UsageError(f"--set {item!r} is not KEY=VALUE", "write for instance --set learning_rate=1e-6")
         *parents, last = path.split(".")
-        node: Any = result
+        node = result
         for key in parents:
             node = node.setdefault(_spelt(key, node), {})
             if not isinstance(node, dict):
@@ -131,10 +138,10 @@ def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
     return result
 
 
-def _copied(value: dict[str, Any]) -> dict[str, Any]:
+def _copied(value: JsonObject) -> JsonObject:
     return {key: _copied(item) if isinstance(item, dict) else item for key, item in value.items()}
 
 
-def _spelt(key: str, node: Mapping[str, Any]) -> str:
-    """A key as the file has it, or with underscores, as all our keys are."""
+def _spelt(key: str, node: Mapping[str, object]) -> str:
+    """Return a key in the spelling of the file, or with underscores as in all our keys."""
     return key if key in node else key.replace("-", "_")

@@ -1,1 +1,1 @@
-"""Outputs on disk: directories that appear whole or not at all, manifests, digests, model cards, headers."""
+"""Outputs on disk: directories that appear complete or not at all, manifests, digests, model cards, headers."""

@@ -1,7 +1,7 @@
-"""What a model was made from, as far as the directories are still there, and the card that tells it.
+"""The models that a model was made from, as far as their directories still exist, and the card that lists them.
 
-A parent is read where the manifest says that it is; its own parents are followed only when its weights are those that
-were recorded, since another model may lie there by now.
+A parent is read from the path in the manifest; its own parents are followed only if its weights are the recorded ones,
+since the path may hold another model by now.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 
 from .digests import digest_weights
 from .manifest import read_manifest
@@ -22,14 +21,14 @@ from .model_card import SNAPSHOT, Account, Ancestor, Facts, model_card
 __all__ = ["CARD", "ancestors_of", "write_card"]
 
 CARD = "README.md"
-CARD_BYTES = 1 << 16  # of a parent's card that are read
+CARD_BYTES = 1 << 16  # most bytes read of a parent's card
 STATED = ("license", "license_name", "license_link", "language")
 
 
-def write_card(directory: Path, manifest: Mapping[str, Any], out: Path, account: Account | None = None) -> None:
+def write_card(directory: Path, manifest: JsonMapping, out: Path, account: Account | None = None) -> None:
     """Write README.md for the model in `directory`, before its manifest is written.
 
-    out: where the output will be: the paths of the manifest's parents are relative to it.
+    out  final path of the output, to which the paths of the manifest's parents are relative
     """
     pictures = account.pictures if account else ()
     for picture in pictures:
@@ -49,7 +48,7 @@ def write_card(directory: Path, manifest: Mapping[str, Any], out: Path, account:
 
 
 def name_of(path: Path) -> str:
-    """What a model directory is called: its name, inside an iteration of WARP with the iteration's."""
+    """Return the name of a model directory, in an iteration of WARP together with the iteration's."""
     parts = path.parts[-2:]
     return "/".join(parts) if len(parts) == 2 and parts[0].startswith("iteration-") else path.name
 
@@ -64,28 +63,29 @@ def _chat(directory: Path) -> bool | None:
     return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
-def ancestors_of(manifest: Mapping[str, Any], directory: Path) -> tuple[Ancestor, ...]:
-    """The parents that a manifest of `directory` records, each with its own."""
+def ancestors_of(manifest: JsonMapping, directory: Path) -> tuple[Ancestor, ...]:
+    """Return the parents that the manifest of `directory` records, each with its own parents."""
     return _parents(manifest, directory, {})
 
 
-Known = dict[tuple[Path, str], tuple[str, Mapping[str, Any], tuple[Ancestor, ...]]]
+# (directory, recorded digest) -> command, metadata of the card, parents
+Known = dict[tuple[Path, str], tuple[str, JsonMapping, tuple[Ancestor, ...]]]
 
 
-def _parents(manifest: Mapping[str, Any], directory: Path, known: Known) -> tuple[Ancestor, ...]:
+def _parents(manifest: JsonMapping, directory: Path, known: Known) -> tuple[Ancestor, ...]:
     parents = manifest.get("parents")
     found = [parent for parent in parents if isinstance(parent, Mapping)] if isinstance(parents, list) else []
     paths = [Path(os.path.normpath(directory.resolve() / str(parent.get("path", "")))) for parent in found]
     return tuple(_ancestor(parent, path, known) for parent, path in zip(found, paths, strict=True))
 
 
-def _ancestor(parent: Mapping[str, Any], path: Path, known: Known) -> Ancestor:
-    """One parent. `known`: what was found before, so that a model is read once however many ways lead to it."""
+def _ancestor(parent: JsonMapping, path: Path, known: Known) -> Ancestor:
+    """Return one parent. `known` holds the models found before, so that each is read once."""
     digest = str(parent.get("weights", ""))
     found = SNAPSHOT.search(path.as_posix())
     hub = f"{found['owner']}/{found['name']}@{found['revision']}" if found else str(parent.get("hub") or "")
     if (path, digest) not in known:
-        known[path, digest] = "", {}, ()  # a model that is recorded as its own ancestor has none
+        known[path, digest] = "", {}, ()  # ends the search for a model that is recorded as its own ancestor
         known[path, digest] = _read(path, digest, known)
     command, stated, parents = known[path, digest]
     return Ancestor(
@@ -99,19 +99,19 @@ def _ancestor(parent: Mapping[str, Any], path: Path, known: Known) -> Ancestor:
     )
 
 
-def _read(path: Path, digest: str, known: Known) -> tuple[str, Mapping[str, Any], tuple[Ancestor, ...]]:
-    """Command, stated licence and language, and parents of a model; nothing where it is gone or another by now."""
+def _read(path: Path, digest: str, known: Known) -> tuple[str, JsonMapping, tuple[Ancestor, ...]]:
+    """Return command, stated licence and language, and parents of a model; all empty if it is gone or replaced."""
     try:
         own = read_manifest(path)
         if own is not None and digest_weights(path) != digest:
             return "", {}, ()
-    except (InputError, OSError):  # what the child records stays true
+    except (InputError, OSError):  # the child's own record is still true
         return "", {}, ()
     return str((own or {}).get("command") or ""), _front_matter(path / CARD), _parents(own or {}, path, known)
 
 
-def _front_matter(card: Path) -> dict[str, Any]:
-    """Licence and language that a card states; nothing where it is unreadable."""
+def _front_matter(card: Path) -> JsonObject:
+    """Return the licence and language that a card states; empty if it is unreadable."""
     import yaml
 
     try:
@@ -127,7 +127,7 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """A short text, or several."""
+    """Whether a value is a short text or a list of them."""
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str) and _is_plain(item) for item in value)
     return isinstance(value, str) and 0 < len(value) <= 200

@@ -9,5 +9,5 @@ __all__ = ["cache_folder"]
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in the user's cache, as the XDG base directory specification says; it need not exist."""
+    """Return a folder in the user's cache by the XDG base directory specification; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma2" / name

@@ -1,24 +1,22 @@
-"""Digests of inputs: the recorded one where the file was not touched after its manifest, else computed."""
+"""Digests of inputs: recorded ones for files that are unchanged since their manifest, else computed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from .hashing import digest_file, digest_name, hasher
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, FileRecord, read_manifest
 from .safetensors_header import weight_files
 
 __all__ = ["digest_input", "digest_weights"]
 
 
 def digest_input(path: Path, threads: int = 1) -> str:
-    """`digest_file` of an input, at the price of a look where that is enough.
+    """Return the `digest_file` of an input without reading it, where that is possible.
 
-    The digest that the manifest beside it records is trusted for a file that was not touched after it; any other file
-    is read once per process and state.
+    The digest in the manifest next to it is trusted for a file that has not changed since; any other file is read once
+    per process and state.
     """
     manifest = read_manifest(path.parent) or {}
     entry = manifest.get("files", {}).get(path.name) if manifest.get("status") == "complete" else None
@@ -31,14 +29,14 @@ def digest_input(path: Path, threads: int = 1) -> str:
 
 @lru_cache(maxsize=4096)
 def _digest_of(path: Path, threads: int, state: tuple[int, ...]) -> str:
-    """The digest of a file in one state of its inode."""
+    """Return the digest of a file in one state of its inode."""
     return digest_file(path, threads)
 
 
 def digest_weights(directory: Path, threads: int = 1) -> str:
-    """One digest of all weights of a model directory: over (name, digest) of its safetensors files.
+    """Return one digest of all weights of a model directory: over (name, digest) of its safetensors files.
 
-    Digests that a complete manifest records are trusted for files that were not touched after it.
+    Digests in a complete manifest are trusted for files that have not changed since.
     """
     total = hasher()
     for path in weight_files(directory):
@@ -46,8 +44,8 @@ def digest_weights(directory: Path, threads: int = 1) -> str:
     return digest_name(total)
 
 
-def _untouched(path: Path, entry: Mapping[str, Any], manifest: Path) -> bool:
-    """Whether a file is as the manifest, written after it, describes it. No call sets ctime back, as it does mtime."""
+def _untouched(path: Path, entry: FileRecord, manifest: Path) -> bool:
+    """Whether a file has the recorded size and is older than the manifest, by ctime: no call can set that back."""
     status = path.stat()
     if "digest" not in entry:
         return False

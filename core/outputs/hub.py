@@ -1,14 +1,13 @@
-"""Where a model is: a directory as it is, or a hub id (`owner/name`, `owner/name@revision`) from the hub or its cache.
+"""Locates a model: a directory, or a hub id (`owner/name`, `owner/name@revision`) from the hub or its cache.
 
-Only weights as safetensors, JSON, tokenizer files and chat templates are fetched: no pickle ever reaches the disk.
-huggingface_hub is imported when a hub id is met, so that directories need no network library.
+Only safetensors weights, JSON, tokenizer files and chat templates are fetched: no pickle ever reaches the disk.
+huggingface_hub is imported for the first hub id, so that directories need no network library.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
 
@@ -19,29 +18,29 @@ FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merge
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name that is no file or directory here can be a hub id: `owner/name`, and no folder `owner` here."""
+    """Whether a name can be a hub id: `owner/name`, and neither that path nor a folder `owner` exists here."""
     path = Path(name)
     return HUB_ID.fullmatch(str(name)) is not None and not path.exists() and not Path(path.parts[0]).exists()
 
 
 def locate_model(name: str | Path, role: str) -> Path:
-    """The directory of a model. A hub id is looked up on the hub, or offline (HF_HUB_OFFLINE=1) in its cache.
+    """Return the directory of a model. A hub id is looked up on the hub, or offline (HF_HUB_OFFLINE=1) in its cache.
 
-    Raises InputError naming the id and the cause. A path that does not exist and is no hub id is returned as it is:
-    whoever opens it says what is wrong with it.
+    Raises InputError naming the id and the cause. A path that does not exist and is not a hub id is returned unchanged:
+    the code that opens it reports the error.
     """
     return _fetch(str(name), role) if is_hub_id(name) else Path(name)
 
 
 def _fetch(name: str, role: str) -> Path:
-    """The snapshot of a hub id in the cache, fetched if need be."""
+    """Return the snapshot of a hub id in the cache; fetch it if necessary."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     found = HUB_ID.fullmatch(name)
     repo, revision = (found["name"], found["revision"]) if found else (name, None)
-    # The bases of the hub's own error are what its network library raises, whichever that is in the installed version.
-    failures: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+    # The bases of the hub's own error include the error class of the network library that the installed version uses.
+    failures: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=list(FETCHED))
     except failures as error:
@@ -50,10 +49,10 @@ def _fetch(name: str, role: str) -> Path:
 
 
 def _failure(name: str, role: str, error: Exception) -> InputError:
-    """One line for what the hub's library raises."""
+    """Return one line for an error of the hub's library."""
     from huggingface_hub import constants, errors
 
-    here = f"{role} {name} is no directory here"
+    here = f"{role} {name} is not a directory here"
     if isinstance(error, errors.GatedRepoError):
         return InputError(
             f"{role} {name} is gated on the hub", "accept its terms on its page, then log in with `hf auth login`"
@@ -62,15 +61,13 @@ def _failure(name: str, role: str, error: Exception) -> InputError:
         return InputError(f"{role} {name}: the hub has the model but not this revision", "name a branch, tag or commit")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return InputError(
-            f"{here}, and the hub has no public model of that name", "check it; log in if the model is private"
+            f"{here}, and the hub has no public model of that name", "check the name; log in if the model is private"
         )
     incomplete = getattr(errors, "IncompleteSnapshotError", ())
     if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        state = (
-            "only in part in the cache of the hub" if isinstance(error, incomplete) else "not in the cache of the hub"
-        )
+        state = "only partly in the hub's cache" if isinstance(error, incomplete) else "not in the hub's cache"
         return InputError(
-            f"{here}, and it is {state}, which is offline (HF_HUB_OFFLINE)", "give a directory, or go online once"
+            f"{here}, it is {state}, and HF_HUB_OFFLINE forbids fetching it", "give a directory, or go online once"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return InputError(f"{here}, and the hub cannot be reached", "check the network, or give a directory")

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonObject, write_json
 
 from .hashing import digest_file
 
@@ -18,6 +18,10 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "STATE",
+    "DataRecord",
+    "FileRecord",
+    "Manifest",
+    "ParentRecord",
     "now",
     "read_manifest",
     "require_complete",
@@ -26,20 +30,86 @@ __all__ = [
 ]
 
 MANIFEST = "gemma2.json"
-# What a run needs only until it is complete: no part of the output.
+# A run needs these only until it is complete: they are not part of the output.
 STATE, CHECKPOINTS = "run.json", "checkpoints"
 SCHEMA_VERSION = 1
-# Only what identifies the arithmetic: an allowlist, so that nothing about the user or the machine's paths leaks.
+# An allowlist of the packages that identify the arithmetic, so that nothing about the user or the machine leaks.
 RECORDED_PACKAGES = ("gemma2", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "numba")
 
 
+class FileRecord(TypedDict, total=False):
+    """A file of an output. `digest` is missing where nothing has read the file."""
+
+    size: int
+    digest: str
+
+
+class ParentRecord(TypedDict, total=False):
+    """A model that an output was made from.
+
+    role     in the command: model, policy, base, input, reward, ...
+    path     relative to the output
+    hub      `owner/name@revision` of a model from the hub's cache
+    weights  digest of all weights
+    """
+
+    role: str
+    path: str
+    hub: str
+    weights: str
+
+
+class DataRecord(TypedDict, total=False):
+    """A data file that an output was made from.
+
+    role  the option that names it; missing if several options lead to it, or none
+    path  relative to the output
+    """
+
+    role: str
+    path: str
+    digest: str
+
+
+class Manifest(TypedDict, total=False):
+    """`gemma2.json`. A merge records no seed, code, processes and hardware.
+
+    gemma2     version of this package
+    config     settings of the command, defaults included
+    code       digest of the source of every Python function that the configuration names
+    processes  number of processes of the job
+    versions   of the packages that decide the bytes of the result
+    started    UTC, ISO 8601, as `ended`
+    status     "complete"
+    summary    figures of the result, by name
+    files      by path relative to the output
+    """
+
+    schema_version: int
+    gemma2: str
+    command: str
+    config: JsonObject
+    parents: list[ParentRecord]
+    data: list[DataRecord]
+    code: dict[str, str]
+    seed: int | None
+    processes: int
+    versions: dict[str, str]
+    hardware: JsonObject
+    started: str
+    ended: str
+    status: str
+    summary: JsonObject
+    files: dict[str, FileRecord]
+
+
 def now() -> str:
-    """UTC, ISO 8601, to the second."""
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide a result's bytes."""
+    """Return the installed versions of the packages that decide a result's bytes."""
     from importlib import metadata
 
     found = {}
@@ -51,10 +121,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a directory, or None where there is none.
+def read_manifest(directory: Path) -> Manifest | None:
+    """Return the manifest of a directory, or None if there is none.
 
-    Raises InputError when the file is there and is no manifest.
+    The types of its values are checked by their readers: the file may have been edited.
+    Raises InputError if the file exists and is not a manifest.
     """
     path = directory / MANIFEST
     try:
@@ -63,15 +134,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
-    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
         raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "make the output again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
         raise InputError(f"{path} is not a gemma2 manifest", "make the output again")
-    return manifest
+    return cast("Manifest", manifest)
 
 
 def require_complete(directory: Path, role: str) -> None:
-    """Refuse a directory that a gemma2 command began and did not finish."""
+    """Refuse a directory that a gemma2 command began and did not finish. Raises InputError."""
     manifest = read_manifest(directory)
     if manifest is not None and manifest.get("status") != "complete":
         raise InputError(
@@ -81,7 +152,7 @@ def require_complete(directory: Path, role: str) -> None:
 
 
 def own_files(directory: Path) -> Iterator[Path]:
-    """The files of an output; a directory inside it that has a manifest of its own is an output by itself."""
+    """The files of an output, without subdirectories that have their own manifest: these are separate outputs."""
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name in (STATE, CHECKPOINTS):
             continue
@@ -93,25 +164,25 @@ def own_files(directory: Path) -> Iterator[Path]:
 
 
 def write_manifest(
-    directory: Path, manifest: Mapping[str, Any], digests: Mapping[str, str | None] | None = None
-) -> dict[str, Any]:
-    """Write `gemma2.json` with size and digest of every file beside it. The last thing written to an output.
+    directory: Path, manifest: Mapping[str, object], digests: Mapping[str, str | None] | None = None
+) -> Manifest:
+    """Write `gemma2.json` with size and digest of every file next to it; return it. It is an output's last file.
 
-    digests  of files whose digest is known, by name; None leaves a file's digest out
+    digests  known digests, by file name; None leaves a file's digest out
     """
-    files: dict[str, Any] = {}
+    files: dict[str, FileRecord] = {}
     for path in own_files(directory):
         name = str(path.relative_to(directory))
         digest = digests[name] if digests and name in digests else digest_file(path)
         files[name] = {"size": path.stat().st_size, **({"digest": digest} if digest else {})}
     document = {"schema_version": SCHEMA_VERSION, "gemma2": metadata_version(), **manifest, "files": files}
     write_json(directory / MANIFEST, document)
-    return document
+    return cast("Manifest", document)
 
 
 def metadata_version() -> str:
-    """The version of this package, or "source" in a checkout that is not installed."""
-    from importlib import metadata  # 15 ms that --help does not pay
+    """Return the version of this package, or "source" in a checkout that is not installed."""
+    from importlib import metadata  # takes 15 ms, which --help must not pay
 
     try:
         return metadata.version("gemma2")

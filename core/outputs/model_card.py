@@ -2,11 +2,11 @@
 
     front matter   base_model, base_model_relation, library_name, pipeline_tag, tags, license, language
                    (https://huggingface.co/docs/hub/model-cards, "Model card metadata")
-    text           what it is, figures, how to load it, lineage, how it was made, limits
+    text           kind of model, figures, how to load it, lineage, how it was made, limits
 
-Only what is known is said: a licence or language is inherited from the cards of the models it was made from, where
-all of them state one and the same. No path of this machine is in it: models and files go by their names. The same run
-gives the same bytes: no times. Text from files stands in code spans and fences, or escaped, and breaks nothing.
+The card states only known facts: a licence or language is inherited from the cards of the parent models if all of them
+state the same. It holds no path of this machine: models and files are named. The same run gives the same bytes: it
+holds no times. Text from files is put in code spans and fences, or escaped, so that it cannot break the Markdown.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .safetensors_header import printable
 
 __all__ = ["Account", "Ancestor", "Facts", "code", "fenced", "model_card", "shown", "table"]
 
-# How a model directory in the hub's cache is called, and what a path of this machine looks like inside a text.
+# A model directory in the hub's cache; addresses and paths of this machine inside a text.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
 ADDRESS = re.compile(r"\w+://\S+")
 PLACE = re.compile(r"(?:(?<![\w:./])~?/|(?:\.\./)+)(?:[^\s/,+]+/)*(?P<name>[^\s/,+]+)/?")
-MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are in the result
+MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are part of the result
 
 WHAT = {
     "sft": "A language model, fine-tuned on prompts and completions (supervised fine-tuning).",
     "distill": "A language model, distilled from a teacher's distribution over every token of its answers.",
     "reward": "A reward model: a classifier with one output that scores an answer, trained on pairs of answers.",
-    "reward probe": "A reward model: a linear head, fitted to pairs of answers, on a language model left as it was.",
+    "reward probe": "A reward model: a linear head, fitted to pairs of answers, on an unchanged language model.",
     "rlhf": "A language model, trained by reinforcement learning from a reward, held near an anchor by a KL penalty.",
     "convert": "A model, imported as plain safetensors.",
-    "pick": "A language model, chosen from the front of reward over KL that post-training gave.",
+    "pick": "A language model, chosen from a post-training run's front of reward over KL.",
     "tiny": "A small model for trying out post-training, pre-trained from scratch.",
 }
 TAGS = {
@@ -50,8 +51,8 @@ class Ancestor:
     """A model that an output was made from, as far as it was found.
 
     role      in the command that read it: model, policy, base, input, reward, ...
-    hub       `owner/name@revision`, where it is in the hub's cache
-    command   that made it; "" where that is not known
+    hub       `owner/name@revision` of a model in the hub's cache
+    command   that made it; "" if unknown
     metadata  front matter of its own card
     """
 
@@ -60,29 +61,29 @@ class Ancestor:
     digest: str = ""
     hub: str = ""
     command: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: JsonMapping = field(default_factory=dict)
     parents: tuple[Ancestor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a command that merges says of its output in the manifest and on the card, in place of the merge's words.
+    """The entries of a command that merges for the manifest and the card, in place of those of the merge.
 
     sections  of the card: (title, Markdown), instead of the table of the summary
-    pictures  files that are copied beside the card and shown in it
+    pictures  files that are copied next to the card and shown in it
     """
 
     command: str
-    config: Mapping[str, Any]
+    config: JsonMapping
     data: Sequence[Mapping[str, str]] = ()
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    summary: JsonMapping = field(default_factory=dict)
     sections: tuple[tuple[str, str], ...] = ()
     pictures: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything that a card tells.
+    """Everything that a card is made from.
 
     manifest  of the output: command, config, data, seed, versions, summary
     config    its config.json
@@ -90,8 +91,8 @@ class Facts:
     """
 
     name: str
-    manifest: Mapping[str, Any]
-    config: Mapping[str, Any]
+    manifest: JsonMapping
+    config: JsonMapping
     chat: bool | None
     parents: tuple[Ancestor, ...] = ()
     sections: tuple[tuple[str, str], ...] = ()
@@ -99,10 +100,12 @@ class Facts:
 
     @property
     def command(self) -> str:
+        """The command that made the model."""
         return str(self.manifest.get("command", ""))
 
     @property
     def is_reward(self) -> bool:
+        """Whether it is a reward model."""
         names = self.config.get("architectures")
         return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
@@ -113,7 +116,7 @@ class Facts:
 
 
 def model_card(facts: Facts) -> str:
-    """The README.md."""
+    """Return the text of README.md."""
     import yaml
 
     front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True, default_flow_style=False)
@@ -133,8 +136,8 @@ def model_card(facts: Facts) -> str:
 # --- metadata -------------------------------------------------------------------------------------------------------
 
 
-def metadata(facts: Facts) -> dict[str, Any]:
-    """The front matter, without what is not known."""
+def metadata(facts: Facts) -> JsonObject:
+    """Return the front matter, without unknown entries."""
     bases = list(dict.fromkeys(_base_names(facts.sources)))
     merged = facts.command.startswith("merge") or facts.command == "pick"
     relation = "merge" if merged and len(facts.sources) > 1 else "finetune" if facts.command in TRAINED else None
@@ -157,7 +160,7 @@ def _tags(command: str) -> tuple[str, ...]:
 
 
 def _all(ancestors: Sequence[Ancestor], until: Callable[[Ancestor], bool] | None = None) -> Iterator[Ancestor]:
-    """These and all before them whose weights went on, each once; nothing before one that satisfies `until`."""
+    """These and their ancestors by weights, each once; the ancestors of one that satisfies `until` are left out."""
     waiting, seen = list(ancestors), set()
     while waiting:
         ancestor = waiting.pop(0)
@@ -172,27 +175,27 @@ def _before(ancestor: Ancestor) -> tuple[Ancestor, ...]:
 
 
 def _base_names(sources: Sequence[Ancestor]) -> Iterator[str]:
-    """Hub ids of the nearest models that have one; the names of the first models of the lines where none has."""
+    """Hub ids of the nearest ancestors that have one; for a line without any, the name of its first model."""
     for ancestor in _all(sources, until=lambda found: bool(found.hub)):
         if ancestor.hub:
             yield ancestor.hub.partition("@")[0]
         elif not _before(ancestor):
-            # Without a slash: with one it would read as somebody's model on the hub.
+            # Without a slash, since `owner/name` would be somebody's model on the hub.
             yield re.sub(r"[^\w.-]+", "-", ancestor.name.rpartition("/")[2], flags=re.ASCII).strip("-.") or "model"
 
 
-def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The first of `keys` and those that belong to it, where the lines of all sources state the same."""
+def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> JsonObject:
+    """Return the metadata of `keys` if all lines of ancestors state the first one, and the same; else nothing."""
 
     def states(ancestor: Ancestor) -> bool:
         return keys[0] in ancestor.metadata
 
-    told = [
+    stated = [
         {key: ancestor.metadata[key] for key in keys if key in ancestor.metadata} if states(ancestor) else {}
         for ancestor in _all(sources, until=states)
         if states(ancestor) or not _before(ancestor)
     ]
-    return told[0] if told and all(other == told[0] for other in told) else {}
+    return stated[0] if stated and all(other == stated[0] for other in stated) else {}
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -203,13 +206,13 @@ def _what(facts: Facts) -> str:
     if command.startswith("merge "):
         inputs = sum(parent.role == "input" for parent in facts.parents)
         based = " and their base" if inputs > 1 else " and its base"
-        told = based if any(parent.role == "base" for parent in facts.parents) else ""
-        return f"A merge of {inputs} model{'s' if inputs != 1 else ''}{told} by {code(command[6:])}."
+        base = based if any(parent.role == "base" for parent in facts.parents) else ""
+        return f"A merge of {inputs} model{'s' if inputs != 1 else ''}{base} by {code(command[6:])}."
     return WHAT.get(command, f"A model that {code(f'gemma2 {command}')} wrote.")
 
 
 def _figures(summary: object) -> Iterator[tuple[str, str]]:
-    """The numbers of a summary as a table; nothing where it has none."""
+    """The numbers and texts of a summary as a table; nothing if it has none."""
     if not isinstance(summary, Mapping):
         return
     rows = []
@@ -217,15 +220,18 @@ def _figures(summary: object) -> Iterator[tuple[str, str]]:
         if isinstance(value, bool) or not isinstance(value, int | float | str) or str(key).endswith("_se"):
             continue
         error = summary.get(f"{key}_se")
-        told = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else shown(value)
-        rows.append([str(key).replace("_", " "), told + (f" ± {error:.2g}" if isinstance(error, float) else "")])
+        if isinstance(value, str):
+            figure = _without_paths(value)
+        else:
+            figure = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+        rows.append([str(key).replace("_", " "), figure + (f" ± {error:.2g}" if isinstance(error, float) else "")])
     if rows:
         yield "Figures", table(["figure", "value"], rows)
 
 
 def _loading(facts: Facts) -> str:
     kind = "AutoModelForSequenceClassification" if facts.is_reward else "AutoModelForCausalLM"
-    # Gemma 2's soft cap is in eager attention; sdpa has none.
+    # Gemma 2's soft cap exists in eager attention, not in sdpa.
     eager = ', attn_implementation="eager"' if facts.config.get("attn_logit_softcapping") is not None else ""
     lines = [
         f"from transformers import {kind}, AutoTokenizer",
@@ -262,15 +268,15 @@ def _use(is_reward: bool, chat: bool) -> list[str]:
 
 def _lineage(facts: Facts) -> str:
     if not facts.parents:
-        return "Nothing is recorded of a model that it was made from."
+        return "No model is recorded that it was made from."
     rows = [printable(facts.name), *_tree(facts.parents, "", set())]
     if len(rows) > TREE_LINES:
-        rows = [*rows[:TREE_LINES], f"... and {len(rows) - TREE_LINES} lines more, which gemma2.json leads to"]
+        rows = [*rows[:TREE_LINES], f"... and {len(rows) - TREE_LINES} more lines; follow the parents in gemma2.json"]
     return "Digests are the first digits of BLAKE3 over the weights.\n\n" + fenced("\n".join(rows), "text")
 
 
-def _tree(ancestors: Sequence[Ancestor], indent: str, told: set[str]) -> Iterator[str]:
-    """A line per model and, below it, what it was made from; once for each."""
+def _tree(ancestors: Sequence[Ancestor], indent: str, shown_before: set[str]) -> Iterator[str]:
+    """A line per model, followed by the lines of its parents, which are listed once per model."""
     for number, ancestor in enumerate(ancestors):
         last = number == len(ancestors) - 1
         name = f"{ancestor.role}: {printable(ancestor.hub or ancestor.name)}"
@@ -278,16 +284,16 @@ def _tree(ancestors: Sequence[Ancestor], indent: str, told: set[str]) -> Iterato
             ancestor.digest.rpartition(":")[2][:10],
             ancestor.command and f"gemma2 {printable(ancestor.command)}",
         ]
-        again = bool(ancestor.digest) and ancestor.digest in told and bool(ancestor.parents)
+        again = bool(ancestor.digest) and ancestor.digest in shown_before and bool(ancestor.parents)
         row = "  ".join([name, *filter(None, details), *(["(as above)"] if again else [])])
         yield f"{indent}{'└─ ' if last else '├─ '}{row}"
-        told.add(ancestor.digest)
+        shown_before.add(ancestor.digest)
         if not again:
-            yield from _tree(ancestor.parents, indent + ("   " if last else "│  "), told)
+            yield from _tree(ancestor.parents, indent + ("   " if last else "│  "), shown_before)
 
 
 def _making(facts: Facts) -> str:
-    """Command, seed, data, versions; the settings folded away."""
+    """Command, seed, data and versions as a list; the settings folded."""
     from gemma2.core.yaml_files import to_yaml
 
     manifest = facts.manifest
@@ -297,7 +303,7 @@ def _making(facts: Facts) -> str:
     data = manifest.get("data")
     for source in data if isinstance(data, list | tuple) else ():
         name, digest = str(source.get("path", "")), str(source.get("digest", "")).rpartition(":")[2][:10]
-        lines.append(f"- Data: {code(shown(name))}, BLAKE3 {code(digest)}")
+        lines.append(f"- Data: {code(_without_paths(name))}, BLAKE3 {code(digest)}")
     versions = manifest.get("versions")
     if isinstance(versions, Mapping):
         lines.append("- Versions: " + ", ".join(f"{code(f'{name} {value}')}" for name, value in versions.items()))
@@ -312,39 +318,46 @@ def _limits(facts: Facts) -> str:
         lines.append("- Nothing was measured on this model.")
     lines.append("- No benchmark and no evaluation of safety, bias or facts was run by the command that made it.")
     if facts.command in ("rlhf", "pick"):
-        lines.append("- A reward is what the reward model or function says, which RL learns to please; it is no truth.")
+        lines.append(
+            "- The reward is the score of a reward model or function, which RL learns to please; it is not the truth."
+        )
     licence = _inherited(facts.sources, ("license",)).get("license")
     if licence is None:
         why = (
-            "the models that it was made from state none here, or different ones" if facts.sources else "none is stated"
+            "the cards of the models that it was made from state none, or different ones"
+            if facts.sources
+            else "none is stated"
         )
         lines.append(f"- Licence: unknown; {why}.")
     else:
-        lines.append(f"- Licence: {code(str(licence))}, as the cards of the models state that it was made from.")
+        lines.append(f"- Licence: {code(str(licence))}, as stated by the cards of the models that it was made from.")
     return "\n".join(lines)
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
 
 
-def shown(value: Any) -> Any:
-    """A setting without anything of this machine: paths are names, addresses are left out."""
+def shown(value: object) -> object:
+    """Return a setting without traces of this machine: paths become names, addresses are left out."""
     if isinstance(value, Mapping):
         return {str(key): shown(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [shown(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    found = SNAPSHOT.search(value)
+    return _without_paths(value) if isinstance(value, str) else value
+
+
+def _without_paths(text: str) -> str:
+    """Return `shown` of a text."""
+    found = SNAPSHOT.search(text)
     if found:
         return f"{found['owner']}/{found['name']}@{found['revision']}"
-    if value.startswith(("/", "~/", "../")):
-        return PurePosixPath(value).name
-    return PLACE.sub(lambda match: match["name"], ADDRESS.sub("(an address)", value))
+    if text.startswith(("/", "~/", "../")):
+        return PurePosixPath(text).name
+    return PLACE.sub(lambda match: match["name"], ADDRESS.sub("(an address)", text))
 
 
 def code(text: str) -> str:
-    """A code span that holds any text."""
+    """Return a code span that can hold any text."""
     text = printable(text)
     ticks = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * (ticks + 1)
@@ -353,18 +366,18 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """A code block that holds any text."""
+    """Return a code block that can hold any text."""
     ticks = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, ticks + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text."""
+    """Return a Markdown table of plain text."""
     lines = [[*map(_escaped, columns)], ["---"] * len(columns), *([*map(_escaped, row)] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _escaped(text: str) -> str:
-    """Text inside a line that means nothing to Markdown or HTML."""
+    """Return text for a line, escaped so that it means nothing to Markdown or HTML."""
     return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", printable(text))

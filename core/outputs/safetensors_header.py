@@ -1,6 +1,6 @@
-"""The header of one safetensors file, read and checked by us before a byte of its data is touched.
+"""The header of one safetensors file, read and checked before a byte of its data is touched.
 
-Layout: 8 bytes little-endian length N, N bytes of JSON, then the data that the JSON's offsets tile exactly.
+Layout: 8 bytes little-endian length N, N bytes of JSON, then the data, which the JSON's offsets cover exactly.
 The safetensors library checks the same, but its messages do not name the file; ours name file, key and cause.
 """
 
@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 
 __all__ = ["ITEM_BYTES", "Tensor", "encode_header", "parameter_count", "printable", "read_header", "weight_files"]
 
-# Every dtype of the format, so that a file is judged by its layout here and by its arithmetic in the plan.
+# Every dtype of the format: here only the layout is checked, the plan of a merge checks whether it can compute with it.
 ITEM_BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
@@ -31,7 +31,7 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies. `offset` counts bytes from the start of the file."""
+    """One tensor of a file. `offset` counts bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -41,23 +41,23 @@ class Tensor:
 
     @property
     def count(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
+        """The size of the data in bytes."""
         return self.count * ITEM_BYTES[self.dtype]
 
 
 def printable(text: str) -> str:
-    """A name from a file, safe to show: control characters escaped, at most 120 characters."""
+    """Return a name from a file, safe to show: control characters escaped, at most 120 characters."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in the order of their data. Raises InputError for anything malformed."""
+    """Return the tensors of a safetensors file in the order of their data. Raises InputError if it is malformed."""
     try:
         status = path.stat()
     except OSError as error:
@@ -75,8 +75,8 @@ def _broken(path: Path, cause: str) -> InputError:
     return InputError(f"{path}: {cause}", "the file is damaged or not safetensors; fetch or write it again")
 
 
-def _read_entries(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The JSON of the header without `__metadata__`, and where the data starts."""
+def _read_entries(path: Path, size: int) -> tuple[JsonObject, int]:
+    """Return the JSON of the header without `__metadata__`, and the offset of the data."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -87,7 +87,7 @@ def _read_entries(path: Path, size: int) -> tuple[dict[str, Any], int]:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except InputError:  # a key that is there twice
+    except InputError:  # a duplicate key
         raise
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise _broken(path, f"the header is not JSON ({type(error).__name__})") from error
@@ -97,7 +97,8 @@ def _read_entries(path: Path, size: int) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
-def _unique(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(path: Path, pairs: Sequence[tuple[str, object]]) -> JsonObject:
+    """Return an object of the header. Raises InputError for a duplicate key."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -106,12 +107,13 @@ def _unique(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: object) -> bool:
+    """Whether a value is a list of integers >= 0."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
-    """One checked entry: known dtype, natural shape, offsets that hold exactly shape x dtype bytes."""
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
+    """Return one checked entry: known dtype, natural shape, offsets that span exactly shape x dtype bytes."""
     shown = printable(name)
     if any("\ud800" <= char <= "\udfff" for char in name):
         raise _broken(path, f"the name {shown} is not Unicode text")
@@ -130,7 +132,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
 
 
 def _check_tiling(path: Path, tensors: Sequence[Tensor], data_start: int, size: int) -> None:
-    """The tensors cover the data without overlap or hole, and the file ends with the last of them."""
+    """Check that the tensors cover the data without overlap or hole, and that the file ends with the last of them."""
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
@@ -143,11 +145,11 @@ def _check_tiling(path: Path, tensors: Sequence[Tensor], data_start: int, size: 
 
 
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes for `{name: (dtype, shape)}` in that order, and the file offset of each tensor.
+    """Return the header bytes for `{name: (dtype, shape)}` in that order, and the file offset of each tensor.
 
-    Padded with spaces to whole pages, so that the data is page-aligned on disk.
+    The header is padded with spaces to whole pages, so that the data is page-aligned on disk.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: JsonObject = {"__metadata__": {"format": "pt"}}
     position = 0
     starts = {}
     for name, (dtype, shape) in tensors.items():
@@ -162,13 +164,13 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[b
 
 
 def parameter_count(directory: Path) -> int:
-    """Parameters of a model directory, from its safetensors headers alone.
+    """Return the number of parameters of a model directory, from its safetensors headers alone.
 
-    Raises InputError when a header is not readable or does not fit its file.
+    Raises InputError if a header is not readable or does not fit its file.
     """
     return sum(tensor.count for path in weight_files(directory) for tensor in read_header(path).values())
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, by name."""
+    """Return the safetensors files of a model directory, by name."""
     return sorted(path for path in directory.glob("*.safetensors") if path.is_file())

@@ -1,9 +1,9 @@
-"""Outputs that appear whole or not at all, and the manifest (`gemma2.json`) that tells where they came from.
+"""Outputs that appear complete or not at all.
 
-An output is built in a hidden sibling of its final place, locked, flushed to disk and moved there in one rename.
-The manifest is written last; a directory without `"status": "complete"` in it is not a result.
+An output is built in a hidden sibling of its final path, locked, flushed to disk and moved there in one rename.
+Its manifest (`gemma2.json`) is written last; a directory without `"status": "complete"` in it is not a result.
 
-Torch-free and free of pydantic: the merge commands start in a fraction of a second.
+Imports neither torch nor pydantic: the merge commands start in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["check_output", "fsync_tree", "locked", "publish", "staged_output"]
 
 
 def partial_path(out: Path) -> Path:
-    """Where an output is built: a hidden sibling, so that the last step is a rename inside one file system."""
+    """Return the path at which an output is built: a hidden sibling, so that the last step is a rename in place."""
     return out.with_name(f".{out.name}.partial")
 
 
 def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
-    """Refuse an output that exists (without `force`), or that is, holds or lies in one of the inputs."""
+    """Refuse an output that exists (without `force`), or that is, contains or is inside one of the inputs."""
     if out.name in ("", "..") or "\0" in out.name:
-        raise OutputError(f"--out {out} has no name of its own", "give the name of a directory to make")
+        raise OutputError(f"--out {out} does not name a directory", "give the name of a new directory")
     target = out.resolve()
     for role, path in (inputs or {}).items():
         source = path.resolve()
@@ -51,7 +51,7 @@ def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = Non
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the right to write `out`; a second process fails at once instead of waiting."""
+    """Hold the lock on writing `out`; a second process fails at once instead of waiting. Raises OutputError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f".{out.name}.lock")
     descriptors: list[int] = []
@@ -64,13 +64,13 @@ def locked(out: Path) -> Iterator[None]:
     finally:
         try:
             _release(descriptors, path)
-        except BaseException:  # an interrupt cut it short; further ones are ignored (cli/main.py)
+        except BaseException:  # interrupted: repeat it; further interrupts are ignored (cli/main.py)
             _release(descriptors, path)
             raise
 
 
 def _hold(descriptor: int, path: Path) -> bool:
-    """Lock an open file; whether it is still the one at `path`, which its holder before us may have unlinked."""
+    """Lock an open file. False if it is no longer the file at `path`, which the previous holder may have unlinked."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         return os.stat(path).st_ino == os.fstat(descriptor).st_ino
@@ -79,7 +79,7 @@ def _hold(descriptor: int, path: Path) -> bool:
 
 
 def _release(descriptors: list[int], path: Path) -> None:
-    """Unlink a lock file that is ours, or that we made and could not lock before an interrupt."""
+    """Unlink a lock file that we hold, or that we created but could not lock before an interrupt."""
     with suppress(BlockingIOError):
         if descriptors and _hold(descriptors[-1], path):
             path.unlink()
@@ -99,7 +99,11 @@ def fsync_tree(directory: Path) -> None:
 
 
 def exchange(new: Path, old: Path) -> bool:
-    """Swap two directories in one step (Linux renameat2); False where the system cannot."""
+    """Swap two directories in one step (Linux renameat2). False, with nothing changed, where that does not exist.
+
+    It needs Linux, a C library with renameat2 (glibc 2.28) and a file system with RENAME_EXCHANGE. POSIX rename cannot
+    replace a directory that is not empty, so no sequence of plain renames is a substitute.
+    """
     at_fdcwd, rename_exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
@@ -112,7 +116,13 @@ def exchange(new: Path, old: Path) -> bool:
 
 
 def publish(partial: Path, out: Path, force: bool) -> None:
-    """Move a finished directory to its place: old or new is there at every moment, never a mixture."""
+    """Move a finished directory to its final path, which never holds a mixture of old and new.
+
+    With `exchange`, `out` is the old output until it is the new one. Where `exchange` returns False, `out` does not
+    exist between two renames (old aside, new in). A kill in between leaves both outputs complete in hidden siblings,
+    the old one as `partial` with the suffix "-old"; the next `staged_output` of the same path removes them. If the
+    second rename fails, the old output is moved back.
+    """
     fsync_tree(partial)
     if out.exists():
         if any(out.iterdir()) and not force:
@@ -139,10 +149,10 @@ def publish(partial: Path, out: Path, force: bool) -> None:
 
 @contextmanager
 def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
-    """Build an output aside: yields an empty directory that becomes `out` when the block ends without an exception.
+    """Build an output: yields an empty hidden directory that becomes `out` if the block ends without an exception.
 
-    The block writes its files and, last, the manifest. Any exception (an interrupt too) removes what was built.
-    What a killed process left behind is swept by the next run to the same place.
+    The block writes its files and, last, the manifest. Any exception, an interrupt too, removes the directory.
+    The next run to the same path removes the directories of killed processes.
     """
     check_output(out, force)
     with locked(out):

@@ -1,4 +1,4 @@
-"""A text file that appears whole or not at all."""
+"""A text file that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["write_text"]
 
 
 def write_text(out: Path, text: str) -> Path:
-    """Write `text` to `out` in one rename, making its folder where it is missing; returns `out`.
+    """Write `text` to `out` in one rename, creating a missing folder; return `out`.
 
-    Raises OutputError when it cannot be written.
+    Raises OutputError if it cannot be written.
     """
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # What a file of the run has in bytes that are no UTF-8 comes here as lone surrogates.
+            # Bytes of a run's files that are not UTF-8 arrive here as lone surrogates.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             temporary.replace(out)
         finally:

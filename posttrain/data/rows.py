@@ -155,7 +155,7 @@ def located(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error.what}", error.mend) from error
+        raise InputError(f"{where}: {error.what}", error.hint) from error
 
 
 def _not_empty(rows: list[Any], path: Path) -> list[Any]:

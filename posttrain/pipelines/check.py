@@ -112,9 +112,9 @@ def check_pipeline(
             check_inputs(config, places)
             check_merge(config, places)
         except UsageError as error:
-            raise UsageError(f"stages.{stage.name}: {error.what}", error.mend) from error
+            raise UsageError(f"stages.{stage.name}: {error.what}", error.hint) from error
         except InputError as error:
-            raise InputError(f"stages.{stage.name}: {error.what}", error.mend) from error
+            raise InputError(f"stages.{stage.name}: {error.what}", error.hint) from error
         check_kinds(stage.name, config, promised)
         promised |= dict(promised_by(stage, config, sources))
         if within is not None and stage.name in within:

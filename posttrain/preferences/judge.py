@@ -143,7 +143,7 @@ def _flags_of_this_command() -> Iterator[None]:
     try:
         yield
     except (InputError, UsageError) as error:
-        mend = error.mend
+        mend = error.hint
         for theirs, ours in names.items():
             mend = mend.replace(theirs, ours)
         raise type(error)(error.what, mend) from error

@@ -62,7 +62,7 @@ def test_different_configuration(root):
     refused(root, InputError, "rope_theta differs: 5000.0 in model 1")
 
 
-def test_what_only_versions_and_fine_tuning_change_is_no_difference(root):
+def test_keys_that_versions_and_fine_tuning_change_are_not_compared(root):
     change_config(root / "rl-2", transformers_version="4.42.1", eos_token_id=[1, 107], use_cache=True)
     merge(MergeRequest(method="linear", models=(root / "rl-1", root / "rl-2")), out=root / "out")
 
@@ -116,7 +116,7 @@ def test_different_merges(root):
     refused(root, InputError, "differ: 'merge ")
 
 
-def test_the_same_tokenizer_in_another_spelling_is_no_difference(root):
+def test_the_same_tokenizer_in_another_spelling_is_accepted(root):
     (root / "rl-1/tokenizer.json").write_text(tokenizer({"a": 0, "b": 1}, merges=["a b"]))
     (root / "rl-2/tokenizer.json").write_text(tokenizer({"b": 1, "a": 0}, merges=[["a", "b"]]))
     merge(MergeRequest(method="linear", models=(root / "rl-1", root / "rl-2")), out=root / "out")
@@ -244,7 +244,7 @@ def test_a_missing_shard(root):
     refused(root, InputError, message, models=(root / "sharded", root / "rl-2"))
 
 
-def test_links_as_in_the_hub_cache_are_followed(root):
+def test_links_of_the_hub_cache_are_followed(root):
     (root / "blobs").mkdir()
     (root / "rl-1/model.safetensors").rename(root / "blobs/abc")
     os.symlink("../blobs/abc", root / "rl-1/model.safetensors")

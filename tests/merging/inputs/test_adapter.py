@@ -116,7 +116,7 @@ def test_an_adapter_gives_what_pefts_own_merge_gives_in_float64(tmp_path, config
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def test_one_update_by_hand(tmp_path):
+def test_one_update_agrees_with_a_calculation_by_hand(tmp_path):
     a, b = np.array([[1.0, 2, 0], [0, 1, 1]]), np.array([[1.0, 0], [3, 1]])
     adapter = open_adapter(write_adapter(tmp_path / "x", {"w.lora_A.weight": a, "w.lora_B.weight": b}), "model 1")
     update = adapter.updates["w.weight"]
@@ -209,7 +209,7 @@ def refusal(path, base=None):
     ],
     ids=str,
 )
-def test_what_is_not_plain_lora_is_refused_by_the_key(tmp_path, config, message):
+def test_an_adapter_that_is_not_plain_lora_is_refused_naming_the_key(tmp_path, config, message):
     assert re.search(message, refusal(write_adapter(tmp_path / "x", **config)))
 
 
@@ -266,6 +266,6 @@ def test_an_embedding_that_the_base_ties_to_its_head_is_refused(tmp_path, arrays
     assert applied(open_adapter(write_adapter(tmp_path / "y", PAIR | arrays, ensure_weight_tying=True), "m"), base)
 
 
-def test_an_adapter_is_told_from_a_model(tmp_path):
+def test_an_adapter_is_distinguished_from_a_model(tmp_path):
     assert is_adapter(write_adapter(tmp_path / "x"))
     assert not is_adapter(base_model(tmp_path / "base"))

@@ -115,7 +115,7 @@ def test_a_bad_row_is_refused_with_file_line_and_mend(tmp_path, read, row, words
     with pytest.raises(InputError) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}:2: ") and words in str(caught.value)
-    assert caught.value.mend and "\n" not in str(caught.value)
+    assert caught.value.hint and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_conversations, read_pairs])
