@@ -1,1 +1,1 @@
-"""What a model directory holds, and how two models differ."""
+"""Reports on the contents of a model directory and on the difference of two models."""

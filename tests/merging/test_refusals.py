@@ -160,23 +160,23 @@ def test_an_adapter_without_its_model(root):
         for part, shape in (("A", [2, 8]), ("B", [8, 2]))
     }
     (root / "rl-2/adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
-    message = f"model 2 {root / 'rl-2'} is an adapter, and its model (it names none) is not here; name it: MODEL+"
+    message = f"model 2 {root / 'rl-2'} is an adapter, and its model (not recorded) was not found; name it: MODEL+"
     refused(root, InputError, message, method="linear", base=None)
 
 
 def test_code_of_the_model(root):
     change_config(root / "rl-2", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
-    refused(root, InputError, "rl-2/config.json asks for code of its own (auto_map)")
+    refused(root, InputError, "rl-2/config.json requires its own code (auto_map)")
 
 
 def test_code_of_the_tokenizer(root):
     (root / "base/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}}')
-    refused(root, InputError, "base/tokenizer_config.json asks for code of its own (auto_map)")
+    refused(root, InputError, "base/tokenizer_config.json requires its own code (auto_map)")
 
 
 def test_an_unknown_architecture(root):
     change_config(root / "rl-1", architectures=["MyModel"])
-    refused(root, InputError, "architecture MyModel is not one that merges are known to be right for")
+    refused(root, InputError, "architecture MyModel is not supported by merges")
 
 
 def test_quantised_weights(root):

@@ -45,7 +45,7 @@ def refused(root, kind, message, method="linear", **options):
         ({"use_dora": True}, "sets use_dora to True: not plain LoRA"),
         ({"peft_type": "IA3"}, "peft_type is IA3, only LORA can be merged here"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which changes the base as well"),
-        ({"r": 3}, "are [2, 64] and [64, 2], which is not rank 3"),
+        ({"r": 3}, "are [2, 64] and [64, 2], not of rank 3"),
         ({"a_key_of_tomorrow": 1}, "sets a_key_of_tomorrow to 1: not plain LoRA"),
     ],
 )

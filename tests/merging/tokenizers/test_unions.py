@@ -44,7 +44,7 @@ def pair(tmp_path):
 
 
 def test_without_a_choice_tokenizers_must_be_equal(pair):
-    refused(pair, InputError, "choose whose, merge --tokenizer", "a", "b")
+    refused(pair, InputError, "choose a tokenizer with merge --tokenizer", "a", "b")
     model(pair / "b", arrays(2, 12), LETTERS, [("<y>", 11)])
     refused(pair, InputError, "choose one: merge --tokenizer", "a", "b")
 

@@ -222,7 +222,7 @@ def test_a_row_that_is_not_finite_is_named_with_its_stored_place(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties", "della"])
-def test_the_report_of_a_smaller_base_counts_its_mapped_rows(tmp_path, method):
+def test_a_smaller_base_merges_like_one_extended_by_hand(tmp_path, method):
     base = arrays(0, 10)
     left, right = (added(arrays(0, 12), arrays(seed, 12, 0.1)) for seed in (1, 2))
     for values in (left, right):
