@@ -39,7 +39,7 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 
 def _with_numbers(resolver: Resolver) -> Resolver:
-    """Make `1e-6` a number for a YAML loader or dumper: the loader reads a float, the dumper quotes such a text."""
+    """Teach a YAML loader or dumper that `1e-6` is a number: the loader reads a float, the dumper quotes such text."""
     resolver.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
     return resolver
 

@@ -10,7 +10,7 @@ merge(request, out=Path("merged"))
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .engine import MergeResult, merge
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .methods.request import MergeRequest
     from .plan.merge_plan import MergePlan, plan_merge
 
-# Resolved on first use: errors and outputs are imported at command line start-up, where numba must not be.
+# Resolved on first use: the command line imports this package at its start, and numba must not be loaded there.
 _HOMES = {
     "MergePlan": "plan.merge_plan",
     "MergeRequest": "methods.request",
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

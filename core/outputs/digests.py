@@ -45,7 +45,7 @@ def digest_weights(directory: Path, threads: int = 1) -> str:
 
 
 def _untouched(path: Path, entry: FileRecord, manifest: Path) -> bool:
-    """Whether a file has the recorded size and is older than the manifest. mtime can be set back, ctime cannot."""
+    """Whether a file has the recorded size and is older than the manifest, by ctime: no call can set that back."""
     status = path.stat()
     if "digest" not in entry:
         return False

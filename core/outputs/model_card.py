@@ -53,7 +53,7 @@ class Ancestor:
     role      in the command that read it: model, policy, base, input, reward, ...
     hub       `owner/name@revision` of a model in the hub's cache
     command   that made it; "" if unknown
-    metadata  front matter of the model's card
+    metadata  front matter of its own card
     """
 
     role: str
@@ -319,7 +319,7 @@ def _limits(facts: Facts) -> str:
     lines.append("- No benchmark and no evaluation of safety, bias or facts was run by the command that made it.")
     if facts.command in ("rlhf", "pick"):
         lines.append(
-            "- The reward is the score of a reward model or function, which RL learns to please; not the truth."
+            "- The reward is the score of a reward model or function, which RL learns to please; it is not the truth."
         )
     licence = _inherited(facts.sources, ("license",)).get("license")
     if licence is None:

@@ -1,1 +1,1 @@
-"""Inputs of a merge: checkpoints, LoRA adapters, and whether they can be merged with each other."""
+"""Inputs of a merge: checkpoints, LoRA adapters, and the checks that they can be merged with each other."""

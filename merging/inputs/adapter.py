@@ -1,12 +1,12 @@
-"""LoRA adapter directories in peft's layout as inputs of a merge: W' = W + scale * B @ A, formed block by block.
+"""LoRA adapter directories in peft's layout as inputs of a merge: W' = W + scale * B @ A, computed block by block.
 
 scale = alpha / rank (Hu et al., 2106.09685), or alpha / sqrt(rank) for rsLoRA (Kalajdzievski, 2312.03732);
-`rank_pattern` and `alpha_pattern` change both per module, by the first pattern that matches the end of its name.
-Tensors that the adapter holds in full (`modules_to_save`, trained biases) replace those of the base. An embedding's
-adapter, and one with `fan_in_fan_out`, is for a weight that is stored as (in, out): the product is transposed.
+`rank_pattern` and `alpha_pattern` change rank and alpha per module, by the first pattern that matches the end of its
+name. Tensors that the adapter holds in full (`modules_to_save`, trained biases) replace those of the base. The adapter
+of an embedding, or with `fan_in_fan_out`, belongs to a weight that is stored as (in, out): the product is transposed.
 
-Refused by name, since W' would be another one: DoRA and the other variants of peft, biases on lora_B, initialisations
-that change the base as well (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), and an adapted embedding that the base ties to its
+Refused by name, since W' would differ: DoRA and the other variants of peft, biases on lora_B, initialisations that
+change the base as well (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), and an adapted embedding that the base ties to its
 output head. Only safetensors are read. Opening reads the configuration and the header, no tensor data.
 """
 
@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import Tensor, printable, read_header
 from gemma2.merging.kernels.dtypes import KINDS, Floats, compiled, widen
@@ -34,10 +34,10 @@ __all__ = ["Adapter", "Factors", "adapted_rows", "check_adapter", "is_adapter", 
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-SPAN = 2048  # columns formed at a time: the sums and a few rows of A stay in the first level cache
+SPAN = 2048  # columns computed at a time: the sums and a few rows of A stay in the first level cache
 
-# Keys of the configuration that are read below, or that say nothing about the stored weights. Every other one must be
-# null, false or empty: that is how a variant of LoRA announces itself, also one that does not exist yet.
+# Keys of the configuration that are read below, or that do not change the stored weights. Any other key must be null,
+# false or empty, since a variant of LoRA, including future ones, is recognised by its keys.
 HARMLESS = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
@@ -47,9 +47,10 @@ HARMLESS = frozenset(
         *("eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size"),
     }
 )
-# Initialisations that leave the base alone.
+# Initialisations that do not change the base.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-KINDS_OF_KEY = {
+# Ending of a key -> (factor, whether it belongs to an embedding)
+KINDS_OF_KEY: dict[str, tuple[Literal["a", "b"], bool]] = {
     ".lora_A.weight": ("a", False),
     ".lora_B.weight": ("b", False),
     ".lora_embedding_A": ("a", True),
@@ -58,16 +59,24 @@ KINDS_OF_KEY = {
 MERGE_IT = "merge it into its base with peft (merge_and_unload) and give the result"
 
 
+class Pair(TypedDict, total=False):
+    """The two factors of one module, as they are found in the file."""
+
+    a: Tensor
+    b: Tensor
+    embedding: bool
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory. `updates` and `replaced` go by the names of the base's tensors.
+    """An adapter directory. `updates` and `replaced` are keyed by the names of the base's tensors.
 
-    base_model_name  what the adapter says that it was trained on; None when it does not
+    base_model_name  the model that the adapter records as its base; None if it records none
     """
 
     role: str
     path: Path
-    config: Mapping[str, Any]
+    config: JsonMapping
     base_model_name: str | None
     updates: Mapping[str, LowRank]
     replaced: Mapping[str, Tensor]
@@ -77,7 +86,7 @@ class Adapter:
 
     @property
     def files(self) -> list[Path]:
-        """The one weight file, as `Reader.open` wants it."""
+        """The one weight file, in the form that `Reader.open` expects."""
         return [self.path / WEIGHTS]
 
     @property
@@ -89,7 +98,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Factors:
-    """An update in memory: scale * left @ right, left (rows, rank) and right (rank, columns) fp32, of the weight."""
+    """An update of a weight in memory: scale * left @ right, with left (rows, rank) and right (rank, columns) fp32."""
 
     left: Floats
     right: Floats
@@ -97,14 +106,14 @@ class Factors:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and no model."""
+    """Whether a directory holds an adapter and not a model."""
     return (path / CONFIG).is_file() and not any(path.glob("model*.safetensors*"))
 
 
 def open_adapter(path: Path, role: str) -> Adapter:
     """Read configuration and header of an adapter directory; no tensor data.
 
-    Raises InputError if it is not an adapter, is pickled, malformed, or a variant whose product is not W + scale B A.
+    Raises InputError if it is not an adapter, is pickled, malformed, or a variant other than W + scale B A.
     """
     require_complete(path, role)
     config = read_json(path / CONFIG)
@@ -127,11 +136,11 @@ def open_adapter(path: Path, role: str) -> Adapter:
     )
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Only what is plain LoRA."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{path}: peft_type is {printable(str(kind))}, only LORA can be merged here", MERGE_IT)
+def _check_config(path: Path, config: JsonMapping) -> None:
+    """Refuse a configuration that is not plain LoRA."""
+    variant = config.get("peft_type")
+    if variant != "LORA":
+        raise InputError(f"{path}: peft_type is {printable(str(variant))}, only LORA can be merged here", MERGE_IT)
     for key, value in config.items():
         if key not in HARMLESS and value not in (None, False, [], {}, ""):
             shown = printable(str(value))
@@ -147,9 +156,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _sort(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """{module: {"a": Tensor, "b": Tensor, "embedding": bool}} and {name in the base: Tensor in full}."""
-    pairs: dict[str, dict[str, Any]] = {}
+def _sort(path: Path) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    """Return the complete pairs by module, and the tensors stored in full by their name in the base."""
+    pairs: dict[str, Pair] = {}
     replaced = {}
     for key, tensor in read_header(path).items():
         shown = printable(key)
@@ -166,7 +175,8 @@ def _sort(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
         pair = pairs.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})
         if part in pair:
             raise InputError(f"{path} adapts the module of {shown} twice", "restore the file")
-        pair |= {part: tensor, "embedding": embedding}
+        pair[part] = tensor
+        pair["embedding"] = embedding
     for module, pair in pairs.items():
         if not {"a", "b"} <= pair.keys():
             missing = "lora_A" if "b" in pair else "lora_B"
@@ -176,30 +186,31 @@ def _sort(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     return pairs, replaced
 
 
-def _update(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, Any]) -> LowRank:
-    """One pair with its scale; its shapes must fit each other and the rank of the configuration."""
+def _update(path: Path, config: JsonMapping, module: str, pair: Pair) -> LowRank:
+    """Return one pair with its scale; its shapes must fit each other and the rank in the configuration."""
     a, b = pair["a"], pair["b"]
     rank = _number(path, config, "r", "rank_pattern", module)
     alpha = _number(path, config, "lora_alpha", "alpha_pattern", module)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"{path}: lora_A and lora_B of {printable(module)} are {list(a.shape)} and {list(b.shape)}, "
-            f"which is not rank {rank:g} as {CONFIG} says",
-            "the configuration and the weights do not belong together",
+            f"not of rank {rank:g} as in {CONFIG}",
+            "the configuration and the weights do not belong together; restore both",
         )
     scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
     return LowRank(a, b, scale, transposed=pair["embedding"] or bool(config.get("fan_in_fan_out")))
 
 
-def _number(path: Path, config: Mapping[str, Any], key: str, patterns: str, module: str) -> float:
-    """A positive number of the configuration, for one module."""
+def _number(path: Path, config: JsonMapping, key: str, patterns: str, module: str) -> float:
+    """Return a positive number of the configuration, for one module."""
     value, where = config.get(key), key
     for pattern, special in (config.get(patterns) or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
             raise InputError(
-                f"{path / CONFIG}: {patterns} has {printable(pattern)}, which is not a pattern ({error})", "correct it"
+                f"{path / CONFIG}: {patterns} has {printable(pattern)}, not a regular expression ({error})",
+                "correct it",
             ) from error
         if found:
             value, where = special, patterns
@@ -210,26 +221,26 @@ def _number(path: Path, config: Mapping[str, Any], key: str, patterns: str, modu
 
 
 def check_adapter(adapter: Adapter, base: Checkpoint) -> None:
-    """Every tensor of the adapter has its place in the base, of its shape. Raises InputError naming both."""
+    """Check that every tensor of the adapter fits one of the base. Raises InputError naming both."""
     shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in adapter.updates.items()}
     shapes |= {name: tensor.shape for name, tensor in adapter.replaced.items()}
     for name, shape in shapes.items():
         if name not in base.tensors:
             raise InputError(
                 f"{adapter} changes {printable(name)}, which {base} does not have",
-                f"give the model it was trained on ({printable(adapter.base_model_name or 'it names none')})",
+                f"give the model that it was trained on ({printable(adapter.base_model_name or 'not recorded')})",
             )
         if base.tensors[name].shape != shape:
             raise InputError(
                 f"{adapter} is for a {printable(name)} of {list(shape)}, in {base} it is "
                 f"{list(base.tensors[name].shape)}",
-                f"give the model it was trained on ({printable(adapter.base_model_name or 'it names none')})",
+                f"give the model that it was trained on ({printable(adapter.base_model_name or 'not recorded')})",
             )
     _check_ties(adapter, base)
 
 
 def _check_ties(adapter: Adapter, base: Checkpoint) -> None:
-    """With a tied embedding, training changed the embedding alone; a merged one would change the head as well."""
+    """Refuse an adapted embedding that is tied: training changed it alone, the merge would change the head as well."""
     saved = adapter.config.get("modules_to_save") or ()
     names = [*adapter.updates, *(n for n in adapter.replaced if any(f"{m}.weight" in n for m in saved))]
     architectures = str(base.config.get("architectures"))
@@ -240,12 +251,12 @@ def _check_ties(adapter: Adapter, base: Checkpoint) -> None:
         if name.endswith("embed_tokens.weight"):
             raise InputError(
                 f"{adapter} changes {printable(name)}, which {base} ties to its output head",
-                "store the head of the base by itself first, the adapter did not change it",
+                "store the head of the base as its own tensor first: the adapter does not change it",
             )
 
 
 def load_factors(reader: Reader, update: LowRank) -> Factors:
-    """Read A and B of one update. Raises InputError when one holds NaN or Inf."""
+    """Read A and B of one update. Raises InputError if one holds NaN or Inf."""
     a, b = (_matrix(reader, tensor) for tensor in (update.a, update.b))
     left, right = (a.T, b.T) if update.transposed else (b, a)
     return Factors(np.ascontiguousarray(left), np.ascontiguousarray(right), update.scale)
@@ -266,13 +277,13 @@ def _matrix(reader: Reader, tensor: Tensor) -> Floats:
 def adapted_rows(block: Floats, factors: Factors, first: int) -> None:
     """Add the update to elements [first, first + block.size) of its weight, fp32, in place.
 
-    The order of the sum over the rank is fixed and every element is formed by itself: any cut gives the same bits.
+    The order of the sum over the rank is fixed and every element is computed separately: any cut gives the same bits.
     """
     _add_product(block, factors.left, factors.right, np.float32(factors.scale), first)
 
 
 @compiled()
-def _add_product(block: Floats, left: Floats, right: Floats, scale: Any, first: int) -> None:
+def _add_product(block: Floats, left: Floats, right: Floats, scale: np.float32, first: int) -> None:
     """`block[i] += scale * (left @ right).flat[first + i]`; no fused or reordered arithmetic (no fastmath)."""
     rank, columns = right.shape
     sums = np.empty(min(SPAN, columns), np.float32)

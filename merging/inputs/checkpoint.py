@@ -1,7 +1,7 @@
-"""Model directories on disk: which tensors they hold, and ranges of them. With `writer`, the place that opens weights.
+"""Model directories on disk: their tensors, and reads of ranges. Only this module and `writer` open weight files.
 
-Only headers are read on opening. Reads are `preadv` into the caller's buffer, so that a file that shrinks while it is
-read is an error and not a bus fault.
+Opening reads headers only. Reads are `preadv` into the caller's buffer, so that a file that shrinks while it is read
+is an error and not a bus fault.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
 
@@ -32,15 +31,17 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its configuration and the place of each tensor. `role` is how messages name it.
+    """A model directory: its configuration and the place of each tensor.
 
+    role     its name in messages
+    path     the directory; of an adapted model that of the adapter
     origin   the directory of configuration and tokenizer; of an adapted model that of the model
-    updates  low-rank updates by tensor, of an adapted model
+    updates  low-rank updates of an adapted model, by tensor
     """
 
     role: str
     path: Path
-    config: Mapping[str, Any]
+    config: JsonMapping
     tensors: Mapping[str, Tensor]
     origin: Path
     updates: Mapping[str, LowRank] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Size of all weights."""
+        """The size of all weights in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
@@ -61,7 +62,7 @@ class Checkpoint:
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in name.split("."))
 
 
@@ -80,7 +81,7 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
 
 
 def _shards(path: Path, role: str) -> dict[str, list[str]] | None:
-    """Names in each shard as the index says; None for a single file."""
+    """Return the names in each shard by the index; None for a single file."""
     single, index = path / WEIGHTS, path / INDEX
     if single.exists() and index.exists():
         raise InputError(f"{role} {path} holds both {WEIGHTS} and {INDEX}", "remove the one that is not meant")
@@ -115,13 +116,13 @@ def _read_index(index: Path) -> dict[str, list[str]]:
 
 
 def _is_file_name(text: str) -> bool:
-    """A bare name of the file system, and one that can be shown."""
+    """Whether a text is a bare file name that can be printed."""
     bare = text not in ("", ".", "..") and Path(text).name == text and "\\" not in text
     return bare and text.isprintable() and len(text.encode()) <= 255
 
 
 def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Tensor]:
-    """All tensors in natural order; index and shards must agree exactly."""
+    """Return all tensors in natural order; index and shards must agree exactly."""
     if shards is None:
         found = read_header(path / WEIGHTS)
     else:
@@ -130,7 +131,7 @@ def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Te
             held = read_header(path / file)
             for name in sorted(set(names) ^ set(held)):
                 where = f"in the index but not in {file}" if name in names else f"in {file} but not in the index"
-                raise InputError(f"{path}: {printable(name)} is {where}", "the index and its shards do not belong")
+                raise InputError(f"{path}: {printable(name)} is {where}", "restore both: they do not belong together")
             found |= held
     return {name: found[name] for name in sorted(found, key=natural_order)}
 
@@ -142,13 +143,13 @@ class Reader:
         self._descriptors = descriptors
 
     def descriptor(self, tensor: Tensor) -> int:
-        """Of the open file that holds a tensor, for the compiled passes."""
+        """Return the descriptor of the open file that holds a tensor, for the compiled passes."""
         return self._descriptors[tensor.file]
 
     @classmethod
     @contextmanager
     def open(cls, checkpoints: Iterable[Checkpoint]) -> Iterator[Reader]:
-        """Open every weight file of the checkpoints for the time of the block."""
+        """Open every weight file of the checkpoints for the duration of the block."""
         with ExitStack() as stack:
             descriptors: dict[Path, int] = {}
             for file in {file for checkpoint in checkpoints for file in checkpoint.files}:
@@ -157,7 +158,7 @@ class Reader:
             yield cls(descriptors)
 
     def read(self, tensor: Tensor, first: int, count: int, into: NDArray[np.uint8]) -> None:
-        """Elements [first, first + count) of a tensor into the start of a byte buffer."""
+        """Read elements [first, first + count) of a tensor into the start of a byte buffer. Raises InputError."""
         item = ITEM_BYTES[tensor.dtype]
         view = memoryview(into)[: count * item]  # type: ignore[arg-type]
         offset = tensor.offset + first * item
@@ -184,7 +185,7 @@ class Reader:
         return True
 
 
-# What makes a model directory loadable besides the weights. Nothing else is taken over.
+# The files that make a model directory loadable besides the weights. No other files are copied to the output.
 COMPANIONS = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

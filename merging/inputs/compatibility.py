@@ -1,4 +1,4 @@
-"""Whether model directories can be merged with each other: configuration, tensors, tokenizers. Reads no tensor data.
+"""Checks that model directories can be merged: configuration, tensors, tokenizers. Reads no tensor data.
 
 Every refusal names the key, both values and both directories. Nothing is truncated, renamed or dropped to make
 models fit.
@@ -7,12 +7,11 @@ models fit.
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.kernels.dtypes import KINDS
 
@@ -20,21 +19,21 @@ from .checkpoint import Checkpoint
 
 __all__ = ["check_model", "check_same_architecture", "check_same_tensors", "check_same_tokenizer", "tied_copies"]
 
-# Decoders whose checkpoints are plain tensors by name, and that transformers loads without code from the model.
+# Decoders whose checkpoints are plain named tensors, and that transformers loads without code from the model.
 FAMILIES = (
     *("Gemma", "Gemma2", "Gemma3", "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Phi", "Phi3", "Olmo", "Olmo2"),
     *("Cohere", "Cohere2", "Granite", "SmolLM3", "StableLm", "Starcoder2", "GPT2", "GPTNeoX", "Falcon", "Helium"),
 )
 HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "LMHeadModel")
 ARCHITECTURES = frozenset(family + head for family in FAMILIES for head in HEADS)
-# Keys that ask for code, or for weights that are not plain numbers.
+# Keys that require code from the model, or weights that are not plain numbers.
 FORBIDDEN_KEYS = {
-    "auto_map": "asks for code of the model",
-    "custom_pipelines": "asks for code of the model",
+    "auto_map": "requires its own code",
+    "custom_pipelines": "requires its own code",
     "quantization_config": "has quantised weights",
 }
-# Keys that decide the function a checkpoint computes. Only these are compared: others differ between versions of
-# transformers and between a pre-trained model and its fine-tuned child (eos ids, cache, names).
+# Keys that decide the function that a checkpoint computes. Only these are compared: others differ between versions of
+# transformers, and between a pre-trained model and its fine-tuned child (eos ids, cache, names).
 ARCHITECTURE_KEYS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_labels"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "tie_word_embeddings"),
@@ -45,17 +44,19 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def check_model(model: Checkpoint) -> None:
-    """Refuse what is not safe or not possible to merge in a single model."""
+    """Refuse a model that cannot be merged, or not safely. Raises InputError."""
     for name in ("config.json", "tokenizer_config.json"):
         path = model.origin / name
         for key, reason in FORBIDDEN_KEYS.items():
             if path.is_file() and read_json(path).get(key) is not None:
-                raise InputError(f"{path} {reason} ({key})", "use a model that transformers has, in bf16, fp16 or fp32")
+                raise InputError(
+                    f"{path} {reason} ({key})", "use a model that transformers supports, in bf16, fp16 or fp32"
+                )
     architecture = _architecture(model)
     if architecture not in ARCHITECTURES:
         raise InputError(
-            f"{model}: architecture {printable(architecture)} is not one that merges are known to be right for",
-            "known are Gemma 2 and other plain decoders, as causal LM or as classifier",
+            f"{model}: architecture {printable(architecture)} is not supported by merges",
+            "use Gemma 2 or another plain decoder, as causal LM or as classifier",
         )
     for tensor in model.tensors.values():
         if tensor.dtype not in KINDS:
@@ -72,8 +73,8 @@ def _architecture(model: Checkpoint) -> str:
     return names[0]
 
 
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    """A key of the configuration in the older and the newer spelling of transformers."""
+def _value(config: JsonMapping, key: str) -> object:
+    """Return the value of a key of the configuration in the older or newer spelling of transformers."""
     nested = config.get("rope_parameters")
     if key == "rope_theta" and key not in config and isinstance(nested, dict):
         return nested.get(key)
@@ -84,12 +85,12 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
 
 
 def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collection[str] = ()) -> None:
-    """Same architecture, and the same value of every key that decides the function, where both state it.
+    """Require the same architecture, and the same value of every key that decides the function, where both state it.
 
-    The keys in `free` are not compared.
+    The keys in `free` are not compared. Raises InputError.
     """
     keys = [key for key in ARCHITECTURE_KEYS if key not in free]
-    pairs = [("architectures", _architecture(first), _architecture(other))]
+    pairs: list[tuple[str, object, object]] = [("architectures", _architecture(first), _architecture(other))]
     pairs += [(key, _value(first.config, key), _value(other.config, key)) for key in keys]
     for key, left, right in pairs:
         if left != right and left is not None and right is not None:
@@ -102,7 +103,7 @@ def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collecti
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection[str] = ()) -> None:
-    """The same names with the same shapes; of those in `resized` the first dimension is not compared."""
+    """Require the same names with the same shapes; the first dimension of those in `resized` is not compared."""
     for name in sorted(set(first.tensors) ^ set(other.tensors)):
         has, lacks = (first, other) if name in first.tensors else (other, first)
         missing = len(set(has.tensors) - set(lacks.tensors))
@@ -124,7 +125,7 @@ def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection
 
 
 def tied_copies(model: Checkpoint) -> dict[str, str]:
-    """Stored copies of tensors that the configuration ties to another: {copy: original}, merged and written once."""
+    """Return stored copies of tensors that the configuration ties: {copy: original}, merged and written once."""
     if LM_HEAD not in model.tensors or model.config.get("tie_word_embeddings") is not True:
         return {}
     embedding = next((name for name in model.tensors if name.endswith(EMBEDDING)), None)
@@ -132,7 +133,7 @@ def tied_copies(model: Checkpoint) -> dict[str, str]:
 
 
 def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
-    """The same token for every id. Compared where both directories have the file."""
+    """Require the same token for every id. Compared if both directories have the file."""
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json"):
         left, right = first.origin / name, other.origin / name
         if left.is_file() and right.is_file() and not filecmp.cmp(left, right, shallow=False):
@@ -140,12 +141,12 @@ def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
             if difference:
                 raise InputError(
                     f"the tokenizers of {first} and {other} differ: {difference}",
-                    "a token must mean the same row of the embedding: choose whose, merge --tokenizer",
+                    "a token must have the same row of the embedding: choose a tokenizer with merge --tokenizer",
                 )
 
 
 def _first_difference(left: Path, right: Path) -> str:
-    """The difference in the ids of two tokenizer.json files: vocabulary, merges or added tokens. "" when they agree.
+    """Return the first difference in the ids of two tokenizer.json files (vocabulary, merges, added tokens), or "".
 
     The files may still differ in padding, truncation or spelling, which change no id.
     """
@@ -158,19 +159,19 @@ def _first_difference(left: Path, right: Path) -> str:
 
 
 def _ids_of(path: Path) -> dict[str, int]:
-    """{token: id} of a tokenizer.json. Raises InputError for one of another form."""
+    """Return {token: id} of a tokenizer.json. Raises InputError if it is malformed."""
     try:
         return dict(_token_ids(read_json(path)))
     except (AttributeError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not the description of a tokenizer", "restore the file") from error
 
 
-def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _token_ids(tokenizer: JsonMapping) -> Iterator[tuple[str, int]]:
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         yield from vocabulary.items()
-    elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the place
+    elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the index
         yield from ((entry[0], index) for index, entry in enumerate(vocabulary))
     merges = model.get("merges") if isinstance(model, dict) else None
     for rank, merge in enumerate(merges or ()):

@@ -11,7 +11,7 @@ __all__ = ["LowRank"]
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update of one weight: scale * B @ A, a (rank, in), b (out, rank); transposed for a weight (in, out)."""
+    """The update of one weight: scale * B @ A with a (rank, in), b (out, rank); transposed for a weight (in, out)."""
 
     a: Tensor
     b: Tensor
@@ -20,11 +20,11 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of rows of A."""
+        """The number of rows of A."""
         return self.a.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight."""
+        """The shape of the weight."""
         shape = (self.b.shape[0], self.a.shape[1])
         return shape[::-1] if self.transposed else shape

@@ -16,7 +16,7 @@ __all__ = ["open_input"]
 
 
 def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
-    """Open a model, `MODEL+ADAPTER`, or an adapter alone: its model is the one it records, else `base`.
+    """Open a model, `MODEL+ADAPTER`, or an adapter alone, whose model is the one that it records, else `base`.
 
     Reads headers only. Raises InputError.
     """
@@ -33,7 +33,7 @@ def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
 
 
 def _model_of(adapter: Adapter, base: Path | None) -> Path:
-    """The directory of the model that an adapter belongs to."""
+    """Return the directory of the model that an adapter belongs to."""
     recorded = adapter.base_model_name
     if recorded is not None:
         for place in (Path(recorded), adapter.path / recorded):
@@ -43,14 +43,14 @@ def _model_of(adapter: Adapter, base: Path | None) -> Path:
             return locate_model(recorded, f"the model of {adapter.role}")
     if base is None:
         raise InputError(
-            f"{adapter} is an adapter, and its model {printable(recorded or '(it names none)')} is not here",
+            f"{adapter} is an adapter, and its model {printable(recorded or '(not recorded)')} was not found",
             f"name it: MODEL+{adapter.path}",
         )
     return locate_model(base, "base")
 
 
 def _adapted(adapter: Adapter, model: Checkpoint) -> Checkpoint:
-    """The model with the adapter's updates, as one checkpoint named after the adapter."""
+    """Return the model with the adapter's updates, as one checkpoint named after the adapter."""
     check_adapter(adapter, model)
     return replace(
         model,

@@ -1,1 +1,1 @@
-"""The contents of a model directory, and the difference between two models."""
+"""Reports on the contents of a model directory and on the difference of two models."""

@@ -1,10 +1,10 @@
-"""The difference between two models: norms, distances, angles per layer or tensor, in one pass over the weights.
+"""The difference of two models: norms, distances and angles per layer or tensor, in one streamed pass over the weights.
 
 With d = b - a, and with a base the task vectors u = a - base, v = b - base (so that v - u = d too):
 relative difference |d| / |a|; sin^2(angle / 2) = (|d|^2 - (|a| - |b|)^2) / (4 |a| |b|).
-That form keeps the small angles between models of one init, which the arc cosine of a dot product loses.
+This form keeps the small angles between models of one init, which the arc cosine of a dot product loses.
 
-The angle between task vectors is the one that SLERP sees (WARP, arXiv 2406.16768v1, section 3.2 and figure 10).
+The angle between task vectors is the one that SLERP uses (WARP, arXiv 2406.16768v1, section 3.2 and figure 10).
 Sums run in fp64 (`distances`). Memory does not grow with the models.
 """
 
@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import atan2, degrees, fsum, sqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
 from gemma2.merging.inputs.compatibility import (
@@ -38,11 +39,11 @@ __all__ = ["Difference", "ModelDifference", "diff_models"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Two models in one group of tensors. With a base, `task_...` are about the task vectors; else they are None.
+    """Two models in one group of tensors. `task_...` describe the task vectors; without a base they are None.
 
-    relative  norm of the difference over the norm of a; None where a is zero
+    relative  norm of the difference over the norm of a; None if a is zero
     largest   the largest |difference| of an element
-    angle     degrees between the weights; None where one is zero, as is `cosine`
+    angle     degrees between the weights; None if one is zero, like `cosine`
     """
 
     group: str
@@ -63,7 +64,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDifference:
-    """All of it: `groups` by the granularity asked for, `total` over everything, `sums` by tensor."""
+    """The whole comparison: `groups` by the requested granularity, `total` over all tensors, `sums` by tensor."""
 
     a: Path
     b: Path
@@ -84,23 +85,23 @@ class ModelDifference:
 
     @property
     def total(self) -> Difference:
-        """All tensors together."""
+        """The row of all tensors together."""
         return self.over("total", list(self.sums))
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings with figures, one line each."""
+        """Suspicious figures, one line each."""
         return tuple(_judge(self.groups, self.total))
 
     def over(self, group: str, names: Sequence[str]) -> Difference:
-        """Any set of tensors as one group."""
+        """Return the row of any set of tensors as one group."""
         parts = [self.sums[name] for name in names]
         squares = [fsum(column) for column in zip(*(part.squares for part in parts), strict=True)]
         parameters, largest = sum(part.parameters for part in parts), max(part.largest for part in parts)
         return _difference(group, parameters, squares, largest, self.base is not None)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self) -> JsonObject:
+        """Return the comparison for JSON."""
         return {
             "a": str(self.a),
             "b": str(self.b),
@@ -124,8 +125,7 @@ def diff_models(
 ) -> ModelDifference:
     """Compare two models, and with `base` their task vectors. Writes nothing.
 
-    Each is a directory, a hub id, or a LoRA adapter whose model is the one that it records, else `base`.
-
+    Each is a directory, a hub id, or a LoRA adapter, whose model is the one that it records, else `base`.
     Raises InputError for models that cannot be compared, or that hold NaN or Inf.
     """
     named = {"model a": a, "model b": b} | ({"base": base} if base else {})
@@ -152,7 +152,7 @@ def diff_models(
 
 
 def _difference(group: str, parameters: int, squares: Sequence[float], largest: float, based: bool) -> Difference:
-    """One row from the six sums of `Sums`."""
+    """Return one row from the six sums of `Sums`."""
     a, b, apart, base, first, second = (sqrt(square) for square in squares)
     cosine, angle = _angle(a, b, apart)
     row = Difference(
@@ -173,7 +173,7 @@ def _difference(group: str, parameters: int, squares: Sequence[float], largest: 
 
 
 def _angle(a: float, b: float, apart: float) -> tuple[float | None, float | None]:
-    """Cosine and degrees between two vectors of lengths a and b whose difference has length `apart`; None for zero."""
+    """Return cosine and degrees between vectors of lengths a and b, `apart` from each other; None if one is zero."""
     if not a or not b:
         return None, None
     half = min(max((apart - (a - b)) * (apart + (a - b)) / (4 * a * b), 0.0), 1.0)  # sin^2 of half the angle
@@ -181,7 +181,7 @@ def _angle(a: float, b: float, apart: float) -> tuple[float | None, float | None
 
 
 def _notes(models: Sequence[Checkpoint], copies: Mapping[str, str]) -> Iterator[str]:
-    """Warnings about facts that are not a reason to refuse."""
+    """Differences that are worth a note but do not prevent the comparison."""
     yield from (f"{copy} repeats {name}: compared once" for copy, name in copies.items())
     kinds = {model.role: sorted({tensor.dtype for tensor in model.tensors.values()}) for model in models}
     if len({tuple(kind) for kind in kinds.values()}) > 1:

@@ -1,7 +1,7 @@
 """Squared norms of two models, of their difference and of their task vectors: one streamed pass, two or more threads.
 
-Differences and sums in fp64, over cuts that do not depend on the number of threads: any number gives the same bits.
-Memory is one cut per thread and model, and the factors of an adapter.
+Differences and sums are fp64, over cuts that do not depend on the number of threads: any number gives the same bits.
+Memory holds one cut per thread and model, and the factors of an adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import fsum
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.merging.inputs.adapter import adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
-from gemma2.merging.kernels.dtypes import KINDS, compiled, widen
+from gemma2.merging.kernels.dtypes import KINDS, Floats, compiled, widen
 
 __all__ = ["Distances", "Sums"]
 
@@ -41,7 +40,7 @@ class Sums:
 
 
 class Distances:
-    """One pass over the weights: threads read cuts of all operands (a, b, base) and sum."""
+    """One pass over the weights: threads read cuts of all operands (a, b, base) and sum them."""
 
     def __init__(self, models: Sequence[Checkpoint], reader: Reader, threads: int) -> None:
         self.models, self.reader, self.threads = models, reader, threads
@@ -51,7 +50,7 @@ class Distances:
             self._free.put(np.empty((len(models), CUT * 4), np.uint8))
 
     def run(self, names: Iterable[str]) -> Iterator[tuple[str, Sums]]:
-        """The sums of each tensor."""
+        """Yield the sums of each tensor."""
         with ThreadPoolExecutor(self.threads) as pool:
             for name in names:
                 count = self.models[0].tensors[name].count
@@ -61,7 +60,7 @@ class Distances:
                 yield name, Sums(count, squares, float(max(part[6] for part in parts)))
 
     def _measure(self, name: str, first: int) -> Doubles:
-        """The six sums and the largest difference of one cut, (7,)."""
+        """Return the six sums and the largest difference of one cut, (7,)."""
         raw = self._free.get()
         try:
             count = min(CUT, self.models[0].tensors[name].count - first)
@@ -79,7 +78,7 @@ class Distances:
         return out
 
     def _load(self, model: Checkpoint, name: str, first: int, row: NDArray[np.uint8], count: int) -> int:
-        """One cut of one operand into the start of a row, an adapter's update added; returns how it is encoded."""
+        """Read one cut of one operand into the start of a row, plus an adapter's update; return its encoding."""
         tensor, update = model.tensors[name], model.updates.get(name)
         self.reader.read(tensor, first, count, row)
         if update is None:
@@ -93,9 +92,9 @@ class Distances:
 
 @compiled()
 def _measure(raw: NDArray[np.uint8], kinds: NDArray[np.int64], count: int, out: Doubles) -> None:
-    """Adds to `out` (7,) the squares of a, b, b - a, base, a - base, b - base, and the largest |b - a|.
+    """Add the squares of a, b, b - a, base, a - base, b - base to `out` (7,), whose last is the largest |b - a|.
 
-    raw  (2 or 3, >= count * item) uint8: a, b and the base, encoded as `kinds` says
+    raw  (2 or 3, >= count * item) uint8: a, b and the base, encoded by `kinds`
     """
     rows = np.empty((kinds.size, BLOCK), np.float32)
     for start in range(0, count, BLOCK):
@@ -116,8 +115,8 @@ def _measure(raw: NDArray[np.uint8], kinds: NDArray[np.int64], count: int, out: 
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def _square(x: Any) -> Any:
-    """|x|^2 of one block in fp64."""
+def _square(x: Floats) -> np.float64:
+    """Return |x|^2 of one block in fp64."""
     total = np.float64(0)
     for i in range(x.size):
         total += np.float64(x[i]) * np.float64(x[i])
@@ -125,8 +124,8 @@ def _square(x: Any) -> Any:
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def _distance(x: Any, y: Any) -> Any:
-    """|y - x|^2 of one block in fp64."""
+def _distance(x: Floats, y: Floats) -> np.float64:
+    """Return |y - x|^2 of one block in fp64."""
     total = np.float64(0)
     for i in range(x.size):
         step = np.float64(y[i]) - np.float64(x[i])
@@ -134,9 +133,9 @@ def _distance(x: Any, y: Any) -> Any:
     return total
 
 
-@compiled(fastmath={"reassoc", "nsz", "nnan"})  # NaN shows in the sums
-def _largest(x: Any, y: Any) -> Any:
-    """max |y - x| of one block."""
+@compiled(fastmath={"reassoc", "nsz", "nnan"})  # a NaN is noticed in the sums
+def _largest(x: Floats, y: Floats) -> np.float64:
+    """Return max |y - x| of one block."""
     largest = np.float64(0)
     for i in range(x.size):
         step = abs(np.float64(y[i]) - np.float64(x[i]))

@@ -1,12 +1,12 @@
-"""The contents of a model or adapter directory, from its headers and its manifest; no tensor data is read."""
+"""Reports the contents of a model or adapter directory from its headers and manifest; reads no tensor data."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import Tensor
@@ -18,18 +18,18 @@ from gemma2.merging.plan.merge_plan import group_of
 __all__ = ["inspect_model"]
 
 
-def inspect_model(path: str | Path) -> dict[str, Any]:
-    """The contents of a directory or hub id: `kind` is "model" or "adapter".
+def inspect_model(path: str | Path) -> JsonObject:
+    """Describe a directory or a hub id: `kind` is "model" or "adapter".
 
     A model: architecture, parameters, dtypes, tied weights, shards, groups of a merge, lineage. An adapter: rank,
-    scale, targets, and the model it says that it belongs to.
-    Raises InputError if the directory is not a complete model or adapter.
+    scale, targets, and the model that it records as its base.
+    Raises InputError for a directory that is not a complete model or adapter.
     """
     found = locate_model(path, "model")
     return _adapter(found) if is_adapter(found) else _model(found)
 
 
-def _model(path: Path) -> dict[str, Any]:
+def _model(path: Path) -> JsonObject:
     model = open_checkpoint(path, "model")
     copies = tied_copies(model)
     tensors = [tensor for name, tensor in model.tensors.items() if name not in copies]
@@ -49,7 +49,7 @@ def _model(path: Path) -> dict[str, Any]:
     }
 
 
-def _adapter(path: Path) -> dict[str, Any]:
+def _adapter(path: Path) -> JsonObject:
     adapter = open_adapter(path, "adapter")
     tensors = list(adapter.tensors.values())
     targets = Counter(name.removesuffix(".weight").rsplit(".", 1)[-1] for name in adapter.updates)
@@ -74,19 +74,19 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Parameters by dtype."""
+    """Return the number of parameters by dtype."""
     dtypes = Counter[str]()
     for tensor in tensors:
         dtypes[tensor.dtype] += tensor.count
     return dict(dtypes)
 
 
-def _listed(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
+def _listed(tensors: Iterable[Tensor]) -> list[JsonObject]:
     return [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
 
 
-def _groups(tensors: list[Tensor]) -> list[dict[str, Any]]:
-    """The groups that a merge by layer would make."""
+def _groups(tensors: list[Tensor]) -> list[JsonObject]:
+    """Return the groups that a merge by layer would make."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(group_of(tensor.name), []).append(tensor)
@@ -96,9 +96,9 @@ def _groups(tensors: list[Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def _lineage(path: Path) -> dict[str, Any] | None:
-    """The command that made the directory and what it was made from; None without a manifest."""
-    manifest = read_manifest(path)
+def _lineage(path: Path) -> JsonObject | None:
+    """Return the command that made the directory, its settings and parents; None without a manifest."""
+    manifest: JsonMapping | None = read_manifest(path)
     if manifest is None:
         return None
     kept = ("command", "config", "parents", "seed", "started", "ended", "status")

@@ -132,14 +132,14 @@ def test_liti_at_0_is_the_base_and_at_1_the_model_bit_for_bit(triple):
     assert_close(read_model(triple / "front/eta-0.25"), between, "BF16", [base, policy])
 
 
-def test_liti_goes_towards_the_named_base_and_leaves_it_as_it_was(triple):
+def test_liti_moves_towards_the_named_base_and_does_not_change_it(triple):
     before = read_raw(triple / "base")
     merge(MergeRequest(method="liti", models=(triple / "rl-1",), base=triple / "base", etas=(0.3,)), out=triple / "out")
     assert read_raw(triple / "base") == before
     assert read_raw(triple / "out") not in (before, read_raw(triple / "rl-1"))
 
 
-def test_several_etas_from_one_read_are_what_single_ones_give(triple):
+def test_several_etas_from_one_read_equal_single_merges(triple):
     for etas, out in (((0.3, 0.7), "both"), ((0.7,), "one")):
         merge(MergeRequest(method="liti", models=(triple / "rl-1",), base=triple / "base", etas=etas), out=triple / out)
     assert read_raw(triple / "both/eta-0.70") == read_raw(triple / "one")
@@ -240,7 +240,7 @@ def test_a_tied_embedding_that_is_stored_twice_is_merged_and_written_once(triple
     assert result.plan.notes == ("lm_head.weight repeats model.embed_tokens.weight: merged and written once",)
 
 
-def test_an_untied_head_is_a_group_of_its_own(triple):
+def test_an_untied_head_is_a_separate_group(triple):
     for name in ("base", "rl-1", "rl-2"):
         write_model(triple / name, with_head(read_model(triple / name)), "BF16", config={"tie_word_embeddings": False})
     result = merge(slerp_request(triple), out=triple / "out")
@@ -280,7 +280,7 @@ def test_the_output_takes_the_dtype_of_the_first_model_or_the_one_asked_for(trip
     assert (triple / "same/config.json").read_bytes() == (triple / "rl-1/config.json").read_bytes()
 
 
-def test_tokenizer_and_generation_config_of_the_first_model_come_along_and_nothing_else(triple):
+def test_only_tokenizer_and_generation_config_of_the_first_model_are_copied(triple):
     for name in ("generation_config.json", "tokenizer_config.json", "optimizer.pt", "metrics.jsonl"):
         (triple / "rl-1" / name).write_text('{"eos_token_id": [1, 107]}')
     merge(slerp_request(triple), out=triple / "out")

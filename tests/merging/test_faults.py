@@ -252,7 +252,7 @@ def test_a_header_that_was_changed_is_found(root, monkeypatch):
     fails(root, OutputError, "does not read back as it was written")
 
 
-def test_what_is_not_read_back_is_not_found(root, monkeypatch):
+def test_without_reading_back_a_flipped_bit_is_not_found(root, monkeypatch):
     """The other half of the claim: it is the read-back that finds it."""
     before_the_read_back(monkeypatch, lambda directory: corrupt(directory / "model.safetensors", 5000))
     merge(request(root), out=root / "out", verify=False)

@@ -263,7 +263,7 @@ def fuzz(root, seeds):
     return counts, bugs
 
 
-def test_damaged_inputs_end_as_an_error_or_as_the_right_merge(root):
+def test_damaged_inputs_give_an_error_or_the_right_merge(root):
     """A few hundred; `make torture` tries thousands."""
     counts, bugs = fuzz(root, range(300))
     assert not bugs, "\n".join(bugs)
@@ -272,7 +272,7 @@ def test_damaged_inputs_end_as_an_error_or_as_the_right_merge(root):
 
 
 @pytest.mark.torture
-def test_thousands_of_damaged_inputs(root):
+def test_thousands_of_damaged_inputs_give_an_error_or_the_right_merge(root):
     share = float(os.environ.get("GEMMA2_TORTURE_SHARE", "1"))
     counts, bugs = fuzz(root, range(1000, 1000 + round(12_000 * share)))
     sys.stdout.write(f"\ndamaged inputs: {dict(counts)}\n")

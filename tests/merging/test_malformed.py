@@ -140,7 +140,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_by_hand(root, name):
+def test_a_file_malformed_by_hand_is_refused(root, name):
     damage, message = MALFORMED[name]
     damage(root)
     before = snapshot(root)
@@ -155,7 +155,7 @@ def test_malformed_by_hand(root, name):
 
 @pytest.mark.parametrize("path", ["\x00", "\ud800", "a\nb", "", "..", "/dev/zero", 5, None])
 @pytest.mark.parametrize("weights", ["blake3:0", 5, None])
-def test_a_record_of_a_parent_that_is_no_path_is_no_record(root, path, weights):
+def test_a_recorded_parent_that_is_not_a_path_is_ignored(root, path, weights):
     for name in ("rl-1", "rl-2"):
         put(root / name / "gemma2.json", {"parents": [{"role": "policy", "path": path, "weights": weights}]})
     request = MergeRequest(method="warp", models=(root / "rl-1", root / "rl-2"))
@@ -164,7 +164,7 @@ def test_a_record_of_a_parent_that_is_no_path_is_no_record(root, path, weights):
 
 
 @pytest.mark.parametrize("entry", [5, None, "x", [], {"digest": 5}, {"size": None, "digest": None}])
-def test_digests_in_a_manifest_that_are_none_are_taken_again(root, entry):
+def test_malformed_digests_in_a_manifest_are_computed_again(root, entry):
     put(root / "rl-2/gemma2.json", {"files": {"model.safetensors": entry}})
     merge(MergeRequest(method="linear", models=(root / "rl-2",)), out=root / "out")
     parents = json.loads((root / "out/gemma2.json").read_text())["parents"]
@@ -172,7 +172,7 @@ def test_digests_in_a_manifest_that_are_none_are_taken_again(root, entry):
     assert parents[0]["weights"] == digests.digest_weights(root / "rl-2")
 
 
-def test_paths_that_are_no_utf_8_are_merged_and_recorded(root):
+def test_paths_that_are_not_utf_8_are_merged_and_recorded(root):
     odd = root / os.fsdecode(b"rl-\xff")
     (root / "rl-1").rename(odd)
     merge(MergeRequest(method="linear", models=(odd, root / "rl-2")), out=root / os.fsdecode(b"out-\xff"))

@@ -62,7 +62,7 @@ def test_different_configuration(root):
     refused(root, InputError, "rope_theta differs: 5000.0 in model 1")
 
 
-def test_what_only_versions_and_fine_tuning_change_is_no_difference(root):
+def test_keys_that_versions_and_fine_tuning_change_are_not_compared(root):
     change_config(root / "rl-2", transformers_version="4.42.1", eos_token_id=[1, 107], use_cache=True)
     merge(MergeRequest(method="linear", models=(root / "rl-1", root / "rl-2")), out=root / "out")
 
@@ -116,7 +116,7 @@ def test_different_merges(root):
     refused(root, InputError, "differ: 'merge ")
 
 
-def test_the_same_tokenizer_in_another_spelling_is_no_difference(root):
+def test_the_same_tokenizer_in_another_spelling_is_accepted(root):
     (root / "rl-1/tokenizer.json").write_text(tokenizer({"a": 0, "b": 1}, merges=["a b"]))
     (root / "rl-2/tokenizer.json").write_text(tokenizer({"b": 1, "a": 0}, merges=[["a", "b"]]))
     merge(MergeRequest(method="linear", models=(root / "rl-1", root / "rl-2")), out=root / "out")
@@ -160,23 +160,23 @@ def test_an_adapter_without_its_model(root):
         for part, shape in (("A", [2, 8]), ("B", [8, 2]))
     }
     (root / "rl-2/adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
-    message = f"model 2 {root / 'rl-2'} is an adapter, and its model (it names none) is not here; name it: MODEL+"
+    message = f"model 2 {root / 'rl-2'} is an adapter, and its model (not recorded) was not found; name it: MODEL+"
     refused(root, InputError, message, method="linear", base=None)
 
 
 def test_code_of_the_model(root):
     change_config(root / "rl-2", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
-    refused(root, InputError, "rl-2/config.json asks for code of the model (auto_map)")
+    refused(root, InputError, "rl-2/config.json requires its own code (auto_map)")
 
 
 def test_code_of_the_tokenizer(root):
     (root / "base/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}}')
-    refused(root, InputError, "base/tokenizer_config.json asks for code of the model (auto_map)")
+    refused(root, InputError, "base/tokenizer_config.json requires its own code (auto_map)")
 
 
 def test_an_unknown_architecture(root):
     change_config(root / "rl-1", architectures=["MyModel"])
-    refused(root, InputError, "architecture MyModel is not one that merges are known to be right for")
+    refused(root, InputError, "architecture MyModel is not supported by merges")
 
 
 def test_quantised_weights(root):
@@ -244,7 +244,7 @@ def test_a_missing_shard(root):
     refused(root, InputError, message, models=(root / "sharded", root / "rl-2"))
 
 
-def test_links_as_in_the_hub_cache_are_followed(root):
+def test_links_of_the_hub_cache_are_followed(root):
     (root / "blobs").mkdir()
     (root / "rl-1/model.safetensors").rename(root / "blobs/abc")
     os.symlink("../blobs/abc", root / "rl-1/model.safetensors")

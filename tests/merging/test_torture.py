@@ -111,7 +111,7 @@ def state(root, old, new):
 
 
 @pytest.mark.parametrize(("method", "count"), [("slerp", 100), ("ties", 40)])
-def test_after_kill_9_the_next_run_succeeds_and_sweeps(root, method, count):
+def test_after_kill_9_the_next_run_succeeds_and_removes_leftovers(root, method, count):
     new, seconds = expected(root, method)
     moments, counts = random.Random(1), Counter()
     for _ in range(times(count)):

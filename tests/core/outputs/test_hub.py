@@ -51,7 +51,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(cache, revision):
     assert locate_model(f"owner/tiny@{revision}", "base") == cache / "snapshots" / OTHER
 
 
-def test_a_directory_is_itself_also_where_its_name_looks_like_a_hub_id(cache, tmp_path):
+def test_a_directory_whose_name_looks_like_a_hub_id_stays_a_directory(cache, tmp_path):
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
     assert locate_model("owner/tiny", "base").resolve() == tmp_path / "owner" / "tiny"
     # A misspelt neighbour is a misspelt path: nothing is asked of the hub.
@@ -62,7 +62,7 @@ def test_a_directory_is_itself_also_where_its_name_looks_like_a_hub_id(cache, tm
 @pytest.mark.parametrize(
     "name", ["nowhere", "/a/b", "../a/b", "a/b/c", "a/b@", "a//b@x", ".a/b", "~/b", "a/b c", "a/b\n"]
 )
-def test_what_is_no_hub_id_stays_the_path_that_opening_refuses(cache, name):
+def test_a_name_that_is_not_a_hub_id_stays_a_path_which_opening_refuses(cache, name):
     assert not is_hub_id(name)
     with pytest.raises(InputError, match="is not a directory; give the path of a model directory"):
         open_checkpoint(locate_model(name, "model 2"), "model 2")
@@ -73,19 +73,19 @@ def test_offline_and_not_cached_is_one_line(cache, name):
     with pytest.raises(InputError) as caught:
         locate_model(name, "model 2")
     assert str(caught.value) == (
-        f"model 2 {name} is no directory here, and it is not in the cache of the hub, which is offline "
-        "(HF_HUB_OFFLINE); give a directory, or go online once"
+        f"model 2 {name} is not a directory here, it is not in the hub's cache, and HF_HUB_OFFLINE forbids fetching it"
+        "; give a directory, or go online once"
     )
 
 
-def test_a_snapshot_that_was_fetched_in_part_is_refused(cache):
+def test_a_partly_fetched_snapshot_is_refused(cache):
     (cache / "trees").mkdir()
     folder = cache / "snapshots" / COMMIT
     sizes = {name: (folder / name).stat().st_size for name in ("config.json", "model.safetensors")}
     (folder / "model.safetensors").unlink()
     tree = {name: {"size": size, "blob_id": "0" * 40} for name, size in sizes.items()}
     (cache / "trees" / f"{COMMIT}.json").write_text(json.dumps(tree))
-    with pytest.raises(InputError, match=r"only in part in the cache|holds neither model\.safetensors"):
+    with pytest.raises(InputError, match=r"only partly in the hub's cache|holds neither model\.safetensors"):
         open_checkpoint(locate_model("owner/tiny", "model 2"), "model 2")
 
 
@@ -102,15 +102,15 @@ class Response:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("RepositoryNotFoundError", "is no directory here, and the hub has no public model of that name; check it"),
+        ("RepositoryNotFoundError", "is not a directory here, and the hub has no public model of that name; check"),
         ("GatedRepoError", "is gated on the hub; accept its terms on its page, then log in"),
         ("RevisionNotFoundError", "the hub has the model but not this revision; name a branch, tag or commit"),
         ("HfHubHTTPError", "could not be fetched from the hub (HfHubHTTPError); check the network"),
-        ("LocalEntryNotFoundError", "is no directory here, and the hub cannot be reached; check the network"),
+        ("LocalEntryNotFoundError", "is not a directory here, and the hub cannot be reached; check the network"),
         ("ConnectionError", "could not be fetched from the hub (ConnectionError); check the network"),
     ],
 )
-def test_what_the_hub_answers_is_one_line_with_the_id(cache, monkeypatch, kind, message):
+def test_an_error_of_the_hub_is_one_line_with_the_id(cache, monkeypatch, kind, message):
     from huggingface_hub import errors
 
     def fail(*args, **options):

@@ -53,7 +53,7 @@ def test_a_fine_tuned_model_names_its_base_on_the_hub_and_inherits_what_that_sta
     }
 
 
-def test_the_base_is_found_through_local_models_and_the_way_is_in_the_tags():
+def test_the_base_is_found_through_local_models_whose_commands_become_tags():
     policy = ancestor("input", "rl", command="rlhf", parents=[ancestor("policy", "sft", "", "sft", [HUB])])
     other = ancestor("input", "it", "google/gemma-2-2b-it@1", license="gemma", language="en")
     found = metadata(facts("merge slerp", [ancestor("base", "sft", "", "sft", [HUB]), policy, other]))
@@ -69,7 +69,7 @@ def test_without_the_hub_the_first_model_of_the_line_is_named():
     assert not {"license", "language"} & found.keys()
 
 
-def test_a_teacher_or_a_reward_model_is_no_base():
+def test_a_teacher_or_a_reward_model_is_not_a_base():
     teacher, rm = ancestor("teacher", "t", "o/t@1", license="x"), ancestor("reward", "rm", "o/rm@1", license="y")
     assert metadata(facts("rlhf", [HUB, teacher, rm]))["base_model"] == "google/gemma-2-2b"
     assert metadata(facts("rlhf", [HUB, teacher, rm]))["license"] == "gemma"
@@ -77,7 +77,7 @@ def test_a_teacher_or_a_reward_model_is_no_base():
 
 
 @pytest.mark.parametrize("other", [{"license": "apache-2.0"}, {}])
-def test_a_licence_that_not_all_state_is_none(other):
+def test_a_licence_that_not_all_parents_state_is_left_out(other):
     models = [ancestor("input", "a", license="gemma"), ancestor("input", "b", **other)]
     assert "license" not in metadata(facts("merge linear", models))
     assert "Licence: unknown" in model_card(facts("merge linear", models))
@@ -121,7 +121,7 @@ def test_code_and_fences_hold_backticks():
     assert table(["a|b"], [["<i>"]]) == "| a\\|b |\n| --- |\n| \\<i\\> |"
 
 
-def test_many_iterations_of_several_policies_are_told_in_no_time():
+def test_the_card_of_many_iterations_of_several_policies_is_written_fast():
     """Each init of WARP is reached by M + 1 ways from the next: 6 ** 40 walks, 241 models."""
     init = ancestor("base", "sft", command="sft", parents=[HUB])
     for i in range(40):
@@ -131,7 +131,7 @@ def test_many_iterations_of_several_policies_are_told_in_no_time():
         init = ancestor("base", f"init-{i}", command="merge liti", parents=[init, slerp])
     found = metadata(facts("pick", [init]))
     assert (found["base_model"], found["license"]) == ("google/gemma-2-2b", "gemma")
-    assert "lines more" in model_card(facts("pick", [init]))
+    assert "more lines" in model_card(facts("pick", [init]))
 
 
 @pytest.mark.parametrize(
@@ -156,15 +156,15 @@ def test_nothing_of_this_machine_is_shown(value, expected):
     assert shown(value) == expected
 
 
-def test_limits_tell_what_was_not_measured():
+def test_the_limits_name_missing_measurements_and_the_licence():
     assert "Nothing was measured" in model_card(facts("merge slerp", summary={"parameters": 3}))
     assert "Nothing was measured" not in model_card(facts("rlhf", summary={"reward": 3.0}))
-    assert "it is no truth" in model_card(facts("rlhf"))
+    assert "which RL learns to please" in model_card(facts("rlhf"))
     assert "Licence: unknown; none is stated." in model_card(facts("tiny"))
-    assert "Licence: `gemma`, as the cards" in model_card(facts("sft", [HUB]))
+    assert "Licence: `gemma`, as stated by the cards" in model_card(facts("sft", [HUB]))
 
 
-def test_lineage_tells_each_model_once_and_stays_short():
+def test_the_lineage_lists_each_model_once_and_stays_short():
     base = ancestor("model", "base", command="sft", parents=[HUB])
     twice = model_card(
         facts("merge linear", [ancestor("input", "a", parents=[base]), ancestor("input", "b", parents=[base])])
@@ -172,7 +172,7 @@ def test_lineage_tells_each_model_once_and_stays_short():
     assert twice.count("google/gemma-2-2b@c5ebcd40") == 1
     assert "(as above)" in twice
     many = model_card(facts("merge linear", [ancestor("input", f"m{i}") for i in range(200)]))
-    assert "141 lines more" in many
+    assert "141 more lines" in many
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def merged(models):
     return models / "merged"
 
 
-def test_a_merge_has_a_card_of_its_own_and_the_manifest_knows_it(models, merged):
+def test_a_merge_has_its_own_card_which_the_manifest_records(models, merged):
     card = ModelCard.load(merged / "README.md")
     assert card.data.to_dict() == {
         "base_model": "base",
@@ -289,7 +289,7 @@ def test_the_snippet_of_a_reward_model_gives_gemma2_s_own_score(models, monkeypa
     assert float(printed(models / "rm", monkeypatch, capsys)) == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_without_a_chat_template_or_a_tokenizer_the_snippet_asks_for_none(models, tmp_path):
+def test_without_a_chat_template_or_a_tokenizer_the_snippet_uses_none(models, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((models / "base" / name).read_bytes())
     write_card(tmp_path, {"command": "convert", "parents": []}, tmp_path)

@@ -31,7 +31,7 @@ def names(directory):
 # --- where an output may go -------------------------------------------------------------------------------------------
 
 
-def test_an_existing_output_is_refused_and_stays_as_it_is(tmp_path):
+def test_an_existing_output_is_refused_and_unchanged(tmp_path):
     out = tmp_path / "out"
     make(out)
     with pytest.raises(OutputError, match="exists; choose another --out, or replace it with --force"):
@@ -61,7 +61,7 @@ def test_a_file_or_a_link_is_refused_even_with_force(tmp_path, kind, force):
 
 
 @pytest.mark.parametrize("place", ["in", "in/deeper", ".", "other/../in", "link"])
-def test_an_output_that_is_or_holds_or_lies_in_an_input_is_refused(tmp_path, place):
+def test_an_output_that_is_or_contains_or_is_inside_an_input_is_refused(tmp_path, place):
     source = tmp_path / "top" / "in"
     source.mkdir(parents=True)
     (tmp_path / "top" / "other").mkdir()
@@ -70,14 +70,14 @@ def test_an_output_that_is_or_holds_or_lies_in_an_input_is_refused(tmp_path, pla
         check_output(tmp_path / "top" / place, force=True, inputs={"--model": source})
 
 
-def test_a_sibling_whose_name_begins_like_the_input_is_no_overlap(tmp_path):
+def test_a_sibling_whose_name_begins_like_the_input_does_not_overlap(tmp_path):
     (tmp_path / "in").mkdir()
     check_output(tmp_path / "in-2", force=False, inputs={"--model": tmp_path / "in"})
 
 
 @pytest.mark.parametrize("out", ["", ".", "..", "/"])
 def test_an_output_without_a_name_is_refused(out):
-    with pytest.raises(OutputError, match="no name of its own"):
+    with pytest.raises(OutputError, match="does not name a directory"):
         check_output(staging.Path(out), force=True)
 
 
@@ -107,7 +107,7 @@ def test_a_failed_replacement_leaves_the_old_output(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_nothing_shows_under_the_name_before_it_is_complete(tmp_path):
+def test_the_output_path_does_not_exist_before_the_output_is_complete(tmp_path):
     with staged_output(tmp_path / "out") as tmp:
         assert not (tmp_path / "out").exists()
         assert tmp.parent == tmp_path
@@ -153,7 +153,7 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_what_a_killed_process_left_is_swept_and_what_others_left_is_not(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_and_other_files_are_kept(tmp_path):
     for name in (".a[1].tmp-99-abc", ".a[1]b.tmp-99-abc", ".a1.tmp-99-abc"):
         (tmp_path / name).mkdir()
     make(tmp_path / "a[1]")
@@ -217,7 +217,7 @@ def test_a_second_process_fails_clearly_and_the_first_one_finishes(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
+def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     first = start(HOLD, tmp_path / "out", stdin=-1)
     assert first.stdout.readline() == "ready\n"
     first.kill()
@@ -263,7 +263,7 @@ def test_a_broken_manifest_is_named(tmp_path, text):
         read_manifest(tmp_path)
 
 
-def test_a_directory_without_manifest_is_a_foreign_model_and_accepted(tmp_path):
+def test_a_directory_without_a_manifest_is_accepted_as_a_foreign_model(tmp_path):
     assert read_manifest(tmp_path) is None
     require_complete(tmp_path, "--model")
 
@@ -286,7 +286,7 @@ def by_hand(directory):
     return "blake3:" + total.hexdigest()
 
 
-def test_the_digest_of_weights_is_that_of_their_names_and_bytes(tmp_path):
+def test_the_digest_of_weights_covers_their_names_and_bytes(tmp_path):
     (tmp_path / "b.safetensors").write_text("B")
     (tmp_path / "a.safetensors").write_text("A")
     (tmp_path / "tokenizer.json").write_text("no weight")
@@ -298,7 +298,7 @@ def test_the_digest_of_weights_is_that_of_their_names_and_bytes(tmp_path):
     assert digest_weights(tmp_path) != before
 
 
-def test_recorded_digests_are_used_for_files_that_nobody_touched(tmp_path, monkeypatch):
+def test_recorded_digests_are_used_for_unchanged_files(tmp_path, monkeypatch):
     make(tmp_path / "out")
     expected = by_hand(tmp_path / "out")
     monkeypatch.setattr(manifest, "digest_file", lambda path: pytest.fail("hashed again"))

@@ -116,7 +116,7 @@ def test_an_adapter_gives_what_pefts_own_merge_gives_in_float64(tmp_path, config
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def test_one_update_by_hand(tmp_path):
+def test_one_update_agrees_with_a_calculation_by_hand(tmp_path):
     a, b = np.array([[1.0, 2, 0], [0, 1, 1]]), np.array([[1.0, 0], [3, 1]])
     adapter = open_adapter(write_adapter(tmp_path / "x", {"w.lora_A.weight": a, "w.lora_B.weight": b}), "model 1")
     update = adapter.updates["w.weight"]
@@ -201,15 +201,15 @@ def refusal(path, base=None):
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"use_something_of_2027": {"x": 1}}, "use_something_of_2027"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4, which changes the base as well"),
-        ({"r": 3}, r"\[2, 8\] and \[8, 2\], which is not rank 3 as adapter_config.json says"),
+        ({"r": 3}, r"\[2, 8\] and \[8, 2\], not of rank 3 as in adapter_config.json"),
         ({"r": 0}, "r is 0, not a positive number"),
         ({"lora_alpha": "8"}, "lora_alpha is 8, not a positive number"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is 0"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has \(, which is not a pattern"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has \(, not a regular expression"),
     ],
     ids=str,
 )
-def test_what_is_not_plain_lora_is_refused_by_the_key(tmp_path, config, message):
+def test_an_adapter_that_is_not_plain_lora_is_refused_naming_the_key(tmp_path, config, message):
     assert re.search(message, refusal(write_adapter(tmp_path / "x", **config)))
 
 
@@ -242,7 +242,7 @@ def test_an_adapter_for_another_base_is_refused_naming_both(tmp_path):
     adapter, other = write_adapter(tmp_path / "x"), base_model(tmp_path / "wide", width=12)
     message = refusal(adapter, other)
     assert f"is for a {Q}.weight of [8, 8], in base {other} it is [12, 8]" in message
-    assert "give the model it was trained on (some/base)" in message
+    assert "give the model that it was trained on (some/base)" in message
     elsewhere = {name.replace("layers.0", "layers.7"): array for name, array in PAIR.items()}
     message = refusal(write_adapter(tmp_path / "y", elsewhere), other)
     assert f"changes model.layers.7.self_attn.q_proj.weight, which base {other} does not have" in message
@@ -266,6 +266,6 @@ def test_an_embedding_that_the_base_ties_to_its_head_is_refused(tmp_path, arrays
     assert applied(open_adapter(write_adapter(tmp_path / "y", PAIR | arrays, ensure_weight_tying=True), "m"), base)
 
 
-def test_an_adapter_is_told_from_a_model(tmp_path):
+def test_an_adapter_is_distinguished_from_a_model(tmp_path):
     assert is_adapter(write_adapter(tmp_path / "x"))
     assert not is_adapter(base_model(tmp_path / "base"))

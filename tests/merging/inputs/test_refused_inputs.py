@@ -45,7 +45,7 @@ def refused(root, kind, message, method="linear", **options):
         ({"use_dora": True}, "sets use_dora to True: not plain LoRA"),
         ({"peft_type": "IA3"}, "peft_type is IA3, only LORA can be merged here"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which changes the base as well"),
-        ({"r": 3}, "are [2, 64] and [64, 2], which is not rank 3"),
+        ({"r": 3}, "are [2, 64] and [64, 2], not of rank 3"),
         ({"a_key_of_tomorrow": 1}, "sets a_key_of_tomorrow to 1: not plain LoRA"),
     ],
 )
@@ -84,7 +84,7 @@ def test_an_output_inside_an_adapter_or_its_model(root):
 
 def test_a_hub_id_that_is_not_in_the_cache_while_offline(root, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(root / "hub"))
-    message = "model 2 nobody/nothing is no directory here, and it is not in the cache of the hub"
+    message = "model 2 nobody/nothing is not a directory here, it is not in the hub's cache"
     refused(root, InputError, message, models=(root / "rl-1", Path("nobody/nothing")))
 
 
@@ -131,7 +131,7 @@ def test_numbers_and_methods_that_make_no_sense(root, method, options, message):
     refused(root, UsageError, message, method, **options)
 
 
-def test_a_base_that_is_not_the_ancestor_is_told_with_the_figure(root):
+def test_a_base_that_is_not_the_ancestor_gives_a_warning_with_the_figure(root):
     base = {name: -array for name, array in read_model(root / "base").items()}
     write_model(root / "base", base, "BF16")
     result = merge(request(root, "slerp"), out=root / "out")

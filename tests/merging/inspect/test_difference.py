@@ -31,7 +31,7 @@ def degrees(x, y):
     return np.degrees(np.arccos(np.dot(x, y) / np.linalg.norm(x) / np.linalg.norm(y)))
 
 
-def test_three_four_five_by_hand(tmp_path):
+def test_a_three_four_five_triangle_has_its_figures(tmp_path):
     # a - base = (3, 0), b - base = (0, 4): 90 degrees, 5 apart.
     (row,) = compare(tmp_path, vector(4, 1), vector(1, 5), vector(1, 1)).groups
     assert (row.group, row.parameters, row.norm_difference, row.largest) == ("norm", 2, 5.0, 4.0)
@@ -130,7 +130,7 @@ def test_sharding_changes_nothing_and_a_stored_copy_counts_once(tmp_path):
 # --- what is said about it ------------------------------------------------------------------------------------------
 
 
-def test_identical_models_are_said_to_be_identical(tmp_path):
+def test_identical_models_are_reported_as_identical(tmp_path):
     found = compare(tmp_path, random_arrays(0), random_arrays(0))
     assert found.warnings == ("the models are identical: all 456 parameters are equal",)
     assert (found.total.relative, found.total.largest, found.total.angle) == (0.0, 0.0, 0.0)
@@ -152,7 +152,7 @@ def test_identical_models_are_said_to_be_identical(tmp_path):
         ),
     ],
 )
-def test_what_looks_wrong_is_a_warning_with_figures(tmp_path, a, b, base, warning):
+def test_suspicious_differences_are_warnings_with_figures(tmp_path, a, b, base, warning):
     found = compare(tmp_path, vector(*a), vector(*b), base and vector(*base))
     assert len(found.warnings) == 1
     assert found.warnings[0].startswith(warning)

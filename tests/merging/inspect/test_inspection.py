@@ -69,5 +69,5 @@ def test_a_hub_id_is_inspected_from_the_cache(tmp_path, monkeypatch):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
     assert inspect_model("owner/tiny")["parameters"] == 456
-    with pytest.raises(InputError, match="owner/tinny is no directory here"):
+    with pytest.raises(InputError, match="owner/tinny is not a directory here"):
         inspect_model("owner/tinny")

@@ -135,7 +135,7 @@ def consensus64(terms, weights, elect, normalize, margin):
 #   (2, 4)     agree: mean 3               (3, -2)   sum > 0: only 3 stays
 #   (-3, 2)    sum < 0: only -3            (0.5, 2)  the first is trimmed: 2
 #   (2, -2)    no sign: 0                  (0.5, .5) both trimmed: 0
-def test_ties_by_hand():
+def test_ties_agrees_with_a_calculation_by_hand():
     first = np.array([2, 3, -3, 0.5, 2, 0.5], np.float32)
     second = np.array([4, -2, 2, 2, -2, 0.5], np.float32)
     raw = np.stack([np.zeros(6, np.float32), first, second]).view(np.uint8)
@@ -166,7 +166,7 @@ def test_a_band_keeps_both_of_its_ends():
     (0.7, 0.1, (2, 8)),
     (0.9, 0.5, (2, 10)),  # gamma is cut to 1 - density
 ])  # fmt: skip
-def test_ranks_that_stay_of_ten(density, gamma, expected):
+def test_the_kept_ranks_of_ten_elements(density, gamma, expected):
     assert kept_ranks(10, density, gamma) == expected
 
 
@@ -175,14 +175,14 @@ def test_rounding_of_the_density_does_not_lose_an_element():
     assert kept_ranks(100, 0.29) == (1, 29)
 
 
-def test_place_of_rank_by_hand():
+def test_place_of_rank_agrees_with_a_count_by_hand():
     counts = np.array([5, 0, 3, 2])
     assert [place_of_rank(counts, 0, rank) for rank in (1, 2, 3, 5, 6, 10)] == [3, 3, 2, 2, 0, 0]
     assert [place_of_rank(counts, 4, rank) for rank in (4, 5, 6, 7, 14, 15)] == [None, 3, 3, 2, 0, None]
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(10, 10), (PIECE, 1), (5 * PIECE + 3, 5 * PIECE), (100 * PIECE, 999)])
-def test_pieces_of_a_sample_are_inside_and_apart(count, wanted):
+def test_pieces_of_a_sample_are_inside_the_tensor_and_disjoint(count, wanted):
     places = sample_places(count, wanted)
     sizes = np.minimum(count - places, PIECE)
     assert places[0] == 0
@@ -358,7 +358,7 @@ def test_dare_keeps_with_its_probability_and_rescaling_keeps_the_mean(density):
 
 
 @pytest.mark.parametrize("density", [1e-5, 0.001, 0.3333])
-def test_rescaling_divides_by_the_probability_that_is_met(density):
+def test_rescaling_divides_by_the_attained_probability(density):
     met = max(round(density * 65536), 1) / 65536
     result = kept_of(Sparsity(weights=(1.0,), keep=(density,)), 1_000_000)
     assert set(np.unique(result)) - {0.0} == {float(np.float32(1 / met))}
@@ -396,7 +396,7 @@ def chances(deltas, density=0.5, epsilon=0.3):
     return seen
 
 
-def test_della_probabilities_by_hand():
+def test_della_probabilities_agree_with_a_calculation_by_hand():
     # ranks 0, 1, 2, 3 of four: density - epsilon + 2 epsilon * rank / 3
     assert chances(np.array([-1.0, 8.0, 2.0, -4.0])) == pytest.approx([0.2, 0.8, 0.4, 0.6], abs=2**-17)
     # equal magnitudes share their mean rank: (0 + 1) / 2, (2 + 3) / 2
@@ -421,7 +421,7 @@ def test_della_with_rows_longer_than_a_block():
     assert squares.size == 2
 
 
-def test_what_is_not_changed_keeps_the_sign_of_zero():
+def test_unchanged_elements_keep_the_sign_of_zero():
     zeros = np.array([-0.0, 0.0, -0.0], np.float32)
     raw = np.stack([zeros, zeros]).view(np.uint8)
     result, _ = merged(raw, np.full(2, KINDS["F32"]), Sparsity(weights=(1.0,)), count=3)
@@ -494,7 +494,7 @@ ADVERSE = {
 
 
 @pytest.mark.parametrize("kind", ADVERSE)
-def test_thresholds_are_exact_whatever_the_sample_tells(tmp_path, monkeypatch, kind):
+def test_thresholds_are_exact_for_any_estimate_of_the_sample(tmp_path, monkeypatch, kind):
     assert LOOKED_AT.size < MANY / 2
     found = []
     monkeypatch.setattr(sparse_stream, "replace", lambda sparsity, **own: found.append(own) or replace(sparsity, **own))
@@ -522,7 +522,7 @@ def test_files_are_equal_for_any_cut_and_number_of_threads(tmp_path, method, dty
     assert len(files) == 1
 
 
-def test_rows_that_are_no_whole_pages_are_written_past_the_page_cache_or_through_it(tmp_path, monkeypatch):
+def test_rows_that_do_not_fill_pages_are_written_with_and_without_the_page_cache(tmp_path, monkeypatch):
     generator = np.random.default_rng(1)
     base = generator.standard_normal((2048, 2049))  # whole pages, of rows that are not
     written(tmp_path, [base, base + 0.01, base + 0.01 * generator.standard_normal(base.shape)])

@@ -29,7 +29,7 @@ from gemma2.merging.streaming.group_report import judge, mean_angle, report_grou
         ("transformer.h.3.attn.c_attn.bias", "transformer.h.3"),
     ],
 )
-def test_a_layer_is_one_group_and_the_rest_are_their_own(name, group):
+def test_each_layer_is_one_group_and_so_is_each_other_tensor(name, group):
     assert group_of(name) == group
 
 
@@ -66,7 +66,7 @@ def test_the_parent_that_all_models_record_is_the_base(family, method):
     assert found.warnings == ()
 
 
-def test_a_recorded_parent_that_is_gone_or_has_changed_is_said_and_the_weights_are_merged(family):
+def test_with_a_recorded_parent_that_is_gone_or_changed_a_note_says_that_weights_are_merged(family):
     write_model(family / "sft", random_arrays(9))
     lost = "record ../sft as their common parent, but it is missing or has other weights: merging the weights"
     assert lost in plan_merge(request(family), family / "out").notes[0]
@@ -76,7 +76,7 @@ def test_a_recorded_parent_that_is_gone_or_has_changed_is_said_and_the_weights_a
     assert lost in plan.notes[0]
 
 
-def test_a_method_that_needs_the_init_refuses_when_it_is_gone(family):
+def test_a_method_that_needs_the_init_is_refused_if_it_is_gone(family):
     shutil.rmtree(family / "sft")
     with pytest.raises(InputError, match="missing or has other weights; name it: --base"):
         plan_merge(request(family, method="warp"), family / "out")
@@ -93,7 +93,7 @@ def test_models_of_different_parents_are_merged_as_weights_with_one_warning(fami
         plan_merge(request(family, "warp"), family / "out")
 
 
-def test_a_record_of_two_inits_names_no_parent(family):
+def test_a_record_of_two_inits_gives_no_common_parent(family):
     for number in (1, 2):
         path = family / f"rl-{number}/gemma2.json"
         manifest = json.loads(path.read_text())
@@ -102,7 +102,7 @@ def test_a_record_of_two_inits_names_no_parent(family):
     assert plan_merge(request(family), family / "out").base is None
 
 
-def test_a_merge_does_not_pass_for_a_policy_trained_from_its_inputs(family):
+def test_the_inputs_of_a_merge_do_not_count_as_its_init(family):
     for eta in (0.3, 0.6):
         liti = MergeRequest(method="liti", models=(family / "rl-1",), base=family / "sft", etas=(eta,))
         merge(liti, out=family / f"liti-{eta}")
@@ -124,7 +124,7 @@ def test_the_manifest_is_complete_and_names_parents_by_relative_path_and_digest(
     assert str(family) not in json.dumps({**manifest, "summary": {**manifest["summary"], "notes": []}})
 
 
-def test_a_dry_run_tells_bytes_and_passes_and_writes_nothing(family):
+def test_a_dry_run_reports_bytes_and_passes_and_writes_nothing(family):
     before = sorted(family.rglob("*"))
     result = merge(request(family), out=family / "out", dry_run=True)
     plan = result.plan.describe()
@@ -135,7 +135,7 @@ def test_a_dry_run_tells_bytes_and_passes_and_writes_nothing(family):
     assert sorted(family.rglob("*")) == before
 
 
-def test_inspect_tells_parameters_groups_and_lineage(family):
+def test_inspect_reports_parameters_groups_and_lineage(family):
     merge(request(family, dtype="bfloat16"), out=family / "out")
     found = inspect_model(family / "out")
     assert found["parameters"] == 456
@@ -191,6 +191,6 @@ def test_ordinary_task_vectors_give_no_warning():
         (group("layers.0", 100.0, [0, 0], [1, 0.1]), "zero task vector: SLERP fell back to LERP in layers.0"),
     ],
 )
-def test_what_looks_wrong_is_told_with_figures(row, words):
+def test_suspicious_figures_give_a_warning_with_the_figure(row, words):
     (warning,) = judge("slerp", [row])
     assert warning.startswith(words)

@@ -14,7 +14,7 @@ from gemma2.merging.methods.request import Slice
 
 
 @pytest.mark.parametrize("choice", ["base", "union", "path"])
-def test_where_all_tokenizers_are_equal_a_choice_changes_nothing(tmp_path, choice):
+def test_a_choice_among_equal_tokenizers_changes_nothing(tmp_path, choice):
     base = arrays(0)
     for number, name in enumerate(("base", "a", "b")):
         path = model(tmp_path / name, added(base, arrays(number, scale=0.1)), LETTERS, [("<x>", 10)], dtype="BF16")
@@ -44,7 +44,7 @@ def pair(tmp_path):
 
 
 def test_without_a_choice_tokenizers_must_be_equal(pair):
-    refused(pair, InputError, "choose whose, merge --tokenizer", "a", "b")
+    refused(pair, InputError, "choose a tokenizer with merge --tokenizer", "a", "b")
     model(pair / "b", arrays(2, 12), LETTERS, [("<y>", 11)])
     refused(pair, InputError, "choose one: merge --tokenizer", "a", "b")
 
@@ -76,12 +76,12 @@ def test_a_choice_needs_fast_tokenizers(pair):
         ("[]", "is not a JSON object"),
     ],
 )
-def test_malformed_tokenizers(pair, text, message):
+def test_malformed_tokenizers_are_refused(pair, text, message):
     (pair / "b/tokenizer.json").write_text(text)
     refused(pair, InputError, message, "a", "b", tokenizer="union")
 
 
-def test_other_differences_than_the_vocabulary_are_still_refused(pair):
+def test_differences_other_than_the_vocabulary_are_still_refused(pair):
     model(pair / "b", random_arrays(2, 1.0, SHAPES | {EMBEDDING: (11, 9)}), LETTERS, [("<y>", 10)])
     refused(pair, InputError, "model.embed_tokens.weight is [11, 8]", "a", "b", tokenizer="union")
     model(pair / "b", random_arrays(2, 1.0, SHAPES | {"model.norm.weight": (11,)}), LETTERS)
@@ -130,7 +130,7 @@ def test_a_core_token_that_another_model_flags_keeps_its_row(tmp_path):
     assert read_model(out)[EMBEDDING].shape == (10, 8) and result.plan.notes == ()
 
 
-def test_new_ids_begin_after_the_core_also_where_the_added_tokens_are_in_it(tmp_path):
+def test_new_ids_begin_after_the_core_even_if_the_added_tokens_are_inside_it(tmp_path):
     model(tmp_path / "a", arrays(1, 10), LETTERS, [("c", 2)])
     model(tmp_path / "b", arrays(2, 11), LETTERS, [("c", 2), ("<y>", 10)])
     _, out = merged(tmp_path, "a", "b", tokenizer="union")
@@ -145,7 +145,7 @@ def test_an_added_entry_of_a_core_token_has_the_core_id(tmp_path):
     assert result.plan.notes == () and result.plan.request.tokenizer == "model 1"
 
 
-def test_flags_that_disagree_are_those_of_the_first(pair):
+def test_of_flags_that_disagree_the_first_input_s_are_kept(pair):
     write_tokenizer(pair / "b", LETTERS, [("<x>", 10)], special=False)
     result, out = merged(pair, "a", "b", tokenizer="union")
     assert result.plan.notes == ("<x> has other flags in model 2: the first ones are kept",)
@@ -166,7 +166,7 @@ def test_merges_in_another_spelling_are_the_same_core(pair):
     merged(pair, "a", "b", tokenizer="union")
 
 
-def test_ids_that_leave_no_place_are_refused(pair):
+def test_a_union_without_a_free_id_is_refused(pair):
     holes = {token: 2 * index for index, token in enumerate("abcde")}  # five tokens: the sixth would be id 5, then 6
     write_tokenizer(pair / "a", holes)
     write_tokenizer(pair / "b", holes, [("<y>", 7), ("<z>", 9)])
@@ -178,7 +178,7 @@ def test_ids_that_leave_no_place_are_refused(pair):
     refused(pair, InputError, "its embedding ends at row 11", "a", "b", tokenizer="union")
 
 
-def test_the_other_tokenizer_files_are_extended_where_they_are(pair):
+def test_the_other_tokenizer_files_are_extended_if_they_exist(pair):
     (pair / "a/added_tokens.json").write_text('{"<x>": 10}')
     flags = {"content": "<x>"} | FLAGS
     (pair / "a/tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"10": flags}, "pad": 1}))
@@ -200,7 +200,7 @@ def test_a_chat_template_that_is_lost_with_its_tokenizer_is_named(pair):
     assert lost not in result.plan.notes
 
 
-def test_configured_ids_follow_their_tokens(pair):
+def test_token_ids_in_the_configuration_follow_their_tokens(pair):
     write_model(pair / "b", arrays(2, 11), config={"vocab_size": 11, "eos_token_id": 10, "pad_token_id": 3})
     (pair / "b/generation_config.json").write_text('{"eos_token_id": [1, 10], "max_new_tokens": 10}')
     (pair / "a/generation_config.json").write_text('{"eos_token_id": 2}')

@@ -75,7 +75,7 @@ def test_rows_do_not_depend_on_cuts_or_threads(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-def test_a_token_that_a_model_lacks_has_the_row_of_the_base_and_no_task_vector(tmp_path):
+def test_a_token_missing_in_a_model_has_the_row_of_the_base_and_a_zero_task_vector(tmp_path):
     base, left, right = arrays(0, 12), arrays(1, 12), arrays(2, 11)
     model(tmp_path / "base", base, LETTERS, [("<x>", 10), ("<y>", 11)])
     model(tmp_path / "a", left, LETTERS, [("<x>", 10), ("<y>", 11)])
@@ -88,7 +88,7 @@ def test_a_token_that_a_model_lacks_has_the_row_of_the_base_and_no_task_vector(t
     assert result.plan.notes == ("model 2: 1 token mapped, 1 token taken from base",)
 
 
-def test_a_token_that_the_base_lacks_has_the_row_of_the_chosen_model(tmp_path):
+def test_a_token_missing_in_the_base_has_the_row_of_the_chosen_model(tmp_path):
     base, left, right, third = arrays(0, 10), arrays(1, 10), arrays(2, 11), arrays(3, 11)
     for name, values in (("base", base), ("a", left)):
         model(tmp_path / name, values)
@@ -124,7 +124,7 @@ def test_tokens_that_the_output_does_not_have_are_named_as_dropped_and_reach_no_
     assert result.plan.notes == ("model 1: 1 padding row taken from base, 1 token dropped",)
 
 
-def test_padding_rows_that_a_model_does_not_have_are_those_of_the_chosen_one(tmp_path):
+def test_padding_rows_missing_in_a_model_come_from_the_chosen_one(tmp_path):
     left, right = arrays(1, 16), arrays(2, 10)
     model(tmp_path / "a", left)
     model(tmp_path / "b", right)
@@ -135,7 +135,7 @@ def test_padding_rows_that_a_model_does_not_have_are_those_of_the_chosen_one(tmp
     assert read_model(out)[EMBEDDING].shape == (10, 8) and config_of(out)["vocab_size"] == 10
 
 
-def test_a_head_of_its_own_is_mapped_like_the_embedding_and_other_tensors_are_not(tmp_path):
+def test_an_untied_head_is_mapped_like_the_embedding_and_other_tensors_are_not(tmp_path):
     shapes = {EMBEDDING: (10, 8), HEAD: (10, 8), "model.layers.0.mlp.up_proj.weight": (10, 8)}
     values = random_arrays(1, 1.0, shapes)
     order = list(range(9, -1, -1))
@@ -146,7 +146,7 @@ def test_a_head_of_its_own_is_mapped_like_the_embedding_and_other_tensors_are_no
     assert read_raw(out) == read_raw(tmp_path / "a")
 
 
-def test_a_cache_of_sums_belongs_to_its_map(tmp_path):
+def test_cached_sums_are_used_for_the_same_row_map_only(tmp_path):
     """Another tokenizer.json over the same weights means other rows: an earlier merge's sums must not be found."""
     base = arrays(0)
     for number, name in enumerate(("base", "a", "b")):
@@ -210,7 +210,7 @@ def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
     np.testing.assert_allclose(read_model(out)[HEAD], left[EMBEDDING][1:], atol=1e-5)
 
 
-def test_a_broken_row_is_named_where_it_is_stored(tmp_path):
+def test_a_row_that_is_not_finite_is_named_with_its_stored_place(tmp_path):
     """Also where another input reads it first: row 10 of b is row 11 of the output, and of the base."""
     right = arrays(2, 11)
     right[EMBEDDING][10, 3] = np.nan
@@ -222,7 +222,7 @@ def test_a_broken_row_is_named_where_it_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties", "della"])
-def test_a_base_with_fewer_rows_counts_with_those_it_is_given(tmp_path, method):
+def test_a_smaller_base_merges_like_one_extended_by_hand(tmp_path, method):
     base = arrays(0, 10)
     left, right = (added(arrays(0, 12), arrays(seed, 12, 0.1)) for seed in (1, 2))
     for values in (left, right):
