@@ -6,9 +6,10 @@ Every body sends the signal to itself at the exact place, then works on for long
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
-from processes import MAIN, finish, start
+from processes import MAIN, ROOT, finish, start
 
 # `gemma2` with a body in place of its commands.
 COMMAND = """
@@ -248,4 +249,12 @@ def test_before_the_first_signal_there_is_one_thread_that_sleeps_and_no_timer():
     body = """
     print(len(os.listdir("/proc/self/task")), *signal.getitimer(signal.ITIMER_REAL))
     """
-    assert finish(command(body)) == (0, "2 0.0 0.0\n", "")
+    assert finish(command(body)) == (0, "1 0.0 0.0\n", "")
+
+
+@pytest.mark.torture
+def test_signals_at_random_moments_of_merges_and_training_keep_every_promise():
+    script = [sys.executable, str(ROOT / "bench" / "signals.py"), "--count", "20"]
+    ended = subprocess.run(script, capture_output=True, text=True, check=False)
+    sys.stdout.write(f"\n{ended.stdout}")
+    assert ended.returncode == 0, ended.stderr
