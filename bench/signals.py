@@ -34,11 +34,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gemma2.core.outputs.hashing import digest_file
 from gemma2.merging import interrupts
-from gemma2.merging.outputs import digest_file
 
 HUNG = 120.0  # seconds
-PRELOAD = ["gemma2.posttrain.training.sft", "gemma2.merging.engine", "gemma2.cli.merge", "gemma2.cli.sft"]
+PRELOAD = ["gemma2.posttrain.sft.sft", "gemma2.merging.engine", "gemma2.cli.stages.merge", "gemma2.cli.stages.sft"]
 NOISE = 0.02  # seconds at most in one callback
 
 
@@ -96,7 +96,7 @@ def work(words: list[str], noisy: bool, log: str, pipe: Connection) -> None:
 
 def write_inputs(root: str) -> None:
     """Three random models and a file of rows. Runs in a process of its own: torch's threads do not survive a fork."""
-    from gemma2.posttrain.embedded.tiny import save_random
+    from gemma2.posttrain.tiny.networks import save_random
 
     for seed, name in enumerate(("base", "rl-1", "rl-2")):
         save_random(Path(root) / name, seed)
