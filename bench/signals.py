@@ -34,8 +34,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gemma2.core import interrupts
 from gemma2.core.outputs.hashing import digest_file
-from gemma2.merging import interrupts
 
 HUNG = 120.0  # seconds
 PRELOAD = ["gemma2.posttrain.sft.sft", "gemma2.merging.engine", "gemma2.cli.stages.merge", "gemma2.cli.stages.sft"]

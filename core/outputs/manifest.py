@@ -122,7 +122,7 @@ def versions() -> dict[str, str]:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Return the manifest of a directory, or None if there is none.
+    """Return the manifest of a directory, or None if it is missing.
 
     The types of its values are checked by their readers: the file may have been edited.
     Raises InputError if the file exists and is not a manifest.

@@ -53,7 +53,7 @@ class Ancestor:
     role      in the command that read it: model, policy, base, input, reward, ...
     hub       `owner/name@revision` of a model in the hub's cache
     command   that made it; "" if unknown
-    metadata  front matter of its own card
+    metadata  front matter of the model's card
     """
 
     role: str
