@@ -13,6 +13,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set, required_out
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
 
@@ -71,20 +72,20 @@ def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
         console.table([_group_row(plan, number, shared) for number in range(len(plan.groups))])
 
 
-def _input_row(plan: MergePlan, number: int) -> dict[str, Any]:
+def _input_row(plan: MergePlan, number: int) -> JsonObject:
     model = plan.inputs[number]
     dtypes = sorted({tensor.dtype for tensor in model.tensors.values()})
     return {"input": model.role, "path": str(model.path), "dtype": " ".join(dtypes), "size": size(model.nbytes)}
 
 
-def _numbers_of(plan: MergePlan, number: int) -> dict[str, Any]:
+def _numbers_of(plan: MergePlan, number: int) -> JsonObject:
     """The options that hold for one group, by the names of the flags."""
     settings = plan.groups[number].settings
     named = {option.name: getattr(settings, option.attribute) for option in METHODS[plan.request.method].options}
     return {name: value for name, value in named.items() if value not in (None, ())}
 
 
-def _shared(plan: MergePlan) -> dict[str, Any]:
+def _shared(plan: MergePlan) -> JsonObject:
     """The numbers that hold for all groups."""
     first, *others = [_numbers_of(plan, number) for number in range(len(plan.groups))]
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
@@ -99,7 +100,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _group_row(plan: MergePlan, number: int, shared: Collection[str]) -> dict[str, Any]:
+def _group_row(plan: MergePlan, number: int, shared: Collection[str]) -> JsonObject:
     """A group, and the numbers that are not those of all."""
     from math import prod
 
@@ -109,7 +110,7 @@ def _group_row(plan: MergePlan, number: int, shared: Collection[str]) -> dict[st
     return {"group": group.name, "tensors": len(group.tensors), "parameters": elements, **own}
 
 
-def report(result: MergeResult) -> dict[str, Any]:
+def report(result: MergeResult) -> JsonObject:
     """A merge as a JSON document."""
     return {"outputs": [str(path) for path in result.outputs], "seconds": result.seconds, **result.summary}
 
@@ -141,7 +142,7 @@ def show(console: Console, result: MergeResult) -> None:
 # --- carrying out -----------------------------------------------------------------------------------------------------
 
 
-def run_method(method: str, models: list[Path], given: Mapping[str, Any]) -> None:
+def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
     """One merge by flags, or its plan."""
     from gemma2.merging import merge, plan_merge
     from gemma2.merging.methods.request_check import check_chosen
@@ -158,7 +159,7 @@ def run_method(method: str, models: list[Path], given: Mapping[str, Any]) -> Non
     show(console, result)
 
 
-def run_file(given: Mapping[str, Any]) -> None:
+def run_file(given: JsonMapping) -> None:
     """The merges of a file, or their plans."""
     from gemma2.merging.recipes.recipe import read_recipe
     from gemma2.merging.recipes.run_recipe import merge_recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import typer
 
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.yaml_files import parse_value
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.option import OPTIONS, Option, OptionValue
@@ -76,9 +76,9 @@ def _numbers(flag: str, text: str) -> list[float]:
     return numbers
 
 
-def request_of(method: str, models: list[Path], given: Mapping[str, Any]) -> MergeRequest:
+def request_of(method: str, models: list[Path], given: JsonMapping) -> MergeRequest:
     """The library's request for a command line."""
-    common: dict[str, Any] = {name: given[name] for name in ("base", "granularity", "tokenizer", "dtype", "threads")
+    common: JsonObject = {name: given[name] for name in ("base", "granularity", "tokenizer", "dtype", "threads")
               if given.get(name) is not None}  # fmt: skip
     if given.get("slices") is not None:
         place = Place(COMMAND_LINE, key="--slices")

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.ranks import is_main
@@ -59,7 +60,7 @@ HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 # A type or a construct of typing such as Literal["a", "b"]; no static type covers both.
 TypeForm: TypeAlias = Any
 # Value of every flag by parameter name, as typer parsed it; its type is the annotation of the flag.
-Flags: TypeAlias = dict[str, Any]
+Flags: TypeAlias = JsonObject
 
 # --- flags that mean the same everywhere ------------------------------------------------------------------------------
 

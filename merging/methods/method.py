@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemma2.core.json_files import JsonMapping
+
 from .option import Option, OptionValue
 from .request import Granularity, MergeRequest, Settings
 
@@ -114,8 +116,8 @@ class MergekitForm:
     base: str
     per_model: Mapping[str, Term] = field(default_factory=dict)
     options: Mapping[str, Term] = field(default_factory=dict)
-    only: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    only: JsonMapping = field(default_factory=dict)
+    fixed: JsonMapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import printable
 
 from .option import OPTIONS, OptionValue
@@ -37,7 +38,7 @@ class Slice:
 
     layers: tuple[tuple[int, int, int], ...]
     base: tuple[int, int] | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: JsonMapping = field(default_factory=dict)
 
 
 def _named(values: Mapping[str, OptionValue], attribute: str) -> OptionValue:
@@ -116,7 +117,7 @@ class MergeRequest:
             raise AttributeError(name)
         return _named(self.values, name)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
         common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.methods.method import Group
@@ -143,7 +144,7 @@ def find_groups(granularity: str | None, based: bool, parts: Mapping[str, Part])
 
 def stacked(
     request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
-) -> tuple[dict[str, Part], dict[str, Any]]:
+) -> tuple[dict[str, Part], JsonObject]:
     """The parts of a request with slices, and what its layers change in config.json.
 
     Raises UsageError or InputError for ranges that do not exist or do not fit each other.
@@ -232,7 +233,7 @@ def check_shapes(part: Part) -> None:
         raise InputError(f"{name} is {shown}", "merge models of one architecture and one vocabulary")
 
 
-def _layer_types(origins: Sequence[tuple[Checkpoint, int]]) -> dict[str, Any]:
+def _layer_types(origins: Sequence[tuple[Checkpoint, int]]) -> JsonObject:
     """Gemma 2 alternates local and global attention: each stacked layer keeps the kind that it was trained with."""
     if not any("layer_types" in model.config or model.config.get("model_type") == "gemma2" for model, _ in origins):
         return {}

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import ParentRecord, read_manifest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
@@ -58,7 +58,7 @@ class MergePlan:
     parts: Mapping[str, Part]
     layout: dict[str, tuple[str, tuple[int, ...]]]
     outputs: tuple[Path, ...]
-    config: Mapping[str, Any]
+    config: JsonMapping
     tied: dict[str, str]
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class MergePlan:
         """Weights that take part, of all operands."""
         return sum(source.nbytes for part in self.parts.values() for source in part.sources)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """The plan for a dry run."""
         place = _existing(self.outputs[0])
         return {

@@ -9,11 +9,12 @@ slice. Parameters that the method does not read have no effect there either: the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.merging.methods.parameters import Number, Schedule
 from gemma2.merging.methods.request import MergeRequest, Slice
 from gemma2.merging.methods.table import METHODS as TABLE
@@ -46,13 +47,13 @@ PARAMETERS = {
 PARAMETERS |= {"int8_mask", "select_topk"}
 
 
-def is_mergekit(document: Mapping[str, Any]) -> bool:
+def is_mergekit(document: JsonMapping) -> bool:
     """Whether a document is in mergekit's keys."""
     own = {"merge_method", "base_model", "tokenizer_source", "out_dtype"} & document.keys()
     return bool(own) or ("slices" in document and "method" not in document)
 
 
-def mergekit_steps(documents: Sequence[Mapping[str, Any]], place: Place) -> list[Step]:
+def mergekit_steps(documents: Sequence[JsonMapping], place: Place) -> list[Step]:
     """One step per document; the one without a name, of several, is called "final"."""
     several = len(documents) > 1
     names = [check_name(document.get("name", "final"), place) if several else "" for document in documents]
@@ -72,7 +73,7 @@ class SourceSpec:
 
     path: Path
     layers: tuple[int, int] | None
-    parameters: Mapping[str, Any]
+    parameters: JsonMapping
     place: Place
 
 
@@ -81,7 +82,7 @@ class SliceSpec:
     """A slice of the output, or the whole of it, with the first of its layers in the output."""
 
     sources: tuple[SourceSpec, ...]
-    parameters: Mapping[str, Any]
+    parameters: JsonMapping
     place: Place
     start: int = 0
 
@@ -89,7 +90,7 @@ class SliceSpec:
 class _Document:
     """One merge in mergekit's keys."""
 
-    def __init__(self, values: Mapping[str, Any], place: Place) -> None:
+    def __init__(self, values: JsonMapping, place: Place) -> None:
         self.values, self.place = values, place
         self.notes: dict[str, None] = {}
         for key in values:
@@ -123,7 +124,7 @@ class _Document:
             parts, base = [self._slerp_order(part) for part in parts], None
         models = tuple(dict.fromkeys(source.path for part in parts for source in part.sources if source.path != base))
         self._check_sources(parts, base)
-        common: dict[str, Any] = {"method": self.ours, "models": models, "base": base, "granularity": "tensor"}
+        common: JsonObject = {"method": self.ours, "models": models, "base": base, "granularity": "tensor"}
         common |= {"dtype": self._dtype(), "tokenizer": self._tokenizer()}
         if "slices" in self.values:
             slices = tuple(self._slice(part, models, base) for part in parts)
@@ -196,7 +197,7 @@ class _Document:
 
     # --- parameters ---
 
-    def _parameters(self, values: Any, place: Place) -> Mapping[str, Any]:
+    def _parameters(self, values: Any, place: Place) -> JsonMapping:
         """A level of parameters; what the method does not read is noted."""
         if values is None:
             return {}
@@ -209,10 +210,10 @@ class _Document:
                 self.notes[f"{place.at(name).key} has no effect on {self.name}"] = None
         return values
 
-    def _settings(self, part: SliceSpec, base: Path | None) -> dict[str, Any]:
+    def _settings(self, part: SliceSpec, base: Path | None) -> JsonObject:
         """The fields of the request for one slice, or for the whole."""
         inputs = [source for source in part.sources if source.path != base]
-        found: dict[str, Any] = dict(self.method.fixed)
+        found: JsonObject = dict(self.method.fixed)
         for name, (ours, default) in self.method.per_model.items():
             numbers = tuple(self._number(name, default, part, source) for source in inputs)
             found[ours] = numbers[0] if ours == "scale" else numbers

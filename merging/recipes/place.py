@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.yaml_files import closest
 from gemma2.merging.methods.option import Option, OptionValue
@@ -115,7 +116,7 @@ def is_rules(value: Any) -> bool:
     )
 
 
-def _rule(value: Mapping[str, Any], place: Place) -> Rule:
+def _rule(value: JsonMapping, place: Place) -> Rule:
     """`{match: .., value: ..}` or `{match: .., layers: [..]}`; without match it fits every tensor."""
     for key in value:
         if key not in ("match", "value", "layers"):

@@ -7,13 +7,14 @@ Paths are taken from the current directory when they exist there, else from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.yaml_files import apply_sets, read_documents
 from gemma2.merging.methods.option import OPTIONS, Option
 from gemma2.merging.methods.parameters import Number
@@ -51,7 +52,7 @@ def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None
     return Recipe(path=path, steps=_ordered(steps, path))
 
 
-def _own_steps(document: Mapping[str, Any], place: Place) -> list[Step]:
+def _own_steps(document: JsonMapping, place: Place) -> list[Step]:
     """The steps of a file in our keys."""
     if "steps" not in document:
         return [_step("", document, place)]
@@ -104,7 +105,7 @@ def _of_one_model(option: Option) -> str:
     return option.name.removesuffix("s")
 
 
-def _fields(values: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def _fields(values: JsonMapping, place: Place) -> JsonObject:
     """The fields of a request from the keys of one merge."""
     for key in values:
         if key not in COMMON and key not in OPTIONS:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
@@ -35,7 +35,7 @@ class PlacedStep:
     out: Path
     plan: MergePlan | None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """The plan; before the inputs are there, what is asked for."""
         if self.plan is not None:
             return self.plan.describe()

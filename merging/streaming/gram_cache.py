@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.cache import cache_folder
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK
@@ -69,7 +70,7 @@ class Products:
 def _key(plan: MergePlan) -> str:
     """The key of the sums: everything that decides them."""
     files = {str(file): _stamp(file) for model in plan.inputs for file in model.files}
-    parts: dict[str, Any] = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
+    parts: JsonObject = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
     decides = [metadata_version(), BLOCK, plan.base is not None, sorted(files.items()), sorted(parts.items())]
     return _digest(json.dumps(decides))
 

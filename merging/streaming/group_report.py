@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma2.core.json_files import JsonObject
 from gemma2.merging.methods.coefficients import angle_degrees, norm
 from gemma2.merging.methods.method import Mix
 
@@ -49,7 +49,7 @@ class GroupReport:
         angles = [angle for angle in self.angles if angle is not None]
         return sum(angles) / len(angles) if angles else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return {**asdict(self), "angle": self.angle}
 

@@ -16,13 +16,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import OutputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES, encode_header
 from gemma2.merging.inputs.checkpoint import COMPANIONS, INDEX, WEIGHTS
 
@@ -183,7 +182,7 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
         raise OutputError(f"writing the output failed ({error.strerror})", "check the disk and its space") from error
 
 
-def copy_companions(source: Path, directory: Path, changes: Mapping[str, Any]) -> None:
+def copy_companions(source: Path, directory: Path, changes: JsonMapping) -> None:
     """Configuration and tokenizer of a model into another directory, byte for byte.
 
     `changes` are keys of config.json that the merge gives other values; `dtype` is written as it is spelled there,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
 
@@ -33,7 +33,7 @@ class Tokens:
     """The tokenizer of an input: tokenizer.json as it is, the id of each token, and the rows of its embedding."""
 
     model: Checkpoint
-    file: Mapping[str, Any]
+    file: JsonMapping
     ids: Mapping[str, int]
     rows: int
 
@@ -65,7 +65,7 @@ def _read(model: Checkpoint) -> Tokens:
     return Tokens(model, file, ids, embedding_rows(model))
 
 
-def _core(path: Path, file: Mapping[str, Any]) -> tuple[dict[str, int], Any]:
+def _core(path: Path, file: JsonMapping) -> tuple[dict[str, int], Any]:
     """The ids of the core vocabulary, and what else decides them: merges of BPE in one spelling, scores of unigram."""
     model = file.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -79,7 +79,7 @@ def _core(path: Path, file: Mapping[str, Any]) -> tuple[dict[str, int], Any]:
     return vocabulary, [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
 
 
-def added_entries(path: Path, file: Mapping[str, Any]) -> list[dict[str, Any]]:
+def added_entries(path: Path, file: JsonMapping) -> list[JsonObject]:
     """The added tokens in the order of their ids."""
     entries = file.get("added_tokens") or []
     known = isinstance(entries, list) and all(
@@ -102,7 +102,7 @@ def read_tokenizers(inputs: Iterable[Checkpoint]) -> list[Tokens]:
     return found
 
 
-def union(owner: Tokens, operands: Sequence[Tokens]) -> tuple[tuple[dict[str, Any], ...], list[str]]:
+def union(owner: Tokens, operands: Sequence[Tokens]) -> tuple[tuple[JsonObject, ...], list[str]]:
     """Entries to add to the owner's tokenizer.json, with their ids, and what to say about them."""
     path = owner.model.origin / TOKENIZER
     core = _core(path, owner.file)

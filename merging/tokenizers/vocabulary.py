@@ -20,13 +20,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.inputs.checkpoint import COMPANIONS, Checkpoint
 from gemma2.merging.methods.request import MergeRequest
@@ -58,9 +58,9 @@ class Vocabulary:
     inputs: tuple[Checkpoint, ...]
     rows: int
     maps: Mapping[str, RowMap | None]
-    added: tuple[dict[str, Any], ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    added: tuple[JsonObject, ...] = ()
+    config: JsonMapping = field(default_factory=dict)
+    generation: JsonMapping = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -194,14 +194,12 @@ def _line(
 # --- files of the output ---
 
 
-def _generation(model: Checkpoint) -> dict[str, Any]:
+def _generation(model: Checkpoint) -> JsonObject:
     path = model.origin / GENERATION
     return read_json(path) if path.is_file() else {}
 
 
-def _token_keys(
-    config: Mapping[str, Any], owners: Mapping[str, Any], first: Tokens, ids: Mapping[str, int]
-) -> dict[str, Any]:
+def _token_keys(config: JsonMapping, owners: JsonMapping, first: Tokens, ids: Mapping[str, int]) -> JsonObject:
     """Keys of the first model's configuration that name tokens (eos_token_id, ...) and change with the ids.
 
     A token that the output has not is left out; where none is left the owner's value holds.
@@ -247,5 +245,5 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> None:
             _write(settings, known | {"added_tokens_decoder": known["added_tokens_decoder"] | flags})
 
 
-def _write(path: Path, value: Mapping[str, Any]) -> None:
+def _write(path: Path, value: JsonMapping) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

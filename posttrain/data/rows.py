@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 
 from .sources import Row, iter_rows, kind
 
@@ -51,7 +52,7 @@ class Prompt:
 
     where: str
     messages: list[Message]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -67,7 +68,7 @@ class Conversation:
     messages: list[Message]
     learn_from: int = 0
     truncated: bool = False  # the last turn ran into the length limit
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -86,7 +87,7 @@ class Pair:
     chosen_truncated: bool = False
     rejected_truncated: bool = False
     margin: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.cache import cache_folder
 from gemma2.core.outputs.manifest import MANIFEST, require_complete
 
@@ -37,9 +38,9 @@ class Row:
     """One row of a data set. `where` is `"file:line"`."""
 
     where: str
-    columns: dict[str, Any]
+    columns: JsonObject
 
-    def extra(self, *read: str) -> dict[str, Any]:
+    def extra(self, *read: str) -> JsonObject:
         """The columns that are not among `read`."""
         return {name: value for name, value in self.columns.items() if name not in read}
 
@@ -82,7 +83,7 @@ def count_rows(path: Path) -> int:
     return rows
 
 
-def to_line(columns: Mapping[str, Any]) -> bytes:
+def to_line(columns: JsonMapping) -> bytes:
     """One row as a line of JSONL, UTF-8."""
     return (json.dumps(columns, ensure_ascii=False) + "\n").encode("utf-8")
 
@@ -101,7 +102,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._paths: list[Path] = []
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: JsonMapping) -> None:
         """Append one row."""
         if self._file is None or self.rows % self.shard_rows == 0:
             self._next()
@@ -189,7 +190,7 @@ def _json_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
                 yield row
 
 
-def _parse(where: str, line: bytes) -> dict[str, Any]:
+def _parse(where: str, line: bytes) -> JsonObject:
     try:
         columns = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from gemma2.core.json_files import JsonMapping
+
 __all__ = ["Tokenizer"]
 
 
@@ -29,7 +31,7 @@ class Tokenizer(Protocol):
         """Number of tokens, the added ones included."""
         ...
 
-    def __call__(self, text: str | Sequence[str], **kwargs: Any) -> Mapping[str, Any]:
+    def __call__(self, text: str | Sequence[str], **kwargs: Any) -> JsonMapping:
         """Token ids (`input_ids`) of one text, or of several."""
         ...
 

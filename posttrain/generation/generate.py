@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import GuardStop
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import ShardWriter, data_files
@@ -91,7 +91,7 @@ def _kept(dialogue: Dialogue, config: GenerateConfig) -> bool:
     return dialogue.fate == "stop" or (dialogue.fate == "length" and config.keep_truncated)
 
 
-def _write(out: Path, config: GenerateConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
+def _write(out: Path, config: GenerateConfig, chunks: Iterator[Scored], progress: Progress) -> JsonObject:
     """Write the shards; the summary."""
     count: Counter[str] = Counter()
     rewards: list[float] = [0.0, 0.0]  # sums over all that were judged, and over the kept
@@ -120,10 +120,10 @@ def _best(samples: Scored, best: int | None) -> Scored:
     return sorted(ranked, key=lambda pair: pair[0].sample)
 
 
-def _row(dialogue: Dialogue, config: GenerateConfig, teacher: str, reward: float | None) -> dict[str, Any]:
+def _row(dialogue: Dialogue, config: GenerateConfig, teacher: str, reward: float | None) -> JsonObject:
     answers = dialogue.answers
     logprobs = [answer.logprob for answer in answers if answer.logprob is not None]
-    ours: dict[str, Any] = {"messages": dialogue.messages, "turns": len(answers)}
+    ours: JsonObject = {"messages": dialogue.messages, "turns": len(answers)}
     if config.turns == 1:
         completion = {"role": "assistant", "content": answers[0].text}
         ours = {"prompt": dialogue.prompt.messages, "completion": [completion]}
@@ -183,9 +183,9 @@ def _guard(count: Counter[str], config: GenerateConfig, progress: Progress) -> N
         progress.warn(f"{count['length']} of {total} completions ran into {limit}; raise it to keep more of the data")
 
 
-def _summary(count: Counter[str], rewards: list[float], config: GenerateConfig) -> dict[str, Any]:
+def _summary(count: Counter[str], rewards: list[float], config: GenerateConfig) -> JsonObject:
     """Figures of the job. Figures that did not occur or are unknown are left out, except truncated and empty ones."""
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         "prompts": count["prompts"],
         "completions": count["completions"],
         "rows": count["rows"],

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.data.sources import to_line
 
 __all__ = ["Journal"]
@@ -28,7 +28,7 @@ class Journal:
             os.truncate(path, self.size)
         self._file = path.open("ab") if self.size else None
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, records: Iterable[JsonMapping]) -> None:
         """Write records and wait until the disk has them."""
         lines = b"".join(map(to_line, records))
         if not lines:
@@ -41,7 +41,7 @@ class Journal:
         os.fsync(self._file.fileno())
         self.size += len(lines)
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[JsonObject]:
         """The records at the start of the iteration, in order; records that are appended meanwhile do not appear."""
         left = self.size
         if not left:

@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
@@ -66,13 +66,13 @@ class PipelinePlan:
         """The stages that are chosen and not complete."""
         return [one for one in self.stages.values() if one.action not in ("skip", "left out")]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A table: stage, command, what will be done, memory and disk in GiB, CPU seconds at least."""
         rate = matmul_rate() if any(one.work and one.work.operations for one in self.to_run) else 1.0
         return [_row(one, rate) for one in self.stages.values()]
 
 
-def _row(one: Checked, rate: float) -> dict[str, Any]:
+def _row(one: Checked, rate: float) -> JsonObject:
     work = one.work if one.action not in ("skip", "left out") else None
 
     def figure(value: float | None, unit: float) -> float | None:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
 from gemma2.posttrain.schemas.config import Config, apply_sets, closest, load_yaml, validated
@@ -38,7 +39,7 @@ class Stage:
 
     name: str
     command: str
-    options: Mapping[str, Any]
+    options: JsonMapping
     out: Path
     needs: tuple[str, ...] = ()
     when: str | None = None
@@ -55,7 +56,7 @@ class Stage:
         """Options whose value is known when other stages are done."""
         return frozenset(name for name, value in self.options.items() if any(references(t) for _, t in texts(value)))
 
-    def config(self, options: Mapping[str, Any] | None = None) -> Config:
+    def config(self, options: JsonMapping | None = None) -> Config:
         """The validated configuration. Raises UsageError that names the stage and the key."""
         values = dict(self.options if options is None else options)
         return validated(self.kind.schema, with_method(self.command, values), section=f"stages.{self.name}.options")
@@ -93,7 +94,7 @@ class Pipeline:
         return found
 
 
-def with_method(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def with_method(command: str, options: JsonMapping) -> JsonObject:
     """Options as the schema takes them: the method of a merge is a word of its command."""
     first, _, method = command.partition(" ")
     return {**options, "method": method} if first == "merge" else dict(options)
@@ -112,7 +113,7 @@ def read_pipeline(path: Path, sets: Iterable[str] = ()) -> PipelineFile:
     return validated(PipelineFile, apply_sets(document, (_in_full(item, names) for item in sets)), file=path)
 
 
-def _in_full(item: str, stages: Mapping[str, Any]) -> str:
+def _in_full(item: str, stages: JsonMapping) -> str:
     """`sft.steps=9` as `stages.sft.options.steps=9`."""
     name, dot, rest = item.partition(".")
     return f"stages.{name}.options.{rest}" if dot and name in stages and "=" not in name else item
@@ -196,7 +197,7 @@ def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict
     return found, groups
 
 
-def _label(values: Mapping[str, Any], matrix: Mapping[str, Sequence[Any]]) -> str:
+def _label(values: JsonMapping, matrix: Mapping[str, Sequence[Any]]) -> str:
     """The folder of a copy: `seed-1-learning_rate-3e-06`; of a path its last part, where that is unique."""
     parts = []
     for key, value in values.items():
@@ -206,7 +207,7 @@ def _label(values: Mapping[str, Any], matrix: Mapping[str, Sequence[Any]]) -> st
     return "-".join(parts)
 
 
-def _copy(name: str, draft: StageFile, chosen: Mapping[str, Any]) -> StageFile:
+def _copy(name: str, draft: StageFile, chosen: JsonMapping) -> StageFile:
     """The stage with one combination of values: in the place of `${matrix.X}`, or as the option X."""
     used = {
         reference

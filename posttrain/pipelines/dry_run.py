@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.staging import partial_path
 from gemma2.posttrain.runs.estimates import plan
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -17,7 +16,7 @@ from .warp_stages import warp_stages
 __all__ = ["plan_step"]
 
 
-def plan_step(config: Config, options: RunOptions) -> dict[str, Any]:
+def plan_step(config: Config, options: RunOptions) -> JsonObject:
     """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP."""
     document = plan(config, options)
     if not isinstance(config, WarpConfig):

@@ -11,12 +11,12 @@ The hash of an output covers all of that:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.hashing import digest_name, hasher
 from gemma2.core.outputs.manifest import STATE, read_manifest
 from gemma2.core.outputs.staging import partial_path
@@ -63,7 +63,7 @@ def goes_on(command: str, config: Config, out: Path) -> bool:
     return before is not None and not _differing(before, command, config, partial)
 
 
-def _damaged(manifest: Mapping[str, Any], out: Path) -> tuple[str, ...]:
+def _damaged(manifest: JsonMapping, out: Path) -> tuple[str, ...]:
     """The weights and rows that a finished output no longer holds."""
     for name, entry in manifest.get("files", {}).items():
         if name in ASIDE or "/" in name or not name.endswith((".safetensors", ".jsonl")):
@@ -77,13 +77,13 @@ def _damaged(manifest: Mapping[str, Any], out: Path) -> tuple[str, ...]:
     return ()
 
 
-def _differing(recorded: Mapping[str, Any], command: str, config: Config, place: Path) -> tuple[str, ...]:
+def _differing(recorded: JsonMapping, command: str, config: Config, place: Path) -> tuple[str, ...]:
     if recorded.get("command") != command:
         return (f"command ({recorded.get('command')} -> {command})",)
     return tuple(changes(recorded, config, place))
 
 
-def _interrupted(partial: Path) -> dict[str, Any] | None:
+def _interrupted(partial: Path) -> JsonObject | None:
     """The record of an interrupted run, where there is one that a resume can use."""
     try:
         found = json.loads((partial / STATE).read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def _interrupted(partial: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def output_hash(manifest: Mapping[str, Any]) -> str:
+def output_hash(manifest: JsonMapping) -> str:
     """`"blake3:<hex>"` of what a finished output was made from."""
     command = str(manifest.get("command"))
     known = COMMANDS.get(command)

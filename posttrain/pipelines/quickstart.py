@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma2.configs import recipes
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.reports.plots.values import title_of
 
@@ -33,7 +32,7 @@ def quickstart_pipeline(out: Path, file: Path | None = None, sets: Sequence[str]
 
 def run_quickstart(
     pipeline: Pipeline, jobs: int, observer: Observer | None = None, progress: Progress = SILENT
-) -> dict[str, Any]:
+) -> JsonObject:
     """Run every stage that is not done, measure, and write summary.json and the report.
 
     Returns {"rows": table rows, "samples": answers before and after, "points": the front, "report": path}.
@@ -50,7 +49,7 @@ def run_quickstart(
     return {**summary, "report": str(report)}
 
 
-def _summary(out: Path) -> dict[str, Any]:
+def _summary(out: Path) -> JsonObject:
     """The table base, SFT, distilled, best single RL, WARP 1..I, and answers before and after."""
     front = out / "warp" / "front"
     points = json.loads((front / "front.json").read_text(encoding="utf-8"))["points"]
@@ -63,7 +62,7 @@ def _summary(out: Path) -> dict[str, Any]:
     }
 
 
-def _chosen(points: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _chosen(points: list[JsonObject]) -> Iterator[tuple[str, JsonObject]]:
     """The policies before RL, the single RL run of iteration 1 with the highest reward, each iteration's slerp."""
     for kind in ("base", "sft"):
         yield from ((title_of(point), point) for point in points if point["kind"] == kind)
@@ -72,7 +71,7 @@ def _chosen(points: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
     yield from ((f"WARP {point['iteration']}", point) for point in points if point["kind"] == "slerp")
 
 
-def _row(title: str, point: dict[str, Any]) -> dict[str, Any]:
+def _row(title: str, point: JsonObject) -> JsonObject:
     """A line of the table: each figure with its standard error."""
 
     def figure(name: str, digits: int, scale: float = 1.0) -> str:
@@ -88,7 +87,7 @@ def _row(title: str, point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _side_by_side(samples: list[dict[str, Any]], titles: dict[str, str], limit: int = 4) -> list[dict[str, str]]:
+def _side_by_side(samples: list[JsonObject], titles: dict[str, str], limit: int = 4) -> list[dict[str, str]]:
     """Answers of the chosen policies in the order of the table: [{"prompt": ..., <title>: completion, ...}].
 
     One prompt of each kind (by its first word), so that the skills show.

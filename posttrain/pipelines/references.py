@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping
 from gemma2.core.yaml_files import closest, parse_value
 
 __all__ = ["NULL", "condition_holds", "filled", "lookup", "parse_condition", "references", "replaced", "texts"]
@@ -92,7 +93,7 @@ def _replaced_text(text: str, of: Callable[[str], Any]) -> Any:
     return _joined(text, values)
 
 
-def _joined(text: str, values: Mapping[str, Any]) -> str:
+def _joined(text: str, values: JsonMapping) -> str:
     return REFERENCE.sub(lambda found: found[0] if values[found[1]] is None else str(values[found[1]]), text)
 
 
@@ -105,7 +106,7 @@ def filled(value: Any) -> Any:
     return [filled(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def lookup(values: Mapping[str, Any], path: list[str], what: str) -> Any:
+def lookup(values: JsonMapping, path: list[str], what: str) -> Any:
     """The value at a path of keys, NULL for a null. Raises UsageError that names the first missing key."""
     current: Any = values
     for key in path:

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import OutputError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import MANIFEST, now, read_manifest, versions
 from gemma2.core.outputs.staging import check_output, locked
 from gemma2.core.progress import SILENT, Progress
@@ -49,7 +48,7 @@ class Watcher:
     def started(self, stage: Stage, command: str, why: str) -> None:
         return None
 
-    def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None:
+    def finished(self, stage: Stage, status: str, seconds: float, summary: JsonMapping) -> None:
         return None
 
 
@@ -140,7 +139,7 @@ def check_place(root: Path) -> None:
         raise OutputError(f"--out {root} is the output of another command", "choose another --out")
 
 
-def recorded_file(pipeline: Pipeline) -> dict[str, Any]:
+def recorded_file(pipeline: Pipeline) -> JsonObject:
     """The pipeline as a file that runs it again."""
     return pipeline.file.model_dump(mode="json", exclude_defaults=True)
 
@@ -153,7 +152,7 @@ def _write_file(pipeline: Pipeline) -> None:
     aside.replace(path)
 
 
-def _manifest(pipeline: Pipeline, started: str) -> dict[str, Any]:
+def _manifest(pipeline: Pipeline, started: str) -> JsonObject:
     state = (read_state(pipeline.root) or {}).get("stages", {})
     return {
         "schema_version": 1,
@@ -177,14 +176,14 @@ def _manifest(pipeline: Pipeline, started: str) -> dict[str, Any]:
 WORDS = {"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"}
 
 
-def status_rows(pipeline: Pipeline, plan: PipelinePlan) -> list[dict[str, Any]]:
+def status_rows(pipeline: Pipeline, plan: PipelinePlan) -> list[JsonObject]:
     """The state of every stage: on disk, and as the last run recorded it."""
     state = (read_state(pipeline.root) or {}).get("stages", {})
     alive = is_running(pipeline.root)
     return [_status_row(one, state.get(name, {}), alive) for name, one in plan.stages.items()]
 
 
-def _status_row(one: Checked, last: Mapping[str, Any], alive: bool) -> dict[str, Any]:
+def _status_row(one: Checked, last: JsonMapping, alive: bool) -> JsonObject:
     recorded = last.get("status")
     shown_states = ("failed", "not needed", "blocked", *(("running",) if alive else ()))  # else its pipeline was killed
     shown = recorded if one.action != "skip" and recorded in shown_states else None

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from gemma2.core.errors import Gemma2Error
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.progress import Progress, Task
@@ -51,7 +52,7 @@ class Observer(Protocol):
     """Who watches: the command line, or nobody."""
 
     def started(self, stage: Stage, command: str, why: str) -> None: ...
-    def finished(self, stage: Stage, status: str, seconds: float, summary: Mapping[str, Any]) -> None: ...
+    def finished(self, stage: Stage, status: str, seconds: float, summary: JsonMapping) -> None: ...
 
 
 class StageFailed(Gemma2Error):
@@ -82,7 +83,7 @@ class _Ready:
     """A stage whose needs are complete: its options as they are known then."""
 
     stage: Stage
-    options: dict[str, Any]
+    options: JsonObject
     config: Config
     currency: Currency
 
@@ -208,10 +209,10 @@ class Scheduler:
         config = located(stage.config(options), [self.pipeline.root])
         return _Ready(stage, options, config, currency_of(stage.command, config, stage.out))
 
-    def _options(self, stage: Stage) -> dict[str, Any] | None:
+    def _options(self, stage: Stage) -> JsonObject | None:
         """The options with summaries filled in, and without what is not needed; None when that leaves a hole."""
         dropped = [self.pipeline.root / name for name in stage.needs if self.status.get(name) == "not needed"]
-        options: dict[str, Any] = {}
+        options: JsonObject = {}
         for key, value in stage.options.items():
             if isinstance(value, list):
                 kept = [item for item in value if not _lies_in(item, dropped)]
@@ -327,7 +328,7 @@ def _lies_in(value: Any, folders: Sequence[Path]) -> bool:
     return isinstance(value, str) and any(Path(value).is_relative_to(folder) for folder in folders)
 
 
-def _located_options(ready: _Ready) -> dict[str, Any]:
+def _located_options(ready: _Ready) -> JsonObject:
     """Options as plain values, with hub ids as the directories that they were found in."""
     dumped = ready.config.model_dump(mode="json")
     return {key: dumped.get(key, value) for key, value in ready.options.items()}

@@ -13,12 +13,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import SCHEMA_VERSION
 
 from .compile import Pipeline
@@ -28,7 +28,7 @@ __all__ = ["STATE_FILE", "State", "is_running", "read_state"]
 STATE_FILE = "pipeline.json"
 
 
-def read_state(root: Path) -> dict[str, Any] | None:
+def read_state(root: Path) -> JsonObject | None:
     """The state of a pipeline's folder; None if it is missing. Raises InputError when it cannot be read."""
     path = root / STATE_FILE
     try:
@@ -67,7 +67,7 @@ class State:
     def __init__(self, pipeline: Pipeline, within: Container[str] | None = None) -> None:
         self.path = pipeline.root / STATE_FILE
         before = (read_state(pipeline.root) or {"stages": {}})["stages"]
-        self.document: dict[str, Any] = {
+        self.document: JsonObject = {
             "schema_version": SCHEMA_VERSION,
             "name": pipeline.root.resolve().name,
             "status": "running",
@@ -102,7 +102,7 @@ class State:
         write_json(self.path, self.document)
 
 
-def _kept(before: Mapping[str, Any] | None) -> dict[str, Any]:
+def _kept(before: JsonMapping | None) -> JsonObject:
     """The record of an earlier run about a stage that this one may find complete."""
     names = ("started", "ended", "seconds", "attempts", "exit_code", "hash")
     return {name: (before or {}).get(name) for name in names}

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.rewards.functions import load_function
@@ -55,7 +55,7 @@ def run_warp(
         return run.finish(summarise(run.path))
 
 
-def summarise(root: Path) -> dict[str, Any]:
+def summarise(root: Path) -> JsonObject:
     """The chosen model and the best single run, for the last lines on the screen."""
     points = json.loads((root / "front" / "front.json").read_text(encoding="utf-8"))["points"]
     chosen = json.loads((root / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]

@@ -20,10 +20,10 @@ not say which point to take: `pick` does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.schemas import Resources, RewardFields, RlFields, StageFile, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import parse_value
 
@@ -51,7 +51,7 @@ def warp_stages(config: WarpConfig, prefix: str = "") -> dict[str, StageFile]:
     return {name: stage.model_copy(update={"resources": resources}) for name, stage in stages.items()}
 
 
-def _stage(command: str, options: Mapping[str, Any], when: str | None = None) -> StageFile:
+def _stage(command: str, options: JsonMapping, when: str | None = None) -> StageFile:
     return StageFile(command=command, options={key: _plain(value) for key, value in options.items()}, when=when)
 
 
@@ -113,7 +113,7 @@ class _Algorithm:
         }
         return _stage("rlhf", options, when)
 
-    def _measured(self) -> dict[str, Any]:
+    def _measured(self) -> JsonObject:
         """The options that all fronts share."""
         config = self.config
         return {
@@ -140,12 +140,12 @@ class _Algorithm:
         return _stage("pareto", {**self._measured(), "policies": self.config.compare, "fronts": fronts})
 
 
-def varied(config: WarpConfig, policy: int) -> dict[str, Any]:
+def varied(config: WarpConfig, policy: int) -> JsonObject:
     """The values that `vary` (`KEY=A:B:...`) gives the m-th policy, counted from 1."""
     pairs = (item.partition("=")[::2] for item in config.vary)
     return {key.replace("-", "_"): parse_value(values.split(":")[policy - 1]) for key, values in pairs}
 
 
-def _settings(config: WarpConfig, names: set[str]) -> dict[str, Any]:
+def _settings(config: WarpConfig, names: set[str]) -> JsonObject:
     """The settings of these names, in the order of the schema."""
     return {name: getattr(config, name) for name in WarpConfig.model_fields if name in names}

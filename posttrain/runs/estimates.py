@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
 from gemma2.posttrain.data.sources import count_rows, data_files
@@ -58,7 +59,7 @@ class Work:
     memory: float
     disk: float
     operations: float
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -325,12 +326,12 @@ def estimate(config: Config, sources: Sources) -> Work | None:
     return found(config, sources) if found else None
 
 
-def plan(config: Config, options: RunOptions) -> dict[str, Any]:
+def plan(config: Config, options: RunOptions) -> JsonObject:
     """The resolved configuration of a step with its needs. Raises what the step itself would raise about its inputs."""
     models = inputs_of(config)
     check_inputs(config)
     check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
-    document: dict[str, Any] = {
+    document: JsonObject = {
         "plan": f"{type(config).__name__.removesuffix('Config').lower()} -> {options.out}, nothing was written",
         **{role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()},
     }

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.rows import Message, Prompt, prompt_of
 from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.schemas import GenerateConfig
@@ -45,7 +45,7 @@ def source_of(config: GenerateConfig) -> PromptSource:
     return PromptSource(config.prompts, config.limit, config.prompt_column, config.system)
 
 
-def generate_budget(config: GenerateConfig) -> dict[str, Any]:
+def generate_budget(config: GenerateConfig) -> JsonObject:
     """Figures for --dry-run. Raises InputError for a row that is not a prompt."""
     rows = asked = 0
     for prompt in source_of(config):

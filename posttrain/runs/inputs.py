@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id, locate_model
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
@@ -38,7 +39,7 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
     def is_id(path: Path) -> bool:
         return not any(path.is_relative_to(place) for place in promised) and is_hub_id(path)
 
-    found: dict[str, Any] = {
+    found: JsonObject = {
         name: locate_model(path, f"--{name}")
         for name, path in inputs_of(config).items()
         if name in MODELS and is_id(path)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.schemas.config import Config
@@ -72,7 +73,7 @@ def _leads_to(given: Path, place: Path) -> bool:
 
 def describe_origin(
     command: str, config: Config, out: Path, parents: Sequence[Parent], data: Sequence[Path]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Everything that decides the result: what a resume and a pipeline compare."""
     return {
         "command": command,
@@ -97,12 +98,12 @@ def _holds_paths(annotation: Any) -> bool:
     return annotation is Path or any(_holds_paths(part) for part in get_args(annotation))
 
 
-def settings_of(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> JsonObject:
     """The settings that decide the result, as a manifest records them."""
     return {key: value for key, value in config.recorded().items() if is_setting(type(config), key)}
 
 
-def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
+def changes(before: JsonMapping, config: Config, directory: Path) -> list[str]:
     """The names of the inputs that differ between the record of a run in `directory` and its present inputs.
 
     Another path than the recorded one does not count when it leads to the content that was recorded for its option;
@@ -124,7 +125,7 @@ def changes(before: Mapping[str, Any], config: Config, directory: Path) -> list[
     return found
 
 
-def _changed_inputs(before: Mapping[str, Any], config: Config, directory: Path) -> list[str]:
+def _changed_inputs(before: JsonMapping, config: Config, directory: Path) -> list[str]:
     """The options that lead to something else than was recorded for them, and other recorded inputs that are gone."""
     inputs = [*before["parents"], *before["data"]]
     others = [source["digest"] for source in before["data"] if "role" not in source]
@@ -177,7 +178,7 @@ def _source_of(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
-def _recorded_for(option: str, before: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _recorded_for(option: str, before: JsonMapping) -> list[JsonMapping]:
     """The recorded inputs of an option, in their order."""
     # A merge calls its models inputs: the role separates them from the model that a policy was trained from.
     role = "input" if before["command"].startswith("merge ") and option == "models" else option.replace("_", "-")
@@ -185,15 +186,15 @@ def _recorded_for(option: str, before: Mapping[str, Any]) -> list[Mapping[str, A
     return parents + [source for source in before["data"] if source.get("role") == option]
 
 
-def _digest_of(entry: Mapping[str, Any]) -> str:
+def _digest_of(entry: JsonMapping) -> str:
     return str(entry.get("weights") or entry["digest"])
 
 
-def _called(entry: Mapping[str, Any]) -> str:
+def _called(entry: JsonMapping) -> str:
     return f"weights of {entry['role']} {entry['path']}" if "weights" in entry else f"content of {entry['path']}"
 
 
-def _is_there(entry: Mapping[str, Any], directory: Path) -> bool:
+def _is_there(entry: JsonMapping, directory: Path) -> bool:
     """Whether a recorded input is where it was, with the content that it had."""
     path = directory / entry["path"]
     if "weights" in entry:
@@ -201,9 +202,7 @@ def _is_there(entry: Mapping[str, Any], directory: Path) -> bool:
     return path.is_file() and digest_input(path) == entry["digest"]
 
 
-def _same_contents(
-    option: str, paths: Sequence[Path], recorded: Sequence[Mapping[str, Any]], others: Sequence[str]
-) -> bool:
+def _same_contents(option: str, paths: Sequence[Path], recorded: Sequence[JsonMapping], others: Sequence[str]) -> bool:
     """Whether paths lead to all recorded contents in the recorded order, or one by one to others.
 
     others  digests of recorded files that may belong to any option

@@ -12,14 +12,14 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -57,7 +57,7 @@ class RunResult:
     """The result of a step: the output directory and the figures for the last line."""
 
     out: Path
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: JsonObject = field(default_factory=dict)
 
 
 class Run:
@@ -68,7 +68,7 @@ class Run:
         command: str,
         path: Path,
         options: RunOptions,
-        origin: dict[str, Any],
+        origin: JsonObject,
         resumed: bool,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -79,7 +79,7 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
-        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # called with every line of metrics.jsonl
+        self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called with every line of metrics.jsonl
 
     @property
     def checkpoints(self) -> Path:
@@ -99,7 +99,7 @@ class Run:
         if self.ranks.is_main:
             self._append("samples.jsonl", {"step": step, **row})
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, row: JsonMapping) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -116,7 +116,7 @@ class Run:
                 aside.write_bytes(b"".join(kept))
                 aside.replace(path)
 
-    def finish(self, summary: Mapping[str, Any]) -> RunResult:
+    def finish(self, summary: JsonMapping) -> RunResult:
         """Write the manifest, remove the resume state and move the directory to its place.
 
         The state goes last: digests and flushing of large weights take a while, and a kill in it must lose nothing.
@@ -125,7 +125,7 @@ class Run:
         self.result = RunResult(self.options.out, dict(summary))
         return self.result
 
-    def _publish(self, summary: Mapping[str, Any]) -> None:
+    def _publish(self, summary: JsonMapping) -> None:
         manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
         if (self.path / "config.json").is_file() and weight_files(self.path):
             from gemma2.core.outputs.ancestry import write_card  # numpy, which the torch-free modules do without
@@ -145,7 +145,7 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> JsonObject:
     """The kind of machine, without anything that names it."""
     return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
 
@@ -172,7 +172,7 @@ def check_parents(parents: Sequence[Parent]) -> None:
         require_complete(parent.path, f"--{parent.role}")
 
 
-def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config: Config, partial: Path) -> None:
+def check_unchanged(before: JsonMapping, after: JsonMapping, config: Config, partial: Path) -> None:
     """Refuse to resume a run whose configuration, inputs, data or libraries are not what it began with."""
     if before["command"] != after["command"]:
         changed = [f"command ({before['command']} -> {after['command']})"]
@@ -235,7 +235,7 @@ class Start:
     processes: int
 
 
-def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
+def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
     config, options, parents, data = start.config, start.options, start.parents, start.data
     check_parents(parents)
@@ -257,7 +257,7 @@ def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
     return origin, _prepare(partial_path(options.out), options, config, origin)
 
 
-def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[str, Any]) -> bool:
+def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObject) -> bool:
     """Make the partial directory, or check that the one that is there may go on. True when it goes on."""
     if options.resume and (partial / STATE).is_file():
         before = json.loads((partial / STATE).read_text(encoding="utf-8"))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from gemma2.core.json_files import JsonObject
 
 if TYPE_CHECKING:
     from gemma2.posttrain.data.chat import ChatFormat
@@ -53,12 +55,12 @@ class Completion:
         """The completion of a prompt that does not fit."""
         return cls(key, "", "overlong", 0, prompt_tokens)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As a line of a journal."""
         return asdict(self)
 
     @classmethod
-    def of_record(cls, record: dict[str, Any]) -> Completion:
+    def of_record(cls, record: JsonObject) -> Completion:
         """The inverse of `record`."""
         row, sample, turn = record["key"]
         return cls(**{**record, "key": (row, sample, turn)})
@@ -94,7 +96,7 @@ class Engine(Protocol):
         """
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Facts about the engine that the manifest records beyond the configuration; nothing secret."""
         ...
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import default_device, load_policy
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
@@ -80,7 +81,7 @@ class SamplerEngine:
             for request, (ids, logps, truncated) in zip(requests, drawn, strict=True)
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Nothing: the parents and the configuration say all."""
         return {}
 

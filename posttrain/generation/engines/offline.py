@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import load_tokenizer, read_config
 from gemma2.posttrain.schemas import GenerateConfig
@@ -25,7 +26,7 @@ CHUNK = 2048  # requests at once: enough for vLLM to stay busy, few enough to lo
 class VllmEngine:
     """A model in vLLM's offline mode."""
 
-    def __init__(self, llm: Any, chat: ChatFormat, window: int, sampling: dict[str, Any]) -> None:
+    def __init__(self, llm: Any, chat: ChatFormat, window: int, sampling: JsonObject) -> None:
         self.llm = llm
         self.chat = chat
         self.window = window
@@ -93,7 +94,7 @@ class VllmEngine:
             ids=ids,
         )
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The version of vLLM, which decides what a seed gives."""
         import vllm
 

@@ -19,6 +19,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import Progress
 from gemma2.posttrain.schemas.fields import check_address
 from gemma2.posttrain.schemas.generate import GenerateConfig
@@ -147,9 +148,9 @@ class ServerEngine:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Failed(f"an answer that is not a completion ({type(error).__name__}: {error})") from error
 
-    def _arguments(self, request: Request) -> dict[str, Any]:
+    def _arguments(self, request: Request) -> JsonObject:
         config = self.config
-        body: dict[str, Any] = {
+        body: JsonObject = {
             "max_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p if config.top_p < 1 else None,
@@ -161,7 +162,7 @@ class ServerEngine:
         fields = {name: value for name, value in body.items() if value is not None}
         return {"model": str(config.teacher), "messages": request.messages, "extra_body": fields}
 
-    def _completion(self, request: Request, body: dict[str, Any]) -> Completion:
+    def _completion(self, request: Request, body: JsonObject) -> Completion:
         (choice,) = body["choices"]
         usage = body.get("usage") or {}
         logprobs = (choice.get("logprobs") or {}).get("content")
@@ -213,7 +214,7 @@ class ServerEngine:
     def _redacted(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The origin of the answers."""
         return {"server": self.address}
 

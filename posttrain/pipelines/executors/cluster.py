@@ -17,6 +17,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.interrupts import allow
+from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.runs.commands import COMMANDS
 
 from .jobs import Event, Job, Outcome, execute
@@ -53,7 +54,7 @@ class RayExecutor:
     def __init__(self, jobs: int = 1, address: str | None = None) -> None:
         self.jobs = jobs
         self.address = address
-        self.running: dict[str, Any] = {}  # stage -> what Ray gave for it
+        self.running: JsonObject = {}  # stage -> what Ray gave for it
         self.ray: Any = None
         self.mailbox: Any = None
         self.looked = 0.0
@@ -67,7 +68,7 @@ class RayExecutor:
         except ImportError as error:
             raise UsageError("--executor ray needs Ray", "install gemma2[ray]") from error
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a stage without GPUs sees none of them
-        local: dict[str, Any] = {} if self.address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        local: JsonObject = {} if self.address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)

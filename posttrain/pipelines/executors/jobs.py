@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
+from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -38,7 +39,7 @@ class Job:
 
     stage: str
     command: str
-    options: Mapping[str, Any]
+    options: JsonMapping
     out: str
     log: str
     resume: bool
@@ -59,7 +60,7 @@ class Outcome:
     """
 
     code: int
-    summary: Mapping[str, Any] | None = None
+    summary: JsonMapping | None = None
     error: str = ""
     traceback: str = ""
 
