@@ -91,7 +91,7 @@ def _shared(plan: MergePlan) -> JsonObject:
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A number, a flag or one number per model, on a line."""
     if isinstance(value, tuple):
         return " ".join(_short(item) for item in value)

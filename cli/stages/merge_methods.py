@@ -54,7 +54,7 @@ def flags_of(method: Method) -> dict[str, Flag]:
 COMMAND_LINE = Path("the command line")
 
 
-def _value(option: Option, given: Any) -> OptionValue:
+def _value(option: Option, given: object) -> OptionValue:
     """The value of a flag: commas separate numbers; what starts with a bracket is YAML, as in a merge file."""
     place = Place(COMMAND_LINE, key=f"--{option.name}")
     if not isinstance(given, str):

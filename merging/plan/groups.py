@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.methods.method import Group
-from gemma2.merging.methods.request import MergeRequest, Slice, settings_at
+from gemma2.merging.methods.request import MergeRequest, Settings, Slice, settings_at
 from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def one_to_one(
 
 def find_groups(granularity: str | None, based: bool, parts: Mapping[str, Part]) -> tuple[Group, ...]:
     """Tensors that share coefficients: those of a layer (a tensor, the model) for which the same numbers hold."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[str, Settings, int], list[str]] = {}
     for name, part in parts.items():
         key = {"layer": group_of(name), "tensor": name, "model": "model"}[granularity or "layer"]
         settings = settings_at(part.request, name, part.depth)

@@ -156,7 +156,7 @@ class _Document:
             start += lengths.pop()
         return parts
 
-    def _sources(self, values: Any, place: Place, sliced: bool) -> tuple[SourceSpec, ...]:
+    def _sources(self, values: object, place: Place, sliced: bool) -> tuple[SourceSpec, ...]:
         found = []
         for index, value in enumerate(_list(values, place)):
             here = place.at(index)
@@ -197,7 +197,7 @@ class _Document:
 
     # --- parameters ---
 
-    def _parameters(self, values: Any, place: Place) -> JsonMapping:
+    def _parameters(self, values: object, place: Place) -> JsonMapping:
         """A level of parameters; what the method does not read is noted."""
         if values is None:
             return {}
@@ -233,7 +233,7 @@ class _Document:
             found["weights"] = (complement(t), t)
         return found
 
-    def _single(self, name: str, default: Any, part: SliceSpec) -> Any:
+    def _single(self, name: str, default: object, part: SliceSpec) -> Any:
         """An option that is one value for all tensors."""
         for level, place in ((part.parameters, part.place), (self.parameters, self.place)):
             if level.get(name) is not None:
@@ -303,13 +303,13 @@ class _Document:
         return str(place.model(value.removeprefix("model:") if isinstance(value, str) else value))
 
 
-def _nearest(name: Any) -> str:
+def _nearest(name: object) -> str:
     from gemma2.core.yaml_files import closest
 
     return closest(str(name), METHODS)
 
 
-def _list(values: Any, place: Place) -> list[Any]:
+def _list(values: object, place: Place) -> list[Any]:
     if not isinstance(values, list) or not values:
         raise place.wrong(f"is {shown(values)}", "give a list")
     return values

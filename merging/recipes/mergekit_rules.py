@@ -21,7 +21,7 @@ LAYER = r"\b(?:layers|h|blocks)\."
 Rules = list[tuple[str | None, list[float]]]  # (filter, points)
 
 
-def only_keys(value: Any, keys: Sequence[str], place: Place) -> None:
+def only_keys(value: object, keys: Sequence[str], place: Place) -> None:
     """Refuse a value that is not a mapping, or has other keys."""
     if not isinstance(value, dict):
         raise place.wrong(f"is {shown(value)}", f"write {{{keys[0]}: ...}}")
@@ -30,7 +30,7 @@ def only_keys(value: Any, keys: Sequence[str], place: Place) -> None:
             raise place.unknown(key, keys)
 
 
-def read_rules(value: Any, place: Place) -> Rules:
+def read_rules(value: object, place: Place) -> Rules:
     """A scalar, a gradient, or rules of {filter, value}; the first that fits counts."""
     if isinstance(value, dict):
         value = [value]
@@ -47,12 +47,12 @@ def read_rules(value: Any, place: Place) -> Rules:
     return rules
 
 
-def _points(value: Any, place: Place) -> list[float]:
+def _points(value: object, place: Place) -> list[float]:
     values = value if isinstance(value, list) and value else [value]
     return [plain_number(_numeric(item), place) for item in values]
 
 
-def _numeric(value: Any) -> Any:
+def _numeric(value: object) -> Any:
     """mergekit takes "1" for 1."""
     try:
         return float(value) if isinstance(value, str) else value

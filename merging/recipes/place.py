@@ -53,12 +53,12 @@ class Place:
         """The error of a value at this spot."""
         return UsageError(f"{self.key or 'the file'} {what} in {self.file}", hint)
 
-    def unknown(self, key: Any, valid: Iterable[str]) -> UsageError:
+    def unknown(self, key: object, valid: Iterable[str]) -> UsageError:
         """Error for an unknown key."""
         spot = self.at(printable(str(key)))
         return UsageError(f"unknown key '{spot.key}' in {self.file}", closest(str(key), valid))
 
-    def model(self, value: Any) -> Path:
+    def model(self, value: object) -> Path:
         """A directory, MODEL+ADAPTER, a hub id, or the name of a step."""
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(f"is {shown(value)}, not a model", "give a directory or a hub id")
@@ -73,27 +73,27 @@ class Place:
         return text if here or not neighbour.exists() else str(neighbour)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value of a file on one line of a message."""
     text = repr(value)
     return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-def check_name(name: Any, place: Place) -> str:
+def check_name(name: object, place: Place) -> str:
     """A step's name is a directory's name below --out."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise place.wrong(f"has a step named {shown(name)}", "use letters, digits, '.', '_' and '-'")
     return name
 
 
-def plain_number(value: Any, place: Place) -> float:
+def plain_number(value: object, place: Place) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise place.wrong(f"is {shown(value)}, not a number", "give a number")
     return float(value)
 
 
-def number(value: Any, place: Place) -> Number:
+def number(value: object, place: Place) -> Number:
     """A number, a gradient (a list, or `{layers: [..]}`), or a list of rules."""
     if isinstance(value, dict):
         return Schedule((_rule(value, place),))
@@ -109,7 +109,7 @@ def number(value: Any, place: Place) -> Number:
     return Schedule(tuple(rules))
 
 
-def is_rules(value: Any) -> bool:
+def is_rules(value: object) -> bool:
     """Whether a list holds rules, rather than one number per model."""
     return isinstance(value, list) and any(
         isinstance(item, dict) and {"match", "value"} & item.keys() for item in value
@@ -136,32 +136,32 @@ def _rule(value: JsonMapping, place: Place) -> Rule:
     return Rule(tuple(plain_number(point, spot) for point in points), pattern)
 
 
-def several(value: Any, place: Place) -> tuple[Number, ...]:
+def several(value: object, place: Place) -> tuple[Number, ...]:
     """One number, or one for each model or output."""
     if not isinstance(value, list) or is_rules(value):
         return (number(value, place),)
     return tuple(number(item, place.at(index)) for index, item in enumerate(value))
 
 
-def whole_number(value: Any, place: Place) -> int:
+def whole_number(value: object, place: Place) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise place.wrong(f"is {shown(value)}, not a whole number", "give a whole number")
     return value
 
 
-def flag(value: Any, place: Place) -> bool:
+def flag(value: object, place: Place) -> bool:
     if not isinstance(value, bool):
         raise place.wrong(f"is {shown(value)}, not true or false", "give true or false")
     return value
 
 
-def text(value: Any, place: Place) -> str:
+def text(value: object, place: Place) -> str:
     if not isinstance(value, str):
         raise place.wrong(f"is {shown(value)}, not a name", "give a name")
     return value
 
 
-def read_option(option: Option, value: Any, place: Place) -> OptionValue:
+def read_option(option: Option, value: object, place: Place) -> OptionValue:
     """The value of an option of merge methods, as a merge file, a stage or a flag gives it.
 
     Raises UsageError naming the place.
@@ -173,7 +173,7 @@ def read_option(option: Option, value: Any, place: Place) -> OptionValue:
     return number(value, place) if option.varies else plain_number(value, place)
 
 
-def tokenizer(value: Any, place: Place) -> str:
+def tokenizer(value: object, place: Place) -> str:
     return value if value in ("base", "union") else str(place.model(value))
 
 

@@ -66,7 +66,7 @@ def _own_steps(document: JsonMapping, place: Place) -> list[Step]:
     return [_step(check_name(name, inside), values, inside.at(name)) for name, values in steps.items()]
 
 
-def _step(name: str, values: Any, place: Place) -> Step:
+def _step(name: str, values: object, place: Place) -> Step:
     if not isinstance(values, dict):
         raise place.wrong(f"is {shown(values)}", "write {method: ..., models: [...]}")
     request = MergeRequest(**_fields(values, place))
@@ -124,11 +124,11 @@ def _fields(values: JsonMapping, place: Place) -> JsonObject:
     return {OPTIONS[key].attribute if key in OPTIONS else key: value for key, value in found.items()}
 
 
-def _read(key: str, value: Any, place: Place) -> Any:
+def _read(key: str, value: object, place: Place) -> Any:
     return COMMON[key](value, place) if key in COMMON else read_option(OPTIONS[key], value, place)
 
 
-def _models(values: Any, place: Place) -> tuple[tuple[Path, ...], dict[str, tuple[Number, ...]]]:
+def _models(values: object, place: Place) -> tuple[tuple[Path, ...], dict[str, tuple[Number, ...]]]:
     """The models, and the fields that their entries give: all of them, or none."""
     if not isinstance(values, list) or not values:
         raise place.wrong(f"is {shown(values)}", "give a list of models")
@@ -154,7 +154,7 @@ def _models(values: Any, place: Place) -> tuple[tuple[Path, ...], dict[str, tupl
     return tuple(paths), lists
 
 
-def read_slices(value: Any, place: Place, models: Sequence[Path], base: Path | None) -> tuple[Slice, ...]:
+def read_slices(value: object, place: Place, models: Sequence[Path], base: Path | None) -> tuple[Slice, ...]:
     """Runs of layers stacked on each other: `[{sources: [{model: a, layers: [0, 4]}, ..], t: 0.3}, ..]`.
 
     A source is one of `models`, by its path or its number from 0, or the base
@@ -166,13 +166,13 @@ def read_slices(value: Any, place: Place, models: Sequence[Path], base: Path | N
     return tuple(_slice(item, place.at(index), models, base) for index, item in enumerate(value))
 
 
-def _named_source(value: Any, place: Place, models: Sequence[Path]) -> Path:
+def _named_source(value: object, place: Place, models: Sequence[Path]) -> Path:
     if type(value) is int and 0 <= value < len(models):
         return models[value]
     return place.model(value)
 
 
-def _slice(value: Any, place: Place, models: Sequence[Path], base: Path | None) -> Slice:
+def _slice(value: object, place: Place, models: Sequence[Path], base: Path | None) -> Slice:
     if not isinstance(value, dict) or not isinstance(value.get("sources"), list) or not value["sources"]:
         raise place.wrong("has no list of 'sources'", "write {sources: [{model: DIR, layers: [first, end]}]}")
     layers: list[tuple[int, int, int]] = []

@@ -13,7 +13,6 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -79,7 +78,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _operand(source: Source) -> tuple[Any, ...]:
+def _operand(source: Source) -> tuple[object, ...]:
     """The facts that decide the numbers of an operand, given the files."""
     adapted = source.update and source.update.scale
     return str(source.tensor.file), source.tensor.offset, adapted, source.rows and source.rows.digest

@@ -234,7 +234,7 @@ def _messages(row: Row, column: str, role: str) -> list[Message]:
     return [_message(row, f"{column}[{index}]", item) for index, item in enumerate(value)]
 
 
-def _message(row: Row, place: str, item: Any) -> Message:
+def _message(row: Row, place: str, item: object) -> Message:
     if not isinstance(item, dict):
         raise InputError(f"{row.where}: '{place}' is {kind(item)}", 'write {"role": ..., "content": ...}')
     for name in ("role", "content"):

@@ -144,7 +144,7 @@ def is_hub_set(path: Path) -> bool:
     return plausible and not Path(path.parts[0]).exists()
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """The JSON type of a value, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     if isinstance(value, list) and not value:

@@ -160,7 +160,7 @@ def _check_same(stage: str, models: Seen, vocabulary: bool) -> None:
         _check_vocabulary(stage, models)
 
 
-def _shape(shape: tuple[Any, ...] | None) -> str:
+def _shape(shape: tuple[object, ...] | None) -> str:
     kind, hidden, layers = shape or ("?", "?", "?")
     return f"{kind} of {layers} layers and width {hidden}"
 

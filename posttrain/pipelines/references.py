@@ -38,7 +38,7 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+def texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
     """(place, text) of every text in a nested value; a place reads `options.data.0`."""
     if isinstance(value, str):
         yield place, value
@@ -55,7 +55,7 @@ def references(text: str) -> list[str]:
     return REFERENCE.findall(text)
 
 
-def replaced(value: Any, of: Callable[[str], Any]) -> Any:
+def replaced(value: object, of: Callable[[str], Any]) -> Any:
     """A nested value with every reference replaced by `of(reference)`; None leaves a reference as it is, NULL is null.
 
     A text that is nothing but one reference becomes the value itself, whatever its type; inside a longer text it
@@ -97,7 +97,7 @@ def _joined(text: str, values: JsonMapping) -> str:
     return REFERENCE.sub(lambda found: found[0] if values[found[1]] is None else str(values[found[1]]), text)
 
 
-def filled(value: Any) -> Any:
+def filled(value: object) -> Any:
     """A nested value in which `$${` is replaced by `${`."""
     if isinstance(value, str):
         return value.replace("$${", "${")
@@ -119,7 +119,7 @@ def lookup(values: JsonMapping, path: list[str], what: str) -> Any:
     return NULL if current is None else current
 
 
-def _there(value: Any, key: str) -> str:
+def _there(value: object, key: str) -> str:
     """The names next to which `key` was looked for."""
     if isinstance(value, Mapping):
         return closest(key, map(str, value)) if value else "no names are defined there"

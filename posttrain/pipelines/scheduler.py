@@ -286,7 +286,7 @@ class Scheduler:
             self._settle(stage, "failed", **record, error=line)
         self.observer.finished(stage, self.status[stage.name], seconds, outcome.summary or {})
 
-    def _settle(self, stage: Stage, status: str, **record: Any) -> None:
+    def _settle(self, stage: Stage, status: str, **record: object) -> None:
         self.status[stage.name] = status
         self.waiting.pop(stage.name, None)
         self.state.set(stage.name, status=status, **record)
@@ -323,7 +323,7 @@ def _asked(when: str, needs: Sequence[str]) -> list[str]:
     return [name for name in needs if f"${{{name}.summary." in when]
 
 
-def _lies_in(value: Any, folders: Sequence[Path]) -> bool:
+def _lies_in(value: object, folders: Sequence[Path]) -> bool:
     """Whether a value is a path in one of these folders."""
     return isinstance(value, str) and any(Path(value).is_relative_to(folder) for folder in folders)
 

@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
@@ -84,7 +83,7 @@ class State:
             },
         }
 
-    def set(self, stage: str, **changes: Any) -> None:
+    def set(self, stage: str, **changes: object) -> None:
         """Change one stage."""
         self.document["stages"][stage].update(changes)
         self.write()

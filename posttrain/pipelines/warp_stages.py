@@ -55,7 +55,7 @@ def _stage(command: str, options: JsonMapping, when: str | None = None) -> Stage
     return StageFile(command=command, options={key: _plain(value) for key, value in options.items()}, when=when)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A setting as a pipeline file has it."""
     if isinstance(value, Path):
         return str(value)

@@ -177,13 +177,13 @@ def spell(command: str, config: Config, out: Path) -> str:
     return shlex.join([*words, "--out", str(out)])
 
 
-def _is_nested(value: Any) -> bool:
+def _is_nested(value: object) -> bool:
     """Whether a value of a merge has rules, gradients or slices in it, which its flag takes as YAML."""
     items = value if isinstance(value, tuple) else (value,)
     return any(isinstance(item, dict | tuple) for item in items)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     """The text after `--set KEY=` that reads as this value."""
     plain = str(value)
     return plain if parse_value(plain) == value else json.dumps(value, ensure_ascii=False)

@@ -94,7 +94,7 @@ class Run:
         for listener in self.listeners:
             listener(step, metrics)
 
-    def sample(self, step: int, **row: Any) -> None:
+    def sample(self, step: int, **row: object) -> None:
         """Append one prompt and completion seen during the run to samples.jsonl."""
         if self.ranks.is_main:
             self._append("samples.jsonl", {"step": step, **row})

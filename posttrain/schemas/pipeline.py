@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, field_validator
 
 from gemma2.core.json_files import JsonObject
@@ -35,7 +33,7 @@ class StageFile(Config):
     options: JsonObject = Field(
         default_factory=dict, description="options of the command; ${STAGE.out} is the output of another stage"
     )
-    matrix: dict[str, tuple[Any, ...]] = Field(
+    matrix: dict[str, tuple[object, ...]] = Field(
         default_factory=dict, description="lists of values: one copy of the stage for every combination"
     )
     after: tuple[str, ...] = Field((), description="stages that must be done first, besides those named in options")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import default_device, load_policy
+from gemma2.posttrain.models.protocols import ModelConfig
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
 from gemma2.posttrain.schemas import GenerateConfig
 
@@ -97,7 +97,7 @@ def _uniforms(seed: int, count: int) -> torch.Tensor:
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def window_of(config: Any, max_new_tokens: int) -> int | None:
+def window_of(config: ModelConfig, max_new_tokens: int) -> int | None:
     """Longest prompt in tokens that leaves room for a completion; None where a model has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None else int(positions) - max_new_tokens

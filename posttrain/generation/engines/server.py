@@ -242,7 +242,9 @@ def _key(config: GenerateConfig) -> str | None:
     return key or None
 
 
-async def _first(tasks: set[asyncio.Task[Completion]]) -> tuple[set[Any], set[Any]]:
+async def _first(
+    tasks: set[asyncio.Task[Completion]],
+) -> tuple[set[asyncio.Task[Completion]], set[asyncio.Task[Completion]]]:
     return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 

@@ -119,7 +119,7 @@ class RayExecutor:
             del self.running[stage]
         return events, ended
 
-    def _outcome(self, reference: Any) -> Outcome:
+    def _outcome(self, reference: object) -> Outcome:
         from ray.exceptions import RayError
 
         try:

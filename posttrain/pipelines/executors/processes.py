@@ -109,7 +109,9 @@ class LocalExecutor:
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]:
         """(what running stages said, how those that ended did), after at most `seconds`."""
         # A pipe may be held open by helpers that a killed stage leaves behind, so its end is watched too.
-        waiting: list[Any] = [end for one in self.running.values() for end in (one.pipe, one.process.sentinel)]
+        waiting: list[Connection | int] = [
+            end for one in self.running.values() for end in (one.pipe, one.process.sentinel)
+        ]
         ready = set(wait(waiting, seconds)) if waiting else set()
         events: list[tuple[str, Event]] = []
         ended: dict[str, Outcome] = {}
@@ -208,7 +210,7 @@ def follow_parent() -> None:
     if parent is None:
         return
 
-    def watch(sentinel: Any) -> None:
+    def watch(sentinel: int) -> None:
         wait([sentinel])
         _kill_group(os.getpid())
 
