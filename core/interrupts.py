@@ -177,7 +177,8 @@ def allow(seconds: float) -> None:
 def _handled_by(thread: int) -> BaseException | None:
     """The exception that a thread is handling: in an `except` or `finally`, or in the end of a `with`."""
     found: Any = sys._current_exceptions().get(thread)
-    return found[1] if isinstance(found, tuple) else found  # a tuple until Python 3.11
+    result: BaseException | None = found[1] if isinstance(found, tuple) else found  # a tuple until Python 3.11
+    return result
 
 
 def _holds(error: BaseException | None) -> bool:

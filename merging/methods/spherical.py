@@ -60,7 +60,8 @@ def _shares(models: int, weights: Sequence[float] | None) -> Doubles:
     shares = np.ones(models) if weights is None else np.array(weights, dtype=np.float64)
     if shares.min() < 0 or not shares.sum() > 0:
         raise UsageError(f"weights {shares.tolist()} are not shares of a mean", "give positive weights")
-    return shares / shares.sum()
+    result: Doubles = shares / shares.sum()
+    return result
 
 
 def _mean(gram: Doubles, shares: Doubles, group: str, *, steps: int, tolerance: float) -> Slerp:
@@ -93,4 +94,5 @@ def _log(cosines: Doubles, place: Doubles, model: int, group: str) -> Doubles:
             f"{group}: model {model + 1} points opposite to the mean of the models ({np.degrees(away):.2f} degrees)",
             "use gemma2 merge linear, or check the models",
         )
-    return (direction - np.cos(away) * place) / np.sinc(away / np.pi)
+    result: Doubles = (direction - np.cos(away) * place) / np.sinc(away / np.pi)
+    return result

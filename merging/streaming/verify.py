@@ -126,7 +126,8 @@ class ReadBack:
             wanted = min(PIECE, size - begin)
             self._wait({tensor.name for tensor, _, _ in overlaps(tensors, begin, begin + wanted)})
             read_piece(descriptor, begin, wanted, buffers[number % 2], path)
-            return buffers[number % 2][:wanted]
+            result: Bytes = buffers[number % 2][:wanted]
+            return result
 
         def pieces() -> Iterator[Bytes]:
             count = -(-size // PIECE)

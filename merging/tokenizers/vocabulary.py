@@ -95,10 +95,9 @@ def _owner(choice: str, request: MergeRequest, base: Checkpoint | None) -> int:
     if choice in ("base", "union"):
         return 0
     paths = [*([request.base] if request.base else []), *request.models]
-    for same in (lambda path: path == Path(choice), lambda path: path.resolve() == Path(choice).resolve()):
-        for number, path in enumerate(paths):
-            if same(path):
-                return number
+    for named, wanted in ((paths, Path(choice)), ([path.resolve() for path in paths], Path(choice).resolve())):
+        if wanted in named:
+            return named.index(wanted)
     raise UsageError(f"--tokenizer {choice} is not one of the inputs", "give base, union, or an input as it is named")
 
 

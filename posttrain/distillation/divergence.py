@@ -167,7 +167,7 @@ def divergence_loss(hidden: Tensor, head: Head, target: Target, scale: float = 1
 
     Gradients flow to `hidden` and to `head.weight`, where these take them. `entropies` are the student's.
     """
-    return Measured(*_ChunkedDivergence.apply(hidden, head.weight, head, target, scale))
+    return Measured(*_ChunkedDivergence.apply(hidden, head.weight, head, target, scale))  # type: ignore[no-untyped-call]  # torch
 
 
 class _ChunkedDivergence(torch.autograd.Function):

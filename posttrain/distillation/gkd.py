@@ -115,7 +115,7 @@ def draw(
     return sample(model, prompts, params, chat.stop_ids, chat.tokenizer.pad_token_id or 0, generator, batch_size)
 
 
-class GkdTrainer(DistillationTrainer):
+class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is not typed
     """Distillation in one process. The student is `plain_model(trainer.model)`."""
 
     def __init__(

@@ -26,7 +26,8 @@ def response_states(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     output = model.base_model(
         input_ids=ids, attention_mask=causal_masks(model, width), position_ids=positions, use_cache=False
     )
-    return output.last_hidden_state[:, :-1][mask[:, 1:]]  # the state at position t predicts token t + 1
+    result: Tensor = output.last_hidden_state[:, :-1][mask[:, 1:]]  # the state at position t predicts token t + 1
+    return result
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:

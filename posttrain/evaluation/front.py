@@ -25,7 +25,8 @@ def pareto_front(points: Sequence[Point]) -> list[bool]:
 
 def _beats(a: Point, b: Point) -> bool:
     no_worse = a["kl"] <= b["kl"] and a["reward"] >= b["reward"]
-    return no_worse and (a["kl"] < b["kl"] or a["reward"] > b["reward"])
+    result: bool = no_worse and (a["kl"] < b["kl"] or a["reward"] > b["reward"])
+    return result
 
 
 def hypervolume(points: Sequence[Point], reference: tuple[float, float]) -> float:

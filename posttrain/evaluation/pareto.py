@@ -101,10 +101,12 @@ class Bench:
 
     def _load(self, path: Path) -> CausalLM:
         if path.resolve() == self.config.sft.resolve():
-            return self.reference
+            result: CausalLM = self.reference
+            return result
         model, _ = load_policy(path)
         check_same_vocabulary(model, self.reference, str(path), str(self.config.sft))
-        return model
+        found: CausalLM = model
+        return found
 
     def _line_models(self) -> tuple[CausalLM, JsonObject, JsonObject]:
         """(a model to write into, init, merged): the SFT policy serves as init without a copy."""

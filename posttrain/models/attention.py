@@ -122,7 +122,7 @@ def empty_cache(config: ModelConfig) -> Cache:
     return Cache(layers=[KvLayer(window) for window in layer_windows(config)])
 
 
-class KvLayer(CacheLayerMixin):
+class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed
     """Keys and values of one layer, (B, heads, capacity, head_dim), grown in blocks and written in place.
 
     A local layer keeps all columns and hands out the last `window` of them.

@@ -70,7 +70,7 @@ def causal_attention(
     grouped = query.reshape(batch * key.shape[1], groups, tokens, dim)
     arguments = (grouped, key.reshape(shape), value.reshape(shape), scale, cap, window)
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    output = _Attention.apply(*arguments) if learns else _attend(*arguments)
+    output = _Attention.apply(*arguments) if learns else _attend(*arguments)  # type: ignore[no-untyped-call]  # torch
     return output.view(query.shape)
 
 

@@ -95,7 +95,7 @@ def _apply(
         getattr(model.config, "final_logit_softcapping", None), temperature, entropies, torch.is_grad_enabled()
     )
     weight = model.get_output_embeddings().weight
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(hidden, weight, targets, weights, form)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(hidden, weight, targets, weights, form)  # type: ignore[no-untyped-call]  # torch
     return result
 
 

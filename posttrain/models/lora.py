@@ -105,7 +105,8 @@ def weight_of(linear: Any) -> Tensor:
 def _product_added(layer: Any, dtype: torch.dtype) -> Tensor:
     (adapter,) = layer.active_adapters
     weight = layer.get_base_layer().weight.detach().float()
-    return (weight + layer.get_delta_weight(adapter).detach().float()).to(dtype)
+    result: Tensor = (weight + layer.get_delta_weight(adapter).detach().float()).to(dtype)
+    return result
 
 
 def adapters_are_products(model: CausalLM) -> bool:

@@ -308,7 +308,8 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        result: Tensor = output.logits[:, -1].float()
+        return result
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token (B,) to every row."""

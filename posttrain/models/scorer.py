@@ -163,7 +163,8 @@ def head_logits(model: CausalLM, hidden: Tensor) -> Tensor:
             )
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    result: Tensor = logits if cap is None else torch.tanh(logits / cap) * cap
+    return result
 
 
 def _scored(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -87,7 +87,8 @@ def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) 
     ridge = l2 * torch.eye(width, dtype=torch.float64) + 2 * centring / n * sums.T @ sums
 
     def loss(w: Tensor) -> Tensor:
-        return -F.logsigmoid(differences @ w - margins).mean() + 0.5 * w @ ridge @ w
+        result: Tensor = -F.logsigmoid(differences @ w - margins).mean() + 0.5 * w @ ridge @ w
+        return result
 
     w = torch.zeros(width, dtype=torch.float64)
     first: float | None = None
@@ -108,4 +109,5 @@ def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) 
 
 def _accuracy(states: Tensor, head: Tensor) -> float:
     chosen, rejected = states.double() @ head
-    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+    result: float = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+    return result

@@ -73,7 +73,8 @@ def clustered_error(values: Tensor, groups: Sequence[Hashable]) -> float:
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     sums = torch.zeros(len(number), dtype=torch.float64)
     sums.index_add_(0, torch.tensor([number[group] for group in groups]), values - values.mean())
-    return (sums.norm() / len(values)).item()
+    result: float = (sums.norm() / len(values)).item()
+    return result
 
 
 def _correct(margins: Tensor) -> Tensor:

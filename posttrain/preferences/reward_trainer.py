@@ -58,7 +58,7 @@ def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring:
     return -F.logsigmoid(difference) + centring * (chosen + rejected) ** 2
 
 
-class PairTrainer(GroupedByLength, RewardTrainer):
+class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the library is not typed
     """RewardTrainer with batches of similar pairs and the loss above."""
 
     loss_is_scaled_for_ga = True
@@ -85,7 +85,8 @@ class PairTrainer(GroupedByLength, RewardTrainer):
     ) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
         if self.part_tokens is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            result: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return result
         # The gradient of an embedding is as large as its table, so it is formed once for all parts.
         embedded = embed(model, inputs["input_ids"])
         if embedded is not None:

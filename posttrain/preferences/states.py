@@ -64,7 +64,8 @@ def last_position(
     attended = F.dropout(attended, dropout, training=plain.training)
     state = hidden[rows, last] + layer.post_attention_layernorm(attended)
     state = state + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(state)))
-    return base.norm(state).float()
+    result: Tensor = base.norm(state).float()
+    return result
 
 
 def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:
@@ -86,4 +87,5 @@ def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], las
     if attention.sliding_window is not None:
         hidden_from |= column <= last[:, None] - attention.sliding_window
     weights = scores.masked_fill(hidden_from[:, None, None], -torch.inf).softmax(-1)
-    return attention.o_proj((weights @ value).view(batch, -1))
+    result: Tensor = attention.o_proj((weights @ value).view(batch, -1))
+    return result

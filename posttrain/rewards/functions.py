@@ -61,7 +61,8 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
         raise UsageError(f"{option} {name!r} is not a function", "name a function")
     if _is_async(function):
         raise UsageError(f"{option} {name!r} is async", "name a plain function that calls asyncio.run")
-    return function
+    result: Callable[..., Any] = function
+    return result
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

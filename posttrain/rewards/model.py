@@ -70,10 +70,11 @@ class RewardModel:
 
     def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether ids and turns of `tokenizer` mean the same to this model."""
-        return (
+        result: bool = (
             self.tokenizer.get_vocab() == tokenizer.get_vocab()
             and self.tokenizer.chat_template == tokenizer.chat_template
         )
+        return result
 
 
 def shaped_rewards(

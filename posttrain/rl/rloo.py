@@ -54,7 +54,7 @@ def prompt_order(prompts: int, draws: int, seed: int) -> list[int]:
     return order[:draws]
 
 
-class AnchorUpdate(TrainerCallback):
+class AnchorUpdate(TrainerCallback):  # type: ignore[misc]  # the library is not typed
     """ema <- (1 - mu) ema + mu theta, after every optimizer step (WARP, Algorithm 1, line 8)."""
 
     def __init__(self, anchor: EmaAnchor, policy: CausalLM, mu: float) -> None:
@@ -68,7 +68,7 @@ class AnchorUpdate(TrainerCallback):
         self.anchor.update(self.policy, self.mu)
 
 
-class AnchoredRlooTrainer(RLOOTrainer):
+class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is not typed
     """RLOO on our rollouts. `anchor` is what checkpoints must hold; a fixed anchor is None here.
 
     With `peft_config` the layers of the rollout's policy get adapters, in place, and those are trained.
@@ -128,7 +128,8 @@ class AnchoredRlooTrainer(RLOOTrainer):
 
     def _compute_loss(self, model: CausalLM, inputs: dict[str, Tensor]) -> Tensor:
         # Through the wrapper's forward: DistributedDataParallel reduces the gradients of nothing else.
-        return self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
+        result: Tensor = self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
+        return result
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
         # DistributedDataParallel reduces gradients after one backward pass: with it the batch stays whole.
@@ -144,7 +145,8 @@ class AnchoredRlooTrainer(RLOOTrainer):
         entropy, tokens = sum(entropies, torch.zeros_like(loss)), sum(counts)
         everyone = self.accelerator.gather(torch.stack([entropy.detach().float(), entropy.new_tensor(tokens).float()]))
         self._entropy += everyone.view(-1, 2).sum(0).cpu()
-        return loss
+        result: Tensor = loss
+        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Entropy is a mean over the tokens since the last line, however they were cut into forward passes."""

@@ -175,10 +175,11 @@ class VllmSampler:
         if self.generation.mode == "server":
             return 0  # rank 0 asks for everyone
         group = self.generation.tensor_parallel_size
-        return self.ranks.rank // group * group * rows
+        result: int = self.ranks.rank // group * group * rows
+        return result
 
 
-class PlainWeights(VLLMGeneration):
+class PlainWeights(VLLMGeneration):  # type: ignore[misc]  # the library is not typed
     """TRL's generation, given the weights of a plain model whether or not the policy has adapters."""
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
@@ -261,7 +262,8 @@ class _SeededClient:
     def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: JsonObject, **options: Any) -> Any:
         def ask(number: int) -> JsonObject:
             own = generation_kwargs | {"seed": self._seeds.first + number * n}
-            return self._client.generate(prompts=[prompts[number]], n=n, generation_kwargs=own, **options)
+            result: JsonObject = self._client.generate(prompts=[prompts[number]], n=n, generation_kwargs=own, **options)
+            return result
 
         with ThreadPoolExecutor(max_workers=min(REQUESTS, len(prompts))) as pool:
             answers = list(pool.map(ask, range(len(prompts))))

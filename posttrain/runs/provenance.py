@@ -198,8 +198,10 @@ def _is_there(entry: JsonMapping, directory: Path) -> bool:
     """Whether a recorded input is where it was, with the content that it had."""
     path = directory / entry["path"]
     if "weights" in entry:
-        return digest_weights(path) == entry["weights"]
-    return path.is_file() and digest_input(path) == entry["digest"]
+        result: bool = digest_weights(path) == entry["weights"]
+        return result
+    found: bool = path.is_file() and digest_input(path) == entry["digest"]
+    return found
 
 
 def _same_contents(option: str, paths: Sequence[Path], recorded: Sequence[JsonMapping], others: Sequence[str]) -> bool:

@@ -47,7 +47,7 @@ UNUSED = (
 PART_TOKENS = 2048  # per forward pass on a CPU: what its caches hold of a layer's activations, measured (bench/sft.py)
 
 
-class SftTrainer(GroupedByLength, SFTTrainer):
+class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the library is not typed
     """SFTTrainer with batches of similar rows, and on a CPU a loss that scores targets only."""
 
     epochs: Epochs | None = None
@@ -72,7 +72,8 @@ class SftTrainer(GroupedByLength, SFTTrainer):
     ) -> Tensor:
         """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
         if self.part_tokens is None or num_items_in_batch is None or "attention_mask" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            result: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return result
         losses = [
             super(SftTrainer, self).training_step(model, part, num_items_in_batch)
             for part in parts(inputs, self.part_tokens)

@@ -151,7 +151,8 @@ def _randomised(kind: type[Model], config: Gemma2Config, seed: int) -> Model:
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(model.named_parameters()):
         parameter.normal_(0.0, 0.2, generator=generator)
-    return model
+    result: Model = model
+    return result
 
 
 def random_model(seed: int = 0, **overrides: object) -> Gemma2ForCausalLM:

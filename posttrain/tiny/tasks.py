@@ -174,7 +174,8 @@ SKILLS: Mapping[str, tuple[Callable[[Random], Question], float]] = {
 
 def _draw(rng: Random) -> Question:
     skills, weights = zip(*SKILLS.values(), strict=True)
-    return rng.choices(skills, weights)[0](rng)
+    result: Question = rng.choices(skills, weights)[0](rng)
+    return result
 
 
 def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:

@@ -55,7 +55,7 @@ class Record:
     without_progress: int = 0
 
 
-class HeldOut(TrainerCallback):
+class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not typed
     """Measures the held-out loss into metrics.jsonl as `heldout_loss`. To be added before `RunCallback`, which seals
     the checkpoints that this one adds to. A subclass that overrides `figures` has another loss, or more figures."""
 

@@ -137,7 +137,7 @@ def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
     return None
 
 
-class RunCallback(TrainerCallback):
+class RunCallback(TrainerCallback):  # type: ignore[misc]  # the library is not typed
     """Feeds a run from a Trainer: metrics, the bar, the NaN guard and the checkpoint mark.
 
     `shown` maps metric names to the short names next to the progress bar.
@@ -223,7 +223,7 @@ def evaluations(run: Run) -> list[JsonObject]:
     return run.ranks.on_main(read)
 
 
-class PeriodicEvaluation(TrainerCallback):
+class PeriodicEvaluation(TrainerCallback):  # type: ignore[misc]  # the library is not typed
     """Calls `measure` at step 0, every `config.eval_every` steps and at the end."""
 
     config: DistillConfig | RlhfConfig
