@@ -2,7 +2,7 @@
 
 Operands are rows of bf16 bits or of fp32; other formats were widened to fp32 before. Sums are fp32 inside a block of
 4 Ki elements and fp64 across blocks, so that a norm over a vector of any length is right to 1e-6 (one fp32 sum over
-the 590 M elements of the 2B embedding is 10 % low). Differences are taken before products. Results are rounded once,
+the 590 M elements of the 2B embedding is 10 % low). Differences are taken before products. Out are rounded once,
 to nearest even, on store.
 
 Blocks are counted from the start of a tensor: results do not depend on the caller's cuts, as long as every cut is a
@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 from numba.core import event
 
-from .dtypes import Bytes, Doubles, Floats, Results, Stored, compiled, store, value
+from .dtypes import Bytes, Doubles, Floats, Out, Stored, compiled, store, value
 
 __all__ = ["BLOCK", "announced", "check_sum", "combine", "gram", "pair_count"]
 
@@ -174,7 +174,7 @@ def combine_block(stored: Stored, begin: int, weights: Doubles, total: Floats) -
 
 
 @compiled()
-def combine(stored: Stored, count: int, weights: Doubles, total: Floats, out: Results) -> bool:
+def combine(stored: Stored, count: int, weights: Doubles, total: Floats, out: Out) -> bool:
     """`out[e] = sum_k weights[e, k] * operand_k` for every output e. False if a stored value is Inf or NaN.
 
     stored   (K, >= count) uint16 bits of bf16, or fp32; C-contiguous

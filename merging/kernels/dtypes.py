@@ -21,7 +21,7 @@ __all__ = [
     "Bytes",
     "Doubles",
     "Floats",
-    "Results",
+    "Out",
     "Stored",
     "compiled",
     "narrow",
@@ -42,7 +42,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Stored = NDArray[np.uint16] | NDArray[np.float32]  # operands: bits of bf16, or fp32
-Results = NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]  # see STORED
+Out = NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]  # see STORED
 
 
 def compiled(inner: bool = False, **options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -173,7 +173,7 @@ def narrow(values: Floats, kind: int, raw: Bytes) -> np.bool_:
     return to_fp32(values, raw.view(np.float32))
 
 
-def store(values: Floats, out: Results) -> bool:
+def store(values: Floats, out: Out) -> bool:
     """`narrow` into an array whose dtype gives the format, by STORED."""
     raise NotImplementedError("for compiled code")
 

@@ -12,7 +12,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from .dense import BLOCK, check_sum, combine, gram
-from .dtypes import Bytes, Doubles, Floats, Results, Stored, compiled
+from .dtypes import Bytes, Doubles, Floats, Out, Stored, compiled
 
 __all__ = ["DONE", "NOT_FINITE", "blend", "load", "measure"]
 
@@ -99,7 +99,7 @@ def blend(
     span: tuple[int, int, int],
     weights: Doubles,
     targets: Longs,
-    space: tuple[Stored, Floats, Results],
+    space: tuple[Stored, Floats, Out],
     checks: NDArray[np.uint64],
     based: bool,
     products: Doubles,
