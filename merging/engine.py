@@ -1,4 +1,4 @@
-"""Carries out a merge: plan -> stream -> verify -> publish."""
+"""Runs a merge: plan -> stream -> verify -> publish."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.manifest import now, versions, write_manifest
+from gemma2.core.outputs.manifest import Manifest, ParentRecord, now, versions, write_manifest
 from gemma2.core.outputs.model_card import Account
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import staged_output
@@ -38,7 +38,7 @@ __all__ = ["MergeResult", "merge"]
 class MergeResult:
     """The result of a merge. After a dry run `groups` is empty.
 
-    seconds  spent in reading, merging, writing and reading back, without flushing to disk and publication
+    seconds  of reading, merging, writing and reading back, without flushing to disk and publication
     """
 
     plan: MergePlan
@@ -52,12 +52,12 @@ class MergeResult:
         return self.plan.outputs
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """The report of the first output."""
         return self.summary_of(0)
 
-    def summary_of(self, output: int) -> dict[str, Any]:
-        """The report of one output, as its manifest records it."""
+    def summary_of(self, output: int) -> JsonObject:
+        """Return the report of one output, which its manifest records."""
         etas = self.plan.request.etas
         rows = [group.as_dict() for group in self.groups]
         for row in rows:
@@ -85,12 +85,13 @@ def merge(
     cut: int = CUT,
     account: Account | None = None,
 ) -> MergeResult:
-    """Merge models into `out`, or with several etas into one directory for each below `out`.
+    """Merge models into `out`, or with several etas into one directory per eta inside `out`.
 
     Each output is a model directory that appears complete or not at all. With `verify` it is read back from the disk
-    before it appears; without, its manifest has no digests of the weights. `cut` is the elements per read, a multiple
-    of 4096; it does not change the result. `account` is for a command that merges on behalf of something else.
-    Raises UsageError, InputError or OutputError; before any work where that can be known.
+    before it appears; without, its manifest has no digests of the weights. `cut` is the number of elements per read, a
+    multiple of 4096; it does not change the result. `account` replaces entries of the manifest and the card for another
+    command that merges.
+    Raises UsageError, InputError or OutputError, if possible before any work.
     """
     with _refusals(out):
         plan = plan_merge(request, out, force)
@@ -125,7 +126,7 @@ def _merge(
 
 @contextmanager
 def _refusals(out: Path) -> Iterator[None]:
-    """Turn a refusal of the system at any open, write, flush or rename into one clear error."""
+    """Turn a failure of the system at any open, write, flush or rename into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -133,18 +134,18 @@ def _refusals(out: Path) -> Iterator[None]:
             raise
         place = error.filename or out
         raise OutputError(
-            f"{place}: {error.strerror or error}", "check the place, its permissions and space"
+            f"{place}: {error.strerror or error}", "check the path, its permissions and the free space"
         ) from error
 
 
-def _config_changes(plan: MergePlan) -> dict[str, Any]:
-    """Keys of config.json that the merge gives other values."""
+def _config_changes(plan: MergePlan) -> JsonObject:
+    """Return the keys of config.json that the merge changes, with their values."""
     return {**plan.config, **({"dtype": plan.request.dtype} if plan.request.dtype else {})}
 
 
 @contextmanager
 def _no_empty_parents(out: Path) -> Iterator[None]:
-    """Remove the folders that were made for an output which then failed."""
+    """Remove the folders that were created for an output which then failed."""
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         yield
@@ -158,7 +159,7 @@ def _no_empty_parents(out: Path) -> Iterator[None]:
 def _stream(
     plan: MergePlan, directories: list[Path], verify: bool, progress: Progress, cut: int
 ) -> tuple[MergeResult, list[dict[str, str]]]:
-    """Read, merge and write all weights; with `verify` read them back and give the digest of each file."""
+    """Read, merge and write all weights; with `verify` also read them back and return the digest of each file."""
     begin = time.perf_counter()
     total = plan.input_bytes * plan.method.passes + (plan.output_bytes * len(directories) if verify else 0)
     with (
@@ -183,9 +184,9 @@ def _stream(
 
 
 def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
-    """Merge group after group, by the streams of the method's kind."""
+    """Merge group after group, with the stream for the method."""
     if plan.method.selection is not None:
-        from .streaming.sparse_stream import (  # kernels that a scalar combination need not load
+        from .streaming.sparse_stream import (  # its kernels are not loaded for scalar combinations
             ChoosingStream,
             longest_cut,
         )
@@ -199,24 +200,22 @@ def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: in
 
 
 def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
-    """A stored copy of a tied tensor must be one: dropping anything else would lose weights."""
+    """Require that stored copies of tied tensors are equal to them: dropping other values would lose weights."""
     for name, original in plan.tied.items():
         copy, kept = model.tensors[name], model.tensors[original]
         if (copy.dtype, copy.shape) != (kept.dtype, kept.shape) or not reader.same(copy, kept):
             raise InputError(
                 f"{model}: {name} differs from {original}, though config.json ties them",
-                'set "tie_word_embeddings" to false, or remove the one that is not meant',
+                'set "tie_word_embeddings" to false, or remove the wrong one',
             )
 
 
-def _manifest(
-    result: MergeResult, number: int, weights: list[str], started: str, account: Account | None
-) -> dict[str, Any]:
-    """`gemma2.json` of one output: request, parents with their roles in the merge, and the report."""
+def _manifest(result: MergeResult, number: int, weights: list[str], started: str, account: Account | None) -> Manifest:
+    """Return `gemma2.json` of one output: request, parents with their roles in the merge, and the report."""
     plan = result.plan
     here = plan.outputs[number].resolve()
-    parents = [
-        # "input", not "model": the role separates a trained policy's init from the models that a merge mixes.
+    parents: list[ParentRecord] = [
+        # "input", not "model": the role distinguishes the init of a trained policy from the inputs of a merge.
         {
             "role": "base" if model is plan.base else "input",
             "path": os.path.relpath(model.path.resolve(), here),
@@ -234,12 +233,12 @@ def _manifest(
         "ended": now(),
         "status": "complete",
         "summary": result.summary_of(number),
-        **(_told(account) if account else {}),
+        **(_replaced(account) if account else {}),
     }
 
 
-def _told(account: Account) -> dict[str, Any]:
-    """The facts that another command adds to the manifest."""
+def _replaced(account: Account) -> Manifest:
+    """Return the entries of the manifest that another command replaces."""
     return {
         "command": account.command,
         "config": dict(account.config),

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
+from .manifest import DataRecord
 from .safetensors_header import printable
 
 __all__ = ["Account", "Ancestor", "Facts", "code", "fenced", "model_card", "shown", "table"]
@@ -75,7 +76,7 @@ class Account:
 
     command: str
     config: JsonMapping
-    data: Sequence[Mapping[str, str]] = ()
+    data: Sequence[DataRecord] = ()
     summary: JsonMapping = field(default_factory=dict)
     sections: tuple[tuple[str, str], ...] = ()
     pictures: tuple[Path, ...] = ()

@@ -1,23 +1,23 @@
 """The arithmetic on tensors: Gram matrices of task vectors and fused linear combinations. numba, without the GIL.
 
-Operands come in as rows of bf16 bits or of fp32; whatever else there is was widened to fp32 before. Sums run in fp32
-inside a block of 4 Ki elements and leave it as fp64, so that a norm over a vector of any length is right to 1e-6 (one
-fp32 sum over the 590 M elements of the 2B embedding is 10 % low). Differences are taken before products. Results are
-rounded once, to nearest even, on store.
+Operands are rows of bf16 bits or of fp32; other formats were widened to fp32 before. Sums are fp32 inside a block of
+4 Ki elements and fp64 across blocks, so that a norm over a vector of any length is right to 1e-6 (one fp32 sum over
+the 590 M elements of the 2B embedding is 10 % low). Differences are taken before products. Out are rounded once,
+to nearest even, on store.
 
-Blocks are counted from the start of a tensor: results do not depend on how the caller cuts it, as long as every cut
-is a multiple of BLOCK.
+Blocks are counted from the start of a tensor: results do not depend on the caller's cuts, as long as every cut is a
+multiple of BLOCK.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numba.core import event
 
-from .dtypes import Bytes, Doubles, Floats, compiled, store, value
+from .dtypes import Bytes, Doubles, Floats, Out, Stored, compiled, store, value
 
 __all__ = ["BLOCK", "announced", "check_sum", "combine", "gram", "pair_count"]
 
@@ -28,8 +28,8 @@ CONTRACT = {"contract"}  # a * b + c may round once
 
 
 @compiled(inner=True, fastmath=REORDER)
-def based_products(base: Any, x: Any, y: Any) -> Any:
-    """|base|^2, <u, u>, <u, v>, <v, v> of u = x - base, v = y - base over one block, summed in fp32."""
+def based_products(base: Stored, x: Stored, y: Stored) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    """Return |base|^2, <u, u>, <u, v>, <v, v> of u = x - base, v = y - base over one block, summed in fp32."""
     square, first, both, second = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for i in range(base.size):
         origin = value(base[i])
@@ -42,8 +42,8 @@ def based_products(base: Any, x: Any, y: Any) -> Any:
 
 
 @compiled(inner=True, fastmath=REORDER)
-def plain_products(x: Any, y: Any) -> Any:
-    """<x, x>, <x, y>, <y, y> over one block, summed in fp32."""
+def plain_products(x: Stored, y: Stored) -> tuple[np.float32, np.float32, np.float32]:
+    """Return <x, x>, <x, y>, <y, y> over one block, summed in fp32."""
     first, both, second = np.float32(0), np.float32(0), np.float32(0)
     for i in range(x.size):
         u, v = value(x[i]), value(y[i])
@@ -54,8 +54,8 @@ def plain_products(x: Any, y: Any) -> Any:
 
 
 @compiled(inner=True)
-def precise_product(base: Any, x: Any, y: Any, based: bool) -> Any:
-    """|base|^2 and <u, v> in fp64, for blocks whose squares overflow fp32. Not finite only if an operand is not."""
+def precise_product(base: Stored, x: Stored, y: Stored, based: bool) -> tuple[float, float]:
+    """Return |base|^2 and <u, v> in fp64, for blocks whose squares overflow fp32; finite if the operands are."""
     square, both = 0.0, 0.0
     for i in range(x.size):
         origin = np.float64(value(base[i])) if based else 0.0
@@ -65,8 +65,8 @@ def precise_product(base: Any, x: Any, y: Any, based: bool) -> Any:
 
 
 @compiled(inner=True)
-def gram_block(stored: Any, begin: int, end: int, based: bool, out: Doubles) -> None:
-    """Inner products of columns [begin, end); `out` (1 + pairs,) as `gram` says."""
+def gram_block(stored: Stored, begin: int, end: int, based: bool, out: Doubles) -> None:
+    """Inner products of columns [begin, end) into `out` (1 + pairs,), see `gram`."""
     start = 1 if based else 0
     vectors = len(stored) - start
     out[0] = 0.0
@@ -85,7 +85,7 @@ def gram_block(stored: Any, begin: int, end: int, based: bool, out: Doubles) -> 
 
 
 @compiled(inner=True)
-def gram_block_precise(stored: Any, begin: int, end: int, based: bool, out: Doubles) -> None:
+def gram_block_precise(stored: Stored, begin: int, end: int, based: bool, out: Doubles) -> None:
     """`gram_block` in fp64."""
     start = 1 if based else 0
     column = 1
@@ -97,8 +97,8 @@ def gram_block_precise(stored: Any, begin: int, end: int, based: bool, out: Doub
 
 
 @compiled(inner=True)
-def not_finite(numbers: Doubles) -> Any:
-    """Whether one of them is Inf or NaN."""
+def not_finite(numbers: Doubles) -> bool:
+    """Whether a number is Inf or NaN."""
     found = False
     for i in range(numbers.size):
         found |= not np.isfinite(numbers[i])
@@ -106,7 +106,7 @@ def not_finite(numbers: Doubles) -> Any:
 
 
 @compiled()
-def gram(stored: Any, count: int, based: bool, out: Doubles) -> None:
+def gram(stored: Stored, count: int, based: bool, out: Doubles) -> None:
     """Inner products of the operands' vectors, per block.
 
     stored  (K, >= count) uint16 bits of bf16, or fp32; C-contiguous; row 0 is the base when `based`
@@ -122,14 +122,14 @@ def gram(stored: Any, count: int, based: bool, out: Doubles) -> None:
 
 
 @compiled(inner=True, fastmath=CONTRACT)
-def add_one(total: Floats, x: Any, around: Any, weight: Any) -> None:
+def add_one(total: Floats, x: Stored, around: Stored, weight: np.float32) -> None:
     """`total += weight * (x - around)`"""
     for i in range(total.size):
         total[i] += weight * (value(x[i]) - value(around[i]))
 
 
 @compiled(inner=True, fastmath=CONTRACT)
-def add_two(total: Floats, x: Any, y: Any, around: Any, weights: Any) -> None:
+def add_two(total: Floats, x: Stored, y: Stored, around: Stored, weights: tuple[np.float32, np.float32]) -> None:
     """`total += weights[0] * (x - around) + weights[1] * (y - around)`"""
     first, second = weights
     for i in range(total.size):
@@ -138,16 +138,16 @@ def add_two(total: Floats, x: Any, y: Any, around: Any, weights: Any) -> None:
 
 
 @compiled(inner=True, fastmath=CONTRACT)
-def add_scaled(total: Floats, around: Any, scale: Any) -> None:
-    """`total = scale * around + total`; where the total is 0 without adding it, since -0.0 + 0.0 loses the sign."""
+def add_scaled(total: Floats, around: Stored, scale: np.float32) -> None:
+    """`total = scale * around + total`; a total of 0 is not added, since -0.0 + 0.0 loses the sign."""
     for i in range(total.size):
         scaled = scale * value(around[i])
         total[i] = scaled + total[i] if total[i] != np.float32(0) else scaled
 
 
 @compiled(inner=True)
-def combine_block(stored: Any, begin: int, weights: Doubles, total: Floats) -> None:
-    """One output of one block: the sum of weighted rows, around that of largest weight."""
+def combine_block(stored: Stored, begin: int, weights: Doubles, total: Floats) -> None:
+    """One output of one block: the sum of weighted rows, taken around the row of the largest weight."""
     end = begin + total.size
     pivot, whole = 0, 0.0
     for k in range(weights.size):
@@ -155,9 +155,9 @@ def combine_block(stored: Any, begin: int, weights: Doubles, total: Floats) -> N
         if abs(weights[k]) > abs(weights[pivot]):
             pivot = k
     around = stored[pivot, begin:end]
-    # Weights that were formed as 1 - sum of the others miss 1 by an fp64 rounding.
+    # Weights that were computed as 1 - sum of the others miss 1 by an fp64 rounding.
     scale = np.float32(1.0) if abs(whole - 1.0) < 1e-12 else np.float32(whole)
-    previous = -1  # terms are taken in twos: half of the loads and stores of the total
+    previous = -1  # terms are added in pairs, which halves the loads and stores of the total
     for i in range(total.size):
         total[i] = np.float32(0)
     for k in range(weights.size):
@@ -174,17 +174,17 @@ def combine_block(stored: Any, begin: int, weights: Doubles, total: Floats) -> N
 
 
 @compiled()
-def combine(stored: Any, count: int, weights: Doubles, total: Floats, out: Any) -> bool:
-    """`out[e] = sum_k weights[e, k] * operand_k` for every output e. False when a stored value is Inf or NaN.
+def combine(stored: Stored, count: int, weights: Doubles, total: Floats, out: Out) -> bool:
+    """`out[e] = sum_k weights[e, k] * operand_k` for every output e. False if a stored value is Inf or NaN.
 
     stored   (K, >= count) uint16 bits of bf16, or fp32; C-contiguous
     weights  (E, K) fp64
     total    (BLOCK,) fp32 work space
-    out      (E, >= count) of a dtype in formats.STORED: bits of bf16, bits of fp16, or fp32
+    out      (E, >= count) of a dtype in STORED: bits of bf16, bits of fp16, or fp32
 
-    Formed as `s * r + sum_k w_k * (operand_k - r)` around the operand r of the largest weight, s = sum of weights:
-    the small terms are summed first, equal operands give themselves, and a single weight of 1 gives that operand bit
-    for bit.
+    Computed as `s * r + sum_k w_k * (operand_k - r)` around the operand r of the largest weight, s = sum of weights:
+    the small terms are summed first, equal operands give the same values, and a single weight of 1 gives that operand
+    bit for bit.
     """
     finite = True
     for begin in range(0, count, BLOCK):
@@ -196,7 +196,7 @@ def combine(stored: Any, count: int, weights: Doubles, total: Floats, out: Any) 
 
 
 @compiled(inner=True)
-def check_edge(data: Bytes, place: int) -> Any:
+def check_edge(data: Bytes, place: int) -> np.uint64:
     """`check_sum` byte by byte, for the ends of a piece that do not fill a word."""
     total = np.uint64(0)
     for i in range(data.size):
@@ -207,13 +207,14 @@ def check_edge(data: Bytes, place: int) -> Any:
 
 
 @compiled()
-def check_sum(data: Bytes, place: int) -> Any:
-    """`sum_i word_i * (2 i + 1)` modulo 2**64 over 64-bit words, i counted from the start of the file.
+def check_sum(data: Bytes, place: int) -> np.uint64:
+    """Return `sum_i word_i * (2 i + 1)` modulo 2**64 over 64-bit words, i counted from the start of the file.
 
-    place  of the first byte in the file. Sums of pieces add up to that of the whole, wherever it is cut, in any order.
+    place  offset of the first byte in the file
 
-    Odd factors have inverses, so no change of a single word goes unseen, and a word in the wrong place counts
-    differently. It finds slips of the writer and the disk, not forgery: files have a cryptographic digest besides.
+    Sums of pieces add up to the sum of the whole, for any cuts and in any order. Odd factors have inverses, so every
+    change of a single word changes the sum, and a word in the wrong place counts differently. It detects errors of the
+    writer and the disk, not forgery: files also have a cryptographic digest.
     """
     head = min(-place % 8, data.size)
     whole = (data.size - head) // 8 * 8
@@ -226,25 +227,26 @@ def check_sum(data: Bytes, place: int) -> Any:
 
 
 def pair_count(vectors: int) -> int:
-    """Columns of <v_i, v_j>, i <= j."""
+    """Return the number of products <v_i, v_j> with i <= j."""
     return vectors * (vectors + 1) // 2
 
 
-class _Announcer(event.Listener):
-    """Tells the user once that machine code is being made; numba fires the event only when the disk has none."""
+class _Announcer(event.Listener):  # type: ignore[misc]  # numba is not typed
+    """Notes once that machine code is being compiled; numba fires the event only if none is cached on disk."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note: Callable[[str], None] | None = note
 
-    def on_start(self, event: Any) -> None:
+    def on_start(self, event: object) -> None:
         if self.note:
             self.note("compiling the merge kernels (once per machine, a few seconds)")
             self.note = None
 
-    def on_end(self, event: Any) -> None:
+    def on_end(self, event: object) -> None:
         return None
 
 
-def announced(note: Callable[[str], None]) -> Any:
-    """A context in which the first compilation is announced in one line."""
-    return event.install_listener("numba:compile", _Announcer(note))
+def announced(note: Callable[[str], None]) -> AbstractContextManager[object]:
+    """Return a context in which the first compilation is announced in one line."""
+    context: AbstractContextManager[object] = event.install_listener("numba:compile", _Announcer(note))
+    return context

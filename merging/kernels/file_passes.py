@@ -1,26 +1,24 @@
 """Passes over a range of one tensor in all operands: read, compute, write, without returning to Python in between.
 
-A Python thread costs 0.1 ms for each of its steps, during which no other one runs; at 256 Ki elements a step that is a
-fifth of the whole merge. So these loops call the system's `pread` and `pwrite` themselves. They report where something
-failed, and the caller repeats that step in Python to learn why.
+Each step in a Python thread takes 0.1 ms in which no other thread runs: with steps of 256 Ki elements a fifth of the
+whole merge. So these loops call the system's `pread` and `pwrite` themselves. They return where something failed, and
+the caller repeats that step in Python to learn why.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
 from .dense import BLOCK, check_sum, combine, gram
-from .dtypes import Bytes, Doubles, Floats, compiled
+from .dtypes import Bytes, Doubles, Floats, Out, Stored, compiled
 
 __all__ = ["DONE", "NOT_FINITE", "blend", "load", "measure"]
 
 Longs = NDArray[np.int64]
 
-# What a pass returns: DONE, NOT_FINITE, k > 0 (operand k - 1 could not be read), or < NOT_FINITE (output
+# The codes that a pass returns: DONE, NOT_FINITE, k > 0 (operand k - 1 could not be read), or < NOT_FINITE (output
 # NOT_FINITE - 1 - code could not be written).
 DONE, NOT_FINITE = 0, -1
 RETRIES = 3  # a signal may interrupt a call
@@ -30,8 +28,8 @@ pwrite = types.ExternalFunction("pwrite", types.intp(types.intc, types.voidptr, 
 
 
 @compiled(inner=True)
-def read_all(descriptor: int, offset: int, into: Bytes) -> Any:
-    """Fill `into` from a file. False when the file ends before, or an error persists."""
+def read_all(descriptor: int, offset: int, into: Bytes) -> bool:
+    """Fill `into` from a file. False if the file ends before, or an error persists."""
     done = 0
     failures = 0
     while done < into.size:
@@ -48,8 +46,8 @@ def read_all(descriptor: int, offset: int, into: Bytes) -> Any:
 
 
 @compiled(inner=True)
-def write_all(descriptor: int, offset: int, data: Bytes) -> Any:
-    """Write all of `data` to a file. False when an error persists."""
+def write_all(descriptor: int, offset: int, data: Bytes) -> bool:
+    """Write all of `data` to a file. False if an error persists."""
     done = 0
     failures = 0
     while done < data.size:
@@ -64,10 +62,10 @@ def write_all(descriptor: int, offset: int, data: Bytes) -> Any:
 
 
 @compiled()
-def load(files: Longs, first: int, count: int, stored: Any) -> Any:
-    """Elements [first, first + count) of every operand into the rows of `stored` (K, >= count).
+def load(files: Longs, first: int, count: int, stored: Stored) -> int:
+    """Read elements [first, first + count) of every operand into the rows of `stored` (K, >= count). Returns a code.
 
-    files  (K, 2): descriptor and offset of each operand's tensor; a descriptor of -1 marks a row that is filled already
+    files  (K, 2): descriptor and offset of each operand's tensor; a descriptor of -1 marks a row that is already filled
     """
     for k in range(len(files)):
         into = stored[k, :count].view(np.uint8)
@@ -77,11 +75,11 @@ def load(files: Longs, first: int, count: int, stored: Any) -> Any:
 
 
 @compiled()
-def measure(files: Longs, span: tuple[int, int, int], based: bool, stored: Any, products: Doubles) -> Any:
-    """Inner products of elements [first, first + count), `cut` at a time.
+def measure(files: Longs, span: tuple[int, int, int], based: bool, stored: Stored, products: Doubles) -> int:
+    """Inner products of elements [first, first + count), `cut` at a time. Returns a code.
 
     span      (first, count, cut); cut is a multiple of BLOCK
-    stored    (K, >= cut) work space of the operands' dtype, as `gram` wants it
+    stored    (K, >= cut) work space of the operands' dtype, see `gram`
     products  (ceil(count / BLOCK), 1 + pairs): see `gram`
     """
     first, total, cut = span
@@ -101,19 +99,19 @@ def blend(
     span: tuple[int, int, int],
     weights: Doubles,
     targets: Longs,
-    space: tuple[Any, Floats, Any],
+    space: tuple[Stored, Floats, Out],
     checks: NDArray[np.uint64],
     based: bool,
     products: Doubles,
-) -> Any:
-    """Combine elements [first, first + count) and write them, `cut` at a time.
+) -> int:
+    """Combine elements [first, first + count) and write them, `cut` at a time. Returns a code.
 
     span      (first, count, cut); cut is a multiple of BLOCK
     weights   (E, K) fp64
     targets   (E, 2): descriptor and offset of the tensor in each output
-    space     stored (K, >= cut), total (BLOCK,) fp32, out (E, >= cut): as `combine` wants them
-    checks    (E,) the check sums of what was written are added to it
-    products  as in `measure`, filled from the same read; no rows: not wanted
+    space     stored (K, >= cut), total (BLOCK,) fp32, out (E, >= cut): see `combine`
+    checks    (E,) to which the check sums of the written data are added
+    products  as in `measure`, filled from the same read; without rows it is not filled
     """
     first, total, cut = span
     stored, sums, out = space

@@ -1,18 +1,17 @@
-"""Random numbers that belong to an element of a tensor, not to a moment: Philox4x32-10, a counter-based generator.
+"""Random numbers that depend on the element of a tensor, not on the order of calls: Philox4x32-10, counter-based.
 
 The key is a hash of (seed, tensor name, model index), the counter is the element's index in the tensor, so a mask does
 not depend on blocks, threads, shards or the order of the tensors. One call gives four words, whose halves belong to
 eight neighbouring elements; indices may exceed 2**32.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3; known answers
-from the authors' Random123. With 16 bits an element, a keep probability is met to within 2**-17 (see `attainable`);
-whoever divides by it takes the one that is met, so that means are kept.
+from the authors' Random123. With 16 bits per element, a keep probability is attained to within 2**-17 (`attainable`);
+code that divides by it divides by the attained one, which preserves the mean.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,23 +28,24 @@ STEPS = 65536.0  # probabilities are multiples of 1 / STEPS
 STEP = np.float32(1.0 / STEPS)
 
 Words = NDArray[np.uint64]
+Four = tuple[np.uint64, np.uint64, np.uint64, np.uint64]
 
 
 def stream_key(seed: int, tensor: str, model: int) -> Words:
-    """Two 32-bit words (2,) uint64 for the random numbers of one tensor of one model."""
+    """Return the key of the random numbers of one tensor of one model: two 32-bit words, (2,) uint64."""
     digest = blake2b(f"{seed}\0{model}\0{tensor}".encode(errors="surrogatepass"), digest_size=8).digest()
     return np.frombuffer(digest, "<u4").astype(np.uint64)
 
 
 @compiled(inner=True, inline="always")
-def _round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+def _round(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64) -> Four:
     left, right = M0 * (c0 & WORD), M1 * (c2 & WORD)
     return (right >> U32) ^ c1 ^ k0, right & WORD, (left >> U32) ^ c3 ^ k1, left & WORD
 
 
 @compiled(inner=True, inline="always")
-def _five_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    # Written out: a loop over rounds keeps the compiler from working on several counters at a time (six times slower).
+def _five_rounds(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64) -> Four:
+    # Written out: with a loop over rounds the compiler does not vectorise over counters (six times slower).
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 & WORD, k1 & WORD)
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, (k0 + W0) & WORD, (k1 + W1) & WORD)
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, (k0 + W0 * U2) & WORD, (k1 + W1 * U2) & WORD)
@@ -54,22 +54,22 @@ def _five_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @compiled(inline="always")
-def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """The four words of counter (c0, c1, c2, c3) under key (k0, k1), ten rounds; all are 32 bits held in uint64."""
+def philox(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64) -> Four:
+    """Return the four words of counter (c0, c1, c2, c3) under key (k0, k1), ten rounds; all are 32 bits in a uint64."""
     c0, c1, c2, c3 = _five_rounds(c0, c1, c2, c3, k0, k1)
     return _five_rounds(c0, c1, c2, c3, k0 + W0 * U5, k1 + W1 * U5)
 
 
 @compiled(inner=True)
-def attainable(probability: Any) -> Any:
-    """The nearest multiple of 1 / STEPS, as fp32, which it is exactly; never 0, so that one may divide by it."""
+def attainable(probability: float) -> np.float32:
+    """Return the nearest multiple of 1 / STEPS, exact in fp32; never 0, so that it can be a divisor."""
     steps = np.int32(probability * STEPS + 0.5)
     return np.float32(steps if steps > 1 else np.int32(1)) * STEP
 
 
 @compiled(inner=True)
-def fill(key: Words, counter: Any, out: NDArray[np.uint32]) -> None:
-    """The words of counters from `counter` on, (4 n,)."""
+def fill(key: Words, counter: np.uint64, out: NDArray[np.uint32]) -> None:
+    """Fill `out` (4 n,) with the words of n counters, beginning at `counter`."""
     k0, k1 = key[0], key[1]
     for q in range(out.size // 4):
         index = counter + np.uint64(q)
@@ -81,8 +81,8 @@ def fill(key: Words, counter: Any, out: NDArray[np.uint32]) -> None:
 
 
 @compiled()
-def uniforms(key: Words, first: int, count: int, space: NDArray[np.uint32]) -> Any:
-    """Whole numbers below STEPS of elements [first, first + count), uint16 (count,): a part of `space`.
+def uniforms(key: Words, first: int, count: int, space: NDArray[np.uint32]) -> NDArray[np.uint16]:
+    """Return integers below STEPS of elements [first, first + count), uint16 (count,): a view of `space`.
 
     `first` may be any index from 0; `space` has at least count / 2 + 7 words.
     """

@@ -1,4 +1,4 @@
-"""Merges that choose elements: TIES, DARE, DELLA, Model Breadcrumbs. The kernels behind them, and their thresholds.
+"""Kernels of the merges that choose elements: TIES, DARE, DELLA, Model Breadcrumbs.
 
 With deltas d_m = model_m - base (fp32, element by element):
 
@@ -8,30 +8,29 @@ mask       TIES: |d| >= low, the k-th largest magnitude. Breadcrumbs: low <= |d|
            DELLA: p grows linearly with the rank of |d| in its row, from density - epsilon to density + epsilon
 q          the keep probability when rescaling (DARE, DELLA), else 1
 consensus  the sum, or TIES' election: per element the sign of the sum; only terms of that sign stay; with `normalize`
-           they are divided by the sum of the weights of the models they come from. A zero agrees with nothing
+           they are divided by the sum of the weights of their models. A zero agrees with no sign
 
-`low` and `high` come from `selection`; DELLA's ranks from counts of the leading bits within the row. Nothing is sorted.
+`low` and `high` come from `top_k`; DELLA's ranks from counts of the leading bits within the row. Nothing is sorted.
 
 Sources: TIES, arXiv 2306.01708, section 4; DARE, 2311.03099, section 3; DELLA, 2406.11617, section 3 (MAGPRUNE, by
 rows); Model Breadcrumbs, 2312.06795, section 3. Deviations:
-1) Elements equal to a threshold are all kept (see `selection`).
+1) Elements equal to a threshold are all kept (see `top_k`).
 2) DELLA: elements in one bucket (within 1/32 of each other) share their mean rank, so p is off by at most
    epsilon * (c - 1) / (row - 1) for c elements in a bucket; its mean over the row is the density. All magnitudes under
    2**-12 of the row's largest are one bucket.
-3) Keep probabilities are multiples of 2**-16, the nearest one but 0 (see `randomness`); rescaling divides by these.
-4) Signs are elected after rescaling, by the weighted sum; a negative weight turns the sign of its term.
+3) Keep probabilities are multiples of 2**-16, the nearest except 0 (see `philox`); rescaling divides by these.
+4) Signs are elected after rescaling, by the weighted sum; a negative weight flips the sign of its term.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dense import BLOCK, REORDER, check_sum, gram
-from .dtypes import Doubles, Floats, compiled, float_bits, store, value
+from .dtypes import Doubles, Floats, Out, Stored, compiled, float_bits, store, value
 from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
 from .philox import STEPS, Words, attainable, uniforms
 from .top_k import MAGNITUDE, Counts
@@ -51,13 +50,13 @@ U18 = np.uint32(18)
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """The merge of one tensor in plain numbers: one per model in each tuple.
+    """The settings of one tensor's merge in plain numbers; each tuple has one per model.
 
     weights    of the task vectors
-    low, high  magnitudes that are kept, both included; () keeps all
+    low, high  smallest and largest magnitude that is kept; () keeps all
     keep       DARE, DELLA: mean keep probability; () keeps all
     spread     DELLA: epsilon, half of the range of the keep probability; () is 0
-    rescale    divide what is kept by its keep probability
+    rescale    divide kept elements by their keep probability
     elect      take only terms of the elected sign
     normalize  divide by the sum of the weights: of all models, or with `elect` of those that take part
     scale      of the merged task vector (lambda)
@@ -84,7 +83,7 @@ class Sparsity:
         return any(self.spread)
 
     def table(self) -> Doubles:
-        """For `sparse_combine`, (M, COLUMNS) fp64."""
+        """Return the table for `sparse_combine`, (M, COLUMNS) fp64."""
         table = np.zeros((len(self.weights), COLUMNS))
         share = np.array(self.weights)
         table[:, WEIGHT] = self.scale * share
@@ -100,8 +99,8 @@ class Sparsity:
 
 
 @compiled(inner=True)
-def largest_bits(x: Any, base: Any) -> Any:
-    """The bit pattern of the largest |x - base|."""
+def largest_bits(x: Stored, base: Stored) -> np.uint32:
+    """Return the bit pattern of the largest |x - base|."""
     largest = np.uint32(0)
     for i in range(x.size):
         own = np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)
@@ -110,7 +109,7 @@ def largest_bits(x: Any, base: Any) -> Any:
 
 
 @compiled(inner=True)
-def rank_buckets(x: Any, base: Any, largest: Any, out: NDArray[np.uint16]) -> None:
+def rank_buckets(x: Stored, base: Stored, largest: np.uint32, out: NDArray[np.uint16]) -> None:
     """The bucket of each |x - base|; 0 holds the largest."""
     for i in range(x.size):
         below = np.uint32(np.uint32(largest - np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)) >> U18)
@@ -119,7 +118,7 @@ def rank_buckets(x: Any, base: Any, largest: Any, out: NDArray[np.uint16]) -> No
 
 @compiled(inner=True)
 def count_buckets(buckets: NDArray[np.uint16], counts: NDArray[np.int32]) -> None:
-    """Elements of each bucket, as a sum of four rows: equal neighbours abound, and one count waits for the other."""
+    """Elements of each bucket, as the sum of four rows: neighbours are often equal, and would wait for one counter."""
     first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
     whole = buckets.size // 4 * 4
     for i in range(0, whole, 4):
@@ -133,12 +132,12 @@ def count_buckets(buckets: NDArray[np.uint16], counts: NDArray[np.int32]) -> Non
 
 @compiled(inner=True, error_model="numpy")
 def rank_row(
-    x: Any, base: Any, setting: Doubles, buckets: NDArray[np.uint16], counts: NDArray[np.int32], chances: Floats
+    x: Stored, base: Stored, setting: Doubles, buckets: NDArray[np.uint16], counts: NDArray[np.int32], chances: Floats
 ) -> None:
     """The buckets of one row, and DELLA's keep probability per bucket.
 
-    The probability is density - epsilon for the smallest of the row, + epsilon at the top; a bucket has the mean rank
-    of its elements.
+    The probability is density - epsilon for the smallest of the row, + epsilon for the largest; a bucket has the mean
+    rank of its elements.
 
     buckets  (n,) of each element
     counts   (4, ROW_BUCKETS) work space
@@ -152,7 +151,7 @@ def rank_row(
     first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
     for bucket in range(ROW_BUCKETS):
         first[bucket] += second[bucket] + third[bucket] + fourth[bucket]
-    above = np.int32(0)  # twice the elements above the bucket, and those inside: in a separate loop, as each waits
+    above = np.int32(0)  # `second`: twice the elements above the bucket plus those inside; a separate, serial loop
     for bucket in range(ROW_BUCKETS):
         inside = first[bucket]
         second[bucket] = np.int32(np.int32(above + above) + inside)
@@ -163,7 +162,7 @@ def rank_row(
 
 
 @compiled(inner=True)
-def trim(x: Any, base: Any, setting: Doubles, terms: Floats) -> None:
+def trim(x: Stored, base: Stored, setting: Doubles, terms: Floats) -> None:
     """`term = weight * delta` where low <= |delta| <= high, else 0."""
     low, high, weight = np.float32(setting[LOW]), np.float32(setting[HIGH]), np.float32(setting[WEIGHT])
     for i in range(terms.size):
@@ -174,8 +173,8 @@ def trim(x: Any, base: Any, setting: Doubles, terms: Floats) -> None:
 
 
 @compiled(inner=True, error_model="numpy")
-def keep_at_random(x: Any, base: Any, draw: Draws, setting: Doubles, terms: Floats) -> None:
-    """DARE: `term = weight * delta / p` with probability p, else 0, the division where asked."""
+def keep_at_random(x: Stored, base: Stored, draw: Draws, setting: Doubles, terms: Floats) -> None:
+    """DARE: `term = weight * delta / p` with probability p, else 0; divided only when rescaling."""
     chance, weight = attainable(setting[KEEP]), setting[WEIGHT]
     factor = np.float32(weight / np.float64(chance) if setting[RESCALE] != 0.0 else weight)
     limit = chance * np.float32(STEPS)
@@ -193,8 +192,8 @@ def chances_of(buckets: NDArray[np.uint16], chances: Floats, out: Floats) -> Non
 
 
 @compiled(inner=True, error_model="numpy")
-def keep_by_rank(x: Any, base: Any, draw: Draws, chance: Floats, setting: Doubles, terms: Floats) -> None:
-    """DELLA: as `keep_at_random`, with the probability of each element."""
+def keep_by_rank(x: Stored, base: Stored, draw: Draws, chance: Floats, setting: Doubles, terms: Floats) -> None:
+    """DELLA: like `keep_at_random`, with a probability for each element."""
     weight, rescale = np.float32(setting[WEIGHT]), setting[RESCALE] != 0.0
     for i in range(terms.size):
         delta = weight * (value(x[i]) - value(base[i]))
@@ -203,8 +202,8 @@ def keep_by_rank(x: Any, base: Any, draw: Draws, chance: Floats, setting: Double
 
 
 @compiled(inner=True)
-def add_agreeing(terms: Floats, weight: Any, total: Floats, kept: Floats, share: Floats) -> None:
-    """For a term with the sign of the total: `kept += term; share += weight`."""
+def add_agreeing(terms: Floats, weight: np.float32, total: Floats, kept: Floats, share: Floats) -> None:
+    """Where a term has the sign of the total: `kept += term; share += weight`."""
     for i in range(total.size):
         agrees = ((terms[i] > 0) & (total[i] > 0)) | ((terms[i] < 0) & (total[i] < 0))
         kept[i] += terms[i] if agrees else np.float32(0)
@@ -213,14 +212,14 @@ def add_agreeing(terms: Floats, weight: Any, total: Floats, kept: Floats, share:
 
 @compiled(inner=True, error_model="numpy")
 def divide(kept: Floats, share: Floats) -> None:
-    """`kept /= share`, where anything takes part."""
+    """`kept /= share` where the share is not 0."""
     for i in range(kept.size):
         kept[i] = kept[i] / (share[i] if share[i] != 0 else np.float32(1))
 
 
 @compiled(inner=True, fastmath=REORDER)
-def square(vector: Floats) -> Any:
-    """Squared norm of one chunk: fp32, or fp64 where that overflows."""
+def square(vector: Floats) -> np.float64:
+    """Return the squared norm of one chunk: summed in fp32, or in fp64 if that overflows."""
     total = np.float32(0)
     for i in range(vector.size):
         total += vector[i] * vector[i]
@@ -233,8 +232,8 @@ def square(vector: Floats) -> Any:
 
 
 @compiled(inner=True)
-def add_base(base: Any, merged: Floats, out: Floats) -> None:
-    """Their sum; the base itself where nothing is added, since -0.0 + 0.0 loses the sign."""
+def add_base(base: Stored, merged: Floats, out: Floats) -> None:
+    """`out = base + merged`; the base itself where `merged` is 0, since -0.0 + 0.0 loses the sign."""
     for i in range(out.size):
         origin = value(base[i])
         out[i] = origin + merged[i] if merged[i] != 0 else origin
@@ -242,14 +241,16 @@ def add_base(base: Any, merged: Floats, out: Floats) -> None:
 
 @compiled(inner=True)
 def clear(row: Floats) -> None:
-    """Zeros."""
+    """Fill a row with zeros."""
     for i in range(row.size):
         row[i] = np.float32(0)
 
 
 @compiled(inner=True, error_model="numpy")
-def mean_of_two(first: Floats, second: Floats, weights: Any, base: Any, merged: Floats) -> None:
-    """ELECT_MEAN of two rows of terms in one loop, which is the most common merge."""
+def mean_of_two(
+    first: Floats, second: Floats, weights: tuple[np.float32, np.float32], base: Stored, merged: Floats
+) -> None:
+    """ELECT_MEAN of two rows of terms, the most common merge, in one loop."""
     one, two = weights
     for i in range(merged.size):
         a, b = first[i], second[i]
@@ -277,8 +278,10 @@ def elect(terms: Floats, table: Doubles, consensus: int, merged: Floats, total: 
 
 
 @compiled(inner=True)
-def merge_chunk(terms: Floats, base: Any, table: Doubles, consensus: int, space: Any, out: Any) -> Any:
-    """From the terms (M, n) to the stored result: whether it is finite, and its squared norm."""
+def merge_chunk(
+    terms: Floats, base: Stored, table: Doubles, consensus: int, space: tuple[Floats, Floats, Floats], out: Out
+) -> tuple[bool, np.float64]:
+    """Store the result of the terms (M, n); return whether it is finite, and its squared norm."""
     merged, total, share = space
     if consensus == ELECT_MEAN and len(table) == 2:
         mean_of_two(terms[0], terms[1], (np.float32(table[0, SHARE]), np.float32(table[1, SHARE])), base, merged)
@@ -296,19 +299,19 @@ def merge_chunk(terms: Floats, base: Any, table: Doubles, consensus: int, space:
 
 @compiled()
 def sparse_combine(
-    stored: Any, span: Counts, table: Doubles, keys: Words, consensus: int, rows: Floats, out: Any, squares: Doubles
+    stored: Stored, span: Counts, table: Doubles, keys: Words, consensus: int, rows: Floats, out: Out, squares: Doubles
 ) -> bool:
-    """Merge elements of one tensor. False when a stored value is Inf or NaN; a bad delta may be dropped unseen.
+    """Merge elements of one tensor. False if a stored value is Inf or NaN; a bad delta may be dropped unnoticed.
 
-    stored     (M + 1, >= count) as `kernels.gram` wants it, row 0 the base
+    stored     (M + 1, >= count), see `dense.gram`; row 0 is the base
     span       (count, first, unit): elements, index of the first in its tensor, and the length over which squares are
-               summed: BLOCK, or the row's length where the table has a spread. `count` covers whole units, but for the
+               summed: BLOCK, or the row's length if the table has a spread. `count` covers whole units, except at the
                end of the tensor
     table      (M, COLUMNS) fp64, from `Sparsity.table`
     keys       (M, 2) uint64, from `stream_key`
     consensus  SUM, ELECT or ELECT_MEAN
     rows       (>= M + 3, >= CHUNK) fp32 work space
-    out        (>= count,) of a dtype in formats.STORED
+    out        (>= count,) of a dtype in STORED
     squares    (ceil(count / unit),) fp64: squared norm of the merged delta, per unit
     """
     count, first, unit, models = span[0], span[1], span[2], len(table)
@@ -357,25 +360,25 @@ def blend_chosen(
     span: tuple[int, int, int, int],
     settings: tuple[Doubles, Words, int],
     target: tuple[int, int],
-    space: tuple[Any, Floats, Any],
+    space: tuple[Stored, Floats, Out],
     checks: NDArray[np.uint64],
     products: Doubles,
     squares: Doubles,
-) -> Any:
-    """Choose, combine and write elements [first, first + count) of a tensor, `cut` at a time. A code as in `passes`.
+) -> int:
+    """Choose, combine and write elements [first, first + count), `cut` at a time. Returns a code of `file_passes`.
 
-    span      (first, count, cut, unit); cut is a multiple of the unit, as in `sparse_combine`
-    settings  table, keys and consensus, as in `sparse_combine`
+    span      (first, count, cut, unit); cut is a multiple of the unit, see `sparse_combine`
+    settings  table, keys and consensus, see `sparse_combine`
     target    descriptor and offset of the tensor in the output; -1: the caller writes `out`, and count <= cut
-    space     stored (M + 1, >= cut), rows and out (1, >= cut), as in `sparse_combine`
-    checks    (1,) the check sum of what was written is added to it
-    products  (sum of ceil(cut / BLOCK), 1 + pairs) of each cut, see `kernels.gram`. Not finite: nothing else counts
-    squares   (ceil(count / unit),) as in `sparse_combine`
+    space     stored (M + 1, >= cut), rows and out (1, >= cut), see `sparse_combine`
+    checks    (1,) to which the check sum of the written data is added
+    products  (sum of ceil(cut / BLOCK), 1 + pairs) of each cut, see `dense.gram`; if not finite, ignore all else
+    squares   (ceil(count / unit),), see `sparse_combine`
     """
     first, total, cut, unit = span
     table, keys, consensus = settings
     stored, rows, out = space
-    low, based = 0, len(table) > 0  # not a constant, for which `gram` would be compiled again
+    low, based = 0, len(table) > 0  # not a constant, since `gram` would be compiled again for a constant
     for begin in range(0, total, cut):
         count = min(cut, total - begin)
         failed = load(files, first + begin, count, stored)

@@ -1,33 +1,31 @@
-"""Which elements of a task vector are the largest: exact thresholds by counting, without sorting.
+"""The largest elements of a task vector: exact thresholds by counting, without sorting.
 
-The magnitude of an fp32 number orders as its bit pattern does. A sample shows roughly where the wanted rank is; one
-pass over the data counts the elements above a window of WINDOW bit patterns around it, and each pattern inside. When
-the rank is not in the window, one pass counts all patterns in steps of 2**COARSE, and another those of the step that
-holds it: the sample decides how long it takes, never what is found. Counts are integers: they add up over cuts, tensors
+Magnitudes of fp32 numbers order like their bit patterns. A sample estimates the pattern of the wanted rank; one pass
+over the data counts the elements above a window of WINDOW bit patterns around the estimate, and each pattern inside.
+If the rank is outside the window, one pass counts all patterns in steps of 2**COARSE, and another the patterns of the
+step that holds it: the sample affects the time, never the result. Counts are integers: they add up over cuts, tensors
 and threads in any order.
 
 k = max(1, floor(density * n)); elements equal to the k-th largest are all kept, whatever their order, so that more than
-k may stay. The papers do not say how they round, and their sorts keep k.
+k may stay. The papers do not state their rounding, and their sorts keep k.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dense import BLOCK
-from .dtypes import compiled, float_bits, value
+from .dtypes import Bytes, Stored, compiled, float_bits, value
 from .file_passes import DONE, Longs, load
 
 __all__ = ["BINS", "COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank"]
 __all__ += ["sample", "sample_places"]
 
 WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
-BINS = WINDOW + 8  # the last eight take what is outside: eight, as one would wait for itself
-COARSE = 13  # WINDOW steps of 2**COARSE patterns are all there are
-PIECE = 512  # elements of a sample that are neighbours
+BINS = WINDOW + 8  # the last eight count the elements outside: increments of a single one would wait for each other
+COARSE = 13  # WINDOW steps of 2**COARSE patterns cover all patterns
+PIECE = 512  # neighbouring elements in each piece of a sample
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 Counts = NDArray[np.int64]
@@ -35,9 +33,10 @@ Bits = NDArray[np.uint32]
 
 
 def kept_ranks(count: int, density: float, gamma: float = 0.0) -> tuple[int, int]:
-    """First and last rank (1 is the largest magnitude) that stay of `count` elements.
+    """Return the first and last rank (1 is the largest magnitude) that are kept of `count` elements.
 
-    k = max(1, floor(density * count)) stay below the largest floor(gamma * count); gamma is at most 1 - density.
+    The largest floor(gamma * count) are dropped, the next k = max(1, floor(density * count)) kept; gamma is at most
+    1 - density.
     """
     kept = min(max(1, int(density * count + 1e-6)), count)  # 0.29 * 100 is 28.999999999999996
     dropped = min(int(min(gamma, 1.0 - density) * count + 1e-6), count - kept)
@@ -45,12 +44,12 @@ def kept_ranks(count: int, density: float, gamma: float = 0.0) -> tuple[int, int
 
 
 def magnitude(bits: int) -> float:
-    """The fp32 number with these bits."""
+    """Return the fp32 number with these bits."""
     return float(np.array([bits], np.uint32).view(np.float32)[0])
 
 
 def sample_places(count: int, wanted: int) -> Longs:
-    """The starts of pieces of `count` elements, `wanted` of them or a few more in all, evenly spread."""
+    """Return the first elements of evenly spread pieces, which together hold `wanted` of `count` elements or more."""
     pieces = -(-wanted // PIECE)
     if pieces * PIECE >= count:
         return np.arange(0, count, PIECE)
@@ -58,13 +57,13 @@ def sample_places(count: int, wanted: int) -> Longs:
 
 
 def near_rank(bits: Bits, rank: int, count: int) -> int:
-    """The pattern of the rank-th largest of `count` elements, estimated from a sample; exact if that is all."""
+    """Estimate the pattern of the rank-th largest of `count` elements from a sample; exact if the sample holds all."""
     place = min(max(round((rank - 0.5) / count * len(bits) + 0.5), 1), len(bits))
     return int(np.partition(bits, len(bits) - place)[len(bits) - place])
 
 
 def place_of_rank(counts: Counts, above: int, rank: int) -> int | None:
-    """The bin of the rank-th largest element, `above` of which lie beyond the last bin; None if it is in none."""
+    """Return the bin of the rank-th largest element, with `above` elements beyond the last bin; None if in no bin."""
     cumulated = np.cumsum(counts[::-1])
     if not above < rank <= above + cumulated[-1]:
         return None
@@ -72,20 +71,20 @@ def place_of_rank(counts: Counts, above: int, rank: int) -> int | None:
 
 
 @compiled(inner=True)
-def delta_bits(x: Any, base: Any, out: Bits) -> None:
-    """The bit patterns of |x - base|."""
+def delta_bits(x: Stored, base: Stored, out: Bits) -> None:
+    """Bit patterns of |x - base|."""
     for i in range(out.size):
         out[i] = np.uint32(float_bits(value(x[i]) - value(base[i])) & MAGNITUDE)
 
 
 @compiled()
-def sample(files: Longs, places: Longs, count: int, stored: Any, out: Bits) -> Any:
-    """Bit patterns of all deltas in pieces of a tensor. A code as in `passes`.
+def sample(files: Longs, places: Longs, count: int, stored: Stored, out: Bits) -> int:
+    """Bit patterns of all deltas in pieces of a tensor. Returns a code of `file_passes`.
 
-    files   as `passes.load` wants them
-    places  (P,) first elements of pieces of PIECE elements, fewer at the end of the `count` of the tensor
+    files   see `file_passes.load`
+    places  (P,) first elements of pieces of PIECE elements, or fewer at the end of the tensor's `count` elements
     stored  (M + 1, >= PIECE) work space, row 0 the base
-    out     (M, >= P * PIECE) filled piece by piece, those at the end moved up
+    out     (M, >= P * PIECE) filled piece by piece without gaps
     """
     done = 0
     for place in places:
@@ -100,8 +99,8 @@ def sample(files: Longs, places: Longs, count: int, stored: Any, out: Bits) -> A
 
 
 @compiled(inner=True)
-def offsets_of(bits: Bits, low: Any, shift: Any, offsets: Bits, inside: NDArray[np.uint8]) -> Any:
-    """The bin of each pattern in a window that begins at `low`, whether it is in one, and how many lie above."""
+def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, inside: Bytes) -> np.int64:
+    """The bin of each pattern in a window that begins at `low`, and whether it is inside; returns the number above."""
     above = np.uint32(0)
     high = np.uint32(low + np.uint32(np.uint32(WINDOW) << shift))
     for i in range(bits.size):
@@ -114,8 +113,8 @@ def offsets_of(bits: Bits, low: Any, shift: Any, offsets: Bits, inside: NDArray[
 
 
 @compiled(inner=True)
-def count_inside(offsets: Bits, inside: Any, counts: Counts) -> None:
-    """Count what is inside; few are, so that eight are looked at at a time. `inside` is (n / 8,) uint64."""
+def count_inside(offsets: Bits, inside: NDArray[np.uint64], counts: Counts) -> None:
+    """Count the elements inside; they are few, so `inside` is tested eight at a time: (n / 8,) uint64."""
     for word in range(inside.size):
         if inside[word]:
             for i in range(8 * word, 8 * word + 8):
@@ -123,13 +122,13 @@ def count_inside(offsets: Bits, inside: Any, counts: Counts) -> None:
 
 
 @compiled()
-def count_near(files: Longs, span: tuple[int, int, int], stored: Any, windows: Longs, counts: Counts) -> Any:
-    """Count the magnitudes of deltas of elements [first, first + count), `cut` at a time. A code as in `passes`.
+def count_near(files: Longs, span: tuple[int, int, int], stored: Stored, windows: Longs, counts: Counts) -> int:
+    """Count magnitudes of deltas of elements [first, first + count), `cut` at a time. Returns a `file_passes` code.
 
     span     (first, count, cut)
     stored   (M + 1, >= cut) work space, row 0 the base
     windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
-    counts   (Q, 1 + BINS) the numbers above the window and in each of its bins are added
+    counts   (Q, 1 + BINS) to which the numbers of elements above the window and in each of its bins are added
     """
     first, total, cut = span
     bits, offsets, inside = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)

@@ -1,1 +1,1 @@
-"""The plan of a merge: what is read, computed and written, decided from headers alone."""
+"""The plan of a merge: everything that it reads, computes and writes, decided from headers alone."""

@@ -1,7 +1,7 @@
 """The sources of each tensor of the output, and the groups of tensors that share coefficients.
 
-Usually tensor for tensor. With slices, layers of the output are layers of the models stacked anew (a "frankenmerge"):
-tensors before the layers come from the first slice, those after them from the last.
+Usually each tensor comes from its namesakes. With slices, the output stacks layers of the models in a new order (a
+"frankenmerge"): tensors before the layers come from the first slice, those after them from the last.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
-from gemma2.merging.methods.method import Group
 from gemma2.merging.methods.request import MergeRequest, Settings, Slice, settings_at
+from gemma2.merging.methods.table import Group
 from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_i
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of one input, under the name that it has there.
+    """One tensor of one input, under its name in that input.
 
-    rows  which rows of it, and of others, the output has in which order; None is all of this tensor's
+    rows  the rows of this and other inputs that the output takes, in order; None means all of this tensor's rows
     """
 
     model: Checkpoint
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def tensor(self) -> Tensor:
-        """As it is stored."""
+        """The stored tensor."""
         return self.model.tensors[self.name]
 
     @property
@@ -53,22 +53,22 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it takes part in the merge."""
+        """The shape with which it takes part in the merge."""
         shape = self.tensor.shape
         return (self.rows.count, *shape[1:]) if self.rows else shape
 
     @property
     def count(self) -> int:
-        """Number of elements that take part."""
+        """The number of elements that take part."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size of what takes part."""
+        """The size in bytes of the elements that take part."""
         return self.count * ITEM_BYTES[self.tensor.dtype]
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
-        """Elements [first, first + count) as (stored tensor, first element there, number), in order."""
+        """Yield elements [first, first + count) as (stored tensor, first element in it, number), in order."""
         if self.rows is None:
             yield self, first, count
             return
@@ -79,7 +79,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the output: its sources in the order of the coefficients, and the request that holds for it.
+    """One tensor of the output: its sources in the order of the coefficients, and the request that applies to it.
 
     depth  of its layer in [0, 1]; 0 before the layers and 1 after them
     """
@@ -90,9 +90,9 @@ class Part:
 
 
 def group_of(name: str) -> str:
-    """The group of a tensor: its transformer layer, or for the embedding, the final norm and the head itself.
+    """Return the group of a tensor: its transformer layer; the embedding, final norm and head are separate groups.
 
-    WARP applies SLERP "independently to the 28 layers" and is silent about the rest; each of these is its own group.
+    WARP applies SLERP "independently to the 28 layers" and does not mention the others.
     """
     layer = LAYER.match(name)
     path = layer.group() if layer else name.rsplit(".", 1)[0]
@@ -100,7 +100,7 @@ def group_of(name: str) -> str:
 
 
 def layer_count(model: Checkpoint) -> int:
-    """Number of transformer layers, by the names of the tensors."""
+    """Return the number of transformer layers, by the names of the tensors."""
     indices = [int(match["index"]) for match in map(LAYER.match, model.tensors) if match]
     return max(indices, default=-1) + 1
 
@@ -115,7 +115,7 @@ def _depth(name: str, layers: int) -> float:
 def one_to_one(
     request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
 ) -> dict[str, Part]:
-    """Every tensor of the first model with its namesakes; stored copies of tied ones are left out."""
+    """Return every tensor of the first model with its namesakes; stored copies of tied tensors are left out."""
     operands = (*((base,) if base else ()), *models)
     layers = layer_count(models[0])
     return {
@@ -126,7 +126,7 @@ def one_to_one(
 
 
 def find_groups(granularity: str | None, based: bool, parts: Mapping[str, Part]) -> tuple[Group, ...]:
-    """Tensors that share coefficients: those of a layer (a tensor, the model) for which the same numbers hold."""
+    """Return the groups that share coefficients: tensors of a layer (or tensor, or model) with the same settings."""
     groups: dict[tuple[str, Settings, int], list[str]] = {}
     for name, part in parts.items():
         key = {"layer": group_of(name), "tensor": name, "model": "model"}[granularity or "layer"]
@@ -145,7 +145,7 @@ def find_groups(granularity: str | None, based: bool, parts: Mapping[str, Part])
 def stacked(
     request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
 ) -> tuple[dict[str, Part], JsonObject]:
-    """The parts of a request with slices, and what its layers change in config.json.
+    """Return the parts of a request with slices, and the keys of config.json that its layers change.
 
     Raises UsageError or InputError for ranges that do not exist or do not fit each other.
     """
@@ -173,7 +173,9 @@ def stacked(
 def _check_slice(request: MergeRequest, part: Slice, number: int, counts: Sequence[int], base_count: int) -> None:
     lengths = {end - first for _, first, end in part.layers}
     if not part.layers or len(lengths) != 1 or min(lengths) < 1:
-        raise UsageError(f"slice {number + 1} has sources of {sorted(lengths)} layers", "give ranges of one length")
+        raise UsageError(
+            f"slice {number + 1} has sources of {sorted(lengths)} layers", "give ranges of the same length"
+        )
     ranges = [(str(request.models[model]), first, end, counts[model]) for model, first, end in part.layers]
     if request.base is not None and base_count:
         low, high = part.base or part.layers[0][1:]
@@ -200,7 +202,7 @@ def _outside_part(
 def _layer_parts(
     request: MergeRequest, part: Slice, step: int, index: int, base: Checkpoint | None, models: Sequence[Checkpoint]
 ) -> dict[str, Part]:
-    """The tensors of one layer of the output. Gradients run over the layers of the slice."""
+    """Return the tensors of one layer of the output. Gradients run over the layers of the slice."""
     sub = _sub_request(request, part)
     depth = step / max(part.layers[0][2] - part.layers[0][1] - 1, 1)
     operands = [(models[model], first + step) for model, first, _ in part.layers]
@@ -218,14 +220,14 @@ def _layer_parts(
 
 
 def _check_present(sources: Sequence[Source]) -> None:
-    """All operands have the tensor."""
+    """Require that all operands have the tensor. Raises InputError."""
     for source in sources:
         if source.name not in source.model.tensors:
             raise InputError(f"{source.model} has no {printable(source.name)}", "stack layers of one architecture")
 
 
 def check_shapes(part: Part) -> None:
-    """All operands have one shape. Raises InputError naming them."""
+    """Require that all operands have one shape. Raises InputError naming them."""
     sources = part.sources
     if len({source.shape for source in sources}) > 1:
         shown = ", ".join(f"{list(source.shape)} in {source.model}" for source in sources)
@@ -234,7 +236,7 @@ def check_shapes(part: Part) -> None:
 
 
 def _layer_types(origins: Sequence[tuple[Checkpoint, int]]) -> JsonObject:
-    """Gemma 2 alternates local and global attention: each stacked layer keeps the kind that it was trained with."""
+    """Return `layer_types`: Gemma 2 alternates local and global attention, and each stacked layer keeps its kind."""
     if not any("layer_types" in model.config or model.config.get("model_type") == "gemma2" for model, _ in origins):
         return {}
     kinds = []
@@ -246,7 +248,7 @@ def _layer_types(origins: Sequence[tuple[Checkpoint, int]]) -> JsonObject:
 
 
 def read_through(parts: Mapping[str, Part], vocabulary: Vocabulary) -> dict[str, Part]:
-    """The parts with the tensors that have a row per id read through the maps."""
+    """Return the parts, with the tensors that have a row per id read through the row maps."""
     named = {model.role: vocabulary_tensors(model) for model in vocabulary.inputs}
 
     def mapped(source: Source) -> Source:

@@ -1,4 +1,4 @@
-"""The plan of a merge: the reads, the arithmetic, the writes. All refusals happen here, before a tensor is read."""
+"""Everything that a merge will read, compute and write. Unusable inputs are refused here, before a tensor is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_
 
 __all__ = ["MergePlan", "group_of", "plan_merge"]
 
-# How training commands name the policy that they start from in a manifest's list of parents.
+# Roles under which training commands record the policy that they start from.
 INIT_ROLES = ("policy-init", "policy", "model")
 
 
@@ -43,12 +43,11 @@ INIT_ROLES = ("policy-init", "policy", "model")
 class MergePlan:
     """A merge that was checked and can be carried out.
 
-    inputs      the base, where there is one, and the models
-    parts       by tensor of the output: where it comes from
+    parts       sources of each tensor of the output, by its name
     layout      of the output: dtype and shape by name, in the order of the file
     config      keys of config.json that differ from those of the first model
-    tied        stored copies of tied tensors, and what they repeat
-    vocabulary  of the output, where a tokenizer is chosen
+    tied        stored copies of tied tensors: {copy: original}
+    vocabulary  of the output, if a tokenizer is chosen
     """
 
     request: MergeRequest
@@ -70,26 +69,26 @@ class MergePlan:
 
     @property
     def inputs(self) -> tuple[Checkpoint, ...]:
-        """The base, where there is one, and the models."""
+        """The base, if there is one, and the models."""
         return (*((self.base,) if self.base else ()), *self.models)
 
     @property
     def parameters(self) -> int:
-        """Elements of the output."""
+        """The number of elements of one output."""
         return sum(prod(shape) for _, shape in self.layout.values())
 
     @property
     def output_bytes(self) -> int:
-        """Weights of one output."""
+        """The size of the weights of one output."""
         return sum(prod(shape) * ITEM_BYTES[dtype] for dtype, shape in self.layout.values())
 
     @property
     def input_bytes(self) -> int:
-        """Weights that take part, of all operands."""
+        """The size of the weights of all operands that take part."""
         return sum(source.nbytes for part in self.parts.values() for source in part.sources)
 
     def describe(self) -> JsonObject:
-        """The plan for a dry run."""
+        """Return the plan for a dry run."""
         place = _existing(self.outputs[0])
         return {
             **self.request.options(),
@@ -108,7 +107,7 @@ class MergePlan:
 
 
 def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePlan:
-    """Check a merge completely. Raises UsageError, InputError or OutputError; touches nothing.
+    """Check a merge completely. Raises UsageError, InputError or OutputError; changes nothing on disk.
 
     The plan's request has its base and its defaults filled in.
     """
@@ -129,7 +128,7 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
         notes = [*notes, *vocabulary.notes]
         if request.tokenizer not in ("base", "union"):
-            request = replace(request, tokenizer=vocabulary.owner.role)  # recorded, as all inputs are, without its path
+            request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
     for part in parts.values():
         check_shapes(part)
     plan = MergePlan(
@@ -150,7 +149,7 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
 
 
 def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-    """All inputs compute the same function of their weights and mean the same by a token, or one is chosen."""
+    """Require that all inputs compute the same function of their weights and, unless one is chosen, one tokenizer."""
     first = models[0]
     free = [*(["num_hidden_layers"] if request.slices else []), *(["vocab_size"] if request.tokenizer else [])]
     for other in (*models[1:], *((base,) if base else ())):
@@ -163,24 +162,24 @@ def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Check
 
 
 def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of the output's tensors: those of the first model, unless a dtype is asked for."""
+    """Return dtype and shape of the output's tensors: those of the first model, unless a dtype is requested."""
     dtype = DTYPES[request.dtype] if request.dtype else None
     sources = {name: part.sources[1 if based else 0] for name, part in parts.items()}
     return {name: (dtype or source.tensor.dtype, source.shape) for name, source in sources.items()}
 
 
 def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:
-    """One output, or for several etas one directory for each below `out`."""
+    """Return the paths of the outputs: `out`, or with several etas one directory per eta in it."""
     if len(request.etas) < 2:
         return (out,)
     if any(isinstance(eta, Schedule) for eta in request.etas):
-        raise UsageError("a gradient of eta is for one output", "give one eta")
-    etas = [float(eta) for eta in request.etas]
+        raise UsageError("a gradient of eta is possible for one output only", "give one eta")
+    etas = [float(eta) for eta in request.etas]  # type: ignore[arg-type]
     return tuple(out / f"eta-{f'{eta:.2f}' if round(eta, 2) == eta else repr(eta)}" for eta in etas)
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
+    """Return the nearest folder above a path that exists."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -188,7 +187,7 @@ def _existing(path: Path) -> Path:
 
 
 def _check_outputs(plan: MergePlan, force: bool) -> None:
-    """Place, overlap with inputs, and room on the disk."""
+    """Check the paths of the outputs, their overlap with inputs, and the free space of the disk. Raises OutputError."""
     inputs = {model.role: model.path for model in plan.inputs}
     inputs |= {f"model of {model.role}": model.origin for model in plan.inputs if model.origin != model.path}
     for out in plan.outputs:
@@ -203,14 +202,18 @@ def _check_outputs(plan: MergePlan, force: bool) -> None:
 
 
 def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[MergeRequest, list[str]]:
-    """The request with the recorded common parent as its base, where the method wants one and none is named."""
+    """Return the request and notes; without a given base, methods that use one take the recorded common parent.
+
+    Raises UsageError or InputError if the method needs a base and none is found.
+    """
     kind = METHODS[request.method].base
     if request.base is not None or kind not in ("sought", "optional"):
         return request, []
     recorded, base = common_parent(models)
     if base is not None:
         return replace(request, base=base), [f"base: {base}, the parent that all models record"]
-    lost = f"the models record {recorded} as their common parent, but it is missing or has other weights"
+    # Part of the notes, which the manifest records: its wording is part of the output.
+    lost = f"the models record {recorded} as their common parent, but it is not there with the same weights"
     if kind == "optional":
         return request, [f"{lost}: merging the weights themselves"] if recorded else []
     if recorded:
@@ -221,9 +224,9 @@ def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[Mer
 
 
 def common_parent(models: Sequence[Checkpoint]) -> tuple[str | None, Path | None]:
-    """The one model that all the models' manifests record as what they were trained from.
+    """Return the model that the manifests of all the models record as their init.
 
-    As it is recorded (None when they do not agree), and where it is (None when it is gone or has changed).
+    Its recorded path (None if they do not agree), and its directory (None if it is gone or has changed).
     """
     records = [_init_of(model.path) for model in models]
     first = records[0]
@@ -237,12 +240,12 @@ def common_parent(models: Sequence[Checkpoint]) -> tuple[str | None, Path | None
 
 
 def _init_of(path: Path) -> ParentRecord | None:
-    """The record {role, path, weights} of the one parent that a model was trained from."""
+    """Return the record of the one parent that a model was trained from; None if there is not exactly one."""
     parents = (read_manifest(path) or {}).get("parents")
     if not isinstance(parents, list):
         return None
     inits = [parent for parent in parents if isinstance(parent, dict) and parent.get("role") in INIT_ROLES]
-    # A path that this system cannot have, or that cannot be shown, does not count as a record.
+    # A record that is not a path of this system, or that cannot be printed, is ignored.
     if len(inits) != 1 or not all(str(inits[0].get(key, "\0")).isprintable() for key in ("path", "weights")):
         return None
     if not all(isinstance(inits[0].get(key), str) for key in ("path", "weights")):

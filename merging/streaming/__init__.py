@@ -1,1 +1,1 @@
-"""Streams the tensors of a plan through the kernels into the output."""
+"""Streams the tensors of a plan through the kernels to the output."""

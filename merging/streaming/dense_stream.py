@@ -1,11 +1,11 @@
-"""Streams the groups of a plan through the kernels. Holds cuts in memory, never a tensor.
+"""Streams the groups of a plan through the kernels. Memory holds cuts, never a whole tensor.
 
 Per group: pass 1 reads the operands and sums their inner products, the method turns the Gram matrix into weights, pass
-2 reads them again (from the page cache) and writes the combination. Methods whose weights are known beforehand, or
-whose sums are in the cache, do everything on one read.
+2 reads the operands again (from the page cache) and writes the combination. Methods whose weights are known beforehand,
+or whose sums are cached, need one pass.
 
 Cuts are multiples of the kernels' block, and sums over blocks and tensors are exactly rounded (`math.fsum`): the result
-is the same bit for bit for any number of threads, size of cut and division into shards.
+is bit for bit the same for any number of threads, size of cut and division into shards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import fsum
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.core.progress import Task
 from gemma2.merging.kernels.dense import BLOCK, pair_count
-from gemma2.merging.kernels.dtypes import STORED, Doubles
+from gemma2.merging.kernels.dtypes import STORED, Doubles, Out
 from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE, blend, measure
 from gemma2.merging.methods.method import Group, Mix
 from gemma2.merging.plan.merge_plan import MergePlan
@@ -37,21 +36,21 @@ __all__ = ["Checks", "Output", "Stream"]
 
 
 class Checks:
-    """Check sums of what was written, by output and tensor. Safe to share between threads."""
+    """Check sums of the written data, by output and tensor. Safe to share between threads."""
 
     def __init__(self, outputs: int) -> None:
         self.sums: list[dict[str, int]] = [{} for _ in range(outputs)]
         self._lock = Lock()
 
     def add(self, name: str, sums: Sequence[int]) -> None:
-        """One job's sums, one per output."""
+        """Add the sums of one job, one per output."""
         with self._lock:
             for known, own in zip(self.sums, sums, strict=True):
                 known[name] = (known.get(name, 0) + int(own)) % 2**64
 
 
 class Output:
-    """The target of the streams: the outputs, the dtype of each tensor, and the check sums of what was written."""
+    """The target of the streams: the outputs, the dtype of each tensor, and the check sums of the written data."""
 
     def __init__(self, plan: MergePlan, writers: Sequence[Writer]) -> None:
         self.plan = plan
@@ -59,19 +58,20 @@ class Output:
         self.checks = Checks(len(writers))
 
     def targets(self, name: str) -> NDArray[np.int64]:
-        """Descriptor and offset of a tensor in each output, (E, 2)."""
+        """Return descriptor and offset of a tensor in each output, (E, 2)."""
         places = [writer.places[name] for writer in self.writers]
         return np.array([(place.descriptor, place.offset) for place in places], np.int64)
 
-    def rows(self, name: str, space: Workspace) -> NDArray[Any]:
-        """The results' rows in the work space, of a tensor's dtype, (E, cut)."""
-        return space.out.view(STORED[self.plan.layout[name][0]])
+    def rows(self, name: str, space: Workspace) -> Out:
+        """Return the rows for results in the work space, in the dtype of a tensor, (E, cut)."""
+        rows: Out = space.out.view(STORED[self.plan.layout[name][0]])
+        return rows
 
     def failure(self, name: str, code: int, job: Block, space: Workspace) -> Gemma2Error:
-        """Why a compiled pass could not finish a job: the write is repeated, where the system's reason can be had."""
+        """Return the reason why a compiled pass failed: the write is repeated in Python, which reports the system's."""
         dtype = self.plan.layout[name][0]
         if code == NOT_FINITE:
-            return InputError(f"the merge of {printable(name)} does not fit {dtype}", "give --dtype float32")
+            return InputError(f"the merge of {printable(name)} overflows {dtype}", "give --dtype float32")
         writer = self.writers[NOT_FINITE - 1 - code]
         try:
             count = min(job.count, space.out.shape[1] // 4)
@@ -114,7 +114,7 @@ class Stream:
         return self._report(group, known, mix)
 
     def _measure(self, group: Group, job: Block) -> tuple[Block, Doubles]:
-        """Inner products of one job per block, (blocks, 1 + pairs)."""
+        """Return the inner products of one job per block, (blocks, 1 + pairs)."""
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
             products = self._table(group, job)
@@ -126,7 +126,7 @@ class Stream:
             return job, products
 
     def _write(self, group: Group, job: Block, mix: Mix, wanted: bool) -> tuple[Block, Doubles]:
-        """Combine and write one job; its inner products too where they are wanted."""
+        """Combine and write one job; return its inner products if they are wanted."""
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
             products = self._table(group, job)[: None if wanted else 0]
@@ -162,7 +162,7 @@ class Stream:
             raise self.feeder.not_finite(job)
 
     def _sums(self, group: Group, results: Iterable[tuple[Block, Doubles]]) -> dict[str, Doubles]:
-        """Exactly rounded sums over the blocks of each tensor, (1 + pairs,)."""
+        """Return exactly rounded sums over the blocks of each tensor, (1 + pairs,)."""
         blocks: dict[str, list[Doubles]] = {}
         sums = {name: np.zeros(1 + pair_count(group.models)) for name in group.tensors}
         for job, products in results:
@@ -177,7 +177,7 @@ class Stream:
         return np.array([fsum(column) for column in zip(*(sums[name] for name in group.tensors), strict=True)])
 
     def _gram(self, group: Group, sums: dict[str, Doubles]) -> Doubles:
-        """The Gram matrix (M, M) of a group from the upper triangles of its tensors."""
+        """Return the Gram matrix (M, M) of a group from the upper triangles of its tensors."""
         return gram_of(self._total(group, sums)[1:].tolist(), group.models)
 
     def _report(self, group: Group, sums: dict[str, Doubles], mix: Mix) -> GroupReport:

@@ -1,7 +1,8 @@
-"""Brings ranges of tensors to the kernels: work space, jobs, adapters formed on the way, and what to say when it fails.
+"""Feeds ranges of tensors to the kernels: work space, jobs, adapted tensors, and the errors of failed reads.
 
 A job is a range of one tensor. Operands that are all bf16 or all fp32 are read by the compiled passes themselves, cut
-by cut; others (mixed, fp16, adapted, read through a row map) are formed as fp32 here first: their jobs are single cuts.
+by cut; others (mixed, fp16, adapted, read through a row map) are converted to fp32 here first: their jobs are single
+cuts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,8 @@ from gemma2.merging.inputs.adapter import Factors, adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.inputs.low_rank import LowRank
 from gemma2.merging.kernels.dense import BLOCK
-from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, widen
-from gemma2.merging.methods.method import Group
+from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, Stored, widen
+from gemma2.merging.methods.table import Group
 from gemma2.merging.plan.groups import Part, Source
 from gemma2.merging.plan.merge_plan import MergePlan
 from gemma2.merging.tokenizers.row_map import RowMap, gather
@@ -36,8 +37,8 @@ from .writer import aligned
 __all__ = ["CUT", "Block", "Feeder", "Loaded", "Workspace", "in_order"]
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
-CUTS_IN_A_JOB = 16  # between two visits to Python
-WIDE_ROWS = 3  # rows that the sparse kernels need besides those of the operands
+CUTS_IN_A_JOB = 16  # cuts between two returns to Python
+WIDE_ROWS = 3  # rows that the sparse kernels need in addition to those of the operands
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,7 +71,7 @@ class Loaded:
     """
 
     files: NDArray[np.int64]
-    stored: Any
+    stored: Stored
 
 
 class Feeder:
@@ -89,7 +90,7 @@ class Feeder:
         self._factors = lru_cache(maxsize=4 * operands)(self._load_factors)
 
     def jobs(self, group: Group) -> Iterator[Block]:
-        """The ranges of a group's tensors, in order."""
+        """Yield the ranges of a group's tensors, in order."""
         for name in group.tensors:
             part = self.plan.parts[name]
             count = part.sources[0].count
@@ -99,7 +100,7 @@ class Feeder:
 
     @contextmanager
     def space(self) -> Iterator[Workspace]:
-        """The buffers of one thread, for as long as it needs them."""
+        """Lend the buffers of one thread for the duration of the block."""
         space = self._free.get()
         try:
             yield space
@@ -107,7 +108,7 @@ class Feeder:
             self._free.put(space)
 
     def sources(self, job: Block, space: Workspace) -> Loaded:
-        """The operands for the compiled passes: in their files if all are stored alike, else formed as fp32."""
+        """Return the operands for the compiled passes: in their files if all have one dtype, else converted to fp32."""
         dtype = self._common_dtype(job.part)
         raw = space.raw[: len(job.part.sources)]
         if dtype is not None:
@@ -119,13 +120,13 @@ class Feeder:
         return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
 
     def _common_dtype(self, part: Part) -> str | None:
-        """The one dtype that all operands are stored in and that the kernels can read; None if they differ."""
+        """Return the dtype of all operands, if it is one that the kernels read directly; else None."""
         dtypes = {source.tensor.dtype for source in part.sources}
         plain = len(dtypes) == 1 and not any(source.update or source.rows for source in part.sources)
         return dtypes.pop() if plain and dtypes <= {"BF16", "F32"} else None
 
     def _form(self, source: Source, first: int, into: Floats) -> None:
-        """The elements from `first` on as fp32: each from the input that its row is taken from, W or W + scale B A."""
+        """Fill `into` with the elements from `first` on as fp32, W or W + scale B A, from the inputs that hold them."""
         if source.rows is not None and self._gathered(source, source.rows, first, into):
             return
         done = 0
@@ -139,7 +140,7 @@ class Feeder:
             done += count
 
     def _gathered(self, source: Source, rows: RowMap, first: int, into: Floats) -> bool:
-        """`_form` in one call for many short spans; False where they are not of one kind, or could not be read."""
+        """`_form` in one call for many short spans. False if they differ in dtype, are adapted or could not be read."""
         parts = [Source(model, source.name) for model in rows.inputs]
         tensors = [part.tensor for part in parts]
         if any(part.update for part in parts) or len({tensor.dtype for tensor in tensors}) > 1:
@@ -158,11 +159,11 @@ class Feeder:
         return load_factors(self.reader, update)
 
     def job_bytes(self, job: Block) -> int:
-        """Of all operands."""
+        """Return the bytes of a job in all operands."""
         return sum(job.count * ITEM_BYTES[source.tensor.dtype] for source in job.part.sources)
 
     def unreadable(self, job: Block, operand: int) -> Gemma2Error:
-        """Why a compiled read failed: read again, where the system's reason can be had."""
+        """Return the reason why a compiled read failed: it is repeated in Python, which reports the system's."""
         tensor = job.part.sources[operand].tensor
         try:
             for first in range(job.first, job.first + job.count, self.size):
@@ -173,7 +174,7 @@ class Feeder:
         return InputError(f"reading {tensor.file} failed once", "check the disk, and merge again")
 
     def not_finite(self, job: Block) -> InputError:
-        """Names the input, the tensor and the element that is NaN or Inf."""
+        """Return an error that names the input, the tensor and the element that is NaN or Inf."""
         for source in job.part.sources:
             for first in range(job.first, job.first + job.count, self.size):
                 count = min(self.size, job.first + job.count - first)
@@ -186,13 +187,13 @@ class Feeder:
                         f"{piece.model}: {printable(piece.name)} holds {values[bad[0]]} at element {element}",
                         "the model is broken; merge an earlier checkpoint",
                     )
-        return InputError(f"{printable(job.name)}: the models differ by more than fp32 can hold", "check the models")
+        return InputError(f"{printable(job.name)}: the difference of the models overflows fp32", "check the models")
 
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 8
 ) -> Iterator[Result]:
-    """`map` that keeps at most `ahead` calls waiting, so that memory does not grow with the model."""
+    """`map` with at most `ahead` calls waiting, so that memory does not grow with the model."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))

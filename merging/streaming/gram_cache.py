@@ -1,9 +1,9 @@
 """Inner products of earlier merges: another t, eta or granularity over the same models needs no first pass.
 
-A few KB per set of models in the user's cache directory ($XDG_CACHE_HOME/gemma2/products). A file is found by what
-decides its numbers: each weight file's real path, inode, size and times of change, and the sources of every tensor. So
-a file that was written to, replaced or moved is simply not found. The file begins with a digest of the rest: a damaged
-one is not used. Where the cache cannot be written, nothing is kept.
+A few KB per set of models in the user's cache directory ($XDG_CACHE_HOME/gemma2/products). The name of a file is a
+digest of everything that decides its numbers: real path, inode, size and times of change of each weight file, and the
+sources of every tensor. So weights that were written to, replaced or moved miss the cache. The file begins with a
+digest of the rest: a damaged one is not used. If the cache cannot be written, nothing is kept.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from gemma2.merging.plan.merge_plan import MergePlan
 
 __all__ = ["Products"]
 
-MOST_FILES = 64  # the oldest are removed
+MOST_FILES = 64  # then the oldest are removed
 
 
 class Products:
-    """Sums over each tensor, (1 + pairs,) fp64: as the cache has them, and as this merge finds them."""
+    """Sums over each tensor, (1 + pairs,) fp64: from the cache, or computed by this merge."""
 
     def __init__(self, plan: MergePlan) -> None:
         self._file = cache_folder("products") / f"{_key(plan)}.json"
         self._sums: dict[str, Doubles] = {}
         self._known = False
-        with suppress(OSError, ValueError, TypeError):  # missing, or not ours: measured again
+        with suppress(OSError, ValueError, TypeError):  # missing or malformed: computed again
             digest, _, text = self._file.read_text(encoding="utf-8").partition("\n")
             if digest == _digest(text):
                 self._sums = {name: np.array(values, np.float64) for name, values in json.loads(text).items()}
                 self._known = set(self._sums) == set(plan.parts)
 
     def known(self, group: Group) -> dict[str, Doubles] | None:
-        """The sums of a group's tensors, or None."""
+        """Return the sums of a group's tensors, or None."""
         return {name: self._sums[name] for name in group.tensors} if self._known else None
 
     def keep(self, group: Group, sums: dict[str, Doubles]) -> None:
@@ -52,7 +52,7 @@ class Products:
         self._sums |= sums
 
     def save(self) -> None:
-        """Write what was found, in one rename; and remove the oldest files."""
+        """Write computed sums in one rename, and remove the oldest files."""
         if self._known:
             return
         with suppress(OSError):
@@ -67,9 +67,9 @@ class Products:
 
 
 def _key(plan: MergePlan) -> str:
-    """The key of the sums: everything that decides them."""
+    """Return a digest of everything that decides the sums."""
     files = {str(file): _stamp(file) for model in plan.inputs for file in model.files}
-    parts: JsonObject = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
+    parts = {name: [_operand(source) for source in part.sources] for name, part in plan.parts.items()}
     decides = [metadata_version(), BLOCK, plan.base is not None, sorted(files.items()), sorted(parts.items())]
     return _digest(json.dumps(decides))
 
@@ -79,7 +79,7 @@ def _digest(text: str) -> str:
 
 
 def _operand(source: Source) -> tuple[object, ...]:
-    """The facts that decide the numbers of an operand, given the files."""
+    """Return the values that, with the files, decide the numbers of an operand."""
     adapted = source.update and source.update.scale
     return str(source.tensor.file), source.tensor.offset, adapted, source.rows and source.rows.digest
 

@@ -18,20 +18,20 @@ __all__ = ["GroupReport", "gram_of", "judge", "mean_angle", "report_group"]
 Doubles = NDArray[np.float64]
 
 NARROW, WIDE = 30.0, 150.0  # degrees; task vectors of independent RL runs are 60 to 90 apart
-FAR = 0.5  # a task vector longer than half of the weights: the base is hardly the ancestor
+FAR = 0.5  # share of the weights' norm above which a task vector suggests that the base is not the ancestor
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group of a merge. Vectors are task vectors where there is a base, else the weights.
+    """One group of a merge. Vectors are task vectors if there is a base, else the weights.
 
     parameters    elements in the group
     base_norm     length of the base; None without one
     norms         length of each model's vector
-    angles        degrees between each pair of them, in the order 1-2, 1-3, ..., 2-3, ...; None where one is zero
+    angles        degrees between each pair of them, in the order 1-2, 1-3, ..., 2-3, ...; None if one is zero
     result_norms  length of the merged vector, per output
-    coefficients  weights of the operands (base, where there is one, then the models), per output
-    fallback      why SLERP fell back to linear interpolation; "" when it did not
+    coefficients  weights of the operands (the base, if there is one, then the models), per output
+    fallback      reason why SLERP fell back to linear interpolation; "" if it did not
     """
 
     group: str
@@ -45,17 +45,22 @@ class GroupReport:
 
     @property
     def angle(self) -> float | None:
-        """Mean of the angles that exist; None if none exists."""
+        """Mean of the angles that exist; None if none does."""
         angles = [angle for angle in self.angles if angle is not None]
         return sum(angles) / len(angles) if angles else None
 
     def as_dict(self) -> JsonObject:
-        """For JSON."""
+        """Return the report for JSON."""
         return {**asdict(self), "angle": self.angle}
 
 
 def report_group(name: str, parameters: int, base_square: float | None, gram: Doubles, mix: Mix) -> GroupReport:
-    """From the squared norm of the base (None without one), the Gram matrix (M, M) and the weights of the operands."""
+    """Return the report of a group.
+
+    base_square  squared norm of the base; None without one
+    gram         (M, M) of the models' vectors
+    mix          weights of the operands
+    """
     models = len(gram)
     vectors = mix.weights[:, -models:]  # with a base: sum w_m (theta_m - base), since the weights sum to 1
     return GroupReport(
@@ -71,7 +76,7 @@ def report_group(name: str, parameters: int, base_square: float | None, gram: Do
 
 
 def gram_of(upper: Sequence[float], vectors: int) -> Doubles:
-    """The symmetric matrix (M, M) of an upper triangle, row by row."""
+    """Return the symmetric matrix (M, M) of an upper triangle, given row by row."""
     matrix = np.zeros((vectors, vectors))
     if len(upper):
         matrix[np.triu_indices(vectors)] = upper
@@ -79,14 +84,14 @@ def gram_of(upper: Sequence[float], vectors: int) -> Doubles:
 
 
 def mean_angle(groups: Sequence[GroupReport]) -> float | None:
-    """Mean over the groups, weighted by parameters; None without any angle."""
+    """Return the mean over the groups, weighted by parameters; None if no group has an angle."""
     pairs = [(group.angle, group.parameters) for group in groups if group.angle is not None]
     total = sum(weight for _, weight in pairs)
     return sum(angle * weight for angle, weight in pairs) / total if total else None
 
 
 def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
-    """Warnings with figures, one line each."""
+    """Return warnings with figures, one line each. The manifest records them."""
     based = any(group.base_norm is not None for group in groups)
     spherical = method in ("slerp", "warp")
     warnings = []
@@ -97,7 +102,7 @@ def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
             f"{'zero' if angle is None else f'{angle:.3g} degrees apart'}; for policies of one init that is LERP "
             "in effect, name the init with --base"
         )
-    if based and len({len(group.norms) for group in groups}) == 1:  # else layers of different models are stacked
+    if based and len({len(group.norms) for group in groups}) == 1:  # not with stacked layers of different models
         warnings += _far_models(groups)
     if based and spherical:
         warnings += _odd_angles(groups)

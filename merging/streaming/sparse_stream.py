@@ -1,7 +1,7 @@
 """Streams merges that choose elements (TIES, DARE, DELLA, Breadcrumbs) through their kernels.
 
-Where magnitudes decide, a counting pass over a group finds its exact thresholds (see `selection`); another chooses,
-combines and writes. Random masks depend on (seed, tensor, model, index) alone. The result is the same bit for bit for
+If magnitudes decide, a counting pass over a group finds its exact thresholds (see `top_k`); another pass chooses,
+combines and writes. Random masks depend on (seed, tensor, model, index) only. The result is bit for bit the same for
 any number of threads, size of cut and division into shards.
 """
 
@@ -44,18 +44,18 @@ from .group_report import GroupReport, gram_of, report_group
 
 __all__ = ["ChoosingStream", "longest_cut"]
 
-SAMPLE = 1 << 17, 1 << 20  # elements of a group that are looked at first, at least and at most, of each model
-SHARE = 32  # one of so many is, between these
-MOST_ALIGNED = 1 << 20  # elements; a cut of whole rows that is not a multiple of BLOCK below it gives up on BLOCK
+SAMPLE = 1 << 17, 1 << 20  # least and most elements in the sample of a group, of each model
+SHARE = 32  # between these limits, one element in SHARE is sampled
+MOST_ALIGNED = 1 << 20  # elements: whole rows that fill whole BLOCKs only beyond it are cut without regard to BLOCK
 
 
 def row_length(shape: Sequence[int]) -> int:
-    """Of a matrix its columns; a vector is one row."""
+    """Return the number of columns of a matrix; a vector is one row."""
     return max(int(shape[-1]), 1) if shape else 1
 
 
 def longest_cut(plan: MergePlan, cut: int) -> int:
-    """The cut that has room for whole rows of every tensor, where ranks within rows are wanted."""
+    """Return a cut with room for whole rows of every tensor if ranks within rows are needed, else `cut`."""
     if plan.method.selection is None or plan.method.selection.by != "rank":
         return cut
     rows = {row_length(shape) for _, shape in plan.layout.values()}
@@ -63,7 +63,7 @@ def longest_cut(plan: MergePlan, cut: int) -> int:
 
 
 def whole_rows(row: int, cut: int) -> int:
-    """Elements of as many whole rows as fit into a cut, at least one; if possible a multiple of BLOCK."""
+    """Return the elements of as many whole rows as fit into a cut, at least one; if possible a multiple of BLOCK."""
     unit = lcm(row, BLOCK)
     if unit > MOST_ALIGNED:
         unit = row
@@ -72,7 +72,7 @@ def whole_rows(row: int, cut: int) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one job: inner products per block, (blocks, 1 + pairs), and squared norms of the merged delta."""
+    """The sums of one job: inner products per block, (blocks, 1 + pairs), and squared norms of the merged delta."""
 
     job: Block
     products: Doubles
@@ -81,7 +81,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A magnitude that is sought: the rank-th largest of a model's `count` deltas."""
+    """A wanted magnitude: the rank-th largest of a model's `count` deltas."""
 
     model: int
     rank: int
@@ -108,7 +108,7 @@ class ChoosingStream:
                 yield self._report(group, found)
 
     def _with_thresholds(self, pool: ThreadPoolExecutor, group: Group, sparsity: Sparsity) -> Sparsity:
-        """Exact magnitudes between which elements stay."""
+        """Return the settings with the exact magnitudes between which elements are kept."""
         count = sum(self.plan.parts[name].sources[0].count for name in group.tensors)
         if self.selection.by != "magnitude" or count == 0:
             return sparsity
@@ -116,12 +116,12 @@ class ChoosingStream:
         lows = [Wanted(model, last, count) for model, (_, last) in enumerate(limits)]
         highs = [Wanted(model, first, count) for model, (first, _) in enumerate(limits) if first > 1]
         found = self._find(pool, group, [*(item for item in lows if item.rank < count), *highs])
-        low = tuple(found.get(wanted, 0.0) for wanted in lows)  # the smallest of all: whatever there is stays
+        low = tuple(found.get(wanted, 0.0) for wanted in lows)  # 0.0: rank `count` keeps every element
         high = tuple(found.get(Wanted(m, first, count), np.inf) for m, (first, _) in enumerate(limits))
         return replace(sparsity, low=low, high=high)
 
     def _find(self, pool: ThreadPoolExecutor, group: Group, wanted: list[Wanted]) -> dict[Wanted, float]:
-        """The thresholds of a group: from a sample that is all of it, else by counting near the sample's estimate."""
+        """Return the wanted magnitudes of a group: by a sample that is the whole group, else by counting near it."""
         bits = self._sample(group)
         near = {item: near_rank(bits[item.model], item.rank, item.count) for item in wanted}
         if not wanted or bits.shape[1] == wanted[0].count:
@@ -136,7 +136,7 @@ class ChoosingStream:
         return {item: magnitude(place) for item, place in found.items()}
 
     def _sample(self, group: Group) -> NDArray[np.uint32]:
-        """Bit patterns of some deltas of each model, (M, n), chosen by their places; of all where they are few."""
+        """Return bit patterns of a sample of the deltas of each model, (M, n); of all deltas if they are few."""
         counts = {name: self.plan.parts[name].sources[0].count for name in group.tensors}
         total = sum(counts.values())
         size = min(max(total // SHARE, SAMPLE[0]), SAMPLE[1])
@@ -154,7 +154,7 @@ class ChoosingStream:
             while len(places):
                 job = Block(name, part, int(places[0]), int(min(PIECE, count - places[0])))
                 loaded = self.feeder.sources(job, space)
-                now = len(places) if loaded.files[0, 0] >= 0 else 1  # what is formed here is formed piece by piece
+                now = len(places) if loaded.files[0, 0] >= 0 else 1  # converted operands are loaded piece by piece
                 code = sample(loaded.files, places[:now], count, loaded.stored, bits[:, done:])
                 if code != DONE:
                     raise self.feeder.unreadable(job, code - 1)
@@ -169,7 +169,7 @@ class ChoosingStream:
         windows: dict[Wanted, tuple[int, int]],
         advance: bool = False,
     ) -> dict[Wanted, int]:
-        """The pattern of each one sought, shifted as its window; without those that are outside."""
+        """Return the pattern of each wanted magnitude, in units of its window's bins; those outside are missing."""
         table = np.array([(item.model + 1, *window) for item, window in windows.items()], np.int64)
         size = (len(table), 1 + BINS)  # the number above a window, then its bins
         tables = [np.zeros(size, np.int64) for _ in range(self.plan.request.threads)]
@@ -202,7 +202,7 @@ class ChoosingStream:
                 raise self.feeder.unreadable(job, code - 1)
 
     def _row_jobs(self, group: Group) -> Iterator[Block]:
-        """Jobs of whole rows, where ranks within rows are wanted."""
+        """Yield jobs of whole rows, for ranks within rows."""
         long = {job.name for job in self.feeder.jobs(group) if job.count > self.feeder.size}
         for name in group.tensors:
             part = self.plan.parts[name]
@@ -212,11 +212,11 @@ class ChoosingStream:
                 yield Block(name, part, first, min(step, count - first))
 
     def _step(self, name: str) -> int:
-        """Elements of a cut of whole rows."""
+        """Return the number of elements in a cut of whole rows."""
         return whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
 
     def _in_pages(self, name: str) -> bool:
-        """Whether cuts of whole rows are whole pages, which writes past the page cache must be."""
+        """Whether cuts of whole rows are whole pages, as writes past the page cache require."""
         return self._step(name) * ITEM_BYTES[self.plan.layout[name][0]] % PAGE_BYTES == 0
 
     def _merge(self, group: Group, job: Block, sparsity: Sparsity) -> Found:

@@ -1,8 +1,8 @@
-"""Reads an output back as it is on the disk: header, check sums, and the digests that its manifest records.
+"""Reads an output back from the disk: header, check sums, and the digests that its manifest records.
 
-A reader follows the writer through each file in a separate thread, past the page cache where the writer went past it:
-BLAKE3 over the file in order, and the check sums of the tensors, which must be those of what was computed. Values were
-found finite when they were computed, so equal bytes are finite as well.
+A reader follows the writer through each file in a separate thread, bypassing the page cache where the writer did: it
+computes BLAKE3 over the file in order, and the check sums of the tensors, which must equal those of the computed data.
+Values were checked to be finite when they were computed, so equal bytes are finite as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
-from typing import Any
 
 from gemma2.core.errors import OutputError
 from gemma2.core.outputs.hashing import digest_name, hasher
@@ -32,11 +31,11 @@ PIECE = 4 << 20  # bytes read, hashed and checked at a time
 
 
 class VerifyStopped(Exception):
-    """The merge failed; what follows it ends."""
+    """The merge failed, so its follower ends."""
 
 
 class ReadBack:
-    """Follows the writing of one output. A context: when it is left by an exception, the follower ends.
+    """Follows the writing of one output. A context manager: an exception in its block ends the follower.
 
     The files must have been allocated, with their headers.
     """
@@ -48,7 +47,7 @@ class ReadBack:
         self._written: set[str] = set()
         self._stopped = False
         self._news = Condition()
-        # One runs through the files, one reads ahead for it.
+        # One thread goes through the files, the other reads ahead for it.
         self._pool = ThreadPoolExecutor(2)
         self._digests: Future[dict[str, str]] = self._pool.submit(self._follow)
 
@@ -64,21 +63,21 @@ class ReadBack:
         self._pool.shutdown()
 
     def wrote(self, names: Iterable[str]) -> None:
-        """These tensors are complete."""
+        """Announce tensors that are complete."""
         with self._news:
             self._written |= set(names)
             self._news.notify_all()
 
     def finish(self, layout: Layout, checks: Mapping[str, int]) -> dict[str, str]:
-        """Compare the output, all of which is written, with its plan; the digest of each weight file.
+        """Compare the completely written output with its plan; return the digest of each weight file.
 
-        checks  of each tensor, as `kernels.check_sum` defines them
-        Raises OutputError naming what differs.
+        checks  of each tensor, see `dense.check_sum`
+        Raises OutputError naming the difference.
         """
         written = {name: (t.dtype, t.shape) for name, t in open_checkpoint(self._directory, "output").tensors.items()}
         if written != dict(layout):
             raise OutputError(
-                f"{self._directory} does not read back as it was written", "check the disk, and merge again"
+                f"{self._directory} reads back with other tensors than were written", "check the disk, and merge again"
             )
         self.wrote(layout)  # tensors without elements too
         digests = self._digests.result()
@@ -97,10 +96,10 @@ class ReadBack:
         return {file.name: self._digest(file, direct) for file in files}
 
     def _digest(self, path: Path, direct: bool) -> str:
-        """Of one file; adds to the check sums of its tensors."""
+        """Return the digest of one file; add up the check sums of its tensors."""
         tensors = list(read_header(path).values())
         self._sums |= dict.fromkeys((tensor.name for tensor in tensors), 0)
-        digest = hasher()  # one thread: others have the writing to do, and it keeps up with them
+        digest = hasher()  # one thread: it keeps up with the writers, which need the others
         position = 0
         with self._pieces(path, tensors, direct) as pieces:
             for piece in pieces:
@@ -115,7 +114,7 @@ class ReadBack:
 
     @contextmanager
     def _pieces(self, path: Path, tensors: list[Tensor], direct: bool) -> Iterator[Iterator[Bytes]]:
-        """A file in order, PIECE bytes at a time, as it is written; each is valid until the next is taken."""
+        """Read a file in order as it is written, PIECE bytes at a time; a piece is valid until the next is taken."""
         size = path.stat().st_size
         bypass = open_direct(path, os.O_RDONLY) if direct else None
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if bypass is None else bypass
@@ -125,9 +124,9 @@ class ReadBack:
             begin = number * PIECE
             wanted = min(PIECE, size - begin)
             self._wait({tensor.name for tensor, _, _ in overlaps(tensors, begin, begin + wanted)})
-            read_piece(descriptor, begin, wanted, buffers[number % 2], path)
-            result: Bytes = buffers[number % 2][:wanted]
-            return result
+            buffer: Bytes = buffers[number % 2]
+            read_piece(descriptor, begin, wanted, buffer, path)
+            return buffer[:wanted]
 
         def pieces() -> Iterator[Bytes]:
             count = -(-size // PIECE)
@@ -150,7 +149,7 @@ class ReadBack:
             os.close(descriptor)
 
     def _wait(self, names: set[str]) -> None:
-        """Until these tensors are written."""
+        """Wait until these tensors are written. Raises VerifyStopped if the merge failed."""
         with self._news:
             self._news.wait_for(lambda: self._stopped or names <= self._written)
             if self._stopped:
@@ -158,7 +157,7 @@ class ReadBack:
 
 
 def overlaps(tensors: Iterable[Tensor], begin: int, end: int) -> Iterator[tuple[Tensor, int, int]]:
-    """The tensors that have bytes in [begin, end) of their file, and which."""
+    """Yield the tensors that have bytes in [begin, end) of their file, and the range of these bytes."""
     for tensor in tensors:
         low, high = max(tensor.offset, begin), min(tensor.offset + tensor.nbytes, end)
         if low < high:
@@ -166,11 +165,11 @@ def overlaps(tensors: Iterable[Tensor], begin: int, end: int) -> Iterator[tuple[
 
 
 def read_piece(descriptor: int, begin: int, wanted: int, into: Bytes, path: Path) -> None:
-    """Bytes [begin, begin + wanted) of a file; past the page cache only whole pages are read."""
-    room: Any = into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
+    """Read bytes [begin, begin + wanted) of a file; in whole pages, as reads past the page cache require."""
+    room = memoryview(into[: -(-wanted // PAGE_BYTES) * PAGE_BYTES])  # type: ignore[arg-type]
     done = 0
     while done < wanted:
-        got = os.preadv(descriptor, [memoryview(room)[done:]], begin + done)
+        got = os.preadv(descriptor, [room[done:]], begin + done)
         if got == 0:
             raise OutputError(f"{path} ended while it was read back", "check the disk, and merge again")
         done += got

@@ -1,8 +1,8 @@
-"""Writes a model directory: shards in the library's naming, allocated whole, filled in place; companion files copied.
+"""Writes a model directory: shards named like transformers', allocated whole, filled in place; companion files copied.
 
-Writes go to their final offset, so that threads need no order among themselves. Large outputs bypass the page cache
-(O_DIRECT): copying 5 GB into it costs as much CPU as the merge itself, and it would push out the inputs. That needs
-whole pages, so tensors whose size is one come first in a file; the few others go through the cache.
+Writes go to their final offset, so that threads need no order. Large outputs bypass the page cache (O_DIRECT): copying
+5 GB into it costs as much CPU as the merge itself, and would evict the inputs. O_DIRECT needs whole pages, so tensors
+of whole pages come first in a file; the few others go through the cache.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ __all__ = ["DIRECT_BYTES", "Layout", "WritePlace", "Writer", "aligned", "copy_co
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name, in the order of the file
 
 MAX_SHARD_BYTES = 5_000_000_000
-DIRECT_BYTES = 1 << 29  # smaller outputs are left in the page cache, for the command that reads them next
+DIRECT_BYTES = 1 << 29  # smaller outputs stay in the page cache, for the command that reads them next
 
 
 @dataclass(frozen=True)
 class WritePlace:
-    """The place to which a tensor is written: a descriptor, and the offset of its first byte.
+    """The place of a tensor in an output: `offset` of its first byte, and two descriptors of the file.
 
-    descriptor  may bypass the page cache, and then takes whole pages only
-    cached      goes through it
+    descriptor  may bypass the page cache, and then accepts whole pages only
+    cached      goes through the page cache
     """
 
     descriptor: int
@@ -47,12 +47,12 @@ class WritePlace:
 
 
 def aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Zeroed bytes that begin on a page, as O_DIRECT wants them."""
+    """Return zeroed bytes that begin on a page, as O_DIRECT requires."""
     return np.frombuffer(mmap.mmap(-1, max(prod(shape), 1)), np.uint8)[: prod(shape)].reshape(shape)
 
 
 def open_direct(path: Path, flags: int) -> int | None:
-    """A descriptor that bypasses the page cache; None where the system or the file system has no such thing."""
+    """Return a descriptor that bypasses the page cache; None if the system or the file system does not support it."""
     direct = getattr(os, "O_DIRECT", None)
     if direct is None:
         return None
@@ -72,9 +72,9 @@ class Writer:
     @classmethod
     @contextmanager
     def create(cls, directory: Path, tensors: Layout) -> Iterator[Writer]:
-        """Allocate files of at most MAX_SHARD_BYTES (or one tensor) and write their headers.
+        """Allocate files of at most MAX_SHARD_BYTES (or one tensor) and write their headers. Raises OutputError.
 
-        The division depends on nothing but the layout, so equal merges give equal files.
+        The division into files depends only on the layout, so equal merges give equal files.
         """
         shards = [_pages_first(shard) for shard in _divide(tensors, MAX_SHARD_BYTES)]
         names = shard_names(len(shards))
@@ -88,7 +88,7 @@ class Writer:
             yield cls(directory, places)
 
     def write(self, name: str, first_byte: int, data: NDArray[np.uint8]) -> None:
-        """Bytes of a tensor from one of them on. Raises OutputError."""
+        """Write bytes of a tensor, beginning at its `first_byte`. Raises OutputError."""
         place = self.places[name]
         offset = place.offset + first_byte
         descriptor = place.cached if offset % PAGE_BYTES or data.size % PAGE_BYTES else place.descriptor
@@ -96,7 +96,7 @@ class Writer:
 
 
 def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> dict[str, WritePlace]:
-    """One file with its header; where each of its tensors goes. Descriptors are closed with the stack."""
+    """Create one file with its header; return the place of each tensor. Descriptors are closed with the stack."""
     header, starts = encode_header(shard)
     size = len(header) + sum(_nbytes(*entry) for entry in shard.values())
     cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -113,7 +113,7 @@ def _create_file(stack: ExitStack, path: Path, shard: Layout, direct: bool) -> d
 
 
 def _probe(path: Path, header: bytes) -> int | None:
-    """A descriptor past the page cache on which a write of the header succeeded."""
+    """Return a descriptor that bypasses the page cache, if a write of the header succeeds on it; else None."""
     descriptor = open_direct(path, os.O_WRONLY)
     if descriptor is None:
         return None
@@ -128,7 +128,7 @@ def _probe(path: Path, header: bytes) -> int | None:
 
 
 def shard_names(count: int) -> list[str]:
-    """The file names that transformers looks for."""
+    """Return the file names that transformers expects."""
     if count == 1:
         return [WEIGHTS]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -139,7 +139,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _pages_first(shard: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Whole pages before the others, so that they begin on pages; otherwise in order."""
+    """Return the tensors with those of whole pages first, so that they begin on pages; otherwise in order."""
     return dict(sorted(shard.items(), key=lambda item: _nbytes(*item[1]) % PAGE_BYTES != 0))
 
 
@@ -183,10 +183,10 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def copy_companions(source: Path, directory: Path, changes: JsonMapping) -> None:
-    """Configuration and tokenizer of a model into another directory, byte for byte.
+    """Copy configuration and tokenizer of a model to another directory, byte for byte.
 
-    `changes` are keys of config.json that the merge gives other values; `dtype` is written as it is spelled there,
-    since transformers loads weights as the configuration says.
+    changes  keys of config.json that the merge changes; `dtype` is written in the spelling of the file, since
+             transformers loads weights in the dtype of the configuration
     """
     for name in COMPANIONS:
         if (source / name).is_file():

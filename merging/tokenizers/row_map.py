@@ -1,4 +1,4 @@
-"""Which tensors have one row per token id, and their rows taken from several inputs in another order."""
+"""The tensors that have one row per token id, and maps that take their rows from several inputs in another order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,8 @@ class RowMap:
 
     count   rows of the output
     starts  (R,) int64: the row of the output at which a run begins, ascending from 0
-    models  (R,) int64: whose rows, an index into `inputs`
-    rows    (R,) int64: the first of them there
+    models  (R,) int64: the input that the run is taken from, an index into `inputs`
+    rows    (R,) int64: the first row of the run in that input
     """
 
     count: int
@@ -41,9 +40,9 @@ class RowMap:
     inputs: tuple[Checkpoint, ...]
 
     def spans(self, first: int, count: int, width: int) -> tuple[Longs, Longs, Longs]:
-        """Elements [first, first + count) of the output, `width` in a row, as consecutive spans of the inputs.
+        """Return elements [first, first + count) of the output, `width` per row, as consecutive spans of the inputs.
 
-        Returns (P,) each: whose elements, the first of them there, and their number.
+        Arrays (P,): index of the input, first element in it, number of elements.
         """
         low = int(np.searchsorted(self.starts, first // width, side="right")) - 1
         high = int(np.searchsorted(self.starts * width, first + count))
@@ -54,7 +53,7 @@ class RowMap:
 
     @cached_property
     def digest(self) -> str:
-        """Of the map and the files that it reads."""
+        """The digest of the map and of the paths that it reads."""
         digest = hashlib.blake2b(str([str(file) for model in self.inputs for file in model.files]).encode())
         for array in (self.starts, self.models, self.rows):
             digest.update(array.tobytes())
@@ -62,14 +61,14 @@ class RowMap:
 
 
 def vocabulary_tensors(model: Checkpoint) -> set[str]:
-    """Names of the tensors that have a row per id: the embedding, and a separate head."""
+    """Return the names of the tensors that have a row per id: the embedding, and an untied head."""
     rows = embedding_rows(model)
     named = (name for name in model.tensors if EMBEDDINGS.search(name) or HEADS.search(name))
     return {name for name in named if model.tensors[name].shape[:1] == (rows,)}
 
 
 def embedding_rows(model: Checkpoint) -> int:
-    """Rows of the embedding. Raises InputError where none is known by its name."""
+    """Return the number of rows of the embedding. Raises InputError if no tensor has a known name of one."""
     name = next((name for name in model.tensors if EMBEDDINGS.search(name)), None)
     if name is None or not model.tensors[name].shape:
         raise InputError(f"{model} has no embedding of a known name", "leave out --tokenizer")
@@ -77,8 +76,8 @@ def embedding_rows(model: Checkpoint) -> int:
 
 
 @compiled()
-def gather(places: Longs, into: Bytes) -> Any:
-    """Fill `into` with ranges of files, one behind the other. False when one could not be read.
+def gather(places: Longs, into: Bytes) -> bool:
+    """Fill `into` with ranges of files, one after the other. False if one could not be read.
 
     places  (P, 3): descriptor, offset and bytes of each
     """

@@ -1,9 +1,9 @@
-"""tokenizer.json: the id of every token, and the union of tokenizers that differ in their added tokens alone.
+"""tokenizer.json: the id of every token, and the union of tokenizers that differ only in their added tokens.
 
-Ids of the core vocabulary and of the first tokenizer's own added tokens stay. A new token gets the next id in the order
-of the inputs and of their ids: the first is max(size of the core vocabulary, highest added id + 1), as the tokenizers
-library counts, which cannot store holes. Rows without a token that lie there are used; the embedding grows only where
-they end. A token that another input merely flags keeps its id; flags that disagree are the first input's.
+Ids of the core vocabulary and of the first tokenizer's added tokens stay. New tokens get consecutive ids in the order
+of the inputs and of their ids, beginning at max(size of the core vocabulary, highest added id + 1): the tokenizers
+library counts in the same way and cannot store holes. Existing rows without a token are used first, then the embedding
+grows. A token that another input only flags keeps its id; of flags that disagree the first input's are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
@@ -30,7 +29,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The tokenizer of an input: tokenizer.json as it is, the id of each token, and the rows of its embedding."""
+    """The tokenizer of an input: its tokenizer.json, the id of each token, and the number of rows of the embedding."""
 
     model: Checkpoint
     file: JsonMapping
@@ -39,17 +38,17 @@ class Tokens:
 
     @cached_property
     def names(self) -> dict[int, str]:
-        """The token of each row that has one."""
+        """The token of each row that has a token."""
         return {index: token for token, index in self.ids.items() if index < self.rows}
 
     def row(self, token: str) -> int | None:
-        """The row of a token in the embedding."""
+        """Return the row of a token in the embedding, or None."""
         index = self.ids.get(token)
         return index if index is not None and index < self.rows else None
 
 
 def _read(model: Checkpoint) -> Tokens:
-    """The tokenizer of a model. Raises InputError if tokenizer.json is missing or malformed."""
+    """Return the tokenizer of a model. Raises InputError if tokenizer.json is missing or malformed."""
     path = model.origin / TOKENIZER
     if not path.is_file():
         raise InputError(f"{model} has no {TOKENIZER}", "save its fast tokenizer there, or leave out --tokenizer")
@@ -65,8 +64,8 @@ def _read(model: Checkpoint) -> Tokens:
     return Tokens(model, file, ids, embedding_rows(model))
 
 
-def _core(path: Path, file: JsonMapping) -> tuple[dict[str, int], Any]:
-    """The ids of the core vocabulary, and what else decides them: merges of BPE in one spelling, scores of unigram."""
+def _core(path: Path, file: JsonMapping) -> tuple[dict[str, int], object]:
+    """Return the ids of the core vocabulary, and what else decides them: BPE merges in one spelling, unigram scores."""
     model = file.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list) and all(
@@ -80,7 +79,7 @@ def _core(path: Path, file: JsonMapping) -> tuple[dict[str, int], Any]:
 
 
 def added_entries(path: Path, file: JsonMapping) -> list[JsonObject]:
-    """The added tokens in the order of their ids."""
+    """Return the entries of the added tokens in the order of their ids. Raises InputError if they are malformed."""
     entries = file.get("added_tokens") or []
     known = isinstance(entries, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
@@ -92,7 +91,7 @@ def added_entries(path: Path, file: JsonMapping) -> list[JsonObject]:
 
 
 def read_tokenizers(inputs: Iterable[Checkpoint]) -> list[Tokens]:
-    """The tokenizer of every input; equal files are read once."""
+    """Return the tokenizer of every input; equal files are read once."""
     found: list[Tokens] = []
     for model in inputs:
         path = model.origin / TOKENIZER
@@ -103,7 +102,7 @@ def read_tokenizers(inputs: Iterable[Checkpoint]) -> list[Tokens]:
 
 
 def union(owner: Tokens, operands: Sequence[Tokens]) -> tuple[tuple[JsonObject, ...], list[str]]:
-    """Entries to add to the owner's tokenizer.json, with their ids, and what to say about them."""
+    """Return the entries to add to the owner's tokenizer.json, with their ids, and notes about them."""
     path = owner.model.origin / TOKENIZER
     core = _core(path, owner.file)
     known = {entry["content"]: entry for entry in added_entries(path, owner.file)}
@@ -114,8 +113,7 @@ def union(owner: Tokens, operands: Sequence[Tokens]) -> tuple[tuple[JsonObject, 
         place = other.model.origin / TOKENIZER
         if other.file is not owner.file and _core(place, other.file) != core:
             raise InputError(
-                f"{owner.model} and {other.model} have different vocabularies or merges; "
-                "different vocabularies have no union",
+                f"{owner.model} and {other.model} have different vocabularies or merges, which have no union",
                 "choose one: --tokenizer base or the path of a model",
             )
         for entry in added_entries(place, other.file):
@@ -135,18 +133,18 @@ def union(owner: Tokens, operands: Sequence[Tokens]) -> tuple[tuple[JsonObject, 
 
 
 def _check_new(owner: Tokens, begin: int, end: int) -> None:
-    """New ids are free, and leave no row of the output without a source."""
+    """Check that new ids are free and leave no row of the output without a source. Raises InputError."""
     if begin == end:
         return
     taken = sorted(set(owner.ids.values()) & set(range(begin, end)))
     if taken or begin > owner.rows:
         why = f"its ids have holes ({taken[0]} is in use)" if taken else f"its embedding ends at row {owner.rows}"
         raise InputError(
-            f"the tokenizer of {owner.model} cannot take a token of id {begin}: {why}",
+            f"the tokenizer of {owner.model} cannot add a token with id {begin}: {why}",
             "choose one tokenizer: --tokenizer base or the path of a model",
         )
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 token, 2 tokens."""
+    """Return a number with its noun: 1 token, 2 tokens."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

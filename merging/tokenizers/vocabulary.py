@@ -1,15 +1,15 @@
-"""Models whose tokenizers differ: whose vocabulary the output has, and which row each model gives to each token.
+"""Merges of models whose tokenizers differ: the vocabulary of the output, and the row of each model for each token.
 
-The embedding and a separate output head have one row per id. A model whose ids differ from the output's is read
-through a row map. Row i of the output is, for each model:
+The embedding and an untied output head have one row per id. A model whose ids differ from the output's is read through
+a row map. Row i of the output is, for each model:
 
     a token that the model has     its row of that token
-    a token that it has not        the row of the base, else of the model whose tokenizer is chosen, else of the first
-                                   model that has it: there its task vector is zero, or all agree
-    no token (a padding row)       its own row i where that has no token there either, else that of the chosen model
+    a token that it lacks          the row of the base, else of the model whose tokenizer is chosen, else of the first
+                                   model that has it: its task vector is zero there, or all models agree
+    no token (a padding row)       its own row i if that is a padding row too, else row i of the chosen model
 
-A union is the tokenizer of the base (else of the first model) with the added tokens of the others: see `tokens`.
-Read from tokenizer.json alone: a tokenizer that transformers would have to convert first is refused by name.
+A union is the tokenizer of the base (else of the first model) with the added tokens of the others: see `token_ids`.
+Only tokenizer.json is read: a tokenizer that transformers would have to convert first is refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +33,6 @@ from gemma2.merging.methods.request import MergeRequest
 from .row_map import RowMap
 from .token_ids import TOKENIZER, Tokens, added_entries, counted, read_tokenizers, union
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Vocabulary", "choose_vocabulary", "write_tokenizer"]
 
 GENERATION = "generation_config.json"
@@ -46,12 +42,12 @@ GENERATION = "generation_config.json"
 class Vocabulary:
     """The vocabulary of an output.
 
-    owner       whose tokenizer files it takes
+    owner       model that its tokenizer files are copied from
     rows        of its embedding
-    maps        by role of the input; None where all rows are the input's own, in place
+    maps        by role of the input; None if the output has the input's own rows in their order
     added       entries of tokenizer.json that are added to the owner's
-    config      keys of config.json, and
-    generation  of generation_config.json, that differ from the first model's
+    config      keys of config.json that differ from the first model's
+    generation  the same of generation_config.json
     """
 
     owner: Checkpoint
@@ -65,7 +61,7 @@ class Vocabulary:
 
 
 def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Vocabulary:
-    """The vocabulary that `request.tokenizer` asks for. Raises UsageError or InputError for an impossible choice."""
+    """Return the vocabulary that `request.tokenizer` chooses. Raises UsageError or InputError if that is impossible."""
     choice = request.tokenizer or ""
     operands = read_tokenizers((*((base,) if base else ()), *models))
     owner = operands[_owner(choice, request, base)]
@@ -89,20 +85,20 @@ def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Se
 
 
 def _owner(choice: str, request: MergeRequest, base: Checkpoint | None) -> int:
-    """The place of the chosen input among the base, where there is one, and the models."""
+    """Return the index of the chosen input among the base, if there is one, and the models."""
     if choice == "base" and base is None:
         raise UsageError("--tokenizer base: this merge has no base", "give --tokenizer union or the path of a model")
     if choice in ("base", "union"):
         return 0
     paths = [*([request.base] if request.base else []), *request.models]
-    for named, wanted in ((paths, Path(choice)), ([path.resolve() for path in paths], Path(choice).resolve())):
-        if wanted in named:
-            return named.index(wanted)
-    raise UsageError(f"--tokenizer {choice} is not one of the inputs", "give base, union, or an input as it is named")
+    for candidates, chosen in ((paths, Path(choice)), ([path.resolve() for path in paths], Path(choice).resolve())):
+        if chosen in candidates:
+            return candidates.index(chosen)
+    raise UsageError(f"--tokenizer {choice} is not one of the inputs", "give base, union, or the path of an input")
 
 
 def _template(owner: Checkpoint, first: Checkpoint) -> list[str]:
-    """A line where the first model's chat template is lost with its tokenizer."""
+    """Return a note if the first model's chat template is lost with its tokenizer."""
 
     def has_one(model: Checkpoint) -> bool:
         settings = model.origin / "tokenizer_config.json"
@@ -119,7 +115,7 @@ def _template(owner: Checkpoint, first: Checkpoint) -> list[str]:
 def _row_maps(
     ids: Mapping[str, int], rows: int, owner: Tokens, operands: Sequence[Tokens], based: bool
 ) -> tuple[dict[str, RowMap | None], list[str]]:
-    """The map of every input by its role, and a line for each that has one."""
+    """Return the map of every input by its role, and a note for each that has one."""
     tokens = {index: token for token, index in ids.items() if index < rows}
     donors = [*([operands[0]] if based else []), owner, *operands]
     maps: dict[str, RowMap | None] = {}
@@ -144,7 +140,7 @@ def _row_maps(
 
 
 def _home(token: str, donors: Sequence[Tokens], operands: Sequence[Tokens]) -> tuple[int, int]:
-    """The input and the row that other inputs take for a token that they lack."""
+    """Return (input, row) for a token, taken by the inputs that lack it."""
     for donor in donors:
         row = donor.row(token)
         if row is not None:
@@ -153,7 +149,7 @@ def _home(token: str, donors: Sequence[Tokens], operands: Sequence[Tokens]) -> t
 
 
 def _free(own: Tokens, rows: int) -> NDArray[np.bool_]:
-    """(rows,) where an input has a row without a token."""
+    """Return (rows,): whether an input has a row without a token there."""
     free = np.arange(rows) < own.rows
     free[[index for index in own.names if index < rows]] = False
     return free
@@ -178,7 +174,7 @@ def _line(
     operands: Sequence[Tokens],
     ids: Mapping[str, int],
 ) -> str:
-    """The changes to the rows of one input, or "": "model 2: 3 tokens mapped, 1 token taken from base"."""
+    """Return a note on the rows of one input, or "": "model 2: 3 tokens mapped, 1 token taken from base"."""
     own = operands[number]
     moved = int(((place == number) & (row != np.arange(len(row)))).sum())
     parts = [f"{counted(moved, 'token')} mapped"] if moved else []
@@ -199,9 +195,9 @@ def _generation(model: Checkpoint) -> JsonObject:
 
 
 def _token_keys(config: JsonMapping, owners: JsonMapping, first: Tokens, ids: Mapping[str, int]) -> JsonObject:
-    """Keys of the first model's configuration that name tokens (eos_token_id, ...) and change with the ids.
+    """Return the keys of the first model's configuration that hold ids of tokens (eos_token_id, ...) and change.
 
-    A token that the output has not is left out; where none is left the owner's value holds.
+    A token that the output lacks is left out; if none is left, the owner's value is taken.
     """
     changed = {}
     for key, value in config.items():
@@ -221,7 +217,7 @@ def _token_keys(config: JsonMapping, owners: JsonMapping, first: Tokens, ids: Ma
 
 
 def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> None:
-    """The owner's tokenizer files, extended where tokens were added, in the place of the first model's."""
+    """Replace the first model's tokenizer files by the owner's, extended by the added tokens."""
     for name in COMPANIONS:
         if name not in ("config.json", GENERATION):
             (directory / name).unlink(missing_ok=True)

@@ -249,7 +249,7 @@ def test_a_header_that_was_changed_is_found(root, monkeypatch):
         path.write_bytes(data.replace(b"model.norm.weight", b"model.Norm.weight"))
 
     before_the_read_back(monkeypatch, damage)
-    fails(root, OutputError, "does not read back as it was written")
+    fails(root, OutputError, "reads back with other tensors than were written")
 
 
 def test_without_reading_back_a_flipped_bit_is_not_found(root, monkeypatch):

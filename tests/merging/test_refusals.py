@@ -278,7 +278,7 @@ def test_folders_above_an_output_that_failed_are_removed(root):
 
 def test_a_result_that_the_output_dtype_cannot_hold(root):
     write_model(root / "rl-1", {name: array * 1e6 for name, array in read_model(root / "rl-1").items()}, "BF16")
-    refused(root, InputError, "does not fit F16; give --dtype float32", dtype="float16")
+    refused(root, InputError, "overflows F16; give --dtype float32", dtype="float16")
 
 
 def test_antiparallel_task_vectors(root):

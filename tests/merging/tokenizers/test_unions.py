@@ -153,7 +153,7 @@ def test_of_flags_that_disagree_the_first_input_s_are_kept(pair):
 
 
 def test_a_union_of_different_cores_is_refused(pair):
-    message = "different vocabularies have no union"
+    message = "have different vocabularies or merges, which have no union"
     write_tokenizer(pair / "b", LETTERS, [("<y>", 10)], merges=["a b"])
     refused(pair, InputError, message, "a", "b", tokenizer="union")
     write_tokenizer(pair / "b", LETTERS[::-1], [("<y>", 10)])
@@ -171,7 +171,7 @@ def test_a_union_without_a_free_id_is_refused(pair):
     write_tokenizer(pair / "a", holes)
     write_tokenizer(pair / "b", holes, [("<y>", 7), ("<z>", 9)])
     refused(
-        pair, InputError, "cannot take a token of id 5: its ids have holes (6 is in use)", "a", "b", tokenizer="union"
+        pair, InputError, "cannot add a token with id 5: its ids have holes (6 is in use)", "a", "b", tokenizer="union"
     )
     write_tokenizer(pair / "a", LETTERS, [("<x>", 10**12)])
     write_tokenizer(pair / "b", LETTERS, [("<y>", 10)])
