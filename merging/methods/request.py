@@ -127,7 +127,7 @@ class MergeRequest:
         return {name: _plain(value) for name, value in given.items()} | parts
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """A value as JSON has it: schedules as their rules."""
     if isinstance(value, Schedule):
         rules = [{"points": list(rule.points), "pattern": rule.pattern} for rule in value.rules]

@@ -16,8 +16,8 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
+from gemma2.merging.methods.method import Group
 from gemma2.merging.methods.request import MergeRequest, Settings, Slice, settings_at
-from gemma2.merging.methods.table import Group
 from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
 
 if TYPE_CHECKING:

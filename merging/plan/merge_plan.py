@@ -174,7 +174,7 @@ def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:
         return (out,)
     if any(isinstance(eta, Schedule) for eta in request.etas):
         raise UsageError("a gradient of eta is possible for one output only", "give one eta")
-    etas = [float(eta) for eta in request.etas]  # type: ignore[arg-type]
+    etas = [float(eta) for eta in request.etas]
     return tuple(out / f"eta-{f'{eta:.2f}' if round(eta, 2) == eta else repr(eta)}" for eta in etas)
 
 

@@ -27,7 +27,7 @@ from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.inputs.low_rank import LowRank
 from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, Stored, widen
-from gemma2.merging.methods.table import Group
+from gemma2.merging.methods.method import Group
 from gemma2.merging.plan.groups import Part, Source
 from gemma2.merging.plan.merge_plan import MergePlan
 from gemma2.merging.tokenizers.row_map import RowMap, gather

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.cache import cache_folder
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -83,7 +83,7 @@ class GroupedByLength:
 
     epochs: Epochs | None = None
 
-    def _run_epoch(self, *arguments: object, **options: Any) -> None:
+    def _run_epoch(self, *arguments: object, **options: object) -> None:
         """An epoch; none after the last step, where a run goes on that was killed while its result was written."""
         state = self.state  # type: ignore[attr-defined]
         if state.global_step >= state.max_steps:

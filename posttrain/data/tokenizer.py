@@ -31,15 +31,15 @@ class Tokenizer(Protocol):
         """Number of tokens, the added ones included."""
         ...
 
-    def __call__(self, text: str | Sequence[str], **kwargs: Any) -> JsonMapping:
+    def __call__(self, text: str | Sequence[str], **kwargs: object) -> JsonMapping:
         """Token ids (`input_ids`) of one text, or of several."""
         ...
 
-    def encode(self, text: str, **kwargs: Any) -> list[int]:
+    def encode(self, text: str, **kwargs: object) -> list[int]:
         """Token ids of one text."""
         ...
 
-    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+    def decode(self, token_ids: Sequence[int], **kwargs: object) -> str:
         """The text of token ids."""
         ...
 
@@ -55,10 +55,10 @@ class Tokenizer(Protocol):
         """The id of a token."""
         ...
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: Any) -> Any:
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: object) -> Any:
         """A conversation as text, or as token ids with `tokenize=True`."""
         ...
 
-    def save_pretrained(self, save_directory: str | Path) -> Any:
+    def save_pretrained(self, save_directory: str | Path) -> object:
         """Write the tokenizer's files."""
         ...

@@ -175,7 +175,12 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, target: Target, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        head: Head,
+        target: Target,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         states = _states(hidden.detach())
         head = Head(weight.detach().to(states.dtype), head.cap, head.temperature)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
@@ -52,7 +52,12 @@ def blockwise(model: CausalLM) -> Iterator[None]:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (B, H, T, D), key and value (B, Hk, T, D) -> (B, T, H, D)."""
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -118,7 +123,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None, window: int | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        cap: float | None,
+        window: int | None,
     ) -> Tensor:
         kept: Kept = []
         output = _attend(query, key, value, scale, cap, window, kept)

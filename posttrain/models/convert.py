@@ -151,7 +151,7 @@ def load_gguf(path: Path, dtype: torch.dtype, progress: Progress) -> Loaded:
 def bar_of_dequantisation(progress: Progress) -> Iterator[None]:
     """Show on our progress what the GGUF reader of transformers shows on a bar that no setting switches off."""
 
-    def follow(tensors: Sequence[object], **options: Any) -> Iterator[Any]:
+    def follow(tensors: Sequence[object], **options: object) -> Iterator[Any]:
         with progress.task("dequantise", total=len(tensors), unit="tensors") as task:
             for tensor in tensors:
                 yield tensor

@@ -102,7 +102,12 @@ def _apply(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, form: _Form
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        form: _Form,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (form.learns and needed for needed in ctx.needs_input_grad[:2])
         to_hidden = torch.empty_like(hidden) if wants_hidden else None

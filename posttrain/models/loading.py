@@ -109,7 +109,7 @@ def _load(
     dtype: torch.dtype,
     allowed_missing: tuple[str, ...] = (),
     attention: str = "eager",
-    **options: Any,
+    **options: object,
 ) -> Any:
     read_config(path)
     try:

@@ -68,7 +68,7 @@ class Network(Protocol):
         """Dtype of the parameters."""
         ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The forward pass; transformers' output object depends on the keyword arguments."""
         ...
 
@@ -124,7 +124,7 @@ class Network(Protocol):
         """The module of that name."""
         ...
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Write config.json and safetensors files."""
         ...
 
@@ -140,6 +140,6 @@ class CausalLM(Network, Protocol):
         """The output head, weight (vocabulary, hidden)."""
         ...
 
-    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+    def generate(self, *args: object, **kwargs: object) -> Tensor:
         """Sampled token ids, (batch, tokens) int64, the prompt included."""
         ...

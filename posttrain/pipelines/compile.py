@@ -136,7 +136,7 @@ def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:
 def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
     """The stages with `${vars.X}` replaced, names and commands checked."""
 
-    def of(name: str) -> Any:
+    def of(name: str) -> object:
         if not name.startswith("vars."):
             return None
         value = lookup(file.vars, name.split(".")[1:], name)
@@ -216,7 +216,7 @@ def _copy(name: str, draft: StageFile, chosen: JsonMapping) -> StageFile:
         if reference.startswith("matrix.")
     }
 
-    def of(reference: str) -> Any:
+    def of(reference: str) -> object:
         return lookup(chosen, reference.split(".")[1:], reference) if reference.startswith("matrix.") else None
 
     options = replaced(draft.options, of)
@@ -322,7 +322,7 @@ class _Maker:
             resources=_over(self.shared, draft.resources),
         )
 
-    def _out(self, reference: str) -> Any:
+    def _out(self, reference: str) -> object:
         """The path of `STAGE.out`, or the paths of a group's copies; None for a summary."""
         if not reference.endswith(".out"):
             return None

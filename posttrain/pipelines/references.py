@@ -7,8 +7,8 @@ reference stays in the text until the stage that reads it starts. `$${` is a pla
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
@@ -55,7 +55,7 @@ def references(text: str) -> list[str]:
     return REFERENCE.findall(text)
 
 
-def replaced(value: object, of: Callable[[str], Any]) -> Any:
+def replaced(value: object, of: Callable[[str], object]) -> Any:
     """A nested value with every reference replaced by `of(reference)`; None leaves a reference as it is, NULL is null.
 
     A text that is nothing but one reference becomes the value itself, whatever its type; inside a longer text it
@@ -66,7 +66,7 @@ def replaced(value: object, of: Callable[[str], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: replaced(item, of) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items: list[Any] = []
+        items: list[object] = []
         for item in value:
             found = replaced(item, of)
             items += found if isinstance(found, list) and isinstance(item, str) else [found]
@@ -74,7 +74,7 @@ def replaced(value: object, of: Callable[[str], Any]) -> Any:
     return value
 
 
-def _replaced_text(text: str, of: Callable[[str], Any]) -> Any:
+def _replaced_text(text: str, of: Callable[[str], object]) -> Any:
     names = references(text)
     if not names:
         return text
@@ -89,7 +89,7 @@ def _replaced_text(text: str, of: Callable[[str], Any]) -> Any:
     if len(lists) > 1:
         raise UsageError(f"'{text}' holds two lists (${{{lists[0]}}}, ${{{lists[1]}}})", "name one of them per text")
     if lists:
-        return [_joined(text, values | {lists[0]: item}) for item in values[lists[0]]]
+        return [_joined(text, values | {lists[0]: item}) for item in cast(Sequence[object], values[lists[0]])]
     return _joined(text, values)
 
 
@@ -97,7 +97,7 @@ def _joined(text: str, values: JsonMapping) -> str:
     return REFERENCE.sub(lambda found: found[0] if values[found[1]] is None else str(values[found[1]]), text)
 
 
-def filled(value: object) -> Any:
+def filled(value: object) -> object:
     """A nested value in which `$${` is replaced by `${`."""
     if isinstance(value, str):
         return value.replace("$${", "${")
@@ -106,9 +106,9 @@ def filled(value: object) -> Any:
     return [filled(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def lookup(values: JsonMapping, path: list[str], what: str) -> Any:
+def lookup(values: JsonMapping, path: list[str], what: str) -> object:
     """The value at a path of keys, NULL for a null. Raises UsageError that names the first missing key."""
-    current: Any = values
+    current: object = values
     for key in path:
         if isinstance(current, list) and key.isdigit() and int(key) < len(current):
             current = current[int(key)]
@@ -134,7 +134,7 @@ def parse_condition(text: str) -> tuple[str, str, str]:
     return found["left"], found["sign"], found["right"]
 
 
-def condition_holds(text: str, of: Callable[[str], Any]) -> bool:
+def condition_holds(text: str, of: Callable[[str], object]) -> bool:
     """Whether `LEFT < RIGHT` holds, with references replaced by `of`. Both sides are YAML values."""
     left, sign, right = parse_condition(text)
     sides = [replaced(side, of) for side in (left, right)]

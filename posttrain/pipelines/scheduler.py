@@ -224,7 +224,7 @@ class Scheduler:
             options[key] = filled(replaced(value, self._value))
         return options
 
-    def _value(self, reference: str) -> Any:
+    def _value(self, reference: str) -> object:
         """The value of `STAGE.summary.KEY`."""
         name, _, key = reference.partition(".summary.")
         summary = (read_manifest(self.pipeline.stages[name].out) or {}).get("summary", {})

@@ -21,7 +21,6 @@ not say which point to take: `pick` does.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.schemas import Resources, RewardFields, RlFields, StageFile, TrainingFields, WarpConfig
@@ -55,7 +54,7 @@ def _stage(command: str, options: JsonMapping, when: str | None = None) -> Stage
     return StageFile(command=command, options={key: _plain(value) for key, value in options.items()}, when=when)
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """A setting as a pipeline file has it."""
     if isinstance(value, Path):
         return str(value)

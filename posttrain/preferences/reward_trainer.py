@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
@@ -64,7 +63,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the 
     loss_is_scaled_for_ga = True
     part_tokens: int | None = None
 
-    def __init__(self, *arguments: object, centring: float = 0.0, dropout: float = 0.0, **options: Any) -> None:
+    def __init__(self, *arguments: object, centring: float = 0.0, dropout: float = 0.0, **options: object) -> None:
         super().__init__(*arguments, **options)
         self.centring, self.dropout = centring, dropout
         drop_block_outputs(self.model, dropout)
@@ -181,7 +180,7 @@ def drop_block_outputs(model: CausalLM, share: float) -> None:
     Gemma 2 has none. The weights and what is saved do not change.
     """
 
-    def hook(module: Any, inputs: Any, output: Any) -> Any:
+    def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         if not module.training:
             return output
         first = F.dropout(output[0] if isinstance(output, tuple) else output, share)

@@ -61,11 +61,11 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
         raise UsageError(f"{option} {name!r} is not a function", "name a function")
     if _is_async(function):
         raise UsageError(f"{option} {name!r} is async", "name a plain function that calls asyncio.run")
-    result: Callable[..., Any] = function
+    result: Callable[..., object] = function
     return result
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def _is_async(function: Callable[..., object]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

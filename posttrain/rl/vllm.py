@@ -242,7 +242,7 @@ class _SeededLLM:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    def generate(self, prompts: Sequence[object], sampling_params: Any, **options: Any) -> Any:
+    def generate(self, prompts: Sequence[object], sampling_params: Any, **options: object) -> Any:
         each = [copy.copy(sampling_params) for _ in prompts]
         for number, params in enumerate(each):
             params.seed = self._seeds.first + number
@@ -259,7 +259,7 @@ class _SeededClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: JsonObject, **options: Any) -> Any:
+    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: JsonObject, **options: object) -> Any:
         def ask(number: int) -> JsonObject:
             own = generation_kwargs | {"seed": self._seeds.first + number * n}
             result: JsonObject = self._client.generate(prompts=[prompts[number]], n=n, generation_kwargs=own, **options)

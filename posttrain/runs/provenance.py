@@ -146,7 +146,7 @@ def _changed_inputs(before: JsonMapping, config: Config, directory: Path) -> lis
     return found + [f"the {_called(entry)}" for entry in inputs if not _is_there(entry, directory)]
 
 
-def _default_of(config: Config, key: str) -> Any:
+def _default_of(config: Config, key: str) -> object:
     """The default of a setting as JSON has it."""
     field = type(config).model_fields.get(key)
     default = None if field is None or field.is_required() else field.get_default(call_default_factory=True)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
@@ -86,7 +85,7 @@ class Run:
         """The directory of the resume state while the run works; removed at the end."""
         return self.path / CHECKPOINTS
 
-    def log(self, step: int, **metrics: Any) -> None:
+    def log(self, step: int, **metrics: object) -> None:
         """Append one line to metrics.jsonl."""
         if not self.ranks.is_main:
             return

@@ -68,7 +68,7 @@ class _MergeStage(Config):
         return check_request(self.request()).options()
 
 
-def _as_in_a_file(value: object) -> Any:
+def _as_in_a_file(value: object) -> object:
     """Tuples as lists, which is what YAML has."""
     return [_as_in_a_file(item) for item in value] if isinstance(value, list | tuple) else value
 
@@ -76,7 +76,7 @@ def _as_in_a_file(value: object) -> Any:
 def _field(option: Option) -> tuple[Any, Any]:
     """One option as a field: its values are kept as a merge file gives them, and checked by the same reader."""
 
-    def check(value: object) -> Any:
+    def check(value: object) -> object:
         if option.per and (not isinstance(value, list | tuple) or is_rules(value)):
             value = (value,)
         if value is not None and value != ():
@@ -90,7 +90,7 @@ def _field(option: Option) -> tuple[Any, Any]:
     return Annotated[Any, BeforeValidator(check)], Field(initial, description=option.help)
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """Numbers as floats and lists as tuples, so that equal values have one form."""
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)

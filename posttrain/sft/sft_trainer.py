@@ -53,7 +53,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the libr
     epochs: Epochs | None = None
     part_tokens: int | None = None
 
-    def __init__(self, *arguments: object, **options: Any) -> None:
+    def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
         model = plain_model(self.model)
         self.scores_targets_only = (

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +23,7 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
+from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 from gemma2.posttrain.schemas.config import closest
@@ -56,7 +57,7 @@ DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
 
 
 def trainer_arguments(
-    schema: type, config: TrainingFields, run: Run, unused: Collection[str] = (), **ours: Any
+    schema: type, config: TrainingFields, run: Run, unused: Collection[str] = (), **ours: object
 ) -> JsonObject:
     """Keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
 
@@ -171,9 +172,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # the library is not 
             self._bar = None
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: CausalLM, **kwargs: object
     ) -> None:
-        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not gradients:
             return
         norms = torch._foreach_norm(gradients)

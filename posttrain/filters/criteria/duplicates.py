@@ -51,7 +51,7 @@ def link_bands(keys: Bands) -> NDArray[np.int32]:
 
 
 @compiled(inner=True)
-def similarity(a: Any, b: Any) -> Any:
+def similarity(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
     """Jaccard similarity of two sorted arrays of distinct numbers."""
     i, j, shared = 0, 0, 0
     while i < a.size and j < b.size:
@@ -65,7 +65,9 @@ def similarity(a: Any, b: Any) -> Any:
 
 
 @compiled()
-def near_duplicates(links: Any, spans: Any, shingles: Any, threshold: float) -> Any:
+def near_duplicates(
+    links: NDArray[np.int32], spans: NDArray[np.int64], shingles: NDArray[np.uint32], threshold: float
+) -> Any:
     """Which rows repeat an earlier one that stays.
 
     links: (N, bands) int32 as `link_bands` says; it is changed. spans: (N, 2) int64, row i has the shingles
