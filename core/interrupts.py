@@ -119,7 +119,7 @@ class Signals:
         if self.caught is not None and not self.ended and not _holds(sys.exc_info()[1]):
             raise Interrupted(self.caught)
 
-    def _dropped(self, unraisable: Any) -> None:
+    def _dropped(self, unraisable: Any) -> None:  # noqa: ANN401
         """Python's report of an exception that it drops; of ours there is nothing to say, since it comes again."""
         if not isinstance(unraisable.exc_value, Interrupted):
             self.unraisable(unraisable)

@@ -208,7 +208,7 @@ def show_recipe(console: Console, recipe: Recipe, out: Path | None, force: bool)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
 
 
-def merge(ctx: typer.Context, **given: Any) -> None:
+def merge(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
     """Merge models of one architecture: streamed from disk, in fp32 or better, rounded once.
 
     Every method is a command; a file may hold one merge, or several that take each other's outputs.
@@ -230,7 +230,7 @@ def merge(ctx: typer.Context, **given: Any) -> None:
         run_file(given)
 
 
-def plan(ctx: typer.Context, **given: Any) -> None:
+def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
     """Check a merge and print what it would read, compute and write, from headers alone; writes nothing.
 
     Takes what the merge takes: a method with its arguments, or --config. --out may be left out.
@@ -260,7 +260,7 @@ def plan(ctx: typer.Context, **given: Any) -> None:
 def command_of(method: str, entry: Method) -> Callable[..., None]:
     """The function behind one sub-command, with the signature that typer reads."""
 
-    def command(models: list[Path], **given: Any) -> None:
+    def command(models: list[Path], **given: Any) -> None:  # noqa: ANN401
         run_method(method, models, given)
 
     models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=MODELS, annotation=list[Path])

@@ -22,7 +22,7 @@ __all__ = ["COMMON", "ENDING", "MODELS", "THREADS", "Flag", "flags_of", "request
 Flag = tuple[Any, Any]  # the type that typer parses, and the option
 
 
-def _setting(flag: str, metavar: str | None, text: str, panel: str = "Settings") -> Any:
+def _setting(flag: str, metavar: str | None, text: str, panel: str = "Settings") -> Any:  # noqa: ANN401
     return typer.Option(None, flag, metavar=metavar, help=text, show_default=False, rich_help_panel=panel)
 
 

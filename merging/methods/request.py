@@ -90,7 +90,7 @@ class MergeRequest:
         tokenizer: str | None = None,
         dtype: str | None = None,
         threads: int | None = None,
-        **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls
+        **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls  # noqa: ANN401
     ) -> None:
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
@@ -111,7 +111,7 @@ class MergeRequest:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         """The value of an option, given or initial; its type is the option's kind."""
         if name.startswith("_") or name == "values":
             raise AttributeError(name)
@@ -143,7 +143,7 @@ class Settings:
 
     values: tuple[tuple[str, OptionValue], ...]
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         """The number, the tuple of numbers or the switch of an option, given or initial."""
         if name.startswith("_") or name == "values":
             raise AttributeError(name)

@@ -233,7 +233,7 @@ class _Document:
             found["weights"] = (complement(t), t)
         return found
 
-    def _single(self, name: str, default: object, part: SliceSpec) -> Any:
+    def _single(self, name: str, default: object, part: SliceSpec) -> Any:  # noqa: ANN401
         """An option that is one value for all tensors."""
         for level, place in ((part.parameters, part.place), (self.parameters, self.place)):
             if level.get(name) is not None:

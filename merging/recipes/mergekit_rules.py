@@ -52,7 +52,7 @@ def _points(value: object, place: Place) -> list[float]:
     return [plain_number(_numeric(item), place) for item in values]
 
 
-def _numeric(value: object) -> Any:
+def _numeric(value: object) -> Any:  # noqa: ANN401
     """mergekit takes "1" for 1."""
     try:
         return float(value) if isinstance(value, str) else value

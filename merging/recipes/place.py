@@ -177,7 +177,7 @@ def tokenizer(value: object, place: Place) -> str:
     return value if value in ("base", "union") else str(place.model(value))
 
 
-def layer_range(value: Any, place: Place) -> tuple[int, int]:
+def layer_range(value: Any, place: Place) -> tuple[int, int]:  # noqa: ANN401
     """First layer and end of a run of layers."""
     whole = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
     if not whole or not 0 <= value[0] < value[1]:

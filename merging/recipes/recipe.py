@@ -124,7 +124,7 @@ def _fields(values: JsonMapping, place: Place) -> JsonObject:
     return {OPTIONS[key].attribute if key in OPTIONS else key: value for key, value in found.items()}
 
 
-def _read(key: str, value: object, place: Place) -> Any:
+def _read(key: str, value: object, place: Place) -> Any:  # noqa: ANN401
     return COMMON[key](value, place) if key in COMMON else read_option(OPTIONS[key], value, place)
 
 

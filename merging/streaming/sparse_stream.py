@@ -104,7 +104,7 @@ class ChoosingStream:
             for group in self.plan.groups:
                 sparsity = self._with_thresholds(pool, group, self.selection.of(group))
                 jobs = self._row_jobs(group) if sparsity.by_rows else self.feeder.jobs(group)
-                found = list(in_order(pool, lambda job: self._merge(group, job, sparsity), jobs))
+                found = list(in_order(pool, lambda job: self._merge(group, job, sparsity), jobs))  # noqa: B023
                 yield self._report(group, found)
 
     def _with_thresholds(self, pool: ThreadPoolExecutor, group: Group, sparsity: Sparsity) -> Sparsity:

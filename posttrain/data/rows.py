@@ -255,7 +255,7 @@ def _text(row: Row, place: str, text: str) -> str:
     return text
 
 
-def _required(row: Row, column: str) -> Any:
+def _required(row: Row, column: str) -> Any:  # noqa: ANN401
     if column not in row.columns:
         raise InputError(f"{row.where}: no '{column}'", _rename(column, row.columns))
     return row.columns[column]

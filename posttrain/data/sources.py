@@ -229,7 +229,7 @@ def _parquet_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
                 yield Row(f"{path}:{number}", columns)
 
 
-def _open_parquet(path: Path) -> Any:
+def _open_parquet(path: Path) -> Any:  # noqa: ANN401
     import pyarrow
     import pyarrow.parquet
 

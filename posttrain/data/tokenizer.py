@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
         """The id of a token."""
         ...
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: object) -> Any:
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: object) -> Any:  # noqa: ANN401
         """A conversation as text, or as token ids with `tokenize=True`."""
         ...
 

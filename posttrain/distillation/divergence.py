@@ -175,7 +175,7 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         hidden: Tensor,
         weight: Tensor,
         head: Head,
@@ -206,7 +206,7 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         # Almost always 1: then the (V, d) gradient of the head is handed on without a copy.
         factor = gradient.item()
         found = (

@@ -64,7 +64,7 @@ class Findings:
         self.codes[index] = code_of(reasons[0][0])
         self.reasons[index] = reasons
 
-    def save(self, file: Any) -> None:
+    def save(self, file: Any) -> None:  # noqa: ANN401
         """Write everything but the shingles to an open file."""
         listed = json.dumps(list(self.reasons.items()), ensure_ascii=False).encode()
         np.savez(

@@ -38,7 +38,7 @@ def scored(
     """
     known = (record["scores"] for record in journal.records())
     with progress.task("score", total=None, unit="completions") as bar:
-        for dialogues, values in zip(answering.dialogues(), chain(known, repeat(None))):
+        for dialogues, values in zip(answering.dialogues(), chain(known, repeat(None))):  # noqa: B905 - endless
             if values is None:
                 values = _score(dialogues, score, chat, wanted)
                 journal.append([{"scores": values}])

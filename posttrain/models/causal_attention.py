@@ -57,7 +57,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options: Any,
+    **options: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (B, H, T, D), key and value (B, Hk, T, D) -> (B, T, H, D)."""
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -139,7 +139,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         query, key, value = ctx.saved_tensors
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (rows, columns), (weights, bounded) in zip(_blocks(query.shape[2], ctx.window), ctx.kept, strict=True):

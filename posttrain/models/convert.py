@@ -174,7 +174,7 @@ def gemma2_settings(metadata: JsonMapping) -> JsonObject:
     if metadata.get("general.architecture") != "gemma2":
         return {}
 
-    def value(key: str) -> Any:
+    def value(key: str) -> Any:  # noqa: ANN401
         return metadata.get(f"gemma2.{key}")
 
     is_27b = value("block_count") == LAYERS_27B

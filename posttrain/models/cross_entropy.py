@@ -102,7 +102,7 @@ def _apply(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -139,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         to_hidden = ctx.to_hidden.mul_(upstream) if ctx.to_hidden is not None else None
         to_weight = ctx.to_weight.mul_(upstream) if ctx.to_weight is not None else None
         del ctx.to_hidden, ctx.to_weight

@@ -97,7 +97,7 @@ def _head(hidden: Tensor, weight: Tensor) -> Tensor:
 class _Norm:
     """RMSNorm with the scale 1 + w."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any) -> None:  # noqa: ANN401
         size = norm.weight.shape[0]
         # x / sqrt(mean(x^2) + eps) (1 + w) = x / sqrt(|x|^2 + d eps) sqrt(d) (1 + w): one reduction and no division.
         self.scale = (1.0 + norm.weight.float()) * math.sqrt(size)
@@ -113,7 +113,7 @@ class _Norm:
 class _Layer:
     """One block: its q, k and v weights side by side, everything else the module's own, products of adapters added."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401
         self.attention, mlp = layer.self_attn, layer.mlp
         self.qkv = torch.cat([weight_of(getattr(self.attention, f"{name}_proj")) for name in "qkv"])
         self.out = weight_of(self.attention.o_proj)

@@ -70,13 +70,13 @@ class _Header:
             raise ValueError(f"ends at byte {self.size}, in the middle of its header")
         return self.file.read(count)
 
-    def _number(self, code: str) -> Any:
+    def _number(self, code: str) -> Any:  # noqa: ANN401
         return struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))[0]
 
     def _text(self) -> str:
         return self._bytes(self._number("Q")).decode("utf-8")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int) -> Any:  # noqa: ANN401
         if kind == TEXT:
             return self._text()
         if kind == ARRAY:

@@ -104,13 +104,13 @@ def check_attention(name: str) -> None:
 
 
 def _load(
-    factory: Any,
+    factory: Any,  # noqa: ANN401
     path: Path,
     dtype: torch.dtype,
     allowed_missing: tuple[str, ...] = (),
     attention: str = "eager",
     **options: object,
-) -> Any:
+) -> Any:  # noqa: ANN401
     read_config(path)
     try:
         model, report = factory.from_pretrained(

@@ -94,7 +94,7 @@ def adapted_weights(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.weight", _product_added(module, torch.float32)
 
 
-def weight_of(linear: Any) -> Tensor:
+def weight_of(linear: Any) -> Tensor:  # noqa: ANN401
     """The weight of a linear layer, with the product of its adapter added where it has one, in the weight's dtype."""
     if not hasattr(linear, "lora_A"):
         weight: Tensor = linear.weight
@@ -102,7 +102,7 @@ def weight_of(linear: Any) -> Tensor:
     return _product_added(linear, linear.get_base_layer().weight.dtype)
 
 
-def _product_added(layer: Any, dtype: torch.dtype) -> Tensor:
+def _product_added(layer: Any, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
     (adapter,) = layer.active_adapters
     weight = layer.get_base_layer().weight.detach().float()
     result: Tensor = (weight + layer.get_delta_weight(adapter).detach().float()).to(dtype)

@@ -68,7 +68,7 @@ class Network(Protocol):
         """Dtype of the parameters."""
         ...
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
         """The forward pass; transformers' output object depends on the keyword arguments."""
         ...
 

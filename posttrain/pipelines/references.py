@@ -55,7 +55,7 @@ def references(text: str) -> list[str]:
     return REFERENCE.findall(text)
 
 
-def replaced(value: object, of: Callable[[str], object]) -> Any:
+def replaced(value: object, of: Callable[[str], object]) -> Any:  # noqa: ANN401
     """A nested value with every reference replaced by `of(reference)`; None leaves a reference as it is, NULL is null.
 
     A text that is nothing but one reference becomes the value itself, whatever its type; inside a longer text it
@@ -74,7 +74,7 @@ def replaced(value: object, of: Callable[[str], object]) -> Any:
     return value
 
 
-def _replaced_text(text: str, of: Callable[[str], object]) -> Any:
+def _replaced_text(text: str, of: Callable[[str], object]) -> Any:  # noqa: ANN401
     names = references(text)
     if not names:
         return text

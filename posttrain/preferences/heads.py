@@ -67,7 +67,7 @@ def check_outputs(path: Path, option: str) -> None:
 def _head_of(path: Path, shape: torch.Size) -> Tensor:
     for file in weight_files(path):
         with safe_open(file, framework="pt") as tensors:
-            if HEAD in tensors.keys():
+            if HEAD in tensors.keys():  # noqa: SIM118 - not a mapping
                 head: Tensor = tensors.get_tensor(HEAD)
                 if head.shape != shape:
                     what = f"--from-head {path}: the head reads {head.shape[-1]} numbers, --model gives {shape[-1]}"

@@ -68,7 +68,7 @@ def last_position(
     return result
 
 
-def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:
+def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:  # noqa: ANN401
     """The output of attention, (B, d), for queries at positions `last` (B,) of hidden states (B, T, d)."""
     batch, tokens, _ = hidden.shape
     cos, sin = rotation  # (1, T, D)

@@ -121,7 +121,7 @@ def _columns(values: Sequence[object], source: str, column: str, abstains: bool)
     return {str(key): [_number(mapping[key], source, key, abstains) for mapping in mappings] for key in mappings[0]}
 
 
-def _number(value: Any, source: str, key: object, abstains: bool) -> float:
+def _number(value: Any, source: str, key: object, abstains: bool) -> float:  # noqa: ANN401
     if value is None and abstains:
         return math.nan
     try:

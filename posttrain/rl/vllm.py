@@ -62,7 +62,7 @@ class VllmSampler:
 
     def __init__(
         self,
-        generation: Any,
+        generation: Any,  # noqa: ANN401
         policy: CausalLM,
         chat: ChatFormat,
         generator: torch.Generator,
@@ -90,7 +90,7 @@ class VllmSampler:
         cls,
         config: RlFields,
         policy: CausalLM,
-        accelerator: Any,
+        accelerator: Any,  # noqa: ANN401
         chat: ChatFormat,
         generator: torch.Generator,
         batch_size: int,
@@ -213,7 +213,7 @@ def _restore(environment: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _mismatch(theirs: Any, ours: Sequence[Tensor]) -> float | None:
+def _mismatch(theirs: Any, ours: Sequence[Tensor]) -> float | None:  # noqa: ANN401
     """Mean of log mu - log pi over all tokens, nats. theirs: as TRL gives them, (N, tokens, 1), or None."""
     if theirs is None:
         return None
@@ -235,14 +235,14 @@ class _Seeds:
 class _SeededLLM:
     """vLLM's LLM, each request with its own seed."""
 
-    def __init__(self, llm: Any, seeds: _Seeds) -> None:
+    def __init__(self, llm: Any, seeds: _Seeds) -> None:  # noqa: ANN401
         self._llm = llm
         self._seeds = seeds
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._llm, name)
 
-    def generate(self, prompts: Sequence[object], sampling_params: Any, **options: object) -> Any:
+    def generate(self, prompts: Sequence[object], sampling_params: Any, **options: object) -> Any:  # noqa: ANN401
         each = [copy.copy(sampling_params) for _ in prompts]
         for number, params in enumerate(each):
             params.seed = self._seeds.first + number
@@ -252,14 +252,14 @@ class _SeededLLM:
 class _SeededClient:
     """TRL's client of a server, a request per prompt: the k-th of its n completions has the request's seed plus k."""
 
-    def __init__(self, client: Any, seeds: _Seeds) -> None:
+    def __init__(self, client: Any, seeds: _Seeds) -> None:  # noqa: ANN401
         self._client = client
         self._seeds = seeds
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._client, name)
 
-    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: JsonObject, **options: object) -> Any:
+    def generate(self, prompts: Sequence[list[int]], n: int, generation_kwargs: JsonObject, **options: object) -> Any:  # noqa: ANN401
         def ask(number: int) -> JsonObject:
             own = generation_kwargs | {"seed": self._seeds.first + number * n}
             result: JsonObject = self._client.generate(prompts=[prompts[number]], n=n, generation_kwargs=own, **options)

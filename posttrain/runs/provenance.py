@@ -94,7 +94,7 @@ def is_setting(schema: type[Config], name: str) -> bool:
     return field is None or not _holds_paths(field.annotation)
 
 
-def _holds_paths(annotation: Any) -> bool:
+def _holds_paths(annotation: Any) -> bool:  # noqa: ANN401
     return annotation is Path or any(_holds_paths(part) for part in get_args(annotation))
 
 

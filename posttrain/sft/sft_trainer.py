@@ -86,7 +86,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the libr
         inputs: JsonObject,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401
         """Mean of -log pi over the targets of the optimizer batch, nats."""
         if not self.scores_targets_only or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

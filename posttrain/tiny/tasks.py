@@ -345,6 +345,6 @@ def judge_scores(
     return scores
 
 
-def judge_reward(*columns: Any, **named: Any) -> list[float]:
+def judge_reward(*columns: Any, **named: Any) -> list[float]:  # noqa: ANN401
     """The judge as a reward function: one score in [0, 1] per completion. Takes what `judge_scores` takes."""
     return [scores["judge"] for scores in judge_scores(*columns, **named)]

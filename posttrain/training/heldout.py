@@ -77,14 +77,14 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
         self.first = self.figures(model) if self.examples else {}
         self.initial = self.first.get("heldout_loss")
 
-    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
         self.best_file.unlink(missing_ok=True)
         if state.global_step > 0:
             self._restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         elif self.first:
             self.run.log(0, **self.first)
 
-    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
         every = self.config.eval_every
         # At the last step too, so that its checkpoint knows of it: a run may be killed while its result is written.
         due = state.global_step >= state.max_steps or (every is not None and state.global_step % every == 0)
@@ -95,13 +95,13 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
             control.should_training_stop = True
             control.should_save = False
 
-    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(checkpoint / STATE_FILE, asdict(self.record))
         if self.best_file.exists():
             _link(self.best_file, checkpoint / BEST_FILE)
 
-    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
         if self.examples and self.record.step != state.global_step:
             self._measure(state.global_step, kwargs["model"])
 
@@ -196,7 +196,7 @@ def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     return head_logps(model, hidden, targets, temperature=1.0)[0]
 
 
-def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Any:
+def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Any:  # noqa: ANN401
     """(indices, last hidden states (B, T, d) fp32) in batches of similar length."""
     if model.config._attn_implementation == "eager":
         yield from hidden_states(model, rows, [[]] * len(rows), batch_size)

@@ -68,7 +68,7 @@ def tracked(run: Run) -> Iterator[None]:
         yield
 
 
-def _figures(tracker: Tracker) -> Any:
+def _figures(tracker: Tracker) -> Any:  # noqa: ANN401
     def listener(step: int, metrics: JsonMapping) -> None:
         tracker.log(step, {key: value for key, value in metrics.items() if isinstance(value, int | float)})
 
@@ -101,7 +101,7 @@ class TensorBoard:
 class Remote:
     """A service that keeps what it was sent: steps that it has are not sent again."""
 
-    def __init__(self, run: Run, send: Any, finish: Any) -> None:
+    def __init__(self, run: Run, send: Any, finish: Any) -> None:  # noqa: ANN401
         self.cursor = run.checkpoints / CURSOR
         self.send = send
         self.finish = finish

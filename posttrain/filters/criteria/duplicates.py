@@ -67,7 +67,7 @@ def similarity(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
 @compiled()
 def near_duplicates(
     links: NDArray[np.int32], spans: NDArray[np.int64], shingles: NDArray[np.uint32], threshold: float
-) -> Any:
+) -> Any:  # noqa: ANN401
     """Which rows repeat an earlier one that stays.
 
     links: (N, bands) int32 as `link_bands` says; it is changed. spans: (N, 2) int64, row i has the shingles

@@ -16,7 +16,7 @@ __all__ = ["unsafe"]
 
 
 @cache
-def _list(categories: tuple[str, ...]) -> Any:
+def _list(categories: tuple[str, ...]) -> Any:  # noqa: ANN401
     from profanex import Category, Filter, FilterConfig
 
     return Filter(FilterConfig(categories=frozenset(map(Category, categories))))

@@ -30,7 +30,7 @@ BATCHES = 16  # batches that are sorted by length together
 class SamplerEngine:
     """A loaded model that answers in batches of at most `batch_size` completions."""
 
-    def __init__(self, model: Any, chat: ChatFormat, params: SamplingParams, batch_size: int) -> None:
+    def __init__(self, model: Any, chat: ChatFormat, params: SamplingParams, batch_size: int) -> None:  # noqa: ANN401
         self.model = model
         self.chat = chat
         self.params = params

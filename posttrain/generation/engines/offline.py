@@ -26,7 +26,7 @@ CHUNK = 2048  # requests at once: enough for vLLM to stay busy, few enough to lo
 class VllmEngine:
     """A model in vLLM's offline mode."""
 
-    def __init__(self, llm: Any, chat: ChatFormat, window: int, sampling: JsonObject) -> None:
+    def __init__(self, llm: Any, chat: ChatFormat, window: int, sampling: JsonObject) -> None:  # noqa: ANN401
         self.llm = llm
         self.chat = chat
         self.window = window
@@ -81,7 +81,7 @@ class VllmEngine:
         )
         yield [self._completion(request, output) for request, output in zip(asked, outputs, strict=True)]
 
-    def _completion(self, request: Request, output: Any) -> Completion:
+    def _completion(self, request: Request, output: Any) -> Completion:  # noqa: ANN401
         (drawn,) = output.outputs
         ids = list(drawn.token_ids)
         return Completion(
@@ -105,7 +105,7 @@ class VllmEngine:
         self.llm = None
 
 
-def _generation_config(config: GenerateConfig) -> Any:
+def _generation_config(config: GenerateConfig) -> Any:  # noqa: ANN401
     from transformers import GenerationConfig
 
     if not (config.teacher / "generation_config.json").is_file():

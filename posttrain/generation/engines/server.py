@@ -176,7 +176,7 @@ class ServerEngine:
             logprob=None if logprobs is None else round(sum(item["logprob"] for item in logprobs), 4),
         )
 
-    def _refused(self, request: Request, error: Any) -> Completion:
+    def _refused(self, request: Request, error: Any) -> Completion:  # noqa: ANN401
         """The meaning of an error status: an overlong prompt, another attempt, or the end."""
         self.reached = True
         status, said = error.status_code, self._said(error)
@@ -203,7 +203,7 @@ class ServerEngine:
             hints.get(status, "check model and settings; --set request.NAME=VALUE sets a field, null drops one"),
         ) from error
 
-    def _said(self, error: Any) -> str:
+    def _said(self, error: Any) -> str:  # noqa: ANN401
         """The message of the server, in one short line without the key."""
         body = error.body
         detail = body.get("message", body) if isinstance(body, dict) else body

@@ -43,7 +43,7 @@ class Mailbox:
         return taken
 
 
-def run_job(job: Job, mailbox: Any) -> Outcome:
+def run_job(job: Job, mailbox: Any) -> Outcome:  # noqa: ANN401
     """Run one job in a worker."""
     return execute(job, lambda event: mailbox.put.remote(job.stage, event))
 

@@ -84,7 +84,11 @@ def _apart(cell: Difference) -> str:
 
 
 RELATIVE = Panel(
-    "Relative difference  |b − a| / |a|", SHADES, lambda cell: cell.relative or None, _percent, "white: identical"
+    "Relative difference  |b − a| / |a|",
+    SHADES,
+    lambda cell: cell.relative or None,
+    _percent,
+    "white: identical",
 )
 ANGLE = Panel(
     "Angle between the task vectors",

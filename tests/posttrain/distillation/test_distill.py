@@ -347,7 +347,7 @@ def test_a_command_killed_again_and_again_ends_with_the_bytes_of_one_that_was_no
     for attempt in range(3):
         process = start(MAIN, *words, out, *(["--resume"] if attempt else []))
         metrics, until = tmp_path / ".parts.partial" / "metrics.jsonl", seen + dice.randint(4, 12)
-        wait_for(lambda: newest(metrics) >= until or process.poll() is not None)
+        wait_for(lambda: newest(metrics) >= until or process.poll() is not None)  # noqa: B023
         seen = max(seen, newest(metrics))
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -147,7 +147,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
     checkpoints = tmp_path / ".out.partial" / "checkpoints"
     for chunks in (2, 20, 45):
         process = start(KILLED, data, tmp_path / "out", "yes" if chunks > 2 else "no")
-        wait_for(lambda: len(list(checkpoints.glob("chunk-*"))) >= chunks or process.poll() is not None)
+        wait_for(lambda: len(list(checkpoints.glob("chunk-*"))) >= chunks or process.poll() is not None)  # noqa: B023
         process.kill()
         assert finish(process)[0] == -signal.SIGKILL
         assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ CONFIG = {
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 8, "num_hidden_layers": 2,
     "vocab_size": 16, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
-I, M, T, ETA, MU, RATE, MOMENTUM = 2, 3, 4, 0.3, 0.25, 0.1, 0.5
+I, M, T, ETA, MU, RATE, MOMENTUM = 2, 3, 4, 0.3, 0.25, 0.1, 0.5  # noqa: E741 - the paper's names
 
 
 def save(path: Path, tensors: dict) -> None:

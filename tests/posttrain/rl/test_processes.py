@@ -42,7 +42,7 @@ class Told(Ranks):
 def make_rollout(policy, ranks):
     config = RlhfConfig(policy=Path("p"), prompts=Path("p"), n=3, max_new_tokens=6, temperature=1.0)
     prompts = [Prompt("", [{"role": "user", "content": f"What is {a} plus 3?"}]) for a in range(4)]
-    score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}
+    score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}  # noqa: E731
     chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
     return Rollout(policy, None, chat, score, config, prompts, torch.Generator().manual_seed(3), 6, ranks)
 
@@ -63,7 +63,7 @@ def test_an_evaluation_is_shared_and_each_rank_has_the_whole_of_it():
     policy, reference = random_model(), random_model(1)
     chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
     rows = [Prompt("", [{"role": "user", "content": f"What is {a} plus 3?"}]) for a in range(5)]
-    score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}
+    score = lambda sampled: {"reward": [float(sum(ids) % 7) for ids in sampled.completions]}  # noqa: E731
 
     def measured(ranks, batch_size=1):  # several chunks, the last one smaller than the number of ranks
         settings = MeasureSettings(SamplingParams(6, n=2), batch_size, seed=4, ranks=ranks)

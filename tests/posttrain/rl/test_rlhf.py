@@ -133,7 +133,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def make_rollout(policy, anchor, **fields):
     config = configure(Path("."), **fields)
     prompts = [Prompt("", [{"role": "user", "content": question}]) for question in QUESTIONS]
-    score = lambda sampled: {"reward": spread(None, sampled.texts)}
+    score = lambda sampled: {"reward": spread(None, sampled.texts)}  # noqa: E731
     chat = ChatFormat(tiny_tokenizer(), policy.generation_config)
     return Rollout(policy, anchor, chat, score, config, prompts, torch.Generator().manual_seed(0), 6)
 
