@@ -40,7 +40,7 @@ quickstart: setup ## The whole pipeline on the embedded models: about five minut
 	@$(BIN)/gemma2 quickstart --out $(OUT)
 
 # One process per core, one thread each; the tests of one file stay in one process and share their fixtures.
-test: setup-dev ## Unit tests: about four minutes on two cores
+test: setup-dev ## Unit tests: about two minutes on two cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
