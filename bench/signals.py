@@ -96,8 +96,10 @@ def work(words: list[str], noisy: bool, log: str, pipe: Connection) -> None:
 
 def write_inputs(root: str) -> None:
     """Three random models and a file of rows. Runs in a process of its own: torch's threads do not survive a fork."""
-    from gemma2.posttrain.tiny.networks import save_random
+    from gemma2.posttrain.embedded.tiny import save_random
+    from gemma2.posttrain.training.trainer import quiet_libraries
 
+    quiet_libraries()
     for seed, name in enumerate(("base", "rl-1", "rl-2")):
         save_random(Path(root) / name, seed)
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
@@ -126,6 +128,7 @@ class Bench:
             "sft": ["sft", *train, *out],
         }
         self.dice = random.Random(0)
+        self.case = "a run left alone"
         self.whole: dict[str, dict[str, str]] = {}
         self.seconds: dict[tuple[str, bool], float] = {}
         for kind in self.words:
@@ -135,7 +138,7 @@ class Bench:
     def check(self, fine: bool, what: str) -> None:
         """Stop at the first broken promise."""
         if not fine:
-            raise SystemExit(f"broken: {what}\n{self.log.read_text()}")
+            raise SystemExit(f"broken, {self.case}: {what}\n{self.log.read_text()}")
 
     def start(self, words: list[str], noisy: bool) -> tuple[Any, Connection]:
         """A process that has begun."""
@@ -241,9 +244,12 @@ def main() -> None:
         for turn in range(options.count):
             key = ("merge slerp", "sft")[turn % 2], turn // 2 % 5 in (1, 3)
             number = signal.SIGINT if turn // 2 % 4 == 0 else signal.SIGTERM
+            bench.case = f"case {turn}, {key[0]}{' noisy' * key[1]}, {number.name}"
             counts, seconds = bench.strike(key[0], number, key[1])
             totals[key] += counts
             worst[key] = max(worst[key], seconds)
+            if turn % 50 == 49:
+                print(f"{turn + 1} of {options.count}", file=sys.stderr)
         print(f"load {os.getloadavg()[0]:.1f}, seconds of a run left alone:", end=" ")
         print(", ".join(f"{kind}{' noisy' * noisy} {one:.2f}" for (kind, noisy), one in bench.seconds.items()))
         print(" | ".join(["run", *COLUMNS, "worst s"]))

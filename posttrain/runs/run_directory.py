@@ -214,12 +214,7 @@ def open_run(
     with ExitStack() as held:
         start = Start(command, config, options, parents, data, ranks.size)
         origin, resumed = ranks.on_main(lambda: _open(start, held))
-        run = Run(command, partial, options, origin, resumed, ranks)
-        try:
-            yield run
-        finally:
-            if ranks.is_main and run.result is None and not _worth_keeping(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+        yield Run(command, partial, options, origin, resumed, ranks)
 
 
 @dataclass(frozen=True)
@@ -234,8 +229,11 @@ class Start:
     processes: int
 
 
-def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
-    """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
+def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
+    """(the record of what the run starts from, whether it goes on from an interrupted one).
+
+    `held` keeps the lock, and removes the partial directory at the end when nothing in it is worth keeping.
+    """
     config, options, parents, data = start.config, start.options, start.parents, start.data
     check_parents(parents)
     if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
@@ -253,6 +251,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
         "started": now(),
     }
     held.enter_context(locked(options.out))
+    held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
     return origin, _prepare(partial_path(options.out), options, config, origin)
 
 
@@ -274,6 +273,12 @@ def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObj
     partial.mkdir(parents=True)
     write_json(partial / STATE, origin)
     return False
+
+
+def _sweep(partial: Path) -> None:
+    """Remove the partial directory of a run that did not get far. A finished one has moved to its place."""
+    if not _worth_keeping(partial):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _worth_keeping(partial: Path) -> bool:

@@ -213,6 +213,17 @@ def test_an_interrupted_run_without_a_checkpoint_leaves_nothing(place, error):
     assert hidden(place) == []
 
 
+@pytest.mark.parametrize("step", ["write_json", "Run"])
+def test_a_run_that_is_interrupted_while_it_opens_leaves_nothing(place, monkeypatch, step):
+    def interrupt_here(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rundir, step, interrupt_here)
+    with pytest.raises(KeyboardInterrupt), opened(place):
+        pytest.fail("opened")
+    assert hidden(place) == []
+
+
 @pytest.mark.parametrize("kept", ["checkpoints/checkpoint-2/x", "data.jsonl", "a/b/gemma2.json", "a/.b.partial/x"])
 def test_what_is_worth_continuing_is_kept(place, kept):
     with pytest.raises(Stop), opened(place) as run:
