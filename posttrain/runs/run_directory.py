@@ -229,7 +229,7 @@ class Start:
     processes: int
 
 
-def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
+def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     """(the record of what the run starts from, whether it goes on from an interrupted one).
 
     `held` keeps the lock, and removes the partial directory at the end when nothing in it is worth keeping.

@@ -88,7 +88,7 @@ def test_status_lists_the_stages_to_run_and_writes_nothing(place, said):
         (["run", "p.yaml", "--out", "o", "--ray-address", "x"], UsageError, "is for --executor ray"),
         (["status", "."], InputError, "is not the folder of a pipeline"),
         (["run", "p.yaml", "--out", "rows.jsonl"], OutputError, "exists and is not a directory"),
-        (["run", "p.yaml", "--out", "."], OutputError, "has no name|holds something else"),
+        (["run", "p.yaml", "--out", "."], OutputError, "does not name a directory|holds something else"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_gives_an_error_of_one_line(place, words, error, text):

@@ -168,7 +168,7 @@ def test_a_file_that_changed_or_is_gone_is_named(inputs, cache, tmp_path):
 
 
 def test_a_directory_that_is_no_cache_is_refused(inputs):
-    with pytest.raises(InputError, match="no output of gemma2 distill cache"):
+    with pytest.raises(InputError, match="not an output of gemma2 distill cache"):
         TeacherCache.open(inputs / "teacher")
 
 

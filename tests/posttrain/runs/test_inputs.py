@@ -62,7 +62,7 @@ def test_a_configuration_without_hub_ids_is_the_same_object(tmp_path):
 
 
 def test_an_id_that_is_not_in_the_cache_is_named_with_its_flag(snapshot):
-    with pytest.raises(InputError, match=r"--model owner/other .* not in the cache"):
+    with pytest.raises(InputError, match=r"--model owner/other .* not in the hub's cache"):
         located(Settings(model=Path("owner/other")))
 
 

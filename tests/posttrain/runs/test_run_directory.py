@@ -218,7 +218,7 @@ def test_a_run_that_is_interrupted_while_it_opens_leaves_nothing(place, monkeypa
     def interrupt_here(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rundir, step, interrupt_here)
+    monkeypatch.setattr(run_directory, step, interrupt_here)
     with pytest.raises(KeyboardInterrupt), opened(place):
         pytest.fail("opened")
     assert hidden(place) == []

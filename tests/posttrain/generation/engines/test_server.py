@@ -141,8 +141,8 @@ class Clock:
 
 
 def test_retry_after_is_honoured_and_holds_back_every_request(monkeypatch):
-    """On a clock that only the pauses move. The first of two requests is refused before the second is answered."""
-    clock, held, sent = Clock(), threading.Event(), []
+    """On a clock that only the pauses move. The first of two requests is refused while the second waits for its answer."""
+    clock, held, both, sent = Clock(), threading.Event(), threading.Event(), []
     monkeypatch.setattr(retry, "time", clock)
     monkeypatch.setattr(retry, "asyncio", clock)
     hold = Backoff.hold
@@ -151,8 +151,10 @@ def test_retry_after_is_honoured_and_holds_back_every_request(monkeypatch):
     def faults(number, body):
         sent.append(clock.now - 1000.0)
         if number == 0:
+            assert both.wait(PATIENCE)
             return refuse(429, headers=[("Retry-After", "40")])
         if number == 1:
+            both.set()
             assert held.wait(PATIENCE)
         return None
 
