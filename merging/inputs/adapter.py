@@ -59,7 +59,7 @@ KINDS_OF_KEY: dict[str, tuple[Literal["a", "b"], bool]] = {
 MERGE_IT = "merge it into its base with peft (merge_and_unload) and give the result"
 
 
-class Pair(TypedDict, total=False):
+class FactorPair(TypedDict, total=False):
     """The two factors of one module, as they are found in the file."""
 
     a: Tensor
@@ -156,9 +156,9 @@ def _check_config(path: Path, config: JsonMapping) -> None:
         )
 
 
-def _sort(path: Path) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+def _sort(path: Path) -> tuple[dict[str, FactorPair], dict[str, Tensor]]:
     """Return the complete pairs by module, and the tensors stored in full by their name in the base."""
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, FactorPair] = {}
     replaced = {}
     for key, tensor in read_header(path).items():
         shown = printable(key)
@@ -186,7 +186,7 @@ def _sort(path: Path) -> tuple[dict[str, Pair], dict[str, Tensor]]:
     return pairs, replaced
 
 
-def _update(path: Path, config: JsonMapping, module: str, pair: Pair) -> LowRank:
+def _update(path: Path, config: JsonMapping, module: str, pair: FactorPair) -> LowRank:
     """Return one pair with its scale; its shapes must fit each other and the rank in the configuration."""
     a, b = pair["a"], pair["b"]
     rank = _number(path, config, "r", "rank_pattern", module)
