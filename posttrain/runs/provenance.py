@@ -274,7 +274,7 @@ def _is_unchanged(entry: InputRecord, directory: Path) -> bool:
 
 
 def _row_digests(path: Path) -> list[str] | None:
-    """The digests of the files behind a data path; None if there are none, or if the output is unfinished."""
+    """The digests of the files behind a data path; None if no file exists, or if the output is unfinished."""
     try:
         return [digest_input(file) for file in data_files(path)] if path.exists() else None
     except InputError:

@@ -141,7 +141,7 @@ class Clock:
 
 
 def test_retry_after_is_honoured_and_holds_back_every_request(monkeypatch):
-    """On a clock that only the pauses move. The first of two requests is refused while the second waits for its answer."""
+    """On a clock that only the pauses move. The first of two requests is refused while the second waits."""
     clock, held, both, sent = Clock(), threading.Event(), threading.Event(), []
     monkeypatch.setattr(retry, "time", clock)
     monkeypatch.setattr(retry, "asyncio", clock)
