@@ -36,7 +36,7 @@ __all__ = ["MergeResult", "merge"]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The result of a merge. After a dry run `groups` is empty.
+    """The result of a merge.
 
     seconds  of reading, merging, writing and reading back, without flushing to disk and publication
     """
@@ -79,7 +79,6 @@ def merge(
     *,
     out: Path,
     force: bool = False,
-    dry_run: bool = False,
     verify: bool = True,
     progress: Progress = SILENT,
     cut: int = CUT,
@@ -97,7 +96,7 @@ def merge(
         plan = plan_merge(request, out, force)
         for line in plan.notes:
             progress.note(line)
-        return MergeResult(plan) if dry_run else _merge(plan, force, verify, progress, cut, account)
+        return _merge(plan, force, verify, progress, cut, account)
 
 
 def _merge(

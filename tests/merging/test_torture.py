@@ -224,7 +224,7 @@ def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
 WATCHED = """
 import json, shutil, sys, threading, types
 from pathlib import Path
-from gemma2.merging import MergeRequest, merge
+from gemma2.merging import MergeRequest, merge, plan_merge
 
 peak = {"RssAnon": 0, "VmRSS": 0}
 done = threading.Event()
@@ -242,7 +242,8 @@ if dry:  # nothing is written, so the disk need not have the room
     shutil.disk_usage = lambda place: types.SimpleNamespace(free=2**60)
 base = {} if method == "linear" else {"base": root / "base"}
 models = (root / "rl-1", root / "rl-2")
-merge(MergeRequest(method=method, models=models, **base), out=root / "out", dry_run=dry)
+request = MergeRequest(method=method, models=models, **base)
+plan_merge(request, root / "out") if dry else merge(request, out=root / "out")
 done.set()
 print(json.dumps(peak))
 """

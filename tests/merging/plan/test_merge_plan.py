@@ -124,10 +124,9 @@ def test_the_manifest_is_complete_and_names_parents_by_relative_path_and_digest(
     assert str(family) not in json.dumps({**manifest, "summary": {**manifest["summary"], "notes": []}})
 
 
-def test_a_dry_run_reports_bytes_and_passes_and_writes_nothing(family):
+def test_a_plan_reports_bytes_and_passes_and_writes_nothing(family):
     before = sorted(family.rglob("*"))
-    result = merge(request(family), out=family / "out", dry_run=True)
-    plan = result.plan.describe()
+    plan = plan_merge(request(family), family / "out").describe()
     weights = 456 * 4  # parameters of the test model in fp32
     assert (plan["parameters"], plan["passes"]) == (456, 2)
     assert plan["bytes_to_read"] == 2 * 3 * weights
