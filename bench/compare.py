@@ -156,7 +156,7 @@ def checkout(given: str, place: Path) -> Iterator[tuple[Path, str]]:
     elif (Path(given) / "pyproject.toml").is_file():
         yield Path(given).resolve(), given
     else:
-        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{given}^{{commit}}")
+        commit = git("rev-parse", "--verify", "--end-of-options", f"{given}^{{commit}}")
         git("worktree", "add", "--quiet", "--detach", str(place), commit)
         try:
             yield place, f"{given} ({commit[:10]})"
