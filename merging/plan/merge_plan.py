@@ -213,7 +213,7 @@ def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[Mer
     if base is not None:
         return replace(request, base=base), [f"base: {base}, the parent that all models record"]
     # Part of the notes, which the manifest records: its wording is part of the output.
-    lost = f"the models record {recorded} as their common parent, but it is not there with the same weights"
+    lost = f"the models record {recorded} as their common parent, but it is missing or has other weights"
     if kind == "optional":
         return request, [f"{lost}: merging the weights themselves"] if recorded else []
     if recorded:
