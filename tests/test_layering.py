@@ -133,9 +133,19 @@ def modules_imported(everything: bool = True) -> dict[str, set[str]]:
     faces = {f"{layer}.__init__" for layer in LAYERS}
     graph = {}
     for name, path in MODULES.items():
-        found = own_modules(imports(path, everywhere=everything)) - {name, *packages_of(name)}
-        graph[name] = set() if name in faces else {target for target in found if not target.endswith(".__init__")}
+        found = {named(imported) for imported in imports(path, everywhere=everything)} - {name, None, *faces}
+        graph[name] = set() if name in faces else {target for target in found if target}
     return graph
+
+
+def named(imported: str) -> str | None:
+    """The module, or the __init__ of the package, that an import names: the longest part of it that is one."""
+    parts = imported.split(".")[1:] if imported.startswith("gemma2.") else []
+    for end in range(len(parts), 0, -1):
+        for module in (".".join(parts[:end]), ".".join([*parts[:end], "__init__"])):
+            if module in MODULES:
+                return module
+    return None
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:

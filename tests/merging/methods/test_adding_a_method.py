@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 PAGE = (ROOT / "docs" / "adding-a-merge-method.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
-# The package of families finds what lies in a second folder as if it were the file that the page says to write.
+# The package finds a file of a second folder as if it were the file that the page says to write.
 WITH_THE_FILE = """
 import sys
-from gemma2.merging.methods import families
-families.__path__.append(sys.argv.pop(1))
+from gemma2.merging import methods
+methods.__path__.append(sys.argv.pop(1))
 """
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight",
          "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight")  # fmt: skip
@@ -25,10 +25,10 @@ VECTORS = {"base": (0.0, 0.0), "a": (1.0, 0.0), "b": (0.0, 3.0)}
 
 @pytest.fixture
 def place(tmp_path):
-    """The file of the page in a folder of families, the models that its commands name, and its merge file."""
-    (tmp_path / "families").mkdir()
+    """The file of the page in a second folder, the models that its commands name, and its merge file."""
+    (tmp_path / "more").mkdir()
     ((_, code),) = [block for block in BLOCKS if block[0] == "python"]
-    (tmp_path / "families" / "norms.py").write_text(code, encoding="utf-8")
+    (tmp_path / "more" / "norm_methods.py").write_text(code, encoding="utf-8")
     ((_, recipe),) = [block for block in BLOCKS if block[0] == "yaml"]
     (tmp_path / "merge.yaml").write_text(recipe, encoding="utf-8")
     for name, values in VECTORS.items():
@@ -42,7 +42,7 @@ def place(tmp_path):
 def call(place, line):
     """Exit code, stdout and stderr of one line of the page."""
     words = line.partition("  #")[0].split()[1:]
-    return finish(start(WITH_THE_FILE + MAIN, place / "families", *words, cwd=place))
+    return finish(start(WITH_THE_FILE + MAIN, place / "more", *words, cwd=place))
 
 
 def merged(out):
@@ -73,12 +73,12 @@ print(config.recorded()["power"])
 
 
 def test_a_stage_of_a_pipeline_takes_it_too(place):
-    code, out, err = finish(start(WITH_THE_FILE + STAGE, place / "families", cwd=place))
+    code, out, err = finish(start(WITH_THE_FILE + STAGE, place / "more", cwd=place))
     assert (code, err) == (0, "")
     assert "'points': [0.0, 2.0]" in out
 
 
-def test_a_family_that_repeats_a_name_is_an_error(place):
-    (place / "families" / "norms.py").write_text("METHODS = {'slerp': None}\n")
+def test_a_module_that_repeats_a_name_is_an_error(place):
+    (place / "more" / "norm_methods.py").write_text("METHODS = {'slerp': None}\n")
     code, _, err = call(place, "gemma2 merge --help")
-    assert code == 1 and "two families have a merge method slerp" in err
+    assert code == 1 and "two modules have a merge method slerp" in err

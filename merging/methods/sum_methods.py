@@ -9,8 +9,10 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from gemma2.core.errors import UsageError
-from gemma2.merging.methods.method import MANY, Group, MergekitForm, Method, Mix, Selection, Term, around_base
-from gemma2.merging.methods.option import (
+
+from .average_methods import sum_of_weights
+from .method import MANY, Group, MergekitForm, Method, Mix, Selection, Term, around_base
+from .option import (
     DENSITY,
     EPSILON,
     GAMMA,
@@ -21,13 +23,11 @@ from gemma2.merging.methods.option import (
     WEIGHTS,
     Option,
 )
-from gemma2.merging.methods.parameters import values_of
-from gemma2.merging.methods.request import MergeRequest
-
-from .averages import sum_of_weights
+from .parameters import values_of
+from .request import MergeRequest
 
 if TYPE_CHECKING:
-    from gemma2.merging.methods.method import Doubles
+    from .method import Doubles
 
 __all__ = ["METHODS"]
 
@@ -47,7 +47,7 @@ def _summed(normalize: bool) -> dict[str, Term]:
 
 
 def _mix_task_arithmetic(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.coefficients import task_arithmetic
+    from .coefficients import task_arithmetic
 
     given = group.settings
     weights = given.weights or (1.0,) * group.models

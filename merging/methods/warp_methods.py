@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma2.core.errors import UsageError
-from gemma2.merging.methods.method import MANY, Group, Method, Mix, around_base
-from gemma2.merging.methods.option import ETA, T
-from gemma2.merging.methods.request import MergeRequest
+
+from .method import MANY, Group, Method, Mix, around_base
+from .option import ETA, T
+from .request import MergeRequest
 
 if TYPE_CHECKING:
-    from gemma2.merging.methods.method import Doubles
+    from .method import Doubles
 
 __all__ = ["METHODS"]
 
@@ -18,7 +19,7 @@ ETAS = {"etas": (0.3,)}
 
 
 def _mix_slerp(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.coefficients import slerp
+    from .coefficients import slerp
 
     found = slerp(gram, group.settings.t, group.name)
     return around_base(group, found.coefficients, found.fallback)
@@ -27,7 +28,7 @@ def _mix_slerp(group: Group, gram: Doubles) -> Mix:
 def _mix_warp(group: Group, gram: Doubles) -> Mix:
     import numpy as np
 
-    from gemma2.merging.methods.coefficients import slerp, warp_coefficients
+    from .coefficients import slerp, warp_coefficients
 
     result = slerp(gram, group.settings.t, group.name)
     rows = [warp_coefficients(result.coefficients, eta) for eta in group.settings.etas]
@@ -37,7 +38,7 @@ def _mix_warp(group: Group, gram: Doubles) -> Mix:
 def _mix_liti(group: Group, gram: Doubles) -> Mix:
     import numpy as np
 
-    from gemma2.merging.methods.coefficients import liti_coefficients
+    from .coefficients import liti_coefficients
 
     return Mix(np.stack([liti_coefficients(eta) for eta in group.settings.etas]))
 

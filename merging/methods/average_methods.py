@@ -5,31 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma2.core.errors import UsageError
-from gemma2.merging.methods.method import MANY, Group, MergekitForm, Method, Mix, around_base
-from gemma2.merging.methods.option import DECAY, NORMALIZE, UNIFORM, WEIGHTS
-from gemma2.merging.methods.request import MergeRequest
+
+from .method import MANY, Group, MergekitForm, Method, Mix, around_base
+from .option import DECAY, NORMALIZE, UNIFORM, WEIGHTS
+from .request import MergeRequest
 
 if TYPE_CHECKING:
-    from gemma2.merging.methods.method import Doubles
+    from .method import Doubles
 
 __all__ = ["METHODS", "sum_of_weights"]
 
 
 def _mix_linear(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.coefficients import linear_coefficients
+    from .coefficients import linear_coefficients
 
     weights = linear_coefficients(group.models, group.settings.weights)
     return Mix((weights / weights.sum() if group.settings.normalize else weights)[None, :])
 
 
 def _mix_ema(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.coefficients import ema_coefficients
+    from .coefficients import ema_coefficients
 
     return Mix(ema_coefficients(group.models, group.settings.decay)[None, :])
 
 
 def _mix_model_stock(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.coefficients import model_stock
+    from .coefficients import model_stock
 
     return around_base(group, model_stock(gram))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gemma2.merging.methods.method import MANY, Group, MergekitForm, Method, Mix, around_base
-from gemma2.merging.methods.option import ITERATIONS, TOLERANCE, WEIGHTS
+from .method import MANY, Group, MergekitForm, Method, Mix, around_base
+from .option import ITERATIONS, TOLERANCE, WEIGHTS
 
 if TYPE_CHECKING:
-    from gemma2.merging.methods.method import Doubles
+    from .method import Doubles
 
 __all__ = ["METHODS"]
 
@@ -17,21 +17,21 @@ WEIGHT = {"weight": ("weights", None)}
 
 
 def _mix_nuslerp(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.spherical import nuslerp
+    from .spherical import nuslerp
 
     found = nuslerp(gram, group.settings.weights, group.name)
     return around_base(group, found.coefficients, found.fallback)
 
 
 def _mix_multislerp(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.spherical import multislerp
+    from .spherical import multislerp
 
     found = multislerp(gram, group.settings.weights, group.name)
     return around_base(group, found.coefficients, found.fallback)
 
 
 def _mix_karcher(group: Group, gram: Doubles) -> Mix:
-    from gemma2.merging.methods.spherical import karcher
+    from .spherical import karcher
 
     given = group.settings
     steps = MOST_ITERATIONS if given.iterations is None else given.iterations

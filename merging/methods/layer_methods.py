@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma2.core.errors import UsageError
-from gemma2.merging.methods.method import MANY, Group, MergekitForm, Method, Mix
-from gemma2.merging.methods.option import SCALE
-from gemma2.merging.methods.request import MergeRequest
+
+from .method import MANY, Group, MergekitForm, Method, Mix
+from .option import SCALE
+from .request import MergeRequest
 
 if TYPE_CHECKING:
-    from gemma2.merging.methods.method import Doubles
+    from .method import Doubles
 
 __all__ = ["METHODS"]
 

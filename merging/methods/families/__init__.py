@@ -1,1 +1,0 @@
-"""Families of merge methods: every module here that has METHODS adds its entries to the table."""
