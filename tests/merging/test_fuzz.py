@@ -1,8 +1,8 @@
 """Damaged inputs: each gives one clear error with nothing left behind, or the merge of the files' new contents.
 
 Bytes are flipped, cut out, doubled and torn off in headers, indexes, configurations, adapters and manifests; and values
-in their JSON are exchanged for others that may break a program. The result of a merge is compared with
-float64 arithmetic on the inputs as the safetensors library reads them.
+in their JSON are exchanged for others that may break a program. The result of a merge is compared with float64
+arithmetic on the inputs, which the safetensors library reads.
 """
 
 import copy
