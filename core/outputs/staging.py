@@ -25,7 +25,7 @@ __all__ = ["check_output", "fsync_tree", "locked", "publish", "staged_output"]
 
 
 def partial_path(out: Path) -> Path:
-    """Return the path at which an output is built: a hidden sibling, so that the last step is a rename in place."""
+    """Return the path at which an output is built: a hidden sibling, so that the last step is one rename."""
     return out.with_name(f".{out.name}.partial")
 
 

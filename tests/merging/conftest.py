@@ -1,4 +1,4 @@
-"""Keeps the cache of inner products out of the user's, and every test from finding another's."""
+"""Gives each test its own cache of inner products, separate from the user's."""
 
 import pytest
 

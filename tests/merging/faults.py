@@ -1,4 +1,4 @@
-"""Makes a merge fail on purpose, and judges what it left: for the tests of faults, kills and malformed inputs."""
+"""Makes a merge fail on purpose and checks what it leaves: for the tests of faults, kills and malformed inputs."""
 
 import builtins
 import errno
@@ -19,7 +19,7 @@ from gemma2.core.outputs import digests, manifest, staging
 from gemma2.merging import MergeRequest, merge
 
 NO_SPACE, BROKEN = errno.ENOSPC, errno.EIO
-HALVES = ("pwrite", "preadv", "sendfile")  # calls that move bytes, and may move fewer than they were asked to
+HALVES = ("pwrite", "preadv", "sendfile")  # calls that move bytes, and may move fewer than requested
 # Whole pages and a rest: with O_DIRECT some tensors go past the page cache, and some through it.
 SHAPES = {
     "model.embed_tokens.weight": (64, 64),
@@ -59,13 +59,13 @@ def write_models(root: Path, shapes=SHAPES, dtype="BF16", config=None) -> Path:
 
 
 def request(root: Path, method: str = "slerp", **options) -> MergeRequest:
-    """A merge of the two policies; `linear` without their init, which it does not take."""
+    """A merge of the two policies; `linear` without their init, which it does not accept."""
     base = {} if method == "linear" else {"base": root / "base"}
     return MergeRequest(**({"method": method, "models": (root / "rl-1", root / "rl-2"), "threads": 1} | base | options))
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, hidden ones too; folders as b"/", what is neither as b"?"."""
+    """Every file below a directory, hidden ones too; folders as b"/", other entries as b"?"."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"/" if path.is_dir() else b"?"
         for path in sorted(directory.rglob("*"))
@@ -73,17 +73,17 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 def weights(directory: Path) -> dict[str, bytes]:
-    """All files of an output but its manifest, which holds the time."""
+    """All files of an output except its manifest, which holds the time."""
     return {name: data for name, data in snapshot(directory).items() if name != manifest.MANIFEST}
 
 
 def temporaries(root: Path) -> list[str]:
-    """Hidden files and folders: what is being built, and locks."""
+    """Hidden files and folders: unfinished outputs and locks."""
     return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
 
 
 def complete(directory: Path) -> bool:
-    """Whether every file is as the manifest says, and none is missing or there besides."""
+    """Whether every file matches the manifest, and none is missing or extra."""
     found_manifest = json.loads((directory / manifest.MANIFEST).read_text())
     files = weights(directory)
     found = {name: {"size": len(data), "digest": f"blake3:{blake3(data).hexdigest()}"} for name, data in files.items()}
@@ -91,7 +91,7 @@ def complete(directory: Path) -> bool:
 
 
 class Faults:
-    """Counts the calls that touch files below a folder, and lets one of them fail, or do half of its work.
+    """Counts the calls that access files below a folder, and lets one of them fail, or do half of its work.
 
     calls   names of the calls, in order
     fail    number of the call that fails, or None
@@ -113,7 +113,7 @@ class Faults:
         monkeypatch.setattr(staging, "exchange", self._failing("exchange", staging.exchange))
 
     def arm(self, number: int | None, code: int | None) -> None:
-        """Let call `number` fail with an errno; without one it does half of what it was asked for."""
+        """Let call `number` fail with an errno; without an errno it does half of its work."""
         self.calls, self.fail, self.code = [], number, code
 
     def _due(self, name: str) -> bool:
@@ -149,7 +149,7 @@ class Faults:
 
 
 def halved(name, function, arguments):
-    """The call on half of its bytes, where it takes any: what a system may do at any time."""
+    """Make the call with half of its bytes, if it takes any: a system may do this at any time."""
     if name == "pwrite":
         descriptor, data, offset = arguments
         return function(descriptor, memoryview(data)[: max(len(data) // 2, 1)], offset)
@@ -187,7 +187,7 @@ class Buffered:
 
 @contextmanager
 def exchanged_descriptor(descriptor: int, path: str = "/proc/self/mem"):
-    """For the time of the block, the descriptor is one on which the system itself refuses.
+    """For the duration of the block, the descriptor is one on which the system itself refuses.
 
     At low offsets of /proc/self/mem nothing is mapped: reading and writing end with EIO.
     """
@@ -231,7 +231,7 @@ def judge_each_call(root, faults, code, method="slerp", force=False, step=(0, 1)
         after = snapshot(root)
         assert {name: data for name, data in after.items() if not name.startswith("out")} == inputs, place
         if outcome == "refused" and after != before:
-            # The folder above could not be flushed, or the old output not be removed: the new one is there, whole.
+            # Flushing the parent folder or removing the old output failed: the new output is complete.
             outcome = "refused after the rename"
         if outcome != "refused":
             assert complete(root / "out"), place
@@ -241,7 +241,7 @@ def judge_each_call(root, faults, code, method="slerp", force=False, step=(0, 1)
 
 
 def restore(root, files):
-    """Make the output as it was."""
+    """Restore the output."""
     shutil.rmtree(root / "out", ignore_errors=True)
     for name, data in files.items():
         if name.split("/")[0] == "out":

@@ -48,7 +48,7 @@ def from_bytes(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
 
 
 def stored(array: np.ndarray, dtype: str) -> np.ndarray:
-    """What a value becomes in a file of this dtype, as fp64."""
+    """Values after storage in a file of this dtype, as fp64."""
     return from_bytes(to_bytes(array, dtype), dtype, list(array.shape))
 
 
@@ -75,7 +75,7 @@ def write_model(
     config: dict | None = None,
     shards: int = 1,
 ) -> Path:
-    """A model directory of one file, or of several with an index, tensors dealt to them in turn."""
+    """A model directory of one file, or of several with an index, to which tensors are assigned in turn."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
     items = entries(arrays, dtype)

@@ -16,7 +16,7 @@ ULPS = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}  # largest relative r
 
 @pytest.fixture
 def triple(tmp_path):
-    """A base and two policies in bf16 whose task vectors are random, so about 90 degrees apart."""
+    """A base and two policies in bf16 whose task vectors are random, and so about 90 degrees apart."""
     base = random_arrays(0)
     write_model(tmp_path / "base", base, "BF16")
     for number in (1, 2):
@@ -30,7 +30,7 @@ def slerp_request(root, **options):
 
 
 def layer(name: str) -> str:
-    """The group of the tensors of these tests: written out, not taken from the engine."""
+    """The group of each tensor of these tests: written out, not taken from the engine."""
     return name.split(".")[2] if ".layers." in name else name
 
 
@@ -53,7 +53,7 @@ def reference_slerp(base, policies):
 
 
 def assert_close(found, expected, dtype, inputs):
-    """Within one rounding on store plus fp32 arithmetic on the operands."""
+    """Equal within one rounding on store plus fp32 arithmetic on the operands."""
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         largest = np.max([np.abs(model[name]) for model in inputs], axis=0)

@@ -1,4 +1,4 @@
-"""What a merge leaves when the system fails it: every call that touches a file fails once, in every place.
+"""The state that a merge leaves when the system fails: every call that accesses a file fails once, in every place.
 
 The compiled passes call the system's `pread` and `pwrite` themselves, out of reach of a patched `os`. There the system
 itself refuses: a limit on the size of files ends a write short and then with EFBIG, and a descriptor that is exchanged
@@ -96,7 +96,7 @@ def largest_file(size):
 
 
 def found(kind, arguments):
-    """The argument of a class, wherever it stands."""
+    """The argument of a class, at any position."""
     return next(argument for argument in arguments if isinstance(argument, kind))
 
 
@@ -145,7 +145,7 @@ def test_a_read_that_the_disk_refuses(root, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["slerp", "linear"])
 def test_a_write_that_fails_only_in_the_compiled_pass_is_not_taken_for_done(root, monkeypatch, method):
-    """What the repeated write in Python tells is then that it worked: the merge is refused all the same."""
+    """The repeated write in Python succeeds: the merge is refused nevertheless."""
     begin = dense_stream.Stream._blend
 
     def blend(self, group, job, *arguments):
@@ -253,7 +253,7 @@ def test_a_header_that_was_changed_is_found(root, monkeypatch):
 
 
 def test_without_reading_back_a_flipped_bit_is_not_found(root, monkeypatch):
-    """The other half of the claim: it is the read-back that finds it."""
+    """The other half of the claim: the read-back finds it."""
     before_the_read_back(monkeypatch, lambda directory: corrupt(directory / "model.safetensors", 5000))
     merge(request(root), out=root / "out", verify=False)
     assert complete(root / "out") is False, "without the read-back a manifest has no digests of weights"
@@ -263,7 +263,7 @@ def test_without_reading_back_a_flipped_bit_is_not_found(root, monkeypatch):
 
 
 class Interrupt(BaseException):
-    """Stands for SIGINT or SIGTERM, as cli/main.py raises them."""
+    """Represents SIGINT or SIGTERM, which cli/main.py raises as exceptions."""
 
 
 BLOCKS = ("try:", "finally:", "raise")
@@ -271,13 +271,13 @@ STAGING = ("staged_output", "locked", "_hold", "_release", "publish", "exchange"
 
 
 def interrupted_at(number, run):
-    """Run something with an interrupt before line `number` of the staging functions; the lines that were seen."""
+    """Run something with an interrupt before line `number` of the staging functions; return the lines that ran."""
     seen = []
 
     def trace(frame, event, argument):
         if frame.f_code.co_name not in STAGING:
             return None
-        # The interpreter looks for signals where it calls something; a line that only opens a block calls nothing.
+        # The interpreter checks for signals at calls; a line that only opens a block calls nothing.
         if event == "line" and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() not in BLOCKS:
             seen.append((frame.f_code.co_name, frame.f_lineno))
             if len(seen) - 1 == number:
@@ -292,7 +292,7 @@ def interrupted_at(number, run):
     return seen
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a file is left open by an interrupt where none can come
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # an interrupt that cannot occur in reality leaves a file open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the_whole_result(root, force):
@@ -325,7 +325,7 @@ def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the
 
 # --- kills: a handful; `make torture` does hundreds -------------------------------------------------------------------
 
-# A merge that stops where the test wants it, and says that it is there.
+# A merge that stops at a chosen place and prints "here".
 STOPPED = """
 import sys, time
 from pathlib import Path
@@ -349,7 +349,7 @@ main.main()
 
 
 def stopped(root, where, *more):
-    """A merge by the command line that waits at a place; it is there when this returns."""
+    """Start a merge by the command line that waits at a place; return when it has reached it."""
     folders = [str(Path(faults.__file__).parent), str(Path(faults.__file__).parents[1])]
     words = ("merge", "linear", root / "rl-1", root / "rl-2", "--out", root / "out", "--quiet", *more)
     process = start(STOPPED, *folders, where, *words)
@@ -385,5 +385,5 @@ def test_a_process_that_is_ended_in_the_middle(root, number, code, where):
 
 
 def is_weight(name):
-    """Of the output, and not its manifest, which holds the time."""
+    """Whether a file is in the output and not its manifest, which holds the time."""
     return name.startswith("out/") and not name.endswith(manifest.MANIFEST)

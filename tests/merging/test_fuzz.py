@@ -1,8 +1,8 @@
-"""Damaged inputs: each ends as one clear error with nothing left, or as the merge of what the files then say.
+"""Damaged inputs: each gives one clear error with nothing left behind, or the merge of the files' new contents.
 
 Bytes are flipped, cut out, doubled and torn off in headers, indexes, configurations, adapters and manifests; and values
-in their JSON are exchanged for others that a program may stumble over. What a merge makes of it is compared with
-float64 arithmetic on the inputs as the safetensors library reads them.
+in their JSON are exchanged for others that may break a program. The result of a merge is compared with float64
+arithmetic on the inputs, which the safetensors library reads.
 """
 
 import copy
@@ -25,7 +25,7 @@ from gemma2.core.errors import Gemma2Error
 from gemma2.core.outputs import manifest
 from gemma2.merging import MergeRequest, engine, merge
 
-# Values that stand where others are expected.
+# Values that replace the expected ones.
 ODD = (
     *(None, True, False, 0, 1, -1, 2, 3, 8, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e300, 1e-300),
     *(float("nan"), float("inf"), "", "x", "a\nb", "a\x00b", "\x1b[2J", "\ud800", "../rl-1/config.json", "/etc/passwd"),
@@ -97,7 +97,7 @@ def exchange_value(data, dice):
 
 
 def nudge(data, dice):
-    """Another truth, or a number beside the one that was there."""
+    """The other truth value, or a number close to the original."""
     document = json.loads(data)
     paths = [path for path in places(document) if path and isinstance(inside(document, path), bool | int | float)]
     if not paths:
@@ -109,7 +109,7 @@ def nudge(data, dice):
 
 
 def move(data, dice):
-    """In a header: the place of a tensor, with its size kept, or the places of two exchanged. Elsewhere a nudge."""
+    """In a header: move a tensor, with its size kept, or exchange two. Elsewhere change a number slightly."""
     document = json.loads(data)
     tensors = [entry for entry in document.values() if isinstance(entry, dict) and "data_offsets" in entry]
     if not tensors:
@@ -134,7 +134,7 @@ KEEPS_JSON = (exchange_value, nudge, move)
 
 
 def damage_header(data, dice, how):
-    """Of a safetensors file the length and the JSON, not the numbers; the length follows the JSON half of the time."""
+    """Damage length or JSON of a safetensors file, not the numbers; half of the time the length follows the JSON."""
     length = int.from_bytes(data[:8], "little")
     if how in KEEPS_JSON or dice.random() < 0.5:
         text = how(data[8 : 8 + length], dice)
@@ -153,7 +153,7 @@ TARGETS = (
 
 @contextmanager
 def damaged(root, dice):
-    """One file of the inputs is damaged, or in one of four cases the same file of two models alike."""
+    """Damage one file of the inputs, or in one of four cases the same file of two models in the same way."""
     target = dice.choice(TARGETS)
     files = [target]
     if dice.random() < 0.25 and target.endswith("config.json") and not target.startswith("lora"):
@@ -171,7 +171,7 @@ def damaged(root, dice):
             (root / file).write_bytes(data)
 
 
-# --- what must come out -----------------------------------------------------------------------------------------------
+# --- expected results -------------------------------------------------------------------------------------------------
 
 
 def requested(root, target, dice):
@@ -182,12 +182,12 @@ def requested(root, target, dice):
     if target.startswith("base"):
         return MergeRequest(method="liti", models=(root / "rl-2",), base=root / "base", etas=(0.25,), threads=1)
     if dice.random() < 0.3:
-        return MergeRequest(method="slerp", models=plain, threads=1)  # its base is what the manifests record
+        return MergeRequest(method="slerp", models=plain, threads=1)  # its base is the one in the manifests
     return MergeRequest(method="linear", models=dice.choice((plain, plain[::-1])), threads=1)
 
 
 def operand(root, path):
-    """A model or MODEL+ADAPTER as float64, its stored values as the safetensors library has them."""
+    """A model or MODEL+ADAPTER as float64, its stored values read by the safetensors library."""
     model, plus, _ = str(path).rpartition("+")
     arrays = read_model(Path(model if plus else path))
     if plus:
@@ -212,7 +212,7 @@ def chosen(value, patterns, module):
 
 
 def reference(root, request):
-    """The merge in float64; None for slerp, whose coefficients have tests of their own."""
+    """The merge in float64; None for slerp, whose coefficients have separate tests."""
     values = [operand(root, path) for path in request.models]
     if request.method == "slerp":
         return None
@@ -240,7 +240,7 @@ def run(root, request):
     if expected is not None:
         assert found.keys() == expected.keys()
         for name, value in found.items():
-            # Half a step of the stored dtype, and what fp32 adds to it.
+            # Half a step of the stored dtype, plus the rounding of fp32.
             step = {"BF16": 1.01 * 2.0**-8, "F16": 1.01 * 2.0**-11, "F32": 2.0**-22}[kinds[name]]
             np.testing.assert_allclose(value, expected[name], rtol=step, atol=1e-7, err_msg=name)
     assert np.isfinite(np.concatenate([value.ravel() for value in found.values()])).all()

@@ -21,7 +21,7 @@ def root(tmp_path, monkeypatch):
 
 
 def put(path, value):
-    """A JSON document in place of a file, with keys of the document that was there."""
+    """A JSON document in place of a file, with some keys of the original."""
     known = json.loads((path).read_text()) if path.exists() else {}
     path.write_text(json.dumps(known | value))
 
@@ -108,7 +108,7 @@ MALFORMED = {
         "is an unfinished output (status 'xxx",
     ),
     "tokens without content": (lambda root: other_tokenizer(root, added_tokens=[None]), "description of a tokenizer"),
-    "merges that are no list": (
+    "merges that are not a list": (
         lambda root: other_tokenizer(root, model={"vocab": {}, "merges": 1}),
         "description of a tokenizer",
     ),
@@ -181,7 +181,7 @@ def test_paths_that_are_not_utf_8_are_merged_and_recorded(root):
 
 
 @pytest.mark.parametrize("damage", ["values", "half", "empty", "other"])
-def test_a_damaged_cache_of_inner_products_is_measured_again(root, damage):
+def test_sums_of_a_damaged_cache_are_computed_again(root, damage):
     request = MergeRequest(method="slerp", models=(root / "rl-1", root / "rl-2"), base=root / "base")
     merge(request, out=root / "out")
     expected = weights(root / "out")

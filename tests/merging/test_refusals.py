@@ -1,4 +1,4 @@
-"""What a merge refuses, before any work: each with its message, and with nothing left behind."""
+"""Refusals of a merge before any work: each with its message, and with nothing left behind."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_the_same_tokenizer_in_another_spelling_is_accepted(root):
     merge(MergeRequest(method="linear", models=(root / "rl-1", root / "rl-2")), out=root / "out")
 
 
-# --- directories that are no usable model ---
+# --- directories that are not usable models ---
 
 
 def test_a_missing_directory(root):
@@ -263,7 +263,10 @@ def test_a_weight_that_is_not_finite(root, value, method, culprit):
     write_model(root / culprit, arrays, "F32")
     options = {
         "slerp": {},
-        "liti": {"models": (root / "rl-1",), "etas": (0.0,)},  # at 0 its weight is 0, and it is seen all the same
+        "liti": {
+            "models": (root / "rl-1",),
+            "etas": (0.0,),
+        },  # at 0 its weight is 0, and the value is noticed nevertheless
         "linear": {"models": (root / "rl-1", root / "base"), "base": None},
     }[method]
     message = f"{root / culprit}: model.layers.1.mlp.up_proj.weight holds {value} at element 26"

@@ -1,6 +1,6 @@
 """Kills, signals, races, full fault injection and long fuzzing of merges, with figures: `make torture`.
 
-The counts are those of the promise. GEMMA2_TORTURE_SHARE=0.1 runs a tenth of each.
+The default counts are the documented ones. GEMMA2_TORTURE_SHARE=0.1 runs a tenth of each.
 """
 
 import json
@@ -50,9 +50,9 @@ def times(count):
     return max(round(count * float(os.environ.get("GEMMA2_TORTURE_SHARE", "1"))), 1)
 
 
-def tell(what, counts):
-    """Figures for whoever runs `make torture`."""
-    sys.stdout.write(f"\n{what}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}\n")
+def report(title, counts):
+    """Print figures for the user of `make torture`."""
+    sys.stdout.write(f"\n{title}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}\n")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def root(tmp_path):
 
 
 def command(root, out="out", method="slerp", *more):
-    """Start one `gemma2 merge` of the two policies in a process of its own."""
+    """Start one `gemma2 merge` of the two policies in a separate process."""
     models = root / "models"
     base = () if method == "linear" else ("--base", models / "base")
     words = ("merge", method, models / "rl-1", models / "rl-2", *base, "--out", root / out, "--quiet", *more)
@@ -74,7 +74,7 @@ def succeed(process):
 
 
 def expected(root, method):
-    """The files of an undisturbed merge, and how long one takes from the shell."""
+    """The files of an undisturbed merge, and its duration from the shell."""
     for _ in range(2):  # the first may have to compile
         seconds = seconds_of(lambda: succeed(command(root, "out", method, "--force")))
     files = weights(root / "out")  # in the same place, whose name is in the model card
@@ -83,12 +83,13 @@ def expected(root, method):
 
 
 def wait_for_work(root, process):
-    """Until the hidden directory of an output is there, or the process has ended."""
-    wait_for(lambda: process.poll() is not None or any(root.glob(".out.tmp-*")))
+    """Wait until the hidden directory of an output exists, or the process has ended."""
+    while process.poll() is None and not any(root.glob(".out.tmp-*")):
+        time.sleep(0.0005)
 
 
 def strike(root, process, number, seconds, random_seconds):
-    """Send a signal at a random moment: of the whole run, or two times of three of the time in which it writes."""
+    """Send a signal at a random moment of the run, in two of three cases while it writes."""
     if random_seconds.random() < 1 / 3:
         pause(random_seconds.uniform(0, seconds))
         phase = "any time"
@@ -101,7 +102,7 @@ def strike(root, process, number, seconds, random_seconds):
 
 
 def state(root, old, new):
-    """What stands in the place of the output: never anything but nothing, the old one or the new one, whole."""
+    """The state of the output's path: nothing, the complete old output, or the complete new one."""
     if not (root / "out").exists():
         return "nothing there"
     files = weights(root / "out")
@@ -128,7 +129,7 @@ def test_after_kill_9_the_next_run_succeeds_and_removes_leftovers(root, method, 
         assert weights(root / "out") == new
         assert temporaries(root) == []
         shutil.rmtree(root / "out")
-    tell(f"kill -9 of merge {method}", counts)
+    report(f"kill -9 of merge {method}", counts)
 
 
 def test_kill_9_of_a_replacement_leaves_old_or_new_and_never_a_mixture(root):
@@ -147,7 +148,7 @@ def test_kill_9_of_a_replacement_leaves_old_or_new_and_never_a_mixture(root):
         assert code == 0, err
         assert weights(root / "out") == new
         assert temporaries(root) == []
-    tell("kill -9 of merge slerp --force", counts)
+    report("kill -9 of merge slerp --force", counts)
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
@@ -160,8 +161,8 @@ def test_a_signal_leaves_nothing_and_its_exit_code(root, number, wanted):
         if force:
             merge(request(root / "models", "linear"), out=root / "out")
         process = command(root, "out", "slerp", *(["--force"] if force else []))
-        # The handler is there once the interpreter has begun; before that the system's default ends the process.
-        pause(min(0.1, seconds / 4))
+        # The handler is installed after the interpreter has started; before, the system's default ends the process.
+        time.sleep(min(0.1, seconds / 4))
         counts[f"signals {strike(root, process, number, seconds, moments)}"] += 1
         code, _, err = finish(process)
         assert code in (0, wanted, -number), (code, err)
@@ -172,7 +173,7 @@ def test_a_signal_leaves_nothing_and_its_exit_code(root, number, wanted):
         assert found in {0: ("new there",)}.get(code, ("old there" if force else "nothing there", "new there"))
         counts[found] += 1
         shutil.rmtree(root / "out", ignore_errors=True)
-    tell(f"{signal.Signals(number).name} of merge slerp", counts)
+    report(f"{signal.Signals(number).name} of merge slerp", counts)
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
@@ -199,7 +200,7 @@ def test_of_two_runs_to_one_output_one_wins_and_the_other_fails_clearly(root, fo
         assert temporaries(root) == []
         counts["slerp there" if state(root, other, new) == "new there" else "linear there"] += 1
         shutil.rmtree(root / "out")
-    tell(f"pairs of runs{' with --force' if force else ''}", counts)
+    report(f"pairs of runs{' with --force' if force else ''}", counts)
 
 
 @pytest.mark.parametrize("method", ["slerp", "linear", "ties", "dare", "della"])
@@ -216,7 +217,7 @@ def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
         with monkeypatch.context() as patch:
             root = write_models(tmp_path / str(direct))
             totals += judge_each_call(root, Faults(patch, root), code, method, force)
-    tell(f"each call of merge {method}{' --force' * force} fails, {code}", totals)
+    report(f"each call of merge {method}{' --force' * force} fails, {code}", totals)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ print(json.dumps(peak))
 
 
 def write_sparse(path, shapes):
-    """Zeros that take no room on the disk, one tensor a file."""
+    """Zeros that use no disk space, one tensor per file."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(CONFIG))
     weight_map = {}
@@ -278,6 +279,7 @@ def test_memory_stays_under_its_ceiling(tmp_path, method, layers, dry):
     code, out, err = finish(start(WATCHED, tmp_path, method, dry))
     assert code == 0, err
     peak = json.loads(out)
-    tell(f"merge {method}{' --dry-run' if dry else ''} of {layers * 268} MB", {k: v // 10**6 for k, v in peak.items()})
+    megabytes = {name: size // 10**6 for name, size in peak.items()}
+    report(f"merge {method}{' --dry-run' if dry else ''} of {layers * 268} MB", megabytes)
     assert peak["RssAnon"] <= 300e6
     assert peak["VmRSS"] <= 600e6

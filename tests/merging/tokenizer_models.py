@@ -9,11 +9,11 @@ from gemma2.merging import MergeRequest, merge
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-LETTERS = "abcdefghij"  # ten core tokens; a model of 16 rows has padding from there on
+LETTERS = "abcdefghij"  # ten core tokens; in a model of 16 rows the rest is padding
 
 
 def write_tokenizer(path, core, extra=(), merges=(), **flags):
-    """tokenizer.json of core tokens with ids 0, 1, ... (or as a mapping says) and added (token, id)."""
+    """A tokenizer.json of core tokens with ids 0, 1, ... (or those of a mapping) and added (token, id)."""
     vocab = core if isinstance(core, dict) else {token: index for index, token in enumerate(core)}
     entries = [{"id": index, "content": token} | FLAGS | flags for token, index in extra]
     file = {"added_tokens": entries, "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)}}

@@ -17,7 +17,7 @@ COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789a
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """models--owner--tiny with two revisions: files are links into blobs, as the hub's library makes them."""
+    """models--owner--tiny with two revisions: its files are links into blobs, like those of the hub's library."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     hub = tmp_path / "hub"
@@ -54,7 +54,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(cache, revision):
 def test_a_directory_whose_name_looks_like_a_hub_id_stays_a_directory(cache, tmp_path):
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
     assert locate_model("owner/tiny", "base").resolve() == tmp_path / "owner" / "tiny"
-    # A misspelt neighbour is a misspelt path: nothing is asked of the hub.
+    # A misspelt name next to existing folders is a misspelt path: the hub is not asked.
     assert not is_hub_id("owner/tinny")
     assert locate_model("owner/tinny", "base").parts == ("owner", "tinny")
 
@@ -90,7 +90,7 @@ def test_a_partly_fetched_snapshot_is_refused(cache):
 
 
 class Response:
-    """What the hub's errors ask of a response."""
+    """The attributes that the hub's errors read from a response."""
 
     def __init__(self):
         self.headers = {}

@@ -101,9 +101,9 @@ NASTY = "``` </details> | [x](javascript:a) <script> `a` \n---\nlicense: mit\x1b
 
 
 def test_text_from_files_breaks_neither_metadata_nor_markdown():
-    told = {"config": {"note": NASTY, NASTY: 1}, "summary": {NASTY: 1.5, "text": NASTY}, "seed": 0}
-    told |= {"data": [{"path": NASTY, "digest": "blake3:12"}], "versions": {NASTY: "1"}}
-    card = model_card(facts(NASTY, [ancestor("model", NASTY, "", NASTY)], **told))
+    texts = {"config": {"note": NASTY, NASTY: 1}, "summary": {NASTY: 1.5, "text": NASTY}, "seed": 0}
+    texts |= {"data": [{"path": NASTY, "digest": "blake3:12"}], "versions": {NASTY: "1"}}
+    card = model_card(facts(NASTY, [ancestor("model", NASTY, "", NASTY)], **texts))
     assert "\x1b" not in card
     parsed = ModelCard(card)
     assert "license" not in parsed.data.to_dict()
@@ -122,7 +122,7 @@ def test_code_and_fences_hold_backticks():
 
 
 def test_the_card_of_many_iterations_of_several_policies_is_written_fast():
-    """Each init of WARP is reached by M + 1 ways from the next: 6 ** 40 walks, 241 models."""
+    """M + 1 paths lead from each init of WARP to the one before: 6 ** 40 walks, 241 models."""
     init = ancestor("base", "sft", command="sft", parents=[HUB])
     for i in range(40):
         made = ancestor("policy", init.name, command=init.command, parents=init.parents)
@@ -270,7 +270,7 @@ def snippet(directory):
 
 
 def printed(directory, monkeypatch, capsys):
-    """What the snippet prints when it is run in the model's directory."""
+    """The text that the snippet prints when it runs in the model's directory."""
     monkeypatch.chdir(directory)
     exec(compile(snippet(directory), "snippet", "exec"), {})
     return capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: refusals, one rename, one writer, nothing left behind, and the manifest."""
+"""Outputs appear complete or not at all: refusals, one rename, one writer, nothing left behind, and the manifest."""
 
 import errno
 import json

@@ -37,7 +37,7 @@ MALFORMED = {
     "a key twice": (with_header(b'{"a":' + json.dumps(entry()).encode() + b',"a":{}}'), "the header names a twice"),
     "a missing field": (with_header({"a": {"dtype": "F32"}}), "entry of a does not have exactly dtype"),
     "an unknown dtype": (with_header({"a": entry("F128")}), "a has the unknown dtype F128"),
-    "a dtype that is no text": (with_header({"a": entry(["F32"])}), "a has the unknown dtype"),
+    "a dtype that is not a text": (with_header({"a": entry(["F32"])}), "a has the unknown dtype"),
     "a negative shape": (with_header({"a": entry(shape=(-10,))}), "a has a malformed shape"),
     "a boolean in a shape": (with_header({"a": entry(shape=(True, 10))}), "a has a malformed shape"),
     "three offsets": (with_header({"a": entry() | {"data_offsets": [0, 40, 80]}}), "malformed shape or data_offsets"),

@@ -1,4 +1,4 @@
-"""LoRA adapters against peft's own merge in float64, and what is refused."""
+"""LoRA adapters against peft's own merge in float64, and refusals."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def base_model(path, width=8, seed=0):
 
 
 def torch_model():
-    """Modules named as in a transformers decoder; biases, an embedding and a head included."""
+    """Modules with the names of a transformers decoder; biases, an embedding and a head included."""
     import torch
 
     class Layer(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""More of what a merge refuses (see test_refusals.py): adapters, hub ids, slices, and numbers that make no sense."""
+"""More refusals of a merge (see test_refusals.py): adapters, hub ids, slices, and numbers that make no sense."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def root(tmp_path):
 
 
 def lora(root, **config):
-    """An adapter of the first layer's attention beside the models."""
+    """An adapter of the first layer's attention next to the models."""
     path = root / "lora"
     path.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(root / "rl-2")} | config

@@ -94,7 +94,7 @@ def test_threads_do_not_change_a_bit(tmp_path, monkeypatch):
 
 
 def test_a_tiny_angle_is_not_lost(tmp_path):
-    # 1e-6 radians: its cosine is 1 - 5e-13. fp32 weights can say it, an arc cosine of fp32 sums cannot.
+    # 1e-6 radians: its cosine is 1 - 5e-13. fp32 weights resolve it, an arc cosine of fp32 sums does not.
     (row,) = compare(tmp_path, vector(1, 0), vector(1, 1e-6)).groups
     assert row.angle == pytest.approx(np.degrees(1e-6), rel=1e-4)
 
@@ -127,7 +127,7 @@ def test_sharding_changes_nothing_and_a_stored_copy_counts_once(tmp_path):
     assert tied.notes == ("lm_head.weight repeats model.embed_tokens.weight: compared once",)
 
 
-# --- what is said about it ------------------------------------------------------------------------------------------
+# --- warnings and notes ---------------------------------------------------------------------------------------------
 
 
 def test_identical_models_are_reported_as_identical(tmp_path):

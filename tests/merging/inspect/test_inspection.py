@@ -1,4 +1,4 @@
-"""What `inspect` finds in an adapter and in a model of the hub's cache; models on disk are in test_merge_plan."""
+"""`inspect` of an adapter and of a model in the hub's cache; for models on disk see test_merge_plan."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Kernels against numpy: every fp16 pattern, rounding to nearest even, sums in the promised precision."""
+"""Kernels against numpy: every fp16 pattern, rounding to nearest even, sums with the documented precision."""
 
 import os
 import subprocess
@@ -69,7 +69,7 @@ def test_a_result_that_does_not_fit_is_noticed(dtype, largest, beyond):
 
 
 def measured(operands: list[np.ndarray], based: bool) -> np.ndarray:
-    """Sums over all blocks of what `gram` returns."""
+    """Sums of the results of `gram` over all blocks."""
     stored = np.stack([operand.astype(np.float32) for operand in operands])
     count, models = operands[0].size, len(operands) - based
     out = np.empty((-(-count // BLOCK), 1 + models * (models + 1) // 2))

@@ -1,4 +1,4 @@
-"""The generator against the published answers, and against its own promise: numbers belong to elements."""
+"""The generator against the published answers; its numbers depend on the element alone."""
 
 import struct
 from hashlib import blake2b

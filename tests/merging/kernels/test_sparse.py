@@ -1,4 +1,4 @@
-"""Sparse merges against a float64 reference written from the papers, and their promises: exact, cut-independent."""
+"""Sparse merges against a float64 reference written from the papers; they are exact and independent of cuts."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ SIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def operands(raw, kinds, count):
-    """What the kernels read: bits where all are bf16, else fp32."""
+    """The input of the kernels: bits if all are bf16, else fp32."""
     if not kinds.any():
         return raw.view(np.uint16)
     rows = np.empty((len(kinds), count), np.float32)
@@ -42,7 +42,7 @@ def operands(raw, kinds, count):
 
 
 def models_of(count, dtypes, seed=0, spread=1e-3):
-    """A base and models near it, as stored: raw rows and their values in fp64."""
+    """A base and models near it: stored rows and their values in fp64."""
     generator = np.random.default_rng(seed)
     base = generator.standard_normal(count) * 0.02
     raw = np.zeros((len(dtypes), count * 4), np.uint8)
@@ -86,7 +86,7 @@ MEMORY = np.full((65, 2), -1)  # in place of files: the operands are in the work
 
 
 def counted(raw, kinds, windows, count):
-    """What lies above the windows and in their bins, (Q, 1 + WINDOW)."""
+    """The numbers of elements above the windows and in their bins, (Q, 1 + WINDOW)."""
     out = np.zeros((len(windows), 1 + BINS), np.int64)
     files = MEMORY[: len(kinds)]
     assert count_near(files, (0, count, count), operands(raw, kinds, count), np.array(windows), out) == 0
@@ -94,7 +94,7 @@ def counted(raw, kinds, windows, count):
 
 
 def within(raw, kinds, window, rank, count):
-    """The pattern of the rank-th largest where the window has it."""
+    """The pattern of the rank-th largest if it is in the window."""
     row = counted(raw, kinds, [window], count)[0]
     place = place_of_rank(row[1:], int(row[0]), rank)
     return None if place is None else window[1] + (place << window[2])
@@ -106,18 +106,18 @@ def threshold(raw, kinds, model, rank, count):
 
 
 def deltas32(values):
-    """As the kernels see them: one fp32 rounding."""
+    """Deltas as in the kernels: one fp32 rounding."""
     return (values[1:] - values[0]).astype(np.float32).astype(np.float64)
 
 
 def draws(models, count, seed=0):
-    """In [0, 1), in the middle between two multiples of 2**-16."""
+    """Random numbers in [0, 1), halfway between two multiples of 2**-16."""
     space = np.empty(count // 2 + 7, np.uint32)
     return np.array([(uniforms(key, 0, count, space) + 0.5) / 65536 for key in keys_of(models, seed)])
 
 
 def consensus64(terms, weights, elect, normalize, margin):
-    """From masked, rescaled task vectors (M, n): the merged one, and where the election is clear of rounding."""
+    """From masked, rescaled task vectors (M, n): the merged one, and where rounding cannot change the election."""
     weighted = np.array(weights)[:, None] * terms
     total = weighted.sum(axis=0)
     if not elect:
@@ -146,7 +146,9 @@ def test_ties_agrees_with_a_calculation_by_hand():
     assert squares.tolist() == [9 + 9 + 9 + 4]
     summed = Sparsity(weights=(1, 1), low=(1, 1), elect=True, scale=0.5)
     assert merged(raw, kinds, summed, count=6)[0].tolist() == [3, 1.5, -1.5, 1, 0, 0]
-    uneven = Sparsity(weights=(1, 2), low=(1, 1), elect=True, normalize=True)  # second counts twice, also in the vote
+    uneven = Sparsity(
+        weights=(1, 2), low=(1, 1), elect=True, normalize=True
+    )  # the second counts twice, in the vote too
     assert merged(raw, kinds, uneven, count=6)[0] == pytest.approx([10 / 3, -2, 2, 2, -2, 0])
 
 
@@ -199,7 +201,7 @@ def test_a_sample_holds_the_magnitudes_of_its_pieces():
     for wanted in (count, 5 * PIECE):
         places = sample_places(count, wanted)
         found = []
-        for place in places:  # what is formed by the caller comes piece by piece
+        for place in places:  # operands that the caller converts come piece by piece
             size = min(PIECE, count - place)
             out = np.empty((2, size), np.uint32)
             assert sample(MEMORY[:3], np.array([place]), count, stored[:, place : place + size].copy(), out) == 0
@@ -263,11 +265,11 @@ METHODS = {
     "della_linear": Sparsity(weights=(0.5, 0.5), keep=(0.5, 0.6), spread=(0.2, 0.1)),
     "della_linear, not rescaled": Sparsity(weights=(0.5, 0.5), keep=(0.4, 0.6), spread=(0.2, 0.1), rescale=False),
 }
-ROW = 700  # not a multiple of four, nor a divisor of BLOCK
+ROW = 700  # neither a multiple of four nor a divisor of BLOCK
 
 
 def reference(values, sparsity, count, row):
-    """By the papers' definitions in fp64: merged task vector, sizes of its terms, where rounding decides nothing."""
+    """By the papers' definitions in fp64: merged task vector, sizes of its terms, where rounding changes nothing."""
     deltas = deltas32(values)
     models = len(deltas)
     draw = draws(models, count)
@@ -287,7 +289,7 @@ def reference(values, sparsity, count, row):
                 chance[begin : begin + row] += sparsity.spread[m] * (2 * ranks - 1)
             clear &= np.abs(draw[m] - chance) > 0.05 * sparsity.spread[m]  # (c - 1) / (row - 1), c in a bucket
         if sparsity.keep:
-            chance = np.rint(chance * 65536) / 65536  # what 16 random bits can do
+            chance = np.rint(chance * 65536) / 65536  # the resolution of 16 random bits
         terms[m] = np.where(inside & (draw[m] < chance), delta / (chance if sparsity.rescale else 1.0), 0)
     margin = 0.05 if sparsity.by_rows and sparsity.rescale else 1e-6  # as far as the terms are the kernel's
     kept, elected = consensus64(terms, sparsity.weights, sparsity.elect, sparsity.normalize, margin)
@@ -303,7 +305,7 @@ def test_merges_agree_with_a_float64_reference(method, dtypes):
     result, squares = merged(raw, kinds, sparsity, count=count, row=ROW)
     expected, sizes, clear = reference(values, sparsity, count, ROW)
     assert clear.mean() > 0.95
-    # The keep probabilities of DELLA differ by up to epsilon * bucket / row, and the rescaled terms with them.
+    # The keep probabilities of DELLA, and so the rescaled terms, differ by up to epsilon * bucket / row.
     tolerance = 0.05 if sparsity.by_rows and sparsity.rescale else 1e-6
     merged_delta = result - values[0]
     bound = tolerance * sizes + 1e-8  # the result is an fp32 of the order of the base
@@ -387,7 +389,7 @@ def test_della_keeps_larger_elements_more_and_the_density_on_average():
 
 
 def chances(deltas, density=0.5, epsilon=0.3):
-    """Keep probabilities of one row, read off its rescaled elements over many seeds."""
+    """Keep probabilities of one row, derived from its rescaled elements over many seeds."""
     settings = Sparsity(weights=(1.0,), keep=(density,), spread=(epsilon,))
     seen = np.zeros(len(deltas))
     for seed in range(64):
@@ -476,7 +478,7 @@ LOOKED_AT = np.concatenate([np.arange(p, min(p + PIECE, MANY)) for p in sample_p
 
 
 def misleading(generator):
-    """What the sample sees is a hundred times what the rest is."""
+    """The sampled elements are a hundred times larger than the others."""
     values = generator.standard_normal(MANY)
     values[LOOKED_AT] *= 100
     return values
@@ -524,7 +526,7 @@ def test_files_are_equal_for_any_cut_and_number_of_threads(tmp_path, method, dty
 
 def test_rows_that_do_not_fill_pages_are_written_with_and_without_the_page_cache(tmp_path, monkeypatch):
     generator = np.random.default_rng(1)
-    base = generator.standard_normal((2048, 2049))  # whole pages, of rows that are not
+    base = generator.standard_normal((2048, 2049))  # whole pages in all, but not per row
     written(tmp_path, [base, base + 0.01, base + 0.01 * generator.standard_normal(base.shape)])
     expected = merged_file(tmp_path, "cached", method="della")
     monkeypatch.setattr(writer, "DIRECT_BYTES", 0)

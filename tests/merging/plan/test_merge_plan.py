@@ -1,4 +1,4 @@
-"""Groups, the recorded common parent, dry runs, and what the report warns about."""
+"""Groups, the recorded common parent, dry runs, and the warnings of the report."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def test_each_layer_is_one_group_and_so_is_each_other_tensor(name, group):
 
 @pytest.fixture
 def family(tmp_path):
-    """A parent and two policies whose manifests record it, as `gemma2 rlhf` does."""
+    """A parent and two policies whose manifests record it, like those of `gemma2 rlhf`."""
     base = random_arrays(0)
     parent = write_model(tmp_path / "sft", base)
     for number in (1, 2):

@@ -1,4 +1,4 @@
-"""Whose tokenizer the output has: choices, refusals, and unions of added tokens that transformers can load."""
+"""The tokenizer of the output: choices, refusals, and unions of added tokens that transformers can load."""
 
 import json
 
@@ -96,7 +96,7 @@ def test_a_union_has_the_rows_of_all_tokens(pair):
     result, out = merged(pair, "a", "b", tokenizer="union")
     found = read_model(out)[EMBEDDING]
     np.testing.assert_allclose(found[:10], (left[:10] + right[:10]) / 2, atol=1e-6)
-    np.testing.assert_array_equal(found[10:], [left[10], right[10]])  # each is one model's alone
+    np.testing.assert_array_equal(found[10:], [left[10], right[10]])  # each token is in one model only
     assert config_of(out)["vocab_size"] == 12
     entries = config_of(out, "tokenizer.json")["added_tokens"]
     assert [(entry["content"], entry["id"], entry["special"]) for entry in entries] == [
@@ -138,7 +138,7 @@ def test_new_ids_begin_after_the_core_even_if_the_added_tokens_are_inside_it(tmp
 
 
 def test_an_added_entry_of_a_core_token_has_the_core_id(tmp_path):
-    """So does the tokenizers library, whatever id the entry states."""
+    """The tokenizers library does the same, whatever id the entry states."""
     model(tmp_path / "a", arrays(1, 10))
     model(tmp_path / "b", arrays(2, 10), LETTERS, [("c", 9_999)])
     result, _ = merged(tmp_path, "a", "b", tokenizer=str(tmp_path / "a"))
@@ -187,7 +187,7 @@ def test_the_other_tokenizer_files_are_extended_if_they_exist(pair):
     assert config_of(out, "added_tokens.json") == {"<x>": 10, "<y>": 11}
     decoder = {"10": flags, "11": {"content": "<y>"} | FLAGS}
     assert config_of(out, "tokenizer_config.json") == {"added_tokens_decoder": decoder, "pad": 1}
-    assert not (out / "chat_template.jinja").exists()  # that of model 1, whose tokenizer it is not
+    assert not (out / "chat_template.jinja").exists()  # the tokenizer is not model 1's, whose template it was
 
 
 def test_a_chat_template_that_is_lost_with_its_tokenizer_is_named(pair):
@@ -207,7 +207,7 @@ def test_token_ids_in_the_configuration_follow_their_tokens(pair):
     _, out = merged(pair, "b", "a", tokenizer="union", base=pair / "a", method="task-arithmetic")
     assert config_of(out)["eos_token_id"] == 11 and config_of(out)["pad_token_id"] == 3
     assert config_of(out, "generation_config.json") == {"eos_token_id": [1, 11], "max_new_tokens": 10}
-    _, out = merged(pair, "b", "a", tokenizer=str(pair / "a"), out="chosen")  # <y> is no token of a
+    _, out = merged(pair, "b", "a", tokenizer=str(pair / "a"), out="chosen")  # <y> is not a token of a
     assert config_of(out)["eos_token_id"] is None
     assert config_of(out, "generation_config.json")["eos_token_id"] == [1]
 
@@ -255,7 +255,7 @@ def test_transformers_loads_a_union_and_knows_the_new_tokens(tmp_path):
     assert logits.shape[-1] == size + 2 == network.config.vocab_size and torch.isfinite(logits).all()
     for layer in ("get_input_embeddings", "get_output_embeddings"):
         found, a, b = (getattr(item, layer)().weight.detach() for item in (network, left, right))
-        # The base has a's row of <tool>, the only one that both models brought; <think> is b's alone.
+        # The base has a's row of <tool>, the only token that both models added; only b has <think>.
         torch.testing.assert_close(found[size], (a[size] + b[other.convert_tokens_to_ids("<tool>")]) / 2)
         # base and a have b's row: no task vector at all.
         torch.testing.assert_close(found[size + 1], b[other.convert_tokens_to_ids("<think>")])

@@ -1,4 +1,4 @@
-"""Models whose tokenizers differ: each row of the output is made of the rows that the models have for its token."""
+"""Models whose tokenizers differ: each row of the output is merged from the models' rows of its token."""
 
 import os
 
@@ -96,7 +96,7 @@ def test_a_token_missing_in_the_base_has_the_row_of_the_chosen_model(tmp_path):
         model(tmp_path / name, values, LETTERS, [("<x>", 10)])
     options = {"method": "task-arithmetic", "base": tmp_path / "base", "tokenizer": str(tmp_path / "c")}
     result, out = merged(tmp_path, "a", "b", "c", **options)
-    # base, a and c all have c's row there: only b has a task vector.
+    # base, a and c all have c's row: only b has a task vector.
     np.testing.assert_allclose(read_model(out)[EMBEDDING][10], right[EMBEDDING][10], atol=1e-5)
     assert result.plan.notes == ("base: 1 token taken from model 3", "model 1: 1 token taken from model 3")
     assert config_of(out)["vocab_size"] == 11
@@ -147,7 +147,7 @@ def test_an_untied_head_is_mapped_like_the_embedding_and_other_tensors_are_not(t
 
 
 def test_cached_sums_are_used_for_the_same_row_map_only(tmp_path):
-    """Another tokenizer.json over the same weights means other rows: an earlier merge's sums must not be found."""
+    """Another tokenizer.json over the same weights means other rows: sums of an earlier merge must not be used."""
     base = arrays(0)
     for number, name in enumerate(("base", "a", "b")):
         model(tmp_path / name, added(base, arrays(number, scale=0.1)))
@@ -195,7 +195,7 @@ def test_a_file_that_ends_while_rows_are_read_is_named(tmp_path, monkeypatch):
 
 
 def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
-    """The output is that of the adapter's product stored in full, and then mapped."""
+    """The output is the same as with the adapter's product stored in full, and then mapped."""
     base, left = arrays(0, 10), arrays(1, 11)
     a, b = np.random.default_rng(7).standard_normal((2, 11)), np.random.default_rng(8).standard_normal((8, 2))
     model(tmp_path / "base", base, LETTERS)
@@ -211,7 +211,7 @@ def test_an_adapted_embedding_is_mapped_with_its_update(tmp_path):
 
 
 def test_a_row_that_is_not_finite_is_named_with_its_stored_place(tmp_path):
-    """Also where another input reads it first: row 10 of b is row 11 of the output, and of the base."""
+    """Also if another input reads it first: row 10 of b is row 11 of the output, and of the base."""
     right = arrays(2, 11)
     right[EMBEDDING][10, 3] = np.nan
     model(tmp_path / "base", arrays(0, 10))
