@@ -58,7 +58,8 @@ def test_the_screen_shows_a_row_per_layer_and_the_total(models, capsys):
     assert head == ["group", "parameters", "|a|", "|b|", "|b-a|", "relative", "largest", "cosine", "angle"]
     assert [row[0] for row in body] == ["embed_tokens", "layers.0", "layers.1", "norm", "total"]
     assert body[-1][1] == "124"
-    assert captured.err == "warning: 1 of 4 groups are identical, norm for one\n"
+    # The kernels are compiled once per machine, and a line says so: the first test of a fresh clone sees it.
+    assert captured.err.endswith("warning: 1 of 4 groups are identical, norm for one\n")
 
 
 def test_a_base_adds_the_task_vectors_and_tensors_are_rows_on_demand(models, capsys):
