@@ -84,8 +84,7 @@ def expected(root, method):
 
 def wait_for_work(root, process):
     """Wait until the hidden directory of an output exists, or the process has ended."""
-    while process.poll() is None and not any(root.glob(".out.tmp-*")):
-        time.sleep(0.0005)
+    wait_for(lambda: process.poll() is not None or any(root.glob(".out.tmp-*")))
 
 
 def strike(root, process, number, seconds, random_seconds):
@@ -162,7 +161,7 @@ def test_a_signal_leaves_nothing_and_its_exit_code(root, number, wanted):
             merge(request(root / "models", "linear"), out=root / "out")
         process = command(root, "out", "slerp", *(["--force"] if force else []))
         # The handler is installed after the interpreter has started; before, the system's default ends the process.
-        time.sleep(min(0.1, seconds / 4))
+        pause(min(0.1, seconds / 4))
         counts[f"signals {strike(root, process, number, seconds, moments)}"] += 1
         code, _, err = finish(process)
         assert code in (0, wanted, -number), (code, err)
