@@ -1,9 +1,9 @@
 """Run directories of the training steps: manifest, metrics, samples, checkpoints, resume. Torch-free.
 
-A run works in a hidden sibling of `--out` (`.NAME.partial`) and moves there in one rename when it is complete, so that
-`--out` exists only as a result. Interrupted, the partial directory stays for `--resume`, which is refused when
-configuration, inputs or data have changed in between. `--force` builds beside an existing output and replaces it at
-the end; together they continue such a run.
+A run works in a hidden sibling of `--out` (`.NAME.partial`), which is renamed to `--out` when the run is complete, so
+that `--out` exists only as a result. An interrupted run leaves the partial directory for `--resume`, which is refused
+if configuration, inputs or data have changed. `--force` builds next to an existing output and replaces it at the end;
+`--force --resume` continues such a run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.json_files import write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -39,13 +38,13 @@ from .provenance import Parent, changes, describe_origin
 
 __all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
 
-# A checkpoint, finished rows, a finished stage of WARP, an interrupted one, or the log of one that failed.
+# A checkpoint, finished rows, a finished stage of WARP, an interrupted stage, or the log of a failed one.
 KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a step writes, and what it may do with what is there."""
+    """Where a step writes, and what it may do with an existing output."""
 
     out: Path
     resume: bool = False
@@ -54,21 +53,21 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a step returns: the output directory and the figures for the last line."""
+    """Result of a step: the output directory and the figures for the last line."""
 
     out: Path
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: JsonObject = field(default_factory=dict)
 
 
 class Run:
-    """One run of one command, open for writing. Made by `open_run`. Of several processes only rank 0 writes."""
+    """One run of one command, open for writing. Made by `open_run`. With several processes only rank 0 writes."""
 
     def __init__(
         self,
         command: str,
         path: Path,
         options: RunOptions,
-        origin: dict[str, Any],
+        origin: JsonObject,
         resumed: bool,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -79,14 +78,14 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
-        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # told of every line of metrics.jsonl
+        self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called for every line of metrics.jsonl
 
     @property
     def checkpoints(self) -> Path:
-        """Where resume state lives while the run works; removed at the end."""
+        """Directory of the resume state; removed at the end."""
         return self.path / CHECKPOINTS
 
-    def log(self, step: int, **metrics: Any) -> None:
+    def log(self, step: int, **metrics: object) -> None:
         """Append one line to metrics.jsonl."""
         if not self.ranks.is_main:
             return
@@ -94,17 +93,17 @@ class Run:
         for listener in self.listeners:
             listener(step, metrics)
 
-    def sample(self, step: int, **row: Any) -> None:
-        """Append one prompt and completion seen during the run to samples.jsonl."""
+    def sample(self, step: int, **row: object) -> None:
+        """Append one prompt and completion of the run to samples.jsonl."""
         if self.ranks.is_main:
             self._append("samples.jsonl", {"step": step, **row})
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, row: Mapping[str, object]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, when a run goes on from an older checkpoint. A torn last line goes too."""
+        """Drop the lines after `step`, for a run that continues from an older checkpoint, and a torn last line."""
         if not self.ranks.is_main:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -116,19 +115,19 @@ class Run:
                 aside.write_bytes(b"".join(kept))
                 aside.replace(path)
 
-    def finish(self, summary: Mapping[str, Any]) -> RunResult:
+    def finish(self, summary: JsonMapping) -> RunResult:
         """Write the manifest, remove the resume state and move the directory to its place.
 
-        The state goes last: digests and flushing of large weights take a while, and a kill in it must lose nothing.
+        The state is removed last: hashing and flushing large weights takes a while, and a kill then must lose nothing.
         """
         self.ranks.on_main(lambda: self._publish(summary))
         self.result = RunResult(self.options.out, dict(summary))
         return self.result
 
-    def _publish(self, summary: Mapping[str, Any]) -> None:
+    def _publish(self, summary: JsonMapping) -> None:
         manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
         if (self.path / "config.json").is_file() and weight_files(self.path):
-            from gemma2.core.outputs.ancestry import write_card  # numpy, which the torch-free modules do without
+            from gemma2.core.outputs.ancestry import write_card  # imports numpy, which commands without a run need not
 
             write_card(self.path, manifest, self.options.out)
         write_manifest(self.path, manifest)
@@ -145,13 +144,13 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def hardware() -> dict[str, Any]:
-    """The kind of machine, without anything that names it."""
+def hardware() -> JsonObject:
+    """The kind of machine, without anything that identifies it."""
     return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
 
 
 def check_parents(parents: Sequence[Parent]) -> None:
-    """Refuse inputs that are missing, no model directory, or unfinished."""
+    """Raise InputError for inputs that are missing, unfinished, or not model directories."""
     for parent in parents:
         if not parent.path.is_dir():
             raise InputError(f"--{parent.role} {parent.path} is not a directory", "give the path of a model directory")
@@ -172,8 +171,8 @@ def check_parents(parents: Sequence[Parent]) -> None:
         require_complete(parent.path, f"--{parent.role}")
 
 
-def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], config: Config, partial: Path) -> None:
-    """Refuse to resume a run whose configuration, inputs, data or libraries are not what it began with."""
+def check_unchanged(before: JsonMapping, after: JsonMapping, config: Config, partial: Path) -> None:
+    """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
     if before["command"] != after["command"]:
         changed = [f"command ({before['command']} -> {after['command']})"]
     else:
@@ -206,7 +205,7 @@ def open_run(
     """Open (or, with `options.resume`, continue) the run directory of one step.
 
     The block must end with `return run.finish(summary)`. An exception or an interrupt leaves the partial directory for
-    `--resume`; when no checkpoint was written yet, it is removed.
+    `--resume`; without a checkpoint it is removed.
     Raises InputError for unusable inputs or a resume against changed ones, OutputError for an unusable `--out`.
     """
     if ranks.size < announced():
@@ -225,7 +224,7 @@ def open_run(
 
 @dataclass(frozen=True)
 class Start:
-    """What a run is asked to do, and by how many processes."""
+    """The arguments of a run, and its number of processes."""
 
     command: str
     config: Config
@@ -235,8 +234,8 @@ class Start:
     processes: int
 
 
-def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
-    """(the record of what the run starts from, whether it goes on from an interrupted one). `held` keeps the lock."""
+def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
+    """Return the record of the run's origin, and whether it continues an interrupted run. `held` keeps the lock."""
     config, options, parents, data = start.config, start.options, start.parents, start.data
     check_parents(parents)
     if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
@@ -257,8 +256,8 @@ def _open(start: Start, held: ExitStack) -> tuple[dict[str, Any], bool]:
     return origin, _prepare(partial_path(options.out), options, config, origin)
 
 
-def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[str, Any]) -> bool:
-    """Make the partial directory, or check that the one that is there may go on. True when it goes on."""
+def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObject) -> bool:
+    """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
     if options.resume and (partial / STATE).is_file():
         before = json.loads((partial / STATE).read_text(encoding="utf-8"))
         check_unchanged(before, origin, config, partial)
@@ -268,7 +267,7 @@ def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[st
         raise OutputError(f"there is no interrupted run of --out {options.out} to resume", "drop --resume")
     if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
         raise OutputError(
-            f"an interrupted run of --out {options.out} is there",
+            f"an interrupted run of --out {options.out} exists",
             "continue it with --resume, or start over with --force",
         )
     shutil.rmtree(partial, ignore_errors=True)
@@ -278,5 +277,5 @@ def _prepare(partial: Path, options: RunOptions, config: Config, origin: dict[st
 
 
 def _worth_keeping(partial: Path) -> bool:
-    """Whether an interrupted run got far enough to be resumed: a checkpoint, finished rows, or a finished stage."""
+    """Whether an interrupted run has anything to resume from: a checkpoint, finished rows, or a finished stage."""
     return any(next(partial.glob(pattern), None) is not None for pattern in KEPT)
