@@ -1,4 +1,4 @@
-"""Every command that writes an output: its schema, the function that runs it, and how it is spelt. Torch-free.
+"""Every command that writes an output: its schema, its function, and its command line. Torch-free.
 
 A pipeline names its stages' commands by these names; the function's module is imported when the stage runs.
 """
@@ -39,6 +39,7 @@ from .run_directory import RunOptions, RunResult
 
 __all__ = ["COMMANDS", "Command", "Runner", "spell"]
 
+# Any: each function takes the configuration of its own command.
 Runner = Callable[[Any, RunOptions, Progress], RunResult]
 
 
@@ -46,10 +47,10 @@ Runner = Callable[[Any, RunOptions, Progress], RunResult]
 class Command:
     """One command that writes an output.
 
-    module, function  below `gemma2.posttrain`: what runs it
-    why               one line on what it is for
-    makes             what its output is: policy, reward model, data, front, cache
-    accelerated       whether it runs a network, and so wants a GPU where there is one
+    module, function  the function that runs it, below `gemma2.posttrain`
+    why               its purpose in one line
+    makes             kind of its output: policy, reward model, data, front, cache
+    accelerated       whether it runs a network, and so uses a GPU if there is one
     """
 
     schema: type[Config]
@@ -61,7 +62,7 @@ class Command:
 
     @property
     def run(self) -> Runner:
-        """The function; its module, and with it torch, is imported here."""
+        """The function; reading this property imports its module, and with it torch."""
         runner: Runner = getattr(import_module(f"gemma2.posttrain.{self.module}"), self.function)
         return runner
 
@@ -77,31 +78,31 @@ COMMANDS: dict[str, Command] = {
         GenerateConfig,
         "generation.generate",
         "run_generate",
-        "lets the teacher answer the training prompts",
+        "samples the teacher's answers to the training prompts",
         makes="data",
     ),
     "filter": Command(
         FilterConfig,
         "filters.runner",
         "run_filter",
-        "drops the rows that a model should not learn from, each with its reason",
+        "drops rows that a model should not learn from, and lists the reasons",
         accelerated=False,
         makes="data",
     ),
     "sft": Command(
-        SftConfig, "sft.sft", "run_sft", "teaches the student the teacher's answers, loss on the model's turns"
+        SftConfig, "sft.sft", "run_sft", "trains the student on the teacher's answers, loss on the model's turns"
     ),
     "distill": Command(
         DistillConfig,
         "distillation.distill",
         "run_distill",
-        "teaches the student the teacher's distribution on the student's own answers",
+        "trains the student on the teacher's distribution over the student's own answers",
     ),
     "distill cache": Command(
         DistillCacheConfig,
         "distillation.teacher_cache",
         "run_cache",
-        "keeps the teacher's distributions on disk",
+        "stores the teacher's distributions on disk",
         makes="cache",
     ),
     "reward pairs": Command(
@@ -115,14 +116,14 @@ COMMANDS: dict[str, Command] = {
         RewardConfig,
         "preferences.train",
         "run_reward",
-        "learns preferences: a Bradley-Terry reward model",
+        "trains a Bradley-Terry reward model on preference pairs",
         makes="reward model",
     ),
     "reward probe": Command(
         ProbeConfig,
         "preferences.probe",
         "run_probe",
-        "fits a reward head on frozen states, to be shared (WARM)",
+        "fits a reward head on frozen hidden states, for several reward models to share (WARM)",
         makes="reward model",
     ),
     "reward score": Command(
@@ -137,7 +138,7 @@ COMMANDS: dict[str, Command] = {
         WarpConfig,
         "pipelines.warp",
         "run_warp",
-        "RL M times, SLERP of the policies, a step back to the init; I times; the front",
+        "runs RL M times, SLERP of the policies and LITI towards the init, I times, then measures the front",
     ),
     "pareto": Command(
         ParetoConfig,
@@ -147,22 +148,22 @@ COMMANDS: dict[str, Command] = {
         makes="front",
     ),
     "pick": Command(
-        PickConfig, "evaluation.pick", "run_pick", "makes the chosen point of a front a model", accelerated=False
+        PickConfig, "evaluation.pick", "run_pick", "writes the chosen point of a front as a model", accelerated=False
     ),
 }
 
 
 def spell(command: str, config: Config, out: Path) -> str:
-    """The command line of a configuration: every setting that is not the default."""
+    """Return the command line of a configuration, with every setting that differs from its default."""
     words = ["gemma2", *command.split()]
-    if isinstance(config, MergeConfig):  # the method is the command, the models are arguments
+    if isinstance(config, MergeConfig):  # the method is part of the command, the models are arguments
         words += [str(model) for model in config.models]
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if value == field.get_default(call_default_factory=True) or name in config.SPELT_BY_COMMAND:
             continue
         flag = f"--{name.replace('_', '-')}"
-        if value is None:  # no flag can say it
+        if value is None:  # no flag can express null
             words += ["--set", f"{name}=null"]
         elif isinstance(config, MergeConfig) and _is_nested(value):
             words += [flag, json.dumps(value, ensure_ascii=False)]
@@ -177,13 +178,7 @@ def spell(command: str, config: Config, out: Path) -> str:
     return shlex.join([*words, "--out", str(out)])
 
 
-def _is_nested(value: object) -> bool:
-    """Whether a value of a merge has rules, gradients or slices in it, which its flag takes as YAML."""
-    items = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(item, dict | tuple) for item in items)
-
-
 def _yaml(value: object) -> str:
-    """The text after `--set KEY=` that reads as this value."""
+    """Return the text after `--set KEY=` that is read as this value."""
     plain = str(value)
     return plain if parse_value(plain) == value else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""The needs of a step, from the headers of its inputs: memory, disk and time. Torch-free; nothing is written.
+"""Estimates memory, disk and time of a step from the headers of its inputs. Torch-free; nothing is written.
 
 Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
-RLHF 4 more, the policy that the KL is measured to another 4. Activations are not counted, nor is what vLLM takes.
+RLHF 4 more, the policy that the KL is measured to another 4. Activations and the memory of vLLM are not counted.
 Time is floating-point work over this machine's measured matrix product rate (CPU; a lower bound):
 6 N per trained token, 2 N per token scored or generated (N parameters).
 """
@@ -48,13 +48,15 @@ __all__ = ["Promise", "Sources", "Work", "estimate", "matmul_rate", "plan"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
-LORA_SHARE = 0.05  # an adapter holds a few per cent of the gradients and moments
+LORA_SHARE = 0.05  # an adapter has a few per cent of the gradients and moments
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
+
+Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, layers, as config.json has them
 
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of memory and disk, floating-point operations, and what else a plan should show."""
+    """Bytes of memory and disk, floating-point operations, and further figures for a plan."""
 
     memory: float
     disk: float
@@ -64,46 +66,46 @@ class Work:
 
 @dataclass(frozen=True)
 class Promise:
-    """The properties of an output that are known before it is made.
+    """The known properties of an output that is not made yet.
 
     kind       policy, reward model, adapter, data, front, cache
-    shape      what models must share to be merged: (type, hidden size, layers)
-    rows       at most, of data; `size` in bytes
+    shape      the architecture, which models must share to be merged
+    rows       upper bound for data; `size` in bytes
     """
 
     kind: str
     parameters: int | None = None
     vocabulary: int | None = None
-    shape: tuple[Any, ...] | None = None
+    shape: Shape | None = None
     rows: float | None = None
     size: float | None = None
 
 
 class Sources:
-    """The inputs of a step: on disk, or promised by a step before it. What is not known is NaN.
+    """The inputs of a step: on disk, or promised by an earlier step. Unknown figures are NaN.
 
-    places: the directories of steps; a path inside one that is not promised is unknown.
+    places  the directories of steps; an input in one of them that is not promised is unknown
     """
 
     def __init__(self, promised: Mapping[Path, Promise] | None = None, places: Sequence[Path] = ()) -> None:
-        self.promised = {} if promised is None else promised  # the caller's own, which grows
+        self.promised = {} if promised is None else promised  # not a copy: the caller adds to it
         self.places = places
 
     def promise(self, path: Path) -> Promise | None:
-        """The output that an earlier step will make here; None for a path that is on disk already."""
+        """The output that an earlier step makes at this path; None for an input on disk."""
         if path in self.promised:
             return self.promised[path]
         return Promise("unknown") if any(path.is_relative_to(place) for place in self.places) else None
 
     def parameters(self, path: Path | None) -> float:
-        """Parameters of a model; 0 without one."""
+        """Number of parameters of a model; 0 without a model."""
         if path is None:
             return 0.0
         made = self.promise(path)
         return _known(made.parameters) if made else parameter_count(path)
 
     def rows(self, path: Path) -> float:
-        """Rows of a data set."""
+        """Number of rows of a data set."""
         made = self.promise(path)
         return _known(made.rows) if made else count_rows(path)
 
@@ -113,17 +115,17 @@ class Sources:
         return _known(made.size) if made else sum(file.stat().st_size for file in data_files(path))
 
     def mean_tokens(self, path: Path, limit: int) -> float:
-        """Tokens per row, at the usual four bytes per token; the limit where that is all that is known."""
+        """Tokens per row, at the usual four bytes per token; the limit if the size is unknown."""
         made = self.promise(path)
         if made and made.size is None:
             return limit
         return min(self.size(path) / max(1.0, self.rows(path)) / 4, limit)
 
     def hidden_size(self, path: Path) -> float:
-        """Width of a model."""
+        """Hidden size of a model."""
         made = self.promise(path)
         if made:
-            return float(made.shape[1]) if made.shape else math.nan
+            return _known(made.shape[1]) if made.shape else math.nan
         return float(json.loads((path / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0))
 
 
@@ -144,7 +146,7 @@ def matmul_rate(size: int = 1024) -> float:
 
 def _train(n: float, tokens: float, lora: int) -> Work:
     state = LORA_SHARE if lora else 1.0
-    checkpoint = 12.0 * state  # what is trained, and its moments
+    checkpoint = 12.0 * state  # trained weights and their moments
     return Work(
         memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), operations=6.0 * n * tokens
     )
@@ -162,7 +164,7 @@ def _sft(config: SftConfig, sources: Sources) -> Work:
 
 
 def _distill(config: DistillConfig, sources: Sources) -> Work:
-    """The student in training and its teacher; the teacher reads every token, the student also writes its own."""
+    """Student in training, and its teacher: the teacher scores every token, the student also generates its own."""
     tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
     n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
     student = _train(n, tokens, config.lora_rank)
@@ -190,7 +192,7 @@ def _reward(config: RewardConfig, sources: Sources) -> Work:
 
 
 def _generate(config: GenerateConfig, sources: Sources) -> Work:
-    """Nothing but the rows on disk where a server draws."""
+    """With a server only the rows on disk count."""
     rows = sources.rows(config.prompts) if sources.promise(config.prompts) else None
     facts = generate_budget(config) if rows is None else {}
     drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
@@ -204,7 +206,7 @@ def _filter(config: FilterConfig, sources: Sources) -> Work:
     size = sources.size(config.data)
     for path in config.decontaminate:
         sources.rows(path)
-    # The findings of the scan are on disk next to the output; 250 bytes of a row are in memory when rows are compared.
+    # The results of the scan are on disk next to the output; comparing rows takes 250 bytes of memory per row.
     minutes = rows * FILTER_SECONDS / 60
     return Work(
         memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0, facts={"cpu_minutes_about": round(minutes, 1)}
@@ -212,7 +214,7 @@ def _filter(config: FilterConfig, sources: Sources) -> Work:
 
 
 def _probe(config: ProbeConfig, sources: Sources) -> Work:
-    """One forward pass; the last states of both sides are held, in fp32 and float64."""
+    """One forward pass; the last hidden states of both sides are in memory, in fp32 and float64."""
     pairs, n = sources.rows(config.data), sources.parameters(config.model)
     width = sources.hidden_size(config.model)
     tokens = pairs * sources.mean_tokens(config.data, 2 * config.max_length)
@@ -238,17 +240,17 @@ def _pairs(config: PairsConfig, sources: Sources) -> Work:
 
 
 def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | WarpConfig) -> Work:
-    """Policy, gradients, moments, anchor and the SFT reference; generated, scored and trained on.
+    """Policy, gradients, moments, anchor and the SFT reference; every token is generated, scored and trained on.
 
-    A LoRA policy shares its weights with the reference that it starts as. On disk: the policy and its anchor, and in
-    every checkpoint both and the moments.
+    A LoRA policy shares its frozen weights with the reference. On disk: the policy and its anchor, and in every
+    checkpoint both and the moments.
     """
     judge = sum(judges[: 1 if config.reward_ensemble == "warm" else None])
     tokens = steps * config.prompts_per_step * config.n * config.max_new_tokens
     adapter = LORA_SHARE if config.lora_rank else 1.0
     shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
     kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
-    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy next to the average
+    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy of the average
     return Work(
         memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
         disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
@@ -257,7 +259,7 @@ def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | Warp
 
 
 def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
-    """Of the EMA, per parameter of the policy: fp32. An adapter's share where it is one of factors."""
+    """Bytes of the EMA per parameter of the policy, in fp32; an adapter's share if it averages the factors."""
     if config.anchor != "ema":
         return 0.0
     return 4.0 * (LORA_SHARE if config.lora_rank and config.lora_anchor == "factors" else 1.0)
@@ -293,7 +295,7 @@ def _pareto(config: ParetoConfig, sources: Sources) -> Work:
 
 
 def _merge(config: MergeConfig, sources: Sources) -> Work:
-    """A stream: blocks of a few megabytes for each model; the rate of the disk, not of the processor, is its time."""
+    """A stream: blocks of a few megabytes per model; its time depends on the disk, not on the processor."""
     n = sources.parameters(config.models[0])
     return Work(memory=2.0e8, disk=4.0 * n, operations=0.0)
 
@@ -302,6 +304,7 @@ def _pick(config: PickConfig, sources: Sources) -> Work:
     return Work(memory=2.0e8, disk=math.nan, operations=0.0)
 
 
+# Any: each function takes the configuration of its key.
 ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     SftConfig: _sft,
     DistillConfig: _distill,
@@ -321,13 +324,13 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
 
 
 def estimate(config: Config, sources: Sources) -> Work | None:
-    """The needs of a step; None for a command whose needs are negligible."""
+    """Estimate the needs of a step; None for a command with negligible needs."""
     found = ESTIMATES.get(type(config))
     return found(config, sources) if found else None
 
 
 def plan(config: Config, options: RunOptions) -> JsonObject:
-    """The resolved configuration of a step with its needs. Raises what the step itself would raise about its inputs."""
+    """The resolved configuration of a step and its needs. Raises the errors of the step itself about its inputs."""
     models = inputs_of(config)
     check_inputs(config)
     check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})

@@ -1,10 +1,10 @@
-"""The tokens that `gemma2 generate` will read and draw, from the prompts alone, and the dollars at a server.
+"""Estimates what `gemma2 generate` will read, draw and cost, from the text of the prompts: tokens, dollars at a server.
 
-    prompt tokens    = bytes / 4 + 5 per message, summed over all requests          (a rule of thumb for English)
+    prompt tokens    = bytes / 4 + 5 per message, summed over all requests          (rule of thumb for English)
     drawn tokens    <= max_new_tokens per request
     cost            <= prompt tokens * price_in + drawn tokens * price_out          (USD per million tokens)
 
-For several turns each request holds what came before it, at most max_new_tokens a turn. Torch-free.
+With several turns each request holds the turns before it, at most max_new_tokens per turn. Torch-free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 5
 
 @dataclass(frozen=True)
 class PromptSource:
-    """The prompts of a data path, read anew by every iteration. `system` goes before a prompt that has no such text."""
+    """The prompts of a data path, read again by every iteration. `system` is the system text of prompts without one."""
 
     path: Path
     limit: int | None = None
@@ -45,13 +45,13 @@ def source_of(config: GenerateConfig) -> PromptSource:
     return PromptSource(config.prompts, config.limit, config.prompt_column, config.system)
 
 
-def generate_budget(config: GenerateConfig) -> JsonObject:
+def generate_budget(config: GenerateConfig) -> dict[str, float]:
     """Figures for --dry-run. Raises InputError for a row that is not a prompt."""
     rows = asked = 0
     for prompt in source_of(config):
         rows += 1
         asked += about(prompt.messages)
-    figures = {
+    figures: dict[str, float] = {
         "prompts": rows,
         "completions": rows * config.n,
         "requests": rows * config.n * (2 * config.turns - 1),
@@ -65,13 +65,13 @@ def generate_budget(config: GenerateConfig) -> JsonObject:
 
 
 def about(messages: list[Message]) -> int:
-    """Tokens of messages, roughly."""
+    """Approximate number of tokens of messages."""
     size = sum(len(message["content"].encode()) for message in messages)
     return size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(messages)
 
 
 def _carried(config: GenerateConfig) -> int:
-    """Tokens of drawn turns and instructions that the later requests of one conversation read again, at most."""
+    """Most tokens of drawn turns and instructions that the later requests of one conversation read again."""
     turn = config.max_new_tokens + TOKENS_PER_MESSAGE
     drawn_before = sum(range(2 * config.turns - 1)) * turn
     return drawn_before + (config.turns - 1) * about([{"role": "user", "content": config.user_instruction}])

@@ -1,6 +1,6 @@
-"""The models and data that a configuration names: hub ids become directories, and a missing one is refused at once.
+"""The models and data that a configuration names: resolves hub ids to directories and refuses missing inputs.
 
-Torch-free and quick: the step itself would first import torch.
+Torch-free, so that errors show before the step imports torch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ C = TypeVar("C", bound=Config)
 
 
 def located(config: C, promised: Sequence[Path] = ()) -> C:
-    """The configuration with every hub id of a model replaced by its directory in the hub's cache, fetched if need be.
+    """Replace the hub ids of models by their directories in the hub's cache; models are downloaded if needed.
 
-    A path in a `promised` directory, which need not exist yet, is not a hub id even if it looks like one (`out/sft`).
-    Raises InputError for an id that cannot be had.
+    A path in a `promised` directory, which may not exist yet, is never a hub id, even if it looks like one (`out/sft`).
+    Raises InputError for an id that cannot be loaded.
     """
 
     def is_id(path: Path) -> bool:
         return not any(path.is_relative_to(place) for place in promised) and is_hub_id(path)
 
-    found: JsonObject = {
+    found: dict[str, Path | tuple[Path, ...]] = {
         name: locate_model(path, f"--{name}")
         for name, path in inputs_of(config).items()
         if name in MODELS and is_id(path)
@@ -52,9 +52,9 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
-    """The models that a configuration names, by field. A teacher at a server is not among them: it is only a name.
+    """Return the models that a configuration names, by field, without a teacher on a server, which is only a name.
 
-    Of several reward models the second is `reward-2`.
+    The second of several reward models is `reward-2`.
     """
     remote = {"teacher"} if getattr(config, "engine", None) == "openai" else set()
     found = {name: getattr(config, name, None) for name in MODELS if name not in remote}
@@ -65,7 +65,7 @@ def inputs_of(config: Config) -> dict[str, Path]:
 
 
 def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
-    """Refuse missing models and data. A path in a `promised` directory is made by another stage."""
+    """Raise InputError for missing models or data. Inputs in a `promised` directory are written by other stages."""
 
     def is_promised(path: Path) -> bool:
         return any(path.is_relative_to(place) for place in promised)
@@ -90,19 +90,19 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
 
 
 def paths_of(config: Config, name: str) -> list[Path]:
-    """The paths that one field holds: one, several or none."""
+    """Return the paths in one field: one, several or none."""
     value = getattr(config, name, None)
     return [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Path)]
 
 
 def check_reward_terms(config: RewardFields) -> None:
-    """Refuse a configuration without any reward."""
+    """Raise UsageError for a configuration without a reward."""
     if not config.reward_terms:
         raise UsageError("no reward is given", "give --reward RM, --reward-fn module:function, or both")
 
 
 def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
-    """Refuse a judge that is nothing known. Whether a module has its function shows when it is imported."""
+    """Raise UsageError for an unknown kind of judge. A missing function is reported when its module is imported."""
     judge = Path(config.judge)
     if config.judge_model is not None or any(judge.is_relative_to(place) for place in promised):
         return
@@ -116,6 +116,6 @@ def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
 
 
 def model_name(path: Path) -> str:
-    """The name of a model in lists: its hub id, or the name of its directory."""
+    """Return the display name of a model: its hub id, or the name of its directory."""
     found = HUB_SNAPSHOT.search(path.resolve().as_posix())
     return f"{found['owner']}/{found['name']}" if found else path.resolve().name

@@ -1,9 +1,9 @@
 """Run directories of the training steps: manifest, metrics, samples, checkpoints, resume. Torch-free.
 
-A run works in a hidden sibling of `--out` (`.NAME.partial`) and moves there in one rename when it is complete, so that
-`--out` exists only as a result. Interrupted, the partial directory stays for `--resume`, which is refused when
-configuration, inputs or data have changed in between. `--force` builds next to an existing output and replaces it at
-the end; together they continue such a run.
+A run works in a hidden sibling of `--out` (`.NAME.partial`), which is renamed to `--out` when the run is complete, so
+that `--out` exists only as a result. An interrupted run leaves the partial directory for `--resume`, which is refused
+if configuration, inputs or data have changed. `--force` builds next to an existing output and replaces it at the end;
+`--force --resume` continues such a run.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .provenance import Parent, changes, describe_origin
 
 __all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
 
-# A checkpoint, finished rows, a finished stage of WARP, an interrupted one, or the log of one that failed.
+# A checkpoint, finished rows, a finished stage of WARP, an interrupted stage, or the log of a failed one.
 KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The output directory of a step, and whether it may continue or replace an existing one."""
+    """Where a step writes, and what it may do with an existing output."""
 
     out: Path
     resume: bool = False
@@ -53,14 +53,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a step: the output directory and the figures for the last line."""
+    """Result of a step: the output directory and the figures for the last line."""
 
     out: Path
     summary: JsonObject = field(default_factory=dict)
 
 
 class Run:
-    """One run of one command, open for writing. Made by `open_run`. Of several processes only rank 0 writes."""
+    """One run of one command, open for writing. Made by `open_run`. With several processes only rank 0 writes."""
 
     def __init__(
         self,
@@ -78,11 +78,11 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
-        self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called with every line of metrics.jsonl
+        self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called for every line of metrics.jsonl
 
     @property
     def checkpoints(self) -> Path:
-        """The directory of the resume state while the run works; removed at the end."""
+        """Directory of the resume state; removed at the end."""
         return self.path / CHECKPOINTS
 
     def log(self, step: int, **metrics: object) -> None:
@@ -94,16 +94,16 @@ class Run:
             listener(step, metrics)
 
     def sample(self, step: int, **row: object) -> None:
-        """Append one prompt and completion seen during the run to samples.jsonl."""
+        """Append one prompt and completion of the run to samples.jsonl."""
         if self.ranks.is_main:
             self._append("samples.jsonl", {"step": step, **row})
 
-    def _append(self, name: str, row: JsonMapping) -> None:
+    def _append(self, name: str, row: Mapping[str, object]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, when a run goes on from an older checkpoint. A torn last line goes too."""
+        """Drop the lines after `step`, for a run that continues from an older checkpoint, and a torn last line."""
         if not self.ranks.is_main:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -118,7 +118,7 @@ class Run:
     def finish(self, summary: JsonMapping) -> RunResult:
         """Write the manifest, remove the resume state and move the directory to its place.
 
-        The state goes last: digests and flushing of large weights take a while, and a kill in it must lose nothing.
+        The state is removed last: hashing and flushing large weights takes a while, and a kill then must lose nothing.
         """
         self.ranks.on_main(lambda: self._publish(summary))
         self.result = RunResult(self.options.out, dict(summary))
@@ -127,7 +127,7 @@ class Run:
     def _publish(self, summary: JsonMapping) -> None:
         manifest = {**self.origin, "ended": now(), "status": "complete", "summary": dict(summary)}
         if (self.path / "config.json").is_file() and weight_files(self.path):
-            from gemma2.core.outputs.ancestry import write_card  # numpy, which the torch-free modules do without
+            from gemma2.core.outputs.ancestry import write_card  # imports numpy, which commands without a run need not
 
             write_card(self.path, manifest, self.options.out)
         write_manifest(self.path, manifest)
@@ -145,12 +145,12 @@ def _step_of(line: bytes) -> float:
 
 
 def hardware() -> JsonObject:
-    """The kind of machine, without anything that names it."""
+    """The kind of machine, without anything that identifies it."""
     return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
 
 
 def check_parents(parents: Sequence[Parent]) -> None:
-    """Refuse inputs that are missing, no model directory, or unfinished."""
+    """Raise InputError for inputs that are missing, unfinished, or not model directories."""
     for parent in parents:
         if not parent.path.is_dir():
             raise InputError(f"--{parent.role} {parent.path} is not a directory", "give the path of a model directory")
@@ -172,7 +172,7 @@ def check_parents(parents: Sequence[Parent]) -> None:
 
 
 def check_unchanged(before: JsonMapping, after: JsonMapping, config: Config, partial: Path) -> None:
-    """Refuse to resume a run whose configuration, inputs, data or libraries are not what it began with."""
+    """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
     if before["command"] != after["command"]:
         changed = [f"command ({before['command']} -> {after['command']})"]
     else:
@@ -205,7 +205,7 @@ def open_run(
     """Open (or, with `options.resume`, continue) the run directory of one step.
 
     The block must end with `return run.finish(summary)`. An exception or an interrupt leaves the partial directory for
-    `--resume`; when no checkpoint was written yet, it is removed.
+    `--resume`; without a checkpoint it is removed.
     Raises InputError for unusable inputs or a resume against changed ones, OutputError for an unusable `--out`.
     """
     if ranks.size < announced():
@@ -219,7 +219,7 @@ def open_run(
 
 @dataclass(frozen=True)
 class Start:
-    """The task of a run, and the number of its processes."""
+    """The arguments of a run, and its number of processes."""
 
     command: str
     config: Config
@@ -230,10 +230,7 @@ class Start:
 
 
 def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
-    """(the record of what the run starts from, whether it goes on from an interrupted one).
-
-    `held` keeps the lock, and removes the partial directory at the end when nothing in it is worth keeping.
-    """
+    """Return the record of the run's origin, and whether it continues an interrupted run. `held` keeps the lock."""
     config, options, parents, data = start.config, start.options, start.parents, start.data
     check_parents(parents)
     if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
@@ -256,7 +253,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
 
 
 def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObject) -> bool:
-    """Make the partial directory, or check that the one that is there may go on. True when it goes on."""
+    """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
     if options.resume and (partial / STATE).is_file():
         before = json.loads((partial / STATE).read_text(encoding="utf-8"))
         check_unchanged(before, origin, config, partial)
@@ -266,7 +263,7 @@ def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObj
         raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
     if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
         raise OutputError(
-            f"an interrupted run of --out {options.out} is there",
+            f"an interrupted run of --out {options.out} exists",
             "continue it with --resume, or start over with --force",
         )
     shutil.rmtree(partial, ignore_errors=True)
@@ -282,5 +279,5 @@ def _sweep(partial: Path) -> None:
 
 
 def _worth_keeping(partial: Path) -> bool:
-    """Whether an interrupted run got far enough to be resumed: a checkpoint, finished rows, or a finished stage."""
+    """Whether an interrupted run has anything to resume from: a checkpoint, finished rows, or a finished stage."""
     return any(next(partial.glob(pattern), None) is not None for pattern in KEPT)
