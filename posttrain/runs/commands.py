@@ -39,7 +39,7 @@ from .run_directory import RunOptions, RunResult
 
 __all__ = ["COMMANDS", "Command", "Runner", "spell"]
 
-# Any: each function takes the configuration of its own command.
+# Any: each function takes the configuration of one command.
 Runner = Callable[[Any, RunOptions, Progress], RunResult]
 
 
@@ -176,6 +176,12 @@ def spell(command: str, config: Config, out: Path) -> str:
         else:
             words += [flag, str(value)]
     return shlex.join([*words, "--out", str(out)])
+
+
+def _is_nested(value: object) -> bool:
+    """Whether a value of a merge has rules, gradients or slices in it, which its flag takes as YAML."""
+    items = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(item, dict | tuple) for item in items)
 
 
 def _yaml(value: object) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.rows import Message, Prompt, prompt_of
 from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.schemas import GenerateConfig

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id, locate_model
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
