@@ -53,6 +53,7 @@ def room(root: Path) -> Iterator[Room]:
     """The files and the server that the probes share."""
     write(root / "rows.jsonl", FILTERED)
     write(root / "other.jsonl", [row("Another answer, of another file.")])
+    write(root / "many.jsonl", [{"prompt": f"What is {i}?"} for i in range(200)])
     write(root / "broken.jsonl", [row("Yes."), {"prompt": "no completion"}, row("No.")])
     write(
         root / "heldout.jsonl", [{"prompt": "Put in order the words that follow: zebra, lion, ape, and the elephant"}]
@@ -105,7 +106,7 @@ def prose(seed: str, words: int = 40) -> str:
     return " ".join(f"{seed}{i}" for i in range(words))
 
 
-LOOP = " ".join(["one two three four five six"] * 2 + [f"w{i}" for i in range(24)])  # a quarter is repeated
+LOOP = " ".join(["one two three four five six"] * 4 + [f"w{i}" for i in range(20)])  # two fifths are repeated
 # Rows of which each option drops another set.
 FILTERED = [
     row(""),
@@ -251,6 +252,7 @@ def paired(config: Any, room: Room) -> object:
     loaded: list[object] = []
     with (
         patch.dict("os.environ", {"OPENAI_API_KEY": KEY, "OTHER_KEY": "sk-other", "OPENAI_BASE_URL": room.url}),
+        patch.object(pairs, "open_run", lambda *given, **named: nothing(FakeRun(room.out().out))),
         patch.object(pairs.SamplerEngine, "load", lambda *given: (loaded.append(seen(given)), Engine())[1]),
     ):
         made = outcome(lambda: written(pairs.run_pairs(config, room.out())))
@@ -350,10 +352,9 @@ LONG, SHORT = "knob_probes:long_is_good", "knob_probes:short_is_good"
 
 
 def sampled() -> Any:
-    from gemma2.posttrain.data.rows import Prompt
     from gemma2.posttrain.rewards.functions import Sampled
 
-    rows = [Prompt([{"role": "user", "content": "Why?"}], where="f:1")] * 2
+    rows: Any = [SimpleNamespace(messages=[{"role": "user", "content": "Why?"}], where="f:1", extra={})] * 2
     return Sampled(rows, [[1], [1]], [[2, 3], [2, 3, 4, 5]], ["so", "so it is"], [False, True])
 
 
@@ -695,5 +696,5 @@ class FakeRun:
 
     def finish(self, summary: dict[str, Any]) -> object:
         for file in self.checkpoints.iterdir():
-            file.unlink()
+            file.unlink()  # what a resume would read
         return SimpleNamespace(out=self.path, summary=summary)
