@@ -224,6 +224,22 @@ class Source:
         return found
 
 
+@cache
+def _own_nodes(function: Function) -> tuple[list[ast.AST], list[Function]]:
+    """The nodes of a function outside the functions in it, and these."""
+    mine: list[ast.AST] = []
+    nested: list[Function] = []
+    left: list[ast.AST] = list(function.body) if isinstance(function.body, list) else [function.body]
+    while left:
+        node = left.pop()
+        if isinstance(node, Function):
+            nested.append(node)
+            continue
+        mine.append(node)
+        left += ast.iter_child_nodes(node)
+    return mine, nested
+
+
 class _Function:
     """One function: the types of its names, and its reads."""
 
@@ -242,7 +258,7 @@ class _Function:
         first = arguments.args[0].arg if arguments.args else ""
         if self.owner and first in ("self", "cls"):
             self.types[first] = self.source.below(self.owner)
-        mine, nested = self._own_nodes()
+        mine, nested = _own_nodes(self.node)
         binding = [node for node in mine if isinstance(node, BINDS)]
         for _ in range(3):  # until a chain of assignments is followed
             for node in binding:
@@ -251,20 +267,6 @@ class _Function:
             self._read(node)
         for inner in nested:
             _Function(self.source, self.module, "", self.place, inner).walk(self.types)
-
-    def _own_nodes(self) -> tuple[list[ast.AST], list[Function]]:
-        mine: list[ast.AST] = []
-        nested: list[Function] = []
-        body = self.node.body if isinstance(self.node.body, list) else [self.node.body]
-        left: list[ast.AST] = list(body)
-        while left:
-            node = left.pop()
-            if isinstance(node, Function):
-                nested.append(node)
-                continue
-            mine.append(node)
-            left += ast.iter_child_nodes(node)
-        return mine, nested
 
     def _assign(self, node: ast.AST) -> None:
         match node:
