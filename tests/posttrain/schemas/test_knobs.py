@@ -1,158 +1,378 @@
-"""Every option reaches the code that it is for.
+"""Every field of every schema reaches the place where it is used: cut one, and the test of that field fails.
 
-Two halves. For every field of every schema, `knobs.txt` freezes the functions that read it from a configuration: an
-option that is cut, or replaced by a constant, loses its place, and the test fails even where a field of that name is
-read elsewhere. After a change that is meant, `python tests/posttrain/schemas/test_knobs.py` writes the list anew.
-For the options of `filter`, a run shows that the value changes what is kept. (Those that only a training run reads are
-held by the first half and by the tests of their rooms; the safety model's by tests/posttrain/filters/test_safety.py.)
+Two parts. By its source: the places that read the field, found by the types of its annotations (`field_reads.py`), are
+those of the table `field_reads.txt`; a read that was replaced by a constant is missing there, also where another object
+has an attribute of that name. By its effect, for the fields of `CASES`: what is made of a configuration with the field
+(`knob_probes.py`) differs from what is made of the one with its default. A field without a case is read by a run
+alone: the models, the data and the steps of a training, of a scoring or of a conversion. For these the first part is
+enough, and the tests of their rooms show the effect.
 """
 
-import ast
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import knob_probes as probes
 import pytest
-from samples import row
+from field_reads import frozen, table
 
 from gemma2.posttrain import schemas
-from gemma2.posttrain.filters.runner import run_filter
-from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas import FilterConfig
 from gemma2.posttrain.schemas.config import Config
 
-ROOT = Path(__file__).resolve().parents[3]
-FROZEN = Path(__file__).with_name("knobs.txt")
-# Names under which code holds a configuration, or a part of one.
-HOLDERS = {
-    "config",
-    "rl",
-    "given",
-    "fields",
-    "limits",
-    "settings",
-    "rollout",
-    "self",
-    "file",
-    "stage",
-    "stages",
-    "draft",
-}
+SCHEMAS: dict[str, type[Config]] = {name: getattr(schemas, name) for name in schemas.__all__}
+KNOBS = [f"{name}.{key}" for name, schema in SCHEMAS.items() for key in schema.model_fields]
+# Reads here are about a configuration, they do not act on it: estimates, checks of inputs, messages, the manifest.
+BOOKKEEPING = ("cli", "posttrain.runs.estimates", "posttrain.runs.inputs", "posttrain.runs.provenance")
+BOOKKEEPING += ("posttrain.pipelines.expected_outputs", "posttrain.pipelines.check", "posttrain.runs.commands")
+# Fields that nothing reads but the manifest.
+UNREAD = {"DistillCacheConfig.seed"}
 
 
-def all_fields() -> set[str]:
-    found = {getattr(schemas, name) for name in schemas.__all__}
-    classes = [value for value in found if isinstance(value, type) and issubclass(value, Config)]
-    return {field for schema in classes for field in schema.model_fields}
+def kin(schema: type[Config]) -> set[str]:
+    """A schema, its bases and the schemas below it, by name: a read of any of them may be one of its fields."""
+    return {base.__name__ for base in schema.__mro__} | {
+        other.__name__ for other in SCHEMAS.values() if issubclass(other, schema)
+    }
 
 
-def reads(path: Path, fields: set[str]) -> Iterator[tuple[str, str]]:
-    """(field, module:function) for each `CONFIG.field`, and for names of fields that a tuple lists for getattr."""
-    module = str(path.relative_to(ROOT)).removesuffix(".py")
-
-    def visit(node: ast.AST, where: str) -> Iterator[tuple[str, str]]:
-        for child in ast.iter_child_nodes(node):
-            inner = where
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                inner = f"{where}.{child.name}" if where else child.name
-            if isinstance(child, ast.Attribute) and child.attr in fields and holder(child.value) in HOLDERS:
-                yield child.attr, f"{module}:{where or '-'}"
-            if isinstance(child, ast.Constant) and child.value in fields and isinstance(node, ast.Tuple):
-                yield child.value, f"{module}:{where or '-'}"
-            yield from visit(child, inner)
-
-    return visit(ast.parse(path.read_text(encoding="utf-8")), "")
+def places(knob: str, found: dict[str, int]) -> dict[str, int]:
+    """The lines of a table that are about a field, or about a property of its schema that reads it."""
+    name, _, key = knob.partition(".")
+    names = {f"{other}.{key}" for other in kin(SCHEMAS[name])}
+    mine = {line: count for line, count in found.items() if line.split()[0] in names}
+    for line in list(mine):
+        _, _, (home, member) = (*line.split()[0].partition(".")[:2], line.split()[1].rpartition(".")[::2])
+        if "posttrain.schemas." in home and member not in SCHEMAS[name].model_fields:
+            through = {f"{other}.{member}" for other in kin(SCHEMAS[name])}
+            mine |= {line: count for line, count in found.items() if line.split()[0] in through}
+    return mine
 
 
-def holder(node: ast.AST) -> str:
-    """The last name of an expression: `config` of `self.run.config`."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+# --- the effect -------------------------------------------------------------------------------------------------------
 
 
-def places() -> list[str]:
-    fields = all_fields()
-    files = [path for path in sorted((ROOT / "posttrain").rglob("*.py"))]
-    return sorted({f"{field} {place}" for path in files for field, place in reads(path, fields)})
+@dataclass(frozen=True)
+class Case:
+    """`probe` sees another thing with `after` than with `before`, which differ in one field; `given` is in both."""
+
+    probe: probes.Probe
+    after: dict[str, Any]
+    given: dict[str, Any] = field(default_factory=dict)
 
 
-def test_every_option_is_read_where_it_was():
-    frozen, found = FROZEN.read_text(encoding="utf-8").splitlines(), places()
-    lost = [line for line in frozen if line not in found]
-    new = [line for line in found if line not in frozen]
-    assert (lost, new) == ([], []), "if this is meant: python tests/posttrain/schemas/test_knobs.py"
+def cases(schema: str, probe: Callable[..., object], given: dict[str, Any] | None = None, **values: Any) -> None:
+    """A case for each field: its value, or `with_(value, others that both configurations have)`."""
+    for name, value in values.items():
+        value, others = value if isinstance(value, With) else (value, {})
+        case = Case(probe, {name: value}, {**(given or {}), **others})
+        CASES.setdefault(f"{schema}.{name}", []).append(case)
 
 
-@pytest.mark.parametrize("field", sorted(all_fields()))
-def test_every_option_has_a_place(field):
-    from gemma2.merging.methods.option import OPTIONS
-
-    common = {"base", "granularity", "tokenizer", "dtype", "slices", "method", "models"}
-    if field in OPTIONS or field in common:
-        return  # of a merge: tests/posttrain/schemas/test_merge.py shows that all of them arrive in the request
-    assert any(line.split()[0] == field for line in places_once()), field
+class With(tuple[Any, dict[str, Any]]):
+    """A value, and what else both configurations have."""
 
 
-def places_once(found: list[list[str]] = []) -> list[str]:  # noqa: B006 - a cache
-    if not found:
-        found.append(places())
-    return found[0]
+def with_(value: Any, **others: Any) -> With:
+    return With((value, others))
 
 
-# --- the filter ---
-
-
-def prose(seed: int, words: int = 30) -> str:
-    """A text that shares no three words in a row with that of another seed."""
-    return " ".join(f"s{seed}w{i}" for i in range(words)) + "."
-
-
-REFUSAL = "I'm sorry, but I can't help with that."
-# Option -> (its value, what else is set in both runs, the rows).
-FILTER = {
-    "filters": (("empty",), {}, [row(prose(0)), row(prose(0))]),
-    "skip": (("duplicate", "near-duplicate"), {}, [row(prose(0)), row(prose(0))]),
-    "keep": (("hedging",), {"min_words": 20}, [row("I'm not sure about that."), row(prose(0), "b?")]),
-    "keep_patterns": ({"mine": "s0w1"}, {"min_words": 50}, [row(prose(0)), row(prose(1, 60), "b?")]),
-    "require_ending": (True, {}, [row(prose(0)), row(prose(1).rstrip("."), "b?")]),
-    "min_words": (20, {}, [row(prose(0)), row("Yes, that is so.", "b?")]),
-    "max_words": (20, {}, [row(prose(0)), row("Yes, that is so.", "b?")]),
-    "min_chars": (50, {}, [row(prose(0)), row("Yes, that is so.", "b?")]),
-    "max_chars": (50, {}, [row(prose(0)), row("Yes, that is so.", "b?")]),
-    "max_repetition": (1.0, {}, [row(prose(0)), row("one two three four five " * 12, "b?")]),
-    "language": (("de",), {}, [row("Der Hund schläft im Garten, und die Katze schaut ihm dabei zu."),
-                               row("The dog sleeps in the garden while the cat looks at it.", "b?")]),
-    "phone_region": ("DE", {}, [row("Rufen Sie an: 030 23125000."), row(prose(1), "b?")]),
-    "identity": (("Claude",), {}, [row("I am Claude, a language model."), row(prose(1), "b?")]),
-    "drop_disclaimers": (True, {}, [row("As an AI language model, I have no opinion on tea."), row(prose(1), "b?")]),
-    "unsafe_categories": (("violence",), {}, [row("That is a fucking stupid idea."), row(prose(1), "b?")]),
-    "unsafe_terms": (9, {}, [row("That is a fucking stupid idea."), row(prose(1), "b?")]),
-    "decontaminate_ngram": (5, {"decontaminate": ("eval.jsonl",)}, [row("s9w1 s9w2 s9w3 s9w4 s9w5 s9w6 and more text."),
-                                                                    row(prose(1), "b?")]),
-    "dedup_on": ("prompt", {}, [row(prose(0)), row(prose(1))]),
-    "near_threshold": (0.3, {}, [row(prose(0, 30)), row(prose(0, 30)[:-1] + " " + prose(1, 20), "a?")]),
-    "shingle_words": (1, {}, [row("a b c d e f g h i j k l m n o p q r s t u v."),
-                              row("a c b e d g f i h k j m l o n q p s r u t v.")]),
-    "max_refusal_share": (0.01, {}, [row(REFUSAL), row(prose(0), "b?")]),
-    "all_reasons": (True, {"max_words": 3, "max_chars": 3}, [row("I am ChatGPT, by OpenAI."), row("Yes.", "b?")]),
-    "shard_rows": (1, {}, [row(prose(0)), row(prose(1), "b?")]),
-    "seed": (1, {"max_refusal_share": 0.5}, [row(f"{REFUSAL} {i}", f"{i}?") for i in range(9)] + [row(prose(0), "x?")]),
+CASES: dict[str, list[Case]] = {}
+REQUIRED: dict[str, Any] = {
+    "model": "m", "data": "{root}/rows.jsonl", "prompts": "{root}/prompts.jsonl", "teacher": "t", "sft": "s",
+    "heldout": "{root}/prompts-2.jsonl", "policy": "p", "judge": "openai:a/judge", "front": "f", "source": "x",
+    "command": "sft", "stages": {"a": {"command": "tiny"}}, "method": "slerp", "models": ("a", "b"),
 }  # fmt: skip
 
+cases(
+    "FilterConfig",
+    probes.filtered,
+    {"workers": 1},
+    data="{root}/other.jsonl",
+    filters=("empty",),
+    skip=("empty",),
+    keep=with_(("hedging",), min_words=4),
+    keep_patterns=with_({"sure": "not sure"}, min_words=4),
+    require_ending=True,
+    min_words=4,
+    max_words=100,
+    min_chars=15,
+    max_chars=400,
+    max_repetition=0.1,
+    language=("de",),
+    language_confidence=with_(1.0, language=("de", "en")),
+    phone_region="DE",
+    identity=("ChatGPT",),
+    drop_disclaimers=True,
+    unsafe_categories=("violence",),
+    unsafe_terms=2,
+    decontaminate=("{root}/heldout.jsonl",),
+    decontaminate_ngram=with_(5, decontaminate=("{root}/heldout.jsonl",)),
+    dedup_on="prompt",
+    near_threshold=0.95,
+    shingle_words=1,
+    max_refusal_share=0.1,
+    all_reasons=True,
+    on_bad_row=with_("skip", data="{root}/broken.jsonl"),
+    shard_rows=3,
+    seed=with_(7, max_refusal_share=0.2),
+    safety_model=with_("nowhere"),
+)
+cases("FilterConfig", probes.filter_workers, workers=3)
+cases(
+    "FilterConfig",
+    probes.both_safety_models,
+    {"safety_model": "guard", "safety_labels": ("b",)},
+    safety_model="other",
+    safety_threshold=0.25,
+    safety_max_length=99,
+    batch_size=5,
+)
+cases("FilterConfig", probes.safety, {"safety_model": "guard"}, safety_labels=with_(("a",), before=("b",)))
 
-@pytest.mark.parametrize("option", FILTER)
-def test_an_option_of_the_filter_changes_what_is_written(option, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    value, common, rows = FILTER[option]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
-    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": prose(9)}) + "\n", encoding="utf-8")
+cases(
+    "PairsConfig",
+    probes.paired,
+    {"n": 2},
+    model="other",
+    prompts="{root}/prompts-2.jsonl",
+    temperature=0.5,
+    max_new_tokens=7,
+    batch_size=5,
+    judge="openai:another/judge",
+    judge_prompt="{root}/judge.txt",
+    judge_style="compare",
+    judge_tokens=17,
+    judge_key_env="OTHER_KEY",
+    judge_request={"presence_penalty": 0.5},
+    n=3,
+    select=with_("all", n=4),
+    min_margin=6.0,
+    limit=2,
+    seed=5,
+)
+cases("PairsConfig", probes.judge_client, judge_url="http://127.0.0.1:9/v1", judge_concurrency=3)
 
-    def written(name, **settings):
-        config = FilterConfig(data="data.jsonl", workers=1, **common, **settings)
-        out = run_filter(config, RunOptions(tmp_path / name)).out
-        return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"}
+openai = {"engine": "openai"}
+cases(
+    "GenerateConfig",
+    probes.generated,
+    openai,
+    teacher="other",
+    prompts="{root}/prompts-2.jsonl",
+    prompt_column="question",
+    system="Be brief.",
+    n=2,
+    best=with_(1, n=2, reward_fn=(probes.LONG,)),
+    turns=2,
+    user_instruction=with_("Go on asking.", turns=2),
+    temperature=0.5,
+    max_new_tokens=300,
+    top_p=0.5,
+    top_k=3,
+    keep_truncated=with_(True, max_new_tokens=4),
+    shard_rows=2,
+    limit=2,
+    seed=5,
+    api_key_env="OTHER_KEY",
+    logprobs=True,
+    request={"presence_penalty": 0.5},
+    reward_fn=(probes.SHORT,),
+)
+cases("GenerateConfig", probes.generated_with_long_prompts, openai, on_overlong="drop")
+cases("GenerateConfig", probes.generated_at_a_failing_server, {**openai, "concurrency": 1}, retries=1)
+cases("GenerateConfig", probes.server_client, openai, base_url="http://127.0.0.1:9/v1", concurrency=3, timeout=9.0)
+cases(
+    "GenerateConfig",
+    probes.local_engine,
+    engine="vllm",
+    teacher="other",
+    temperature=0.5,
+    max_new_tokens=7,
+    top_p=0.5,
+    top_k=3,
+    batch_size=5,
+)
+for probe in (probes.generated, probes.budget):
+    cases("GenerateConfig", probe, {**openai, "price_in": 1e3, "price_out": 1e3}, price_in=5e3, price_out=5e3)
+cases("GenerateConfig", probes.budget, n=2, turns=2, user_instruction=with_("Go on.", turns=2), max_new_tokens=7)
 
-    assert written("given", **{option: value}) != written("default")
+cases(
+    "RewardFields",
+    probes.rewarded,
+    {"reward_fn": (probes.LONG,)},
+    reward=("a/b",),
+    reward_fn=(probes.SHORT,),
+    reward_weights=(0.5,),
+    reward_clip=3.0,
+    length_penalty=0.25,
+    missing_eos_penalty=2.0,
+)
+cases("RewardFields", probes.rewarded, {"reward": ("a/b", "c/d")}, reward_ensemble="warm")
+cases("RewardFields", probes.rewarded, {"reward": ("a/b", "c/d")}, reward_ensemble="min")
+
+rewarded = {"reward_fn": (probes.LONG,)}
+sampling: dict[str, Any] = {"temperature": 0.5, "max_new_tokens": 7, "batch_size": 5, "n": 3, "seed": 5}
+cases("DistributionConfig", probes.measured, rewarded, **sampling, judge_fn=probes.SHORT)
+cases("DistributionConfig", probes.measured, {"reward": ("a/b",)}, batch_size=5)
+cases(
+    "EvalConfig", probes.evaluated, rewarded, **sampling, model="other", sft="other", limit=2,
+    prompts="{root}/prompts-2.jsonl",
+)  # fmt: skip
+front = {"policies": ("p",), "merged": "merged"}
+cases(
+    "ParetoConfig", probes.bench, {**rewarded, **front}, **sampling, limit=2, sft="other", judge_fn=probes.SHORT,
+    prompts="{root}/prompts-2.jsonl", policies=("q",), init="begin", merged="end", etas=(0.0, 0.7),
+)  # fmt: skip
+
+lora: dict[str, Any] = {"lora_alpha": 3.0, "lora_targets": ("q_proj",)}
+cases("LoraFields", probes.adapters, lora_rank=4)
+cases("LoraFields", probes.adapters, {"lora_rank": 4}, **lora)
+cases("LoraFields", probes.adapters, {"lora_rank": 4}, lora_dropout=0.5)
+training: dict[str, Any] = {
+    "learning_rate": 0.5, "warmup_steps": 7, "max_grad_norm": 9.0, "save_every": 7, "log_every": 7, "seed": 5,
+    "trainer": {"adam_beta1": 0.5},
+}  # fmt: skip
+cases(
+    "RlhfConfig", probes.rl_arguments, rewarded, **training, steps=7, n=3, max_new_tokens=7, temperature=0.5,
+    prompts_per_step=8, micro_batch_size=16,
+)  # fmt: skip
+split = {"prompts": "{root}/many.jsonl"}
+cases("RlhfConfig", probes.rl_data, prompts="{root}/many.jsonl", heldout="{root}/prompts-2.jsonl")
+cases("RlhfConfig", probes.rl_data, {"heldout": "{root}/many.jsonl"}, eval_prompts=2)
+cases("RlhfConfig", probes.rl_data, split, seed=5, eval_prompts=2)
+cases(
+    "RlhfConfig", probes.rl_run, rewarded, policy="other", sft="other", anchor="sft", mu=0.5, anchor_memory="cpu",
+    max_kl=7.0, max_dead_steps=7, engine="vllm", lora_rank=4, seed=5, micro_batch_size=16,
+    lora_anchor=with_("factors", lora_rank=4),
+)  # fmt: skip
+distill = {"teacher": "t", "prompts": "p"}
+cases(
+    "DistillConfig", probes.distill_arguments, distill, **training, steps=7, batch_size=8, micro_batch_size=8,
+    max_new_tokens=7, temperature=0.5,
+)  # fmt: skip
+rows = {"epochs": 3.0, "max_steps": 7, "batch_size": 32}
+cases("SftConfig", probes.sft_trainer, **training, **rows, micro_batch_tokens=64, lora_rank=4)
+packed = {"attention": "flash_attention_2"}
+cases("SftConfig", probes.sft_trainer, packed, packing=True)
+cases("SftConfig", probes.sft_trainer, {**packed, "packing": True}, max_length=99)
+cases("RewardConfig", probes.reward_trainer, **training, **rows, center_coefficient=0.5, dropout=0.5, lora_rank=4)
+for schema in ("SftConfig", "RewardConfig"):
+    cases(
+        schema, probes.plan_of_heldout, {"eval_every": 2}, eval_every=3, keep="best", patience=2, batch_size=5,
+        micro_batch_size=5,
+    )  # fmt: skip
+
+cases(
+    "WarpConfig", probes.warp, {**rewarded, "steps": (9,)}, **training, report_to=("tensorboard",), sft="other",
+    prompts="other", heldout="other", policies=3, iterations=3, steps=(8,), eta=0.7, etas=(0.0, 0.7),
+    vary=("beta=0.1:0.2",), patience=2, judge_fn=probes.SHORT, compare=("c",), eval_n=3, eval_limit=9, pick="eta=0.5",
+    cpus=3, reward=("a",), reward_fn=(probes.SHORT,), reward_weights=(2.0,), reward_clip=3.0, length_penalty=0.25,
+    missing_eos_penalty=2.0, engine="vllm", prompts_per_step=8, n=3, beta=0.5, anchor="sft", mu=0.5,
+    anchor_memory="cpu", temperature=0.5, max_new_tokens=7, micro_batch_size=16, eval_every=7, eval_prompts=7,
+    max_kl=7.0, max_dead_steps=7, lora_rank=4, lora_alpha=3.0, lora_targets=("q_proj",),
+    lora_anchor=with_("factors", lora_rank=4), reward_ensemble=with_("min", reward=("a", "b")),
+    vllm_mode=None, vllm_memory=with_(0.5, engine="vllm"), vllm_tensor_parallel=with_(2, engine="vllm"),
+    vllm_server_url=with_("http://b/", engine="vllm", vllm_mode="server", before="http://a/"),
+)  # fmt: skip
+del CASES["WarpConfig.vllm_mode"]  # goes with an address, so both would differ
+cases("WarpConfig", probes.warp_run, jobs=3, executor="ray")
+
+cases("MergeConfig", probes.merged, models=("a", "c"), base="init", tokenizer="union", dtype="float16")
+cases("MergeConfig", probes.merged, {"base": "init"}, granularity="tensor", t=0.25, method="multislerp")
+cases("MergeConfig", probes.merged, {"method": "passthrough", "models": ("a",)}, scale=2.0)
+cases("MergeConfig", probes.merged, {"method": "liti", "models": ("a",), "base": "init"}, eta=0.25)
+cases("MergeConfig", probes.merged, {"method": "ema"}, decay=with_(0.25, before=0.5))
+cases("MergeConfig", probes.merged, {"base": "init"}, uniform=True)  # with a method that needs neither it nor a decay
+cases("MergeConfig", probes.merged, {"method": "karcher"}, iterations=7, tolerance=0.25, weights=(0.25, 0.75))
+cases("MergeConfig", probes.merged, {"method": "breadcrumbs", "base": "init"}, gamma=0.25)
+cases(
+    "MergeConfig", probes.merged, {"method": "della", "base": "init"}, density=0.25, epsilon=0.125, normalize=True,
+    rescale=False, seed=5,
+)  # fmt: skip
+slices = ({"sources": [{"model": "a", "layers": [0, 1]}]},)
+cases("MergeConfig", probes.merged, {"method": "passthrough", "models": ("a",)}, slices=slices)
+stages: dict[str, Any] = {"a": {"command": "sft", "options": {"model": "${vars.x}"}}}
+cases("PipelineFile", probes.compiled, {"stages": stages, "vars": {"x": "m"}}, vars={"x": "other"})
+cases("PipelineFile", probes.compiled, resources={"cpus": 3}, stages={"b": {"command": "tiny"}})
+cases(
+    "StageFile", probes.compiled_stage, command="convert", options={"model": "m"}, matrix={"seed": (1, 2)},
+    after=("first",), when="${first.summary.x} < 1", retries=2, resources={"cpus": 3},
+)  # fmt: skip
+cases("Resources", probes.compiled_resources, cpus=3, gpus=2)
+cases("TinyConfig", probes.made_prompts, train_prompts=9, heldout_prompts=9, seed=5)
+cases(
+    "RewardScoreConfig", probes.scored_rows, data="{root}/other.jsonl", model="other", column="mine", max_length=99,
+    batch_size=5, shard_rows=3, limit=2,
+)  # fmt: skip
 
 
-if __name__ == "__main__":
-    FROZEN.write_text("\n".join(places()) + "\n", encoding="utf-8")
+def cases_of(knob: str) -> Iterator[Case]:
+    """The cases of a field: its schema's own, or those of the nearest base."""
+    name, _, key = knob.partition(".")
+    for base in SCHEMAS[name].__mro__:
+        if f"{base.__name__}.{key}" in CASES:
+            yield from CASES[f"{base.__name__}.{key}"]
+            return
+
+
+# What a schema needs besides its required fields.
+NEEDED: dict[str, dict[str, Any]] = {"DistillConfig": {"teacher": "t", "prompts": "p"}}
+# RL refuses every dropout, so that no other value can arrive.
+REFUSED = {f"{schema}.lora_dropout" for schema in ("RlFields", "RlhfConfig", "WarpConfig")}
+
+
+def configured(schema: type[Config], given: dict[str, Any], room: probes.Room) -> Config:
+    """A configuration with the required fields, paths below the room's folder."""
+    needed = {name: REQUIRED[name] for name, item in schema.model_fields.items() if item.is_required()}
+    needed |= NEEDED.get(schema.__name__, {})
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, str) and "{root}" in value:
+            return value.replace("{root}", str(room.root))
+        return tuple(map(placed, value)) if isinstance(value, tuple) else value
+
+    return schema.model_validate({name: placed(value) for name, value in {**needed, **given}.items()})
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[probes.Room]:
+    with probes.room(tmp_path_factory.mktemp("knobs")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def remembered() -> dict[str, object]:
+    """What probes saw of configurations that several fields are compared with."""
+    return {}
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_field_reaches_the_place_where_it_is_used(knob, room, remembered):
+    agreed, found = places(knob, frozen()), places(knob, table())
+    lost = {line: f"{found.get(line, 0)} of {count}" for line, count in agreed.items() if found.get(line, 0) < count}
+    assert lost == {}, "if this is meant: python tests/posttrain/schemas/field_reads.py"
+    tried = [] if knob in REFUSED else list(cases_of(knob))
+    used = [line for line in found if not line.split()[1].startswith(BOOKKEEPING)]
+    assert bool(used or tried) != (knob in UNREAD), "nothing reads it, or UNREAD is out of date"
+    schema = SCHEMAS[knob.partition(".")[0]]
+    key = knob.partition(".")[2]
+    for case in tried:
+        given = dict(case.given)
+        if "before" in given:
+            given[key] = given.pop("before")
+        before, after = configured(schema, given, room), configured(schema, {**given, **case.after}, room)
+        assert [name for name in schema.model_fields if getattr(before, name) != getattr(after, name)] == [key]
+        name = f"{case.probe.__name__} {before!r}"
+        if name not in remembered:
+            remembered[name] = case.probe(before, room)
+            assert case.probe(before, room) == remembered[name], "a probe that sees a difference everywhere shows none"
+        assert case.probe(after, room) != remembered[name], f"{case.probe.__name__} sees no difference"
+
+
+def test_the_table_lists_every_place():
+    assert table() == frozen(), "if this is meant: python tests/posttrain/schemas/field_reads.py"
