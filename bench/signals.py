@@ -96,8 +96,8 @@ def work(words: list[str], noisy: bool, log: str, pipe: Connection) -> None:
 
 def write_inputs(root: str) -> None:
     """Three random models and a file of rows. Runs in a process of its own: torch's threads do not survive a fork."""
-    from gemma2.posttrain.embedded.tiny import save_random
-    from gemma2.posttrain.training.trainer import quiet_libraries
+    from gemma2.posttrain.models.loading import quiet_libraries
+    from gemma2.posttrain.tiny.networks import save_random
 
     quiet_libraries()
     for seed, name in enumerate(("base", "rl-1", "rl-2")):
