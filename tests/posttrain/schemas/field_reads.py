@@ -333,7 +333,9 @@ class _Function:
         found = NOTHING
         for owner in owners:
             for known in self.source.ancestry(owner):
-                found |= known.attributes.get(name, NOTHING)
+                if known.attributes.get(name):  # the type that a class gives an attribute hides that of its base
+                    found |= known.attributes[name]
+                    break
                 if name in known.methods:
                     home = self.source.modules[known.name.rpartition(".")[0]]
                     returned = known.methods[name].returns
