@@ -145,6 +145,16 @@ def filtered(config: Any, room: Room) -> object:
         return outcome(lambda: written(runner.run_filter(config, room.out())))
 
 
+def reasons(config: Any, room: Room) -> object:
+    """Whether some dropped row lists several reasons."""
+    from gemma2.posttrain.filters import runner
+
+    with light_runs(runner, room):
+        out = runner.run_filter(config, room.out()).out
+    dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    return any(len(one.get("reasons", ())) > 1 for one in dropped)
+
+
 def filter_workers(config: Any, room: Room) -> object:
     """The number of processes that the scan is given."""
     from gemma2.posttrain.filters import runner
@@ -195,10 +205,6 @@ def policy_judge(config: Any, room: Room) -> object:
         model = safety.SafetyModel.load(config)
     judge: Any = model._judge
     return model.threshold, judge.model, judge.length, judge.batch_size
-
-
-def both_safety_models(config: Any, room: Room) -> object:
-    return safety(config, room), policy_judge(config, room)
 
 
 # --- generate, reward pairs -------------------------------------------------------------------------------------------

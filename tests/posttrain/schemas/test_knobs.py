@@ -120,15 +120,10 @@ cases(
     safety_model=with_("nowhere"),
 )
 cases("FilterConfig", probes.filter_workers, workers=3)
-cases(
-    "FilterConfig",
-    probes.both_safety_models,
-    {"safety_model": "guard", "safety_labels": ("b",)},
-    safety_model="other",
-    safety_threshold=0.25,
-    safety_max_length=99,
-    batch_size=5,
-)
+cases("FilterConfig", probes.reasons, {"workers": 1}, all_reasons=True)
+safety = {"safety_model": "other", "safety_threshold": 0.25, "safety_max_length": 99, "batch_size": 5}
+cases("FilterConfig", probes.safety, {"safety_model": "guard", "safety_labels": ("b",)}, **safety)
+cases("FilterConfig", probes.policy_judge, {"safety_model": "guard"}, **safety)
 cases("FilterConfig", probes.safety, {"safety_model": "guard"}, safety_labels=with_(("a",), before=("b",)))
 
 cases(
