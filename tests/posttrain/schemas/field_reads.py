@@ -73,7 +73,10 @@ class Source:
             for path in sorted((root / layer).rglob("*.py")):
                 parts = path.relative_to(root).with_suffix("").parts
                 name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-                module = Module(name, ast.parse(path.read_text(encoding="utf-8")))
+                text = path.read_text(encoding="utf-8")
+                if layer != "posttrain" and "schemas" not in text:
+                    continue  # no schema comes there
+                module = Module(name, ast.parse(text))
                 self.modules[name] = module
                 self._name(module, is_package=parts[-1] == "__init__")
         for module in self.modules.values():

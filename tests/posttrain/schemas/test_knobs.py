@@ -119,6 +119,7 @@ cases(
     seed=with_(7, max_refusal_share=0.2),
     safety_model=with_("nowhere"),
 )
+cases("FilterConfig", probes.filtered, {"workers": 1}, language=with_(("de",), before=("en",)))
 cases("FilterConfig", probes.filter_workers, workers=3)
 cases("FilterConfig", probes.reasons, {"workers": 1}, all_reasons=True)
 safety = {"safety_model": "other", "safety_threshold": 0.25, "safety_max_length": 99, "batch_size": 5}
