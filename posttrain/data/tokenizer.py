@@ -12,6 +12,13 @@ from typing import Any, Protocol
 __all__ = ["Tokenizer"]
 
 
+class AddedToken(Protocol):
+    """A token that was added to the vocabulary of a tokenizer."""
+
+    content: str
+    special: bool
+
+
 class Tokenizer(Protocol):
     """A tokenizer that transformers has loaded."""
 
@@ -22,6 +29,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    unk_token_id: int | None
     chat_template: str | None
     padding_side: str
 
@@ -39,6 +47,11 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
         """The text of token ids."""
+        ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        """The added tokens by id."""
         ...
 
     def get_vocab(self) -> dict[str, int]:

@@ -1,21 +1,24 @@
-"""What the suite asks of a network: the shape of transformers' causal LMs and reward models, for type checkers.
+"""Protocols of transformers' causal LMs and reward models, with the members that the suite uses, for type checkers.
 
-transformers is not typed, so a model that it loads is checked against these protocols and not against its classes. A
-member is listed when the suite uses it; nothing here exists at run time.
+transformers is not typed, so a loaded model is checked against these protocols and not against its own class. Nothing
+here exists at run time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from gemma2.core.json_files import JsonObject
 
-__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardModel"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardNetwork"]
 
 
 class ModelConfig(Protocol):
@@ -26,9 +29,10 @@ class ModelConfig(Protocol):
     hidden_size: int
     num_hidden_layers: int
     pad_token_id: int | None
+    _attn_implementation: str  # attention back end: eager, sdpa, ...
 
     def to_dict(self) -> JsonObject:
-        """The configuration as it is written to config.json."""
+        """Return the content of config.json."""
         ...
 
 
@@ -45,6 +49,7 @@ class Network(Protocol):
 
     config: ModelConfig
     training: bool
+    is_activation_checkpointing: bool
 
     @property
     def device(self) -> torch.device:
@@ -56,51 +61,61 @@ class Network(Protocol):
         """Dtype of the parameters."""
         ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass; transformers' output object depends on the keyword arguments."""
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The network without its head."""
+        ...
+
+    # Any: transformers' output object depends on the keyword arguments.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the forward pass."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter."""
+        """Yield every parameter."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter with its name."""
+        """Yield every parameter with its name."""
         ...
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module with its name."""
+        """Yield every module with its name."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module."""
+        """Yield every module."""
         ...
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of that name."""
+        """Return the parameter with a dotted name."""
+        ...
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the module with a dotted name."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name."""
+        """Return parameters and buffers by name."""
         ...
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding, weight (vocabulary, hidden)."""
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the embedding, weight (vocabulary, hidden)."""
         ...
 
-    def eval(self) -> Network:
-        """Switch dropout off."""
+    def eval(self) -> Self:
+        """Switch dropout off and return the network."""
         ...
 
-    def train(self, mode: bool = True) -> Network:
-        """Switch dropout on or off."""
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout on or off and return the network."""
         ...
 
-    def requires_grad_(self, requires_grad: bool = True) -> Network:
-        """Train or freeze all parameters."""
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Train or freeze all parameters and return the network."""
         ...
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Write config.json and safetensors files."""
         ...
 
@@ -110,16 +125,16 @@ class CausalLM(Network, Protocol):
 
     generation_config: GenerationSettings
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The output head, weight (vocabulary, hidden)."""
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the output head, weight (vocabulary, hidden)."""
         ...
 
-    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sampled token ids, (batch, tokens) int64, the prompt included."""
+    def generate(self, *args: object, **kwargs: object) -> Tensor:
+        """Return sampled token ids, (batch, tokens) int64, the prompt included."""
         ...
 
 
-class RewardModel(Network, Protocol):
+class RewardNetwork(Network, Protocol):
     """A sequence classifier with one output: `__call__` gives logits (batch, 1)."""
 
     score: nn.Linear
