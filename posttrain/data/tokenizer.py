@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 __all__ = ["Tokenizer"]
 
@@ -32,6 +35,7 @@ class Tokenizer(Protocol):
     unk_token_id: int | None
     chat_template: str | None
     padding_side: str
+    model_max_length: int
 
     def __len__(self) -> int:
         """Number of tokens, the added ones included."""
@@ -43,6 +47,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         """Token ids of one text."""
+        ...
+
+    def pad(self, encoded_inputs: Sequence[Mapping[str, Sequence[int]]], **kwargs: object) -> BatchEncoding:
+        """A batch of token ids, padded to one length, with its attention mask."""
         ...
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:

@@ -128,7 +128,7 @@ def _load(
             f"{path} cannot be loaded as a model: {detail}", "check config.json and the weights"
         ) from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(allowed_missing or ("\0",)))
-    for kind, keys in (("lacks the", missing), ("has the unknown", sorted(report["unexpected_keys"]))):
+    for kind, keys in (("lacks", missing), ("has the unknown", sorted(report["unexpected_keys"]))):
         if keys:
             raise InputError(
                 f"{path} {kind} tensor {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""),
@@ -160,7 +160,7 @@ def load_reward_model(
         raise InputError(f"{path} is not a reward model", "train one with gemma2 reward")
     model = _load(AutoModelForSequenceClassification, path, dtype)
     if model.config.num_labels != 1:
-        raise InputError(f"{path} has {model.config.num_labels} outputs", "give a reward model, which has one")
+        raise InputError(f"{path} has {model.config.num_labels} outputs", "a reward model has one")
     tokenizer = load_tokenizer(path)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device or default_device()).eval(), tokenizer

@@ -1,1 +1,1 @@
-"""What a completion is worth: reward models, functions, and their sum."""
+"""Rewards of completions: reward models, Python functions, and their weighted sum."""

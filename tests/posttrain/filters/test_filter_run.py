@@ -211,7 +211,7 @@ def test_every_reason_is_listed_on_request(tmp_path):
 def test_nothing_left_is_told(tmp_path, interrupting):
     progress = interrupting()
     summary = run(write(tmp_path / "data.jsonl", [row("")]), tmp_path / "out", progress)
-    assert summary["kept"] == 0 and progress.warnings == ["all 1 rows were dropped; dropped.jsonl says why"]
+    assert summary["kept"] == 0 and progress.warnings == ["all 1 rows were dropped; see the reasons in dropped.jsonl"]
 
 
 def test_subsets_are_counted_among_the_rows_that_stay(tmp_path):

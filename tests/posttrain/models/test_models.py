@@ -102,7 +102,7 @@ def test_the_head_of_a_fresh_reward_model_follows_the_seed_and_its_body_the_poli
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
         (lambda d: (d / "model.safetensors").unlink(), r"holds no \*\.safetensors; convert"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), r"holds no \*\.safetensors"),
-        (lambda d: change_config(d, auto_map={"AutoModel": "code.Model"}), "asks for code of its own"),
+        (lambda d: change_config(d, auto_map={"AutoModel": "code.Model"}), "asks to run its own code"),
         (lambda d: change_config(d, model_type="nonsense"), "cannot be loaded as a model"),
         (lambda d: change_config(d, hidden_size=24), "cannot be loaded as a model"),
         (lambda d: os.truncate(d / "model.safetensors", 5000), r"model\.safetensors: the file is truncated"),

@@ -115,7 +115,7 @@ def test_none_is_an_opinion_withheld_only_where_that_is_allowed(sampled):
     withheld, given = score("hesitant", sampled, abstains=True)["judge"]
     assert math.isnan(withheld)
     assert given == 2
-    with pytest.raises(InputError, match=r"no number for 'judge': None"):
+    with pytest.raises(InputError, match=r"not a number for 'judge': None"):
         score("hesitant", sampled)
 
 
@@ -124,7 +124,7 @@ def test_none_is_an_opinion_withheld_only_where_that_is_allowed(sampled):
     [
         ("too_few", "1 values for 2 completions"),
         ("not_finite", "NaN or infinity"),
-        ("words", "is no number for 'judge': '5'"),
+        ("words", "is not a number for 'judge': '5'"),
         ("nothing", "failed with TypeError: 'NoneType' object is not iterable"),
         ("uneven", "different keys"),
         ("broken", r"failed with KeyError: .answer\\nis gone"),

@@ -150,7 +150,7 @@ def test_further_numbers_of_a_function_keep_their_names(chat, sampled):
     assert columns["rewards/graded"] == [1.0] * 3
     with pytest.raises(InputError, match="two terms of the reward return 'accuracy'"):
         reward_score(RewardFields(reward_fn=fn("graded", "graded_too")), chat, 8)(sampled)
-    with pytest.raises(InputError, match=r"returned accuracy and no 'reward'"):
+    with pytest.raises(InputError, match=r"returned accuracy but no 'reward'"):
         reward_score(RewardFields(reward_fn=fn("no_reward")), chat, 8)(sampled)
     with pytest.raises(InputError, match="returned 'reward_std_in_group', a figure of the run"):
         reward_score(RewardFields(reward_fn=fn("in_the_way")), chat, 8)(sampled)

@@ -77,7 +77,7 @@ def test_a_subset_is_found_and_plain_answers_belong_to_none(name, texts):
 def test_patterns_of_ones_own_are_subsets():
     subsets = Subsets(["hedging"], {"citing": r"\[\d+\]"})
     assert subsets.of(said("I'm not sure [3].")) == ["hedging", "citing"]
-    with pytest.raises(UsageError, match=r"keep_patterns\.bad is no regular expression"):
+    with pytest.raises(UsageError, match=r"keep_patterns\.bad is not a regular expression"):
         Subsets([], {"bad": "("})
     with pytest.raises(UsageError, match=r"keep_patterns\.hedging is also a subset"):
         Subsets(["hedging"], {"hedging": "x"})
