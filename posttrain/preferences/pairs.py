@@ -1,11 +1,11 @@
-"""Preference pairs from n samples of a model and a judge, as RLAIF does (WARP 2406.16768 takes its rewards from one).
+"""Preference pairs from n samples of a model and a judge, as in RLAIF (WARP, 2406.16768, gets its rewards from one).
 
     chosen, rejected = the samples with the highest and the lowest score            (select: extremes)
                        two samples with different scores, drawn at random           (select: random)
                        every two samples with different scores, so several pairs    (select: all)
 
-A prompt whose samples differ by no more than `min_margin` gives no pair, nor does one with fewer than two scores; how
-many of each is counted and reported. The judge is a reward model, a Python function, or a language model at a server
+A prompt gives no pair if its samples differ by no more than `min_margin`, or fewer than two of them have a score; both
+cases are counted and reported. The judge is a reward model, a Python function, or a language model at a server
 (`judge.py`).
 
     pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "chosen_truncated": bool, "chosen_score": s,
@@ -19,9 +19,9 @@ from contextlib import ExitStack, closing
 from itertools import combinations, groupby
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.sources import data_files, to_line
@@ -47,7 +47,7 @@ __all__ = ["choose", "run_pairs"]
 def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Sample from `config.model`, judge, and write `pairs.jsonl` to `options.out`.
 
-    Raises InputError when no prompt gives a pair, UsageError for a judge that cannot be found.
+    Raises InputError if no prompt gives a pair, UsageError for a judge that cannot be found.
     """
     quiet_libraries()
     score = _function_of(config)
@@ -77,7 +77,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
 
 
 def _function_of(config: PairsConfig) -> Score | None:
-    """The judge where it is a Python function. Raises UsageError for a judge that is nothing known."""
+    """Return the judge if it is a Python function. Raises UsageError for an unknown kind of judge."""
     check_judge(config)
     if config.judge_model is not None or Path(config.judge).is_dir():
         return None
@@ -85,7 +85,7 @@ def _function_of(config: PairsConfig) -> Score | None:
 
 
 def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:
-    """(chosen, rejected) indices of samples whose scores differ by more than `min_margin`; empty where none do."""
+    """Return (chosen, rejected) indices of samples whose scores differ by more than `min_margin`; empty if none do."""
     different = [
         (i, j) if scores[i] > scores[j] else (j, i)
         for i, j in combinations(range(len(scores)), 2)
@@ -98,7 +98,7 @@ def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random
     return [max(different, key=lambda pair: scores[pair[0]] - scores[pair[1]])]
 
 
-def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> dict[str, Any]:
+def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Progress) -> JsonObject:
     prompts = pairs = ties = unjudged = blank = 0
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
@@ -116,29 +116,29 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
                 margin += scores[better] - scores[worse]
             pairs, ties = pairs + len(chosen), ties + (not chosen)
     if not pairs:
-        what = f"the judge told no two samples of any of {prompts} prompts apart"
+        what = f"the judge gave no two samples of any of {prompts} prompts different scores"
         raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
     if 2 * (ties + blank) > prompts:
         progress.warn(
             f"{ties + blank} of {prompts} prompts gave no pair: the scores of the samples do not differ in {ties}, "
             f"fewer than two samples have a score in {blank}"
         )
-    found: dict[str, Any] = {"prompts": prompts, "pairs": pairs, "ties": ties}
+    found: JsonObject = {"prompts": prompts, "pairs": pairs, "ties": ties}
     if config.judge_model is not None:
         found |= {"unjudged": unjudged, "unjudged_prompts": blank}
     return found | {"mean_margin": round(margin / pairs, 4)}
 
 
 def _by_prompt(chunks: Iterator[Scored]) -> Iterator[Scored]:
-    """The n samples of one prompt after the other."""
+    """Yield the n samples of each prompt."""
     for chunk in chunks:
         for _, group in groupby(chunk, key=lambda pair: pair[0].row):
             yield list(group)
 
 
-def _pair_row(chosen: tuple[Dialogue, float | None], rejected: tuple[Dialogue, float | None]) -> dict[str, Any]:
+def _pair_row(chosen: tuple[Dialogue, float | None], rejected: tuple[Dialogue, float | None]) -> JsonObject:
     prompt = chosen[0].prompt
-    ours: dict[str, Any] = {"prompt": prompt.messages}
+    ours: JsonObject = {"prompt": prompt.messages}
     for name, (dialogue, score) in (("chosen", chosen), ("rejected", rejected)):
         ours[name] = [{"role": "assistant", "content": dialogue.answers[0].text}]
         ours[f"{name}_truncated"] = dialogue.fate == "length"

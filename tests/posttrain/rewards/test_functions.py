@@ -128,7 +128,7 @@ def test_none_is_an_opinion_withheld_only_where_that_is_allowed(sampled):
         ("nothing", "failed with TypeError: 'NoneType' object is not iterable"),
         ("uneven", "different keys"),
         ("broken", r"failed with KeyError: .answer\\nis gone"),
-        ("strict", r"unexpected keyword argument.*take \*\*kwargs"),
+        ("strict", r"unexpected keyword argument.*accept \*\*kwargs"),
     ],
 )
 @pytest.mark.parametrize("abstains", [False, True])
