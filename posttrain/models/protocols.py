@@ -103,6 +103,10 @@ class Network(Protocol):
         """Return the embedding, weight (vocabulary, hidden)."""
         ...
 
+    def to(self, device: torch.device) -> Self:
+        """Move the parameters to a device and return the network."""
+        ...
+
     def eval(self) -> Self:
         """Switch dropout off and return the network."""
         ...

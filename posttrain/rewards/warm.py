@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.merging.inputs.checkpoint import open_checkpoint
@@ -34,7 +35,7 @@ def averaged_reward_model(paths: Sequence[Path]) -> RewardModel:
     check_averageable(paths)
     cpu = torch.device("cpu")
     model, tokenizer = load_reward_model(paths[0], device=cpu)
-    total = dict(model.named_parameters())
+    total: dict[str, Tensor] = dict(model.named_parameters())
     for path in paths[1:]:
         other, other_tokenizer = load_reward_model(path, device=cpu)
         if other_tokenizer.chat_template != tokenizer.chat_template:

@@ -52,7 +52,7 @@ BREAKS = {
 }
 C = TypeVar("C")
 
-# Metrics with these in their names are not logged: wall-clock figures differ between a resumed and an uninterrupted run.
+# Metrics with these in their names are not logged: they differ between a resumed run and an uninterrupted one.
 DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
 
 

@@ -188,7 +188,7 @@ def test_the_newest_complete_checkpoint_is_found_and_torn_ones_removed(tmp_path)
         ]
 
 
-def test_without_a_complete_checkpoint_there_is_none(tmp_path):
+def test_without_a_complete_checkpoint_none_is_found(tmp_path):
     with opened(tmp_path) as (_, run):
         assert latest_checkpoint(run) is None
         (run.checkpoints / "checkpoint-1").mkdir(parents=True)
