@@ -67,7 +67,7 @@ class Network(Protocol):
         ...
 
     # Any: transformers' output object depends on the keyword arguments.
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
         """Run the forward pass."""
         ...
 

@@ -116,7 +116,9 @@ def _arguments(sampled: Sampled) -> dict[str, Sequence[object]]:
 
 def _columns(values: Sequence[object], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
     keys: Mapping[object, object] = next((value for value in values if isinstance(value, Mapping)), {column: None})
-    silent: Mapping[object, object] = dict.fromkeys(keys) if abstains else {column: None}  # None among mappings: no opinion on any key
+    silent: Mapping[object, object] = (
+        dict.fromkeys(keys) if abstains else {column: None}
+    )  # None among mappings: no opinion on any key
     mappings: list[Mapping[object, object]] = [
         value if isinstance(value, Mapping) else silent if value is None else {column: value} for value in values
     ]

@@ -46,8 +46,8 @@ def averaged_reward_model(paths: Sequence[Path]) -> RewardModel:
         for name, parameter in other.named_parameters():
             total[name] += parameter
         del other
-    for parameter in total.values():
-        parameter /= len(paths)
+    for summed in total.values():
+        summed /= len(paths)
     return RewardModel(model.to(default_device()), tokenizer)
 
 

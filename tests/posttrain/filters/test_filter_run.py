@@ -17,7 +17,7 @@ from gemma2.posttrain.schemas import FilterConfig
 
 
 def prose(seed, words=60):
-    """A text of its own: no two seeds share three words in a row."""
+    """A text per seed: no two seeds share three consecutive words."""
     return " ".join(f"s{seed}w{i}" for i in range(words))
 
 

@@ -72,7 +72,7 @@ def write_gguf(path, model, tokenizer, **header):
 
 @pytest.fixture(scope="module")
 def capped():
-    """A Gemma 2 whose soft caps bite and are none of the defaults that transformers falls back to."""
+    """A Gemma 2 whose soft caps have an effect and differ from the defaults of transformers."""
     return random_model(attn_logit_softcapping=0.5, final_logit_softcapping=2.0)
 
 

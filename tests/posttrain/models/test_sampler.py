@@ -182,7 +182,7 @@ def test_a_wide_vocabulary_is_searched_in_blocks_for_the_same_tokens(vocabulary,
 
 
 def test_draws_from_a_wide_vocabulary_follow_the_distribution():
-    """Chi-square over 16 tokens that hold all the mass, in several blocks; the rest has none."""
+    """Chi-square over 16 tokens in several blocks; all other tokens have probability 0."""
     places = torch.arange(16) * 300 + 7
     logits = torch.full((1, 5000), -200.0)
     logits[0, places] = torch.linspace(-2, 2, 16)

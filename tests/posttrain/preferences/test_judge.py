@@ -122,7 +122,7 @@ def test_a_verdict_is_the_last_one_after_better(reply, verdict):
 
 def test_both_orders_of_a_comparison_are_averaged():
     # Three answers; replies by number i * 3 + j, 1 where the one shown first is better.
-    # 0 beats 1 in both orders; 0 against 2 goes to whoever stands first; 1 and 2 tie once, 2 wins once.
+    # 0 beats 1 in both orders; 0 against 2 goes to the one shown first; 1 and 2 tie once, 2 wins once.
     values = {1: 1.0, 3: 0.0, 2: 1.0, 6: 1.0, 5: 0.5, 7: 1.0}
     judge = Judge(COMPARE_PROMPT, True)
     assert judge.scores(3, values) == [(1 + 0.5) / 2, (0 + 0.25) / 2, (0.5 + 0.75) / 2]
@@ -167,7 +167,7 @@ def test_a_reply_without_a_verdict_is_counted_and_shown_but_not_scored(make, tmp
 
     result = make(JudgingServer(says), tmp_path / "out", progress)
     assert result.summary["judge_unreadable"] == result.summary["unjudged"] == 3
-    # The prompt without scores is no tie.
+    # The prompt without scores is not a tie.
     assert result.summary["unjudged_prompts"] == 1
     assert result.summary["pairs"] + result.summary["ties"] == PROMPTS - 1
     assert not any("What is 2?" in pair.prompt[0]["content"] for pair in read_pairs(result.out))

@@ -1,4 +1,4 @@
-"""Preference rows in every shape that TRL knows, read as one and the same pair; beside TRL's own `extract_prompt`."""
+"""Preference rows in every shape that TRL knows, read as the same pair; compared to TRL's own `extract_prompt`."""
 
 from __future__ import annotations
 

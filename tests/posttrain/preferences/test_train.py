@@ -283,7 +283,7 @@ def test_eight_micro_batches_of_one_give_the_result_of_one_batch_of_eight(inputs
         weights[micro] = load_file(out / "model.safetensors")
     before = load_file(inputs / "model" / "model.safetensors")
     for name, value in weights[8].items():
-        # Adam takes steps of lr / sqrt(v), so a difference is measured beside the way that was gone.
+        # Adam takes steps of lr / sqrt(v), so a difference is measured relative to the distance from the start.
         moved = (value - before[name]).norm() if name in before else value.norm()
         assert (weights[1][name] - value).norm() < 2e-2 * moved, name
 

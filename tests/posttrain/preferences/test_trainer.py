@@ -1,4 +1,4 @@
-"""The reward model's loss and gradients: by hand, beside TRL's, and independent of how a batch is cut."""
+"""The reward model's loss and gradients: by hand, compared to TRL's, and independent of how a batch is split."""
 
 from __future__ import annotations
 

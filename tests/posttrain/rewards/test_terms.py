@@ -59,7 +59,7 @@ def no_reward(completions, **_):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Three reward models; the last one has a template of its own, so it reads text."""
+    """Three reward models; the last one has a separate template, so it reads text."""
     root = tmp_path_factory.mktemp("models")
     places = [save_random(root / name, seed, kind="reward") for seed, name in enumerate(("rm", "other", "reader"))]
     other = tiny_tokenizer()

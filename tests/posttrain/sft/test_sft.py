@@ -86,7 +86,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained,
 
 
 def test_a_run_killed_while_its_result_is_written_takes_no_further_step(inputs, tmp_path, monkeypatch):
-    """Three steps are no whole number of epochs: the trainer would go on with the fourth."""
+    """Three steps are not a whole number of epochs: the trainer would continue with the fourth."""
     config = configure(inputs, max_steps=3, trainer={"lr_scheduler_type": "constant"})
     whole = run_sft(config, RunOptions(tmp_path / "whole"))
 

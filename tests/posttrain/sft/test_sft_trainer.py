@@ -113,7 +113,7 @@ def test_packed_rows_are_whole_and_separate():
 
 
 def test_a_packed_batch_has_the_loss_of_its_rows(tmp_path):
-    """Eager attention tells packed rows apart by their position ids too, only slowly; flash attention needs a GPU."""
+    """Eager attention also separates packed rows by their position ids, only slowly; flash attention needs a GPU."""
     config = SftConfig(
         model=tmp_path, data=tmp_path, batch_size=4, max_length=33, attention="flash_attention_2", packing=True
     )

@@ -1,4 +1,4 @@
-"""Overlap with evaluation sets, by hand: 13 words in a row, or a short question asked as it is."""
+"""Overlap with evaluation sets, by hand: 13 consecutive words, or a whole short question."""
 
 import json
 
