@@ -60,7 +60,7 @@ class Gemma2Decoder:
         )
 
     def _rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (length, heads + kv_heads, head_dim) of every position; those of queries include the scale.
+        """Return cos and sin (length, heads + kv_heads, head_dim) of every position; queries: times the scale.
 
         A rotation is x cos + swapped(x) sin, where swapped exchanges the halves of the last axis; the sine includes the
         sign of the first half.
