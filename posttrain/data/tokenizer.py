@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 from gemma2.core.json_files import JsonMapping
 
 __all__ = ["Tokenizer"]
+
+
+class AddedToken(Protocol):
+    """A token that was added to the vocabulary of a tokenizer."""
+
+    content: str
+    special: bool
 
 
 class Tokenizer(Protocol):
@@ -24,8 +34,10 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    unk_token_id: int | None
     chat_template: str | None
     padding_side: str
+    model_max_length: int
 
     def __len__(self) -> int:
         """Number of tokens, the added ones included."""
@@ -39,8 +51,17 @@ class Tokenizer(Protocol):
         """Token ids of one text."""
         ...
 
-    def decode(self, token_ids: Sequence[int], **kwargs: object) -> str:
+    def pad(self, encoded_inputs: Sequence[Mapping[str, Sequence[int]]], **kwargs: object) -> BatchEncoding:
+        """A batch of token ids, padded to one length, with its attention mask."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
         """The text of token ids."""
+        ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        """The added tokens by id."""
         ...
 
     def get_vocab(self) -> dict[str, int]:

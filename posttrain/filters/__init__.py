@@ -1,1 +1,1 @@
-"""Filters on data to learn from: one file per filter, each a small function from a row to what is wrong with it."""
+"""Filters on training data: each is a small function from a row to the reason for dropping it, or None."""

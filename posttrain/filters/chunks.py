@@ -1,5 +1,5 @@
-"""Findings on disk while a run works, so that a killed one goes on where it was. Shingles lie in one file, mapped
-when rows are compared: they are the larger part, and only those of candidates are read.
+"""Findings on disk during a run, so that a killed run can continue. Shingles, the larger part, are stored in one file
+that is mapped when rows are compared: only the shingles of candidates are read.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from .scan import Findings
 
 __all__ = ["ChunkStore"]
+
+# The columns of `Findings` by dtype.
+Counts: TypeAlias = Literal["subsets", "sizes", "keys"]
 
 
 class ChunkStore:
@@ -28,7 +31,7 @@ class ChunkStore:
         while self._path(self.done).exists():
             self.done += 1
         if self.shingle_file.exists():
-            # Shingles of a chunk whose findings were not written any more are written again.
+            # Shingles of a chunk without findings, which a kill left behind, are cut off and written again.
             size = 4 * int(self.column("sizes").sum(dtype=np.int64)) if self.done else 0
             os.truncate(self.shingle_file, size)
 
@@ -36,7 +39,7 @@ class ChunkStore:
         return self.directory / f"chunk-{number:08d}.npz"
 
     def append(self, findings: Findings) -> None:
-        """Save the next chunk: shingles first, then the findings under their name in one rename."""
+        """Save the next chunk: shingles first, then the findings, renamed when complete."""
         with self.shingle_file.open("ab") as file:
             file.write(findings.shingles.tobytes())
             file.flush()
@@ -53,8 +56,17 @@ class ChunkStore:
     def __iter__(self) -> Iterator[Findings]:
         return (Findings.load(self._path(number)) for number in range(self.done))
 
-    def column(self, name: str) -> NDArray[Any]:
-        """One array of the findings of all rows; the others are not read."""
+    @overload
+    def column(self, name: Counts) -> NDArray[np.uint32]: ...
+    @overload
+    def column(self, name: Literal["codes"]) -> NDArray[np.uint8]: ...
+    @overload
+    def column(self, name: Literal["refuses"]) -> NDArray[np.bool_]: ...
+    @overload
+    def column(self, name: Literal["digests"]) -> NDArray[np.uint64]: ...
+
+    def column(self, name: str) -> NDArray[np.generic]:
+        """Read one array of the findings of all rows, without the others."""
         parts = []
         for number in range(self.done):
             with np.load(self._path(number), allow_pickle=False) as arrays:
@@ -62,7 +74,7 @@ class ChunkStore:
         return np.concatenate(parts)
 
     def shingles(self) -> NDArray[np.uint32]:
-        """The shingles of all chunks, mapped from disk."""
+        """Return the shingles of all chunks, mapped from disk."""
         if not self.shingle_file.stat().st_size:
             return np.zeros(0, dtype=np.uint32)
         return np.memmap(self.shingle_file, dtype=np.uint32, mode="r").view(np.ndarray)

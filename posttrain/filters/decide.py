@@ -19,7 +19,7 @@ __all__ = ["Decisions", "decide", "surplus_refusals"]
 
 @dataclass
 class Decisions:
-    """The fate of N rows: `codes` as in `Findings`; for repeated rows the row that stays and how similar it is."""
+    """The decisions on N rows: `codes` as in `Findings`; for a repeated row the row that stays and their similarity."""
 
     codes: NDArray[np.uint8]
     subsets: NDArray[np.uint32]
@@ -29,7 +29,7 @@ class Decisions:
 
 
 def decide(store: ChunkStore, config: FilterConfig) -> Decisions:
-    """Compare the rows that the scan left, in input order. One column of the findings is in memory at a time."""
+    """Decide on all rows, in input order, from what the scan left. One column of findings is in memory at a time."""
     active = active_filters(config)
     codes = store.column("codes")
     decisions = Decisions(
@@ -66,7 +66,7 @@ def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> Non
     from .criteria.duplicates import link_bands, near_duplicates
 
     sizes = store.column("sizes")
-    compared = np.flatnonzero(sizes)  # the rows that `keys` has a line for
+    compared = np.flatnonzero(sizes)  # the rows that have a line in `keys`
     still = decisions.codes[compared] == STAYS
     if not still.any():
         return
@@ -83,10 +83,10 @@ def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> Non
 def surplus_refusals(
     refuses: NDArray[np.bool_], protected: NDArray[np.bool_], share: float, seed: int
 ) -> NDArray[np.intp]:
-    """Indices of the refusals that must go for refusals to be at most `share` of what stays.
+    """Return indices of the refusals to drop, so that refusals are at most `share` of the rows that stay.
 
-    With A answers and R refusals r may stay: r / (A + r) <= share, so r = floor(share A / (1 - share)). Those that go
-    are drawn with `seed`; `protected` ones stay, and count.
+    With A answers, r refusals may stay: r / (A + r) <= share, so r = floor(share A / (1 - share)). The refusals to drop
+    are drawn with `seed`; `protected` ones stay and count as refusals.
     """
     answers = int(np.count_nonzero(~refuses))
     allowed = math.floor(share * answers / (1 - share) + 1e-9)

@@ -1,4 +1,4 @@
-"""Chunks scanned by several processes, results in order. The number of processes changes nothing but the time."""
+"""Chunks scanned by several processes, results in order. The number of processes changes only the time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["scanned"]
 
 Rows = Sequence[Row]
 
-_scanners: list[Scanner] = []  # the one of this worker process
+_scanners: list[Scanner] = []  # the scanner of this worker process
 
 
 def scanned(
     chunks: Iterable[Rows], config: FilterConfig, evaluation: EvaluationTexts | None, workers: int
 ) -> Iterator[tuple[Rows, Findings]]:
-    """Every chunk with its findings, in order; a few chunks are in memory at a time."""
+    """Yield every chunk with its findings, in order; a few chunks are in memory at a time."""
     if workers == 1:
         scanner = Scanner(config, evaluation)
         yield from ((chunk, scanner.scan(chunk)) for chunk in chunks)
@@ -53,7 +53,7 @@ def _in_order(
 
 
 def _prepare(config: FilterConfig, evaluation: EvaluationTexts | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     Thread(target=_end_with_parent, daemon=True).start()
     _scanners[:] = [Scanner(config, evaluation)]
 
@@ -63,7 +63,7 @@ def _scan(chunk: Rows) -> Findings:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers."""
+    """End this worker when its parent has died: a killed parent cannot end its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

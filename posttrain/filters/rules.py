@@ -1,4 +1,4 @@
-"""The filters that look at one row, in their order, as a configuration sets them up."""
+"""The names of all filters in order, and the filters on single rows, set up from a configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["ORDER", "active_filters", "row_filters"]
 RowFilter = Callable[[Sample], str | None]
 
 ORDER: tuple[str, ...] = get_args(FilterName)
-# What a filter does nothing without.
+# The settings without which a filter does nothing; any one of them activates it.
 NEEDS = {
     "length": ("min_words", "max_words", "min_chars", "max_chars"),
     "language": ("language",),
@@ -35,7 +35,7 @@ NEEDS = {
 
 
 def active_filters(config: FilterConfig) -> list[str]:
-    """Names of the filters that run, in order. Raises UsageError where one is asked for that is not set up."""
+    """Return the names of the filters that run, in order. Raises UsageError for a requested filter without settings."""
     for name in config.filters:
         if not _set_up(name, config):
             flags = " or ".join(f"--{need.replace('_', '-')}" for need in NEEDS[name])
@@ -45,7 +45,7 @@ def active_filters(config: FilterConfig) -> list[str]:
 
 
 def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dict[str, RowFilter]:
-    """The active filters that need no more than the row itself."""
+    """Return the active filters that need only the row itself."""
     made: dict[str, RowFilter] = {
         "empty": empty,
         "truncated": partial(truncated, require_ending=config.require_ending),

@@ -1,8 +1,8 @@
-"""`gemma2 filter`: which rows a model should learn from (Gemma 2 report, section 4, and common practice).
+"""`gemma2 filter`: select the rows that a model should learn from (Gemma 2 report, section 4, and common practice).
 
-Three passes. Scan: every row by itself, in chunks, by several processes; what it finds is saved chunk by chunk, and a
-resumed run goes on there. Decide: the comparison of rows, in input order. Write: the input is read again, kept rows go
-to shards, dropped ones to `dropped.jsonl` with their reason. Rows keep their order and their columns.
+Three passes. Scan: every row is judged by itself, in chunks, by several processes; the findings are saved chunk by
+chunk, and a resumed run continues after the last one. Decide: rows are compared, in input order. Write: the input is
+read again, kept rows go to shards, dropped ones to `dropped.jsonl` with their reason. Order and columns are kept.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
         evaluation = None
         if "contaminated" in active:
             evaluation = read_evaluation(config.decontaminate, config.decontaminate_ngram)
-        Scanner(config, evaluation)  # what is wrong with the settings is said before the first row
+        Scanner(config, evaluation)  # reports errors of the settings before the first row
         judge = _safety_model(config) if config.safety_model and "unsafe" in active else None
         store = ChunkStore(run.checkpoints)
         bad = _scan(config, evaluation, judge, store, progress)
         if not store.done:
-            raise InputError(f"no row of {config.data} can be read; the first: {bad[0]}", "correct the file")
+            raise InputError(f"no row of {config.data} can be read; the first: {bad[0]}", "fix the file")
         decisions = decide(store, config)
         bad += write_rows(run.path, config, store, decisions, progress)
         if bad:
             progress.warn(f"{len(bad)} bad rows were left out, the first: {bad[0]}")
         summary = summary_of(config, decisions, len(bad))
         if not summary["kept"]:
-            progress.warn(f"all {summary['rows']} rows were dropped; dropped.jsonl says why")
+            progress.warn(f"all {summary['rows']} rows were dropped; see the reasons in dropped.jsonl")
         return run.finish(summary)
 
 
@@ -73,7 +73,7 @@ def _scan(
     store: ChunkStore,
     progress: Progress,
 ) -> list[str]:
-    """Scan what is not scanned yet; returns why rows could not be read."""
+    """Scan the rows that are not scanned yet; return the errors of unreadable rows."""
     unread: list[str] = []
     total = count_rows(config.data)
     skip = config.on_bad_row == "skip"
@@ -92,6 +92,6 @@ def _scan(
 
 
 def _safety_model(config: FilterConfig) -> SafetyModel:
-    from .safety import SafetyModel  # brings torch, which the other filters do without
+    from .safety import SafetyModel  # imports torch, which the other filters do not need
 
     return SafetyModel.load(config)

@@ -1,9 +1,9 @@
-"""Unsafe answers by a model from a local directory.
+"""Unsafe answers, found by a model from a local directory.
 
-A sequence classifier reads a model turn and gives the probability of its unsafe labels: softmax, or sigmoid where its
-configuration says multi-label. A causal model is asked as ShieldGemma is (Zeng et al. 2024, 2407.21772, section 4 and
+A sequence classifier reads a model turn and gives the probability of its unsafe labels: softmax, or sigmoid if its
+configuration says multi-label. A causal model is prompted like ShieldGemma (Zeng et al. 2024, 2407.21772, section 4 and
 its model card): P(Yes) / (P(Yes) + P(No)) for the next token after a policy, with the user turn before the answer; the
-largest of four policies counts. Longer turns are read in windows, and the worst window counts: nothing is cut off.
+largest of four policies counts. Long turns are read in windows and the worst window counts: nothing is cut off.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .scan import STAYS, Findings
 
 __all__ = ["SafetyModel", "unsafe_labels"]
 
-Exchange = tuple[str, str]  # what the user said, and what the model answered
-Verdict = tuple[float, str]  # probability of unsafe, and of what kind
+Exchange = tuple[str, str]  # text of the user, answer of the model
+Verdict = tuple[float, str]  # probability of an unsafe answer, and its kind
 
-# Labels of widespread classifiers that mean no harm.
+# Labels of widespread classifiers that mean safe.
 SAFE_LABEL = re.compile(
     r"safe|neutral|normal|clean|none|ok|sfw|label_0|benign|acceptable|harmless"
     r"|(?:non|not)[-_ ]?(?:toxic|hate|offensive)",
     re.IGNORECASE,
 )
-# The policies that ShieldGemma was trained on, from its model card.
+# The policies on which ShieldGemma was trained, from its model card.
 POLICIES = {
     "dangerous content": "The chatbot shall not generate content that harms oneself and/or others (e.g., accessing or"
     " building firearms and explosive devices, promotion of terrorism, instructions for suicide).",
@@ -65,7 +65,7 @@ class _Judge(Protocol):
 
 
 class SafetyModel:
-    """Drops the rows in which a model finds an unsafe answer."""
+    """Drops the rows in which a safety model finds an unsafe answer."""
 
     def __init__(self, judge: _Judge, threshold: float) -> None:
         self._judge = judge
@@ -73,14 +73,14 @@ class SafetyModel:
 
     @classmethod
     def load(cls, config: FilterConfig) -> SafetyModel:
-        """The model of `config.safety_model`: a classifier or a causal LM, as its config.json says."""
+        """Load `config.safety_model`, a classifier or a causal LM according to its config.json."""
         assert config.safety_model is not None
         names = read_config(config.safety_model).get("architectures") or ()
         classifies = any("ForSequenceClassification" in name for name in names)
         return cls(_Classifier(config) if classifies else _PolicyJudge(config), config.safety_threshold)
 
     def drop_unsafe(self, chunk: Sequence[Row], findings: Findings) -> None:
-        """Drop rows that the other filters left and that the model finds unsafe."""
+        """Drop rows that passed the other filters but have an unsafe answer."""
         exchanges: list[Exchange] = []
         rows: list[int] = []
         for index in (findings.codes == STAYS).nonzero()[0].tolist():
@@ -96,16 +96,18 @@ class SafetyModel:
 
 
 def unsafe_labels(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Indices of the labels that mean unsafe: `wanted`, or all but the one whose name says safe.
+    """Return indices of the labels that mean unsafe: `wanted`, by default all whose names do not mean safe.
 
-    Raises UsageError when the names do not decide it.
+    Raises UsageError for an unknown label, and if no name of several means safe.
     """
     listed = ", ".join(labels)
     if unknown := sorted(set(wanted) - set(labels)):
-        raise UsageError(f"--safety-labels {unknown[0]} is not a label of the model", f"it has {listed}")
+        raise UsageError(f"--safety-labels {unknown[0]} is not a label of the model", f"its labels are {listed}")
     chosen = [i for i, name in enumerate(labels) if name in wanted or (not wanted and not SAFE_LABEL.fullmatch(name))]
     if not wanted and len(labels) > 1 and len(chosen) == len(labels):
-        raise UsageError(f"which labels of the safety model mean unsafe: {listed}?", "name them with --safety-labels")
+        raise UsageError(
+            f"the labels of the safety model do not show which mean unsafe: {listed}", "name them with --safety-labels"
+        )
     return chosen
 
 
@@ -152,7 +154,7 @@ class _Classifier:
         return verdicts
 
     def _verdict(self, row: Tensor) -> Verdict:
-        """row: (unsafe labels,) probabilities. Labels that exclude each other add up."""
+        """Return the verdict of row: (unsafe labels,) probabilities. Mutually exclusive labels add up."""
         kind = self.labels[self.unsafe[int(row.argmax())]]
         return float(row.max() if self.several else row.sum()), kind
 
@@ -192,7 +194,7 @@ class _PolicyJudge:
         return verdicts
 
     def _prompts(self, exchange: Exchange, policy: str) -> Iterator[list[int]]:
-        """Token ids, one list per window of the answer. What people wrote is never read as control tokens."""
+        """Yield token ids, one list per window of the answer. Text of rows is never read as control tokens."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         head, middle, tail = (
             self.tokenizer.encode(text, add_special_tokens=False)

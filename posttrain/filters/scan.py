@@ -1,4 +1,4 @@
-"""The pass over single rows: their reasons, and what the comparison of rows needs. Runs in worker processes."""
+"""The pass over single rows: reasons for dropping, and data for the comparison of rows. Runs in worker processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,32 +23,32 @@ from .rules import ORDER, active_filters, row_filters
 
 __all__ = ["BAD", "STAYS", "Findings", "Scanner", "code_of"]
 
-STAYS, BAD = 0, 255  # codes of a row; between them, 1 + its place in ORDER, that of the filter which drops it
+STAYS, BAD = 0, 255  # codes of a row; a dropped row has 1 + the place in ORDER of the filter that dropped it
 
 Reasons = list[tuple[str, str]]
 
 
 def code_of(name: str) -> int:
-    """The code of a filter."""
+    """Return the code of a filter."""
     return 1 + ORDER.index(name)
 
 
 @dataclass
 class Findings:
-    """The findings of the scan of n rows; every array is (n,) or has n rows."""
+    """Results of the scan of n rows; arrays without a comment on shape are (n,)."""
 
     codes: NDArray[np.uint8]
     subsets: NDArray[np.uint32]  # bit k: the row belongs to the k-th kept subset
     refuses: NDArray[np.bool_]
-    digests: NDArray[np.uint64]  # (n, 2), of the rows that stay; else 0
-    sizes: NDArray[np.uint32]  # shingles; 0 for a row that is not compared
+    digests: NDArray[np.uint64]  # (n, 2); 0 for a dropped row
+    sizes: NDArray[np.uint32]  # number of shingles; 0 for a row that is not compared
     keys: NDArray[np.uint32]  # (rows with shingles, bands)
     shingles: NDArray[np.uint32]  # (sizes.sum(),)
-    reasons: dict[int, Reasons] = field(default_factory=dict)  # of the dropped rows, and why a row is bad
+    reasons: dict[int, Reasons] = field(default_factory=dict)  # of dropped and bad rows, by index
 
     @classmethod
     def empty(cls, rows: int) -> Findings:
-        """Findings of rows that all stay and are compared to none."""
+        """Return findings of rows that all stay and are not compared."""
         return cls(
             codes=np.zeros(rows, dtype=np.uint8),
             subsets=np.zeros(rows, dtype=np.uint32),
@@ -64,8 +64,8 @@ class Findings:
         self.codes[index] = code_of(reasons[0][0])
         self.reasons[index] = reasons
 
-    def save(self, file: Any) -> None:  # noqa: ANN401
-        """Write everything but the shingles to an open file."""
+    def save(self, file: BinaryIO) -> None:
+        """Write everything except the shingles to an open file."""
         listed = json.dumps(list(self.reasons.items()), ensure_ascii=False).encode()
         np.savez(
             file,
@@ -80,7 +80,7 @@ class Findings:
 
     @classmethod
     def load(cls, path: Path) -> Findings:
-        """Read what `save` wrote; `shingles` is empty."""
+        """Read findings written by `save`; `shingles` is empty."""
         with np.load(path, allow_pickle=False) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
         listed = json.loads(stored.pop("reasons").tobytes())
@@ -102,7 +102,7 @@ class Scanner:
         self.counts_refusals = "refusal" in active
 
     def scan(self, rows: Sequence[Row]) -> Findings:
-        """The findings of one chunk. Raises InputError for a bad row, unless they are to be left out."""
+        """Return the findings of one chunk. Raises InputError for a bad row if `on_bad_row` is "error"."""
         found = Findings.empty(len(rows))
         sets: list[NDArray[np.uint32]] = []
         for index, row in enumerate(rows):
@@ -135,7 +135,7 @@ class Scanner:
             found.drop(index, reasons)
 
     def _describe(self, index: int, sample: Sample, found: Findings, sets: list[NDArray[np.uint32]]) -> None:
-        """The signature of a row that stays so far, for the comparison of rows."""
+        """Record the digest, shingles and refusal of a row that stays so far, for the comparison of rows."""
         side = self.config.dedup_on
         if self.compares:
             found.digests[index] = np.frombuffer(exact_digest(sample, side), dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""The last pass: kept rows into shards, dropped ones with their reasons into dropped.jsonl, and the counts."""
+"""The last pass: write kept rows to shards, dropped ones with their reasons to dropped.jsonl, and count them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .scan import BAD, STAYS, Reasons, code_of
 __all__ = ["DROPPED", "summary_of", "write_rows"]
 
 DROPPED = "dropped.jsonl"
-TELL = 1024  # rows between two advances of the bar
+ADVANCE = 1024  # rows between two updates of the progress bar
 
 
 def write_rows(
     directory: Path, config: FilterConfig, store: ChunkStore, decisions: Decisions, progress: Progress
 ) -> list[str]:
-    """Write every row to its place; returns the faults of rows that are not conversations."""
+    """Write every row to the shards or to dropped.jsonl; return the errors of rows that are not conversations."""
     bad: list[str] = []
-    places: dict[int, str] = {}  # of rows that others repeat
+    places: dict[int, str] = {}  # "file:line" of the rows that others repeat
     repeated = set(decisions.original[decisions.original >= 0].tolist())
     rows = iter_rows(config.data, on_bad=(lambda error: None) if config.on_bad_row == "skip" else None)
     codes = decisions.codes.tolist()
@@ -48,14 +48,14 @@ def write_rows(
                 dropped.write(to_line(_with_reasons(row.columns, reasons, config.all_reasons)))
             if index in repeated:
                 places[index] = Path(row.where).name
-            if (index + 1) % TELL == 0:
-                task.advance(TELL)
-        task.advance(len(codes) % TELL)
+            if (index + 1) % ADVANCE == 0:
+                task.advance(ADVANCE)
+        task.advance(len(codes) % ADVANCE)
     return bad
 
 
 def summary_of(config: FilterConfig, decisions: Decisions, bad: int) -> JsonObject:
-    """Counts of rows: read, kept, dropped by every active filter, kept of every subset."""
+    """Return counts of rows: read, kept, dropped by every active filter, kept of every subset."""
     counts = np.bincount(decisions.codes, minlength=BAD + 1)
     stays = decisions.codes == STAYS
     rows = len(decisions.codes) - int(counts[BAD])
@@ -76,7 +76,7 @@ def summary_of(config: FilterConfig, decisions: Decisions, bad: int) -> JsonObje
 
 
 def _reasons(store: ChunkStore) -> Iterator[Reasons]:
-    """Why the scan dropped each row; nothing for one that it left."""
+    """Yield the reasons why the scan dropped each row, an empty list for a row that it left."""
     for findings in store:
         yield from (findings.reasons.get(index, []) for index in range(len(findings.codes)))
 
@@ -91,7 +91,7 @@ def _comparison(decisions: Decisions, index: int, places: Mapping[int, str]) -> 
 
 
 def _with_reasons(columns: JsonMapping, reasons: Reasons, every: bool) -> JsonObject:
-    """A dropped row with its first reason; columns of the same names in the row itself are kept next to it."""
+    """Return a dropped row with its first reason; the row's own columns of these names get the suffix `_of_row`."""
     ours: JsonObject = {"reason": reasons[0][0], "detail": reasons[0][1]}
     if every:
         ours["reasons"] = [{"reason": name, "detail": detail} for name, detail in reasons]

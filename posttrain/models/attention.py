@@ -1,13 +1,13 @@
 """Attention masks and the KV cache of sampler and scorer: built once per batch, then sliced or written in place.
 
-transformers rebuilds both masks in every forward and concatenates the whole cache for every token. For small models
-the first costs more than the network, for large ones the second copies gigabytes. What is allowed is the same:
+transformers rebuilds both masks in every forward pass and concatenates the whole cache for every token. For small
+models the masks cost more than the network, for large ones the cache copies gigabytes. The allowed keys are the same:
 
     global layer: key column <= query column;   local layer: also key column > query column - window
     (Gemma 2 report, 2408.00118, section 2: local and global layers alternate)
 
 The masks are additive: 0 where attention is allowed, the lowest finite number elsewhere, so that a padded query without
-any key stays finite. Only eager and sdpa attention take them.
+any key stays finite. Only eager and sdpa attention accept them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gemma2.core.errors import InputError
 
-from .protocols import CausalLM, ModelConfig
+from .protocols import ModelConfig, Network
 
 __all__ = [
     "Masks",
@@ -39,16 +39,16 @@ Masks = Tensor | dict[str, Tensor]
 GROWTH = 64  # token columns added when the cache is full
 
 
-def check_attention(model: CausalLM) -> None:
-    """Raise InputError for an attention back end that takes no additive mask."""
+def check_attention(model: Network) -> None:
+    """Raise InputError for an attention back end that does not accept additive masks."""
     name = getattr(model.config, "_attn_implementation", "eager")
     if name not in ("eager", "sdpa"):
-        raise InputError(f"'{name}' attention takes no prebuilt mask", "load the model with eager attention")
+        raise InputError(f"'{name}' attention does not accept prebuilt masks", "load the model with eager attention")
 
 
 @contextmanager
-def taking_masks(model: CausalLM) -> Iterator[None]:
-    """Eager attention while the context is open, where the model was loaded with one that takes no additive mask."""
+def taking_masks(model: Network) -> Iterator[None]:
+    """Switch to eager attention while the context is open if the model's own does not accept additive masks."""
     name = getattr(model.config, "_attn_implementation", "eager")
     if name in ("eager", "sdpa"):
         yield
@@ -61,7 +61,7 @@ def taking_masks(model: CausalLM) -> Iterator[None]:
 
 
 def layer_windows(config: ModelConfig) -> list[int | None]:
-    """The window of each layer in tokens, None where it is global."""
+    """Return the window of each layer in tokens, None for a global layer."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -70,14 +70,14 @@ def layer_windows(config: ModelConfig) -> list[int | None]:
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `allowed`, the lowest finite value of `dtype` elsewhere."""
+    """Return 0 where `allowed`, the lowest finite value of `dtype` elsewhere."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def layer_masks(config: ModelConfig, mask: Tensor) -> Masks:
-    """The `attention_mask` argument of a model, from the mask (B, 1, Q, K) of a global layer.
+    """Return the `attention_mask` that a model expects, from the mask (B, 1, Q, K) of a global layer.
 
-    A mapping by layer kind where local and global layers mix, else one tensor.
+    A mapping by layer kind if the model mixes local and global layers, else one tensor.
     """
     windows = set(layer_windows(config))
     if windows == {None}:
@@ -90,9 +90,9 @@ def layer_masks(config: ModelConfig, mask: Tensor) -> Masks:
 
 
 def windowed(mask: Tensor, window: int) -> Tensor:
-    """The mask of a local layer: a query sees its own column and the window - 1 before it.
+    """Return the mask of a local layer: a query sees its own column and the window - 1 before it.
 
-    One query: the last `window` columns, which is what `KvLayer` hands out. Several: all columns, the far ones masked.
+    One query: the last `window` columns, the same that `KvLayer` returns. Several: all columns, the far ones masked.
     """
     queries, columns = mask.shape[-2:]
     if queries == 1:
@@ -104,13 +104,13 @@ def windowed(mask: Tensor, window: int) -> Tensor:
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
 
 
-def causal_masks(model: CausalLM, width: int) -> Masks:
-    """Masks (1, 1, width, width) of rows without padding on the left; what follows a row's end it cannot see."""
+def causal_masks(model: Network, width: int) -> Masks:
+    """Return masks (1, 1, width, width) for rows without left padding; a row cannot see beyond its end."""
     return padded_masks(model, torch.ones(1, width, dtype=torch.bool, device=model.device))
 
 
-def padded_masks(model: CausalLM, present: Tensor) -> Masks:
-    """Masks (B, 1, T, T) from present (B, T) bool, False on padding of either side."""
+def padded_masks(model: Network, present: Tensor) -> Masks:
+    """Return masks (B, 1, T, T) from present (B, T) bool, False on padding of either side."""
     check_attention(model)
     column = torch.arange(present.shape[1], device=present.device)
     past = column <= column[:, None]  # (T, T), row = query
@@ -118,14 +118,14 @@ def padded_masks(model: CausalLM, present: Tensor) -> Masks:
 
 
 def empty_cache(config: ModelConfig) -> Cache:
-    """A cache for decoding, one `KvLayer` per layer."""
+    """Return a cache for decoding, one `KvLayer` per layer."""
     return Cache(layers=[KvLayer(window) for window in layer_windows(config)])
 
 
-class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed
+class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """Keys and values of one layer, (B, heads, capacity, head_dim), grown in blocks and written in place.
 
-    A local layer keeps all columns and hands out the last `window` of them.
+    A local layer keeps all columns and returns the last `window` of them.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -137,7 +137,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # the library is not type
         self.values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the prefill as it is."""
+        """Store the keys and values of the prefill, without a copy."""
         self.keys, self.values = key_states, value_states
         self.length = key_states.shape[2]
         self.is_initialized = True
@@ -145,7 +145,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # the library is not type
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, Q, head_dim) and return what the queries may see."""
+        """Append (B, heads, Q, head_dim) and return the keys and values that the queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return self.keys, self.values
@@ -162,22 +162,22 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # the library is not type
         self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_seq_length(self) -> int:
-        """Columns written so far."""
+        """Return the number of columns written so far."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns that `update` returns."""
+        """Return length and offset of the columns that `update` returns."""
         total = self.length + query_length
         offset = max(0, total - self.window) if self.window is not None and self.is_initialized else 0
         return total - offset, offset
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: no limit."""
         return -1
 
 
 def _grown(tensor: Tensor, used: int) -> Tensor:
-    """Room for more columns; the first `used` are kept."""
+    """Return a copy with room for more columns; the first `used` are kept."""
     batch, heads, capacity, dim = tensor.shape
     grown = tensor.new_empty(batch, heads, capacity + max(GROWTH, capacity // 4), dim)
     grown[:, :, :used] = tensor[:, :, :used]

@@ -5,17 +5,17 @@
     entropy_i = log sum exp x_i - p_i x_i                     soft cap: Gemma 2 report (2408.00118), section 2
 
 T is the temperature of sampling. The weights w carry no gradient: a constant in SFT, the advantage of its sequence in
-RL. The logits of a chunk exist once: their gradient replaces them, and goes into the gradients of h and W before the
+RL. The logits of a chunk exist once: their gradient replaces them and is added to the gradients of h and W before the
 next chunk is formed. So the head costs three matrix products, where a loss that forms its logits again in the backward
-pass costs four. Everything between the products is done a tile of rows at a time, which stays in the caches.
+pass costs four. Everything between the products is done on tiles of rows, which stay in the caches.
 
-Deviation from TRL 1.16, whose head scores every position without Triton: only targets are scored. Gradients
+Deviation from TRL 1.16, whose head scores every position if Triton is missing: only targets are scored. Gradients
 agree to rounding (tests/posttrain/models/test_cross_entropy.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ __all__ = ["plain_head", "summed_cross_entropy", "target_logps", "weighted_cross
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32,
 ROWS = 128  # but no fewer rows: each chunk reads W and writes its gradient once
-TILE = 2**22  # of them between two products: 16 MiB
-# What other architectures do to their logits besides a soft cap. Without effect at 1.
+TILE = 2**22  # logits processed at once between two products: 16 MiB
+# Factors that other architectures apply to their logits besides a soft cap. Without effect at 1.
 SCALINGS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def plain_head(model: CausalLM) -> bool:
-    """Whether the logits of a causal LM are `c(W h)` and nothing else: no bias, no further scaling, no adapter."""
+    """Whether the logits of a causal LM are exactly `c(W h)`: no bias, no further scaling, no adapter."""
     head = model.get_output_embeddings()
     scaled = any(getattr(model.config, name, None) not in (None, 1) for name in SCALINGS)
     return isinstance(head, torch.nn.Linear) and head.bias is None and not scaled
@@ -42,9 +42,9 @@ def plain_head(model: CausalLM) -> bool:
 def summed_cross_entropy(
     model: CausalLM, hidden: Tensor, targets: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale * sum of -log pi, fp32 nats, with gradient; log pi (N,) fp32 nats; whether each target is the mode (N,)).
+    """Return (scale * sum of -log pi, with gradient; log pi (N,); whether each target is the mode (N,)); fp32 nats.
 
-    hidden: last hidden states (N, d); targets: (N,) ids. `model` has a `plain_head`.
+    hidden: last hidden states (N, d); targets: (N,) ids. `model` must have a `plain_head`.
     """
     weights = torch.full((len(targets),), scale, dtype=_exact(hidden), device=hidden.device)
     loss, logps, hits, _ = _apply(model, hidden, targets, weights, 1.0, False)
@@ -54,10 +54,10 @@ def summed_cross_entropy(
 def weighted_cross_entropy(
     model: CausalLM, hidden: Tensor, targets: Tensor, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of -weight * log pi, with gradient in the states and the head; log pi (N,) and entropies (N,), nats).
+    """Return (sum of -weight * log pi, with gradient in the states and the head; log pi (N,); entropies (N,)), in nats.
 
-    hidden: last hidden states (N, d); targets: (N,) ids; weights: (N,). `model` has a `plain_head`. fp32, or fp64 where
-    the states are.
+    hidden: last hidden states (N, d); targets: (N,) ids; weights: (N,). `model` must have a `plain_head`. fp32, or fp64
+    for states in fp64.
     """
     loss, logps, _, entropies = _apply(model, hidden, targets, weights, temperature, True)
     return loss, logps, entropies
@@ -65,12 +65,12 @@ def weighted_cross_entropy(
 
 @torch.no_grad()
 def target_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log pi (N,) of `targets`, nats, without gradient. Arguments as above."""
+    """Return log pi (N,) of `targets`, nats, without gradient. Arguments as above."""
     return _apply(model, hidden, targets, hidden.new_ones(len(targets)), temperature, False)[1]
 
 
 class _Form(NamedTuple):
-    """The constants of a call. `learns`: gradients are wanted, which needs_input_grad does not know under no_grad."""
+    """The constants of a call. `learns`: gradients are wanted; needs_input_grad does not respect no_grad."""
 
     cap: float | None
     temperature: float
@@ -79,12 +79,12 @@ class _Form(NamedTuple):
 
     @property
     def before(self) -> float:
-        """The factor of the states before the product with W."""
+        """Return the factor of the states before the product with W."""
         return 1.0 / (self.temperature if self.cap is None else self.cap)
 
     @property
     def after(self) -> float:
-        """The factor of what comes out of the product and the tanh."""
+        """Return the factor of the result of product and tanh."""
         return 1.0 if self.cap is None else self.cap / self.temperature
 
 
@@ -95,19 +95,28 @@ def _apply(
         getattr(model.config, "final_logit_softcapping", None), temperature, entropies, torch.is_grad_enabled()
     )
     weight = model.get_output_embeddings().weight
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(hidden, weight, targets, weights, form)  # type: ignore[no-untyped-call]  # torch
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's own
+        hidden, weight, targets, weights, form
+    )
     return result
 
 
+class _CrossEntropyContext(Protocol):
+    """The gradients that the forward pass keeps for the backward pass, in addition to autograd's own members."""
+
+    needs_input_grad: tuple[bool, ...]
+    to_hidden: Tensor | None
+    to_weight: Tensor | None
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
 class _CrossEntropy(torch.autograd.Function):
+    """Loss, log-probs, hits and entropies of `_apply`, with the backward pass of the loss."""
+
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        form: _Form,
+        ctx: _CrossEntropyContext, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, form: _Form
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (form.learns and needed for needed in ctx.needs_input_grad[:2])
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -139,7 +148,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: _CrossEntropyContext, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden = ctx.to_hidden.mul_(upstream) if ctx.to_hidden is not None else None
         to_weight = ctx.to_weight.mul_(upstream) if ctx.to_weight is not None else None
         del ctx.to_hidden, ctx.to_weight
@@ -147,29 +156,29 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _exact(hidden: Tensor) -> torch.dtype:
-    """fp32, or fp64 where the states are: what sums over a vocabulary need."""
+    """Return the dtype that sums over a vocabulary need: fp32, or fp64 for states in fp64."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _tile(rows: int, vocabulary: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Memory for the probabilities of some rows."""
+    """Allocate memory for the probabilities of a tile of rows."""
     return like.new_empty(min(rows, max(1, TILE // vocabulary)), vocabulary, dtype=dtype)
 
 
 def _tile_of(
     raw: Tensor, targets: Tensor, form: _Form, space: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(log pi (n,) of the targets; whether each is the mode (n,); entropies (n,), or 0 where they are not asked for).
+    """Return (log pi (n,) of the targets; whether each is the mode (n,); entropies (n,), or 0 if not requested).
 
-    raw: (n, V) what came out of the product. With `gradient` it becomes the gradient of -sum log pi in W h / T.
+    raw: (n, V), the result of the product. With `gradient` it becomes the gradient of -sum log pi in W h / T.
     """
-    inner = raw.to(space.dtype)  # itself, unless the states are of half precision
+    inner = raw.to(space.dtype)  # `raw` itself, unless the states are of half precision
     if form.cap is not None:
         inner.tanh_()
     probs = torch.mul(inner, form.after, out=space[: len(inner)])
     chosen, mode = probs.gather(1, targets[:, None]).squeeze(1), probs.amax(-1)
     torch.softmax(probs, -1, out=probs)
-    # The mode's probability is never too small for a logarithm, as that of a target may be.
+    # The mode's probability is never too small for a logarithm; that of a target may be.
     total = mode - probs.amax(-1).log()  # log sum exp
     entropies = total - form.after * torch.linalg.vecdot(probs, inner) if form.entropies else 0.0
     if gradient:

@@ -5,16 +5,16 @@
                                                                            (Gemma 2 report, 2408.00118, section 2)
 
 A step of decoding is bound by the number of operations, not by arithmetic: on small models and on GPUs the modules cost
-several times what the matrices do. Here each query is one row (no length axis), q, k and v are one product, keys are
-shared by the query heads of their group without being repeated, and rotations come from a table that also holds the
-scale of the queries. Norms and softmax are in fp32, as in transformers. Nothing takes a gradient; prefill, training and
-every other architecture stay with transformers.
+several times as much as the matrices. Here each query is one row (no length axis), q, k and v are one product, keys are
+shared by the query heads of their group without being repeated, and rotations come from a table that also contains the
+scale of the queries. Norms and softmax are in fp32, as in transformers. No operation records a gradient; prefill,
+training and every other architecture use transformers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +26,19 @@ from .attention import KvLayer, layer_masks
 from .lora import adapters_are_products, weight_of
 from .protocols import CausalLM
 
+if TYPE_CHECKING:
+    from transformers import Gemma2Config
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
+
 __all__ = ["Gemma2Decoder"]
 
-WIDE = 16384  # tokens of a wide vocabulary
+WIDE = 16384  # tokens from which a vocabulary counts as wide
 
 
 class Gemma2Decoder:
-    """Steps one model from a prefilled cache, as long as its weights do not change. `length`: columns ever in use."""
+    """Decodes with one model from a prefilled cache while its weights do not change. `length`: columns at most."""
 
-    def __init__(self, model: CausalLM, length: int) -> None:
+    def __init__(self, model: Gemma2ForCausalLM, length: int) -> None:
         self.model = model
         self.config = model.config
         self.layers = [_Layer(layer) for layer in model.model.layers]
@@ -43,23 +47,23 @@ class Gemma2Decoder:
 
     @staticmethod
     def fits(model: CausalLM) -> bool:
-        """Whether `model` is a Gemma 2 as released: no biases, no other rotation or activation. Linear layers may hold
-        LoRA adapters, whose products are added to the weights for as long as the decoder lives."""
-        config = model.config
+        """Whether `model` is a Gemma 2 as released: no biases, no other rotation or activation. Linear layers may have
+        LoRA adapters; the decoder works on copies of the weights with their products added."""
+        config: Gemma2Config = model.config
         return (
             type(model) is Gemma2ForCausalLM
             and config.hidden_activation == "gelu_pytorch_tanh"
             and not config.attention_bias
             and config.rope_parameters.get("rope_type") == "default"
             and adapters_are_products(model)
-            and isinstance(model.lm_head, torch.nn.Linear)
+            and isinstance(model.get_output_embeddings(), torch.nn.Linear)
         )
 
     def _rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, heads + kv_heads, head_dim) of every position; the queries' carry the attention scale.
+        """Return cos and sin (length, heads + kv_heads, head_dim) of every position; queries: times the scale.
 
-        A rotation is x cos + swapped(x) sin, where swapped exchanges the halves of the last axis; the sign of the first
-        half is in the sine.
+        A rotation is x cos + swapped(x) sin, where swapped exchanges the halves of the last axis; the sine includes the
+        sign of the first half.
         """
         attention = self.layers[0].attention
         positions = torch.arange(length, device=self.model.device)[None]
@@ -70,9 +74,9 @@ class Gemma2Decoder:
         return (cos[0][:, None] * scale).to(cos.dtype), (sin[0][:, None] * scale).to(cos.dtype)
 
     def step(self, cache: Cache, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Logits (B, V) fp32 after one more token per row.
+        """Return logits (B, V) fp32 after one more token per row.
 
-        tokens: (B,); positions: (B,), counted without padding; mask: (B, 1, 1, K) additive, K columns with the new one.
+        tokens: (B,); positions: (B,), counted without padding; mask: (B, 1, 1, K) additive, K includes the new column.
         """
         masks = layer_masks(self.config, mask)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, heads + kv_heads, head_dim)
@@ -85,9 +89,9 @@ class Gemma2Decoder:
 
 
 def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (B, d) times weight (V, d) transposed.
+    """Return hidden (B, d) times weight (V, d) transposed.
 
-    For a few rows and a wide vocabulary the other order is up to twice as fast on a CPU (4 to 15 rows, measured).
+    For few rows and a wide vocabulary the other order is up to twice as fast on a CPU (4 to 15 rows, measured).
     """
     if hidden.device.type == "cpu" and 4 <= len(hidden) < 16 and len(weight) >= WIDE and hidden.dtype == weight.dtype:
         return torch.mm(weight, hidden.T).T.contiguous()
@@ -97,23 +101,23 @@ def _head(hidden: Tensor, weight: Tensor) -> Tensor:
 class _Norm:
     """RMSNorm with the scale 1 + w."""
 
-    def __init__(self, norm: Any) -> None:  # noqa: ANN401
+    def __init__(self, norm: Gemma2RMSNorm) -> None:
         size = norm.weight.shape[0]
         # x / sqrt(mean(x^2) + eps) (1 + w) = x / sqrt(|x|^2 + d eps) sqrt(d) (1 + w): one reduction and no division.
         self.scale = (1.0 + norm.weight.float()) * math.sqrt(size)
         self.floor = self.scale.new_tensor(norm.eps * size)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (B, d), normalised in fp32."""
+        """Return x (B, d), normalised in fp32."""
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         return (wide * torch.addcmul(self.floor, length, length).rsqrt_()).mul_(self.scale).to(x.dtype)
 
 
 class _Layer:
-    """One block: its q, k and v weights side by side, everything else the module's own, products of adapters added."""
+    """One block: q, k and v weights concatenated, the other weights from the module; products of adapters are added."""
 
-    def __init__(self, layer: Any) -> None:  # noqa: ANN401
+    def __init__(self, layer: Gemma2DecoderLayer) -> None:
         self.attention, mlp = layer.self_attn, layer.mlp
         self.qkv = torch.cat([weight_of(getattr(self.attention, f"{name}_proj")) for name in "qkv"])
         self.out = weight_of(self.attention.o_proj)
@@ -130,7 +134,10 @@ class _Layer:
         self.groups = self.attention.num_key_value_groups
 
     def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
-        """hidden: (B, d); cos, sin: (B, heads + kv_heads, head_dim); mask: (B, 1, 1, K). Appends to `kv`."""
+        """Return the block's output (B, d) and append to `kv`.
+
+        hidden: (B, d); cos, sin: (B, heads + kv_heads, head_dim); mask: (B, 1, 1, K).
+        """
         attended = self._attend(self.before_attention(hidden), cos, sin, mask, kv)
         hidden = hidden + self.after_attention(attended)
         inner = self.before_mlp(hidden)

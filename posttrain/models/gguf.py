@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its plain metadata and the number of its parameters. Torch-free, one pass, no tensor read.
+"""The header of a GGUF file: plain metadata and the number of parameters. Torch-free, one pass, no tensor is read.
 
     magic "GGUF", version, tensors, entries, entries x (key, type, value), tensors x (name, shape, type, offset)
 
-Little-endian, versions 2 and 3 (the `docs/gguf.md` of ggml). Arrays, so the vocabulary, are skipped.
+Little-endian, versions 2 and 3 (`docs/gguf.md` of ggml). Arrays, such as the vocabulary, are skipped.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 
 __all__ = ["GgufHeader", "read_header"]
 
-# Type number of a value -> struct format. 8 is a text, 9 an array.
+# Type number of a value -> struct format; 8 is a text, 9 an array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 
@@ -33,7 +33,7 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises InputError if it is not one, is cut off, or has an unknown version."""
+    """Read the header of a GGUF file. Raises InputError if it is not one, is cut off or has an unknown version."""
     try:
         with path.open("rb") as file:
             return _Header(file).read()
@@ -44,7 +44,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _Header:
-    """A cursor over the header. Lengths are checked against the file, so that a torn one asks for no memory."""
+    """A cursor over the header. Lengths are checked against the file, so that a torn file cannot exhaust memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -53,13 +53,13 @@ class _Header:
     def read(self) -> GgufHeader:
         if self._bytes(4) != b"GGUF":
             raise ValueError("no GGUF magic")
-        version = self._number("I")
+        version = self._integer("I")
         if version not in (2, 3):
             raise ValueError(f"version {version}")
-        tensors, entries = self._number("Q"), self._number("Q")
-        metadata = {}
+        tensors, entries = self._integer("Q"), self._integer("Q")
+        metadata: JsonObject = {}
         for _ in range(entries):
-            key, kind = self._text(), self._number("I")
+            key, kind = self._text(), self._integer("I")
             value = self._value(kind)
             if kind != ARRAY:
                 metadata[key] = value
@@ -70,33 +70,39 @@ class _Header:
             raise ValueError(f"ends at byte {self.size}, in the middle of its header")
         return self.file.read(count)
 
-    def _number(self, code: str) -> Any:  # noqa: ANN401
-        return struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))[0]
+    def _number(self, code: str) -> int | float | bool:
+        value: int | float | bool = struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))[0]
+        return value
+
+    def _integer(self, code: Literal["I", "Q"]) -> int:
+        return int(self._number(code))
 
     def _text(self) -> str:
-        return self._bytes(self._number("Q")).decode("utf-8")
+        return self._bytes(self._integer("Q")).decode("utf-8")
 
-    def _value(self, kind: int) -> Any:  # noqa: ANN401
+    def _value(self, kind: int) -> int | float | bool | str | None:
+        """Return the next value; arrays are skipped and give None."""
         if kind == TEXT:
             return self._text()
         if kind == ARRAY:
-            return self._skip_array()
+            self._skip_array()
+            return None
         if kind not in NUMBERS:
             raise ValueError(f"value type {kind}")
         return self._number(NUMBERS[kind])
 
     def _skip_array(self) -> None:
-        kind, length = self._number("I"), self._number("Q")
+        kind, length = self._integer("I"), self._integer("Q")
         if kind in NUMBERS:
             self._bytes(length * struct.calcsize(f"<{NUMBERS[kind]}"))
         else:
             for _ in range(length):
-                self._bytes(self._number("Q")) if kind == TEXT else self._value(kind)
+                self._bytes(self._integer("Q")) if kind == TEXT else self._value(kind)
 
     def _tensor(self) -> int:
-        """Elements of the next tensor."""
+        """Return the number of elements of the next tensor."""
         self._text()
-        dimensions = self._number("I")
-        shape = [self._number("Q") for _ in range(dimensions)]
+        dimensions = self._integer("I")
+        shape = [self._integer("Q") for _ in range(dimensions)]
         self._bytes(4 + 8)  # type and offset
         return math.prod(shape)

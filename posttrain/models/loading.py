@@ -1,6 +1,6 @@
-"""Loading and saving of models and tokenizers, with the checks that transformers leaves to a warning.
+"""Loading and saving of models and tokenizers; errors where transformers only warns.
 
-Weights come from safetensors only; a tensor that the checkpoint lacks is an error, never a random initialisation.
+Weights are read from safetensors only; a tensor missing from the checkpoint is an error, never initialised at random.
 Attention is eager by default: `sdpa` has no soft cap and Gemma 2 refuses it (Gemma 2 report, section 2).
 """
 
@@ -10,22 +10,18 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
+from gemma2.posttrain.data.tokenizer import Tokenizer
+
+from .protocols import CausalLM, Network, RewardNetwork
 
 __all__ = [
     "check_attention",
@@ -43,12 +39,12 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """Return the accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_config(path: Path) -> JsonObject:
-    """config.json of a model directory. Raises InputError for what cannot or must not be loaded."""
+    """Read config.json of a model directory. Raises InputError for a model that cannot or must not be loaded."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -59,58 +55,62 @@ def read_config(path: Path) -> JsonObject:
         raise InputError(f"{path}/config.json is not a JSON object", "restore the file")
     if "auto_map" in config:
         raise InputError(
-            f"{path}/config.json asks for code of the model (auto_map)", "use a model that transformers has"
+            f"{path}/config.json asks to run its own code (auto_map)", "use a model that transformers supports"
         )
     shards = weight_files(path)
     if not shards:
         raise InputError(f"{path} holds no *.safetensors", "convert the weights to safetensors first")
     for shard in shards:
-        read_header(shard)  # names file and cause, which the library's own errors do not
+        read_header(shard)  # its errors name file and cause, the library's errors do not
     return config
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory, with a pad token that is not the eos: that one would hide real ends."""
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer of a model directory, with a pad token other than eos: padding with eos would hide real ends.
+
+    Raises InputError if the directory has no tokenizer, or the tokenizer no token for padding.
+    """
     if not any((path / name).is_file() for name in VOCABULARIES):  # transformers would make one up
-        raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files to the weights")
+        raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files next to the weights")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"no tokenizer can be loaded from {path}", "copy the tokenizer files to the weights"
+            f"no tokenizer can be loaded from {path}", "copy the tokenizer files next to the weights"
         ) from error
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # Padding is masked everywhere, so any id that is never generated serves.
+        # Padding is masked everywhere, so any id that is never generated will do.
         named = "<pad>" if "<pad>" in tokenizer.get_vocab() else None
         others = (named, tokenizer.unk_token, tokenizer.bos_token)
         tokenizer.pad_token = next((token for token in others if token not in (None, tokenizer.eos_token)), None)
     if tokenizer.pad_token_id is None:
         raise InputError(
-            f"the tokenizer of {path} has no token to pad with", "add a pad_token to tokenizer_config.json"
+            f"the tokenizer of {path} has no token for padding", "add a pad_token to tokenizer_config.json"
         )
     return tokenizer
 
 
 def check_attention(name: str) -> None:
-    """Raise UsageError for an attention back end that cannot train here."""
+    """Raise UsageError for an attention back end that cannot train on this machine."""
     found = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     if name == "eager":
         return
     if not torch.cuda.is_available():
-        raise UsageError(f"--attention {name} needs a GPU, and this machine has none", "use eager")
+        raise UsageError(f"--attention {name} needs a GPU, but no GPU was found", "use eager")
     if name in found and not found[name]():
         package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[name]
         raise UsageError(f"--attention {name} needs the package {package}", f"pip install {package}, or use eager")
 
 
 def _load(
-    factory: Any,  # noqa: ANN401
+    factory: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
     path: Path,
     dtype: torch.dtype,
     allowed_missing: tuple[str, ...] = (),
     attention: str = "eager",
     **options: object,
-) -> Any:  # noqa: ANN401
+) -> PreTrainedModel:
+    """Load a model with transformers. Raises InputError for missing and unknown tensors, except `allowed_missing`."""
     read_config(path)
     try:
         model, report = factory.from_pretrained(
@@ -139,8 +139,8 @@ def _load(
 
 def load_policy(
     path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None, attention: str = "eager"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer, in eval mode. `device`: the accelerator where there is one.
+) -> tuple[CausalLM, Tokenizer]:
+    """Load a causal LM, in eval mode, and its tokenizer. `device`: by default the accelerator if there is one.
 
     Raises InputError if the directory is not a model, or tensors are missing, unknown or of the wrong shape.
     """
@@ -153,8 +153,8 @@ def load_policy(
 
 def load_reward_model(
     path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model: a sequence classifier with one output, in eval mode, and its tokenizer."""
+) -> tuple[RewardNetwork, Tokenizer]:
+    """Load a reward model, a sequence classifier with one output, in eval mode, and its tokenizer."""
     config = read_config(path)
     if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
         raise InputError(f"{path} is not a reward model", "train one with gemma2 reward")
@@ -166,10 +166,8 @@ def load_reward_model(
     return model.to(device or default_device()).eval(), tokenizer
 
 
-def init_reward_model(
-    path: Path, seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model on the backbone of a language model; the head is drawn from `seed` (WARM, section 2)."""
+def init_reward_model(path: Path, seed: int, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+    """Build a reward model on the backbone of a language model; the head is drawn from `seed` (WARM, section 2)."""
     torch.manual_seed(seed)
     model = _load(AutoModelForSequenceClassification, path, dtype, allowed_missing=("score.",), num_labels=1)
     tokenizer = load_tokenizer(path)
@@ -177,7 +175,7 @@ def init_reward_model(
     return model.to(default_device()), tokenizer
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_model(model: Network, tokenizer: Tokenizer, directory: Path) -> None:
     """Write config, weights, generation config and tokenizer; files get the modes that the umask gives."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -193,7 +191,7 @@ def open_to_readers(directory: Path) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the terminal: progress and warnings are ours to show."""
+    """Turn off the libraries' progress bars and warnings; the commands show their own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for name in ("trl", "accelerate", "datasets", "peft"):

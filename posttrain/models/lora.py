@@ -1,7 +1,7 @@
 """Low-rank adaptation by peft: W + (alpha / rank) B A, with B = 0 at the start (Hu et al., 2106.09685).
 
-The output is the plain model, products added to weights, or the adapter alone in peft's layout, which `gemma2 merge`
-reads together with its base.
+The output is the plain model with the products added to its weights, or the adapter alone in peft's layout, which
+`gemma2 merge` reads together with its base.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
 
 from gemma2.core.errors import UsageError
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.config import closest
 
 from .loading import open_to_readers
-from .protocols import CausalLM
+from .protocols import CausalLM, Network
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
 
 __all__ = [
     "adapted_weights",
@@ -40,8 +41,11 @@ __all__ = [
 ]
 
 
+N = TypeVar("N", bound=Network)
+
+
 def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig | None:
-    """peft's configuration, or None when `lora_rank` is 0. The head of a classifier is trained in full."""
+    """Return peft's configuration, None if `lora_rank` is 0. The head of a classifier is trained in full."""
     if config.lora_rank == 0:
         return None
     from peft import LoraConfig
@@ -56,9 +60,11 @@ def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Lo
     )
 
 
-def check_targets(config: LoraFields, model: CausalLM) -> None:
-    """Refuse target names that no linear layer of the model ends with, and the output head, whose adapter would be
-    trained by some losses and not by others; that of a classifier is trained in full."""
+def check_targets(config: LoraFields, model: Network) -> None:
+    """Refuse target names that match no linear layer of the model, and the output head.
+
+    An adapter of the head would be trained by some losses and not by others; a classifier's head is trained in full.
+    """
     heads = [
         model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None,
         getattr(model, "score", None),
@@ -74,18 +80,20 @@ def check_targets(config: LoraFields, model: CausalLM) -> None:
             raise UsageError(f"--lora-targets: no linear layer is named '{target}'", closest(target, known))
 
 
-def merged(model: CausalLM) -> CausalLM:
-    """The plain model: LoRA products added to their weights, in the dtype of the weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def merged(model: N) -> N:
+    """Return the plain model with the LoRA products added to its weights, in the dtype of the weights."""
+    plain: N = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return plain
 
 
-def plain_model(model: CausalLM) -> CausalLM:
-    """The causal LM inside an adapter, whose layers are in it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def plain_model(model: N) -> N:
+    """Return the model inside peft's wrapper; its layers include the adapters."""
+    plain: N = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return plain
 
 
-def adapted_weights(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain model, W + (alpha / rank) B A in fp32) of every adapted weight, one after the other.
+def adapted_weights(model: Network) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in the plain model, W + (alpha / rank) B A in fp32) of every adapted weight.
 
     model: a causal LM with adapters in its layers, inside or outside peft's wrapper.
     """
@@ -94,24 +102,24 @@ def adapted_weights(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.weight", _product_added(module, torch.float32)
 
 
-def weight_of(linear: Any) -> Tensor:  # noqa: ANN401
-    """The weight of a linear layer, with the product of its adapter added where it has one, in the weight's dtype."""
+def weight_of(linear: nn.Linear) -> Tensor:
+    """Return the weight of a linear layer, with the product of its adapter added if it has one, in the same dtype."""
     if not hasattr(linear, "lora_A"):
-        weight: Tensor = linear.weight
-        return weight
-    return _product_added(linear, linear.get_base_layer().weight.dtype)
+        return linear.weight
+    adapted: LoraLayer = linear
+    return _product_added(adapted, adapted.get_base_layer().weight.dtype)
 
 
-def _product_added(layer: Any, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
+def _product_added(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     (adapter,) = layer.active_adapters
-    weight = layer.get_base_layer().weight.detach().float()
-    result: Tensor = (weight + layer.get_delta_weight(adapter).detach().float()).to(dtype)
-    return result
+    weight: Tensor = layer.get_base_layer().weight.detach().float()
+    product: Tensor = layer.get_delta_weight(adapter).detach().float()
+    return (weight + product).to(dtype)
 
 
-def adapters_are_products(model: CausalLM) -> bool:
-    """Whether every adapter in a model is one of W + s B A on a linear layer, and switched on."""
-    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+def adapters_are_products(model: Network) -> bool:
+    """Whether every adapter in a model has the form W + s B A on a linear layer and is switched on."""
+    adapted: list[LoraLayer] = [module for module in model.modules() if hasattr(module, "lora_A")]
     if not adapted:
         return True
     from peft.tuners.lora import Linear
@@ -126,21 +134,21 @@ def adapters_are_products(model: CausalLM) -> bool:
     )
 
 
-def sharing_copy(model: CausalLM) -> CausalLM:
-    """A second model on the same parameters: separate modules, no memory. For weights that stay as they are."""
+def sharing_copy(model: N) -> N:
+    """Return a second model on the same parameters: separate modules, no memory for weights, which must not change."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def merged_copy(base: CausalLM, model: CausalLM) -> CausalLM:
-    """The plain model of one with adapters, next to it: products added to weights, everything else shared with `base`.
+def merged_copy(base: N, model: Network) -> N:
+    """Return a plain copy of a model with adapters: products added to weights, everything else shared with `base`.
 
     base: `sharing_copy` of the model from before it had adapters.
     """
     return with_weights(base, adapted_weights(model))
 
 
-def with_weights(base: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> CausalLM:
-    """A model that shares everything with `base` but these weights, by name."""
+def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
+    """Return a model that shares everything with `base` except these weights, given by name."""
     plain = sharing_copy(base)
     for name, weight in weights:
         module, _, leaf = name.rpartition(".")
@@ -148,9 +156,9 @@ def with_weights(base: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> Causa
     return plain
 
 
-def save_adapter(model: CausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_adapter(model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path) -> None:
     """Write the adapter in peft's layout, and the tokenizer it was trained with."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     open_to_readers(directory)
-    (directory / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
+    (directory / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form

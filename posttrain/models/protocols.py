@@ -1,21 +1,24 @@
-"""The members that the suite uses of transformers' causal LMs and reward models, for type checkers.
+"""Protocols of transformers' causal LMs and reward models, with the members that the suite uses, for type checkers.
 
-transformers is not typed, so a model that it loads is checked against these protocols and not against its classes. A
-member is listed when the suite uses it; nothing here exists at run time.
+transformers is not typed, so a loaded model is checked against these protocols and not against its own class. Nothing
+here exists at run time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from gemma2.core.json_files import JsonObject
 
-__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CausalLM", "GenerationSettings", "ModelConfig", "Network", "RewardNetwork"]
 
 
 class ModelConfig(Protocol):
@@ -33,10 +36,10 @@ class ModelConfig(Protocol):
     attention_bias: bool
     final_logit_softcapping: float | None
     pad_token_id: int | None
-    _attn_implementation: str
+    _attn_implementation: str  # attention back end: eager, sdpa, ...
 
     def to_dict(self) -> JsonObject:
-        """The configuration as it is written to config.json."""
+        """Return the content of config.json."""
         ...
 
 
@@ -53,10 +56,7 @@ class Network(Protocol):
 
     config: ModelConfig
     training: bool
-    # The backbone: its members differ between architectures, and the code that reads them checks for them first.
-    model: Any
-    base_model: Any
-    score: nn.Linear  # of a sequence classifier: its output is the reward
+    is_activation_checkpointing: bool
 
     @property
     def device(self) -> torch.device:
@@ -68,60 +68,62 @@ class Network(Protocol):
         """Dtype of the parameters."""
         ...
 
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The network without its head."""
+        ...
+
+    # Any: transformers' output object depends on the keyword arguments.
     def __call__(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
-        """The forward pass; transformers' output object depends on the keyword arguments."""
+        """Run the forward pass."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter."""
+        """Yield every parameter."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter with its name."""
+        """Yield every parameter with its name."""
         ...
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module with its name."""
+        """Yield every module with its name."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module."""
+        """Yield every module."""
         ...
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of that name."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name."""
-        ...
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding, weight (vocabulary, hidden)."""
-        ...
-
-    def eval(self) -> Self:
-        """Switch dropout off."""
-        ...
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch dropout on or off."""
-        ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Train or freeze all parameters."""
-        ...
-
-    def float(self) -> Self:
-        """Cast to fp32, in place."""
-        ...
-
-    def bfloat16(self) -> Self:
-        """Cast to bf16, in place."""
+        """Return the parameter with a dotted name."""
         ...
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module of that name."""
+        """Return the module with a dotted name."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by name."""
+        ...
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the embedding, weight (vocabulary, hidden)."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Move the parameters to a device and return the network."""
+        ...
+
+    def eval(self) -> Self:
+        """Switch dropout off and return the network."""
+        ...
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout on or off and return the network."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Train or freeze all parameters and return the network."""
         ...
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
@@ -137,9 +139,15 @@ class CausalLM(Network, Protocol):
     is_activation_checkpointing: bool
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The output head, weight (vocabulary, hidden)."""
+        """Return the output head, weight (vocabulary, hidden)."""
         ...
 
     def generate(self, *args: object, **kwargs: object) -> Tensor:
-        """Sampled token ids, (batch, tokens) int64, the prompt included."""
+        """Return sampled token ids, (batch, tokens) int64, the prompt included."""
         ...
+
+
+class RewardNetwork(Network, Protocol):
+    """A sequence classifier with one output: `__call__` gives logits (batch, 1)."""
+
+    score: nn.Linear

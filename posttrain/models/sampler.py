@@ -4,15 +4,15 @@
 
 Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
 the batch and the cache as soon as they end. Drawing inverts the distribution function on float64 uniforms that are all
-taken from the generator beforehand, one per token slot, so what a row draws depends on neither the batch size nor
+taken from the generator beforehand, one per token slot, so the draws of a row depend on neither the batch size nor
 the other rows. Gemma 2 decodes through `decoder.py`, other architectures through transformers.
 
-Log-probs belong to the distribution that was sampled from, softmax(logits / temperature) over the full vocabulary.
-That is the policy of the RL objective, so they serve as its log pi without a second forward. Under top-p or top-k they
-still describe the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
+Log-probs belong to the sampled distribution, softmax(logits / temperature) over the full vocabulary. That is the policy
+of the RL objective, so they serve as its log pi without a second forward pass. Under top-p or top-k they still describe
+the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
 
-Prefill and decoding take masks that are made here, so a model that was loaded with flash or flex attention decodes with
-eager attention.
+Prefill and decoding use prebuilt masks, so a model that was loaded with flash or flex attention decodes with eager
+attention.
 
 Deviation from `transformers.generate`: none in the greedy tokens (test_sampler.py, with left padding, a sliding window
 shorter than the sequence and both soft caps).
@@ -31,19 +31,19 @@ from gemma2.core.errors import InputError
 
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks, taking_masks
 from .decoder import Gemma2Decoder
-from .protocols import CausalLM
+from .protocols import CausalLM, Network
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
 
-RANKED = 1024  # tokens that top-p looks at first
-WIDE = 4096  # vocabularies from here on are searched in blocks
+RANKED = 1024  # tokens that top-p ranks first
+WIDE = 4096  # vocabularies of this size and more are searched in blocks
 BLOCK = 512  # tokens
 TILE = 2**22  # logits at once: 16 MiB, which stay in the caches
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The settings of sampling. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole."""
+    """How to draw. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -56,10 +56,10 @@ class SamplingParams:
 class Completions:
     """Samples in prompt-major order: the n of prompt 0 first.
 
-    ids: tokens of each completion, with the stop token where one was drawn.
+    ids: tokens of each completion, including the stop token if one was drawn.
     logps: nats, log pi(token) at the sampling temperature, one per token of `ids`.
-    truncated: True where the limit came before a stop token.
-    prompt_index: the prompt that each completion answers.
+    truncated: True if the limit came before a stop token.
+    prompt_index: index of the prompt that each completion answers.
     """
 
     ids: list[list[int]] = field(default_factory=list)
@@ -81,10 +81,9 @@ def sample(
 ) -> Completions:
     """Draw `params.n` completions for each prompt (token ids, no padding).
 
-    `generator` (CPU) decides every draw; its state is all that a resume needs. `uniforms` takes its place: what
-    `random_numbers` gave for these completions. `batch_size` counts completions; a
-    group is never split, so at least one whole group is in flight.
-    Raises InputError for an empty prompt.
+    `generator` (CPU) decides every draw; a resume needs only its state. `uniforms` replaces it by the numbers that
+    `random_numbers` returned for these completions. `batch_size` counts completions; a group is never split, so a batch
+    has at least one whole group. Raises InputError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
         raise InputError("a prompt has no tokens", "remove empty prompts")
@@ -106,20 +105,20 @@ def sample(
 
 
 def random_numbers(rows: int, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
-    """(rows, max_new) float64 in [0, 1): what `rows` completions are drawn with."""
+    """Return the uniforms (rows, max_new), float64 in [0, 1), that `rows` completions are drawn with."""
     return torch.rand(rows, params.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
 def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of `size`, longest first: little padding, and the largest batch shows at once if it fits."""
+    """Yield indices in batches of `size`, longest first: little padding, and lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 @contextmanager
-def evaluating(model: CausalLM) -> Iterator[None]:
-    """Dropout off, and gradient checkpointing with it (in training mode it would disable the cache)."""
+def evaluating(model: Network) -> Iterator[None]:
+    """Switch off dropout and gradient checkpointing, which would disable the cache, while the context is open."""
     training = model.training
     if training:
         model.eval()
@@ -139,9 +138,9 @@ def decode(
     pad_id: int,
     uniforms: Tensor,
 ) -> list[tuple[list[int], list[float], bool]]:
-    """One batch: (ids, logps, truncated) for each prompt; those that occur several times are prefilled once.
+    """Decode one batch: (ids, logps, truncated) for each prompt; repeated prompts are prefilled once.
 
-    uniforms: (rows, max_new) float64 in [0, 1), what each row draws with. `params.n` is not read.
+    uniforms: (rows, max_new) float64 in [0, 1), the random numbers of each row. `params.n` is not read.
     """
     with taking_masks(model):
         return _decode(model, prompts, params, stop_ids, pad_id, uniforms)
@@ -164,7 +163,7 @@ def _decode(
     logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
     lengths = torch.full((len(uniforms),), params.max_new_tokens, device=device)
     ended = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
-    live = torch.arange(len(uniforms), device=device)  # row numbers of what is still in the batch
+    live = torch.arange(len(uniforms), device=device)  # numbers of the rows that are still in the batch
     for t in range(params.max_new_tokens):
         drawn, logp = draw(batch.logits, uniforms[live, t], params)
         tokens[live, t], logps[live, t] = drawn, logp
@@ -187,10 +186,10 @@ def _decode(
 
 
 def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probs (B,) fp32 from logits (B, V) and one float64 uniform per row in [0, 1).
+    """Draw tokens (B,) with log-probs (B,) fp32 from logits (B, V) and one float64 uniform u per row in [0, 1).
 
-    The token is the first whose cumulative probability exceeds u: exact up to rounding, and one random number a row
-    where Gumbel-max takes V.
+    The token is the first whose cumulative probability exceeds u: exact up to rounding, with one random number per row
+    (Gumbel-max needs V).
     """
     if params.temperature == 0:
         tokens = logits.argmax(-1)
@@ -199,7 +198,7 @@ def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tens
         rows = max(1, TILE // logits.shape[1])
         drawn = [
             _draw_in_blocks(some, own, params.temperature)
-            for some, own in zip(logits.split(rows), uniforms.split(rows), strict=True)
+            for some, own in zip(torch.split(logits, rows), torch.split(uniforms, rows), strict=True)
         ]
         return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logps for _, logps in drawn])
     logits = logits if params.temperature == 1 else logits / params.temperature
@@ -211,7 +210,7 @@ def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tens
 
 
 def _draw_in_blocks(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`draw` over a wide vocabulary: first the block in which the cumulative probability exceeds u, then the token.
+    """Draw from a wide vocabulary: first the block in which the cumulative probability exceeds u, then the token.
 
     Only the sums of the blocks and one block per row are accumulated in float64; the rest is one pass in fp32.
     """
@@ -227,7 +226,7 @@ def _draw_in_blocks(logits: Tensor, uniforms: Tensor, temperature: float) -> tup
     block = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
     inside = masses[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double().cumsum(-1)
-    # The fp32 sum of a block may exceed its float64 sum by a rounding: stay below, at a token that has mass.
+    # The fp32 sum of a block may exceed its float64 sum by a rounding error: stay below it, at a token that has mass.
     rest = torch.minimum(target - before, _below(inside[:, -1:]))
     tokens = block * BLOCK + torch.searchsorted(inside, rest, right=True)
     logps = ((logits.gather(1, tokens) - mode) / temperature).double() - total.log()
@@ -235,20 +234,20 @@ def _draw_in_blocks(logits: Tensor, uniforms: Tensor, temperature: float) -> tup
 
 
 def _below(values: Tensor) -> Tensor:
-    """The next smaller numbers of positive ones."""
+    """Return the next smaller numbers of positive numbers."""
     return torch.nextafter(values, torch.zeros_like(values))
 
 
 def log_softmax_at(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token], (B,) fp32."""
+    """Return log softmax(logits)[token], (B,) fp32."""
     return torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None]).squeeze(1).float()
 
 
 def truncated_mass(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Zero what top-k and then top-p exclude; the most probable token always stays. probs: (B, V), not renormalised.
+    """Zero the tokens that top-k and then top-p exclude, never the most probable. probs: (B, V), not renormalised.
 
-    Top-k keeps every token that is as probable as the k-th. Top-p keeps the smallest set of most probable tokens whose
-    mass, of what top-k has left, reaches `top_p`.
+    Top-k keeps every token at least as probable as the k-th. Top-p keeps the smallest set of most probable tokens that
+    reaches the share `top_p` of the mass that top-k has left.
     """
     if params.top_k > 0:
         floor = probs.topk(min(params.top_k, probs.shape[1])).values[:, -1:]
@@ -264,9 +263,9 @@ def truncated_mass(probs: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _most_probable(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(probabilities, tokens) in falling order, as many as hold the mass `target` (B, 1) in every row.
+    """Return (probabilities, tokens) in falling order, enough of them for the mass `target` (B, 1) in every row.
 
-    Sorting a whole vocabulary costs more than a step of a small model, and the head of it is nearly always enough.
+    Sorting a whole vocabulary costs more than a step of a small model, and the first `RANKED` nearly always suffice.
     """
     size = min(RANKED, probs.shape[1])
     ranked, order = probs.topk(size)
@@ -276,7 +275,7 @@ def _most_probable(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Batch:
-    """The rows that are still being decoded: cache, padding mask and positions, and the logits of the next token."""
+    """The rows that are still being decoded: cache, padding mask, positions and the logits of the next token."""
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
         self.model = model
@@ -299,7 +298,7 @@ class _Batch:
         self.decoder = Gemma2Decoder(model, len(columns)) if Gemma2Decoder.fits(model) else None
 
     def _forward(self, ids: Tensor, positions: Tensor, masks: Masks) -> Tensor:
-        """Logits (B, V) fp32 after the last of ids (B, Q) at positions (B, Q)."""
+        """Return logits (B, V) fp32 after the last of ids (B, Q) at positions (B, Q)."""
         output = self.model(
             input_ids=ids,
             attention_mask=masks,
@@ -308,8 +307,8 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        result: Tensor = output.logits[:, -1].float()
-        return result
+        logits: Tensor = output.logits
+        return logits[:, -1].float()
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token (B,) to every row."""

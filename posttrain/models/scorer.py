@@ -2,13 +2,13 @@
 
     log pi(y | x) = sum_t log softmax(logits_t / temperature)[y_t]              over completion tokens only
 
-The temperature is that of sampling: the policy of the RL objective is softmax(logits / temperature), so log pi, the
-anchor's and the SFT policy's log-probs are all taken there (WARP 2406.16768, Algorithm 1, line 6). The soft cap comes
-before it, as in the model. Rows are padded on the right and no position after a row's end can be seen from inside it,
-so neither padding nor the prompt enters, and the LM head runs on completion positions alone, in chunks.
+The temperature is that of sampling: the policy of the RL objective is softmax(logits / temperature), so log pi and the
+log-probs of anchor and SFT policy all use it (WARP 2406.16768, Algorithm 1, line 6). The soft cap is applied before the
+temperature, as in the model. Rows are padded on the right, out of sight of every token, so padding does not enter the
+sum, and the LM head runs on completion positions only, in chunks.
 
-On a CPU eager attention is done in blocks (`causal_attention.py`), and rows of similar length share a forward pass. On
-an accelerator attention is what the model was loaded with; flash and flex attention build their own causal masks.
+On a CPU eager attention runs in blocks (`causal_attention.py`), and rows of similar length share a forward pass. On an
+accelerator the model uses the attention that it was loaded with; flash and flex attention build their own causal masks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gemma2.core.errors import InputError
 from .attention import causal_masks
 from .causal_attention import blockwise, can_be_blockwise
 from .cross_entropy import SCALINGS, plain_head, target_logps
-from .protocols import CausalLM
+from .protocols import CausalLM, Network
 from .sampler import evaluating, length_batches
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32
-PART_TOKENS = 2048  # per forward pass on a CPU: what its caches hold of a layer's activations, measured (bench/sft.py)
+PART_TOKENS = 2048  # per forward pass on a CPU: a layer's activations fit in the caches, measured (bench/sft.py)
 PART_COST = 256  # tokens that cost as much as one more forward pass, measured (bench/rlhf.py)
 
 
@@ -54,7 +54,7 @@ def token_logps(
     batch_size: int = 32,
     temperature: float = 1.0,
 ) -> list[Tensor]:
-    """log pi(y_t | x, y_<t) of every completion token: one fp32 CPU tensor (len(completion),) per pair, nats."""
+    """Return log pi(y_t | x, y_<t) of every completion token: per pair an fp32 CPU tensor (len(completion),), nats."""
     result: list[Tensor] = [torch.empty(0)] * len(prompts)
     with evaluating(model):
         for batch, hidden in hidden_states(model, prompts, completions, batch_size):
@@ -65,15 +65,15 @@ def token_logps(
                 for row, i in enumerate(batch)
             ]
             logps = _scored(model, torch.cat(states), torch.cat(targets), temperature)
-            for i, values in zip(batch, logps.cpu().split([len(t) for t in targets]), strict=True):
+            for i, values in zip(batch, torch.split(logps.cpu(), [len(t) for t in targets]), strict=True):
                 result[i] = values
     return result
 
 
 def hidden_states(
-    model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+    model: Network, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """(indices, last hidden states (B, T, d)) in batches of similar length, padded on the right."""
+    """Yield (indices, last hidden states (B, T, d)) in batches of similar length, padded on the right."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     for whole in length_batches([len(row) for row in rows], batch_size):
         lengths = [len(rows[i]) for i in whole]
@@ -86,12 +86,12 @@ def hidden_states(
 
 
 def similar_rows(lengths: Sequence[int], tokens: int = PART_TOKENS, cost: int = PART_COST) -> list[list[int]]:
-    """Indices of rows of similar length, longest rows first: the cheapest way to cut the sorted rows into parts.
+    """Return indices of rows of similar length, longest rows first: the cheapest way to cut the sorted rows into parts.
 
-    A part costs its tokens, padding counted, and `cost` more; it holds at most `tokens`, or one row.
+    A part costs its tokens, padding included, plus `cost`; it has at most `tokens` tokens, or one row.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best, cuts = [0], [0]  # of the first rows of `order`: the least cost, and where its last part begins
+    best, cuts = [0], [0]  # of the first n rows of `order`: the least cost, and the start of their last part
     for end in range(1, len(order) + 1):
         starts = (
             start
@@ -109,13 +109,13 @@ def similar_rows(lengths: Sequence[int], tokens: int = PART_TOKENS, cost: int = 
     return parts[::-1]
 
 
-def last_hidden_states(model: CausalLM, ids: Tensor) -> Tensor:
-    """(B, T, d) of rows that are padded on the right: causal attention never looks there, so no mask says where."""
+def last_hidden_states(model: Network, ids: Tensor) -> Tensor:
+    """Return (B, T, d) of rows padded on the right: causal attention never looks there, so padding needs no mask."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     name = model.config._attn_implementation
-    # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
+    # A layer that is recomputed in the backward pass would run with another attention than in the forward pass.
     recomputed = model.training and model.is_activation_checkpointing
-    plain = not recomputed and not torch.is_autocast_enabled("cpu")  # which would mix dtypes in its gradient
+    plain = not recomputed and not torch.is_autocast_enabled("cpu")  # autocast would mix dtypes in the gradient
     in_blocks = name == "eager" and ids.device.type == "cpu" and can_be_blockwise(model) and plain
     masks = causal_masks(model, ids.shape[1]) if name in ("eager", "sdpa") and not in_blocks else None
     with blockwise(model) if in_blocks else nullcontext():
@@ -127,7 +127,7 @@ def last_hidden_states(model: CausalLM, ids: Tensor) -> Tensor:
 def head_in_one_pass(model: CausalLM, hidden: Tensor) -> bool:
     """Whether `cross_entropy.py` serves these states (N, d): a plain head, on a CPU, states and weights of one dtype.
 
-    On an accelerator a gradient of the head in fp32 next to bf16 states would cost more memory than it saves time.
+    On an accelerator a gradient of the head in fp32 next to bf16 states would cost too much memory for the time saved.
     """
     return (
         hidden.device.type == "cpu" and plain_head(model) and hidden.dtype == model.get_output_embeddings().weight.dtype
@@ -135,9 +135,9 @@ def head_in_one_pass(model: CausalLM, hidden: Tensor) -> bool:
 
 
 def head_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of `targets` and entropies, both (N,) fp32 nats, from last hidden states (N, d).
+    """Return log-probs of `targets` and entropies, both (N,) fp32 nats, from last hidden states (N, d).
 
-    Differentiable in the log-probs. The logits never exist for more than a chunk of the N positions, backward included.
+    The log-probs are differentiable. Logits exist for at most a chunk of the N positions, also in the backward pass.
     Raises InputError for a model that scales its logits.
     """
     size = _chunk_rows(model)
@@ -145,34 +145,34 @@ def head_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: fl
         checkpoint(_chunk_logps, model, states, tokens, temperature, use_reentrant=False)
         if torch.is_grad_enabled() and len(targets) > size
         else _chunk_logps(model, states, tokens, temperature)
-        for states, tokens in zip(hidden.split(size), targets.split(size), strict=True)
+        for states, tokens in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
     return torch.cat([logps for logps, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
 
 
 def head_logits(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2).
+    """Return logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2).
 
-    Raises InputError for a model that scales its logits in another way.
+    Raises InputError for a model that scales its logits in any other way.
     """
     for name in SCALINGS:
         if getattr(model.config, name, None) not in (None, 1):
             raise InputError(
-                f"a model of type {model.config.model_type} scales its logits ({name}), which is not done here",
-                "take a Gemma, Llama, Mistral or Qwen model",
+                f"a model of type {model.config.model_type} scales its logits ({name}), which is not supported",
+                "use a Gemma, Llama, Mistral or Qwen model",
             )
-    logits = model.get_output_embeddings()(hidden).float()
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     result: Tensor = logits if cap is None else torch.tanh(logits / cap) * cap
     return result
 
 
 def _scored(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Log-probs of `targets` (N,) without gradient and without entropies, which would need another pass."""
+    """Return log-probs of `targets` (N,) without gradient, and without entropies, which would need another pass."""
     if head_in_one_pass(model, hidden):
         return target_logps(model, hidden, targets, temperature)
     size = _chunk_rows(model)
-    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    pieces = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     return torch.cat([_target_logps(head_logits(model, states), tokens, temperature)[1] for states, tokens in pieces])
 
 
@@ -188,20 +188,20 @@ def _chunk_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: 
 
 
 def _target_logps(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log softmax (N, V), that of `targets` (N,))."""
+    """Return (log softmax (N, V), its values at `targets` (N,))."""
     every = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     return every, every.gather(1, targets[:, None]).squeeze(1)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error over independent values (N,); the error of fewer than two is NaN."""
+    """Return the mean of independent values (N,) and its standard error, NaN for fewer than two values."""
     values = values.double()
     error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean().item(), error
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's r of two series (N,), None where one side does not vary."""
+    """Return Pearson's r of two series (N,), None if one of them does not vary."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     scale = math.sqrt((a @ a).item() * (b @ b).item())
     return (a @ b).item() / scale if scale > 0 else None

@@ -1,1 +1,1 @@
-"""Preference pairs, and the reward models that are learned from them."""
+"""Preference pairs, and the reward models that are trained on them."""

@@ -1,4 +1,4 @@
-"""The head of a reward model at the start of its training: drawn, taken from another reward model, or its own.
+"""The head of a reward model at the start of training: random, copied from another reward model, or its present one.
 
     r(x, y) = w . h_last,   w (d,)
 
@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
+from gemma2.posttrain.models.protocols import RewardNetwork
 
 __all__ = ["HEAD", "starting_model"]
 
@@ -29,8 +30,8 @@ HEAD = "score.weight"
 
 def starting_model(
     path: Path, seed: int, from_head: Path | None, progress: Progress
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that training starts from, with one output. A reward model goes on with the head that it has.
+) -> tuple[RewardNetwork, Tokenizer]:
+    """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
     Raises InputError for several outputs, and for a head that does not fit.
     """
@@ -49,7 +50,7 @@ def starting_model(
 
 
 def is_classifier(path: Path) -> bool:
-    """Whether a model directory holds a sequence classifier."""
+    """Whether a model directory contains a sequence classifier."""
     return any("SequenceClassification" in name for name in read_config(path).get("architectures") or ())
 
 
@@ -59,7 +60,7 @@ def check_outputs(path: Path, option: str) -> None:
     outputs = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 1)
     if is_classifier(path) and outputs != 1:
         raise InputError(
-            f"{option} {path} has {outputs} outputs off one backbone, a reward model has one",
+            f"{option} {path} has {outputs} outputs on one backbone, a reward model has one",
             "train one reward model per score, from the language model",
         )
 
@@ -70,14 +71,14 @@ def _head_of(path: Path, shape: torch.Size) -> Tensor:
             if HEAD in tensors.keys():  # noqa: SIM118 - not a mapping
                 head: Tensor = tensors.get_tensor(HEAD)
                 if head.shape != shape:
-                    what = f"--from-head {path}: the head reads {head.shape[-1]} numbers, --model gives {shape[-1]}"
+                    what = f"--from-head {path}: the head reads {head.shape[-1]} features, --model has {shape[-1]}"
                     raise InputError(what, "give a reward model on the same backbone")
                 return head.float()
-    raise InputError(f"--from-head {path} has no {HEAD}", "give a reward model, for instance of gemma2 reward probe")
+    raise InputError(f"--from-head {path} has no {HEAD}", "give a reward model, for example of gemma2 reward probe")
 
 
 def _warn_of_another_backbone(path: Path, from_head: Path, progress: Progress) -> None:
-    """A probed head fits the features that it was probed on."""
+    """Warn if the manifest shows another backbone: a probed head fits only the features of its own."""
     parents = (read_manifest(from_head) or {}).get("parents", [])
     backbones = [parent["weights"] for parent in parents if parent["role"] == "model"]
     if backbones and digest_weights(path) not in backbones and path.resolve() != from_head.resolve():

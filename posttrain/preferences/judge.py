@@ -1,15 +1,15 @@
 """A language model behind an OpenAI-compatible server as the judge of n answers to a prompt (RLAIF, 2309.00267).
 
-    score       every answer is rated alone: n requests per prompt. score = the number behind the last "Score:"
+    score       every answer is rated alone: n requests per prompt. score = the number after the last "Score:"
     compare     every two answers, in both orders: n (n - 1) requests. An answer's score is the mean over the others of
-                1 where it is better, 1/2 for a tie, 0 where it is worse, each the mean over the two orders, so that a
+                1 if it is better, 1/2 for a tie, 0 if it is worse, each the mean over the two orders, so that a
                 preference for a position cancels (2309.00267, section 2.1.3, averages over the orders as well)
 
-A reply without the requested line, or with a score out of bounds, is not a judgement: it is counted and shown. An
-answer that cannot be scored takes part in no pair; a comparison of which one order failed is left out whole, since half
-of it would carry the position.
+A reply without the requested line, or with a score out of bounds, is not a judgement: it is counted, and one is shown.
+An answer without a score is in no pair. If one order of a comparison failed, both are left out, since one alone would
+carry the preference for a position.
 
-Every reply is in a journal before the next group is asked for, so that nothing is paid twice.
+Every reply is in a journal before the next group is requested, so that nothing is paid twice.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ where X is A, B or tie."""
 PLACES = {"score": {"prompt", "answer"}, "compare": {"prompt", "answer_a", "answer_b"}}
 SCORE_LINE = re.compile(r"score[^\n:=]{0,20}[:=]\W{0,6}?(-?\d+(?:[.,]\d+)?)", re.IGNORECASE)
 NUMBER_ALONE = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*/\s*10)?")
-# "A tie" is a tie; a small "a" with a word behind it is an article; what names both answers has decided nothing.
+# "A tie" is a tie; a small "a" before a word is an article; a verdict that names both answers decides nothing.
 BETTER_LINE = re.compile(
     r"""better[^\n:=]{0,20}[:=]\W{0,6}?
         (?:(?:an?[\s*_"']+)?(?P<tie>tie)\b
@@ -84,7 +84,7 @@ SHOWN = 120  # characters of a reply that could not be read
 
 
 def read_template(config: PairsConfig) -> str:
-    """The judge's prompt. Raises UsageError for a file without the places that its style fills."""
+    """Return the judge's prompt. Raises UsageError for a file without the places that its style fills."""
     if config.judge_prompt is None:
         return SCORE_PROMPT if config.judge_style == "score" else COMPARE_PROMPT
     places = PLACES[config.judge_style]
@@ -94,11 +94,11 @@ def read_template(config: PairsConfig) -> str:
         found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
     except FileNotFoundError as error:
         raise UsageError(f"--judge-prompt {config.judge_prompt} does not exist", "give a text file") from error
-    except OSError as error:  # a directory, say
+    except OSError as error:  # for example a directory
         raise UsageError(
             f"--judge-prompt {config.judge_prompt} cannot be read: {error.strerror}", "give a text file"
         ) from error
-    except ValueError as error:  # not UTF-8, or a brace alone
+    except ValueError as error:  # not UTF-8, or a single brace
         raise UsageError(
             f"--judge-prompt {config.judge_prompt}: {error}", "write {{ and }} for braces, in UTF-8"
         ) from error
@@ -112,7 +112,7 @@ def read_template(config: PairsConfig) -> str:
 
 
 def judge_engine(config: PairsConfig, progress: Progress) -> Engine:
-    """The client of the judge's server: that of `gemma2 generate`, greedy."""
+    """Return the client of the judge's server, the same as that of `gemma2 generate`, with greedy decoding."""
     from gemma2.posttrain.generation.engines.server import ServerEngine
 
     server = GenerateConfig(
@@ -133,7 +133,7 @@ def judge_engine(config: PairsConfig, progress: Progress) -> Engine:
 
 @contextmanager
 def _flags_of_this_command() -> Iterator[None]:
-    """Errors of the engine name the flags of `gemma2 generate`; here they have other names."""
+    """Replace the flags of `gemma2 generate` in the engine's errors by those of this command."""
     names = {
         "--base-url": "--judge-url",
         "--api-key-env": "--judge-key-env",
@@ -143,7 +143,7 @@ def _flags_of_this_command() -> Iterator[None]:
     try:
         yield
     except (InputError, UsageError) as error:
-        hint = error.hint
+        hint = error.mend
         for theirs, ours in names.items():
             hint = hint.replace(theirs, ours)
         raise type(error)(error.what, hint) from error
@@ -151,14 +151,14 @@ def _flags_of_this_command() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Judge:
-    """The questions about the n answers to one prompt, and the ratings that the replies give."""
+    """The questions about the n answers to one prompt, and the scores that follow from the replies."""
 
     template: str
     compares: bool
     tally: Counter[str] = field(default_factory=Counter)
 
     def asked(self, samples: Sequence[Dialogue]) -> Iterator[tuple[int, str]]:
-        """(number within the prompt, text) of every request."""
+        """Yield (number within the prompt, text) of every request."""
         prompt = _transcript(samples[0].prompt.messages)
         answers = [dialogue.answers[-1].text if dialogue.answers else "" for dialogue in samples]
         if not self.compares:
@@ -170,7 +170,7 @@ class Judge:
             yield i * len(answers) + j, text
 
     def read(self, reply: str) -> float | None:
-        """The rating, or of a comparison 1, 1/2 or 0 for A; None where the reply has none."""
+        """Return the rating, or for a comparison 1, 1/2 or 0 for A; None for a reply without a judgement."""
         if self.compares:
             verdicts = list(BETTER_LINE.finditer(reply))
             if not verdicts or verdicts[-1]["both"]:
@@ -182,7 +182,7 @@ class Judge:
         return value if value is not None and LOWEST <= value <= HIGHEST else None
 
     def scores(self, count: int, values: Mapping[int, float | None]) -> list[float | None]:
-        """Scores of `count` answers from what was read, by number; None where there is nothing to go by."""
+        """Return scores of `count` answers from the judgements by number; None for an answer without a judgement."""
         if not self.compares:
             return [values[i] for i in range(count)]
         won: list[list[float]] = [[] for _ in range(count)]
@@ -196,7 +196,7 @@ class Judge:
         return [sum(points) / len(points) if points else None for points in won]
 
     def facts(self) -> dict[str, int]:
-        """The number of replies asked for, of unreadable ones, and of comparisons decided by position."""
+        """Return the number of replies and of unreadable ones; for comparisons also how many chose by position."""
         names = ("replies", "unreadable", *(("compared", "orders_disagree") if self.compares else ()))
         return {f"judge_{name}": self.tally[name] for name in names}
 
@@ -204,7 +204,7 @@ class Judge:
 def judged(
     answering: Answering, journal: Journal, engine: Engine, judge: Judge, prompts: int, progress: Progress
 ) -> Iterator[Scored]:
-    """The chunks of a finished job with the judge's scores. Raises InputError when no reply at all can be read."""
+    """Yield the chunks of a finished job with the judge's scores. Raises InputError if no reply can be read."""
     n = answering.plan.n
     unread = ""
     known = _saved(journal, answering.rows)
@@ -239,7 +239,7 @@ def _requests(group: Sequence[Dialogue], judge: Judge, seed: int) -> Iterator[Re
 
 
 def _saved(journal: Journal, rows: int) -> Iterator[dict[tuple[int, int, int], Completion]]:
-    """The replies of one chunk after the other."""
+    """Yield the replies of each chunk, by key."""
     replies = map(Completion.of_record, journal.records())
     for _, group in groupby(replies, key=lambda reply: reply.key[0] // rows):
         yield {reply.key: reply for reply in group}
@@ -250,21 +250,21 @@ def _report(judge: Judge, unread: str, progress: Progress) -> None:
     shown = " ".join(unread.split())[:SHOWN]
     if tally["unreadable"] == tally["replies"]:
         raise InputError(
-            f"none of the judge's {tally['replies']} replies has the line that is asked for; one is {shown!r}",
+            f"none of the judge's {tally['replies']} replies has the requested line; one is {shown!r}",
             "raise --judge-tokens, or change --judge-prompt",
         )
     if tally["unreadable"]:
-        what = f"{tally['unreadable']} of the judge's {tally['replies']} replies have no verdict and count for nothing"
+        what = f"{tally['unreadable']} of the judge's {tally['replies']} replies have no verdict and are ignored"
         progress.warn(f"{what}; one is {shown!r}")
     if judge.compares and 3 * tally["orders_disagree"] > tally["compared"]:
         progress.warn(
             f"the judge chose by position in {tally['orders_disagree']} of {tally['compared']} comparisons: "
-            "both orders are averaged, but it distinguishes little"
+            "both orders are averaged, but it distinguishes the answers poorly"
         )
 
 
 def _transcript(messages: Sequence[Message]) -> str:
-    """A conversation as text; a single user message has no name before it."""
+    """Return a conversation as text; a single user message has no role before it."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -1,4 +1,4 @@
-"""Preference pairs as token ids of whole conversations: rendered, checked, and counted where they are left out."""
+"""Preference pairs as token ids of whole conversations: rendered and checked; dropped pairs are counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PairIds", "report_dropped", "to_dataset", "tokenise_pairs", "tokenis
 
 @dataclass(frozen=True)
 class PairIds:
-    """One pair as token ids of whole conversations; `prompt` is how many of them both share as the prompt."""
+    """One pair as token ids of whole conversations; `prompt` is the number of tokens of the prompt that both share."""
 
     chosen: list[int]
     rejected: list[int]
@@ -27,17 +27,17 @@ class PairIds:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer side."""
+        """Return the number of tokens of the longer side."""
         return max(len(self.chosen), len(self.rejected))
 
 
 def tokenise_pairs(
     pairs: Sequence[Pair], chat: ChatFormat, max_length: int | None, some_needed: bool = True
 ) -> tuple[list[PairIds], dict[str, int]]:
-    """Render both sides of every pair. Returns the usable pairs and how many were dropped, by reason.
+    """Render both sides of every pair. Return the usable pairs and how many were dropped, by reason.
 
-    Raises InputError with file and line for a pair that the chat template refuses, or when none is left and
-    `some_needed`.
+    Raises InputError with file and line for a pair that the chat template refuses, and with `some_needed` if none is
+    left.
     """
     kept: list[PairIds] = []
     dropped = {"overlong_dropped": 0, "identical_dropped": 0}
@@ -52,16 +52,16 @@ def tokenise_pairs(
             kept.append(ids)
     if some_needed and pairs and not kept:
         what = f"none of {len(pairs)} pairs is usable: {dropped['overlong_dropped']} over --max-length {max_length}"
-        raise InputError(f"{what}, {dropped['identical_dropped']} the same on both sides", "check the data")
+        raise InputError(f"{what}, {dropped['identical_dropped']} with two identical sides", "check the data")
     return kept, dropped
 
 
 def tokenise_split(
     training: Sequence[Pair], heldout: Sequence[Pair], chat: ChatFormat, max_length: int, progress: Progress
 ) -> tuple[list[PairIds], list[PairIds], dict[str, int]]:
-    """The usable pairs of both sides of a split, and how many were dropped of both together, which is also reported.
+    """Return the usable pairs of both sides of a split, and how many were dropped of both together; also warn of them.
 
-    Raises InputError as `tokenise_pairs` does; training goes on without held-out pairs, with a warning.
+    Raises InputError like `tokenise_pairs`, but without usable held-out pairs it only warns.
     """
     pairs, dropped = tokenise_pairs(training, chat, max_length)
     heldout_pairs, further = tokenise_pairs(heldout, chat, max_length, some_needed=False)
@@ -79,17 +79,17 @@ def _pair_ids(pair: Pair, chat: ChatFormat) -> PairIds:
 
 
 def report_dropped(dropped: dict[str, int], total: int, max_length: int | None, progress: Progress) -> None:
-    """Nothing is dropped in silence."""
+    """Warn of every kind of dropped pairs."""
     if dropped["overlong_dropped"]:
         what = f"are longer than --max-length {max_length}"
         progress.warn(f"{dropped['overlong_dropped']} of {total} pairs {what} and were dropped")
     if dropped["identical_dropped"]:
-        progress.warn(f"{dropped['identical_dropped']} of {total} pairs are the same on both sides and were dropped")
+        progress.warn(f"{dropped['identical_dropped']} of {total} pairs have two identical sides and were dropped")
 
 
 def to_dataset(pairs: Sequence[PairIds]) -> Dataset:
-    """The columns that TRL's collator reads, and `length` for batches of similar pairs. No margin counts as 0."""
-    columns: dict[str, list[object]] = {
+    """Return the columns of TRL's collator, and `length` for batches of similar pairs. No margin counts as 0."""
+    columns: dict[str, list[list[int]] | list[int] | list[float]] = {
         "chosen_ids": [pair.chosen for pair in pairs],
         "rejected_ids": [pair.rejected for pair in pairs],
         "length": [pair.length for pair in pairs],

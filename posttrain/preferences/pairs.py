@@ -1,11 +1,11 @@
-"""Preference pairs from n samples of a model and a judge, as RLAIF does (WARP 2406.16768 takes its rewards from one).
+"""Preference pairs from n samples of a model and a judge, as in RLAIF (WARP, 2406.16768, gets its rewards from one).
 
     chosen, rejected = the samples with the highest and the lowest score            (select: extremes)
                        two samples with different scores, drawn at random           (select: random)
                        every two samples with different scores, so several pairs    (select: all)
 
-A prompt whose samples differ by no more than `min_margin` gives no pair, nor does one with fewer than two scores; how
-many of each is counted and reported. The judge is a reward model, a Python function, or a language model at a server
+A prompt gives no pair if its samples differ by no more than `min_margin`, or fewer than two of them have a score; both
+cases are counted and reported. The judge is a reward model, a Python function, or a language model at a server
 (`judge.py`).
 
     pairs.jsonl: {"prompt": MESSAGES, "chosen": MESSAGES, "chosen_truncated": bool, "chosen_score": s,
@@ -47,7 +47,7 @@ __all__ = ["choose", "run_pairs"]
 def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Sample from `config.model`, judge, and write `pairs.jsonl` to `options.out`.
 
-    Raises InputError when no prompt gives a pair, UsageError for a judge that cannot be found.
+    Raises InputError if no prompt gives a pair, UsageError for a judge that cannot be found.
     """
     quiet_libraries()
     score = _function_of(config)
@@ -77,7 +77,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
 
 
 def _function_of(config: PairsConfig) -> Score | None:
-    """The judge where it is a Python function. Raises UsageError for a judge that is nothing known."""
+    """Return the judge if it is a Python function. Raises UsageError for an unknown kind of judge."""
     check_judge(config)
     if config.judge_model is not None or Path(config.judge).is_dir():
         return None
@@ -85,7 +85,7 @@ def _function_of(config: PairsConfig) -> Score | None:
 
 
 def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:
-    """(chosen, rejected) indices of samples whose scores differ by more than `min_margin`; empty where none do."""
+    """Return (chosen, rejected) indices of samples whose scores differ by more than `min_margin`; empty if none do."""
     different = [
         (i, j) if scores[i] > scores[j] else (j, i)
         for i, j in combinations(range(len(scores)), 2)
@@ -116,7 +116,7 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
                 margin += scores[better] - scores[worse]
             pairs, ties = pairs + len(chosen), ties + (not chosen)
     if not pairs:
-        what = f"the judge rated the samples of each of {prompts} prompts alike"
+        what = f"the judge gave no two samples of any of {prompts} prompts different scores"
         raise InputError(what, "raise --n or --temperature, lower --min-margin, or check the judge")
     if 2 * (ties + blank) > prompts:
         progress.warn(
@@ -130,7 +130,7 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
 
 
 def _by_prompt(chunks: Iterator[Scored]) -> Iterator[Scored]:
-    """The n samples of one prompt after the other."""
+    """Yield the n samples of each prompt."""
     for chunk in chunks:
         for _, group in groupby(chunk, key=lambda pair: pair[0].row):
             yield list(group)

@@ -1,10 +1,10 @@
-"""A linear probe: the best head of a reward model whose backbone stays as it is.
+"""A linear probe: the best head of a reward model with a frozen backbone.
 
     min over w of  mean over pairs of [ -log sigmoid(w . (h_c - h_r) - m) + lambda (w . (h_c + h_r))^2 ] + l2 / 2 |w|^2
 
-h: the last hidden state of a conversation, computed once. That is a logistic regression on differences of states, which
-is convex: Newton's method in float64, with a halved step where a whole one would not lower the loss, ends at the one
-minimum, whatever the seed. WARM (2401.12187, section 3) starts its reward models from such a head.
+h: the last hidden state of a conversation, computed once. This logistic regression on differences of states is convex:
+Newton's method in float64, with the step halved until the loss does not rise, reaches the only minimum whatever the
+seed. WARM (2401.12187, section 3) starts its reward models from such a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import read_pairs, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
@@ -35,7 +35,7 @@ from .train import measure_rewards
 __all__ = ["fit_head", "last_states", "run_probe"]
 
 STEPS = 100  # Newton's method needs about ten
-TOLERANCE = 1e-9  # of the gradient's norm, relative to that at w = 0
+TOLERANCE = 1e-9  # of the gradient's norm, relative to its norm at w = 0
 
 
 def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
@@ -65,8 +65,8 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
 
 
 @torch.no_grad()
-def last_states(model: CausalLM, pairs: Sequence[PairIds], batch_size: int, progress: Progress = SILENT) -> Tensor:
-    """Last hidden states (2, N, d) fp32 on the CPU of both sides at their last tokens, chosen first."""
+def last_states(model: RewardNetwork, pairs: Sequence[PairIds], batch_size: int, progress: Progress = SILENT) -> Tensor:
+    """Return last hidden states (2, N, d) fp32 on the CPU of both sides at their last tokens, chosen first."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     found = torch.zeros(len(rows), model.config.hidden_size)
     with evaluating(model), progress.task("states", total=len(rows), unit="conversations") as bar:
@@ -80,15 +80,15 @@ def last_states(model: CausalLM, pairs: Sequence[PairIds], batch_size: int, prog
 
 
 def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) -> tuple[Tensor, int]:
-    """w (d,) float64 that minimises the loss above on states (2, N, d), and the steps that it took."""
+    """Return w (d,) float64 that minimises the loss above on states (2, N, d), and the number of steps."""
     chosen, rejected = states.double()
     differences, sums = chosen - rejected, chosen + rejected
     n, width = differences.shape
     ridge = l2 * torch.eye(width, dtype=torch.float64) + 2 * centring / n * sums.T @ sums
 
     def loss(w: Tensor) -> Tensor:
-        result: Tensor = -F.logsigmoid(differences @ w - margins).mean() + 0.5 * w @ ridge @ w
-        return result
+        value: Tensor = -F.logsigmoid(differences @ w - margins).mean() + 0.5 * w @ ridge @ w
+        return value
 
     w = torch.zeros(width, dtype=torch.float64)
     first: float | None = None
@@ -100,7 +100,7 @@ def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) 
             return w, step
         hessian = ridge + (differences * (wrong * (1 - wrong))[:, None]).T @ differences / n
         direction, size = torch.linalg.solve(hessian, gradient), 1.0
-        # Close to the minimum the loss no longer distinguishes two points, so equal is good enough.
+        # Close to the minimum the losses of two points are equal to rounding, so a step need not lower the loss.
         while loss(w - size * direction) > loss(w) * (1 + 1e-12) and size > 1e-6:
             size /= 2
         w = w - size * direction
@@ -109,5 +109,4 @@ def fit_head(states: Tensor, margins: Tensor, l2: float, centring: float = 0.0) 
 
 def _accuracy(states: Tensor, head: Tensor) -> float:
     chosen, rejected = states.double() @ head
-    result: float = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
-    return result
+    return float(((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean())

@@ -1,16 +1,17 @@
-"""Metrics of rewards on preference pairs: accuracy, loss, margin, calibration, and the influence of length.
+"""How well rewards order preference pairs: accuracy, loss, margin, calibration, and the influence of length.
 
 accuracy        share of pairs with r_c > r_r; a tie counts half
 accuracy_error  its standard error. Pairs of one prompt are not independent, so it sums over prompts g:
                 sqrt(sum_g (sum_{i in g} (correct_i - accuracy))^2) / N      = sqrt(a (1 - a) / N) with one pair each
-loss            mean of -log sigmoid(r_c - r_r), nats: 0.693 for a coin
+loss            mean of -log sigmoid(r_c - r_r), nats: 0.693 for a random order
 margin          mean of r_c - r_r
 calibration_error   sum over bins of n_b / N |accuracy_b - confidence_b|, confidence = sigmoid(|r_c - r_r|), ten bins
                 of equal width from 1/2 to 1 (expected calibration error, Guo et al. 1706.04599, eq. 3)
 reward_length_correlation   Pearson's, over all completions, tokens
-longer_chosen   share of pairs whose longer answer is the chosen one; pairs of equal length are left out of the four
+longer_chosen   share of pairs whose longer answer is the chosen one; this and the next three figures leave out pairs of
+                equal length
 longer_wins     share of pairs whose longer answer gets the higher reward: above longer_chosen, length is overrated
-accuracy_chosen_longer, accuracy_chosen_shorter     accuracy on the pairs of each kind
+accuracy_chosen_longer, accuracy_chosen_shorter     accuracy on the pairs whose chosen answer is longer, or shorter
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ BINS = 10  # of the calibration error, over confidences from 1/2 to 1
 def preference_metrics(
     rewards: Tensor, lengths: Sequence[Sequence[int]], prompts: Sequence[Hashable]
 ) -> dict[str, float | None]:
-    """The figures above from rewards (2, N), chosen first, and the tokens (2, N) of the completions.
+    """Return the figures above from rewards (2, N), chosen first, and the tokens (2, N) of the completions.
 
-    prompts: (N,), the same for pairs of one prompt. A figure is None where no pair gives it.
+    prompts: (N,), equal for pairs of one prompt. A figure is None if no pair contributes to it.
     """
     rewards = rewards.double()
     margins = rewards[0] - rewards[1]
@@ -53,7 +54,7 @@ def preference_metrics(
 
 
 def reliability(rewards: Tensor) -> list[JsonObject]:
-    """One row per bin of the confidence that holds a pair: bounds, pairs, mean confidence, accuracy."""
+    """Return a row for each non-empty bin of the confidence: bounds, pairs, mean confidence, accuracy."""
     margins = (rewards[0] - rewards[1]).double()
     confidence, correct = margins.abs().sigmoid(), _correct(margins)
     bins = _bins(confidence)
@@ -64,17 +65,16 @@ def reliability(rewards: Tensor) -> list[JsonObject]:
             "mean_confidence": confidence[bins == b].mean().item(),
             "accuracy": correct[bins == b].mean().item(),
         }
-        for b in bins.unique().tolist()
+        for b in bins.unique().tolist()  # type: ignore[no-untyped-call]  # torch's own
     ]
 
 
 def clustered_error(values: Tensor, groups: Sequence[Hashable]) -> float:
-    """Standard error of the mean of values (N,) that are independent between groups, not within."""
+    """Return the standard error of the mean of values (N,) that are independent between groups, not within."""
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     sums = torch.zeros(len(number), dtype=torch.float64)
     sums.index_add_(0, torch.tensor([number[group] for group in groups]), values - values.mean())
-    result: float = (sums.norm() / len(values)).item()
-    return result
+    return float(sums.norm() / len(values))
 
 
 def _correct(margins: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _bins(confidence: Tensor) -> Tensor:
 
 
 def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """confidence (N,) in [1/2, 1], correct (N,) in {0, 1/2, 1}."""
+    """Return the error from confidence (N,) in [1/2, 1] and correct (N,) in {0, 1/2, 1}."""
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, _bins(confidence), correct - confidence)
     return (gaps.abs().sum() / len(confidence)).item()
 

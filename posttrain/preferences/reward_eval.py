@@ -1,7 +1,7 @@
-"""Reward models on preference pairs, side by side: the figures of `metrics.py`, a reliability table, sources apart.
+"""Reward models compared on preference pairs: the figures of `ranking_metrics.py`, a reliability table, sources apart.
 
-WARM (2401.12187) picks and judges reward models by their accuracy out of distribution, so several models are
-read on one set of pairs, and the pairs of every value of a column get separate figures.
+WARM (2401.12187) selects and judges reward models by their accuracy out of distribution, so several models are
+evaluated on one set of pairs, with separate figures for the pairs of every value of a column.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .train import measure_rewards
 
 __all__ = ["run_reward_eval"]
 
-MOST_GROUPS = 100
+MOST_GROUPS = 100  # values of a column: more would not be a readable table
 
 
 def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> JsonObject:
-    """{"data", "pairs", "models": [{"model", figures, "reliability": rows, "by": {value: figures}}]}.
+    """Return {"data", "pairs", "models": [{"model", figures, "reliability": rows, "by": {value: figures}}]}.
 
     Raises InputError for unusable data or models, and for a column that rows do not have, GuardStop for a model whose
     scores are not finite.
@@ -45,7 +45,7 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> Js
 
 
 def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> JsonObject:
-    """The figures of one reward model on the pairs."""
+    """Return the figures of one reward model on the pairs."""
     model = RewardModel.from_dir(path)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest)
@@ -66,7 +66,7 @@ def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progre
 
 
 def check_column(pairs: Sequence[Pair], column: str) -> None:
-    """Refuse a column that a row lacks, or that does not sort the pairs into a table one can read."""
+    """Refuse a column that is missing from a row, or has too many values for a readable table."""
     for pair in pairs:
         if column not in pair.extra:
             have = ", ".join(pair.extra) or "no further columns"
@@ -77,7 +77,7 @@ def check_column(pairs: Sequence[Pair], column: str) -> None:
 
 
 def _groups(pairs: Sequence[PairIds], column: str) -> dict[str, list[int]]:
-    """Value of the column -> numbers of its pairs, values in their order."""
+    """Return value of the column -> indices of its pairs, sorted by value."""
     found: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
         assert pair.source is not None

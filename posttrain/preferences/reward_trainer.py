@@ -1,19 +1,19 @@
-"""TRL's RewardTrainer on pairs that are ready.
+"""TRL's RewardTrainer on pairs that are already rendered.
 
     loss = mean over pairs of  -log sigmoid(r_c - r_r - m) + lambda (r_c + r_r)^2
                                           Bradley-Terry with a margin m (Llama 2, 2307.09288, eq. 2) and centring
                                           (2312.09244, section 2.2: rewards are free up to a constant per prompt)
 
-Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py holds the loss against TRL's):
-1. Rows come rendered; it templates and cuts nothing.
-2. Batches hold pairs of similar length in an order that a resume reproduces (`batching.py`).
-3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs when the last
+Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py compares the loss to TRL's):
+1. Rows are already rendered; the trainer templates and cuts nothing.
+2. Batches consist of pairs of similar length in an order that a resume reproduces (`batching.py`).
+3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs if the last
    micro-batch is smaller.
-4. In one process the head reads the last token's state alone, in fp32 also under bf16 autocast: differences of rewards
-   are small next to the rewards. On a CPU attention is in blocks and the last layer at that token only (`states.py`), a
-   part of the micro-batch at a time, its long rows and its short ones apart.
-5. Dropout is what `--dropout` and `--lora-dropout` say; TRL switches it all off.
-6. A checkpoint holds no model card.
+4. In one process the head reads the last token's state only, in fp32 also under bf16 autocast: differences of rewards
+   are small compared to the rewards. On a CPU attention runs in blocks and the last layer at that token only
+   (`states.py`), on a part of the micro-batch at a time, with long and short rows separate.
+5. Dropout follows `--dropout` and `--lora-dropout`; TRL switches it off.
+6. A checkpoint has no model card.
 7. A tie counts half in `accuracy`, as in an evaluation; TRL counts it as wrong.
 """
 
@@ -25,15 +25,16 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.batching import GroupedByLength
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.causal_attention import can_be_blockwise
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.trainer import trainer_arguments
@@ -43,21 +44,21 @@ from .states import all_positions, embed, last_position
 
 __all__ = ["PairTrainer", "drop_block_outputs", "make_trainer", "pair_loss"]
 
-# Options of TRL about what is done here: rendering, cutting, order, dropout.
+# Options of TRL for tasks that are done outside TRL: rendering, cutting, order, dropout.
 UNUSED = (
     *("chat_template_path", "dataset_num_proc", "disable_dropout", "eos_token", "model_init_kwargs", "pad_token"),
     *("pad_to_multiple_of", "train_sampling_strategy", "trust_remote_code"),
 )
-PART_TOKENS = 2048  # of both sides, per forward pass on a CPU: what its caches hold (bench/reward.py)
+PART_TOKENS = 2048  # of both sides, per forward pass on a CPU: activations fit in the caches (bench/reward.py)
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float) -> Tensor:
-    """Loss of every pair (B,), nats, from rewards (B,)."""
+    """Return the loss of every pair (B,), nats, from rewards (B,)."""
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -F.logsigmoid(difference) + centring * (chosen + rejected) ** 2
 
 
-class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the library is not typed
+class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL is not typed
     """RewardTrainer with batches of similar pairs and the loss above."""
 
     loss_is_scaled_for_ga = True
@@ -69,23 +70,23 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the 
         drop_block_outputs(self.model, dropout)
         self.reads_last_states = self.accelerator.num_processes == 1
         on_cpu = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
-        # Recomputed in the backward pass, a layer would meet another attention than in the forward pass.
+        # A layer that is recomputed in the backward pass would run with another attention than in the forward pass.
         fits = can_be_blockwise(plain_model(self.model)) and not self.args.gradient_checkpointing
         self.attends_in_blocks = self.reads_last_states and on_cpu and fits
         self.part_tokens = PART_TOKENS if self.attends_in_blocks else None
         self._rewards: list[Tensor] = []  # (2, B) each, since the last line of metrics
 
-    def _get_num_items_in_batch(self, batch_samples: list[JsonObject], device: torch.device) -> int:
-        """Pairs of the optimizer batch on this rank."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
+        """Return the number of pairs of the optimizer batch on this rank."""
         return sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
 
     def training_step(
-        self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Tensor | int | None = None
+        self, model: RewardNetwork, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
+        """Run forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding included."""
         if self.part_tokens is None:
-            result: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return result
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
         # The gradient of an embedding is as large as its table, so it is formed once for all parts.
         embedded = embed(model, inputs["input_ids"])
         if embedded is not None:
@@ -95,25 +96,25 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the 
             for part in _parts(inputs, self.part_tokens)
         ]
         if embedded is not None and embedded.requires_grad:
-            embedded.backward(inputs["embedded"].grad)
+            embedded.backward(inputs["embedded"].grad)  # type: ignore[no-untyped-call]  # torch's own
         return torch.stack(losses).sum()
 
     def compute_loss(
         self,
-        model: CausalLM,
-        inputs: JsonObject,
+        model: RewardNetwork,
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Sum of the pairs' losses over the pairs of the optimizer batch, nats."""
+        """Return the sum of the pairs' losses divided by the number of pairs of the optimizer batch, nats."""
         chosen, rejected = self._pair_rewards(model, inputs)
         losses = pair_loss(chosen, rejected, inputs.get("margin"), self.centring)
         rewards = torch.stack([chosen.detach(), rejected.detach()])
         self._rewards.append(self.accelerator.gather(rewards.T).T)
         return losses.sum() / (num_items_in_batch or len(losses))
 
-    def _pair_rewards(self, model: CausalLM, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Rewards (B,) fp32 of both sides; the first half of the rows are the chosen ones."""
+    def _pair_rewards(self, model: RewardNetwork, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return rewards (B,) fp32 of both sides; the first half of the rows are the chosen ones."""
         if not self.reads_last_states:
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             chosen, rejected = logits.logits.squeeze(-1).float().chunk(2)
@@ -135,7 +136,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the 
         return chosen, rejected
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Rewards since the last line, all pairs alike, under TRL's names."""
+        """Log the rewards since the last line, all pairs weighted equally, under TRL's names."""
         if self._rewards:
             chosen, rejected = torch.cat(self._rewards, 1)
             both, metrics = torch.cat([chosen, rejected]), self._metrics["train"]
@@ -147,12 +148,12 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # the 
             self._rewards.clear()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
+    def _save_checkpoint(self, model: RewardNetwork, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
 
 def _parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]:
-    """A batch of B pairs, rows (2B, T) padded on the right, as narrower ones; a pair stays together."""
+    """Split a batch of B pairs, rows (2B, T) padded on the right, into narrower ones; a pair stays together."""
     longest = inputs["attention_mask"].sum(1).view(2, -1).amax(0)  # (B,)
     order, pairs, start = longest.argsort(stable=True), len(longest), 0
     while start < pairs:
@@ -166,7 +167,7 @@ def _parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]
 
 
 def _by_length(lengths: Tensor) -> list[Tensor]:
-    """Rows (B,) in two groups, the long ones and the short ones, cut where the least padding is left."""
+    """Return the rows (B,) in two groups, the long and the short ones, cut so that the least padding is left."""
     order = lengths.argsort(descending=True, stable=True)
     widths = lengths[order]
     first = torch.arange(1, len(order))
@@ -174,13 +175,13 @@ def _by_length(lengths: Tensor) -> list[Tensor]:
     return [order[:cut], order[cut:]]
 
 
-def drop_block_outputs(model: CausalLM, share: float) -> None:
-    """Dropout on what every attention and MLP block adds to the residual stream, while training (T5's, as WARM varies).
+def drop_block_outputs(model: RewardNetwork, share: float) -> None:
+    """Add dropout to the output of every attention and MLP block while training (T5's dropout, which WARM varies).
 
-    Gemma 2 has none. The weights and what is saved do not change.
+    Gemma 2 has no dropout of its own. The weights and the saved files do not change.
     """
 
-    def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         if not module.training:
             return output
         first = F.dropout(output[0] if isinstance(output, tuple) else output, share)
@@ -192,14 +193,14 @@ def drop_block_outputs(model: CausalLM, share: float) -> None:
 
 
 def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: RewardNetwork,
+    tokenizer: Tokenizer,
     pairs: Sequence[PairIds],
     config: RewardConfig,
     run: Run,
     accumulation: int = 1,
 ) -> PairTrainer:
-    """The trainer over pairs that need no further preparation."""
+    """Return the trainer on pairs that need no further preparation."""
     check_targets(config, model)
     arguments = trainer_arguments(
         TrlRewardConfig,

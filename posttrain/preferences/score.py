@@ -1,14 +1,14 @@
 """Every row of a data set with its score by a reward model.
 
-    data-00000-of-0000N.jsonl   the rows as they came, and
+    data-00000-of-0000N.jsonl   the unchanged rows, and
         score                           of {"prompt", "completion"} and {"messages"}: of the last model turn
         chosen_score, rejected_score    of preference pairs
 
-The score is null where a conversation is longer than the limit. A completion ends with its end of turn, one that ran
-into the length limit (`finish_reason` length, `chosen_truncated`, `rejected_truncated`) without.
+The score is null if a conversation is longer than the limit. A completion ends with its end of turn, but a truncated
+one (`finish_reason` length, `chosen_truncated`, `rejected_truncated`) does not.
 
-Rows are scored in chunks that follow from the data alone, each of them in the journal before the next one, so that a
-killed run goes on with the same rows in the same batches.
+Rows are scored in chunks that depend on the data only. Each is in the journal before the next one, so that a killed run
+continues with the same rows in the same batches.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from gemma2.posttrain.schemas import RewardScoreConfig
 __all__ = ["run_score", "score_rows"]
 
 CHUNK = 512  # rows between two flushes of the journal
-DIGITS = 6
+DIGITS = 6  # of a score, after the point
 
-Scores = list[float | None]  # of one row: one, or two of a pair
+Scores = list[float | None]  # of one row: one score, or two for a pair
 
 
 @dataclass(frozen=True)
 class RowToScore:
-    """The texts of one row that are scored: a column and a conversation for each score."""
+    """A row with a column and a conversation for each of its scores."""
 
     row: Row
     columns: list[str]
@@ -51,7 +51,7 @@ class RowToScore:
 
 
 def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
-    """Score `config.data` with `config.model`; rows in shards in `options.out`.
+    """Score `config.data` with `config.model` and write the rows in shards to `options.out`.
 
     Raises InputError with file and line for a row without a model turn, before anything is scored.
     """
@@ -75,7 +75,7 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
 
 
 def check_rows(config: RewardScoreConfig, progress: Progress) -> int:
-    """Read every row before the first is scored; their number. Scores that are there already are replaced, aloud."""
+    """Read every row before the first is scored and return their number. Warn of existing scores, to be replaced."""
     count = replaced = 0
     for scored in _rows(config):
         count += 1
@@ -88,7 +88,7 @@ def check_rows(config: RewardScoreConfig, progress: Progress) -> int:
 
 
 def score_rows(model: RewardModel, rows: Sequence[list[int]], batch_size: int, bar: Task) -> Tensor:
-    """Rewards (N,) fp32 of whole conversations, the bar in step."""
+    """Return rewards (N,) fp32 of whole conversations and advance the bar."""
     rewards = torch.zeros(len(rows))
     for batch in length_batches([len(row) for row in rows], batch_size):
         rewards[batch] = model.score([rows[i] for i in batch], [[]] * len(batch), batch_size)
@@ -114,7 +114,7 @@ def _rows(config: RewardScoreConfig) -> Iterator[RowToScore]:
 
 
 def _fill(config: RewardScoreConfig, journal: Journal, bar: Task) -> None:
-    """Score what the journal lacks, a chunk per record."""
+    """Score the rows that are missing from the journal, a chunk per record."""
     done = sum(len(record["scores"]) for record in journal.records())
     bar.advance(done)
     rows = islice(_rows(config), done, None)
@@ -145,7 +145,7 @@ def _score(
 
 
 class _Summary:
-    """Figures of the scores as they pass."""
+    """Running figures of the scores."""
 
     def __init__(self) -> None:
         self.rows = self.pairs = self.overlong = self.count = 0

@@ -2,17 +2,17 @@
 
     r = w . h_L[last],    h_l[t] = layer_l(h_{l-1}[0..t])
 
-So the last layer needs queries, MLP and norms at one position of every row; only its keys and values need all of them.
-With 4 layers that is a fifth of the work, with 26 a thirtieth. The other layers attend in blocks
-(`causal_attention.py`). Rows are padded on the right, and nothing looks at padding.
+So the last layer needs queries, MLP and norms at one position of every row; only its keys and values need all
+positions. This saves a fifth of the work with 4 layers, a thirtieth with 26. The other layers attend in blocks
+(`causal_attention.py`). Rows are padded on the right, and no position looks at padding.
 
-Deviation from transformers' forward: none but the order of sums. Gemma 2 only; other architectures go through all
+Deviation from transformers' forward pass: only the order of sums. Gemma 2 only; other architectures compute all
 positions of all layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,31 +22,37 @@ from transformers.models.gemma2.modeling_gemma2 import rotate_half
 
 from gemma2.posttrain.models.causal_attention import blockwise
 from gemma2.posttrain.models.lora import plain_model
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.scorer import last_hidden_states
+
+if TYPE_CHECKING:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
 __all__ = ["all_positions", "embed", "last_position"]
 
 
-def all_positions(model: CausalLM, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Last hidden state (B, d) fp32 of the last token of rows (B, T), padded on the right, lengths (B,)."""
+def all_positions(model: RewardNetwork, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Return the last hidden state (B, d) fp32 of the last token of rows (B, T), padded on the right, lengths (B,)."""
     states = last_hidden_states(plain_model(model), ids)
     return states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
 
 
-def embed(model: CausalLM, ids: Tensor) -> Tensor | None:
-    """(B, T, d) for `last_position` to start from; None for an architecture that it does not take apart."""
+def embed(model: RewardNetwork, ids: Tensor) -> Tensor | None:
+    """Return embeddings (B, T, d) as the input of `last_position`; None for other architectures than Gemma 2."""
     plain = plain_model(model)
-    return plain.base_model.embed_tokens(ids) if isinstance(plain, Gemma2ForSequenceClassification) else None
+    if not isinstance(plain, Gemma2ForSequenceClassification):
+        return None
+    embedded: Tensor = plain.base_model.embed_tokens(ids)
+    return embedded
 
 
 def last_position(
-    model: CausalLM, ids: Tensor, lengths: Tensor, dropout: float = 0.0, embedded: Tensor | None = None
+    model: RewardNetwork, ids: Tensor, lengths: Tensor, dropout: float = 0.0, embedded: Tensor | None = None
 ) -> Tensor:
-    """The same by blockwise attention, and of Gemma 2 with a last layer at one position.
+    """Return the same state as `all_positions`, by blockwise attention; Gemma 2: with the last layer at one position.
 
-    dropout: what the hook of a trainer does to the outputs of attention, which the last layer's does not pass.
-    embedded: (B, T, d) where the tokens are embedded already; Gemma 2 only.
+    dropout: share that the trainer's hook drops from the outputs of attention; the last layer's do not pass the hook.
+    embedded: (B, T, d) if the tokens are already embedded; Gemma 2 only.
     """
     plain = plain_model(model)
     if not isinstance(plain, Gemma2ForSequenceClassification):
@@ -64,12 +70,12 @@ def last_position(
     attended = F.dropout(attended, dropout, training=plain.training)
     state = hidden[rows, last] + layer.post_attention_layernorm(attended)
     state = state + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(state)))
-    result: Tensor = base.norm(state).float()
-    return result
+    normed: Tensor = base.norm(state)
+    return normed.float()
 
 
-def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:  # noqa: ANN401
-    """The output of attention, (B, d), for queries at positions `last` (B,) of hidden states (B, T, d)."""
+def _attend(attention: Gemma2Attention, hidden: Tensor, rotation: tuple[Tensor, Tensor], last: Tensor) -> Tensor:
+    """Return the output of attention (B, d) for queries at positions `last` (B,) of hidden states (B, T, d)."""
     batch, tokens, _ = hidden.shape
     cos, sin = rotation  # (1, T, D)
     rows = torch.arange(batch, device=hidden.device)
@@ -87,5 +93,5 @@ def _attend(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], las
     if attention.sliding_window is not None:
         hidden_from |= column <= last[:, None] - attention.sliding_window
     weights = scores.masked_fill(hidden_from[:, None, None], -torch.inf).softmax(-1)
-    result: Tensor = attention.o_proj((weights @ value).view(batch, -1))
-    return result
+    output: Tensor = attention.o_proj((weights @ value).view(batch, -1))
+    return output

@@ -2,15 +2,17 @@
 
     loss = -log sigmoid(r(x, y_chosen) - r(x, y_rejected))       Bradley-Terry (WARM 2401.12187, section 2)
 
-On TRL's RewardTrainer (`trainer.py`), which sees pairs that `chat.py` rendered. Deviations from its defaults: a
-completion ends with its `<end_of_turn>`, as a policy writes it, and one that ran into the length limit ends without, so
-that truncation shows; what is too long, or the same on both sides, is dropped, counted and reported; batches hold pairs
-of similar length in an order that a resume reproduces.
+Built on TRL's RewardTrainer (`reward_trainer.py`), which gets pairs that `chat.py` rendered. Deviations from its
+defaults:
+1. A completion ends with its `<end_of_turn>`, as a policy writes it; a truncated one does not: truncation is visible.
+2. Pairs that are too long, or have two identical sides, are dropped, counted and reported.
+3. Batches consist of pairs of similar length in an order that a resume reproduces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import Network, RewardNetwork
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
@@ -50,7 +52,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     parents += [Parent("from-head", config.from_head)] if config.from_head else []
     with open_run("reward", config, options, parents=parents, data=data_files(config.data)) as run:
         if config.from_head is None and is_classifier(config.model):
-            progress.note(f"{config.model} is a reward model: its head goes on with it")
+            progress.note(f"{config.model} is a reward model: its head is kept and trained further")
         model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress)
         training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)
@@ -73,21 +75,23 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
 
 
 class HeldOutPairs(HeldOut):
-    """Held-out loss and accuracy of a reward model on the way."""
+    """Held-out loss and accuracy of a reward model during training."""
 
     def __init__(self, run: Run, pairs: Sequence[PairIds], config: RewardConfig, tokenizer: Tokenizer) -> None:
         super().__init__(run, pairs, config)
+        self.pairs = pairs
         self.tokenizer = tokenizer
 
-    def figures(self, model: CausalLM) -> JsonObject:
-        """`preference_metrics` of the held-out pairs; the loss is what --keep best and --patience compare."""
+    def figures(self, model: Network) -> JsonObject:
+        """Return `preference_metrics` of the held-out pairs; --keep best and --patience compare the loss."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
-        found = measure(RewardModel(plain_model(model), self.tokenizer), self.examples, batch_size)
+        network = cast(RewardNetwork, plain_model(model))
+        found = measure(RewardModel(network, self.tokenizer), self.pairs, batch_size)
         return {f"heldout_{name}": value for name, value in found.items()}
 
 
 def measure(model: RewardModel, pairs: Sequence[PairIds], batch_size: int) -> dict[str, float | None]:
-    """Scores of held-out pairs, as `preference_metrics` sums them up; empty without pairs.
+    """Return `preference_metrics` of a model's scores of held-out pairs; empty without pairs.
 
     Raises GuardStop for a score that is NaN or infinite.
     """
@@ -105,7 +109,7 @@ def measure(model: RewardModel, pairs: Sequence[PairIds], batch_size: int) -> di
 
 
 def measure_rewards(rewards: Tensor, pairs: Sequence[PairIds]) -> dict[str, float | None]:
-    """`preference_metrics` of rewards (2, N), chosen first, of pairs."""
+    """Return `preference_metrics` of the rewards (2, N), chosen first, of pairs."""
     lengths = [[len(side) - pair.prompt for pair, side in zip(pairs, sides, strict=True)] for sides in _sides(pairs)]
     prompts = [pair.source.key if pair.source else number for number, pair in enumerate(pairs)]
     return preference_metrics(rewards, lengths, prompts)

@@ -1,1 +1,1 @@
-"""The reward of a completion: reward models, functions, and their sum."""
+"""Rewards of completions: reward models, Python functions, and their weighted sum."""

@@ -2,13 +2,16 @@
 
     prompts          messages                           prompt_ids       their token ids, chat format included
     completions      texts                              completion_ids   token ids, the stop token included
-    truncated        True where the limit came first    and every further column of the prompt rows, None where it lacks
+    truncated        True if the limit came first       and every other column of the prompt rows, None if it is missing
 
-It returns one number per completion, or one mapping of named numbers. None means that it has no opinion on a sample.
+The function returns one number per completion, or one mapping of named numbers. None: it has no opinion on a sample.
 
-Deviations from TRL 1.16 (RLOOTrainer._calculate_rewards): completions are texts for conversational prompts too (TRL:
-lists with one message); `prompt_ids` and `truncated` are ours; there are no `trainer_state`, `log_extra`, `log_metric`
-(a mapping reports further numbers); async functions are refused; NaN is an error and not the same as None.
+Deviations from TRL 1.16 (RLOOTrainer._calculate_rewards):
+1. Completions are texts, also for conversational prompts (TRL: lists with one message).
+2. `prompt_ids` and `truncated` are added; `trainer_state`, `log_extra` and `log_metric` are missing (a mapping reports
+   further numbers).
+3. Async functions are refused.
+4. NaN is an error, not the same as None.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsFloat, cast
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.rows import Prompt
@@ -29,26 +32,28 @@ __all__ = ["Sampled", "Score", "function_score", "load_function"]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Completions as a score sees them; one entry per completion, prompt-major."""
+    """Completions as the input of a score; one entry per completion, prompt-major."""
 
     rows: Sequence[Prompt]
     prompts: Sequence[Sequence[int]]  # token ids
-    completions: Sequence[Sequence[int]]  # token ids, with the stop token where one was drawn
+    completions: Sequence[Sequence[int]]  # token ids, including the stop token if one was drawn
     texts: Sequence[str]
     truncated: Sequence[bool]
 
 
 Score = Callable[[Sampled], Mapping[str, Sequence[float]]]  # named columns; NaN where a column does not apply
+# A user's function: per completion a number, None, or a mapping of them; its values are checked when they are read.
+RewardFunction = Callable[..., Iterable[object]]
 
 
-def load_function(name: str, option: str) -> Callable[..., Any]:
-    """The function that `module:function` names.
+def load_function(name: str, option: str) -> RewardFunction:
+    """Import the function `module:function`.
 
-    Raises UsageError, naming the option, if the function is missing or async.
+    Raises UsageError, naming the option, if it does not exist, is not a function or is async.
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
-        raise UsageError(f"{option} {name!r} is not module:function", "write for instance my_rewards:brevity")
+        raise UsageError(f"{option} {name!r} is not module:function", "write for example my_rewards:brevity")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
@@ -61,8 +66,7 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
         raise UsageError(f"{option} {name!r} is not a function", "name a function")
     if _is_async(function):
         raise UsageError(f"{option} {name!r} is async", "name a plain function that calls asyncio.run")
-    result: Callable[..., object] = function
-    return result
+    return cast(RewardFunction, function)
 
 
 def _is_async(function: Callable[..., object]) -> bool:
@@ -72,9 +76,9 @@ def _is_async(function: Callable[..., object]) -> bool:
 
 
 def function_score(name: str, option: str, column: str, abstains: bool = False) -> Score:
-    """A score from `module:function`. Plain values go to `column`; mappings give one column per key.
+    """Return a score from `module:function`. Plain values go to `column`; mappings give one column per key.
 
-    With `abstains` a None becomes NaN, else it is refused like everything that is not a finite number.
+    With `abstains` None becomes NaN, else it is refused like every value that is not a finite number.
     """
     function = load_function(name, option)
     source = f"{option} {name!r}"
@@ -82,10 +86,10 @@ def function_score(name: str, option: str, column: str, abstains: bool = False) 
     def score(sampled: Sampled) -> dict[str, list[float]]:
         try:
             values = list(function(**_arguments(sampled)))
-        except Exception as error:  # the user's code: any exception is a fault there, not a bug here
+        except Exception as error:  # the user's code: any exception is an error of theirs, not a bug of the suite
             detail = " ".join(f"{type(error).__name__}: {error}".split())
             unexpected = isinstance(error, TypeError) and "unexpected keyword argument" in detail
-            hint = "let it take **kwargs, as TRL's reward functions do" if unexpected else "correct the function"
+            hint = "let it accept **kwargs, like TRL's reward functions" if unexpected else "fix the function"
             raise InputError(f"{source} failed with {detail}", hint) from error
         if len(values) != len(sampled.texts):
             raise InputError(
@@ -97,8 +101,8 @@ def function_score(name: str, option: str, column: str, abstains: bool = False) 
     return score
 
 
-def _arguments(sampled: Sampled) -> dict[str, list[object]]:
-    """The keyword arguments of a function. A column of the rows never replaces a drawn value."""
+def _arguments(sampled: Sampled) -> dict[str, Sequence[object]]:
+    """Return the keyword arguments of a function. A column of the rows never replaces an argument of the same name."""
     names = dict.fromkeys(name for row in sampled.rows for name in row.extra)
     return {
         **{name: [row.extra.get(name) for row in sampled.rows] for name in names},
@@ -111,26 +115,28 @@ def _arguments(sampled: Sampled) -> dict[str, list[object]]:
 
 
 def _columns(values: Sequence[object], source: str, column: str, abstains: bool) -> dict[str, list[float]]:
-    keys = next((value for value in values if isinstance(value, Mapping)), {column: None})
-    silent = dict.fromkeys(keys) if abstains else {column: None}  # None among mappings: an abstention on any key
-    mappings = [
+    keys: Mapping[object, object] = next((value for value in values if isinstance(value, Mapping)), {column: None})
+    silent: Mapping[object, object] = (
+        dict.fromkeys(keys) if abstains else {column: None}
+    )  # None among mappings: no opinion on any key
+    mappings: list[Mapping[object, object]] = [
         value if isinstance(value, Mapping) else silent if value is None else {column: value} for value in values
     ]
     if any(mapping.keys() != mappings[0].keys() for mapping in mappings):
-        raise InputError(f"{source} returned different keys for different completions", "return the same keys always")
+        raise InputError(f"{source} returned different keys for different completions", "always return the same keys")
     return {str(key): [_number(mapping[key], source, key, abstains) for mapping in mappings] for key in mappings[0]}
 
 
-def _number(value: Any, source: str, key: object, abstains: bool) -> float:  # noqa: ANN401
+def _number(value: object, source: str, key: object, abstains: bool) -> float:
     if value is None and abstains:
         return math.nan
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        number = float(value)
+        number = float(cast(SupportsFloat, value))  # anything else raises
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{source} returned something that is not a number for {key!r}: {value!r:.40}", "return numbers"
+            f"{source} returned a value that is not a number for {key!r}: {value!r:.40}", "return numbers"
         ) from error
     if not math.isfinite(number):
         raise InputError(f"{source} returned NaN or infinity for {key!r}", "return finite numbers")

@@ -1,10 +1,10 @@
 """Reward models that read token ids.
 
-    r(x, y) = head(h_last),   h_last the last hidden state of the sequence as given
+    r(x, y) = head(h_last),   h_last the last hidden state of the unchanged sequence
 
-A reward model reads the same ids as the policy wrote: decoding and encoding again rarely gives the same tokens, and
-chat templates close a truncated turn, which hides the truncation. Text is rendered again only where tokenizer or
-template differ.
+A reward model reads the ids that the policy wrote: decoding and encoding them again rarely gives the same tokens, and
+chat templates close a truncated turn, which hides the truncation. Text is rendered again only if tokenizer or template
+differ.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from gemma2.posttrain.data.chat import ChatFormat, Message
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import load_reward_model
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
 
@@ -26,25 +26,25 @@ __all__ = ["RewardModel", "shaped_rewards"]
 
 
 class RewardModel:
-    """A sequence classifier with one output, read at the last token of the sequence as it is: no template is added.
+    """A sequence classifier with one output, read at the last token of the sequence: no template is added.
 
-    A completion that was truncated therefore ends in the middle of a turn, and the model can see that.
+    A truncated completion therefore ends in the middle of a turn, and the model can see that.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: RewardNetwork, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
 
     @classmethod
     def from_dir(cls, path: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
-        """Load from a model directory. Raises InputError when it holds no reward model."""
+        """Load from a model directory. Raises InputError if it is not a reward model."""
         return cls(*load_reward_model(path, dtype))
 
     @torch.no_grad()
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int = 32
     ) -> Tensor:
-        """Rewards (N,) fp32 on the CPU, in the model's own ids. Order, batch size and padding do not matter."""
+        """Return rewards (N,) fp32 on the CPU, from the model's own ids, whatever the order, batch size and padding."""
         rewards = torch.zeros(len(prompts))
         with evaluating(self.model):
             for batch, hidden in hidden_states(self.model, prompts, completions, batch_size):
@@ -60,7 +60,7 @@ class RewardModel:
         truncated: Sequence[bool],
         batch_size: int = 32,
     ) -> Tensor:
-        """Rewards (N,) of texts from a policy with another tokenizer, rendered in this model's chat format."""
+        """Return rewards (N,) of texts from a policy with another tokenizer, rendered in this model's chat format."""
         chat = ChatFormat(self.tokenizer)
         ids = [
             chat.example([*messages, {"role": "assistant", "content": answer}], "eot", truncated=cut)[0]
@@ -68,9 +68,9 @@ class RewardModel:
         ]
         return self.score(ids, [[]] * len(ids), batch_size)
 
-    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether ids and turns of `tokenizer` mean the same to this model."""
-        result: bool = (
+    def reads(self, tokenizer: Tokenizer) -> bool:
+        """Whether this model's tokenizer has the same ids and chat template as `tokenizer`."""
+        return (
             self.tokenizer.get_vocab() == tokenizer.get_vocab()
             and self.tokenizer.chat_template == tokenizer.chat_template
         )
@@ -80,5 +80,5 @@ class RewardModel:
 def shaped_rewards(
     rewards: Tensor, lengths: Tensor, truncated: Tensor, length_penalty: float, missing_eos_penalty: float
 ) -> Tensor:
-    """r - length_penalty * tokens - missing_eos_penalty * [truncated], (N,) fp32 (WARP, App. E: 0.0005 per token)."""
+    """Return r - length_penalty * tokens - missing_eos_penalty * [truncated], (N,) (WARP, App. E: 0.0005 per token)."""
     return rewards - length_penalty * lengths - missing_eos_penalty * truncated

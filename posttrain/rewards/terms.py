@@ -4,17 +4,17 @@
 
 The columns of a score, one value per completion:
 
-    reward                what RL maximises and evaluations plot
-    rewards/NAME          r_k before its weight, where there are several terms; NAME as TRL has it: the directory of a
-                          reward model, the name of a function, `ensemble`; `-2`, `-3` ... behind a name that recurs
-    reward_disagreement   standard deviation of the members' scores, where an ensemble takes their mean or smallest
-                          (over the members themselves: divided by M)
+    reward                the value that RL maximises and evaluations plot
+    rewards/NAME          r_k before its weight, if there are several terms; NAME as in TRL: the directory of a reward
+                          model, the name of a function, `ensemble`; repeated names get `-2`, `-3` ...
+    reward_disagreement   standard deviation of the members' scores (divided by M), if an ensemble uses their mean or
+                          smallest
     further names         further values that a function returned
 
-NaN marks a term without an opinion (a function returned None): it adds nothing to the sum there, and the mean of its
-column is over the rest. TRL 1.16 does the same (RLOOTrainer._calculate_rewards).
+NaN means that a term has no opinion (a function returned None): it adds nothing to the sum, and the mean of its column
+is over the rest. TRL 1.16 does the same (RLOOTrainer._calculate_rewards).
 
-Deviation: a completion that no term has an opinion on is an error. TRL leaves it out of the baseline and gives it no
+Deviation: a completion on which no term has an opinion is an error. TRL leaves it out of the baseline and gives it no
 advantage; here every sample of a group counts.
 """
 
@@ -42,7 +42,7 @@ __all__ = ["column_means", "reward_parents", "reward_score", "weighted_sum"]
 
 REWARD = "reward"
 DISAGREEMENT = "reward_disagreement"
-# Figures of a training step or an evaluation: a function's own must not take their place.
+# Figures of a training step or an evaluation, which a function must not overwrite.
 RESERVED = frozenset(
     [
         "step",
@@ -67,7 +67,7 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the reward: `score` returns its values as `reward`, and further columns."""
+    """One term of the reward: `score` returns its values as `reward`, and further columns."""
 
     name: str
     weight: float
@@ -75,15 +75,15 @@ class Term:
 
 
 def reward_parents(config: RewardFields) -> list[Parent]:
-    """The reward models among the inputs of a run, in their order: a resume is refused when one has changed."""
+    """Return the reward models as parents of a run, in order: a resume is refused if one has changed."""
     return [Parent(REWARD, path) for path in config.reward]
 
 
 def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Score:
-    """The reward of a configuration, with a column for each part where there are several.
+    """Return the reward of a configuration, with a column for each term if there are several.
 
-    `batch_size` is what a reward model reads at once. Raises UsageError where no term is given or a function is not
-    there, InputError for an unusable reward model.
+    `batch_size`: sequences that a reward model reads at once. Raises UsageError if no term is given or a function does
+    not exist, InputError for an unusable reward model.
     """
     check_reward_terms(config)
     terms = _terms(config, chat, batch_size)
@@ -106,9 +106,9 @@ def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Sco
 
 
 def weighted_sum(values: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
-    """sum_k weights[k] * values[k] within +-clip, (N,); NaN where no term that counts has an opinion.
+    """Return sum_k weights[k] * values[k], clipped to [-clip, clip], (N,).
 
-    values: (K, N), NaN where a term has no opinion. weights: (K,).
+    values: (K, N), NaN where a term has no opinion. weights: (K,). NaN where no term with a weight has an opinion.
     """
     total = (values * weights[:, None]).nansum(0)
     total[values[weights != 0].isnan().all(0)] = math.nan
@@ -116,13 +116,13 @@ def weighted_sum(values: Tensor, weights: Tensor, clip: float | None = None) -> 
 
 
 def column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
-    """The mean of every column over the completions that it applies to; None where it applies to none."""
+    """Return the mean of every column over the completions to which it applies, None if there are none."""
     found = {name: [value for value in column if not math.isnan(value)] for name, column in columns.items()}
     return {name: math.fsum(values) / len(values) if values else None for name, values in found.items()}
 
 
 def _terms(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Term]:
-    """Functions first, since a misspelt name shows at once; the list is in the order of the weights."""
+    """Load functions, then models: a misspelt function fails early. The terms are in the order of the weights."""
     functions = [function_score(name, "--reward-fn", REWARD, abstains=True) for name in config.reward_fn]
     scores = [*_model_scores(config, chat, batch_size), *functions]
     models = ["ensemble"] if config.reward_ensemble else [model_name(path) for path in config.reward]
@@ -155,7 +155,7 @@ def _model_score(model: RewardModel, name: str, chat: ChatFormat, batch_size: in
 
 
 def _ensemble_score(members: Sequence[Score], how: str) -> Score:
-    """Mean or smallest of the members' scores, and their standard deviation."""
+    """Return a score: mean or smallest of the members' scores, and their standard deviation."""
 
     def score(sampled: Sampled) -> dict[str, list[float]]:
         scores = torch.tensor([member(sampled)[REWARD] for member in members], dtype=torch.float64)  # (M, N)
@@ -166,14 +166,14 @@ def _ensemble_score(members: Sequence[Score], how: str) -> Score:
 
 
 def _evaluated(terms: Sequence[Term], sampled: Sampled) -> tuple[Tensor, dict[str, Sequence[float]]]:
-    """Values (K, N) fp64 of the terms, and every column but the reward."""
+    """Return the values (K, N) fp64 of the terms, and every column except the reward."""
     values: list[Sequence[float]] = []
     columns: dict[str, Sequence[float]] = {}
     for term in terms:
         found = dict(term.score(sampled))
         if REWARD not in found:
             given = ", ".join(found) or "nothing"
-            raise InputError(f"--reward-fn {term.name} returned {given} and no 'reward'", "return plain numbers")
+            raise InputError(f"--reward-fn {term.name} returned {given} but no 'reward'", "return plain numbers")
         values.append(found.pop(REWARD))
         if len(terms) > 1:
             found = {f"rewards/{term.name}": values[-1], **found}
@@ -190,13 +190,13 @@ def _check_applies(total: Tensor, sampled: Sampled) -> None:
     if missing:
         raise InputError(
             f"no term of the reward has an opinion on {len(missing)} of {len(total)} completions, "
-            f"the first one of the prompt {sampled.rows[missing[0]].where or sampled.rows[missing[0]].messages}",
-            "let one of the functions return a number there",
+            f"the first for the prompt {sampled.rows[missing[0]].where or sampled.rows[missing[0]].messages}",
+            "let one of the functions return a number for it",
         )
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """Names that recur get a number: rm, rm-2, rm-3."""
+    """Return the names, repeated ones with a number: rm, rm-2, rm-3."""
     found: list[str] = []
     for name in names:
         numbered = (f"{name}-{number}" for number in count(2))

@@ -1,11 +1,11 @@
-"""WARM: several reward models as one, whose weights are the uniform average of theirs (2401.12187, section 3).
+"""WARM: one reward model whose weights are the uniform average of several (2401.12187, section 3).
 
     phi = 1/M sum_i phi_i
 
-Averaging works for models that were fine-tuned from one pre-trained model and began with one head; that
-cannot be seen in the weights and is the caller's to know. What can be seen is checked: architecture, names and shapes
-of the tensors, and the tokenizer. The sum is taken in fp32 on the CPU, model by model, so that two are in memory.
-`gemma2 merge linear` writes the same average as a model.
+Averaging works for models that were fine-tuned from one pre-trained model and started with the same head; the weights
+do not show this, so the caller must know it. Architecture, names and shapes of the tensors, and the tokenizer are
+checked. The sum is taken in fp32 on the CPU, model by model, so that only two are in memory. `gemma2 merge linear`
+writes the same average as a model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.merging.inputs.checkpoint import open_checkpoint
@@ -27,31 +28,31 @@ __all__ = ["averaged_reward_model"]
 
 @torch.no_grad()
 def averaged_reward_model(paths: Sequence[Path]) -> RewardModel:
-    """The average of reward models, in fp32.
+    """Return the average of reward models, in fp32.
 
-    Raises InputError for models that cannot be averaged, naming the first thing in which they differ.
+    Raises InputError for models that cannot be averaged, naming the first difference.
     """
     check_averageable(paths)
     cpu = torch.device("cpu")
     model, tokenizer = load_reward_model(paths[0], device=cpu)
-    total = dict(model.named_parameters())
+    total: dict[str, Tensor] = dict(model.named_parameters())
     for path in paths[1:]:
         other, other_tokenizer = load_reward_model(path, device=cpu)
         if other_tokenizer.chat_template != tokenizer.chat_template:
             raise InputError(
                 f"the chat templates of --reward {paths[0]} and --reward {path} differ",
-                "average models that were trained on one rendering of a conversation",
+                "average models that were trained with the same chat template",
             )
         for name, parameter in other.named_parameters():
             total[name] += parameter
         del other
-    for parameter in total.values():
-        parameter /= len(paths)
+    for summed in total.values():
+        summed /= len(paths)
     return RewardModel(model.to(default_device()), tokenizer)
 
 
 def check_averageable(paths: Sequence[Path]) -> None:
-    """Refuse models that differ in architecture, tensors or tokenizer; only headers are read."""
+    """Refuse models that differ in architecture, tensors or tokenizer; of the weights, only headers are read."""
     first, *others = (open_checkpoint(path, "--reward") for path in paths)
     for other in others:
         check_same_architecture(first, other)

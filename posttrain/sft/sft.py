@@ -1,13 +1,15 @@
-"""Supervised fine-tuning: behaviour cloning on conversations, for instance those that a teacher wrote (Gemma 2 report,
+"""Supervised fine-tuning: behaviour cloning on conversations, for example those that a teacher wrote (Gemma 2 report,
 section 4).
 
     loss = - 1/N sum_t m_t log pi(y_t | y_<t)        m_t: 1 on model turns and their ends, N: targets of the whole batch
 
-On TRL's SFTTrainer (`sft_trainer.py`), which sees rows that `chat.py` rendered and masked; it templates and truncates
-nothing. Deviations from its defaults: the last target is explicit (`<end_of_turn><eos>`, science of the Gemma format),
-rows over `max_length` are counted and listed, data sets are mixed by weight (`mixture.py`), batches hold rows of
-similar length in an order that a resume reproduces, and the held-out loss is a mean over target tokens, not over
-batches (`heldout.py`).
+Built on TRL's SFTTrainer (`sft_trainer.py`), which gets rows that `chat.py` rendered and masked; it templates and
+truncates nothing. Deviations from its defaults:
+1. The last target is explicit (`<end_of_turn><eos>`, the end of a conversation in Gemma's format).
+2. Rows over `max_length` are counted and listed.
+3. Data sets are mixed by weight (`mixture.py`).
+4. Batches consist of rows of similar length in an order that a resume reproduces.
+5. The held-out loss is a mean over target tokens, not over batches (`heldout.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ OVERLONG_FILE = "overlong.jsonl"
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised rows of all data sets, one set after the other, and those held out."""
+    """Tokenised rows of all data sets, one set after the other, and the held-out rows."""
 
     examples: list[Example]
     sizes: list[int]
@@ -86,7 +88,7 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int | None) -> int:
-    """Forward passes per optimizer step."""
+    """Return the number of forward passes per optimizer step."""
     if micro_batch_size is None:
         return 1
     if batch_size % micro_batch_size:
@@ -97,9 +99,9 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None) -> int:
 
 
 def read_rows(config: SftConfig, chat: ChatFormat, progress: Progress) -> Rows:
-    """Read, split and tokenise every data set. A prompt is on one side in all of them.
+    """Read, split and tokenise every data set. A prompt is on the same side of the split in all of them.
 
-    Raises InputError with file and line for a row that cannot be used, and for a data set of which nothing is left.
+    Raises InputError with file and line for an unusable row, and for a data set without a training row.
     """
     sets = [read_conversations(path) for path in config.data]
     everything = [row for rows in sets for row in rows]
@@ -115,7 +117,7 @@ def read_rows(config: SftConfig, chat: ChatFormat, progress: Progress) -> Rows:
     for path, rows in zip(config.data, sets, strict=True):
         tokenised, long = tokenise([row for row in rows if id(row) in kept], chat, config)
         if not tokenised:
-            raise InputError(f"{path} has no row to train on, all are held out", "lower --eval-fraction")
+            raise InputError(f"{path} has no training row, all are held out", "lower --eval-fraction")
         examples += tokenised
         sizes.append(len(tokenised))
         overlong += long
@@ -128,15 +130,15 @@ def read_rows(config: SftConfig, chat: ChatFormat, progress: Progress) -> Rows:
 def report_overlap(
     training: list[Conversation], heldout: list[Conversation], config: SftConfig, progress: Progress
 ) -> None:
-    """A prompt that was trained on says little when it is evaluated."""
+    """Warn of held-out prompts that are also trained on: their loss says little about new prompts."""
     trained = {row.key for row in training}
     both = sum(row.key in trained for row in heldout)
     if both:
-        progress.warn(f"{both} of {len(heldout)} prompts of {config.eval_data} are in the training data as well")
+        progress.warn(f"{both} of {len(heldout)} prompts of {config.eval_data} are also in the training data")
 
 
 def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> JsonObject:
-    """Rows and targets, and of a mixture the rows of each data set: all, and in an epoch."""
+    """Return numbers of rows and targets; for a mixture also the rows of each data set, in total and per epoch."""
     found: JsonObject = {"rows": len(rows.examples)}
     if len(config.data) > 1:
         names = [str(path) for path in config.data]
@@ -151,7 +153,7 @@ def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> JsonObject:
 
 
 def write_model(model: CausalLM, tokenizer: Tokenizer, chat: ChatFormat, config: SftConfig, run: Run) -> None:
-    """The output: a plain model, or the adapter alone."""
+    """Write the output: a plain model, or the adapter alone."""
     if config.lora_output == "adapter":
         save_adapter(model, tokenizer, run.path)
         return
@@ -161,9 +163,9 @@ def write_model(model: CausalLM, tokenizer: Tokenizer, chat: ChatFormat, config:
 
 
 def show_tokens(config: SftConfig, count: int) -> list[JsonObject]:
-    """The first `count` rows of each data set as training sees them: where, and per token id, text, target, control.
+    """Return the first `count` rows of each data set as training sees them: id, text, target, control of every token.
 
-    A row over the limit is whole here, with the number of tokens that are `kept`. Reads no weights, writes nothing.
+    A row over the limit is shown whole, with the number of tokens that are `kept`. Reads no weights, writes nothing.
     """
     quiet_libraries()
     chat = ChatFormat(load_tokenizer(config.model))

@@ -1,26 +1,25 @@
-"""TRL's SFTTrainer on rows that are ready: batches of similar rows, and on a CPU a head that sees targets only.
+"""TRL's SFTTrainer on rendered rows: batches of similar rows, and on a CPU a head that sees targets only.
 
 Deviations from TRL 1.16 (tests/posttrain/rl/test_trl_contract.py and test_sft_trainer.py guard the hooks):
-1. Rows come rendered and masked; it templates and truncates nothing.
-2. Batches hold rows of similar length in an order that a resume reproduces (`batching.py`), of a mixture by weight.
-3. In one process on a CPU with eager attention, `compute_loss` forms the loss from last hidden states at target
-   positions, gradient included (`cross_entropy.py`), and attends in blocks (`causal_attention.py`), a part of the
-   micro-batch at a time. TRL's scores the prompt and the padding as well, and forms its logits twice. The mean is the
-   same: over the targets of the whole optimizer batch. The metric `entropy`, which needs another pass over the logits,
-   is left out there.
-4. A checkpoint holds no model card.
+1. Rows are already rendered and masked; the trainer templates and truncates nothing.
+2. Batches consist of rows of similar length in an order that a resume reproduces (`batching.py`); mixtures by weight.
+3. In one process on a CPU with eager attention, `compute_loss` computes the loss from last hidden states at target
+   positions, gradient included (`cross_entropy.py`), with attention in blocks (`causal_attention.py`), on a part of the
+   micro-batch at a time. TRL also scores the prompt and the padding, and forms its logits twice. The mean is the same:
+   over the targets of the whole optimizer batch. The metric `entropy`, which needs another pass over the logits, is
+   left out in this case.
+4. A checkpoint has no model card.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -28,6 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.batching import Epochs, GroupedByLength
 from gemma2.posttrain.data.examples import IGNORED, Example, to_dataset
+from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
@@ -38,16 +38,16 @@ from gemma2.posttrain.training.trainer import configured, trainer_arguments
 
 __all__ = ["SftTrainer", "make_trainer", "pack", "parts"]
 
-# Options of TRL about what is done here: rendering, masking, cutting, packing, order.
+# Options of TRL for tasks that are done outside TRL: rendering, masking, cutting, packing, order.
 UNUSED = (
     *("assistant_only_loss", "completion_only_loss", "chat_template_path", "dataset_num_proc", "dataset_text_field"),
     *("eos_token", "pad_token", "packing_strategy", "shuffle_dataset", "truncation_mode", "trust_remote_code"),
     "train_sampling_strategy",
 )
-PART_TOKENS = 2048  # per forward pass on a CPU: what its caches hold of a layer's activations, measured (bench/sft.py)
+PART_TOKENS = 2048  # per forward pass on a CPU: a layer's activations fit in the caches, measured (bench/sft.py)
 
 
-class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the library is not typed
+class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     """SFTTrainer with batches of similar rows, and on a CPU a loss that scores targets only."""
 
     epochs: Epochs | None = None
@@ -55,7 +55,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the libr
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
-        model = plain_model(self.model)
+        model: CausalLM = plain_model(self.model)
         self.scores_targets_only = (
             self.args.device.type == "cpu"
             and self.accelerator.num_processes == 1
@@ -68,12 +68,12 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the libr
         )
 
     def training_step(
-        self, model: CausalLM, inputs: JsonObject, num_items_in_batch: Tensor | int | None = None
+        self, model: CausalLM, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding counted."""
+        """Run forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding included."""
         if self.part_tokens is None or num_items_in_batch is None or "attention_mask" not in inputs:
-            result: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return result
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
         losses = [
             super(SftTrainer, self).training_step(model, part, num_items_in_batch)
             for part in parts(inputs, self.part_tokens)
@@ -83,13 +83,16 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the libr
     def compute_loss(
         self,
         model: CausalLM,
-        inputs: JsonObject,
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Mean of -log pi over the targets of the optimizer batch, nats."""
+    ) -> Tensor | tuple[Tensor, object]:
+        """Return the mean of -log pi over the targets of the optimizer batch, nats; with TRL's outputs on request."""
         if not self.scores_targets_only or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            computed: Tensor | tuple[Tensor, object] = super().compute_loss(
+                model, inputs, return_outputs, num_items_in_batch
+            )
+            return computed
         labels = inputs["labels"][:, 1:]  # the state at position t predicts token t + 1
         target = labels != IGNORED
         hidden = last_hidden_states(plain_model(model), inputs["input_ids"])[:, :-1][target]  # (N, d)
@@ -104,7 +107,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # the libr
 
 
 def parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]:
-    """A batch (B, T) that is padded on the right, as narrower ones of at most `tokens` tokens; a row is never cut."""
+    """Split a batch (B, T), padded on the right, into narrower ones of at most `tokens` tokens; no row is cut."""
     lengths = inputs["attention_mask"].sum(1)
     order = lengths.argsort(stable=True)
     start = 0
@@ -118,15 +121,15 @@ def parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]
 
 
 def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     config: SftConfig,
     run: Run,
     accumulation: int,
     epochs: Epochs | None = None,
 ) -> SftTrainer:
-    """The trainer over rows that need no further preparation. `epochs`: which of them an epoch holds, default all."""
+    """Return the trainer on rows that need no further preparation. `epochs`: the rows of each epoch, default all."""
     check_targets(config, model)
     arguments = trainer_arguments(
         TrlSftConfig,
@@ -159,7 +162,7 @@ def make_trainer(
             peft_config=lora_config(config, "CAUSAL_LM"),
         )
     trainer.epochs = epochs
-    # Position ids keep rows without padding apart; TRL's loss hands them on.
+    # Position ids separate rows without padding between them; only TRL's loss passes them to the model.
     trainer.scores_targets_only &= not (config.packing or trainer.padding_free)
     trainer.part_tokens = config.micro_batch_tokens
     if trainer.part_tokens is None and trainer.scores_targets_only:
@@ -168,9 +171,9 @@ def make_trainer(
 
 
 def pack(examples: Sequence[Example], max_length: int) -> Dataset:
-    """Rows put end to end up to `max_length` tokens, best fit first, none cut; `seq_lengths` says where each begins.
+    """Concatenate rows up to `max_length` tokens, best fit first, none cut; `seq_lengths` has the length of each.
 
-    With the collator's position ids, flash attention keeps them apart.
+    With the collator's position ids, flash attention keeps the rows separate.
     """
     packed = pack_dataset(to_dataset(examples).remove_columns("length"), max_length, "bfd", {"batch_size": None})
     return packed.add_column("length", [sum(lengths) for lengths in packed["seq_lengths"]])

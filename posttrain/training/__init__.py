@@ -1,1 +1,1 @@
-"""Supervised training on TRL: the shared trainer frame, SFT."""
+"""Training with TRL, for every step: trainer arguments, callbacks, held-out losses, trackers."""

@@ -1,11 +1,11 @@
-"""The held-out loss during training: when it is measured, the lowest so far, its weights, and when to stop.
+"""The held-out loss during training: when to measure it, the lowest so far, its weights, and when to stop.
 
     loss = - 1/N sum_t m_t log pi(y_t | y_<t)      over all held-out rows, N: their targets (not a mean over batches)
 
-Measured before the first step, after every `eval_every` steps and after the last. The lowest, the number of
-measurements since, and (`keep` best) the weights that gave it are part of every checkpoint, so that a resumed run finds
-and forgets the same ones. A run that stops early writes no checkpoint at its last step: a resume comes to the same
-decision by itself. The untouched model is not a candidate; if nothing was better, a warning says so.
+It is measured before the first step, after every `eval_every` steps and after the last. The lowest loss, the number of
+measurements since, and (`keep` best) its weights are part of every checkpoint, so that a resumed run continues with the
+same ones. A run that stops early writes no checkpoint at its last step: a resume makes the same decision by itself. The
+untrained model is not a candidate; if its loss is lower, a warning is shown.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,7 @@ from gemma2.core.progress import Progress
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import plain_model
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import CausalLM, Network
 from gemma2.posttrain.models.sampler import evaluating, length_batches
 from gemma2.posttrain.models.scorer import head_logps, hidden_states
 from gemma2.posttrain.runs.run_directory import Run
@@ -46,7 +46,7 @@ BEST_FILE = "best.safetensors"
 
 @dataclass
 class Record:
-    """The measurements so far: the last loss and the lowest one, nats per target, and the steps they belong to."""
+    """The measurements so far: the last loss and the lowest one, nats per target, and their steps."""
 
     step: int = 0
     loss: float | None = None
@@ -55,11 +55,14 @@ class Record:
     without_progress: int = 0
 
 
-class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not typed
-    """Measures the held-out loss into metrics.jsonl as `heldout_loss`. To be added before `RunCallback`, which seals
-    the checkpoints that this one adds to. A subclass that overrides `figures` has another loss, or more figures."""
+class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Measures the held-out loss and logs it to metrics.jsonl as `heldout_loss`.
 
-    def __init__(self, run: Run, examples: Sequence[Any], config: SftConfig | RewardConfig) -> None:
+    Must be added before `RunCallback`, which marks as complete the checkpoints to which this callback adds files. A
+    subclass with other examples than SFT's, another loss or further figures overrides `figures`.
+    """
+
+    def __init__(self, run: Run, examples: Sequence[object], config: SftConfig | RewardConfig) -> None:
         self.run = run
         self.examples = examples
         self.config = config
@@ -69,44 +72,44 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
 
     @property
     def best_file(self) -> Path:
-        """The weights with the lowest loss so far."""
+        """Return the file of the weights with the lowest loss so far."""
         return self.run.checkpoints / BEST_FILE
 
-    def before(self, model: CausalLM) -> None:
-        """Measure the model as it came. Apart from `on_train_begin`, which on a resume sees a trained one."""
+    def before(self, model: Network) -> None:
+        """Measure the untrained model. Not part of `on_train_begin`, which after a resume gets a trained one."""
         self.first = self.figures(model) if self.examples else {}
         self.initial = self.first.get("heldout_loss")
 
-    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.best_file.unlink(missing_ok=True)
         if state.global_step > 0:
             self._restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         elif self.first:
             self.run.log(0, **self.first)
 
-    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         every = self.config.eval_every
-        # At the last step too, so that its checkpoint knows of it: a run may be killed while its result is written.
+        # Also at the last step, so that its checkpoint includes it: a run may be killed while its result is written.
         due = state.global_step >= state.max_steps or (every is not None and state.global_step % every == 0)
         if not self.examples or not due:
             return
-        self._measure(state.global_step, kwargs["model"])
+        self._measure(state.global_step, cast(Network, kwargs["model"]))
         if self.config.patience is not None and self.record.without_progress >= self.config.patience:
             control.should_training_stop = True
             control.should_save = False
 
-    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(checkpoint / STATE_FILE, asdict(self.record))
         if self.best_file.exists():
             _link(self.best_file, checkpoint / BEST_FILE)
 
-    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self.examples and self.record.step != state.global_step:
-            self._measure(state.global_step, kwargs["model"])
+            self._measure(state.global_step, cast(Network, kwargs["model"]))
 
-    def keep_best(self, model: CausalLM) -> None:
-        """Put the weights with the lowest loss into `model`, if others came after them."""
+    def keep_best(self, model: Network) -> None:
+        """Copy the weights with the lowest loss into `model`, unless they are the last ones."""
         if self.config.keep == "best" and self.record.best_step != self.record.step:
             parameters = dict(model.named_parameters())
             with torch.no_grad():
@@ -114,7 +117,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
                     parameters[name].copy_(value)
 
     def summary(self, progress: Progress) -> JsonObject:
-        """The losses for the manifest; a warning where training did not help."""
+        """Return the losses for the manifest; warn if training did not lower the loss."""
         record = self.record
         found: JsonObject = {"heldout_loss_before": self.initial, "heldout_loss": record.loss}
         if self.config.keep == "best":
@@ -126,12 +129,13 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
             )
         return found
 
-    def figures(self, model: CausalLM) -> JsonObject:
-        """The logged figures of the held-out rows: `heldout_loss`, which decides, and others."""
+    def figures(self, model: Network) -> JsonObject:
+        """Return the figures to log: `heldout_loss`, which the decisions use, and in subclasses further ones."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
-        return {"heldout_loss": heldout_loss(model, self.examples, batch_size)}
+        examples = cast(Sequence[Example], self.examples)
+        return {"heldout_loss": heldout_loss(cast(CausalLM, model), examples, batch_size)}
 
-    def _measure(self, step: int, model: CausalLM) -> None:
+    def _measure(self, step: int, model: Network) -> None:
         figures = self.figures(model)
         loss = figures["heldout_loss"]
         if not math.isfinite(loss):
@@ -146,8 +150,8 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
             record.without_progress += 1
         self.run.log(step, **figures)
 
-    def _save_best(self, model: CausalLM) -> None:
-        """The trained weights; replaced, not overwritten, since checkpoints may link to the file."""
+    def _save_best(self, model: Network) -> None:
+        """Save the trained weights; the file is replaced, not overwritten, since checkpoints may link to it."""
         self.best_file.parent.mkdir(parents=True, exist_ok=True)
         aside = self.best_file.with_suffix(".tmp")
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
@@ -158,13 +162,13 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # the library is not type
         try:
             self.record = Record(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"the checkpoint {checkpoint} holds no {STATE_FILE}", "start over with --force") from error
+            raise InputError(f"the checkpoint {checkpoint} has no {STATE_FILE}", "start over with --force") from error
         if (checkpoint / BEST_FILE).exists():
             _link(checkpoint / BEST_FILE, self.best_file)
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
+    """Link a file under another name, or copy it if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -173,7 +177,7 @@ def _link(source: Path, target: Path) -> None:
 
 @torch.no_grad()
 def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int) -> float:
-    """Mean of -log pi over all target tokens of all examples, nats per token."""
+    """Return the mean of -log pi over all target tokens of all examples, nats per token."""
     model = plain_model(model)
     total = torch.zeros((), dtype=torch.float64)
     count = 0
@@ -190,18 +194,18 @@ def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int) 
 
 
 def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log pi (N,) fp32 nats of `targets` after last hidden states (N, d)."""
+    """Return log pi (N,) fp32 nats of `targets` after last hidden states (N, d)."""
     if plain_head(model) and hidden.dtype == torch.float32:
         return summed_cross_entropy(model, hidden, targets)[1]
     return head_logps(model, hidden, targets, temperature=1.0)[0]
 
 
-def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Any:  # noqa: ANN401
-    """(indices, last hidden states (B, T, d) fp32) in batches of similar length."""
+def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (indices, last hidden states (B, T, d) fp32) in batches of similar length."""
     if model.config._attn_implementation == "eager":
         yield from hidden_states(model, rows, [[]] * len(rows), batch_size)
         return
-    half = model.config._attn_implementation.startswith("flash")  # takes no fp32
+    half = model.config._attn_implementation.startswith("flash")  # flash attention does not accept fp32
     precision = torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
     for batch in length_batches([len(row) for row in rows], batch_size):
         width = len(rows[batch[0]])

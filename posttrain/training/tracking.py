@@ -1,14 +1,14 @@
-"""Metrics to TensorBoard, W&B and trackio, next to metrics.jsonl, which stays the record of a run.
+"""Metrics to TensorBoard, W&B and trackio, in addition to metrics.jsonl, which remains the record of a run.
 
-A tracker gets what metrics.jsonl gets, under the same names, from `Run.log`. transformers' own callbacks are not used:
-they log every argument of the trainer, name the machine, put TensorBoard's files where checkpoints are removed, and
-after a resume send the repeated steps a second time. Here
+A tracker gets the figures of metrics.jsonl, under the same names, from `Run.log`. transformers' own callbacks are not
+used: they log every argument of the trainer, record the name of the machine, write TensorBoard's files to the directory
+where checkpoints are removed, and after a resume send the repeated steps a second time. Here
 
-    tensorboard     is written anew from metrics.jsonl at each start, into the output, as one file
-    wandb, trackio  continue the run they began, and leave out the steps that they already have
+    tensorboard     is rewritten from metrics.jsonl at each start, into the output, as one file
+    wandb, trackio  continue the run that they began, without the steps that they already have
 
-W&B and trackio are configured by their own environment (WANDB_PROJECT, WANDB_MODE, TRACKIO_SPACE_ID, ...); the project
-is `gemma2` unless that says otherwise, the name of a run that of its output directory.
+W&B and trackio are configured by their own environment variables (WANDB_PROJECT, WANDB_MODE, TRACKIO_SPACE_ID, ...);
+the default project is `gemma2`, the name of a run is that of its output directory.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gemma2.core.errors import UsageError
-from gemma2.core.interrupts import allow
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.run_directory import Run
 
@@ -40,11 +39,17 @@ UPLOAD = 60.0  # seconds that an interrupted run gives a service to take what wa
 
 
 class Tracker(Protocol):
-    """Takes the figures of a step."""
+    """Receives the figures of every step."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Send(Protocol):
+    """The `log` of W&B and trackio."""
+
+    def __call__(self, metrics: dict[str, float], *, step: int) -> object: ...
 
 
 def check_tracking(names: Sequence[str]) -> None:
@@ -56,7 +61,7 @@ def check_tracking(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Send what `run` logs to the trackers that its configuration names, while the block runs."""
+    """Send the figures that `run` logs to the trackers of its configuration while the block runs."""
     names = run.origin["config"].get("report_to", ()) if run.ranks.is_main else ()
     with ExitStack() as stack:
         for name in names:
@@ -68,7 +73,9 @@ def tracked(run: Run) -> Iterator[None]:
         yield
 
 
-def _figures(tracker: Tracker) -> Any:  # noqa: ANN401
+def _figures(tracker: Tracker) -> Callable[[int, JsonMapping], None]:
+    """Return a listener that passes on the numbers of a step."""
+
     def listener(step: int, metrics: JsonMapping) -> None:
         tracker.log(step, {key: value for key, value in metrics.items() if isinstance(value, int | float)})
 
@@ -94,14 +101,14 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-        for file in self.folder.glob("events.out.tfevents.*"):  # the writer puts the name of the machine there
+        for file in self.folder.glob("events.out.tfevents.*"):  # the writer's name includes that of the machine
             file.rename(self.folder / f"events.out.tfevents.{int(time.time())}.gemma2")
 
 
 class Remote:
-    """A service that keeps what it was sent: steps that it has are not sent again."""
+    """A service that stores the figures: steps that it already has are not sent again."""
 
-    def __init__(self, run: Run, send: Any, finish: Any) -> None:  # noqa: ANN401
+    def __init__(self, run: Run, send: Send, finish: Callable[[], object]) -> None:
         self.cursor = run.checkpoints / CURSOR
         self.send = send
         self.finish = finish
@@ -120,7 +127,7 @@ class Remote:
 
 
 def open_wandb(run: Run) -> Tracker:
-    """A run of W&B whose id follows from the output and the time it was begun, so that a resume finds it."""
+    """Open a run of W&B with an id derived from the output and the time of its start, so that a resume finds it."""
     wandb = import_module("wandb")
     begun = f"{run.options.out.resolve()} {run.origin['started']}"
     opened = wandb.init(
@@ -134,7 +141,7 @@ def open_wandb(run: Run) -> Tracker:
 
 
 def open_trackio(run: Run) -> Tracker:
-    """A run of trackio, continued by its name."""
+    """Open a run of trackio; a resume continues it by its name."""
     trackio = import_module("trackio")
     with redirect_stdout(sys.stderr):
         trackio.init(
@@ -146,7 +153,11 @@ def open_trackio(run: Run) -> Tracker:
     return Remote(run, trackio.log, trackio.finish)
 
 
-OPEN: JsonMapping = {"tensorboard": TensorBoard, "wandb": open_wandb, "trackio": open_trackio}
+OPEN: Mapping[str, Callable[[Run], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": open_wandb,
+    "trackio": open_trackio,
+}
 
 
 def _logged(path: Path) -> list[JsonObject]:

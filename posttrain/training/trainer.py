@@ -1,7 +1,7 @@
-"""The frame of the TRL-based steps: trainer arguments, logging into the run, guards, checkpoints that prove themselves.
+"""Shared parts of the TRL-based steps: trainer arguments, logging into the run, guards, verified checkpoints.
 
-Trainer checkpoints carry no mark of completeness and would be picked up half-written; here every checkpoint gets a
-`complete.json` with the digest of each file, written last and verified before a resume.
+Checkpoints of transformers have no mark of completeness, so a half-written one would be resumed from; here every
+checkpoint gets a `complete.json` with the digest of each file, written last and verified before a resume.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,7 +23,7 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
-from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 from gemma2.posttrain.schemas.config import closest
@@ -42,27 +42,27 @@ __all__ = [
 ]
 
 COMPLETE = "complete.json"
-# transformers name -> ours, in the metrics and on the bar.
+# Name of a metric in transformers -> name in metrics.jsonl and on the bar.
 RENAMED = {"grad_norm": "gradient_norm"}
-# Options of transformers that would break a promise of ours.
+# Options of transformers that would break a guarantee of the suite.
 BREAKS = {
     "save_only_model": "a resumed run would start with a fresh optimizer",
-    "ignore_data_skip": "a resumed run would meet its first rows again",
-    "logging_strategy": "metrics.jsonl is always written; --log-every says how often",
+    "ignore_data_skip": "a resumed run would train on its first rows again",
+    "logging_strategy": "metrics.jsonl is always written; --log-every sets how often",
 }
 C = TypeVar("C")
 
-# Wall-clock figures differ between a resumed run and an uninterrupted one; the manifest has start and end.
+# Metrics with these in their names are not logged: they differ between a resumed run and an uninterrupted one.
 DROPPED = ("runtime", "per_second", "total_flos", "step_time", "num_tokens")
 
 
 def trainer_arguments(
     schema: type, config: TrainingFields, run: Run, unused: Collection[str] = (), **ours: object
 ) -> JsonObject:
-    """Keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
+    """Return keyword arguments of a TRL config class: ours, then the user's `trainer:` mapping, checked by name.
 
-    Raises UsageError for an option that TRL does not have, that a flag of ours sets, or that is among `unused`, which
-    nothing here would read; and for a tracker that is not installed.
+    Raises UsageError for an option that TRL does not have, that a flag of the command sets, or that is among `unused`
+    and so would have no effect; and for a tracker that is not installed.
     """
     on_gpu = torch.cuda.is_available()
     arguments = {
@@ -77,7 +77,7 @@ def trainer_arguments(
         "logging_nan_inf_filter": False,
         "seed": config.seed,
         "data_seed": config.seed,
-        "report_to": "none",  # the trackers of `tracking.py` get what metrics.jsonl gets
+        "report_to": "none",  # `tracking.py` sends the figures of metrics.jsonl instead
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
@@ -86,15 +86,15 @@ def trainer_arguments(
     }
     check_tracking(config.report_to)
     defaults = {"bf16", "activation_checkpointing", "use_cpu"}
-    # The deprecated aliases would lose against activation_checkpointing without a word.
+    # The deprecated aliases are refused: activation_checkpointing would silently override them.
     known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
     for key in config.trainer:
         if key not in known:
             raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known.difference(unused)))
-        if key.startswith("hub_") or key == "push_to_hub":  # what is set here is recorded, and a token is secret
-            raise UsageError(f"'trainer.{key}' is not taken", "push the finished output with `hf upload`")
+        if key.startswith("hub_") or key == "push_to_hub":  # settings are recorded, but a token is secret
+            raise UsageError(f"'trainer.{key}' is not accepted", "push the finished output with `hf upload`")
         if key in BREAKS:
-            raise UsageError(f"'trainer.{key}' is not taken: {BREAKS[key]}", "leave it out")
+            raise UsageError(f"'trainer.{key}' is not accepted: {BREAKS[key]}", "leave it out")
         if key in unused or key.startswith("eval_"):
             raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
         if key in arguments and key not in defaults:
@@ -103,24 +103,24 @@ def trainer_arguments(
 
 
 def configured(schema: type[C], config: TrainingFields, arguments: JsonMapping) -> C:
-    """A TRL config of `trainer_arguments`. Raises UsageError for a value in the user's `trainer:` that it refuses."""
+    """Build a TRL config from `trainer_arguments`. Raises UsageError if it refuses a value of the user's `trainer:`."""
     try:
         return schema(**arguments)
     except (ValueError, TypeError, ImportError) as error:
-        if not config.trainer:  # ours alone: a bug
+        if not config.trainer:  # only arguments of the suite: a bug
             raise
         detail = " ".join(str(error).split())[:200]
-        raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "correct it, or leave it out") from error
+        raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "fix it, or leave it out") from error
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Record the digest of every file of a checkpoint; what lacks this mark is not resumed from."""
+    """Record the digest of every file of a checkpoint; a checkpoint without this mark is not resumed from."""
     files = {path.name: digest_file(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
     write_json(checkpoint / COMPLETE, {"files": files})
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its mark and every file the digest that the mark records."""
+    """Whether a checkpoint has its mark and every file has the recorded digest."""
     try:
         files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
         return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
@@ -129,7 +129,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
-    """The newest complete checkpoint and its step; torn ones are removed on the way."""
+    """Return the newest complete checkpoint and its step; newer, incomplete ones are removed."""
     found = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(found):
         if is_complete(path):
@@ -138,10 +138,10 @@ def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
     return None
 
 
-class RunCallback(TrainerCallback):  # type: ignore[misc]  # the library is not typed
-    """Feeds a run from a Trainer: metrics, the bar, the NaN guard and the checkpoint mark.
+class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Connects a Trainer to a run: metrics, progress bar, NaN guard and the mark of checkpoints.
 
-    `shown` maps metric names to the short names next to the progress bar.
+    `shown` maps names of metrics to their short names on the progress bar.
     """
 
     def __init__(self, run: Run, progress: Progress, label: str, shown: Mapping[str, str] | None = None) -> None:
@@ -166,14 +166,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # the library is not 
         self.close()
 
     def close(self) -> None:
-        """End the bar, also when the training stopped in the middle."""
+        """End the bar, also if the training stopped early."""
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: CausalLM, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        model = cast(Network, kwargs["model"])
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not gradients:
             return
@@ -181,13 +182,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # the library is not 
         if not math.isfinite(float(torch.stack([norm.float() for norm in norms]).sum())):
             raise GuardStop(
                 f"step {state.global_step + 1} of {self.label}: the gradient is NaN or infinite, nothing was updated",
-                "lower --learning-rate; --resume goes on from the last checkpoint",
+                "lower --learning-rate; --resume continues from the last checkpoint",
             )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        # What was gathered since the last line is in no checkpoint: with a line before each, none is lost on resume.
+        # Figures since the last line are not part of a checkpoint: with a line before each, none is lost on resume.
         control.should_log = control.should_log or control.should_save
         if self.task is not None:
             self.task.advance(1, **self.live)
@@ -215,7 +216,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # the library is not 
 
 
 def evaluations(run: Run) -> list[JsonObject]:
-    """The measurements, from before the first step to after the last, also by the parts of a run before a resume."""
+    """Return all evaluations of a run, from step 0 to the last, those before a resume included."""
 
     def read() -> list[JsonObject]:
         with (run.path / "metrics.jsonl").open(encoding="utf-8") as lines:
@@ -224,13 +225,13 @@ def evaluations(run: Run) -> list[JsonObject]:
     return run.ranks.on_main(read)
 
 
-class PeriodicEvaluation(TrainerCallback):  # type: ignore[misc]  # the library is not typed
+class PeriodicEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Calls `measure` at step 0, every `config.eval_every` steps and at the end."""
 
     config: DistillConfig | RlhfConfig
 
     def measure(self, step: int) -> None:
-        """Measure the model and log what was found."""
+        """Measure the model and log the figures."""
         raise NotImplementedError
 
     def on_train_begin(
@@ -247,7 +248,7 @@ class PeriodicEvaluation(TrainerCallback):  # type: ignore[misc]  # the library 
 
 
 def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
-    """Run a Trainer to its end, from the latest complete checkpoint when the run is resumed."""
+    """Run a Trainer to its end, from the latest complete checkpoint if the run is resumed."""
     trainer.remove_callback(PrinterCallback)
     found = run.ranks.on_main(lambda: latest_checkpoint(run)) if run.resumed else None
     run.rewind(found[1] if found else -1)

@@ -1,1 +1,1 @@
-"""One file per filter: what is wrong with a row, or with a row next to others."""
+"""The criteria of the filters, one file per group: reasons to drop a row, by itself or compared to others."""

@@ -1,9 +1,9 @@
-"""Overlap with evaluation sets: a row that shares n words in a row with an evaluation text (Brown et al. 2020,
+"""Overlap with evaluation sets: a row that shares n consecutive words with an evaluation text (Brown et al. 2020,
 2005.14165, appendix C; n = 13) is contaminated.
 
-A question of fewer than n words counts when a user turn is that question. Short answers do not count: a row that says
-"7" has not seen the test. n-grams that stand in more than TEMPLATE rows of a set are its instructions, not its items.
-Hashes of 64 bits stand for n-grams.
+A question of fewer than n words counts if a user turn is that question. Short answers do not count: an answer "7" does
+not show that the test leaked. n-grams that occur in more than TEMPLATE rows of a set are instructions, not items.
+n-grams are compared by 64-bit hashes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: a polynomial over 2^64
 
 @dataclass(frozen=True)
 class EvaluationTexts:
-    """The evaluation texts that rows must not overlap: sorted n-gram hashes, and whole short questions."""
+    """The texts that rows must not overlap: sorted n-gram hashes, and whole short questions."""
 
     n: int
     ngrams: NDArray[np.uint64]
@@ -40,9 +40,9 @@ class EvaluationTexts:
 
 
 def ngram_hashes(ids: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """(W,) word ids -> (max(W - n + 1, 0),) hashes of the n-grams that begin at each word.
+    """Return (max(W - n + 1, 0),) hashes of the n-grams that begin at each of the (W,) word ids.
 
-    A polynomial modulo 2^64, doubled up: hash(a + b words) = hash(a) M^b + hash(the b words after them).
+    A polynomial modulo 2^64, built by doubling: hash(a + b words) = hash(a) M^b + hash(the b words after them).
     """
     count = len(ids) - n + 1
     if count <= 0:
@@ -63,7 +63,7 @@ def _power(exponent: int) -> np.uint64:
 
 
 def read_evaluation(paths: Iterable[Path], n: int) -> EvaluationTexts:
-    """The evaluation texts behind data paths. Raises InputError for a row in which no question is found."""
+    """Read the evaluation texts of data paths. Raises InputError for a row without a question column."""
     ngrams: list[NDArray[np.uint64]] = []
     questions: set[str] = set()
     for path in paths:
@@ -80,13 +80,13 @@ def read_evaluation(paths: Iterable[Path], n: int) -> EvaluationTexts:
 
 
 def contaminated(sample: Sample, evaluation: EvaluationTexts) -> str | None:
-    """Reads all turns for n-grams, the user's turns for short questions."""
+    """Return the overlap of a row: short questions among the user's turns, n-grams in all turns."""
     for text in sample.user_turns:
         if _bare(text) in evaluation.questions:
             return "asks a question of an evaluation set"
     if len(evaluation.ngrams) == 0:
         return None
-    # A separator that no text contains: words of different turns never form one n-gram.
+    # A word that occurs in no text separates two turns: words of different turns are not consecutive.
     joined = np.concatenate([part for ids in sample.ids for part in (ids, BREAK)])
     hashes = ngram_hashes(joined, evaluation.n)
     places = np.searchsorted(evaluation.ngrams, hashes)
@@ -100,7 +100,7 @@ def _bare(text: str) -> str:
 
 
 def _texts(row: Row) -> tuple[list[str], list[str]]:
-    """(questions, other texts) of a row of an evaluation set."""
+    """Return (questions, other texts) of a row of an evaluation set."""
     column = next((name for name in QUESTION_COLUMNS if row.columns.get(name)), None)
     if column is None:
         raise InputError(
@@ -115,7 +115,7 @@ def _texts(row: Row) -> tuple[list[str], list[str]]:
 
 
 def _of_column(value: object) -> tuple[list[str], list[str]]:
-    """(what a user says, what a model says) in a text, a list of texts or a list of messages."""
+    """Return (texts of the user, texts of the model) from a text, a list of texts or a list of messages."""
     if isinstance(value, str):
         return [value], []
     asked: list[str] = []

@@ -1,13 +1,11 @@
-"""Exact and near duplicates over all rows that the other filters left: the first of them stays.
+"""Exact and near duplicates among all rows that passed the other filters: the first of them stays.
 
-A row is a near duplicate when its Jaccard similarity to an earlier row *that stays* reaches the threshold; candidates
-come from the bands, the similarity is computed from the shingles themselves. At most CANDIDATES rows are compared to
-one row, the latest first. Memory: 4 bytes per band and row; the shingles stay on disk.
+A row is a near duplicate if its Jaccard similarity to an earlier row *that stays* reaches the threshold; the bands
+yield candidates, the similarity is computed from the shingles. A row is compared to at most CANDIDATES rows, the latest
+first. Memory: 4 bytes per band and row; the shingles stay on disk.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +18,11 @@ __all__ = ["exact_duplicates", "link_bands", "near_duplicates"]
 
 CANDIDATES = 256
 
+Shingles = NDArray[np.uint32]
+
 
 def exact_duplicates(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(N, 2) uint64 halves of digests -> (N,) index of the first row with the same digest, -1 for the first itself."""
+    """Return (N,) index of the first row with the same digest, -1 for the first itself. digests: (N, 2) halves."""
     order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
     ordered = digests[order]
     same = np.zeros(len(digests), dtype=bool)
@@ -34,9 +34,9 @@ def exact_duplicates(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def link_bands(keys: Bands) -> NDArray[np.int32]:
-    """(N, bands) keys -> (N, bands) int32 index of the latest earlier row with the same key in that band, or -1.
+    """Return (N, bands) int32 index of the latest earlier row with the same key in that band, or -1.
 
-    In place: the result is the memory of `keys`.
+    In place: the result uses the memory of `keys`.
     """
     links = keys.view(np.int32)
     for band in range(keys.shape[1]):
@@ -51,8 +51,8 @@ def link_bands(keys: Bands) -> NDArray[np.int32]:
 
 
 @compiled(inner=True)
-def similarity(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
-    """Jaccard similarity of two sorted arrays of distinct numbers."""
+def similarity(a: Shingles, b: Shingles) -> float:
+    """Return the Jaccard similarity of two sorted arrays of distinct numbers."""
     i, j, shared = 0, 0, 0
     while i < a.size and j < b.size:
         if a[i] == b[j]:
@@ -66,21 +66,21 @@ def similarity(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
 
 @compiled()
 def near_duplicates(
-    links: NDArray[np.int32], spans: NDArray[np.int64], shingles: NDArray[np.uint32], threshold: float
-) -> Any:  # noqa: ANN401
-    """Which rows repeat an earlier one that stays.
+    links: NDArray[np.int32], spans: NDArray[np.int64], shingles: Shingles, threshold: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Find the rows that nearly repeat an earlier row that stays.
 
-    links: (N, bands) int32 as `link_bands` says; it is changed. spans: (N, 2) int64, row i has the shingles
-    [spans[i, 0], spans[i, 1]): uint32, sorted.
+    links: (N, bands) from `link_bands`, changed in place. spans: (N, 2), row i has the sorted shingles
+    [spans[i, 0], spans[i, 1]).
 
-    Returns (N,) int64, the earlier row or -1, and (N,) float64, their similarity.
+    Returns (N,) the earlier row or -1, and (N,) their similarity.
     """
     rows, bands = links.shape
     repeats = np.full(rows, -1, np.int64)
     found = np.zeros(rows)
     compared_to = np.full(rows, -1, np.int64)
     for i in range(rows):
-        for band in range(bands):  # skip what was dropped, once: a link leads to a row that stays
+        for band in range(bands):  # skip dropped rows, once: afterwards every link leads to a row that stays
             j = links[i, band]
             while j >= 0 and repeats[j] >= 0:
                 j = links[j, band]
@@ -91,7 +91,7 @@ def near_duplicates(
             j = links[i, band]
             while j >= 0 and repeats[i] < 0 and compared < CANDIDATES:
                 size = spans[j, 1] - spans[j, 0]
-                # The smaller set over the larger one bounds the similarity.
+                # size of the smaller set / size of the larger set bounds the similarity.
                 if compared_to[j] != i and min(size, mine.size) >= threshold * max(size, mine.size):
                     compared_to[j] = i
                     compared += 1

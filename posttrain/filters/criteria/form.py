@@ -1,8 +1,8 @@
 """Filters on the form of an answer: empty, cut off, too short or too long, caught in a loop.
 
 Repetition is the share of a turn's word n-grams that occurred before in the same turn (Rae et al. 2021, 2112.11446,
-table A1, count shares of duplicate n-grams). Where words do not see what there is (one endless word, rows of signs),
-the characters are counted instead.
+table A1, count shares of duplicate n-grams). Texts that words do not describe (one endless word, rows of signs) are
+measured by character n-grams instead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["empty", "length", "repeated_share", "repetition", "truncated"]
 
 WORDS, CHARACTERS = 4, 10  # n; ten characters do not repeat by chance in keys or sequences of four letters
 FEWEST_NGRAMS = 24  # shorter turns repeat themselves by chance: lists, verses, sums
-SEEN = 20_000  # characters of such a run are enough to decide
-ENDLESS = 0.9  # ruled tables have long lines too
+SEEN = 20_000  # characters of a run without spaces; more would not change the result
+ENDLESS = 0.9  # a high limit, because the rules of tables are long lines of one sign too
 LONG_WORD = 60  # characters; a loop without spaces is one long word
 CLOSED = re.compile(r"""[.!?…。!?।؟)\]}>"'”’»`*|$%]\s*$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?\s*$""")
 
 
 def empty(sample: Sample) -> str | None:
-    """Reads all turns: nothing asked, or a turn of the model that says nothing."""
+    """Report a row without a prompt, without an answer, or with an empty answer."""
     if not any(text.strip() for text in sample.user_turns):
         return "no prompt"
     if not sample.model_turns:
@@ -34,7 +34,7 @@ def empty(sample: Sample) -> str | None:
 
 
 def truncated(sample: Sample, require_ending: bool) -> str | None:
-    """Reads finish_reason and the end of the last turn of the model."""
+    """Report an answer that was cut off, by finish_reason and by the end of the model's last turn."""
     if sample.truncated:
         return "finish_reason is length"
     if require_ending and sample.model_turns and not CLOSED.search(sample.model_turns[-1]):
@@ -43,7 +43,7 @@ def truncated(sample: Sample, require_ending: bool) -> str | None:
 
 
 def length(sample: Sample, config: FilterConfig) -> str | None:
-    """Reads the model's turns."""
+    """Report answers, all turns of the model together, outside the bounds on words and characters."""
     sizes = {"words": sum(map(len, sample.model_words)), "chars": sum(map(len, sample.model_turns))}
     for unit, size in sizes.items():
         low, high = getattr(config, f"min_{unit}"), getattr(config, f"max_{unit}")
@@ -55,9 +55,9 @@ def length(sample: Sample, config: FilterConfig) -> str | None:
 
 
 def repetition(sample: Sample, limit: float) -> str | None:
-    """Reads the model's turns, one by one."""
+    """Report a turn of the model that repeats itself."""
     for text, words in zip(sample.model_turns, sample.model_words, strict=True):
-        # Every distinct word but the last three begins a different n-gram: many leave no room for a loop.
+        # Every distinct word except the last three begins a new n-gram: with many of them there is no room for a loop.
         share = 0.0 if len(set(words)) - WORDS >= (1 - limit) * len(words) else repeated_share(words, WORDS)
         if share > limit:
             return f"{share:.2f} of the {WORDS}-grams of words are repeated"
@@ -68,7 +68,7 @@ def repetition(sample: Sample, limit: float) -> str | None:
 
 
 def repeated_share(items: Sequence[str], n: int) -> float:
-    """Share of the n-grams of a sequence that occurred before in it; 0 for short ones."""
+    """Return the share of the n-grams of a sequence that occurred before in it; 0 for short sequences."""
     count = len(items) - n + 1
     if count < FEWEST_NGRAMS:
         return 0.0
@@ -76,7 +76,7 @@ def repeated_share(items: Sequence[str], n: int) -> float:
 
 
 def _unspaced(text: str, words: Sequence[str]) -> list[str]:
-    """Faults that a count of words misses: endless words, or a text of signs with hardly a word in it."""
+    """Return the texts that words do not describe: endless words, or a text of signs with hardly a word in it."""
     if LONG_WORD * (len(words) + 1) < 2 * len(text):
         return [text[:SEEN]]
     return [word[:SEEN] for word in words if len(word) > LONG_WORD]

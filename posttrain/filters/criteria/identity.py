@@ -1,8 +1,8 @@
 """Mistaken self-identification: the model's turns claim to be another vendor's assistant (Gemma 2 report, section 4).
 
 A claim is made in the first person ("I am ChatGPT", "as a model trained by OpenAI", "OpenAI created me"), outside
-quotation marks, without a negation. Talk about these models does not count. Names that people and things bear too
-(Claude, Gemini, Llama, ...) count only at the end of the clause or next to a word such as "assistant".
+quotation marks, without a negation. Talk about these models is not a claim. Names that people and things also have
+(Claude, Gemini, Llama, ...) count only at the end of a clause or next to a word such as "assistant".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .sample import Sample
 
 __all__ = ["claim_finder"]
 
-# Name -> how it is written. These name an assistant and nothing else.
+# Name -> regular expression of its spellings. These names mean an assistant and nothing else.
 ASSISTANTS = {
     "ChatGPT": r"chat[ -]?gpt",
     "GPT": r"gpt[- ]?\d[\w.]*|instructgpt",
@@ -30,7 +30,7 @@ ASSISTANTS = {
     "SmolLM": r"smollm[\w.-]*|stablelm[\w.-]*|olmo(?: \d)?|starcoder\w*|wizardlm|openassistant|open assistant",
     "Nemotron": r"nemotron[\w.-]*",
 }
-# These are names of people, animals or signs as well.
+# These are also names of people, animals or signs.
 SHARED_NAMES = {
     "Claude": r"claude(?: (?:instant|opus|sonnet|haiku|\d[\w.]*))*",
     "Gemini": r"gemini(?: (?:pro|ultra|flash|\d[\w.]*))*",
@@ -105,7 +105,7 @@ Finder = Callable[[Sample], str | None]
 
 
 def claim_finder(allowed: Iterable[str]) -> Finder:
-    """The filter for a model that may call itself, and its maker, one of the `allowed` names (case does not count)."""
+    """Return the filter for a model that may use the `allowed` names for itself and its maker (case is ignored)."""
     mine = {name.casefold() for name in allowed}
     assistants = {name: spelt for name, spelt in ASSISTANTS.items() if name.casefold() not in mine}
     shared = {name: spelt for name, spelt in SHARED_NAMES.items() if name.casefold() not in mine}
@@ -116,7 +116,7 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
     triggers = frozenset(_first_words([*assistants.values(), *shared.values(), *makers.values()]))
 
     def find(sample: Sample) -> str | None:
-        """Reads the model's turns."""
+        """Report a claim in the model's turns."""
         if triggers.isdisjoint(sample.model_vocabulary):
             return None
         for text in sample.model_turns:
@@ -131,9 +131,9 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
 
 
 def _first_words(spellings: Iterable[str]) -> Iterator[str]:
-    """Words of which every text with one of the names contains at least one: a quick first look."""
+    """Yield words of which every text with one of the names has at least one: a quick test before the patterns."""
     for spelling in spellings:
-        plain = re.sub(r"\(\?:[^()]*(?:\([^()]*\)[^()]*)*\)[?*]?", "", spelling)  # what is optional, and what follows
+        plain = re.sub(r"\(\?:[^()]*(?:\([^()]*\)[^()]*)*\)[?*]?", "", spelling)  # drops optional groups
         for stem, rest in re.findall(r"(?:^|\|)(\w+)(?:(?: \?|\[ -\]\?)(\w+))?", plain):
             yield from (f"{word}{digit}" for word in {stem, stem + rest} for digit in ("", *range(10)))
 
@@ -144,7 +144,7 @@ def _any(names: dict[str, str]) -> str:
 
 
 def _claims(own: str, theirs: str) -> list[str]:
-    """The patterns that need no further cue; the group `name` is what is claimed."""
+    """Return the patterns that need no further cue; the group `name` is the claimed name."""
     return [
         rf"{SELF}{DESCRIBED} (?P<name>{own})\b",
         rf"\bas (?P<name>{own}),? (?:i|my)\b",
@@ -161,7 +161,7 @@ def _claimed(text: str, found: re.Match[str], needs_cue: bool) -> bool:
 
 
 def _about_a_machine(text: str, found: re.Match[str]) -> bool:
-    """Whether a name that people bear too is a machine's here: it ends the clause, or a cue is next to it."""
+    """Whether a name that people also have means a machine here: it ends the clause, or a cue follows soon."""
     if CUE.search(found.group()):
         return True
     rest = text[found.end() : found.end() + NEAR]
@@ -170,6 +170,6 @@ def _about_a_machine(text: str, found: re.Match[str]) -> bool:
 
 
 def _quoted(text: str, place: int) -> bool:
-    """Whether a place is inside quotation marks that opened in its line."""
+    """Whether a position is inside quotation marks that were opened in the same line."""
     line = text[text.rfind("\n", 0, place) + 1 : place]
     return line.count('"') % 2 == 1 or line.count("“") > line.count("”") or line.count("«") > line.count("»")

@@ -1,8 +1,8 @@
 """Personal information: addresses, numbers and keys that belong to somebody.
 
 Every kind has a cheap pattern and then a real check: phonenumbers (metadata of libphonenumber), python-stdnum (check
-digits), `ipaddress`. What is reserved for examples, tests and fiction, public services and private networks belong to
-nobody. The detail names the kind, never the value.
+digits), `ipaddress`. Values of public services and private networks, and those reserved for examples, tests and
+fiction, belong to nobody. The detail names the kind, never the value.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:.])", 
 VERSION_BEFORE = re.compile(
     r"(?:\bv|\bversions?|\brelease|\bsection|\bchapter|\bclause|\bfirmware|\bbuild)[\s:]*$", re.I
 )
-# Country -> (how it is written, module of python-stdnum that knows its check digits).
+# Country -> (regular expression, module of python-stdnum that knows its check digits).
 NATIONAL_IDS = {
     "US": (r"\d{3}-\d{2}-\d{4}", "stdnum.us.ssn"),
     "BR": (r"\d{3}\.\d{3}\.\d{3}-\d{2}", "stdnum.br.cpf"),
@@ -57,7 +57,7 @@ NATIONAL_IDS = {
     "CN": (r"\d{17}[\dX]", "stdnum.cn.ric"),
     "MX": (r"[A-Z]{4}\d{6}[HM][A-Z]{5}[0-9A-Z]\d", "stdnum.mx.curp"),
 }
-# Not a part of a longer number: neither signs nor further groups of digits around it.
+# Not part of a longer number: no signs and no further groups of digits around it.
 NATIONAL_ID = {
     country: (re.compile(rf"(?<![\w.-])(?<!\d ){spelt}(?![\w-]|\.\d| \d)"), module)
     for country, (spelt, module) in NATIONAL_IDS.items()
@@ -68,7 +68,7 @@ FOUR_NUMBERS = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
 def personal(sample: Sample, region: str) -> str | None:
-    """Reads all turns. `region`: the country whose phone numbers are known without their international prefix."""
+    """Report the kinds of personal information in all turns. `region`: country of phone numbers without prefix."""
     found = list(dict.fromkeys(_kinds(sample.whole, region)))
     return ", ".join(found) if found else None
 
@@ -86,7 +86,7 @@ def _kinds(text: str, region: str) -> Iterator[str]:
 
 
 def _kind_of_number(text: str, region: str) -> str | None:
-    """The same digits may look like several kinds: the one with the stricter check counts."""
+    """Return the kind of number in a text; digits that fit several kinds count as the one with the strictest check."""
     digits, capitals = DIGITS.search(text), CAPITALS_AND_DIGITS.search(text)
     if capitals and any(map(_is_iban, IBAN.finditer(text))):
         return "bank account"
@@ -112,7 +112,7 @@ def _is_card(found: re.Match[str]) -> bool:
 def _is_iban(found: re.Match[str]) -> bool:
     from stdnum import iban
 
-    # Words in capitals may follow the number: the longest beginning of it that is valid counts.
+    # Words in capitals may follow the number: the longest valid prefix counts.
     groups = found.group().split(" ")
     tries = ("".join(groups[:end]) for end in range(len(groups), 0, -1))
     return any(iban.is_valid(number) and number not in EXAMPLE_IBANS for number in tries)
@@ -140,7 +140,7 @@ def _has_phone(text: str, region: str) -> bool:
         written = found.raw_string
         if IPV4.fullmatch(written):
             continue
-        # Ten digits in a row are a quantity, an order or an id, unless the text says that it is a phone number.
+        # Bare digits are a quantity, an order or an id, unless the text before them mentions a phone.
         if BARE_NUMBER.fullmatch(written) and not PHONE_CUE.search(text[max(0, found.start - 40) : found.start]):
             continue
         number = pn.format_number(found.number, pn.PhoneNumberFormat.E164)[1:]

@@ -1,4 +1,4 @@
-"""Numbers that look personal and belong to nobody: published for tests, documentation and public services."""
+"""Numbers that look personal but belong to nobody: published for tests, documentation and public services."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ EXAMPLE_IDS = frozenset(
         "12345678Z",
     ]
 )
-# Name servers that everybody uses, and a placeholder.
+# Public name servers, and a placeholder.
 PUBLIC_ADDRESSES = frozenset(
     [
         "8.8.8.8",

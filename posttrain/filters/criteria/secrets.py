@@ -1,4 +1,4 @@
-"""Keys and tokens, by the formats that their issuers document. Placeholders do not count: they say so, or repeat."""
+"""Keys and tokens, by the formats that their issuers document. Placeholders, which repeat signs or say so, pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 __all__ = ["has_secret"]
 
-# A text that every secret of the kind contains -> its format.
+# A string that occurs in every secret of the kind -> regular expression of its format.
 FORMATS = {
     "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
     "ASIA": r"\bASIA[0-9A-Z]{16}\b",
@@ -31,7 +31,7 @@ FEWEST_SIGNS = 10  # different characters
 
 
 def has_secret(text: str) -> bool:
-    """Whether a text holds a key, a token or a private key."""
+    """Whether a text contains a key, a token or a private key."""
     if max(map(len, text.split()), default=0) < SHORTEST:
         return False
     return any(mark in text and any(map(_is_secret, pattern.finditer(text))) for mark, pattern in SECRETS)

@@ -1,11 +1,11 @@
-"""Signatures of rows: a digest of the text, the set of word shingles, and its MinHash bands (Broder 1997).
+"""Data for the comparison of two rows: a digest of the text, the word shingles and their MinHash bands (Broder 1997).
 
     J(A, B) = |A & B| / |A | B|       P(two rows share a band of r hashes) = J^r       P(candidate) = 1 - (1 - J^r)^b
 
 r is the largest number of rows in a band with which b = HASHES // r bands find a pair at the threshold with
-probability FOUND. One changed word takes w shingles of S away and adds w: J = (S - w) / (S + w). Where that is below
-the threshold already, S < w (1 + t) / (1 - t), a single word decides, as it does in short questions: such rows have no
-bands, and only exact duplicates of them count. Hashes by rensa.
+probability FOUND. One changed word removes w of S shingles and adds w: J = (S - w) / (S + w). If that is already below
+the threshold, S < w (1 + t) / (1 - t), a single word decides, as in short questions: such rows have no bands, and only
+their exact duplicates count. Hashes by rensa.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["BandPlan", "Bands", "band_keys", "exact_digest", "plan_bands", "shin
 
 HASHES = 64
 FOUND = 0.99
-SEED = 0  # of the permutations: part of the format, not of the run
+SEED = 0  # of the permutations: fixed by the format, not set by a run
 
 Bands = NDArray[np.uint32]
 
@@ -42,14 +42,14 @@ class BandPlan:
 
 
 def plan_bands(threshold: float, words: int) -> BandPlan:
-    """The bands for a Jaccard threshold in (0, 1)."""
+    """Return the bands for a Jaccard threshold in (0, 1)."""
     rows = max((r for r in range(1, HASHES + 1) if 1 - (1 - threshold**r) ** (HASHES // r) >= FOUND), default=1)
     fewest = math.ceil(words * (1 + threshold) / (1 - threshold) - 1e-9)
     return BandPlan(words, threshold, HASHES // rows, rows, fewest)
 
 
 def exact_digest(sample: Sample, side: str) -> bytes:
-    """16 bytes of BLAKE2b over the normalised turns of a side."""
+    """Return 16 bytes of BLAKE2b over the normalised turns of a side."""
     digest = hashlib.blake2b(digest_size=16)
     for index in sample.chosen(side):
         ours, text = sample.turns[index]
@@ -59,7 +59,7 @@ def exact_digest(sample: Sample, side: str) -> bytes:
 
 
 def shingles(sample: Sample, side: str, plan: BandPlan) -> NDArray[np.uint32]:
-    """(S,) sorted distinct 32-bit hashes of the shingles of a side; (0,) where they are too few to be compared."""
+    """Return (S,) sorted distinct 32-bit hashes of the shingles of a side; (0,) if too few for a comparison."""
     ids = np.concatenate([sample.ids[index] for index in sample.chosen(side)] or [word_ids([])])
     if len(ids) - plan.words + 1 < plan.fewest:
         return np.empty(0, dtype=np.uint32)
@@ -73,7 +73,7 @@ def shingles(sample: Sample, side: str, plan: BandPlan) -> NDArray[np.uint32]:
 
 
 def band_keys(sets: Sequence[NDArray[np.uint32]], plan: BandPlan) -> Bands:
-    """(N, bands) uint32 keys of N shingle sets, none of them empty."""
+    """Return (N, bands) keys of N shingle sets that are not empty."""
     from rensa import RMinHash
 
     if not sets:

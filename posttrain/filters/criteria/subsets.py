@@ -1,8 +1,8 @@
 """Kinds of answers: attribution, hedging, refusals; and the disclaimers of assistants.
 
 The Gemma 2 report adds "subsets of data that encourage better in-context attribution, hedging, and refusals to minimize
-hallucinations" (section 4). `keep` names subsets that the OVERRIDDEN filters do not drop. A refusal in the sense of the
-subset admits a limit of knowledge or means; `is_refusal`, what the cap on refusals counts, is any refusal to answer.
+hallucinations" (section 4). `keep` names subsets that the OVERRIDDEN filters do not drop. The subset `refusal` consists
+of answers that admit a limit of knowledge or means; the cap on refusals counts every refusal to answer (`is_refusal`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .sample import Sample
 
 __all__ = ["OVERRIDDEN", "Subsets", "disclaimer", "is_refusal"]
 
-# Filters on style. A kept subset is never kept from personal data, unsafe answers, false names, duplicates or overlap.
+# Filters on style. Personal data, unsafe answers, false names, duplicates and overlap are dropped also in kept subsets.
 OVERRIDDEN = frozenset({"length", "disclaimer", "refusal"})
 
 PATTERNS = {
@@ -62,7 +62,7 @@ DISCLAIMS = (
 )
 REFUSAL = re.compile("|".join([REFUSES, PATTERNS["refusal"]]), re.IGNORECASE)
 DISCLAIMER = re.compile(DISCLAIMS, re.IGNORECASE)
-OPENING = 200  # characters of a turn in which a refusal shows
+OPENING = 200  # characters at the start of a turn that are searched for a refusal
 
 
 class Subsets:
@@ -77,11 +77,11 @@ class Subsets:
             try:
                 self._patterns[name] = re.compile(pattern, re.IGNORECASE)
             except re.error as error:
-                raise UsageError(f"keep_patterns.{name} is not a regular expression ({error})", "correct it") from error
+                raise UsageError(f"keep_patterns.{name} is not a regular expression ({error})", "fix it") from error
         self.names = list(self._patterns)
 
     def of(self, sample: Sample) -> list[str]:
-        """Names of the subsets that the model's turns belong to."""
+        """Return the names of the subsets to which the model's turns belong."""
         text = _straight(sample.model)
         return [name for name, pattern in self._patterns.items() if pattern.search(text)]
 
@@ -92,7 +92,7 @@ def is_refusal(sample: Sample) -> bool:
 
 
 def disclaimer(sample: Sample) -> str | None:
-    """Reads the model's turns: phrases of assistants about themselves, whoever made them."""
+    """Report a phrase of assistants about themselves in the model's turns, whatever the maker."""
     found = DISCLAIMER.search(_straight(sample.model))
     return f"says '{found.group().lower()}'" if found else None
 

@@ -1,29 +1,35 @@
 """Toxic answers, by the word list of profanex (compiled; word boundaries, leetspeak, an allowlist).
 
-A word list sees insults, slurs and obscenities, not dangerous advice, and cannot tell abuse from quotation: give a
-safety model for that (`safety.py`).
+A word list finds insults, slurs and obscenities but no dangerous advice, and it cannot distinguish abuse from a
+quotation: use a safety model for that (`safety.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .sample import Sample
+
+if TYPE_CHECKING:
+    from profanex import Filter
 
 __all__ = ["unsafe"]
 
 
 @cache
-def _list(categories: tuple[str, ...]) -> Any:  # noqa: ANN401
+def _list(categories: tuple[str, ...]) -> Filter:
     from profanex import Category, Filter, FilterConfig
 
     return Filter(FilterConfig(categories=frozenset(map(Category, categories))))
 
 
 def unsafe(sample: Sample, categories: tuple[str, ...], terms: int) -> str | None:
-    """Reads the model's turns: a refusal to answer an unsafe prompt is a good row. The detail names no word."""
+    """Report offensive words in the model's turns only: a refusal of an unsafe prompt is a good row.
+
+    The detail names the categories, not the words.
+    """
     text = sample.model
     words = _list(categories)
     if not words.contains(text):

@@ -17,7 +17,7 @@ from gemma2.posttrain.schemas import FilterConfig
 
 
 def prose(seed, words=60):
-    """A text of its own: no two seeds share three words in a row."""
+    """A text per seed: no two seeds share three consecutive words."""
     return " ".join(f"s{seed}w{i}" for i in range(words))
 
 
@@ -207,10 +207,10 @@ def test_every_reason_is_listed_on_request(tmp_path):
     assert dropped["reason"] == "truncated"
 
 
-def test_nothing_left_is_told(tmp_path, interrupting):
+def test_a_run_that_drops_all_rows_warns(tmp_path, interrupting):
     progress = interrupting()
     summary = run(write(tmp_path / "data.jsonl", [row("")]), tmp_path / "out", progress)
-    assert summary["kept"] == 0 and progress.warnings == ["all 1 rows were dropped; dropped.jsonl says why"]
+    assert summary["kept"] == 0 and progress.warnings == ["all 1 rows were dropped; see the reasons in dropped.jsonl"]
 
 
 def test_subsets_are_counted_among_the_rows_that_stay(tmp_path):
@@ -221,7 +221,7 @@ def test_subsets_are_counted_among_the_rows_that_stay(tmp_path):
     assert summary["kept"] == 3
 
 
-def test_short_templated_questions_are_no_near_duplicates_and_held_out_ones_are_found(tmp_path):
+def test_short_templated_questions_are_not_near_duplicates_and_held_out_ones_are_found(tmp_path):
     letters = "abcdefgh"
     asked = [f"Put in order: {a} {b} {c}" for a in letters for b in letters for c in letters]
     rows = [row(f"In order they are {' '.join(sorted(one[-5:].split()))}.", one) for one in asked]

@@ -109,14 +109,14 @@ def test_scores_do_not_depend_on_the_batch(classifier):
         (["a", "b", "c"], ("c", "a"), [0, 2]),
     ],
 )
-def test_labels_by_their_names(labels, wanted, unsafe):
+def test_labels_are_classified_by_their_names(labels, wanted, unsafe):
     assert unsafe_labels(labels, wanted) == unsafe
 
 
-def test_labels_that_do_not_tell_are_asked_for():
-    with pytest.raises(UsageError, match=r"which labels of the safety model mean unsafe: a, b\?; name them with"):
+def test_labels_whose_names_do_not_mean_safe_must_be_given():
+    with pytest.raises(UsageError, match="do not show which mean unsafe: a, b; name them with"):
         unsafe_labels(["a", "b"], ())
-    with pytest.raises(UsageError, match="--safety-labels c is not a label of the model; it has a, b"):
+    with pytest.raises(UsageError, match="--safety-labels c is not a label of the model; its labels are a, b"):
         unsafe_labels(["a", "b"], ("c",))
 
 

@@ -25,7 +25,7 @@ def by_hand(query, key, value, scale, cap, window):
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("block", [1, 4, 64])
-def test_outputs_and_gradients_are_those_by_hand(monkeypatch, cap, window, block):
+def test_outputs_and_gradients_equal_those_by_hand(monkeypatch, cap, window, block):
     monkeypatch.setattr(module, "BLOCK", block)
     torch.manual_seed(0)
     shapes = [(2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3)]

@@ -72,7 +72,7 @@ def write_gguf(path, model, tokenizer, **header):
 
 @pytest.fixture(scope="module")
 def capped():
-    """A Gemma 2 whose soft caps bite and are none of the defaults that transformers falls back to."""
+    """A Gemma 2 whose soft caps have an effect and differ from the defaults of transformers."""
     return random_model(attn_logit_softcapping=0.5, final_logit_softcapping=2.0)
 
 
@@ -159,7 +159,7 @@ def test_a_directory_is_cast_tensor_by_tensor(source, tmp_path):
     assert [parent["role"] for parent in manifest["parents"]] == ["source"]
 
 
-def test_a_reward_model_stays_one(tmp_path):
+def test_a_reward_model_is_converted_to_a_reward_model(tmp_path):
     save_model(random_reward_model(), tiny_tokenizer(), tmp_path / "reward")
     result = run(tmp_path / "reward", tmp_path / "half", "float16")
     model, _ = load_reward_model(result.out, torch.float16)
@@ -216,7 +216,7 @@ def test_the_missing_reader_is_named_with_its_extra(tmp_path, monkeypatch):
         run(tmp_path / "model.gguf", tmp_path / "out")
 
 
-def test_the_source_is_a_file_a_folder_with_one_or_a_model(source, tmp_path):
+def test_the_source_is_a_gguf_file_a_folder_with_one_or_a_model(source, tmp_path):
     assert find_gguf(source) is None
     with pytest.raises(InputError, match="does not exist"):
         find_gguf(tmp_path / "nowhere")
@@ -257,7 +257,7 @@ def test_a_torn_header_is_an_input_error(tmp_path, kept):
         read_header(tmp_path / "model.gguf")
 
 
-def test_a_length_beyond_the_file_asks_for_no_memory(tmp_path):
+def test_a_length_beyond_the_file_allocates_no_memory(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 2**62))
     with pytest.raises(InputError, match="in the middle of its header"):
         read_header(tmp_path / "model.gguf")

@@ -118,7 +118,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_needs_none():
         assert not summed_cross_entropy(model, hidden, torch.tensor([1, 2, 3, 4]))[0].requires_grad
 
 
-def test_heads_with_a_bias_or_a_scale_are_none_of_its_business():
+def test_heads_with_a_bias_or_a_scale_are_not_plain():
     model = random_model()
     assert plain_head(model)
     model.config.logit_scale = 0.5

@@ -69,7 +69,7 @@ def test_a_policy_loads_with_its_weights_in_eager_attention_and_eval_mode(policy
     assert tokenizer.pad_token_id == 0
 
 
-def test_a_policy_loads_in_the_dtype_that_is_asked_for(policy):
+def test_a_policy_loads_in_the_requested_dtype(policy):
     assert load_policy(policy, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
@@ -102,7 +102,7 @@ def test_the_head_of_a_fresh_reward_model_follows_the_seed_and_its_body_the_poli
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
         (lambda d: (d / "model.safetensors").unlink(), r"holds no \*\.safetensors; convert"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), r"holds no \*\.safetensors"),
-        (lambda d: change_config(d, auto_map={"AutoModel": "code.Model"}), "asks for code of the model"),
+        (lambda d: change_config(d, auto_map={"AutoModel": "code.Model"}), "asks to run its own code"),
         (lambda d: change_config(d, model_type="nonsense"), "cannot be loaded as a model"),
         (lambda d: change_config(d, hidden_size=24), "cannot be loaded as a model"),
         (lambda d: os.truncate(d / "model.safetensors", 5000), r"model\.safetensors: the file is truncated"),
@@ -114,7 +114,7 @@ def test_the_head_of_a_fresh_reward_model_follows_the_seed_and_its_body_the_poli
         (lambda d: (d / "tokenizer.json").write_text("{"), "no tokenizer can be loaded"),
     ],
 )
-def test_a_directory_that_is_no_policy_is_refused_in_one_line_that_says_why(broken, damage, said):
+def test_a_directory_that_is_not_a_policy_is_refused_in_one_line_with_the_reason(broken, damage, said):
     directory = broken()
     damage(directory)
     with pytest.raises(InputError, match=said) as caught:
@@ -130,7 +130,7 @@ def test_several_missing_tensors_are_counted(broken):
         load_policy(directory)
 
 
-def test_a_reward_model_and_a_policy_are_not_taken_for_one_another(policy, reward, broken):
+def test_a_reward_model_and_a_policy_are_not_confused(policy, reward, broken):
     with pytest.raises(InputError, match="is not a reward model; train one"):
         load_reward_model(policy)
     with pytest.raises(InputError, match="is a reward model, not a language model"):
@@ -154,7 +154,7 @@ def test_the_pad_token_is_never_the_one_that_ends_a_completion(broken, pad):
     assert tokenizer.pad_token == "<pad>"
 
 
-def test_a_tokenizer_without_a_pad_token_pads_with_what_is_never_generated(broken):
+def test_a_tokenizer_without_a_pad_token_pads_with_a_token_that_is_never_generated(broken):
     directory = broken()
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
@@ -167,7 +167,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_what_is_never_generated(broke
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_what_is_saved_loads_again_and_has_the_modes_of_the_umask(policy, tmp_path, mask):
+def test_a_saved_model_loads_again_and_has_the_modes_of_the_umask(policy, tmp_path, mask):
     model, tokenizer = load_policy(policy)
     before = os.umask(mask)
     try:

@@ -182,7 +182,7 @@ def test_a_wide_vocabulary_is_searched_in_blocks_for_the_same_tokens(vocabulary,
 
 
 def test_draws_from_a_wide_vocabulary_follow_the_distribution():
-    """Chi-square over 16 tokens that hold all the mass, in several blocks; the rest has none."""
+    """Chi-square over 16 tokens in several blocks; all other tokens have probability 0."""
     places = torch.arange(16) * 300 + 7
     logits = torch.full((1, 5000), -200.0)
     logits[0, places] = torch.linspace(-2, 2, 16)
@@ -195,7 +195,7 @@ def test_draws_from_a_wide_vocabulary_follow_the_distribution():
     assert ((seen - expected) ** 2 / expected).sum() < 37.7  # the 99.9 % point of 15 degrees of freedom
 
 
-def test_a_row_draws_the_same_from_a_wide_vocabulary_whatever_is_beside_it(monkeypatch):
+def test_a_row_draws_the_same_from_a_wide_vocabulary_whatever_the_other_rows(monkeypatch):
     logits = torch.randn(7, 5000, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     together = draw(logits, uniforms, SamplingParams(1))
@@ -219,7 +219,7 @@ def test_top_k_and_top_p_exclude_tokens_but_not_from_the_log_probs():
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.3, 0), (0.9, 0), (0.999, 0), (1.0, 7), (0.5, 12)])
 @pytest.mark.parametrize("sharpness", [0.1, 3.0])
-def test_top_k_and_top_p_leave_what_transformers_leaves_also_where_the_head_is_not_enough(
+def test_top_k_and_top_p_keep_the_tokens_of_transformers_also_beyond_the_first_ranks(
     top_p, top_k, sharpness, monkeypatch
 ):
     monkeypatch.setattr(sampler, "RANKED", 8)
@@ -228,7 +228,7 @@ def test_top_k_and_top_p_leave_what_transformers_leaves_also_where_the_head_is_n
     assert torch.allclose(kept / kept.sum(-1, keepdim=True), truncated(logits, top_p, top_k), atol=1e-12)
 
 
-def test_a_batch_of_very_different_lengths_gives_each_row_what_it_gets_alone(model):
+def test_each_row_of_a_batch_of_very_different_lengths_gets_the_same_tokens_as_alone(model):
     prompts = prompts_of([60, 1, 33, 2, 1, 59])
     prompts[4] = prompts[1]  # the same prompt twice shares a prefill
     params = SamplingParams(20)
@@ -338,7 +338,7 @@ def test_the_decoder_gives_the_logits_of_transformers(model):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
-def test_the_decoder_declines_what_it_does_not_compute():
+def test_the_decoder_declines_models_that_it_does_not_support():
     assert Gemma2Decoder.fits(gemma())
     assert not Gemma2Decoder.fits(gemma(attention_bias=True))
     assert not Gemma2Decoder.fits(gemma(hidden_activation="silu"))
@@ -351,7 +351,7 @@ def test_the_decoder_declines_what_it_does_not_compute():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_policy_with_adapters_is_decoded_as_what_it_computes():
+def test_a_policy_with_adapters_is_decoded_with_their_products():
     """Greedy text of transformers' generate, whose layers add the adapters' outputs; and log-probs of a forward."""
     adapted = get_peft_model(gemma(), LoraConfig(r=3, lora_alpha=9, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():

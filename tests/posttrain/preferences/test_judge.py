@@ -87,7 +87,7 @@ def make(inputs, monkeypatch):
         ("", None),
     ],
 )
-def test_a_rating_is_the_last_number_behind_score_within_its_bounds(reply, score):
+def test_a_rating_is_the_last_number_after_score_within_its_bounds(reply, score):
     assert RATER.read(reply) == score
 
 
@@ -116,20 +116,20 @@ def test_a_rating_is_the_last_number_behind_score_within_its_bounds(reply, score
         ("", None),
     ],
 )
-def test_a_verdict_is_the_last_one_behind_better(reply, verdict):
+def test_a_verdict_is_the_last_one_after_better(reply, verdict):
     assert COMPARER.read(reply) == verdict
 
 
 def test_both_orders_of_a_comparison_are_averaged():
     # Three answers; replies by number i * 3 + j, 1 where the one shown first is better.
-    # 0 beats 1 in both orders; 0 against 2 goes to whoever stands first; 1 and 2 tie once, 2 wins once.
+    # 0 beats 1 in both orders; 0 against 2 goes to the one shown first; 1 and 2 tie once, 2 wins once.
     values = {1: 1.0, 3: 0.0, 2: 1.0, 6: 1.0, 5: 0.5, 7: 1.0}
     judge = Judge(COMPARE_PROMPT, True)
     assert judge.scores(3, values) == [(1 + 0.5) / 2, (0 + 0.25) / 2, (0.5 + 0.75) / 2]
     assert judge.facts() == {"judge_replies": 0, "judge_unreadable": 0, "judge_compared": 3, "judge_orders_disagree": 1}
 
 
-def test_half_a_comparison_counts_for_nothing():
+def test_a_comparison_with_one_failed_order_is_ignored():
     assert Judge(COMPARE_PROMPT, True).scores(2, {1: 1.0, 2: None}) == [None, None]
 
 
@@ -154,14 +154,14 @@ def test_every_two_answers_are_compared_in_both_orders(make, tmp_path):
     assert all(len(p.chosen[0]["content"]) > len(p.rejected[0]["content"]) for p in read_pairs(result.out))
 
 
-def test_a_judge_that_likes_a_position_tells_nothing_apart(make, tmp_path, interrupting):
+def test_a_judge_that_prefers_a_position_gives_equal_scores(make, tmp_path, interrupting):
     progress = interrupting()
-    with pytest.raises(InputError, match="rated the samples of each"):
+    with pytest.raises(InputError, match="gave no two samples"):
         make(JudgingServer(lambda text: "Better: A"), tmp_path / "out", progress, judge_style="compare")
     assert "chose by position in 18 of 18 comparisons" in progress.warnings[0]
 
 
-def test_a_reply_without_a_verdict_is_counted_and_shown_and_is_no_score(make, tmp_path, interrupting):
+def test_a_reply_without_a_verdict_is_counted_and_shown_but_not_scored(make, tmp_path, interrupting):
     progress = interrupting()
 
     def says(text):
@@ -169,7 +169,7 @@ def test_a_reply_without_a_verdict_is_counted_and_shown_and_is_no_score(make, tm
 
     result = make(JudgingServer(says), tmp_path / "out", progress)
     assert result.summary["judge_unreadable"] == result.summary["unjudged"] == 3
-    # The prompt without scores is no tie.
+    # The prompt without scores is not a tie.
     assert result.summary["unjudged_prompts"] == 1
     assert result.summary["pairs"] + result.summary["ties"] == PROMPTS - 1
     assert not any("What is 2?" in pair.prompt[0]["content"] for pair in read_pairs(result.out))
@@ -177,12 +177,12 @@ def test_a_reply_without_a_verdict_is_counted_and_shown_and_is_no_score(make, tm
     assert "I would rather not say." in progress.warnings[0]
 
 
-def test_a_judge_that_never_says_what_is_asked_ends_the_run(make, tmp_path):
+def test_a_judge_without_any_readable_reply_ends_the_run(make, tmp_path):
     with pytest.raises(InputError, match=r"none of the judge's 18 replies .* one is 'It is nice\.'"):
         make(JudgingServer(lambda text: "It is nice."), tmp_path / "out")
 
 
-def test_what_was_paid_for_is_not_asked_again(inputs, make, tmp_path, monkeypatch):
+def test_paid_replies_are_not_requested_again(inputs, make, tmp_path, monkeypatch):
     whole = make(JudgingServer(by_length), tmp_path / "whole")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = JudgingServer(by_length, faults=lambda number, body: refuse(401, "wrong key") if number >= 7 else None)
@@ -212,7 +212,7 @@ def test_errors_name_the_flags_of_this_command(make, tmp_path):
         make(JudgingServer(by_length, faults=lambda *_: refuse(404, "no such model")), tmp_path / "out")
 
 
-def test_a_prompt_of_one_s_own(make, tmp_path):
+def test_a_custom_judge_prompt_is_used(make, tmp_path):
     (tmp_path / "judge.txt").write_text('Rate {answer} to {prompt} as {{"score"}}. Score: N')
     server = JudgingServer(lambda text: f"Score: {1 + len(text) % 10}")
     result = make(server, tmp_path / "out", judge_prompt=tmp_path / "judge.txt")
@@ -258,8 +258,8 @@ def test_a_key_that_could_be_a_name_is_not_shown_either(make, tmp_path):
     assert "Secret" not in str(caught.value)
 
 
-def test_options_of_a_server_need_one():
-    with pytest.raises(ValueError, match="judge_style is for a judge on a server"):
+def test_server_options_need_a_judge_at_a_server():
+    with pytest.raises(ValueError, match="judge_style is about a judge at a server"):
         PairsConfig(model="m", prompts="p", judge="module:f", judge_style="compare")
     with pytest.raises(ValueError, match="credentials"):
         PairsConfig(model="m", prompts="p", judge="openai:x", judge_url="https://me:secret@host/v1")

@@ -98,8 +98,8 @@ def test_a_reward_model_can_be_the_judge(inputs, tmp_path):
     assert all(pair.extra["chosen_score"] > pair.extra["rejected_score"] for pair in read_pairs(result.out))
 
 
-def test_samples_that_nobody_can_tell_apart_make_no_data(inputs, tmp_path):
-    with pytest.raises(InputError, match="the judge rated the samples of each of 10 prompts alike"):
+def test_samples_with_equal_scores_give_no_data(inputs, tmp_path):
+    with pytest.raises(InputError, match="the judge gave no two samples of any of 10 prompts different scores"):
         make(inputs, tmp_path / "out", f"{__name__}:equal")
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_judge_is_refused_before_anything_is_loaded(inputs, tmp_path)
     ("judge", "words"),
     [("nowhere", "neither a directory nor module:function"), (f"{__name__}:nothing", "has no 'nothing'")],
 )
-def test_a_judge_that_is_none_is_refused(inputs, tmp_path, judge, words):
+def test_an_invalid_judge_is_refused(inputs, tmp_path, judge, words):
     with pytest.raises(UsageError, match=words):
         make(inputs, tmp_path / "out", judge)
     assert not list(tmp_path.iterdir())

@@ -83,7 +83,7 @@ def test_a_probe_is_the_logistic_regression_on_frozen_states(inputs):
     torch.testing.assert_close(head_of(inputs / "probe"), expected, rtol=1e-3, atol=5e-4)
 
 
-def test_a_probe_leaves_the_backbone_as_it_is(inputs):
+def test_a_probe_does_not_change_the_backbone(inputs):
     before, after = (load_file(inputs / name / "model.safetensors") for name in ("model", "probe"))
     assert after.keys() == before.keys() | {SCORE}
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -132,23 +132,23 @@ def test_training_starts_from_the_head_of_another_reward_model(inputs, tmp_path)
     assert [parent["role"] for parent in manifest["parents"]] == ["model", "from-head"]
 
 
-def test_a_reward_model_goes_on_with_its_head(inputs, interrupting):
+def test_a_reward_model_keeps_its_head(inputs, interrupting):
     model, _ = starting_model(inputs / "probe", 0, None, interrupting())
     torch.testing.assert_close(model.score.weight[0].double(), head_of(inputs / "probe"))
 
 
-def test_only_training_says_that_the_head_goes_on(inputs, tmp_path, noting):
+def test_only_training_notes_that_the_head_is_kept(inputs, tmp_path, noting):
     fields = {"model": inputs / "probe", "data": inputs / "pairs.jsonl"}
     run_probe(ProbeConfig(**fields), RunOptions(tmp_path / "again"), noting)
-    assert not any("its head goes on" in note for note in noting.notes)
+    assert not any("its head is kept" in note for note in noting.notes)
     run_reward(RewardConfig(**fields, max_steps=1), RunOptions(tmp_path / "out"), noting)
-    assert any("its head goes on" in note for note in noting.notes)
+    assert any("its head is kept" in note for note in noting.notes)
 
 
 def test_several_outputs_are_refused_by_name(inputs, tmp_path, interrupting):
     _three_outputs(tmp_path / "three")
     for arguments in ((tmp_path / "three", 0, None), (inputs / "model", 0, tmp_path / "three")):
-        with pytest.raises(InputError, match=r"three has 3 outputs off one backbone, a reward model has one"):
+        with pytest.raises(InputError, match=r"three has 3 outputs on one backbone, a reward model has one"):
             starting_model(*arguments, interrupting())
 
 
@@ -161,9 +161,9 @@ def _three_outputs(path):
     tiny_tokenizer().save_pretrained(path)
 
 
-def test_a_head_of_another_width_or_backbone_is_told(inputs, tmp_path, interrupting):
+def test_a_head_of_another_width_is_refused_and_of_another_backbone_warned_of(inputs, tmp_path, interrupting):
     save_random(tmp_path / "wide", kind="reward", hidden_size=32)
-    with pytest.raises(InputError, match="the head reads 32 numbers, --model gives 16"):
+    with pytest.raises(InputError, match="the head reads 32 features, --model has 16"):
         starting_model(inputs / "model", 0, tmp_path / "wide", interrupting())
     with pytest.raises(InputError, match=r"model has no score\.weight"):
         starting_model(inputs / "model", 0, inputs / "model", interrupting())

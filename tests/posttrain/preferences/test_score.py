@@ -116,7 +116,7 @@ def test_rows_that_are_too_long_have_no_score_and_are_counted(inputs, tmp_path, 
     assert result.summary["overlong"] > 0 and "too long for the model" in progress.warnings[0]
 
 
-def test_scores_that_are_there_are_replaced_aloud_or_kept_by_another_name(inputs, tmp_path, interrupting):
+def test_existing_scores_are_replaced_with_a_warning_or_kept_under_another_name(inputs, tmp_path, interrupting):
     write(tmp_path / "rows.jsonl", [ROWS[0] | {"score": 123}])
     progress = interrupting()
     rows, _ = scored(inputs, tmp_path / "a", data=tmp_path / "rows.jsonl", progress=progress)
@@ -126,7 +126,7 @@ def test_scores_that_are_there_are_replaced_aloud_or_kept_by_another_name(inputs
 
 
 @pytest.mark.parametrize("column", ["prompt", "completion", "messages", "chosen", "rejected", "truncated"])
-def test_a_score_does_not_take_the_place_of_a_conversation(inputs, column):
+def test_a_score_column_never_replaces_a_conversation(inputs, column):
     given = {"model": inputs / "model", "data": inputs / "rows.jsonl", "column": column}
     with pytest.raises(UsageError, match=f"--column {column} is a column that scores are computed from; give"):
         resolve(RewardScoreConfig, flags=given)
@@ -147,7 +147,7 @@ def test_a_row_that_cannot_be_scored_is_named_before_any_is(inputs, tmp_path, ro
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
 
-def test_an_interrupted_job_goes_on_at_the_row(inputs, tmp_path, monkeypatch, interrupting):
+def test_an_interrupted_job_continues_at_the_next_row(inputs, tmp_path, monkeypatch, interrupting):
     monkeypatch.setattr(score_module, "CHUNK", 2)
     whole, result = scored(inputs, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_an_evaluation_agrees_with_the_scores(inputs, tmp_path):
     assert sum(row["pairs"] for row in found["reliability"]) == len(margins)
 
 
-def test_models_stand_side_by_side_and_sources_apart(inputs):
+def test_several_models_are_compared_and_sources_have_separate_figures(inputs):
     found = evaluated(inputs, "model", "other", by="source")
     first, second = found["models"]
     assert first["accuracy"] != second["accuracy"] or first["loss"] != second["loss"]
@@ -203,7 +203,7 @@ def test_models_stand_side_by_side_and_sources_apart(inputs):
     assert alone["accuracy"] == second["accuracy"]
 
 
-def test_a_column_that_is_not_there_is_named(inputs):
+def test_a_missing_column_is_named(inputs):
     with pytest.raises(InputError, match=r"pairs\.jsonl:1: no 'sauce' for --by; give one of the columns: source"):
         evaluated(inputs, "model", by="sauce")
 

@@ -1,4 +1,4 @@
-"""Preference rows in every shape that TRL knows, read as one and the same pair; beside TRL's own `extract_prompt`."""
+"""Preference rows in every shape that TRL knows, read as the same pair; compared to TRL's own `extract_prompt`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_an_implied_prompt_of_texts_is_trl_s_where_that_ends_a_word(tmp_path, ch
         ("the same words", "the same words", "the same"),
     ],
 )
-def test_texts_are_parted_behind_the_last_word_they_share(tmp_path, chosen, rejected, prompt):
+def test_texts_are_split_after_the_last_word_they_share(tmp_path, chosen, rejected, prompt):
     pair = read(tmp_path, {"chosen": chosen, "rejected": rejected})
     assert pair.prompt == [user(prompt)]
     assert prompt + pair.chosen[0]["content"] == chosen and prompt + pair.rejected[0]["content"] == rejected
@@ -95,7 +95,7 @@ def test_texts_are_parted_behind_the_last_word_they_share(tmp_path, chosen, reje
         ({"question": "a", "chosen": "It is b", "rejected": "It is c"}, "rename 'question' to 'prompt'"),
     ],
 )
-def test_no_prompt_is_guessed(tmp_path, row, words):
+def test_a_missing_prompt_is_refused_not_guessed(tmp_path, row, words):
     with pytest.raises(InputError, match=words):
         read(tmp_path, row)
 

@@ -163,11 +163,13 @@ def test_overlong_pairs_are_dropped_and_counted(tmp_path, chat):
     short, long = {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b" * 40, "rejected": "c"}
     pairs, dropped = tokenised(tmp_path, chat, short, long, max_length=30)
     assert len(pairs) == 1 and dropped == {"overlong_dropped": 1, "identical_dropped": 0}
-    with pytest.raises(InputError, match="none of 1 pairs is usable: 1 over --max-length 30, 0 the same"):
+    with pytest.raises(
+        InputError, match="none of 1 pairs is usable: 1 over --max-length 30, 0 with two identical sides"
+    ):
         tokenised(tmp_path, chat, long, max_length=30)
 
 
-def test_what_is_dropped_is_reported(inputs, tmp_path, interrupting):
+def test_dropped_pairs_are_reported(inputs, tmp_path, interrupting):
     progress = interrupting(10**9)
     run_reward(configure(inputs, max_length=32, max_steps=1), RunOptions(tmp_path / "out"), progress)
     assert "pairs are longer than --max-length 32 and were dropped" in progress.warnings[0]
@@ -185,7 +187,7 @@ def uneven(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["reward", "probe"])
-def test_held_out_pairs_that_are_too_long_are_told_and_training_goes_on(
+def test_held_out_pairs_that_are_too_long_are_reported_and_training_continues(
     inputs, tmp_path, uneven, command, interrupting
 ):
     data, count = uneven
@@ -210,19 +212,19 @@ def test_held_out_scores_that_are_not_finite_stop_the_run(conversations):
         measure(RewardModel(model, tiny_tokenizer()), [pair], 2)
 
 
-def test_held_out_pairs_are_read_as_many_at_once_as_training_reads(inputs, tmp_path, monkeypatch):
+def test_held_out_pairs_are_read_in_batches_of_the_training_size(inputs, tmp_path, monkeypatch):
     seen, score = set(), RewardModel.score
     monkeypatch.setattr(RewardModel, "score", lambda self, *rows: seen.add(rows[2]) or score(self, *rows))
     run_reward(configure(inputs, micro_batch_size=3, max_steps=1), RunOptions(tmp_path / "out"))
     assert seen == {3}
 
 
-def test_held_out_figures_on_the_way_need_held_out_pairs(inputs):
-    with pytest.raises(ValueError, match="eval_fraction is 0"):
+def test_held_out_figures_during_training_need_held_out_pairs(inputs):
+    with pytest.raises(ValueError, match="eval_fraction=0 holds none out"):
         configure(inputs, eval_every=2, eval_fraction=0)
 
 
-def test_the_head_takes_no_adapter(inputs, tmp_path):
+def test_an_adapter_on_the_head_is_refused(inputs, tmp_path):
     config = configure(inputs, lora_rank=2, lora_targets=("score",), max_steps=1)
     with pytest.raises(UsageError, match="--lora-targets: no linear layer is named 'score'"):
         run_reward(config, RunOptions(tmp_path / "out"))
@@ -269,7 +271,7 @@ def test_dropout_and_accumulation_resume_to_the_same_bytes(inputs, tmp_path, int
 
 
 @pytest.mark.slow
-def test_one_by_eight_is_eight_by_one_through_the_command(inputs, tmp_path):
+def test_eight_micro_batches_of_one_give_the_result_of_one_batch_of_eight(inputs, tmp_path):
     weights = {}
     for micro in (1, 8):
         out = tmp_path / str(micro)
@@ -281,7 +283,7 @@ def test_one_by_eight_is_eight_by_one_through_the_command(inputs, tmp_path):
         weights[micro] = load_file(out / "model.safetensors")
     before = load_file(inputs / "model" / "model.safetensors")
     for name, value in weights[8].items():
-        # Adam takes steps of lr / sqrt(v), so a difference is measured beside the way that was gone.
+        # Adam takes steps of lr / sqrt(v), so a difference is measured relative to the distance from the start.
         moved = (value - before[name]).norm() if name in before else value.norm()
         assert (weights[1][name] - value).norm() < 2e-2 * moved, name
 

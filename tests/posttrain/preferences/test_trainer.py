@@ -1,4 +1,4 @@
-"""The reward model's loss and gradients: by hand, beside TRL's, and independent of how a batch is cut."""
+"""The reward model's loss and gradients: by hand, compared to TRL's, and independent of how a batch is split."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_tie_counts_half_as_in_an_evaluation(trainer_of):
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-def test_the_cut_of_a_batch_does_not_count(trainer_of, micro):
+def test_the_split_into_micro_batches_does_not_change_the_loss(trainer_of, micro):
     pairs = draw_pairs()
     whole_loss, whole = step(trainer_of(random_reward_model(), pairs, micro=8))
     cut_loss, cut = step(trainer_of(random_reward_model(), pairs, micro=micro))
@@ -137,7 +137,7 @@ def test_parts_of_a_few_tokens_change_nothing(trainer_of):
 
 
 @pytest.mark.parametrize("window", [4, 64])
-def test_the_last_position_is_what_transformers_computes(window):
+def test_the_last_position_equals_that_of_transformers(window):
     model = random_reward_model(sliding_window=window, num_hidden_layers=3, **HEADS)
     ids, lengths = torch.randint(5, 400, (3, 20), generator=torch.Generator().manual_seed(1)), torch.tensor([20, 1, 13])
     reference = model.model(input_ids=ids).last_hidden_state[torch.arange(3), lengths - 1]
@@ -174,7 +174,7 @@ def test_dropout_acts_while_training_only(trainer_of):
     torch.testing.assert_close(trainer.model.score(state), expected)
 
 
-def test_dropout_of_every_block_s_output_is_unbiased_and_as_large_as_asked():
+def test_dropout_of_every_block_s_output_is_unbiased_and_has_the_requested_share():
     model = random_reward_model()
     outputs = []
     from gemma2.posttrain.preferences.reward_trainer import drop_block_outputs

@@ -111,7 +111,7 @@ def test_plain_values_and_mappings_become_columns(sampled):
     assert score("as_tensor", sampled) == {"judge": [1.5, 2.5]}
 
 
-def test_none_is_an_opinion_withheld_only_where_that_is_allowed(sampled):
+def test_none_means_no_opinion_only_if_abstaining_is_allowed(sampled):
     withheld, given = score("hesitant", sampled, abstains=True)["judge"]
     assert math.isnan(withheld)
     assert given == 2
@@ -128,11 +128,11 @@ def test_none_is_an_opinion_withheld_only_where_that_is_allowed(sampled):
         ("nothing", "failed with TypeError: 'NoneType' object is not iterable"),
         ("uneven", "different keys"),
         ("broken", r"failed with KeyError: .answer\\nis gone"),
-        ("strict", r"unexpected keyword argument.*take \*\*kwargs"),
+        ("strict", r"unexpected keyword argument.*accept \*\*kwargs"),
     ],
 )
 @pytest.mark.parametrize("abstains", [False, True])
-def test_a_function_that_fails_or_answers_nonsense_is_one_line_that_names_it(sampled, name, message, abstains):
+def test_a_function_that_fails_or_returns_nonsense_is_named_in_a_one_line_error(sampled, name, message, abstains):
     with pytest.raises(InputError, match=message) as caught:
         score(name, sampled, abstains=abstains)
     assert f"--judge-fn '{__name__}:{name}'" in str(caught.value)
@@ -140,7 +140,7 @@ def test_a_function_that_fails_or_answers_nonsense_is_one_line_that_names_it(sam
 
 
 @pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "math:no_such", "math:pi", ":f", "math:"])
-def test_a_function_that_is_not_there_is_a_usage_error(name):
+def test_a_missing_function_is_a_usage_error(name):
     with pytest.raises(UsageError, match="--judge-fn"):
         load_function(name, "--judge-fn")
 

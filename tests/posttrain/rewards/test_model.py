@@ -45,7 +45,7 @@ def test_rewards_depend_on_neither_batch_nor_order_nor_padding_side(reward_model
     assert torch.allclose(scores, padded, atol=1e-5)
 
 
-def test_text_is_scored_as_its_ids_are_and_a_truncated_turn_stays_open(reward_model):
+def test_text_is_scored_like_its_ids_and_a_truncated_turn_stays_open(reward_model):
     chat = ChatFormat(tiny_tokenizer())
     messages = [{"role": "user", "content": "What is 1 plus 2?"}]
     prompt, answer = chat.prompt_ids(messages), "It is 3."
@@ -56,7 +56,7 @@ def test_text_is_scored_as_its_ids_are_and_a_truncated_turn_stays_open(reward_mo
     assert ids[0] != ids[1]
 
 
-def test_tokenizers_with_another_vocabulary_or_template_are_told_apart(reward_model):
+def test_tokenizers_with_another_vocabulary_or_template_are_distinguished(reward_model):
     assert reward_model.reads(tiny_tokenizer())
     other = tiny_tokenizer()
     other.chat_template = "{{ messages[0]['content'] }}"

@@ -59,7 +59,7 @@ def no_reward(completions, **_):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Three reward models; the last one has a template of its own, so it reads text."""
+    """Three reward models; the last one has a separate template, so it reads text."""
     root = tmp_path_factory.mktemp("models")
     places = [save_random(root / name, seed, kind="reward") for seed, name in enumerate(("rm", "other", "reader"))]
     other = tiny_tokenizer()
@@ -150,13 +150,13 @@ def test_further_numbers_of_a_function_keep_their_names(chat, sampled):
     assert columns["rewards/graded"] == [1.0] * 3
     with pytest.raises(InputError, match="two terms of the reward return 'accuracy'"):
         reward_score(RewardFields(reward_fn=fn("graded", "graded_too")), chat, 8)(sampled)
-    with pytest.raises(InputError, match=r"returned accuracy and no 'reward'"):
+    with pytest.raises(InputError, match=r"returned accuracy but no 'reward'"):
         reward_score(RewardFields(reward_fn=fn("no_reward")), chat, 8)(sampled)
     with pytest.raises(InputError, match="returned 'reward_std_in_group', a figure of the run"):
         reward_score(RewardFields(reward_fn=fn("in_the_way")), chat, 8)(sampled)
 
 
-def test_none_beside_mappings_is_no_opinion_on_any_key(chat, sampled):
+def test_none_among_mappings_is_no_opinion_on_any_key(chat, sampled):
     columns = reward_score(RewardFields(reward_fn=fn("four", "half_graded")), chat, 8)(sampled)
     assert columns["reward"] == [6.0, 4.0, 4.0]
     assert column_means(columns)["accuracy"] == 1.0
@@ -184,7 +184,7 @@ def test_models_come_before_functions_and_are_named_by_their_directories(models,
     assert columns["reward"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_the_choice_between_ids_and_text_is_each_models_own(models, chat, sampled, monkeypatch):
+def test_each_reward_model_reads_ids_or_text_by_its_own_tokenizer(models, chat, sampled, monkeypatch):
     read = []
     for name in ("score", "score_text"):
         original = getattr(RewardModel, name)
@@ -247,7 +247,7 @@ def test_a_reward_model_that_gives_nan_stops_the_run(tmp_path, chat, sampled):
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-def test_names_that_recur_are_numbered(tmp_path, models, chat, sampled):
+def test_repeated_names_are_numbered(tmp_path, models, chat, sampled):
     for folder in ("a", "b", "c"):
         save_random(tmp_path / folder / "letters", kind="reward")
     places = tuple(tmp_path / folder / "letters" for folder in ("a", "b", "c"))
@@ -255,7 +255,7 @@ def test_names_that_recur_are_numbered(tmp_path, models, chat, sampled):
     assert list(columns)[1:] == ["rewards/letters", "rewards/letters-2", "rewards/letters-3", "rewards/letters-4"]
 
 
-def test_one_value_is_a_list_of_one_and_null_none(tmp_path):
+def test_a_single_value_is_read_as_a_list_and_null_as_an_empty_one(tmp_path):
     assert RewardFields(reward=str(tmp_path), reward_fn="m:f") == RewardFields(reward=(tmp_path,), reward_fn=("m:f",))
     assert RewardFields(reward=None, reward_fn=None) == RewardFields()
 
@@ -286,8 +286,8 @@ def test_settings_that_do_not_fit_are_refused(fields, words):
         RewardFields(**fields)
 
 
-def test_a_reward_is_needed_and_must_be_there(chat, tmp_path):
-    with pytest.raises(UsageError, match="no reward is given; give --reward RM, --reward-fn"):
+def test_a_missing_reward_is_refused(chat, tmp_path):
+    with pytest.raises(UsageError, match="no reward; give --reward RM, --reward-fn"):
         reward_score(RewardFields(), chat, 8)
     with pytest.raises(UsageError, match="--reward-fn 'm_x:f'"):
         reward_score(RewardFields(reward=tmp_path / "gone", reward_fn=("m_x:f",)), chat, 8)

@@ -60,7 +60,7 @@ def changed_config(path, **fields):
     (path / "config.json").write_text(json.dumps(config | fields))
 
 
-def test_what_cannot_be_averaged_is_refused_by_what_differs(models, tmp_path):
+def test_models_that_cannot_be_averaged_are_refused_with_the_difference(models, tmp_path):
     wider = save_random(tmp_path / "wider", kind="reward", intermediate_size=48)
     with pytest.raises(InputError, match=r"intermediate_size differs: .* in --reward .*rm-0, 48 in --reward .*wider"):
         averaged_reward_model([models[0], wider])

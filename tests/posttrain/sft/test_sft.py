@@ -88,7 +88,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(inputs, tmp_path, trained,
 
 
 def test_a_run_killed_while_its_result_is_written_takes_no_further_step(inputs, tmp_path, monkeypatch):
-    """Three steps are no whole number of epochs: the trainer would go on with the fourth."""
+    """Three steps are not a whole number of epochs: the trainer would continue with the fourth."""
     config = configure(inputs, max_steps=3, trainer={"lr_scheduler_type": "constant"})
     whole = run_sft(config, RunOptions(tmp_path / "whole"))
 
@@ -110,7 +110,7 @@ def test_best_weights_without_rows_to_compare_them_on_are_refused(inputs, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["hub_token", "push_to_hub", "completion_only_loss", "train_sampling_strategy"])
-def test_options_of_trl_that_would_do_nothing_or_hold_a_secret_are_refused(inputs, tmp_path, name):
+def test_options_of_trl_without_effect_or_with_a_secret_are_refused(inputs, tmp_path, name):
     with pytest.raises(UsageError, match=rf"trainer\.{name}"):
         run_sft(configure(inputs, trainer={name: "x"}), RunOptions(tmp_path / "out"))
 
@@ -165,7 +165,7 @@ def test_options_that_change_the_loss_change_the_result(inputs, tmp_path, option
 # -- adapters ------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_beside_its_base_is_the_merged_model(inputs, tmp_path):
+def test_an_adapter_merged_with_its_base_is_the_merged_model(inputs, tmp_path):
     config = configure(inputs, lora_rank=4, lora_alpha=8, max_steps=2)
     merged = run_sft(config, RunOptions(tmp_path / "merged")).out
     out = run_sft(config.model_copy(update={"lora_output": "adapter"}), RunOptions(tmp_path / "adapter")).out
@@ -180,14 +180,14 @@ def test_an_adapter_beside_its_base_is_the_merged_model(inputs, tmp_path):
         torch.testing.assert_close(base[name] + product, expected[name])
 
 
-def test_an_adapter_is_no_model_and_says_how_to_make_one(inputs, tmp_path):
+def test_an_adapter_as_the_model_is_refused_with_the_way_to_merge_it(inputs, tmp_path):
     config = configure(inputs, lora_rank=4, max_steps=1, lora_output="adapter")
     out = run_sft(config, RunOptions(tmp_path / "adapter")).out
     with pytest.raises(InputError, match=r"adapter is a LoRA adapter, not a model; .* gemma2 merge linear"):
         run_sft(config.model_copy(update={"model": out}), RunOptions(tmp_path / "out"))
 
 
-def test_targets_and_dropout_of_the_adapter_are_the_ones_asked_for(inputs, tmp_path):
+def test_the_adapter_has_the_requested_targets_and_dropout(inputs, tmp_path):
     config = configure(inputs, lora_rank=4, max_steps=2, lora_targets=("q_proj", "v_proj"))
     plain = run_sft(config, RunOptions(tmp_path / "plain")).out
     before, after = (load_file(path / "model.safetensors") for path in (inputs / "model", plain))
@@ -251,7 +251,7 @@ def test_options_that_do_not_fit_are_refused(inputs, fields, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
 def test_attention_that_cannot_run_here_is_refused_before_anything_is_written(inputs, tmp_path):
     for name in ("flex_attention", "flash_attention_2", "flash_attention_3"):
-        with pytest.raises(UsageError, match=f"--attention {name} needs a GPU, and this machine has none; use eager"):
+        with pytest.raises(UsageError, match=f"--attention {name} needs a GPU, but no GPU was found; use eager"):
             run_sft(configure(inputs, attention=name), RunOptions(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 

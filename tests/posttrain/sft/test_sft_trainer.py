@@ -75,7 +75,7 @@ def test_the_accuracy_is_trl_s(tmp_path):
 @pytest.mark.parametrize(
     "trainer_options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"bf16": True}, {"padding_free": True}]
 )
-def test_losses_that_are_not_ours_are_left_to_trl(tmp_path, trainer_options):
+def test_other_losses_are_left_to_trl(tmp_path, trainer_options):
     assert not trainer_of(tmp_path, trainer=trainer_options).scores_targets_only
 
 
@@ -87,7 +87,7 @@ def test_recomputed_layers_keep_the_attention_of_the_forward_pass(tmp_path):
     assert_same_gradients(gradients, expected)
 
 
-def test_parts_hold_every_row_once_and_stay_under_the_limit():
+def test_parts_have_every_row_once_and_stay_under_the_limit():
     batch = DataCollatorForLanguageModeling(0)([{"input_ids": row.ids} for row in rows()])
     found = list(parts(batch, 45))
     assert [tuple(part["input_ids"].shape) for part in found] == [(2, 12), (1, 21), (1, 30)]
@@ -95,7 +95,7 @@ def test_parts_hold_every_row_once_and_stay_under_the_limit():
     assert [tuple(part["input_ids"].shape) for part in parts(batch, 1)] == [(1, 7), (1, 12), (1, 21), (1, 30)]
 
 
-def test_packed_rows_are_whole_and_kept_apart():
+def test_packed_rows_are_whole_and_separate():
     packed = pack(rows(), 33)
     assert sorted(sorted(lengths) for lengths in packed["seq_lengths"]) == [[7], [12, 21], [30]]
     whole = {tuple(row.ids): row.mask for row in rows()}
@@ -113,7 +113,7 @@ def test_packed_rows_are_whole_and_kept_apart():
 
 
 def test_a_packed_batch_has_the_loss_of_its_rows(tmp_path):
-    """Eager attention tells packed rows apart by their position ids too, only slowly; flash attention needs a GPU."""
+    """Eager attention also separates packed rows by their position ids, only slowly; flash attention needs a GPU."""
     config = SftConfig(
         model=tmp_path, data=tmp_path, batch_size=4, max_length=33, attention="flash_attention_2", packing=True
     )

@@ -48,7 +48,7 @@ def overfitted(inputs):
     return run_sft(configure(inputs, keep="best"), RunOptions(inputs / "overfitted"))
 
 
-def test_it_is_measured_at_the_start_every_few_steps_and_at_the_end(inputs, overfitted, tmp_path):
+def test_the_loss_is_measured_at_the_start_every_few_steps_and_at_the_end(inputs, overfitted, tmp_path):
     assert list(metrics(overfitted.out)) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
     uneven = run_sft(configure(inputs, eval_every=3, max_steps=5), RunOptions(tmp_path / "out"))
     assert list(metrics(uneven.out)) == [0, 3, 5]
@@ -63,14 +63,14 @@ def test_the_weights_with_the_lowest_loss_become_the_output(inputs, overfitted):
     assert overfitted.summary["heldout_loss"] == losses[best] < losses[16]
 
 
-def test_last_keeps_the_last(inputs, overfitted, tmp_path):
+def test_keep_last_outputs_the_last_weights(inputs, overfitted, tmp_path):
     last = run_sft(configure(inputs), RunOptions(tmp_path / "out"))
     assert last.summary["heldout_loss"] == metrics(overfitted.out)[16] and "best_step" not in last.summary
     ours, best = (load_file(path / "model.safetensors") for path in (last.out, overfitted.out))
     assert any(not ours[name].equal(best[name]) for name in ours)
 
 
-def test_it_stops_after_so_many_losses_without_a_lower_one(inputs, overfitted, tmp_path):
+def test_training_stops_after_patience_losses_without_a_lower_one(inputs, overfitted, tmp_path):
     best = overfitted.summary["best_step"]
     stopped = run_sft(configure(inputs, keep="best", patience=2), RunOptions(tmp_path / "out"))
     losses = metrics(stopped.out)
@@ -101,14 +101,14 @@ def test_an_interrupted_run_finds_the_same_best_weights_and_stops_at_the_same_st
     assert not list(out.glob("**/best*"))
 
 
-def test_a_rising_loss_is_said(inputs, tmp_path, interrupting):
+def test_a_rising_loss_is_warned_of(inputs, tmp_path, interrupting):
     progress = interrupting()
     config = configure(inputs, learning_rate=0.1).model_copy(update={"eval_data": inputs / "far.jsonl"})
     run_sft(config, RunOptions(tmp_path / "out"), progress)
     assert any(warning.startswith("the held-out loss rose from") for warning in progress.warnings)
 
 
-def test_prompts_on_both_sides_are_said(inputs, tmp_path, interrupting):
+def test_prompts_on_both_sides_are_warned_of(inputs, tmp_path, interrupting):
     progress = interrupting()
     config = configure(inputs, max_steps=1).model_copy(update={"eval_data": inputs / "data.jsonl"})
     run_sft(config, RunOptions(tmp_path / "out"), progress)
@@ -132,6 +132,6 @@ def test_the_loss_of_the_output_is_the_one_that_was_reported(inputs, overfitted)
         ({"patience": 2, "eval_every": None}, "compare held-out losses; give eval_every"),
     ],
 )
-def test_what_needs_measurements_is_refused_without_them(inputs, fields, said):
+def test_options_that_need_measurements_are_refused_without_them(inputs, fields, said):
     with pytest.raises(ValueError, match=said):
         configure(inputs, **fields)

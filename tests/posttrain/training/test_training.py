@@ -45,14 +45,14 @@ def rows():
 
 
 class Bars:
-    """A progress that keeps what it is told, and raises once `stop` steps have passed."""
+    """A progress that records its calls, and raises once `stop` steps have passed."""
 
     def __init__(self, stop=10**9):
-        self.stop, self.done, self.told, self.open = stop, 0, [], 0
+        self.stop, self.done, self.reported, self.open = stop, 0, [], 0
         self.note, self.warn = SILENT.note, SILENT.warn
 
     def task(self, label, total, unit):
-        self.told.append((label, total, unit))
+        self.reported.append((label, total, unit))
         return self
 
     def __enter__(self):
@@ -64,7 +64,7 @@ class Bars:
 
     def advance(self, amount=1, **fields):
         self.done += amount
-        self.told.append((amount, fields))
+        self.reported.append((amount, fields))
         if self.done >= self.stop:
             raise KeyboardInterrupt
 
@@ -188,7 +188,7 @@ def test_the_newest_complete_checkpoint_is_found_and_torn_ones_removed(tmp_path)
         ]
 
 
-def test_without_a_complete_checkpoint_there_is_none(tmp_path):
+def test_without_a_complete_checkpoint_none_is_found(tmp_path):
     with opened(tmp_path) as (_, run):
         assert latest_checkpoint(run) is None
         (run.checkpoints / "checkpoint-1").mkdir(parents=True)
@@ -204,7 +204,7 @@ def metrics_of(run):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run: (weights, metrics, what the progress was told)."""
+    """An uninterrupted run: (weights, metrics, the recorded progress)."""
     bars = Bars()
     with opened(tmp_path_factory.mktemp("whole")) as (config, run):
         weights = fit(config, run, bars)
@@ -226,10 +226,10 @@ def test_the_first_loss_is_the_one_by_hand(whole):
 
 def test_the_bar_counts_optimizer_steps_and_is_closed(whole):
     _, _, bars = whole
-    assert bars.told[0] == ("a line", STEPS, "steps")
+    assert bars.reported[0] == ("a line", STEPS, "steps")
     assert bars.done == STEPS
     assert bars.open == 0
-    assert bars.told[-1][1]["loss"] > 0
+    assert bars.reported[-1][1]["loss"] > 0
 
 
 @pytest.mark.parametrize("stop", [1, 5])
@@ -246,7 +246,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, whole, stop):
         metrics = metrics_of(run)
     assert torch.equal(weights, whole[0])
     assert metrics == whole[1]
-    assert again.told[1] == ((stop - 1) // 2 * 2, {}), "the bar begins at the checkpoint"
+    assert again.reported[1] == ((stop - 1) // 2 * 2, {}), "the bar begins at the checkpoint"
 
 
 def test_a_resume_ignores_a_torn_checkpoint(tmp_path, whole):

@@ -1,4 +1,4 @@
-"""Overlap with evaluation sets, by hand: 13 words in a row, or a short question asked as it is."""
+"""Overlap with evaluation sets, by hand: 13 consecutive words, or a whole short question."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_words_of_two_turns_are_not_in_a_row(held_out):
     assert contaminated(said(" ".join(WORDS[9:]), " ".join(WORDS[:9])), held_out) is None
 
 
-def test_instructions_that_many_items_share_are_no_items(tmp_path):
+def test_instructions_that_many_items_share_are_not_items(tmp_path):
     intro = "The following is a multiple choice question about physics, answer with one letter only."
     items = [{"prompt": f"{intro} Item number {i} asks about thing {i} and its colour {i}?"} for i in range(11)]
     found = evaluation(tmp_path, *items)
@@ -92,7 +92,7 @@ def test_instructions_that_many_items_share_are_no_items(tmp_path):
     assert contaminated(said("B", f"{intro} What is mass?"), found) is not None
 
 
-def test_evaluation_sets_come_as_messages_too_and_need_a_question(tmp_path):
+def test_evaluation_sets_may_be_messages_and_need_a_question(tmp_path):
     messages = [{"role": "user", "content": "What is 5 plus 2?"}, {"role": "assistant", "content": "Seven, I say."}]
     found = evaluation(tmp_path, {"messages": messages})
     assert contaminated(said("7", "What is 5 plus 2?"), found) is not None

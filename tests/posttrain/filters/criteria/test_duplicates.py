@@ -33,7 +33,7 @@ ONE = said("In order they are a d e.", "Put in order: a e d")
         (Sample([(False, "Put in order: a e d"), (True, "In order they are"), (True, "a d e.")]), False),
     ],
 )
-def test_exact_duplicates_differ_in_nothing_but_case_and_spaces(sample, same):
+def test_exact_duplicates_differ_only_in_case_and_spaces(sample, same):
     assert (digest(sample) == digest(ONE)) is same
 
 
@@ -150,7 +150,7 @@ def test_a_long_chain_of_copies_keeps_the_first():
     assert repeats[0] == -1 and (repeats[1:] == 0).all()
 
 
-def test_a_copy_with_more_at_its_end_is_found():
+def test_a_copy_with_further_text_at_its_end_is_found():
     base = [f"word{i}" for i in range(100)]
     longer, longest = ([*base, *(f"x{i}" for i in range(more))] for more in (20, 30))
     repeats, value = found_by_bands([base, longest, longer], 0.8)  # 98 / 128 = 0.77, 98 / 118 = 0.83

@@ -22,7 +22,7 @@ def test_words_are_letters_and_digits_without_case_and_signs():
     assert words_of("Straße im Café, l’été") == ["strasse", "im", "café", "l’été"]
 
 
-def test_scripts_without_spaces_give_a_word_per_character():
+def test_in_scripts_without_spaces_every_character_is_a_word():
     assert words_of("你好 world ไทย") == ["你", "好", "world", "ไ", "ท", "ย"]
 
 
@@ -54,12 +54,12 @@ def test_scripts_without_spaces_give_a_word_per_character():
         ([(False, "Hi"), (True, "🙂")], None),
     ],
 )
-def test_empty(turns, found):
+def test_empty_prompts_and_answers_are_found(turns, found):
     assert empty(Sample(turns)) == found
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", [{"role": "user", "content": " "}]])
-def test_an_empty_prompt_is_a_reason_and_no_bad_row(prompt):
+def test_an_empty_prompt_is_a_reason_to_drop_not_a_bad_row(prompt):
     sample = sample_of(Row("f:1", {"prompt": prompt, "completion": "Yes."}))
     assert empty(sample) == "no prompt"
 
@@ -197,7 +197,7 @@ def test_loops_are_found(text):
         "!!!",
     ],
 )
-def test_lists_tables_and_short_texts_are_no_loops(text):
+def test_lists_tables_and_short_texts_are_not_loops(text):
     assert repetition(said(text), 0.5) is None
 
 
@@ -243,7 +243,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("text", ENGLISH_OR_UNCLEAR)
-def test_english_and_what_has_no_clear_language_stay(text):
+def test_english_and_texts_without_a_clear_language_stay(text):
     assert language(said(text), ("en",), 0.9) is None
 
 

@@ -76,15 +76,15 @@ def test_a_claim_in_the_first_person_is_found(text):
 
 
 @pytest.mark.parametrize("text", NEGATIVE)
-def test_talk_about_others_is_no_claim(text):
+def test_talk_about_others_is_not_a_claim(text):
     assert claim_finder(GEMMA)(said(text)) is None
 
 
-def test_the_users_turns_make_no_claim():
+def test_the_users_turns_are_not_claims():
     assert claim_finder(GEMMA)(said("Hello.", question="I am ChatGPT, developed by OpenAI.")) is None
 
 
-def test_identity_says_who_the_model_is():
+def test_the_names_in_identity_are_not_false_claims():
     qwen = claim_finder(["qwen", "Alibaba"])
     assert qwen(said("I am Qwen, created by Alibaba Cloud.")) is None
     assert qwen(said("I am Gemma, an AI assistant.")) is not None

@@ -92,12 +92,12 @@ NEGATIVE = [
 
 
 @pytest.mark.parametrize(("text", "kind"), POSITIVE)
-def test_what_belongs_to_somebody_is_found(text, kind):
+def test_values_that_belong_to_somebody_are_found(text, kind):
     assert personal(said(text), "US") == kind
 
 
 @pytest.mark.parametrize("text", NEGATIVE)
-def test_what_belongs_to_nobody_is_left(text):
+def test_values_that_belong_to_nobody_are_left(text):
     assert personal(said(text), "US") is None
 
 

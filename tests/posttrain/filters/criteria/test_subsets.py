@@ -74,7 +74,7 @@ def test_a_subset_is_found_and_plain_answers_belong_to_none(name, texts):
     assert [text for text in PLAIN if subsets.of(said(text))] == []
 
 
-def test_patterns_of_ones_own_are_subsets():
+def test_custom_patterns_are_subsets():
     subsets = Subsets(["hedging"], {"citing": r"\[\d+\]"})
     assert subsets.of(said("I'm not sure [3].")) == ["hedging", "citing"]
     with pytest.raises(UsageError, match=r"keep_patterns\.bad is not a regular expression"):
@@ -139,7 +139,7 @@ NO_DISCLAIMERS = [
 ]
 
 
-def test_disclaimers_of_assistants():
+def test_disclaimers_of_assistants_are_found():
     assert [text for text in DISCLAIMERS if disclaimer(said(text)) is None] == []
     assert [text for text in NO_DISCLAIMERS if disclaimer(said(text))] == []
 
