@@ -126,7 +126,7 @@ def adapters_are_products(model: Network) -> bool:
 
     return all(
         type(module) is Linear
-        and len(module.active_adapters) == 1  # type: ignore[arg-type]  # peft is not typed
+        and len(module.active_adapters) == 1
         and not module.lora_variant  # DoRA and its like
         and not module.disable_adapters
         and not module.merged

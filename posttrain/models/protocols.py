@@ -122,6 +122,14 @@ class Network(Protocol):
         """Switch dropout on or off and return the network."""
         ...
 
+    def float(self) -> Self:
+        """Cast to fp32, in place, and return the network."""
+        ...
+
+    def bfloat16(self) -> Self:
+        """Cast to bf16, in place, and return the network."""
+        ...
+
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Train or freeze all parameters and return the network."""
         ...

@@ -143,7 +143,7 @@ def _flags_of_this_command() -> Iterator[None]:
     try:
         yield
     except (InputError, UsageError) as error:
-        hint = error.mend
+        hint = error.hint
         for theirs, ours in names.items():
             hint = hint.replace(theirs, ours)
         raise type(error)(error.what, hint) from error

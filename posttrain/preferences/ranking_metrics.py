@@ -65,7 +65,7 @@ def reliability(rewards: Tensor) -> list[JsonObject]:
             "mean_confidence": confidence[bins == b].mean().item(),
             "accuracy": correct[bins == b].mean().item(),
         }
-        for b in bins.unique().tolist()  # type: ignore[no-untyped-call]  # torch's own
+        for b in bins.unique().tolist()
     ]
 
 

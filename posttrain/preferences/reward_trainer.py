@@ -29,7 +29,6 @@ from transformers import Trainer
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.batching import GroupedByLength
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.causal_attention import can_be_blockwise
@@ -96,7 +95,7 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
             for part in _parts(inputs, self.part_tokens)
         ]
         if embedded is not None and embedded.requires_grad:
-            embedded.backward(inputs["embedded"].grad)  # type: ignore[no-untyped-call]  # torch's own
+            embedded.backward(inputs["embedded"].grad)
         return torch.stack(losses).sum()
 
     def compute_loss(

@@ -74,7 +74,6 @@ class RewardModel:
             self.tokenizer.get_vocab() == tokenizer.get_vocab()
             and self.tokenizer.chat_template == tokenizer.chat_template
         )
-        return result
 
 
 def shaped_rewards(

@@ -24,7 +24,6 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.batching import Epochs, GroupedByLength
 from gemma2.posttrain.data.examples import IGNORED, Example, to_dataset
 from gemma2.posttrain.data.tokenizer import Tokenizer

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gemma2.core.errors import UsageError
+from gemma2.core.interrupts import allow
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.run_directory import Run
 

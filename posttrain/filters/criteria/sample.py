@@ -16,7 +16,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.rows import conversation_of
 from gemma2.posttrain.data.sources import Row
 
