@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
         """A batch of token ids, padded to one length, with its attention mask."""
         ...
 
-    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+    def decode(self, token_ids: Sequence[int], **kwargs: object) -> str:
         """The text of token ids."""
         ...
 
