@@ -78,7 +78,7 @@ def _head_of(path: Path, shape: torch.Size) -> Tensor:
 
 
 def _warn_of_another_backbone(path: Path, from_head: Path, progress: Progress) -> None:
-    """Warn if the manifest shows another backbone: a probed head fits only the features of its own."""
+    """Warn if the manifest shows another backbone: a probed head fits only the features of its backbone."""
     parents = (read_manifest(from_head) or {}).get("parents", [])
     backbones = [parent["weights"] for parent in parents if parent["role"] == "model"]
     if backbones and digest_weights(path) not in backbones and path.resolve() != from_head.resolve():

@@ -177,7 +177,7 @@ def _by_length(lengths: Tensor) -> list[Tensor]:
 def drop_block_outputs(model: RewardNetwork, share: float) -> None:
     """Add dropout to the output of every attention and MLP block while training (T5's dropout, which WARM varies).
 
-    Gemma 2 has no dropout of its own. The weights and the saved files do not change.
+    Gemma 2 itself has no dropout. The weights and the saved files do not change.
     """
 
     def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

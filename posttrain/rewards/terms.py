@@ -116,7 +116,8 @@ def weighted_sum(values: Tensor, weights: Tensor, clip: float | None = None) -> 
 
 
 def column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
-    """Return the mean of every column over the completions to which it applies, None if there are none."""
+    """Return the mean of every column over the completions to which it applies, None
+    without any."""
     found = {name: [value for value in column if not math.isnan(value)] for name, column in columns.items()}
     return {name: math.fsum(values) / len(values) if values else None for name, values in found.items()}
 

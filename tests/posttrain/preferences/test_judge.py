@@ -259,7 +259,7 @@ def test_a_key_that_could_be_a_name_is_not_shown_either(make, tmp_path):
 
 
 def test_server_options_need_a_judge_at_a_server():
-    with pytest.raises(ValueError, match="judge_style is about a judge at a server"):
+    with pytest.raises(ValueError, match="judge_style is for a judge on a server"):
         PairsConfig(model="m", prompts="p", judge="module:f", judge_style="compare")
     with pytest.raises(ValueError, match="credentials"):
         PairsConfig(model="m", prompts="p", judge="openai:x", judge_url="https://me:secret@host/v1")

@@ -220,7 +220,7 @@ def test_held_out_pairs_are_read_in_batches_of_the_training_size(inputs, tmp_pat
 
 
 def test_held_out_figures_during_training_need_held_out_pairs(inputs):
-    with pytest.raises(ValueError, match="eval_fraction=0 holds none out"):
+    with pytest.raises(ValueError, match="eval_fraction is 0"):
         configure(inputs, eval_every=2, eval_fraction=0)
 
 

@@ -287,7 +287,7 @@ def test_settings_that_do_not_fit_are_refused(fields, words):
 
 
 def test_a_missing_reward_is_refused(chat, tmp_path):
-    with pytest.raises(UsageError, match="no reward; give --reward RM, --reward-fn"):
+    with pytest.raises(UsageError, match="no reward is given; give --reward RM, --reward-fn"):
         reward_score(RewardFields(), chat, 8)
     with pytest.raises(UsageError, match="--reward-fn 'm_x:f'"):
         reward_score(RewardFields(reward=tmp_path / "gone", reward_fn=("m_x:f",)), chat, 8)
