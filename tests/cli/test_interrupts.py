@@ -167,7 +167,7 @@ def test_a_loop_that_swallows_everything_is_ended_by_the_signal():
         except BaseException:
             pass
     """
-    code, _, err = finish(command(body, "interrupts.GRACE = 3"))
+    code, _, err = finish(command(body, "interrupts.GRACE = 1"))
     assert code == -signal.SIGTERM
     assert "cut short" in err
     assert "Traceback" not in err
@@ -175,7 +175,7 @@ def test_a_loop_that_swallows_everything_is_ended_by_the_signal():
 
 @pytest.mark.parametrize("body", ["work()", "block()"], ids=["Python", "native code"])
 def test_cleaning_up_that_does_not_end_is_ended_by_the_signal(body):
-    code, _, err = finish(command(f"    try:\n        strike()\n    finally:\n        {body}", "interrupts.GRACE = 2"))
+    code, _, err = finish(command(f"    try:\n        strike()\n    finally:\n        {body}", "interrupts.GRACE = 1"))
     assert code == -signal.SIGTERM
     assert "cut short" in err
 
