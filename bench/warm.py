@@ -24,7 +24,9 @@ from typing import Any
 import torch
 
 from gemma2.merging import MergeRequest, merge
-from gemma2.posttrain.data.rows import read_pairs, split
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import split
+from gemma2.posttrain.schemas.fields import RowFields
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.preferences.probe import run_probe
 from gemma2.posttrain.preferences.reward_eval import run_reward_eval
@@ -37,7 +39,7 @@ RATES, DROPOUT = (5e-4, 3e-4, 7e-4), (0.0, 0.05, 0.1)
 
 def write_sets(options: argparse.Namespace, root: Path) -> None:
     """heldout.jsonl, right.jsonl, and turned.jsonl, whose rows say whether their label was turned."""
-    training, heldout = split(read_pairs(options.pairs), 0.2, 0)
+    training, heldout = split(Reading(RowFields()).pairs(options.pairs), 0.2, 0)
     where = {pair.where for pair in heldout}
     draw = random.Random(0)
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ Deviations from `tokenizer.apply_chat_template(tokenize=True)`, whose ids are ot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Literal
@@ -28,9 +28,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError
 
+from .shapes.turns import ROLES, SKIP_HINT, Message, TurnError, check_order, fold_system
+
 __all__ = ["GEMMA_TEMPLATE", "ChatFormat", "EndOfTurn", "Message"]
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
 EndOfTurn = Literal["eot", "eot+eos"]
 
 # Gemma 2's pre-trained checkpoints come without a template, but with the control tokens of this one.
@@ -46,7 +47,6 @@ GEMMA_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-_ROLES = {"user": "user", "assistant": "assistant", "model": "assistant", "system": "system"}
 _STAND_IN = re.compile(r"Qzx([a-j]+)xzQ")
 _DIGITS, _LETTERS = "0123456789", "abcdefghij"
 _PROBE: list[Message] = [
@@ -55,6 +55,8 @@ _PROBE: list[Message] = [
     {"role": "user", "content": "Why?"},
     {"role": "assistant", "content": "Count."},
 ]
+_TOOL_USE: list[Message] = [*_PROBE[:2], {"role": "tool", "content": "4"}, {"role": "assistant", "content": "Four."}]
+_TWO_USERS: list[Message] = [{"role": "user", "content": "One."}, {"role": "user", "content": "Two."}]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class _Piece:
     control: int | None = None  # id of a control token
     message: int | None = None  # index of the message whose text this is; None: written by the template
     target: bool = False  # learned: text of a model turn, or what closes it
+    answer: bool = False  # text of a model turn, learned or not
 
 
 class ChatFormat:
@@ -84,7 +87,10 @@ class ChatFormat:
                 raise self._unusable("has no chat template")
             tokenizer.chat_template = GEMMA_TEMPLATE
         self._control_pattern = _control_pattern(tokenizer)
+        self.alternates, self.has_tool_role = False, True  # not yet known: the probes must reach the template
         self.has_system_role = self._takes_a_system_message()
+        self.has_tool_role = self._takes(_TOOL_USE)
+        self.alternates = not self._takes(_TWO_USERS)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.end_of_turn_id = self._find_end_of_turn()
         self.stop_ids = _stop_ids(self.eos_id, self.end_of_turn_id, generation_config)
@@ -98,14 +104,26 @@ class ChatFormat:
             raise InputError("the prompt ends with a model turn", "end it with a user message")
         return self._encode(self._pieces(turns, generation_prompt=True))[0]
 
+    def check_prompt(self, messages: list[Message]) -> None:
+        """Raise InputError for messages that are no prompt for this template. Encodes nothing."""
+        turns = self.normalise(messages)
+        if turns[-1]["role"] == "assistant":
+            raise InputError("the prompt ends with a model turn", "end it with a user message")
+        self._pieces(turns, generation_prompt=True)
+
     def conversation_ids(self, messages: list[Message]) -> list[int]:
         """Ids of a whole conversation, as the template writes it."""
         return self._encode(self._pieces(self.normalise(messages)))[0]
 
     def example(
-        self, messages: list[Message], end_of_turn: EndOfTurn = "eot+eos", truncated: bool = False
+        self,
+        messages: list[Message],
+        end_of_turn: EndOfTurn = "eot+eos",
+        truncated: bool = False,
+        unlearned: Collection[int] = (),
     ) -> tuple[list[int], list[bool]]:
-        """Training ids and loss mask, equally long. True on the text of every model turn and on its end of turn.
+        """Training ids and loss mask, equally long. True on the text of every model turn and on its end of turn, except
+        for the messages whose numbers are in `unlearned`.
 
         The last turn ends with `<end_of_turn>` (`eot`) or `<end_of_turn><eos>` (`eot+eos`; the same where both are
         one token, as in ChatML). `truncated`: the last turn was cut off, so its end is neither written nor learned.
@@ -113,26 +131,29 @@ class ChatFormat:
         turns = self.normalise(messages)
         if turns[-1]["role"] != "assistant":
             raise InputError("the conversation does not end with a model turn", 'end it with role "assistant"')
-        pieces = self._pieces(turns)
+        folded = len(messages) - len(turns)  # a system message that is now part of the first user message
+        context = {index - folded for index in unlearned}
+        pieces = [replace(piece, target=False) if piece.message in context else piece for piece in self._pieces(turns)]
         end = next(i for i, piece in enumerate(pieces) if piece.message == len(turns) - 1) + 1
         if not truncated:
             end += 1 + next(i for i, piece in enumerate(pieces[end:]) if piece.control is not None)
         ids, mask = self._encode(pieces[:end])
         if truncated or end_of_turn == "eot" or self.eos_id in (None, ids[-1]):
             return ids, mask
-        return [*ids, self.eos_id], [*mask, True]
+        return [*ids, self.eos_id], [*mask, mask[-1]]
 
     def normalise(self, messages: list[Message]) -> list[Message]:
         """Known roles only, text stripped, system text folded where the template has no system role."""
         if not messages:
             raise InputError("the conversation is empty", "give at least one user message")
         turns = [{"role": _role(message["role"]), "content": message["content"].strip()} for message in messages]
-        if turns[0]["role"] != "system" or self.has_system_role:
-            return turns
-        if len(turns) < 2 or turns[1]["role"] != "user":
-            raise InputError("a system message is not followed by a user message", "add the user message")
-        folded = f"{turns[0]['content']}\n\n{turns[1]['content']}".strip()
-        return [{"role": "user", "content": folded}, *turns[2:]]
+        turns = turns if self.has_system_role else fold_system(turns)
+        if any(turn["role"] == "tool" for turn in turns):
+            if not self.has_tool_role:
+                raise TurnError("the chat template has no role 'tool'", SKIP_HINT)
+        elif self.alternates:
+            check_order(turns[1:] if turns[0]["role"] == "system" else turns)
+        return turns
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without control tokens."""
@@ -168,7 +189,8 @@ class ChatFormat:
         for position, part in enumerate(_STAND_IN.split(self._render(turns, generation_prompt))):
             if position % 2:
                 index = int(part.translate(str.maketrans(_LETTERS, _DIGITS)))
-                pieces.append(_Piece(turns[index]["content"], None, index, turns[index]["role"] == "assistant"))
+                answer = turns[index]["role"] == "assistant"
+                pieces.append(_Piece(turns[index]["content"], None, index, answer, answer))
             else:
                 pieces.extend(self._split_controls(part))
         missing = set(range(len(turns))) - {piece.message for piece in pieces}
@@ -226,8 +248,12 @@ class ChatFormat:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _takes_a_system_message(self) -> bool:
+        return self._takes([{"role": "system", "content": "s"}, *_PROBE])
+
+    def _takes(self, messages: list[Message]) -> bool:
+        """Whether the template renders these messages."""
         try:
-            self._pieces([{"role": "system", "content": "s"}, *_PROBE])
+            self._pieces(messages)
         except InputError:
             return False
         return True
@@ -272,8 +298,8 @@ def _join(pieces: list[_Piece]) -> list[_Piece]:
     runs: list[_Piece] = []
     in_target = False
     for piece in pieces:
-        in_target = in_target or piece.target
-        if runs and runs[-1].control is None and piece.control is None and not piece.target:
+        in_target = piece.target or (in_target and not piece.answer)
+        if runs and runs[-1].control is None and piece.control is None and not piece.answer:
             runs[-1] = replace(runs[-1], text=runs[-1].text + piece.text)
         else:
             runs.append(replace(piece, target=in_target))
@@ -282,9 +308,9 @@ def _join(pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _role(role: str) -> str:
-    if role not in _ROLES:
-        raise InputError(f"unknown role {role!r}", f"use one of {', '.join(_ROLES)}")
-    return _ROLES[role]
+    if role not in ROLES:
+        raise InputError(f"unknown role {role!r}", f"use one of {', '.join(ROLES)}")
+    return ROLES[role]
 
 
 def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

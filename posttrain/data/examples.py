@@ -18,7 +18,8 @@ from gemma2.core.errors import InputError
 from gemma2.core.progress import Progress
 
 from .chat import ChatFormat, EndOfTurn
-from .rows import Conversation, located
+from .reading import Reading
+from .rows import Conversation
 
 __all__ = [
     "IGNORED",
@@ -95,16 +96,22 @@ class Overlong:
             path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
-def tokenise(rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits) -> tuple[list[Example], Overlong]:
+def tokenise(
+    rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits, reading: Reading
+) -> tuple[list[Example], Overlong]:
     """Render and mask every row; rows over `config.max_length` are handled as `config.on_overlong` says.
 
-    Raises InputError with file and line for a row that the chat template refuses, or that is too long under `error`.
+    Raises InputError with file and line for a row that is too long under `error`, and for one that the chat template
+    refuses, unless `reading` skips bad rows.
     """
     examples: list[Example] = []
     overlong: list[Cut] = []
     for row in rows:
-        with located(row.where):
+        example = None
+        with reading.usable(row):
             example = example_of(row, chat, config)
+        if example is None:
+            continue
         tokens = len(example.ids)
         if tokens > config.max_length:
             if config.on_overlong == "error":
@@ -116,6 +123,8 @@ def tokenise(rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits) 
             if dropped:
                 continue
         examples.append(example)
+    if rows and not examples and not overlong:
+        raise InputError(f"none of {len(rows)} rows can be learned", "see docs/data.md for what is read")
     if rows and not examples:
         what = f"all {len(rows)} rows are longer than --max-length {config.max_length}"
         raise InputError(what, "raise --max-length")
@@ -123,12 +132,10 @@ def tokenise(rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits) 
 
 
 def example_of(row: Conversation, chat: ChatFormat, config: RowLimits) -> Example:
-    """A row as it is, of any length. Model turns before `row.learn_from` are context."""
-    ids, mask = chat.example(row.messages, config.end_of_turn, row.truncated)
-    given = row.messages[: row.learn_from]
-    if any(message["role"] in ("assistant", "model") for message in given):
-        prompt = len(chat.prompt_ids(given))
-        mask = [False] * prompt + mask[prompt:]
+    """A row as it is, of any length. Model turns of `row.unlearned` are context."""
+    ids, mask = chat.example(row.messages, config.end_of_turn, row.truncated, row.unlearned)
+    if not any(mask):
+        raise InputError("no turn of the row is learned", "remove it, or give one turn the weight 1")
     return Example(ids, mask)
 
 

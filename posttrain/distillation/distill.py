@@ -23,7 +23,8 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
-from gemma2.posttrain.data.rows import Prompt, located, read_conversations, read_prompts, split
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Prompt, located, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
@@ -66,7 +67,9 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     data = [file for path in (config.prompts, config.heldout, config.data) if path for file in data_files(path)]
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
     with open_run("distill", config, options, parents=parents, data=[*data, *(cache.files if cache else ())]) as run:
-        setup = prepare(config, cache, progress)
+        reading = Reading(config)
+        setup = prepare(config, cache, reading, progress)
+        unread = reading.report(progress, run.path)
         micro = config.micro_batch_size or config.batch_size
         arguments = configured(TrlConfig, config, distillation_arguments(config, run, micro))
         rows = schedule(config.steps, config.batch_size, config.n, setup.material, config.fraction, config.seed)
@@ -80,7 +83,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         model = merged(trainer.model)
         model.generation_config.eos_token_id = setup.material.chat.stop_ids
         save_model(model, setup.material.chat.tokenizer, run.path)
-        return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
+        return run.finish({"steps": trainer.state.global_step, **unread, **evaluation.summary()})
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class DistillSetup:
     heldout_numbers: Sequence[int]
 
 
-def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progress) -> DistillSetup:
+def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading, progress: Progress) -> DistillSetup:
     """Check tokenizers, load the models, read and tokenise the data."""
     divergence = Divergence(config.divergence, 0.5 if config.beta is None else config.beta)
     tokenizer = load_tokenizer(config.model)
@@ -120,31 +123,33 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, progress: Progres
         int(model.get_output_embeddings().weight.shape[0]), size, max(tokenizer.get_vocab().values()) + 1
     )
     loss = Loss(LiveTeacher(model, divergence, config.distill_temperature, rows), config.distill_temperature, rows)
-    prompts, heldout_prompts = read_prompt_sides(config)
-    examples, heldout = read_fixed(config, chat, progress)
+    prompts, heldout_prompts = read_prompt_sides(config, reading, chat)
+    examples, heldout = read_fixed(config, chat, reading, progress)
     material = Material(chat, params, prompts, examples, [-1] * len(examples))
     return DistillSetup(student, loss, material, heldout_prompts, heldout, [-1] * len(heldout))
 
 
-def read_prompt_sides(config: DistillConfig) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompt_sides(config: DistillConfig, reading: Reading, chat: ChatFormat) -> tuple[list[Prompt], list[Prompt]]:
     """(training, held-out) prompts; without a separate file, a tenth is held out."""
     assert config.prompts is not None
-    prompts = read_prompts(config.prompts)
+    prompts = reading.renderable(reading.prompts(config.prompts), chat)
     if config.heldout is not None:
-        return prompts, read_prompts(config.heldout, config.eval_prompts)
+        return prompts, reading.renderable(reading.prompts(config.heldout, config.eval_prompts), chat)
     prompts, heldout = split(prompts, HELDOUT_SHARE, config.seed)
     if not heldout:
         raise UsageError(f"{config.prompts} has one prompt, none can be held out", "add prompts, or give --heldout")
     return prompts, heldout[: config.eval_prompts]
 
 
-def read_fixed(config: DistillConfig, chat: ChatFormat, progress: Progress) -> tuple[list[Example], list[Example]]:
+def read_fixed(
+    config: DistillConfig, chat: ChatFormat, reading: Reading, progress: Progress
+) -> tuple[list[Example], list[Example]]:
     """(training, held-out) rows of `config.data`, as gemma2 sft would learn them."""
     if config.data is None:
         return [], []
-    rows, heldout = split(read_conversations(config.data), config.eval_fraction, config.seed)
-    examples = fixed_examples(rows, chat, config, progress)
-    return examples, fixed_examples(heldout, chat, config, progress, "held-out rows")
+    rows, heldout = split(reading.conversations(config.data), config.eval_fraction, config.seed)
+    examples = fixed_examples(rows, chat, config, reading, progress)
+    return examples, fixed_examples(heldout, chat, config, reading, progress, "held-out rows")
 
 
 def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> JsonObject:

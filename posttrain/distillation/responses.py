@@ -10,6 +10,7 @@ from torch import Tensor
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, report_overlong, tokenise
+from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation
 from gemma2.posttrain.models.attention import causal_masks
 from gemma2.posttrain.models.protocols import CausalLM
@@ -50,9 +51,14 @@ def as_examples(prompts: Sequence[Sequence[int]], drawn: Completions) -> list[Ex
 
 
 def fixed_examples(
-    rows: Sequence[Conversation], chat: ChatFormat, config: FixedDataFields, progress: Progress, what: str = "rows"
+    rows: Sequence[Conversation],
+    chat: ChatFormat,
+    config: FixedDataFields,
+    reading: Reading,
+    progress: Progress,
+    what: str = "rows",
 ) -> list[Example]:
     """Rows of a file as gemma2 sft would learn them; what is too long is reported."""
-    examples, overlong = tokenise(rows, chat, config)
+    examples, overlong = tokenise(rows, chat, config, reading)
     report_overlong(overlong, len(rows), config, progress, what)
     return examples

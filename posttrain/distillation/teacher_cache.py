@@ -33,7 +33,8 @@ from gemma2.core.outputs.manifest import read_manifest, require_complete
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
-from gemma2.posttrain.data.rows import Prompt, read_conversations, split
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
@@ -64,9 +65,11 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         if config.top_k >= vocabulary:
             raise UsageError(f"--top-k {config.top_k} of a vocabulary of {vocabulary} leaves no rest", "lower it")
-        rows = read_conversations(config.data)[: config.limit]
+        reading = Reading(config)
+        rows = reading.conversations(config.data, config.limit)
         chat = ChatFormat(tokenizer, model.generation_config)
-        examples = fixed_examples(rows, chat, config, progress)
+        examples = fixed_examples(rows, chat, config, reading, progress)
+        unread = reading.report(progress, run.path)
         shards = write_shards(run, config, model, examples, progress)
         tokenizer.save_pretrained(run.path)
         positions = sum(shard["positions"] for shard in shards)
@@ -86,7 +89,7 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
             "files": {shard["name"]: shard["digest"] for shard in shards},
         }
         write_json(run.path / INDEX, index)
-        return run.finish(summary)
+        return run.finish(summary | unread)
 
 
 def write_shards(

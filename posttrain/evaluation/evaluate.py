@@ -35,7 +35,8 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import Prompt, read_prompts
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
@@ -321,9 +322,12 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
 def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
     quiet_libraries()
-    rows = read_prompts(config.prompts, config.limit)
+    reading = Reading(config)
+    rows = reading.prompts(config.prompts, config.limit)
     reference, tokenizer = load_policy(config.sft)
     chat = ChatFormat(tokenizer, reference.generation_config)
+    rows = reading.renderable(rows, chat)
+    reading.report(progress)
     scores = scores_of(config, chat)
     same = config.model.resolve() == config.sft.resolve()
     model = reference if same else load_policy(config.model)[0]

@@ -27,7 +27,8 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import Prompt, read_prompts
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
 from gemma2.posttrain.models.protocols import CausalLM
@@ -67,9 +68,12 @@ class Bench:
     def __init__(self, config: ParetoConfig, progress: Progress) -> None:
         self.config = config
         self.progress = progress
-        self.rows: list[Prompt] = read_prompts(config.prompts, config.limit)
+        reading = Reading(config)
+        rows = reading.prompts(config.prompts, config.limit)
         self.reference, tokenizer = load_policy(config.sft)
         self.chat = ChatFormat(tokenizer, self.reference.generation_config)
+        self.rows: list[Prompt] = reading.renderable(rows, self.chat)
+        reading.report(progress)
         self.scores: list[Score] = scores_of(config, self.chat)
         self.settings: MeasureSettings = settings_of(config)
         self._line: tuple[CausalLM, JsonObject, JsonObject] | None = None

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.data.sources import count_rows, data_files, iter_rows
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import FilterConfig
 
@@ -53,31 +54,31 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
         Scanner(config, evaluation)  # reports errors of the settings before the first row
         judge = _safety_model(config) if config.safety_model and "unsafe" in active else None
         store = ChunkStore(run.checkpoints)
-        bad = _scan(config, evaluation, judge, store, progress)
+        reading = Reading(config)
+        _scan(config, reading, evaluation, judge, store, progress)
         if not store.done:
-            raise InputError(f"no row of {config.data} can be read; the first: {bad[0]}", "fix the file")
+            first = next(iter(reading.skipped.values())).error
+            raise InputError(f"no row of {config.data} can be read; the first: {first}", "fix the file")
         decisions = decide(store, config)
-        bad += write_rows(run.path, config, store, decisions, progress)
-        if bad:
-            progress.warn(f"{len(bad)} bad rows were left out, the first: {bad[0]}")
-        summary = summary_of(config, decisions, len(bad))
+        write_rows(run.path, config, reading, store, decisions, progress)
+        unread = reading.report(progress, run.path)
+        summary = summary_of(config, decisions, unread.pop("skipped_rows", 0))
         if not summary["kept"]:
             progress.warn(f"all {summary['rows']} rows were dropped; see the reasons in dropped.jsonl")
-        return run.finish(summary)
+        return run.finish(summary | unread)
 
 
 def _scan(
     config: FilterConfig,
+    reading: Reading,
     evaluation: EvaluationTexts | None,
     judge: SafetyModel | None,
     store: ChunkStore,
     progress: Progress,
-) -> list[str]:
-    """Scan the rows that are not scanned yet; return the errors of unreadable rows."""
-    unread: list[str] = []
+) -> None:
+    """Scan the rows that are not scanned yet."""
     total = count_rows(config.data)
-    skip = config.on_bad_row == "skip"
-    rows = iter_rows(config.data, on_bad=(lambda error: unread.append(str(error))) if skip else None)
+    rows = reading.rows(config.data)
     chunks: Iterator[Rows] = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     workers = min(config.workers or os.cpu_count() or 1, -(-total // CHUNK))
     with progress.task("filter", total=total, unit="rows") as task:
@@ -88,7 +89,6 @@ def _scan(
                 judge.drop_unsafe(chunk, findings)
             store.append(findings)
             task.advance(len(chunk))
-    return unread
 
 
 def _safety_model(config: FilterConfig) -> SafetyModel:

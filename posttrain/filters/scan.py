@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError
+from gemma2.posttrain.data.shapes.turns import TurnError
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
 
@@ -100,6 +101,8 @@ class Scanner:
         self.compares = "duplicate" in active
         self.compares_nearly = "near-duplicate" in active
         self.counts_refusals = "refusal" in active
+        self.checks_turns = "turns" in active
+        self.ignored = frozenset(config.ignore_keys)
 
     def scan(self, rows: Sequence[Row]) -> Findings:
         """Return the findings of one chunk. Raises InputError for a bad row if `on_bad_row` is "error"."""
@@ -107,12 +110,15 @@ class Scanner:
         sets: list[NDArray[np.uint32]] = []
         for index, row in enumerate(rows):
             try:
-                sample = sample_of(row)
+                sample = sample_of(row, self.ignored, self.checks_turns)
+            except TurnError as error:
+                if self.checks_turns:
+                    found.drop(index, [("turns", str(error))])
+                else:
+                    self._bad(index, error, found)
+                continue
             except InputError as error:
-                if self.config.on_bad_row == "error":
-                    raise
-                found.codes[index] = BAD
-                found.reasons[index] = [("bad row", str(error))]
+                self._bad(index, error, found)
                 continue
             self._judge(index, sample, found)
             if found.codes[index] == STAYS:
@@ -120,6 +126,12 @@ class Scanner:
         found.keys = band_keys(sets, self.plan)
         found.shingles = np.concatenate(sets) if sets else found.shingles
         return found
+
+    def _bad(self, index: int, error: InputError, found: Findings) -> None:
+        if self.config.on_bad_row == "error":
+            raise error
+        found.codes[index] = BAD
+        found.reasons[index] = [("bad row", str(error))]
 
     def _judge(self, index: int, sample: Sample, found: Findings) -> None:
         subsets = self.subsets.of(sample) if self.subsets.names else []

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import Progress
-from gemma2.posttrain.data.sources import ShardWriter, iter_rows, to_line
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.sources import ShardWriter, to_line
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
@@ -25,13 +27,17 @@ ADVANCE = 1024  # rows between two updates of the progress bar
 
 
 def write_rows(
-    directory: Path, config: FilterConfig, store: ChunkStore, decisions: Decisions, progress: Progress
-) -> list[str]:
-    """Write every row to the shards or to dropped.jsonl; return the errors of rows that are not conversations."""
-    bad: list[str] = []
+    directory: Path,
+    config: FilterConfig,
+    reading: Reading,
+    store: ChunkStore,
+    decisions: Decisions,
+    progress: Progress,
+) -> None:
+    """Write every row to the shards or to dropped.jsonl; rows that are no conversations are skipped."""
     places: dict[int, str] = {}  # "file:line" of the rows that others repeat
     repeated = set(decisions.original[decisions.original >= 0].tolist())
-    rows = iter_rows(config.data, on_bad=(lambda error: None) if config.on_bad_row == "skip" else None)
+    rows = reading.rows(config.data)
     codes = decisions.codes.tolist()
     with (
         ShardWriter(directory, config.shard_rows) as kept,
@@ -42,7 +48,7 @@ def write_rows(
             if code == STAYS:
                 kept.write(row.columns)
             elif code == BAD:
-                bad.append(found[0][1])
+                reading.skip(InputError(found[0][1], ""), row.where, row.columns)
             else:
                 reasons = found or [(ORDER[code - 1], _comparison(decisions, index, places))]
                 dropped.write(to_line(_with_reasons(row.columns, reasons, config.all_reasons)))
@@ -51,7 +57,6 @@ def write_rows(
             if (index + 1) % ADVANCE == 0:
                 task.advance(ADVANCE)
         task.advance(len(codes) % ADVANCE)
-    return bad
 
 
 def summary_of(config: FilterConfig, decisions: Decisions, bad: int) -> JsonObject:

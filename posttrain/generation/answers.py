@@ -54,14 +54,14 @@ class Answering:
         count = 0
         with progress.task("check", total=None, unit="prompts") as bar:
             for prompt in self.source:
-                with located(prompt.where):
+                with self.source.reading.usable(prompt):
                     size = len(engine.encode(prompt.messages))
                     if engine.window is not None and size > engine.window and on_overlong == "error":
                         raise InputError(
                             f"{size} tokens, where {engine.window} and the completion fit into the model's context",
                             "shorten it, lower --max-new-tokens, or leave it out (generate: --on-overlong drop)",
                         )
-                count += 1
+                    count += 1
                 bar.advance(1)
         if count == 0:
             raise InputError(f"{self.source.path} has no rows", "write one JSON object per line")

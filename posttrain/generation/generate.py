@@ -65,11 +65,14 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
         with Journal(run.checkpoints / "answers.jsonl") as journal:
             with closing(load_engine(config, progress)) as engine:
                 ids = bool(config.reward)
-                answering = Answering(source_of(config), plan, journal, engine.chunk, keep_ids=ids)
-                answering.run(engine, answering.check(engine, progress, config.on_overlong), progress)
+                source = source_of(config)
+                answering = Answering(source, plan, journal, engine.chunk, keep_ids=ids)
+                prompts = answering.check(engine, progress, config.on_overlong)
+                unread = source.reading.report(progress, run.path)
+                answering.run(engine, prompts, progress)
                 facts, chat = engine.facts(), engine.chat
             chunks = _judged(run, config, answering, chat, progress)
-            return run.finish(_write(run.path, config, chunks, progress) | facts)
+            return run.finish(_write(run.path, config, chunks, progress) | unread | facts)
 
 
 def _judged(

@@ -10,7 +10,8 @@ from datasets import Dataset
 from gemma2.core.errors import InputError
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import Pair, located
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Pair
 
 __all__ = ["PairIds", "report_dropped", "to_dataset", "tokenise_pairs", "tokenise_split"]
 
@@ -32,18 +33,21 @@ class PairIds:
 
 
 def tokenise_pairs(
-    pairs: Sequence[Pair], chat: ChatFormat, max_length: int | None, some_needed: bool = True
+    pairs: Sequence[Pair], chat: ChatFormat, max_length: int | None, reading: Reading, some_needed: bool = True
 ) -> tuple[list[PairIds], dict[str, int]]:
     """Render both sides of every pair. Return the usable pairs and how many were dropped, by reason.
 
-    Raises InputError with file and line for a pair that the chat template refuses, and with `some_needed` if none is
-    left.
+    Raises InputError with file and line for a pair that the chat template refuses, unless `reading` skips bad rows, and
+    with `some_needed` if none is left.
     """
     kept: list[PairIds] = []
     dropped = {"overlong_dropped": 0, "identical_dropped": 0}
     for pair in pairs:
-        with located(pair.where):
+        ids = None
+        with reading.usable(pair):
             ids = _pair_ids(pair, chat)
+        if ids is None:
+            continue
         if max_length is not None and ids.length > max_length:
             dropped["overlong_dropped"] += 1
         elif ids.chosen == ids.rejected:
@@ -57,14 +61,19 @@ def tokenise_pairs(
 
 
 def tokenise_split(
-    training: Sequence[Pair], heldout: Sequence[Pair], chat: ChatFormat, max_length: int, progress: Progress
+    training: Sequence[Pair],
+    heldout: Sequence[Pair],
+    chat: ChatFormat,
+    max_length: int,
+    reading: Reading,
+    progress: Progress,
 ) -> tuple[list[PairIds], list[PairIds], dict[str, int]]:
     """Return the usable pairs of both sides of a split, and how many were dropped of both together; also warn of them.
 
     Raises InputError like `tokenise_pairs`, but without usable held-out pairs it only warns.
     """
-    pairs, dropped = tokenise_pairs(training, chat, max_length)
-    heldout_pairs, further = tokenise_pairs(heldout, chat, max_length, some_needed=False)
+    pairs, dropped = tokenise_pairs(training, chat, max_length, reading)
+    heldout_pairs, further = tokenise_pairs(heldout, chat, max_length, reading, some_needed=False)
     dropped = {reason: count + further[reason] for reason, count in dropped.items()}
     report_dropped(dropped, len(training) + len(heldout), max_length, progress)
     if heldout and not heldout_pairs:

@@ -24,6 +24,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.batching import derived_seed
+from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import data_files, to_line
 from gemma2.posttrain.generation.answers import Answering
 from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
@@ -61,9 +62,11 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         journal = stack.enter_context(Journal(run.checkpoints / "answers.jsonl"))
         params = SamplingParams(config.max_new_tokens, config.temperature)
         with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
-            source, plan = PromptSource(config.prompts, config.limit), DialoguePlan(config.n, config.seed)
+            reading = Reading(config)
+            source, plan = PromptSource(config.prompts, reading, config.limit), DialoguePlan(config.n, config.seed)
             answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
             prompts = answering.check(engine, progress)
+            unread = reading.report(progress, run.path)
             answering.run(engine, prompts, progress)
             chat = engine.chat
         scores = stack.enter_context(Journal(run.checkpoints / "scores.jsonl"))

@@ -19,7 +19,8 @@ from gemma2.core.errors import GuardStop
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import read_pairs, split
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.protocols import RewardNetwork
@@ -47,9 +48,11 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
     parents = [Parent("model", config.model)]
     with open_run("reward probe", config, options, parents=parents, data=data_files(config.data)) as run:
         model, tokenizer = starting_model(config.model, config.seed, None, progress)
-        training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
+        reading = Reading(config)
+        training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)
-        pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, progress)
+        pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, reading, progress)
+        unread = reading.report(progress, run.path)
         states = last_states(model, pairs, config.batch_size, progress)
         margins = torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float64)
         head, steps = fit_head(states, margins, config.l2, config.center_coefficient)
@@ -61,7 +64,7 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
         if heldout_pairs:
             rewards = last_states(model, heldout_pairs, config.batch_size, progress).double() @ head
             found = measure_rewards(rewards, heldout_pairs)
-        return run.finish(counts | dropped | {"train_accuracy": _accuracy(states, head)} | found)
+        return run.finish(counts | dropped | unread | {"train_accuracy": _accuracy(states, head)} | found)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import Pair, read_pairs
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Pair
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, check_parents
@@ -37,18 +38,22 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> Js
     """
     quiet_libraries()
     check_parents([Parent("models", path) for path in config.models])
-    pairs = read_pairs(config.data, config.limit)
+    reading = Reading(config)
+    pairs = reading.pairs(config.data, config.limit)
     if config.by is not None:
         check_column(pairs, config.by)
-    models = [evaluate(path, pairs, config, progress) for path in config.models]
+    models = [evaluate(path, pairs, config, reading, progress) for path in config.models]
+    reading.report(progress)
     return {"data": str(config.data), "pairs": len(pairs), "models": models}
 
 
-def evaluate(path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, progress: Progress) -> JsonObject:
+def evaluate(
+    path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, reading: Reading, progress: Progress
+) -> JsonObject:
     """Return the figures of one reward model on the pairs."""
     model = RewardModel.from_dir(path)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
-    kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest)
+    kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest, reading)
     report_dropped(dropped, len(pairs), longest, progress)
     rows = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
     with progress.task(f"score {path.name}", total=len(rows), unit="completions") as bar:

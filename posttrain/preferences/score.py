@@ -14,7 +14,7 @@ continues with the same rows in the same batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -24,10 +24,11 @@ from torch import Tensor
 from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
-from gemma2.posttrain.data.sources import Row, ShardWriter, data_files, iter_rows
+from gemma2.posttrain.data.sources import Row, ShardWriter, data_files
 from gemma2.posttrain.generation.journal import Journal
-from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
@@ -58,26 +59,31 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
     quiet_libraries()
     parents = [Parent("model", config.model)]
     with open_run("reward score", config, options, parents=parents, data=data_files(config.data)) as run:
-        total = check_rows(config, progress)
+        reading = Reading(config)
+        chat = ChatFormat(load_tokenizer(config.model))
+        total = check_rows(config, reading, chat, progress)
+        unread = reading.report(progress, run.path)
         run.checkpoints.mkdir(exist_ok=True)
         with Journal(run.checkpoints / "scores.jsonl") as journal:
             with progress.task("score", total=total, unit="rows") as bar:
-                _fill(config, journal, bar)
+                _fill(config, reading, journal, bar)
             scores = chain.from_iterable(record["scores"] for record in journal.records())
             summary = _Summary()
             with ShardWriter(run.path, config.shard_rows) as writer:
-                for scored, values in zip(_rows(config), scores, strict=True):
+                for scored, values in zip(_rows(config, reading), scores, strict=True):
                     writer.write(scored.row.columns | dict(zip(scored.columns, values, strict=True)))
                     summary.add(values)
         if summary.overlong:
             progress.warn(f"{summary.overlong} of {total} rows are too long for the model and have no score")
-        return run.finish(summary.document())
+        return run.finish({**summary.document(), **unread})
 
 
-def check_rows(config: RewardScoreConfig, progress: Progress) -> int:
+def check_rows(config: RewardScoreConfig, reading: Reading, chat: ChatFormat, progress: Progress) -> int:
     """Read every row before the first is scored and return their number. Warn of existing scores, to be replaced."""
     count = replaced = 0
-    for scored in _rows(config):
+    for scored in _rows(config, reading):
+        if not _renderable(scored, reading, chat):
+            continue
         count += 1
         replaced += any(name in scored.row.columns for name in scored.columns)
     if count == 0:
@@ -96,28 +102,48 @@ def score_rows(model: RewardModel, rows: Sequence[list[int]], batch_size: int, b
     return rewards
 
 
-def _rows(config: RewardScoreConfig) -> Iterator[RowToScore]:
-    name = config.column
-    for row in iter_rows(config.data, config.limit):
-        if "chosen" in row.columns or "rejected" in row.columns:
-            pair = pair_of(row)
-            sides = [
-                ([*pair.prompt, *pair.chosen], pair.chosen_truncated),
-                ([*pair.prompt, *pair.rejected], pair.rejected_truncated),
-            ]
-            yield RowToScore(row, [f"chosen_{name}", f"rejected_{name}"], sides)
-        else:
-            conversation = conversation_of(row)
-            if conversation.messages[-1]["role"] not in ("assistant", "model"):
-                raise InputError(f"{row.where}: the last message is not the model's", "give the answer to be scored")
-            yield RowToScore(row, [name], [(conversation.messages, conversation.truncated)])
+def _renderable(scored: RowToScore, reading: Reading, chat: ChatFormat) -> bool:
+    """Whether the chat template takes a row. Raises InputError if it does not, unless rows are skipped."""
+    try:
+        with located(scored.row.where):
+            for messages, _ in scored.conversations:
+                chat.normalise(messages)
+    except InputError as error:
+        reading.skip(error, scored.row.where, scored.row.columns)
+        return False
+    return True
 
 
-def _fill(config: RewardScoreConfig, journal: Journal, bar: Task) -> None:
+def _rows(config: RewardScoreConfig, reading: Reading) -> Iterator[RowToScore]:
+    for row in reading.rows(config.data, config.limit):
+        if row.where in reading.skipped:
+            continue
+        try:
+            yield _to_score(row, config.column, reading.ignored)
+        except InputError as error:
+            reading.skip(error, row.where, row.columns)
+
+
+def _to_score(row: Row, name: str, ignored: Collection[str]) -> RowToScore:
+    if "chosen" in row.columns or "rejected" in row.columns:
+        pair = pair_of(row, ignored)
+        sides = [
+            ([*pair.prompt, *pair.chosen], pair.chosen_truncated),
+            ([*pair.prompt, *pair.rejected], pair.rejected_truncated),
+        ]
+        return RowToScore(row, [f"chosen_{name}", f"rejected_{name}"], sides)
+    else:
+        conversation = conversation_of(row, ignored, empty=True)
+        if conversation.messages[-1]["role"] not in ("assistant", "model"):
+            raise InputError(f"{row.where}: the last message is not the model's", "give the answer to be scored")
+        return RowToScore(row, [name], [(conversation.messages, conversation.truncated)])
+
+
+def _fill(config: RewardScoreConfig, reading: Reading, journal: Journal, bar: Task) -> None:
     """Score the rows that are missing from the journal, a chunk per record."""
     done = sum(len(record["scores"]) for record in journal.records())
     bar.advance(done)
-    rows = islice(_rows(config), done, None)
+    rows = islice(_rows(config, reading), done, None)
     model = RewardModel.from_dir(config.model)
     chat = ChatFormat(model.tokenizer)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)

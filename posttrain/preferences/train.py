@@ -20,7 +20,8 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import read_pairs, split
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
@@ -54,9 +55,11 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         if config.from_head is None and is_classifier(config.model):
             progress.note(f"{config.model} is a reward model: its head is kept and trained further")
         model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress)
-        training, heldout = split(read_pairs(config.data), config.eval_fraction, config.seed)
+        reading = Reading(config)
+        training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)
-        pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, progress)
+        pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, reading, progress)
+        unread = reading.report(progress, run.path)
         if not heldout_pairs and (config.keep == "best" or config.patience is not None):
             raise UsageError("no pairs are held out for --keep best or --patience", "give --eval-fraction")
         trainer = make_trainer(model, tokenizer, pairs, config, run, accumulation)

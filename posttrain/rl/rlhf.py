@@ -26,7 +26,9 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
-from gemma2.posttrain.data.rows import Prompt, read_prompts, split
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
@@ -77,8 +79,10 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     parents += [Parent("sft", config.sft)] if config.sft else []
     data = [file for path in (config.prompts, config.heldout) if path is not None for file in data_files(path)]
     with open_run("rlhf", config, options, parents=parents, data=data, ranks=ranks) as run:
-        prompts, heldout = read_data(config)
+        reading = Reading(config)
+        prompts, heldout = read_data(config, reading)
         setup = prepare(config, prompts, micro, ranks)
+        unread = reading.report(progress, run.path if ranks.is_main else None)
         arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
         rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
         tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
@@ -96,7 +100,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
             train(trainer, run, callback)
         if ranks.is_main:
             save(trainer, setup, config, run)
-        return run.finish({"steps": trainer.state.global_step, **evaluation.summary()})
+        return run.finish({"steps": trainer.state.global_step, **unread, **evaluation.summary()})
 
 
 @contextmanager
@@ -133,11 +137,12 @@ def local_rows(config: RlhfConfig, ranks: Ranks) -> tuple[int, int]:
     return rows, micro
 
 
-def read_data(config: RlhfConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts; without a separate file, a tenth is held out."""
-    prompts = read_prompts(config.prompts)
+def read_data(config: RlhfConfig, reading: Reading) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts that the policy's template takes; without a separate file, a tenth is held out."""
+    chat = ChatFormat(load_tokenizer(config.policy))
+    prompts = reading.renderable(reading.prompts(config.prompts), chat)
     if config.heldout is not None:
-        return prompts, read_prompts(config.heldout)[: config.eval_prompts]
+        return prompts, reading.renderable(reading.prompts(config.heldout, config.eval_prompts), chat)
     prompts, heldout = split(prompts, HELDOUT_SHARE, config.seed)
     if not heldout:
         raise UsageError(f"{config.prompts} has one prompt, none can be held out", "add prompts, or give --heldout")

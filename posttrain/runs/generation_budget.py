@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma2.posttrain.data.rows import Message, Prompt, prompt_of
-from gemma2.posttrain.data.sources import iter_rows
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Message, Prompt
 from gemma2.posttrain.schemas import GenerateConfig
 
 __all__ = ["PromptSource", "generate_budget", "source_of"]
@@ -24,16 +24,18 @@ BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 5
 
 @dataclass(frozen=True)
 class PromptSource:
-    """The prompts of a data path, read again by every iteration. `system` is the system text of prompts without one."""
+    """The prompts of a data path, read again by every iteration. `system` is the system text of prompts without one.
+    `reading` knows which rows are left out.
+    """
 
     path: Path
+    reading: Reading
     limit: int | None = None
-    column: str = "prompt"
+    column: str | None = None
     system: str | None = None
 
     def __iter__(self) -> Iterator[Prompt]:
-        for row in iter_rows(self.path, self.limit):
-            prompt = prompt_of(row, self.column)
+        for prompt in self.reading.each_prompt(self.path, self.limit, self.column):
             if self.system is not None and prompt.messages[0]["role"] != "system":
                 prompt = replace(prompt, messages=[{"role": "system", "content": self.system}, *prompt.messages])
             yield prompt
@@ -41,7 +43,7 @@ class PromptSource:
 
 def source_of(config: GenerateConfig) -> PromptSource:
     """The prompts of a `gemma2 generate`."""
-    return PromptSource(config.prompts, config.limit, config.prompt_column, config.system)
+    return PromptSource(config.prompts, Reading(config), config.limit, config.prompt_column, config.system)
 
 
 def generate_budget(config: GenerateConfig) -> dict[str, float]:

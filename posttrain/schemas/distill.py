@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .config import Config
-from .fields import Data, LoraFields, Model, Seed, TrainingFields
+from .fields import Data, LoraFields, Model, RowFields, Seed, TrainingFields
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-class FixedDataFields(Config):
+class FixedDataFields(RowFields):
     """Settings for tokenising existing rows and for loading the teacher."""
 
     max_length: int = Field(1024, ge=8, description="longest row of --data, tokens")

@@ -8,11 +8,11 @@ from typing import Annotated
 from pydantic import Field
 
 from .config import Config
-from .fields import Data, Model, SamplingFields, Seed
+from .fields import Data, Model, RowFields, SamplingFields, Seed
 from .rlhf import RewardFields
 
 
-class DistributionConfig(SamplingFields, RewardFields):
+class DistributionConfig(SamplingFields, RewardFields, RowFields):
     """Settings for measuring a policy: common prompts and seeds, reward and KL with standard errors."""
 
     sft: Model

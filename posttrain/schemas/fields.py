@@ -6,15 +6,40 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemma2.core.json_files import JsonObject
 
 from .config import Config
 
 Model = Annotated[Path, Field(description="model directory or hub id")]
-Data = Annotated[Path, Field(description="JSONL, parquet or text file, directory of them, output, or hub data set")]
+Data = Annotated[Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
+
+
+class RowFields(Config):
+    """Settings for reading rows as other people write them (docs/data.md)."""
+
+    columns: tuple[str, ...] = Field(
+        (), description="names that the data give to columns: prompt=question,completion=answer"
+    )
+    ignore_keys: tuple[str, ...] = Field((), description="keys of messages to leave out, which are refused otherwise")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="what to do with rows that cannot be read or learned: stop, or list them in skipped.jsonl"
+    )
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _a_mapping_is_a_list_of_renames(cls, value: object) -> object:
+        return tuple(f"{ours}={theirs}" for ours, theirs in value.items()) if isinstance(value, dict) else value
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_renames(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        for item in columns:
+            if not all(part.strip() for part in item.partition("=")):
+                raise ValueError(f"{item!r} is no rename; write OURS=THEIRS, as in prompt=question")
+        return columns
 
 
 class SamplingFields(Config):

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .config import Config
-from .fields import Data, Seed
+from .fields import Data, RowFields, Seed
 
 # In the order in which they are applied: the first filter that drops a row gives the reason.
 FilterName = Literal[
+    "turns",
     "empty",
     "truncated",
     "length",
@@ -30,7 +30,7 @@ Subset = Literal["attribution", "hedging", "refusal"]
 UnsafeCategory = Literal["general", "sexual", "excretory", "slurs", "violence"]
 
 
-class FilterConfig(Config):
+class FilterConfig(RowFields):
     """Drop rows that a model should not learn from, each with its reason (Gemma 2 report, section 4)."""
 
     data: Data
@@ -83,7 +83,6 @@ class FilterConfig(Config):
     shingle_words: int = Field(3, ge=1, le=13, description="near-duplicate: words per shingle")
     max_refusal_share: float | None = Field(None, ge=0, lt=1, description="refusal: largest share of the kept rows")
     all_reasons: bool = Field(False, description="list all reasons in dropped.jsonl, not only the first")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be read")
     workers: int | None = Field(None, ge=1, description="processes; default: one per core")
     shard_rows: int = Field(100_000, ge=1, description="rows per output file")
     seed: Seed = 0

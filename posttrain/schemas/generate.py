@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .fields import Data, SamplingFields, Seed, check_address
+from .fields import Data, RowFields, SamplingFields, Seed, check_address
 from .rlhf import RewardFields
 
 USER_INSTRUCTION = (
@@ -20,7 +20,7 @@ USER_INSTRUCTION = (
 )
 
 
-class GenerateConfig(SamplingFields, RewardFields):
+class GenerateConfig(SamplingFields, RewardFields, RowFields):
     """Teacher completions for prompts, by a local model or a server; resumable at any row."""
 
     REWARD_NEEDED = False
@@ -31,7 +31,7 @@ class GenerateConfig(SamplingFields, RewardFields):
     engine: Literal["transformers", "vllm", "openai"] = Field(
         "transformers", description="engine: the built-in sampler, vLLM, or an OpenAI-compatible server"
     )
-    prompt_column: str = Field("prompt", min_length=1, description="column of the prompts (GSM8K: question)")
+    prompt_column: str | None = Field(None, min_length=1, description="column of the prompts (GSM8K: question)")
     system: str | None = Field(None, min_length=1, description="system text for every prompt without one")
     n: int = Field(1, ge=1, description="completions per prompt")
     best: int | None = Field(None, ge=1, description="keep this many of the n, by --reward or --reward-fn")

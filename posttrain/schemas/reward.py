@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from gemma2.core.json_files import JsonObject
 
 from .config import Config
-from .fields import Data, LoraFields, Model, SamplingFields, Seed, TrainingFields, check_address
+from .fields import Data, LoraFields, Model, RowFields, SamplingFields, Seed, TrainingFields, check_address
 from .generate import check_key_variable
 
 Centring = Field(
@@ -22,7 +22,7 @@ Heldout = Field(0.1, ge=0, lt=1, description="share of prompts whose pairs are h
 CONVERSATION = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "finish_reason", "truncated"})
 
 
-class RewardConfig(TrainingFields, LoraFields):
+class RewardConfig(TrainingFields, LoraFields, RowFields):
     """A Bradley-Terry reward model from preference pairs."""
 
     model: Model
@@ -57,7 +57,7 @@ class RewardConfig(TrainingFields, LoraFields):
         return self
 
 
-class ProbeConfig(Config):
+class ProbeConfig(RowFields):
     """A reward model with a frozen backbone: the best head on its last hidden states (WARM's initial head)."""
 
     model: Model
@@ -70,7 +70,7 @@ class ProbeConfig(Config):
     seed: Seed = 0
 
 
-class RewardScoreConfig(Config):
+class RewardScoreConfig(RowFields):
     """Add a score to every row of a data set: prompts and completions, conversations, or preference pairs."""
 
     INCIDENTAL = frozenset({"batch_size"})
@@ -92,7 +92,7 @@ class RewardScoreConfig(Config):
         return self
 
 
-class RewardEvalConfig(Config):
+class RewardEvalConfig(RowFields):
     """Measure how well reward models order preference pairs: accuracy, calibration, and the influence of length."""
 
     models: tuple[Path, ...] = Field(min_length=1, description="reward models; several are compared side by side")
@@ -105,7 +105,7 @@ class RewardEvalConfig(Config):
     limit: int | None = Field(None, ge=1, description="use only the first pairs")
 
 
-class PairsConfig(SamplingFields):
+class PairsConfig(SamplingFields, RowFields):
     """Preference pairs: n samples per prompt of a model, ranked by a judge."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"judge_concurrency", "judge_key_env"})

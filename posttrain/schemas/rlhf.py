@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from .config import Config
-from .fields import Data, LoraFields, LoraOutputFields, Model, TrainingFields, check_address
+from .fields import Data, LoraFields, LoraOutputFields, Model, RowFields, TrainingFields, check_address
 
 
 class RewardFields(Config):
@@ -99,7 +99,7 @@ class VllmFields(Config):
         return self
 
 
-class RlFields(RewardFields, VllmFields, LoraFields):
+class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     """The RL stage of WARP (2406.16768, Algorithm 1, lines 3-8)."""
 
     prompts_per_step: int = Field(16, ge=1, description="distinct prompts per optimizer step")

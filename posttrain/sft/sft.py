@@ -22,8 +22,9 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
 from gemma2.posttrain.data.mixture import Mixture
-from gemma2.posttrain.data.rows import Conversation, conversation_of, located, read_conversations, split
-from gemma2.posttrain.data.sources import data_files, iter_rows
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import Conversation, located, split
+from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, save_adapter
@@ -66,7 +67,9 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     with open_run("sft", config, options, parents=[Parent("model", config.model)], data=files) as run:
         model, tokenizer = load_policy(config.model, attention=config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
-        rows = read_rows(config, chat, progress)
+        reading = Reading(config)
+        rows = read_rows(config, chat, reading, progress)
+        unread = reading.report(progress, run.path)
         (rows.overlong + rows.heldout_overlong).write(run.path / OVERLONG_FILE)
         mixture = Mixture.of(rows.sizes, config.weights, config.seed)
         trainer = make_trainer(model, tokenizer, rows.examples, config, run, accumulation, mixture)
@@ -83,7 +86,7 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         evaluation.keep_best(trainer.model)
         write_model(trainer.model, tokenizer, chat, config, run)
         return run.finish(
-            {"steps": trainer.state.global_step} | counts(rows, mixture, config) | evaluation.summary(progress)
+            {"steps": trainer.state.global_step} | counts(rows, mixture, config) | unread | evaluation.summary(progress)
         )
 
 
@@ -98,15 +101,15 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None) -> int:
     return batch_size // micro_batch_size
 
 
-def read_rows(config: SftConfig, chat: ChatFormat, progress: Progress) -> Rows:
+def read_rows(config: SftConfig, chat: ChatFormat, reading: Reading, progress: Progress) -> Rows:
     """Read, split and tokenise every data set. A prompt is on the same side of the split in all of them.
 
     Raises InputError with file and line for an unusable row, and for a data set without a training row.
     """
-    sets = [read_conversations(path) for path in config.data]
+    sets = [reading.conversations(path) for path in config.data]
     everything = [row for rows in sets for row in rows]
     if config.eval_data is not None:
-        training, heldout = everything, read_conversations(config.eval_data)
+        training, heldout = everything, reading.conversations(config.eval_data)
         report_overlap(training, heldout, config, progress)
     else:
         training, heldout = split(everything, config.eval_fraction, config.seed)
@@ -115,14 +118,14 @@ def read_rows(config: SftConfig, chat: ChatFormat, progress: Progress) -> Rows:
     sizes: list[int] = []
     overlong = Overlong()
     for path, rows in zip(config.data, sets, strict=True):
-        tokenised, long = tokenise([row for row in rows if id(row) in kept], chat, config)
+        tokenised, long = tokenise([row for row in rows if id(row) in kept], chat, config, reading)
         if not tokenised:
             raise InputError(f"{path} has no training row, all are held out", "lower --eval-fraction")
         examples += tokenised
         sizes.append(len(tokenised))
         overlong += long
     report_overlong(overlong, len(training), config, progress)
-    heldout_examples, long = tokenise(heldout, chat, config)
+    heldout_examples, long = tokenise(heldout, chat, config, reading)
     report_overlong(long, len(heldout), config, progress, "held-out rows")
     return Rows(examples, sizes, heldout_examples, overlong, long)
 
@@ -169,7 +172,8 @@ def show_tokens(config: SftConfig, count: int) -> list[JsonObject]:
     """
     quiet_libraries()
     chat = ChatFormat(load_tokenizer(config.model))
-    rows = (conversation_of(row) for path in config.data for row in iter_rows(path, count))
+    reading = Reading(config)
+    rows = [row for path in config.data for row in reading.conversations(path, count)]
     return [_shown(row, chat, config) for row in rows]
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2.posttrain.data.rows import conversation_of
+from gemma2.posttrain.data.rows import conversation_of, located
+from gemma2.posttrain.data.shapes.turns import check_order, fold_system
 from gemma2.posttrain.data.sources import Row
 
 __all__ = ["MODEL_ROLES", "Sample", "normal", "sample_of", "word_ids", "words_of"]
@@ -114,22 +115,16 @@ def normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def sample_of(row: Row) -> Sample:
-    """Return the turns of a row. Raises InputError if it is not a conversation; an empty prompt is accepted here."""
-    columns = row.columns
-    truncated = columns.get("finish_reason") == "length"
-    if "messages" not in columns and _blank(columns.get("prompt")):
-        row = Row(row.where, {**columns, "prompt": "(empty)"})  # the rest of the row is still checked
-        turns = [{"role": "user", "content": ""}, *conversation_of(row).messages[1:]]
-    else:
-        turns = conversation_of(row).messages
-    return Sample([(turn["role"] in MODEL_ROLES, turn["content"]) for turn in turns], truncated)
+def sample_of(row: Row, ignored: Collection[str] = (), ordered: bool = True) -> Sample:
+    """Return the turns of a row; empty ones are accepted here.
 
+    ignored  keys of messages that are left out
+    ordered  whether the turns must be in an order that Gemma's template takes
 
-def _blank(prompt: object) -> bool:
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    if not isinstance(prompt, list) or not prompt:
-        return False
-    contents = [turn.get("content") for turn in prompt if isinstance(turn, dict)]
-    return len(contents) == len(prompt) and all(isinstance(text, str) and not text.strip() for text in contents)
+    Raises InputError if the row is not a conversation, TurnError for turns that `gemma2 sft` would refuse.
+    """
+    found = conversation_of(row, ignored, empty=True)
+    if ordered:
+        with located(row.where):
+            check_order(fold_system(found.messages), ends_with="assistant")
+    return Sample([(turn["role"] == "assistant", turn["content"]) for turn in found.messages], found.truncated)

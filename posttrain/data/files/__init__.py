@@ -1,0 +1,1 @@
+"""Files of rows: which ones a data path names, how each format is read, how rows are written."""

@@ -1,0 +1,326 @@
+"""How each format of file becomes rows: JSON lines, JSON arrays, CSV, parquet, arrow, plain text; compressed or not.
+
+A reader yields rows as they stand in the file and hands a row that cannot be read to `on_bad`, where one is given.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import BufferedReader
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
+
+from .folders import SUFFIXES, format_of
+from .row import OnBad, Row, kind
+
+__all__ = ["count_in", "rows_in"]
+
+BATCH = 1024  # rows of a column format that are read at once
+
+
+def rows_in(path: Path, on_bad: OnBad | None = None) -> Iterator[Row]:
+    """The rows of one file, streamed. Raises InputError with file and line for what cannot be read."""
+    return _READERS.get(format_of(path), _json_rows)(path, on_bad)
+
+
+def count_in(path: Path) -> int:
+    """Rows of one file, parsed only where there is no other way to count them."""
+    name = format_of(path)
+    if name == ".parquet":
+        with _open_parquet(path) as file:
+            return int(file.metadata.num_rows)
+    if name in (".csv", ".tsv", ".arrow", ".json") or (name != ".txt" and _begins_a_list(path)):
+        return sum(1 for _ in rows_in(path, lambda error, row: None))
+    with _opened(path) as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked. Raises InputError for a damaged archive."""
+    opener = _UNPACKERS.get(path.suffix.lower())
+    if opener is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with opener(path) as file:
+            yield file
+    except (EOFError, OSError, zlib.error) as error:
+        detail = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} cannot be unpacked ({detail})", "copy it again, or unpack it yourself") from error
+
+
+def _zstandard(path: Path) -> IO[bytes]:
+    import pyarrow
+
+    return BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+_UNPACKERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _zstandard}
+
+
+def _begins_a_list(path: Path) -> bool:
+    """Whether a file of JSON holds one array instead of a row per line."""
+    with _opened(path) as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head.startswith(b"[") and not head[1:].lstrip().startswith(b"[")
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def _json_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    if format_of(path) == ".json" or _begins_a_list(path):
+        yield from _document_rows(path, on_bad)
+        return
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield from _checked(where, partial(_parse, where, line), on_bad)
+
+
+def _checked(where: str, read: Callable[[], JsonObject], on_bad: OnBad | None) -> Iterator[Row]:
+    try:
+        yield Row(where, read())
+    except InputError as error:
+        if on_bad is None:
+            raise
+        on_bad(error, Row(where, {}))
+
+
+def _parse(where: str, line: bytes) -> JsonObject:
+    return _parse_text(where, _decoded(where, line))
+
+
+def _parse_text(where: str, text: str) -> JsonObject:
+    return _object(where, _value(where, text))
+
+
+def _decoded(where: str, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if b"\x00" in line[:4096]:
+            path = where.rpartition(":")[0]
+            what = f"{path} is not a text file"
+            raise InputError(what, f"save the rows as one of {', '.join(SUFFIXES)}") from error
+        raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})", "convert it") from error
+
+
+def _value(where: str, text: str) -> object:
+    try:
+        return _DECODER.decode(text)
+    except _Twice as error:
+        raise InputError(f"{where}: the key {str(error)!r} stands twice", "remove one of them") from error
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error})", "write one JSON object per line") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply", "write one flat JSON object per line") from error
+
+
+def _object(where: str, value: object) -> JsonObject:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {kind(value)}, not a JSON object", 'write {"column": value, ...}')
+    return value
+
+
+class _Twice(Exception):
+    """A key that an object has twice, of which JSON parsers keep the last in silence."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _document_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """Rows of one JSON document: an array, an object that holds one array, one row, or a row per line after all."""
+    with _opened(path) as file:
+        text = _decoded(f"{path}:1", file.read())
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] == "[":
+        yield from _array_rows(path, text, start, on_bad)
+        return
+    try:
+        whole = _DECODER.decode(text) if text.strip() else {}
+    except (ValueError, RecursionError, _Twice):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield from _checked(where, partial(_parse_text, where, line), on_bad)
+        return
+    if isinstance(whole, dict) and len(lists := [v for v in whole.values() if _is_list_of_objects(v)]) == len(whole) == 1:
+        for number, item in enumerate(lists[0], start=1):
+            yield Row(f"{path}:{number}", item)
+    elif whole:
+        yield from _checked(f"{path}:1", partial(_object, f"{path}:1", whole), on_bad)
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _array_rows(path: Path, text: str, start: int, on_bad: OnBad | None) -> Iterator[Row]:
+    """The items of an array one by one, each with the line on which it begins."""
+    line, counted = 1, 0
+    place = _after_space(text, start + 1)
+    while text[place : place + 1] != "]":
+        line, counted = line + text.count("\n", counted, place), place
+        where = f"{path}:{line}"
+        try:
+            value, place = _DECODER.raw_decode(text, place)
+        except _Twice as error:
+            raise InputError(f"{where}: the key {str(error)!r} stands twice", "remove one of them") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error})", "write an array of objects") from error
+        yield from _checked(where, partial(_object, where, value), on_bad)
+        place = _after_space(text, place)
+        if text[place : place + 1] == ",":
+            place = _after_space(text, place + 1)
+        elif text[place : place + 1] != "]":
+            raise InputError(f"{where}: not JSON (no comma behind the object)", "write an array of objects")
+    if text[place + 1 :].strip():
+        raise InputError(f"{path}: text follows the array of rows", "write one array, or one object per line")
+
+
+def _after_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    return found.end() if found else place
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """Rows of a CSV or TSV file with a header. An empty field is an empty text."""
+    csv.field_size_limit(sys.maxsize)
+    with _opened(path) as file:
+        lines = _lines_of(path, file)
+        header = next(lines, None)
+        if header is None:
+            return
+        delimiter = "\t" if format_of(path) == ".tsv" else _delimiter(header)
+        reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+        names = _header(path, next(_fields(path, reader)))
+        for fields in _fields(path, reader):
+            where = f"{path}:{reader.line_num}"
+            if fields:
+                yield from _checked(where, partial(_record, where, names, fields), on_bad)
+
+
+def _lines_of(path: Path, file: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        yield _decoded(f"{path}:{number}", line)
+
+
+def _delimiter(header: str) -> str:
+    """The delimiter of a CSV file: spreadsheets of many countries write semicolons."""
+    return max((",", ";", "\t"), key=header.count)
+
+
+def _fields(path: Path, reader: csv.reader) -> Iterator[list[str]]:  # type: ignore[valid-type]
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: not CSV ({error})", "put such fields in double quotes") from error
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}:1: the column {twice[0]!r} stands twice", "rename one of them")
+    return [name.strip() for name in names]
+
+
+def _record(where: str, names: list[str], fields: list[str]) -> JsonObject:
+    if len(fields) != len(names):
+        what = f"{where}: {len(fields)} fields, but the header has {len(names)} columns"
+        raise InputError(what, "put fields with commas or line breaks in double quotes")
+    return dict(zip(names, fields, strict=True))
+
+
+def _parquet_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """Rows of a parquet file, a batch at a time; a file is whole or broken, so no single row can be left out."""
+    number = 0
+    with _open_parquet(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            for columns in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}:{number}", columns)
+
+
+def _open_parquet(path: Path) -> Any:  # noqa: ANN401
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        detail = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} is not a readable parquet file ({detail})", "write it again") from error
+
+
+def _arrow_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """Rows of an arrow file as `save_to_disk` of datasets writes it (the stream format)."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
+            for batch in reader:
+                for start in range(0, batch.num_rows, BATCH):
+                    for columns in batch.slice(start, BATCH).to_pylist():
+                        number += 1
+                        yield Row(f"{path}:{number}", columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        detail = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} is not a readable arrow file ({detail})", "save the data set again") from error
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _text_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """One prompt a line."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if line.strip():
+                yield from _checked(where, partial(_prompt, where, line), on_bad)
+
+
+def _prompt(where: str, line: bytes) -> JsonObject:
+    return {"prompt": _decoded(where, line).strip()}
+
+
+_READERS: dict[str, Callable[[Path, OnBad | None], Iterator[Row]]] = {
+    ".txt": _text_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+    ".csv": _table_rows,
+    ".tsv": _table_rows,
+}

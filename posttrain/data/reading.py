@@ -1,0 +1,229 @@
+"""Reads the data sets of a command, and keeps account: what a row says is read, refused, left out or named.
+
+    --columns OURS=THEIRS      names that a data set gives to its columns
+    --ignore-keys KEY          keys of messages that are left out knowingly
+    --on-bad-row skip          rows that cannot be learned are left out, counted, and written to skipped.jsonl
+
+`report` tells the rest once for each data set: files of a folder and columns of rows that are not read, and what was
+read in another way than it stands in the file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.core.progress import Progress
+
+from .rows import Conversation, Pair, Prompt, conversation_of, pair_of, prompt_of
+from .shapes.turns import SKIP_HINT, UnknownKeys
+from .sources import ColumnNames, Row, find_files, iter_rows, to_line
+
+if TYPE_CHECKING:
+    from .chat import ChatFormat  # imports transformers
+
+__all__ = ["SKIPPED", "Account", "Reading", "RowOptions"]
+
+SKIPPED = "skipped.jsonl"
+SHOWN = 4  # names in one warning
+LATER_KEYS = 100_000  # rows that are searched for further keys before the first is refused
+# Columns that change what a conversation means; a prompt with one of them is another prompt.
+OF_THE_CONVERSATION = ("tools", "functions", "images", "image", "videos", "audio", "audios")
+
+
+class RowOptions(Protocol):
+    """The fields of a configuration that concern the reading of rows."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def ignore_keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def on_bad_row(self) -> Literal["error", "skip"]: ...
+
+
+@dataclass
+class Account:
+    """What was found in one data set."""
+
+    rows: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)  # columns that nothing reads, and in how many rows
+    notes: Counter[str] = field(default_factory=Counter)
+    aside: list[str] = field(default_factory=list)  # files of a folder that are not read
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was left out."""
+
+    error: str
+    columns: JsonObject
+
+
+Read = TypeVar("Read", Prompt, Conversation, Pair)
+
+
+class Reading:
+    """The reading of all data sets of one command. Raises UsageError for `--columns` that are no renames."""
+
+    def __init__(self, options: RowOptions) -> None:
+        self.ignored = frozenset(options.ignore_keys)
+        self.skips = options.on_bad_row == "skip"
+        self._columns = options.columns
+        ColumnNames(options.columns)
+        self.accounts: dict[Path, Account] = {}
+        self.skipped: dict[str, Skipped] = {}
+
+    def prompts(self, path: Path, limit: int | None = None, column: str | None = None) -> list[Prompt]:
+        """The prompts of a data path, at most `limit`. Raises InputError at the first bad row, and for no row."""
+        return self._all(path, self.each_prompt(path, limit, column))
+
+    def each_prompt(self, path: Path, limit: int | None = None, column: str | None = None) -> Iterator[Prompt]:
+        """The same, streamed."""
+        return islice(self._each(path, lambda row: prompt_of(row, column, self.ignored)), limit)
+
+    def conversations(self, path: Path, limit: int | None = None) -> list[Conversation]:
+        """The conversations of a data path, at most `limit`. Raises InputError at the first bad row."""
+        found = self._each(path, lambda row: conversation_of(row, self.ignored))
+        return self._all(path, islice(found, limit))
+
+    def pairs(self, path: Path, limit: int | None = None) -> list[Pair]:
+        """The preference pairs of a data path, at most `limit`. Raises InputError at the first bad row."""
+        return self._all(path, islice(self._each(path, lambda row: pair_of(row, self.ignored)), limit))
+
+    def rows(self, path: Path, limit: int | None = None) -> Iterator[Row]:
+        """The rows as they stand in the files, under the names of `--columns`."""
+        account = self.accounts[path] = Account(aside=find_files(path).aside)
+        names = ColumnNames(self._columns)
+        for row in iter_rows(path, limit, self._unreadable if self.skips else None, names):
+            account.rows += 1
+            yield row
+        names.check(path)
+
+    def skip(self, error: InputError, where: str, columns: JsonObject) -> None:
+        """Leave a row out, with `--on-bad-row skip`; else raise the error."""
+        if not self.skips:
+            raise error
+        self.skipped.setdefault(where, Skipped(str(error), columns))
+
+    @contextmanager
+    def usable(self, row: Prompt | Conversation | Pair) -> Iterator[None]:
+        """Take an InputError inside the block for a fault of the row, which is named in front of it."""
+        try:
+            yield
+        except InputError as error:
+            hint = error.hint if self.skips or SKIP_HINT in error.hint else f"{error.hint}, or {SKIP_HINT}"
+            self.skip(InputError(f"{row.where}: {error.what}", hint), row.where, _columns_of(row))
+
+    def renderable(self, prompts: list[Prompt], chat: ChatFormat) -> list[Prompt]:
+        """The prompts that the chat template takes. Raises InputError at the first other one, unless rows are skipped."""
+        found = []
+        for prompt in prompts:
+            with self.usable(prompt):
+                chat.check_prompt(prompt.messages)
+                found.append(prompt)
+        if prompts and not found:
+            raise InputError(f"the chat template takes none of {len(prompts)} prompts", "see docs/data.md")
+        return found
+
+    def report(self, progress: Progress, folder: Path | None = None) -> JsonObject:
+        """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest."""
+        counts: JsonObject = {}
+        for path, account in self.accounts.items():
+            for words, found in self._told(path, account):
+                progress.warn(f"{path}: {words} {_listed(found)}")
+        unread = sum((account.unread for account in self.accounts.values()), Counter())
+        if unread:
+            counts["unread_columns"] = dict(unread)
+        aside = [f"{path}/{name}" for path, account in self.accounts.items() for name in account.aside]
+        if aside:
+            counts["unread_files"] = aside
+        if self.skipped:
+            first = next(iter(self.skipped.values())).error
+            listed = f" (all in {SKIPPED})" if folder is not None else ""
+            progress.warn(f"{len(self.skipped)} rows were left out{listed}, the first: {first}")
+            counts["skipped_rows"] = len(self.skipped)
+            if folder is not None:
+                lines = [to_line({"error": row.error, **row.columns}) for row in self.skipped.values()]
+                (folder / SKIPPED).write_bytes(b"".join(lines))
+        return counts
+
+    def _told(self, path: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
+        """What is worth a line: words, and what they are about."""
+        if account.aside:
+            yield "not read:", account.aside
+        if account.unread:
+            yield "columns that are not read:", [f"{name} ({count} rows)" for name, count in account.unread.items()]
+        for note, count in account.notes.items():
+            yield f"{note}:", [f"{count} rows"]
+
+    def _each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
+        is_output = (path / MANIFEST).exists()
+        account = Account()
+        rows = self.rows(path)
+        for row in rows:
+            account = self.accounts[path]
+            if row.where in self.skipped:
+                continue
+            try:
+                found = parse(row)
+            except UnknownKeys as error:
+                self.skip(error if self.skips else _with_later_keys(error, rows, parse), row.where, row.columns)
+                continue
+            except InputError as error:
+                self.skip(error, row.where, row.columns)
+                continue
+            account.shapes[found.shape] += 1
+            account.notes.update(found.notes)
+            foreign = found.extra.keys() if not (is_output or isinstance(found, Prompt)) else OF_THE_CONVERSATION
+            account.unread.update(name for name in foreign if found.extra.get(name) not in (None, "", [], {}))
+            yield found
+
+    def _all(self, path: Path, rows: Iterable[Read]) -> list[Read]:
+        found = list(rows)
+        if found:
+            return found
+        if self.skipped:
+            first = next(iter(self.skipped.values())).error
+            raise InputError(f"no row of {path} can be used, the first: {first}", "see docs/data.md for what is read")
+        raise InputError(f"{path} has no rows", "write one JSON object per line")
+
+    def _unreadable(self, error: InputError, row: Row) -> None:
+        self.skip(error, row.where, row.columns)
+
+
+def _with_later_keys(error: UnknownKeys, rows: Iterator[Row], parse: Callable[[Row], object]) -> UnknownKeys:
+    """The error with the keys of the rows that follow too, so that its advice holds for all of them."""
+    keys = set(error.keys)
+    for row in islice(rows, LATER_KEYS):
+        try:
+            parse(row)
+        except UnknownKeys as later:
+            keys |= later.keys
+        except InputError:
+            continue
+    if keys == error.keys or SKIP_HINT == error.hint:
+        return error
+    listed = ",".join(sorted(keys))
+    return UnknownKeys(error.what, keys, f"leave out the keys (--ignore-keys {listed}), or the rows (--on-bad-row skip)")
+
+
+def _columns_of(row: Prompt | Conversation | Pair) -> JsonObject:
+    if isinstance(row, Pair):
+        return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected, **row.extra}
+    return {"messages": row.messages, **row.extra}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

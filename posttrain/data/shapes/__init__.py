@@ -1,0 +1,1 @@
+"""The shapes that rows have in other people's files, and what each becomes."""
