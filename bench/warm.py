@@ -26,13 +26,13 @@ import torch
 from gemma2.merging import MergeRequest, merge
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split
-from gemma2.posttrain.schemas.fields import RowFields
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.preferences.probe import run_probe
 from gemma2.posttrain.preferences.reward_eval import run_reward_eval
 from gemma2.posttrain.preferences.train import run_reward
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ProbeConfig, RewardConfig, RewardEvalConfig
+from gemma2.posttrain.schemas.fields import RowFields
 
 RATES, DROPOUT = (5e-4, 3e-4, 7e-4), (0.0, 0.05, 0.1)
 

@@ -213,10 +213,12 @@ def _with_later_keys(error: UnknownKeys, rows: Iterator[Row], parse: Callable[[R
             keys |= later.keys
         except InputError:
             continue
-    if keys == error.keys or SKIP_HINT == error.hint:
+    if keys == error.keys or error.hint == SKIP_HINT:
         return error
     listed = ",".join(sorted(keys))
-    return UnknownKeys(error.what, keys, f"leave out the keys (--ignore-keys {listed}), or the rows (--on-bad-row skip)")
+    return UnknownKeys(
+        error.what, keys, f"leave out the keys (--ignore-keys {listed}), or the rows (--on-bad-row skip)"
+    )
 
 
 def _columns_of(row: Prompt | Conversation | Pair) -> JsonObject:

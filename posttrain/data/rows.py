@@ -107,8 +107,6 @@ class Pair:
 Keyed = TypeVar("Keyed", Prompt, Conversation, Pair)
 
 
-
-
 def prompt_of(row: Row, column: str | None = None, ignored: Collection[str] = ()) -> Prompt:
     """The prompt of a row: of its `column`, else of whatever column is known to hold one.
 

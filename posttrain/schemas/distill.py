@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .config import Config
 from .fields import Data, LoraFields, Model, RowFields, Seed, TrainingFields
 
 Dtype = Literal["auto", "float32", "bfloat16"]

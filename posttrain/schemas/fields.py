@@ -13,7 +13,9 @@ from gemma2.core.json_files import JsonObject
 from .config import Config
 
 Model = Annotated[Path, Field(description="model directory or hub id")]
-Data = Annotated[Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")]
+Data = Annotated[
+    Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")
+]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 

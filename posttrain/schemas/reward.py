@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .config import Config
 from .fields import Data, LoraFields, Model, RowFields, SamplingFields, Seed, TrainingFields, check_address
 from .generate import check_key_variable
 

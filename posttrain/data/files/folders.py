@@ -166,12 +166,16 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
         found = [path for path, name in sets.items() if name == split or name.rstrip("-_.0123456789") == split]
         if not found:
             have = ", ".join(sorted(set(sets.values())))
-            raise InputError(f"{folder} has no files of {split!r}, but of {have}", f"give {folder}, or one of its files")
+            raise InputError(
+                f"{folder} has no files of {split!r}, but of {have}", f"give {folder}, or one of its files"
+            )
         return found
     training = [path for path, name in sets.items() if _is_training(name)]
     kinds = sorted({sets[path].rstrip("-_.0123456789") for path in training})
     if len(kinds) > 1:
-        raise InputError(f"{folder} holds several sets for training: {', '.join(kinds)}", f"name one: {folder}@{kinds[0]}")
+        raise InputError(
+            f"{folder} holds several sets for training: {', '.join(kinds)}", f"name one: {folder}@{kinds[0]}"
+        )
     return training or files
 
 

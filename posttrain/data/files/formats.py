@@ -170,7 +170,10 @@ def _document_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
                 where = f"{path}:{number}"
                 yield from _checked(where, partial(_parse_text, where, line), on_bad)
         return
-    if isinstance(whole, dict) and len(lists := [v for v in whole.values() if _is_list_of_objects(v)]) == len(whole) == 1:
+    if (
+        isinstance(whole, dict)
+        and len(lists := [v for v in whole.values() if _is_list_of_objects(v)]) == len(whole) == 1
+    ):
         for number, item in enumerate(lists[0], start=1):
             yield Row(f"{path}:{number}", item)
     elif whole:
@@ -246,7 +249,9 @@ def _fields(path: Path, reader: csv.reader) -> Iterator[list[str]]:  # type: ign
         except StopIteration:
             return
         except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: not CSV ({error})", "put such fields in double quotes") from error
+            raise InputError(
+                f"{path}:{reader.line_num}: not CSV ({error})", "put such fields in double quotes"
+            ) from error
 
 
 def _header(path: Path, names: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Data sets of the hub, copied into the cache as parquet.
 
-    ORG/NAME[:CONFIG][@SPLIT]     split: train
+ORG/NAME[:CONFIG][@SPLIT]     split: train
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ def to_line(columns: JsonMapping) -> bytes:
     try:
         return (json.dumps(columns, ensure_ascii=False, default=_plain) + "\n").encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"a row holds half of a surrogate pair: {error.object[error.start : error.end]!r}", "write the whole character") from error
+        raise InputError(
+            f"a row holds half of a surrogate pair: {error.object[error.start : error.end]!r}",
+            "write the whole character",
+        ) from error
 
 
 def _plain(value: object) -> str | float:

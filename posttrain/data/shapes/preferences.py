@@ -45,7 +45,9 @@ def pair_shape(row: Row, ignored: Collection[str] = ()) -> ShapedPair:
     columns = present(row)
     for name in ("chosen", "rejected"):
         if name not in columns:
-            raise InputError(f"{row.where}: no '{name}'", columns_hint(columns, name, known=("prompt", "chosen", "rejected")))
+            raise InputError(
+                f"{row.where}: no '{name}'", columns_hint(columns, name, known=("prompt", "chosen", "rejected"))
+            )
     sides = [_side(row, name, columns[name], ignored) for name in ("chosen", "rejected")]
     given = _given(row, columns, ignored)
     if given is None:
@@ -75,7 +77,9 @@ def _side(row: Row, name: str, value: object, ignored: Collection[str]) -> list[
         return dialogue_of(value)
     turns = turns_of(row.where, name, value, "assistant", ignored)
     if turns.masked:
-        raise TurnError(f"{row.where}: '{name}' excludes a turn from learning", "remove the weight: answers are compared whole")
+        raise TurnError(
+            f"{row.where}: '{name}' excludes a turn from learning", "remove the weight: answers are compared whole"
+        )
     return turns.messages
 
 
@@ -89,7 +93,11 @@ def _once(
     begins = {side[0]["role"] for side in sides}
     if begins - {"assistant", "tool"}:
         chosen, rejected = _common(sides)
-        if chosen is None or rejected is None or prompt[-1]["content"].strip() not in sides[0][-len(chosen) - 1]["content"]:
+        if (
+            chosen is None
+            or rejected is None
+            or prompt[-1]["content"].strip() not in sides[0][-len(chosen) - 1]["content"]
+        ):
             raise InputError(
                 f"{row.where}: 'chosen' and 'rejected' begin with a turn of the {'/'.join(sorted(begins))}, "
                 "but not with the prompt",
@@ -150,6 +158,9 @@ def _common_words(
     end = max((place for place, letter in enumerate(chosen[:shared]) if letter.isspace()), default=0)
     prompt = chosen[:end].rstrip()
     if not prompt.strip():
-        raise InputError(f"{row.where}: 'chosen' and 'rejected' share no prompt", columns_hint(columns, "prompt", known=("chosen", "rejected")))
+        raise InputError(
+            f"{row.where}: 'chosen' and 'rejected' share no prompt",
+            columns_hint(columns, "prompt", known=("chosen", "rejected")),
+        )
     better, worse = ([{"role": "assistant", "content": text[len(prompt) :]}] for text in (chosen, rejected))
     return [{"role": "user", "content": prompt}], better, worse

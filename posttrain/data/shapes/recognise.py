@@ -115,9 +115,7 @@ def with_system(row: Row, shaped: Shaped) -> Shaped:
     return Shaped(shaped.shape, turns, read, answer, shaped.notes)
 
 
-def prompt_of_row(
-    row: Row, columns: JsonMapping, ignored: Collection[str]
-) -> tuple[Turns, frozenset[str], str] | None:
+def prompt_of_row(row: Row, columns: JsonMapping, ignored: Collection[str]) -> tuple[Turns, frozenset[str], str] | None:
     """The prompt of a row that has it in a column of its own: messages, the columns that were read, the shape."""
     name = _one_of(row, columns, ASKED, "prompt")
     if name is None:
@@ -151,7 +149,9 @@ def _history(row: Row, value: object) -> list[Message]:
     ):
         raise InputError(f"{row.where}: 'history' is {kind(value)}", "write [[question, answer], ...]")
     return [
-        {"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
 
 
@@ -190,7 +190,9 @@ def _dialogue(row: Row, text: str) -> Shaped:
 def _unrecognised(row: Row, columns: JsonMapping) -> InputError:
     if {"chosen", "rejected"} <= columns.keys():
         what = f"{row.where}: a preference pair, where a conversation is needed"
-        return InputError(what, "train on it with gemma2 reward, or learn the chosen answer: --columns completion=chosen")
+        return InputError(
+            what, "train on it with gemma2 reward, or learn the chosen answer: --columns completion=chosen"
+        )
     asked = [name for name in ASKED if name in columns]
     answered = [name for name in ANSWERED if name in columns]
     if asked:

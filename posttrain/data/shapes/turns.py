@@ -133,7 +133,9 @@ def _message(where: str, place: str, item: object, ignored: Collection[str]) -> 
     """A message, and whether it is learned as far as it says itself."""
     if not isinstance(item, Mapping):
         raise InputError(f"{where}: '{place}' is {kind(item)}", 'write {"role": ..., "content": ...}')
-    said = {name: value for name, value in item.items() if value not in (None, [], {}, "") or name in ("content", "value")}
+    said = {
+        name: value for name, value in item.items() if value not in (None, [], {}, "") or name in ("content", "value")
+    }
     keys = [theirs if ours not in said and theirs in said else ours for ours, theirs in NAMES]
     role = _role(where, place, keys[0], said)
     learned = _learned(where, place, role, said)
@@ -172,7 +174,8 @@ def _learned(where: str, place: str, role: str, said: JsonMapping) -> bool:
             raise TurnError(f"{where}: '{place}.{name}' is {kind(value)}", "write 0 or 1; shares are not supported")
         if value and role != "assistant":
             raise TurnError(
-                f"{where}: '{place}.{name}' asks to learn a turn of the {role}", "only turns of the assistant are learned"
+                f"{where}: '{place}.{name}' asks to learn a turn of the {role}",
+                "only turns of the assistant are learned",
             )
         verdicts[name] = bool(value)
     if len(set(verdicts.values())) > 1:
@@ -209,7 +212,9 @@ def _unknown(where: str, place: str, keys: Sequence[str]) -> UnknownKeys:
     what = f"{where}: '{place}' also has {', '.join(keys)}, which nothing learns"
     if {"tool_calls", "function_call", "tool_call_id"} & set(keys):
         return UnknownKeys(what, keys, SKIP_HINT)
-    return UnknownKeys(what, keys, f"leave out the keys (--ignore-keys {','.join(keys)}), or the rows (--on-bad-row skip)")
+    return UnknownKeys(
+        what, keys, f"leave out the keys (--ignore-keys {','.join(keys)}), or the rows (--on-bad-row skip)"
+    )
 
 
 def _rows_of_columns(value: JsonMapping) -> object:
@@ -237,7 +242,5 @@ def _whole(where: str, place: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: '{place}' holds half of a surrogate pair", "write the whole character"
-        ) from error
+        raise InputError(f"{where}: '{place}' holds half of a surrogate pair", "write the whole character") from error
     return text
