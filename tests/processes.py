@@ -9,10 +9,12 @@ from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What conftest.py does for this process; and Ctrl-C works in it also where the tests run in the background.
+# What conftest.py does for this process. A shell ignores SIGINT for what it runs in the background, and nohup SIGHUP;
+# a child inherits that, so both are set to what a process in the foreground has.
 BARE_CHECKOUT = f"""
 import importlib.util, signal, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if importlib.util.find_spec("gemma2") is None:
     sys.modules["gemma2"] = types.ModuleType("gemma2")
     sys.modules["gemma2"].__path__ = [{str(ROOT)!r}]
