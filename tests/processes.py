@@ -1,5 +1,6 @@
 """Starts `gemma2`, or a script that imports it, in an interpreter of its own; works in a bare checkout too."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,10 @@ from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What conftest.py does for this process. A shell ignores SIGINT for what it runs in the background, and nohup SIGHUP;
-# a child inherits that, so both are set to what a process in the foreground has.
+# What conftest.py does for this process; and Ctrl-C works in it also where the tests run in the background.
 BARE_CHECKOUT = f"""
 import importlib.util, signal, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if importlib.util.find_spec("gemma2") is None:
     sys.modules["gemma2"] = types.ModuleType("gemma2")
     sys.modules["gemma2"].__path__ = [{str(ROOT)!r}]
@@ -26,7 +25,12 @@ def start(script: str, *arguments: object, **options: Any) -> subprocess.Popen[s
     """Start a Python script; its stdout and stderr are pipes unless `options` say otherwise."""
     command = [sys.executable, "-c", BARE_CHECKOUT + script, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | options))
+    return subprocess.Popen(command, **(pipes | {"preexec_fn": _in_a_terminal} | options))
+
+
+def _in_a_terminal() -> None:
+    """Undo what a child inherits of nohup, under which the tests may run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str, str]:
