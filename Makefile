@@ -36,7 +36,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 setup: $(VENV)/.installed ## Make .venv with gemma2 in it
 setup-dev: $(VENV)/.installed-dev ## The same with the development tools
 
-quickstart: setup ## The whole pipeline on the embedded models: about five minutes on two cores
+quickstart: setup ## The whole pipeline on the embedded models: two to five minutes on two cores
 	@$(BIN)/gemma2 quickstart --out $(OUT)
 
 # One process per core, one thread each; the tests of one file stay in one process and share their fixtures.
@@ -74,7 +74,7 @@ check: lint type test ## Everything that must be clean before a commit
 bench: setup-dev ## Ratios against a floor or a peer in the same run
 	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/pipeline.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): about five minutes on two cores
+compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): two to five minutes on two cores
 	@$(BIN)/python bench/compare.py $(BASE) . --assert-equal
 
 science: setup-dev ## WARP's findings over three seeds, next to the paper's claims: about 15 minutes on two cores

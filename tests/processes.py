@@ -1,5 +1,6 @@
 """Starts `gemma2`, or a script that imports it, in an interpreter of its own; works in a bare checkout too."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,12 @@ def start(script: str, *arguments: object, **options: Any) -> subprocess.Popen[s
     """Start a Python script; its stdout and stderr are pipes unless `options` say otherwise."""
     command = [sys.executable, "-c", BARE_CHECKOUT + script, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | options))
+    return subprocess.Popen(command, **(pipes | {"preexec_fn": _in_a_terminal} | options))
+
+
+def _in_a_terminal() -> None:
+    """Undo what a child inherits of nohup, under which the tests may run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str, str]:

@@ -56,7 +56,7 @@ def quickstart(
 ) -> None:
     """Run every stage on the embedded models: teacher data, SFT, reward model, WARP, the KL-reward front, a report.
 
-    Takes about five minutes on two cores; needs no other model and no network. Started again after an interruption, it
+    Takes two to five minutes on two cores; needs no other model and no network. Started again after an interruption, it
     continues where it stopped. The plan of --dry-run is the command of every stage.
 
     \b

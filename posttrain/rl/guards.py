@@ -1,7 +1,7 @@
 """Guards of the RL stage: what stops a run before it wastes time or does harm. Torch-free.
 
 A guard raises GuardStop (exit code 3) before the optimizer step; the last checkpoint stays for `--resume`. The gradient
-guard is in `training.py`, the one on rewards that are not finite in `rollout.py`.
+guard is in `training/trainer.py`, the one on rewards that are not finite in `rollout.py`.
 """
 
 from __future__ import annotations
