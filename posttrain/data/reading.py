@@ -77,7 +77,8 @@ Read = TypeVar("Read", Prompt, Conversation, Pair)
 class Reading:
     """The reading of all data sets of one command. Raises UsageError for `--columns` that are no renames."""
 
-    def __init__(self, options: RowOptions) -> None:
+    def __init__(self, options: RowOptions, change: Callable[[Row], Row] | None = None) -> None:
+        self._change = change  # applied to each row before it is read
         self.ignored = frozenset(options.ignore_keys)
         self.skips = options.on_bad_row == "skip"
         self._columns = options.columns
@@ -95,12 +96,23 @@ class Reading:
 
     def conversations(self, path: Path, limit: int | None = None) -> list[Conversation]:
         """The conversations of a data path, at most `limit`. Raises InputError at the first bad row."""
-        found = self._each(path, lambda row: conversation_of(row, self.ignored))
-        return self._all(path, islice(found, limit))
+        return self._all(path, self.each_conversation(path, limit))
+
+    def each_conversation(self, path: Path, limit: int | None = None) -> Iterator[Conversation]:
+        """The same, streamed."""
+        return islice(self._each(path, lambda row: conversation_of(row, self.ignored)), limit)
 
     def pairs(self, path: Path, limit: int | None = None) -> list[Pair]:
         """The preference pairs of a data path, at most `limit`. Raises InputError at the first bad row."""
-        return self._all(path, islice(self._each(path, lambda row: pair_of(row, self.ignored)), limit))
+        return self._all(path, self.each_pair(path, limit))
+
+    def each_pair(self, path: Path, limit: int | None = None) -> Iterator[Pair]:
+        """The same, streamed."""
+        return islice(self._each(path, lambda row: pair_of(row, self.ignored)), limit)
+
+    def first_error(self) -> str | None:
+        """The error of the first row that was left out."""
+        return next((row.error for row in self.skipped.values()), None)
 
     def rows(self, path: Path, limit: int | None = None) -> Iterator[Row]:
         """The rows as they stand in the files, under the names of `--columns`."""
@@ -108,7 +120,7 @@ class Reading:
         names = ColumnNames(self._columns)
         for row in iter_rows(path, limit, self._unreadable if self.skips else None, names):
             account.rows += 1
-            yield row
+            yield row if self._change is None else self._change(row)
         names.check(path)
 
     def skip(self, error: InputError, where: str, columns: JsonObject) -> None:
@@ -127,7 +139,7 @@ class Reading:
             self.skip(InputError(f"{row.where}: {error.what}", hint), row.where, _columns_of(row))
 
     def renderable(self, prompts: list[Prompt], chat: ChatFormat) -> list[Prompt]:
-        """The prompts that the chat template takes. Raises InputError at the first other one, unless rows are skipped."""
+        """The prompts that the chat template takes. Raises InputError at the first other one, unless it is skipped."""
         found = []
         for prompt in prompts:
             with self.usable(prompt):
@@ -150,9 +162,8 @@ class Reading:
         if aside:
             counts["unread_files"] = aside
         if self.skipped:
-            first = next(iter(self.skipped.values())).error
             listed = f" (all in {SKIPPED})" if folder is not None else ""
-            progress.warn(f"{len(self.skipped)} rows were left out{listed}, the first: {first}")
+            progress.warn(f"{len(self.skipped)} rows were left out{listed}, the first: {self.first_error()}")
             counts["skipped_rows"] = len(self.skipped)
             if folder is not None:
                 lines = [to_line({"error": row.error, **row.columns}) for row in self.skipped.values()]
@@ -195,8 +206,9 @@ class Reading:
         if found:
             return found
         if self.skipped:
-            first = next(iter(self.skipped.values())).error
-            raise InputError(f"no row of {path} can be used, the first: {first}", "see docs/data.md for what is read")
+            raise InputError(
+                f"no row of {path} can be used, the first: {self.first_error()}", "see docs/data.md for what is read"
+            )
         raise InputError(f"{path} has no rows", "write one JSON object per line")
 
     def _unreadable(self, error: InputError, row: Row) -> None:

@@ -4,8 +4,8 @@
     Conversation    turns of which some are learned
     Pair            a prompt with a better and a worse answer
 
-`shapes/` knows the shapes that rows have in files; `sources.py` where rows come from; `reading.py` reads whole data sets
-and counts what it leaves out. Every refusal names file, line, the fault and the fix.
+`shapes/` has the shapes that rows have in files, `sources.py` the files, and `reading.py` reads whole data sets and
+counts what it leaves out. Every refusal names file, line, the fault and the fix.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     PATH                          JSON lines, a JSON array, CSV, TSV, parquet, arrow; *.txt with one prompt a line;
                                   also packed: *.gz, *.zst
-    DIR[@SPLIT]                   an output of generate, filter or reward pairs, a data set saved to disk, a clone of a hub
-                                  data set, or a plain folder of such files (`files/folders.py`)
+    DIR[@SPLIT]                   an output of generate, filter or reward pairs, a data set saved to disk, a clone of a
+                                  hub data set, or a plain folder of such files (`files/folders.py`)
     ORG/NAME[:CONFIG][@SPLIT]     a data set of the hub (split: train), copied into the cache as parquet
 
 Torch-free. Every refusal names file, line (of a text file) or row (of a column file), the fault and the fix.

@@ -57,8 +57,8 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
         reading = Reading(config)
         _scan(config, reading, evaluation, judge, store, progress)
         if not store.done:
-            first = next(iter(reading.skipped.values())).error
-            raise InputError(f"no row of {config.data} can be read; the first: {first}", "fix the file")
+            what = f"no row of {config.data} can be read; the first: {reading.first_error()}"
+            raise InputError(what, "fix the file")
         decisions = decide(store, config)
         write_rows(run.path, config, reading, store, decisions, progress)
         unread = reading.report(progress, run.path)

@@ -76,7 +76,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         else:
             score = score or reward_score(RewardFields(reward=(judge_model,)), chat, config.batch_size)
             chunks = scored(answering, scores, score, chat, lambda dialogue: True, progress)
-        return run.finish(_write(run, config, chunks, progress) | (judge.facts() if server else {}))
+        return run.finish(_write(run, config, chunks, progress) | unread | (judge.facts() if server else {}))
 
 
 def _function_of(config: PairsConfig) -> Score | None:

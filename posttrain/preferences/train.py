@@ -74,7 +74,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         save_model(plain, tokenizer, run.path)
         counts = {"steps": trainer.state.global_step, "pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
         found = measure(RewardModel(plain, tokenizer), heldout_pairs, config.micro_batch_size or config.batch_size)
-        return run.finish(counts | dropped | found | evaluation.summary(progress))
+        return run.finish(counts | dropped | unread | found | evaluation.summary(progress))
 
 
 class HeldOutPairs(HeldOut):

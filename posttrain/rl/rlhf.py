@@ -31,7 +31,7 @@ from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
-from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams

@@ -51,7 +51,8 @@ def pair_shape(row: Row, ignored: Collection[str] = ()) -> ShapedPair:
     sides = [_side(row, name, columns[name], ignored) for name in ("chosen", "rejected")]
     given = _given(row, columns, ignored)
     if given is None:
-        prompt, chosen, rejected, note = _implied(row, columns, sides)
+        prompt, chosen, rejected = _implied(row, columns, sides)
+        note: str | None = IMPLIED
         shaped = Shaped("pair", Turns(prompt), frozenset({"chosen", "rejected"}))
     else:
         shaped = given
@@ -131,16 +132,16 @@ def _common(sides: list[list[Message]]) -> tuple[list[Message] | None, list[Mess
 
 def _implied(
     row: Row, columns: JsonMapping, sides: list[list[Message]]
-) -> tuple[list[Message], list[Message], list[Message], str]:
+) -> tuple[list[Message], list[Message], list[Message]]:
     texts = [columns[name] for name in ("chosen", "rejected") if isinstance(columns[name], str)]
     if len(texts) == 1:
         raise InputError(f"{row.where}: of 'chosen' and 'rejected' one is a text", "write two texts, or two lists")
     if texts and not all(is_dialogue(text) for text in texts):
-        return (*_common_words(row, columns, *texts), IMPLIED)
+        return _common_words(row, columns, *texts)
     chosen, rejected = _common(sides)
     if chosen is None or rejected is None:
         raise InputError(f"{row.where}: 'chosen' and 'rejected' share no prompt", "add the column 'prompt'")
-    return sides[0][: -len(chosen)], chosen, rejected, IMPLIED
+    return sides[0][: -len(chosen)], chosen, rejected
 
 
 def _common_words(

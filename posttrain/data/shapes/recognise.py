@@ -37,7 +37,7 @@ LISTS = ("messages", "conversations", "conversation")  # names of a list of mess
 
 @dataclass(frozen=True)
 class Shaped:
-    """A row in our form. `answer`: number of the first message of the completion, where a row tells it from the prompt."""
+    """A row in our form. `answer`: number of the first message of the completion, where a row has one."""
 
     shape: str
     turns: Turns
@@ -217,5 +217,6 @@ def columns_hint(columns: JsonMapping, *wanted: str, known: Collection[str] = ()
             found[ours] = theirs
             left.remove(theirs)
     if len(found) < len(wanted):
-        return f"add {' and '.join(repr(ours) for ours in wanted if ours not in found)} to {', '.join(columns) or 'the row'}"
+        missing = " and ".join(repr(ours) for ours in wanted if ours not in found)
+        return f"add {missing} to {', '.join(columns) or 'the row'}"
     return "name the columns: --columns " + ",".join(f"{ours}={theirs}" for ours, theirs in found.items())

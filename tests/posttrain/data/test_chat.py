@@ -229,7 +229,7 @@ def test_model_is_read_as_assistant(gemma):
         (lambda c: c.prompt_ids([user("a"), model("b")]), "the prompt ends with a model turn"),
         (lambda c: c.prompt_ids([user("a"), user("b")]), "refuses the turns user, user"),
         (lambda c: c.prompt_ids([system("a")]), "not followed by a user message"),
-        (lambda c: c.prompt_ids([{"role": "bot", "content": "a"}]), "unknown role 'bot'; use one of user, assistant"),
+        (lambda c: c.prompt_ids([{"role": "robot", "content": "a"}]), "unknown role 'robot'; use one of user, human"),
         (lambda c: c.example([user("a")]), "does not end with a model turn"),
     ],
 )

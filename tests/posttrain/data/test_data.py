@@ -5,11 +5,25 @@ from __future__ import annotations
 import pytest
 
 from gemma2.core.errors import InputError
-from gemma2.posttrain.data.rows import located, read_conversations, read_pairs, read_prompts, split
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.rows import located, split
 from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.schemas.fields import RowFields
 
 USER = {"role": "user", "content": "Hi"}
 MODEL = {"role": "assistant", "content": "Hello"}
+
+
+def read_prompts(path, limit=None, column=None):
+    return Reading(RowFields()).prompts(path, limit, column)
+
+
+def read_conversations(path):
+    return Reading(RowFields()).conversations(path)
+
+
+def read_pairs(path):
+    return Reading(RowFields()).pairs(path)
 
 
 def write(tmp_path, *rows):
@@ -83,24 +97,24 @@ BAD = {
         ":2: not UTF-8 (invalid continuation byte at byte 13)",
     ),
     "too deep": (read_prompts, b"[" * 100_000, ":2: nested too deeply"),
-    "typo": (read_prompts, {"promt": "a", "answer": "b"}, ":2: no 'prompt'; rename 'promt' to 'prompt'"),
-    "other columns": (read_prompts, {"x": "a", "y": "b"}, ":2: no 'prompt'; add 'prompt' to x, y"),
+    "typo": (read_prompts, {"promt": "a", "answer": "b"}, ":2: no 'prompt'; name the columns: --columns prompt=promt"),
+    "other columns": (read_prompts, {"x": "a", "y": "b"}, ":2: no 'prompt'; name the columns: --columns prompt=x"),
     "wrong type": (read_prompts, {"prompt": 3}, ":2: 'prompt' is the number 3; write a text, or a list of messages"),
     "null": (read_prompts, {"prompt": None}, ":2: 'prompt' is null"),
     "empty list": (read_prompts, {"prompt": []}, ":2: 'prompt' is an empty list"),
     "blank": (read_prompts, {"prompt": " \n"}, ":2: the prompt is empty"),
     "text in list": (read_prompts, {"prompt": ["a"]}, ":2: 'prompt[0]' is a text"),
     "no role": (read_prompts, {"prompt": [{"rol": "user", "content": "a"}]}, "no 'role'; rename 'rol' to 'role'"),
-    "parts": (read_prompts, {"prompt": [{"role": "user", "content": [1]}]}, "'prompt[0].content' is a list"),
+    "parts": (read_prompts, {"prompt": [{"role": "user", "content": [1]}]}, "'prompt[0].content[0]' is the number 1"),
     "half a character": (read_prompts, b'{"prompt": "\\ud83d"}\n', "'prompt' holds half of a surrogate pair"),
-    "neither, one misspelt": (read_conversations, {"promt": "a", "x": "b"}, "rename 'promt' to 'prompt'"),
-    "no completion": (read_conversations, {"prompt": "a", "complettion": "b"}, "rename 'complettion' to 'completion'"),
+    "neither, one misspelt": (read_conversations, {"promt": "a", "x": "b"}, "--columns prompt=promt"),
+    "no completion": (read_conversations, {"prompt": "a", "complettion": "b"}, "--columns completion=complettion"),
     "neither": (
         read_conversations,
         {"mesages": []},
-        "nor 'prompt' and 'completion'; rename 'mesages'",
+        "nor 'prompt' and 'completion'; name the columns: --columns messages=mesages",
     ),
-    "no rejected": (read_pairs, {"prompt": "a", "chosen": "b", "rejcted": "c"}, "rename 'rejcted' to 'rejected'"),
+    "no rejected": (read_pairs, {"prompt": "a", "chosen": "b", "rejcted": "c"}, "--columns rejected=rejcted"),
     "no prompt": (read_pairs, {"chosen": "b", "rejected": "c"}, "share no prompt"),
     "nothing shared": (read_pairs, {"chosen": [MODEL], "rejected": [MODEL]}, "share no prompt"),
     "flag": (read_pairs, {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_truncated": 1}, "write true or false"),

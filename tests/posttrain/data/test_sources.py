@@ -108,7 +108,7 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 def test_bad_rows_can_be_left_out_and_are_handed_over(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "a"}, b"{broken\n", b"[1]\n", {"prompt": "b"})
     bad = []
-    assert prompts_of(path, on_bad=bad.append) == ["a", "b"]
+    assert prompts_of(path, on_bad=lambda error, row: bad.append(error)) == ["a", "b"]
     assert [str(error).startswith(f"{path}:{line}: ") for line, error in zip((2, 3), bad, strict=True)] == [True, True]
     with pytest.raises(InputError, match=":2: not JSON"):
         prompts_of(path)
@@ -119,7 +119,7 @@ def test_text_that_is_no_utf8_is_a_bad_row(tmp_path):
     with pytest.raises(InputError, match=":2: not UTF-8"):
         prompts_of(path)
     bad = []
-    assert prompts_of(path, on_bad=bad.append) == ["good"] and len(bad) == 1
+    assert prompts_of(path, on_bad=lambda error, row: bad.append(error)) == ["good"] and len(bad) == 1
 
 
 def test_a_limit_holds_over_several_files(tmp_path):

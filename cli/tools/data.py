@@ -1,0 +1,186 @@
+"""`gemma2 data`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.help import HelpCommand, HelpGroup
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
+from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping
+from gemma2.posttrain.schemas.config import validated
+from gemma2.posttrain.schemas.fields import RowFields
+
+app = typer.Typer(
+    cls=HelpGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=HELP_NAMES,
+    help="Look at data files before training on them, and convert them.",
+)
+
+Path_ = typer.Argument(
+    metavar="PATH",
+    help="File, folder, folder@SPLIT, output, or hub data set.",
+    show_default=False,
+    rich_help_panel="Inputs",
+)
+Columns = typer.Option(
+    None,
+    "--columns",
+    metavar="A,B,...",
+    help="Names that the data give to columns: prompt=question,completion=answer.",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+IgnoreKeys = typer.Option(
+    None,
+    "--ignore-keys",
+    metavar="A,B,...",
+    help="Keys of messages to leave out, which are refused otherwise.",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+OutFile = file_option(None, "--out", "-o", help="JSON lines file to write.")
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def inspect(
+    path: Path = Path_,
+    model: Path | None = typer.Option(
+        None,
+        "--model",
+        metavar="DIR",
+        help="Model whose chat template and tokens are shown; default: Gemma's turns, lengths in characters.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    read_as: Literal["conversations", "pairs", "prompts"] | None = typer.Option(
+        None,
+        "--as",
+        metavar="conversations|pairs|prompts",
+        help="Read the rows as these; default: what they are.",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    rows: int = typer.Option(3, "--rows", min=0, metavar="N", help="Rows to show.", rich_help_panel="Settings"),
+    columns: str | None = Columns,
+    ignore_keys: str | None = IgnoreKeys,
+    as_json: bool = AsJson,
+) -> None:
+    """Show what is recognised in a data set, as what, how rows will be rendered, their lengths, and what is not read.
+
+    \b
+      gemma2 data inspect answers.csv
+      gemma2 data inspect chats/ --model google/gemma-2-2b --rows 1
+    """  # fmt: skip
+    from gemma2.posttrain.data.survey import survey
+
+    options = _options(columns, ignore_keys, "skip")
+    found = survey(path, options, _chat_of(model), read_as, rows)
+    console = Console(as_json=as_json)
+    if as_json:
+        console.json(found)
+        return
+    console.result(_overview(found))
+    for error in found["errors"]:
+        console.text(f"\n{error['rows']} bad rows: {error['error']}")
+    for row in found["rendered"]:
+        console.text(f"\n{row['where']}\n{row['text']}")
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def convert(
+    path: Path = Path_,
+    to: Literal["conversations", "pairs", "prompts"] | None = typer.Option(
+        None,
+        "--to",
+        metavar="conversations|pairs|prompts",
+        help="What to write; default: what the rows are. Conversations become prompts without their last answer.",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    parse_json: str | None = typer.Option(
+        None,
+        "--parse-json",
+        metavar="A,B,...",
+        help="Columns whose texts are JSON (or Python notation) of a list of messages.",
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+    columns: str | None = Columns,
+    ignore_keys: str | None = IgnoreKeys,
+    on_bad_row: Literal["error", "skip"] = typer.Option(
+        "error",
+        "--on-bad-row",
+        metavar="error|skip",
+        help="What to do with rows that cannot be read: stop, or leave them out with a count.",
+        rich_help_panel="Settings",
+    ),
+    out: Path | None = OutFile,
+    force: bool = Force,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """Write rows of any shape that is read (docs/data.md) as JSON lines in the suite's own form.
+
+    \b
+      gemma2 data convert alpaca.json --out rows.jsonl
+      gemma2 data convert chats.csv --parse-json messages --out rows.jsonl
+    """  # fmt: skip
+    from gemma2.posttrain.data.own_form import convert_rows
+
+    if out is None:
+        raise UsageError("--out is missing", "give the file to write: --out rows.jsonl")
+    options = _options(columns, ignore_keys, on_bad_row)
+    found, reading = convert_rows(path, out, options, to, _listed(parse_json), force)
+    console = Console(as_json=as_json, quiet=quiet)
+    console.result(found | reading.report(console), out)
+
+
+def _listed(value: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def _options(columns: str | None, ignore_keys: str | None, on_bad_row: str) -> RowFields:
+    values = {"columns": _listed(columns), "ignore_keys": _listed(ignore_keys), "on_bad_row": on_bad_row}
+    return validated(RowFields, values)
+
+
+def _chat_of(model: Path | None):  # type: ignore[no-untyped-def]
+    if model is None:
+        return None
+    from gemma2.core.outputs.hub import is_hub_id, locate_model
+    from gemma2.posttrain.data.chat import ChatFormat
+    from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
+
+    quiet_libraries()
+    place = locate_model(model, "--model") if is_hub_id(model) else model
+    return ChatFormat(load_tokenizer(place))
+
+
+def _overview(found: JsonMapping) -> dict[str, object]:
+    """The facts about a data set, a line each."""
+    measure = "tokens" if "tokens" in found else "characters"
+    return {
+        "data": found["path"],
+        "files": len(found["files"]),
+        "read as": found["kind"],
+        "shapes": _counts(found["shapes"]),
+        "rows": found["rows"],
+        "bad rows": found["bad_rows"] or None,
+        "messages": _counts({f"{size} messages": count for size, count in found["messages"].items()}),
+        measure: _counts(found.get(measure, {})),
+        "not read": ", ".join(found["unread_files"]) or None,
+        "columns not read": _counts(found["unread_columns"]),
+        "note": _counts(found["notes"]),
+    }
+
+
+def _counts(counts: JsonMapping) -> str | None:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or None

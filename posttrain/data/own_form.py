@@ -1,0 +1,137 @@
+"""Rows of any shape in the suite's own form, and the kind of data that a file holds."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Literal
+
+from gemma2.core.errors import InputError, OutputError
+from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.text_file import write_text
+
+from .reading import Reading, RowOptions
+from .rows import Conversation, Pair, Prompt
+from .shapes.recognise import conversation_shape, present, prompt_shape
+from .sources import Row, to_line
+
+__all__ = ["Kind", "convert_rows", "kind_of_rows", "own_form", "rows_of_kind"]
+
+Kind = Literal["conversations", "pairs", "prompts"]
+
+
+def kind_of_rows(path: Path, reading: Reading) -> Kind:
+    """What a data path holds, by the columns of its first row that can be read at all.
+
+    Raises InputError for a path without rows.
+    """
+    for row in reading.rows(path):
+        columns = present(row)
+        if {"chosen", "rejected"} & columns.keys():
+            return "pairs"
+        try:
+            turns = conversation_shape(row, reading.ignored).turns
+        except InputError:
+            return "prompts" if _has_a_prompt(row) else "conversations"
+        return "prompts" if turns.messages[-1]["role"] == "user" else "conversations"
+    raise InputError(f"{path} has no rows", "write one JSON object per line")
+
+
+def _has_a_prompt(row: Row) -> bool:
+    try:
+        prompt_shape(row)
+    except InputError:
+        return False
+    return True
+
+
+def rows_of_kind(path: Path, kind: Kind, reading: Reading) -> Iterator[Prompt | Conversation | Pair]:
+    """The rows of a data path, read as `kind`, streamed. Raises InputError at the first bad row, unless it is skipped."""
+    if kind == "pairs":
+        return reading.each_pair(path)
+    if kind == "conversations":
+        return reading.each_conversation(path)
+    return reading.each_prompt(path)
+
+
+def own_form(row: Prompt | Conversation | Pair) -> JsonObject:
+    """A row in the form that docs/data.md begins with; its other columns stay, renamed where a name is taken."""
+    if isinstance(row, Pair):
+        ours: JsonObject = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        ours |= {"margin": row.margin} if row.margin is not None else {}
+        for name in ("chosen_truncated", "rejected_truncated"):
+            ours |= {name: True} if getattr(row, name) else {}
+    elif isinstance(row, Prompt):
+        ours = {"prompt": row.messages}
+    else:
+        ours = _conversation(row)
+    return ours | {f"{name}_of_row" if name in ours else name: value for name, value in row.extra.items()}
+
+
+def _conversation(row: Conversation) -> JsonObject:
+    cut: JsonObject = {"finish_reason": "length"} if row.truncated else {}
+    if row.learn_from and not row.masked:
+        return {"prompt": row.messages[: row.learn_from], "completion": row.messages[row.learn_from :]} | cut
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    messages: list[JsonObject] = [dict(message) for message in row.messages]
+    for index in row.unlearned.intersection(answers):
+        messages[index]["weight"] = 0
+    return {"messages": messages} | cut
+
+
+def convert_rows(
+    path: Path,
+    out: Path,
+    options: RowOptions,
+    to: Kind | None = None,
+    parse_json: Collection[str] = (),
+    force: bool = False,
+) -> tuple[JsonObject, Reading]:
+    """Write the rows of a data path to `out` as JSON lines in the suite's own form; (counts, reading).
+
+    to          what the rows are read as; default: what they are
+    parse_json  columns whose texts are the JSON, or the Python notation, of a value
+
+    Raises InputError at the first bad row, unless it is skipped; OutputError for an `out` that exists.
+    """
+    if out.exists() and not force:
+        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out} is not a .jsonl file", f"write to {out.with_suffix('.jsonl')}")
+    reading = Reading(options, lambda row: _with_values(row, parse_json))
+    kind = to or kind_of_rows(path, reading)
+    if to == "prompts" and kind_of_rows(path, reading) == "conversations":
+        rows: Iterator[Prompt | Conversation | Pair] = map(_asked, reading.each_conversation(path))
+    else:
+        rows = rows_of_kind(path, kind, reading)
+    lines = [to_line(own_form(row)) for row in rows]
+    if not lines:
+        raise InputError(f"no row of {path} can be converted", reading.first_error() or "give a file with rows")
+    write_text(out, b"".join(lines).decode())
+    return {"rows": len(lines), "kind": kind}, reading
+
+
+def _asked(row: Prompt | Conversation | Pair) -> Prompt:
+    """The prompt of a conversation: what stands in front of its last model turn."""
+    assert isinstance(row, Conversation)
+    end = len(row.messages) - 1 if row.messages[-1]["role"] == "assistant" else len(row.messages)
+    return Prompt(row.where, row.messages[:end], row.extra)
+
+
+def _with_values(row: Row, names: Collection[str]) -> Row:
+    columns = dict(row.columns)
+    for name in names:
+        text = columns.get(name)
+        if not isinstance(text, str):
+            continue
+        try:
+            columns[name] = json.loads(text)
+        except ValueError:
+            try:
+                columns[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError) as error:
+                what = f"{row.where}: '{name}' is not the JSON of a value ({error})"
+                raise InputError(what, "write the list of messages as JSON") from error
+    return Row(row.where, columns)
