@@ -40,9 +40,7 @@ COMMANDS = {
     "tiny": CommandEntry(
         "stages.tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"
     ),
-    "data": CommandEntry(
-        "tools.data", "Look at data files before training on them, and convert them.", "Post-training"
-    ),
+    "data": CommandEntry("tools.data", "Inspect data files before training on them, convert them.", "Post-training"),
     "generate": CommandEntry("stages.generate", "Write teacher completions for a file of prompts.", "Post-training"),
     "filter": CommandEntry("stages.filter", "Drop rows unfit for training, each with its reason.", "Post-training"),
     "sft": CommandEntry("stages.sft", "Fine-tune a model on prompts and completions (SFT).", "Post-training"),

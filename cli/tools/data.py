@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -15,13 +15,16 @@ from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.schemas.config import validated
 from gemma2.posttrain.schemas.fields import RowFields
 
+if TYPE_CHECKING:
+    from gemma2.posttrain.data.chat import ChatFormat
+
 app = typer.Typer(
     cls=HelpGroup,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=HELP_NAMES,
-    help="Look at data files before training on them, and convert them.",
+    help="Inspect data files before training on them, convert them.",
 )
 
 Path_ = typer.Argument(
@@ -91,7 +94,8 @@ def inspect(
     for error in found["errors"]:
         console.text(f"\n{error['rows']} bad rows: {error['error']}")
     for row in found["rendered"]:
-        console.text(f"\n{row['where']}\n{row['text']}")
+        silent = ", ".join(str(index + 1) for index in row["not_learned"])
+        console.text(f"\n{row['where']}{f' (not learned: message {silent})' if silent else ''}\n{row['text']}")
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -152,7 +156,7 @@ def _options(columns: str | None, ignore_keys: str | None, on_bad_row: str) -> R
     return validated(RowFields, values)
 
 
-def _chat_of(model: Path | None):  # type: ignore[no-untyped-def]
+def _chat_of(model: Path | None) -> ChatFormat | None:
     if model is None:
         return None
     from gemma2.core.outputs.hub import is_hub_id, locate_model

@@ -48,7 +48,7 @@ def _has_a_prompt(row: Row) -> bool:
 
 
 def rows_of_kind(path: Path, kind: Kind, reading: Reading) -> Iterator[Prompt | Conversation | Pair]:
-    """The rows of a data path, read as `kind`, streamed. Raises InputError at the first bad row, unless it is skipped."""
+    """The rows of a data path, read as `kind`, streamed. Raises InputError at a bad row, unless it is skipped."""
     if kind == "pairs":
         return reading.each_pair(path)
     if kind == "conversations":

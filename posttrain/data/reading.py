@@ -206,8 +206,8 @@ class Reading:
         if found:
             return found
         if self.skipped:
-            raise InputError(
-                f"no row of {path} can be used, the first: {self.first_error()}", "see docs/data.md for what is read"
+            what = f"no row of {path} can be used, the first: {self.first_error()}"
+            raise InputError(what, "see docs/data.md for what is read")
             )
         raise InputError(f"{path} has no rows", "write one JSON object per line")
 

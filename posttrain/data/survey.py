@@ -47,7 +47,8 @@ def survey(
         lengths.append(length)
         turns[len(_messages(row))] += 1
         if len(rendered) < shown:
-            rendered.append({"where": row.where, "text": text})
+            silent = sorted(row.masked) if isinstance(row, Conversation) else []
+            rendered.append({"where": row.where, "text": text, "not_learned": silent})
     account = reading.accounts[path]
     errors = Counter(_without_place(row.error, where) for where, row in reading.skipped.items())
     found: JsonObject = {

@@ -187,10 +187,12 @@ def _is_list_of_objects(value: object) -> bool:
 def _array_rows(path: Path, text: str, start: int, on_bad: OnBad | None) -> Iterator[Row]:
     """The items of an array one by one, each with the line on which it begins."""
     line, counted = 1, 0
+    number, last = 0, 0  # objects that begin on this line so far
     place = _after_space(text, start + 1)
     while text[place : place + 1] != "]":
         line, counted = line + text.count("\n", counted, place), place
-        where = f"{path}:{line}"
+        number, last = (number + 1 if line == last else 1), line
+        where = f"{path}:{line}" if number == 1 else f"{path}:{line} (object {number})"
         try:
             value, place = _DECODER.raw_decode(text, place)
         except _Twice as error:

@@ -83,9 +83,10 @@ def prompt_shape(row: Row, column: str | None = None, ignored: Collection[str] =
         if name in columns:
             turns = turns_of(row.where, name, columns[name], "user", ignored)
             if turns.messages[-1]["role"] != "user":
+                path = row.where.rpartition(":")[0]
                 raise InputError(
                     f"{row.where}: '{name}' end with a turn of the {turns.messages[-1]['role']}",
-                    "end a prompt with a user message: gemma2 data convert PATH --to prompts --out X.jsonl",
+                    f"end a prompt with a user message: gemma2 data convert {path} --to prompts --out prompts.jsonl",
                 )
             return with_system(row, Shaped("messages", turns, frozenset({name})))
     if isinstance(columns.get("text"), str) and is_dialogue(columns["text"]):

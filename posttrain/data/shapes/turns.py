@@ -13,6 +13,7 @@ import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping
@@ -73,9 +74,10 @@ def turns_of(where: str, column: str, value: object, role: str, ignored: Collect
     """
     if isinstance(value, str):
         if column in ("messages", "conversations", "conversation") or _is_a_list_in_a_text(value):
+            path = where.rpartition(":")[0]
             raise InputError(
                 f"{where}: '{column}' is a text, not a list of messages",
-                f"write the list itself: gemma2 data convert PATH --parse-json {column} --out X.jsonl"
+                f"write the list itself: gemma2 data convert {path} --parse-json {column} --out {Path(path).stem}-lists.jsonl"
                 if _is_a_list_in_a_text(value)
                 else "write a list of messages, or rename it to 'prompt', 'completion' or 'text'",
             )
