@@ -208,7 +208,6 @@ class Reading:
         if self.skipped:
             what = f"no row of {path} can be used, the first: {self.first_error()}"
             raise InputError(what, "see docs/data.md for what is read")
-            )
         raise InputError(f"{path} has no rows", "write one JSON object per line")
 
     def _unreadable(self, error: InputError, row: Row) -> None:

@@ -74,13 +74,8 @@ def turns_of(where: str, column: str, value: object, role: str, ignored: Collect
     """
     if isinstance(value, str):
         if column in ("messages", "conversations", "conversation") or _is_a_list_in_a_text(value):
-            path = where.rpartition(":")[0]
-            raise InputError(
-                f"{where}: '{column}' is a text, not a list of messages",
-                f"write the list itself: gemma2 data convert {path} --parse-json {column} --out {Path(path).stem}-lists.jsonl"
-                if _is_a_list_in_a_text(value)
-                else "write a list of messages, or rename it to 'prompt', 'completion' or 'text'",
-            )
+            what = f"{where}: '{column}' is a text, not a list of messages"
+            raise InputError(what, _list_hint(where, column, value))
         return Turns([{"role": role, "content": _whole(where, column, value)}])
     if isinstance(value, Mapping):
         value = _rows_of_columns(value)
@@ -227,6 +222,14 @@ def _rows_of_columns(value: JsonMapping) -> object:
     if {"role", "from"} & value.keys():  # one message in place of a list of one
         return [value]
     return value
+
+
+def _list_hint(where: str, column: str, text: str) -> str:
+    if not _is_a_list_in_a_text(text):
+        return "write a list of messages"
+    path = where.rpartition(":")[0]
+    out = f"{Path(path).name.split('.')[0]}-lists.jsonl"
+    return f"write the list itself: gemma2 data convert {path} --parse-json {column} --out {out}"
 
 
 def _is_a_list_in_a_text(text: str) -> bool:
