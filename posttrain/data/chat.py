@@ -105,7 +105,7 @@ class ChatFormat:
         return self._encode(self._pieces(turns, generation_prompt=True))[0]
 
     def check_prompt(self, messages: list[Message]) -> None:
-        """Raise InputError for messages that are no prompt for this template. Encodes nothing."""
+        """Raise InputError for messages that this template does not take as a prompt. Encodes nothing."""
         turns = self.normalise(messages)
         if turns[-1]["role"] == "assistant":
             raise InputError("the prompt ends with a model turn", "end it with a user message")

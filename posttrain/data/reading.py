@@ -1,4 +1,4 @@
-"""Reads the data sets of a command, and keeps account: what a row says is read, refused, left out or named.
+"""Reads the data sets of a command, and keeps tally: what a row says is read, refused, left out or named.
 
     --columns OURS=THEIRS      names that a data set gives to its columns
     --ignore-keys KEY          keys of messages that are left out knowingly
@@ -30,7 +30,7 @@ from .sources import ColumnNames, Row, find_files, iter_rows, to_line
 if TYPE_CHECKING:
     from .chat import ChatFormat  # imports transformers
 
-__all__ = ["SKIPPED", "Account", "Reading", "RowOptions"]
+__all__ = ["SKIPPED", "Reading", "RowOptions", "Tally"]
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 4  # names in one warning
@@ -53,7 +53,7 @@ class RowOptions(Protocol):
 
 
 @dataclass
-class Account:
+class Tally:
     """What was found in one data set."""
 
     rows: int = 0
@@ -75,7 +75,7 @@ Read = TypeVar("Read", Prompt, Conversation, Pair)
 
 
 class Reading:
-    """The reading of all data sets of one command. Raises UsageError for `--columns` that are no renames."""
+    """The reading of all data sets of one command. Raises UsageError for `--columns` without both names."""
 
     def __init__(self, options: RowOptions, change: Callable[[Row], Row] | None = None) -> None:
         self._change = change  # applied to each row before it is read
@@ -83,7 +83,7 @@ class Reading:
         self.skips = options.on_bad_row == "skip"
         self._columns = options.columns
         ColumnNames(options.columns)
-        self.accounts: dict[Path, Account] = {}
+        self.tallies: dict[Path, Tally] = {}
         self.skipped: dict[str, Skipped] = {}
 
     def prompts(self, path: Path, limit: int | None = None, column: str | None = None) -> list[Prompt]:
@@ -116,10 +116,10 @@ class Reading:
 
     def rows(self, path: Path, limit: int | None = None) -> Iterator[Row]:
         """The rows as they stand in the files, under the names of `--columns`."""
-        account = self.accounts[path] = Account(aside=find_files(path).aside)
+        tally = self.tallies[path] = Tally(aside=find_files(path).aside)
         names = ColumnNames(self._columns)
         for row in iter_rows(path, limit, self._unreadable if self.skips else None, names):
-            account.rows += 1
+            tally.rows += 1
             yield row if self._change is None else self._change(row)
         names.check(path)
 
@@ -152,13 +152,13 @@ class Reading:
     def report(self, progress: Progress, folder: Path | None = None) -> JsonObject:
         """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest."""
         counts: JsonObject = {}
-        for path, account in self.accounts.items():
-            for words, found in self._told(path, account):
+        for path, tally in self.tallies.items():
+            for words, found in self._told(path, tally):
                 progress.warn(f"{path}: {words} {_listed(found)}")
-        unread = sum((account.unread for account in self.accounts.values()), Counter())
+        unread = sum((tally.unread for tally in self.tallies.values()), Counter())
         if unread:
             counts["unread_columns"] = dict(unread)
-        aside = [f"{path}/{name}" for path, account in self.accounts.items() for name in account.aside]
+        aside = [f"{path}/{name}" for path, tally in self.tallies.items() for name in tally.aside]
         if aside:
             counts["unread_files"] = aside
         if self.skipped:
@@ -170,21 +170,21 @@ class Reading:
                 (folder / SKIPPED).write_bytes(b"".join(lines))
         return counts
 
-    def _told(self, path: Path, account: Account) -> Iterator[tuple[str, list[str]]]:
+    def _told(self, path: Path, tally: Tally) -> Iterator[tuple[str, list[str]]]:
         """What is worth a line: words, and what they are about."""
-        if account.aside:
-            yield "not read:", account.aside
-        if account.unread:
-            yield "columns that are not read:", [f"{name} ({count} rows)" for name, count in account.unread.items()]
-        for note, count in account.notes.items():
+        if tally.aside:
+            yield "not read:", tally.aside
+        if tally.unread:
+            yield "columns that are not read:", [f"{name} ({count} rows)" for name, count in tally.unread.items()]
+        for note, count in tally.notes.items():
             yield f"{note}:", [f"{count} rows"]
 
     def _each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
         is_output = (path / MANIFEST).exists()
-        account = Account()
+        tally = Tally()
         rows = self.rows(path)
         for row in rows:
-            account = self.accounts[path]
+            tally = self.tallies[path]
             if row.where in self.skipped:
                 continue
             try:
@@ -195,10 +195,10 @@ class Reading:
             except InputError as error:
                 self.skip(error, row.where, row.columns)
                 continue
-            account.shapes[found.shape] += 1
-            account.notes.update(found.notes)
+            tally.shapes[found.shape] += 1
+            tally.notes.update(found.notes)
             foreign = found.extra.keys() if not (is_output or isinstance(found, Prompt)) else OF_THE_CONVERSATION
-            account.unread.update(name for name in foreign if found.extra.get(name) not in (None, "", [], {}))
+            tally.unread.update(name for name in foreign if found.extra.get(name) not in (None, "", [], {}))
             yield found
 
     def _all(self, path: Path, rows: Iterable[Read]) -> list[Read]:

@@ -49,21 +49,21 @@ def survey(
         if len(rendered) < shown:
             silent = sorted(row.masked) if isinstance(row, Conversation) else []
             rendered.append({"where": row.where, "text": text, "not_learned": silent})
-    account = reading.accounts[path]
+    tally = reading.tallies[path]
     errors = Counter(_without_place(row.error, where) for where, row in reading.skipped.items())
     found: JsonObject = {
         "path": str(path),
         "files": [str(file) for file in data_files(path)],
         "kind": kind,
-        "shapes": dict(account.shapes),
+        "shapes": dict(tally.shapes),
         "rows": len(lengths),
         "bad_rows": len(reading.skipped),
         "first_error": reading.first_error(),
         "errors": [{"rows": count, "error": error} for error, count in errors.most_common(ERRORS)],
         "messages": dict(sorted(turns.items())),
-        "unread_files": account.aside,
-        "unread_columns": dict(account.unread),
-        "notes": dict(account.notes),
+        "unread_files": tally.aside,
+        "unread_columns": dict(tally.unread),
+        "notes": dict(tally.notes),
     }
     if lengths:
         found["tokens" if chat is not None else "characters"] = _quantiles(lengths)

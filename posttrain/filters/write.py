@@ -34,7 +34,7 @@ def write_rows(
     decisions: Decisions,
     progress: Progress,
 ) -> None:
-    """Write every row to the shards or to dropped.jsonl; rows that are no conversations are skipped."""
+    """Write every row to the shards or to dropped.jsonl; rows that are not conversations are skipped."""
     places: dict[int, str] = {}  # "file:line" of the rows that others repeat
     repeated = set(decisions.original[decisions.original >= 0].tolist())
     rows = reading.rows(config.data)

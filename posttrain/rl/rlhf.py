@@ -26,12 +26,11 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
-from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
-from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
@@ -82,6 +81,8 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
         setup = prepare(config, prompts, micro, ranks)
+        setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
+        heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
         rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
@@ -138,11 +139,10 @@ def local_rows(config: RlhfConfig, ranks: Ranks) -> tuple[int, int]:
 
 
 def read_data(config: RlhfConfig, reading: Reading) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts that the policy's template takes; without a separate file, a tenth is held out."""
-    chat = ChatFormat(load_tokenizer(config.policy))
-    prompts = reading.renderable(reading.prompts(config.prompts), chat)
+    """(training, held-out) prompts; without a separate file, a tenth is held out."""
+    prompts = reading.prompts(config.prompts)
     if config.heldout is not None:
-        return prompts, reading.renderable(reading.prompts(config.heldout, config.eval_prompts), chat)
+        return prompts, reading.prompts(config.heldout, config.eval_prompts)
     prompts, heldout = split(prompts, HELDOUT_SHARE, config.seed)
     if not heldout:
         raise UsageError(f"{config.prompts} has one prompt, none can be held out", "add prompts, or give --heldout")

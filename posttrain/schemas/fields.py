@@ -40,7 +40,7 @@ class RowFields(Config):
     def _columns_are_renames(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
         for item in columns:
             if not all(part.strip() for part in item.partition("=")):
-                raise ValueError(f"{item!r} is no rename; write OURS=THEIRS, as in prompt=question")
+                raise ValueError(f"{item!r} does not say both names; write OURS=THEIRS, as in prompt=question")
         return columns
 
 

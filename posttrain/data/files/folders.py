@@ -5,7 +5,7 @@
     any other folder               the data files in it, or else those in its sub-folder `data/`; where their names tell
                                    splits apart (train.jsonl, test.csv, train-00000-of-00002.parquet), the training ones
 
-What is left aside is told to the caller by name; a set of shards with a gap, and one set in two formats, are refused.
+The caller gets the names of what is left aside; a set of shards with a gap, and one set in two formats, are refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def format_of(path: Path) -> str:
 def files_inside(folder: Path, split: str | None = None) -> FolderFiles:
     """The data files of a folder, of one `split` if it is named.
 
-    Raises InputError where there are none, where an output is unfinished, or where a shard is missing.
+    Raises InputError where no file is found, where an output is unfinished, or where a shard is missing.
     """
     if (folder / MANIFEST).exists():
         require_complete(folder, "data set")

@@ -27,6 +27,7 @@ from .row import OnBad, Row, kind
 
 __all__ = ["count_in", "rows_in"]
 
+LONGEST_NAME = 60  # characters of the name of a column
 BATCH = 1024  # rows of a column format that are read at once
 
 
@@ -244,7 +245,7 @@ def _delimiter(header: str) -> str:
     return max((",", ";", "\t"), key=header.count)
 
 
-def _fields(path: Path, reader: Any) -> Iterator[list[str]]:  # noqa: ANN401  # csv.reader is no class
+def _fields(path: Path, reader: Any) -> Iterator[list[str]]:  # noqa: ANN401  # the type has no public name
     while True:
         try:
             yield next(reader)
@@ -260,6 +261,12 @@ def _header(path: Path, names: list[str]) -> list[str]:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"{path}:1: the column {twice[0]!r} stands twice", "rename one of them")
+    text = next((name for name in names if name.rstrip().endswith((".", "?", "!")) or len(name) > LONGEST_NAME), None)
+    if text is not None:
+        raise InputError(
+            f"{path}:1: the first line holds {text[:LONGEST_NAME]!r} where names of columns belong",
+            "begin the file with a line of names, as in prompt,completion",
+        )
     return [name.strip() for name in names]
 
 

@@ -40,7 +40,7 @@ class ColumnNames:
     """The renames of `--columns OURS=THEIRS,...`: a column that the data set calls THEIRS is read as OURS.
 
     A column of the name OURS that a row has besides becomes `OURS_of_row`, so that nothing of the row is lost.
-    Raises UsageError for an item that is no rename.
+    Raises UsageError for an item without both names.
     """
 
     def __init__(self, items: Sequence[str] = ()) -> None:
@@ -48,7 +48,9 @@ class ColumnNames:
         for item in items:
             ours, equals, theirs = (part.strip() for part in item.partition("="))
             if not (ours and equals and theirs):
-                raise UsageError(f"--columns {item!r} is no rename", "write OURS=THEIRS, as in prompt=question")
+                raise UsageError(
+                    f"--columns {item!r} does not say both names", "write OURS=THEIRS, as in prompt=question"
+                )
             self.theirs[ours] = theirs
         self._unseen = set(self.theirs.values())
         self._present: set[str] = set()

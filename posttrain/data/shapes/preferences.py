@@ -62,7 +62,7 @@ def pair_shape(row: Row, ignored: Collection[str] = ()) -> ShapedPair:
 
 
 def _given(row: Row, columns: JsonMapping, ignored: Collection[str]) -> Shaped | None:
-    """The prompt that a row has in a column of its own."""
+    """The prompt that a row has in its own column."""
     asked = prompt_of_row(row, columns, ignored)
     if asked is not None:
         return Shaped("pair", asked[0], asked[1])

@@ -24,7 +24,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.data.files.row import Row, kind
 
 from .texts import dialogue_of, is_dialogue
-from .turns import Message, TurnError, Turns, turns_of
+from .turns import SKIP_HINT, Message, TurnError, Turns, turns_of
 
 __all__ = ["Shaped", "columns_hint", "conversation_shape", "present", "prompt_of_row", "prompt_shape", "with_system"]
 
@@ -105,7 +105,7 @@ def with_system(row: Row, shaped: Shaped) -> Shaped:
         return shaped
     text, messages = columns[names[0]], shaped.turns.messages
     if len(names) > 1 or (messages[0]["role"] == "system" and messages[0]["content"].strip() != text.strip()):
-        raise TurnError(f"{row.where}: two system texts, in '{names[0]}' and beside it", "keep one")
+        raise TurnError(f"{row.where}: two system texts, in '{names[0]}' and in the messages", "keep one")
     read = shaped.read | {names[0]}
     if messages[0]["role"] == "system":
         return Shaped(shaped.shape, shaped.turns, read, shaped.answer, shaped.notes)
@@ -117,7 +117,7 @@ def with_system(row: Row, shaped: Shaped) -> Shaped:
 
 
 def prompt_of_row(row: Row, columns: JsonMapping, ignored: Collection[str]) -> tuple[Turns, frozenset[str], str] | None:
-    """The prompt of a row that has it in a column of its own: messages, the columns that were read, the shape."""
+    """The prompt of a row that has it in its own column: messages, the columns that were read, the shape."""
     name = _one_of(row, columns, ASKED, "prompt")
     if name is None:
         return None
@@ -219,5 +219,5 @@ def columns_hint(columns: JsonMapping, *wanted: str, known: Collection[str] = ()
             left.remove(theirs)
     if len(found) < len(wanted):
         missing = " and ".join(repr(ours) for ours in wanted if ours not in found)
-        return f"add {missing} to {', '.join(columns) or 'the row'}"
+        return f"write {missing}, or {SKIP_HINT}"
     return "name the columns: --columns " + ",".join(f"{ours}={theirs}" for ours, theirs in found.items())

@@ -38,6 +38,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+CALLS = ("function_call", "tool_call")  # roles of ShareGPT files
 NAMES = (("role", "from"), ("content", "value"))  # of the two parts of a message: ours, ShareGPT's
 WHETHER_LEARNED = ("weight", "train", "trainable")
 PART_SEPARATOR = "\n"
@@ -70,7 +71,7 @@ class Turns:
 def turns_of(where: str, column: str, value: object, role: str, ignored: Collection[str] = ()) -> Turns:
     """A column as messages; a plain text is one message of `role`. `ignored`: keys of messages that are left out.
 
-    Raises InputError for what is no conversation, TurnError for a message that cannot be learned from.
+    Raises InputError for other values, TurnError for a message that cannot be learned from.
     """
     if isinstance(value, str):
         if column in ("messages", "conversations", "conversation") or _is_a_list_in_a_text(value):
@@ -146,8 +147,10 @@ def _role(where: str, place: str, key: str, said: JsonMapping) -> str:
     value = _needed(where, place, key, said)
     if not isinstance(value, str):
         raise InputError(f"{where}: '{place}.{key}' is {kind(value)}", "write a text")
+    if value in CALLS:
+        raise TurnError(f"{where}: '{place}' is a function call, which nothing learns", SKIP_HINT)
     if value not in ROLES:
-        near = difflib.get_close_matches(value, ROLES, n=1)
+        near = difflib.get_close_matches(value, ROLES, n=1, cutoff=0.8)
         raise TurnError(
             f"{where}: '{place}.{key}' is {value!r}, an unknown role",
             f"write '{near[0]}'" if near else SKIP_HINT,
@@ -156,7 +159,9 @@ def _role(where: str, place: str, key: str, said: JsonMapping) -> str:
 
 
 def _needed(where: str, place: str, key: str, said: JsonMapping) -> object:
-    if said.get(key) is None:
+    if key in said and said[key] is None:
+        raise TurnError(f"{where}: '{place}.{key}' is null", f"write a text, or {SKIP_HINT}")
+    if key not in said:
         raise InputError(f"{where}: '{place}' has no '{key}'", rename_hint(key, said))
     return said[key]
 
@@ -201,7 +206,7 @@ def _part(where: str, place: str, part: object) -> str:
         raise TurnError(f"{where}: '{place}' is of type {named!r}", f"only text is learned; {SKIP_HINT}")
     rest = [name for name, value in part.items() if name not in ("type", "text", "content") and value is not None]
     if rest:
-        raise TurnError(f"{where}: '{place}' has {', '.join(rest)} beside its text", SKIP_HINT)
+        raise TurnError(f"{where}: '{place}' has {', '.join(rest)} next to its text", SKIP_HINT)
     return _whole(where, place, text)
 
 

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from row_reading import read_conversations, read_pairs, read_prompts
 
 from gemma2.core.errors import InputError
-from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import located, split
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.schemas.fields import RowFields
 
 USER = {"role": "user", "content": "Hi"}
 MODEL = {"role": "assistant", "content": "Hello"}
-
-
-def read_prompts(path, limit=None, column=None):
-    return Reading(RowFields()).prompts(path, limit, column)
-
-
-def read_conversations(path):
-    return Reading(RowFields()).conversations(path)
-
-
-def read_pairs(path):
-    return Reading(RowFields()).pairs(path)
 
 
 def write(tmp_path, *rows):

@@ -15,6 +15,7 @@ from waiting import wait_for
 from gemma2.cli.app import invoke
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.core.progress import SILENT
+from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.distillation import distill, gkd
 from gemma2.posttrain.distillation.distill import ratio, run_distill
 from gemma2.posttrain.distillation.gkd import GkdTrainer, schedule
@@ -122,7 +123,7 @@ def test_the_student_comes_nearer_to_the_teacher(inputs, tmp_path):
 
 def first_step(config, tmp_path):
     """The loss of the first batch, and the gradient of the embedding."""
-    setup = distill.prepare(config, None, SILENT)
+    setup = distill.prepare(config, None, Reading(config), SILENT)
     plan = schedule(1, config.batch_size, config.n, setup.material, 1.0, config.seed)
     args = arguments(tmp_path, max_steps=1, seed=config.seed, per_device_train_batch_size=config.batch_size)
     trainer = GkdTrainer(setup.student, setup.loss, setup.material, plan, args)

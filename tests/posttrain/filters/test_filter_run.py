@@ -73,6 +73,7 @@ def test_kept_rows_are_unchanged_and_in_order_and_dropped_ones_have_a_reason(dat
     reasons = ["", "truncated", "personal", "identity", "duplicate", "near-duplicate", "refusal", "empty"]
     # 10 answers: 2 / (10 + 2) is the largest share of refusals up to 0.2; the seed says which of the 10 stay.
     assert summary["dropped"] == {name: 8 if name == "refusal" else 10 for name in reasons if name} | {
+        "turns": 0,
         "repetition": 0,
         "unsafe": 0,
     }
@@ -165,7 +166,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
         ("[1]", r"data.jsonl:2: a list, not a JSON object"),
         ('{"prompt": "x"}', r"data.jsonl:2: no 'completion'"),
         ('{"prompt": "x", "completion": 3}', r"data.jsonl:2: 'completion' is the number 3"),
-        ('{"text": "x"}', r"data.jsonl:2: neither 'messages' nor 'prompt' and 'completion'"),
+        ('{"text": "x"}', r"data.jsonl:2: 'text' is one text, without turns"),
         ('{"messages": [{"role": "user"}]}', r"data.jsonl:2: 'messages\[0\]' has no 'content'"),
     ],
 )
@@ -179,7 +180,9 @@ def test_a_bad_row_is_an_error_with_file_and_line_or_is_left_out_and_counted(tmp
     progress = interrupting()
     summary = run(data, tmp_path / "out", progress, on_bad_row="skip")
     assert (summary["rows"], summary["kept"], summary["bad_rows"]) == (2, 2, 1)
-    assert len(progress.warnings) == 1 and progress.warnings[0].startswith("1 bad rows were left out, the first: ")
+    assert len(progress.warnings) == 1 and progress.warnings[0].startswith(
+        "1 rows were left out (all in skipped.jsonl), the first: "
+    )
     assert "data.jsonl:2" in progress.warnings[0]
 
 

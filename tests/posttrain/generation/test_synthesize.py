@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
+from row_reading import read_conversations
 from teachers import save_stopping
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.batching import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import read_conversations
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.generation.engines import Request, local
 from gemma2.posttrain.generation.generate import run_generate
@@ -172,9 +172,9 @@ def test_a_row_is_drawn_with_its_own_seed_whatever_its_company(inputs, tmp_path,
 
 def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_drawn(inputs, tmp_path, monkeypatch):
     bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(to_line(PROMPTS[0]) + to_line({"prompt": [{"role": "bot", "content": "x"}]}))
+    bad.write_bytes(to_line(PROMPTS[0]) + to_line({"prompt": [{"role": "robot", "content": "x"}]}))
     monkeypatch.setattr(local, "decode", None)
-    with pytest.raises(InputError, match=r"bad\.jsonl:2: unknown role 'bot'"):
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: .prompt\[0\]\.role. is .robot., an unknown role"):
         run_generate(configure(inputs, prompts=bad), RunOptions(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == [bad]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from row_reading import read_prompts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
-from gemma2.posttrain.data.rows import read_prompts
 from gemma2.posttrain.models import convert
 from gemma2.posttrain.models.convert import find_gguf, gemma2_settings, run_convert
 from gemma2.posttrain.models.gguf import read_header

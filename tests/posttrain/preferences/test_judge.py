@@ -7,10 +7,10 @@ import re
 
 import pytest
 from chat_server import KEY, Server, refuse, serving
+from row_reading import read_pairs
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import SILENT
-from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.preferences.judge import COMPARE_PROMPT, SCORE_PROMPT, Judge
 from gemma2.posttrain.preferences.pairs import run_pairs

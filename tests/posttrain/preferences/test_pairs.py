@@ -7,9 +7,9 @@ from collections import Counter
 from random import Random
 
 import pytest
+from row_reading import read_pairs
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.preferences.pairs import choose, run_pairs
 from gemma2.posttrain.runs.estimates import plan

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from row_reading import read_pairs
 from safetensors.torch import load_file
 
 from gemma2.core.errors import InputError
 from gemma2.merging import MergeRequest, merge
-from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.preferences.heads import starting_model
 from gemma2.posttrain.preferences.probe import fit_head, run_probe

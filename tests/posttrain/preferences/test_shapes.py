@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from row_reading import plain_reading, read_pairs
 from trl import extract_prompt
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import read_pairs
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.preferences.pair_examples import tokenise_pairs
 from gemma2.posttrain.tiny.networks import tiny_tokenizer
@@ -34,6 +34,7 @@ SHAPES = {
     "conversational, explicit prompt": {"prompt": [user(ASK)], "chosen": [model(BLUE)], "rejected": [model(GREEN)]},
     "conversational, implicit prompt": {"chosen": [user(ASK), model(BLUE)], "rejected": [user(ASK), model(GREEN)]},
     "messages as prompt, texts as answers": {"prompt": [user(ASK)], "chosen": BLUE, "rejected": GREEN},
+    "the prompt under another name": {"question": ASK, "chosen": BLUE, "rejected": GREEN},
     "role model": {"prompt": [user(ASK)], "chosen": [{"role": "model", "content": BLUE}], "rejected": GREEN},
 }
 
@@ -41,7 +42,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_the_same_pair(tmp_path, shape):
     chat = ChatFormat(tiny_tokenizer())
-    (pair,), _ = tokenise_pairs([read(tmp_path, SHAPES[shape])], chat, 1024)
+    (pair,), _ = tokenise_pairs([read(tmp_path, SHAPES[shape])], chat, 1024, plain_reading())
     prompt = f"<bos><start_of_turn>user\n{ASK}<end_of_turn>\n<start_of_turn>model\n"
     assert chat.tokenizer.decode(pair.chosen) == f"{prompt}{BLUE}<end_of_turn>"
     assert chat.tokenizer.decode(pair.rejected) == f"{prompt}{GREEN}<end_of_turn>"
@@ -91,8 +92,7 @@ def test_texts_are_split_after_the_last_word_they_share(tmp_path, chosen, reject
     [
         ({"chosen": "blue", "rejected": "bright"}, "share no prompt"),
         ({"chosen": "It is a", "rejected": [user("It"), model("b")]}, "of 'chosen' and 'rejected' one is a text"),
-        ({"promt": "a", "chosen": "It is b", "rejected": "It is c"}, "rename 'promt' to 'prompt'"),
-        ({"question": "a", "chosen": "It is b", "rejected": "It is c"}, "rename 'question' to 'prompt'"),
+        ({"promt": "a", "chosen": "It is b", "rejected": "It is c"}, "--columns prompt=promt"),
     ],
 )
 def test_a_missing_prompt_is_refused_not_guessed(tmp_path, row, words):

@@ -10,13 +10,14 @@ import signal
 import pytest
 import torch
 from processes import MAIN, gemma2, start
+from row_reading import plain_reading, read_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from waiting import wait_for
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.data.rows import read_pairs, split
+from gemma2.posttrain.data.rows import split
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.models.loading import init_reward_model
 from gemma2.posttrain.preferences.pair_examples import PairIds, tokenise_pairs
@@ -70,7 +71,7 @@ def test_the_output_is_a_reward_model_with_one_output(trained):
 @pytest.fixture(scope="module")
 def conversations(inputs):
     chat = ChatFormat(tiny_tokenizer())
-    pairs, _ = tokenise_pairs(read_pairs(inputs / "pairs.jsonl")[:10], chat, 1024)
+    pairs, _ = tokenise_pairs(read_pairs(inputs / "pairs.jsonl")[:10], chat, 1024, plain_reading())
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
@@ -140,7 +141,7 @@ def chat():
 
 def tokenised(tmp_path, chat, *rows, max_length=1024):
     (tmp_path / "rows.jsonl").write_bytes(b"".join(map(to_line, rows)))
-    return tokenise_pairs(read_pairs(tmp_path / "rows.jsonl"), chat, max_length)
+    return tokenise_pairs(read_pairs(tmp_path / "rows.jsonl"), chat, max_length, plain_reading())
 
 
 def test_a_completion_ends_with_its_end_of_turn_and_a_truncated_one_does_not(tmp_path, chat):

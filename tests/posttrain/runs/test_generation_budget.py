@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from row_reading import plain_reading
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.data.sources import to_line
@@ -44,11 +45,11 @@ def test_the_system_text_goes_before_prompts_that_have_none(tmp_path):
     path = tmp_path / "p.jsonl"
     own = [{"role": "system", "content": "theirs"}, {"role": "user", "content": "b"}]
     path.write_bytes(to_line({"prompt": "a", "id": 1}) + to_line({"prompt": own}))
-    first, second = PromptSource(path, system="ours")
+    first, second = PromptSource(path, plain_reading(), system="ours")
     assert [m["content"] for m in first.messages] == ["ours", "a"] and first.extra == {"id": 1}
     assert second.messages == own
 
 
 def test_a_row_without_the_column_is_named(prompts):
-    with pytest.raises(InputError, match=r"prompts\.jsonl:1: no 'prompt'"):
-        generate_budget(GenerateConfig(teacher="m", prompts=prompts))
+    with pytest.raises(InputError, match=r"prompts\.jsonl:1: no 'ask'"):
+        generate_budget(GenerateConfig(teacher="m", prompts=prompts, prompt_column="ask"))

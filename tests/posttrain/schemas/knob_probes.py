@@ -392,7 +392,7 @@ def reward_models() -> Iterator[None]:
         yield
 
 
-CHAT: Any = SimpleNamespace(tokenizer=None)
+CHAT: Any = SimpleNamespace(tokenizer=None, check_prompt=lambda messages: None, normalise=lambda messages: None)
 
 
 def rewarded(config: Any, room: Room) -> object:
@@ -483,9 +483,10 @@ def rl_arguments(config: Any, room: Room) -> object:
 
 
 def rl_data(config: Any, room: Room) -> object:
+    from gemma2.posttrain.data.reading import Reading
     from gemma2.posttrain.rl.rlhf import read_data
 
-    return [[row.messages for row in side] for side in read_data(config)]
+    return [[row.messages for row in side] for side in read_data(config, Reading(config))]
 
 
 def rl_run(config: Any, room: Room) -> object:
@@ -507,7 +508,7 @@ def rl_run(config: Any, room: Room) -> object:
         patch.object(setup, "check_same_vocabulary"),
         patch.object(setup, "ChatFormat", lambda *_: CHAT),
         patch.object(setup, "reward_score", note("reward", None)),
-        patch.object(setup, "Rollout", note("rollout", SimpleNamespace(policy=network))),
+        patch.object(setup, "Rollout", note("rollout", SimpleNamespace(policy=network, chat=CHAT))),
         patch.object(setup, "EmaAnchor", note("dense", None)),
         patch.object(setup, "LoraAnchor", note("products", None)),
         patch.object(setup, "FactorAnchor", note("factors", None)),
@@ -694,7 +695,8 @@ def scored_rows(config: Any, room: Room) -> object:
 
     with (
         patch.object(score.RewardModel, "from_dir", load),
-        patch.object(score, "ChatFormat", lambda *_: None),
+        patch.object(score, "ChatFormat", lambda *_: CHAT),
+        patch.object(score, "load_tokenizer", lambda *_: None),
         patch.object(score, "_score", scores),
         light_runs(score, room),
     ):

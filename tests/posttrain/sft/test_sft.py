@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from processes import MAIN, start
+from row_reading import plain_reading, read_conversations
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from waiting import wait_for
@@ -16,7 +17,6 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.merging.inputs.adapter import open_adapter
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Cut
-from gemma2.posttrain.data.rows import read_conversations
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import SftConfig
@@ -321,7 +321,7 @@ def chat():
 def examples(tmp_path, chat, *rows, **fields):
     (tmp_path / "rows.jsonl").write_bytes(b"".join(map(to_line, rows)))
     config = SftConfig(model=tmp_path, data=tmp_path / "rows.jsonl", **fields)
-    return tokenise(read_conversations(config.data[0]), chat, config)
+    return tokenise(read_conversations(config.data[0]), chat, config, plain_reading())
 
 
 def learned(chat, example):

@@ -116,12 +116,15 @@ def test_prompts_on_both_sides_are_warned_of(inputs, tmp_path, interrupting):
 
 
 def test_the_loss_of_the_output_is_the_one_that_was_reported(inputs, overfitted):
+    from row_reading import plain_reading, read_conversations
+
     from gemma2.posttrain.data.chat import ChatFormat
     from gemma2.posttrain.data.examples import tokenise
-    from gemma2.posttrain.data.rows import read_conversations
 
     model, tokenizer = load_policy(overfitted.out)
-    rows, _ = tokenise(read_conversations(inputs / "held.jsonl"), ChatFormat(tokenizer), configure(inputs))
+    rows, _ = tokenise(
+        read_conversations(inputs / "held.jsonl"), ChatFormat(tokenizer), configure(inputs), plain_reading()
+    )
     assert heldout_loss(model, rows, 4) == pytest.approx(overfitted.summary["heldout_loss"], rel=1e-6)
 
 
