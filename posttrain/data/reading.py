@@ -68,6 +68,7 @@ class Skipped:
     """A row that was left out."""
 
     error: str
+    hint: str
     columns: JsonObject
 
 
@@ -127,7 +128,7 @@ class Reading:
         """Leave a row out, with `--on-bad-row skip`; else raise the error."""
         if not self.skips:
             raise error
-        self.skipped.setdefault(where, Skipped(str(error), columns))
+        self.skipped.setdefault(where, Skipped(error.what, error.hint, columns))
 
     @contextmanager
     def usable(self, row: Prompt | Conversation | Pair) -> Iterator[None]:
@@ -166,7 +167,7 @@ class Reading:
             progress.warn(f"{len(self.skipped)} rows were left out{listed}, the first: {self.first_error()}")
             counts["skipped_rows"] = len(self.skipped)
             if folder is not None:
-                lines = [to_line({"error": row.error, **row.columns}) for row in self.skipped.values()]
+                lines = [to_line({"error": row.error, "fix": row.hint, **row.columns}) for row in self.skipped.values()]
                 (folder / SKIPPED).write_bytes(b"".join(lines))
         return counts
 

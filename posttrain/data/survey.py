@@ -50,7 +50,7 @@ def survey(
             silent = sorted(row.masked) if isinstance(row, Conversation) else []
             rendered.append({"where": row.where, "text": text, "not_learned": silent})
     tally = reading.tallies[path]
-    errors = Counter(_without_place(row.error, where) for where, row in reading.skipped.items())
+    errors = Counter(f"{_without_place(row.error, where)}; {row.hint}" for where, row in reading.skipped.items())
     found: JsonObject = {
         "path": str(path),
         "files": [str(file) for file in data_files(path)],

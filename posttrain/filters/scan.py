@@ -113,7 +113,7 @@ class Scanner:
                 sample = sample_of(row, self.ignored, self.checks_turns)
             except TurnError as error:
                 if self.checks_turns:
-                    found.drop(index, [("turns", str(error))])
+                    found.drop(index, [("turns", error.what)])
                 else:
                     self._bad(index, error, found)
                 continue
