@@ -167,7 +167,8 @@ class Reading:
             progress.warn(f"{len(self.skipped)} rows were left out{listed}, the first: {self.first_error()}")
             counts["skipped_rows"] = len(self.skipped)
             if folder is not None:
-                lines = [to_line({"error": row.error, "fix": row.hint, **row.columns}) for row in self.skipped.values()]
+                rows = self.skipped.values()
+                lines = [to_line({"error": row.error, "fix": row.hint, "row": row.columns}) for row in rows]
                 (folder / SKIPPED).write_bytes(b"".join(lines))
         return counts
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.schemas import Resources, RewardFields, RlFields, StageFile, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import parse_value
+from gemma2.posttrain.schemas.fields import RowFields
 
 __all__ = ["run_seed", "warp_stages"]
 
@@ -116,7 +117,7 @@ class _Algorithm:
         """The options that all fronts share."""
         config = self.config
         return {
-            **_settings(config, {*RewardFields.model_fields, "judge_fn"}),
+            **_settings(config, {*RewardFields.model_fields, *RowFields.model_fields, "judge_fn"}),
             "sft": config.sft,
             "prompts": config.heldout,
             "temperature": config.temperature,
