@@ -16,7 +16,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
-__all__ = ["Config", "apply_sets", "closest", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
+__all__ = ["Config", "apply_sets", "closest", "is_given", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
 
 
 class Config(BaseModel):
@@ -35,6 +35,14 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def is_given(value: object) -> bool:
+    """Whether a flag or field says anything: not None, not an unset switch, not an empty list or mapping.
+
+    0 and 0.0 do, although they equal False.
+    """
+    return not (value is None or value is False or (isinstance(value, list | tuple | dict) and not value))
 
 
 def load_yaml(path: Path) -> JsonObject:

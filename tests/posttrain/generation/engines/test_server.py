@@ -122,7 +122,7 @@ def test_a_request_that_hangs_is_given_up_after_the_timeout_and_made_again():
 def test_the_timeout_of_a_request_is_the_one_that_was_asked_for():
     given = {"teacher": "m", "prompts": "p", "engine": "openai", "base_url": "http://127.0.0.1:9/v1", "timeout": 7.5}
     engine = server.ServerEngine(GenerateConfig(**given), SILENT)
-    assert engine.client.timeout == 7.5
+    assert (engine.client.timeout.read, engine.client.timeout.connect) == (7.5, 7.5)
     engine.close()
 
 
