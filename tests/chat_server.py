@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
+from typing import Any
 
 from waiting import PATIENCE
 
+Fault = Callable[[BaseHTTPRequestHandler, Any], None]  # answers a request badly
 KEY = "sk-a-secret-that-must-not-be-written-4711"
 
 
@@ -124,7 +127,7 @@ def serving(server):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/chat/completions":
+            if not self.path.endswith("/chat/completions"):  # a redirect leads to other folders
                 reply(self, 404, {"error": {"message": f"no {self.path}"}})
             else:
                 try:

@@ -53,6 +53,8 @@ LONG_WAIT = 20.0  # seconds of a pause that is shown to the user
 CONNECT = 30.0  # seconds until an address is taken for one that nobody answers at
 LOW_RETRIES = 4  # fewer last less than ten seconds
 FIRST_CONTACT = 2  # further attempts to reach a server that never answered: more likely the address is wrong
+# What the libraries raise for hosts and ports that no address has: a server may redirect to one.
+NO_ADDRESS = (ExceptionGroup, OverflowError, UnicodeError)
 MOST_NAMES = 20  # models, addresses and refusals that are warned of
 LONGEST_MESSAGE = 300  # characters of what a server says
 
@@ -189,7 +191,7 @@ class ServerEngine:
             return self._refused(request, error.status_code, error.body, error.response.headers)
         except openai.APITimeoutError as error:
             raise _Failed(f"no answer in time ({self._cause(error)})", connected=False) from error
-        except (openai.APIConnectionError, _library().HTTPError) as error:
+        except (openai.APIConnectionError, _library().HTTPError, *NO_ADDRESS) as error:
             raise _Failed(self._cause(error), connected=False) from error
         self.reached = True
         try:
