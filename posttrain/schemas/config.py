@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
@@ -28,6 +28,17 @@ class Config(BaseModel):
     )
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that affect speed or price, not the result
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that the command's words give, not flags
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse an empty text for a path, which would be the working directory, and for an option that is off."""
+        if value == "" and isinstance(value, str) and info.field_name is not None:
+            field = cls.model_fields[info.field_name]
+            kinds = (field.annotation, *get_args(field.annotation))
+            if Path in kinds or (type(None) in kinds and field.default is None):
+                raise ValueError("is empty, which is not a value here (leave it out)")
+        return value
 
     def recorded(self) -> JsonObject:
         """The configuration as the manifest of an output records it."""

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from bad_answers import redirect
 from chat_server import KEY, Server, cut_short, hang, refuse, reset, serving, text
 from waiting import PATIENCE, wait_for
 
@@ -15,7 +16,10 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import SILENT
 from gemma2.posttrain.generation.engines import Request, retry, server
 from gemma2.posttrain.generation.engines.retry import Backoff, retry_after
+from gemma2.posttrain.generation.generate import run_generate
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
+from gemma2.posttrain.schemas.config import resolve
 
 pytest.importorskip("openai")
 
@@ -54,7 +58,8 @@ def first(count, fault):
 
 def test_a_request_carries_prompt_settings_and_seed_and_the_answer_its_counts():
     fake = Server()
-    found = ask(fake, 2, temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=50, logprobs=True)
+    given = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_new_tokens": 50, "logprobs": True}
+    found = ask(fake, 2, **given, stop=("\n\n", "a, b"))
     _, headers, body = fake.requests[0]
     assert headers["authorization"] == f"Bearer {KEY}"
     assert body == {
@@ -63,6 +68,8 @@ def test_a_request_carries_prompt_settings_and_seed_and_the_answer_its_counts():
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 5,
+        "min_p": 0.1,
+        "stop": ["\n\n", "a, b"],
         "max_tokens": 50,
         "seed": body["seed"],
         "logprobs": True,
@@ -161,6 +168,11 @@ def test_retry_after_is_honoured_and_holds_back_every_request(monkeypatch):
     ask(Server(faults), 6, concurrency=2)
     assert len(sent) == 7 and sent[:2] == [0, 0]
     assert min(sent[2:]) >= 40
+
+
+@pytest.mark.parametrize("value", ["nan", "", "Mon, 99 Foo 99999 1:1:1", "\x00"])
+def test_a_pause_that_cannot_be_read_is_not_given(value):
+    assert retry_after({"retry-after": value}) is None
 
 
 def test_a_server_that_was_never_reached_is_given_up_soon():
@@ -291,6 +303,15 @@ def test_retry_after_is_read_as_seconds_milliseconds_or_a_date(monkeypatch):
     assert retry_after({"retry-after": email.utils.formatdate(now - 30)}) == 0
     assert retry_after({"retry-after": "soon"}) is None and retry_after({}) is None
     assert retry_after({"retry-after": "-3"}) == 0
+    assert retry_after({"retry-after-ms": "soon", "retry-after": "7"}) == 7
+
+
+@pytest.mark.parametrize(
+    "value", ["86400", "1e300", "inf", email.utils.formatdate(4_000_000_000), "Fri, 31 Dec 9999 23:59:59 GMT"]
+)
+def test_a_server_that_asks_for_more_than_ten_minutes_is_asked_after_ten(value):
+    assert retry_after({"retry-after": value}) == retry.LONGEST_PAUSE == 600
+    assert retry_after({"retry-after-ms": "inf"}) == 600
 
 
 def test_a_newline_behind_the_key_is_no_part_of_it(monkeypatch):
@@ -317,3 +338,97 @@ def test_a_prompt_that_the_servers_filter_refuses_is_one_filtered_row():
     fault = refuse(400, "The prompt was filtered", code="content_filter")
     found = ask(Server(lambda number, body: fault if "prompt 1" in str(body) else None), count=3)
     assert [found[i, 0, 0].finish_reason for i in range(3)] == ["stop", "content_filter", "stop"]
+
+
+PORTS = ["http://127.0.0.1:65536/v1", "http://127.0.0.1:99999", "http://127.0.0.1:-1/v1", "http://127.0.0.1:0/v1"]
+ADDRESSES = [*PORTS, "http://[::1/v1", "http://a b/v1", "127.0.0.1:8000", "http://", "http://u:pass word@h:1"]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_no_server_has_is_refused_at_once(address, monkeypatch):
+    with pytest.raises(UsageError) as by_flag:
+        resolve(GenerateConfig, flags={"teacher": "m", "prompts": "p", "engine": "openai", "base_url": address})
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(UsageError) as by_environment:
+        server.ServerEngine(GenerateConfig(teacher="m", prompts="p", engine="openai"), SILENT)
+    for caught in (by_flag, by_environment):
+        assert caught.value.hint and "\n" not in str(caught.value) and "word" not in str(caught.value)
+
+
+class Listening:
+    """A progress that keeps the warnings."""
+
+    task, note = SILENT.task, SILENT.note
+
+    def __init__(self):
+        self.warnings = []
+        self.warn = self.warnings.append
+
+
+def test_another_model_and_another_address_are_recorded_and_warned_of_once(tmp_path):
+    """The server sends every request elsewhere, and says that it used a model of another name in a part of them."""
+    whole = Server.completion
+
+    class Elsewhere(Server):
+        def completion(self, body):
+            return whole(self, body) | {"model": "a/model-0613" if body["seed"] % 2 else "a/model"}
+
+    def faults(number, body):
+        path = fake.paths[number]
+        return redirect("/other/v1/chat/completions?token=secret") if path.startswith("/v1") else None
+
+    fake, heard = Elsewhere(faults), Listening()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "p {i}"}}\n' for i in range(12)))
+    with serving(fake) as address:
+        config = GenerateConfig(teacher="a/model", prompts=prompts, engine="openai", base_url=address)
+        result = run_generate(config, RunOptions(tmp_path / "out"), heard)
+    used = result.summary["models_used"]
+    assert used.keys() == {"a/model", "a/model-0613"} and sum(used.values()) == 12
+    other = address.removesuffix("/v1") + "/other/v1"
+    assert result.summary["redirected_to"] == {other: 12} and result.summary["server"] == address
+    assert sorted(heard.warnings) == [
+        f"{address} leads to {other}: that server reads the prompts",
+        f"{address} says that it used a/model-0613, where a/model was asked for",
+    ]
+    manifest = (tmp_path / "out" / "gemma2.json").read_text()
+    assert '"models_used"' in manifest and "secret" not in manifest
+
+
+def test_warnings_have_an_end():
+    heard = Listening()
+    engine = server.ServerEngine(GenerateConfig(teacher="m", prompts="p", base_url="http://h/v1"), heard)
+    for i in range(100):
+        engine._warn(f"model {i}")
+    engine.close()
+    assert len(heard.warnings) == server.MOST_NAMES
+
+
+def test_answers_that_came_with_a_failure_are_handed_on_whatever_the_failure_is(monkeypatch):
+    """A bug keeps its traceback, after the answers in flight, which are paid."""
+    fake = Server(before=lambda body: body["seed"] == 100 or wait_for(lambda: engine.failure))
+    completion = server.ServerEngine._completion
+
+    def faulty(self, request, *more):
+        return 1 / 0 if request.seed == 100 else completion(self, request, *more)
+
+    monkeypatch.setattr(server.ServerEngine, "_completion", faulty)
+    found = []
+    with serving(fake) as address:
+        config = GenerateConfig(teacher="m", prompts="p", engine="openai", base_url=address, concurrency=3)
+        engine = server.ServerEngine(config, SILENT)
+        with pytest.raises(ZeroDivisionError):
+            for group in engine.complete(requests_of(9), ()):
+                found += group
+        engine.close()
+    assert {completion.key for completion in found} == {(1, 0, 0), (2, 0, 0)}
+
+
+def test_a_prompt_that_is_refused_alone_is_dropped_on_resume_too():
+    """The first prompt is refused before any was answered; the run ends, and goes on without it when some are known."""
+    fault = refuse(400, "Invalid prompt: flagged")
+    fake = Server(lambda number, body: fault if body["seed"] == 100 else None)
+    with pytest.raises(InputError, match=r"prompts\.jsonl:1: http.* refuses a/model: 400 Invalid prompt"):
+        ask(fake, 3, concurrency=1)
+    found = ask(fake, 3, known={(2, 0, 0)}, concurrency=1)
+    assert {key: answer.finish_reason for key, answer in found.items()} == {(0, 0, 0): "refused", (1, 0, 0): "stop"}
