@@ -110,7 +110,7 @@ class ServerEngine:
         self.reached = False
         self.understood = False  # whether the server has given an answer
         self.told_until = 0.0  # on the monotonic clock: the pause that the user knows of
-        self.told: set[str] = set()  # warnings that have been given
+        self.warned: set[str] = set()  # warnings that have been given
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Nothing: the server tokenises."""
@@ -165,8 +165,8 @@ class ServerEngine:
 
     def _warn(self, text: str) -> None:
         """One warning per text, and a bounded number of them: a server may have another one for every answer."""
-        if text not in self.told and len(self.told) < MOST_NAMES:
-            self.told.add(text)
+        if text not in self.warned and len(self.warned) < MOST_NAMES:
+            self.warned.add(text)
             self.progress.warn(text)
 
     async def _pause(self, failed: _Failed, failures: int) -> None:

@@ -13,6 +13,7 @@ import ssl
 import pytest
 from bad_answers import CASES, DRIP
 from chat_server import KEY, Server, serving
+from processes import ROOT
 
 from gemma2.core.errors import Gemma2Error, GuardStop, InputError
 from gemma2.core.outputs.staging import partial_path
@@ -155,3 +156,10 @@ def test_a_count_that_can_be_read_is_kept_and_one_that_cannot_is_null(job):
     job(lambda number, body: cases["token counts as text"] if body["messages"][-1]["content"] == BAD else None)
     rows = [json.loads(line) for line in next(job.out.glob("data-*.jsonl")).read_text().splitlines()]
     assert [row["tokens"] for row in rows] == [7, None, 7]
+
+
+def test_the_page_names_every_reason_of_ours():
+    page = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+    ours = {case.reason for case in CASES if case.fate in ("drop", "again")}
+    of_servers = {"repetition_truncation", "rows", "\\x1b[31m\\udc00"}  # any other finish reason
+    assert all(f"`{reason}`" in page for reason in ours - of_servers) and of_servers < ours
