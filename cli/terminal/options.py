@@ -233,15 +233,13 @@ def _split_lists(schema: type[Config], flags: Flags) -> Flags:
     """The flags with the comma-separated text of tuple fields split into tuples, and repeated ones as tuples."""
     split: Flags = {}
     for name, value in flags.items():
-        field = schema.model_fields[name]
-        if get_origin(field.annotation) is not tuple:
-            split[name] = value
-        elif _repeated(field):
-            split[name] = tuple(value) if value else None  # without the flag the list is empty or None, by version
-        elif isinstance(value, str):
+        split[name] = value
+        if isinstance(
+            value, list
+        ):  # the type of repeated flags alone; without the flag it is empty or None, by version
+            split[name] = tuple(value) or None
+        elif isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple:
             split[name] = tuple(part.strip() for part in value.split(",") if part.strip())
-        else:
-            split[name] = value
     return split
 
 
