@@ -234,9 +234,7 @@ def _split_lists(schema: type[Config], flags: Flags) -> Flags:
     split: Flags = {}
     for name, value in flags.items():
         split[name] = value
-        if isinstance(
-            value, list
-        ):  # the type of repeated flags alone; without the flag it is empty or None, by version
+        if isinstance(value, list):  # a repeated flag; if it is not given, typer's version decides: empty or None
             split[name] = tuple(value) or None
         elif isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple:
             split[name] = tuple(part.strip() for part in value.split(",") if part.strip())

@@ -86,10 +86,13 @@ def check_journal(path):
     with Journal(path) as journal:
         for record in map(Completion.of_record, journal.records()):
             record.text.encode()
-            for count in (record.tokens, record.prompt_tokens):
-                assert count is None or (type(count) is int and count >= 0)
-            assert record.logprob is None or -1e9 < record.logprob <= 1
-    assert b"NaN" not in path.read_bytes() and b"Infinity" not in path.read_bytes()
+            check_figures(record.tokens, record.prompt_tokens, record.logprob)
+
+
+def check_figures(tokens, prompt_tokens, logprob):
+    for count in (tokens, prompt_tokens):
+        assert count is None or (type(count) is int and count >= 0)
+    assert logprob is None or -1e9 < logprob <= 1
 
 
 def asked(fake):
@@ -111,11 +114,14 @@ def test_one_prompt_that_is_always_answered_badly(job, case):
     result = job(always(case), case.slow)
     if case.fate == "keep":
         assert len(texts(job.out)) == PROMPTS and asked(job.fake) == [1, 1, 1] and "dropped" not in result.summary
+        for row in iter_rows(job.out):
+            check_figures(row.columns["tokens"], row.columns["prompt_tokens"], row.columns["logprob"])
     elif case.fate in ("drop", "again"):
         assert texts(job.out) == ["prompt 0", "prompt 2"] and result.summary["dropped"] == {case.reason: 1}
         assert asked(job.fake) == [1, 1 if case.fate == "drop" else 1 + RETRIES, 1]
     else:
         assert isinstance(result, InputError) and result.exit_code == 1
+        assert ("(--timeout)" in result.what) == case.slow
         before = asked(job.fake)
         assert before[0] == 1 and before[2] == 0
         resumed = job(lambda number, body: None, resume=True)

@@ -173,6 +173,23 @@ def test_a_missing_package_is_named_with_its_extra(package, teacher, monkeypatch
         load_engine(config, SILENT)
 
 
+def test_what_vllm_aborts_is_not_an_answer(teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
+    drawn = fake_vllm.LLM._drawn
+
+    def ending(self, *given):
+        output = drawn(self, *given)
+        output.finish_reason, output.cumulative_logprob = reasons.pop(0), float("nan")
+        return output
+
+    monkeypatch.setattr(fake_vllm.LLM, "_drawn", ending)
+    engine = load_engine(GenerateConfig(teacher=teacher, prompts=teacher, engine="vllm"), SILENT)
+    reasons = ["abort", "error", None, "length"]
+    found = answers(engine, requests_for(engine, ["a", "b", "c", "d"]))
+    assert [answer.finish_reason for _, answer in sorted(found.items())] == ["abort", "error", "unknown", "length"]
+    assert {answer.logprob for answer in found.values()} == {None}
+
+
 def test_vllm_gets_token_ids_one_seed_each_and_all_stop_ids(teacher, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
     config = GenerateConfig(teacher=teacher, prompts=teacher, engine="vllm", max_new_tokens=9, temperature=0.5)
