@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
+from typing import Any
 
 from waiting import PATIENCE
 
+Fault = Callable[[BaseHTTPRequestHandler, Any], None]  # answers a request badly
 KEY = "sk-a-secret-that-must-not-be-written-4711"
 
 
@@ -21,6 +24,7 @@ class Server:
         self.faults = faults
         self.before = before  # called while the request counts as busy; may wait for something
         self.requests = []  # (number, headers, body)
+        self.paths = []  # of the requests
         self.answered = []  # seeds, in the order of the answers
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
@@ -51,6 +55,7 @@ class Server:
         with self.lock:
             number = len(self.requests)
             self.requests.append((number, {name.lower(): value for name, value in handler.headers.items()}, body))
+            self.paths.append(handler.path)
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
         try:
@@ -124,7 +129,7 @@ def serving(server):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/chat/completions":
+            if not self.path.partition("?")[0].endswith("/chat/completions"):  # a redirect leads to other folders
                 reply(self, 404, {"error": {"message": f"no {self.path}"}})
             else:
                 try:

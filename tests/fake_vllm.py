@@ -31,6 +31,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    stop: list[str] | None = None
     stop_token_ids: list[int] | None = None
     max_tokens: int | None = 16
     logprobs: int | None = None
@@ -79,7 +80,7 @@ class LLM:
         if not (Path(model) / "config.json").is_file():
             raise OSError(f"{model} is no model")
         self.kwargs = kwargs
-        self.model, _ = load_policy(Path(model))
+        self.model, self.tokenizer = load_policy(Path(model))
         self.off_by = 0.0  # nats: what is added to every log-prob that is told
         length = self.model.config.max_position_embeddings
         runner = types.SimpleNamespace(model=types.SimpleNamespace(load_weights=self.load_weights))
@@ -112,10 +113,13 @@ class LLM:
         return RequestOutput(str(number), None, ids, outputs)
 
     def _drawn(self, k, ids, given):
-        params = Ours(given.max_tokens, given.temperature, 1, given.top_p, max(0, given.top_k))
+        params = Ours(given.max_tokens, given.temperature, 1, given.top_p, max(0, given.top_k), given.min_p)
         generator = None if given.seed is None else torch.Generator().manual_seed(given.seed + k)
         drawn = sample(self.model, [ids], params, given.stop_token_ids, 0, generator)
         reason = "length" if drawn.truncated[0] else "stop"
+        if given.stop:
+            assert given.detokenize, "vLLM finds stop strings only in text"
+            reason = self._cut(drawn, given.stop) or reason
         total, each = None, None
         if given.logprobs is not None:
             total = sum(drawn.logps[0])
@@ -123,6 +127,15 @@ class LLM:
             told = zip(drawn.ids[0], drawn.logps[0], strict=True)
             each = [{token: Logprob(value + self.off_by)} for token, value in told]
         return CompletionOutput(k, "", drawn.ids[0], total, each, reason)
+
+    def _cut(self, drawn, stops):
+        """End the ids with the token that completes a stop string, as vLLM does; its text is cut, its ids are not."""
+        for length in range(1, len(drawn.ids[0]) + 1):
+            text = self.tokenizer.decode(drawn.ids[0][:length], skip_special_tokens=True)
+            if any(stop in text for stop in stops):
+                del drawn.ids[0][length:], drawn.logps[0][length:]
+                return "stop"
+        return None
 
 
 class Client:

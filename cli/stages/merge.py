@@ -16,6 +16,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
+from gemma2.posttrain.schemas.config import is_given
 
 from .merge_methods import ENDING, MODELS, THREADS, flags_of, request_of
 
@@ -216,7 +217,7 @@ def merge(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
     \b
       gemma2 merge --config merge.yaml --out merged
     """
-    said = {name for name, value in given.items() if value not in (None, False, []) and name != "verify"}
+    said = {name for name, value in given.items() if is_given(value) and name != "verify"}
     if ctx.invoked_subcommand is not None:
         if said or not given["verify"]:
             raise UsageError(

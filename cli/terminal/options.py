@@ -25,7 +25,8 @@ from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas.config import Config, closest, resolve
+from gemma2.posttrain.schemas.config import Config, closest, is_given, resolve
+from gemma2.posttrain.schemas.fields import REPEATED
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
@@ -133,8 +134,16 @@ def recipe_path(name: str | None) -> Path | None:
 # --- flags of a schema ------------------------------------------------------------------------------------------------
 
 
-def _flag_type(annotation: object) -> TypeForm:
+def _repeated(field: FieldInfo) -> bool:
+    """Whether the flag of a list is given once per item."""
+    return field.json_schema_extra == REPEATED
+
+
+def _flag_type(field: FieldInfo) -> TypeForm:
     """The type that typer parses for a field: text for tuples, whose items are separated by commas."""
+    annotation = field.annotation
+    if _repeated(field):
+        return list[str]
     if get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(item for item in get_args(annotation) if item is not type(None))
     if get_origin(annotation) is Literal:
@@ -188,13 +197,13 @@ def _metavar(kind: object, is_list: bool) -> str | None:
 
 def _option(name: str, field: FieldInfo) -> OptionInfo:
     """The typer option of one field, with its default and bounds in the help."""
-    kind = _flag_type(field.annotation)
+    kind = _flag_type(field)
     flag = f"--{name.replace('_', '-')}"
     facts = "; ".join([*_default(field), *_limits(field)])
     option: OptionInfo = typer.Option(
         None,
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-        metavar=_metavar(kind, get_origin(field.annotation) is tuple),
+        metavar="TEXT" if _repeated(field) else _metavar(kind, get_origin(field.annotation) is tuple),
         help=(field.description or "") + (f" [{facts}]" if facts else ""),
         show_default=False,
         rich_help_panel="Inputs" if _is_input(field) else "Settings",
@@ -215,19 +224,21 @@ def flags_of(schema: type[Config]) -> dict[str, inspect.Parameter]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=_option(name, field),
-            annotation=_flag_type(field.annotation) | None,
+            annotation=_flag_type(field) | None,
         )
     return parameters
 
 
 def _split_lists(schema: type[Config], flags: Flags) -> Flags:
-    """The flags with the comma-separated text of tuple fields split into tuples."""
-    return {
-        name: tuple(part.strip() for part in value.split(",") if part.strip())
-        if isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple
-        else value
-        for name, value in flags.items()
-    }
+    """The flags with the comma-separated text of tuple fields split into tuples, and repeated ones as tuples."""
+    split: Flags = {}
+    for name, value in flags.items():
+        split[name] = value
+        if isinstance(value, list):  # a repeated flag; if it is not given, typer's version decides: empty or None
+            split[name] = tuple(value) or None
+        elif isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple:
+            split[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+    return split
 
 
 @dataclass(frozen=True)
@@ -301,7 +312,7 @@ def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
     several = get_origin(field.annotation) is tuple
     metavar = (name.removesuffix("s") if several else name).upper()
     described = typer.Argument(None, metavar=metavar, help=f"{field.description} (or --{name}).", show_default=False)
-    annotation = list[str] | None if several else _flag_type(field.annotation) | None
+    annotation = list[str] | None if several else _flag_type(field) | None
     return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
 
 
@@ -321,7 +332,7 @@ def make_command(
     def command(ctx: typer.Context, **values: object) -> None:
         given: Flags = values
         if ctx.invoked_subcommand is not None:
-            if ctx.args or any(value not in (None, False, []) for value in given.values()):
+            if ctx.args or any(map(is_given, given.values())):
                 raise UsageError(
                     f"options come before '{ctx.invoked_subcommand}'", "give them after the name of the sub-command"
                 )

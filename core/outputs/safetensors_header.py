@@ -50,10 +50,10 @@ class Tensor:
         return self.count * ITEM_BYTES[self.dtype]
 
 
-def printable(text: str) -> str:
-    """Return a name from a file, safe to show: control characters escaped, at most 120 characters."""
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    return shown if len(shown) <= 120 else shown[:117] + "..."
+def printable(text: str, longest: int = 120) -> str:
+    """Return text of others, safe to show: control characters escaped, at most `longest` characters."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: longest + 1])
+    return shown if len(shown) <= longest else shown[: longest - 3] + "..."
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

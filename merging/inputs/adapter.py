@@ -142,7 +142,7 @@ def _check_config(path: Path, config: JsonMapping) -> None:
     if variant != "LORA":
         raise InputError(f"{path}: peft_type is {printable(str(variant))}, only LORA can be merged here", MERGE_IT)
     for key, value in config.items():
-        if key not in HARMLESS and value not in (None, False, [], {}, ""):
+        if key not in HARMLESS and value:
             shown = printable(str(value))
             raise InputError(f"{path} sets {printable(key)} to {shown}: not plain LoRA", MERGE_IT)
     for key, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list)):

@@ -8,6 +8,7 @@ from typing import get_args
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.schemas import FilterConfig
+from gemma2.posttrain.schemas.config import is_given
 from gemma2.posttrain.schemas.filter import FilterName
 
 from .criteria.contamination import EvaluationTexts, contaminated
@@ -66,4 +67,4 @@ def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dic
 
 def _set_up(name: str, config: FilterConfig) -> bool:
     needs = NEEDS.get(name, ())
-    return not needs or any(getattr(config, need) not in (None, (), False) for need in needs)
+    return not needs or any(is_given(getattr(config, need)) for need in needs)

@@ -6,8 +6,8 @@ For a user turn the roles are swapped: an instruction opens, the user's turns so
 and what the model answered as the user's, so that the teacher's own next turn is the user's next message. System text
 is left out of the swapped conversation: a user does not see it.
 
-A conversation ends early when a turn is cut at the limit, is filtered, is empty on the user's side, or when the next
-prompt would not fit. What counts then are the turns up to the last model turn that was drawn.
+A conversation ends early when a turn is cut at the limit, is empty or no answer (filtered, a call of a tool, ...), or
+when the next prompt would not fit. What counts then are the turns up to the last model turn with a text.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gemma2.posttrain.data.batching import derived_seed
+from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.rows import Message, Prompt
 
-from .engines.base import Completion, Key
+from .engines.base import LENGTH, STOP, Completion, Key
+
+EMPTY = "empty"  # the fate of a conversation whose first answer is finished and has no text
 
 __all__ = ["Dialogue", "DialoguePlan"]
 
@@ -69,8 +71,7 @@ class Dialogue:
         if not self.drawn:
             return False
         last = self.drawn[-1]
-        silent = len(self.drawn) % 2 == 0 and not last.text
-        return len(self.drawn) == self.plan.drawn_turns or last.finish_reason != "stop" or silent
+        return len(self.drawn) == self.plan.drawn_turns or last.finish_reason != STOP or not last.text
 
     def take(self, known: Mapping[Key, Completion]) -> None:
         """Add the next turn, where it is known and still wanted."""
@@ -90,14 +91,16 @@ class Dialogue:
 
     @property
     def answers(self) -> list[Completion]:
-        """The model turns that were drawn."""
-        return [turn for turn in self.drawn[::2] if turn.finish_reason in ("stop", "length")]
+        """The model turns that have a text and were not dropped."""
+        return [turn for turn in self.drawn[::2] if turn.finish_reason in (STOP, LENGTH) and turn.text]
 
     @property
     def fate(self) -> str:
-        """`stop`; `length`: the last model turn was cut; `content_filter`, `overlong`: no answer at all."""
+        """`stop`; `length`: the last model turn was cut; otherwise there is no answer, and this is why."""
         answers = self.answers
-        return answers[-1].finish_reason if answers else self.drawn[0].finish_reason
+        if answers:
+            return answers[-1].finish_reason
+        return EMPTY if self.drawn[0].finish_reason == STOP else self.drawn[0].finish_reason
 
     @property
     def messages(self) -> list[Message]:

@@ -11,7 +11,7 @@ and in every row, before the prompt row's other columns:
     logprob         nats, sum over the model turns: of the sampler at the sampling temperature, of vLLM and servers as
                     they report it; null where they do not
     sample, seed    number among the n of its prompt, and the seed that it was drawn with
-    teacher, temperature, top_p, top_k
+    teacher, temperature, top_p, top_k, min_p
     reward          with reward models or functions: their sum for the last model turn
 
 Rows are in the order of the prompts, then of the samples, whatever the engine and the order of its answers.
@@ -22,31 +22,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma2.core.errors import GuardStop
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import ShardWriter, data_files
-from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
 from gemma2.posttrain.rewards.functions import load_function
-from gemma2.posttrain.rewards.terms import reward_parents, reward_score
 from gemma2.posttrain.runs.generation_budget import source_of
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
 
 from .answers import Answering
-from .dialogues import Dialogue, DialoguePlan
+from .dialogues import EMPTY, Dialogue, DialoguePlan
 from .engines import load_engine
+from .engines.base import LENGTH, OVERLONG, STOP
 from .journal import Journal
 from .scoring import Scored, scored
+
+if TYPE_CHECKING:
+    from gemma2.posttrain.data.chat import ChatFormat
 
 __all__ = ["run_generate"]
 
 TRAINING_COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected")  # a row holds one example
+# The fix where no answer is left, by the most frequent reason.
+ADVICE = {
+    LENGTH: "raise --max-new-tokens",
+    EMPTY: "raise --max-new-tokens for a teacher that thinks first, or look at --stop",
+    OVERLONG: "shorten the prompts, or lower --max-new-tokens",
+    "tool_calls": "set --set request.tool_choice=none",
+    "content_filter": "use other prompts or another teacher",
+    "refused": "use other prompts or another teacher",
+    "malformed": "check --base-url",
+}
+MOST_NAMES = 20  # models and addresses in the summary: a server may have another one for every answer
 
 
 def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
@@ -54,12 +68,12 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
 
     Raises InputError for unusable prompts or models, or a server that refuses; GuardStop when nothing is left to keep.
     """
-    quiet_libraries()
+    _quiet(config)
     for name in config.reward_fn:
         load_function(name, "--reward-fn")  # a misspelt name shows before anything is drawn
     plan = DialoguePlan(config.n, config.seed, config.turns, config.user_instruction)
     parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
-    parents += reward_parents(config)
+    parents += _judges(config)
     with open_run("generate", config, options, parents=parents, data=data_files(config.prompts)) as run:
         run.checkpoints.mkdir(exist_ok=True)
         with Journal(run.checkpoints / "answers.jsonl") as journal:
@@ -75,6 +89,22 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
             return run.finish(_write(run.path, config, chunks, progress) | unread | facts)
 
 
+def _quiet(config: GenerateConfig) -> None:
+    """Quiet the libraries that load models, unless a server answers and nothing judges: torch is not imported then."""
+    if config.engine != "openai" or config.reward_terms:
+        from gemma2.posttrain.models.loading import quiet_libraries
+
+        quiet_libraries()
+
+
+def _judges(config: GenerateConfig) -> list[Parent]:
+    if not config.reward_terms:
+        return []
+    from gemma2.posttrain.rewards.terms import reward_parents
+
+    return reward_parents(config)
+
+
 def _judged(
     run: Run, config: GenerateConfig, answering: Answering, chat: ChatFormat | None, progress: Progress
 ) -> Iterator[Scored]:
@@ -83,7 +113,12 @@ def _judged(
         for dialogues in answering.dialogues():
             yield [(dialogue, None) for dialogue in dialogues]
         return
+    from gemma2.posttrain.rewards.terms import reward_score
+
     if chat is None and config.reward:
+        from gemma2.posttrain.data.chat import ChatFormat
+        from gemma2.posttrain.models.loading import load_tokenizer
+
         chat = ChatFormat(load_tokenizer(config.reward[0]))
     score = reward_score(config, chat, config.batch_size)  # type: ignore[arg-type]  # read with a reward model only
     with Journal(run.checkpoints / "scores.jsonl") as journal:
@@ -91,12 +126,12 @@ def _judged(
 
 
 def _kept(dialogue: Dialogue, config: GenerateConfig) -> bool:
-    return dialogue.fate == "stop" or (dialogue.fate == "length" and config.keep_truncated)
+    return bool(dialogue.answers) and (dialogue.fate == STOP or config.keep_truncated)
 
 
 def _write(out: Path, config: GenerateConfig, chunks: Iterator[Scored], progress: Progress) -> JsonObject:
     """Write the shards; the summary."""
-    count: Counter[str] = Counter()
+    count, sent = Counter[str](), Sent()
     rewards: list[float] = [0.0, 0.0]  # sums over all that were judged, and over the kept
     teacher = teacher_name(config)
     with ShardWriter(out, config.shard_rows) as shards:
@@ -108,11 +143,11 @@ def _write(out: Path, config: GenerateConfig, chunks: Iterator[Scored], progress
                     shards.write(_row(dialogue, config, teacher, value))
                     _count_row(count, dialogue)
                     rewards[1] += value or 0.0
-                _count_samples(count, samples)
+                _count_samples(count, sent, samples, config)
                 rewards[0] += sum(value for _, value in kept if value is not None)
                 count["judged"] += sum(value is not None for _, value in kept)
-    _guard(count, config, progress)
-    return _summary(count, rewards, config)
+    _guard(count, sent.dropped, config, progress)
+    return _summary(count, rewards, config) | sent.summary()
 
 
 def _best(samples: Scored, best: int | None) -> Scored:
@@ -141,6 +176,7 @@ def _row(dialogue: Dialogue, config: GenerateConfig, teacher: str, reward: float
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k,
+        "min_p": config.min_p,
     }
     if reward is not None:
         ours["reward"] = round(reward, 6)
@@ -161,44 +197,73 @@ def teacher_name(config: GenerateConfig) -> str:
 def _count_row(count: Counter[str], dialogue: Dialogue) -> None:
     count["rows"] += 1
     count["tokens"] += sum(answer.tokens or 0 for answer in dialogue.answers)
-    count["empty"] += not dialogue.answers[-1].text
-    count["shortened"] += len(dialogue.answers) < dialogue.plan.turns and dialogue.fate == "stop"
+    count["shortened"] += len(dialogue.answers) < dialogue.plan.turns and dialogue.fate == STOP
 
 
-def _count_samples(count: Counter[str], samples: Scored) -> None:
+@dataclass
+class Sent:
+    """What the answers were dropped for, and what a server says of them. The names are the server's own."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    models: Counter[str] = field(default_factory=Counter)
+    redirects: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> JsonObject:
+        """The figures that occurred, the most frequent names of each."""
+        named = {"dropped": self.dropped, "models_used": self.models, "redirected_to": self.redirects}
+        return {name: dict(figures.most_common(MOST_NAMES)) for name, figures in named.items() if figures}
+
+
+def _count_samples(count: Counter[str], sent: Sent, samples: Scored, config: GenerateConfig) -> None:
     count["prompts"] += 1
     for dialogue, _ in samples:
         count["completions"] += 1
-        count[dialogue.fate] += 1
+        count["truncated"] += dialogue.fate == LENGTH
+        if dialogue.fate not in (STOP, LENGTH):
+            sent.dropped[dialogue.fate] += 1
+        elif config.keep_truncated and not dialogue.answers:
+            sent.dropped[EMPTY] += 1
+        sent.models.update(turn.model for turn in dialogue.drawn if turn.model is not None)
+        sent.redirects.update(turn.redirect for turn in dialogue.drawn if turn.redirect is not None)
         count["asked"] += sum(turn.prompt_tokens or 0 for turn in dialogue.drawn)
         count["answered"] += sum(turn.tokens or 0 for turn in dialogue.drawn)
 
 
-def _guard(count: Counter[str], config: GenerateConfig, progress: Progress) -> None:
-    """Stop when there is nothing to learn from, warn when most of the answers were cut."""
+def _guard(count: Counter[str], dropped: Counter[str], config: GenerateConfig, progress: Progress) -> None:
+    """Stop when there is nothing to learn from, warn when most of the answers were cut or dropped."""
     total, limit = count["completions"], f"--max-new-tokens {config.max_new_tokens}"
-    if not count["rows"] and count["length"] == total:
-        raise GuardStop(f"all {total} completions ran into {limit}", "raise it, or keep them with --keep-truncated")
+    if not count["rows"] and count["truncated"] == total and not config.keep_truncated:
+        raise GuardStop(
+            f"all {total} completions ran into {limit}",
+            "raise it, or keep them with --keep-truncated, and start over with --force",
+        )
+    cut = {} if config.keep_truncated else {"truncated": count["truncated"]}
+    reasons = ", ".join(f"{figure} {name}" for name, figure in (Counter(cut) + dropped).most_common(MOST_NAMES))
     if not count["rows"]:
-        fates = ", ".join(f"{count[fate]} {fate}" for fate in ("length", "content_filter", "overlong") if count[fate])
-        raise GuardStop(f"none of {total} completions can be kept ({fates})", "see docs/generate.md for what drops one")
-    if 2 * count["length"] > total:
-        progress.warn(f"{count['length']} of {total} completions ran into {limit}; raise it to keep more of the data")
+        (common, _), *_ = dropped.most_common(1) or [(LENGTH, 0)]
+        hint = ADVICE.get(common, f"use a teacher that ends its answers with {STOP!r}")
+        raise GuardStop(f"none of {total} completions can be kept ({reasons})", f"{hint}, and start over with --force")
+    if 2 * count["truncated"] > total:
+        progress.warn(
+            f"{count['truncated']} of {total} completions ran into {limit}; raise it to keep more of the data"
+        )
+    if dropped:
+        progress.warn(f"{dropped.total()} of {total} completions are dropped ({reasons}); see docs/generate.md")
 
 
 def _summary(count: Counter[str], rewards: list[float], config: GenerateConfig) -> JsonObject:
-    """Figures of the job. Figures that did not occur or are unknown are left out, except truncated and empty ones."""
+    """Figures of the job. Figures that did not occur or are unknown are left out, except truncated ones."""
     summary: JsonObject = {
         "prompts": count["prompts"],
         "completions": count["completions"],
         "rows": count["rows"],
-        "truncated": count["length"],
-        "empty": count["empty"],
+        "truncated": count["truncated"],
         "mean_tokens": round(count["tokens"] / count["rows"], 2),
         "prompt_tokens": count["asked"],
         "drawn_tokens": count["answered"],
     }
-    summary |= {name: count[name] for name in ("shortened", "overlong", "content_filter") if count[name]}
+    if count["shortened"]:
+        summary["shortened"] = count["shortened"]
     if count["judged"]:
         summary["mean_reward"] = round(rewards[0] / count["judged"], 4)
     if config.best is not None:

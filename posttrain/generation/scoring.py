@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
+from typing import TYPE_CHECKING
 
 from gemma2.core.errors import InputError
 from gemma2.core.progress import Progress
-from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.rewards.functions import Sampled, Score
 
 from .answers import Answering
 from .dialogues import Dialogue
 from .journal import Journal
+
+if TYPE_CHECKING:
+    from gemma2.posttrain.data.chat import ChatFormat
 
 __all__ = ["Scored", "scored"]
 

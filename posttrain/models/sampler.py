@@ -8,8 +8,8 @@ taken from the generator beforehand, one per token slot, so the draws of a row d
 the other rows. Gemma 2 decodes through `decoder.py`, other architectures through transformers.
 
 Log-probs belong to the sampled distribution, softmax(logits / temperature) over the full vocabulary. That is the policy
-of the RL objective, so they serve as its log pi without a second forward pass. Under top-p or top-k they still describe
-the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
+of the RL objective, so they serve as its log pi without a second forward pass. Under top-k, top-p or min-p they still
+describe the untruncated policy; at temperature 0 (greedy) they are those of temperature 1.
 
 Prefill and decoding use prebuilt masks, so a model that was loaded with flash or flex attention decodes with eager
 attention.
@@ -20,7 +20,7 @@ shorter than the sequence and both soft caps).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,18 +38,20 @@ __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batc
 RANKED = 1024  # tokens that top-p ranks first
 WIDE = 4096  # vocabularies of this size and more are searched in blocks
 BLOCK = 512  # tokens
+Ends = Callable[[list[int]], bool]
 TILE = 2**22  # logits at once: 16 MiB, which stay in the caches
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole."""
+    """How to draw. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 leave the distribution whole."""
 
     max_new_tokens: int
     temperature: float = 1.0
     n: int = 1
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
 
 
 @dataclass
@@ -137,13 +139,15 @@ def decode(
     stop_ids: Sequence[int],
     pad_id: int,
     uniforms: Tensor,
+    ends: Ends | None = None,
 ) -> list[tuple[list[int], list[float], bool]]:
     """Decode one batch: (ids, logps, truncated) for each prompt; repeated prompts are prefilled once.
 
     uniforms: (rows, max_new) float64 in [0, 1), the random numbers of each row. `params.n` is not read.
+    ends: whether a row is complete, by its ids so far; asked after every token, next to the stop ids.
     """
     with taking_masks(model):
-        return _decode(model, prompts, params, stop_ids, pad_id, uniforms)
+        return _decode(model, prompts, params, stop_ids, pad_id, uniforms, ends)
 
 
 def _decode(
@@ -153,6 +157,7 @@ def _decode(
     stop_ids: Sequence[int],
     pad_id: int,
     uniforms: Tensor,
+    ends: Ends | None,
 ) -> list[tuple[list[int], list[float], bool]]:
     device = model.device
     uniforms = uniforms.to(device)
@@ -168,6 +173,9 @@ def _decode(
         drawn, logp = draw(batch.logits, uniforms[live, t], params)
         tokens[live, t], logps[live, t] = drawn, logp
         stopped = stops[drawn]
+        if ends is not None:
+            said = [ends(tokens[row, : t + 1].tolist()) for row in live.tolist()]
+            stopped = stopped | torch.tensor(said, device=device)
         if stopped.any():
             lengths[live[stopped]], ended[live[stopped]] = t + 1, True
             keep = (~stopped).nonzero().squeeze(1)
@@ -194,7 +202,7 @@ def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tens
     if params.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, log_softmax_at(logits, tokens)
-    if logits.shape[1] >= WIDE and params.top_k == 0 and params.top_p == 1:
+    if logits.shape[1] >= WIDE and params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
         rows = max(1, TILE // logits.shape[1])
         drawn = [
             _draw_in_blocks(some, own, params.temperature)
@@ -244,10 +252,11 @@ def log_softmax_at(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def truncated_mass(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Zero the tokens that top-k and then top-p exclude, never the most probable. probs: (B, V), not renormalised.
+    """Zero the tokens that top-k, top-p and min-p exclude, never the most probable. probs: (B, V), not renormalised.
 
     Top-k keeps every token at least as probable as the k-th. Top-p keeps the smallest set of most probable tokens that
-    reaches the share `top_p` of the mass that top-k has left.
+    reaches the share `top_p` of the mass that top-k has left. Min-p keeps the tokens whose probability is at least
+    `min_p` times the largest one (2407.01082), after the others, as in transformers; vLLM applies it before them.
     """
     if params.top_k > 0:
         floor = probs.topk(min(params.top_k, probs.shape[1])).values[:, -1:]
@@ -259,6 +268,8 @@ def truncated_mass(probs: Tensor, params: SamplingParams) -> Tensor:
         inside = before < target
         inside[:, 0] = True
         probs = torch.zeros_like(probs).scatter_(1, order, ranked.where(inside, 0.0))
+    if params.min_p > 0:
+        probs = probs.where(probs >= params.min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs
 
 

@@ -75,7 +75,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
             chunks = judged(answering, scores, server, judge, prompts, progress)
         else:
             score = score or reward_score(RewardFields(reward=(judge_model,)), chat, config.batch_size)
-            chunks = scored(answering, scores, score, chat, lambda dialogue: True, progress)
+            chunks = scored(answering, scores, score, chat, lambda dialogue: bool(dialogue.answers), progress)
         return run.finish(_write(run, config, chunks, progress) | unread | (judge.facts() if server else {}))
 
 
@@ -106,9 +106,9 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
     margin = 0.0
     with (run.path / "pairs.jsonl").open("wb") as file:
         for prompts, group in enumerate(_by_prompt(chunks), start=1):
-            samples = [sample for sample in group if sample[1] is not None]
+            samples = [(dialogue, score) for dialogue, score in group if score is not None and dialogue.answers]
             unjudged += len(group) - len(samples)
-            scores = [score for _, score in samples if score is not None]
+            scores = [score for _, score in samples]
             if len(scores) < 2:
                 blank += 1
                 continue
@@ -127,7 +127,7 @@ def _write(run: Run, config: PairsConfig, chunks: Iterator[Scored], progress: Pr
             f"fewer than two samples have a score in {blank}"
         )
     found: JsonObject = {"prompts": prompts, "pairs": pairs, "ties": ties}
-    if config.judge_model is not None:
+    if config.judge_model is not None or unjudged:
         found |= {"unjudged": unjudged, "unjudged_prompts": blank}
     return found | {"mean_margin": round(margin / pairs, 4)}
 

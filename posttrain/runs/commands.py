@@ -34,6 +34,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config, parse_value
+from gemma2.posttrain.schemas.fields import REPEATED
 
 from .run_directory import RunOptions, RunResult
 
@@ -171,6 +172,8 @@ def spell(command: str, config: Config, out: Path) -> str:
             words += [word for key, item in value.items() for word in ("--set", f"{name}.{key}={_yaml(item)}")]
         elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple) and field.json_schema_extra == REPEATED:
+            words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, tuple):
             words += [flag, ",".join(str(item) for item in value)]
         else:

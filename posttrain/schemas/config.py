@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
-__all__ = ["Config", "apply_sets", "closest", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
+__all__ = ["Config", "apply_sets", "closest", "is_given", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
 
 
 class Config(BaseModel):
@@ -29,12 +29,31 @@ class Config(BaseModel):
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that affect speed or price, not the result
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that the command's words give, not flags
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse an empty text for a path, which would be the working directory, and for an option that is off."""
+        if value == "" and isinstance(value, str) and info.field_name is not None:
+            field = cls.model_fields[info.field_name]
+            kinds = (field.annotation, *get_args(field.annotation))
+            if Path in kinds or (type(None) in kinds and field.default is None):
+                raise ValueError("is empty, which is not a value here (leave it out)")
+        return value
+
     def recorded(self) -> JsonObject:
         """The configuration as the manifest of an output records it."""
         return self.model_dump(mode="json")
 
 
 C = TypeVar("C", bound=Config)
+
+
+def is_given(value: object) -> bool:
+    """Whether a flag or field says anything: not None, not an unset switch, not an empty list or mapping.
+
+    0 and 0.0 do, although they equal False.
+    """
+    return not (value is None or value is False or (isinstance(value, list | tuple | dict) and not value))
 
 
 def load_yaml(path: Path) -> JsonObject:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from gemma2.core.json_files import JsonObject
 
@@ -17,6 +17,9 @@ Data = Annotated[
     Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")
 ]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
+
+# `json_schema_extra` of a list whose items may hold commas and blanks: its flag is given once per item, as it is.
+REPEATED: dict[str, JsonValue] = {"repeated": True}
 
 
 class RowFields(Config):
@@ -99,9 +102,16 @@ class LoraOutputFields(LoraFields):
 
 
 def check_address(url: str, option: str = "--base-url") -> None:
-    """Raise ValueError for a server address with credentials: addresses are recorded in outputs."""
-    parts = urlsplit(url)
+    """Raise ValueError for a server address with credentials, which outputs would record, or one that no server has."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # its text may repeat a password
+        what = "a port that is not a number from 1 to 65535" if "port" in str(error).lower() else "a malformed host"
+        raise ValueError(f"{option} has {what}; give an address like http://localhost:8000/v1") from error
     if "@" in parts.netloc or parts.query:
         raise ValueError(f"{option} holds credentials or a query; keep keys in the environment")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(char.isspace() for char in url):
         raise ValueError(f"{option} {url!r} is not an http address; begin it with http:// or https://")
+    if port == 0:
+        raise ValueError(f"{option} has the port 0; give the port that the server listens to")

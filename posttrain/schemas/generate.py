@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .fields import Data, RowFields, SamplingFields, Seed, check_address
+from .fields import REPEATED, Data, RowFields, SamplingFields, Seed, check_address
 from .rlhf import RewardFields
 
 USER_INSTRUCTION = (
@@ -18,6 +18,8 @@ USER_INSTRUCTION = (
     "assistant's answers. Reply with the user's next message and nothing else: a follow-up question, a request to "
     "explain, correct or change something, or a further task on the same subject. Begin with the user's first message."
 )
+
+StopText = Annotated[str, Field(min_length=1)]
 
 
 class GenerateConfig(SamplingFields, RewardFields, RowFields):
@@ -41,6 +43,12 @@ class GenerateConfig(SamplingFields, RewardFields, RowFields):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="sample only from the most probable tokens with this total mass")
     top_k: int = Field(0, ge=0, description="sample only from this many most probable tokens; 0: all")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="sample only from tokens at least this probable relative to the most probable one"
+    )
+    stop: tuple[StopText, ...] = Field(
+        (), json_schema_extra=REPEATED, description="text that ends a turn and is not part of it; repeatable"
+    )
     keep_truncated: bool = Field(False, description="keep completions that reached the limit")
     on_overlong: Literal["error", "drop"] = Field(
         "error", description="if a prompt leaves no room for --max-new-tokens: stop, or drop and count it"
@@ -53,7 +61,9 @@ class GenerateConfig(SamplingFields, RewardFields, RowFields):
         "OPENAI_API_KEY", min_length=1, description="openai: environment variable that holds the key"
     )
     concurrency: int = Field(8, ge=1, le=4096, description="openai: requests at the same time")
-    timeout: float = Field(300.0, gt=0, description="openai: longest wait for one answer, seconds")
+    timeout: float = Field(
+        300.0, gt=0, description="openai: longest time from a request to the end of its answer, seconds"
+    )
     retries: int = Field(8, ge=0, description="openai: further attempts after a temporary failure")
     logprobs: bool = Field(False, description="openai: ask for log-probs, which not every server gives")
     request: JsonObject = Field(

@@ -11,15 +11,18 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 
 if TYPE_CHECKING:
     from gemma2.posttrain.data.chat import ChatFormat
 
-__all__ = ["Completion", "Engine", "Key", "Message", "Request"]
+__all__ = ["LENGTH", "OVERLONG", "STOP", "Completion", "Engine", "Key", "Message", "Request"]
 
 Message = dict[str, str]
 Key = tuple[int, int, int]  # number of the prompt, of the sample, of the turn
+STOP, LENGTH = "stop", "length"  # the reasons of an answer; every other one drops it
+OVERLONG = "overlong"
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class Request:
 class Completion:
     """One drawn turn.
 
-    finish_reason: `stop`; `length` (the limit came first); `content_filter` (a server took text out); `overlong` (the
-    prompt did not fit, nothing was drawn). Token counts are None where a server does not report them,
-    `logprob` (nats) where it is not asked for.
+    finish_reason: `stop`; `length` (the limit came first); anything else drops the turn: `overlong` (the prompt did not
+    fit, nothing was drawn), `content_filter`, `tool_calls` and whatever else an engine reports. Token counts are None
+    where a server does not report them, `logprob` (nats) where it is not asked for. `model`: the model that a server
+    says it used; `redirect`: the address that answered, where it is not the one that was asked.
     """
 
     key: Key
@@ -49,11 +53,13 @@ class Completion:
     prompt_tokens: int | None = None
     logprob: float | None = None
     ids: list[int] = field(default_factory=list)
+    model: str | None = None
+    redirect: str | None = None
 
     @classmethod
     def overlong(cls, key: Key, prompt_tokens: int | None = None) -> Completion:
         """The completion of a prompt that does not fit."""
-        return cls(key, "", "overlong", 0, prompt_tokens)
+        return cls(key, "", OVERLONG, 0, prompt_tokens)
 
     def record(self) -> JsonObject:
         """As a line of a journal."""
@@ -61,9 +67,14 @@ class Completion:
 
     @classmethod
     def of_record(cls, record: JsonObject) -> Completion:
-        """The inverse of `record`."""
-        row, sample, turn = record["key"]
-        return cls(**{**record, "key": (row, sample, turn)})
+        """The inverse of `record`. Raises InputError for a record that another program wrote."""
+        try:
+            row, sample, turn = record["key"]
+            return cls(**{**record, "key": (row, sample, turn)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "the journal of answers holds a record that is not a completion", "start over with --force"
+            ) from error
 
 
 class Engine(Protocol):

@@ -20,7 +20,8 @@ from gemma2.posttrain.models.protocols import ModelConfig
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
 from gemma2.posttrain.schemas import GenerateConfig
 
-from .base import Completion, Key, Message, Request
+from .base import LENGTH, STOP, Completion, Key, Message, Request
+from .stops import stops_at, text_completion
 
 __all__ = ["SamplerEngine", "window_of"]
 
@@ -30,8 +31,16 @@ BATCHES = 16  # batches that are sorted by length together
 class SamplerEngine:
     """A loaded model that answers in batches of at most `batch_size` completions."""
 
-    def __init__(self, model: Any, chat: ChatFormat, params: SamplingParams, batch_size: int) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        chat: ChatFormat,
+        params: SamplingParams,
+        batch_size: int,
+        stops: Sequence[str] = (),
+    ) -> None:
         self.model = model
+        self.stops = stops
         self.chat = chat
         self.params = params
         self.batch_size = batch_size
@@ -39,17 +48,19 @@ class SamplerEngine:
         self.chunk = BATCHES * batch_size
 
     @classmethod
-    def load(cls, path: Path, params: SamplingParams, batch_size: int) -> SamplerEngine:
+    def load(cls, path: Path, params: SamplingParams, batch_size: int, stops: Sequence[str] = ()) -> SamplerEngine:
         """Load a model that only generates: bf16 on an accelerator, fp32 on the CPU."""
         dtype = torch.float32 if default_device().type == "cpu" else torch.bfloat16
         model, tokenizer = load_policy(path, dtype)
-        return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size)
+        return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size, stops)
 
     @classmethod
     def load_for(cls, config: GenerateConfig) -> SamplerEngine:
         """The engine of a `gemma2 generate`."""
-        params = SamplingParams(config.max_new_tokens, config.temperature, top_p=config.top_p, top_k=config.top_k)
-        return cls.load(config.teacher, params, config.batch_size)
+        params = SamplingParams(
+            config.max_new_tokens, config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
+        )
+        return cls.load(config.teacher, params, config.batch_size, config.stop)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Token ids of a prompt."""
@@ -65,19 +76,22 @@ class SamplerEngine:
     def _draw(self, requests: Sequence[Request]) -> list[Completion]:
         uniforms = torch.stack([_uniforms(request.seed, self.params.max_new_tokens) for request in requests])
         pad_id = self.chat.tokenizer.pad_token_id or 0
+        ends = stops_at(self.stops, self.chat.decode) if self.stops else None
+        prompts = [request.ids for request in requests]
         with evaluating(self.model):
-            drawn = decode(
-                self.model, [request.ids for request in requests], self.params, self.chat.stop_ids, pad_id, uniforms
-            )
+            drawn = decode(self.model, prompts, self.params, self.chat.stop_ids, pad_id, uniforms, ends)
         return [
-            Completion(
-                key=request.key,
-                text=self.chat.decode(ids).strip(),
-                finish_reason="length" if truncated else "stop",
-                tokens=len(ids),
-                prompt_tokens=len(request.ids),
-                logprob=round(sum(logps), 4),
-                ids=ids,
+            text_completion(
+                Completion(
+                    key=request.key,
+                    text=self.chat.decode(ids),
+                    finish_reason=LENGTH if truncated else STOP,
+                    tokens=len(ids),
+                    prompt_tokens=len(request.ids),
+                    logprob=round(sum(logps), 4),
+                    ids=ids,
+                ),
+                self.stops,
             )
             for request, (ids, logps, truncated) in zip(requests, drawn, strict=True)
         ]

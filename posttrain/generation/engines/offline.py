@@ -7,6 +7,7 @@ Written to the documented interface; the tests run it on a stand-in with the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from gemma2.posttrain.models.loading import load_tokenizer, read_config
 from gemma2.posttrain.schemas import GenerateConfig
 
 from .base import Completion, Key, Message, Request
+from .stops import text_completion
 
 __all__ = ["VllmEngine"]
 
@@ -50,15 +52,18 @@ class VllmEngine:
             detail = " ".join(str(error).split())[:200]
             raise InputError(f"vLLM cannot load {config.teacher}: {detail}", "see vLLM's own log above") from error
         generation = _generation_config(config)
-        sampling = {
+        sampling: JsonObject = {
             "n": 1,
             "max_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p,
-            "top_k": config.top_k or -1,
+            "top_k": config.top_k if config.top_k > 0 else -1,
+            "min_p": config.min_p,
             "logprobs": 0,  # of the drawn token alone
-            "detokenize": False,  # text is ours to make: control tokens are left out exactly
+            "detokenize": bool(config.stop),  # only to find stop strings: text is ours to make, without control tokens
         }
+        if config.stop:
+            sampling["stop"] = list(config.stop)
         chat = ChatFormat(tokenizer, generation)
         window = int(llm.llm_engine.model_config.max_model_len) - config.max_new_tokens
         return cls(llm, chat, window, sampling | {"stop_token_ids": chat.stop_ids})
@@ -84,15 +89,17 @@ class VllmEngine:
     def _completion(self, request: Request, output: Any) -> Completion:  # noqa: ANN401
         (drawn,) = output.outputs
         ids = list(drawn.token_ids)
-        return Completion(
+        logprob = drawn.cumulative_logprob
+        completion = Completion(
             key=request.key,
-            text=self.chat.decode(ids).strip(),
-            finish_reason="stop" if drawn.finish_reason == "stop" else "length",
+            text=self.chat.decode(ids),
+            finish_reason=str(drawn.finish_reason or "unknown"),  # "abort" and "error" are not answers
             tokens=len(ids),
             prompt_tokens=len(request.ids),
-            logprob=None if drawn.cumulative_logprob is None else round(float(drawn.cumulative_logprob), 4),
+            logprob=round(float(logprob), 4) if logprob is not None and math.isfinite(logprob) else None,
             ids=ids,
         )
+        return text_completion(completion, self.sampling.get("stop", ()))
 
     def facts(self) -> JsonObject:
         """The version of vLLM, which decides what a seed gives."""

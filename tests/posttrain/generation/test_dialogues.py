@@ -70,8 +70,12 @@ def test_without_any_answer_its_fate_says_why(reason):
     assert made.ended and made.fate == reason and made.answers == []
 
 
-def test_an_empty_answer_does_not_end_a_conversation():
-    assert not dialogue("").ended
+def test_an_empty_answer_ends_a_conversation_and_is_not_in_it():
+    first = dialogue("")
+    assert first.ended and first.answers == [] and first.fate == "empty"
+    third = dialogue("a", "q", "")
+    assert third.ended and [turn.text for turn in third.answers] == ["a"] and third.fate == "stop"
+    assert told(third.messages) == "s:Be brief. u:u1 a:a"
 
 
 def test_seeds_differ_by_run_prompt_sample_and_turn():

@@ -262,7 +262,7 @@ def test_overlong_prompts_are_an_error_with_their_line_or_dropped_and_counted(in
         run_generate(configure(inputs, prompts=prompts), RunOptions(tmp_path / "out"))
     result = run_generate(configure(inputs, prompts=prompts, on_overlong="drop"), RunOptions(tmp_path / "out"))
     assert [row["prompt"][0]["content"] for row in rows_of(result)] == ["a", "a", "c", "c"]
-    assert result.summary["overlong"] == 2 and result.summary["completions"] == 6
+    assert result.summary["dropped"] == {"overlong": 2} and result.summary["completions"] == 6
 
 
 def test_a_completion_that_fills_the_context_is_refused(inputs, tmp_path):

@@ -10,6 +10,7 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinPLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -118,35 +119,44 @@ def chi_square(counts, probs):
     return float(statistic), int(cells.sum()) - 1
 
 
-def truncated(logits, top_p, top_k):
+def truncated(logits, top_p, top_k, min_p=0.0):
     """What transformers' own filters leave of a distribution, renormalised."""
     filters = [TopKLogitsWarper(top_k)] if top_k else []
     filters += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    filters += [MinPLogitsWarper(min_p)] if min_p else []
     for each in filters:
         logits = each(None, logits)
     return torch.softmax(logits, -1)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(0.7, 1.0, 0), (1.0, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 3), (0.9, 0.85, 5)]
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (0.7, 1.0, 0, 0.0),
+        (1.0, 1.0, 0, 0.0),
+        (1.3, 0.8, 0, 0.0),
+        (1.0, 1.0, 3, 0.0),
+        (0.9, 0.85, 5, 0.0),
+        (1.2, 1.0, 0, 0.15),
+    ],
 )
-def test_two_token_completions_follow_the_distribution(temperature, top_p, top_k):
+def test_two_token_completions_follow_the_distribution(temperature, top_p, top_k, min_p):
     vocab, n = 7, 20000
     model = gemma(vocab=vocab)
     prompt = [2, 4, 3]
-    params = SamplingParams(2, temperature, n, top_p, top_k)
+    params = SamplingParams(2, temperature, n, top_p, top_k, min_p)
     out = sample(model, [prompt], params, [], PAD, torch.Generator().manual_seed(5), n)
     pairs = torch.tensor(out.ids)
     counts = torch.bincount(pairs[:, 0] * vocab + pairs[:, 1], minlength=vocab**2).double()
     with torch.no_grad():
         context = torch.tensor([[*prompt, a] for a in range(vocab)])
         logits = model(context).logits.double() / temperature
-    first = truncated(logits[:1, 2], top_p, top_k)[0]
-    second = truncated(logits[:, 3], top_p, top_k)
+    first = truncated(logits[:1, 2], top_p, top_k, min_p)[0]
+    second = truncated(logits[:, 3], top_p, top_k, min_p)
     expected = (first[:, None] * second).flatten()
     assert not counts[expected == 0].any()
     statistic, freedom = chi_square(counts, expected)
-    assert freedom > (20 if top_p == 1 and not top_k else 5)
+    assert freedom > (20 if top_p == 1 and not top_k and not min_p else 5)
     # Wilson-Hilferty: the 0.9999 quantile of chi-square.
     limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
     assert statistic < limit
@@ -217,15 +227,16 @@ def test_top_k_and_top_p_exclude_tokens_but_not_from_the_log_probs():
     assert logp.item() == pytest.approx(math.log(0.5), abs=1e-6)
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.3, 0), (0.9, 0), (0.999, 0), (1.0, 7), (0.5, 12)])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.3, 0), (0.9, 0), (0.999, 0), (1.0, 7), (0.5, 12)])
 @pytest.mark.parametrize("sharpness", [0.1, 3.0])
-def test_top_k_and_top_p_keep_the_tokens_of_transformers_also_beyond_the_first_ranks(
-    top_p, top_k, sharpness, monkeypatch
+def test_top_k_top_p_and_min_p_keep_the_tokens_of_transformers_also_beyond_the_first_ranks(
+    top_p, top_k, min_p, sharpness, monkeypatch
 ):
     monkeypatch.setattr(sampler, "RANKED", 8)
     logits = sharpness * torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    kept = truncated_mass(torch.softmax(logits, -1), SamplingParams(1, top_p=top_p, top_k=top_k))
-    assert torch.allclose(kept / kept.sum(-1, keepdim=True), truncated(logits, top_p, top_k), atol=1e-12)
+    kept = truncated_mass(torch.softmax(logits, -1), SamplingParams(1, top_p=top_p, top_k=top_k, min_p=min_p))
+    assert torch.allclose(kept / kept.sum(-1, keepdim=True), truncated(logits, top_p, top_k, min_p), atol=1e-12)
 
 
 def test_each_row_of_a_batch_of_very_different_lengths_gets_the_same_tokens_as_alone(model):
@@ -288,6 +299,26 @@ def test_a_completion_ends_with_its_stop_token_or_is_truncated(model):
         assert truncated == (ids[-1] not in (STOP, 7))
         assert not {STOP, 7} & set(ids[:-1])
         assert len(ids) == 40 if truncated else len(ids) <= 40
+
+
+def test_min_p_is_relative_to_the_most_probable_token_in_narrow_and_wide_vocabularies():
+    for vocabulary in (3, sampler.WIDE + 1):
+        probs = torch.full((1, vocabulary), 1e-9)
+        probs[0, :3] = torch.tensor([0.5, 0.3, 0.2])
+        highest = torch.tensor([1 - 1e-12], dtype=torch.float64)
+        drawn = [draw(probs.log(), highest, SamplingParams(1, min_p=p))[0].item() for p in (0.3, 0.5, 0.7)]
+        assert drawn == [2, 1, 0]
+
+
+def test_a_row_ends_where_it_is_said_to_and_the_others_do_not_notice(model):
+    prompts = prompts_of([6, 14, 8])
+    params, uniforms = SamplingParams(20), torch.rand(3, 20, dtype=torch.float64)
+    whole = decode(model, prompts, params, [], PAD, uniforms)
+    ended = decode(model, prompts, params, [], PAD, uniforms, lambda ids: ids == whole[1][0][:7])
+    assert [ids for ids, _, _ in ended] == [whole[0][0], whole[1][0][:7], whole[2][0]]
+    assert [cut for _, _, cut in ended] == [True, False, True]
+    at_the_limit = decode(model, prompts, params, [], PAD, uniforms, lambda ids: len(ids) == 20)
+    assert [cut for _, _, cut in at_the_limit] == [False] * 3
 
 
 def test_each_prompt_is_prefilled_once_and_ended_rows_leave_the_batch(model, monkeypatch):

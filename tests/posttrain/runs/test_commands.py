@@ -11,7 +11,7 @@ from gemma2.configs import recipes
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
 from gemma2.posttrain.runs.commands import COMMANDS, spell
-from gemma2.posttrain.schemas import MergeConfig, RlhfConfig, SftConfig, WarpConfig
+from gemma2.posttrain.schemas import GenerateConfig, MergeConfig, RlhfConfig, SftConfig, WarpConfig
 
 
 @pytest.fixture
@@ -70,6 +70,14 @@ def test_a_list_shows_as_one_word(parsed):
         vary=("learning_rate=1e-6:2e-6", "length_penalty=0:1e-3"),
     )  # fmt: skip
     assert parsed(spell("warp", warp, Path("o"))) == (warp, Path("o"))
+
+
+def test_items_with_commas_and_blanks_are_given_one_by_one(parsed):
+    stops = ("a, b", "\n\n", "--x", " User:")
+    config = GenerateConfig(teacher="t", prompts="p", stop=stops)
+    assert parsed(spell("generate", config, Path("o"))) == (config, Path("o"))
+    alone = GenerateConfig(teacher="t", prompts="p", stop=("a,b",))
+    assert parsed(spell("generate", alone, Path("o"))) == (alone, Path("o"))
 
 
 def test_a_merge_is_spelt_as_gemma2_merge_takes_it(parsed):

@@ -101,6 +101,41 @@ def test_a_chunk_is_at_least_one_request(engine):
     assert engine.chunk >= 1 and list(engine.complete([], ())) == []
 
 
+def test_an_answer_ends_before_the_first_of_the_stop_strings(configure):
+    texts = ["one", "two two", "three three three", "four"]
+    plain, other = load_engine(configure(), SILENT), None
+    try:
+        requests = requests_for(plain, texts)
+        whole = answers(plain, requests)
+        middles = [(answer.text, len(answer.text) // 2) for answer in whole.values()]
+        stops = tuple(sorted({text[at : at + 2].strip() for text, at in middles[:2]} - {""}))
+        assert stops
+        other = load_engine(configure(stop=stops), SILENT)
+        for key, answer in answers(other, requests).items():
+            before = min((whole[key].text.partition(stop)[0] for stop in stops), key=len)
+            assert answer.text == before.strip()
+            cut = before != whole[key].text
+            assert answer.finish_reason == ("stop" if cut else whole[key].finish_reason)
+            assert not (cut and answer.ids), "ids that were drawn hold the stop string"
+            assert answer.tokens <= whole[key].tokens
+        assert any(answer.text != whole[key].text for key, answer in answers(other, requests).items())
+    finally:
+        plain.close()
+        if other is not None:
+            other.close()
+
+
+def test_min_p_of_one_is_greedy(configure):
+    config = configure(min_p=1.0)
+    if config.engine == "openai":
+        return  # the server's business: test_server.py sees it arrive
+    engine, greedy = load_engine(config, SILENT), load_engine(configure(temperature=0.0), SILENT)
+    requests = requests_for(engine, ["one", "two two", "three"])
+    assert [a.text for _, a in sorted(answers(engine, requests).items())] == [
+        a.text for _, a in sorted(answers(greedy, requests).items())
+    ]
+
+
 @pytest.mark.parametrize("turns", [1, 2])
 def test_rows_come_in_input_order_with_their_provenance(configure, tmp_path, turns):
     config = configure(n=2, turns=turns, keep_truncated=True, seed=3, temperature=1.5, top_p=0.9, top_k=40)
@@ -138,6 +173,23 @@ def test_a_missing_package_is_named_with_its_extra(package, teacher, monkeypatch
         load_engine(config, SILENT)
 
 
+def test_what_vllm_aborts_is_not_an_answer(teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
+    drawn = fake_vllm.LLM._drawn
+
+    def ending(self, *given):
+        output = drawn(self, *given)
+        output.finish_reason, output.cumulative_logprob = reasons.pop(0), float("nan")
+        return output
+
+    monkeypatch.setattr(fake_vllm.LLM, "_drawn", ending)
+    engine = load_engine(GenerateConfig(teacher=teacher, prompts=teacher, engine="vllm"), SILENT)
+    reasons = ["abort", "error", None, "length"]
+    found = answers(engine, requests_for(engine, ["a", "b", "c", "d"]))
+    assert [answer.finish_reason for _, answer in sorted(found.items())] == ["abort", "error", "unknown", "length"]
+    assert {answer.logprob for answer in found.values()} == {None}
+
+
 def test_vllm_gets_token_ids_one_seed_each_and_all_stop_ids(teacher, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
     config = GenerateConfig(teacher=teacher, prompts=teacher, engine="vllm", max_new_tokens=9, temperature=0.5)
@@ -145,6 +197,7 @@ def test_vllm_gets_token_ids_one_seed_each_and_all_stop_ids(teacher, monkeypatch
     answers(engine, requests_for(engine, ["a", "b"]))
     one, two = fake_vllm.LLM.calls[-1]
     assert (one.seed, two.seed) == (50, 51) and set(one.stop_token_ids) == {1, 107}
-    assert (one.max_tokens, one.temperature, one.top_p, one.top_k) == (9, 0.5, 1.0, -1)
+    assert (one.max_tokens, one.temperature, one.top_p, one.top_k, one.min_p) == (9, 0.5, 1.0, -1, 0.0)
+    assert one.stop is None and one.detokenize is False
     assert engine.window == engine.llm.llm_engine.model_config.max_model_len - 9
     assert engine.facts() == {"vllm": "0.10.2"}
