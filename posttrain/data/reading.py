@@ -24,7 +24,7 @@ from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.progress import Progress
 
 from .rows import Conversation, Pair, Prompt, conversation_of, pair_of, prompt_of
-from .shapes.turns import SKIP_HINT, UnknownKeys
+from .shapes.turns import SKIP_HINT, UnknownKeys, unknown_hint
 from .sources import ColumnNames, Row, find_files, iter_rows, to_line
 
 if TYPE_CHECKING:
@@ -226,12 +226,7 @@ def _with_later_keys(error: UnknownKeys, rows: Iterator[Row], parse: Callable[[R
             keys |= later.keys
         except InputError:
             continue
-    if keys == error.keys or error.hint == SKIP_HINT:
-        return error
-    listed = ",".join(sorted(keys))
-    return UnknownKeys(
-        error.what, keys, f"leave out the keys (--ignore-keys {listed}), or the rows (--on-bad-row skip)"
-    )
+    return UnknownKeys(error.what, unknown_hint(keys), keys)
 
 
 def _columns_of(row: Prompt | Conversation | Pair) -> JsonObject:

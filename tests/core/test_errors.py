@@ -11,7 +11,8 @@ import pytest
 from gemma2.core.errors import Gemma2Error
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASS = re.compile(r"^class (\w+)\((?:Gemma2Error|UsageError|InputError|OutputError|GuardStop|StageFailed)\b", re.M)
+BASES = "Gemma2Error|UsageError|InputError|OutputError|GuardStop|StageFailed|TurnError"
+CLASS = re.compile(rf"^class (\w+)\((?:{BASES})\b", re.M)
 FOUND = {
     name: f"gemma2.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
     for layer in ("core", "merging", "posttrain", "cli")
@@ -25,7 +26,7 @@ FOUND["Gemma2Error"] = Gemma2Error.__module__
 @pytest.mark.parametrize("message", [("the file f is damaged", "restore it"), ("the file f is damaged", "")])
 def test_an_error_keeps_message_exit_code_and_attributes_when_it_is_pickled(name, message):
     kind = getattr(import_module(FOUND[name]), name)
-    takes_a_code = len(inspect.signature(kind).parameters) > 2
+    takes_a_code = "code" in inspect.signature(kind).parameters
     error = kind(*message, *((3,) if takes_a_code else ()))
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind

@@ -19,7 +19,17 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.data.files.row import kind
 
-__all__ = ["Message", "TurnError", "Turns", "UnknownKeys", "check_order", "fold_system", "rename_hint", "turns_of"]
+__all__ = [
+    "Message",
+    "TurnError",
+    "Turns",
+    "UnknownKeys",
+    "check_order",
+    "fold_system",
+    "rename_hint",
+    "turns_of",
+    "unknown_hint",
+]
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": TEXT}
 
@@ -38,6 +48,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+CALL_KEYS = {"tool_calls", "function_call", "tool_call_id"}
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT files
 NAMES = (("role", "from"), ("content", "value"))  # of the two parts of a message: ours, ShareGPT's
 WHETHER_LEARNED = ("weight", "train", "trainable")
@@ -52,12 +63,12 @@ class TurnError(InputError):
 class UnknownKeys(TurnError):
     """Messages that say more than role and content. `keys`: what else they say."""
 
-    def __init__(self, what: str, keys: Collection[str], hint: str) -> None:
+    def __init__(self, what: str, hint: str = "", keys: Collection[str] = ()) -> None:
         super().__init__(what, hint)
         self.keys = frozenset(keys)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.what, self.keys, self.hint)
+        return type(self), (self.what, self.hint, self.keys)
 
 
 @dataclass(frozen=True)
@@ -84,11 +95,19 @@ def turns_of(where: str, column: str, value: object, role: str, ignored: Collect
         raise InputError(f"{where}: '{column}' is {kind(value)}", "write a text, or a list of messages")
     messages: list[Message] = []
     masked: set[int] = set()
+    unknown: list[UnknownKeys] = []
     for index, item in enumerate(value):
-        message, learned = _message(where, f"{column}[{index}]", item, ignored)
+        try:
+            message, learned = _message(where, f"{column}[{index}]", item, ignored)
+        except UnknownKeys as error:
+            unknown.append(error)
+            continue
         messages.append(message)
         if not learned:
             masked.add(index)
+    if unknown:
+        keys = frozenset().union(*(error.keys for error in unknown))
+        raise UnknownKeys(unknown[0].what, unknown_hint(keys), keys)
     return Turns(messages, frozenset(masked))
 
 
@@ -137,9 +156,10 @@ def _message(where: str, place: str, item: object, ignored: Collection[str]) -> 
     keys = [theirs if ours not in said and theirs in said else ours for ours, theirs in NAMES]
     role = _role(where, place, keys[0], said)
     learned = _learned(where, place, role, said)
-    unknown = said.keys() - {*keys, *WHETHER_LEARNED} - set(ignored)
+    unknown = sorted(said.keys() - {*keys, *WHETHER_LEARNED} - set(ignored))
     if unknown:
-        raise _unknown(where, place, sorted(unknown))
+        what = f"{where}: '{place}' also has {', '.join(unknown)}, which nothing learns"
+        raise UnknownKeys(what, unknown_hint(unknown), unknown)
     return {"role": role, "content": _content(where, f"{place}.{keys[1]}", keys[1], said)}, learned
 
 
@@ -210,13 +230,11 @@ def _part(where: str, place: str, part: object) -> str:
     return _whole(where, place, text)
 
 
-def _unknown(where: str, place: str, keys: Sequence[str]) -> UnknownKeys:
-    what = f"{where}: '{place}' also has {', '.join(keys)}, which nothing learns"
-    if {"tool_calls", "function_call", "tool_call_id"} & set(keys):
-        return UnknownKeys(what, keys, SKIP_HINT)
-    return UnknownKeys(
-        what, keys, f"leave out the keys (--ignore-keys {','.join(keys)}), or the rows (--on-bad-row skip)"
-    )
+def unknown_hint(keys: Collection[str]) -> str:
+    """What to do about keys of messages that nothing reads; an answer without its tool call would be another answer."""
+    if CALL_KEYS & set(keys):
+        return SKIP_HINT
+    return f"leave out the keys (--ignore-keys {','.join(sorted(keys))}), or the rows (--on-bad-row skip)"
 
 
 def _rows_of_columns(value: JsonMapping) -> object:
