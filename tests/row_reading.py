@@ -11,8 +11,8 @@ def plain_reading(**options: object) -> Reading:
     return Reading(RowFields(**options))
 
 
-def read_prompts(path: Path, limit: int | None = None, column: str | None = None) -> list[Prompt]:
-    return plain_reading().prompts(path, limit, column)
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    return plain_reading().prompts(path, limit)
 
 
 def read_conversations(path: Path) -> list[Conversation]:

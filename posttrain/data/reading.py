@@ -82,18 +82,17 @@ class Reading:
         self._change = change  # applied to each row before it is read
         self.ignored = frozenset(options.ignore_keys)
         self.skips = options.on_bad_row == "skip"
-        self._columns = options.columns
-        ColumnNames(options.columns)
+        self._names = ColumnNames(options.columns)
         self.tallies: dict[Path, Tally] = {}
         self.skipped: dict[str, Skipped] = {}
 
-    def prompts(self, path: Path, limit: int | None = None, column: str | None = None) -> list[Prompt]:
+    def prompts(self, path: Path, limit: int | None = None) -> list[Prompt]:
         """The prompts of a data path, at most `limit`. Raises InputError at the first bad row, and for no row."""
-        return self._all(path, self.each_prompt(path, limit, column))
+        return self._all(path, self.each_prompt(path, limit))
 
-    def each_prompt(self, path: Path, limit: int | None = None, column: str | None = None) -> Iterator[Prompt]:
+    def each_prompt(self, path: Path, limit: int | None = None) -> Iterator[Prompt]:
         """The same, streamed."""
-        return islice(self._each(path, lambda row: prompt_of(row, column, self.ignored)), limit)
+        return islice(self._each(path, lambda row: prompt_of(row, self.ignored)), limit)
 
     def conversations(self, path: Path, limit: int | None = None) -> list[Conversation]:
         """The conversations of a data path, at most `limit`. Raises InputError at the first bad row."""
@@ -118,11 +117,9 @@ class Reading:
     def rows(self, path: Path, limit: int | None = None) -> Iterator[Row]:
         """The rows as they stand in the files, under the names of `--columns`."""
         tally = self.tallies[path] = Tally(aside=find_files(path).aside)
-        names = ColumnNames(self._columns)
-        for row in iter_rows(path, limit, self._unreadable if self.skips else None, names):
+        for row in iter_rows(path, limit, self._unreadable if self.skips else None, self._names):
             tally.rows += 1
             yield row if self._change is None else self._change(row)
-        names.check(path)
 
     def skip(self, error: InputError, where: str, columns: JsonObject) -> None:
         """Leave a row out, with `--on-bad-row skip`; else raise the error."""
@@ -150,8 +147,13 @@ class Reading:
             raise InputError(f"the chat template takes none of {len(prompts)} prompts", "see docs/data.md")
         return found
 
+    def check_columns(self) -> None:
+        """Raise InputError for a column of `--columns` that no row had. Call it when everything is read."""
+        self._names.check(", ".join(map(str, self.tallies)))
+
     def report(self, progress: Progress, folder: Path | None = None) -> JsonObject:
         """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest."""
+        self.check_columns()
         counts: JsonObject = {}
         for path, tally in self.tallies.items():
             for words, found in self._told(path, tally):

@@ -107,14 +107,14 @@ class Pair:
 Keyed = TypeVar("Keyed", Prompt, Conversation, Pair)
 
 
-def prompt_of(row: Row, column: str | None = None, ignored: Collection[str] = ()) -> Prompt:
-    """The prompt of a row: of its `column`, else of whatever column is known to hold one.
+def prompt_of(row: Row, ignored: Collection[str] = ()) -> Prompt:
+    """The prompt of a row, in whatever column is known to hold one.
 
     ignored  keys of messages that are left out
 
     Raises InputError for a row without a prompt, or with an empty one.
     """
-    shaped = prompt_shape(row, column, ignored)
+    shaped = prompt_shape(row, ignored)
     _require_words(row, shaped.turns.messages)
     return Prompt(row.where, shaped.turns.messages, row.extra(*shaped.read), shaped.shape, shaped.notes)
 

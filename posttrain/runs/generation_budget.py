@@ -31,11 +31,10 @@ class PromptSource:
     path: Path
     reading: Reading
     limit: int | None = None
-    column: str | None = None
     system: str | None = None
 
     def __iter__(self) -> Iterator[Prompt]:
-        for prompt in self.reading.each_prompt(self.path, self.limit, self.column):
+        for prompt in self.reading.each_prompt(self.path, self.limit):
             if self.system is not None and prompt.messages[0]["role"] != "system":
                 prompt = replace(prompt, messages=[{"role": "system", "content": self.system}, *prompt.messages])
             yield prompt
@@ -43,15 +42,17 @@ class PromptSource:
 
 def source_of(config: GenerateConfig) -> PromptSource:
     """The prompts of a `gemma2 generate`."""
-    return PromptSource(config.prompts, Reading(config), config.limit, config.prompt_column, config.system)
+    return PromptSource(config.prompts, Reading(config), config.limit, config.system)
 
 
 def generate_budget(config: GenerateConfig) -> dict[str, float]:
     """Figures for --dry-run. Raises InputError for a row that is not a prompt."""
     rows = asked = 0
-    for prompt in source_of(config):
+    source = source_of(config)
+    for prompt in source:
         rows += 1
         asked += about(prompt.messages)
+    source.reading.check_columns()
     figures: dict[str, float] = {
         "prompts": rows,
         "completions": rows * config.n,

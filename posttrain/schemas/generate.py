@@ -33,7 +33,6 @@ class GenerateConfig(SamplingFields, RewardFields, RowFields):
     engine: Literal["transformers", "vllm", "openai"] = Field(
         "transformers", description="engine: the built-in sampler, vLLM, or an OpenAI-compatible server"
     )
-    prompt_column: str | None = Field(None, min_length=1, description="column of the prompts (GSM8K: question)")
     system: str | None = Field(None, min_length=1, description="system text for every prompt without one")
     n: int = Field(1, ge=1, description="completions per prompt")
     best: int | None = Field(None, ge=1, description="keep this many of the n, by --reward or --reward-fn")

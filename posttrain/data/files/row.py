@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
@@ -66,8 +65,8 @@ class ColumnNames:
         kept = {f"{name}_of_row" if name in found else name: value for name, value in rest.items()}
         return {ours: columns[theirs] for ours, theirs in found.items()} | kept
 
-    def check(self, path: Path) -> None:
+    def check(self, where: str) -> None:
         """Raise InputError for a column that no row had."""
         if self._unseen and self._present:
             name = min(self._unseen)
-            raise InputError(f"--columns: no row of {path} has a column {name!r}", closest(name, self._present))
+            raise InputError(f"--columns: no row of {where} has a column {name!r}", closest(name, self._present))

@@ -71,12 +71,10 @@ def conversation_shape(row: Row, ignored: Collection[str] = ()) -> Shaped:
     return with_system(row, _joined(row, shape, given, completion, read | {answer}))
 
 
-def prompt_shape(row: Row, column: str | None = None, ignored: Collection[str] = ()) -> Shaped:
-    """The prompt of a row: of its `column`, else of the first shape that has one."""
+def prompt_shape(row: Row, ignored: Collection[str] = ()) -> Shaped:
+    """The prompt of a row. Raises InputError with file, line and fix for a row without one."""
     columns = present(row)
-    if column is not None and column in columns:
-        return with_system(row, Shaped("prompt", _asked(row, column, columns[column], ignored), frozenset({column})))
-    if (asked := prompt_of_row(row, columns, ignored)) is not None and column is None:
+    if (asked := prompt_of_row(row, columns, ignored)) is not None:
         turns, read, shape = asked
         return with_system(row, Shaped(shape, turns, read))
     for name in LISTS:
@@ -91,10 +89,9 @@ def prompt_shape(row: Row, column: str | None = None, ignored: Collection[str] =
             return with_system(row, Shaped("messages", turns, frozenset({name})))
     if isinstance(columns.get("text"), str) and is_dialogue(columns["text"]):
         return with_system(row, Shaped("dialogue", Turns(dialogue_of(columns["text"])), frozenset({"text"})))
-    wanted = column or "prompt"
-    if wanted in row.columns:
-        raise InputError(f"{row.where}: '{wanted}' is null", "write a text, or a list of messages")
-    raise InputError(f"{row.where}: no '{wanted}'", columns_hint(columns, wanted))
+    if "prompt" in row.columns:
+        raise InputError(f"{row.where}: 'prompt' is null", "write a text, or a list of messages")
+    raise InputError(f"{row.where}: no 'prompt'", columns_hint(columns, "prompt"))
 
 
 def with_system(row: Row, shaped: Shaped) -> Shaped:

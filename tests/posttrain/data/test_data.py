@@ -127,7 +127,7 @@ def test_a_file_without_rows_is_refused(tmp_path, read):
 
 def test_a_prompt_may_be_in_another_column_or_be_messages_that_end_with_a_user(tmp_path):
     path = write(tmp_path, {"question": "Hi", "answer": "7"}, {"messages": [USER, MODEL, USER]})
-    named, messages = read_prompts(path, column="question")
+    named, messages = read_prompts(path)
     assert named.messages == [USER] and named.extra == {"answer": "7"}
     assert messages.messages == [USER, MODEL, USER]
 

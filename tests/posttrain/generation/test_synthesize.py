@@ -275,7 +275,7 @@ def test_the_prompt_may_stand_in_another_column_and_rows_hold_one_example_only(i
     prompts.write_bytes(
         to_line({"question": "2 + 2?", "answer": "4", "completion": "x", "chosen": "y", "teacher": "z"})
     )
-    config = configure(inputs, prompts=prompts, prompt_column="question", n=1)
+    config = configure(inputs, prompts=prompts, n=1)
     (row,) = rows_of(run_generate(config, RunOptions(tmp_path / "out")))
     assert row["prompt"] == [{"role": "user", "content": "2 + 2?"}] and row["answer"] == "4"
     assert row["completion"] != "x" and "chosen" not in row and row["teacher"] == "teacher"

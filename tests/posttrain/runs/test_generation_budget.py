@@ -19,7 +19,7 @@ def prompts(tmp_path):
 
 
 def budget(prompts, **fields):
-    return generate_budget(GenerateConfig(teacher="m", prompts=prompts, prompt_column="question", **fields))
+    return generate_budget(GenerateConfig(teacher="m", prompts=prompts, **fields))
 
 
 def test_one_turn_by_hand(prompts):
@@ -51,5 +51,5 @@ def test_the_system_text_goes_before_prompts_that_have_none(tmp_path):
 
 
 def test_a_row_without_the_column_is_named(prompts):
-    with pytest.raises(InputError, match=r"prompts\.jsonl:1: no 'ask'"):
-        generate_budget(GenerateConfig(teacher="m", prompts=prompts, prompt_column="ask"))
+    with pytest.raises(InputError, match=r"--columns: no row of .*prompts\.jsonl has a column 'ask'"):
+        generate_budget(GenerateConfig(teacher="m", prompts=prompts, columns=("prompt=ask",)))

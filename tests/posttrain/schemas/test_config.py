@@ -1,6 +1,5 @@
 """Recipe < --set < flags, strict about keys and values; every field is described, bounded and read somewhere."""
 
-import ast
 import json
 import math
 from pathlib import Path
@@ -273,29 +272,6 @@ def test_every_default_is_within_its_own_bounds(name):
     for field in SCHEMAS[name].model_fields.values():
         value = field.get_default(call_default_factory=True)
         assert value is PydanticUndefined or not isinstance(value, float) or math.isfinite(value)
-
-
-def attributes_read() -> set[str]:
-    """Every name that the library reads as `something.name`, or lists in a tuple of names for getattr.
-
-    Of the schemas themselves only properties count: a validator that looks at a field does not use it.
-    """
-    found: set[str] = set()
-    for path in [*(ROOT / "posttrain").rglob("*.py"), *(ROOT / "merging").rglob("*.py")]:
-        parts: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-        if path.parent.name == "schemas":
-            functions = [node for node in ast.walk(parts[0]) if isinstance(node, ast.FunctionDef)]
-            parts = [node for node in functions if "property" in map(ast.unparse, node.decorator_list)]
-        nodes = [node for part in parts for node in ast.walk(part)]
-        found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-        listed = [item for node in nodes if isinstance(node, ast.Tuple) for item in node.elts]
-        found |= {item.value for item in listed if isinstance(item, ast.Constant) and isinstance(item.value, str)}
-    return found
-
-
-def test_every_field_is_read_somewhere():
-    fields = {key for schema in SCHEMAS.values() for key in schema.model_fields}
-    assert sorted(fields - attributes_read()) == []
 
 
 def test_an_error_in_a_section_of_a_larger_recipe_names_the_section():

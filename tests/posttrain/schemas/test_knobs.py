@@ -157,7 +157,6 @@ cases(
     openai,
     teacher="other",
     prompts="{root}/prompts-2.jsonl",
-    prompt_column="question",
     system="Be brief.",
     n=2,
     best=with_(1, n=2, reward_fn=(probes.LONG,)),
