@@ -139,6 +139,7 @@ def _flags_of_this_command() -> Iterator[None]:
         "--api-key-env": "--judge-key-env",
         "--teacher": "--judge",
         "--set request.": "--set judge_request.",
+        ", or raise --timeout": "",
     }
     try:
         yield

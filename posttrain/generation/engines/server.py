@@ -51,11 +51,11 @@ MALFORMED, REFUSED = "malformed", "refused"  # reasons of dropped completions th
 PATH = "/chat/completions"
 LONG_WAIT = 20.0  # seconds of a pause that is shown to the user
 CONNECT = 30.0  # seconds until an address is taken for one that nobody answers at
-LOW_RETRIES = 4  # fewer last less than ten seconds
 FIRST_CONTACT = 2  # further attempts to reach a server that never answered: more likely the address is wrong
 # What the libraries raise for hosts and ports that no address has: a server may redirect to one.
 NO_ADDRESS = (ExceptionGroup, OverflowError, UnicodeError)
-MOST_NAMES = 20  # models, addresses and refusals that are warned of
+ENVIRONMENT = "OPENAI_BASE_URL, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"  # what openai's client reads there
+MOST_NAMES = 20  # models, addresses, or dropped prompts that are warned of
 LONGEST_MESSAGE = 300  # characters of what a server says
 
 
@@ -99,9 +99,9 @@ class ServerEngine:
                 max_retries=0,
             )
             check_address(str(self.client.base_url))
-        except (ValueError, _library().InvalidURL) as error:
-            what = self._redacted(f"the server's address: {error}")
-            raise UsageError(what, "see --base-url, and OPENAI_BASE_URL and HTTPS_PROXY in the environment") from error
+        except (ValueError, OSError, ImportError, _library().InvalidURL) as error:
+            what = self._said(f"no client for the server's address: {error}")
+            raise UsageError(what, f"see --base-url, and {ENVIRONMENT} in the environment") from error
         self.address = str(self.client.base_url).rstrip("/")
         self.chunk = WAVES * config.concurrency
         self.backoff = Backoff()
@@ -110,7 +110,7 @@ class ServerEngine:
         self.reached = False
         self.understood = False  # whether the server has given an answer
         self.told_until = 0.0  # on the monotonic clock: the pause that the user knows of
-        self.warned: set[str] = set()  # warnings that have been given
+        self.warned: dict[str, set[str]] = {}  # warnings that have been given, by what they are of
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Nothing: the server tokenises."""
@@ -150,7 +150,7 @@ class ServerEngine:
                 allowed = min(self.config.retries, FIRST_CONTACT) if lost else self.config.retries
                 if failures > allowed or self.failure is not None:
                     if failed.dropped and self.understood:
-                        self._warn(f"{request.where}: dropped after {failures} attempts, at last: {failed}")
+                        self._warn("prompts", f"{request.where}: dropped after {failures} attempts, at last: {failed}")
                         return Completion(request.key, "", failed.dropped, 0)
                     what = f"{request.where}: no answer from {self.address} in {failures} attempts, at last: {failed}"
                     raise InputError(what, self._advice(failed, lost)) from failed
@@ -159,14 +159,13 @@ class ServerEngine:
     def _advice(self, failed: _Failed, lost: bool) -> str:
         if lost or failed.dropped:
             return "check --base-url"
-        if self.config.retries < LOW_RETRIES:
-            return "raise --retries"
-        return "start again when the server answers"
+        return "start again when the server answers, or raise --timeout"
 
-    def _warn(self, text: str) -> None:
-        """One warning per text, and a bounded number of them: a server may have another one for every answer."""
-        if text not in self.warned and len(self.warned) < MOST_NAMES:
-            self.warned.add(text)
+    def _warn(self, of: str, text: str) -> None:
+        """One warning per text, and a bounded number of each kind: a server may have another text for every answer."""
+        given = self.warned.setdefault(of, set())
+        if text not in given and len(given) < MOST_NAMES:
+            given.add(text)
             self.progress.warn(text)
 
     async def _pause(self, failed: _Failed, failures: int) -> None:
@@ -186,7 +185,7 @@ class ServerEngine:
             async with asyncio.timeout(self.config.timeout):  # the whole request: a server may send a byte at a time
                 body, address = await self._body(request)
         except TimeoutError as error:
-            raise _Failed(f"no whole answer in {self.config.timeout:g} s (--timeout)") from error
+            raise _Failed(f"no whole answer in {self.config.timeout:g} s") from error
         except openai.APIStatusError as error:
             return self._refused(request, error.status_code, error.body, error.response.headers)
         except openai.APITimeoutError as error:
@@ -236,9 +235,10 @@ class ServerEngine:
         """What an answer is kept as. Raises _Failed for one whose reason says that the server failed."""
         self.understood = True
         for name in answer.ill_formed:
-            self._warn(f"{self.address} sends {name} that cannot be read; they are recorded as null")
+            self._warn("figures", f"{self.address} sends {name} that cannot be read; they are recorded as null")
         if answer.model is not None and answer.model != str(self.config.teacher):
-            self._warn(f"{self.address} says that it used {answer.model}, where {self.config.teacher} was asked for")
+            what = f"{self.address} says that it used {answer.model}, where {self.config.teacher} was asked for"
+            self._warn("models", what)
         if answer.reason in FAILED:
             raise _Failed(f"the server ended the answer with {answer.reason!r}", dropped=answer.reason)
         completion = Completion(
@@ -259,7 +259,7 @@ class ServerEngine:
         place = printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".removesuffix(PATH), 300)
         if place == self.address:
             return None
-        self._warn(f"{self.address} leads to {place}: that server reads the prompts")
+        self._warn("addresses", f"{self.address} leads to {place}: that server reads the prompts")
         return place
 
     def _refused(self, request: Request, status: int | None, body: object, headers: Mapping[str, str]) -> Completion:
@@ -281,7 +281,7 @@ class ServerEngine:
                 "shorten it, lower --max-new-tokens, or --on-overlong drop",
             )
         if status in OF_A_PROMPT and self.understood:
-            self._warn(f"{request.where}: dropped, {self.address} refuses it: {status} {said}")
+            self._warn("prompts", f"{request.where}: dropped, {self.address} refuses it: {status} {said}")
             return Completion(request.key, "", REFUSED, 0)
         hints = {
             401: f"check the key in {self.config.api_key_env}",

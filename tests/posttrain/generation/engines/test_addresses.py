@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from asking import ask
+from asking import ask, requests_of
 from bad_answers import redirect
-from chat_server import KEY, Server, serving
+from chat_server import KEY, Server, serving, text
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import Gemma2Error, UsageError
 from gemma2.core.progress import SILENT
+from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.generation.engines import retry, server
 from gemma2.posttrain.generation.generate import run_generate
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -120,6 +121,71 @@ def test_warnings_have_an_end():
     heard = Listening()
     engine = server.ServerEngine(GenerateConfig(teacher="m", prompts="p", base_url="http://h/v1"), heard)
     for i in range(100):
-        engine._warn(f"model {i}")
+        engine._warn("prompts", f"prompt {i}")
+    engine._warn("models", "another model")
     engine.close()
-    assert len(heard.warnings) == server.MOST_NAMES
+    assert len(heard.warnings) == server.MOST_NAMES + 1
+
+
+def test_the_key_does_not_follow_a_redirect_to_another_server():
+    other = Server()
+    with serving(other) as elsewhere:
+        ask(Server(lambda number, body: redirect(f"{elsewhere}/chat/completions")), 1)
+    (headers,) = [headers for _, headers, _ in other.requests]
+    assert KEY not in str(headers)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "nonsense://h:1"), ("ALL_PROXY", "http://h:99999"), ("SSL_CERT_FILE", "/does/not/exist")],
+)
+def test_an_environment_that_allows_no_client_is_one_line(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NO_PROXY", "")
+    config = GenerateConfig(
+        teacher="m", prompts="p", engine="openai", base_url="https://127.0.0.1:9/v1", retries=0, timeout=5.0
+    )
+    with pytest.raises(Gemma2Error) as caught:
+        engine = server.ServerEngine(config, SILENT)
+        try:
+            list(engine.complete(requests_of(1), ()))
+        finally:
+            engine.close()
+    assert caught.value.hint and "\n" not in str(caught.value)
+
+
+def longest(completions, **_):
+    """A reward function that no empty answer may come to."""
+    assert all(completions)
+    return [float(len(text)) for text in completions]
+
+
+def test_the_best_of_n_is_chosen_among_the_answers_that_have_a_text(tmp_path):
+    """One prompt has one empty sample, one has nothing but calls of tools."""
+
+    def faults(number, body):
+        prompt = body["messages"][-1]["content"]
+        if prompt == "p 2":
+            return text({"choices": [{"message": {"content": None, "tool_calls": [{}]}, "finish_reason": "stop"}]})
+        if prompt == "p 1" and next(second, None):
+            return text({"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]})
+        return None
+
+    second = iter([True])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "p {i}"}}\n' for i in range(3)))
+    with serving(Server(faults)) as address:
+        config = GenerateConfig(
+            teacher="a/model",
+            prompts=prompts,
+            engine="openai",
+            base_url=address,
+            n=2,
+            best=1,
+            reward_fn=f"{__name__}:longest",
+        )
+        result = run_generate(config, RunOptions(tmp_path / "out"))
+    rows = [row.columns for row in iter_rows(result.out)]
+    assert [row["prompt"][0]["content"] for row in rows] == ["p 0", "p 1"]
+    assert all(row["completion"][0]["content"] and row["reward"] > 0 for row in rows)
+    assert result.summary["dropped"] == {"tool_calls": 2, "empty": 1}
