@@ -7,14 +7,15 @@ follows the global random state, which a resume does not restore), and batches d
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["GroupedByLength", "LengthSampler", "derived_seed", "length_grouped_order"]
+from gemma2.core.seeds import derived_seed
+
+__all__ = ["GroupedByLength", "LengthSampler", "length_grouped_order"]
 
 STRETCH = 50  # batches that are sorted by length together
 
@@ -33,11 +34,6 @@ def length_grouped_order(lengths: Sequence[int], batch_size: int, generator: tor
     full, rest = [b for b in batches if len(b) == batch_size], [b for b in batches if len(b) < batch_size]
     order = torch.randperm(len(full), generator=generator).tolist()
     return [row for batch in [*(full[i] for i in order), *rest] for row in batch]
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed that follows from several numbers: 32 bits, which is all that torch's CPU generator uses of a seed."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
 
 
 class Epochs(Protocol):

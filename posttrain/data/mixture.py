@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma2.core.errors import UsageError
-
-from .batching import derived_seed
+from gemma2.core.seeds import derived_seed
 
 __all__ = ["Mixture", "apportion"]
 

@@ -23,7 +23,7 @@ from random import Random
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.data.batching import derived_seed
+from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import data_files, to_line
 from gemma2.posttrain.generation.answers import Answering

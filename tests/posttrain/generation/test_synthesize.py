@@ -11,7 +11,7 @@ from row_reading import read_conversations
 from teachers import save_stopping
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
-from gemma2.posttrain.data.batching import derived_seed
+from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.generation.engines import Request, local

@@ -8,9 +8,6 @@ import pytest
 from chat_server import KEY, Server, serving
 from processes import finish, start
 
-from gemma2.core.seeds import derived_seed
-from gemma2.posttrain.data import batching
-
 pytest.importorskip("openai")
 HEAVY = ("torch", "transformers", "trl", "datasets", "numba")
 SCRIPT = f"""
@@ -32,7 +29,3 @@ def test_a_client_of_a_server_imports_no_torch(tmp_path, monkeypatch, arguments)
         code, out, err = finish(start(SCRIPT, *words))
     assert (code, err) == (0, "heavy: ")
     assert json.loads(out) and (tmp_path / "out").exists() == ("--dry-run" not in arguments)
-
-
-def test_seeds_are_those_of_training():
-    assert all(derived_seed(i, -i, 7) == batching.derived_seed(i, -i, 7) for i in range(100))
