@@ -127,7 +127,9 @@ def peers(python: Path | None, rows: dict[str, list[Labelled]]) -> dict[str, dic
     return dict(found)
 
 
-def table(rows: dict[str, list[Labelled]], ours: dict[str, list[bool]], theirs: dict[str, dict[str, list[bool]]]) -> Any:
+def table(
+    rows: dict[str, list[Labelled]], ours: dict[str, list[bool]], theirs: dict[str, dict[str, list[bool]]]
+) -> Any:
     """Print precision and recall per filter, by half, next to its peers; return them."""
     figures: dict[str, Any] = {}
     print(f"\n{'filter':<16}{'by':<14}{'rows':>5}  {'development':^17}  {'test':^17}  {'all':^17}")

@@ -66,4 +66,6 @@ def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dic
 
 def _set_up(name: str, config: FilterConfig) -> bool:
     needs = NEEDS.get(name, ())
-    return not needs or any(getattr(config, need) not in (None, (), False) for need in needs)
+    values = [getattr(config, need) for need in needs]
+    # `in (None, False)` would take 0.0, a share, for False.
+    return not needs or any(value is not None and value is not False and value != () for value in values)

@@ -48,7 +48,7 @@ class FilterConfig(Config):
     min_chars: int | None = Field(None, ge=0, description="length: fewest characters of the model's turns")
     max_chars: int | None = Field(None, ge=1, description="length: most characters of the model's turns")
     max_repetition: float = Field(
-        0.5, gt=0, le=1, description="repetition: largest share of a turn's word 4-grams that occur earlier in it"
+        0.6, gt=0, le=1, description="repetition: largest share of a turn's word 4-grams that occur earlier in it"
     )
     language: tuple[str, ...] = Field((), description="language: codes to keep (ISO 639: en, de, ...)")
     language_confidence: float = Field(

@@ -3,7 +3,8 @@
 Every kind has a cheap pattern and then a real check: phonenumbers (metadata of libphonenumber), python-stdnum (check
 digits), `ipaddress`. A phone number must be grouped as its country groups it (STRICT_GROUPING): 12345-67890 is a
 subtraction. Four small numbers with dots are a version unless the text speaks of a host. Values of public services and
-private networks, and those reserved for examples, tests and fiction, belong to nobody. The detail names the kind, never the value.
+private networks, and those reserved for examples, tests and fiction, belong to nobody. The detail names the kind, never
+the value.
 """
 
 from __future__ import annotations

@@ -117,7 +117,9 @@ def found_by_bands(texts, threshold):
     assert all(len(one) for one in sets)
     ends = np.cumsum([0, *map(len, sets)])
     spans = np.stack([ends[:-1], ends[1:]], axis=1)
-    return near_duplicates(link_bands(band_keys(sets, plan)), spans, np.concatenate(sets), threshold)
+    return near_duplicates(
+        link_bands(band_keys(sets, plan, [0] * len(sets))), spans, np.concatenate(sets), threshold, plan.fewest
+    )
 
 
 @pytest.fixture(scope="module")
