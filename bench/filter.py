@@ -30,9 +30,9 @@ from typing import Any
 
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.filters.criteria.contamination import read_evaluation
+from gemma2.posttrain.filters.criteria.refusals import is_refusal
 from gemma2.posttrain.filters.criteria.sample import Sample, sample_of
 from gemma2.posttrain.filters.criteria.signatures import band_keys, exact_digest, fixed_digest, plan_bands, shingles
-from gemma2.posttrain.filters.criteria.subsets import is_refusal
 from gemma2.posttrain.filters.rules import row_filters
 from gemma2.posttrain.schemas import FilterConfig
 

@@ -15,8 +15,8 @@ from .criteria.form import empty, length, repetition, truncated
 from .criteria.identity import claim_finder
 from .criteria.language import language
 from .criteria.personal import personal
+from .criteria.refusals import disclaimer
 from .criteria.sample import Sample
-from .criteria.subsets import disclaimer
 from .criteria.unsafe import unsafe
 
 __all__ = ["ORDER", "active_filters", "row_filters"]

@@ -16,9 +16,10 @@ from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
 
 from .criteria.contamination import EvaluationTexts
+from .criteria.refusals import is_refusal
 from .criteria.sample import Sample, sample_of
 from .criteria.signatures import band_keys, exact_digest, fixed_digest, plan_bands, shingles
-from .criteria.subsets import OVERRIDDEN, Subsets, is_refusal
+from .criteria.subsets import OVERRIDDEN, Subsets
 from .rules import ORDER, active_filters, row_filters
 
 __all__ = ["BAD", "STAYS", "Findings", "Scanner", "code_of"]

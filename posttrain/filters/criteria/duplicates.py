@@ -1,8 +1,9 @@
 """Exact and near duplicates among all rows that passed the other filters: the first of them stays.
 
-A row is a near duplicate if its Jaccard similarity to an earlier row *that stays* reaches the threshold, and so does the
-similarity of the two answers alone where both are long enough for a comparison. The bands yield candidates, the
-similarity is computed from the shingles. A row is compared to at most CANDIDATES rows, the latest first. Memory: 4 bytes per band and row; the shingles stay on disk.
+A row is a near duplicate if its Jaccard similarity to an earlier row *that stays* reaches the threshold, and so does
+the similarity of the two answers alone where both are long enough for a comparison. The bands yield candidates, the
+similarity is computed from the shingles. A row is compared to at most CANDIDATES rows, the latest first. Memory: 4
+bytes per band and row; the shingles stay on disk.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from samples import row, said
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.sources import Row
-from gemma2.posttrain.filters.criteria.subsets import Subsets, disclaimer, is_refusal
+from gemma2.posttrain.filters.criteria.refusals import disclaimer, is_refusal
+from gemma2.posttrain.filters.criteria.subsets import Subsets
 from gemma2.posttrain.filters.decide import surplus_refusals
 from gemma2.posttrain.filters.scan import STAYS, Scanner, code_of
 from gemma2.posttrain.schemas import FilterConfig
