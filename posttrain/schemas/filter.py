@@ -27,7 +27,7 @@ FilterName = Literal[
     "refusal",
 ]
 Subset = Literal["attribution", "hedging", "refusal"]
-UnsafeCategory = Literal["general", "sexual", "excretory", "slurs", "violence"]
+UnsafeCategory = Literal["general", "sexual", "slurs"]
 
 
 class FilterConfig(Config):
@@ -59,12 +59,14 @@ class FilterConfig(Config):
         ("Gemma", "Google", "Google DeepMind", "DeepMind"), description="identity: names that the model may claim"
     )
     drop_disclaimers: bool = Field(False, description="disclaimer: drop 'as an AI language model' and similar")
-    unsafe_categories: tuple[UnsafeCategory, ...] = Field(
-        ("general", "sexual", "slurs"), min_length=1, description="unsafe: categories of the word list"
+    unsafe_words: tuple[UnsafeCategory, ...] = Field(
+        (),
+        description="unsafe: drop answers with words of a list (general, sexual, slurs); it misses offence in other"
+        " words and most languages but English; default: no list",
     )
     unsafe_terms: int = Field(1, ge=1, description="unsafe: matches of the word list that drop a row")
     safety_model: Path | None = Field(
-        None, description="unsafe: classifier or ShieldGemma-style model to use instead of the word list"
+        None, description="unsafe: classifier or ShieldGemma-style model that reads the rows that are left"
     )
     safety_labels: tuple[str, ...] = Field((), description="unsafe: labels of the classifier that mean unsafe")
     safety_threshold: float = Field(0.5, gt=0, lt=1, description="unsafe: lowest probability that drops a row")

@@ -105,7 +105,7 @@ cases(
     phone_region="DE",
     identity=("ChatGPT",),
     drop_disclaimers=True,
-    unsafe_categories=("violence",),
+    unsafe_words=("slurs",),
     unsafe_terms=2,
     decontaminate=("{root}/heldout.jsonl",),
     decontaminate_ngram=with_(5, decontaminate=("{root}/heldout.jsonl",)),
