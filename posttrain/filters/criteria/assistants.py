@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ASSISTANTS",
+    "ELSEWHERE",
     "INTRODUCTIONS",
     "MACHINE_ELSEWHERE",
     "MADE_ELSEWHERE",
@@ -94,6 +95,11 @@ INTRODUCTIONS = (
     r"|\bik (?:ben|heet)|\bmijn naam is|\bjestem|\bnazywam się|\bmam na imię|\bя(?: —| -|,)?|\bменя зовут|\bмоё имя"
     r"|\bben|\b(?:benim )?adım|أنا|اسمي|मैं|मेरा नाम|我(?:是|叫|的名字是|的名字叫)|(?:私|僕|わたし)(?:は|の名前は)"
     r"|(?:저는|나는|제 이름은)"
+)
+# An introduction or a maker below, in ASCII, has one of these words.
+ELSEWHERE = frozenset(
+    {"als", "ben", "chamo", "chiamo", "como", "en", "fui", "ich", "ik", "je", "jestem", "llamo", "mam", "mein", "meu"}
+    | {"mi", "mijn", "nazywam", "nome", "sido", "sono", "sou", "soy"}
 )
 # What ends a name in an introduction; "Ben ChatGPT kullanıyorum" and "私はChatGPTを使う" speak of a tool.
 NAME_ENDS = (

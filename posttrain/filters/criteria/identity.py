@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .assistants import (
     ASSISTANTS,
+    ELSEWHERE,
     INTRODUCTIONS,
     MACHINE_ELSEWHERE,
     MADE_ELSEWHERE,
@@ -70,19 +71,23 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
     )
     own, alike, theirs = (_any(names) for names in (assistants, shared, makers))
     only_ai = _any({name: spelt for name, spelt in makers.items() if name in ONLY_AI})
-    claims = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs, only_ai)]
-    claims += [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims_elsewhere(own, theirs)]
-    claims.append((re.compile(rf"{SELF}{DESCRIBED} (?P<name>{alike})\b", re.IGNORECASE), True))
-    claims.append((re.compile(rf"(?:{INTRODUCTIONS}) ?(?P<name>{alike}){NAME_ENDS}", re.IGNORECASE), True))
-    triggers = frozenset(_first_words([*assistants.values(), *shared.values(), *makers.values()]))
+    english = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs, only_ai)]
+    english.append((re.compile(rf"{SELF}{DESCRIBED} (?P<name>{alike})\b", re.IGNORECASE), True))
+    elsewhere = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims_elsewhere(own, theirs)]
+    elsewhere.append((re.compile(rf"(?:{INTRODUCTIONS}) ?(?P<name>{alike}){NAME_ENDS}", re.IGNORECASE), True))
+    words = set(_first_words([*assistants.values(), *shared.values(), *makers.values()]))
+    triggers = frozenset(word for word, second in words if not second)
+    pairs = [(word, second) for word, second in words if second]
 
     def find(sample: Sample) -> str | None:
         """Report a claim in the model's turns."""
-        if triggers.isdisjoint(sample.model_vocabulary):
+        said = sample.model_vocabulary
+        if triggers.isdisjoint(said) and not any(word in said and second in said for word, second in pairs):
             return None
         for text in sample.model_turns:
             straight = text.replace("’", "'")
-            for pattern, needs_cue in claims:
+            others = not straight.isascii() or not ELSEWHERE.isdisjoint(said)
+            for pattern, needs_cue in [*english, *elsewhere] if others else english:
                 for found in pattern.finditer(straight):
                     if _claimed(straight, found, needs_cue):
                         return f"speaks as {found['name']}"
@@ -91,13 +96,19 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
     return find
 
 
-def _first_words(spellings: Iterable[str]) -> Iterator[str]:
-    """Yield words of which every text with one of the names has at least one: a quick test before the patterns."""
+def _first_words(spellings: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield words of which every text with one of the names has at least one: a quick test before the patterns.
+
+    The second word, where it is not empty, must be in the text too: "open" and "ai".
+    """
     for spelling in spellings:
         spelling = re.sub(r"[\u3040-\u9fff]+", lambda han: han.group()[0], spelling)  # every sign is a word there
         plain = re.sub(r"\(\?:[^()]*(?:\([^()]*\)[^()]*)*\)[?*]?", "", spelling)  # drops optional groups
-        for stem, rest in re.findall(r"(?:^|\|)(\w+)(?:(?: \?|\[ -\]\?)(\w+))?", plain):
-            yield from (f"{word}{digit}" for word in {stem, stem + rest} for digit in ("", *range(10)))
+        for stem, space, rest in re.findall(r"(?:^|\|)(\w+)(?:( \??|\[ -\]\?)(\w+))?", plain):
+            if not space or space.endswith("?"):
+                yield from ((f"{stem}{rest}{digit}", "") for digit in ("", *range(10)))
+            if space:
+                yield stem, rest
 
 
 def _any(names: dict[str, str]) -> str:

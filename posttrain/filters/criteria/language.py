@@ -20,7 +20,8 @@ __all__ = ["check_codes", "language"]
 CLOSEST = 4  # languages whose probabilities are added
 NO_LANGUAGE = "zxx"  # markup, code
 WINDOW = 300  # characters that are judged at once; more would add time but no certainty
-WINDOWS = 5  # spread evenly over the text: a quotation at the start is not its language
+APART = 100  # least characters between two windows
+WINDOWS = 4  # spread evenly over the text: a quotation at the start is not its language
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)  # code has the keywords of its language, not of the writer's
 
 
@@ -54,10 +55,10 @@ def language(sample: Sample, codes: tuple[str, ...], confidence: float) -> str |
 
 
 def _windows(text: str) -> list[str]:
-    """Return up to WINDOWS pieces of WINDOW characters, from the start to the end of a text; a short text whole."""
-    count = min(WINDOWS, -(-len(text) // WINDOW))
-    if count <= 1:
-        return [text]
+    """Return up to WINDOWS pieces of WINDOW characters, from the start to the end of a text; one for a short text."""
+    count = min(WINDOWS, 1 + len(text) // (WINDOW + APART))
+    if count == 1:
+        return [text[:WINDOW]]
     step = (len(text) - WINDOW) / (count - 1)
     return [text[round(place * step) : round(place * step) + WINDOW] for place in range(count)]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from .sample import Sample, quoted
+from .sample import Sample, quoted, words_of
 
 __all__ = ["disclaimer", "is_refusal"]
 
@@ -84,6 +84,10 @@ ELSEWHERE = "|".join(
     ]
 )
 REFUSAL = re.compile(f"{REFUSES}|{ELSEWHERE}", re.IGNORECASE)
+# Every refusal has one of these; a quick test before the patterns.
+SOMEBODY = re.compile(
+    r"\b(?:i|me|my|ich|je|puedo|posso|ik)\b|[^\x00-\xff]|mogę|não|olamam|edemem|veremem", re.IGNORECASE
+)
 # A letter, or somebody else who speaks.
 LETTER = re.compile(r"\s*(?:dear|hi|hello|hey|thank you for)\b[^.!?\n]{0,40}[,.]", re.IGNORECASE)
 SAYS = r"(?:said|says|thought|told|whispered|replied|cried|asked|answered|muttered|sighed|laughed|wept|wrote)"
@@ -104,6 +108,15 @@ DISCLAIMER = re.compile(
 )
 
 
+# Every disclaimer has one of these words or characters.
+DISCLAIMING = frozenset(
+    words_of(
+        """ai intelligence llm model cutoff cut training knowledge update ki intelligenz sprachmodell modèle ia modelo
+        inteligencia modello intelligenza модель ии интеллект 能 语 語"""
+    )
+)
+
+
 def is_refusal(sample: Sample) -> bool:
     """Whether a turn of the model opens with a refusal."""
     return any(map(_refuses, sample.model_turns))
@@ -111,13 +124,15 @@ def is_refusal(sample: Sample) -> bool:
 
 def disclaimer(sample: Sample) -> str | None:
     """Report a phrase of assistants about themselves in the model's turns, whatever the maker."""
+    if DISCLAIMING.isdisjoint(sample.model_vocabulary) and "ki-" not in sample.model.casefold():
+        return None
     found = DISCLAIMER.search(sample.model.replace("’", "'"))
     return f"says '{found.group().lower()}'" if found else None
 
 
 def _refuses(text: str) -> bool:
     opening = text[:OPENING].replace("’", "'")
-    found = REFUSAL.search(opening)
+    found = REFUSAL.search(opening) if SOMEBODY.search(opening) else None
     if found is None or quoted(opening, found.start()):
         return False
     return LETTER.match(opening) is None and SPEAKER.search(opening) is None

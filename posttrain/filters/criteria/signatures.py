@@ -80,7 +80,9 @@ def fixed_digest(sample: Sample, side: str, plan: BandPlan) -> int:
     chosen = sample.chosen(side)
     for index in chosen:
         digest.update(" ".join(NUMBER.findall(sample.turns[index][1])).encode() + b"\xff")
-        digest.update(" ".join(word for word in sample.words[index] if word in NUMBER_WORDS).encode() + b"\xff")
+        if not NUMBER_WORDS.isdisjoint(sample.words[index]):
+            digest.update(" ".join(word for word in sample.words[index] if word in NUMBER_WORDS).encode())
+        digest.update(b"\xff")
     answers = [sample.words[index] for index in chosen if sample.turns[index][0]]
     if sum(map(len, answers)) - plan.words + 1 < plan.fewest:
         digest.update("\n".join(" ".join(words) for words in answers).encode())
