@@ -33,7 +33,8 @@ HASHES = 64
 FOUND = 0.99
 SEED = 0  # of the permutations: fixed by the format, not set by a run
 
-NUMBER = re.compile(r"\d+(?:\s?[-+*/×÷−^]\s?(?=[\d(]))?")
+SIGNS = "-+*/×÷−^"
+SIGN = re.compile(rf"\d\s?([{re.escape(SIGNS)}])\s?(?=[\d(])")
 # "one" is mostly a pronoun; "one apple" and "two apples" still differ in "two".
 NUMBER_WORDS = frozenset(
     words_of(
@@ -79,10 +80,14 @@ def fixed_digest(sample: Sample, side: str, plan: BandPlan) -> int:
     digest = hashlib.blake2b(digest_size=8)
     chosen = sample.chosen(side)
     for index in chosen:
-        digest.update(" ".join(NUMBER.findall(sample.turns[index][1])).encode() + b"\xff")
-        if not NUMBER_WORDS.isdisjoint(sample.words[index]):
-            digest.update(" ".join(word for word in sample.words[index] if word in NUMBER_WORDS).encode())
-        digest.update(b"\xff")
+        text, words = sample.turns[index][1], sample.words[index]
+        # "don't" is not a word of letters alone either.
+        told = [word for word in words if not word.isalpha() and "'" not in word]
+        if not NUMBER_WORDS.isdisjoint(words):
+            told += [word for word in words if word in NUMBER_WORDS]
+        if told and any(sign in text for sign in SIGNS):
+            told += SIGN.findall(text)
+        digest.update(" ".join(told).encode() + b"\xff")
     answers = [sample.words[index] for index in chosen if sample.turns[index][0]]
     if sum(map(len, answers)) - plan.words + 1 < plan.fewest:
         digest.update("\n".join(" ".join(words) for words in answers).encode())

@@ -106,7 +106,7 @@ cases(
     identity=("ChatGPT",),
     drop_disclaimers=True,
     unsafe_words=("slurs",),
-    unsafe_terms=2,
+    unsafe_terms=with_(2, unsafe_words=("general",)),
     decontaminate=("{root}/heldout.jsonl",),
     decontaminate_ngram=with_(5, decontaminate=("{root}/heldout.jsonl",)),
     dedup_on="prompt",
