@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["personal"]
 
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24}\b(?!\()", re.I)
-# RFC 2606 and 6761: these domains belong to nobody.
+# RFC 2606 and 6761: these domains belong to nobody; and the usual placeholders.
 RESERVED_DOMAIN = re.compile(
-    r"(?:^|\.)(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost|local|internal)$", re.IGNORECASE
+    r"(?:^|\.)(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost|local|internal"
+    r"|(?:foo|bar|baz|xyz|domain|yourdomain|mydomain|yourcompany|email)\.(?:com|org|net))$",
+    re.IGNORECASE,
 )
 SPELT_EMAIL = re.compile(
     r"(?<![\w.+-])[\w.+-]+(?: dot [\w+-]+)*\s*(?:\[at\]|\(at\)| at )\s*[a-z0-9-]+"
@@ -54,7 +56,7 @@ CUED_NUMBER = [
     (regions, re.compile(rf"{words}[^\d\n]{{0,20}}(?P<number>(?:\+|\()?\d[\d ().-]{{6,17}}\d)(?![\d-])", re.IGNORECASE))
     for regions, words in PHONE_CUES.items()
 ]
-BARE_NUMBER = re.compile(r"\d+")
+BARE_NUMBER = re.compile(r"[(-]*\d+\)?")
 # Fictitious numbers: North America's exchange 555, and the ranges of Ofcom for drama.
 FICTITIOUS = re.compile(r"1\d{3}555\d{4}|447700900\d{3}|442079460\d{3}|441632960\d{3}|44\d{2,3}4960\d{3}")
 CARD = re.compile(r"(?<![\d.,-])(?:\d[ -]?){12,18}\d(?![\d-]|[.,]\d)")
@@ -76,6 +78,7 @@ HOST_BEFORE = re.compile(
     r"|\blog(?:ged|in)\b|\bconnect|\bfrom\b|\bclient\b|\bpeer\b|\brouter|\bgateway|\bdns\b|\bbanned\b|\bblock)[^\n]{0,40}$",
     re.I,
 )
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is assigned; ::2 is a slice
 LARGE_OCTET = 64  # two of them are an address also where nothing around it speaks of a host
 # Country -> (regular expression, module of python-stdnum that knows its check digits).
 NATIONAL_IDS = {
@@ -234,7 +237,9 @@ def _is_public_address(text: str, found: re.Match[str]) -> bool:
         return False
     if str(address) in PUBLIC_ADDRESSES or not address.is_global or address.is_multicast:
         return False
-    return address.version == 6 or not _is_version(text, found)
+    if address.version == 6:
+        return address in GLOBAL_UNICAST
+    return not _is_version(text, found)
 
 
 def _is_version(text: str, found: re.Match[str]) -> bool:

@@ -104,6 +104,9 @@ NEGATIVE = [
     "Update firmware 23.4.12.9 first",
     "postgresql-client-14.9.22.1.deb was not found",
     "The object id 2.16.84.1 is registered.",
+    "print(items[::2], items[1::8], items[::-1])",
+    "foo@bar.com",
+    "int_min = (-2147483646) and size = (2147483649)",
 ]
 
 
