@@ -3,7 +3,7 @@
 A refusal opens a turn and is said by the model in its own voice: "I can't help with that". The same words also occur in
 letters ("I'm unable to attend"), stories ("I won't go, said the knight"), quotations, praise ("I can't recommend it
 enough") and proofs ("I cannot give a shorter one"); so a pattern names the verb and, where the verb is common, what
-follows it. English in detail; thirteen more languages by their usual formulas. A refusal in other words is missed.
+follows it. English in detail; fourteen more languages by their usual formulas. A refusal in other words is missed.
 """
 
 from __future__ import annotations
