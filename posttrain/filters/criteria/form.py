@@ -1,7 +1,7 @@
 """Filters on the form of an answer: empty, cut off, too short or too long, caught in a loop.
 
 Repetition is the share of a turn's word n-grams that occurred before in the same turn (Rae et al. 2021, 2112.11446,
-table A1, count shares of duplicate n-grams). Rows of numbers are data, in which repeats are no loop: lists in brackets,
+table A1, count shares of duplicate n-grams). Rows of numbers are data, whose repeats are not loops: lists in brackets,
 lines of a matrix, lines of a hex dump are left out. Texts that words do not describe (one endless word, rows of signs)
 are measured by character n-grams instead.
 """

@@ -90,7 +90,7 @@ SOMEBODY = re.compile(
 )
 # A letter, or somebody else who speaks.
 LETTER = re.compile(r"\s*(?:dear|hi|hello|hey|thank you for)\b[^.!?\n]{0,40}[,.]", re.IGNORECASE)
-SAYS = r"(?:said|says|thought|told|whispered|replied|cried|asked|answered|muttered|sighed|laughed|wept|wrote)"
+SAYS = r"(?:said|says|thought|t(?:old|ells)|whispered|replied|cried|asked|answered|muttered|sighed|laughed|wept|wrote)"
 SPEAKER = re.compile(rf"\b(?:he|she|they|we) (?:\w+ )?{SAYS}\b|\b{SAYS} (?:the |to |him|her|[A-Z])|, {SAYS}\b")
 AI = r"(?:ai|artificial intelligence|language model|llm)"
 DISCLAIMER = re.compile(

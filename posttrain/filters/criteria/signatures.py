@@ -82,12 +82,12 @@ def fixed_digest(sample: Sample, side: str, plan: BandPlan) -> int:
     for index in chosen:
         text, words = sample.turns[index][1], sample.words[index]
         # "don't" is not a word of letters alone either.
-        told = [word for word in words if not word.isalpha() and "'" not in word]
+        deciding = [word for word in words if not word.isalpha() and "'" not in word]
         if not NUMBER_WORDS.isdisjoint(words):
-            told += [word for word in words if word in NUMBER_WORDS]
-        if told and any(sign in text for sign in SIGNS):
-            told += SIGN.findall(text)
-        digest.update(" ".join(told).encode() + b"\xff")
+            deciding += [word for word in words if word in NUMBER_WORDS]
+        if deciding and any(sign in text for sign in SIGNS):
+            deciding += SIGN.findall(text)
+        digest.update(" ".join(deciding).encode() + b"\xff")
     answers = [sample.words[index] for index in chosen if sample.turns[index][0]]
     if sum(map(len, answers)) - plan.words + 1 < plan.fewest:
         digest.update("\n".join(" ".join(words) for words in answers).encode())
