@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench compare real science torture docs clean
+.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -73,6 +73,16 @@ check: lint type test ## Everything that must be clean before a commit
 
 bench: setup-dev ## Ratios against a floor or a peer in the same run
 	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/pipeline.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Other libraries to compare with; they do not enter the environment of gemma2.
+$(VENV)/peers/.installed: $(VENV)/.installed-dev
+	@echo "Installing the peers of the filters into $(VENV)/peers"
+	@"$(PYTHON)" -m venv $(VENV)/peers
+	@$(VENV)/peers/bin/python -m pip install --quiet presidio-analyzer==2.2.366 scrubadub==2.0.1 datasketch==2.0.0 lingua-language-detector==2.1.1 better-profanity==0.7.0
+	@touch $@
+
+bench-filters: $(VENV)/peers/.installed ## Precision and recall of every filter on labelled texts, next to other libraries
+	@$(BIN)/python bench/filter_quality.py --peers $(VENV)/peers/bin/python
 
 compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): two to five minutes on two cores
 	@$(BIN)/python bench/compare.py $(BASE) . --assert-equal

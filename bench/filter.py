@@ -30,9 +30,9 @@ from typing import Any
 
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.filters.criteria.contamination import read_evaluation
+from gemma2.posttrain.filters.criteria.refusals import is_refusal
 from gemma2.posttrain.filters.criteria.sample import Sample, sample_of
-from gemma2.posttrain.filters.criteria.signatures import band_keys, exact_digest, plan_bands, shingles
-from gemma2.posttrain.filters.criteria.subsets import is_refusal
+from gemma2.posttrain.filters.criteria.signatures import band_keys, exact_digest, fixed_digest, plan_bands, shingles
 from gemma2.posttrain.filters.rules import row_filters
 from gemma2.posttrain.schemas import FilterConfig
 
@@ -147,7 +147,12 @@ def per_filter(directory: Path, rows: int) -> dict[str, float]:
         started = time.process_time()
         results = [judge(sample) for sample in texts]
         if name == "near-duplicate":
-            band_keys([one for one in results if len(one)], plan)
+            sets = [
+                (one, fixed_digest(sample, "both", plan))
+                for one, sample in zip(results, texts, strict=True)
+                if len(one)
+            ]
+            band_keys([one for one, _ in sets], plan, [fixed for _, fixed in sets])
         found[name] = time.process_time() - started
     return {name: seconds / len(texts) * 1e6 for name, seconds in found.items()}
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
+from .criteria.signatures import BandPlan, plan_bands
 from .rules import active_filters
 from .scan import STAYS, code_of
 
@@ -42,7 +43,7 @@ def decide(store: ChunkStore, config: FilterConfig) -> Decisions:
     if "duplicate" in active:
         _drop_exact(decisions, store.column("digests"))
     if "near-duplicate" in active:
-        _drop_near(decisions, store, config.near_threshold)
+        _drop_near(decisions, store, plan_bands(config.near_threshold, config.shingle_words))
     if config.max_refusal_share is not None and "refusal" in active:
         alive = np.flatnonzero(decisions.codes == STAYS)
         surplus = surplus_refusals(
@@ -62,7 +63,7 @@ def _drop_exact(decisions: Decisions, digests: NDArray[np.uint64]) -> None:
     decisions.original[alive[repeated]] = alive[first[repeated]]
 
 
-def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> None:
+def _drop_near(decisions: Decisions, store: ChunkStore, plan: BandPlan) -> None:
     from .criteria.duplicates import link_bands, near_duplicates
 
     sizes = store.column("sizes")
@@ -73,7 +74,7 @@ def _drop_near(decisions: Decisions, store: ChunkStore, threshold: float) -> Non
     rows, ends = compared[still], np.cumsum(sizes[compared], dtype=np.int64)
     spans = np.stack([ends - sizes[compared], ends], axis=1)[still]
     links = link_bands(store.column("keys")[still])
-    repeats, similarity = near_duplicates(links, spans, store.shingles(), threshold)
+    repeats, similarity = near_duplicates(links, spans, store.shingles(), plan.threshold, plan.fewest)
     dropped = repeats >= 0
     decisions.codes[rows[dropped]] = code_of("near-duplicate")
     decisions.original[rows[dropped]] = rows[repeats[dropped]]

@@ -16,8 +16,8 @@ from .criteria.form import empty, length, repetition, truncated
 from .criteria.identity import claim_finder
 from .criteria.language import language
 from .criteria.personal import personal
+from .criteria.refusals import disclaimer
 from .criteria.sample import Sample
-from .criteria.subsets import disclaimer
 from .criteria.unsafe import unsafe
 
 __all__ = ["ORDER", "active_filters", "row_filters"]
@@ -30,6 +30,7 @@ NEEDS = {
     "length": ("min_words", "max_words", "min_chars", "max_chars"),
     "language": ("language",),
     "disclaimer": ("drop_disclaimers",),
+    "unsafe": ("unsafe_words", "safety_model"),
     "contaminated": ("decontaminate",),
     "refusal": ("max_refusal_share",),
 }
@@ -56,10 +57,9 @@ def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dic
         "personal": partial(personal, region=config.phone_region),
         "identity": claim_finder(config.identity),
         "disclaimer": disclaimer,
-        "unsafe": partial(unsafe, categories=config.unsafe_categories, terms=config.unsafe_terms),
     }
-    if config.safety_model is not None:
-        del made["unsafe"]
+    if config.unsafe_words:
+        made["unsafe"] = partial(unsafe, categories=config.unsafe_words, terms=config.unsafe_terms)
     if evaluation is not None:
         made["contaminated"] = partial(contaminated, evaluation=evaluation)
     return {name: made[name] for name in active_filters(config) if name in made}

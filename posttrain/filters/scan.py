@@ -17,9 +17,10 @@ from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.schemas import FilterConfig
 
 from .criteria.contamination import EvaluationTexts
+from .criteria.refusals import is_refusal
 from .criteria.sample import Sample, sample_of
-from .criteria.signatures import band_keys, exact_digest, plan_bands, shingles
-from .criteria.subsets import OVERRIDDEN, Subsets, is_refusal
+from .criteria.signatures import band_keys, exact_digest, fixed_digest, plan_bands, shingles
+from .criteria.subsets import OVERRIDDEN, Subsets
 from .rules import ORDER, active_filters, row_filters
 
 __all__ = ["BAD", "STAYS", "Findings", "Scanner", "code_of"]
@@ -107,7 +108,7 @@ class Scanner:
     def scan(self, rows: Sequence[Row]) -> Findings:
         """Return the findings of one chunk. Raises InputError for a bad row if `on_bad_row` is "error"."""
         found = Findings.empty(len(rows))
-        sets: list[NDArray[np.uint32]] = []
+        sets: list[tuple[NDArray[np.uint32], int]] = []
         for index, row in enumerate(rows):
             try:
                 sample = sample_of(row, self.ignored, self.checks_turns)
@@ -123,8 +124,8 @@ class Scanner:
             self._judge(index, sample, found)
             if found.codes[index] == STAYS:
                 self._describe(index, sample, found, sets)
-        found.keys = band_keys(sets, self.plan)
-        found.shingles = np.concatenate(sets) if sets else found.shingles
+        found.keys = band_keys([one for one, _ in sets], self.plan, [fixed for _, fixed in sets])
+        found.shingles = np.concatenate([one for one, _ in sets]) if sets else found.shingles
         return found
 
     def _bad(self, index: int, error: InputError, found: Findings) -> None:
@@ -146,7 +147,9 @@ class Scanner:
         if reasons:
             found.drop(index, reasons)
 
-    def _describe(self, index: int, sample: Sample, found: Findings, sets: list[NDArray[np.uint32]]) -> None:
+    def _describe(
+        self, index: int, sample: Sample, found: Findings, sets: list[tuple[NDArray[np.uint32], int]]
+    ) -> None:
         """Record the digest, shingles and refusal of a row that stays so far, for the comparison of rows."""
         side = self.config.dedup_on
         if self.compares:
@@ -155,6 +158,6 @@ class Scanner:
             mine = shingles(sample, side, self.plan)
             found.sizes[index] = len(mine)
             if len(mine):
-                sets.append(mine)
+                sets.append((mine, fixed_digest(sample, side, self.plan)))
         if self.counts_refusals:
             found.refuses[index] = is_refusal(sample)

@@ -27,7 +27,7 @@ FilterName = Literal[
     "refusal",
 ]
 Subset = Literal["attribution", "hedging", "refusal"]
-UnsafeCategory = Literal["general", "sexual", "excretory", "slurs", "violence"]
+UnsafeCategory = Literal["general", "sexual", "slurs"]
 
 
 class FilterConfig(RowFields):
@@ -48,7 +48,7 @@ class FilterConfig(RowFields):
     min_chars: int | None = Field(None, ge=0, description="length: fewest characters of the model's turns")
     max_chars: int | None = Field(None, ge=1, description="length: most characters of the model's turns")
     max_repetition: float = Field(
-        0.5, gt=0, le=1, description="repetition: largest share of a turn's word 4-grams that occur earlier in it"
+        0.6, gt=0, le=1, description="repetition: largest share of a turn's word 4-grams that occur earlier in it"
     )
     language: tuple[str, ...] = Field((), description="language: codes to keep (ISO 639: en, de, ...)")
     language_confidence: float = Field(
@@ -59,12 +59,14 @@ class FilterConfig(RowFields):
         ("Gemma", "Google", "Google DeepMind", "DeepMind"), description="identity: names that the model may claim"
     )
     drop_disclaimers: bool = Field(False, description="disclaimer: drop 'as an AI language model' and similar")
-    unsafe_categories: tuple[UnsafeCategory, ...] = Field(
-        ("general", "sexual", "slurs"), min_length=1, description="unsafe: categories of the word list"
+    unsafe_words: tuple[UnsafeCategory, ...] = Field(
+        (),
+        description="unsafe: drop answers with words of a list (general, sexual, slurs); it misses offence in other"
+        " words and most languages but English; default: no list",
     )
     unsafe_terms: int = Field(1, ge=1, description="unsafe: matches of the word list that drop a row")
     safety_model: Path | None = Field(
-        None, description="unsafe: classifier or ShieldGemma-style model to use instead of the word list"
+        None, description="unsafe: classifier or ShieldGemma-style model that reads the rows that are left"
     )
     safety_labels: tuple[str, ...] = Field((), description="unsafe: labels of the classifier that mean unsafe")
     safety_threshold: float = Field(0.5, gt=0, lt=1, description="unsafe: lowest probability that drops a row")

@@ -1,8 +1,9 @@
 """Exact and near duplicates among all rows that passed the other filters: the first of them stays.
 
-A row is a near duplicate if its Jaccard similarity to an earlier row *that stays* reaches the threshold; the bands
-yield candidates, the similarity is computed from the shingles. A row is compared to at most CANDIDATES rows, the latest
-first. Memory: 4 bytes per band and row; the shingles stay on disk.
+A row is a near duplicate if its Jaccard similarity to an earlier row *that stays* reaches the threshold, and so does
+the similarity of the two answers alone where both are long enough for a comparison. The bands yield candidates, the
+similarity is computed from the shingles. A row is compared to at most CANDIDATES rows, the latest first. Memory: 4
+bytes per band and row; the shingles stay on disk.
 """
 
 from __future__ import annotations
@@ -51,27 +52,40 @@ def link_bands(keys: Bands) -> NDArray[np.int32]:
 
 
 @compiled(inner=True)
-def similarity(a: Shingles, b: Shingles) -> float:
-    """Return the Jaccard similarity of two sorted arrays of distinct numbers."""
-    i, j, shared = 0, 0, 0
+def similarity(a: Shingles, b: Shingles, fewest: int) -> float:
+    """Return the Jaccard similarity of two sorted arrays of distinct numbers.
+
+    If both have at least `fewest` odd numbers (shingles of answers), return the smaller one of it and of their
+    similarity in odd numbers.
+    """
+    i, j, shared, shared_odd, odd_a, odd_b = 0, 0, 0, 0, 0, 0
     while i < a.size and j < b.size:
         if a[i] == b[j]:
-            i, j, shared = i + 1, j + 1, shared + 1
+            shared += 1
+            shared_odd += a[i] & 1
+            i, j = i + 1, j + 1
         elif a[i] < b[j]:
             i += 1
         else:
             j += 1
-    return shared / (a.size + b.size - shared)
+    value = shared / (a.size + b.size - shared)
+    for number in a:
+        odd_a += number & 1
+    for number in b:
+        odd_b += number & 1
+    if min(odd_a, odd_b) >= fewest:
+        value = min(value, shared_odd / (odd_a + odd_b - shared_odd))
+    return value
 
 
 @compiled()
 def near_duplicates(
-    links: NDArray[np.int32], spans: NDArray[np.int64], shingles: Shingles, threshold: float
+    links: NDArray[np.int32], spans: NDArray[np.int64], shingles: Shingles, threshold: float, fewest: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Find the rows that nearly repeat an earlier row that stays.
 
     links: (N, bands) from `link_bands`, changed in place. spans: (N, 2), row i has the sorted shingles
-    [spans[i, 0], spans[i, 1]).
+    [spans[i, 0], spans[i, 1]). fewest: shingles of an answer that is compared by itself.
 
     Returns (N,) the earlier row or -1, and (N,) their similarity.
     """
@@ -95,7 +109,7 @@ def near_duplicates(
                 if compared_to[j] != i and min(size, mine.size) >= threshold * max(size, mine.size):
                     compared_to[j] = i
                     compared += 1
-                    value = similarity(mine, shingles[spans[j, 0] : spans[j, 1]])
+                    value = similarity(mine, shingles[spans[j, 0] : spans[j, 1]], fewest)
                     if value >= threshold:
                         repeats[i], found[i] = j, value
                 j = links[j, band]

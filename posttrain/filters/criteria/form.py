@@ -1,8 +1,9 @@
 """Filters on the form of an answer: empty, cut off, too short or too long, caught in a loop.
 
 Repetition is the share of a turn's word n-grams that occurred before in the same turn (Rae et al. 2021, 2112.11446,
-table A1, count shares of duplicate n-grams). Texts that words do not describe (one endless word, rows of signs) are
-measured by character n-grams instead.
+table A1, count shares of duplicate n-grams). Rows of numbers are data, whose repeats are not loops: lists in brackets,
+lines of a matrix, lines of a hex dump are left out. Texts that words do not describe (one endless word, rows of signs)
+are measured by character n-grams instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from gemma2.posttrain.schemas import FilterConfig
 
-from .sample import Sample
+from .sample import Sample, words_of
 
 __all__ = ["empty", "length", "repeated_share", "repetition", "truncated"]
 
@@ -21,6 +22,12 @@ FEWEST_NGRAMS = 24  # shorter turns repeat themselves by chance: lists, verses, 
 SEEN = 20_000  # characters of a run without spaces; more would not change the result
 ENDLESS = 0.9  # a high limit, because the rules of tables are long lines of one sign too
 LONG_WORD = 60  # characters; a loop without spaces is one long word
+BRACKETED = re.compile(r"\[[\s\da-fx.,;+\-\[\]]+\]|\{[\s\da-fx.,;+\-{}]+\}", re.IGNORECASE)
+HEX_BYTES = re.compile(r"\b(?:[\da-f]{2}[ \t\n]){15,}[\da-f]{2}\b", re.IGNORECASE)
+HEX_LINE = re.compile(r"[ \t]*[\da-f]{4,8}:?[ \t]+(?:[\da-f]{2,4}[ \t]+){4}", re.IGNORECASE)
+CELL = re.compile(r"[^\s,;&|\\]+")
+NUMERAL = re.compile(r"[-+]?[\da-fx]*\d[\da-f.]*", re.IGNORECASE)
+CELLS = range(3, 33)  # numbers in a line of a matrix
 CLOSED = re.compile(r"""[.!?…。!?।؟)\]}>"'”’»`*|$%]\s*$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?\s*$""")
 
 
@@ -60,6 +67,8 @@ def repetition(sample: Sample, limit: float) -> str | None:
         # Every distinct word except the last three begins a new n-gram: with many of them there is no room for a loop.
         share = 0.0 if len(set(words)) - WORDS >= (1 - limit) * len(words) else repeated_share(words, WORDS)
         if share > limit:
+            share = repeated_share(words_of(_without_data(text)), WORDS)
+        if share > limit:
             return f"{share:.2f} of the {WORDS}-grams of words are repeated"
         share = max((repeated_share(run, CHARACTERS) for run in _unspaced(text, words)), default=0.0)
         if share > max(limit, ENDLESS):
@@ -73,6 +82,17 @@ def repeated_share(items: Sequence[str], n: int) -> float:
     if count < FEWEST_NGRAMS:
         return 0.0
     return 1 - len(set(zip(*(items[i:] for i in range(n)), strict=False))) / count
+
+
+def _without_data(text: str) -> str:
+    """Return a text without lists of numbers in brackets, lines of a matrix and hex dumps."""
+    text = HEX_BYTES.sub(" ", BRACKETED.sub(" ", text))
+    return "\n".join(line for line in text.split("\n") if not _is_data(line))
+
+
+def _is_data(line: str) -> bool:
+    cells = CELL.findall(line[:SEEN])
+    return HEX_LINE.match(line) is not None or (len(cells) in CELLS and all(map(NUMERAL.fullmatch, cells)))
 
 
 def _unspaced(text: str, words: Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Mistaken self-identification: the model's turns claim to be another vendor's assistant (Gemma 2 report, section 4).
 
-A claim is made in the first person ("I am ChatGPT", "as a model trained by OpenAI", "OpenAI created me"), outside
-quotation marks, without a negation. Talk about these models is not a claim. Names that people and things also have
-(Claude, Gemini, Llama, ...) count only at the end of a clause or next to a word such as "assistant".
+A claim is made in the first person ("I am ChatGPT", "I'm an OpenAI language model", "OpenAI created me"), outside
+quotation marks, without a negation or an "if". Talk about these models is not a claim, nor is a person's job. Names
+that people and things also have (Claude, Gemini, Llama, ...) count only next to a word such as "assistant", or where
+the turn ends with them. English in detail; other languages by their usual introductions (`assistants.py`).
 """
 
 from __future__ import annotations
@@ -10,81 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from .sample import Sample
+from .assistants import (
+    ASSISTANTS,
+    ELSEWHERE,
+    INTRODUCTIONS,
+    MACHINE_ELSEWHERE,
+    MADE_ELSEWHERE,
+    MAKERS,
+    NAME_ENDS,
+    ONLY_AI,
+    SHARED_NAMES,
+)
+from .sample import Sample, quoted
 
 __all__ = ["claim_finder"]
 
-# Name -> regular expression of its spellings. These names mean an assistant and nothing else.
-ASSISTANTS = {
-    "ChatGPT": r"chat[ -]?gpt",
-    "GPT": r"gpt[- ]?\d[\w.]*|instructgpt",
-    "Qwen": r"qwen[\w.-]*|tongyi(?: qianwen)?",
-    "DeepSeek": r"deep ?seek[\w.-]*",
-    "Mistral": r"mistral[\w.-]*|mixtral[\w.-]*",
-    "ChatGLM": r"chatglm[\w.-]*|glm-\d[\w.]*",
-    "Bing Chat": r"bing chat",
-    "Vicuna": r"vicuna(?:-\d\w*)?",
-    "ERNIE Bot": r"ernie bot|wenxin yiyan",
-    "Kimi": r"kimi(?: k\d[\w.]*)?",
-    "Doubao": r"doubao|hunyuan|baichuan[\w.-]*|internlm[\w.-]*",
-    "SmolLM": r"smollm[\w.-]*|stablelm[\w.-]*|olmo(?: \d)?|starcoder\w*|wizardlm|openassistant|open assistant",
-    "Nemotron": r"nemotron[\w.-]*",
-}
-# These are also names of people, animals or signs.
-SHARED_NAMES = {
-    "Claude": r"claude(?: (?:instant|opus|sonnet|haiku|\d[\w.]*))*",
-    "Gemini": r"gemini(?: (?:pro|ultra|flash|\d[\w.]*))*",
-    "Gemma": r"gemma(?:[ -]?\d\w*)*",
-    "Bard": r"bard",
-    "PaLM": r"palm(?:[ -]?2)?",
-    "LaMDA": r"lamda",
-    "Llama": r"llama(?:[ -]?\d[\w.]*)*",
-    "Phi": r"phi(?:-\d[\w.]*)?",
-    "Falcon": r"falcon(?:-\d+b)?",
-    "Grok": r"grok(?:-\d[\w.]*)?",
-    "Copilot": r"(?:microsoft |github |bing )?copilot",
-    "Alexa": r"alexa",
-    "Siri": r"siri",
-    "Cortana": r"cortana",
-    "Alpaca": r"alpaca",
-    "Koala": r"koala",
-    "Dolly": r"dolly",
-    "Pi": r"pi",
-    "Yi": r"yi(?:-\d+b)?",
-    "Granite": r"granite",
-}
-MAKERS = {
-    "OpenAI": r"open ?ai",
-    "Anthropic": r"anthropic",
-    "Google DeepMind": r"google deepmind",
-    "Google": r"google(?: ai| research)?",
-    "DeepMind": r"deepmind",
-    "Meta": r"meta(?: ai| platforms)?|facebook",
-    "Microsoft": r"microsoft(?: corporation| research)?",
-    "Alibaba": r"alibaba(?: cloud| group)?",
-    "Mistral AI": r"mistral(?: ai)?",
-    "DeepSeek": r"deep ?seek(?: ai)?",
-    "xAI": r"xai",
-    "Amazon": r"amazon",
-    "Apple": r"apple",
-    "Baidu": r"baidu",
-    "Tencent": r"tencent",
-    "ByteDance": r"bytedance",
-    "Moonshot AI": r"moonshot ai",
-    "Zhipu AI": r"zhipu(?: ai)?",
-    "Cohere": r"cohere",
-    "AI21 Labs": r"ai21(?: labs)?",
-    "Hugging Face": r"hugging ?face",
-    "LMSYS": r"lmsys",
-    "Stability AI": r"stability ai",
-    "IBM": r"ibm",
-    "NVIDIA": r"nvidia",
-    "Inflection AI": r"inflection(?: ai)?",
-    "Databricks": r"databricks",
-    "Perplexity": r"perplexity(?: ai)?",
-    "EleutherAI": r"eleuther ?ai",
-    "Nous Research": r"nous research",
-}
 MADE = r"(?:developed|created|trained|made|built|designed|programmed|fine-?tuned|released|provided)"
 MODEL = (
     r"(?:ai|a\.i\.|artificial intelligence|assistant|chat ?bot|bot|(?:large |small )?language model|llm|model|system)"
@@ -92,14 +33,31 @@ MODEL = (
 # "I am", "I'm actually", "my name is", "you're talking to", "call me"; not "I am not".
 SELF = (
     r"(?:\bi(?:'m| am)(?: actually| just| only| in fact| still| called| known as| named)?|\bmy name is|\bmy name's"
-    r"|\byou(?:'re| are) (?:talking|speaking|chatting) (?:to|with)|\bcall me|\bthis is)"
+    r"|\byou(?:'re| are) (?:talking|speaking|chatting) (?:to|with)|\bcall me|\bi go by|\bthis is"
+    r"|\bthe (?:model|assistant|ai) (?:that )?you(?:'re| are) (?:using|talking to|speaking with)(?: now| here)? is)"
 )
 DESCRIBED = rf"(?: (?:a|an|the|your)(?: [\w'-]+){{0,4}}? {MODEL}[,:]?(?: (?:called|named|known as))?)?"
 ROLE = rf"(?:\bas|{SELF},?) (?:a|an|the)(?: [\w',-]+){{0,6}}? {MODEL}"
-CUE = re.compile(rf"\b{MODEL}\b|\b(?:openai|anthropic)\b|{MADE} by|how (?:can|may) i (?:help|assist)", re.IGNORECASE)
-CLAUSE_END = re.compile(r"\s*(?:[.!?;:\n]|,? (?:and|but|so) i\b|$)", re.IGNORECASE)
-SENTENCE_ENDS = ".!?\n"
+# The model itself, not an "AI engineer" or a "system administrator".
+NOUN_ENDS = (
+    r"(?=\s*(?:[.,;:!?)\n]|$)| (?:and|that|who|which|so|with|but|from|by|in|here|trained|made|built|designed)\b)"
+)
+MACHINE = re.compile(
+    r"\b(?:ai|a\.i\.|artificial intelligence|language model|llm|chat ?bot|virtual assistant|open model)\b"
+    r"(?! (?:engineer|researcher|student|expert|artist|ethic))"
+    r"|\bassistants?\b(?! (?:manager|professor|director|coach|to the|editor|teacher|chef))"
+    rf"|\b(?:openai|anthropic|xai)\b|{MADE} by|how (?:can|may) i (?:help|assist)|i can help|{MACHINE_ELSEWHERE}",
+    re.IGNORECASE,
+)
+HYPOTHETICAL = re.compile(
+    r"\b(?:if|suppose|imagine|assum\w+|pretend\w*|whether|like|unless|(?:never|not|don't|didn't|wasn't)"
+    r" (?:sa(?:y|id)|claim\w*|think|believe|mean))(?: that)?,?\s*$",
+    re.IGNORECASE,
+)
+# Somebody whom a company trained for a job.
+TRADE = r"(?! (?:as|to be) an? (?!(?:[\w-]+ ){0,3}(?:ai|assistant|model|bot|chatbot)\b))"
 NEAR = 80  # characters after a shared name in which a cue makes it a claim
+LAST = re.compile(r"\W*$")
 
 Finder = Callable[[Sample], str | None]
 
@@ -107,21 +65,29 @@ Finder = Callable[[Sample], str | None]
 def claim_finder(allowed: Iterable[str]) -> Finder:
     """Return the filter for a model that may use the `allowed` names for itself and its maker (case is ignored)."""
     mine = {name.casefold() for name in allowed}
-    assistants = {name: spelt for name, spelt in ASSISTANTS.items() if name.casefold() not in mine}
-    shared = {name: spelt for name, spelt in SHARED_NAMES.items() if name.casefold() not in mine}
-    makers = {name: spelt for name, spelt in MAKERS.items() if name.casefold() not in mine}
+    assistants, shared, makers = (
+        {name: spelt for name, spelt in names.items() if name.casefold() not in mine}
+        for names in (ASSISTANTS, SHARED_NAMES, MAKERS)
+    )
     own, alike, theirs = (_any(names) for names in (assistants, shared, makers))
-    claims = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs)]
-    claims.append((re.compile(rf"{SELF}{DESCRIBED} (?P<name>{alike})\b", re.IGNORECASE), True))
-    triggers = frozenset(_first_words([*assistants.values(), *shared.values(), *makers.values()]))
+    only_ai = _any({name: spelt for name, spelt in makers.items() if name in ONLY_AI})
+    english = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims(own, theirs, only_ai)]
+    english.append((re.compile(rf"{SELF}{DESCRIBED} (?P<name>{alike})\b", re.IGNORECASE), True))
+    elsewhere = [(re.compile(pattern, re.IGNORECASE), False) for pattern in _claims_elsewhere(own, theirs)]
+    elsewhere.append((re.compile(rf"(?:{INTRODUCTIONS}) ?(?P<name>{alike}){NAME_ENDS}", re.IGNORECASE), True))
+    words = set(_first_words([*assistants.values(), *shared.values(), *makers.values()]))
+    triggers = frozenset(word for word, second in words if not second)
+    pairs = [(word, second) for word, second in words if second]
 
     def find(sample: Sample) -> str | None:
         """Report a claim in the model's turns."""
-        if triggers.isdisjoint(sample.model_vocabulary):
+        said = sample.model_vocabulary
+        if triggers.isdisjoint(said) and not any(word in said and second in said for word, second in pairs):
             return None
         for text in sample.model_turns:
             straight = text.replace("’", "'")
-            for pattern, needs_cue in claims:
+            others = not straight.isascii() or not ELSEWHERE.isdisjoint(said)
+            for pattern, needs_cue in [*english, *elsewhere] if others else english:
                 for found in pattern.finditer(straight):
                     if _claimed(straight, found, needs_cue):
                         return f"speaks as {found['name']}"
@@ -130,12 +96,19 @@ def claim_finder(allowed: Iterable[str]) -> Finder:
     return find
 
 
-def _first_words(spellings: Iterable[str]) -> Iterator[str]:
-    """Yield words of which every text with one of the names has at least one: a quick test before the patterns."""
+def _first_words(spellings: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield words of which every text with one of the names has at least one: a quick test before the patterns.
+
+    The second word, where it is not empty, must be in the text too: "open" and "ai".
+    """
     for spelling in spellings:
+        spelling = re.sub(r"[\u3040-\u9fff]+", lambda han: han.group()[0], spelling)  # every sign is a word there
         plain = re.sub(r"\(\?:[^()]*(?:\([^()]*\)[^()]*)*\)[?*]?", "", spelling)  # drops optional groups
-        for stem, rest in re.findall(r"(?:^|\|)(\w+)(?:(?: \?|\[ -\]\?)(\w+))?", plain):
-            yield from (f"{word}{digit}" for word in {stem, stem + rest} for digit in ("", *range(10)))
+        for stem, space, rest in re.findall(r"(?:^|\|)(\w+)(?:( \??|\[ -\]\?)(\w+))?", plain):
+            if not space or space.endswith("?"):
+                yield from ((f"{stem}{rest}{digit}", "") for digit in ("", *range(10)))
+            if space:
+                yield stem, rest
 
 
 def _any(names: dict[str, str]) -> str:
@@ -143,33 +116,38 @@ def _any(names: dict[str, str]) -> str:
     return "|".join(sorted(names.values(), key=len, reverse=True)) or r"(?!)"
 
 
-def _claims(own: str, theirs: str) -> list[str]:
+def _claims(own: str, theirs: str, only_ai: str) -> list[str]:
     """Return the patterns that need no further cue; the group `name` is the claimed name."""
+    team = r"(?:the |a )?(?:(?:team|researchers|engineers|people|scientists|experts)(?: \w+)? (?:at|of|from) )?"
     return [
-        rf"{SELF}{DESCRIBED} (?P<name>{own})\b",
-        rf"\bas (?P<name>{own}),? (?:i|my)\b",
-        rf"{ROLE}[^.!?\n]{{0,40}}? {MADE} by (?:the )?(?P<name>{theirs})\b",
-        rf"\bi was (?:originally |first )?{MADE} (?:and \w+ )?by (?:the )?(?P<name>{theirs})\b",
-        rf"\b(?P<name>{theirs})(?: has| have)? {MADE} me\b",
+        rf"{SELF}{DESCRIBED} (?P<name>{own})\b(?!'s)",
+        rf"\b(?:speaking )?as (?P<name>{own}),? (?:i|my)\b",
+        rf"(?:\bas|{SELF},?) an? (?P<name>{theirs})(?:'s)?(?: [\w'-]+){{0,2}}? {MODEL}{NOUN_ENDS}",
+        rf"{ROLE}[^.!?\n]{{0,40}}? {MADE} by {team}(?P<name>{theirs})\b",
+        rf"{ROLE},? (?:by|from) {team}(?P<name>{theirs})\b",
+        rf"\bi was (?:originally |first )?{MADE} (?:and \w+ )?by {team}(?P<name>{theirs})\b{TRADE}",
+        rf"\b(?P<name>{theirs})(?:, [^.,!?\n]{{0,40}}?)?(?: that| which| who)?(?: has| have)? {MADE} me\b(?! an? )",
         rf"\bmy (?:creators?|developers?|makers?)(?: (?:at|is|are|from),?)? (?:the )?(?P<name>{theirs})\b",
+        rf"\bi (?:come|came) from (?P<name>{only_ai})\b",
         rf"\b(?:i am|i'm|my (?:model|engine) is) (?:based on|powered by) (?:\w+'s )?(?P<name>{own}|{theirs})\b",
     ]
 
 
+def _claims_elsewhere(own: str, theirs: str) -> list[str]:
+    made = [pattern.replace("MAKER", rf"(?P<name>{theirs})") for pattern in MADE_ELSEWHERE]
+    return [rf"(?:{INTRODUCTIONS}) ?(?P<name>{own}){NAME_ENDS}", *made]
+
+
 def _claimed(text: str, found: re.Match[str], needs_cue: bool) -> bool:
-    return not _quoted(text, found.start()) and not (needs_cue and not _about_a_machine(text, found))
+    if quoted(text, found.start()) or HYPOTHETICAL.search(text[max(0, found.start() - 30) : found.start()]):
+        return False
+    return not needs_cue or _about_a_machine(text, found)
 
 
 def _about_a_machine(text: str, found: re.Match[str]) -> bool:
-    """Whether a name that people also have means a machine here: it ends the clause, or a cue follows soon."""
-    if CUE.search(found.group()):
+    """Whether a name that people also have means a machine here: a cue is near, or nothing follows it."""
+    if MACHINE.search(found.group()):
         return True
-    rest = text[found.end() : found.end() + NEAR]
-    end = min((rest.find(sign) for sign in SENTENCE_ENDS if sign in rest), default=len(rest))
-    return CUE.search(rest, 0, end) is not None or CLAUSE_END.match(rest) is not None
-
-
-def _quoted(text: str, place: int) -> bool:
-    """Whether a position is inside quotation marks that were opened in the same line."""
-    line = text[text.rfind("\n", 0, place) + 1 : place]
-    return line.count('"') % 2 == 1 or line.count("“") > line.count("”") or line.count("«") > line.count("»")
+    return (
+        MACHINE.search(text, found.end(), found.end() + NEAR) is not None or LAST.match(text, found.end()) is not None
+    )

@@ -20,7 +20,7 @@ from gemma2.posttrain.data.rows import conversation_of, located
 from gemma2.posttrain.data.shapes.turns import check_order, fold_system
 from gemma2.posttrain.data.sources import Row
 
-__all__ = ["MODEL_ROLES", "Sample", "normal", "sample_of", "word_ids", "words_of"]
+__all__ = ["MODEL_ROLES", "Sample", "normal", "quoted", "sample_of", "word_ids", "words_of"]
 
 MODEL_ROLES = ("assistant", "model")
 # Han, kana, Hangul, Thai, Lao, Khmer, Burmese: no spaces between words.
@@ -113,6 +113,14 @@ def normal(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return " ".join(text.casefold().split())
+
+
+def quoted(text: str, place: int) -> bool:
+    """Whether a position is inside quotation marks that were opened in the same line."""
+    line = text[text.rfind("\n", 0, place) + 1 : place]
+    if line.count('"') % 2 == 1 or line.count("“") > line.count("”") or line.count("«") > line.count("»"):
+        return True
+    return line[-1:] in ("'", "‘") and not line[-2:-1].isalnum()
 
 
 def sample_of(row: Row, ignored: Collection[str] = (), ordered: bool = True) -> Sample:

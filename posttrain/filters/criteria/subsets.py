@@ -1,8 +1,8 @@
-"""Kinds of answers: attribution, hedging, refusals; and the disclaimers of assistants.
+"""Kinds of answers that may be kept: attribution, hedging, refusals.
 
 The Gemma 2 report adds "subsets of data that encourage better in-context attribution, hedging, and refusals to minimize
 hallucinations" (section 4). `keep` names subsets that the OVERRIDDEN filters do not drop. The subset `refusal` consists
-of answers that admit a limit of knowledge or means; the cap on refusals counts every refusal to answer (`is_refusal`).
+of answers that admit a limit of knowledge or means; the cap on refusals counts every refusal to answer (`refusals.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gemma2.core.errors import UsageError
 
 from .sample import Sample
 
-__all__ = ["OVERRIDDEN", "Subsets", "disclaimer", "is_refusal"]
+__all__ = ["OVERRIDDEN", "Subsets"]
 
 # Filters on style. Personal data, unsafe answers, false names, duplicates and overlap are dropped also in kept subsets.
 OVERRIDDEN = frozenset({"length", "disclaimer", "refusal"})
@@ -45,24 +45,6 @@ PATTERNS = {
         r"|\bi (?:cannot|can't|can not) (?:verify|confirm|browse|access|look up|see|find)\b"
     ),
 }
-REFUSES = (
-    r"\bi(?:'m| am) (?:(?:so |very |really |truly )?sorry|afraid)\b[^.!?\n]{0,40}?\bi(?:'m| am)? ?"
-    r"(?:can't|cannot|can not|won't|will not|must|unable|not able)"
-    r"|\bi (?:can't|cannot|can not|won't|will not|must) (?:refuse|decline|help|assist|provide|fulfil|comply|answer"
-    r"|support|engage|create|write|generate|discuss|share|give|offer|participate|condone|do that|be able to)"
-    r"|\bi(?:'m| am) (?:unable|not able|not allowed|not permitted) to"
-    r"|\bi (?:have to|must|need to) (?:refuse|decline)\b"
-    r"|\bi(?:'m| am) (?:not comfortable|not going to)\b|\bi'd rather not\b|\bi (?:politely )?(?:decline|refuse) to\b"
-    r"|\b(?:it is|it's|that is|that's) (?:not appropriate|inappropriate) for me\b"
-)
-DISCLAIMS = (
-    r"\b(?:as|i(?:'m| am)(?: just| only)?) an? (?:[\w-]+ ){0,2}?(?:ai|artificial intelligence|language model|llm)\b"
-    r"|\b(?:my|the) (?:knowledge|training) (?:cut-?off|data)\b"
-    r"|\b(?:as of|since) my last (?:knowledge |training )?update\b"
-)
-REFUSAL = re.compile("|".join([REFUSES, PATTERNS["refusal"]]), re.IGNORECASE)
-DISCLAIMER = re.compile(DISCLAIMS, re.IGNORECASE)
-OPENING = 200  # characters at the start of a turn that are searched for a refusal
 
 
 class Subsets:
@@ -84,17 +66,6 @@ class Subsets:
         """Return the names of the subsets to which the model's turns belong."""
         text = _straight(sample.model)
         return [name for name, pattern in self._patterns.items() if pattern.search(text)]
-
-
-def is_refusal(sample: Sample) -> bool:
-    """Whether a turn of the model opens with a refusal."""
-    return any(REFUSAL.search(_straight(text[:OPENING])) for text in sample.model_turns)
-
-
-def disclaimer(sample: Sample) -> str | None:
-    """Report a phrase of assistants about themselves in the model's turns, whatever the maker."""
-    found = DISCLAIMER.search(_straight(sample.model))
-    return f"says '{found.group().lower()}'" if found else None
 
 
 def _straight(text: str) -> str:

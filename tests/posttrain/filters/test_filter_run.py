@@ -75,7 +75,6 @@ def test_kept_rows_are_unchanged_and_in_order_and_dropped_ones_have_a_reason(dat
     assert summary["dropped"] == {name: 8 if name == "refusal" else 10 for name in reasons if name} | {
         "turns": 0,
         "repetition": 0,
-        "unsafe": 0,
     }
     refusals = [i for i in range(6, 80, 8) if rows[i] in kept]
     stays = sorted([*range(0, 80, 8), *refusals])

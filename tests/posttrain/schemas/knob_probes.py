@@ -105,7 +105,12 @@ def files(out: Path) -> dict[str, str]:
 
 
 def prose(seed: str, words: int = 40) -> str:
-    return " ".join(f"{seed}{i}" for i in range(words))
+    return " ".join(word(seed, i) for i in range(words))
+
+
+def word(seed: str, number: int) -> str:
+    """A word of letters alone: rows that differ in a digit are not near duplicates."""
+    return f"{seed}{'abcdefghijklmnop'[number // 16]}{'abcdefghijklmnop'[number % 16]}"
 
 
 LOOP = " ".join(["one two three four five six"] * 4 + [f"w{i}" for i in range(20)])  # two fifths are repeated
@@ -131,7 +136,7 @@ FILTERED = [
     row(prose("same") + ".", "The first question?"),
     row(prose("same") + ".", "Quite another question, which was asked by somebody else?"),
     row(prose("same", 36) + " and something new.", "The first question?"),
-    row(" ".join(f"same{i}" for i in reversed(range(40))) + ".", "The first question?"),
+    row(" ".join(word("same", i) for i in reversed(range(40))) + ".", "The first question?"),
     row("I am ChatGPT, jane.doe@gmail.com", "Who are you?", finish_reason="length"),
     *(row(f"I'm sorry, but I can't help with {i}.", f"Can you help with {i}?") for i in range(6)),
 ]

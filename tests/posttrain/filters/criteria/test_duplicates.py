@@ -1,14 +1,21 @@
 """Exact and near duplicates against brute force over all pairs."""
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import said
+from samples import row, said
 
+from gemma2.posttrain.data.sources import Row
+from gemma2.posttrain.filters.chunks import ChunkStore
 from gemma2.posttrain.filters.criteria.duplicates import exact_duplicates, link_bands, near_duplicates
 from gemma2.posttrain.filters.criteria.sample import Sample
 from gemma2.posttrain.filters.criteria.signatures import band_keys, exact_digest, plan_bands, shingles
+from gemma2.posttrain.filters.decide import decide
+from gemma2.posttrain.filters.scan import STAYS, Scanner
+from gemma2.posttrain.schemas import FilterConfig
 
 
 def digest(sample, side="both"):
@@ -117,7 +124,9 @@ def found_by_bands(texts, threshold):
     assert all(len(one) for one in sets)
     ends = np.cumsum([0, *map(len, sets)])
     spans = np.stack([ends[:-1], ends[1:]], axis=1)
-    return near_duplicates(link_bands(band_keys(sets, plan)), spans, np.concatenate(sets), threshold)
+    return near_duplicates(
+        link_bands(band_keys(sets, plan, [0] * len(sets))), spans, np.concatenate(sets), threshold, plan.fewest
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +166,49 @@ def test_a_copy_with_further_text_at_its_end_is_found():
     assert repeats.tolist() == [-1, -1, 1]  # the longest stays, and the longer one is 118 / 128 of it
     assert value[2] == pytest.approx(118 / 128)
     assert found_by_bands([base, longer], 0.8)[0].tolist() == [-1, 0]
+
+
+def near(first, second, side="both"):
+    """Whether the second row is a near duplicate of the first."""
+    config = FilterConfig(data="d", filters=("near-duplicate",), dedup_on=side)
+    found = Scanner(config, None).scan([Row("r", row(answer, asked)) for asked, answer in (first, second)])
+    with tempfile.TemporaryDirectory() as directory:
+        store = ChunkStore(Path(directory))
+        store.append(found)
+        return bool(decide(store, config).codes[1] != STAYS)
+
+
+TASK = (
+    "Anna picks apples in the orchard of her uncle every autumn. On the first day she picks {} apples, and later she"
+    " gives {} of them to the children of her neighbour. How many apples does Anna have left at the end of the day?"
+)
+RULES = " ".join(f"rule{letter}{other}{last}" for letter in "abcdefgh" for other in "abcdefgh" for last in "abcdefgh")
+LONG = " ".join(f"word{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh")
+OTHER = " ".join(f"thing{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((TASK.format(48, 12), "She has some left."), (TASK.format(48, 13), "She has some left.")),
+        ((TASK.format("two", "five"), "Some."), (TASK.format("two", "six"), "Some.")),
+        ((f"{TASK} 64 + 32", "Yes."), (f"{TASK} 64 - 32", "Yes.")),
+        ((RULES + " When do you open?", "At nine."), (RULES + " When do you close?", "At six.")),
+        ((RULES, LONG), (RULES, OTHER)),
+    ],
+    ids=["number", "number word", "sign", "short answer", "long answer"],
+)
+def test_templates_filled_with_other_numbers_or_answers_are_not_copies(first, second):
+    assert not near(first, second)
+    assert near(first, (f"Please: {first[0]}", first[1]))
+
+
+def test_the_opening_of_an_answer_and_its_layout_do_not_count():
+    assert near(("Why?", LONG), ("Why?", f"Certainly! {LONG}"))
+    assert near(("Why?", LONG), ("Why?", LONG.replace(" word", ",\n\nWord")))
+    assert near((RULES, LONG), (RULES, f"Certainly! {LONG}"))
+    assert not near((LONG, "Yes."), (OTHER, "Yes."))
+    assert near((LONG, "Yes."), (LONG + " please", "No."), side="prompt")
 
 
 def test_rows_are_compared_to_rows_that_stay():

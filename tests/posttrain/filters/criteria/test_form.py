@@ -173,6 +173,8 @@ PROSE = " ".join(f"word{i}" for i in range(60))
         "A: yes\nB: no\n" * 30,
         "好的" * 60,
         "1 2 3 4 " * 30,
+        "0.3333333 " * 60,
+        "#### 12\n" * 60,
         "🙂" * 100,
     ],
 )
@@ -194,6 +196,10 @@ def test_loops_are_found(text):
         "x = [0] * 10\n" * 3,
         "\n".join([f"+{'-' * 40}+{'-' * 40}+", f"| {'name':<38} | {'kind':<38} |", f"+{'=' * 40}+{'=' * 40}+"] * 2),
         "```\n+---+\n| x |\n+---+\n```",
+        "[" + ",\n".join(["[" + ", ".join("0" * 9) + "]"] * 9) + "]",
+        "\n".join([" & ".join("1000000") + r" \\"] * 7),
+        "\n".join([f"{place:08x}  " + "00 " * 16 + " |................|" for place in range(0, 160, 16)]),
+        "unsigned char buffer[] = {" + ", ".join(["0x00"] * 60) + "};",
         "!!!",
     ],
 )
@@ -252,6 +258,21 @@ def test_another_language_is_dropped(text):
     assert language(said(text), ("en",), 0.9) is not None
 
 
+LONG_ENGLISH = (
+    "The valley was settled by families who came over the pass with their cattle, and the herds went up. " * 9
+)
+
+
+def test_a_text_is_read_to_its_end_and_a_quotation_or_code_is_not_its_language():
+    german, french = (f"{text} " * 5 for text in OTHERS[:2])
+    assert language(said(german + LONG_ENGLISH), ("en",), 0.9) is None
+    assert language(said(LONG_ENGLISH + german), ("en",), 0.9) is None
+    assert language(said(LONG_ENGLISH[:400] + 5 * french), ("en",), 0.9) is not None
+    fenced = "```python\n" + "print(sum(values))  # the sum of the values\n" * 20 + "```\n"
+    assert language(said(fenced + german), ("en",), 0.9) is not None
+    assert language(said(f"{LONG_ENGLISH[:300]}\n```\n{german}\n```"), ("en",), 0.9) is None
+
+
 def test_several_languages_may_stay_and_codes_are_checked():
     assert language(said(OTHERS[0]), ("en", "de"), 0.9) is None
     check_codes(("en", "de", "zh"))
@@ -279,6 +300,10 @@ ALL = ("general", "sexual", "slurs")
         "a blow job",
         "you retard",
         "they are faggots",
+        "No niggers here.",
+        "Those kikes, the gooks and the wetbacks",
+        "Du Arschloch.",
+        "操你妈，滚开。",
     ],
 )
 def test_offensive_words_of_the_model_are_found_and_not_repeated(text):
@@ -301,6 +326,14 @@ def test_offensive_words_of_the_model_are_found_and_not_repeated(text):
         "The titmouse sings.",
         "I must decline to write insults.",
         "The document is Dickensian.",
+        "Jamie owns 4 Persian cats and 2 Maine Coons.",
+        "As the cock crowed, Peter wept.",
+        "A chink in the armor of the argument.",
+        "The bitch had six puppies, and the great tits sang.",
+        "Faggots in gravy are a dish of the Midlands; the kitchen was spic and span.",
+        'The word "fuck" is attested since 1475.',
+        "Slut på dagen; bussen har fart.",
+        "操场上有很多妈妈带着孩子做操。",
     ],
 )
 def test_harmless_words_are_left(text):

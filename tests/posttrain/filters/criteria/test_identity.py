@@ -31,6 +31,18 @@ POSITIVE = [
     "I was originally developed by Microsoft.",
     "I am Claude",
     "This is ChatGPT, how can I help?",
+    "I'm an OpenAI language model.",
+    "I am an OpenAI model, so I can't see images.",
+    "I am a language model by Mistral AI.",
+    "I was designed by researchers at OpenAI.",
+    "OpenAI, the company that created me, is in San Francisco.",
+    "Ich bin ChatGPT, ein Sprachmodell von OpenAI.",
+    "J'ai été développé par Anthropic.",
+    "Me llamo Claude y soy un asistente de inteligencia artificial.",
+    "Я был создан компанией OpenAI.",
+    "我是通义千问，由阿里云开发。",
+    "私はChatGPTです。",
+    "저는 OpenAI에서 개발한 ChatGPT입니다.",
 ]
 NEGATIVE = [
     "ChatGPT is a model by OpenAI.",
@@ -66,6 +78,18 @@ NEGATIVE = [
     "I am an apple tree.",
     "I'm like ChatGPT in some ways.",
     "What is the difference between Claude and Gemini?",
+    "My name is Claude and I live in Paris with my cat.",
+    "I am Claude. I was born in Lyon in 1960 and I paint.",
+    "I'm Claude and I teach chemistry.",
+    "I'm an OpenAI employee and I like my job.",
+    "I was trained by Microsoft as a network technician.",
+    "Suppose I am GPT-4; what would my cost be?",
+    "The page began: 'I'm an OpenAI language model' and went on.",
+    "Ich heiße Claude und komme aus Genf.",
+    "No soy ChatGPT, soy Gemma.",
+    "Ben ChatGPT kullanıyorum.",
+    "我是ChatGPT的用户。",
+    "私はChatGPTを毎日使います。",
 ]
 GEMMA = ("Gemma", "Google", "Google DeepMind", "DeepMind")
 

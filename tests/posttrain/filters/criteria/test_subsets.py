@@ -8,7 +8,8 @@ from samples import row, said
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.sources import Row
-from gemma2.posttrain.filters.criteria.subsets import Subsets, disclaimer, is_refusal
+from gemma2.posttrain.filters.criteria.refusals import disclaimer, is_refusal
+from gemma2.posttrain.filters.criteria.subsets import Subsets
 from gemma2.posttrain.filters.decide import surplus_refusals
 from gemma2.posttrain.filters.scan import STAYS, Scanner, code_of
 from gemma2.posttrain.schemas import FilterConfig
@@ -118,6 +119,43 @@ def test_refusals_are_those_that_open_an_answer():
     assert not is_refusal(said("Certainly.", question="I can't help with that."))
 
 
+# The words of a refusal in a letter, a story, a quotation, praise, a proof, code.
+NOT_REFUSALS = [
+    "First I must create a class, then a method.",
+    "I must support my claim with a proof by induction.",
+    "I can't help but admire the last stanza.",
+    "I can't help laughing at this joke.",
+    "I can't provide a better example than the Rosetta Stone.",
+    "I'm sorry your manager won't give you leave. Here is a letter.",
+    "Hi Sam, I'm not able to come tonight, sorry!",
+    "Dear Mr. Bell, I can't help with the move on Friday. Kind regards, Ann",
+    "I won't help you, said the knight, and drew his sword.",
+    '"I can\'t help you," whispered the ferryman.',
+    "print(\"I'm sorry, I can't help with that\")",
+    "I don't know about you, but I would start with x.",
+    "I'm not going to lie: this integral is hard.",
+    "Es tut mir leid, dass du krank bist.",
+    "对不起，我刚才算错了，答案是14。",
+]
+MORE_REFUSALS = [
+    "Sorry, but that's not something I can help with.",
+    "It goes against my guidelines to produce this.",
+    "I apologise, but I can't write that story.",
+    "I'd prefer not to answer that.",
+    "Providing such details would be unsafe, so I won't.",
+    "Es tut mir leid, aber dabei kann ich nicht helfen.",
+    "Je ne peux pas répondre à cette demande.",
+    "Lo siento, pero no puedo ayudarte con eso.",
+    "Извините, но я не могу помочь с этим.",
+    "抱歉，我无法提供这方面的信息。",
+]
+
+
+def test_a_refusal_is_the_models_own_and_may_be_in_another_language():
+    assert [text for text in NOT_REFUSALS if is_refusal(said(text))] == []
+    assert [text for text in MORE_REFUSALS if not is_refusal(said(text))] == []
+
+
 DISCLAIMERS = [
     "As an AI language model, I have no body.",
     "As a large language model, I learn from text.",
@@ -136,6 +174,9 @@ NO_DISCLAIMERS = [
     "A language model predicts words.",
     "As an aide, she wrote speeches.",
     "I am an aikido teacher.",
+    "As an AI student, you should learn linear algebra.",
+    "Split the training data before you scale the features.",
+    "The knowledge cutoff of a model is the date of its last document.",
 ]
 
 
@@ -145,9 +186,8 @@ def test_disclaimers_of_assistants_are_found():
 
 
 def reason(text, **settings):
-    found = Scanner(FilterConfig(data="d", drop_disclaimers=True, min_words=5, **settings), None).scan(
-        [Row("f:1", row(text))]
-    )
+    config = FilterConfig(data="d", drop_disclaimers=True, min_words=5, unsafe_words=("general",), **settings)
+    found = Scanner(config, None).scan([Row("f:1", row(text))])
     return None if found.codes[0] == STAYS else found.reasons[0][0][0]
 
 
