@@ -27,12 +27,17 @@ __all__ = ["Dialogue", "DialoguePlan"]
 
 @dataclass(frozen=True)
 class DialoguePlan:
-    """The work per prompt: `n` conversations of `turns` model turns."""
+    """The work per prompt: `n` conversations of `turns` model turns.
+
+    `empty_counts`: whether a finished answer without a text is an answer. It teaches nothing, so `generate` drops it;
+    but it is one of the samples of a policy, and a reward model must learn what it is worth.
+    """
 
     n: int
     seed: int
     turns: int = 1
     user_instruction: str = ""
+    empty_counts: bool = False
 
     @property
     def drawn_turns(self) -> int:
@@ -91,8 +96,9 @@ class Dialogue:
 
     @property
     def answers(self) -> list[Completion]:
-        """The model turns that have a text and were not dropped."""
-        return [turn for turn in self.drawn[::2] if turn.finish_reason in (STOP, LENGTH) and turn.text]
+        """The model turns that were not dropped and have a text, unless the plan counts empty ones."""
+        kept = [turn for turn in self.drawn[::2] if turn.finish_reason in (STOP, LENGTH)]
+        return [turn for turn in kept if turn.text or self.plan.empty_counts]
 
     @property
     def fate(self) -> str:

@@ -63,7 +63,10 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         params = SamplingParams(config.max_new_tokens, config.temperature)
         with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
             reading = Reading(config)
-            source, plan = PromptSource(config.prompts, reading, config.limit), DialoguePlan(config.n, config.seed)
+            source, plan = (
+                PromptSource(config.prompts, reading, config.limit),
+                DialoguePlan(config.n, config.seed, empty_counts=True),
+            )
             answering = Answering(source, plan, journal, engine.chunk, keep_ids=judge_model is not None)
             prompts = answering.check(engine, progress)
             unread = reading.report(progress, run.path)
