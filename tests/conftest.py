@@ -35,3 +35,8 @@ def _old_objects_are_not_searched_for_garbage():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files marked `long` first: with a file for each process, one that begins last would be waited for alone."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: tests of signals and servers wait, and another then has the core."""
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)) + 1

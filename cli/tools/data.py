@@ -89,10 +89,18 @@ def inspect(
     console = Console(as_json=as_json)
     if as_json:
         console.json(found)
-        return
+    else:
+        _show(found, console)
+    if not found["rows"]:
+        raise typer.Exit(1)
+
+
+def _show(found: JsonMapping, console: Console) -> None:
     console.result(_overview(found))
     for error in found["errors"]:
         console.text(f"\n{error['rows']} bad rows: {error['error']}")
+    if found["further_errors"]:
+        console.text(f"\nand {found['further_errors']} more kinds of bad rows")
     for row in found["rendered"]:
         silent = ", ".join(str(index + 1) for index in row["not_learned"])
         console.text(f"\n{row['where']}{f' (not learned: message {silent})' if silent else ''}\n{row['text']}")

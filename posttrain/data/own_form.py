@@ -13,9 +13,9 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.text_file import write_text
 
 from .reading import Reading, RowOptions
-from .rows import Conversation, Pair, Prompt
-from .shapes.recognise import conversation_shape, present, prompt_shape
-from .sources import Row, to_line
+from .rows import Conversation, Pair, Prompt, conversation_of, prompt_of
+from .shapes.recognise import LISTS, conversation_shape, present, prompt_shape
+from .sources import ColumnNames, Row, to_line
 
 __all__ = ["Kind", "convert_rows", "kind_of_rows", "own_form", "rows_of_kind"]
 
@@ -36,6 +36,8 @@ def kind_of_rows(path: Path, reading: Reading) -> Kind:
         except InputError:
             return "prompts" if _has_a_prompt(row) else "conversations"
         return "prompts" if turns.messages[-1]["role"] == "user" else "conversations"
+    if reading.skipped:
+        raise InputError(f"no row of {path} can be read, the first: {reading.first_error()}", "see docs/data.md")
     raise InputError(f"{path} has no rows", "write one JSON object per line")
 
 
@@ -100,10 +102,13 @@ def convert_rows(
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
     if out.suffix != ".jsonl":
         raise InputError(f"--out {out} is not a .jsonl file", f"write to {out.with_suffix('.jsonl')}")
-    reading = Reading(options, lambda row: _with_values(row, parse_json))
+    theirs = ColumnNames(options.columns).theirs
+    parsed = {*parse_json, *(ours for ours, name in theirs.items() if name in parse_json)}
+    reading = Reading(options, lambda row: _with_values(row, parsed))
     kind = to or kind_of_rows(path, reading)
-    if to == "prompts" and kind_of_rows(path, reading) == "conversations":
-        rows: Iterator[Prompt | Conversation | Pair] = map(_asked, reading.each_conversation(path))
+    rows: Iterator[Prompt | Conversation | Pair]
+    if to == "prompts":
+        rows = reading.each(path, lambda row: _asked(row, reading.ignored))
     else:
         rows = rows_of_kind(path, kind, reading)
     lines = [to_line(own_form(row)) for row in rows]
@@ -113,11 +118,13 @@ def convert_rows(
     return {"rows": len(lines), "kind": kind}, reading
 
 
-def _asked(row: Prompt | Conversation | Pair) -> Prompt:
-    """The prompt of a conversation: what stands in front of its last model turn."""
-    assert isinstance(row, Conversation)
-    end = len(row.messages) - 1 if row.messages[-1]["role"] == "assistant" else len(row.messages)
-    return Prompt(row.where, row.messages[:end], row.extra)
+def _asked(row: Row, ignored: Collection[str]) -> Prompt:
+    """The prompt of a row: its own, or what stands in front of the last model turn of its conversation."""
+    if not set(LISTS) & present(row).keys():
+        return prompt_of(row, ignored)
+    found = conversation_of(row, ignored, empty=True)
+    end = len(found.messages) - 1 if found.messages[-1]["role"] == "assistant" else len(found.messages)
+    return Prompt(row.where, found.messages[:end], found.extra, found.shape, found.notes)
 
 
 def _with_values(row: Row, names: Collection[str]) -> Row:

@@ -82,6 +82,7 @@ class Reading:
         self._change = change  # applied to each row before it is read
         self.ignored = frozenset(options.ignore_keys)
         self.skips = options.on_bad_row == "skip"
+        self._columns = options.columns
         self._names = ColumnNames(options.columns)
         self.tallies: dict[Path, Tally] = {}
         self.skipped: dict[str, Skipped] = {}
@@ -89,6 +90,10 @@ class Reading:
     def prompts(self, path: Path, limit: int | None = None) -> list[Prompt]:
         """The prompts of a data path, at most `limit`. Raises InputError at the first bad row, and for no row."""
         return self._all(path, self.each_prompt(path, limit))
+
+    def each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
+        """The rows of a data path as `parse` reads them, streamed."""
+        return self._each(path, parse)
 
     def each_prompt(self, path: Path, limit: int | None = None) -> Iterator[Prompt]:
         """The same, streamed."""
@@ -166,7 +171,10 @@ class Reading:
             counts["unread_files"] = aside
         if self.skipped:
             listed = f" (all in {SKIPPED})" if folder is not None else ""
-            progress.warn(f"{len(self.skipped)} rows were left out{listed}, the first: {self.first_error()}")
+            files = Counter(where.rpartition(":")[0] for where in self.skipped)
+            of = [f"{count} of {file}" for file, count in files.most_common()]
+            by_file = f" ({_listed(of)})" if len(files) > 1 else ""
+            progress.warn(f"{len(self.skipped)} rows were left out{by_file}{listed}, the first: {self.first_error()}")
             counts["skipped_rows"] = len(self.skipped)
             if folder is not None:
                 rows = self.skipped.values()
@@ -197,13 +205,21 @@ class Reading:
                 self.skip(error if self.skips else _with_later_keys(error, rows, parse), row.where, row.columns)
                 continue
             except InputError as error:
-                self.skip(error, row.where, row.columns)
+                self.skip(self._as_renamed(error), row.where, row.columns)
                 continue
             tally.shapes[found.shape] += 1
             tally.notes.update(found.notes)
             foreign = found.extra.keys() if not (is_output or isinstance(found, Prompt)) else OF_THE_CONVERSATION
             tally.unread.update(name for name in foreign if found.extra.get(name) not in (None, "", [], {}))
             yield found
+
+    def _as_renamed(self, error: InputError) -> InputError:
+        """An error of a row under the names of `--columns`: a name that no row has comes first; advice repeats them."""
+        if not self.skips:
+            self.check_columns()
+        renames = ",".join(self._columns)
+        hint = error.hint.replace("--parse-json", f"--columns {renames} --parse-json") if renames else error.hint
+        return error if hint == error.hint else InputError(error.what, hint)
 
     def _all(self, path: Path, rows: Iterable[Read]) -> list[Read]:
         found = list(rows)

@@ -59,6 +59,7 @@ def survey(
         "rows": len(lengths),
         "bad_rows": len(reading.skipped),
         "first_error": reading.first_error(),
+        "further_errors": max(0, len(errors) - ERRORS),
         "errors": [{"rows": count, "error": error} for error, count in errors.most_common(ERRORS)],
         "messages": dict(sorted(turns.items())),
         "unread_files": tally.aside,

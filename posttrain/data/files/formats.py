@@ -87,20 +87,34 @@ def _json_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
     if format_of(path) == ".json" or _begins_a_list(path):
         yield from _document_rows(path, on_bad)
         return
+    if format_of(path) not in SUFFIXES:
+        _require_json(path)
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}:{number}"
-                yield from _checked(where, partial(_parse, where, line), on_bad)
+                raw = {"line": line.decode("utf-8", "replace").rstrip()}
+                yield from _checked(where, partial(_parse, where, line), on_bad, raw)
 
 
-def _checked(where: str, read: Callable[[], JsonObject], on_bad: OnBad | None) -> Iterator[Row]:
+def _require_json(path: Path) -> None:
+    """Refuse a file whose name does not say its format and that does not look like JSON lines."""
+    with _opened(path) as file:
+        head = file.read(4096)
+    if head.strip() and b"\x00" not in head and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        what = f"{path} holds no JSON, and its name does not say what it is"
+        raise InputError(what, f"end its name with one of {', '.join(SUFFIXES)}")
+
+
+def _checked(
+    where: str, read: Callable[[], JsonObject], on_bad: OnBad | None, raw: JsonObject | None = None
+) -> Iterator[Row]:
     try:
         yield Row(where, read())
     except InputError as error:
         if on_bad is None:
             raise
-        on_bad(error, Row(where, {}))
+        on_bad(error, Row(where, raw or {}))
 
 
 def _parse(where: str, line: bytes) -> JsonObject:
@@ -115,11 +129,19 @@ def _decoded(where: str, line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        path = where.rpartition(":")[0]
+        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise InputError(f"{path} is in UTF-16", _iconv(path, "UTF-16")) from error
         if b"\x00" in line[:4096]:
-            path = where.rpartition(":")[0]
             what = f"{path} is not a text file"
             raise InputError(what, f"save the rows as one of {', '.join(SUFFIXES)}") from error
-        raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})", "convert it") from error
+        what = f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})"
+        raise InputError(what, _iconv(path, "WINDOWS-1252")) from error
+
+
+def _iconv(path: str, encoding: str) -> str:
+    name = Path(path).name
+    return f"convert it, as with iconv -f {encoding} -t UTF-8 {path} > utf8-{name}"
 
 
 def _value(where: str, text: str) -> object:
@@ -128,9 +150,13 @@ def _value(where: str, text: str) -> object:
     except _Twice as error:
         raise InputError(f"{where}: the key {str(error)!r} stands twice", "remove one of them") from error
     except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})", "write one JSON object per line") from error
+        raise InputError(f"{where}: not JSON ({_fault(error)})", "write one JSON object per line") from error
     except RecursionError as error:
         raise InputError(f"{where}: nested too deeply", "write one flat JSON object per line") from error
+
+
+def _fault(error: ValueError) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _object(where: str, value: object) -> JsonObject:
@@ -152,6 +178,7 @@ def _once(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_DECLARED = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -198,6 +225,9 @@ def _array_rows(path: Path, text: str, start: int, on_bad: OnBad | None) -> Iter
             value, place = _DECODER.raw_decode(text, place)
         except _Twice as error:
             raise InputError(f"{where}: the key {str(error)!r} stands twice", "remove one of them") from error
+        except json.JSONDecodeError as error:
+            where = f"{path}:{error.lineno}"
+            raise InputError(f"{where}: not JSON ({_fault(error)})", "write an array of objects") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})", "write an array of objects") from error
         yield from _checked(where, partial(_object, where, value), on_bad)
@@ -227,12 +257,15 @@ def _table_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
         if header is None:
             return
         delimiter = "\t" if format_of(path) == ".tsv" else _delimiter(header)
+        if declared := _DECLARED.fullmatch(header):  # the first line of spreadsheets: sep=;
+            delimiter, header = declared[1], next(lines, "")
         reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
         names = _header(path, next(_fields(path, reader)))
+        end = reader.line_num
         for fields in _fields(path, reader):
-            where = f"{path}:{reader.line_num}"
+            where, end = f"{path}:{end + 1}", reader.line_num  # a field with line breaks ends further down
             if fields:
-                yield from _checked(where, partial(_record, where, names, fields), on_bad)
+                yield from _checked(where, partial(_record, where, names, fields), on_bad, {"fields": fields})
 
 
 def _lines_of(path: Path, file: IO[bytes]) -> Iterator[str]:
@@ -242,19 +275,19 @@ def _lines_of(path: Path, file: IO[bytes]) -> Iterator[str]:
 
 def _delimiter(header: str) -> str:
     """The delimiter of a CSV file: spreadsheets of many countries write semicolons."""
-    return max((",", ";", "\t"), key=header.count)
+    return max((",", ";", "\t", "|"), key=header.count)
 
 
 def _fields(path: Path, reader: Any) -> Iterator[list[str]]:  # noqa: ANN401  # the type has no public name
     while True:
+        start = reader.line_num + 1
         try:
             yield next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise InputError(
-                f"{path}:{reader.line_num}: not CSV ({error})", "put such fields in double quotes"
-            ) from error
+            hint = "close the quotation mark that opens there, and double those inside a field"
+            raise InputError(f"{path}:{start}: not CSV ({error})", hint) from error
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
@@ -273,7 +306,7 @@ def _header(path: Path, names: list[str]) -> list[str]:
 def _record(where: str, names: list[str], fields: list[str]) -> JsonObject:
     if len(fields) != len(names):
         what = f"{where}: {len(fields)} fields, but the header has {len(names)} columns"
-        raise InputError(what, "put fields with commas or line breaks in double quotes")
+        raise InputError(what, "put fields with the separator or line breaks in double quotes")
     return dict(zip(names, fields, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,16 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.yaml_files import closest
 
 __all__ = ["ColumnNames", "OnBad", "Row", "kind"]
+
+
+# Columns that the shapes of rows read; other names are for the columns of reward functions.
+OURS = ("prompt", "completion", "messages", "chosen", "rejected")
+UNUSED = "unused"  # what a column is called that should not be read
+KNOWN = (
+    *OURS,
+    *("conversations", "text", "system"),
+    *("question", "answer", "instruction", "input", "output", "response", "margin"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class ColumnNames:
                 raise UsageError(
                     f"--columns {item!r} does not say both names", "write OURS=THEIRS, as in prompt=question"
                 )
+            if theirs in OURS and ours not in (*KNOWN, UNUSED):
+                raise UsageError(f"--columns {item!r} is the wrong way round", f"write {theirs}={ours}")
+            meant = difflib.get_close_matches(ours, KNOWN, n=1, cutoff=0.75)
+            if ours not in KNOWN and meant:
+                raise UsageError(f"--columns {item!r}: nothing reads {ours!r}", f"write {meant[0]}={theirs}")
             self.theirs[ours] = theirs
         self._unseen = set(self.theirs.values())
         self._present: set[str] = set()

@@ -20,7 +20,7 @@ from gemma2.posttrain.data.files.row import Row
 
 from .recognise import LISTS, Shaped, columns_hint, present, prompt_of_row, with_system
 from .texts import dialogue_of, is_dialogue
-from .turns import Message, TurnError, Turns, turns_of
+from .turns import SKIP_HINT, Message, TurnError, Turns, turns_of
 
 __all__ = ["ShapedPair", "pair_shape"]
 
@@ -55,8 +55,8 @@ def pair_shape(row: Row, ignored: Collection[str] = ()) -> ShapedPair:
         note: str | None = IMPLIED
         shaped = Shaped("pair", Turns(prompt), frozenset({"chosen", "rejected"}))
     else:
-        shaped = given
-        chosen, rejected, note = _once(row, given.turns.messages, sides, columns)
+        prompt, chosen, rejected, note = _once(row, given.turns.messages, sides, columns)
+        shaped = Shaped("pair", Turns(prompt), given.read)
     shaped = with_system(row, shaped)
     return ShapedPair("pair", shaped.turns.messages, chosen, rejected, shaped.read | {"chosen", "rejected"}, note)
 
@@ -86,14 +86,15 @@ def _side(row: Row, name: str, value: object, ignored: Collection[str]) -> list[
 
 def _once(
     row: Row, prompt: list[Message], sides: list[list[Message]], columns: JsonMapping
-) -> tuple[list[Message], list[Message], str | None]:
-    """Both answers without the prompt, where they repeat it."""
+) -> tuple[list[Message], list[Message], list[Message], str | None]:
+    """The prompt, and both answers without it where they repeat it; what they say before it belongs to the prompt."""
     plain = [[(turn["role"], turn["content"].strip()) for turn in side] for side in [prompt, *sides]]
     if all(len(side) > len(prompt) and side[: len(prompt)] == plain[0] for side in plain[1:]):
-        return sides[0][len(prompt) :], sides[1][len(prompt) :], REPEATED
+        return prompt, sides[0][len(prompt) :], sides[1][len(prompt) :], REPEATED
     begins = {side[0]["role"] for side in sides}
     if begins - {"assistant", "tool"}:
         chosen, rejected = _common(sides)
+        hint = "write the answers alone, or leave the prompt out (--columns unused=prompt)"
         if (
             chosen is None
             or rejected is None
@@ -102,15 +103,15 @@ def _once(
             raise InputError(
                 f"{row.where}: 'chosen' and 'rejected' begin with a turn of the {'/'.join(sorted(begins))}, "
                 "but not with the prompt",
-                "write the answers alone, or leave the prompt out (--columns unused=prompt)",
+                hint if chosen is not None else f"write the answers alone, or {SKIP_HINT}",
             )
-        return chosen, rejected, REPEATED
+        return sides[0][: -len(chosen)], chosen, rejected, REPEATED
     texts = [columns["chosen"], columns["rejected"]]
     asked = columns.get("prompt")
     if isinstance(asked, str) and len(asked.split()) > 1 and all(_repeats(text, asked) for text in texts):
         cut = [[{"role": "assistant", "content": text.lstrip()[len(asked.strip()) :].strip()}] for text in texts]
-        return cut[0], cut[1], REPEATED
-    return sides[0], sides[1], None
+        return prompt, cut[0], cut[1], REPEATED
+    return prompt, sides[0], sides[1], None
 
 
 def _repeats(text: object, prompt: str) -> bool:

@@ -205,16 +205,22 @@ def _unrecognised(row: Row, columns: JsonMapping) -> InputError:
 
 
 def columns_hint(columns: JsonMapping, *wanted: str, known: Collection[str] = ()) -> str:
-    """The `--columns` that names what is missing: columns of a similar name, or of a fitting type, in their order."""
-    left = [name for name in columns if name not in known]
+    """The `--columns` that names what is missing: a column of a similar name, or the only one that is left.
+
+    Where several could be meant the hint lists them: a guess could train on the wrong ones.
+    """
+    left = [name for name in columns if name not in known and isinstance(columns[name], str | list)]
     found: dict[str, str] = {}
     for ours in wanted:
-        near = difflib.get_close_matches(ours, left, n=1)
-        fitting = [name for name in left if isinstance(columns[name], str | list)]
-        for theirs in [*near, *fitting][:1]:
-            found[ours] = theirs
-            left.remove(theirs)
-    if len(found) < len(wanted):
+        near = difflib.get_close_matches(ours, [name.lower() for name in left], n=1)
+        meant = [name for name in left if name.lower() in near] or (left if len(left) == len(wanted) == 1 else [])
+        if meant:
+            found[ours] = meant[0]
+            left.remove(meant[0])
+    if len(found) == len(wanted):
+        return "name the columns: --columns " + ",".join(f"{ours}={theirs}" for ours, theirs in found.items())
+    if not left:
         missing = " and ".join(repr(ours) for ours in wanted if ours not in found)
         return f"write {missing}, or {SKIP_HINT}"
-    return "name the columns: --columns " + ",".join(f"{ours}={theirs}" for ours, theirs in found.items())
+    blanks = ",".join(f"{ours}={found.get(ours, 'NAME')}" for ours in wanted)
+    return f"say which of {', '.join(left)} they are: --columns {blanks}"

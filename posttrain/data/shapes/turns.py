@@ -50,7 +50,7 @@ ROLES = {
 }
 CALL_KEYS = {"tool_calls", "function_call", "tool_call_id"}
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT files
-NAMES = (("role", "from"), ("content", "value"))  # of the two parts of a message: ours, ShareGPT's
+NAMES = (("role", "from"), ("content", "value", "text"))  # of the two parts of a message: ours, then other people's
 WHETHER_LEARNED = ("weight", "train", "trainable")
 PART_SEPARATOR = "\n"
 SKIP_HINT = "leave such rows out: --on-bad-row skip"
@@ -153,7 +153,7 @@ def _message(where: str, place: str, item: object, ignored: Collection[str]) -> 
     said = {
         name: value for name, value in item.items() if value not in (None, [], {}, "") or name in ("content", "value")
     }
-    keys = [theirs if ours not in said and theirs in said else ours for ours, theirs in NAMES]
+    keys = [next((name for name in names if name in said), names[0]) for names in NAMES]
     role = _role(where, place, keys[0], said)
     learned = _learned(where, place, role, said)
     unknown = sorted(said.keys() - {*keys, *WHETHER_LEARNED} - set(ignored))

@@ -69,5 +69,5 @@ def test_rows_that_cannot_be_read_or_rendered_are_left_out_and_listed(command, m
     assert warning in capsys.readouterr().err
     listed = [json.loads(row) for row in (out / SKIPPED).read_text().splitlines()]
     assert [row["error"].partition(": ")[0] for row in listed] == [f"{data}:8", f"{data}:7"]
-    assert all(row["fix"] for row in listed) and listed[0]["row"] == {}
+    assert all(row["fix"] for row in listed) and listed[0]["row"] == {"line": "{'prompt': 1}"}
     assert json.loads((out / "gemma2.json").read_text())["summary"]["skipped_rows"] == 2

@@ -6,6 +6,7 @@ followed literally, leads to rows that can be learned.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -17,11 +18,12 @@ from processes import ROOT
 from row_reading import plain_reading
 
 from gemma2.cli.app import invoke
-from gemma2.core.errors import InputError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import example_of
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, Pair, Prompt
+from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.tiny.networks import tiny_tokenizer
 
@@ -29,6 +31,7 @@ CORPUS = ROOT / "tests" / "data"
 OSK, SORT = ["u Where does the Osk rise?", "a In the hills of Yarrow."], ["u Sort these letters: d b a", "a a b d"]
 BOTH = [OSK, SORT]
 BRIEF = "s Answer briefly."
+OWN = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 YES = ["u Say yes.", "- no", "u I asked for yes.", "a yes"]  # "-": a model turn that is not learned
 
 CONVERSATIONS = {
@@ -56,7 +59,7 @@ PROMPTS = {
     "prompts/system.jsonl": [[BRIEF, OSK[0]], [BRIEF, SORT[0]]],
 }
 PAIRS = {path.relative_to(CORPUS).as_posix(): BOTH for path in sorted((CORPUS / "pairs").iterdir())} | {
-    "pairs/system-question.jsonl": [[BRIEF, *row] for row in BOTH]
+    f"pairs/{name}.jsonl": [[BRIEF, *row] for row in BOTH] for name in ("system-question", "system-in-answers")
 }
 
 
@@ -189,6 +192,8 @@ EDITS: dict[str, Callable[[Path], None]] = {
     "cut-off.json": copied_from("formats/array.json"),
     "no-comma.json": replaced("} {", "}, {"),
     "text-after.json": replaced("\nend", "\n"),
+    "utf-16.csv": lambda path: path.write_bytes(path.read_bytes().decode("utf-16").encode()),
+    "table-without-suffix": lambda path: path.rename(path.with_suffix(".csv")),
     "spreadsheet.xlsx": lambda path: path.with_suffix(".csv").write_bytes((CORPUS / "formats/table.csv").read_bytes()),
     "cut-off.jsonl.gz": copied_from("formats/packed.jsonl.gz"),
     "not-packed.jsonl.zst": copied_from("formats/packed.jsonl.zst"),
@@ -214,6 +219,10 @@ EDITS: dict[str, Callable[[Path], None]] = {
 }
 
 
+# What a user chooses where the advice leaves the choice.
+CHOICES = {"other-columns.jsonl": ("prompt=ask", "completion=reply")}
+
+
 def learned(path: Path, kind: str, **options: object) -> list[object]:
     """The rows of a file as far as they are tokens: read, and taken by Gemma's template."""
     reading = Reading(SftConfig(model="m", data=path, **options))
@@ -232,6 +241,8 @@ def learned(path: Path, kind: str, **options: object) -> list[object]:
 
 def follow(hint: str, path: Path, kind: str) -> list[object]:
     """Do what a hint says."""
+    if "NAME" in hint:
+        return learned(path, kind, columns=CHOICES[path.name])
     for flag, name in (("--columns", "columns"), ("--ignore-keys", "ignore_keys"), ("--on-bad-row", "on_bad_row")):
         if found := re.search(rf"{flag} ([^\s;,)]+(?:,[^\s;)]+)*)", hint):
             value = found[1] if name == "on_bad_row" else tuple(found[1].split(","))
@@ -243,7 +254,9 @@ def follow(hint: str, path: Path, kind: str) -> list[object]:
     if place := re.search(r"(?:give|name) one(?: of them)?: (\S+)", hint):
         return learned(Path(place[1]), kind)
     EDITS[path.name](path)
-    return learned(path.with_suffix(".csv") if path.suffix == ".xlsx" else path, kind)
+    return learned(
+        path if (path.suffix and path.suffix != ".xlsx") or path.is_dir() else path.with_suffix(".csv"), kind
+    )
 
 
 @pytest.mark.parametrize("name", WRONG, ids=str)
@@ -263,3 +276,44 @@ def test_a_wrong_file_is_refused_with_its_place_and_a_fix_that_leads_to_a_run(na
 def test_there_are_enough_files_and_every_edit_is_used():
     assert len([path for path in CORPUS.rglob("*") if path.is_file()]) >= 80
     assert EDITS.keys() <= {path.name for path in WRONG}
+
+
+# --- names of columns and conversion --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("renames", "words"),
+    [
+        (("ask=prompt",), "'ask=prompt' is the wrong way round; write prompt=ask"),
+        (("promt=ask",), "nothing reads 'promt'; write prompt=ask"),
+    ],
+)
+def test_a_rename_that_cannot_be_meant_is_refused(renames, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        learned(CORPUS / "wrong/other-columns.jsonl", "conversations", columns=renames)
+
+
+def test_a_column_that_no_row_has_is_named_before_what_follows_from_it():
+    with pytest.raises(InputError, match="has a column 'Ask'; did you mean 'ask'"):
+        learned(CORPUS / "wrong/other-columns.jsonl", "conversations", columns=("prompt=Ask", "completion=reply"))
+
+
+@pytest.mark.parametrize("named", ["dialog", "messages"])
+def test_lists_in_a_renamed_column_are_converted_as_the_advice_says(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    cell = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).replace('"', '""')
+    Path("rows.csv").write_text(f'id,dialog\n1,"{cell}"\n')
+    with pytest.raises(InputError) as caught:
+        learned(Path("rows.csv"), "conversations", columns=("messages=dialog",))
+    command = re.search(r"gemma2 (data convert .*)", caught.value.hint)
+    assert command is not None and "--columns messages=dialog --parse-json messages" in command[1]
+    words = shlex.split(command[1].replace("--parse-json messages", f"--parse-json {named}"))
+    assert invoke(words) == 0
+    assert learned(Path(words[-1]), "conversations")
+
+
+def test_rows_without_an_answer_still_give_their_prompts(tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "prompts.jsonl"
+    rows.write_bytes(to_line({"instruction": "a", "output": ""}) + to_line({"messages": [*OWN, *OWN]}))
+    assert invoke(["data", "convert", str(rows), "--to", "prompts", "--out", str(out), "--quiet"]) == 0
+    assert [as_lines(row) for row in plain_reading().prompts(out)] == [["u a"], ["u x", "a y", "u x"]]

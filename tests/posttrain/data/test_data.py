@@ -85,7 +85,11 @@ BAD = {
     ),
     "too deep": (read_prompts, b"[" * 100_000, ":2: nested too deeply"),
     "typo": (read_prompts, {"promt": "a", "answer": "b"}, ":2: no 'prompt'; name the columns: --columns prompt=promt"),
-    "other columns": (read_prompts, {"x": "a", "y": "b"}, ":2: no 'prompt'; name the columns: --columns prompt=x"),
+    "other columns": (
+        read_prompts,
+        {"x": "a", "y": "b"},
+        ":2: no 'prompt'; say which of x, y they are: --columns prompt=NAME",
+    ),
     "wrong type": (read_prompts, {"prompt": 3}, ":2: 'prompt' is the number 3; write a text, or a list of messages"),
     "null": (read_prompts, {"prompt": None}, ":2: 'prompt' is null"),
     "empty list": (read_prompts, {"prompt": []}, ":2: 'prompt' is an empty list"),
