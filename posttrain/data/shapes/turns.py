@@ -148,6 +148,10 @@ def rename_hint(name: str, present: Iterable[str]) -> str:
 
 def _message(where: str, place: str, item: object, ignored: Collection[str]) -> tuple[Message, bool]:
     """A message, and whether it is learned as far as it says itself."""
+    if isinstance(item, dict) and len(item) == 2:  # the common form, without the questions that others raise
+        role, content = item.get("role"), item.get("content")
+        if isinstance(role, str) and role in ROLES and isinstance(content, str):
+            return {"role": ROLES[role], "content": _whole(where, place, content)}, True
     if not isinstance(item, Mapping):
         raise InputError(f"{where}: '{place}' is {kind(item)}", 'write {"role": ..., "content": ...}')
     said = {
