@@ -39,7 +39,7 @@ setup-dev: $(VENV)/.installed-dev ## The same with the development tools
 quickstart: setup ## The whole pipeline on the embedded models: two to five minutes on two cores
 	@$(BIN)/gemma2 quickstart --out $(OUT)
 
-# One process per core, one thread each; the tests of one file stay in one process and share their fixtures.
+# One process per core and one more (tests/conftest.py), one thread each; the tests of one file stay in one process and share their fixtures.
 test: setup-dev ## Unit tests: about two minutes on two cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
