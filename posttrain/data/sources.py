@@ -11,12 +11,12 @@ Torch-free. Every refusal names file, line (of a text file) or row (of a column 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gemma2.core.errors import InputError
 
-from .files.folders import FolderFiles, files_inside
+from .files.folders import FolderFiles, all_files_inside, files_inside
 from .files.formats import count_in, rows_in
 from .files.hub_sets import from_hub, is_hub_set
 from .files.row import ColumnNames, OnBad, Row, kind
@@ -29,9 +29,11 @@ __all__ = [
     "ShardWriter",
     "count_rows",
     "data_files",
+    "evaluation_files",
     "find_files",
     "iter_rows",
     "kind",
+    "rows_of",
     "to_line",
 ]
 
@@ -42,6 +44,17 @@ def data_files(path: Path) -> list[Path]:
     Raises InputError when the path holds none, when an output is unfinished, or when the hub lacks the set.
     """
     return find_files(path).read
+
+
+def evaluation_files(path: Path) -> list[Path]:
+    """The files of a data path, of a folder those of every split: an evaluation set is most often the test split."""
+    return all_files_inside(path) if path.is_dir() else data_files(path)
+
+
+def rows_of(files: Iterable[Path]) -> Iterator[Row]:
+    """The rows of these files, streamed. Raises InputError at the first row that cannot be read."""
+    for file in files:
+        yield from rows_in(file)
 
 
 def find_files(path: Path) -> FolderFiles:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.manifest import MANIFEST, require_complete
 
-__all__ = ["COMPRESSED", "SUFFIXES", "FolderFiles", "files_inside", "format_of"]
+__all__ = ["COMPRESSED", "SUFFIXES", "FolderFiles", "all_files_inside", "files_inside", "format_of"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst")
@@ -66,6 +67,21 @@ def files_inside(folder: Path, split: str | None = None) -> FolderFiles:
     else:
         found = _plain(folder, split)
     _check_shards(folder, found.read)
+    return found
+
+
+def all_files_inside(folder: Path) -> list[Path]:
+    """The data files of a folder and of the folders in it, of every split. Raises InputError where there are none."""
+    if (folder / MANIFEST).exists() or (folder / "state.json").exists():
+        return files_inside(folder).read
+    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found = [path for path in inside if _holds_rows(path)]
+    for path in inside:
+        if path.is_dir():
+            with suppress(InputError):
+                found += all_files_inside(path)
+    if not found:
+        raise InputError(f"{folder} is a directory without data", f"put {', '.join(SUFFIXES)} files there")
     return found
 
 

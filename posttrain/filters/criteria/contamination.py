@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError
-from gemma2.posttrain.data.sources import Row, iter_rows
+from gemma2.posttrain.data.sources import Row, evaluation_files, rows_of
 
 from .sample import MODEL_ROLES, Sample, normal, word_ids, words_of
 
@@ -68,7 +68,7 @@ def read_evaluation(paths: Iterable[Path], n: int) -> EvaluationTexts:
     questions: set[str] = set()
     for path in paths:
         rows: Counter[int] = Counter()
-        for row in iter_rows(path):
+        for row in rows_of(evaluation_files(path)):
             asked, others = _texts(row)
             seen: set[int] = set()
             for text in [*asked, *others]:

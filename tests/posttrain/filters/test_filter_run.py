@@ -231,3 +231,16 @@ def test_short_templated_questions_are_not_near_duplicates_and_held_out_ones_are
     held_out = write(tmp_path / "heldout.jsonl", [{"prompt": one, "answer": "a"} for one in asked[::100]])
     summary = run(data, tmp_path / "out", decontaminate=(held_out,))
     assert {name: n for name, n in summary["dropped"].items() if n} == {"contaminated": 6, "duplicate": 1}
+
+
+def test_every_split_of_an_evaluation_set_counts(tmp_path):
+    asked = [f"What is the {place} word of this question of more than thirteen words, as a test?" for place in "abc"]
+    data = write(tmp_path / "data.jsonl", [row("One.", question) for question in [*asked, "Something else?"]])
+    folder = tmp_path / "set"
+    (folder / "deep").mkdir(parents=True)
+    for name, question in zip(("train", "test", "deep/part"), asked, strict=True):
+        write(folder / f"{name}.jsonl", [{"question": question}])
+    summary = run(data, tmp_path / "out", decontaminate=[folder], filters=["contaminated"])
+    assert (summary["kept"], summary["dropped"]["contaminated"]) == (1, 3)
+    digests = json.loads((tmp_path / "out" / "gemma2.json").read_text())["data"]
+    assert len(digests) == 4
