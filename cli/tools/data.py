@@ -98,7 +98,7 @@ def inspect(
 def _show(found: JsonMapping, console: Console) -> None:
     console.result(_overview(found))
     for error in found["errors"]:
-        console.text(f"\n{error['rows']} bad rows: {error['error']}")
+        console.text(f"\nbad rows ({error['rows']}): {error['error']}")
     if found["further_errors"]:
         console.text(f"\nand {found['further_errors']} more kinds of bad rows")
     for row in found["rendered"]:
@@ -152,7 +152,7 @@ def convert(
     options = _options(columns, ignore_keys, on_bad_row)
     found, reading = convert_rows(path, out, options, to, _listed(parse_json), force)
     console = Console(as_json=as_json, quiet=quiet)
-    console.result(found | reading.report(console), out)
+    console.result(found | reading.report(console, carried=True), out)
 
 
 def _listed(value: str | None) -> tuple[str, ...]:

@@ -156,10 +156,16 @@ class Reading:
         """Raise InputError for a column of `--columns` that no row had. Call it when everything is read."""
         self._names.check(", ".join(map(str, self.tallies)))
 
-    def report(self, progress: Progress, folder: Path | None = None) -> JsonObject:
-        """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest."""
+    def report(self, progress: Progress, folder: Path | None = None, carried: bool = False) -> JsonObject:
+        """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest.
+
+        carried  the other columns of the rows go into the output, so that they need no mention
+        """
         self.check_columns()
         counts: JsonObject = {}
+        if carried:
+            for tally in self.tallies.values():
+                tally.unread.clear()
         for path, tally in self.tallies.items():
             for words, found in self._told(path, tally):
                 progress.warn(f"{path}: {words} {_listed(found)}")
@@ -174,7 +180,7 @@ class Reading:
             files = Counter(where.rpartition(":")[0] for where in self.skipped)
             of = [f"{count} of {file}" for file, count in files.most_common()]
             by_file = f" ({_listed(of)})" if len(files) > 1 else ""
-            progress.warn(f"{len(self.skipped)} rows were left out{by_file}{listed}, the first: {self.first_error()}")
+            progress.warn(f"rows left out: {len(self.skipped)}{by_file}{listed}, the first: {self.first_error()}")
             counts["skipped_rows"] = len(self.skipped)
             if folder is not None:
                 rows = self.skipped.values()

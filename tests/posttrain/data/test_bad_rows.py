@@ -65,7 +65,7 @@ def test_rows_that_cannot_be_read_or_rendered_are_left_out_and_listed(command, m
         invoke(line)
     assert not out.exists()
     assert invoke([*line, "--on-bad-row", "skip"]) == 0
-    warning = f"warning: 2 rows were left out (all in {SKIPPED}), the first: {data}:8: not JSON"
+    warning = f"warning: rows left out: 2 (all in {SKIPPED}), the first: {data}:8: not JSON"
     assert warning in capsys.readouterr().err
     listed = [json.loads(row) for row in (out / SKIPPED).read_text().splitlines()]
     assert [row["error"].partition(": ")[0] for row in listed] == [f"{data}:8", f"{data}:7"]

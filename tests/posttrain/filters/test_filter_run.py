@@ -180,7 +180,7 @@ def test_a_bad_row_is_an_error_with_file_and_line_or_is_left_out_and_counted(tmp
     summary = run(data, tmp_path / "out", progress, on_bad_row="skip")
     assert (summary["rows"], summary["kept"], summary["bad_rows"]) == (2, 2, 1)
     assert len(progress.warnings) == 1 and progress.warnings[0].startswith(
-        "1 rows were left out (all in skipped.jsonl), the first: "
+        "rows left out: 1 (all in skipped.jsonl), the first: "
     )
     assert "data.jsonl:2" in progress.warnings[0]
 
