@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Inspect data files before training on them, convert them.",
 )
 
-Path_ = typer.Argument(
+DataPath = typer.Argument(
     metavar="PATH",
     help="File, folder, folder@SPLIT, output, or hub data set.",
     show_default=False,
@@ -54,7 +54,7 @@ OutFile = file_option(None, "--out", "-o", help="JSON lines file to write.")
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def inspect(
-    path: Path = Path_,
+    path: Path = DataPath,
     model: Path | None = typer.Option(
         None,
         "--model",
@@ -108,7 +108,7 @@ def _show(found: JsonMapping, console: Console) -> None:
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def convert(
-    path: Path = Path_,
+    path: Path = DataPath,
     to: Literal["conversations", "pairs", "prompts"] | None = typer.Option(
         None,
         "--to",

@@ -71,7 +71,7 @@ def files_inside(folder: Path, split: str | None = None) -> FolderFiles:
 
 
 def all_files_inside(folder: Path) -> list[Path]:
-    """The data files of a folder and of the folders in it, of every split. Raises InputError for a folder without any."""
+    """The data files of a folder and of the folders in it, of every split. Raises InputError for one without any."""
     if (folder / MANIFEST).exists() or (folder / "state.json").exists():
         return files_inside(folder).read
     inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
