@@ -282,10 +282,12 @@ def _row_digests(path: Path) -> list[str] | None:
 
 
 def _contents(path: Path, weights: bool) -> list[str]:
-    """The digests that may stand for an input: of a model's weights; of a file, or of the JSON files in an output."""
+    """The digests that may stand for an input: of a model's weights; of a file, or of the JSON files in an output and the
+    tensors of a teacher's cache."""
     if weights:
         return [digest_weights(path)]
-    return [digest_input(file) for file in ([path] if path.is_file() else sorted(path.glob("*.json*")))]
+    files = [path] if path.is_file() else [*sorted(path.glob("*.json*")), *sorted(path.glob("topk-*.safetensors"))]
+    return [digest_input(file) for file in files]
 
 
 # --- code -------------------------------------------------------------------------------------------------------------

@@ -337,6 +337,27 @@ def test_several_inputs_are_the_same_in_the_recorded_order_only(place):
     assert len(run_directory.changes(manifest, Several(data=(two, one)), place / "out")) == 1
 
 
+def test_a_teacher_s_cache_is_its_index_and_its_tensors(place):
+    cache = place / "cache"
+    cache.mkdir()
+    files = [
+        cache / name for name in ("cache.json", "topk-00000-of-00002.safetensors", "topk-00001-of-00002.safetensors")
+    ]
+    for file in files:
+        file.write_text(file.name)
+
+    class Cached(Config):
+        teacher_cache: Path
+
+    config = Cached(teacher_cache=cache)
+    with open_run("distill", config, RunOptions(place / "out"), data=files) as run:
+        run.finish({})
+    manifest = read_manifest(place / "out")
+    assert run_directory.changes(manifest, config, place / "out") == []
+    files[2].write_text("other tensors")
+    assert len(run_directory.changes(manifest, config, place / "out")) == 1
+
+
 def test_what_is_incidental_may_change_between_the_parts_of_a_run(place):
     class Paced(Config):
         INCIDENTAL = frozenset({"concurrency"})
