@@ -282,8 +282,10 @@ def _row_digests(path: Path) -> list[str] | None:
 
 
 def _contents(path: Path, weights: bool) -> list[str]:
-    """The digests that may stand for an input: of a model's weights; of a file, or of the JSON files in an output and the
-    tensors of a teacher's cache."""
+    """The digests that may stand for an input: of a model's weights; of a file; of an output's JSON files and tensors.
+
+    The tensors are those of a teacher's cache.
+    """
     if weights:
         return [digest_weights(path)]
     files = [path] if path.is_file() else [*sorted(path.glob("*.json*")), *sorted(path.glob("topk-*.safetensors"))]
