@@ -188,6 +188,7 @@ def _overview(found: JsonMapping) -> dict[str, object]:
         "bad rows": found["bad_rows"] or None,
         "messages": _counts({f"{size} messages": count for size, count in found["messages"].items()}),
         measure: _counts(found.get(measure, {})),
+        "of several lines": found["records_of_several_lines"] or None,
         "not read": ", ".join(found["unread_files"]) or None,
         "columns not read": _counts(found["unread_columns"]),
         "note": _counts(found["notes"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from .own_form import Kind, kind_of_rows, rows_of_kind
 from .reading import Reading, RowOptions
 from .rows import Conversation, Pair, Prompt
 from .shapes.turns import Message, check_order, fold_system
-from .sources import data_files
+from .sources import Row, data_files
 
 if TYPE_CHECKING:
     from .chat import ChatFormat  # imports transformers
 
 __all__ = ["survey"]
 
+SEVERAL_LINES = re.compile(r":\d+-\d+$")  # the place of such a record of a table
 ERRORS = 5  # kinds of bad rows that are listed
 
 
@@ -33,8 +35,15 @@ def survey(
 
     Raises InputError for a path without rows.
     """
-    reading = Reading(options)
-    kind = kind or kind_of_rows(path, reading)
+    kind = kind or kind_of_rows(path, Reading(options))
+    long = 0
+
+    def watched(row: Row) -> Row:
+        nonlocal long
+        long += SEVERAL_LINES.search(row.where) is not None
+        return row
+
+    reading = Reading(options, watched)
     lengths: list[int] = []
     turns: Counter[int] = Counter()
     rendered: list[JsonObject] = []
@@ -65,6 +74,7 @@ def survey(
         "unread_files": tally.aside,
         "unread_columns": dict(tally.unread),
         "notes": dict(tally.notes),
+        "records_of_several_lines": long,
     }
     if lengths:
         found["tokens" if chat is not None else "characters"] = _quantiles(lengths)

@@ -257,13 +257,15 @@ def _table_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
         if header is None:
             return
         delimiter = "\t" if format_of(path) == ".tsv" else _delimiter(header)
+        above = 0  # lines that the reader does not see
         if declared := _DECLARED.fullmatch(header):  # the first line of spreadsheets: sep=;
-            delimiter, header = declared[1], next(lines, "")
+            delimiter, header, above = declared[1], next(lines, ""), 1
         reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
         names = _header(path, next(_fields(path, reader)))
-        end = reader.line_num
+        end = reader.line_num + above
         for fields in _fields(path, reader):
-            where, end = f"{path}:{end + 1}", reader.line_num  # a field with line breaks ends further down
+            start, end = end + 1, reader.line_num + above
+            where = f"{path}:{start}" if start == end else f"{path}:{start}-{end}"  # a field holds line breaks
             if fields:
                 yield from _checked(where, partial(_record, where, names, fields), on_bad, {"fields": fields})
 

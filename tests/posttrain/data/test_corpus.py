@@ -317,3 +317,18 @@ def test_rows_without_an_answer_still_give_their_prompts(tmp_path):
     rows.write_bytes(to_line({"instruction": "a", "output": ""}) + to_line({"messages": [*OWN, *OWN]}))
     assert invoke(["data", "convert", str(rows), "--to", "prompts", "--out", str(out), "--quiet"]) == 0
     assert [as_lines(row) for row in plain_reading().prompts(out)] == [["u a"], ["u x", "a y", "u x"]]
+
+
+def test_places_in_tables_are_those_of_the_file(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text('sep=;\nprompt;completion\na;b\n\n"c\nd";e\nf;g\n')
+    places = [row.where.rpartition(":")[2] for row in plain_reading().conversations(table)]
+    assert places == ["3", "5-6", "7"]
+
+
+def test_records_that_swallow_the_lines_behind_them_are_counted(tmp_path, capsys):
+    table = tmp_path / "rows.csv"
+    table.write_text('prompt,completion\na,b\n"c,d\ne,f\ng"",h\n",x\ni,j\n')
+    assert invoke(["data", "inspect", str(table), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["records_of_several_lines"]) == (3, 1)
