@@ -1,39 +1,33 @@
-"""Flags: those that all commands share, declared once, and those of a schema, one flag per field.
+"""Commands from schemas, and the flags that all commands share, declared once.
 
-The flag of a field has the field's name, bounds and description.
 Precedence: recipe (`--config`) < `--set a.b=c` < flags. A flag that is not given is None and keeps the recipe's value.
 """
 
 from __future__ import annotations
 
 import inspect
-import types
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.config import Config, closest, is_given, resolve
-from gemma2.posttrain.schemas.fields import REPEATED
 
 from .console import Console
 from .help import HelpCommand, HelpGroup
+from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
 
 if TYPE_CHECKING:
-    from typer.models import OptionInfo
-
     from gemma2.posttrain.runs.commands import Runner
 
 __all__ = [
@@ -54,14 +48,8 @@ __all__ = [
 ]
 
 COMMON = "Output and control"
-LONGEST_DEFAULT = 40  # characters; the help does not show a longer default
 ARGUMENT = "argument"  # parameter name of a field that may be given without its flag
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
-
-# A type or a construct of typing such as Literal["a", "b"]; no static type covers both.
-TypeForm: TypeAlias = Any
-# Value of every flag by parameter name, as typer parsed it; its type is the annotation of the flag.
-Flags: TypeAlias = JsonObject
 
 # --- flags that mean the same everywhere ------------------------------------------------------------------------------
 
@@ -131,114 +119,7 @@ def recipe_path(name: str | None) -> Path | None:
     return found
 
 
-# --- flags of a schema ------------------------------------------------------------------------------------------------
-
-
-def _repeated(field: FieldInfo) -> bool:
-    """Whether the flag of a list is given once per item."""
-    return field.json_schema_extra == REPEATED
-
-
-def _flag_type(field: FieldInfo) -> TypeForm:
-    """The type that typer parses for a field: text for tuples, whose items are separated by commas."""
-    annotation = field.annotation
-    if _repeated(field):
-        return list[str]
-    if get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(item for item in get_args(annotation) if item is not type(None))
-    if get_origin(annotation) is Literal:
-        return annotation
-    if get_origin(annotation) is tuple:
-        return str
-    return annotation
-
-
-def _is_input(field: FieldInfo) -> bool:
-    """Whether a field names a file or directory, or a list of them."""
-    return Path in (field.annotation, *get_args(field.annotation))
-
-
-def _limits(field: FieldInfo) -> Iterator[str]:
-    """The bounds of a number as help text: `>0`, `<=1`."""
-    for item in field.metadata:
-        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-            if hasattr(item, name):
-                yield f"{sign}{getattr(item, name):g}"
-
-
-def _default(field: FieldInfo) -> Iterator[str]:
-    value = field.get_default(call_default_factory=True)
-    if field.is_required():
-        yield "required"
-    elif isinstance(value, tuple):
-        yield from ["default " + ",".join(str(item) for item in value)] if value else []
-    elif isinstance(value, str) and len(value) > LONGEST_DEFAULT:
-        yield "has a default"
-    elif value is not None and value is not False:
-        yield f"default {value:g}" if isinstance(value, float) else f"default {value}"
-    yield from _choices(field)
-
-
-def _choices(field: FieldInfo) -> Iterator[str]:
-    """The allowed items of a list, if they are restricted; for a single value the metavar shows them."""
-    for item in get_args(field.annotation):
-        if get_origin(field.annotation) is tuple and get_origin(item) is Literal:
-            yield "of " + ", ".join(get_args(item))
-
-
-def _metavar(kind: object, is_list: bool) -> str | None:
-    if is_list:
-        return "A,B,..."
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    names: dict[object, str] = {Path: "PATH", int: "INT", float: "FLOAT", str: "TEXT"}
-    return names.get(kind)
-
-
-def _option(name: str, field: FieldInfo) -> OptionInfo:
-    """The typer option of one field, with its default and bounds in the help."""
-    kind = _flag_type(field)
-    flag = f"--{name.replace('_', '-')}"
-    facts = "; ".join([*_default(field), *_limits(field)])
-    option: OptionInfo = typer.Option(
-        None,
-        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-        metavar="TEXT" if _repeated(field) else _metavar(kind, get_origin(field.annotation) is tuple),
-        help=(field.description or "") + (f" [{facts}]" if facts else ""),
-        show_default=False,
-        rich_help_panel="Inputs" if _is_input(field) else "Settings",
-    )
-    return option
-
-
-def flags_of(schema: type[Config]) -> dict[str, inspect.Parameter]:
-    """One keyword parameter per field of a schema, except mappings, which only --set and recipes can give."""
-    # Inputs first, then fields of this command alone, then fields that it inherits.
-    own = schema.__annotations__
-    ordered = sorted(schema.model_fields.items(), key=lambda item: (not _is_input(item[1]), item[0] not in own))
-    parameters = {}
-    for name, field in ordered:
-        if get_origin(field.annotation) is dict:
-            continue
-        parameters[name] = inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=_option(name, field),
-            annotation=_flag_type(field) | None,
-        )
-    return parameters
-
-
-def _split_lists(schema: type[Config], flags: Flags) -> Flags:
-    """The flags with the comma-separated text of tuple fields split into tuples, and repeated ones as tuples."""
-    split: Flags = {}
-    for name, value in flags.items():
-        split[name] = value
-        if isinstance(value, list):  # a repeated flag; if it is not given, typer's version decides: empty or None
-            split[name] = tuple(value) or None
-        elif isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple:
-            split[name] = tuple(part.strip() for part in value.split(",") if part.strip())
-    return split
+# --- commands of a schema ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -312,7 +193,7 @@ def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
     several = get_origin(field.annotation) is tuple
     metavar = (name.removesuffix("s") if several else name).upper()
     described = typer.Argument(None, metavar=metavar, help=f"{field.description} (or --{name}).", show_default=False)
-    annotation = list[str] | None if several else _flag_type(field) | None
+    annotation = list[str] | None if several else flag_type(field) | None
     return inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=described, annotation=annotation)
 
 
@@ -338,7 +219,7 @@ def make_command(
                 )
         else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
-            settings = _split_lists(schema, {name: given[name] for name in flags})
+            settings = split_lists(schema, {name: given[name] for name in flags})
             if positional and given.get(ARGUMENT):
                 settings = _with_argument(positional, given[ARGUMENT], settings)
             config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,9 +11,10 @@ import typer
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
+from gemma2.cli.terminal.schema_flags import field_option, split_lists
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
-from gemma2.posttrain.schemas.config import validated
+from gemma2.posttrain.schemas.config import resolve
 from gemma2.posttrain.schemas.fields import RowFields
 
 if TYPE_CHECKING:
@@ -33,22 +35,9 @@ DataPath = typer.Argument(
     show_default=False,
     rich_help_panel="Inputs",
 )
-Columns = typer.Option(
-    None,
-    "--columns",
-    metavar="A,B,...",
-    help="Names that the data give to columns: prompt=question,completion=answer.",
-    show_default=False,
-    rich_help_panel="Settings",
-)
-IgnoreKeys = typer.Option(
-    None,
-    "--ignore-keys",
-    metavar="A,B,...",
-    help="Keys of messages to leave out, which are refused otherwise.",
-    show_default=False,
-    rich_help_panel="Settings",
-)
+# Flags of `RowFields`, as every command that reads rows has them.
+Columns, IgnoreKeys = (field_option(name, RowFields.model_fields[name]) for name in ("columns", "ignore_keys"))
+setting = partial(typer.Option, show_default=False, rich_help_panel="Settings")
 OutFile = file_option(None, "--out", "-o", help="JSON lines file to write.")
 
 
@@ -63,15 +52,10 @@ def inspect(
         show_default=False,
         rich_help_panel="Inputs",
     ),
-    read_as: Literal["conversations", "pairs", "prompts"] | None = typer.Option(
-        None,
-        "--as",
-        metavar="conversations|pairs|prompts",
-        help="Read the rows as these; default: what they are.",
-        show_default=False,
-        rich_help_panel="Settings",
+    read_as: Literal["conversations", "pairs", "prompts"] | None = setting(
+        None, "--as", metavar="conversations|pairs|prompts", help="Read the rows as these; default: what they are."
     ),
-    rows: int = typer.Option(3, "--rows", min=0, metavar="N", help="Rows to show.", rich_help_panel="Settings"),
+    rows: int = setting(3, "--rows", min=0, metavar="N", help="Rows to show [default 3]."),
     columns: str | None = Columns,
     ignore_keys: str | None = IgnoreKeys,
     as_json: bool = AsJson,
@@ -84,7 +68,7 @@ def inspect(
     """  # fmt: skip
     from gemma2.posttrain.data.survey import survey
 
-    options = _options(columns, ignore_keys, "skip")
+    options = _options(columns=columns, ignore_keys=ignore_keys, on_bad_row="skip")
     found = survey(path, options, _chat_of(model), read_as, rows)
     console = Console(as_json=as_json)
     if as_json:
@@ -109,30 +93,25 @@ def _show(found: JsonMapping, console: Console) -> None:
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def convert(
     path: Path = DataPath,
-    to: Literal["conversations", "pairs", "prompts"] | None = typer.Option(
+    to: Literal["conversations", "pairs", "prompts"] | None = setting(
         None,
         "--to",
         metavar="conversations|pairs|prompts",
         help="What to write; default: what the rows are. Conversations become prompts without their last answer.",
-        show_default=False,
-        rich_help_panel="Settings",
     ),
-    parse_json: str | None = typer.Option(
+    parse_json: str | None = setting(
         None,
         "--parse-json",
         metavar="A,B,...",
         help="Columns whose texts are JSON (or Python notation) of a list of messages.",
-        show_default=False,
-        rich_help_panel="Settings",
     ),
     columns: str | None = Columns,
     ignore_keys: str | None = IgnoreKeys,
-    on_bad_row: Literal["error", "skip"] = typer.Option(
+    on_bad_row: Literal["error", "skip"] = setting(
         "error",
         "--on-bad-row",
         metavar="error|skip",
-        help="What to do with rows that cannot be read: stop, or leave them out with a count.",
-        rich_help_panel="Settings",
+        help="What to do with rows that cannot be read: stop, or leave them out with a count [default error].",
     ),
     out: Path | None = OutFile,
     force: bool = Force,
@@ -149,19 +128,15 @@ def convert(
 
     if out is None:
         raise UsageError("--out is missing", "give the file to write: --out rows.jsonl")
-    options = _options(columns, ignore_keys, on_bad_row)
-    found, reading = convert_rows(path, out, options, to, _listed(parse_json), force)
+    options = _options(columns=columns, ignore_keys=ignore_keys, on_bad_row=on_bad_row)
+    parsed = [name.strip() for name in (parse_json or "").split(",") if name.strip()]
+    found, reading = convert_rows(path, out, options, to, parsed, force)
     console = Console(as_json=as_json, quiet=quiet)
     console.result(found | reading.report(console, carried=True), out)
 
 
-def _listed(value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
-
-
-def _options(columns: str | None, ignore_keys: str | None, on_bad_row: str) -> RowFields:
-    values = {"columns": _listed(columns), "ignore_keys": _listed(ignore_keys), "on_bad_row": on_bad_row}
-    return validated(RowFields, values)
+def _options(**flags: str | None) -> RowFields:
+    return resolve(RowFields, flags=split_lists(RowFields, flags))
 
 
 def _chat_of(model: Path | None) -> ChatFormat | None:
