@@ -56,7 +56,6 @@ class RowOptions(Protocol):
 class Tally:
     """What was found in one data set."""
 
-    rows: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)  # columns that nothing reads, and in how many rows
     notes: Counter[str] = field(default_factory=Counter)
@@ -91,13 +90,9 @@ class Reading:
         """The prompts of a data path, at most `limit`. Raises InputError at the first bad row, and for no row."""
         return self._all(path, self.each_prompt(path, limit))
 
-    def each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
-        """The rows of a data path as `parse` reads them, streamed."""
-        return self._each(path, parse)
-
     def each_prompt(self, path: Path, limit: int | None = None) -> Iterator[Prompt]:
         """The same, streamed."""
-        return islice(self._each(path, lambda row: prompt_of(row, self.ignored)), limit)
+        return islice(self.each(path, lambda row: prompt_of(row, self.ignored)), limit)
 
     def conversations(self, path: Path, limit: int | None = None) -> list[Conversation]:
         """The conversations of a data path, at most `limit`. Raises InputError at the first bad row."""
@@ -105,7 +100,7 @@ class Reading:
 
     def each_conversation(self, path: Path, limit: int | None = None) -> Iterator[Conversation]:
         """The same, streamed."""
-        return islice(self._each(path, lambda row: conversation_of(row, self.ignored)), limit)
+        return islice(self.each(path, lambda row: conversation_of(row, self.ignored)), limit)
 
     def pairs(self, path: Path, limit: int | None = None) -> list[Pair]:
         """The preference pairs of a data path, at most `limit`. Raises InputError at the first bad row."""
@@ -113,7 +108,7 @@ class Reading:
 
     def each_pair(self, path: Path, limit: int | None = None) -> Iterator[Pair]:
         """The same, streamed."""
-        return islice(self._each(path, lambda row: pair_of(row, self.ignored)), limit)
+        return islice(self.each(path, lambda row: pair_of(row, self.ignored)), limit)
 
     def first_error(self) -> str | None:
         """The error of the first row that was left out."""
@@ -121,10 +116,32 @@ class Reading:
 
     def rows(self, path: Path, limit: int | None = None) -> Iterator[Row]:
         """The rows as they stand in the files, under the names of `--columns`."""
-        tally = self.tallies[path] = Tally(aside=find_files(path).aside)
+        self.tallies[path] = Tally(aside=find_files(path).aside)
         for row in iter_rows(path, limit, self._unreadable if self.skips else None, self._names):
-            tally.rows += 1
             yield row if self._change is None else self._change(row)
+
+    def each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
+        """The rows of a data path as `parse` reads them, streamed. Raises InputError at a bad row that is not skipped."""
+        is_output = (path / MANIFEST).exists()
+        tally = Tally()
+        rows = self.rows(path)
+        for row in rows:
+            tally = self.tallies[path]
+            if row.where in self.skipped:
+                continue
+            try:
+                found = parse(row)
+            except UnknownKeys as error:
+                self.skip(error if self.skips else _with_later_keys(error, rows, parse), row.where, row.columns)
+                continue
+            except InputError as error:
+                self.skip(self._as_renamed(error), row.where, row.columns)
+                continue
+            tally.shapes[found.shape] += 1
+            tally.notes.update(found.notes)
+            foreign = found.extra.keys() if not (is_output or isinstance(found, Prompt)) else OF_THE_CONVERSATION
+            tally.unread.update(name for name in foreign if found.extra.get(name) not in (None, "", [], {}))
+            yield found
 
     def skip(self, error: InputError, where: str, columns: JsonObject) -> None:
         """Leave a row out, with `--on-bad-row skip`; else raise the error."""
@@ -196,28 +213,6 @@ class Reading:
             yield "columns that are not read:", [f"{name} ({count} rows)" for name, count in tally.unread.items()]
         for note, count in tally.notes.items():
             yield f"{note}:", [f"{count} rows"]
-
-    def _each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
-        is_output = (path / MANIFEST).exists()
-        tally = Tally()
-        rows = self.rows(path)
-        for row in rows:
-            tally = self.tallies[path]
-            if row.where in self.skipped:
-                continue
-            try:
-                found = parse(row)
-            except UnknownKeys as error:
-                self.skip(error if self.skips else _with_later_keys(error, rows, parse), row.where, row.columns)
-                continue
-            except InputError as error:
-                self.skip(self._as_renamed(error), row.where, row.columns)
-                continue
-            tally.shapes[found.shape] += 1
-            tally.notes.update(found.notes)
-            foreign = found.extra.keys() if not (is_output or isinstance(found, Prompt)) else OF_THE_CONVERSATION
-            tally.unread.update(name for name in foreign if found.extra.get(name) not in (None, "", [], {}))
-            yield found
 
     def _as_renamed(self, error: InputError) -> InputError:
         """An error of a row under the names of `--columns`: a name that no row has comes first; advice repeats them."""

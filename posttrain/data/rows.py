@@ -27,7 +27,6 @@ from .sources import Row, kind
 
 __all__ = [
     "Conversation",
-    "EmptyAnswer",
     "Message",
     "Pair",
     "Prompt",
@@ -37,10 +36,6 @@ __all__ = [
     "prompt_of",
     "split",
 ]
-
-
-class EmptyAnswer(TurnError):
-    """A conversation with a model turn to learn that has no words."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +190,7 @@ def _require_answers(conversation: Conversation, shaped: Shaped) -> None:
         learned = message["role"] == "assistant" and index not in conversation.unlearned
         if learned and not message["content"].strip():
             place = "the answer" if shaped.answer is not None else f"message {index + 1}, of the assistant,"
-            raise EmptyAnswer(
+            raise TurnError(
                 f"{conversation.where}: {place} is empty", "remove such rows: gemma2 filter, or --on-bad-row skip"
             )
 

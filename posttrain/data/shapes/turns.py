@@ -26,7 +26,6 @@ __all__ = [
     "UnknownKeys",
     "check_order",
     "fold_system",
-    "rename_hint",
     "turns_of",
     "unknown_hint",
 ]
@@ -139,7 +138,7 @@ def check_order(messages: Sequence[Message], ends_with: str | None = None) -> No
         raise TurnError("the conversation does not end with a model turn", 'end it with role "assistant"')
 
 
-def rename_hint(name: str, present: Iterable[str]) -> str:
+def _rename_hint(name: str, present: Iterable[str]) -> str:
     """The fix for a missing name: most often it is misspelt."""
     present = list(present)
     near = difflib.get_close_matches(name, present, n=1)
@@ -186,7 +185,7 @@ def _needed(where: str, place: str, key: str, said: JsonMapping) -> object:
     if key in said and said[key] is None:
         raise TurnError(f"{where}: '{place}.{key}' is null", f"write a text, or {SKIP_HINT}")
     if key not in said:
-        raise InputError(f"{where}: '{place}' has no '{key}'", rename_hint(key, said))
+        raise InputError(f"{where}: '{place}' has no '{key}'", _rename_hint(key, said))
     return said[key]
 
 
