@@ -121,7 +121,7 @@ class Reading:
             yield row if self._change is None else self._change(row)
 
     def each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
-        """The rows of a data path as `parse` reads them, streamed. Raises InputError at a bad row that is not skipped."""
+        """The rows of a data path as `parse` reads them, streamed. Raises InputError at a bad row, or skips it."""
         is_output = (path / MANIFEST).exists()
         tally = Tally()
         rows = self.rows(path)
