@@ -51,7 +51,7 @@ from .teacher_cache import CachedTeacher, TeacherCache
 __all__ = ["run_distill"]
 
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
-# Options of TRL about what is done here: sampling, the divergence, the teacher.
+# Options of TRL for parts that ours replace: sampling, the divergence, the teacher.
 UNUSED = ("beta", "top_p", "top_k", "min_p", "repetition_penalty", "teacher_model_name_or_path", "trust_remote_code")
 SHOWN = {"loss": "divergence", "length": "length", "truncated": "cut"}
 

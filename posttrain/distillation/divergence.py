@@ -165,7 +165,7 @@ class Measured:
 def divergence_loss(hidden: Tensor, head: Head, target: Target, scale: float = 1.0) -> Measured:
     """Divergence of a student with last hidden states (N, d) from `target`, over N response positions.
 
-    Gradients flow to `hidden` and to `head.weight`, where these take them. `entropies` are the student's.
+    Gradients flow to `hidden` and to `head.weight` if these require them. `entropies` are the student's.
     """
     return Measured(*_ChunkedDivergence.apply(hidden, head.weight, head, target, scale))  # type: ignore[no-untyped-call]  # torch
 

@@ -4,8 +4,8 @@
     D: mean over all response tokens of the optimizer batch; no gradient flows through the sampling
 
 Whether a step is on-policy is drawn once per step; the draws, the prompts and the rows of the whole run follow from the
-seed and are written out beforehand, and the completions of a step follow from seed and step. So a resume needs no state
-of ours.
+seed and are written out beforehand, and the completions of a step follow from seed and step. So a resume needs no
+further state.
 
 Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/distillation/test_gkd.py guards them):
 1. `_generate_and_score_completions` samples with our sampler, n completions a prompt, or takes rows of the fixed data.
@@ -15,8 +15,8 @@ Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/dist
 4. Checkpoints hold no model card.
 
 A completion that was cut at the limit is learned from like any other: every one of its prefixes is one that the student
-reaches, and no sampled token is a target. So steps in which all were cut are worth a warning, and no stop as in
-RL.
+reaches, and no sampled token is a target. So a step in which all
+were cut gives a warning, and does not stop the run as in RL.
 """
 
 from __future__ import annotations

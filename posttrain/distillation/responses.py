@@ -1,4 +1,4 @@
-"""Rows with responses to learn from, as tensors: tokens, what is learned of them, and the states that predict it."""
+"""Rows with responses to learn from, as tensors: tokens, the mask of learned ones, the states that predict them."""
 
 from __future__ import annotations
 

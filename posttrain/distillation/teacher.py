@@ -1,4 +1,4 @@
-"""The teacher of a distillation: whether it speaks the student's tokens, and its distributions over a batch.
+"""The teacher of a distillation: the check that it has the student's tokens, and its distributions over a batch.
 
 A divergence compares distributions token by token, so vocabulary, ids and chat template must be the same. Heads may be
 padded to different sizes: then both softmaxes run over the rows that both heads have, which hold every token.
@@ -106,7 +106,7 @@ def check_same_tokenizer(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what must be equal: tokens with their ids, and the chat template."""
+    """sha256 of the parts that must be equal: the tokens with their ids, and the chat template."""
     content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], ensure_ascii=True)
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 

@@ -6,7 +6,7 @@ mass in the rest is reported. Per position k + 1 log-probs in fp16 (relative err
 
     topk-00000-of-00002.safetensors   ids, mask, offsets: tokens of the rows, what is learned, where rows begin
                                       top_ids (P, k), logps (P, k + 1): one line per learned token, in order
-    cache.json                        what it was made with, and the digest of every file
+    cache.json                        its settings, and the digest of every file
 
 Rows are batched by length inside a file, so padding and rounding depend on the batch size, as in any forward pass; the
 distributions agree to fp16. A run that was killed goes on at the first file that is missing.
@@ -95,7 +95,7 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
 def write_shards(
     run: Run, config: DistillCacheConfig, model: CausalLM, examples: Sequence[Example], progress: Progress
 ) -> list[JsonObject]:
-    """Write what is missing of the files; returns what the index needs to know of each."""
+    """Write the missing files; returns the facts about each file for the index."""
     total = -(-len(examples) // config.shard_rows)
     shards = []
     run.checkpoints.mkdir(exist_ok=True)

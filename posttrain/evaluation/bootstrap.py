@@ -1,7 +1,7 @@
-"""How sure a hypervolume is: a bootstrap over prompts, paired across the policies.
+"""The confidence interval of a hypervolume: a bootstrap over prompts, paired across the policies.
 
 Every policy answers the same prompts with the same random numbers, so one resample of prompts serves all points at
-once: what a hard prompt does to one policy it does to the others, and cancels in a difference of fronts. The reference
+once: a hard prompt is hard for every policy, and its effect cancels in a difference of fronts. The reference
 point stays where it is.
 
 A front takes the best of noisy points, so the replicates of its area are above the area on average. The interval is the

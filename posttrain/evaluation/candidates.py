@@ -94,7 +94,7 @@ def plan_candidates(config: ParetoConfig) -> list[Candidate]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Directory names, each with as many parent folders in front as tell it from the others; those of WARP alike."""
+    """Directory names, each with the parent folders that distinguish it; all outputs of WARP with equally many."""
     places = {path.resolve() for path in paths}
     depths = {place: _depth(place, places) for place in places}
     alike = [place for place in places if ITERATION.fullmatch(place.parent.name)]
@@ -103,7 +103,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _depth(place: Path, places: Collection[Path]) -> int:
-    """The fewest folders that tell a path from the others."""
+    """The fewest folders that distinguish a path from the others."""
     others = [other for other in places if other != place]
     depths = range(1, len(place.parts) + 1)
     return next((d for d in depths if all(o.parts[-d:] != place.parts[-d:] for o in others)), len(place.parts))

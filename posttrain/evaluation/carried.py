@@ -25,7 +25,7 @@ INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models", 
 
 
 def measured_with(config: ParetoConfig) -> JsonObject:
-    """`{"settings", "inputs"}` of front.json: what two fronts must share to be compared. Inputs are digests.
+    """`{"settings", "inputs"}` of front.json: two fronts can be compared only if these are equal. Inputs are digests.
 
     Reward models are called by their names, not their places: the same measurement elsewhere gives the same bytes.
     """

@@ -49,14 +49,14 @@ from .intervals import confidence_interval
 
 __all__ = ["Estimate", "MeasureSettings", "Measurement", "difference", "measure", "run_eval", "sequence_kl"]
 
-# What every policy is measured by besides the scores, and what values each can have.
+# The metrics of every policy besides the scores, and the range of each.
 BOUNDS = {"kl": (0.0, math.inf), "length": (0.0, math.inf), "truncated": (0.0, 1.0), "distinct_2": (0.0, 1.0)}
 OWN_METRICS = frozenset(BOUNDS)
 
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """The way in which completions are drawn: the same for every policy of a comparison."""
+    """Settings for drawing completions: the same for every policy of a comparison."""
 
     sampling: SamplingParams
     batch_size: int = 32  # sequences at once
@@ -126,7 +126,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(a: Measurement, b: Measurement, metric: str = "reward") -> Estimate:
-    """a - b, paired by prompt: what both policies find hard or easy alike cancels."""
+    """a - b, paired by prompt: the difficulty of a prompt cancels."""
     pairs = zip(a.per_prompt[metric], b.per_prompt[metric], strict=True)
     return estimate([left - right for left, right in pairs])
 

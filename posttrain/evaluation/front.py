@@ -19,7 +19,10 @@ LIMITS_SHOWN = 5
 
 
 def pareto_front(points: Sequence[Point]) -> list[bool]:
-    """Which points no other beats: at most its KL and at least its reward, one of them strictly. Ties stay."""
+    """Whether each point is on the front; of equal points all are.
+
+    No other point may have at most its KL and at least its reward, one of them strictly.
+    """
     return [not any(_beats(other, point) for other in points) for point in points]
 
 

@@ -34,14 +34,14 @@ __all__ = ["FRONT", "READ", "FrontEntry", "answers_of", "place_of", "read_entrie
 
 FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
-KEPT = ("reward", "kl")  # the values per prompt that are kept: what the front is made of
+KEPT = ("reward", "kl")  # the values per prompt that are kept: the axes of the front
 PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
 LABELS = frozenset({"name", "kind", "title", "iteration", "eta", "on_front"})
 
 
 @dataclass(frozen=True)
 class FrontEntry:
-    """A measured point with all that belongs to it.
+    """A measured point with its figures, samples, values and trajectory.
 
     figures     flat columns: reward, reward_se, ..., n
     samples     prompts and completions

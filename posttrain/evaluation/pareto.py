@@ -199,7 +199,7 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
 
 
 def check_policies(parents: Sequence[Parent]) -> None:
-    """Refuse reward models in the place of policies, and policies whose tokens mean something else than the SFT's."""
+    """Refuse reward models instead of policies, and policies with another vocabulary than the SFT policy."""
     policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
     first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
     for parent in policies:
@@ -220,7 +220,7 @@ def check_policies(parents: Sequence[Parent]) -> None:
 
 
 def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
-    """The SFT policy first, whoever measured it; the rest as they are."""
+    """The SFT policy first, from this or an earlier front; then the others in their order."""
     return sorted(entries, key=lambda entry: entry.candidate.kind != "sft")
 
 

@@ -2,7 +2,7 @@
 
 Prompts are read as a stream and answered in chunks: turn by turn, the requests of a chunk go to the engine together,
 and every completion is in the journal before the next group is drawn. Chunks follow from the configuration alone, so a
-resumed run makes the same requests in the same company; what the journal holds is not asked again. At most one chunk
+resumed run groups the same requests; answers in the journal are not asked for again. At most one chunk
 is in memory, in every pass.
 """
 
@@ -30,7 +30,7 @@ OnOverlong = Literal["error", "drop"]
 
 
 class Answering:
-    """One job: prompts, what is asked of each, the journal of what was answered, and how many requests make a chunk.
+    """One job: its prompts, the plan for each, the journal of the answers, and the number of requests in a chunk.
 
     Without `keep_ids` the journal holds no token ids; they are there for reward models that read them.
     """
@@ -68,7 +68,7 @@ class Answering:
         return count
 
     def run(self, engine: Engine, prompts: int, progress: Progress) -> None:
-        """Draw what the journal lacks; `prompts` is their number."""
+        """Draw the answers that are missing from the journal; `prompts` is the number of prompts."""
         each = self.plan.n * self.plan.drawn_turns
         with progress.task("generate", total=prompts * each, unit="completions") as bar:
             meter = _Meter(bar)
@@ -112,7 +112,7 @@ class Answering:
                 dialogue.take(known)
 
     def _requests(self, engine: Engine, going: Sequence[Dialogue], known: dict[Key, Completion]) -> list[Request]:
-        """The next turn of every dialogue, without those that do not fit: they are answered by saying so."""
+        """The next turn of every dialogue, except for those that do not fit: they get the answer `overlong`."""
         requests, refused = [], []
         for dialogue in going:
             messages = dialogue.next_prompt()

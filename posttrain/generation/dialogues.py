@@ -2,8 +2,8 @@
 
     prompt -> model turn 1 -> user turn 1 -> model turn 2 -> ... -> model turn T         2T - 1 turns drawn
 
-For a user turn the roles are swapped: an instruction opens, the user's turns so far take the assistant's part
-and what the model answered as the user's, so that the teacher's own next turn is the user's next message. System text
+For a user turn the roles are swapped: an instruction opens, the user's turns so far become the assistant's
+and the model's answers the user's, so that the teacher's next turn is the user's next message. System text
 is left out of the swapped conversation: a user does not see it.
 
 A conversation ends early when a turn is cut at the limit, is empty or no answer (filtered, a call of a tool, ...), or

@@ -202,7 +202,7 @@ def _count_row(count: Counter[str], dialogue: Dialogue) -> None:
 
 @dataclass
 class Sent:
-    """What the answers were dropped for, and what a server says of them. The names are the server's own."""
+    """The reasons of dropped answers, and the server's words about them. The names are the server's."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)

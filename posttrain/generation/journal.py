@@ -1,4 +1,4 @@
-"""An append-only file of JSON records that survives a kill: what was appended is there, a torn end is dropped.
+"""An append-only file of JSON records that survives a kill: finished records stay, a torn end is dropped.
 
 Every `append` ends with fsync. A kill, or a power cut, can only damage what was being appended: at the next opening the
 file is cut behind the last whole record. Torch-free.
@@ -19,7 +19,7 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """Opens, or goes on with, a journal; the file appears with the first record."""
+    """Starts or continues a journal; the file appears with the first record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -64,7 +64,7 @@ def _score(
 
 
 def _sampled(dialogues: Sequence[Dialogue], chat: ChatFormat | None) -> Sampled:
-    """Dialogues as a score sees them: what came before the last model turn as the prompt."""
+    """Dialogues for a score: everything before the last model turn is the prompt."""
     rows = [replace(dialogue.prompt, messages=dialogue.messages[:-1]) for dialogue in dialogues]
     prompts = [chat.prompt_ids(row.messages) if chat else [] for row in rows]
     return Sampled(

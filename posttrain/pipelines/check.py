@@ -1,6 +1,6 @@
 """A pipeline checked whole before anything runs: names, types, files, models that fit, disk. Torch-free and quick.
 
-options of every stage against its schema -> inputs on disk are there -> inputs by other stages are of the right
+options of every stage against its schema -> inputs on disk exist -> inputs from other stages have the right
 kind and vocabulary (from headers, or promised) -> what is complete, what will run -> memory, disk, time
 """
 
@@ -36,7 +36,8 @@ __all__ = ["Checked", "PipelinePlan", "check_pipeline"]
 class Checked:
     """One stage in its present state.
 
-    action   skip (complete), run, continue, again (of something else), perhaps (what it needs will run first), left out
+    action   skip (complete), run, continue, again (the output is of something else), perhaps (a needed stage will run
+             first), left out
     why      what changed
     work     memory, disk, operations; None where nothing is known
     """
@@ -103,7 +104,7 @@ def check_pipeline(
     found: dict[str, Checked] = {}
     for stage in pipeline.stages.values():
         config = _configured(stage)
-        if config is None:  # what another stage finds out decides it
+        if config is None:  # the result of another stage decides it
             promised[stage.out] = Promise(stage.kind.makes)
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
@@ -142,7 +143,7 @@ def check_merge(config: Config, promised: Sequence[Path]) -> None:
 
 
 def _configured(stage: Stage) -> Config | None:
-    """The configuration as far as it is known; None where a required option is another stage's finding."""
+    """The configuration as far as it is known; None if a required option comes from the result of another stage."""
     deferred = stage.deferred
     known = {key: filled(value) for key, value in stage.options.items() if key not in deferred}
     if not deferred:
@@ -185,7 +186,7 @@ def _stand(
 
 
 def is_complete(out: Path) -> bool:
-    """Whether an output is there, whatever it was made from."""
+    """Whether an output exists, whatever it was made from."""
     return (read_manifest(out) or {}).get("status") == "complete"
 
 

@@ -2,7 +2,7 @@
 
     file -> ${vars} -> copies of every matrix -> stages of every `command: warp` -> ${STAGE.out} -> order
 
-Nothing is read but the file. A stage's output is ROOT/NAME, so its name is its place.
+Only the file is read. The output of a stage is ROOT/NAME: its name decides its place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Pipeline", "Stage", "compile_pipeline", "read_pipeline"]
 class Stage:
     """One command of a pipeline.
 
-    options  `${STAGE.out}` is replaced by its path; `${STAGE.summary.KEY}` is still there
+    options  `${STAGE.out}` is replaced by its path; `${STAGE.summary.KEY}` is not replaced yet
     needs    names of the stages that must be done before it, in the order of the pipeline
     """
 
@@ -167,7 +167,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_places(names: Iterable[str]) -> None:
-    """Refuse an output inside another: whoever replaces the outer one would remove it."""
+    """Refuse an output inside another one: replacing the outer one would remove it."""
     known = set(names)
     for name in known:
         for outer in PurePosixPath(name).parents:
@@ -270,7 +270,7 @@ def _over(shared: Resources, own: Resources) -> Resources:
 
 
 def _ordered(stages: Mapping[str, Stage]) -> list[str]:
-    """The names in an order that respects the needs: that of the file where it does."""
+    """The names in the order of the file, but every stage after those that it needs."""
     try:
         sorter = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
         sorter.prepare()

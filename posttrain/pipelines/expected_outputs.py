@@ -37,13 +37,13 @@ __all__ = ["check_kinds", "look_at", "promised_by"]
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
 NAMES = {POLICY: "a policy", REWARD: "a reward model", ADAPTER: "a LoRA adapter", DATA: "a data set"}
 NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher"}
-# What a field takes, by its name; where commands differ, by command.
+# The kind of input that each field takes, by its name, and by command where commands differ.
 FIELDS = {name: {POLICY} for name in ("policy", "sft", "teacher", "init", "merged", "policies", "compare", "model")}
 FIELDS |= {"reward": {REWARD}, "from_head": {REWARD}, "front": {FRONT}, "fronts": {FRONT}, "teacher_cache": {CACHE}}
 FIELDS |= {name: {DATA} for name in ("data", "prompts", "heldout", "eval_data", "decontaminate")}
 FIELDS |= {"models": {POLICY, REWARD, ADAPTER}, "base": {POLICY, REWARD}}
 SCORED = {"model": {REWARD}}  # gemma2 reward score
-# The embedded models (embedded/pretrain.py), which import torch.
+# The embedded models (tiny/pretrain.py), which import torch.
 EMBEDDED = {
     "student": Promise(POLICY, parameters=456_288, vocabulary=512, shape=("gemma2", 96, 4)),
     "teacher": Promise(POLICY, parameters=867_360, vocabulary=512, shape=("gemma2", 160, 3)),
@@ -71,7 +71,7 @@ def look_at(path: Path) -> Promise | None:
 
 
 def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tuple[Path, Promise]]:
-    """(path, what will be there) for the places in the output of one command that others may name."""
+    """(path, its future content) for the places in the output of one command that other stages may name."""
     known, out = sources.promised, stage.out
 
     def like(path: Path | None, kind: str | None = None) -> Promise:

@@ -1,7 +1,7 @@
-"""Whether a stage's output is there, and made from what the stage names. Torch-free.
+"""Whether the output of a stage exists and was made from the inputs that the stage names. Torch-free.
 
 An output counts as made when its manifest is complete, and was written by the same command from the same settings,
-parents (digests of their weights) and data (digests). The place of an input makes no difference, its content does.
+parents (digests of their weights) and data (digests). The content of an input counts, not its place.
 
 The hash of an output covers all of that:
 
@@ -31,9 +31,9 @@ ASIDE = ("metrics.jsonl", "samples.jsonl", "dropped.jsonl")  # for people; no st
 
 @dataclass(frozen=True)
 class Currency:
-    """complete     nothing is to be done
+    """complete     there is nothing to do
     interrupted  a run of it can be continued; an output of something else may still be in its place
-    changed      the output is of something else; `why` names what
+    changed      the output was made from something else; `why` names the difference
     missing      there is nothing
     """
 

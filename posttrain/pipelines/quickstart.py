@@ -26,7 +26,10 @@ __all__ = ["quickstart_pipeline", "run_quickstart"]
 
 
 def quickstart_pipeline(out: Path, file: Path | None = None, sets: Sequence[str] = ()) -> Pipeline:
-    """The pipeline, of another file than ours too. Raises UsageError for a setting that its stage does not take."""
+    """The pipeline of configs/quickstart.yaml, or of another file.
+
+    Raises UsageError for a setting that its stage does not take.
+    """
     return compile_pipeline(read_pipeline(file or recipes()["quickstart"], sets), out)
 
 

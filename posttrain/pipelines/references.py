@@ -18,7 +18,7 @@ __all__ = ["NULL", "condition_holds", "filled", "lookup", "parse_condition", "re
 
 
 class _Null:
-    """The value of a reference to a null: a None would say that the reference is not known yet."""
+    """The value of a reference to a null; None means that the reference is not known yet."""
 
     def __str__(self) -> str:
         return "null"

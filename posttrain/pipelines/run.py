@@ -93,7 +93,7 @@ def run_pipeline(
         if not plan.to_run and recorded is not None and recorded.get("config") == recorded_file(pipeline):
             return PipelineResult(dict.fromkeys(pipeline.stages, "complete"), ())
         root.mkdir(exist_ok=True)
-        (root / MANIFEST).unlink(missing_ok=True)  # what it says is about to change
+        (root / MANIFEST).unlink(missing_ok=True)  # its content is about to change
         _write_file(pipeline)
         result = run_stages(pipeline, plan, executor, choice=choice, observer=observer, progress=progress)
         if choice.within is None:
@@ -124,7 +124,7 @@ def run_stages(
 
 
 def check_executor(pipeline: Pipeline, executor: Executor) -> None:
-    """Refuse resources that no stage could ever get there."""
+    """Refuse resources that the executor can never provide."""
     for stage in pipeline.stages.values():
         executor.check(stage.name, stage.resources.gpus)
 

@@ -1,8 +1,9 @@
 """Runs the stages of a pipeline: what is missing or changed, in the order of their needs, several at once.
 
-A stage runs when all that it needs is complete. It is skipped when its output is current (currency.py), continued when
-it was interrupted, made again (the old output is replaced in one rename) when it is of something else. Where `when`
-does not hold it is not needed, and so is a stage that takes such a stage's output; a list leaves it out.
+A stage runs when all that it needs is complete. It is skipped when its output is current (freshness.py), continued when
+it was interrupted, made again (the old output is replaced in one rename) when it is of something else. A stage
+whose `when` does not hold is not needed. A stage that takes the output of such a stage is not needed either; a list
+of inputs leaves it out.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Executor(Protocol):
 
 
 class Observer(Protocol):
-    """Who watches: the command line, or nobody."""
+    """An observer of the run: the command line, or nobody."""
 
     def started(self, stage: Stage, command: str, why: str) -> None: ...
     def finished(self, stage: Stage, status: str, seconds: float, summary: JsonMapping) -> None: ...
@@ -111,12 +112,12 @@ class Scheduler:
     prepared: bool = False
 
     def run(self) -> None:
-        """Until nothing is left to start and nothing runs.
+        """Run until nothing is left to start and nothing runs.
 
         Raises StageFailed for the first stage that failed, RuntimeError with its traceback when that was a bug.
         """
         self.state = State(self.pipeline, self.choice.within)
-        if self.choice.within is not None:  # what is taken as it is was checked to be there, or not to be needed
+        if self.choice.within is not None:  # stages outside `within` were checked: they are complete, or not needed
             self.status = {
                 name: "not needed" if one["status"] == "not needed" else "complete"
                 for name, one in self.state.document["stages"].items()
@@ -210,7 +211,10 @@ class Scheduler:
         return _Ready(stage, options, config, currency_of(stage.command, config, stage.out))
 
     def _options(self, stage: Stage) -> JsonObject | None:
-        """The options with summaries filled in, and without what is not needed; None when that leaves a hole."""
+        """The options with summaries filled in and without inputs that are not needed.
+
+        None if a required option is missing then.
+        """
         dropped = [self.pipeline.root / name for name in stage.needs if self.status.get(name) == "not needed"]
         options: JsonObject = {}
         for key, value in stage.options.items():
@@ -294,7 +298,7 @@ class Scheduler:
     # --- progress -----------------------------------------------------------------------------------------------------
 
     def _show(self, stage: str, event: Event) -> None:
-        """Draw what a stage says. With several at once its bars carry its name."""
+        """Show the progress of a stage. If several run at once, its bars carry its name."""
         kind, *rest = event
         label = f"{stage.rpartition('/')[2]}: " if len(self.started) > 1 else ""
         if kind == "task":

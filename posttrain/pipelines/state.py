@@ -5,7 +5,7 @@
                        "hash"}}}
 
 The status of a stage: waiting, running, complete, failed, interrupted, blocked (one that it needs failed), not needed
-(its `when` did not hold). It is for people and reports: whether a stage is done is decided by its own `gemma2.json`.
+(its `when` did not hold). It is for people and reports: the `gemma2.json` of a stage decides whether it is done.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_state(root: Path) -> JsonObject | None:
 
 
 def is_running(root: Path) -> bool:
-    """Whether a process holds the folder: a state that says `running` may be that of one that was killed."""
+    """Whether a process holds the folder: a killed process leaves a state that says `running`."""
     place = root.resolve()
     try:
         descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDONLY)

@@ -2,8 +2,8 @@
 
     OUT/iteration-i/{policy-m, slerp, init, front}    OUT/front    OUT/model    OUT/report.html
 
-Every policy, slerp and init stays on disk. OUT appears when all is done; until then `.OUT.partial` holds what is, and
-`resume` goes on at the stage, and inside an RL run at the checkpoint, where it was.
+Every policy, slerp and init stays on disk. OUT appears when all is done; until then `.OUT.partial` holds the finished
+part. `resume` continues at the interrupted stage, and inside an RL run at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_warp(
     """
     for option, names in (("--reward-fn", config.reward_fn), ("--judge-fn", filter(None, [config.judge_fn]))):
         for name in names:
-            load_function(name, option)  # an hour of RL later is too late for a typo
+            load_function(name, option)  # a typo must show before an hour of RL, not after it
     parents = [Parent("sft", config.sft), *(Parent("reward", path) for path in config.reward)]
     data = [file for path in (config.prompts, config.heldout) for file in data_files(path)]
     with open_run("warp", config, options, parents=parents, data=data) as run:

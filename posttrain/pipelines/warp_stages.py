@@ -38,7 +38,7 @@ def run_seed(seed: int, iteration: int, policy: int) -> int:
 
 
 def warp_stages(config: WarpConfig, prefix: str = "") -> dict[str, StageFile]:
-    """Name -> stage, in the order of Algorithm 1. `prefix` is what their names get: references name it."""
+    """Name -> stage, in the order of Algorithm 1. `prefix` is put in front of their names, also in references."""
     maker = _Algorithm(config, prefix)
     stages: dict[str, StageFile] = {}
     for iteration in range(1, config.iterations + 1):

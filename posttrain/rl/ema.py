@@ -46,7 +46,7 @@ class EmaAnchor:
         self._begin(copy.deepcopy(policy).float(), [name for name, _ in policy.named_parameters()], memory)
 
     def _begin(self, model: CausalLM, moving: list[str], memory: Memory) -> None:
-        """`model`: fp32, what the anchor starts as; `moving`: the parameters of it that the average is taken of."""
+        """`model`: the start of the anchor, fp32; `moving`: those of its parameters that are averaged."""
         self.model = model.eval().requires_grad_(False)
         self.memory = memory
         averaged = {name: self.model.get_parameter(name).data for name in moving}
@@ -56,7 +56,7 @@ class EmaAnchor:
         self.shadow: dict[str, Tensor] = averaged  # fp32 parameters by name, tied ones once
 
     def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
-        """(name, current value) of everything that the average is taken of."""
+        """(name, current value) of every averaged parameter."""
         for name, parameter in policy.named_parameters():
             yield name, parameter.data
 
@@ -69,7 +69,7 @@ class EmaAnchor:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Bring the copy that scores up to date, where the average is not that itself."""
+        """Update the copy that scores, if that is not the average itself."""
         if self.memory == "cpu":
             for name, tensor in self.shadow.items():
                 self.model.get_parameter(name).data.copy_(tensor)
@@ -131,7 +131,7 @@ class LoraAnchor(EmaAnchor):
         yield from adapted_weights(policy)
 
     def plain(self) -> CausalLM:
-        """The average in the places of the weights; the rest is that of the policy, never rounded."""
+        """The average in the places of the adapted weights; the other weights are the policy's, never rounded."""
         return with_weights(self.base, self.shadow.items())
 
 

@@ -22,7 +22,10 @@ ROUNDING = 1e-5  # of a reward, in its own size
 
 @dataclass
 class Guards:
-    """Counts what must not go on. `tolerance`: KL per token at a step where it must be 0, nats; None: no such step."""
+    """Counts steps that look wrong, and stops the run after too many of them.
+
+    tolerance: the largest KL per token, nats, that counts as 0 at the first step; None if it need not be 0 there.
+    """
 
     progress: Progress
     max_kl: float | None

@@ -54,7 +54,7 @@ from .vllm import VllmSampler, check_usable
 __all__ = ["run_rlhf"]
 
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
-# What RLOOConfig adds to transformers' own options is about TRL's rollout and loss, in whose place stand ours.
+# RLOOConfig's additions to transformers' options concern TRL's rollout and loss, which ours replace.
 UNUSED = {item.name for item in fields(RLOOConfig)} - {item.name for item in fields(TrainingArguments)}
 UNUSED |= {"num_train_epochs", "neftune_noise_alpha"}  # noise would update another policy than the sampled one
 # KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
@@ -106,7 +106,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
 
 @contextmanager
 def drawing(config: RlhfConfig, trainer: AnchoredRlooTrainer, ranks: Ranks) -> Iterator[None]:
-    """With `--engine vllm`: vLLM in the place of our sampler, on the policy that is trained, while the block runs."""
+    """With `--engine vllm`: vLLM draws from the trained policy instead of our sampler while the block runs."""
     if config.engine != "vllm":
         yield
         return
@@ -122,7 +122,7 @@ def drawing(config: RlhfConfig, trainer: AnchoredRlooTrainer, ranks: Ranks) -> I
 
 
 def local_rows(config: RlhfConfig, ranks: Ranks) -> tuple[int, int]:
-    """Samples of this process (per step, per forward pass). Raises UsageError where they do not come out even."""
+    """Samples of this process (per step, per forward pass). Raises UsageError if the processes do not divide them."""
     if config.prompts_per_step % ranks.size:
         raise UsageError(
             f"--prompts-per-step {config.prompts_per_step} is not a multiple of the {ranks.size} processes",

@@ -127,7 +127,7 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
         }
 
     def _compute_loss(self, model: CausalLM, inputs: dict[str, Tensor]) -> Tensor:
-        # Through the wrapper's forward: DistributedDataParallel reduces the gradients of nothing else.
+        # Through the forward of the wrapper: DistributedDataParallel reduces only the gradients of that.
         result: Tensor = self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
         return result
 
@@ -136,7 +136,7 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
         whole = self.accelerator.num_processes > 1
         passes: list[tuple[Tensor, Tensor, int]] = []
         for part in loss_parts(inputs["ids"], inputs["mask"], inputs["advantages"], whole):
-            if passes:  # spend the graph of a part before the next one is made
+            if passes:  # free the graph of a part before the next one is built
                 self.accelerator.backward(passes[-1][0] / self.current_gradient_accumulation_steps)
             with self.accelerator.autocast():
                 passes.append(policy_loss(self.rollout.policy, *part, self.temperature))

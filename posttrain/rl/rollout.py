@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass
 class Rollout:
-    """Draws and scores the batches of a run. `generator` is all the state it has.
+    """Draws and scores the batches of a run. Its only state is `generator`.
 
     Of several processes each answers its share of the prompts, with the random numbers that one process would use for
     them, and logs the figures of all.

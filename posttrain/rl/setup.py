@@ -32,7 +32,8 @@ class RlSetup:
     """The models and prompts that a run starts with.
 
     reference: the SFT policy that the measured KL refers to. base: the policy's weights as they were, shared with it
-    where they are frozen; None where all are trained. starts_at_anchor: the KL to the anchor is 0 at the first step.
+    where they are frozen; None if all weights are trained. starts_at_anchor: whether the KL to the anchor is 0 at the
+    first step.
     """
 
     rollout: Rollout

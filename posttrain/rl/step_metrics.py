@@ -47,7 +47,7 @@ def joined(parts: Sequence[ScoredCompletions]) -> ScoredCompletions:
 
 
 def batch_metrics(scored: ScoredCompletions, anchored: bool, n: int) -> dict[str, float | None]:
-    """The figures of a step. One that is not defined is None."""
+    """The figures of a step; an undefined one is None."""
     lengths = torch.tensor([float(len(ids)) for ids in scored.ids])
     rewards = scored.rewards
     return {

@@ -2,15 +2,15 @@
 
     y ~ mu(. | x), mu the policy as vLLM computes it;   log pi(y | x) from our own forward, at the sampling temperature
 
-The policy's weights are copied to vLLM whenever they have changed (`sync`); prompts go there as token ids, and what
-comes back holds the stop token where one was drawn, so a completion is truncated when it ends in none.
+The policy's weights are copied to vLLM whenever they have changed (`sync`); prompts go there as token ids, and the
+completion comes back with its stop token if one was drawn: without one it is truncated.
 
 vLLM's kernels are others and it keeps its own dtype, so its log-probs differ from ours in the third digit or so: they
 are not used. log pi comes from `token_logps`, as the anchor's side does, so that equal weights have a KL of exactly 0
 and the KL in the reward is that of the policy that is trained. What is left is that the samples come from mu and not
 from pi. TRL's RLOOTrainer does the same and leaves it there; its GRPOTrainer weighs the loss by a truncated pi / mu
-(vllm_importance_sampling_correction). We leave it there too and show it: `mismatch`, mean log mu - log pi per token,
-an estimate of KL(mu || pi). A run stops where it is far above rounding: then vLLM computes another model.
+(vllm_importance_sampling_correction). We do not correct it either, but show it: `mismatch`, mean log mu - log pi per
+token, an estimate of KL(mu || pi). A run stops if it is far above rounding, because vLLM then computes another model.
 
 Deviations from TRL: (1) every completion has its own seed, from the run's generator, so that runs of different
 seeds differ, a resumed run goes on with the seeds it would have had, and no two completions share random numbers. TRL
@@ -48,7 +48,7 @@ from gemma2.posttrain.schemas import RlFields, VllmFields
 
 __all__ = ["VllmSampler"]
 
-# TRL sets these for vLLM. Left behind, they would tell the next run of this process (WARP) that a launcher started it.
+# TRL sets these for vLLM. If they stayed, the next run of this process (WARP) would believe that a launcher started it.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 REQUESTS = 64  # at a server at once
 ANOTHER_MODEL = 0.5  # nats per token between vLLM's log-probs and ours; rounding to bf16 gives about a hundredth
@@ -171,7 +171,7 @@ class VllmSampler:
         _restore(self._environment)
 
     def _first_slot(self, rows: int) -> int:
-        """The number, among the completions of all processes, of the first one that vLLM is asked for here."""
+        """The position of the first completion of this process among the completions of all processes."""
         if self.generation.mode == "server":
             return 0  # rank 0 asks for everyone
         group = self.generation.tensor_parallel_size

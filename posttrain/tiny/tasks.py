@@ -299,7 +299,7 @@ def _last_value(task: str, text: str) -> str | None:
 
 
 def _is_correct(row: Mapping[str, str], text: str) -> bool:
-    """The last value is the answer, and nobody is named whom neither question nor answer names."""
+    """Whether the last value is the answer and the text names nobody else than question and answer do."""
     named = SUBJECTS.intersection(WORD.findall(text)) - set(WORD.findall(f"{row['prompt']} {row['answer']}"))
     return not named and _last_value(row["task"], text) == row["answer"]
 

@@ -102,7 +102,7 @@ class Engine(Protocol):
     def complete(self, requests: Sequence[Request], known: Container[Key]) -> Iterator[list[Completion]]:
         """Answer the requests, as groups of completions that are ready to be saved.
 
-        Keys in `known` are answered already and need not come again. What a request gets does not depend on `known`.
+        Keys in `known` are answered already and may be left out. The answer to a request does not depend on `known`.
         Raises InputError for a failure that another attempt cannot fix.
         """
         ...

@@ -97,11 +97,11 @@ class SamplerEngine:
         ]
 
     def facts(self) -> JsonObject:
-        """Nothing: the parents and the configuration say all."""
+        """Nothing: the parents and the configuration describe the engine."""
         return {}
 
     def close(self) -> None:
-        """Let go of the model, so that what scores its answers finds the memory free."""
+        """Release the model, so that the reward model finds the memory free."""
         self.model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

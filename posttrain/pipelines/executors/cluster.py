@@ -2,7 +2,7 @@
 
 Ray places each stage where its CPUs and GPUs are free, and runs it in a separate worker process. The folder of the
 pipeline and its inputs must be on a disk that every node has: outputs and logs are written there, as by the local
-executor. What a stage says while it works comes through a small actor. A stage whose worker or node is lost ends like
+executor. A stage sends its progress through a small actor. A stage whose worker or node is lost ends like
 one whose process was killed: it is tried again as often as its `retries` say, from its last checkpoint.
 """
 
@@ -24,13 +24,13 @@ from .jobs import Event, Job, Outcome, execute
 
 __all__ = ["RayExecutor"]
 
-TELL = 0.5  # seconds between two looks at what stages say
+TELL = 0.5  # seconds between two polls of the messages of stages
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 60.0  # seconds that stages get to clean up before their workers are ended
 
 
 class Mailbox:
-    """The actor that carries what stages say to the pipeline."""
+    """The actor that carries the messages of stages to the pipeline."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Event]] = []
@@ -54,7 +54,7 @@ class RayExecutor:
     def __init__(self, jobs: int = 1, address: str | None = None) -> None:
         self.jobs = jobs
         self.address = address
-        self.running: JsonObject = {}  # stage -> what Ray gave for it
+        self.running: JsonObject = {}  # stage -> Ray's reference to its task
         self.ray: Any = None
         self.mailbox: Any = None
         self.looked = 0.0
@@ -76,7 +76,7 @@ class RayExecutor:
             raise InputError(
                 f"no Ray cluster at {self.address}: {error}", "start one with `ray start --head`"
             ) from error
-        for number, handler in handlers.items():  # Ray takes them; how this program ends is not Ray's to say
+        for number, handler in handlers.items():  # Ray installs handlers of signals; ours stay in place
             signal.signal(number, handler)
         self.ray = ray
         self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
@@ -90,7 +90,7 @@ class RayExecutor:
         return wanted or max(1, (os.cpu_count() or 1) // self.jobs)
 
     def check(self, stage: str, wanted: int | None) -> None:
-        """Whether the cluster can ever place a stage is Ray's to say: clusters grow."""
+        """Nothing is refused here: clusters grow, so only Ray knows whether it can place a stage."""
         return None
 
     def has_room(self, command: str, wanted: int | None) -> bool:
@@ -107,7 +107,7 @@ class RayExecutor:
         self.running[job.stage] = task.remote(job, self.mailbox)
 
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]:
-        """(what running stages said, how those that ended did), after at most `seconds`."""
+        """(messages of running stages, outcomes of those that ended), after at most `seconds`."""
         references = {reference: stage for stage, reference in self.running.items()}
         done = self.ray.wait([*references], num_returns=1, timeout=seconds)[0] if references else []
         events: list[tuple[str, Event]] = []

@@ -69,7 +69,7 @@ STOPPED = Outcome(143, error="stopped")
 
 
 class Reporter:
-    """The `Progress` of a job: what it says goes to `send`, a few times a second at most."""
+    """The `Progress` of a job: its messages go to `send`, at most a few times a second."""
 
     def __init__(self, send: Callable[[Event], None]) -> None:
         self.send = send

@@ -57,7 +57,7 @@ class _Running:
 
 
 class LocalExecutor:
-    """At most `jobs` stages at once, each with the GPUs that it asked for to itself."""
+    """At most `jobs` stages at once, each with exclusive use of the GPUs that it asked for."""
 
     def __init__(self, jobs: int = 1, gpus: tuple[str, ...] | None = None) -> None:
         self.jobs = jobs
@@ -107,7 +107,7 @@ class LocalExecutor:
         self.running[job.stage] = _Running(process, receiver, own)
 
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]:
-        """(what running stages said, how those that ended did), after at most `seconds`."""
+        """(messages of running stages, outcomes of those that ended), after at most `seconds`."""
         # A pipe may be held open by helpers that a killed stage leaves behind, so its end is watched too.
         waiting: list[Connection | int] = [
             end for one in self.running.values() for end in (one.pipe, one.process.sentinel)
@@ -127,7 +127,7 @@ class LocalExecutor:
         return events, ended
 
     def _drain(self, stage: str, one: _Running, events: list[tuple[str, Event]]) -> bool:
-        """Take every message that is there. True when the process has closed its end."""
+        """Read every message that has arrived. True when the process has closed its end."""
         try:
             while one.pipe.poll():
                 message = one.pipe.recv()
@@ -152,7 +152,7 @@ class LocalExecutor:
         begin = poked = time.monotonic()
         for stage, one in list(self.running.items()):
             while one.process.is_alive() and time.monotonic() < begin + GRACE:
-                self._drain(stage, one, [])  # a full pipe would hold it up
+                self._drain(stage, one, [])  # a stage that writes into a full pipe would wait
                 one.process.join(0.05)
                 if time.monotonic() - poked >= POKES:  # a stage may have begun to wait just before SIGTERM
                     poked = time.monotonic()
@@ -169,7 +169,7 @@ class LocalExecutor:
 
 
 def _lost(code: int | None) -> Outcome:
-    """The outcome of a process that ended without a word."""
+    """The outcome of a process that ended without a message."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         likely = ": out of memory?" if name == "SIGKILL" else ""
