@@ -148,8 +148,8 @@ def stage(
 ) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
-    With `writes` the command takes --out, --resume, --force and --dry-run. `positional` names a field that may be given
-    as an argument too.
+    With `writes` the command takes --out, --resume and --force. `positional` names a field that may be given as an
+    argument too.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     command = make_command(schema, run, writes, positional, look)
@@ -231,8 +231,12 @@ def make_command(
                 look.show(config, given[look.name], console)
             elif writes:
                 execute(config, given, run, console)
+            elif given["dry_run"]:
+                _show_plan(config, None, console)
             else:
-                check_inputs(config)
+                from gemma2.posttrain.checks.step import Checks
+
+                Checks(isolated=False).of(config)
                 console.result(run(config, RunOptions(Path()), console).summary)
 
     common: dict[str, tuple[TypeForm, object]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
@@ -241,9 +245,8 @@ def make_command(
             "out": (Path | None, Out),
             "resume": (bool, Resume),
             "force": (bool, Force),
-            "dry_run": (bool, DryRun),
         }
-    common |= {"as_json": (bool, AsJson), "quiet": (bool, Quiet)}
+    common |= {"dry_run": (bool, DryRun), "as_json": (bool, AsJson), "quiet": (bool, Quiet)}
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
@@ -257,17 +260,23 @@ def make_command(
     return command
 
 
+def _show_plan(config: Config, options: RunOptions | None, console: Console) -> None:
+    from gemma2.posttrain.pipelines.dry_run import plan_step
+
+    from .plan_view import show_plan
+
+    show_plan(plan_step(config, options), console)
+
+
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
     """Run a command that writes an output, or with --dry-run print its plan."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
-    from gemma2.posttrain.runs.inputs import check_inputs
+    from gemma2.posttrain.checks.step import Checks
 
     if given["dry_run"]:
-        from gemma2.posttrain.pipelines.dry_run import plan_step
-
-        console.result(plan_step(config, options))
+        _show_plan(config, options, console)
         return
-    check_inputs(config)
+    Checks(isolated=False).of(config)
     if not options.resume:
         check_output(options.out, options.force)
     result = None

@@ -144,11 +144,16 @@ def _chat_of(model: Path | None) -> ChatFormat | None:
         return None
     from gemma2.core.outputs.hub import is_hub_id, locate_model
     from gemma2.posttrain.data.chat import ChatFormat
-    from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
+    from gemma2.posttrain.data.load_tokenizer import load_light_tokenizer
 
-    quiet_libraries()
     place = locate_model(model, "--model") if is_hub_id(model) else model
-    return ChatFormat(load_tokenizer(place))
+    tokenizer = load_light_tokenizer(place)
+    if tokenizer is None:
+        from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
+
+        quiet_libraries()
+        tokenizer = load_tokenizer(place)
+    return ChatFormat(tokenizer)
 
 
 def _overview(found: JsonMapping) -> dict[str, object]:

@@ -25,6 +25,7 @@ from gemma2.cli.terminal.options import (
     file_option,
     required_out,
 )
+from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.staging import partial_path
@@ -213,11 +214,12 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
         "disk_gib": plan.disk / 2**30, "disk_free_gib": plan.disk_free / 2**30,
     }  # fmt: skip
     if console.as_json:
-        console.json({"plan": rows, **facts, "out": str(compiled.root)})
-        return
-    console.table([{key.replace("_", " "): value for key, value in row.items()} for row in rows])
-    console.text("")
-    console.result(facts, compiled.root)
+        console.json({"plan": rows, **facts, "problems": plan.problems, "out": str(compiled.root)})
+    else:
+        console.table([{key.replace("_", " "): value for key, value in row.items()} for row in rows])
+        console.text("")
+        console.result(facts, compiled.root)
+    end_plan(plan.problems, console)
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -233,7 +235,7 @@ def status(file: str = File, out: Path | None = Out, set_: list[str] | None = Se
 
     console = Console(as_json=as_json)
     compiled = open_pipeline(file, out, set_)
-    rows = status_rows(compiled, check_pipeline(compiled))
+    rows = status_rows(compiled, check_pipeline(compiled, contents=False))
     if as_json:
         console.json({"stages": rows, "out": str(compiled.root)})
     else:

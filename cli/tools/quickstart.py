@@ -21,6 +21,7 @@ from gemma2.cli.terminal.options import (
     recipe_path,
     required_out,
 )
+from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.core.json_files import JsonObject
 
 from .pipeline import Announcer, jobs_option, kept_for_later
@@ -72,13 +73,14 @@ def quickstart(
     if dry_run:
         from gemma2.posttrain.pipelines.check import check_pipeline
 
-        check_pipeline(pipeline)
+        plan = check_pipeline(pipeline)
         stages = pipeline.stages.values()
         commands = [spell(stage.command, stage.config(), stage.out) for stage in stages]
         if as_json:
             console.json({"commands": commands})
         else:
             console.text("\n".join(commands))
+        end_plan(plan.problems, console)
         return
     started = time.monotonic()
     announcer = Announcer(console, len(pipeline.stages))

@@ -17,7 +17,14 @@ from gemma2.merging.kernels.dtypes import KINDS
 
 from .checkpoint import Checkpoint
 
-__all__ = ["check_model", "check_same_architecture", "check_same_tensors", "check_same_tokenizer", "tied_copies"]
+__all__ = [
+    "check_model",
+    "check_same_architecture",
+    "check_same_tensors",
+    "check_same_tokenizer",
+    "tied_copies",
+    "tokenizer_difference",
+]
 
 # Decoders whose checkpoints are plain named tensors, and that transformers loads without code from the model.
 FAMILIES = (
@@ -134,15 +141,23 @@ def tied_copies(model: Checkpoint) -> dict[str, str]:
 
 def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
     """Require the same token for every id. Compared if both directories have the file."""
+    difference = tokenizer_difference(first.origin, other.origin)
+    if difference:
+        raise InputError(
+            f"the tokenizers of {first} and {other} differ: {difference}",
+            "a token must have the same row of the embedding: choose a tokenizer with merge --tokenizer",
+        )
+
+
+def tokenizer_difference(first: Path, other: Path) -> str:
+    """The first difference in the ids of the tokenizers of two model directories, or ""; of files that both have."""
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json"):
-        left, right = first.origin / name, other.origin / name
+        left, right = first / name, other / name
         if left.is_file() and right.is_file() and not filecmp.cmp(left, right, shallow=False):
             difference = _first_difference(left, right) if name == "tokenizer.json" else name
             if difference:
-                raise InputError(
-                    f"the tokenizers of {first} and {other} differ: {difference}",
-                    "a token must have the same row of the embedding: choose a tokenizer with merge --tokenizer",
-                )
+                return difference
+    return ""
 
 
 def _first_difference(left: Path, right: Path) -> str:

@@ -21,14 +21,18 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jinja2.exceptions import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError
 
 from .shapes.turns import ROLES, SKIP_HINT, Message, TurnError, check_order, fold_system
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig  # imports torch
+
+    from .tokenizer import Tokenizer
 
 __all__ = ["GEMMA_TEMPLATE", "ChatFormat", "EndOfTurn", "Message"]
 
@@ -79,7 +83,7 @@ class ChatFormat:
     is missing or cannot be reproduced exactly.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, generation_config: GenerationConfig | None = None) -> None:
         self.tokenizer = tokenizer
         self._controls = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         if not tokenizer.chat_template:
@@ -313,7 +317,7 @@ def _role(role: str) -> str:
     return ROLES[role]
 
 
-def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Matches any control token, the longest first, with the white space that its `lstrip` and `rstrip` swallow."""
     tokens = sorted((t for t in tokenizer.added_tokens_decoder.values() if t.special), key=lambda t: -len(t.content))
     return re.compile("|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens))

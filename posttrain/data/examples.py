@@ -10,9 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gemma2.core.errors import InputError
 from gemma2.core.progress import Progress
@@ -21,6 +19,9 @@ from .chat import ChatFormat, EndOfTurn
 from .reading import Reading
 from .rows import Conversation
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 __all__ = [
     "IGNORED",
     "Cut",
@@ -28,6 +29,7 @@ __all__ = [
     "Overlong",
     "RowLimits",
     "example_of",
+    "refuse_overlong",
     "report_overlong",
     "to_dataset",
     "tokenise",
@@ -114,9 +116,7 @@ def tokenise(
             continue
         tokens = len(example.ids)
         if tokens > config.max_length:
-            if config.on_overlong == "error":
-                what = f"{row.where}: {tokens} tokens, more than --max-length {config.max_length}"
-                raise InputError(what, "raise --max-length, or choose --on-overlong drop")
+            refuse_overlong(row, tokens, config)
             example = Example(example.ids[: config.max_length], example.mask[: config.max_length])
             dropped = config.on_overlong == "drop" or not any(example.mask)
             overlong.append(Cut(row.where, tokens, 0 if dropped else config.max_length))
@@ -127,8 +127,15 @@ def tokenise(
         raise InputError(f"none of {len(rows)} rows can be learned", "see docs/data.md for what is read")
     if rows and not examples:
         what = f"all {len(rows)} rows are longer than --max-length {config.max_length}"
-        raise InputError(what, "raise --max-length")
+        raise InputError(what, f"raise it: --max-length {max(cut.tokens for cut in overlong)}")
     return examples, Overlong(tuple(overlong))
+
+
+def refuse_overlong(row: Conversation, tokens: int, config: RowLimits) -> None:
+    """Raise InputError for a row above the limit where `config.on_overlong` says so."""
+    if config.on_overlong == "error" and tokens > config.max_length:
+        what = f"{row.where}: {tokens} tokens, more than --max-length {config.max_length}"
+        raise InputError(what, f"raise it, as in --max-length {tokens}, or choose --on-overlong drop")
 
 
 def example_of(row: Conversation, chat: ChatFormat, config: RowLimits) -> Example:
@@ -153,6 +160,8 @@ def report_overlong(overlong: Overlong, total: int, config: RowLimits, progress:
 
 def to_dataset(examples: Sequence[Example]) -> Dataset:
     """Columns of TRL's trainer, and `length` (tokens) for the sampler."""
+    from datasets import Dataset  # a second of imports, which checks of the rows need not wait for
+
     columns: dict[str, list[Any]] = {
         "input_ids": [example.ids for example in examples],
         "labels": [

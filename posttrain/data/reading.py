@@ -25,7 +25,7 @@ from gemma2.core.progress import Progress
 
 from .rows import Conversation, Pair, Prompt, conversation_of, pair_of, prompt_of
 from .shapes.turns import SKIP_HINT, UnknownKeys, unknown_hint
-from .sources import ColumnNames, Row, find_files, iter_rows, to_line
+from .sources import ColumnNames, Row, Sample, find_files, iter_rows, to_line
 
 if TYPE_CHECKING:
     from .chat import ChatFormat  # imports transformers
@@ -77,8 +77,11 @@ Read = TypeVar("Read", Prompt, Conversation, Pair)
 class Reading:
     """The reading of all data sets of one command. Raises UsageError for `--columns` without both names."""
 
-    def __init__(self, options: RowOptions, change: Callable[[Row], Row] | None = None) -> None:
+    def __init__(
+        self, options: RowOptions, change: Callable[[Row], Row] | None = None, sample: Sample | None = None
+    ) -> None:
         self._change = change  # applied to each row before it is read
+        self._sample = sample  # reads a part of large files, for checks
         self.ignored = frozenset(options.ignore_keys)
         self.skips = options.on_bad_row == "skip"
         self._columns = options.columns
@@ -117,7 +120,7 @@ class Reading:
     def rows(self, path: Path, limit: int | None = None) -> Iterator[Row]:
         """The rows as they stand in the files, under the names of `--columns`."""
         self.tallies[path] = Tally(aside=find_files(path).aside)
-        for row in iter_rows(path, limit, self._unreadable if self.skips else None, self._names):
+        for row in iter_rows(path, limit, self._unreadable if self.skips else None, self._names, self._sample):
             yield row if self._change is None else self._change(row)
 
     def each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:

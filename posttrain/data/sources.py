@@ -12,6 +12,7 @@ Torch-free. Every refusal names file, line (of a text file) or row (of a column 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -20,12 +21,14 @@ from .files.folders import FolderFiles, all_files_inside, files_inside
 from .files.formats import count_in, rows_in
 from .files.hub_sets import from_hub, is_hub_set
 from .files.row import ColumnNames, OnBad, Row, kind
+from .files.sample import Sample
 from .files.shards import ShardWriter, to_line
 
 __all__ = [
     "ColumnNames",
     "OnBad",
     "Row",
+    "Sample",
     "ShardWriter",
     "count_rows",
     "data_files",
@@ -74,19 +77,22 @@ def find_files(path: Path) -> FolderFiles:
 
 
 def iter_rows(
-    path: Path, limit: int | None = None, on_bad: OnBad | None = None, columns: ColumnNames | None = None
+    path: Path,
+    limit: int | None = None,
+    on_bad: OnBad | None = None,
+    columns: ColumnNames | None = None,
+    sample: Sample | None = None,
 ) -> Iterator[Row]:
     """The rows behind a data path, at most `limit`, streamed, with the names that `columns` gives them.
 
+    sample  reads a part of large files, for checks
+
     Raises InputError at the first row that cannot be read; with `on_bad` the error goes there and the row is left out.
     """
-    count = 0
-    for file in data_files(path):
-        for row in rows_in(file, on_bad):
-            yield row if columns is None else Row(row.where, columns.apply(row.columns))
-            count += 1
-            if count == limit:
-                return
+    files = data_files(path)
+    rows = (row for file in files for row in rows_in(file, on_bad)) if sample is None else sample.rows(files, on_bad)
+    for row in islice(rows, limit):
+        yield row if columns is None else Row(row.where, columns.apply(row.columns))
 
 
 def count_rows(path: Path) -> int:

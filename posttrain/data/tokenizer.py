@@ -22,6 +22,8 @@ class AddedToken(Protocol):
 
     content: str
     special: bool
+    lstrip: bool
+    rstrip: bool
 
 
 class Tokenizer(Protocol):
@@ -36,6 +38,7 @@ class Tokenizer(Protocol):
     pad_token_id: int | None
     unk_token_id: int | None
     chat_template: str | None
+    name_or_path: str
     padding_side: str
     model_max_length: int
 

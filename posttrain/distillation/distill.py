@@ -41,6 +41,7 @@ from gemma2.posttrain.training.trainer import (
     train,
     trainer_arguments,
 )
+from gemma2.posttrain.training.trainer_options import DISTILL
 
 from .divergence import Divergence, divergence_loss, head_of
 from .gkd import GkdTrainer, Loss, Material, draw, schedule
@@ -51,8 +52,6 @@ from .teacher_cache import CachedTeacher, TeacherCache
 __all__ = ["run_distill"]
 
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
-# Options of TRL for parts that ours replace: sampling, the divergence, the teacher.
-UNUSED = ("beta", "top_p", "top_k", "min_p", "repetition_penalty", "teacher_model_name_or_path", "trust_remote_code")
 SHOWN = {"loss": "divergence", "length": "length", "truncated": "cut"}
 
 
@@ -158,7 +157,7 @@ def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> JsonO
         TrlConfig,
         config,
         run,
-        UNUSED,
+        DISTILL.unused,
         max_steps=config.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=config.batch_size // micro,

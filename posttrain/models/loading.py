@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
+from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer
 
 from .protocols import CausalLM, Network, RewardNetwork
@@ -34,8 +35,6 @@ __all__ = [
     "quiet_libraries",
     "save_model",
 ]
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def default_device() -> torch.device:
@@ -70,8 +69,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises InputError if the directory has no tokenizer, or the tokenizer no token for padding.
     """
-    if not any((path / name).is_file() for name in VOCABULARIES):  # transformers would make one up
-        raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files next to the weights")
+    require_tokenizer(path)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

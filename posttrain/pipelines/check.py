@@ -1,15 +1,15 @@
 """A pipeline checked whole before anything runs: names, types, files, models that fit, disk. Torch-free and quick.
 
-options of every stage against its schema -> inputs on disk exist -> inputs from other stages have the right
-kind and vocabulary (from headers, or promised) -> what is complete, what will run -> memory, disk, time
+options of every stage against its schema -> the checks of its command (`checks/`), where an input that another stage
+makes has the properties that are promised -> what is complete, what will run -> memory, disk, time
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,13 +18,15 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.posttrain.checks.machine import free_disk
+from gemma2.posttrain.checks.step import Checks
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
-from gemma2.posttrain.runs.inputs import check_inputs, located
+from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage
-from .expected_outputs import check_kinds, promised_by
+from .expected_outputs import promised_by
 from .freshness import Currency, currency_of, output_hash
 from .references import filled
 from .state import read_state
@@ -63,6 +65,15 @@ class PipelinePlan:
         return sum(one.work.disk for one in self.to_run if one.work and math.isfinite(one.work.disk))
 
     @property
+    def problems(self) -> list[str]:
+        """What does not fit on this machine, a line each."""
+        if self.disk <= self.disk_free:
+            return []
+        needed, free = self.disk / 2**30, self.disk_free / 2**30
+        what = f"disk: the stages to run need about {needed:.1f} GiB, {free:.1f} GiB are free"
+        return [f"{what}; free some space, or choose another --out"]
+
+    @property
     def to_run(self) -> list[Checked]:
         """The stages that are chosen and not complete."""
         return [one for one in self.stages.values() if one.action not in ("skip", "left out")]
@@ -91,14 +102,20 @@ def _row(one: Checked, rate: float) -> JsonObject:
 
 
 def check_pipeline(
-    pipeline: Pipeline, within: frozenset[str] | None = None, force: frozenset[str] = frozenset()
+    pipeline: Pipeline,
+    within: frozenset[str] | None = None,
+    force: frozenset[str] = frozenset(),
+    contents: bool = True,
 ) -> PipelinePlan:
     """Check every stage and say what a run would do.
+
+    contents  also read rows and import the functions of the stages that will run
 
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
     """
     promised: dict[Path, Promise] = {}
     sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
+    checks = Checks(sources)
     recorded = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
     dropped = frozenset(name for name, one in recorded.items() if one.get("status") == "not needed")
     found: dict[str, Checked] = {}
@@ -108,26 +125,30 @@ def check_pipeline(
             promised[stage.out] = Promise(stage.kind.makes)
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
-        try:
+        with _named(stage):
             config = located(config, places)
-            check_inputs(config, places)
             check_merge(config, places)
-        except UsageError as error:
-            raise UsageError(f"stages.{stage.name}: {error.what}", error.hint) from error
-        except InputError as error:
-            raise InputError(f"stages.{stage.name}: {error.what}", error.hint) from error
-        check_kinds(stage.name, config, promised)
+            models = checks.inputs(config)
         promised |= dict(promised_by(stage, config, sources))
         if within is not None and stage.name in within:
             _check_taken(stage, found, within | dropped)
-        found[stage.name] = _stand(stage, config, found, estimate(config, sources), within, force)
-    plan = PipelinePlan(found, _free(pipeline.root))
-    if plan.disk > plan.disk_free:
-        raise InputError(
-            f"{pipeline.root} needs about {plan.disk / 2**30:.1f} GiB and {plan.disk_free / 2**30:.1f} GiB are free",
-            "free some space, or choose another --out",
-        )
-    return plan
+        standing = _stand(stage, config, found, within, force)
+        if contents and standing.action not in ("skip", "left out"):
+            with _named(stage):
+                checks.contents(config, models)
+        found[stage.name] = replace(standing, work=estimate(config, sources))
+    return PipelinePlan(found, free_disk(pipeline.root))
+
+
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Put the name of a stage in front of its errors."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"stages.{stage.name}: {error.what}", error.hint) from error
+    except InputError as error:
+        raise InputError(f"stages.{stage.name}: {error.what}", error.hint) from error
 
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:
@@ -163,26 +184,25 @@ def _stand(
     stage: Stage,
     config: Config,
     before: Mapping[str, Checked],
-    work: Work | None,
     within: frozenset[str] | None,
     force: frozenset[str],
 ) -> Checked:
     """The action that a run would take on a stage."""
     if within is not None and stage.name not in within:
-        return Checked(stage, "skip" if is_complete(stage.out) else "left out", work=work)
+        return Checked(stage, "skip" if is_complete(stage.out) else "left out")
     if stage.name in force:
-        return Checked(stage, "again", ("--force",), work)
+        return Checked(stage, "again", ("--force",))
     waits = [name for name in stage.needs if before[name].action != "skip"]
     currency = (
         Currency("missing") if waits and not stage.out.exists() else currency_of(stage.command, config, stage.out)
     )
     if currency.state == "complete" and not stage.deferred:
         if waits:
-            return Checked(stage, "perhaps", (f"after {', '.join(waits)}",), work)
+            return Checked(stage, "perhaps", (f"after {', '.join(waits)}",))
         manifest = read_manifest(stage.out)
-        return Checked(stage, "skip", work=work, hash=output_hash(manifest) if manifest else None)
+        return Checked(stage, "skip", hash=output_hash(manifest) if manifest else None)
     action = {"missing": "run", "interrupted": "continue", "changed": "again"}.get(currency.state, "perhaps")
-    return Checked(stage, "perhaps" if stage.when and action == "run" else action, currency.why, work)
+    return Checked(stage, "perhaps" if stage.when and action == "run" else action, currency.why)
 
 
 def is_complete(out: Path) -> bool:
@@ -195,8 +215,3 @@ def _check_taken(stage: Stage, before: Mapping[str, Checked], apart: frozenset[s
     for name in stage.needs:
         if name not in apart and before[name].action == "left out":
             raise InputError(f"stages.{stage.name} needs {name}, which is neither complete nor chosen", "run that too")
-
-
-def _free(root: Path) -> float:
-    parent = next(path for path in [root, *root.absolute().parents] if path.exists())
-    return float(shutil.disk_usage(parent).free)

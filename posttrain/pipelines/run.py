@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import OutputError
+from gemma2.core.errors import InputError, OutputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import MANIFEST, now, read_manifest, versions
 from gemma2.core.outputs.staging import check_output, locked
@@ -87,6 +87,9 @@ def run_pipeline(
     check_place(root)
     check_executor(pipeline, executor)
     plan = check_pipeline(pipeline, choice.within, choice.force)
+    for problem in plan.problems:
+        what, _, hint = problem.partition("; ")
+        raise InputError(f"{root}: {what}", hint)
     with locked(root):
         started = now()
         recorded = read_manifest(root)

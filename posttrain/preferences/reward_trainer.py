@@ -37,17 +37,13 @@ from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.trainer import trainer_arguments
+from gemma2.posttrain.training.trainer_options import REWARD
 
 from .pair_examples import PairIds, to_dataset
 from .states import all_positions, embed, last_position
 
 __all__ = ["PairTrainer", "drop_block_outputs", "make_trainer", "pair_loss"]
 
-# Options of TRL for tasks that are done outside TRL: rendering, cutting, order, dropout.
-UNUSED = (
-    *("chat_template_path", "dataset_num_proc", "disable_dropout", "eos_token", "model_init_kwargs", "pad_token"),
-    *("pad_to_multiple_of", "train_sampling_strategy", "trust_remote_code"),
-)
 PART_TOKENS = 2048  # of both sides, per forward pass on a CPU: activations fit in the caches (bench/reward.py)
 
 
@@ -205,7 +201,7 @@ def make_trainer(
         TrlRewardConfig,
         config,
         run,
-        UNUSED,
+        REWARD.unused,
         per_device_train_batch_size=config.batch_size // accumulation,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,

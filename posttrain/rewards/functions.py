@@ -20,11 +20,13 @@ import functools
 import importlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import SupportsFloat, cast
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.yaml_files import closest
 from gemma2.posttrain.data.rows import Prompt
 
 __all__ = ["Sampled", "Score", "function_score", "load_function"]
@@ -55,18 +57,33 @@ def load_function(name: str, option: str) -> RewardFunction:
     if not colon or not module_name or not attribute:
         raise UsageError(f"{option} {name!r} is not module:function", "write for example my_rewards:brevity")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(
             f"{option} {name!r}: {error}", "check the name, and that the module is on PYTHONPATH"
         ) from error
+    except Exception as error:  # the user's code: any exception is an error of theirs, not a bug of the suite
+        detail = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{option} {name!r}: importing {module_name} failed with {detail}{_line_of(error)}", "fix the module"
+        ) from error
+    try:
+        function = getattr(module, attribute)
     except AttributeError as error:
-        raise UsageError(f"{option} {name!r}: {module_name} has no {attribute!r}", "check the name") from error
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        hint = closest(attribute, functions) if functions else "define it there, or name another module"
+        raise UsageError(f"{option} {name!r}: {module_name} has no {attribute!r}", hint) from error
     if not callable(function):
         raise UsageError(f"{option} {name!r} is not a function", "name a function")
     if _is_async(function):
         raise UsageError(f"{option} {name!r} is async", "name a plain function that calls asyncio.run")
     return cast(RewardFunction, function)
+
+
+def _line_of(error: Exception) -> str:
+    """The place of the user's line that raised, as far as it is known."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if isinstance(error, SyntaxError) else f" ({last.filename}:{last.lineno})"
 
 
 def _is_async(function: Callable[..., object]) -> bool:

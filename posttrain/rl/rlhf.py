@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import TrainingArguments
 from trl import RLOOConfig
 
 from gemma2.core.errors import UsageError
@@ -45,6 +44,7 @@ from gemma2.posttrain.training.trainer import (
     train,
     trainer_arguments,
 )
+from gemma2.posttrain.training.trainer_options import RL
 
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
@@ -54,9 +54,6 @@ from .vllm import VllmSampler, check_usable
 __all__ = ["run_rlhf"]
 
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
-# RLOOConfig's additions to transformers' options concern TRL's rollout and loss, which ours replace.
-UNUSED = {item.name for item in fields(RLOOConfig)} - {item.name for item in fields(TrainingArguments)}
-UNUSED |= {"num_train_epochs", "neftune_noise_alpha"}  # noise would update another policy than the sampled one
 # KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
 TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
 SHOWN = {"reward": "reward", "kl_anchor": "KL", "length": "length", "truncated": "cut"}
@@ -160,7 +157,7 @@ def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> JsonO
         RLOOConfig,
         config,
         run,
-        UNUSED,
+        RL.without_effect(),
         max_steps=config.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=rows // micro,

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
-from gemma2.core.outputs.staging import check_output
 from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -41,10 +38,8 @@ from gemma2.posttrain.schemas import (
 from gemma2.posttrain.schemas.config import Config
 
 from .generation_budget import generate_budget
-from .inputs import check_inputs, inputs_of
-from .run_directory import RunOptions
 
-__all__ = ["Promise", "Sources", "Work", "estimate", "matmul_rate", "plan"]
+__all__ = ["GIB", "Promise", "Sources", "Work", "estimate", "matmul_rate"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
@@ -71,6 +66,7 @@ class Promise:
     kind       policy, reward model, adapter, data, front, cache
     shape      the architecture, which models must share to be merged
     rows       upper bound for data; `size` in bytes
+    tokenizer  model directory on disk whose tokenizer it has
     """
 
     kind: str
@@ -79,17 +75,22 @@ class Promise:
     shape: Shape | None = None
     rows: float | None = None
     size: float | None = None
+    tokenizer: Path | None = None
 
 
 class Sources:
     """The inputs of a step: on disk, or promised by an earlier step. Unknown figures are NaN.
 
-    places  the directories of steps; an input in one of them that is not promised is unknown
+    places   the directories of steps; an input in one of them that is not promised is unknown
+    counted  rows of data sets that were counted before
+    tokens   tokens per row, where rows were rendered
     """
 
     def __init__(self, promised: Mapping[Path, Promise] | None = None, places: Sequence[Path] = ()) -> None:
         self.promised = {} if promised is None else promised  # not a copy: the caller adds to it
         self.places = places
+        self.counted: dict[Path, int] = {}
+        self.tokens: dict[Path, float] = {}
 
     def promise(self, path: Path) -> Promise | None:
         """The output that an earlier step makes at this path; None for an input on disk."""
@@ -107,7 +108,11 @@ class Sources:
     def rows(self, path: Path) -> float:
         """Number of rows of a data set."""
         made = self.promise(path)
-        return _known(made.rows) if made else count_rows(path)
+        if made:
+            return _known(made.rows)
+        if path not in self.counted:
+            self.counted[path] = count_rows(path)
+        return self.counted[path]
 
     def size(self, path: Path) -> float:
         """Bytes of a data set."""
@@ -115,7 +120,9 @@ class Sources:
         return _known(made.size) if made else sum(file.stat().st_size for file in data_files(path))
 
     def mean_tokens(self, path: Path, limit: int) -> float:
-        """Tokens per row, at the usual four bytes per token; the limit if the size is unknown."""
+        """Tokens per row: as rendered, or at the usual four bytes per token; the limit if the size is unknown."""
+        if path in self.tokens:
+            return min(self.tokens[path], limit)
         made = self.promise(path)
         if made and made.size is None:
             return limit
@@ -327,31 +334,3 @@ def estimate(config: Config, sources: Sources) -> Work | None:
     """Estimate the needs of a step; None for a command with negligible needs."""
     found = ESTIMATES.get(type(config))
     return found(config, sources) if found else None
-
-
-def plan(config: Config, options: RunOptions) -> JsonObject:
-    """The resolved configuration of a step and its needs. Raises the errors of the step itself about its inputs."""
-    models = inputs_of(config)
-    check_inputs(config)
-    check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
-    document: JsonObject = {
-        "plan": f"{type(config).__name__.removesuffix('Config').lower()} -> {options.out}, nothing was written",
-        **{role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()},
-    }
-    work = estimate(config, Sources())
-    if work is not None:
-        parent = next(path for path in [options.out, *options.out.absolute().parents] if path.exists())
-        free = shutil.disk_usage(parent).free
-        document |= work.facts | {
-            "memory_gib": round(work.memory / GIB, 3),
-            "disk_gib": round(work.disk / GIB, 3),
-            "disk_free_gib": round(free / GIB, 1),
-        }
-        if work.operations:
-            document["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
-        if work.disk > free:
-            raise InputError(
-                f"--out {options.out} needs about {work.disk / GIB:.1f} GiB and {free / GIB:.1f} GiB are free",
-                "free some space, or choose another disk",
-            )
-    return document | {"config": config.model_dump(mode="json")}

@@ -34,15 +34,10 @@ from gemma2.posttrain.models.scorer import last_hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.trainer import configured, trainer_arguments
+from gemma2.posttrain.training.trainer_options import SFT
 
 __all__ = ["SftTrainer", "make_trainer", "pack", "parts"]
 
-# Options of TRL for tasks that are done outside TRL: rendering, masking, cutting, packing, order.
-UNUSED = (
-    *("assistant_only_loss", "completion_only_loss", "chat_template_path", "dataset_num_proc", "dataset_text_field"),
-    *("eos_token", "pad_token", "packing_strategy", "shuffle_dataset", "truncation_mode", "trust_remote_code"),
-    "train_sampling_strategy",
-)
 PART_TOKENS = 2048  # per forward pass on a CPU: a layer's activations fit in the caches, measured (bench/sft.py)
 
 
@@ -134,7 +129,7 @@ def make_trainer(
         TrlSftConfig,
         config,
         run,
-        UNUSED,
+        SFT.unused,
         per_device_train_batch_size=config.batch_size // accumulation,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,

@@ -26,9 +26,9 @@ from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
-from gemma2.posttrain.schemas.config import closest
 
 from .tracking import check_tracking, tracked
+from .trainer_options import refuse_options
 
 __all__ = [
     "PeriodicEvaluation",
@@ -44,12 +44,6 @@ __all__ = [
 COMPLETE = "complete.json"
 # Name of a metric in transformers -> name in metrics.jsonl and on the bar.
 RENAMED = {"grad_norm": "gradient_norm"}
-# Options of transformers that would break a guarantee of the suite.
-BREAKS = {
-    "save_only_model": "a resumed run would start with a fresh optimizer",
-    "ignore_data_skip": "a resumed run would train on its first rows again",
-    "logging_strategy": "metrics.jsonl is always written; --log-every sets how often",
-}
 C = TypeVar("C")
 
 # Metrics with these in their names are not logged: they differ between a resumed run and an uninterrupted one.
@@ -85,20 +79,8 @@ def trainer_arguments(
         **ours,
     }
     check_tracking(config.report_to)
-    defaults = {"bf16", "activation_checkpointing", "use_cpu"}
-    # The deprecated aliases are refused: activation_checkpointing would silently override them.
-    known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
-    for key in config.trainer:
-        if key not in known:
-            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known.difference(unused)))
-        if key.startswith("hub_") or key == "push_to_hub":  # settings are recorded, but a token is secret
-            raise UsageError(f"'trainer.{key}' is not accepted", "push the finished output with `hf upload`")
-        if key in BREAKS:
-            raise UsageError(f"'trainer.{key}' is not accepted: {BREAKS[key]}", "leave it out")
-        if key in unused or key.startswith("eval_"):
-            raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
-        if key in arguments and key not in defaults:
-            raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
+    known = {item.name for item in fields(schema) if item.init}
+    refuse_options(config.trainer, known, unused, arguments.keys() - {"bf16", "activation_checkpointing", "use_cpu"})
     return arguments | config.trainer
 
 

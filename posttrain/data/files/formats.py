@@ -22,13 +22,14 @@ from typing import IO, Any
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 
+from .column_files import batches_of, parquet_rows
 from .folders import SUFFIXES, format_of
 from .row import OnBad, Row, kind
 
-__all__ = ["count_in", "rows_in"]
+__all__ = ["Line", "count_in", "line_reader", "lines_of", "rows_in"]
 
+Line = tuple[str, bytes]  # its place, and what stands there
 LONGEST_NAME = 60  # characters of the name of a column
-BATCH = 1024  # rows of a column format that are read at once
 
 
 def rows_in(path: Path, on_bad: OnBad | None = None) -> Iterator[Row]:
@@ -40,8 +41,7 @@ def count_in(path: Path) -> int:
     """Rows of one file, parsed only where there is no other way to count them."""
     name = format_of(path)
     if name == ".parquet":
-        with _open_parquet(path) as file:
-            return int(file.metadata.num_rows)
+        return parquet_rows(path)
     if name in (".csv", ".tsv", ".arrow", ".json") or (name != ".txt" and _begins_a_list(path)):
         return sum(1 for _ in rows_in(path, lambda error, row: None))
     with _opened(path) as lines:
@@ -87,14 +87,44 @@ def _json_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
     if format_of(path) == ".json" or _begins_a_list(path):
         yield from _document_rows(path, on_bad)
         return
-    if format_of(path) not in SUFFIXES:
-        _require_json(path)
+    yield from _line_rows(path, on_bad)
+
+
+def _line_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """Rows of a file with a row per line."""
+    read = line_reader(path)
+    assert read is not None
+    for line in lines_of(path):
+        yield from read(line, on_bad)
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """(file:line, bytes) of every line that is not blank."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                where = f"{path}:{number}"
-                raw = {"line": line.decode("utf-8", "replace").rstrip()}
-                yield from _checked(where, partial(_parse, where, line), on_bad, raw)
+                yield f"{path}:{number}", line
+
+
+def line_reader(path: Path) -> Callable[[Line, OnBad | None], Iterator[Row]] | None:
+    """What makes a row of a line, or none of a bad line; None for a format whose rows are not lines.
+
+    Raises InputError for a file whose format cannot be known.
+    """
+    name = format_of(path)
+    if name == ".txt":
+        return _text_row
+    if name == ".json" or name in _READERS or _begins_a_list(path):
+        return None
+    if name not in SUFFIXES:
+        _require_json(path)
+    return _json_row
+
+
+def _json_row(line: Line, on_bad: OnBad | None) -> Iterator[Row]:
+    where, content = line
+    raw = {"line": content.decode("utf-8", "replace").rstrip()}
+    return _checked(where, partial(_parse, where, content), on_bad, raw)
 
 
 def _require_json(path: Path) -> None:
@@ -312,54 +342,21 @@ def _record(where: str, names: list[str], fields: list[str]) -> JsonObject:
     return dict(zip(names, fields, strict=True))
 
 
-def _parquet_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
-    """Rows of a parquet file, a batch at a time; a file is whole or broken, so no single row can be left out."""
+def _column_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    """Rows of a column file, a batch at a time; a file is whole or broken, so no single row can be left out."""
     number = 0
-    with _open_parquet(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH):
-            for columns in batch.to_pylist():
-                number += 1
-                yield Row(f"{path}:{number}", columns)
-
-
-def _open_parquet(path: Path) -> Any:  # noqa: ANN401
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        detail = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is not a readable parquet file ({detail})", "write it again") from error
-
-
-def _arrow_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
-    """Rows of an arrow file as `save_to_disk` of datasets writes it (the stream format)."""
-    import pyarrow
-
-    number = 0
-    try:
-        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
-            for batch in reader:
-                for start in range(0, batch.num_rows, BATCH):
-                    for columns in batch.slice(start, BATCH).to_pylist():
-                        number += 1
-                        yield Row(f"{path}:{number}", columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        detail = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is not a readable arrow file ({detail})", "save the data set again") from error
+    for batch in batches_of(path):
+        for columns in batch.to_pylist():
+            number += 1
+            yield Row(f"{path}:{number}", columns)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _text_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
-    """One prompt a line."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if line.strip():
-                yield from _checked(where, partial(_prompt, where, line), on_bad)
+def _text_row(line: Line, on_bad: OnBad | None) -> Iterator[Row]:
+    """A prompt a line."""
+    return _checked(line[0], partial(_prompt, *line), on_bad)
 
 
 def _prompt(where: str, line: bytes) -> JsonObject:
@@ -367,9 +364,9 @@ def _prompt(where: str, line: bytes) -> JsonObject:
 
 
 _READERS: dict[str, Callable[[Path, OnBad | None], Iterator[Row]]] = {
-    ".txt": _text_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_rows,
+    ".txt": _line_rows,
+    ".parquet": _column_rows,
+    ".arrow": _column_rows,
     ".csv": _table_rows,
     ".tsv": _table_rows,
 }

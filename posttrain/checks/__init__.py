@@ -1,0 +1,1 @@
+"""What is checked before a command loads anything: rows, kinds of models, tokenizers, trainer options, functions."""

@@ -1,0 +1,61 @@
+"""What this machine has free: memory of its GPUs or its own, and disk. Torch-free."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Memory", "free_disk", "free_memory"]
+
+CGROUP = Path("/sys/fs/cgroup")
+QUERY = ("--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
+PATIENCE = 5.0  # seconds that the driver may take
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Free memory of the place where a model would be: bytes, and the name of the place."""
+
+    free: float
+    where: str
+
+
+def free_memory() -> Memory:
+    """Free memory of the GPU that has most, or where there is none, what programs can still have of the main memory."""
+    gpus = _gpus()
+    if gpus:
+        return max(gpus, key=lambda gpu: gpu.free)
+    import psutil  # type: ignore[import-untyped]
+
+    return Memory(min(float(psutil.virtual_memory().available), _container_limit()), "main memory")
+
+
+def free_disk(place: Path) -> float:
+    """Free bytes of the disk on which a path is, or will be."""
+    parent = next(path for path in [place, *place.absolute().parents] if path.exists())
+    return float(shutil.disk_usage(parent).free)
+
+
+def _gpus() -> list[Memory]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    found: list[Memory] = []
+    with suppress(subprocess.SubprocessError, OSError, ValueError):
+        done = subprocess.run([command, *QUERY], capture_output=True, text=True, timeout=PATIENCE, check=True)
+        for line in done.stdout.splitlines():
+            name, _, free = line.rpartition(",")
+            found.append(Memory(float(free) * 2**20, name.strip()))
+    return found
+
+
+def _container_limit() -> float:
+    """Bytes that a container may still take, infinite without a limit (control groups, version 2)."""
+    try:
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        return float(limit) - float((CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return float("inf")

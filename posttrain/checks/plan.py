@@ -1,0 +1,125 @@
+"""The plan that `--dry-run` prints of one command: models, data, batches, memory, disk, time. Torch-free.
+
+A plan is always printed: memory or a disk that is too small is a line of it (`problems`), not its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.safetensors_header import parameter_count
+from gemma2.core.outputs.staging import check_output
+from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
+from gemma2.posttrain.runs.inputs import inputs_of
+from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
+from gemma2.posttrain.schemas.config import Config
+
+from .data_rows import RowsFound
+from .machine import free_disk, free_memory
+from .step import Checks
+
+__all__ = ["needs", "plan"]
+
+
+def plan(config: Config, options: RunOptions | None) -> JsonObject:
+    """The resolved configuration of a step, what it reads, and its needs.
+
+    options  where it writes; None for a command that only prints
+
+    Raises what the step itself would raise before it begins.
+    """
+    models = inputs_of(config)
+    checks = Checks()
+    rows = checks.of(config)
+    name = type(config).__name__.removesuffix("Config").lower()
+    if options is None:
+        document: JsonObject = {"plan": f"{name}, nothing was loaded"}
+    else:
+        check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
+        document = {"plan": f"{name} -> {options.out}, nothing was written"}
+    document |= {role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()}
+    document |= {"data": [found.row() for found in rows]} if rows else {}
+    shown = next((found for found in rows if found.first), None)
+    document |= {"first_row": {"data": str(shown.path), "text": shown.first}} if shown else {}
+    document |= batches(config, rows)
+    document |= needs(config, checks.sources, options.out if options else None)
+    return document | {"config": config.model_dump(mode="json")}
+
+
+def needs(config: Config, sources: Sources, out: Path | None) -> JsonObject:
+    """Memory, disk and time of a step, next to what is free here; `problems` says what does not fit."""
+    work = estimate(config, sources)
+    if work is None:
+        return {}
+    memory = free_memory()
+    found: JsonObject = {
+        **work.facts,
+        "memory_gib": round(work.memory / GIB, 3),
+        "memory_free_gib": round(memory.free / GIB, 1),
+        "memory_of": memory.where,
+    }
+    problems: list[str] = []
+    if work.memory > memory.free:
+        problems.append(
+            f"memory: about {work.memory / GIB:.1f} GiB are needed before activations, {memory.free / GIB:.1f} GiB of "
+            f"{memory.where} are free; {_advice(config, work)}"
+        )
+    if out is not None:
+        disk = free_disk(out)
+        found |= {"disk_gib": round(work.disk / GIB, 3), "disk_free_gib": round(disk / GIB, 1)}
+        if work.disk > disk:
+            problems.append(
+                f"disk: --out {out} needs about {work.disk / GIB:.1f} GiB, {disk / GIB:.1f} GiB are free; "
+                "free some space, or choose another disk"
+            )
+    if work.operations:
+        found["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
+    return found | ({"problems": problems} if problems else {})
+
+
+def _advice(config: Config, work: Work) -> str:
+    if getattr(config, "lora_rank", None) == 0:
+        return "give --lora-rank 16, or use a smaller model"
+    return "use a smaller model, or a machine with more"
+
+
+def batches(config: Config, rows: Sequence[RowsFound]) -> JsonObject:
+    """Sequences and tokens of one optimizer step, and the number of steps."""
+    if isinstance(config, SftConfig | RewardConfig):
+        return _supervised(config, rows)
+    if isinstance(config, RlhfConfig | WarpConfig):
+        samples = config.prompts_per_step * config.n
+        found = {"sequences_per_step": samples, "micro_batch": config.micro_batch_size or samples}
+        steps = {"steps": config.steps} if isinstance(config, RlhfConfig) else {}
+        return {"batch": found | {"new_tokens_per_step_at_most": samples * config.max_new_tokens} | steps}
+    if isinstance(config, DistillConfig):
+        micro = config.micro_batch_size or config.batch_size
+        return {"batch": {"sequences_per_step": config.batch_size, "micro_batch": micro, "steps": config.steps}}
+    return {}
+
+
+def _supervised(config: SftConfig | RewardConfig, rows: Sequence[RowsFound]) -> JsonObject:
+    """Batches of commands that go over their rows in epochs; rows held out and rows over the limit are not trained."""
+    training = [found for found in rows if found.flag == "data"]
+    held = config.eval_fraction if getattr(config, "eval_data", None) is None else 0.0
+    kept = sum(found.rows * (1 - _dropped(config, found)) for found in training) * (1 - held)
+    of_epochs = math.ceil(kept / config.batch_size) * config.epochs
+    steps = config.max_steps or max(1, math.ceil(of_epochs))
+    sides = 2 if isinstance(config, RewardConfig) else 1
+    total = sum(found.rows for found in training)
+    mean = sum(found.rows * found.mean for found in training) / total if total else math.nan
+    micro = config.micro_batch_size or config.batch_size
+    found: JsonObject = {"sequences_per_step": config.batch_size, "micro_batch": micro}
+    if not math.isnan(mean):
+        found["tokens_per_step_about"] = round(mean * sides * config.batch_size)
+    return {"batch": found | {"rows_trained_about": round(kept), "steps": steps}}
+
+
+def _dropped(config: SftConfig | RewardConfig, found: RowsFound) -> float:
+    """Share of rows that are left out because they are too long."""
+    cut = isinstance(config, SftConfig) and config.on_overlong == "truncate"
+    return 0.0 if cut or not found.lengths else found.over / len(found.lengths)

@@ -1,0 +1,163 @@
+"""The user's `trainer:` mapping, checked by name against TRL's options, without TRL. Torch-free.
+
+    known   the fields of TRL's config class and of transformers' TrainingArguments, read from their source
+    unused  options for parts that are done outside TRL
+    ours    options that a flag of the command sets
+
+`trainer.py` checks the same when TRL is loaded, against the classes themselves; tests/posttrain/training compare both.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from gemma2.core.errors import UsageError
+from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
+from gemma2.posttrain.schemas.config import Config, closest
+
+__all__ = ["OPTIONS", "TrlOptions", "check_trainer_options", "refuse_options"]
+
+# Options of transformers that would break a guarantee of the suite.
+BREAKS = {
+    "save_only_model": "a resumed run would start with a fresh optimizer",
+    "ignore_data_skip": "a resumed run would train on its first rows again",
+    "logging_strategy": "metrics.jsonl is always written; --log-every sets how often",
+}
+BASES = (("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"))
+EVERYWHERE = frozenset(
+    (
+        *("output_dir", "learning_rate", "max_grad_norm", "save_strategy", "save_steps", "save_total_limit"),
+        *("logging_steps", "logging_nan_inf_filter", "seed", "data_seed", "report_to", "disable_tqdm", "max_steps"),
+        *("warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class TrlOptions:
+    """The options of TRL's config class of one command.
+
+    unused        options of parts that ours replace; of RL with `all_own` every option that TRL adds to transformers'
+    """
+
+    file: str
+    name: str
+    unused: frozenset[str] = frozenset()
+    ours: frozenset[str] = frozenset()
+    all_own: bool = False
+
+    def known(self) -> frozenset[str]:
+        """The names of all options that the class takes."""
+        return frozenset().union(*(_fields(*base) for base in BASES), _fields("trl", self.file, self.name))
+
+    def without_effect(self) -> frozenset[str]:
+        """The options that would change nothing."""
+        own = self.known() - _fields(*BASES[0]) if self.all_own else frozenset()
+        return self.unused | own
+
+
+SFT = TrlOptions(
+    "trainer/sft_config.py",
+    "SFTConfig",
+    frozenset(
+        (
+            *("assistant_only_loss", "completion_only_loss", "chat_template_path", "dataset_num_proc"),
+            *("dataset_text_field", "eos_token", "pad_token", "packing_strategy", "shuffle_dataset"),
+            *("truncation_mode", "trust_remote_code", "train_sampling_strategy"),
+        )
+    ),
+    frozenset(("num_train_epochs", "max_length", "packing", "dataset_kwargs")),
+)
+REWARD = TrlOptions(
+    "trainer/reward_config.py",
+    "RewardConfig",
+    frozenset(
+        (
+            *("chat_template_path", "dataset_num_proc", "disable_dropout", "eos_token", "model_init_kwargs"),
+            *("pad_token", "pad_to_multiple_of", "train_sampling_strategy", "trust_remote_code"),
+        )
+    ),
+    frozenset(("num_train_epochs", "max_length", "center_rewards_coefficient")),
+)
+DISTILL = TrlOptions(
+    "trainer/distillation_config.py",
+    "DistillationConfig",
+    frozenset(
+        (
+            *("beta", "top_p", "top_k", "min_p", "repetition_penalty"),
+            *("teacher_model_name_or_path", "trust_remote_code"),
+        )
+    ),
+    frozenset(("max_completion_length", "temperature", "disable_dropout", "shuffle_dataset", "weight_decay")),
+)
+RL = TrlOptions(
+    "trainer/rloo_config.py",
+    "RLOOConfig",
+    # Noise would update another policy than the sampled one.
+    frozenset(("num_train_epochs", "neftune_noise_alpha")),
+    frozenset(
+        (
+            *("steps_per_generation", "num_iterations", "num_generations", "max_completion_length", "temperature"),
+            *("beta", "disable_dropout", "shuffle_dataset", "lr_scheduler_type", "weight_decay"),
+            "ddp_find_unused_parameters",
+        )
+    ),
+    all_own=True,
+)
+OPTIONS: dict[type[Config], TrlOptions] = {
+    SftConfig: SFT,
+    RewardConfig: REWARD,
+    DistillConfig: DISTILL,
+    RlhfConfig: RL,
+    WarpConfig: RL,
+}
+
+
+def check_trainer_options(config: Config) -> None:
+    """Raise UsageError for a key of `trainer:` that the command's trainer does not take."""
+    options = OPTIONS.get(type(config))
+    if options is None or not isinstance(config, TrainingFields) or not config.trainer:
+        return
+    refuse_options(config.trainer, options.known(), options.without_effect(), EVERYWHERE | options.ours)
+
+
+def refuse_options(
+    given: Iterable[str], known: Collection[str], unused: Collection[str], ours: Collection[str]
+) -> None:
+    """Raise UsageError for an option that TRL does not have, that a flag sets, or that would have no effect."""
+    # The deprecated aliases are refused: activation_checkpointing would silently override them.
+    taken = {name for name in known if not name.startswith("gradient_checkpointing")}
+    for key in given:
+        if key not in taken:
+            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, taken.difference(unused)))
+        if key.startswith("hub_") or key == "push_to_hub":  # settings are recorded, but a token is secret
+            raise UsageError(f"'trainer.{key}' is not accepted", "push the finished output with `hf upload`")
+        if key in BREAKS:
+            raise UsageError(f"'trainer.{key}' is not accepted: {BREAKS[key]}", "leave it out")
+        if key in unused or key.startswith("eval_"):
+            raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
+        if key in ours:
+            raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
+
+
+@cache
+def _fields(package: str, file: str, name: str) -> frozenset[str]:
+    """The fields of a dataclass that its constructor takes, from its source: importing it would import torch."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    source = Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8")
+    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    found = [node for node in body if isinstance(node, ast.AnnAssign) and not _is_internal(node.value)]
+    return frozenset(node.target.id for node in found if isinstance(node.target, ast.Name))
+
+
+def _is_internal(value: ast.expr | None) -> bool:
+    """Whether a field is `field(init=False)`."""
+    keywords = value.keywords if isinstance(value, ast.Call) else []
+    return any(one.arg == "init" and ast.unparse(one.value) == "False" for one in keywords)
