@@ -234,9 +234,9 @@ def make_command(
             elif given["dry_run"]:
                 _show_plan(config, None, console)
             else:
-                from gemma2.posttrain.checks.step import Checks
+                from gemma2.posttrain.checks.of_command import CommandChecks
 
-                Checks(isolated=False).of(config)
+                CommandChecks(isolated=False).of(config)
                 console.result(run(config, RunOptions(Path()), console).summary)
 
     common: dict[str, tuple[TypeForm, object]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
@@ -271,14 +271,16 @@ def _show_plan(config: Config, options: RunOptions | None, console: Console) -> 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
     """Run a command that writes an output, or with --dry-run print its plan."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
-    from gemma2.posttrain.checks.step import Checks
+    from gemma2.posttrain.checks.of_command import CommandChecks
 
     if given["dry_run"]:
         _show_plan(config, options, console)
         return
-    Checks(isolated=False).of(config)
+    checks = CommandChecks(isolated=False)
+    models = checks.inputs(config)
     if not options.resume:
         check_output(options.out, options.force)
+    checks.contents(config, models)
     result = None
     try:
         result = run(config, options, console)

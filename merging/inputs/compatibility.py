@@ -6,13 +6,12 @@ models fit.
 
 from __future__ import annotations
 
-import filecmp
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.dtypes import KINDS
 
 from .checkpoint import Checkpoint
@@ -23,7 +22,6 @@ __all__ = [
     "check_same_tensors",
     "check_same_tokenizer",
     "tied_copies",
-    "tokenizer_difference",
 ]
 
 # Decoders whose checkpoints are plain named tensors, and that transformers loads without code from the model.
@@ -147,49 +145,3 @@ def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
             f"the tokenizers of {first} and {other} differ: {difference}",
             "a token must have the same row of the embedding: choose a tokenizer with merge --tokenizer",
         )
-
-
-def tokenizer_difference(first: Path, other: Path) -> str:
-    """The first difference in the ids of the tokenizers of two model directories, or ""; of files that both have."""
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json"):
-        left, right = first / name, other / name
-        if left.is_file() and right.is_file() and not filecmp.cmp(left, right, shallow=False):
-            difference = _first_difference(left, right) if name == "tokenizer.json" else name
-            if difference:
-                return difference
-    return ""
-
-
-def _first_difference(left: Path, right: Path) -> str:
-    """Return the first difference in the ids of two tokenizer.json files (vocabulary, merges, added tokens), or "".
-
-    The files may still differ in padding, truncation or spelling, which change no id.
-    """
-    ours, theirs = _ids_of(left), _ids_of(right)
-    for token in ours.keys() | theirs.keys():
-        if ours.get(token) != theirs.get(token):
-            here, there = (printable(str(ids.get(token, "absent"))) for ids in (ours, theirs))
-            return f"{printable(str(token))!r} is {here} and {there}"
-    return ""
-
-
-def _ids_of(path: Path) -> dict[str, int]:
-    """Return {token: id} of a tokenizer.json. Raises InputError if it is malformed."""
-    try:
-        return dict(_token_ids(read_json(path)))
-    except (AttributeError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is not the description of a tokenizer", "restore the file") from error
-
-
-def _token_ids(tokenizer: JsonMapping) -> Iterator[tuple[str, int]]:
-    model = tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        yield from vocabulary.items()
-    elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the index
-        yield from ((entry[0], index) for index, entry in enumerate(vocabulary))
-    merges = model.get("merges") if isinstance(model, dict) else None
-    for rank, merge in enumerate(merges or ()):
-        yield f"merge {merge if isinstance(merge, str) else ' '.join(merge)}", rank
-    for added in tokenizer.get("added_tokens") or ():
-        yield f"{added['content']}", added["id"]

@@ -20,7 +20,7 @@ from gemma2.posttrain.data.examples import example_of, refuse_overlong
 from gemma2.posttrain.data.own_form import Kind, kind_of_rows, rows_of_kind
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, Pair, Prompt
-from gemma2.posttrain.data.sources import Sample, count_rows, data_files
+from gemma2.posttrain.data.sources import RowSample, count_rows, data_files
 from gemma2.posttrain.runs.inputs import paths_of
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -201,7 +201,7 @@ def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> Ro
     if task.read == "any" and kind == "prompts":
         kind = "conversations"  # which says that the answer is missing
     found = RowsFound(task.flag, path, kind, limit=task.max_length)
-    sample = Sample(FIRST, DRAWN) if task.most is None else None
+    sample = RowSample(FIRST, DRAWN) if task.most is None else None
     reading = Reading(task, sample=sample)
     most = None if task.most is None else min(task.most, FIRST + DRAWN)
     for row in islice(rows_of_kind(path, kind, reading), most):

@@ -109,7 +109,7 @@ def _flag(name: str) -> str:
 def _advice(path: Path, found: Promise, wanted: set[str]) -> str:
     needed = " or ".join(NAMES[kind] for kind in sorted(wanted))
     if found.kind == ADAPTER and POLICY in wanted:
-        return f"merge it into its base first: gemma2 merge linear BASE+{path} --out MERGED"
+        return f"make a model of it with gemma2 merge linear {path} --out MODEL"
     if found.kind == POLICY and wanted == {REWARD}:
         return f"give {needed}: gemma2 reward trains one"
     return f"give {needed}"

@@ -24,7 +24,7 @@ class Memory:
 
 
 def free_memory() -> Memory:
-    """Free memory of the GPU that has most, or where there is none, what programs can still have of the main memory."""
+    """Free memory of the GPU that has most; without a GPU, main memory that programs can still have."""
     gpus = _gpus()
     if gpus:
         return max(gpus, key=lambda gpu: gpu.free)

@@ -20,7 +20,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .data_rows import RowsFound
 from .machine import free_disk, free_memory
-from .step import Checks
+from .of_command import CommandChecks
 
 __all__ = ["needs", "plan"]
 
@@ -33,13 +33,15 @@ def plan(config: Config, options: RunOptions | None) -> JsonObject:
     Raises what the step itself would raise before it begins.
     """
     models = inputs_of(config)
-    checks = Checks()
-    rows = checks.of(config)
+    checks = CommandChecks()
+    together = checks.inputs(config)
+    if options is not None:
+        check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
+    rows = checks.contents(config, together)
     name = type(config).__name__.removesuffix("Config").lower()
     if options is None:
         document: JsonObject = {"plan": f"{name}, nothing was loaded"}
     else:
-        check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
         document = {"plan": f"{name} -> {options.out}, nothing was written"}
     document |= {role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()}
     document |= {"data": [found.row() for found in rows]} if rows else {}

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.merging.inputs.compatibility import tokenizer_difference
+from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.load_tokenizer import load_light_tokenizer, require_tokenizer
 from gemma2.posttrain.schemas import DistillConfig, MergeConfig

@@ -25,7 +25,7 @@ from gemma2.core.progress import Progress
 
 from .rows import Conversation, Pair, Prompt, conversation_of, pair_of, prompt_of
 from .shapes.turns import SKIP_HINT, UnknownKeys, unknown_hint
-from .sources import ColumnNames, Row, Sample, find_files, iter_rows, to_line
+from .sources import ColumnNames, Row, RowSample, find_files, iter_rows, to_line
 
 if TYPE_CHECKING:
     from .chat import ChatFormat  # imports transformers
@@ -78,7 +78,7 @@ class Reading:
     """The reading of all data sets of one command. Raises UsageError for `--columns` without both names."""
 
     def __init__(
-        self, options: RowOptions, change: Callable[[Row], Row] | None = None, sample: Sample | None = None
+        self, options: RowOptions, change: Callable[[Row], Row] | None = None, sample: RowSample | None = None
     ) -> None:
         self._change = change  # applied to each row before it is read
         self._sample = sample  # reads a part of large files, for checks

@@ -21,14 +21,14 @@ from .files.folders import FolderFiles, all_files_inside, files_inside
 from .files.formats import count_in, rows_in
 from .files.hub_sets import from_hub, is_hub_set
 from .files.row import ColumnNames, OnBad, Row, kind
-from .files.sample import Sample
+from .files.row_sample import RowSample
 from .files.shards import ShardWriter, to_line
 
 __all__ = [
     "ColumnNames",
     "OnBad",
     "Row",
-    "Sample",
+    "RowSample",
     "ShardWriter",
     "count_rows",
     "data_files",
@@ -81,7 +81,7 @@ def iter_rows(
     limit: int | None = None,
     on_bad: OnBad | None = None,
     columns: ColumnNames | None = None,
-    sample: Sample | None = None,
+    sample: RowSample | None = None,
 ) -> Iterator[Row]:
     """The rows behind a data path, at most `limit`, streamed, with the names that `columns` gives them.
 

@@ -19,7 +19,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.checks.machine import free_disk
-from gemma2.posttrain.checks.step import Checks
+from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.schemas import MergeConfig
@@ -115,7 +115,7 @@ def check_pipeline(
     """
     promised: dict[Path, Promise] = {}
     sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
-    checks = Checks(sources)
+    checks = CommandChecks(sources)
     recorded = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
     dropped = frozenset(name for name, one in recorded.items() if one.get("status") == "not needed")
     found: dict[str, Checked] = {}

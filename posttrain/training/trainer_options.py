@@ -20,7 +20,7 @@ from gemma2.core.errors import UsageError
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config, closest
 
-__all__ = ["OPTIONS", "TrlOptions", "check_trainer_options", "refuse_options"]
+__all__ = ["EVERYWHERE", "OPTIONS", "TrlOptions", "check_trainer_options", "refuse_options"]
 
 # Options of transformers that would break a guarantee of the suite.
 BREAKS = {

@@ -96,8 +96,9 @@ def run_sft(config, options, progress):
             (run.checkpoints / "checkpoint-1").mkdir(parents=True)
         print("ready", flush=True)
         BODY
-from gemma2.posttrain.runs import inputs
-inputs.check_inputs = lambda config: None
+from gemma2.posttrain.checks.of_command import CommandChecks
+CommandChecks.inputs = lambda self, config: []
+CommandChecks.contents = lambda self, config, models: []
 sys.modules["gemma2.posttrain.sft.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
 SLEEP = "time.sleep(3600)"

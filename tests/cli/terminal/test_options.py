@@ -6,6 +6,7 @@ from typing import get_origin
 
 import pytest
 from commands import all_commands
+from light_model import light_model
 
 from gemma2 import configs
 from gemma2.cli.app import invoke
@@ -166,10 +167,8 @@ def test_options_before_a_sub_command_are_refused():
 def place(tmp_path, monkeypatch):
     """Inputs that exist, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    (tmp_path / "m" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    (tmp_path / "d").write_text('{"messages": []}\n')
+    light_model(tmp_path / "m")
+    (tmp_path / "d").write_text('{"prompt": "Why?", "completion": "So."}\n')
     return tmp_path
 
 

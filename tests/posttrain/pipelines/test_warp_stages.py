@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from light_model import write_tokenizer
 from stages import Inline, Stub, compiled, run
 
 from gemma2.posttrain.pipelines.warp_stages import run_seed
@@ -145,6 +146,7 @@ def place(tmp_path, monkeypatch):
         monkeypatch.setitem(COMMANDS, name, Stub(known.schema, "none", "none", "", known.makes, False, body))
     random = np.random.default_rng(0)
     save(tmp_path / "sft", {name: random.standard_normal(shape) for name, shape in SHAPES.items()})
+    write_tokenizer(tmp_path / "sft")
     for name in ("prompts", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
     return tmp_path

@@ -15,7 +15,7 @@ from .column_files import batches_of, is_column_file
 from .formats import line_reader, lines_of, rows_in
 from .row import OnBad, Row
 
-__all__ = ["Sample"]
+__all__ = ["RowSample"]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -23,7 +23,7 @@ FEWEST = 5  # rows of one of many files
 
 
 @dataclass
-class Sample:
+class RowSample:
     """The first `first` rows of a data set and `drawn` others, spread over its files.
 
     totals   rows of every file that was read

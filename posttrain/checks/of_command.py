@@ -15,14 +15,14 @@ from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.training.trainer_options import check_trainer_options
 
 from .data_rows import RowsFound, RowsToRead, read_rows, rows_to_read
-from .functions import check_function, functions_of
 from .kinds import Input, check_kinds
 from .tokenizers import chat_of, check_tokenizers
+from .user_functions import check_function, functions_of
 
-__all__ = ["Checks"]
+__all__ = ["CommandChecks"]
 
 
-class Checks:
+class CommandChecks:
     """The checks of one command, or of the stages of one pipeline, which share what was read.
 
     sources   what earlier stages promise; the counts and lengths of the rows are added to it
