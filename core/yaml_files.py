@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import yaml
     from yaml.resolver import BaseResolver
 
-__all__ = ["apply_sets", "closest", "parse_value", "place_of", "read_documents", "to_yaml"]
+__all__ = ["apply_sets", "closest", "given_by", "parse_value", "place_of", "read_documents", "to_yaml"]
 
 Resolver = TypeVar("Resolver", bound="type[BaseResolver]")
 
@@ -112,7 +112,8 @@ def read_documents(path: Path) -> list[JsonObject]:
         raise InputError(f"cannot read {path} ({error.strerror})", "give a YAML file that you may read") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line} is not UTF-8 text", "save the file as UTF-8", f"{path}:{line}") from error
+        what = f"cannot read {path}:{line}: it is not UTF-8 text"
+        raise InputError(what, "save the file as UTF-8", f"{path}:{line}") from error
     except yaml.YAMLError as error:
         raise _not_yaml(path, text, error) from error
     except RecursionError as error:
@@ -234,6 +235,20 @@ def apply_sets(values: JsonObject, sets: Iterable[str]) -> JsonObject:
                 raise UsageError(f"--set {item!r}: '{key}' is a single value", "set it as a whole")
         node[_spelt(last, node)] = parse_value(text)
     return result
+
+
+def given_by(sets: Iterable[str], keys: Sequence[str | int]) -> str | None:
+    """Return the last `a.b=c` that gave the value of these keys, or of one above or below them; None without any.
+
+    The key of a stage `sft` counts for its copies `sft/seed-1`.
+    """
+    found = None
+    for item in sets:
+        path = item.partition("=")[0].replace("-", "_").split(".")
+        pairs = [(a, str(b).replace("-", "_")) for a, b in zip(path, keys, strict=False)]
+        if pairs and all(a == b or b.startswith(f"{a}/") for a, b in pairs):
+            found = item
+    return found
 
 
 def _copied(value: JsonObject) -> JsonObject:

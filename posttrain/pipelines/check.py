@@ -108,14 +108,10 @@ def check_pipeline(
             promised[stage.out] = Promise(stage.kind.makes)
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
-        try:
+        with stage.located():
             config = located(config, places)
             check_inputs(config, places)
             check_merge(config, places)
-        except UsageError as error:
-            raise UsageError(f"stages.{stage.name}: {error.what}", error.hint) from error
-        except InputError as error:
-            raise InputError(f"stages.{stage.name}: {error.what}", error.hint) from error
         check_kinds(stage.name, config, promised)
         promised |= dict(promised_by(stage, config, sources))
         if within is not None and stage.name in within:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
@@ -16,7 +17,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
@@ -62,6 +63,17 @@ class Stage:
         values = dict(self.options if options is None else options)
         source = self.source.below("stages", self.name, "options")
         return validated(self.kind.schema, with_method(self.command, values), source)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Name the stage, and the place of the option that an error names (`--model x is ...`), in the error."""
+        try:
+            yield
+        except (UsageError, InputError) as error:
+            named = (word[2:].replace("-", "_") for word in error.what.split() if word.startswith("--"))
+            keys = ("options", option) if (option := next(named, None)) in self.options else ()
+            with self.source.located("stages", self.name, *keys, prefix=f"stages.{self.name}: "):
+                raise type(error)(error.what, error.hint) from error
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Config(BaseModel):
             field = cls.model_fields[info.field_name]
             kinds = (field.annotation, *get_args(field.annotation))
             if Path in kinds or (type(None) in kinds and field.default is None):
-                raise ValueError("is empty, which is not a value here (leave it out)")
+                raise ValueError("is empty, which is not a value here; leave it out")
         return value
 
     def recorded(self) -> JsonObject:
@@ -104,5 +104,4 @@ def validated(schema: type[C], values: JsonMapping, source: Source | None = None
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        # Not `from error`: its text is that of pydantic.
-        raise explained(schema, error.errors(), source or Source()) from None
+        raise explained(schema, error.errors(), source or Source()) from error

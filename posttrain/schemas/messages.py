@@ -15,9 +15,9 @@ from typing import Any, TypeAlias, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
-from gemma2.core.yaml_files import closest, place_of
+from gemma2.core.yaml_files import closest, given_by, place_of
 
 __all__ = ["Source", "explained", "limits_of", "reworded"]
 
@@ -80,7 +80,7 @@ class Source:
         full = (*self.above, *keys)
         if full and full[0] in self.flags:
             return flag_of(str(full[0]))
-        given = next((item for item in reversed(self.sets) if _sets(item, full)), None)
+        given = given_by(self.sets, full)
         if given is not None:
             return f"--set {given}"
         if self.file is None:
@@ -91,29 +91,25 @@ class Source:
     def wrong(self, what: str, hint: str, *keys: Key, of_key: bool = False) -> UsageError:
         """The error of a value, or with `of_key` of a key; its place follows `what`."""
         where = self.place(keys, of_key=of_key)
-        return UsageError(f"{what} in {where}" if where else what, hint, where)
+        named = where.startswith("--") and not where.startswith("--set ")  # a flag that `what` names
+        return UsageError(f"{what} in {where}" if where and not named else what, hint, where)
 
     @contextmanager
-    def located(self, *keys: Key) -> Iterator[None]:
-        """Add the place of these keys to an error that names no place yet."""
+    def located(self, *keys: Key, prefix: str = "") -> Iterator[None]:
+        """Add `prefix` and the place of these keys to an error that names no place yet."""
         try:
             yield
-        except UsageError as error:
+        except (UsageError, InputError) as error:
             if error.where:
                 raise
-            raise self.wrong(error.what, error.hint, *keys) from error
+            where = self.place(keys)
+            what = f"{prefix}{error.what}{f' in {where}' if where else ''}"
+            raise type(error)(what, error.hint, where) from error
 
 
 def flag_of(key: str) -> str:
     """The flag of a field."""
     return f"--{key.replace('_', '-')}"
-
-
-def _sets(item: str, keys: Sequence[Key]) -> bool:
-    """Whether a `--set` gave the value of these keys, or one above or below them."""
-    path = item.partition("=")[0].replace("-", "_").split(".")
-    pairs = list(zip(path, map(str, keys), strict=False))
-    return bool(pairs) and all(a == b.replace("-", "_") or b.startswith(f"{a}/") for a, b in pairs)
 
 
 def limits_of(field: FieldInfo) -> Iterator[str]:
@@ -134,11 +130,16 @@ def reworded(problem: Problem, field: FieldInfo | None = None) -> tuple[str, str
         **{key: f"{value:g}" if isinstance(value, float) else value for key, value in problem.get("ctx", {}).items()},
         "limits": f" {limits}" if limits else "",
         "choices": ", ".join(choices),
-        "closest": closest(str(problem.get("input")), choices) if choices else described,
+        "closest": _nearest(str(problem.get("input")), choices),
         "description": described,
         "example": "[1, 2]" if field and {int, float} & {*get_args(field.annotation)} else "[a, b]",
     }
     return what.format_map(facts), hint.format_map(facts)
+
+
+def _nearest(value: str, choices: Sequence[str]) -> str:
+    hint = closest(value, choices)
+    return hint if hint.startswith("did you mean") else "choose one of them"
 
 
 def _choices(problem: Problem) -> list[str]:
