@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Task
 
+from . import opening
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Display
     from rich.progress import TaskID
 
-__all__ = ["Console", "UsageProblem"]
+__all__ = ["Console"]
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines outside a terminal
-
-
-class UsageProblem(Exception):
-    """A command line that cannot be parsed."""
 
 
 def _size(amount: float, unit: str) -> str:
@@ -59,6 +57,7 @@ def _value(value: object) -> str:
 
 def _write_line(text: str) -> None:
     """Write a line to stderr. A reader that has closed the pipe (`2>&1 | head`) does not stop the work."""
+    opening.clear()
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -139,6 +138,7 @@ class Console:
             if not self.quiet and task.last_line != task.started:
                 task.write()
             return
+        opening.clear()
         inner = self._display is not None
         with self._shared_display() as display:
             identifier = display.add_task(label, total=total, live="", unit=unit)
@@ -174,6 +174,7 @@ class Console:
 
     def _say(self, text: str, style: str) -> None:
         if self.interactive:
+            opening.clear()
             from rich.console import Console as RichConsole
 
             console = self._display.console if self._display is not None else RichConsole(stderr=True)
@@ -198,16 +199,19 @@ class Console:
         rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
         if out is not None:
             rows.append(("output", str(out)))
+        opening.clear()
         width = max((len(key) for key, _ in rows), default=0)
         for key, value in rows:
             sys.stdout.write(f"{key:<{width}}  {value}\n")
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout."""
+        opening.clear()
         sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
 
     def text(self, text: str) -> None:
         """Print text that is itself the result, such as a plot in characters."""
+        opening.clear()
         sys.stdout.write(text.rstrip("\n") + "\n")
 
     def table(self, rows: Sequence[Mapping[str, object]], title: str = "") -> None:
@@ -217,6 +221,7 @@ class Console:
         if sys.stdout.isatty():
             from .display import rich_table
 
+            opening.clear()
             rich_table(title, columns, cells)
             return
         widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]

@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.fields import REPEATED
 
-__all__ = ["Flags", "TypeForm", "field_option", "flag_type", "flags_of", "split_lists"]
+__all__ = ["Flags", "TypeForm", "field_option", "flag_type", "flags_of", "one_word", "split_lists"]
 
 LONGEST_DEFAULT = 40  # characters; the help does not show a longer default
 
@@ -128,5 +129,20 @@ def split_lists(schema: type[Config], flags: Flags) -> Flags:
         if isinstance(value, list):  # a repeated flag; if it is not given, typer's version decides: empty or None
             split[name] = tuple(value) or None
         elif isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple:
+            if {int, float} & {*get_args(schema.model_fields[name].annotation)}:
+                value = one_word(f"--{name.replace('_', '-')}", value)
             split[name] = tuple(part.strip() for part in value.split(",") if part.strip())
     return split
+
+
+def one_word(flag: str, text: str) -> str:
+    """The numbers of a flag, without the brackets of a list. Raises UsageError if blanks alone separate them."""
+    inside = text.strip()
+    inside = inside[1:-1] if inside[:1] + inside[-1:] in ("[]", "()") else inside
+    parts = [part.split() for part in inside.split(",")]
+    if any(len(words) > 1 for words in parts):
+        items = ",".join(word for words in parts for word in words)
+        raise UsageError(
+            f"{flag} '{text}' has blanks between its items", f"separate them by commas: {flag} {items}", flag
+        )
+    return inside

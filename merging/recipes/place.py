@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.outputs.home import text_at_home
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.yaml_files import closest, given_by, place_of
 from gemma2.merging.methods.option import Option, OptionValue
@@ -78,6 +79,7 @@ class Place:
         """A directory, MODEL+ADAPTER, a hub id, or the name of a step."""
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(f"is {shown(value)}, not a model", "give a directory or a hub id")
+        value = text_at_home(value)
         if value in self.names or Path(value).exists() or (self.file.parent / value).exists():
             return Path(self._found(value))
         model, plus, adapter = value.rpartition("+")

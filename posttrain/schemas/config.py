@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.home import at_home, text_at_home
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
@@ -41,6 +42,7 @@ class Config(BaseModel):
     )
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that affect speed or price, not the result
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that the command's words give, not flags
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset()  # fields of text that may be paths
 
     @field_validator("*", mode="before")
     @classmethod
@@ -53,12 +55,30 @@ class Config(BaseModel):
                 raise ValueError("is empty, which is not a value here; leave it out")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_is_expanded(cls, value: object, info: ValidationInfo) -> object:
+        """Replace `~` in every path."""
+        name = info.field_name or ""
+        field = cls.model_fields[name]
+        if Path in (field.annotation, *get_args(field.annotation)) or name in cls.PATHS_AS_TEXT:
+            return _at_home(value)
+        return value
+
     def recorded(self) -> JsonObject:
         """The configuration as the manifest of an output records it."""
         return self.model_dump(mode="json")
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _at_home(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    return text_at_home(value) if isinstance(value, str) else at_home(value)
 
 
 def is_given(value: object) -> bool:

@@ -26,6 +26,7 @@ class _MergeStage(Config):
     """`gemma2 merge METHOD` inside a pipeline; the names are those of its flags, the values those of a merge file."""
 
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset({"method", "models"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
 
     method: str = Field(description="merge method: the second word of the command")
     models: tuple[Path, ...] = Field(min_length=1, description="model directories or hub ids; their order counts")

@@ -123,7 +123,7 @@ def limits_of(field: FieldInfo) -> Iterator[str]:
 def reworded(problem: Problem, field: FieldInfo | None = None) -> tuple[str, str]:
     """What is wrong with the value of a problem, as a predicate, and the fix."""
     what, hint = WORDS.get(problem["type"], OTHER)
-    limits = ", ".join(limits_of(field)) if field else ""
+    limits = ", ".join(limits_of(field)) if field else _bound(problem)
     choices = _choices(problem)
     described = (field.description if field else None) or "see --help for what is allowed"
     facts = {
@@ -135,6 +135,12 @@ def reworded(problem: Problem, field: FieldInfo | None = None) -> tuple[str, str
         "example": "[1, 2]" if field and {int, float} & {*get_args(field.annotation)} else "[a, b]",
     }
     return what.format_map(facts), hint.format_map(facts)
+
+
+def _bound(problem: Problem) -> str:
+    """The bound that a value is outside of, as `limits_of` has it."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return "".join(f"{sign}{problem['ctx'][key]:g}" for key, sign in signs.items() if key in problem.get("ctx", {}))
 
 
 def _nearest(value: str, choices: Sequence[str]) -> str:

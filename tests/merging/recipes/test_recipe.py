@@ -167,7 +167,7 @@ WRONG = {
     "method: slerp": "the file has no 'models' in merge.yaml",
     "{method: slerp, models: a}": "models is 'a' in merge.yaml:1:25; give a list",
     "{method: slerp, models: [3]}": "models[0] is 3, not a model",
-    "{method: slerp, models: [a, {model: b, wight: 1}]}": "unknown key 'models[1].wight' in merge.yaml:1:40; did you mean",
+    "{method: slerp, models: [a, {model: b, wight: 1}]}": "unknown key 'models[1].wight' in merge.yaml:1:40; did",
     "{method: slerp, models: [a, {weight: 1}]}": "models[1] has no 'model'",
     "{method: ties, models: [a, {model: b, weight: 1}]}": "models[0] has no 'weight', others have",
     "{method: ties, models: [{model: b, weight: 1}], weights: [2]}": "weights is given for all models and",

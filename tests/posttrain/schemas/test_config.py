@@ -125,7 +125,7 @@ def test_a_key_given_twice_in_a_section_is_refused_too(recipe):
         load_yaml(recipe("trainer:\n  a: 1\n  a: 2\n"))
 
 
-@pytest.mark.parametrize(("text", "said"), [("- 1\n", "a list"), ("3\n", "a single value"), ("a: [1\n", "not valid YAML")])
+@pytest.mark.parametrize(("text", "said"), [("- 1\n", "a list"), ("3\n", "a single"), ("a: [1\n", "not valid YAML")])
 def test_what_is_no_mapping_is_refused_by_name(recipe, text, said):
     file = recipe(text)
     with pytest.raises(UsageError, match=said) as caught:
