@@ -26,9 +26,9 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?,?")
 class UsageProblem(UsageError):
     """A command line that cannot be parsed."""
 
-    def __init__(self, what: str, hint: str, page: str = "") -> None:
-        super().__init__(what, hint or f"see {page}", f"{page.removesuffix(' --help')}")
-        self.text = f"{what}; {hint}" if hint else f"{what} (see {page})"
+    def __init__(self, what: str, hint: str = "", page: str = "") -> None:
+        super().__init__(what, hint or (f"see {page}" if page else ""), page.removesuffix(" --help"))
+        self.text = f"{what} (see {page})" if page and not hint else f"{what}; {hint}" if hint else what
 
     def __str__(self) -> str:
         return self.text

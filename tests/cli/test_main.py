@@ -68,11 +68,11 @@ def test_a_bug_is_not_reported_as_an_expected_error(command, bug):
     [
         (["sfft"], "No such command 'sfft'. Did you mean 'sft'? (see gemma2 --help)"),
         (["sft", "--modle", "x"], "No such option: --modle (Possible options: --model) (see gemma2 sft --help)"),
-        (["sft", "--epochs", "many"], "'--epochs'"),
+        (["sft", "--epochs", "many"], "--epochs many is not a number; give a number"),
         (["sft", "stray"], "unexpected extra argument"),
         (["sft", "--model"], "Option '--model' requires an argument"),
         (["reward", "pears"], "No such command 'pears'. Did you mean 'pairs'? (see gemma2 reward --help)"),
-        (["sft", "--end-of-turn", "never"], "'never' is not one of 'eot', 'eot+eos'"),
+        (["sft", "--end-of-turn", "never"], "--end-of-turn never is not one of eot, eot+eos"),
     ],
 )
 def test_a_command_line_that_cannot_be_parsed_is_one_line_with_a_suggestion(capsys, line, said):
