@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from gemma2.cli.terminal.completion import merge_methods
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set, required_out
@@ -286,6 +287,7 @@ WORDS = typer.Argument(
     metavar="METHOD ARGUMENTS",
     help="The merge as it would be called: slerp a b --base init.",
     show_default=False,
+    autocompletion=merge_methods,
     rich_help_panel="Inputs",
 )
 FILE: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}

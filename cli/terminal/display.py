@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,10 +37,17 @@ class _Amount(ProgressColumn):
         return Text(done + rate, style="cyan")
 
 
+class _State(SpinnerColumn):
+    """A spinner while a task runs, then a mark: done, or ended by an error."""
+
+    def render(self, task: Task) -> RenderableType:
+        return Text("✗", style="red") if task.fields.get("failed") else super().render(task)
+
+
 def progress_display(console: Console) -> Progress:
     """The live display of all running tasks."""
     return Progress(
-        SpinnerColumn(finished_text="[green]✓[/]"),
+        _State(finished_text="[green]✓[/]"),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         _Amount(),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from gemma2.cli.terminal.completion import every_recipe
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, recipe_path
@@ -30,7 +31,11 @@ def list_recipes(as_json: bool = AsJson) -> None:
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
-def show(name: str = typer.Argument(metavar="NAME", help="Name of a recipe, a YAML file, or an output.")) -> None:
+def show(
+    name: str = typer.Argument(
+        metavar="NAME", help="Name of a recipe, a YAML file, or an output.", autocompletion=every_recipe
+    ),
+) -> None:
     """Print a recipe, or the settings of an output, as a start for your own recipe."""
     path = recipe_path(name)
     if path is None:

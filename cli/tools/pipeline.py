@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from gemma2.cli.terminal.completion import pipelines, stages
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import (
@@ -47,8 +48,11 @@ File = typer.Argument(
     help="Pipeline: a YAML file, the folder of a run, or the name of one that comes with gemma2.",
     show_default=False,
     rich_help_panel="Inputs",
+    autocompletion=pipelines,
 )
-stage_option = partial(typer.Option, None, metavar="STAGE", show_default=False, rich_help_panel="Stages")
+stage_option = partial(
+    typer.Option, None, metavar="STAGE", show_default=False, rich_help_panel="Stages", autocompletion=stages
+)
 From = stage_option("--from", help="Run this stage and all stages that need it; earlier outputs are used as they are.")
 Only = stage_option("--only", help="Run only this stage; the outputs that it needs are used as they are.")
 Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
