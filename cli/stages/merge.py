@@ -12,7 +12,7 @@ import typer
 from gemma2.cli.terminal.completion import merge_methods
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set, required_out
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Quiet, Set, required_out
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.merging.methods.method import Method
@@ -245,7 +245,7 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
     if given["config"] is not None and words:
         raise UsageError(f"--config and {words[0]}: a plan is of one of them", "leave one out")
     if given["config"] is not None:
-        run_file({**given, "dry_run": True, "force": given["out"] is None, "quiet": False, "threads": None})
+        run_file({**given, "dry_run": True, "force": given["out"] is None, "threads": None})
         return
     if not words:
         raise UsageError("no method and no --config", "see gemma2 merge plan --help")
@@ -254,7 +254,12 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
         from gemma2.core.yaml_files import closest
 
         raise UsageError(f"unknown merge method '{words[0]}'", closest(words[0], METHODS))
-    arguments = [*words[1:], "--dry-run", *(["--json"] if given["as_json"] else [])]
+    arguments = [
+        *words[1:],
+        "--dry-run",
+        *(["--json"] if given["as_json"] else []),
+        *(["--quiet"] if given["quiet"] else []),
+    ]
     with commands[words[0]].make_context(words[0], arguments, parent=ctx.parent) as inner:
         commands[words[0]].invoke(inner)
 
@@ -308,6 +313,12 @@ app.command(
     _signed(
         plan,
         [CONTEXT],
-        {"words": (list[str] | None, WORDS), **FILE, "out": (Path | None, Out), "as_json": (bool, AsJson)},
+        {
+            "words": (list[str] | None, WORDS),
+            **FILE,
+            "out": (Path | None, Out),
+            "as_json": (bool, AsJson),
+            "quiet": (bool, Quiet),
+        },
     )
 )

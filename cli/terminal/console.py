@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -199,6 +200,10 @@ class Console:
             console.print(text, style=style, markup=False, highlight=False)
         else:
             _write_line(text)
+
+    def width(self, most: int) -> int:
+        """The columns for a drawing in characters: `most`, or fewer on a terminal that is narrower."""
+        return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
 
     def heading(self, text: str) -> None:
         """Print a line that opens a stage of a longer job."""
