@@ -146,11 +146,16 @@ def show(console: Console, result: MergeResult) -> None:
 
 def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
     """One merge by flags, or its plan."""
-    from gemma2.merging import merge, plan_merge
-    from gemma2.merging.methods.request_check import check_chosen
+    from gemma2.merging.inputs.weight_files import check_folders
+    from gemma2.merging.methods.request_check import check_chosen, check_request
 
     console = Console(as_json=given["as_json"], quiet=given["quiet"])
     request = check_chosen(request_of(method, models, given))
+    check_request(request)
+    base = {"base": request.base} if request.base else {}
+    check_folders({f"model {number}": path for number, path in enumerate(request.models, start=1)} | base)
+    from gemma2.merging import merge, plan_merge
+
     if given["dry_run"]:
         out = given["out"]
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)

@@ -66,6 +66,9 @@ def inspect(
     \b
       gemma2 inspect merged --tensors
     """
+    from gemma2.merging.inputs.weight_files import check_folders
+
+    check_folders({"model": directory})
     from gemma2.merging import inspect_model
 
     found = inspect_model(directory)
