@@ -54,11 +54,12 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
     value = _of_value(error)
     if value is not None:
         return UsageProblem(*value, page)
-    if context is not None and "unexpected extra argument" in error.format_message():
+    text = error.format_message()
+    if context is not None and ("unexpected extra argument" in text or "No such command" in text):
         found = next((given for given in _given(context.command, words) if given.loose), None)
-        if found is not None:
+        if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
             return UsageProblem(*_several(found), page)
-    return UsageProblem(error.format_message(), "", page)
+    return UsageProblem(text, "", page)
 
 
 def _of_value(error: TyperException) -> tuple[str, str] | None:

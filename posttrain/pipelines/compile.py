@@ -170,10 +170,11 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
             what = f"stages.{name}: unknown command '{stage.command}'"
             raise file.source.wrong(what, closest(stage.command, COMMANDS), "stages", name, "command")
         values = stage.model_dump()
-        changed = {}
-        for key in ("options", "matrix"):
-            with file.source.located("stages", name, key):
-                changed[key] = replaced(values[key], of)
+        changed: JsonObject = {"options": {}, "matrix": {}}
+        for section, options in changed.items():
+            for option, value in values[section].items():
+                with file.source.located("stages", name, section, option):
+                    options[option] = replaced(value, of)
         with file.source.located("stages", name, "when"):
             when = None if stage.when is None else str(replaced(stage.when, of))
         yield name, stage.model_copy(update={**changed, "when": when})
