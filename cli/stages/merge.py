@@ -169,7 +169,6 @@ def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
 def run_file(given: JsonMapping) -> None:
     """The merges of a file, or their plans."""
     from gemma2.merging.recipes.recipe import read_recipe
-    from gemma2.merging.recipes.run_recipe import merge_recipe
 
     path = Path(given["config"])
     if not path.is_file():
@@ -180,6 +179,8 @@ def run_file(given: JsonMapping) -> None:
         show_recipe(console, recipe, given["out"], given["force"])
         return
     out = required_out(given["out"])
+    from gemma2.merging.recipes.run_recipe import merge_recipe
+
     results = merge_recipe(recipe, out=out, force=given["force"], verify=given["verify"], progress=console)
     if console.as_json and len(results) > 1:
         names = [step.name for step in recipe.steps]
