@@ -13,8 +13,8 @@ from typer.main import get_command
 
 from gemma2.core.outputs.manifest import metadata_version
 
-from .terminal.console import UsageProblem
 from .terminal.help import HelpGroup
+from .terminal.mistakes import explain
 
 if TYPE_CHECKING:
     from typer._click import Command, Context
@@ -85,6 +85,7 @@ COMMANDS = {
         "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"
     ),
     "config": CommandEntry("tools.config", "List and show recipes, or the settings of an output.", "Tools"),
+    "help": CommandEntry("tools.help_page", "Show the page of a command, as its --help does.", "Tools"),
 }
 
 
@@ -148,8 +149,7 @@ def invoke(arguments: list[str]) -> int:
     try:
         code = command.main(arguments, prog_name="gemma2", standalone_mode=False)
     except TyperException as error:
-        path = getattr(getattr(error, "ctx", None), "command_path", "gemma2")
-        raise UsageProblem(f"{error.format_message()} (see {path} --help)") from error
+        raise explain(error, arguments) from error
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # typer turns it into exit code 1
             raise error.__context__ from None

@@ -6,13 +6,27 @@ A bug keeps its traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 
 from gemma2.core.interrupts import Signals
 
+from .terminal import opening
+
 __all__ = ["main"]
+
+# Class of an error -> its kind in the object of --json, the most specific first.
+KINDS = {
+    "UsageError": "usage",
+    "InputError": "input",
+    "OutputError": "output",
+    "GuardStop": "guard",
+    "Gemma2Error": "error",
+}
 
 
 def _environment() -> None:
@@ -26,35 +40,66 @@ def _environment() -> None:
 
 
 def _fail(message: str, code: int) -> int:
+    opening.clear()
     rank = os.environ.get("RANK", "0")  # set by torchrun for each of its processes
     who = "error" if rank == "0" else f"error (rank {rank})"
     sys.stderr.write(f"{who}: {' '.join(message.split())}\n")
     return code
 
 
+def _say_as_json(arguments: Sequence[str], kind: str, code: int, what: str, fix: str, where: str = "") -> None:
+    """Print the object of an error on stdout, for a command line with --json; the line on stderr stays."""
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--json" not in words or os.environ.get("RANK", "0") != "0":
+        return
+    error = {"kind": kind, "what": " ".join(what.split()), "where": where or None, "fix": fix, "exit_code": code}
+    sys.stdout.write(json.dumps({"error": error}, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 def _interrupted(number: int) -> int:
+    opening.clear()
     sys.stderr.write("\ninterrupted\n")
-    return 128 + number
+    code = 128 + number
+    with suppress(OSError):
+        _say_as_json(sys.argv[1:], "interrupted", code, "interrupted", "start the command again")
+    return code
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; bugs propagate."""
     from gemma2.core.errors import Gemma2Error, refusal
 
-    from .app import invoke
-    from .terminal.console import UsageProblem
-
+    opening.show(arguments)
     try:
+        from .app import invoke
+
         return invoke(arguments)
-    except UsageProblem as problem:
-        return _fail(str(problem), 2)
     except Gemma2Error as error:
+        kind = next(name for base, name in KINDS.items() if base in {one.__name__ for one in type(error).__mro__})
+        _say_as_json(arguments, kind, error.exit_code, error.what, error.hint, error.where)
         return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         line = refusal(error)
         if line is None:
+            _say_bug(arguments, error)
             raise
+        what, _, fix = line.partition("; ")
+        _say_as_json(arguments, "system", 1, what, fix, str(error.filename or ""))
         return _fail(line, 1)
+    except Exception as error:
+        _say_bug(arguments, error)
+        raise
+    finally:
+        opening.clear()
+
+
+def _say_bug(arguments: Sequence[str], error: Exception) -> None:
+    opening.clear()
+    what = f"{type(error).__name__}: {error}"
+    _say_as_json(arguments, "bug", 1, what, "report it with the traceback, which is on stderr")
 
 
 def main() -> None:

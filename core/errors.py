@@ -20,13 +20,17 @@ REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.
 
 
 class Gemma2Error(Exception):
-    """Base of every expected failure. `what` says what is wrong and where, `hint` how to fix it."""
+    """Base of every expected failure. `what` says what is wrong and where, `hint` how to fix it.
+
+    where  the place alone, for programs: `FILE:LINE:COLUMN`, or the flag
+    """
 
     exit_code = 1
 
-    def __init__(self, what: str, hint: str = "") -> None:
+    def __init__(self, what: str, hint: str = "", where: str = "") -> None:
         self.what = what
         self.hint = hint
+        self.where = where
         super().__init__(f"{what}; {hint}" if hint else what)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,12 +18,31 @@ if TYPE_CHECKING:
     import yaml
     from yaml.resolver import BaseResolver
 
-__all__ = ["apply_sets", "closest", "parse_value", "read_documents", "to_yaml"]
+__all__ = ["apply_sets", "closest", "given_by", "parse_value", "place_of", "read_documents", "to_yaml"]
 
 Resolver = TypeVar("Resolver", bound="type[BaseResolver]")
 
 DEEPEST = 100  # levels of nesting; our own files have six
 LISTED = 40  # names that still fit on one line
+# A part of PyYAML's message -> the fix of what most often causes it.
+SYNTAX_FIXES = {
+    "mapping values are not allowed": "put a value with ': ' in it in quotes; begin keys of one level in one column",
+    "'\\t' that cannot start": "indent with spaces, not with tabs",
+    "is given twice": "keep one of the two",
+    "could not determine a constructor": "leave out the tag that begins with '!'",
+    "undefined alias": "define it with & before it is used with *, or put the text in quotes",
+    "'%' that cannot start": "put the text in quotes",
+    "'@' that cannot start": "put the text in quotes",
+    "'`' that cannot start": "put the text in quotes",
+    "expected alphabetic or numeric character": "put a text that begins with * or & in quotes",
+    "expected ',' or ']'": "close the list with ]",
+    "expected ',' or '}'": "close the mapping with }",
+    "unexpected end of stream": "close the quotes",
+    "could not find expected ':'": "write KEY: VALUE, with a blank after the colon",
+    "expected <block end>": "begin keys of one level in one column",
+    "expected '<document start>'": "begin keys of one level in one column",
+    "must be in": "put the text in quotes",
+}
 NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -50,12 +69,20 @@ def _loader() -> type[yaml.SafeLoader]:
     class Loader(yaml.SafeLoader):
         """The safe loader, except that a key given twice is an error."""
 
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+            try:
+                return super().construct_object(node, deep)
+            except ValueError as error:  # a date that no calendar has, a number of thousands of digits
+                raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-            keys = [key.value for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    line = node.start_mark.line + 1
-                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice below line {line}")
+            first: dict[str, int] = {}
+            for key, _ in node.value:
+                name = str(key.value)
+                if name in first:
+                    what = f"key '{name}' is given twice, first in line {first[name]}"
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                first[name] = key.start_mark.line + 1
             return super().construct_mapping(node, deep)
 
     return _with_numbers(Loader)
@@ -79,23 +106,95 @@ def read_documents(path: Path) -> list[JsonObject]:
     import yaml
 
     try:
-        documents = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_loader()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error})", "check --config") from error
+        text = path.read_text(encoding="utf-8")
+        documents = list(yaml.load_all(text, Loader=_loader()))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})", "give a YAML file that you may read") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        what = f"cannot read {path}:{line}: it is not UTF-8 text"
+        raise InputError(what, "save the file as UTF-8", f"{path}:{line}") from error
     except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise UsageError(f"{path} is not valid YAML: {detail}", "correct the file") from error
+        raise _not_yaml(path, text, error) from error
     except RecursionError as error:
         raise UsageError(f"{path} is nested too deeply", "correct the file") from error
     if not _is_finite(documents):
         raise UsageError(f"{path} holds a value that contains itself, or is nested too deeply", "correct the file")
     found = [document for document in documents if document is not None]
-    for document in found:
+    for number, document in enumerate(found):
         if not isinstance(document, dict):
+            kind = "a list" if isinstance(document, list) else "text" if isinstance(document, str) else "a single value"
+            where = place_of(path, (), number)
             raise UsageError(
-                f"{path} holds a {type(document).__name__}, not key: value pairs", "see configs/ for recipes"
+                f"{where} holds {kind}, not KEY: VALUE lines", "write a blank after each colon, as in steps: 100", where
             )
     return found
+
+
+def _not_yaml(path: Path, text: str, error: yaml.YAMLError) -> UsageError:
+    """The error of a file that is not YAML, with the line and column of the problem."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:  # a character that no YAML file may hold
+        before = text[: getattr(error, "position", 0)]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        what, hint = "a control character", "remove it, or write it as \\xNN between double quotes"
+    else:
+        line, column = mark.line + 1, mark.column + 1
+        context, start = getattr(error, "context", None), getattr(error, "context_mark", None)
+        what = str(getattr(error, "problem", error))
+        if context and start is not None and start.line != mark.line:
+            what += f" ({context}, begun in line {start.line + 1})"
+        hint = next((fix for part, fix in SYNTAX_FIXES.items() if part in what), f"correct line {line}")
+    where = f"{path}:{line}:{column}"
+    return UsageError(f"{where} is not valid YAML: {' '.join(what.split())}", hint, where)
+
+
+def place_of(path: Path, keys: Sequence[str | int], document: int = 0, *, of_key: bool = False) -> str:
+    """Return `FILE:LINE:COLUMN` of the value of a key, or with `of_key` of the key itself; `FILE` if it is not found.
+
+    keys      from the top of the document; of a key that the file does not have, the place of the key above it
+    document  number among those that are not empty, as `read_documents` returns them
+
+    A stage `sft/seed-1` that follows from `sft` in the file is found there.
+    """
+    import yaml
+
+    try:
+        nodes = list(yaml.compose_all(path.read_text(encoding="utf-8"), Loader=_loader()))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return str(path)
+    filled = [node for node in nodes if node is not None and node.tag != "tag:yaml.org,2002:null"]
+    if document >= len(filled):
+        return str(path)
+    value = filled[document]
+    mark = value.start_mark
+    for key in keys:
+        entry = _entry(value, key)
+        if entry is None:
+            break
+        mark = entry[0].start_mark if of_key else entry[1].start_mark
+        value = entry[1]
+    return f"{path}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _entry(node: yaml.Node, key: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes of a key and of its value, also of one that `<<` brings; of a list, the item twice."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        inside = isinstance(key, int) and 0 <= key < len(node.value)
+        return (node.value[key], node.value[key]) if inside else None
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    found = {str(k.value): (k, v) for k, v in node.value}
+    merged = found.pop("<<", None)
+    for name in (str(key), str(key).replace("_", "-"), str(key).rpartition("/")[0], str(key).partition("/")[0]):
+        if name in found:
+            return found[name]
+    if merged is None:
+        return None
+    above = merged[1].value if isinstance(merged[1], yaml.SequenceNode) else [merged[1]]
+    return next((entry for each in above if (entry := _entry(each, key)) is not None), None)
 
 
 def _is_finite(value: object, above: tuple[int, ...] = (), seen: set[int] | None = None) -> bool:
@@ -136,6 +235,20 @@ def apply_sets(values: JsonObject, sets: Iterable[str]) -> JsonObject:
                 raise UsageError(f"--set {item!r}: '{key}' is a single value", "set it as a whole")
         node[_spelt(last, node)] = parse_value(text)
     return result
+
+
+def given_by(sets: Iterable[str], keys: Sequence[str | int]) -> str | None:
+    """Return the last `a.b=c` that gave the value of these keys, or of one above or below them; None without any.
+
+    The key of a stage `sft` counts for its copies `sft/seed-1`.
+    """
+    found = None
+    for item in sets:
+        path = item.partition("=")[0].replace("-", "_").split(".")
+        pairs = [(a, str(b).replace("-", "_")) for a, b in zip(path, keys, strict=False)]
+        if pairs and all(a == b or b.startswith(f"{a}/") for a, b in pairs):
+            found = item
+    return found
 
 
 def _copied(value: JsonObject) -> JsonObject:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import typer
 
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet
+from gemma2.cli.terminal.schema_flags import one_word
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.yaml_files import parse_value
@@ -61,7 +62,7 @@ def _value(option: Option, given: object) -> OptionValue:
         return read_option(option, given, place)
     if given.lstrip().startswith(("[", "{")):
         return read_option(option, parse_value(given), place)
-    numbers = _numbers(option.name, given)
+    numbers = _numbers(option.name, one_word(f"--{option.name}", given))
     return read_option(option, numbers if len(numbers) > 1 or option.per else numbers[0], place)
 
 

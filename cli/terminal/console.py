@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +20,15 @@ from typing import TYPE_CHECKING
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Task
 
+from . import opening
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Display
     from rich.progress import TaskID
 
-__all__ = ["Console", "UsageProblem"]
+__all__ = ["Console"]
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines outside a terminal
-
-
-class UsageProblem(Exception):
-    """A command line that cannot be parsed."""
 
 
 def _size(amount: float, unit: str) -> str:
@@ -59,6 +58,7 @@ def _value(value: object) -> str:
 
 def _write_line(text: str) -> None:
     """Write a line to stderr. A reader that has closed the pipe (`2>&1 | head`) does not stop the work."""
+    opening.clear()
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -113,11 +113,23 @@ class _RichTask:
     def __init__(self, display: Display, identifier: TaskID, unit: str) -> None:
         self.display, self.identifier, self.unit = display, identifier, unit
         self.fields: dict[str, float | str] = {}
+        self.done = 0.0
+        self._lock = Lock()
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
-        self.fields |= fields
+        with self._lock:
+            self.done += amount
+            self.fields |= fields
         live = "  ".join(f"[dim]{key}[/] {_value(value)}" for key, value in self.fields.items())
         self.display.update(self.identifier, advance=amount, live=live)
+
+    def end(self, failed: bool = False) -> None:
+        """End the row. What is finished is full, also where less was to do than was known at the start."""
+        self.display.stop_task(self.identifier)
+        if failed:
+            self.display.update(self.identifier, failed=True)
+        else:
+            self.display.update(self.identifier, total=self.done, completed=self.done)
 
 
 class Console:
@@ -132,18 +144,25 @@ class Console:
     @contextmanager
     def task(self, label: str, total: float | None, unit: str) -> Iterator[Task]:
         if self.quiet or not self.interactive:
-            task = _PlainTask(label, total, unit)
+            line = _PlainTask(label, total, unit)
             if self.quiet:
-                task.last_line = float("inf")
-            yield task
-            if not self.quiet and task.last_line != task.started:
-                task.write()
+                line.last_line = float("inf")
+            yield line
+            if not self.quiet and line.last_line != line.started:
+                line.write()
             return
+        opening.clear()
         inner = self._display is not None
         with self._shared_display() as display:
-            identifier = display.add_task(label, total=total, live="", unit=unit)
+            identifier = display.add_task(label, total=total, live="", unit=unit, failed=False)
+            task = _RichTask(display, identifier, unit)
             try:
-                yield _RichTask(display, identifier, unit)
+                yield task
+            except BaseException:
+                task.end(failed=True)
+                raise
+            else:
+                task.end()
             finally:
                 if inner:  # else the rows of a long job would fill the screen
                     display.remove_task(identifier)
@@ -174,12 +193,17 @@ class Console:
 
     def _say(self, text: str, style: str) -> None:
         if self.interactive:
+            opening.clear()
             from rich.console import Console as RichConsole
 
             console = self._display.console if self._display is not None else RichConsole(stderr=True)
             console.print(text, style=style, markup=False, highlight=False)
         else:
             _write_line(text)
+
+    def width(self, most: int) -> int:
+        """The columns for a drawing in characters: `most`, or fewer on a terminal that is narrower."""
+        return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
 
     def heading(self, text: str) -> None:
         """Print a line that opens a stage of a longer job."""
@@ -198,16 +222,19 @@ class Console:
         rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
         if out is not None:
             rows.append(("output", str(out)))
+        opening.clear()
         width = max((len(key) for key, _ in rows), default=0)
         for key, value in rows:
             sys.stdout.write(f"{key:<{width}}  {value}\n")
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout."""
+        opening.clear()
         sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
 
     def text(self, text: str) -> None:
         """Print text that is itself the result, such as a plot in characters."""
+        opening.clear()
         sys.stdout.write(text.rstrip("\n") + "\n")
 
     def table(self, rows: Sequence[Mapping[str, object]], title: str = "") -> None:
@@ -217,6 +244,7 @@ class Console:
         if sys.stdout.isatty():
             from .display import rich_table
 
+            opening.clear()
             rich_table(title, columns, cells)
             return
         widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]

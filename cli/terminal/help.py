@@ -10,9 +10,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+from gemma2.core.outputs.home import at_home, text_at_home
+
+from . import opening
+from .mistakes import check_words
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter, Parameter
@@ -46,6 +51,15 @@ def _section(title: str, rows: Sequence[Row]) -> Iterator[str]:
         yield from (" " * column + line for line in lines[1:])
 
 
+def _at_home(parameters: Sequence[Parameter], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a command line with `~` replaced in paths, also in those that are read as text."""
+    inputs = {part.name for part in parameters if getattr(part, "rich_help_panel", "") == "Inputs"} | {"config", "name"}
+    return {
+        name: text_at_home(value) if isinstance(value, str) and name in inputs else at_home(value)
+        for name, value in values.items()
+    }
+
+
 def _parameter_row(parameter: TyperArgument | TyperOption) -> Row:
     if isinstance(parameter, TyperArgument):
         return parameter.metavar or str(parameter.name).upper(), parameter.help or ""
@@ -65,6 +79,7 @@ def _sections(parameters: Iterable[Parameter]) -> dict[str, list[Row]]:
 
 def _head(ctx: Context, text: str | None) -> Iterator[str]:
     """Lines of the usage, then of the docstring with its paragraphs re-wrapped."""
+    opening.clear()
     yield f"{_bold('Usage:')} {ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}"
     for paragraph in (text or "").strip().split("\n\n"):
         yield ""
@@ -74,6 +89,12 @@ def _head(ctx: Context, text: str | None) -> Iterator[str]:
 
 class HelpCommand(TyperCommand):
     """A command whose page shows its options by panel."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        check_words(self, args)
+        rest = super().parse_args(ctx, args)
+        ctx.params = _at_home(self.params, ctx.params)
+        return rest
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         lines = list(_head(ctx, self.help))
@@ -86,7 +107,10 @@ class HelpGroup(TyperGroup):
     """A group whose page shows its commands by panel, then its options. Called without arguments, it shows the page."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args or self.invoke_without_command else ["--help"])
+        check_words(self, args)
+        rest = super().parse_args(ctx, args if args or self.invoke_without_command else ["--help"])
+        ctx.params = _at_home(self.params, ctx.params)
+        return rest
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         lines = list(_head(ctx, self.help))

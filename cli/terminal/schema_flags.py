@@ -12,11 +12,14 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.fields import REPEATED
 
-__all__ = ["Flags", "TypeForm", "field_option", "flag_type", "flags_of", "split_lists"]
+from .completion import items_of
+
+__all__ = ["Flags", "TypeForm", "field_option", "flag_type", "flags_of", "one_word", "split_lists"]
 
 LONGEST_DEFAULT = 40  # characters; the help does not show a longer default
 
@@ -72,10 +75,15 @@ def _default(field: FieldInfo) -> Iterator[str]:
 
 
 def _choices(field: FieldInfo) -> Iterator[str]:
-    """The allowed items of a list, if they are restricted; for a single value the metavar shows them."""
-    for item in get_args(field.annotation):
-        if get_origin(field.annotation) is tuple and get_origin(item) is Literal:
-            yield "of " + ", ".join(get_args(item))
+    """The allowed items of a list as help text, if they are restricted; for a single value the metavar shows them."""
+    if items := _items(field):
+        yield "of " + ", ".join(items)
+
+
+def _items(field: FieldInfo) -> tuple[str, ...]:
+    """The allowed items of a list, if they are restricted."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
+    return next((get_args(item) for item in kinds if get_origin(item) is Literal), ())
 
 
 def _metavar(kind: object, is_list: bool) -> str | None:
@@ -99,6 +107,7 @@ def field_option(name: str, field: FieldInfo) -> Any:  # noqa: ANN401  # as type
         help=(field.description or "") + (f" [{facts}]" if facts else ""),
         show_default=False,
         rich_help_panel="Inputs" if _is_input(field) else "Settings",
+        autocompletion=items_of(choices) if (choices := _items(field)) else None,
     )
 
 
@@ -128,5 +137,20 @@ def split_lists(schema: type[Config], flags: Flags) -> Flags:
         if isinstance(value, list):  # a repeated flag; if it is not given, typer's version decides: empty or None
             split[name] = tuple(value) or None
         elif isinstance(value, str) and get_origin(schema.model_fields[name].annotation) is tuple:
+            if {int, float} & {*get_args(schema.model_fields[name].annotation)}:
+                value = one_word(f"--{name.replace('_', '-')}", value)
             split[name] = tuple(part.strip() for part in value.split(",") if part.strip())
     return split
+
+
+def one_word(flag: str, text: str) -> str:
+    """The numbers of a flag, without the brackets of a list. Raises UsageError if blanks alone separate them."""
+    inside = text.strip()
+    inside = inside[1:-1] if inside[:1] + inside[-1:] in ("[]", "()") else inside
+    parts = [part.split() for part in inside.split(",")]
+    if any(len(words) > 1 for words in parts):
+        items = ",".join(word for words in parts for word in words)
+        raise UsageError(
+            f"{flag} '{text}' has blanks between its items", f"separate them by commas: {flag} {items}", flag
+        )
+    return inside

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from gemma2.core.json_files import JsonMapping
 
+from . import opening
 from .console import Console
 
 __all__ = ["show_rows"]
@@ -61,6 +62,7 @@ def _coloured(rows: Sequence[JsonMapping]) -> None:
     from rich.console import Console as RichConsole
     from rich.text import Text
 
+    opening.clear()
     console = RichConsole(highlight=False)
     legend = Text("  ").join(Text(f" {name} ", style=STYLES[kind, target][0]) for name, kind, target in LEGEND)
     console.print(legend)

@@ -10,7 +10,7 @@ slice. Parameters that the method does not read have no effect there either: the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,19 @@ def is_mergekit(document: JsonMapping) -> bool:
 def mergekit_steps(documents: Sequence[JsonMapping], place: Place) -> list[Step]:
     """One step per document; the one without a name, of several, is called "final"."""
     several = len(documents) > 1
-    names = [check_name(document.get("name", "final"), place) if several else "" for document in documents]
-    for name in names:
-        if names.count(name) > 1:
-            raise place.wrong(f"has two merges named '{name}'", "name each by another 'name:'")
-    inside = Place(place.file, frozenset(names) - {""})
+    names = [
+        check_name(document.get("name", "final"), replace(place, document=number)) if several else ""
+        for number, document in enumerate(documents)
+    ]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise replace(place, document=number).wrong(
+                f"has two merges named '{name}'", "name each by another 'name:'"
+            )
+    inside = replace(place, names=frozenset(names) - {""})
     return [
-        _Document(document, Place(inside.file, inside.names, name)).step(name)
-        for name, document in zip(names, documents, strict=True)
+        _Document(document, replace(inside, key=name, document=number)).step(name)
+        for number, (name, document) in enumerate(zip(names, documents, strict=True))
     ]
 
 
@@ -131,7 +136,13 @@ class _Document:
             request = MergeRequest(**common, slices=slices)
         else:
             request = MergeRequest(**common, **self._settings(parts[0], base))
-        return Step(name=name, request=request, needs=needs_of(request, self.place.names), notes=tuple(self.notes))
+        return Step(
+            name=name,
+            request=request,
+            needs=needs_of(request, self.place.names),
+            notes=tuple(self.notes),
+            place=self.place,
+        )
 
     # --- models and slices ---
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.outputs.home import text_at_home
 from gemma2.core.outputs.safetensors_header import printable
-from gemma2.core.yaml_files import closest
+from gemma2.core.yaml_files import closest, given_by, place_of
 from gemma2.merging.methods.option import Option, OptionValue
 from gemma2.merging.methods.parameters import Number, Rule, Schedule
 
@@ -37,31 +38,48 @@ __all__ = [
 class Place:
     """A spot in a file, for messages and for finding what it names.
 
-    names  of the steps of the file
+    names     of the steps of the file
+    key       the spot as messages name it
+    keys      from the top of its YAML document
+    document  number of that document
+    sets      KEY=VALUE assignments that changed the file
     """
 
     file: Path
     names: frozenset[str] = frozenset()
     key: str = ""
+    keys: tuple[str | int, ...] = ()
+    document: int = 0
+    sets: tuple[str, ...] = ()
 
     def at(self, key: str | int) -> Place:
         """A key or an index below."""
         step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.key else key
-        return Place(self.file, self.names, f"{self.key}{step}")
+        return replace(self, key=f"{self.key}{step}", keys=(*self.keys, key))
+
+    def where(self, *, of_key: bool = False) -> str:
+        """`FILE:LINE:COLUMN`, or the `--set` that gave the value; of what is not a file, its name."""
+        given = given_by(self.sets, self.keys)
+        if given is not None:
+            return f"--set {given}"
+        return place_of(self.file, self.keys, self.document, of_key=of_key)
 
     def wrong(self, what: str, hint: str) -> UsageError:
         """The error of a value at this spot."""
-        return UsageError(f"{self.key or 'the file'} {what} in {self.file}", hint)
+        where = self.where()
+        return UsageError(f"{self.key or 'the file'} {what} in {where}", hint, where)
 
     def unknown(self, key: object, valid: Iterable[str]) -> UsageError:
         """Error for an unknown key."""
         spot = self.at(printable(str(key)))
-        return UsageError(f"unknown key '{spot.key}' in {self.file}", closest(str(key), valid))
+        where = replace(self, keys=(*self.keys, str(key))).where(of_key=True)
+        return UsageError(f"unknown key '{spot.key}' in {where}", closest(str(key), valid), where)
 
     def model(self, value: object) -> Path:
         """A directory, MODEL+ADAPTER, a hub id, or the name of a step."""
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(f"is {shown(value)}, not a model", "give a directory or a hub id")
+        value = text_at_home(value)
         if value in self.names or Path(value).exists() or (self.file.parent / value).exists():
             return Path(self._found(value))
         model, plus, adapter = value.rpartition("+")

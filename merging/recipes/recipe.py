@@ -42,11 +42,11 @@ def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None
         raise UsageError(f"--set is for one YAML document, {path} holds {len(documents)}", "change the file")
     documents = [apply_sets(document, changes) for document in documents]
     if any(is_mergekit(document) for document in documents):
-        steps = mergekit_steps(documents, Place(path))
+        steps = mergekit_steps(documents, Place(path, sets=changes))
     elif len(documents) > 1:
         raise UsageError(f"{path} holds {len(documents)} YAML documents", "name several merges below 'steps'")
     else:
-        steps = _own_steps(documents[0], Place(path))
+        steps = _own_steps(documents[0], Place(path, sets=changes))
     if threads is not None:
         steps = [replace(step, request=replace(step.request, threads=threads)) for step in steps]
     return Recipe(path=path, steps=_ordered(steps, path))
@@ -62,7 +62,7 @@ def _own_steps(document: JsonMapping, place: Place) -> list[Step]:
     steps = document["steps"]
     if not isinstance(steps, dict) or not steps:
         raise place.at("steps").wrong(f"is {shown(steps)}", "write NAME: {method: ..., models: [...]}")
-    inside = Place(place.file, frozenset(map(str, steps)), "steps")
+    inside = replace(place, names=frozenset(map(str, steps))).at("steps")
     return [_step(check_name(name, inside), values, inside.at(name)) for name, values in steps.items()]
 
 
@@ -70,7 +70,7 @@ def _step(name: str, values: object, place: Place) -> Step:
     if not isinstance(values, dict):
         raise place.wrong(f"is {shown(values)}", "write {method: ..., models: [...]}")
     request = MergeRequest(**_fields(values, place))
-    return Step(name=name, request=request, needs=needs_of(request, place.names))
+    return Step(name=name, request=request, needs=needs_of(request, place.names), place=place)
 
 
 def _ordered(steps: list[Step], path: Path) -> tuple[Step, ...]:
@@ -86,9 +86,9 @@ def _ordered(steps: list[Step], path: Path) -> tuple[Step, ...]:
     for step in ordered:
         for name in step.needs:
             if len(by_name[name].request.etas) > 1:
-                raise UsageError(
-                    f"step '{step.name}' of {path} takes '{name}', which has several outputs", f"give {name} one eta"
-                )
+                where = step.place.where() if step.place else str(path)
+                what = f"step '{step.name}' takes '{name}', which has several outputs, in {where}"
+                raise UsageError(what, f"give {name} one eta", where)
     return ordered
 
 

@@ -18,7 +18,6 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.core.yaml_files import closest
 from gemma2.merging.engine import MergeResult, merge
 from gemma2.merging.methods.request import MergeRequest
-from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.plan.merge_plan import MergePlan, plan_merge
 
 from .step import Recipe, Step
@@ -51,7 +50,7 @@ def plan_recipe(recipe: Recipe, out: Path, force: bool = False) -> tuple[PlacedS
     Raises UsageError, InputError or OutputError.
     """
     names = {step.name for step in recipe.steps}
-    requests = [check_request(_placed(step, names, out)) for step in recipe.steps]
+    requests = [step.checked(_placed(step, names, out)) for step in recipe.steps]
     places = [out / step.name if step.name else out for step in recipe.steps]
     used = [path for step in recipe.steps for path in _inputs(step.request)]
     outside = {f"input {index + 1}": path for index, path in enumerate(used) if str(path) not in names}
@@ -107,4 +106,18 @@ def _check_inputs(recipe: Recipe, paths: Iterable[Path]) -> None:
         if not path.exists() and not is_hub_id(path):
             hint = closest(str(path), names) if names else "check the path"
             kinds = "a step, a directory or a hub id" if names else "a directory or a hub id"
-            raise InputError(f"{recipe.path} names {path}, which is not {kinds}", hint)
+            where = _place_of(recipe, path)
+            raise InputError(f"{where} names {path}, which is not {kinds}", hint, where)
+
+
+def _place_of(recipe: Recipe, path: Path) -> str:
+    """Where a file names a model."""
+    for step in recipe.steps:
+        named: list[tuple[Path, tuple[str | int, ...]]] = [
+            (model, ("models", index)) for index, model in enumerate(step.request.models)
+        ]
+        named += [(step.request.base, ("base",))] if step.request.base else []
+        for model, keys in named:
+            if step.place is not None and str(path) in (str(model), *str(model).split("+")):
+                return replace(step.place, keys=(*step.place.keys, *keys)).where()
+    return str(recipe.path)

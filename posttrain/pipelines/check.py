@@ -7,8 +7,7 @@ makes has the properties that are promised -> what is complete, what will run ->
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def check_pipeline(
             promised[stage.out] = Promise(stage.kind.makes)
             found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
             continue
-        with _named(stage):
+        with stage.located():
             config = located(config, places)
             check_merge(config, places)
             models = checks.inputs(config)
@@ -134,21 +133,10 @@ def check_pipeline(
             _check_taken(stage, found, within | dropped)
         standing = _stand(stage, config, found, within, force)
         if contents and standing.action not in ("skip", "left out"):
-            with _named(stage):
+            with stage.located():
                 checks.contents(config, models)
         found[stage.name] = replace(standing, work=estimate(config, sources))
     return PipelinePlan(found, free_disk(pipeline.root))
-
-
-@contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Put the name of a stage in front of its errors."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"stages.{stage.name}: {error.what}", error.hint) from error
-    except InputError as error:
-        raise InputError(f"stages.{stage.name}: {error.what}", error.hint) from error
 
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:

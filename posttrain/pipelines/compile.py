@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
@@ -16,11 +17,11 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
-from gemma2.posttrain.schemas.config import Config, apply_sets, closest, load_yaml, validated
+from gemma2.posttrain.schemas.config import Config, ValueSource, apply_sets, closest, load_yaml, validated
 from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
 
 from .references import lookup, parse_condition, references, replaced, texts
@@ -45,6 +46,7 @@ class Stage:
     when: str | None = None
     retries: int = 0
     resources: Resources = field(default_factory=Resources)
+    source: ValueSource = field(default_factory=ValueSource, compare=False)
 
     @property
     def kind(self) -> Command:
@@ -59,7 +61,19 @@ class Stage:
     def config(self, options: JsonMapping | None = None) -> Config:
         """The validated configuration. Raises UsageError that names the stage and the key."""
         values = dict(self.options if options is None else options)
-        return validated(self.kind.schema, with_method(self.command, values), section=f"stages.{self.name}.options")
+        source = self.source.below("stages", self.name, "options")
+        return validated(self.kind.schema, with_method(self.command, values), source)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Name the stage, and the place of the option that an error names (`--model x is ...`), in the error."""
+        try:
+            yield
+        except (UsageError, InputError) as error:
+            named = (word[2:].replace("-", "_") for word in error.what.split() if word.startswith("--"))
+            keys = ("options", option) if (option := next(named, None)) in self.options else ()
+            with self.source.located("stages", self.name, *keys, prefix=f"stages.{self.name}: "):
+                raise type(error)(error.what, error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -108,9 +122,10 @@ def read_pipeline(path: Path, sets: Iterable[str] = ()) -> PipelineFile:
     document = load_yaml(path)
     stages = document.get("stages")
     if not stages:
-        raise UsageError(f"{path} has no stages", "write stages: {NAME: {command: ..., options: {...}}}")
+        raise UsageError(f"{path} has no stages", "write stages: {NAME: {command: ..., options: {...}}}", str(path))
     names = stages if isinstance(stages, dict) else {}
-    return validated(PipelineFile, apply_sets(document, (_in_full(item, names) for item in sets)), file=path)
+    source = ValueSource(path, tuple(_in_full(item, names) for item in sets))
+    return validated(PipelineFile, apply_sets(document, source.sets), source).read_from(source)
 
 
 def _in_full(item: str, stages: JsonMapping) -> str:
@@ -124,12 +139,15 @@ def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:
 
     Raises UsageError for a name, command, option, reference or cycle that is wrong, naming the stage.
     """
-    drafts, copies = _copies(dict(_with_vars(file)))
-    drafts, made = _with_warp(drafts)
-    _check_places(drafts)
-    maker = _Maker(root, drafts, copies, {**copies, **made}, file.resources)
+    source = file.source
+    drafts, copies = _copies(dict(_with_vars(file)), source)
+    drafts, made = _with_warp(drafts, source)
+    with source.located("stages"):
+        _check_places(drafts)
+    maker = _Maker(root, drafts, copies, {**copies, **made}, file.resources, source)
     stages = {name: maker.stage(name) for name in drafts}
-    order = _ordered(stages)
+    with source.located("stages"):
+        order = _ordered(stages)
     return Pipeline(root, file, {name: stages[name] for name in order}, {**copies, **made})
 
 
@@ -142,28 +160,34 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
         value = lookup(file.vars, name.split(".")[1:], name)
         for place, text in texts(value, name):
             if references(text):
-                raise UsageError(f"{place} = {text!r}: the value of a variable cannot be a reference", "write it out")
+                what = f"{place} = {text!r}: the value of a variable cannot be a reference"
+                raise file.source.wrong(what, "write it out", *name.split("."))
         return value
 
     for name, stage in file.stages.items():
-        _check_name(name)
+        _check_name(name, file.source)
         if stage.command not in COMMANDS:
-            raise UsageError(f"stages.{name}: unknown command '{stage.command}'", closest(stage.command, COMMANDS))
+            what = f"stages.{name}: unknown command '{stage.command}'"
+            raise file.source.wrong(what, closest(stage.command, COMMANDS), "stages", name, "command")
         values = stage.model_dump()
-        changed = {key: replaced(values[key], of) for key in ("options", "matrix")}
-        when = None if stage.when is None else str(replaced(stage.when, of))
+        changed: JsonObject = {"options": {}, "matrix": {}}
+        for section, options in changed.items():
+            for option, value in values[section].items():
+                with file.source.located("stages", name, section, option):
+                    options[option] = replaced(value, of)
+        with file.source.located("stages", name, "when"):
+            when = None if stage.when is None else str(replaced(stage.when, of))
         yield name, stage.model_copy(update={**changed, "when": when})
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, source: ValueSource) -> None:
     """Refuse a text that is not a folder's name, or that would be read as another reference."""
     long = any(len(part.encode()) > LONGEST_NAME for part in name.split("/"))
     taken = name.partition("/")[0] in RESERVED or name.startswith(("vars.", "matrix.")) or ".summary." in name
     if long or taken or not re.fullmatch(STAGE_NAME, name):
-        raise UsageError(
-            f"'{name[:LONGEST_NAME]}' cannot be the name of a stage",
-            "use letters, digits, _ . - and / between them; not 'logs', 'vars' or a file of the pipeline's folder",
-        )
+        what = f"'{name[:LONGEST_NAME]}' cannot be the name of a stage"
+        hint = "use letters, digits, _ . - and / between them; not 'logs', 'vars' or a file of the pipeline's folder"
+        raise source.wrong(what, hint, "stages", name, of_key=True)
 
 
 def _check_places(names: Iterable[str]) -> None:
@@ -175,7 +199,9 @@ def _check_places(names: Iterable[str]) -> None:
                 raise UsageError(f"stages.{name} would lie in the output of {outer}", "rename one of them")
 
 
-def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
+def _copies(
+    drafts: Mapping[str, StageFile], source: ValueSource
+) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
     """Every matrix as copies of its stage, and the names of the copies."""
     found: dict[str, StageFile] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -186,14 +212,16 @@ def _copies(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict
         copies = {}
         for values in product(*draft.matrix.values()):
             chosen = dict(zip(draft.matrix, values, strict=True))
-            copies[f"{name}/{_label(chosen, draft.matrix)}"] = _copy(name, draft, chosen)
+            with source.located("stages", name, "matrix"):
+                copies[f"{name}/{_label(chosen, draft.matrix)}"] = _copy(name, draft, chosen)
         total = len(list(product(*draft.matrix.values())))
         if len(copies) < total:
-            raise UsageError(f"stages.{name}.matrix gives copies with equal names", "give values that differ in text")
+            what = f"stages.{name}.matrix gives copies with equal names"
+            raise source.wrong(what, "give values that differ in text", "stages", name, "matrix")
         groups[name] = tuple(copies)
         found |= copies
     for name in found.keys() & groups.keys():
-        raise UsageError(f"stages.{name}: two stages have this name", "rename one")
+        raise source.wrong(f"stages.{name}: two stages have this name", "rename one", "stages", name, of_key=True)
     return found, groups
 
 
@@ -233,7 +261,9 @@ def _copy(name: str, draft: StageFile, chosen: JsonMapping) -> StageFile:
     return draft.model_copy(update={"options": options, "matrix": {}, "when": when})
 
 
-def _with_warp(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
+def _with_warp(
+    drafts: Mapping[str, StageFile], source: ValueSource
+) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
     """Every `command: warp` as the stages of Algorithm 1, and their names."""
     found: dict[str, StageFile] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -242,12 +272,13 @@ def _with_warp(drafts: Mapping[str, StageFile]) -> tuple[dict[str, StageFile], d
             found[name] = draft
             continue
         if any(".summary." in reference for _, text in texts(draft.options) for reference in references(text)):
-            raise UsageError(f"stages.{name}: warp takes no ${{STAGE.summary...}}", "its stages must be known at once")
+            what = f"stages.{name}: warp takes no ${{STAGE.summary...}}"
+            raise source.wrong(what, "its stages must be known at once", "stages", name, "options")
         for option in {"jobs", "executor"} & draft.options.keys():
-            raise UsageError(
-                f"stages.{name}.options.{option} is for a whole pipeline", f"drop it; give --{option} to the run"
-            )
-        config = validated(WarpConfig, draft.options, section=f"stages.{name}.options")
+            what = f"stages.{name}.options.{option} is for a whole pipeline"
+            hint = f"drop it; give --{option} to the run"
+            raise source.wrong(what, hint, "stages", name, "options", option, of_key=True)
+        config = validated(WarpConfig, draft.options, source.below("stages", name, "options"))
         made = {
             f"{name}/{inner}": stage.model_copy(
                 update={
@@ -299,18 +330,23 @@ class _Maker:
     copies: Mapping[str, tuple[str, ...]]
     groups: Mapping[str, tuple[str, ...]]
     shared: Resources
+    source: ValueSource
 
     def stage(self, name: str) -> Stage:
         draft = self.drafts[name]
         needs: set[str] = set()
         for place, text in [*texts(draft.options, "options"), *texts(draft.when or "", "when")]:
+            keys = [int(key) if key.isdigit() else key for key in place.split(".")]
             for reference in references(text):
                 rest = text.partition(f"${{{reference}}}")[2]
-                needs |= self._needed(reference, rest, f"stages.{name}.{place}")
-        for other in draft.after:
-            needs |= self._members(other, f"stages.{name}.after")
+                with self.source.located("stages", name, *keys):
+                    needs |= self._needed(reference, rest, f"stages.{name}.{place}")
+        for number, other in enumerate(draft.after):
+            with self.source.located("stages", name, "after", number):
+                needs |= self._members(other, f"stages.{name}.after")
         if draft.when is not None:
-            parse_condition(draft.when)
+            with self.source.located("stages", name, "when"):
+                parse_condition(draft.when)
         return Stage(
             name=name,
             command=draft.command,
@@ -320,6 +356,7 @@ class _Maker:
             when=draft.when,
             retries=draft.retries,
             resources=_over(self.shared, draft.resources),
+            source=self.source,
         )
 
     def _out(self, reference: str) -> object:

@@ -13,10 +13,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.home import at_home, text_at_home
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
-__all__ = ["Config", "apply_sets", "closest", "is_given", "load_yaml", "parse_value", "resolve", "to_yaml", "validated"]
+from .messages import ValueSource, explained
+
+__all__ = [
+    "Config",
+    "ValueSource",
+    "apply_sets",
+    "closest",
+    "is_given",
+    "load_yaml",
+    "parse_value",
+    "resolve",
+    "to_yaml",
+    "validated",
+]
 
 
 class Config(BaseModel):
@@ -28,6 +42,7 @@ class Config(BaseModel):
     )
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that affect speed or price, not the result
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that the command's words give, not flags
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset()  # fields of text that may be paths
 
     @field_validator("*", mode="before")
     @classmethod
@@ -37,7 +52,17 @@ class Config(BaseModel):
             field = cls.model_fields[info.field_name]
             kinds = (field.annotation, *get_args(field.annotation))
             if Path in kinds or (type(None) in kinds and field.default is None):
-                raise ValueError("is empty, which is not a value here (leave it out)")
+                raise ValueError("is empty, which is not a value here; leave it out")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_is_expanded(cls, value: object, info: ValidationInfo) -> object:
+        """Replace `~` in every path."""
+        name = info.field_name or ""
+        field = cls.model_fields[name]
+        if Path in (field.annotation, *get_args(field.annotation)) or name in cls.PATHS_AS_TEXT:
+            return _at_home(value)
         return value
 
     def recorded(self) -> JsonObject:
@@ -46,6 +71,14 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _at_home(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    return text_at_home(value) if isinstance(value, str) else at_home(value)
 
 
 def is_given(value: object) -> bool:
@@ -75,63 +108,20 @@ def resolve(
     file: Path | None = None,
     sets: Iterable[str] = (),
     flags: JsonMapping | None = None,
-    section: str = "",
 ) -> C:
     """Merge recipe, `--set` and flags (None = not given), validate, and return the frozen configuration.
 
-    section  place of the values in a larger recipe, for the error messages
-
-    Raises UsageError that names the key, the value, its bounds and the file.
+    Raises UsageError that names the key, the value, what is wrong, and the flag, `--set` or line that gave it.
     """
-    values = apply_sets(load_yaml(file) if file else {}, sets)
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
-    return validated(schema, values, file=file, section=section)
+    sets = tuple(sets)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    values = apply_sets(load_yaml(file) if file else {}, sets) | given
+    return validated(schema, values, ValueSource(file, sets, frozenset(given)))
 
 
-def validated(schema: type[C], values: JsonMapping, *, file: Path | None = None, section: str = "") -> C:
+def validated(schema: type[C], values: JsonMapping, source: ValueSource | None = None) -> C:
     """Return the frozen configuration of these values. Raises UsageError like `resolve`."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UsageError(*_explain(schema, error, file, section)) from error
-
-
-def _explain(schema: type[Config], error: ValidationError, file: Path | None, section: str) -> tuple[str, str]:
-    """Return (what, hint) for the first problem of a pydantic report, with the number of the others."""
-    # A mistyped key also causes a "missing" error: the typo is the cause, so it is named first.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]
-    key = ".".join([*filter(None, [section]), *map(str, first["loc"])]) or "configuration"
-    where = f" in {file}" if file else ""
-    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{where}{more}", closest(
-            str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1])
-        )
-    if first["type"] == "missing":
-        flag = "" if section else f"give --{key.replace('_', '-')} or "  # a section of a larger recipe has no flags
-        return f"'{key}' is missing{where}{more}", f"{flag}set it in the recipe"
-    if first["loc"] and first["loc"][-1] == "[key]":  # YAML reads 1, on and no as a number and booleans
-        place = key.removesuffix(".[key]")
-        return f"the name '{place}'{where} is read as {first['input']!r}{more}", "put it in quotes"
-    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-    if not first["loc"] and not section:  # options that contradict each other: the message is "what; hint"
-        what, _, hint = message.partition("; ")
-        return f"{what}{where}{more}", hint or "see --help for the allowed values"
-    given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
-    field = schema.model_fields.get(str(first["loc"][0])) if first["loc"] else None
-    if first["type"] == "string_pattern_mismatch" and field is not None:  # the description is clearer than the pattern
-        return f"'{key}'{given}{where} does not fit{more}", str(field.description)
-    return f"'{key}'{given}{where}: {message[:1].lower()}{message[1:]}{more}", "see --help for the allowed values"
-
-
-def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys at a place inside a schema."""
-    current = schema
-    for part in location:
-        field = current.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        current = inner
-    return list(current.model_fields)
+        raise explained(schema, error.errors(), source or ValueSource()) from error

@@ -59,6 +59,7 @@ class TrainingFields(Config):
     """Settings of every training command."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"report_to"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"trainer"})
 
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")

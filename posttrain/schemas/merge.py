@@ -15,7 +15,7 @@ from gemma2.merging.methods.table import METHODS
 from gemma2.merging.recipes.place import Place, is_rules, read_option
 from gemma2.merging.recipes.recipe import read_slices
 
-from .config import Config
+from .config import Config, closest
 
 __all__ = ["MergeConfig"]
 
@@ -26,6 +26,7 @@ class _MergeStage(Config):
     """`gemma2 merge METHOD` inside a pipeline; the names are those of its flags, the values those of a merge file."""
 
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset({"method", "models"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
 
     method: str = Field(description="merge method: the second word of the command")
     models: tuple[Path, ...] = Field(min_length=1, description="model directories or hub ids; their order counts")
@@ -39,7 +40,7 @@ class _MergeStage(Config):
     @classmethod
     def _is_in_the_table(cls, value: str) -> str:
         if value not in METHODS:
-            raise ValueError(f"choose one of {', '.join(METHODS)}")
+            raise ValueError(f"is not a merge method; {closest(value, METHODS)}")
         return value
 
     @model_validator(mode="after")
@@ -47,7 +48,7 @@ class _MergeStage(Config):
         try:
             check_chosen(self.request())
         except UsageError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error).replace(f" in {STAGE}", "")) from error
         return self
 
     def request(self) -> MergeRequest:
@@ -83,7 +84,7 @@ def _field(option: Option) -> tuple[Any, Any]:
             try:
                 read_option(option, _as_in_a_file(value), Place(STAGE, key=option.name))
             except UsageError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(str(error).replace(f" in {STAGE}", "")) from error
         return _plain(value) if option.kind == "number" else value
 
     initial = () if option.per else option.initial

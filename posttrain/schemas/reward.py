@@ -108,6 +108,7 @@ class PairsConfig(SamplingFields, RowFields):
     """Preference pairs: n samples per prompt of a model, ranked by a judge."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"judge_concurrency", "judge_key_env"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"judge"})
 
     model: Model
     prompts: Data

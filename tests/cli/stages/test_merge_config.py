@@ -158,10 +158,10 @@ MISTAKES = {
     "merge --config merge.yaml --out a": (1, "overlap"),
     "merge --config merge.yaml --out out --set wights=1": (
         2,
-        "unknown key 'wights' in merge.yaml; did you mean 'weights'",
+        "unknown key 'wights' in --set wights=1; did you mean 'weights'",
     ),
-    "merge --config merge.yaml --out out --set weights=[1]": (2, "1 weights for 2 models; give one per model"),
-    "merge --config merge.yaml --out out --set base=gone": (2, "does not take --base"),
+    "merge --config merge.yaml --out out --set weights=[1]": (2, "1 weights for 2 models in --set weights=[1]; give"),
+    "merge --config merge.yaml --out out --set base=gone": (2, "does not take base in --set base=gone"),
     "merge --config merge.yaml --out out --set models=[a,gone]": (
         1,
         "names gone, which is not a directory or a hub id",

@@ -144,9 +144,9 @@ def test_config_takes_the_name_of_a_recipe_of_the_package(resolved, tmp_path, mo
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--set", "epohcs=3"], "unknown key 'epohcs'; did you mean 'epochs'"),
-        (["--epochs", "0"], "'epochs' = 0.0: input should be greater than 0"),
-        (["--set", "trainer=3"], "'trainer' = 3: input should be a valid dictionary"),
+        (["--set", "epohcs=3"], "unknown key 'epohcs' in --set epohcs=3; did you mean 'epochs'"),
+        (["--epochs", "0"], "--epochs 0.0 is not above 0; give a number >0"),
+        (["--set", "trainer=3"], "'trainer' = 3 in --set trainer=3 is not a mapping"),
     ],
 )
 def test_a_wrong_value_is_a_usage_error(words, said):

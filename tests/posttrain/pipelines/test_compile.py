@@ -122,7 +122,7 @@ def test_a_value_of_a_matrix_can_name_the_copy_of_another_stage(tmp_path):
         ({"a": stage(when="${b.summary.x}")}, "no stage is called 'b'"),
         ({"a": stage(when="yes")}, "not a comparison"),
         ({"a": {"commnd": "make"}}, r"unknown key 'stages\.a\.commnd'"),
-        ({}, "at least 1 item"),
+        ({}, "'stages' holds too few items; give 1 or more"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path, stages, said):

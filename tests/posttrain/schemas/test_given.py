@@ -128,6 +128,6 @@ def test_no_code_looks_for_a_value_among_some_that_0_equals():
     ],
 )
 def test_an_empty_text_is_not_the_working_directory_and_not_left_out(schema, name):
-    with pytest.raises(UsageError, match=f"'{name}' = '': is empty"):
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} '' is empty, .*; leave it out$"):
         resolve(schema, flags=_required(schema) | {name: ""})
     assert resolve(FilterConfig, flags={"data": "d", "phone_region": ""}).phone_region == ""

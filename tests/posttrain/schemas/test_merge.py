@@ -48,10 +48,10 @@ def test_a_stage_has_a_field_for_every_option_and_no_other():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"t": "fast"}, "'t' = 'fast': t is 'fast', not a number in the stage; give a number"),
-        ({"t": {"layer": [0, 1]}}, "unknown key 't.layer' in the stage; did you mean 'layers'?"),
+        ({"t": "fast"}, "--t 'fast': t is 'fast', not a number; give a number"),
+        ({"t": {"layer": [0, 1]}}, "unknown key 't.layer'; did you mean 'layers'?"),
         ({"t": 0.5, "tt": 1}, "unknown key 'tt'; did you mean 't'?"),
-        ({"method": "slerpp"}, "'method' = 'slerpp': choose one of slerp, "),
+        ({"method": "slerpp"}, "--method 'slerpp' is not a merge method; did you mean 'slerp'?"),
         ({"method": "ema", "base": None}, "merge ema needs --decay or --uniform, and not both"),
         ({"slices": [{"sources": [{"model": "x", "layers": [0, 1]}]}]}, "x is neither one of the models nor the base"),
     ],

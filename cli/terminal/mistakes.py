@@ -1,0 +1,143 @@
+"""Command lines that cannot be parsed, explained in our words: what is wrong and what to write instead."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typer.core import TyperArgument, TyperOption
+
+from gemma2.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from typer._click import Command, Context
+    from typer.exceptions import TyperException
+
+__all__ = ["UsageProblem", "check_words", "explain"]
+
+ITEMS = "A,B,..."  # metavar of a flag that takes several values, separated by commas
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?,?")
+
+
+class UsageProblem(UsageError):
+    """A command line that cannot be parsed."""
+
+    def __init__(self, what: str, hint: str = "", page: str = "") -> None:
+        super().__init__(what, hint or (f"see {page}" if page else ""), page.removesuffix(" --help"))
+        self.text = f"{what} (see {page})" if page and not hint else f"{what}; {hint}" if hint else what
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Given:
+    """An option of a command line with its value, and the words after it that belong to nothing."""
+
+    option: TyperOption
+    value: str
+    loose: tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        return str(max(self.option.opts, key=len))
+
+
+def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
+    """The problem of a command line that the parser refused."""
+    context: Context | None = getattr(error, "ctx", None)
+    page = f"{getattr(context, 'command_path', 'gemma2')} --help"
+    value = _of_value(error)
+    if value is not None:
+        return UsageProblem(*value, page)
+    text = error.format_message()
+    if context is not None and ("unexpected extra argument" in text or "No such command" in text):
+        found = next((given for given in _given(context.command, words) if given.loose), None)
+        if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
+            return UsageProblem(*_several(found), page)
+    return UsageProblem(text, "", page)
+
+
+def _of_value(error: TyperException) -> tuple[str, str] | None:
+    """(what, fix) of a value that is not of its flag's type; None for another problem."""
+    parameter = getattr(error, "param", None)
+    report = getattr(error.__cause__, "errors", None)
+    if parameter is None or report is None:
+        return None
+    from gemma2.posttrain.schemas.messages import reworded
+
+    problem = report()[0]
+    name = max(parameter.opts, key=len) if isinstance(parameter, TyperOption) else parameter.metavar or parameter.name
+    given = f" {shlex.quote(problem['input'])}" if isinstance(problem["input"], str) else ""
+    if problem["type"] == "value_error":  # a choice; the text is typer's: `'x' is not one of 'a', 'b'.`
+        listed = str(problem["msg"]).partition(" is not one of ")[2].rstrip(".")
+        choices = re.findall(r"'([^']*)'", listed)
+        problem = {**problem, "type": "literal_error", "ctx": {"expected": listed}} if choices else problem
+    what, hint = reworded(problem)
+    return f"{name}{given} {what}", hint
+
+
+def check_words(command: Command, words: Sequence[str]) -> None:
+    """Refuse a list whose items are separate words or repeated flags, where the parser would lose or misplace some.
+
+    A command that takes any number of models would read `--weights 0.4 0.6` as a model called 0.6.
+    """
+    several = any(isinstance(part, TyperArgument) and part.nargs == -1 for part in command.params)
+    seen: dict[str, Given] = {}
+    for given in _given(command, words):
+        loose = tuple(word for word in given.loose if NUMBER.fullmatch(word) and not Path(word).exists())
+        numeric = all(NUMBER.fullmatch(part) for part in given.value.split(",") if part)
+        if several and loose and loose == given.loose[: len(loose)] and numeric and _takes_items(given):
+            raise UsageProblem(*_several(Given(given.option, given.value, loose)))
+        before = seen.setdefault(given.flag, given)
+        if before is not given and _takes_items(given):
+            raise UsageProblem(
+                *_several(Given(given.option, before.value, (given.value,)), f"{given.flag} is given twice")
+            )
+
+
+def _takes_items(given: Given) -> bool:
+    return given.option.metavar == ITEMS and not given.option.multiple
+
+
+def _several(given: Given, what: str = "") -> tuple[str, str]:
+    """(what, fix) of an option that is followed by more words than it takes."""
+    items = [part for word in (given.value, *given.loose) for part in word.split(",") if part]
+    if _takes_items(given):
+        return (
+            what or f"{given.flag} takes one word, and '{given.loose[0]}' follows it",
+            f"separate the items by commas: {given.flag} {shlex.quote(','.join(items))}",
+        )
+    if given.option.multiple:
+        return (
+            f"{given.flag} takes one value, and '{given.loose[0]}' follows it",
+            f"repeat the flag: {' '.join(f'{given.flag} {shlex.quote(word)}' for word in (given.value, *given.loose))}",
+        )
+    return (
+        f"{given.flag} takes one value, and '{given.loose[0]}' follows it",
+        f"leave it out, or put a value with blanks in quotes: {given.flag} "
+        f"{shlex.quote(' '.join((given.value, *given.loose)))}",
+    )
+
+
+def _given(command: Command, words: Sequence[str]) -> Iterator[Given]:
+    """The options with a value in a command line, in their order."""
+    options = {name: part for part in command.params if isinstance(part, TyperOption) for name in part.opts}
+    place = 0
+    while place < len(words) and words[place] != "--":
+        name, equals, value = words[place].partition("=")
+        place += 1
+        option = options.get(name)
+        if option is None or option.is_flag:
+            continue
+        if not equals:
+            value = words[place] if place < len(words) else ""
+            place += 1
+        end = place
+        while end < len(words) and not words[end].startswith("-"):
+            end += 1
+        yield Given(option, value, tuple(words[place:end]))
