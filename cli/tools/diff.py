@@ -10,7 +10,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 
 if TYPE_CHECKING:
     from gemma2.merging.inspect.difference import Difference
@@ -82,6 +82,7 @@ def diff(
     ),
     plot: Path | None = Plot,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -97,13 +98,16 @@ def diff(
     from gemma2.merging.inputs.weight_files import check_folders
 
     check_folders({"model a": a, "model b": b} | ({"base": base} if base else {}))
-    from gemma2.merging.inspect.difference import diff_models
+    from gemma2.merging.inspect.difference import diff_models, plan_diff
 
     console = Console(as_json=as_json, quiet=quiet)
     if plot is not None:
         from gemma2.posttrain.reports.plots.heatmap import check_plot
 
         check_plot(plot, force)
+    if dry_run:
+        console.result({"plan": f"diff {a} {b}, no tensor was read", **plan_diff(a, b, base)})
+        return
     found = diff_models(a, b, base=base, granularity=granularity, threads=threads, progress=console)
     for line in found.notes:
         console.note(line)

@@ -8,7 +8,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 from gemma2.core.errors import OutputError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -27,6 +27,7 @@ def report(
     ),
     out: Path = Page,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -38,8 +39,12 @@ def report(
     \b
       gemma2 report quickstart --out report.html
     """
-    from gemma2.posttrain.reports.page import write_report
+    from gemma2.posttrain.reports.page import plan_report, write_report
 
     if out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    if dry_run:
+        plan = {"plan": f"report {directory} -> {out}, nothing was written", **plan_report(directory)}
+        Console(as_json=as_json, quiet=quiet).result(plan)
+        return
     Console(as_json=as_json, quiet=quiet).result({}, write_report(directory, out))

@@ -34,7 +34,7 @@ from gemma2.merging.streaming.group_report import FAR, NARROW, WIDE
 
 from .distances import Distances, Sums
 
-__all__ = ["Difference", "ModelDifference", "diff_models"]
+__all__ = ["Difference", "ModelDifference", "diff_models", "plan_diff"]
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,7 @@ def diff_models(
     Each is a directory, a hub id, or a LoRA adapter, whose model is the one that it records, else `base`.
     Raises InputError for models that cannot be compared, or that hold NaN or Inf.
     """
-    named = {"model a": a, "model b": b} | ({"base": base} if base else {})
-    models = [open_input(path, role, base) for role, path in named.items()]
-    for model in models:
-        check_model(model)
-    for other in models[1:]:
-        check_same_architecture(models[0], other)
-        check_same_tensors(models[0], other)
-    copies = tied_copies(models[0])
-    names = [name for name in models[0].tensors if name not in copies]
+    models, copies, names = _comparable(a, b, base)
     total = sum(model.tensors[name].nbytes for model in models for name in names)
     with (
         announced(progress.note),
@@ -149,6 +141,29 @@ def diff_models(
             task.advance(sum(model.tensors[name].nbytes for model in models))
     notes = tuple(_notes(models, copies))
     return ModelDifference(a=a, b=b, base=base, granularity=granularity, sums=sums, notes=notes)
+
+
+def plan_diff(a: Path, b: Path, base: Path | None = None) -> JsonObject:
+    """What a comparison would read, from headers alone. Raises InputError for models that cannot be compared."""
+    models, _, names = _comparable(a, b, base)
+    return {
+        "tensors": len(names),
+        "parameters": sum(models[0].tensors[name].count for name in names),
+        "bytes_to_read": sum(model.tensors[name].nbytes for model in models for name in names),
+    }
+
+
+def _comparable(a: Path, b: Path, base: Path | None) -> tuple[list[Checkpoint], Mapping[str, str], list[str]]:
+    """(models, tied copies, names of the tensors to compare)."""
+    named = {"model a": a, "model b": b} | ({"base": base} if base else {})
+    models = [open_input(path, role, base) for role, path in named.items()]
+    for model in models:
+        check_model(model)
+    for other in models[1:]:
+        check_same_architecture(models[0], other)
+        check_same_tensors(models[0], other)
+    copies = tied_copies(models[0])
+    return models, copies, [name for name in models[0].tensors if name not in copies]
 
 
 def _difference(group: str, parameters: int, squares: Sequence[float], largest: float, based: bool) -> Difference:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.text_file import write_text
 
 from . import family, headline, sections
 from .collect import Collected, collect
 from .plots.values import duration, number, short_hash
 
-__all__ = ["write_report"]
+__all__ = ["plan_report", "write_report"]
 
 HERE = Path(__file__).parent
 
@@ -26,6 +27,18 @@ def write_report(directory: Path, out: Path) -> Path:
     Raises InputError if `directory` holds no output of ours, OutputError if `out` cannot be written.
     """
     return write_text(out, render(collect(directory)))
+
+
+def plan_report(directory: Path) -> JsonObject:
+    """What the page about a directory would show, and what would be missing on it. Raises like `write_report`."""
+    found = collect(directory)
+    return {
+        "stages": len(found.stages),
+        "fronts": len(found.fronts),
+        "points": len(found.front.points),
+        "curves": len(found.curves),
+        "missing": list(found.gaps),
+    }
 
 
 def render(found: Collected) -> str:

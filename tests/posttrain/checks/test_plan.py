@@ -7,6 +7,7 @@ from light_model import light_model
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, OutputError
+from gemma2.core.outputs.manifest import write_manifest
 from gemma2.posttrain.checks import machine
 from gemma2.posttrain.checks import plan as plans
 from gemma2.posttrain.checks.machine import Memory
@@ -136,3 +137,28 @@ def test_a_container_may_have_less_than_its_machine(tmp_path, monkeypatch):
     assert machine.free_memory().free == GIB / 2**10 - 24 < whole
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_memory().free > GIB / 2**10
+
+
+# --- commands that only print -----------------------------------------------------------------------------------------
+
+
+def test_a_diff_is_planned_from_headers(place, capsys):
+    light_model(place / "b")
+    light_model(place / "wide", hidden=12)
+    assert invoke(["diff", str(place / "model"), str(place / "b"), "--dry-run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["tensors"], document["parameters"], document["bytes_to_read"]) == (2, 2408, 2 * 4 * 2408)
+    with pytest.raises(InputError, match="wide"):
+        invoke(["diff", str(place / "model"), str(place / "wide"), "--dry-run"])
+
+
+def test_a_report_is_planned_without_its_page(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "run").mkdir()
+    write_manifest(place / "run", {"schema_version": 1, "command": "generate", "status": "complete", "config": {}})
+    assert invoke(["report", "run", "--dry-run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["stages"], document["fronts"], document["curves"]) == (1, 0, 0)
+    assert not (place / "report.html").exists()
+    with pytest.raises(InputError, match="no output of a gemma2 command"):
+        invoke(["report", "model", "--dry-run"])
