@@ -61,8 +61,13 @@ class TrainingFields(Config):
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"report_to"})
 
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="linear warm-up, share of the optimizer steps; the first step has a rate above 0"
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="linear warm-up, optimizer steps, instead of --warmup-ratio"
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0: no clipping")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     log_every: int = Field(
         1, ge=1, description="optimizer steps between lines of metrics.jsonl; every checkpoint adds a line"
@@ -74,6 +79,14 @@ class TrainingFields(Config):
     trainer: JsonObject = Field(
         default_factory=dict, description="further options of the TRL trainer, under TRL's names"
     )
+
+    def check_warmup(self, steps: int) -> None:
+        """Raise ValueError, as "what; hint", for a warm-up that is as long as the training."""
+        if self.warmup_steps is not None and self.warmup_steps >= steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} of {steps} steps would never reach the learning rate; "
+                f"give --warmup-steps {steps - 1} or fewer, or more steps"
+            )
 
 
 class LoraFields(Config):

@@ -147,4 +147,8 @@ class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
     sft: Path | None = Field(None, description="policy that the reported KL is measured to; default: --policy")
     heldout: Path | None = Field(None, description="JSONL of evaluation prompts; default: a tenth of --prompts")
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
-    warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
+
+    @model_validator(mode="after")
+    def _warmup_is_shorter_than_the_run(self) -> RlhfConfig:
+        self.check_warmup(self.steps)
+        return self
