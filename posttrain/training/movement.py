@@ -8,12 +8,12 @@ tensor: a copy of the start would double the memory of the weights. Tensors that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import sqrt
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gemma2.core.rounding import relative_change
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 
@@ -39,11 +39,7 @@ class Movement:
             if name in self.start and (before := self.start[name]).shape == (after := _sample(parameter)).shape:
                 scale = parameter.numel() / max(before.numel(), 1)
                 pairs.append((_square(after - before) * scale, _square(before) * scale))
-        changed = [(moved, before) for moved, before in pairs if moved > 0]
-        size = sum(before for _, before in changed)
-        if not pairs or (changed and not size):
-            return None
-        return sqrt(sum(moved for moved, _ in changed) / size) if changed else 0.0
+        return relative_change(pairs)
 
 
 def _trained(model: Network) -> Iterator[tuple[str, Tensor]]:
