@@ -100,7 +100,7 @@ def test_every_link_to_a_file_leads_to_one(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory that looks like the one after `make quickstart`, with models that trained for an eighth of the time."""
+    """A directory like the one after `make quickstart`, with models that trained for an eighth of the time."""
     from gemma2.posttrain.tiny.networks import tiny_tokenizer
     from gemma2.posttrain.tiny.pretrain import RECIPES, pretrain
     from gemma2.posttrain.tiny.tasks import questions

@@ -36,7 +36,9 @@ class WarpConfig(TrainingFields, RlFields):
     patience: int = Field(
         0, ge=0, description="stop after this many iterations in a row without a better front; 0: never"
     )
-    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
+    learning_rate: float = Field(
+        1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
+    )
     judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
     compare: tuple[Path, ...] = Field((), description="further model directories to measure with the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")
