@@ -3,14 +3,19 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from commands import all_commands, parse
 from processes import ROOT
 
 from gemma2.cli.app import invoke
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.rounding import STILL
+from gemma2.merging.inspect.difference import diff_models
+
+pytestmark = pytest.mark.long
 
 PAGES = [path for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]]
 BLOCK = re.compile(
@@ -95,19 +100,17 @@ def test_every_link_to_a_file_leads_to_one(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory that looks like the one after `make quickstart`, with untrained models."""
-    from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
+    """A directory like the one after `make quickstart`, with models that trained for an eighth of the time."""
+    from gemma2.posttrain.tiny.networks import tiny_tokenizer
+    from gemma2.posttrain.tiny.pretrain import RECIPES, pretrain
     from gemma2.posttrain.tiny.tasks import questions
 
     root = tmp_path_factory.mktemp("readme")
     models = root / "quickstart" / "models"
-    for seed, name in enumerate(("student", "teacher")):
-        model = random_model(seed)
-        with torch.no_grad():
-            model.model.embed_tokens.weight[107] *= 6  # so that completions end
-        model.save_pretrained(models / name)
+    for name, recipe in RECIPES.items():
+        pretrain(replace(recipe, steps=recipe.steps // 8)).save_pretrained(models / name)
         tiny_tokenizer().save_pretrained(models / name)
-    for split, name, count in (("train", "prompts", 32), ("heldout", "heldout", 16)):
+    for split, name, count in (("train", "prompts", 200), ("heldout", "heldout", 32)):
         rows = questions(split, count, seed=0)
         (models / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -121,6 +124,35 @@ def run_block(text: str, capsys: pytest.CaptureFixture) -> None:
         assert capsys.readouterr().out, words
 
 
+def evaluations(run: Path) -> list[dict]:
+    """The measurements of an RL run on held-out prompts, from the start to the end."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("kind") == "eval"]
+
+
+def relative(a: Path, b: Path) -> float:
+    """|b - a| / |a| over all weights."""
+    found = diff_models(a, b).total.relative
+    return found or 0.0
+
+
+def check_that_training_trained(root: Path) -> None:
+    """README's policies left their start, gained reward, and differ from each other; so does every trained model."""
+    for name in ("policy-1", "policy-2"):
+        first, *_, last = evaluations(root / name)
+        assert last["kl"] > 0.05, name
+        assert last["reward"] > first["reward"], name
+    trained = [("quickstart/models/student", "sft"), ("sft", "distilled"), ("distilled", "policy-1")]
+    for before, after in [*trained, ("distilled", "policy-2"), ("policy-1", "policy-2"), ("policy-1", "slerp")]:
+        assert relative(root / before, root / after) > 10 * STILL, (before, after)
+    for name in ("sft", "distilled", "reward", "policy-1", "policy-2"):
+        assert read_manifest(root / name)["summary"]["weights_moved"] > 10 * STILL, name
+    assert read_manifest(root / "front")["summary"]["differs"]
+    angle = diff_models(root / "policy-1", root / "policy-2", base=root / "distilled").total.task_angle
+    assert angle is not None
+    assert 5 < angle < 175
+
+
 def marked() -> list[str]:
     return [text for kind, text in blocks(ROOT / "README.md") if kind == "tiny"]
 
@@ -129,6 +161,7 @@ def test_the_first_marked_block_runs_as_it_stands(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     for text in marked()[:1]:
         run_block(text, capsys)
+    check_that_training_trained(place)
 
 
 @pytest.mark.slow
@@ -138,3 +171,4 @@ def test_the_marked_blocks_run_one_after_the_other(place, monkeypatch, capsys):
     monkeypatch.chdir(place / "all")
     for text in marked():
         run_block(text, capsys)
+    assert read_manifest(place / "all" / "warp")["summary"]["differs"]

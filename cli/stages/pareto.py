@@ -24,7 +24,9 @@ def run(config: ParetoConfig, options: RunOptions, progress: Progress) -> RunRes
 
 
 def show(console: Console, out: Path, summary: JsonMapping) -> None:
-    """Print the front in characters, and the best point within each KL limit."""
+    """Print the front in characters, and the best point within each KL limit; nothing if no policy differs."""
+    if not summary["differs"]:  # a warning has said so
+        return
     from gemma2.posttrain.reports.plots.textplot import front_text
 
     points = json.loads((out / "front.json").read_text(encoding="utf-8"))["points"]

@@ -19,6 +19,7 @@ from typing import Literal
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.rounding import is_still, relative_change
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
 from gemma2.merging.inputs.compatibility import (
     check_model,
@@ -91,14 +92,25 @@ class ModelDifference:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Suspicious figures, one line each."""
-        return tuple(_judge(self.groups, self.total))
+        return tuple(_judge(self.groups, self.total, self.still))
+
+    @property
+    def still(self) -> Mapping[str, float]:
+        """Models whose change is rounding -> its relative size: a, b against the base; without a base b against a."""
+        places = {"model a": (4, 3), "model b": (5, 3)} if self.base else {"model b": (2, 0)}
+        found = {
+            name: relative_change((part.squares[moved], part.squares[start]) for part in self.sums.values())
+            for name, (moved, start) in places.items()
+        }
+        return {name: size for name, size in found.items() if size is not None and is_still(size)}
 
     def over(self, group: str, names: Sequence[str]) -> Difference:
-        """Return the row of any set of tensors as one group."""
+        """Return the row of any set of tensors as one group. The angle of task vectors that are rounding is None."""
         parts = [self.sums[name] for name in names]
         squares = [fsum(column) for column in zip(*(part.squares for part in parts), strict=True)]
         parameters, largest = sum(part.parameters for part in parts), max(part.largest for part in parts)
-        return _difference(group, parameters, squares, largest, self.base is not None)
+        row = _difference(group, parameters, squares, largest, self.base is not None)
+        return replace(row, task_cosine=None, task_angle=None) if self.base and self.still else row
 
     def as_dict(self) -> JsonObject:
         """Return the comparison for JSON."""
@@ -209,11 +221,16 @@ def _notes(models: Sequence[Checkpoint], copies: Mapping[str, str]) -> Iterator[
             yield error.what
 
 
-def _judge(groups: Sequence[Difference], total: Difference) -> Iterator[str]:
+def _judge(groups: Sequence[Difference], total: Difference, still: Mapping[str, float]) -> Iterator[str]:
     """Lines for `ModelDifference.warnings`."""
     if total.norm_difference == 0:
         yield f"the models are identical: all {total.parameters:,} parameters are equal"
         return
+    based = total.norm_base is not None
+    start, angles = ("the base", ", and no angle is shown") if based else ("model a", "")
+    for name, size in still.items():
+        if size:
+            yield f"{name} does not differ from {start}: its change is {size:.1g} of the norm, rounding{angles}"
     same = [group.group for group in groups if group.norm_difference == 0]
     if same:
         yield f"{len(same)} of {len(groups)} groups are identical, {same[0]} for one"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.json_files import JsonObject
+from gemma2.core.rounding import is_still, relative_change
 from gemma2.merging.methods.coefficients import angle_degrees, norm
 from gemma2.merging.methods.method import Mix
 
@@ -104,6 +105,7 @@ def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
         )
     if based and len({len(group.norms) for group in groups}) == 1:  # not with stacked layers of different models
         warnings += _far_models(groups)
+        warnings += _still_models(groups)
     if based and spherical:
         warnings += _odd_angles(groups)
     if spherical:
@@ -124,6 +126,18 @@ def _far_models(groups: Sequence[GroupReport]) -> list[str]:
                 "is the base its ancestor?"
             )
     return warnings
+
+
+def _still_models(groups: Sequence[GroupReport]) -> list[str]:
+    found = []
+    for model in range(len(groups[0].norms)):
+        size = relative_change((group.norms[model] ** 2, (group.base_norm or 0.0) ** 2) for group in groups)
+        if is_still(size):
+            found.append(
+                f"model {model + 1} does not differ from the base: its task vector is {size:.1g} of the base's norm, "
+                "rounding; train it further"
+            )
+    return found
 
 
 def _odd_angles(groups: Sequence[GroupReport]) -> list[str]:

@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
 from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import inputs_of
 from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, WarpConfig
+from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .data_rows import RowsFound
@@ -96,11 +97,14 @@ def batches(config: Config, rows: Sequence[RowsFound]) -> JsonObject:
     if isinstance(config, RlhfConfig | WarpConfig):
         samples = config.prompts_per_step * config.n
         found = {"sequences_per_step": samples, "micro_batch": config.micro_batch_size or samples}
-        steps = {"steps": config.steps} if isinstance(config, RlhfConfig) else {}
+        steps = {}
+        if isinstance(config, RlhfConfig):
+            steps = {"steps": config.steps, "warmup_steps": _warmup(config, config.steps)}
         return {"batch": found | {"new_tokens_per_step_at_most": samples * config.max_new_tokens} | steps}
     if isinstance(config, DistillConfig):
         micro = config.micro_batch_size or config.batch_size
-        return {"batch": {"sequences_per_step": config.batch_size, "micro_batch": micro, "steps": config.steps}}
+        steps = {"steps": config.steps, "warmup_steps": _warmup(config, config.steps)}
+        return {"batch": {"sequences_per_step": config.batch_size, "micro_batch": micro} | steps}
     return {}
 
 
@@ -118,7 +122,24 @@ def _supervised(config: SftConfig | RewardConfig, rows: Sequence[RowsFound]) -> 
     found: JsonObject = {"sequences_per_step": config.batch_size, "micro_batch": micro}
     if not math.isnan(mean):
         found["tokens_per_step_about"] = round(mean * sides * config.batch_size)
-    return {"batch": found | {"rows_trained_about": round(kept), "steps": steps}}
+    if not config.max_steps:
+        _check_warmup(config, max(1, math.ceil(math.ceil(total / config.batch_size) * config.epochs)))
+    return {
+        "batch": found | {"rows_trained_about": round(kept), "steps": steps, "warmup_steps": _warmup(config, steps)}
+    }
+
+
+def _warmup(config: TrainingFields, steps: int) -> int:
+    return math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
+
+
+def _check_warmup(config: TrainingFields, most: int) -> None:
+    """Raise UsageError for a warm-up that would not end in `most` steps, the number if no row were left out."""
+    try:
+        config.check_warmup(most)
+    except ValueError as error:
+        what, _, hint = str(error).partition("; ")
+        raise UsageError(what, hint) from error
 
 
 def _dropped(config: SftConfig | RewardConfig, found: RowsFound) -> float:

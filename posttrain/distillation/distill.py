@@ -79,10 +79,11 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
         train(trainer, run, callback)
+        figures = callback.summary(trainer.model)
         model = merged(trainer.model)
         model.generation_config.eos_token_id = setup.material.chat.stop_ids
         save_model(model, setup.material.chat.tokenizer, run.path)
-        return run.finish({"steps": trainer.state.global_step, **unread, **evaluation.summary()})
+        return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
 
 
 @dataclass(frozen=True)

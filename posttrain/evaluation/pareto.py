@@ -24,6 +24,7 @@ import torch
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.rounding import SAME_AS_START, differ, still_points
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
@@ -194,6 +195,7 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
         front = alike | build_front(entries, names, options.out, config)
         if config.fronts:
             front |= gain_of(entries, front, [entry.candidate.key in taken for entry in entries], config)
+        warn_of_rounding(front["points"], progress)
         write_front(run.path, front, entries, names)
         return run.finish(summarise(front))
 
@@ -238,14 +240,16 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
     ]
     marked = [point | {"on_front": flag} for point, flag in zip(points, pareto_front(points), strict=True)]
     reference = reference_of(points)
-    area = hypervolume(points, reference)
+    moved = differ(points)
+    area = hypervolume(points, reference) if moved else None
     limits = config.kl_limits or round_limits([point for point in points if point["kind"] != "base"])
     return {
         "points": [*marked, *drawn],
+        "differs": moved,
         "reference": dict(zip(("kl", "reward"), reference, strict=True)),
         "hypervolume": area,
         **interval_of("hypervolume", area, entries, [range(len(entries))], reference),
-        "best_at": best_table(points, limits),
+        "best_at": best_table(points, limits) if moved else [],
         "flat": 0,
     }
 
@@ -258,17 +262,17 @@ def reference_of(points: Sequence[JsonMapping]) -> tuple[float, float]:
 
 def interval_of(
     name: str,
-    estimate: float,
+    estimate: float | None,
     entries: Sequence[FrontEntry],
     groups: Sequence[Sequence[int]],
     reference: tuple[float, float],
 ) -> JsonObject:
     """`{name_low, name_high, bootstrap_resamples}` of the area of the first group less that of the second, if any.
 
-    None where one prompt cannot tell.
+    None where one prompt cannot tell, and without an estimate.
     """
     answers = answers_of(entries)
-    if answers.kl.shape[1] < 2:
+    if estimate is None or answers.kl.shape[1] < 2:
         return {f"{name}_low": None, f"{name}_high": None, "bootstrap_resamples": 0}
     areas = resampled_areas(answers, groups, reference)
     low, high = interval(estimate, areas[0] - areas[1] if len(groups) > 1 else areas[0])
@@ -285,24 +289,40 @@ def gain_of(
     reference = front["reference"]["kl"], front["reference"]["reward"]
     earlier = [i for i, before in enumerate(taken) if before]
     points = front["points"][: len(entries)]
-    area = hypervolume([points[i] for i in earlier], reference)
-    gain = front["hypervolume"] - area
+    area = hypervolume([points[i] for i in earlier], reference) if front["differs"] else None
+    gain = None if area is None else front["hypervolume"] - area
     found = interval_of("hypervolume_gain", gain, entries, [range(len(entries)), earlier], reference)
     improved = (found["hypervolume_gain_low"] or 0.0) > 0
     flat = 0 if improved else 1 + previous_flat(config.fronts)
     return {"hypervolume_before": area, "hypervolume_gain": gain, **found, "improved": improved, "flat": flat}
 
 
+def warn_of_rounding(points: Sequence[JsonMapping], progress: Progress) -> None:
+    """Say which policies are the start but for rounding: their rewards differ by chance."""
+    still = still_points(points)
+    if not differ(points):
+        largest = max(abs(point["kl"]) for point in still)
+        progress.warn(
+            f"{SAME_AS_START}: the largest KL is {largest:.1g} nats per sequence, so there is no front to draw; "
+            "train for more steps, or with a larger --learning-rate"
+        )
+        return
+    for point in still:
+        if point["kind"] in ("policy", "slerp", "liti"):
+            progress.warn(f"{point['name']} does not differ from the start: its KL is {abs(point['kl']):.1g} nats")
+
+
 def summarise(front: JsonMapping) -> JsonObject:
-    """The figures for the manifest and the screen."""
+    """The figures for the manifest and the screen; without a best point if none differs from the start."""
     measured = [point for point in front["points"] if point["kind"] != "trajectory"]
     best = max(measured, key=lambda point: (point["on_front"], point["reward"]))
     areas = {key: value for key, value in front.items() if key.startswith("hypervolume") or key == "improved"}
     return {
         "points": len(measured),
+        "differs": front["differs"],
         **areas,
         "reference": front["reference"],
         "flat": front["flat"],
-        "best": {key: best[key] for key in ("name", *FIGURES)},
+        "best": {key: best[key] for key in ("name", *FIGURES)} if front["differs"] else None,
         "best_at": front["best_at"],
     }

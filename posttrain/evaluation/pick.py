@@ -28,6 +28,7 @@ from gemma2.core.outputs.model_card import Account, code, table
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.merging import MergeRequest, merge
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
@@ -85,6 +86,8 @@ def run_pick(config: PickConfig, options: RunOptions, progress: Progress = SILEN
     check_output(options.out, options.force, {"front": config.front})
     front = read_front(config.front, "--front")
     point = choose(front["points"], config.pick)
+    if not differ(front["points"]):
+        progress.warn(f"{SAME_AS_START}: their rewards differ by chance, and so does the choice; train them further")
     models = place_of(point, config.front)
     for model in models:
         if not model.path.is_dir():
@@ -143,7 +146,9 @@ def figures_section(front: JsonMapping, point: Point, pick: str) -> tuple[tuple[
     else:
         parts.append("The chosen point is between the measured ones: its own reward and KL were not measured.")
     parts += _area(front)
-    if not pick.startswith("eta="):
+    if not differ(front["points"]):
+        parts.append(f"{SAME_AS_START.capitalize()}: their rewards differ by chance.")
+    elif not pick.startswith("eta="):
         parts.append(
             f"The point was chosen by {code(pick)} from the rewards of this front. Such a choice is optimistic: "
             "measured again, on other prompts, the reward of the chosen point is lower on average."

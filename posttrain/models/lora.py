@@ -52,7 +52,7 @@ def lora_config(config: LoraFields, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Lo
 
     return LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets) or "all-linear",
         task_type=task,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
@@ -52,7 +53,10 @@ def run_warp(
         from gemma2.posttrain.reports.page import write_report
 
         write_report(run.path, run.path / "report.html")
-        return run.finish(summarise(run.path))
+        found = summarise(run.path)
+        if not found["differs"]:
+            progress.warn(f"{SAME_AS_START}: there is no gain to report; raise --learning-rate or --steps")
+        return run.finish(found)
 
 
 def summarise(root: Path) -> JsonObject:
@@ -60,10 +64,11 @@ def summarise(root: Path) -> JsonObject:
     points = json.loads((root / "front" / "front.json").read_text(encoding="utf-8"))["points"]
     chosen = json.loads((root / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
     policies = [point for point in points if point["kind"] == "policy"]
-    best = max(policies, key=lambda point: point["reward"], default=None)
+    moved = differ(points)
+    best = max(policies, key=lambda point: point["reward"], default=None) if moved else None
     single = {f"best_policy{key}": best[name] for key, name in NAMES.items()} if best else {}
     figures = ("eta", "iteration", "reward", "reward_se", "kl", "kl_se")
-    return {"model": "model", **{key: chosen[key] for key in figures if key in chosen}, **single}
+    return {"model": "model", "differs": moved, **{key: chosen[key] for key in figures if key in chosen}, **single}
 
 
 NAMES = {"": "name", "_reward": "reward", "_kl": "kl"}

@@ -38,6 +38,7 @@ from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.training.trainer import trainer_arguments
 from gemma2.posttrain.training.trainer_options import REWARD
+from gemma2.posttrain.training.warmup import check_warmup, total_steps
 
 from .pair_examples import PairIds, to_dataset
 from .states import all_positions, embed, last_position
@@ -212,7 +213,7 @@ def make_trainer(
     with warnings.catch_warnings():
         # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
         warnings.simplefilter("ignore", FutureWarning)
-        return PairTrainer(
+        trainer = PairTrainer(
             model=model,
             args=TrlRewardConfig(**arguments, disable_dropout=False),
             train_dataset=to_dataset(pairs),
@@ -221,3 +222,5 @@ def make_trainer(
             centring=config.center_coefficient,
             dropout=config.dropout,
         )
+    check_warmup(config, total_steps(trainer, len(pairs)))
+    return trainer

@@ -70,9 +70,10 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         trainer.add_callback(callback)
         train(trainer, run, callback)
         evaluation.keep_best(trainer.model)
+        figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
         plain = merged(trainer.model)
         save_model(plain, tokenizer, run.path)
-        counts = {"steps": trainer.state.global_step, "pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
+        counts = figures | {"pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
         found = measure(RewardModel(plain, tokenizer), heldout_pairs, config.micro_batch_size or config.batch_size)
         return run.finish(counts | dropped | unread | found | evaluation.summary(progress))
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.rounding import SAME_AS_START, differ
 
 from .collect import Collected
 from .fronts import Front, is_number
 from .plots.values import duration, number, rounded, start_of, title_of, with_error
 
-__all__ = ["areas", "best_within", "facts", "headline_rows", "point_table", "table", "verdict"]
+__all__ = ["areas", "best_within", "facts", "headline_rows", "point_table", "same_as_start", "table", "verdict"]
 
 Rows = Sequence[tuple[str, JsonMapping]]
 
@@ -98,7 +99,7 @@ def table(rows: Rows) -> JsonObject:
     scores = scores_of_points(points)[:3]
     ranges = [error_bar(point) for point in points]
     low, high = min((r[1] for r in ranges), default=0.0), max((r[2] for r in ranges), default=1.0)
-    best = max((point["reward"] for point in points), default=None)
+    best = max((point["reward"] for point in points), default=None) if differ(points) else None
     lines = []
     for (title, point), bar in zip(rows, ranges, strict=True):
         cells = [with_error(point, "kl"), *(with_error(point, name, scale_of(name)) for name in scores)]
@@ -138,7 +139,7 @@ def verdict(rows: Rows) -> JsonObject | None:
     """
     last = [(title, point) for title, point in rows if title.startswith("WARP")]
     reference = [(title, point) for title, point in rows if point["kind"] == "sft"]
-    if not reference or not last:
+    if not reference or not last or not differ([point for _, point in rows]):
         return None
     (start, before), (merge, after) = reference[-1], last[-1]
     names = ["reward", *scores_of_points([before, after])[:2]]
@@ -162,12 +163,19 @@ def change(name: str, before: JsonMapping, after: JsonMapping) -> JsonObject | N
     }
 
 
+def same_as_start(front: Front) -> str | None:
+    """The sentence that takes the place of verdict, areas and best points if no policy differs from the start."""
+    if differ(front.measured):
+        return None
+    return f"{SAME_AS_START.capitalize()}: the rewards below differ by chance. Train further, or at a higher rate."
+
+
 # --- the front ------------------------------------------------------------------------------------------------------
 
 
 def best_within(front: Front) -> list[dict[str, str]]:
     """The best point within each KL limit, from front.json."""
-    found = front.facts.get("best_at")
+    found = front.facts.get("best_at") if differ(front.measured) else None
     rows = []
     for row in found if isinstance(found, list) else ():
         if isinstance(row, Mapping) and all(is_number(row.get(key)) for key in ("limit", "reward", "kl")):
@@ -203,7 +211,7 @@ def interval(row: JsonMapping, key: str) -> str:
 def areas(found: Collected) -> JsonObject | None:
     """The area under the front, its bounds, and the areas of the fronts of single iterations."""
     facts, reference = found.front.facts, found.front.facts.get("reference")
-    if not is_number(facts.get("hypervolume")):
+    if not is_number(facts.get("hypervolume")) or not differ(found.front.measured):
         return None
     bounds = reference if isinstance(reference, Mapping) else {}
     own = [front for front in found.fronts if front.iteration and is_number(front.facts.get("hypervolume"))]

@@ -57,6 +57,7 @@ def render(found: Collected) -> str:
         facts=headline.facts(found),
         gaps=found.gaps,
         verdict=headline.verdict(rows),
+        same=headline.same_as_start(found.front),
         table=headline.table(rows),
         best=headline.best_within(found.front),
         areas=headline.areas(found),

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.rounding import differ
 
 from .collect import Collected, RecordedStage
 from .command_lines import command_of, phrases, why
@@ -51,9 +52,9 @@ def both(make: Callable[[bool], Figure], name: str, description: str) -> dict[st
 
 
 def front_figures(found: Collected) -> dict[str, str] | None:
-    """The front (reward over KL), or None without points."""
+    """The front (reward over KL), or None without points that differ from the start."""
     points = found.front.points
-    if not points:
+    if not points or not differ(points):
         return None
     return both(
         lambda narrow: front_figure(points, narrow), "front", "Reward over KL to the SFT policy for every policy"
@@ -135,7 +136,9 @@ def described(stage: RecordedStage, found: Collected) -> JsonObject:
 
 def angles(found: Collected) -> JsonObject | None:
     """Two heat maps over layers with their table: the angle between the task vectors of every SLERP, and the length
-    that SLERP keeps and LERP would keep. None without a SLERP of two or more policies."""
+    that SLERP keeps and LERP would keep. None without a SLERP of two or more policies that differ from the start."""
+    if not differ(found.front.measured):
+        return None
     cells: dict[str, dict[str, float | None]] = {}
     kept: dict[str, dict[str, float | None]] = {}
     tips: dict[tuple[str, str], str] = {}

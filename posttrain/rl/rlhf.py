@@ -98,7 +98,8 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
             train(trainer, run, callback)
         if ranks.is_main:
             save(trainer, setup, config, run)
-        return run.finish({"steps": trainer.state.global_step, **unread, **evaluation.summary()})
+        figures = callback.summary(trainer.model)
+        return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
 
 
 @contextmanager

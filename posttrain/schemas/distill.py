@@ -74,6 +74,7 @@ class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> DistillConfig:
+        self.check_warmup(self.steps)
         live, cached = self.teacher is not None, self.teacher_cache is not None
         micro = self.micro_batch_size or self.batch_size
         problems = {

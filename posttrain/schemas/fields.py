@@ -61,9 +61,16 @@ class TrainingFields(Config):
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"report_to"})
     PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"trainer"})
 
-    learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    learning_rate: float = Field(
+        1e-5, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
+    )
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="linear warm-up, share of the optimizer steps; the first step has a rate above 0"
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="linear warm-up, optimizer steps, instead of --warmup-ratio"
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0: no clipping")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     log_every: int = Field(
         1, ge=1, description="optimizer steps between lines of metrics.jsonl; every checkpoint adds a line"
@@ -76,16 +83,44 @@ class TrainingFields(Config):
         default_factory=dict, description="further options of the TRL trainer, under TRL's names"
     )
 
+    def check_warmup(self, steps: int) -> None:
+        """Raise ValueError, as "what; hint", for a warm-up that is as long as the training."""
+        if self.warmup_steps is not None and self.warmup_steps >= steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} of {steps} steps would never reach the learning rate; "
+                f"give --warmup-steps {steps - 1} or fewer, or more steps"
+            )
+
+
+LORA_RATE = 10  # LoRA's best rate over that of full training (Schulman et al. 2025, LoRA Without Regret)
+LORA_SCALE = 2.0
+
 
 class LoraFields(Config):
     """Low-rank adaptation."""
 
     lora_rank: int = Field(0, ge=0, description="rank of the LoRA adapter; 0 trains all weights")
-    lora_alpha: float = Field(16.0, gt=0, description="LoRA scale is alpha / rank")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha / rank; default: twice the rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the adapter's inputs")
     lora_targets: tuple[str, ...] = Field(
         (), description="modules to adapt, by the last part of their names; default: all linear layers except the head"
     )
+
+    @property
+    def alpha(self) -> float:
+        """The effective alpha."""
+        return LORA_SCALE * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_learns_at_ten_times_the_rate(cls, values: object) -> object:
+        """Fill in the learning rate where it is not given: the recorded configuration has the number that was used."""
+        field = cls.model_fields.get("learning_rate")
+        if not isinstance(values, dict) or field is None or values.get("learning_rate") is not None:
+            return values
+        rank = values.get("lora_rank")
+        adapted = (isinstance(rank, int | float) and rank > 0) or (isinstance(rank, str) and rank.strip("0 ") != "")
+        return values | {"learning_rate": LORA_RATE * field.default} if adapted else values
 
 
 class LoraOutputFields(LoraFields):

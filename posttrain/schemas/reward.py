@@ -49,6 +49,8 @@ class RewardConfig(TrainingFields, LoraFields, RowFields):
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RewardConfig:
+        if self.max_steps is not None:
+            self.check_warmup(self.max_steps)
         if self.eval_every is None and (self.keep == "best" or self.patience is not None):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
         if self.eval_every is not None and self.eval_fraction == 0:

@@ -118,7 +118,7 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
         description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation",
     )
     temperature: float = Field(0.9, gt=0, le=5, description="sampling temperature")
-    max_new_tokens: int = Field(128, ge=1, description="completion limit, tokens")
+    max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; default: the whole batch")
     eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations on held-out prompts")
     eval_prompts: int = Field(64, ge=2, description="held-out prompts per evaluation")
@@ -146,5 +146,11 @@ class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
     steps: int = Field(100, ge=1, description="optimizer steps T")
     sft: Path | None = Field(None, description="policy that the reported KL is measured to; default: --policy")
     heldout: Path | None = Field(None, description="JSONL of evaluation prompts; default: a tenth of --prompts")
-    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
-    warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
+    learning_rate: float = Field(
+        1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
+    )
+
+    @model_validator(mode="after")
+    def _warmup_is_shorter_than_the_run(self) -> RlhfConfig:
+        self.check_warmup(self.steps)
+        return self

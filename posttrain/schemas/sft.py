@@ -64,6 +64,8 @@ class SftConfig(TrainingFields, LoraOutputFields, RowFields):
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> SftConfig:
+        if self.max_steps is not None:
+            self.check_warmup(self.max_steps)
         twice = {str(path) for path in self.data if self.data.count(path) > 1}
         if twice:
             raise ValueError(f"data names {min(twice)} twice; give it a larger weight instead")

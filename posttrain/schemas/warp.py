@@ -36,8 +36,9 @@ class WarpConfig(TrainingFields, RlFields):
     patience: int = Field(
         0, ge=0, description="stop after this many iterations in a row without a better front; 0: never"
     )
-    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate (Adam)")
-    warmup_steps: int = Field(100, ge=0, description="linear warm-up, optimizer steps")
+    learning_rate: float = Field(
+        1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
+    )
     judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
     compare: tuple[Path, ...] = Field((), description="further model directories to measure with the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")
@@ -67,6 +68,7 @@ class WarpConfig(TrainingFields, RlFields):
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
+        self.check_warmup(min(self.steps))
         if len(self.steps) > self.iterations:
             raise ValueError(f"--steps has {len(self.steps)} numbers for {self.iterations} iterations; drop some")
         if any(not 0 <= eta <= 1 for eta in self.etas) or not self.etas:

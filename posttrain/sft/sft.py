@@ -84,10 +84,9 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         trainer.add_callback(callback)
         train(trainer, run, callback)
         evaluation.keep_best(trainer.model)
+        figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
         write_model(trainer.model, tokenizer, chat, config, run)
-        return run.finish(
-            {"steps": trainer.state.global_step} | counts(rows, mixture, config) | unread | evaluation.summary(progress)
-        )
+        return run.finish(figures | counts(rows, mixture, config) | unread | evaluation.summary(progress))
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int | None) -> int:

@@ -35,6 +35,7 @@ from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.trainer import configured, trainer_arguments
 from gemma2.posttrain.training.trainer_options import SFT
+from gemma2.posttrain.training.warmup import check_warmup, total_steps
 
 __all__ = ["SftTrainer", "make_trainer", "pack", "parts"]
 
@@ -156,6 +157,7 @@ def make_trainer(
             peft_config=lora_config(config, "CAUSAL_LM"),
         )
     trainer.epochs = epochs
+    check_warmup(config, total_steps(trainer, len(epochs if epochs is not None else dataset)))
     # Position ids separate rows without padding between them; only TRL's loss passes them to the model.
     trainer.scores_targets_only &= not (config.packing or trainer.padding_free)
     trainer.part_tokens = config.micro_batch_tokens

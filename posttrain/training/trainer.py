@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
+from gemma2.core.rounding import is_still
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
+from .movement import Movement
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
+from .warmup import start_above_zero
 
 __all__ = [
     "PeriodicEvaluation",
@@ -38,6 +42,7 @@ __all__ = [
     "evaluations",
     "latest_checkpoint",
     "mark_complete",
+    "metrics_of",
     "train",
     "trainer_arguments",
 ]
@@ -63,7 +68,8 @@ def trainer_arguments(
     arguments = {
         "output_dir": str(run.checkpoints),
         "learning_rate": config.learning_rate,
-        "warmup_steps": config.warmup_steps,
+        # transformers takes a number below 1 as a share of the steps, rounded up.
+        "warmup_steps": config.warmup_ratio if config.warmup_steps is None else config.warmup_steps,
         "max_grad_norm": config.max_grad_norm,
         "save_strategy": "steps",
         "save_steps": config.save_every,
@@ -121,10 +127,15 @@ def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
     return None
 
 
-class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Connects a Trainer to a run: metrics, progress bar, NaN guard and the mark of checkpoints.
+# A norm that was clipped is the limit, less rounding and the 1e-6 that torch adds to the divisor.
+CLIPPED = 1 - 1e-4
 
-    `shown` maps names of metrics to their short names on the progress bar.
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Connects a Trainer to a run: metrics, progress bar, warm-up, NaN guard and the mark of checkpoints.
+
+    `shown` maps names of metrics to their short names on the progress bar. `clipped` in the metrics is the share of all
+    steps so far whose gradient was longer than --max-grad-norm.
     """
 
     def __init__(self, run: Run, progress: Progress, label: str, shown: Mapping[str, str] | None = None) -> None:
@@ -134,11 +145,16 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self.shown = dict(shown or {"loss": "loss"})
         self.task: Task | None = None
         self.live: dict[str, float | str] = {}
+        self.clipped = 0  # steps
+        self.steps = 0
+        self.start: Movement | None = None
         self._bar: AbstractContextManager[Task] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        start_above_zero(cast("LRScheduler | None", kwargs.get("lr_scheduler")), args.get_warmup_steps(state.max_steps))
+        self.steps, self.clipped = state.global_step, self._clipped_before(state.global_step)
         self._bar = self.progress.task(self.label, total=state.max_steps, unit="steps")
         self.task = self._bar.__enter__()
         self.task.advance(state.global_step)
@@ -161,12 +177,31 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not gradients:
             return
-        norms = torch._foreach_norm(gradients)
-        if not math.isfinite(float(torch.stack([norm.float() for norm in norms]).sum())):
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+        norm = float(norms.norm())
+        if not math.isfinite(norm):
             raise GuardStop(
                 f"step {state.global_step + 1} of {self.label}: the gradient is NaN or infinite, nothing was updated",
                 "lower --learning-rate; --resume continues from the last checkpoint",
             )
+        self.steps = state.global_step + 1
+        self.clipped += args.max_grad_norm > 0 and norm >= CLIPPED * args.max_grad_norm
+
+    def _clipped_before(self, step: int) -> int:
+        """Return the number of clipped steps before a resume; every checkpoint has a line of metrics."""
+        lines = metrics_of(self.run) if step and self.run.ranks.is_main else []
+        shares = [line["clipped"] for line in lines if "clipped" in line]
+        return round(shares[-1] * step) if shares else 0
+
+    def summary(self, model: Network) -> JsonObject:
+        """Return for the manifest the share of clipped steps and how far the weights moved; warn if they did not."""
+        moved = self.start.relative(model) if self.start else None
+        if is_still(moved):
+            self.progress.warn(
+                f"{self.label}: the weights moved by {moved:.1g} of their norm, less than rounding: the result does "
+                "not differ from its start; raise --learning-rate, or train for more steps"
+            )
+        return {"clipped": self.clipped / self.steps if self.steps else None, "weights_moved": moved}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -191,6 +226,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         }
         self.live = {short: metrics[name] for name, short in self.shown.items() if name in metrics} or self.live
         if "train_loss" not in metrics:
+            if "gradient_norm" in metrics and self.steps:
+                metrics["clipped"] = self.clipped / self.steps
             self.run.log(state.global_step, **metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
@@ -198,14 +235,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self.run.ranks.on_main(lambda: mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
 
+def metrics_of(run: Run) -> list[JsonObject]:
+    """Return the lines of metrics.jsonl."""
+    with (run.path / "metrics.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def evaluations(run: Run) -> list[JsonObject]:
     """Return all evaluations of a run, from step 0 to the last, those before a resume included."""
-
-    def read() -> list[JsonObject]:
-        with (run.path / "metrics.jsonl").open(encoding="utf-8") as lines:
-            return [row for row in map(json.loads, lines) if row.get("kind") == "eval"]
-
-    return run.ranks.on_main(read)
+    return run.ranks.on_main(lambda: [row for row in metrics_of(run) if row.get("kind") == "eval"])
 
 
 class PeriodicEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -235,6 +273,7 @@ def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
     trainer.remove_callback(PrinterCallback)
     found = run.ranks.on_main(lambda: latest_checkpoint(run)) if run.resumed else None
     run.rewind(found[1] if found else -1)
+    callback.start = Movement(trainer.model)  # a resumed run gets the weights of its checkpoint later
     try:
         with tracked(run), warnings.catch_warnings():
             warnings.simplefilter("ignore")

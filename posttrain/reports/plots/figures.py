@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.rounding import SAME_AS_START, differ
 
 from .textplot import front_text, line_labels, off_chart
 from .values import start_of, title_of
@@ -96,6 +97,10 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Figure:
     """
     with styled():
         figure, (axis,) = new_figure(*((4.0, 4.4) if narrow else (7.6, 4.8)))
+        if not differ(points):
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, SAME_AS_START.capitalize(), ha="center", color=MUTED, transform=axis.transAxes)
+            return figure
         measured = [point for point in points if point["kind"] != "trajectory"]
         draw_trajectories(axis, [point for point in points if point["kind"] == "trajectory"])
         away = off_chart(measured)

@@ -194,3 +194,31 @@ def test_a_tensor_that_is_zero_in_a_is_not_shown_as_identical(models):
 def test_identical_models_have_a_heat_map_too(models):
     assert gemma2("diff a a --base a --plot same.svg -q") == 0
     assert "white: identical" in (models / "same.svg").read_text()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1e-6])
+def test_task_vectors_that_are_rounding_are_called_so_and_have_no_angle(models, capsys, scale):
+    for name, seed in (("still", 1), ("other", 2)):
+        write(models / name, seed, 2, scale)
+    assert gemma2("diff still other --base base --plot angles.svg") == 0
+    said = capsys.readouterr()
+    if scale > 1e-8:  # below that, fp32 keeps the very weights of the base
+        assert "model a does not differ from the base" in said.err
+        assert "model b does not differ from the base" in said.err
+    assert "degrees apart" not in said.err
+    found = diff_models(models / "still", models / "other", base=models / "base")
+    assert {group.task_angle for group in (*found.groups, found.total)} == {None}
+
+
+def test_one_moved_model_and_one_that_is_rounding_have_no_angle_between_them(models):
+    write(models / "still", 3, 2, 1e-6)
+    found = diff_models(models / "a", models / "still", base=models / "base")
+    assert list(found.still) == ["model b"]
+    assert found.total.task_angle is None
+    assert found.total.task_norm_a > 0
+
+
+def test_without_a_base_the_second_model_is_compared_with_the_first(models):
+    write(models / "still", 3, 2, 1e-6)
+    assert list(diff_models(models / "base", models / "still").still) == ["model b"]
+    assert diff_models(models / "base", models / "a").still == {}

@@ -6,7 +6,7 @@ import pytest
 from light_model import light_model
 
 from gemma2.cli.app import invoke
-from gemma2.core.errors import InputError, OutputError
+from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import write_manifest
 from gemma2.posttrain.checks import machine
 from gemma2.posttrain.checks import plan as plans
@@ -60,8 +60,14 @@ def test_a_plan_of_rl_says_how_many_sequences_a_step_has(place):
     settings = {"prompts_per_step": 3, "n": 4, "micro_batch_size": 6, "max_new_tokens": 10, "steps": 7}
     config = RlhfConfig(policy=place / "model", prompts=place / "prompts.jsonl", reward_fn="math:fsum", **settings)
     assert planned(place, config)["batch"] == {
-        "sequences_per_step": 12, "micro_batch": 6, "new_tokens_per_step_at_most": 120, "steps": 7,
+        "sequences_per_step": 12, "micro_batch": 6, "new_tokens_per_step_at_most": 120, "steps": 7, "warmup_steps": 1,
     }  # fmt: skip
+
+
+def test_a_warm_up_that_no_row_can_end_is_refused(place):
+    with pytest.raises(UsageError, match=r"warmup_steps 5 of 5 steps .* give --warmup-steps 4 or fewer"):
+        planned(place, sft(place, batch_size=4, warmup_steps=5))
+    assert planned(place, sft(place, batch_size=4, warmup_steps=4))["batch"]["warmup_steps"] == 4
 
 
 def test_a_plan_shows_models_and_the_configuration(place):

@@ -357,6 +357,23 @@ def test_policies_without_an_iteration_are_all_in_the_table(tmp_path, plain):
     assert "iteration-1/policy-1 0.37" in read(tmp_path / "f", tmp_path)[0].text
 
 
+def test_policies_that_do_not_differ_from_the_start_are_not_ranked_and_nothing_is_drawn(finished, tmp_path):
+    root = copy(finished, tmp_path)
+    for path in root.rglob("front.json"):
+        document = json.loads(path.read_text())
+        for p in document["points"]:
+            if p["kind"] not in ("base", "sft"):
+                p |= {"kl": 2e-8, "kl_se": 1e-9}
+        path.write_text(json.dumps(document))
+    page, html = read(root, tmp_path)
+    assert "These policies do not differ from the start" in page.text
+    assert "compared with" not in page.text
+    assert "best point within" not in page.text
+    assert "dominates an area" not in page.text
+    assert "Angle in degrees" not in page.text
+    assert 'class="best"' not in html
+
+
 # --- the front ------------------------------------------------------------------------------------------------------
 
 

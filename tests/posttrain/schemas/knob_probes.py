@@ -569,6 +569,7 @@ def trained(config: Any, room: Room, *, module: str, trainer: str) -> object:
         patch.object(home, trainer, return_value=made) as built,
         patch.object(home, "check_targets"),
         patch.object(home, "to_dataset", lambda rows: "plain"),
+        patch.object(home, "total_steps", lambda trainer, rows: 100),
     ):
         if hasattr(home, "pack"):
             with patch.object(home, "pack", lambda rows, length: f"packed to {length}"):

@@ -1,93 +1,14 @@
 """What the training steps share: options by name, checkpoints that prove themselves, the NaN guard, an exact resume."""
 
-import json
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import Trainer
+from lines import STEPS, Bars, Line, fit, metrics_of, opened, rows
 from trl import SFTConfig
 
 from gemma2.core.errors import GuardStop, UsageError
-from gemma2.core.progress import SILENT
-from gemma2.posttrain.models.loading import quiet_libraries
-from gemma2.posttrain.runs.run_directory import RunOptions, open_run
-from gemma2.posttrain.schemas import TrainingFields
-from gemma2.posttrain.training.trainer import (
-    RunCallback,
-    is_complete,
-    latest_checkpoint,
-    mark_complete,
-    train,
-    trainer_arguments,
-)
-
-STEPS = 6
-
-
-class Line(torch.nn.Module):
-    """y = w x, squared loss: a model whose training can be followed by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(3))
-
-    def forward(self, x, y):  # x (B, 3) fp32, y (B,) fp32
-        predicted = x @ self.w
-        return {"loss": ((predicted - y) ** 2).mean(), "logits": predicted}
-
-
-def rows():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 3, generator=generator)
-    return [{"x": row, "y": row.sum()} for row in x]
-
-
-class Bars:
-    """A progress that records its calls, and raises once `stop` steps have passed."""
-
-    def __init__(self, stop=10**9):
-        self.stop, self.done, self.reported, self.open = stop, 0, [], 0
-        self.note, self.warn = SILENT.note, SILENT.warn
-
-    def task(self, label, total, unit):
-        self.reported.append((label, total, unit))
-        return self
-
-    def __enter__(self):
-        self.open += 1
-        return self
-
-    def __exit__(self, *error):
-        self.open -= 1
-
-    def advance(self, amount=1, **fields):
-        self.done += amount
-        self.reported.append((amount, fields))
-        if self.done >= self.stop:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def opened(tmp_path, resume=False, name="out", **settings):
-    config = TrainingFields(**({"learning_rate": 0.1, "save_every": 2, "seed": 3} | settings))
-    with open_run("sft", config, RunOptions(tmp_path / name, resume=resume), data=[]) as run:
-        yield config, run
-
-
-def fit(config, run, progress=SILENT, data=None, model=None, **ours):
-    """Train a line; returns its weights."""
-    quiet_libraries()
-    given = {"max_steps": STEPS, "per_device_train_batch_size": 2, "remove_unused_columns": False} | ours
-    arguments = SFTConfig(**trainer_arguments(SFTConfig, config, run, **given))
-    model = model or Line()
-    trainer = Trainer(model, arguments, train_dataset=data or rows())
-    callback = RunCallback(run, progress, "a line")
-    trainer.add_callback(callback)
-    train(trainer, run, callback)
-    return model.w.detach()
-
+from gemma2.posttrain.training.trainer import is_complete, latest_checkpoint, mark_complete, trainer_arguments
 
 # --- trainer options --------------------------------------------------------------------------------------------------
 
@@ -198,10 +119,6 @@ def test_without_a_complete_checkpoint_none_is_found(tmp_path):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def metrics_of(run):
-    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run: (weights, metrics, the recorded progress)."""
@@ -214,7 +131,7 @@ def whole(tmp_path_factory):
 def test_each_step_is_logged_once_without_wall_clock_figures(whole):
     _, metrics, _ = whole
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-    assert set(metrics[0]) == {"step", "loss", "gradient_norm", "learning_rate", "epoch"}
+    assert set(metrics[0]) == {"step", "loss", "gradient_norm", "clipped", "learning_rate", "epoch"}
 
 
 def test_the_first_loss_is_the_one_by_hand(whole):
