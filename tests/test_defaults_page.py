@@ -18,7 +18,7 @@ SECTIONS = {
     "generate, eval, pareto": ("GenerateConfig", "EvalConfig", "ParetoConfig"),
 }
 WORDS = {"none": None, "twice the rank": None}
-# Numbers that decide what is saved, shown or measured, that are off at their default, or that the page names in a sentence.
+# Numbers of what is saved, shown or measured, those that are off at their default, and those that a sentence names.
 OTHERS = {
     *("save_every", "log_every", "seed", "eval_every", "eval_prompts", "eval_fraction", "eval_n", "steps"),
     *("length_penalty", "missing_eos_penalty", "dropout", "vllm_memory", "vllm_tensor_parallel", "max_dead_steps"),
