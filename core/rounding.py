@@ -53,4 +53,4 @@ def differ(points: Sequence[JsonMapping]) -> bool:
 
 
 def _largest(point: JsonMapping) -> float:
-    return abs(point["kl"]) + 2 * (point.get("kl_se") or 0.0)
+    return abs(float(point["kl"])) + 2 * float(point.get("kl_se") or 0.0)
