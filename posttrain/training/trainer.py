@@ -23,6 +23,7 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
+from gemma2.posttrain.foreign.answers import hint_for
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
@@ -90,7 +91,8 @@ def trainer_arguments(
     known = {item.name for item in fields(schema) if item.init and not item.name.startswith("gradient_checkpointing")}
     for key in config.trainer:
         if key not in known:
-            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, known.difference(unused)))
+            fix = hint_for(key, type(config).model_fields, config.trainer[key], config.trainer, "sets")
+            raise UsageError(f"unknown key 'trainer.{key}'", fix or closest(key, known.difference(unused)))
         if key.startswith("hub_") or key == "push_to_hub":  # settings are recorded, but a token is secret
             raise UsageError(f"'trainer.{key}' is not accepted", "push the finished output with `hf upload`")
         if key in BREAKS:
@@ -98,7 +100,10 @@ def trainer_arguments(
         if key in unused or key.startswith("eval_"):
             raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
         if key in arguments and key not in defaults:
-            raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
+            fix = hint_for(key, type(config).model_fields, config.trainer[key], config.trainer, "sets")
+            raise UsageError(
+                f"'trainer.{key}' is set by an option of this command", fix or "use that option, see --help"
+            )
     return arguments | config.trainer
 
 
