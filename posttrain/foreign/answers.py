@@ -9,7 +9,7 @@ from typing import Literal
 
 from .names import BATCH, COMMANDS_ELSEWHERE, NAMES, ForeignName
 
-__all__ = ["Spelling", "batch_settings", "command_here", "converted", "counterpart", "hint_for", "plain_name"]
+__all__ = ["RUN_FLAGS", "Spelling", "batch_settings", "command_here", "converted", "counterpart", "hint_for", "plain_name"]
 
 Settings = dict[str, object]
 # How a hint spells settings: as flags, as --set, or as keys of a YAML file.
