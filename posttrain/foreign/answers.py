@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,13 +10,23 @@ from typing import Literal
 
 from .names import BATCH, COMMANDS_ELSEWHERE, NAMES, ForeignName
 
-__all__ = ["RUN_FLAGS", "Spelling", "batch_settings", "command_here", "converted", "counterpart", "hint_for", "plain_name"]
+__all__ = [
+    "RUN_FLAGS",
+    "Spelling",
+    "batch_settings",
+    "command_here",
+    "converted",
+    "counterpart",
+    "hint_for",
+    "plain_name",
+]
 
 Settings = dict[str, object]
 # How a hint spells settings: as flags, as --set, or as keys of a YAML file.
 Spelling = Literal["flags", "sets", "keys"]
 
 RUN_FLAGS = ("out", "force", "resume")  # flags of the commands that write an output; not keys of a recipe
+NOTHING_LIKE_IT = "this command has nothing like it; leave it out"
 EVERY = 100  # steps between held-out losses in a hint for an option that compares them
 ALL = ("all", "all-linear", "all_linear")
 OFF = (None, False, "none", "no", "off", "disabled", "false", "", -1)
@@ -61,7 +72,9 @@ def counterpart(
                 settings = batch_settings({**(given or {}), plain_name(name): value}, known)
             else:
                 settings = None if value is None else converted(plain_name(name), key, value, given or {})
-            return Counterpart(row, key, settings)
+            further = {one for one in settings or () if "." not in one and one not in RUN_FLAGS}
+            if further <= set(known):
+                return Counterpart(row, key, settings)
     return Counterpart(row)
 
 
@@ -77,11 +90,11 @@ def hint_for(
     if found is None:
         return None
     if not found.key:
-        return found.row.instead
+        return found.row.instead if _fits(found.row.instead, known) else NOTHING_LIKE_IT
     if found.key in RUN_FLAGS and spelling != "flags":
         words = spelt(found.settings, "flags") if found.settings else f"--{found.key}"
         return f"give it on the command line: {words}"
-    how = f" ({found.row.how})" if found.row.how else ""
+    how = f" ({found.row.how})" if found.row.how and _fits(found.row.how, known) else ""
     here = f"here it is {spelt_key(found.key, spelling)}{how}"
     if found.settings is None:
         return here
@@ -90,6 +103,14 @@ def hint_for(
     others = [one for one in BATCH if one in (given or {}) and one != plain_name(name) and one not in known]
     instead = f" instead of {' and '.join([plain_name(name), *others])}" if others else ""
     return f"{here}: write {spelt(found.settings, spelling)}{instead}"
+
+
+def _fits(text: str, known: Collection[str]) -> bool:
+    """Whether a command has every flag that a text names; one that names a whole command fits everywhere."""
+    if "gemma2 " in text:
+        return True
+    flags = {plain_name(flag) for flag in re.findall(r"--[a-z][a-z-]*", text)} - {*RUN_FLAGS, "set"}
+    return flags <= set(known) and ("trainer." not in text or "trainer" in known)
 
 
 def command_here(word: str) -> str | None:
@@ -112,7 +133,9 @@ def spelt(settings: Settings, spelling: Spelling) -> str:
     if spelling == "keys":
         return ", ".join(f"{key}: {_text(value, in_file=True)}" for key, value in settings.items())
     if spelling == "sets":
-        return " ".join(f"--set {shlex.quote(f'{key}={_text(value, in_file=True)}')}" for key, value in settings.items())
+        return " ".join(
+            f"--set {shlex.quote(f'{key}={_text(value, in_file=True)}')}" for key, value in settings.items()
+        )
     words: list[str] = []
     for key, value in settings.items():
         flag = f"--{key.replace('_', '-')}"

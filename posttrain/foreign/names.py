@@ -63,7 +63,7 @@ PLAIN_LORA = "adapters are plain LoRA: A and B, scaled by alpha / rank"
 RULE = "the optimizer is AdamW with one learning rate"
 ONE_PROCESS = "a training command runs in one process and shards nothing; --lora-rank needs less memory"
 NO_DPO = "there is no DPO here: train a reward model on the pairs (gemma2 reward), then gemma2 rlhf"
-TEMPLATE = "turns are rendered by the chat template of the model's own tokenizer (data inspect --model shows them)"
+TEMPLATE = "turns are rendered by the chat template of the model's own tokenizer (gemma2 data inspect PATH --model DIR shows them)"
 
 NAMES: dict[str, ForeignName] = {
     # --- models and outputs ---
@@ -146,7 +146,9 @@ NAMES: dict[str, ForeignName] = {
     "gradient_accumulation_steps": _same(TAL, "batch_size", "prompts_per_step", how=ONE_BATCH),
     "per_device_eval_batch_size": _unneeded(TL, "an evaluation takes the batches of the training"),
     "eval_batch_size": _unneeded(A, "an evaluation takes the batches of the training"),
-    "auto_find_batch_size": _unneeded(TL, "--micro-batch-size N splits a batch that does not fit; results stay the same"),
+    "auto_find_batch_size": _unneeded(
+        TL, "--micro-batch-size N splits a batch that does not fit; results stay the same"
+    ),
     "num_train_epochs": _same(TL, "epochs", instead="the length is a number of steps here: --steps"),
     "num_epochs": _same(A, "epochs", instead="the length is a number of steps here: --steps"),
     "max_steps": _same(TAL, *STEPS),

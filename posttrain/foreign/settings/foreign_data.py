@@ -22,7 +22,17 @@ READERS = ("json", "csv", "parquet", "text", "arrow")
 LISTS = ("messages", "conversations", "conversation")
 SPLIT = re.compile(r"[\w.-]+", re.ASCII)
 # Types of axolotl whose rows are recognised here by their columns, and those with columns of their own names.
-RECOGNISED = ("alpaca", "sharegpt", "chat_template", "chatml", "gemma", "llama3", "zephyr", "bradley_terry", "context_qa")
+RECOGNISED = (
+    "alpaca",
+    "sharegpt",
+    "chat_template",
+    "chatml",
+    "gemma",
+    "llama3",
+    "zephyr",
+    "bradley_terry",
+    "context_qa",
+)
 COLUMNS_OF_TYPE = {
     "icr": {"prompt": "input"},
     "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},

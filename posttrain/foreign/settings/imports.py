@@ -174,7 +174,9 @@ def _kind_of(path: Path, given: Mapping[str, object], form: Format) -> Kind:
     else:
         pairs = "rm" if "center_rewards_coefficient" in given else "dpo"
         key, named = "beta", pairs if pairs == "rm" or {"beta", "loss_type"} <= given.keys() else "sft"
-        named = "dpo" if {"beta", "precompute_ref_log_probs", "label_smoothing", "sync_ref_model"} & given.keys() else named
+        named = (
+            "dpo" if {"beta", "precompute_ref_log_probs", "label_smoothing", "sync_ref_model"} & given.keys() else named
+        )
     if named not in KINDS_OF:
         where = place_of(path, (key,))
         raise InputError(f"'{named}' in {where} is not read", REFUSED.get(named, "give --as sft, reward or dpo"), where)

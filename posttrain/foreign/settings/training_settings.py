@@ -88,7 +88,6 @@ def _duration(account: Account, dialect: Dialect, kind: Kind) -> None:
         return
     if steps_key and steps > 0:
         account.take(steps_key, {"max_steps": steps})
-        account.ours["epochs"] = max(1.0, number(account, epochs_key, dialect.epochs))
         if epochs_key:
             account.drop(epochs_key, f"{steps_key} decides")
         return
@@ -260,7 +259,9 @@ def _precision(account: Account) -> None:
 def _optimizer(account: Account) -> None:
     for key in ("optim", "optimizer"):
         if account.has(key) and any(part in str(account.given[key]) for part in ("8bit", "4bit", "paged")):
-            why = "AdamW keeps its state in 32 bit, with more memory; trainer.optim takes it if bitsandbytes is installed"
+            why = (
+                "AdamW keeps its state in 32 bit, with more memory; trainer.optim takes it if bitsandbytes is installed"
+            )
             account.lack(key, why, decides=False)
 
 
@@ -279,7 +280,9 @@ def _attention(account: Account, dialect: Dialect) -> None:
         elif account.has(key) and str(account.ours.get("attention", "")).startswith("flash"):
             account.take(key, {"packing": True})
         elif account.has(key):
-            why = "packing needs flash attention (attention: flash_attention_2); without it batch_size counts single rows"
+            why = (
+                "packing needs flash attention (attention: flash_attention_2); without it batch_size counts single rows"
+            )
             account.lack(key, why)
 
 
