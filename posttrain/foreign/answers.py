@@ -13,7 +13,6 @@ from .names import BATCH, COMMANDS_ELSEWHERE, NAMES, ForeignName
 __all__ = [
     "RUN_FLAGS",
     "Spelling",
-    "batch_settings",
     "command_here",
     "converted",
     "counterpart",
@@ -30,7 +29,7 @@ NOTHING_LIKE_IT = "this command has nothing like it; leave it out"
 EVERY = 100  # steps between held-out losses in a hint for an option that compares them
 ALL = ("all", "all-linear", "all_linear")
 OFF = (None, False, "none", "no", "off", "disabled", "false", "", -1)
-ATTENTIONS = {
+ATTENTIONS: dict[object, str] = {
     **dict.fromkeys((True, "fa2", "flash_attention_2", "kernels-community/flash-attn2"), "flash_attention_2"),
     **dict.fromkeys(("fa3", "flash_attention_3", "kernels-community/flash-attn3"), "flash_attention_3"),
     "flex_attention": "flex_attention",

@@ -51,7 +51,7 @@ def _missing(tools: str, why: str) -> ForeignName:
 # The names whose product is the number of sequences of an optimizer step (`answers.py`).
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size", "per_device_batch_size")
 
-MODEL = ("model", "policy", "teacher", "source")
+MODEL = ("model", "policy", "teacher")
 DATA = ("data", "prompts")
 STEPS = ("max_steps", "steps")
 TOKENS = ("max_new_tokens",)
@@ -63,7 +63,7 @@ PLAIN_LORA = "adapters are plain LoRA: A and B, scaled by alpha / rank"
 RULE = "the optimizer is AdamW with one learning rate"
 ONE_PROCESS = "a training command runs in one process and shards nothing; --lora-rank needs less memory"
 NO_DPO = "there is no DPO here: train a reward model on the pairs (gemma2 reward), then gemma2 rlhf"
-TEMPLATE = "turns are rendered by the chat template of the model's own tokenizer (gemma2 data inspect PATH --model DIR shows them)"
+TEMPLATE = "turns are rendered by the model's own chat template: gemma2 data inspect PATH --model DIR"
 
 NAMES: dict[str, ForeignName] = {
     # --- models and outputs ---

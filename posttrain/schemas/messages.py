@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import closest, given_by, place_of
-from gemma2.posttrain.foreign.answers import hint_for
+from gemma2.posttrain.foreign.answers import Spelling, hint_for
 
 __all__ = ["Source", "explained", "limits_of", "reworded"]
 
@@ -183,7 +183,7 @@ def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source
     beside = [problem for problem in ordered if problem["loc"][:-1] == tuple(above)]
     given = {str(p["loc"][-1]): p["input"] for p in beside if p["type"] == "extra_forbidden"}
     by_set = source.place((*above, key), of_key=True).startswith("--set")
-    spelling = "keys" if source.file is not None and not by_set else "sets"
+    spelling: Spelling = "keys" if source.file is not None and not by_set else "sets"
     return hint_for(str(key), _fields_at(schema, above), ordered[0]["input"], given, spelling)
 
 

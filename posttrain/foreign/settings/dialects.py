@@ -57,13 +57,18 @@ HUGGING_FACE = {
     "model": ("model_name_or_path",),
 }
 
+
+def _keys(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 DIALECTS: dict[Format, Dialect] = {
     "trl": Dialect(
         "TRL",
-        frozenset(
+        _keys(
             "dataset_name dataset_config dataset_train_split dataset_test_split dataset_text_field use_peft lora_r "
             "load_in_4bit assistant_only_loss completion_only_loss center_rewards_coefficient truncation_mode dtype "
-            "torch_dtype max_seq_length dataset_num_proc eos_token test_split_size max_length loss_type beta".split()
+            "torch_dtype max_seq_length dataset_num_proc eos_token test_split_size max_length loss_type beta"
         ),
         {
             **HUGGING_FACE,
@@ -82,10 +87,10 @@ DIALECTS: dict[Format, Dialect] = {
     ),
     "axolotl": Dialect(
         "axolotl",
-        frozenset(
+        _keys(
             "base_model sequence_len micro_batch_size num_epochs val_set_size adapter sample_packing lora_target_linear "
             "dataset_prepared_path tokenizer_type model_type train_on_inputs wandb_project pad_to_sequence_len "
-            "reward_model rl chat_template optimizer lr_scheduler".split()
+            "reward_model rl chat_template optimizer lr_scheduler"
         ),
         {
             **HUGGING_FACE,
@@ -109,10 +114,10 @@ DIALECTS: dict[Format, Dialect] = {
     ),
     "llamafactory": Dialect(
         "LLaMA-Factory",
-        frozenset(
+        _keys(
             "stage finetuning_type dataset dataset_dir template cutoff_len lora_rank lora_target val_size max_samples "
             "preprocessing_num_workers overwrite_cache plot_loss quantization_bit flash_attn pref_beta pref_loss "
-            "neat_packing overwrite_output_dir".split()
+            "neat_packing overwrite_output_dir"
         ),
         {
             **HUGGING_FACE,

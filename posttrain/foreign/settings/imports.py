@@ -1,4 +1,4 @@
-"""`gemma2 config import`: a YAML or JSON file of TRL, axolotl or LLaMA-Factory as a recipe, and the account of its keys."""
+"""`gemma2 config import`: a file of TRL, axolotl or LLaMA-Factory as a recipe, and the account of its keys."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SAME_NAMES = ("max_grad_norm", "temperature", "max_new_tokens")  # as here, in c
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PAIR_KEYS = ("beta", "pref_beta", "rl_beta", "dpo_beta", "pref_loss", "loss_type", "pref_ftx")
 NO_DPO = "there is no DPO here: gemma2 reward learns the pairs, gemma2 rlhf --beta weighs the KL"
-OFF = (None, False, 0, "", "none", "no", [], {})
+OFF: tuple[object, ...] = (None, False, 0, "", "none", "no", [], {})
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,8 @@ def _kind_of(path: Path, given: Mapping[str, object], form: Format) -> Kind:
         named = "rm" if given.get("reward_model") else str(given.get("rl") or "sft")
         key, named = ("pretraining_dataset", "pt") if given.get("pretraining_dataset") else ("rl", named)
     else:
-        pairs = "rm" if "center_rewards_coefficient" in given else "dpo"
-        key, named = "beta", pairs if pairs == "rm" or {"beta", "loss_type"} <= given.keys() else "sft"
-        named = (
-            "dpo" if {"beta", "precompute_ref_log_probs", "label_smoothing", "sync_ref_model"} & given.keys() else named
-        )
+        of_pairs = {"beta", "precompute_ref_log_probs", "label_smoothing", "sync_ref_model"} & given.keys()
+        key, named = "beta", "dpo" if of_pairs else "rm" if "center_rewards_coefficient" in given else "sft"
     if named not in KINDS_OF:
         where = place_of(path, (key,))
         raise InputError(f"'{named}' in {where} is not read", REFUSED.get(named, "give --as sft, reward or dpo"), where)

@@ -118,7 +118,7 @@ def _rate(account: Account, dialect: Dialect, kind: Kind) -> None:
 def _schedule(account: Account, dialect: Dialect) -> None:
     key = name_in(account, dialect, "schedule")
     schedule = str(account.given[key]) if key else dialect.schedule
-    settings = {} if schedule == "linear" else {"trainer.lr_scheduler_type": schedule}
+    settings: dict[str, object] = {} if schedule == "linear" else {"trainer.lr_scheduler_type": schedule}
     if key:
         account.take(key, settings, "a linear fall to 0 is the default here" if not settings else "")
     else:
@@ -136,18 +136,18 @@ def _schedule(account: Account, dialect: Dialect) -> None:
     if steps_key:
         account.drop(steps_key, "it is 0, and the ratio decides")
     ratio = number(account, ratio_key, dialect.warmup)
-    settings = _warmup(account, ratio)
+    warmup = _warmup(account, ratio)
     title = f"the default of {dialect.title}"
-    if settings is None:
+    if warmup is None:
         why = f"{ratio:g} of the steps, whose number is not known yet: set warmup_steps"
         if ratio_key:
             account.lack(ratio_key, why)
         else:
             account.gap("warmup_ratio", ratio, f"{title}: {why}")
     elif ratio_key:
-        account.take(ratio_key, settings)
+        account.take(ratio_key, warmup)
     else:
-        account.imply("warmup_ratio", ratio, settings, title)
+        account.imply("warmup_ratio", ratio, warmup, title)
 
 
 def _warmup(account: Account, ratio: float) -> dict[str, object] | None:
