@@ -40,12 +40,14 @@ class Account:
     """A foreign file while it is read: what is left of it, the rows so far, and our settings.
 
     fields  keys and defaults of the command that the recipe is for
+    lists   those of the keys that take several values
     given   the whole file
     """
 
     path: Path
     given: JsonObject
     fields: Mapping[str, object]
+    lists: frozenset[str] = frozenset()
     left: JsonObject = field(init=False)
     rows: list[KeyRow] = field(default_factory=list)
     ours: JsonObject = field(default_factory=dict)

@@ -88,9 +88,9 @@ DIALECTS: dict[Format, Dialect] = {
     "axolotl": Dialect(
         "axolotl",
         _keys(
-            "base_model sequence_len micro_batch_size num_epochs val_set_size adapter sample_packing lora_target_linear "
-            "dataset_prepared_path tokenizer_type model_type train_on_inputs wandb_project pad_to_sequence_len "
-            "reward_model rl chat_template optimizer lr_scheduler"
+            "base_model sequence_len micro_batch_size num_epochs val_set_size adapter sample_packing "
+            "lora_target_linear dataset_prepared_path tokenizer_type model_type train_on_inputs wandb_project "
+            "pad_to_sequence_len reward_model rl chat_template optimizer lr_scheduler"
         ),
         {
             **HUGGING_FACE,
@@ -115,9 +115,9 @@ DIALECTS: dict[Format, Dialect] = {
     "llamafactory": Dialect(
         "LLaMA-Factory",
         _keys(
-            "stage finetuning_type dataset dataset_dir template cutoff_len lora_rank lora_target val_size max_samples "
-            "preprocessing_num_workers overwrite_cache plot_loss quantization_bit flash_attn pref_beta pref_loss "
-            "neat_packing overwrite_output_dir"
+            "stage finetuning_type dataset dataset_dir template cutoff_len lora_rank lora_target val_size "
+            "max_samples preprocessing_num_workers overwrite_cache plot_loss quantization_bit flash_attn pref_beta "
+            "pref_loss neat_packing overwrite_output_dir"
         ),
         {
             **HUGGING_FACE,

@@ -114,7 +114,7 @@ def _write(account: Account, found: DataSets, target: str) -> None:
         paths = paths[:1]
         for path in found.paths[1:]:
             found.lost("path", path, "eval_data is one data set")
-    several = target == "data" and isinstance(account.fields.get("data"), tuple)
+    several = target in account.lists
     if len(paths) > 1 and not several:
         why = "this command takes one data set: join the files first"
         found.lost("path", paths[1:], why)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
@@ -115,7 +115,8 @@ def import_file(path: Path, form: Format | None = None, kind: Kind | None = None
     kind = kind or _kind_of(path, given, form)
     schema = SCHEMAS[kind]
     defaults = {name: field.get_default(call_default_factory=True) for name, field in schema.model_fields.items()}
-    account = Account(path, given, defaults)
+    lists = {name for name, field in schema.model_fields.items() if get_origin(field.annotation) is tuple}
+    account = Account(path, given, defaults, frozenset(lists))
     if kind == "dpo":
         for key in PAIR_KEYS:
             if account.has(key):
