@@ -85,7 +85,7 @@ COMMANDS = {
         "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"
     ),
     "config": CommandEntry("tools.config", "List and show recipes, or the settings of an output.", "Tools"),
-    "help": CommandEntry("tools.help", "Show the page of a command, as its --help does.", "Tools"),
+    "help": CommandEntry("tools.help_page", "Show the page of a command, as its --help does.", "Tools"),
 }
 
 

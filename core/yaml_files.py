@@ -123,7 +123,7 @@ def read_documents(path: Path) -> list[JsonObject]:
     found = [document for document in documents if document is not None]
     for number, document in enumerate(found):
         if not isinstance(document, dict):
-            kind = {list: "a list", str: "text"}.get(type(document), "a single value")
+            kind = "a list" if isinstance(document, list) else "text" if isinstance(document, str) else "a single value"
             where = place_of(path, (), number)
             raise UsageError(
                 f"{where} holds {kind}, not KEY: VALUE lines", "write a blank after each colon, as in steps: 100", where

@@ -44,12 +44,17 @@ def convert(
       gemma2 convert model.Q8_0.gguf --out model
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
-    from gemma2.posttrain.models.convert import plan_convert, run_convert
+    from gemma2.posttrain.models.gguf import find_gguf
     from gemma2.posttrain.runs.run_directory import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
+    from gemma2.posttrain.schemas.config import resolve
 
     console = Console(as_json=as_json, quiet=quiet)
-    config, options = ConvertConfig(source=source, dtype=dtype), RunOptions(required_out(out), force=force)
+    config = resolve(ConvertConfig, flags={"source": source, "dtype": dtype})
+    options = RunOptions(required_out(out), force=force)
+    find_gguf(config.source)
+    from gemma2.posttrain.models.convert import plan_convert, run_convert
+
     if dry_run:
         console.result(plan_convert(config, options))
         return

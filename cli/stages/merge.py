@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from gemma2.cli.terminal.completion import merge_methods
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Set, required_out
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Quiet, Set, required_out
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.merging.methods.method import Method
@@ -145,11 +146,16 @@ def show(console: Console, result: MergeResult) -> None:
 
 def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
     """One merge by flags, or its plan."""
-    from gemma2.merging import merge, plan_merge
-    from gemma2.merging.methods.request_check import check_chosen
+    from gemma2.merging.inputs.weight_files import check_folders
+    from gemma2.merging.methods.request_check import check_chosen, check_request
 
     console = Console(as_json=given["as_json"], quiet=given["quiet"])
     request = check_chosen(request_of(method, models, given))
+    check_request(request)
+    base = {"base": request.base} if request.base else {}
+    check_folders({f"model {number}": path for number, path in enumerate(request.models, start=1)} | base)
+    from gemma2.merging import merge, plan_merge
+
     if given["dry_run"]:
         out = given["out"]
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
@@ -163,7 +169,6 @@ def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
 def run_file(given: JsonMapping) -> None:
     """The merges of a file, or their plans."""
     from gemma2.merging.recipes.recipe import read_recipe
-    from gemma2.merging.recipes.run_recipe import merge_recipe
 
     path = Path(given["config"])
     if not path.is_file():
@@ -174,6 +179,8 @@ def run_file(given: JsonMapping) -> None:
         show_recipe(console, recipe, given["out"], given["force"])
         return
     out = required_out(given["out"])
+    from gemma2.merging.recipes.run_recipe import merge_recipe
+
     results = merge_recipe(recipe, out=out, force=given["force"], verify=given["verify"], progress=console)
     if console.as_json and len(results) > 1:
         names = [step.name for step in recipe.steps]
@@ -244,7 +251,7 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
     if given["config"] is not None and words:
         raise UsageError(f"--config and {words[0]}: a plan is of one of them", "leave one out")
     if given["config"] is not None:
-        run_file({**given, "dry_run": True, "force": given["out"] is None, "quiet": False, "threads": None})
+        run_file({**given, "dry_run": True, "force": given["out"] is None, "threads": None})
         return
     if not words:
         raise UsageError("no method and no --config", "see gemma2 merge plan --help")
@@ -253,7 +260,12 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
         from gemma2.core.yaml_files import closest
 
         raise UsageError(f"unknown merge method '{words[0]}'", closest(words[0], METHODS))
-    arguments = [*words[1:], "--dry-run", *(["--json"] if given["as_json"] else [])]
+    arguments = [
+        *words[1:],
+        "--dry-run",
+        *(["--json"] if given["as_json"] else []),
+        *(["--quiet"] if given["quiet"] else []),
+    ]
     with commands[words[0]].make_context(words[0], arguments, parent=ctx.parent) as inner:
         commands[words[0]].invoke(inner)
 
@@ -286,6 +298,7 @@ WORDS = typer.Argument(
     metavar="METHOD ARGUMENTS",
     help="The merge as it would be called: slerp a b --base init.",
     show_default=False,
+    autocompletion=merge_methods,
     rich_help_panel="Inputs",
 )
 FILE: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
@@ -306,6 +319,12 @@ app.command(
     _signed(
         plan,
         [CONTEXT],
-        {"words": (list[str] | None, WORDS), **FILE, "out": (Path | None, Out), "as_json": (bool, AsJson)},
+        {
+            "words": (list[str] | None, WORDS),
+            **FILE,
+            "out": (Path | None, Out),
+            "as_json": (bool, AsJson),
+            "quiet": (bool, Quiet),
+        },
     )
 )

@@ -28,7 +28,7 @@ def show(console: Console, out: Path, summary: JsonMapping) -> None:
     from gemma2.posttrain.reports.plots.textplot import front_text
 
     points = json.loads((out / "front.json").read_text(encoding="utf-8"))["points"]
-    console.text("The KL-reward front\n" + front_text(points, width=76) + "\n")
+    console.text("The KL-reward front\n" + front_text(points, width=console.width(76)) + "\n")
     rows = list(best_rows(summary["best_at"]))
     if rows:
         console.table(rows, "The best point within each KL limit (nats per sequence to SFT), mean ± standard error")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,11 +113,23 @@ class _RichTask:
     def __init__(self, display: Display, identifier: TaskID, unit: str) -> None:
         self.display, self.identifier, self.unit = display, identifier, unit
         self.fields: dict[str, float | str] = {}
+        self.done = 0.0
+        self._lock = Lock()
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
-        self.fields |= fields
+        with self._lock:
+            self.done += amount
+            self.fields |= fields
         live = "  ".join(f"[dim]{key}[/] {_value(value)}" for key, value in self.fields.items())
         self.display.update(self.identifier, advance=amount, live=live)
+
+    def end(self, failed: bool = False) -> None:
+        """End the row. What is finished is full, also where less was to do than was known at the start."""
+        self.display.stop_task(self.identifier)
+        if failed:
+            self.display.update(self.identifier, failed=True)
+        else:
+            self.display.update(self.identifier, total=self.done, completed=self.done)
 
 
 class Console:
@@ -131,19 +144,25 @@ class Console:
     @contextmanager
     def task(self, label: str, total: float | None, unit: str) -> Iterator[Task]:
         if self.quiet or not self.interactive:
-            task = _PlainTask(label, total, unit)
+            line = _PlainTask(label, total, unit)
             if self.quiet:
-                task.last_line = float("inf")
-            yield task
-            if not self.quiet and task.last_line != task.started:
-                task.write()
+                line.last_line = float("inf")
+            yield line
+            if not self.quiet and line.last_line != line.started:
+                line.write()
             return
         opening.clear()
         inner = self._display is not None
         with self._shared_display() as display:
-            identifier = display.add_task(label, total=total, live="", unit=unit)
+            identifier = display.add_task(label, total=total, live="", unit=unit, failed=False)
+            task = _RichTask(display, identifier, unit)
             try:
-                yield _RichTask(display, identifier, unit)
+                yield task
+            except BaseException:
+                task.end(failed=True)
+                raise
+            else:
+                task.end()
             finally:
                 if inner:  # else the rows of a long job would fill the screen
                     display.remove_task(identifier)
@@ -181,6 +200,10 @@ class Console:
             console.print(text, style=style, markup=False, highlight=False)
         else:
             _write_line(text)
+
+    def width(self, most: int) -> int:
+        """The columns for a drawing in characters: `most`, or fewer on a terminal that is narrower."""
+        return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
 
     def heading(self, text: str) -> None:
         """Print a line that opens a stage of a longer job."""

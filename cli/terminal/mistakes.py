@@ -28,9 +28,9 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?,?")
 class UsageProblem(UsageError):
     """A command line that cannot be parsed."""
 
-    def __init__(self, what: str, hint: str, page: str = "") -> None:
-        super().__init__(what, hint or f"see {page}", f"{page.removesuffix(' --help')}")
-        self.text = f"{what}; {hint}" if hint else f"{what} (see {page})"
+    def __init__(self, what: str, hint: str = "", page: str = "") -> None:
+        super().__init__(what, hint or (f"see {page}" if page else ""), page.removesuffix(" --help"))
+        self.text = f"{what} (see {page})" if page and not hint else f"{what}; {hint}" if hint else what
 
     def __str__(self) -> str:
         return self.text
@@ -56,11 +56,12 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
     value = _of_value(error) or _of_another_tool(error, context, words)
     if value is not None:
         return UsageProblem(*value, page)
-    if context is not None and "unexpected extra argument" in error.format_message():
+    text = error.format_message()
+    if context is not None and ("unexpected extra argument" in text or "No such command" in text):
         found = next((given for given in _given(context.command, words) if given.loose), None)
-        if found is not None:
+        if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
             return UsageProblem(*_several(found), page)
-    return UsageProblem(error.format_message(), "", page)
+    return UsageProblem(text, "", page)
 
 
 def _of_value(error: TyperException) -> tuple[str, str] | None:

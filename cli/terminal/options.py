@@ -23,6 +23,7 @@ from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.config import Config, closest, is_given, resolve
 
+from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
@@ -76,6 +77,7 @@ ConfigFile = typer.Option(
     metavar="FILE",
     help="Recipe: a YAML file, an output to repeat, or the name of one that comes with gemma2.",
     rich_help_panel=COMMON,
+    autocompletion=recipes_of_command,
 )
 Set = typer.Option(
     None,

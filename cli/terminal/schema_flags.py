@@ -17,6 +17,8 @@ from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.fields import REPEATED
 
+from .completion import items_of
+
 __all__ = ["Flags", "TypeForm", "field_option", "flag_type", "flags_of", "one_word", "split_lists"]
 
 LONGEST_DEFAULT = 40  # characters; the help does not show a longer default
@@ -73,10 +75,15 @@ def _default(field: FieldInfo) -> Iterator[str]:
 
 
 def _choices(field: FieldInfo) -> Iterator[str]:
-    """The allowed items of a list, if they are restricted; for a single value the metavar shows them."""
-    for item in get_args(field.annotation):
-        if get_origin(field.annotation) is tuple and get_origin(item) is Literal:
-            yield "of " + ", ".join(get_args(item))
+    """The allowed items of a list as help text, if they are restricted; for a single value the metavar shows them."""
+    if items := _items(field):
+        yield "of " + ", ".join(items)
+
+
+def _items(field: FieldInfo) -> tuple[str, ...]:
+    """The allowed items of a list, if they are restricted."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
+    return next((get_args(item) for item in kinds if get_origin(item) is Literal), ())
 
 
 def _metavar(kind: object, is_list: bool) -> str | None:
@@ -100,6 +107,7 @@ def field_option(name: str, field: FieldInfo) -> Any:  # noqa: ANN401  # as type
         help=(field.description or "") + (f" [{facts}]" if facts else ""),
         show_default=False,
         rich_help_panel="Inputs" if _is_input(field) else "Settings",
+        autocompletion=items_of(choices) if (choices := _items(field)) else None,
     )
 
 

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from gemma2.cli.terminal.completion import every_recipe
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
+<<<<<<< HEAD
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, file_option, recipe_path
+=======
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet, recipe_path
+>>>>>>> bc3e7b9f011f4afc3c4f076d57157508a5fc7117
 from gemma2.configs import recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
@@ -33,20 +38,30 @@ def config() -> None:
 
 
 @app.command(name="list", cls=HelpCommand, context_settings=HELP_NAMES)
-def list_recipes(as_json: bool = AsJson) -> None:
+def list_recipes(as_json: bool = AsJson, quiet: bool = Quiet) -> None:
     """List the recipes by name, with the command that each is for."""
-    console = Console(as_json=as_json)
+    console = Console(as_json=as_json, quiet=quiet)
     console.result({name: _purpose(path) for name, path in recipes().items()})
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
-def show(name: str = typer.Argument(metavar="NAME", help="Name of a recipe, a YAML file, or an output.")) -> None:
+def show(
+    name: str = typer.Argument(
+        metavar="NAME", help="Name of a recipe, a YAML file, or an output.", autocompletion=every_recipe
+    ),
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
     """Print a recipe, or the settings of an output, as a start for your own recipe."""
     path = recipe_path(name)
     if path is None:
         raise UsageError("no recipe is named", "see gemma2 config list")
     values = load_yaml(path)
-    Console().text(to_yaml(values) if path.name == MANIFEST else path.read_text(encoding="utf-8"))
+    console = Console(as_json=as_json, quiet=quiet)
+    if as_json:
+        console.json(values)
+        return
+    console.text(to_yaml(values) if path.name == MANIFEST else path.read_text(encoding="utf-8"))
 
 
 @app.command(name="import", cls=HelpCommand, context_settings=HELP_NAMES)

@@ -59,6 +59,7 @@ def inspect(
     columns: str | None = Columns,
     ignore_keys: str | None = IgnoreKeys,
     as_json: bool = AsJson,
+    quiet: bool = Quiet,
 ) -> None:
     """Show what is recognised in a data set, as what, how rows will be rendered, their lengths, and what is not read.
 
@@ -70,7 +71,7 @@ def inspect(
 
     options = _options(columns=columns, ignore_keys=ignore_keys, on_bad_row="skip")
     found = survey(path, options, _chat_of(model), read_as, rows)
-    console = Console(as_json=as_json)
+    console = Console(as_json=as_json, quiet=quiet)
     if as_json:
         console.json(found)
     else:

@@ -94,6 +94,9 @@ def diff(
       gemma2 diff rl-1 rl-2 --base sft --plot angles.svg
       gemma2 diff sft merged --granularity tensor --json
     """
+    from gemma2.merging.inputs.weight_files import check_folders
+
+    check_folders({"model a": a, "model b": b} | ({"base": base} if base else {}))
     from gemma2.merging.inspect.difference import diff_models
 
     console = Console(as_json=as_json, quiet=quiet)

@@ -8,7 +8,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
 from gemma2.core.json_files import JsonObject
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -57,6 +57,7 @@ def inspect(
     ),
     tensors: bool = typer.Option(False, "--tensors", help="List every tensor.", rich_help_panel="Settings"),
     as_json: bool = AsJson,
+    quiet: bool = Quiet,
 ) -> None:
     """Show tensors, dtypes, parameters, tied weights, shards and lineage of a model, read from its headers alone.
 
@@ -65,10 +66,13 @@ def inspect(
     \b
       gemma2 inspect merged --tensors
     """
+    from gemma2.merging.inputs.weight_files import check_folders
+
+    check_folders({"model": directory})
     from gemma2.merging import inspect_model
 
     found = inspect_model(directory)
-    console = Console(as_json=as_json)
+    console = Console(as_json=as_json, quiet=quiet)
     if as_json:
         console.json(found)
         return

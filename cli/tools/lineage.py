@@ -11,7 +11,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Form, file_option
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Form, Quiet, file_option
 from gemma2.core.errors import OutputError, UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -33,6 +33,7 @@ def lineage(
     out: Path | None = OutFile,
     force: bool = Force,
     as_json: bool = AsJson,
+    quiet: bool = Quiet,
 ) -> None:
     """Show what an output was made from: all models and files of rows, from the roots to the result, with hashes.
 
@@ -52,7 +53,7 @@ def lineage(
     if out is not None and out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
     found = read_lineage(directory)
-    console = Console(as_json=as_json)
+    console = Console(as_json=as_json, quiet=quiet)
     if as_json:
         console.json(found.document())
     elif out is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from gemma2.cli.terminal.completion import pipelines, stages
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import (
@@ -47,8 +48,11 @@ File = typer.Argument(
     help="Pipeline: a YAML file, the folder of a run, or the name of one that comes with gemma2.",
     show_default=False,
     rich_help_panel="Inputs",
+    autocompletion=pipelines,
 )
-stage_option = partial(typer.Option, None, metavar="STAGE", show_default=False, rich_help_panel="Stages")
+stage_option = partial(
+    typer.Option, None, metavar="STAGE", show_default=False, rich_help_panel="Stages", autocompletion=stages
+)
 From = stage_option("--from", help="Run this stage and all stages that need it; earlier outputs are used as they are.")
 Only = stage_option("--only", help="Run only this stage; the outputs that it needs are used as they are.")
 Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
@@ -221,7 +225,13 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
-def status(file: str = File, out: Path | None = Out, set_: list[str] | None = Set, as_json: bool = AsJson) -> None:
+def status(
+    file: str = File,
+    out: Path | None = Out,
+    set_: list[str] | None = Set,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
     """Show the status of every stage: complete, changed and by what, interrupted, failed and why, to run.
 
     \b
@@ -231,7 +241,7 @@ def status(file: str = File, out: Path | None = Out, set_: list[str] | None = Se
     from gemma2.posttrain.pipelines.check import check_pipeline
     from gemma2.posttrain.pipelines.run import status_rows
 
-    console = Console(as_json=as_json)
+    console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
     rows = status_rows(compiled, check_pipeline(compiled))
     if as_json:
@@ -249,6 +259,8 @@ def graph(
     form: Literal["text", "mermaid", "svg"] = Form,
     write: Path | None = Write,
     force: bool = Force,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
 ) -> None:
     """Draw the stages and what they need, as text, Mermaid or SVG.
 
@@ -260,8 +272,14 @@ def graph(
     from gemma2.posttrain.pipelines.state import read_state
     from gemma2.posttrain.reports.graph.render import Edge, Node, dag_mermaid, dag_svg, dag_text
 
+    console = Console(as_json=as_json, quiet=quiet)
+    if as_json and (write is not None or form != "text"):
+        raise UsageError("--json has its own format and goes to stdout", "drop --format and --write, or drop --json")
     compiled = open_pipeline(file, out or (None if Path(file).is_dir() else Path("out")), set_)
     recorded = (read_state(compiled.root) or {}).get("stages", {})
+    if as_json:
+        console.json({name: {"command": one.command, "needs": one.needs} for name, one in compiled.stages.items()})
+        return
     nodes = [
         Node(name, name, stage.command, str(recorded.get(name, {}).get("status", "")))
         for name, stage in compiled.stages.items()
@@ -270,10 +288,10 @@ def graph(
     draw = {"text": dag_text, "mermaid": dag_mermaid, "svg": dag_svg}[form]
     text = draw(nodes, edges)
     if write is None:
-        Console().text(text)
+        console.text(text)
         return
     if write.exists() and not force:
         raise OutputError(f"--write {write} exists", "choose another file, or replace it with --force")
     if not write.parent.is_dir():
         raise OutputError(f"cannot write --write {write}: {write.parent} is not a directory", "create it first")
-    Console().result({}, write_text(write, text))
+    console.result({}, write_text(write, text))

@@ -96,7 +96,7 @@ def show(console: Console, result: JsonObject, out: Path, seconds: float) -> Non
 
     console.text("")
     console.table(result["rows"], f"Held-out prompts, mean ± standard error ({seconds:.0f} s)")
-    console.text("\nThe KL-reward front\n" + front_text(result["points"], width=76))
+    console.text("\nThe KL-reward front\n" + front_text(result["points"], width=console.width(76)))
     console.text("\nAnswers to held-out questions, sampled at the temperature of the RL stage")
     for sample in result["samples"]:
         console.text(f"  {sample['prompt']}")

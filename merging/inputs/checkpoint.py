@@ -17,16 +17,12 @@ from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, read_json
-from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
 
 from .low_rank import LowRank
+from .weight_files import INDEX, WEIGHTS, find_weights
 
 __all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -71,54 +67,8 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
 
     Raises InputError if it is not a model directory, is unfinished, or stores weights in another format.
     """
-    if not path.is_dir():
-        raise InputError(f"{role} {path} is not a directory", "give the path of a model directory")
-    require_complete(path, role)
-    shards = _shards(path, role)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{role} {path} holds no config.json", "give a directory with config.json and *.safetensors")
+    shards = find_weights(path, role)
     return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards), path)
-
-
-def _shards(path: Path, role: str) -> dict[str, list[str]] | None:
-    """Return the names in each shard by the index; None for a single file."""
-    single, index = path / WEIGHTS, path / INDEX
-    if single.exists() and index.exists():
-        raise InputError(f"{role} {path} holds both {WEIGHTS} and {INDEX}", "remove the one that is not meant")
-    if single.exists():
-        return None
-    if index.exists():
-        return _read_index(index)
-    if (path / "adapter_config.json").exists():
-        raise InputError(f"{role} {path} is an adapter without its base model", "merge the adapter into its base first")
-    others = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if others:
-        raise InputError(
-            f"{role} {path} holds pickled weights only ({others[0]})", "convert them to safetensors; pickles are unsafe"
-        )
-    if any(path.glob("*.gguf")):
-        raise InputError(f"{role} {path} holds GGUF weights only", "import them with gemma2 convert")
-    raise InputError(f"{role} {path} holds neither {WEIGHTS} nor {INDEX}", "give a directory with safetensors weights")
-
-
-def _read_index(index: Path) -> dict[str, list[str]]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map", "restore the file")
-    shards: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_file_name(file):
-            raise InputError(
-                f"{index} places {printable(name)} in {printable(str(file))}, not a file name", "restore the index"
-            )
-        shards.setdefault(file, []).append(name)
-    return shards
-
-
-def _is_file_name(text: str) -> bool:
-    """Whether a text is a bare file name that can be printed."""
-    bare = text not in ("", ".", "..") and Path(text).name == text and "\\" not in text
-    return bare and text.isprintable() and len(text.encode()) <= 255
 
 
 def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Tensor]:

@@ -33,11 +33,11 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ConvertConfig
 
-from .gguf import read_header
+from .gguf import find_gguf, read_header
 from .loading import load_policy, load_reward_model, quiet_libraries, read_config, save_model
 from .protocols import Network
 
-__all__ = ["find_gguf", "gemma2_settings", "plan_convert", "run_convert"]
+__all__ = ["gemma2_settings", "plan_convert", "run_convert"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYERS_27B = 46
@@ -91,27 +91,6 @@ def plan_convert(config: ConvertConfig, options: RunOptions) -> JsonObject:
         "disk_gib": parameters * DTYPES[config.dtype].itemsize / 2**30,
         "config": config.model_dump(mode="json"),
     }
-
-
-def find_gguf(source: Path) -> Path | None:
-    """Return the GGUF file that `source` is or contains, None for a model directory. Raises InputError for neither."""
-    if source.is_file():
-        if source.suffix != ".gguf":
-            raise InputError(f"{source} is a file but not a .gguf", "give a GGUF file or a model directory")
-        return source
-    if not source.is_dir():
-        raise InputError(f"{source} does not exist", "give a GGUF file or a model directory")
-    found = sorted(source.glob("*.gguf"))
-    if (source / "config.json").is_file() and any(source.glob("*.safetensors")):
-        return None
-    if not found:
-        raise InputError(f"{source} holds neither *.gguf nor config.json with *.safetensors", "check the path")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found[:4])
-        raise InputError(
-            f"{source} holds {len(found)} GGUF files ({names})", "name one; join the parts of a split file"
-        )
-    return found[0]
 
 
 def load_gguf(path: Path, dtype: torch.dtype, progress: Progress) -> Loaded:

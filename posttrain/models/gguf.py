@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 
-__all__ = ["GgufHeader", "read_header"]
+__all__ = ["GgufHeader", "find_gguf", "read_header"]
 
 # Type number of a value -> struct format; 8 is a text, 9 an array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -30,6 +30,27 @@ class GgufHeader:
 
     metadata: JsonObject
     parameters: int
+
+
+def find_gguf(source: Path) -> Path | None:
+    """Return the GGUF file that `source` is or contains, None for a model directory. Raises InputError for neither."""
+    if source.is_file():
+        if source.suffix != ".gguf":
+            raise InputError(f"{source} is a file but not a .gguf", "give a GGUF file or a model directory")
+        return source
+    if not source.is_dir():
+        raise InputError(f"{source} does not exist", "give a GGUF file or a model directory")
+    found = sorted(source.glob("*.gguf"))
+    if (source / "config.json").is_file() and any(source.glob("*.safetensors")):
+        return None
+    if not found:
+        raise InputError(f"{source} holds neither *.gguf nor config.json with *.safetensors", "check the path")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4])
+        raise InputError(
+            f"{source} holds {len(found)} GGUF files ({names})", "name one; join the parts of a split file"
+        )
+    return found[0]
 
 
 def read_header(path: Path) -> GgufHeader:

@@ -22,7 +22,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.foreign.answers import command_here, hint_for
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
-from gemma2.posttrain.schemas.config import Config, Source, apply_sets, closest, load_yaml, validated
+from gemma2.posttrain.schemas.config import Config, ValueSource, apply_sets, closest, load_yaml, validated
 from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
 
 from .references import lookup, parse_condition, references, replaced, texts
@@ -47,7 +47,7 @@ class Stage:
     when: str | None = None
     retries: int = 0
     resources: Resources = field(default_factory=Resources)
-    source: Source = field(default_factory=Source, compare=False)
+    source: ValueSource = field(default_factory=ValueSource, compare=False)
 
     @property
     def kind(self) -> Command:
@@ -125,7 +125,7 @@ def read_pipeline(path: Path, sets: Iterable[str] = ()) -> PipelineFile:
     if not stages:
         raise UsageError(f"{path} has no stages", "write stages: {NAME: {command: ..., options: {...}}}", str(path))
     names = stages if isinstance(stages, dict) else {}
-    source = Source(path, tuple(_in_full(item, names) for item in sets))
+    source = ValueSource(path, tuple(_in_full(item, names) for item in sets))
     return validated(PipelineFile, apply_sets(document, source.sets), source).read_from(source)
 
 
@@ -172,16 +172,17 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
             fix = command_here(stage.command) or closest(stage.command, COMMANDS)
             raise file.source.wrong(what, fix, "stages", name, "command")
         values = stage.model_dump()
-        changed = {}
-        for key in ("options", "matrix"):
-            with file.source.located("stages", name, key):
-                changed[key] = replaced(values[key], of)
+        changed: JsonObject = {"options": {}, "matrix": {}}
+        for section, options in changed.items():
+            for option, value in values[section].items():
+                with file.source.located("stages", name, section, option):
+                    options[option] = replaced(value, of)
         with file.source.located("stages", name, "when"):
             when = None if stage.when is None else str(replaced(stage.when, of))
         yield name, stage.model_copy(update={**changed, "when": when})
 
 
-def _check_name(name: str, source: Source) -> None:
+def _check_name(name: str, source: ValueSource) -> None:
     """Refuse a text that is not a folder's name, or that would be read as another reference."""
     long = any(len(part.encode()) > LONGEST_NAME for part in name.split("/"))
     taken = name.partition("/")[0] in RESERVED or name.startswith(("vars.", "matrix.")) or ".summary." in name
@@ -200,7 +201,9 @@ def _check_places(names: Iterable[str]) -> None:
                 raise UsageError(f"stages.{name} would lie in the output of {outer}", "rename one of them")
 
 
-def _copies(drafts: Mapping[str, StageFile], source: Source) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
+def _copies(
+    drafts: Mapping[str, StageFile], source: ValueSource
+) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
     """Every matrix as copies of its stage, and the names of the copies."""
     found: dict[str, StageFile] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -262,7 +265,7 @@ def _copy(name: str, draft: StageFile, chosen: JsonMapping) -> StageFile:
 
 
 def _with_warp(
-    drafts: Mapping[str, StageFile], source: Source
+    drafts: Mapping[str, StageFile], source: ValueSource
 ) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
     """Every `command: warp` as the stages of Algorithm 1, and their names."""
     found: dict[str, StageFile] = {}
@@ -330,7 +333,7 @@ class _Maker:
     copies: Mapping[str, tuple[str, ...]]
     groups: Mapping[str, tuple[str, ...]]
     shared: Resources
-    source: Source
+    source: ValueSource
 
     def stage(self, name: str) -> Stage:
         draft = self.drafts[name]

@@ -128,6 +128,10 @@ class Scheduler:
             # The outermost bar holds the display, so that those of stages may end in any order.
             with self.progress.task("pipeline", total=len(self.pipeline.stages), unit="stages") as bar:
                 self._until_done(bar)
+                if "failed" in self.status.values():
+                    raise _SomeFailed  # ends the bar as one that did not get through
+        except _SomeFailed:
+            pass
         except BaseException:
             self.executor.stop()
             self.state.finish("interrupted")
@@ -320,6 +324,10 @@ class Scheduler:
         for key in [*self.bars]:
             if stage in (None, key[0]) and number in (None, key[1]):
                 self.bars.pop(key)[0].__exit__(None, None, None)
+
+
+class _SomeFailed(Exception):
+    """Stages have failed, and nothing is left that could run."""
 
 
 def _asked(when: str, needs: Sequence[str]) -> list[str]:

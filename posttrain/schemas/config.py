@@ -17,11 +17,11 @@ from gemma2.core.outputs.home import at_home, text_at_home
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
-from .messages import Source, explained
+from .messages import ValueSource, explained
 
 __all__ = [
     "Config",
-    "Source",
+    "ValueSource",
     "apply_sets",
     "closest",
     "is_given",
@@ -116,12 +116,12 @@ def resolve(
     sets = tuple(sets)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     values = apply_sets(load_yaml(file) if file else {}, sets) | given
-    return validated(schema, values, Source(file, sets, frozenset(given)))
+    return validated(schema, values, ValueSource(file, sets, frozenset(given)))
 
 
-def validated(schema: type[C], values: JsonMapping, source: Source | None = None) -> C:
+def validated(schema: type[C], values: JsonMapping, source: ValueSource | None = None) -> C:
     """Return the frozen configuration of these values. Raises UsageError like `resolve`."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise explained(schema, error.errors(), source or Source()) from error
+        raise explained(schema, error.errors(), source or ValueSource()) from error

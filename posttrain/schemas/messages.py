@@ -20,7 +20,7 @@ from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import closest, given_by, place_of
 from gemma2.posttrain.foreign.answers import Spelling, hint_for
 
-__all__ = ["Source", "explained", "limits_of", "reworded"]
+__all__ = ["ValueSource", "explained", "limits_of", "reworded"]
 
 Key: TypeAlias = str | int
 # One entry of `ValidationError.errors()`: type, loc, input, ctx, msg.
@@ -60,7 +60,7 @@ LONGEST = 60  # characters of a value that a message shows
 
 
 @dataclass(frozen=True)
-class Source:
+class ValueSource:
     """What gave the values of a configuration. The last of these counts: file, --set, flags.
 
     flags  keys that flags gave
@@ -72,7 +72,7 @@ class Source:
     flags: frozenset[str] = frozenset()
     above: tuple[str, ...] = ()
 
-    def below(self, *keys: str) -> Source:
+    def below(self, *keys: str) -> ValueSource:
         """The source of the values below these keys."""
         return replace(self, above=(*self.above, *keys))
 
@@ -154,7 +154,7 @@ def _choices(problem: Problem) -> list[str]:
     return re.findall(r"'([^']*)'", str(problem.get("ctx", {}).get("expected", "")))
 
 
-def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Source) -> UsageError:
+def explained(schema: type[BaseModel], problems: Sequence[Problem], source: ValueSource) -> UsageError:
     """The error of the first problem of a pydantic report, with the number of the others."""
     # A mistyped key also causes a "missing" error: the typo is the cause, so it is named first.
     ordered = sorted(problems, key=lambda problem: problem["type"] != "extra_forbidden")
@@ -177,7 +177,7 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Sour
     return _of_value(first["input"], f" {what}", hint, source, keys, more)
 
 
-def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source: Source) -> str | None:
+def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source: ValueSource) -> str | None:
     """The fix for an unknown key that another tool has; None for any other."""
     *above, key = ordered[0]["loc"]
     beside = [problem for problem in ordered if problem["loc"][:-1] == tuple(above)]
@@ -187,7 +187,7 @@ def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source
     return hint_for(str(key), _fields_at(schema, above), ordered[0]["input"], given, spelling)
 
 
-def _of_value(value: object, what: str, hint: str, source: Source, keys: tuple[Key, ...], more: str) -> UsageError:
+def _of_value(value: object, what: str, hint: str, source: ValueSource, keys: tuple[Key, ...], more: str) -> UsageError:
     """The error of one value: its name, the value and its place, then what is wrong."""
     where = source.place(keys)
     given = "" if isinstance(value, dict) else _shown(value)
@@ -198,7 +198,7 @@ def _of_value(value: object, what: str, hint: str, source: Source, keys: tuple[K
     return UsageError(f"{subject}{what}{more}", hint, where)
 
 
-def _of_our_own(schema: type[BaseModel], problem: Problem, source: Source, more: str) -> UsageError:
+def _of_our_own(schema: type[BaseModel], problem: Problem, source: ValueSource, more: str) -> UsageError:
     """The error that a validator of ours raised: its message is `what; hint`."""
     keys: tuple[Key, ...] = tuple(problem["loc"])
     what, _, hint = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ").partition("; ")

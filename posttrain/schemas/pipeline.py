@@ -6,7 +6,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .config import Config, Source
+from .config import Config, ValueSource
 
 __all__ = ["PipelineFile", "Resources", "StageFile"]
 
@@ -53,18 +53,18 @@ class StageFile(Config):
 class PipelineFile(Config):
     """A pipeline: a DAG of commands. `source`: the file and --set that it is from, for messages."""
 
-    _source: Source = PrivateAttr(default_factory=Source)
+    _source: ValueSource = PrivateAttr(default_factory=ValueSource)
 
     vars: JsonObject = Field(default_factory=dict, description="values of ${vars.NAME}")
     resources: Resources = Field(Resources(), description="default resources of the stages")
     stages: dict[str, StageFile] = Field(min_length=1, description="name -> stage; the name is the output's folder")
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ValueSource:
         """The file and the --set that the pipeline is from."""
         return self._source
 
-    def read_from(self, source: Source) -> PipelineFile:
+    def read_from(self, source: ValueSource) -> PipelineFile:
         """The pipeline, with the place of its values for messages."""
         self._source = source
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
@@ -171,10 +172,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self.close()
 
     def close(self) -> None:
-        """End the bar, also if the training stopped early."""
+        """End the bar, also if the training stopped early or an error is on its way."""
         if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
+            bar, self._bar = self._bar, None
+            bar.__exit__(*sys.exc_info())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -1,11 +1,14 @@
 """Exit codes and messages of the process itself: one line for an expected failure, a traceback for a bug."""
 
 import errno
+import io
+import json
 import os
 import signal
 import subprocess
 
 import pytest
+from commands import all_commands
 from processes import MAIN, finish, gemma2, start
 from waiting import PATIENCE
 
@@ -68,11 +71,11 @@ def test_a_bug_is_not_reported_as_an_expected_error(command, bug):
     [
         (["sfft"], "No such command 'sfft'. Did you mean 'sft'? (see gemma2 --help)"),
         (["sft", "--modle", "x"], "No such option: --modle (Possible options: --model) (see gemma2 sft --help)"),
-        (["sft", "--epochs", "many"], "'--epochs'"),
+        (["sft", "--epochs", "many"], "--epochs many is not a number; give a number"),
         (["sft", "stray"], "unexpected extra argument"),
         (["sft", "--model"], "Option '--model' requires an argument"),
         (["reward", "pears"], "No such command 'pears'. Did you mean 'pairs'? (see gemma2 reward --help)"),
-        (["sft", "--end-of-turn", "never"], "'never' is not one of 'eot', 'eot+eos'"),
+        (["sft", "--end-of-turn", "never"], "--end-of-turn never is not one of eot, eot+eos"),
     ],
 )
 def test_a_command_line_that_cannot_be_parsed_is_one_line_with_a_suggestion(capsys, line, said):
@@ -82,6 +85,135 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line_with_a_suggestion(caps
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert said in err
+
+
+# --- --json -----------------------------------------------------------------------------------------------------------
+
+
+def error_object(out):
+    document = json.loads(out)
+    assert document.keys() == {"error"}
+    assert document["error"].keys() == {"kind", "what", "where", "fix", "exit_code"}
+    return document["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (InputError("model x is not a directory", "give one"), "input"),
+        (OutputError("out exists", "give one"), "output"),
+        (UsageError("unknown key 'a' in r.yaml:3:1", "give one", "r.yaml:3:1"), "usage"),
+        (GuardStop("the KL is 201", "give one"), "guard"),
+        (OSError(errno.ENOSPC, "No space left on device", "/some/file"), "system"),
+    ],
+)
+def test_with_json_an_error_is_an_object_on_stdout_and_the_line_on_stderr(monkeypatch, capsys, error, kind):
+    monkeypatch.setattr(app, "invoke", lambda arguments: _raise(error))
+    code = main.run(["sft", "--json"])
+    out, err = capsys.readouterr()
+    found = error_object(out)
+    assert (found["kind"], found["exit_code"]) == (kind, code)
+    assert err == f"error: {found['what']}; {found['fix']}\n"
+    assert found["where"] == (getattr(error, "where", None) or getattr(error, "filename", None) or None)
+
+
+def _raise(error):
+    raise error
+
+
+def test_with_json_a_bug_is_an_object_too_and_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(app, "invoke", lambda arguments: _raise(KeyError("k")))
+    with pytest.raises(KeyError):
+        main.run(["sft", "--json"])
+    assert error_object(capsys.readouterr().out)["kind"] == "bug"
+
+
+def test_a_json_after_two_dashes_is_a_word(command, monkeypatch, capsys):
+    monkeypatch.setattr(app, "invoke", lambda arguments: _raise(InputError("x", "y")))
+    assert main.run(["inspect", "--", "--json"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", [name for name, _ in all_commands()])
+def test_every_command_line_that_is_refused_gives_an_object(capsys, name):
+    assert main.run([*name.split(), "--no-such-flag", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert "--no-such-flag" in error_object(out)["what"]
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sft --model gone --data gone --out o",
+        "merge slerp gone gone --out o",
+        "merge --config gone.yaml --out o",
+        "merge --config /dev/null --out o",
+        "inspect .",
+        "diff . .",
+        "lineage .",
+        "report .",
+        "pipeline status .",
+        "pipeline run gone --out o",
+        "pick . --out o",
+        "convert . --out o",
+        "data inspect .",
+        "config show gone",
+        "reward eval . --data gone",
+        "eval --model . --sft . --reward . --prompts .",
+    ],
+)
+def test_a_wrong_folder_is_refused_before_anything_heavy_is_imported(tmp_path, line):
+    script = (
+        "import sys\nfrom gemma2.cli.main import main\ntry:\n    main()\nfinally:\n"
+        "    assert not {'torch', 'transformers', 'numba', 'numpy'} & {*sys.modules}, 'heavy'\n"
+    )
+    code, out, err = finish(start(script, *line.split(), "--json", cwd=tmp_path))
+    found = error_object(out)
+    assert code == found["exit_code"] == (2 if found["kind"] == "usage" else 1)
+    assert err.count("\n") == 1
+    assert found["fix"]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_with_json_an_interrupt_is_an_object(tmp_path):
+    process = working(tmp_path / "out", SLEEP, words=("--json",))
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    found = error_object(out)
+    assert (code, found["kind"], found["exit_code"]) == (130, "interrupted", 130)
+    assert err == "\ninterrupted\n"
+
+
+# --- the first line on a terminal -------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["sft", "--model", "m"], True),
+        (["sft", "--model", "m", "--quiet"], False),
+        (["sft", "-q"], False),
+        (["--version"], False),
+        ([], False),
+    ],
+)
+def test_a_terminal_shows_at_once_which_command_begins(monkeypatch, words, shown):
+    terminal = Terminal()
+    monkeypatch.setattr(main.sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    seen = []
+    monkeypatch.setattr(
+        app, "invoke", lambda arguments: seen.append(terminal.getvalue()) or _raise(InputError("x", "y"))
+    )
+    assert main.run(words) == 1
+    assert seen == ["gemma2 sft: checking the inputs" if shown else ""]
+    assert terminal.getvalue().endswith("\r\033[Kerror: x; y\n" if shown else "error: x; y\n")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -120,9 +252,9 @@ CLEANING = "\n        ".join(
 WAITING = "sys.stdin.readline(); run.finish({}); return run.result"
 
 
-def working(out, body=SLEEP, **options):
+def working(out, body=SLEEP, words=(), **options):
     script = WORKING.replace("BODY", body) + MAIN
-    process = start(script, "sft", "--model", "m", "--data", "d", "--out", out, **options)
+    process = start(script, "sft", "--model", "m", "--data", "d", *words, "--out", out, **options)
     assert process.stdout.readline() == "ready\n"
     return process
 

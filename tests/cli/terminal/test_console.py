@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import re
 import sys
 
 import pytest
@@ -9,8 +11,10 @@ import pytest
 from gemma2.cli.terminal import console as module
 from gemma2.cli.terminal import display
 from gemma2.cli.terminal.console import Console
+from gemma2.core.interrupts import Interrupted
 
 ESCAPE = "\033"
+SPINNER = "\u280b\u2819\u2839\u2838\u283c\u2834\u2826\u2827\u2807\u280f"
 
 
 class Terminal(io.StringIO):
@@ -243,3 +247,93 @@ def test_headings_on_a_terminal_are_bold_and_not_markup(terminal):
     Console().heading("[1/6] Embedded models")
     assert "[1/6] Embedded models" in err.getvalue()
     assert f"{ESCAPE}[1m" in err.getvalue()
+
+
+# --- bars and tables, whatever happens --------------------------------------------------------------------------------
+
+
+def last_row(err):
+    lines = [re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", err.getvalue())]
+    return [line for line in lines if line.strip()][-1]
+
+
+@pytest.mark.parametrize("total", [None, 0, 1, 7, 1000])
+@pytest.mark.parametrize("done", [0, 1, 7])
+@pytest.mark.parametrize("unit", ["steps", "bytes"])
+def test_a_bar_ends_full_however_much_was_done(terminal, total, done, unit):
+    _out, err = terminal()
+    with Console().task("work", total, unit) as task:
+        for _ in range(done):
+            task.advance(1, loss=0.5)
+    row = last_row(err)
+    assert "\u2713" in row
+    assert "\u2578" not in row  # half a block
+    assert not set(row) & set(SPINNER)
+    full = re.search("\u2501+", row)
+    assert full is not None
+    assert len(full[0]) == 24
+    assert f"{done}/{done} " in row or unit == "bytes" or not done
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Interrupted, SystemExit])
+def test_a_bar_that_an_error_ends_has_a_mark_and_no_spinner(terminal, error):
+    _out, err = terminal()
+    with pytest.raises(error), Console().task("work", 10, "steps") as task:
+        task.advance(4)
+        raise error
+    row = last_row(err)
+    assert "\u2717" in row
+    assert "4/10" in row
+    assert not set(row) & set(SPINNER)
+
+
+def test_an_error_inside_an_inner_bar_ends_both(terminal):
+    _out, err = terminal()
+    console = Console()
+    with pytest.raises(ValueError), console.task("outer", 2, "steps"), console.task("inner", 2, "steps"):
+        raise ValueError
+    assert "\u2717" in last_row(err)
+    assert console._display is None
+
+
+WORDS = (
+    "model.layers.10",
+    "warp/iteration-1/policy-2",
+    "the reward is NaN; check the model",
+    "x",
+    "",
+    "1,234,567",
+    "-",
+)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_table_fits_the_terminal_and_loses_nothing(terminal, monkeypatch, width, seed):
+    out, _err = terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    draw = random.Random(seed)
+    columns = [f"column {number}" for number in range(draw.randint(1, 14))]
+    texts = {column: draw.random() < 0.3 for column in columns}
+    rows = [
+        {c: draw.choice(WORDS) if texts[c] else draw.choice([0.123456, 1e-7, 12345678, None, True]) for c in columns}
+        for _ in range(draw.randint(1, 5))
+    ]
+    Console().table(rows, "Title")
+    text = re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert max(map(len, text.splitlines())) <= width
+    inside = re.sub(r"[\s\u2500-\u257f]", "", text)
+    for column in columns:
+        assert column.split()[1] in inside
+    for row in rows:
+        for column, value in row.items():
+            if not texts[column]:  # figures stand whole on one line
+                assert re.search(rf"(^|[\s\u2502]){re.escape(module._value(value))}($|[\s\u2502])", text, re.MULTILINE)
+
+
+def test_a_drawing_is_no_wider_than_the_terminal(terminal, monkeypatch):
+    terminal()
+    monkeypatch.setenv("COLUMNS", "60")
+    assert Console().width(76) == 60
+    monkeypatch.setenv("COLUMNS", "200")
+    assert Console().width(76) == 76

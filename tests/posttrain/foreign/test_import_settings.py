@@ -414,7 +414,9 @@ def test_an_imported_recipe_trains(place, capsys):
     rows = [{"question": str(row["prompt"]), "answer": "3 4"} for row in questions("train", 12, seed=0)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = f"base_model: {root}/model\ndatasets: [{{path: {root}/rows.jsonl, type: alpaca}}]\nlearning_rate: 1e-3\n"
-    text += "num_epochs: 1\nmicro_batch_size: 4\ngradient_accumulation_steps: 1\nwarmup_steps: 0\nlr_scheduler: linear\n"
+    text += (
+        "num_epochs: 1\nmicro_batch_size: 4\ngradient_accumulation_steps: 1\nwarmup_steps: 0\nlr_scheduler: linear\n"
+    )
     assert invoke(["config", "import", str(place(text)), "--out", "recipe.yaml"]) == 0
     flags = f"--model {root}/model --data {root}/rows.jsonl --learning-rate 1e-3 --batch-size 4 --max-length 512"
     flags += " --eval-fraction 0 --seed 42 --warmup-steps 0"

@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain import schemas
-from gemma2.posttrain.schemas.config import Config, Source, load_yaml, parse_value, resolve, to_yaml, validated
+from gemma2.posttrain.schemas.config import Config, ValueSource, load_yaml, parse_value, resolve, to_yaml, validated
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -276,7 +276,7 @@ def test_every_default_is_within_its_own_bounds(name):
 
 def test_an_error_in_a_section_of_a_larger_recipe_names_the_section():
     with pytest.raises(UsageError, match=r"unknown key 'sft\.stepps'; did you mean 'steps'\?"):
-        validated(Sample, {"stepps": 3}, Source(above=("sft",)))
+        validated(Sample, {"stepps": 3}, ValueSource(above=("sft",)))
 
 
 def test_a_text_of_the_wrong_form_is_told_what_the_field_is_for():

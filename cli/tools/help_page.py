@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from gemma2.cli.terminal.completion import commands
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES
 
@@ -13,7 +14,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def help(
     command: list[str] | None = typer.Argument(
-        None, metavar="COMMAND", help="A command, or a command and its sub-command.", show_default=False
+        None,
+        metavar="COMMAND",
+        help="A command, or a command and its sub-command.",
+        show_default=False,
+        autocompletion=commands,
     ),
 ) -> None:
     """Show the page of a command, as its --help does; without a command, that of gemma2.
