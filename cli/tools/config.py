@@ -1,4 +1,4 @@
-"""`gemma2 config`: the recipes that come with the package."""
+"""`gemma2 config`: the recipes that come with the package, and those that files of other tools become."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ import typer
 from gemma2.cli.terminal.completion import every_recipe
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-<<<<<<< HEAD
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, file_option, recipe_path
-=======
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet, recipe_path
->>>>>>> bc3e7b9f011f4afc3c4f076d57157508a5fc7117
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option, recipe_path
 from gemma2.configs import recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
@@ -34,7 +30,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.callback(context_settings=HELP_NAMES)
 def config() -> None:
-    """List and show recipes: YAML files with the settings of a command, for --config."""
+    """List, show and import recipes: YAML files with the settings of a command, for --config."""
 
 
 @app.command(name="list", cls=HelpCommand, context_settings=HELP_NAMES)
@@ -84,6 +80,7 @@ def import_settings(
     out: Path | None = OutFile,
     force: bool = Force,
     as_json: bool = AsJson,
+    quiet: bool = Quiet,
 ) -> None:
     """Read settings of TRL, axolotl or LLaMA-Factory: a recipe, and what became of every key.
 
@@ -101,7 +98,7 @@ def import_settings(
     if out is not None and out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
     found = import_file(file, form, kind)
-    console = Console(as_json=as_json)
+    console = Console(as_json=as_json, quiet=quiet)
     lines = [*map(_line, found.rows), *_end(found, str(out) if out else "recipe.yaml")]
     failed = strict and bool(found.deciding)
     if as_json and not failed:
