@@ -13,7 +13,7 @@ from typer.core import TyperArgument, TyperOption
 
 from gemma2.core.errors import UsageError
 from gemma2.core.yaml_files import parse_value
-from gemma2.posttrain.foreign.answers import command_here, hint_for, plain_name
+from gemma2.posttrain.foreign.counterparts import command_here, hint_for, plain_name
 
 if TYPE_CHECKING:
     from typer._click import Command, Context

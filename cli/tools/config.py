@@ -90,7 +90,6 @@ def import_settings(
     \b
       gemma2 config import qlora.yml --out recipe.yaml
       gemma2 config import sft.yaml --format trl --as reward --strict
-      gemma2 sft --config recipe.yaml --out sft --dry-run
     """  # fmt: skip
     from gemma2.core.outputs.text_file import write_text
     from gemma2.posttrain.foreign.settings.imports import import_file

@@ -48,7 +48,7 @@ def _missing(tools: str, why: str) -> ForeignName:
     return ForeignName(tools, instead=why, decides=True)
 
 
-# The names whose product is the number of sequences of an optimizer step (`answers.py`).
+# The names whose product is the number of sequences of an optimizer step (`counterparts.py`).
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size", "per_device_batch_size")
 
 MODEL = ("model", "policy", "teacher")

@@ -19,7 +19,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.posttrain.foreign.answers import command_here, hint_for
+from gemma2.posttrain.foreign.counterparts import command_here, hint_for
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
 from gemma2.posttrain.schemas.config import Config, ValueSource, apply_sets, closest, load_yaml, validated

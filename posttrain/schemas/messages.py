@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import closest, given_by, place_of
-from gemma2.posttrain.foreign.answers import Spelling, hint_for
+from gemma2.posttrain.foreign.counterparts import Spelling, hint_for
 
 __all__ = ["ValueSource", "explained", "limits_of", "reworded"]
 

@@ -24,7 +24,7 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
-from gemma2.posttrain.foreign.answers import hint_for
+from gemma2.posttrain.foreign.counterparts import hint_for
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields

@@ -10,7 +10,7 @@ from typing import Literal
 from gemma2.core.json_files import JsonObject
 from gemma2.core.yaml_files import to_yaml
 
-__all__ = ["Account", "KeyRow", "Verdict", "shown"]
+__all__ = ["KeyAccount", "KeyRow", "Verdict", "shown"]
 
 # taken: stands in the recipe; default: what happens here without a setting; unneeded: nothing has to stand for it;
 # missing: no counterpart; implied: not in the file, the other tool's default.
@@ -36,7 +36,7 @@ class KeyRow:
 
 
 @dataclass
-class Account:
+class KeyAccount:
     """A foreign file while it is read: what is left of it, the rows so far, and our settings.
 
     fields  keys and defaults of the command that the recipe is for

@@ -11,8 +11,9 @@ from typing import Any
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.yaml_files import closest, place_of
+from gemma2.posttrain.foreign.counterparts import is_off
 
-from .account import Account, shown
+from .account import KeyAccount, shown
 from .dialects import Kind
 
 __all__ = ["read_data"]
@@ -70,7 +71,7 @@ Record = Mapping[str, Any]
 class DataSets:
     """The data sets of one key of a foreign file: paths, renamed columns, weights, and what has no counterpart."""
 
-    def __init__(self, account: Account, key: str) -> None:
+    def __init__(self, account: KeyAccount, key: str) -> None:
         self.account, self.key = account, key
         self.paths: list[str] = []
         self.columns: dict[str, str] = {}
@@ -97,7 +98,7 @@ class DataSets:
         self.account.gap(f"{self.key}.{part}", value, why)
 
 
-def read_data(account: Account, title: str, kind: Kind) -> None:
+def read_data(account: KeyAccount, title: str, kind: Kind) -> None:
     """Say what becomes of the data sets of a file."""
     target = "prompts" if kind == "rlhf" else "data"
     if title == "LLaMA-Factory":
@@ -108,7 +109,7 @@ def read_data(account: Account, title: str, kind: Kind) -> None:
         _of_trl(account, target)
 
 
-def _write(account: Account, found: DataSets, target: str) -> None:
+def _write(account: KeyAccount, found: DataSets, target: str) -> None:
     paths = found.paths
     if "data" in account.ours and target == "eval_data":
         paths = paths[:1]
@@ -131,7 +132,7 @@ def _write(account: Account, found: DataSets, target: str) -> None:
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
-def _of_trl(account: Account, target: str) -> None:
+def _of_trl(account: KeyAccount, target: str) -> None:
     key = "datasets" if account.has("datasets") else "dataset_name"
     found = DataSets(account, key)
     if key == "datasets":
@@ -145,7 +146,7 @@ def _of_trl(account: Account, target: str) -> None:
     _write(account, found, target)
     for part in ("dataset_config", "dataset_train_split"):
         account.drop(part, "it is a part of the path")
-    evaluates = account.given.get("eval_strategy", "no") not in (None, False, "no")
+    evaluates = not is_off(account.given.get("eval_strategy"))
     if evaluates and not account.has("test_split_size") and "eval_data" in account.fields and key == "dataset_name":
         tested = DataSets(account, "dataset_test_split")
         tested.add(str(account.given[key]), account.given.get("dataset_test_split", "test"), config)
@@ -170,7 +171,7 @@ def _one_of_trl(found: DataSets, record: Record) -> None:
 # --- axolotl ----------------------------------------------------------------------------------------------------------
 
 
-def _of_axolotl(account: Account, target: str) -> None:
+def _of_axolotl(account: KeyAccount, target: str) -> None:
     for key, place in (("datasets", target), ("test_datasets", "eval_data")):
         if not account.has(key):
             continue
@@ -197,7 +198,7 @@ def _one_of_axolotl(found: DataSets, record: Record) -> None:
     found.rename({ours: str(record[name]) for name, ours in FIELDS.items() if record.get(name) not in (None, ours)})
     for name, why in LOST.items():
         usual = name == "roles_to_train" and record.get(name) in (["assistant"], ["gpt"], ["assistant", "gpt"])
-        if record.get(name) not in (None, False) and not usual:
+        if not is_off(record.get(name)) and not usual:
             found.lost(name, record[name], why)
     if record.get("train_on_eos") not in (None, "turn", "last"):
         found.lost("train_on_eos", record["train_on_eos"], "ends of learned turns are learned (end_of_turn)")
@@ -239,7 +240,7 @@ def _tags(found: DataSets, named: Mapping[str, object]) -> None:
 # --- LLaMA-Factory ----------------------------------------------------------------------------------------------------
 
 
-def _of_llamafactory(account: Account, target: str) -> None:
+def _of_llamafactory(account: KeyAccount, target: str) -> None:
     for key, place in (("dataset", target), ("eval_dataset", "eval_data")):
         if not account.has(key):
             continue
@@ -263,7 +264,7 @@ def _of_llamafactory(account: Account, target: str) -> None:
         account.lack("max_samples", "all rows are used: cut the files")
 
 
-def _dataset_info(account: Account) -> tuple[JsonObject, Path]:
+def _dataset_info(account: KeyAccount) -> tuple[JsonObject, Path]:
     """dataset_info.json of a file: in its `dataset_dir`, next to it, or in `data` of a folder above."""
     named = account.given.get("dataset_dir", "data")
     folder = account.path.absolute().parent
@@ -334,7 +335,7 @@ def _columns_of_llamafactory(columns: Record) -> dict[str, str]:
     }
 
 
-def _records(account: Account, key: str) -> list[Record]:
+def _records(account: KeyAccount, key: str) -> list[Record]:
     """The data sets of a list. Raises UsageError with the place of one that is not a mapping with a path."""
     value = account.given[key]
     records = value if isinstance(value, list) else [value]

@@ -12,12 +12,12 @@ from typing import get_args, get_origin
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.yaml_files import place_of, read_documents, to_yaml
-from gemma2.posttrain.foreign.answers import RUN_FLAGS, converted
+from gemma2.posttrain.foreign.counterparts import RUN_FLAGS, converted, is_off
 from gemma2.posttrain.foreign.names import NAMES
 from gemma2.posttrain.schemas import RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config, validated
 
-from .account import Account, KeyRow
+from .account import KeyAccount, KeyRow
 from .dialects import DIALECTS, FORMATS, Dialect, Format, Kind
 from .foreign_data import read_data
 from .training_settings import name_in, read_training
@@ -45,7 +45,6 @@ SAME_NAMES = ("max_grad_norm", "temperature", "max_new_tokens")  # as here, in c
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PAIR_KEYS = ("beta", "pref_beta", "rl_beta", "dpo_beta", "pref_loss", "loss_type", "pref_ftx")
 NO_DPO = "there is no DPO here: gemma2 reward learns the pairs, gemma2 rlhf --beta weighs the KL"
-OFF: tuple[object, ...] = (None, False, 0, "", "none", "no", [], {})
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def import_file(path: Path, form: Format | None = None, kind: Kind | None = None
     schema = SCHEMAS[kind]
     defaults = {name: field.get_default(call_default_factory=True) for name, field in schema.model_fields.items()}
     lists = {name for name, field in schema.model_fields.items() if get_origin(field.annotation) is tuple}
-    account = Account(path, given, defaults, frozenset(lists))
+    account = KeyAccount(path, given, defaults, frozenset(lists))
     if kind == "dpo":
         for key in PAIR_KEYS:
             if account.has(key):
@@ -183,7 +182,7 @@ def _kind_of(path: Path, given: Mapping[str, object], form: Format) -> Kind:
     return kind
 
 
-def _model(account: Account, dialect: Dialect, kind: Kind) -> None:
+def _model(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     ours = "policy" if kind == "rlhf" else "model"
     key = name_in(account, dialect, "model")
     if key is None:
@@ -201,9 +200,9 @@ def _model(account: Account, dialect: Dialect, kind: Kind) -> None:
             account.drop(key, why)
 
 
-def _trackers(account: Account) -> None:
+def _trackers(account: KeyAccount) -> None:
     value = account.given.get("report_to")
-    if value not in (*OFF, "all"):
+    if not is_off(value) and value != "all":
         listed = [str(item) for item in (value if isinstance(value, list) else [value])]
         known = [item for item in listed if item in TRACKERS]
         if known:
@@ -212,14 +211,14 @@ def _trackers(account: Account) -> None:
             account.lack("report_to", f"trackers are {', '.join(TRACKERS)}", decides=False)
     account.drop("report_to", "no tracker is the default")
     for key, tracker in (("wandb_project", "wandb"), ("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
-        if account.given.get(key) not in OFF:
+        if not is_off(account.given.get(key)):
             account.take(key, {"report_to": [*account.ours.get("report_to", ()), tracker]}, NAMES[key].how)
 
 
-def _remaining(account: Account, key: str) -> None:
+def _remaining(account: KeyAccount, key: str) -> None:
     """A key that no reader took: by its name in the table, or unknown."""
     value, row = account.given[key], NAMES.get(key)
-    if value in OFF and not isinstance(value, int | float):
+    if is_off(value) and not isinstance(value, int | float):
         account.drop(key, "it is empty")
         return
     if key in SAME_NAMES and key in account.fields:
@@ -249,7 +248,7 @@ def _remaining(account: Account, key: str) -> None:
         account.drop(key, row.instead.removeprefix("leave it out: "))
 
 
-def _check(schema: type[Config], account: Account, settings: JsonObject) -> None:
+def _check(schema: type[Config], account: KeyAccount, settings: JsonObject) -> None:
     """Refuse what the command would refuse, at the place of the foreign key that it came from."""
     wanted = {"model", "data", "policy", "prompts"} & schema.model_fields.keys() - settings.keys()
     for name in sorted(wanted):

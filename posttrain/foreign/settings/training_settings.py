@@ -6,9 +6,9 @@ import math
 
 from gemma2.core.errors import UsageError
 from gemma2.core.yaml_files import place_of
-from gemma2.posttrain.foreign.answers import converted
+from gemma2.posttrain.foreign.counterparts import converted, is_off
 
-from .account import Account, shown
+from .account import KeyAccount, shown
 from .dialects import Dialect, Kind
 
 __all__ = ["read_training"]
@@ -18,7 +18,7 @@ FULL_PRECISION = "weights are not quantised in training: the adapter is trained 
 BF16 = ("bf16", "bfloat16")
 
 
-def read_training(account: Account, dialect: Dialect, kind: Kind) -> None:
+def read_training(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     """Say what becomes of every setting of the training itself; data and model are others' business."""
     _batch(account, dialect, kind)
     _duration(account, dialect, kind)
@@ -36,12 +36,12 @@ def read_training(account: Account, dialect: Dialect, kind: Kind) -> None:
         account.imply("seed", dialect.seed, {"seed": dialect.seed}, f"the default of {dialect.title}")
 
 
-def name_in(account: Account, dialect: Dialect, canonical: str) -> str | None:
+def name_in(account: KeyAccount, dialect: Dialect, canonical: str) -> str | None:
     """The file's key for a setting, if it gives one."""
     return next((key for key in dialect.names.get(canonical, ()) if account.has(key)), None)
 
 
-def number(account: Account, key: str | None, default: float) -> float:
+def number(account: KeyAccount, key: str | None, default: float) -> float:
     """The number that a key gives, also as text; the default if it gives none. Raises UsageError for another value."""
     value = account.given.get(key) if key else None
     if value is None:
@@ -58,7 +58,7 @@ def whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _batch(account: Account, dialect: Dialect, kind: Kind) -> None:
+def _batch(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     per_key, steps_key = (name_in(account, dialect, name) for name in ("per_device", "accumulation"))
     per, steps = int(number(account, per_key, dialect.per_device)), int(number(account, steps_key, 1))
     rows, why = per * steps, f"{per} per device x {steps} accumulated, on one device"
@@ -77,7 +77,7 @@ def _batch(account: Account, dialect: Dialect, kind: Kind) -> None:
         account.take(key, settings, why)
 
 
-def _duration(account: Account, dialect: Dialect, kind: Kind) -> None:
+def _duration(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     epochs_key, steps_key = (name_in(account, dialect, name) for name in ("epochs", "max_steps"))
     steps = int(number(account, steps_key, -1))
     if kind == "rlhf":
@@ -100,7 +100,7 @@ def _duration(account: Account, dialect: Dialect, kind: Kind) -> None:
         account.imply(dialect.names["epochs"][0], epochs, {"epochs": epochs}, f"the default of {dialect.title}")
 
 
-def _rate(account: Account, dialect: Dialect, kind: Kind) -> None:
+def _rate(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     if kind in ("dpo", "rlhf"):
         if account.has("learning_rate"):
             method = {"dpo": "DPO", "rlhf": "PPO"}[kind]
@@ -115,7 +115,7 @@ def _rate(account: Account, dialect: Dialect, kind: Kind) -> None:
         account.gap("learning_rate", None, f"{dialect.title} has no default, and the file gives none")
 
 
-def _schedule(account: Account, dialect: Dialect) -> None:
+def _schedule(account: KeyAccount, dialect: Dialect) -> None:
     key = name_in(account, dialect, "schedule")
     schedule = str(account.given[key]) if key else dialect.schedule
     settings: dict[str, object] = {} if schedule == "linear" else {"trainer.lr_scheduler_type": schedule}
@@ -150,7 +150,7 @@ def _schedule(account: Account, dialect: Dialect) -> None:
         account.imply("warmup_ratio", ratio, warmup, title)
 
 
-def _warmup(account: Account, ratio: float) -> dict[str, object] | None:
+def _warmup(account: KeyAccount, ratio: float) -> dict[str, object] | None:
     """Our warm-up for a share of the steps; None where only a number of steps can be given and it is not known."""
     if "warmup_ratio" in account.fields:
         return {"warmup_ratio": ratio}
@@ -160,7 +160,7 @@ def _warmup(account: Account, ratio: float) -> dict[str, object] | None:
     return {"warmup_steps": math.ceil(ratio * steps)} if isinstance(steps, int) else None
 
 
-def _length(account: Account, dialect: Dialect, kind: Kind) -> None:
+def _length(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     if kind == "rlhf":
         return
     keys = [key for key in dialect.names["length"] if account.has(key)]
@@ -184,11 +184,11 @@ def _length(account: Account, dialect: Dialect, kind: Kind) -> None:
         )
 
 
-def _lora(account: Account, dialect: Dialect, kind: Kind) -> None:
+def _lora(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
     for key in QUANTISED:
-        if account.given.get(key) not in (None, False) and account.given.get("adapter") == "qlora":
+        if not is_off(account.given.get(key)) and account.given.get("adapter") == "qlora":
             account.drop(key, "adapter: qlora says it")
-        elif account.given.get(key) not in (None, False):
+        elif not is_off(account.given.get(key)):
             account.lack(key, FULL_PRECISION)
     if not _adapts(account, dialect):
         for key in [key for key in account.left if key.startswith("lora_")]:
@@ -216,14 +216,14 @@ def _lora(account: Account, dialect: Dialect, kind: Kind) -> None:
     _targets(account, dialect, said)
 
 
-def _adapts(account: Account, dialect: Dialect) -> bool:
+def _adapts(account: KeyAccount, dialect: Dialect) -> bool:
     """Whether the file trains an adapter, by the tool's own switch."""
     switch = {"TRL": "use_peft", "axolotl": "adapter", "LLaMA-Factory": "finetuning_type"}[dialect.title]
     value = account.given.get(switch)
     if value == "qlora":
         account.lack(switch, FULL_PRECISION)
         return True
-    if value in (None, False, "", "full"):
+    if is_off(value) or value == "full":
         implied = value is None and dialect.title == "LLaMA-Factory"  # lora is its default
         if switch in account.left and not implied:
             account.take(switch, {"lora_rank": 0})
@@ -235,7 +235,7 @@ def _adapts(account: Account, dialect: Dialect) -> bool:
     return True
 
 
-def _targets(account: Account, dialect: Dialect, said: str) -> None:
+def _targets(account: KeyAccount, dialect: Dialect, said: str) -> None:
     (key,) = dialect.names["targets"]
     if account.has(key):
         account.take(key, converted(key, "lora_targets", account.given[key], {}) or {})
@@ -246,7 +246,7 @@ def _targets(account: Account, dialect: Dialect, said: str) -> None:
         account.imply(key, list(dialect.targets), {"lora_targets": list(dialect.targets)}, said)
 
 
-def _precision(account: Account) -> None:
+def _precision(account: KeyAccount) -> None:
     for key in BF16:
         if account.given.get(key) is False and "trainer" in account.fields:
             account.take(key, {"trainer.bf16": False})
@@ -256,7 +256,7 @@ def _precision(account: Account) -> None:
         account.take("disable_gradient_checkpointing", {"trainer.activation_checkpointing": False})
 
 
-def _optimizer(account: Account) -> None:
+def _optimizer(account: KeyAccount) -> None:
     for key in ("optim", "optimizer"):
         if account.has(key) and any(part in str(account.given[key]) for part in ("8bit", "4bit", "paged")):
             why = (
@@ -265,7 +265,7 @@ def _optimizer(account: Account) -> None:
             account.lack(key, why, decides=False)
 
 
-def _attention(account: Account, dialect: Dialect) -> None:
+def _attention(account: KeyAccount, dialect: Dialect) -> None:
     if "attention" in account.fields:
         for key in dialect.names["attention"]:
             if account.has(key):
@@ -273,7 +273,7 @@ def _attention(account: Account, dialect: Dialect) -> None:
                 value = "flex_attention" if key == "flex_attention" and account.given[key] else account.given[key]
                 settings = converted(name, "attention", value, {}) or {}
                 account.take(key, settings, "" if settings else "eager, which has Gemma 2's soft cap, is the default")
-    packed = any(account.given.get(key) not in (None, False) for key in dialect.names["packing"])
+    packed = any(not is_off(account.given.get(key)) for key in dialect.names["packing"])
     for key in dialect.names["packing"]:
         if account.has(key) and not packed:
             account.drop(key, "it is off")
@@ -286,7 +286,7 @@ def _attention(account: Account, dialect: Dialect) -> None:
             account.lack(key, why)
 
 
-def _evaluation(account: Account, dialect: Dialect) -> None:
+def _evaluation(account: KeyAccount, dialect: Dialect) -> None:
     if "eval_fraction" not in account.fields:
         return
     key = name_in(account, dialect, "share")
@@ -300,7 +300,8 @@ def _evaluation(account: Account, dialect: Dialect) -> None:
         title = f"what {dialect.title} does"
         account.imply(dialect.names["share"][0], 0, {"eval_fraction": 0}, f"nothing is held out: {title}")
     held_out = share > 0 or "eval_data" in account.ours
-    off = account.given.get("eval_strategy", account.given.get("evaluation_strategy")) == "no"
+    named = [account.given[name] for name in ("eval_strategy", "evaluation_strategy") if name in account.given]
+    off = any(map(is_off, named))  # YAML reads `no` as false
     every = number(account, "eval_steps", 0)
     if account.has("eval_steps"):
         if off or not held_out:
@@ -311,5 +312,5 @@ def _evaluation(account: Account, dialect: Dialect) -> None:
             account.lack("eval_steps", "eval_every counts optimizer steps", decides=False)
     if "eval_every" not in account.ours:
         for name in ("load_best_model_at_end", "early_stopping_patience", "early_stopping_steps"):
-            if account.given.get(name) not in (None, False):
+            if not is_off(account.given.get(name)):
                 account.lack(name, "set eval_every, in optimizer steps, then keep: best or patience: N")

@@ -25,7 +25,8 @@ STANDARD = {
 
 
 # Flags with another meaning: a file instead of a directory, a stage to run again.
-OTHERWISE = {(name, "--out") for name in ("report", "lineage", "data convert")} | {("pipeline run", "--force")}
+FILES = ("report", "lineage", "data convert", "config import")
+OTHERWISE = {(name, "--out") for name in FILES} | {("pipeline run", "--force")}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from gemma2.cli.app import invoke
 from gemma2.cli.terminal import options
 from gemma2.core.errors import Gemma2Error, UsageError
-from gemma2.posttrain.foreign.answers import RUN_FLAGS, hint_for
+from gemma2.posttrain.foreign.counterparts import RUN_FLAGS, hint_for
 from gemma2.posttrain.foreign.names import COMMANDS_ELSEWHERE, NAMES
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.schemas import SftConfig

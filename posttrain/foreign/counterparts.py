@@ -28,7 +28,7 @@ RUN_FLAGS = ("out", "force", "resume")  # flags of the commands that write an ou
 NOTHING_LIKE_IT = "this command has nothing like it; leave it out"
 EVERY = 100  # steps between held-out losses in a hint for an option that compares them
 ALL = ("all", "all-linear", "all_linear")
-OFF = (None, False, "none", "no", "off", "disabled", "false", "", -1)
+OFF = ("none", "no", "off", "disabled", "false", "")
 ATTENTIONS: dict[object, str] = {
     **dict.fromkeys((True, "fa2", "flash_attention_2", "kernels-community/flash-attn2"), "flash_attention_2"),
     **dict.fromkeys(("fa3", "flash_attention_3", "kernels-community/flash-attn3"), "flash_attention_3"),
@@ -156,6 +156,13 @@ def _text(value: object, in_file: bool = False) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def is_off(value: object) -> bool:
+    """Whether a value says that something is not wanted: null, false, a word for it, -1 steps, nothing in a list."""
+    if isinstance(value, str):
+        return value.lower() in OFF
+    return value is None or value is False or value == -1 or (isinstance(value, list | dict) and not value)
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +172,7 @@ def converted(name: str, key: str, value: object, given: Mapping[str, object]) -
         return _of_run(key, value)
     if name in CONVERSIONS:
         return CONVERSIONS[name](key, value, given)
-    if value in OFF:
+    if is_off(value):
         return {}
     return {key: list_of(value) if key in LISTS else value}
 
@@ -184,13 +191,13 @@ def list_of(value: object) -> object:
 def _of_run(key: str, value: object) -> Settings | None:
     if key == "out":
         return {"out": value}
-    return {} if value in OFF else {key: True}
+    return {} if is_off(value) else {key: True}
 
 
 def _targets(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
     targets = list_of(value)
     names = targets if isinstance(targets, list) else [targets]
-    return {} if value in OFF or any(name in ALL for name in names) else {key: targets}
+    return {} if is_off(value) or any(name in ALL for name in names) else {key: targets}
 
 
 def _share(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
@@ -208,19 +215,19 @@ def _attention(key: str, value: object, given: Mapping[str, object]) -> Settings
 
 
 def _packing(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
-    return {} if value in OFF else {key: True, "attention": "flash_attention_2"}
+    return {} if is_off(value) else {key: True, "attention": "flash_attention_2"}
 
 
 def _compared(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
     """An option that compares held-out losses, which needs their interval."""
-    if value in OFF:
+    if is_off(value):
         return {}
     every = {} if given.get("eval_every") else {"eval_every": EVERY}
     return {key: "best" if key == "keep" else value, **every}
 
 
 def _fixed(text: str) -> Callable[[str, object, Mapping[str, object]], Settings | None]:
-    return lambda key, value, given: {} if value in OFF else {key: text}
+    return lambda key, value, given: {} if is_off(value) else {key: text}
 
 
 def _average(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
@@ -242,7 +249,7 @@ def _schedule(key: str, value: object, given: Mapping[str, object]) -> Settings 
 
 def _whole_steps(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
     """A number of steps; a share of the training has no counterpart."""
-    if value in OFF:
+    if is_off(value):
         return {}
     return {key: int(value)} if isinstance(value, int | float) and value >= 1 else None
 
