@@ -1,4 +1,4 @@
-"""What to write for a name of another tool: our option with the value converted, or why there is none."""
+"""What to write for a name of another tool: our option with the value converted, or why nothing stands for it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
 class Counterpart:
     """What stands for a name here.
 
-    key       our key; empty where there is none
+    key       our key; empty without a counterpart
     settings  our settings for the value; None if the value is not known or cannot be converted, {} if it is ours anyway
     """
 

@@ -180,8 +180,8 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
 def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source: ValueSource) -> str | None:
     """The fix for an unknown key that another tool has; None for any other."""
     *above, key = ordered[0]["loc"]
-    beside = [problem for problem in ordered if problem["loc"][:-1] == tuple(above)]
-    given = {str(p["loc"][-1]): p["input"] for p in beside if p["type"] == "extra_forbidden"}
+    level = [problem for problem in ordered if problem["loc"][:-1] == tuple(above)]
+    given = {str(p["loc"][-1]): p["input"] for p in level if p["type"] == "extra_forbidden"}
     by_set = source.place((*above, key), of_key=True).startswith("--set")
     spelling: Spelling = "keys" if source.file is not None and not by_set else "sets"
     return hint_for(str(key), _fields_at(schema, above), ordered[0]["input"], given, spelling)

@@ -22,7 +22,7 @@ __all__ = ["read_data"]
 READERS = ("json", "csv", "parquet", "text", "arrow")
 LISTS = ("messages", "conversations", "conversation")
 SPLIT = re.compile(r"[\w.-]+", re.ASCII)
-# Types of axolotl whose rows are recognised here by their columns, and those with columns of their own names.
+# Types of axolotl whose rows are recognised here by their columns, and types whose columns have other names.
 RECOGNISED = (
     "alpaca",
     "sharegpt",
