@@ -85,7 +85,10 @@ class DataSets:
                 text += f"@{split}"
             else:
                 self.lost("split", split, "a part of a split has no counterpart: cut the file")
-        self.paths.append(text)
+        if text in self.paths:
+            self.lost("path", text, "a data set is read once")
+        else:
+            self.paths.append(text)
 
     def rename(self, columns: Mapping[str, str]) -> None:
         """Columns of one data set, ours -> theirs."""

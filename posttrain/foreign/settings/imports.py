@@ -42,6 +42,22 @@ REFUSED = {
     "grpo": "write a recipe for gemma2 rlhf (gemma2 rlhf --help); rewards are functions or models there",
 }
 SAME_NAMES = ("max_grad_norm", "temperature", "max_new_tokens")  # as here, in commands that have them
+# Beginnings of keys on which no result depends, and parts of the names of axolotl's plugins for speed.
+INDIFFERENT: tuple[str, ...] = (
+    "wandb_",
+    "hub_",
+    "swanlab_",
+    "ddp_",
+    "dataloader_",
+    "fsdp",
+    "logging_",
+    "ray_",
+    "mlflow_",
+    "comet_",
+)
+INDIFFERENT += ("liger_", "flash_attn_", "use_kernels", "loss_watchdog_", "dp_", "activation_offloading", "profiler")
+INDIFFERENT += ("experimental_skip_move", "skip_prepare_dataset", "torch_compile", "deepcompile", "tokenizer_use_fast")
+SPEED = ("liger", "cut_cross_entropy", "Liger", "CutCrossEntropy")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PAIR_KEYS = ("beta", "pref_beta", "rl_beta", "dpo_beta", "pref_loss", "loss_type", "pref_ftx")
 NO_DPO = "there is no DPO here: gemma2 reward learns the pairs, gemma2 rlhf --beta weighs the KL"
@@ -225,11 +241,17 @@ def _remaining(account: KeyAccount, key: str) -> None:
         account.take(key, {key: value})
         return
     if row is None:
-        off = value is False or value == 0
-        if off or key.startswith(("wandb_", "hub_", "swanlab_", "ddp_", "dataloader_", "fsdp", "logging_", "ray_")):
-            account.drop(key, "it is off" if off else "it does not change results")
+        if value is False or value == 0:
+            account.drop(key, "it is off")
+        elif key.startswith(INDIFFERENT) or key.endswith(("_kernel", "_parallel_size")):
+            account.drop(key, "it changes speed, memory or what is shown, and no result")
+        elif key == "plugins" and all(any(name in str(item) for name in SPEED) for item in value):
+            account.drop(key, "they change speed and memory only")
         else:
             account.lack(key, "it is not in the table of names")
+        return
+    if key == "special_tokens" and isinstance(value, dict) and value.keys() <= {"pad_token"}:
+        account.drop(key, "padding is not learned")
         return
     if row.ours and row.ours[0] in RUN_FLAGS:
         account.drop(key, f"give it on the command line: --{row.ours[0]}")
@@ -258,7 +280,7 @@ def _check(schema: type[Config], account: KeyAccount, settings: JsonObject) -> N
     try:
         validated(schema, settings)
     except UsageError as error:
-        named = [row for row in account.rows if any(f"'{part.partition(':')[0]}" in error.what for part in [row.here])]
+        named = [row for row in account.rows if row.here and f"'{row.here.partition(':')[0]}" in error.what]
         where = place_of(account.path, (named[0].key,)) if named else str(account.path)
         raise UsageError(f"{where}: {error.what}", error.hint, where) from error
     for name, value in settings.items():

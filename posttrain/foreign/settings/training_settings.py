@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from gemma2.core.errors import UsageError
 from gemma2.core.yaml_files import place_of
@@ -15,6 +16,7 @@ __all__ = ["read_training"]
 
 QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit", "gptq")
 FULL_PRECISION = "weights are not quantised in training: the adapter is trained on weights in full precision"
+PLAIN_NAME = re.compile(r"\w+")
 BF16 = ("bf16", "bfloat16")
 
 
@@ -238,7 +240,13 @@ def _adapts(account: KeyAccount, dialect: Dialect) -> bool:
 def _targets(account: KeyAccount, dialect: Dialect, said: str) -> None:
     (key,) = dialect.names["targets"]
     if account.has(key):
-        account.take(key, converted(key, "lora_targets", account.given[key], {}) or {})
+        settings = converted(key, "lora_targets", account.given[key], {}) or {}
+        found = settings.get("lora_targets", [])
+        names = found if isinstance(found, list) else [found]
+        if all(PLAIN_NAME.fullmatch(str(name)) for name in names):
+            account.take(key, {"lora_targets": names} if names else {})
+        else:
+            account.lack(key, "modules are named by the last part of their names: set lora_targets")
         account.drop("lora_target_linear", f"{key} decides")
     elif account.given.get("lora_target_linear"):
         account.take("lora_target_linear", {}, "all linear layers are the default here")
