@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +58,31 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
     if value is not None:
         return UsageProblem(*value, page)
     text = error.format_message()
+    if context is not None and "unexpected extra argument" in text:
+        switch = _switch_with_value(context.command, words)
+        if switch is not None:
+            return UsageProblem(*switch, page)
     if context is not None and ("unexpected extra argument" in text or "No such command" in text):
         found = next((given for given in _given(context.command, words) if given.loose), None)
         if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
             return UsageProblem(*_several(found), page)
     return UsageProblem(text, "", page)
+
+
+def _switch_with_value(command: Command, words: Sequence[str]) -> tuple[str, str] | None:
+    """(what, fix) of a switch with `true` or `false` after it, as other tools want it; None without one."""
+    for part in command.params:
+        for word, after in pairwise(words):
+            if (
+                isinstance(part, TyperOption)
+                and part.is_flag
+                and word in part.opts
+                and after.lower() in ("true", "false")
+            ):
+                off = max(part.secondary_opts, key=len, default="")
+                fix = f"write {word}" if after.lower() == "true" else f"write {off}" if off else f"leave out {word}"
+                return f"{word} is a switch and takes no value", fix
+    return None
 
 
 def _of_value(error: TyperException) -> tuple[str, str] | None:

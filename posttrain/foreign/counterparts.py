@@ -65,7 +65,7 @@ def counterpart(
     row = NAMES.get(plain_name(name))
     if row is None:
         return None
-    for key in row.ours:
+    for key in () if row.without in known else row.ours:
         if key in RUN_FLAGS or ("trainer" if key.startswith("trainer.") else key) in known:
             if plain_name(name) in BATCH:
                 settings = batch_settings({**(given or {}), plain_name(name): value}, known)

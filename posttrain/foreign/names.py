@@ -24,6 +24,7 @@ class ForeignName:
     how      how a value becomes ours, if it is not the same
     instead  what to do, or why nothing is needed, where a command has none of `ours`
     decides  whether a run without it has other results
+    without  a key; commands that have it have no counterpart, since ours means something else there
     """
 
     tools: str
@@ -31,6 +32,7 @@ class ForeignName:
     how: str = ""
     instead: str = ""
     decides: bool = False
+    without: str = ""
 
 
 def _same(tools: str, *ours: str, how: str = "", instead: str = "") -> ForeignName:
@@ -64,6 +66,14 @@ RULE = "the optimizer is AdamW with one learning rate"
 ONE_PROCESS = "a training command runs in one process and shards nothing; --lora-rank needs less memory"
 NO_DPO = "there is no DPO here: train a reward model on the pairs (gemma2 reward), then gemma2 rlhf"
 TEMPLATE = "turns are rendered by the model's own chat template: gemma2 data inspect PATH --model DIR"
+
+# `batch_size` of a training command is that of an optimizer step.
+EVALUATED = ForeignName(
+    TAL,
+    ("batch_size",),
+    instead="leave it out: an evaluation takes the batches of the training",
+    without="micro_batch_size",
+)
 
 NAMES: dict[str, ForeignName] = {
     # --- models and outputs ---
@@ -144,8 +154,8 @@ NAMES: dict[str, ForeignName] = {
     "per_device_train_batch_size": _same(TL, "batch_size", "prompts_per_step", how=ONE_BATCH),
     "per_device_batch_size": _same(U, "batch_size", "prompts_per_step", how=ONE_BATCH),
     "gradient_accumulation_steps": _same(TAL, "batch_size", "prompts_per_step", how=ONE_BATCH),
-    "per_device_eval_batch_size": _unneeded(TL, "an evaluation takes the batches of the training"),
-    "eval_batch_size": _unneeded(A, "an evaluation takes the batches of the training"),
+    "per_device_eval_batch_size": EVALUATED,
+    "eval_batch_size": EVALUATED,
     "auto_find_batch_size": _unneeded(
         TL, "--micro-batch-size N splits a batch that does not fit; results stay the same"
     ),

@@ -43,20 +43,11 @@ REFUSED = {
 }
 SAME_NAMES = ("max_grad_norm", "temperature", "max_new_tokens")  # as here, in commands that have them
 # Beginnings of keys on which no result depends, and parts of the names of axolotl's plugins for speed.
-INDIFFERENT: tuple[str, ...] = (
-    "wandb_",
-    "hub_",
-    "swanlab_",
-    "ddp_",
-    "dataloader_",
-    "fsdp",
-    "logging_",
-    "ray_",
-    "mlflow_",
-    "comet_",
+INDIFFERENT = (
+    *("wandb_", "hub_", "swanlab_", "mlflow_", "comet_", "logging_", "profiler", "loss_watchdog_"),
+    *("ddp_", "dp_", "ray_", "fsdp", "dataloader_", "liger_", "flash_attn_", "use_kernels", "torch_compile"),
+    *("activation_offloading", "experimental_skip_move", "skip_prepare_dataset", "deepcompile", "tokenizer_use_fast"),
 )
-INDIFFERENT += ("liger_", "flash_attn_", "use_kernels", "loss_watchdog_", "dp_", "activation_offloading", "profiler")
-INDIFFERENT += ("experimental_skip_move", "skip_prepare_dataset", "torch_compile", "deepcompile", "tokenizer_use_fast")
 SPEED = ("liger", "cut_cross_entropy", "Liger", "CutCrossEntropy")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PAIR_KEYS = ("beta", "pref_beta", "rl_beta", "dpo_beta", "pref_loss", "loss_type", "pref_ftx")
@@ -256,7 +247,8 @@ def _remaining(account: KeyAccount, key: str) -> None:
     if row.ours and row.ours[0] in RUN_FLAGS:
         account.drop(key, f"give it on the command line: --{row.ours[0]}")
         return
-    target = next((ours for ours in row.ours if ours.partition(".")[0] in account.fields), None)
+    known = () if row.without in account.fields else row.ours
+    target = next((ours for ours in known if ours.partition(".")[0] in account.fields), None)
     settings = converted(key, target, value, account.ours) if target else None
     if settings is not None:
         account.take(key, settings, row.how)

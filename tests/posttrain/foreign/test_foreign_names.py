@@ -139,6 +139,8 @@ TYPED = [
     ("distill", "--per_device_train_batch_size 8", {"batch_size": 8}),
     ("generate", "--num_return_sequences 4", {"n": 4}),
     ("generate", "--max_samples 10", {"limit": 10}),
+    ("generate", "--per_device_eval_batch_size 4", {"batch_size": 4}),
+    ("sft", "--per_device_eval_batch_size 4", {"batch_size": 16}),
     ("warp", "--num_generations 8", {"n": 8}),
 ]
 
@@ -197,6 +199,17 @@ def test_names_as_set_and_as_keys_of_a_file(tmp_path):
         resolve(SftConfig, sets=["model=m", "data=d", "num_train_epochs=3"])
     with pytest.raises(UsageError, match="command line: --out x"):
         resolve(SftConfig, sets=["model=m", "data=d", "output_dir=x"])
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "packing"),
+    [("true", ["--attention", "flash_attention_2"], True), ("False", [], False)],
+)
+def test_a_switch_with_a_value_is_answered(resolved, value, options, packing):
+    error = refused([*NEEDED["sft"], *options, "--packing", value])
+    assert "is a switch" in str(error)
+    assert invoke([*NEEDED["sft"], *options, error.hint.removeprefix("write ")]) == 0
+    assert resolved[0][0].packing is packing
 
 
 @pytest.mark.parametrize("word", COMMANDS_ELSEWHERE)
