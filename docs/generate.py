@@ -45,6 +45,24 @@ HEAD = """\
 # Commands
 
 Generated from `--help` by `make docs`. The options under "Output and control" mean the same everywhere.
+
+An error is one line on stderr: what is wrong, where (the flag, the `--set`, or `FILE:LINE:COLUMN`), and the fix. With
+`--json` it is a document on stdout too:
+
+```json
+{"error": {"kind": "usage", "what": "'steps' = 'many' in r.yaml:3:8 is not a whole number", "where": "r.yaml:3:8",
+           "fix": "give a whole number >=1", "exit_code": 2}}
+```
+
+| kind | exit code | meaning |
+| --- | --- | --- |
+| `usage` | 2 | a flag, key or value that the command does not accept |
+| `input` | 1 | a file, model or data set that cannot be used |
+| `output` | 1 | an output that exists, is locked or does not fit |
+| `system` | 1 | the operating system refused: a full disk, missing permission |
+| `guard` | 3 | a guard stopped the run: KL limit, NaN, no signal |
+| `interrupted` | 128 + signal | SIGINT (130), SIGTERM (143) or SIGHUP (129) |
+| `bug` | 1 | anything else; the traceback is on stderr |
 """
 
 

@@ -153,15 +153,14 @@ def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
     request = check_chosen(request_of(method, models, given))
     check_request(request)
     base = {"base": request.base} if request.base else {}
+    out = given["out"] if given["dry_run"] else required_out(given["out"])
     check_folders({f"model {number}": path for number, path in enumerate(request.models, start=1)} | base)
     from gemma2.merging import merge, plan_merge
 
     if given["dry_run"]:
-        out = given["out"]
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
         show_plan(console, plan, named=out is not None)
         return
-    out = required_out(given["out"])
     result = merge(request, out=out, force=given["force"], verify=given["verify"], progress=console)
     show(console, result)
 

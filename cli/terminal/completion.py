@@ -15,7 +15,7 @@ from gemma2.configs import recipe, recipes
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.outputs.home import text_at_home
 
-__all__ = ["commands", "every_recipe", "items_of", "merge_methods", "pipelines", "recipes_of_command", "stages"]
+__all__ = ["begun", "every_recipe", "items_of", "merge_methods", "pipelines", "recipes_of_command", "stages"]
 
 
 def _recipes_for(command: str) -> list[str]:
@@ -31,17 +31,17 @@ def _recipes_for(command: str) -> list[str]:
 def recipes_of_command(ctx: typer.Context, incomplete: str) -> list[str]:
     """The recipes for the command of this line; `quickstart` takes those of pipelines."""
     command = ctx.command_path.partition(" ")[2]
-    return _begun(_recipes_for("pipeline" if command == "quickstart" else command), incomplete)
+    return begun(_recipes_for("pipeline" if command == "quickstart" else command), incomplete)
 
 
 def pipelines(incomplete: str) -> list[str]:
     """The recipes of pipelines."""
-    return _begun(_recipes_for("pipeline"), incomplete)
+    return begun(_recipes_for("pipeline"), incomplete)
 
 
 def every_recipe(incomplete: str) -> list[str]:
     """All recipes."""
-    return _begun(recipes(), incomplete)
+    return begun(recipes(), incomplete)
 
 
 def stages(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -60,25 +60,14 @@ def stages(ctx: typer.Context, incomplete: str) -> list[str]:
         compiled = compile_pipeline(read_pipeline(path), Path("out"))
     except Gemma2Error:
         return []
-    return _begun([*compiled.groups, *compiled.stages], incomplete)
+    return begun([*compiled.groups, *compiled.stages], incomplete)
 
 
 def merge_methods(ctx: typer.Context, incomplete: str) -> list[str]:
     """The methods, for the first word after `merge plan`."""
     from gemma2.merging.methods.table import METHODS
 
-    return [] if ctx.params.get("words") else _begun(METHODS, incomplete)
-
-
-def commands(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The commands, and after one that has them its sub-commands."""
-    from gemma2.cli.app import COMMANDS, load
-
-    words = [str(word) for word in ctx.params.get("command") or ()]
-    if not words:
-        return _begun((name for name in COMMANDS if name != "help"), incomplete)
-    inner = getattr(load(words[0]), "commands", {}) if words[0] in COMMANDS and len(words) == 1 else {}
-    return _begun(inner, incomplete)
+    return [] if ctx.params.get("words") else begun(METHODS, incomplete)
 
 
 def items_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
@@ -87,10 +76,11 @@ def items_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
     def offered(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")
         taken = before.split(",")
-        return [f"{before}{comma}{item}" for item in _begun(choices, last) if item not in taken]
+        return [f"{before}{comma}{item}" for item in begun(choices, last) if item not in taken]
 
     return offered
 
 
-def _begun(names: Iterable[str], incomplete: str) -> list[str]:
+def begun(names: Iterable[str], incomplete: str) -> list[str]:
+    """The names that begin with what is written so far."""
     return [name for name in names if name.startswith(incomplete)]

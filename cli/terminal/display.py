@@ -61,7 +61,7 @@ def progress_display(console: Console) -> Progress:
 
 
 def rich_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout that is no wider than the terminal and shows every cell whole.
+    """Print a table on stdout that fits the terminal and shows every cell whole.
 
     Where the columns do not fit next to each other, they follow in blocks, each with the first column.
     """

@@ -69,7 +69,7 @@ Force = typer.Option(
 DryRun = typer.Option(
     False, "--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=COMMON
 )
-AsJson = typer.Option(False, "--json", help="One JSON document on stdout.", rich_help_panel=COMMON)
+AsJson = typer.Option(False, "--json", help="One JSON document on stdout, also for an error.", rich_help_panel=COMMON)
 Quiet = typer.Option(False, "--quiet", "-q", help="No progress on stderr.", rich_help_panel=COMMON)
 ConfigFile = typer.Option(
     None,
