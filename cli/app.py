@@ -84,7 +84,9 @@ COMMANDS = {
     "convert": CommandEntry(
         "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"
     ),
-    "config": CommandEntry("tools.config", "List and show recipes, or the settings of an output.", "Tools"),
+    "config": CommandEntry(
+        "tools.config", "List and show recipes, import settings of TRL, axolotl or LLaMA-Factory.", "Tools"
+    ),
     "help": CommandEntry("tools.help_page", "Show the page of a command, as its --help does.", "Tools"),
 }
 

@@ -1,6 +1,8 @@
-"""Writes docs/commands.md from the --help pages, and the methods of docs/merging.md from their table: `make docs`.
+"""Writes what pages hold of the code: `make docs`. A test compares, so that no page is ever behind.
 
-A test compares both with what this makes, so that no page is ever behind the code.
+docs/commands.md      the --help pages
+docs/merging.md       the methods, from their table
+docs/your-gemma2.md   the memory of each step, from the estimates of --dry-run
 """
 
 from __future__ import annotations
@@ -16,10 +18,21 @@ from typer.core import TyperGroup
 from gemma2.cli.app import COMMANDS, invoke, load
 from gemma2.merging.methods.option import OPTIONS
 from gemma2.merging.methods.table import METHODS
+from gemma2.posttrain.runs.estimates import Promise, Sources, estimate
+from gemma2.posttrain.schemas import GenerateConfig, MergeConfig, RewardConfig, RlhfConfig, SftConfig
+from gemma2.posttrain.schemas.config import Config
 
 TARGET = Path(__file__).with_name("commands.md")
 MERGING = Path(__file__).with_name("merging.md")
 BEGIN, END = "<!-- methods: written by make docs from merging/methods -->", "<!-- end of methods -->"
+YOURS = Path(__file__).with_name("your-gemma2.md")
+MEMORY, END_OF_MEMORY = (
+    "<!-- memory: written by make docs from posttrain/runs/estimates.py -->",
+    "<!-- end of memory -->",
+)
+PARAMETERS = 2_614_341_888  # of Gemma 2 2B
+CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
+LEFT_FREE = 0.15  # of a card, for activations and samples
 BASES = {
     "required": "required",
     "sought": "named, or recorded by all models",
@@ -109,6 +122,52 @@ def merging_page() -> str:
     return f"{before}{begin}\n\n{methods()}\n\n{end}{after}"
 
 
+def jobs() -> dict[str, Config]:
+    """Steps on a 2B, with the options that their memory depends on."""
+    model, rows = Path("model"), Path("rows")
+    rl = {"policy": model, "prompts": rows, "reward": (model,)}
+    return {
+        "`generate`, `reward score`": GenerateConfig(teacher=model, prompts=rows),
+        "`sft --lora-rank 16`": SftConfig(model=model, data=(rows,), lora_rank=16),
+        "`sft`, all weights": SftConfig(model=model, data=(rows,)),
+        "`reward --lora-rank 16`": RewardConfig(model=model, data=rows, lora_rank=16),
+        "`reward`, all weights": RewardConfig(model=model, data=rows),
+        "`rlhf --lora-rank 16 --lora-anchor factors`": RlhfConfig(**rl, lora_rank=16, lora_anchor="factors"),
+        "`rlhf --lora-rank 16`": RlhfConfig(**rl, lora_rank=16),
+        "`rlhf`, all weights": RlhfConfig(**rl),
+        "`merge slerp`": MergeConfig(method="slerp", models=(model, model), base=model),
+    }
+
+
+def memory() -> str:
+    """A table: memory and disk of each step on a 2B, and the cards that are large enough."""
+    promised = {
+        Path("model"): Promise("policy", PARAMETERS, shape=("gemma2", 2304, 26)),
+        Path("rows"): Promise("data", rows=10_000, size=10_000 * 2_000),
+    }
+    head = ["step", "memory, GB", "disk, GB", *CARDS]
+    rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for name, config in jobs().items():
+        work = estimate(config, Sources(promised))
+        assert work is not None, name
+        needed = work.memory / 1e9
+        fits = ["yes" if needed <= size * (1 - LEFT_FREE) else "no" for size in CARDS.values()]
+        if isinstance(config, MergeConfig):
+            fits = ["no GPU"] * len(CARDS)
+        rows.append(f"| {name} | {needed:.1f} | {work.disk / 1e9:.3g} | {' | '.join(fits)} |")
+    return "\n".join(rows)
+
+
+def your_page() -> str:
+    """docs/your-gemma2.md with its table of memory between the marks."""
+    before, begin, rest = YOURS.read_text(encoding="utf-8").partition(MEMORY)
+    _, end, after = rest.partition(END_OF_MEMORY)
+    if not begin or not end:
+        raise ValueError(f"{YOURS} has no marks for its table")
+    return f"{before}{begin}\n\n{memory()}\n\n{end}{after}"
+
+
 if __name__ == "__main__":
     TARGET.write_text(render(), encoding="utf-8")
     MERGING.write_text(merging_page(), encoding="utf-8")
+    YOURS.write_text(your_page(), encoding="utf-8")

@@ -174,3 +174,64 @@ def test_the_citation_names_the_current_version():
 def test_the_build_requirement_is_part_of_the_development_tools():
     (required,) = PROJECT["build-system"]["requires"]
     assert required in PROJECT["project"]["optional-dependencies"]["dev"]
+
+
+def data_files_of_the_package():
+    """Files below the package folders that are no code, and that git tracks."""
+    tracked = git_files("--cached", "--others", "--exclude-standard") or files_on_disk()
+    return {name for name in tracked if name.partition("/")[0] in PACKAGES and not name.endswith(".py")}
+
+
+def test_the_wheel_holds_every_data_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in data_files_of_the_package() if f"gemma2/{name}" not in names} == set()
+
+
+INSTALLERS = {
+    "pip": [["{python}", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "{tree}"]],
+    "uv": [["uv", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", "{python}", "{tree}"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("installer", INSTALLERS)
+def test_a_clone_installs_as_the_readme_says_and_the_command_runs_elsewhere(sdist, tmp_path, installer):
+    """A new environment that sees the libraries of this one and nothing else of it; no network is needed."""
+    if installer == "uv" and not shutil.which("uv"):
+        pytest.skip("uv is not installed")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    place = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--copies", str(place)], check=True)
+    python = place / "bin" / "python"
+    (site,) = place.glob("lib/python3*/site-packages")
+    for old in site.glob("setuptools*"):  # of venv itself, too old to build with
+        shutil.rmtree(old)
+    (site / "libraries.pth").write_text(str(libraries_only(tmp_path / "libraries")) + "\n")
+    for words in INSTALLERS[installer]:
+        command = [word.format(python=python, tree=tree) for word in words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(tree)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for words in (["--help"], ["quickstart", "--help"], ["config", "show", "align"], ["help", "sft"]):
+        command = [str(place / "bin" / "gemma2"), *words]
+        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), words
+        assert done.stdout
+    code = "import gemma2.cli, sys; print(gemma2.cli.__file__)"
+    where = subprocess.run([str(python), "-c", code], cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert where.stdout.startswith(str(site))
+
+
+def libraries_only(place):
+    """A folder with links to the installed libraries, without an editable gemma2."""
+    import pydantic
+
+    place.mkdir()
+    for path in Path(pydantic.__file__).parents[1].iterdir():
+        if "gemma2" not in path.name and path.suffix != ".pth":
+            (place / path.name).symlink_to(path)
+    return place

@@ -6,12 +6,15 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer.core import TyperArgument, TyperOption
 
 from gemma2.core.errors import UsageError
+from gemma2.core.yaml_files import parse_value
+from gemma2.posttrain.foreign.counterparts import command_here, hint_for, plain_name
 
 if TYPE_CHECKING:
     from typer._click import Command, Context
@@ -51,10 +54,14 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
     """The problem of a command line that the parser refused."""
     context: Context | None = getattr(error, "ctx", None)
     page = f"{getattr(context, 'command_path', 'gemma2')} --help"
-    value = _of_value(error)
+    value = _of_value(error) or _of_another_tool(error, context, words)
     if value is not None:
         return UsageProblem(*value, page)
     text = error.format_message()
+    if context is not None and "unexpected extra argument" in text:
+        switch = _switch_with_value(context.command, words)
+        if switch is not None:
+            return UsageProblem(*switch, page)
     if context is not None and ("unexpected extra argument" in text or "No such command" in text):
         found = next((given for given in _given(context.command, words) if given.loose), None)
         if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
@@ -67,6 +74,22 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         if short is not None and len(short) > 2:
             return UsageProblem(f"No such option: {short}", f"write it with two dashes: -{short}", page)
     return UsageProblem(text, "", page)
+
+
+def _switch_with_value(command: Command, words: Sequence[str]) -> tuple[str, str] | None:
+    """(what, fix) of a switch with `true` or `false` after it, as other tools want it; None without one."""
+    for part in command.params:
+        for word, after in pairwise(words):
+            if (
+                isinstance(part, TyperOption)
+                and part.is_flag
+                and word in part.opts
+                and after.lower() in ("true", "false")
+            ):
+                off = max(part.secondary_opts, key=len, default="")
+                fix = f"write {word}" if after.lower() == "true" else f"write {off}" if off else f"leave out {word}"
+                return f"{word} is a switch and takes no value", fix
+    return None
 
 
 def _of_value(error: TyperException) -> tuple[str, str] | None:
@@ -86,6 +109,43 @@ def _of_value(error: TyperException) -> tuple[str, str] | None:
         problem = {**problem, "type": "literal_error", "ctx": {"expected": listed}} if choices else problem
     what, hint = reworded(problem)
     return f"{name}{given} {what}", hint
+
+
+def _of_another_tool(error: TyperException, context: Context | None, words: Sequence[str]) -> tuple[str, str] | None:
+    """(what, fix) of a flag or sub-command that another tool has; None for another problem."""
+    name = getattr(error, "option_name", None)
+    if context is None:
+        return None
+    if name is None:
+        unknown = re.search(r"No such command '([^']*)'", error.format_message())
+        fix = command_here(unknown[1]) if unknown and context.command_path == "gemma2" else None
+        return (f"there is no command '{unknown[1]}'", fix) if unknown and fix else None
+    options = {flag for part in context.command.params for flag in part.opts if flag.startswith("--")}
+    texts = dict(_foreign(words))
+    given = {key: parse_value(text) for key, text in texts.items() if text is not None}
+    key, text = plain_name(name), texts.get(plain_name(name))
+    dashed = f"--{key.replace('_', '-')}"
+    if dashed in options:  # ours, with underscores
+        if key == "report_to" and text == "none":
+            return f"no such option: {name}", "leave it out: no tracker is the default"
+        shown = "" if text is None else f" {shlex.quote(text)}"
+        return f"no such option: {name}", f"flags have dashes here: write {dashed}{shown}"
+    known = {plain_name(flag) for flag in options}
+    known |= {"trainer"} if "--report-to" in options else set()  # the flags of TrainingFields
+    hint = hint_for(name, known, given.get(key), given)
+    return None if hint is None else (f"no such option: {name}", hint)
+
+
+def _foreign(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(key, value) of every word that looks like a long flag; None where no value follows."""
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name == "--":
+            continue
+        follows = words[place + 1 :][:1]
+        if not equals and follows and (not follows[0].startswith("-") or NUMBER.fullmatch(follows[0])):
+            value = follows[0]
+        yield plain_name(name), value or None
 
 
 def check_words(command: Command, words: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.posttrain.foreign.counterparts import command_here, hint_for
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
 from gemma2.posttrain.schemas.config import Config, ValueSource, closest, validated
@@ -149,7 +150,8 @@ def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
         _check_name(name, file.source)
         if stage.command not in COMMANDS:
             what = f"stages.{name}: unknown command '{stage.command}'"
-            raise file.source.wrong(what, closest(stage.command, COMMANDS), "stages", name, "command")
+            fix = command_here(stage.command) or closest(stage.command, COMMANDS)
+            raise file.source.wrong(what, fix, "stages", name, "command")
         values = stage.model_dump()
         changed: JsonObject = {"options": {}, "matrix": {}}
         for section, options in changed.items():
@@ -235,7 +237,8 @@ def _copy(name: str, draft: StageFile, chosen: JsonMapping) -> StageFile:
         if key not in COMMANDS[draft.command].schema.model_fields:
             raise UsageError(
                 f"stages.{name}.matrix.{key} is not an option of {draft.command}, and nothing says ${{matrix.{key}}}",
-                closest(key, COMMANDS[draft.command].schema.model_fields),
+                hint_for(key, COMMANDS[draft.command].schema.model_fields, spelling="keys")
+                or closest(key, COMMANDS[draft.command].schema.model_fields),
             )
         options[key] = value
     when = None if draft.when is None else str(replaced(draft.when, of))

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import closest, given_by, place_of, text_at
+from gemma2.posttrain.foreign.counterparts import Spelling, hint_for
 
 __all__ = ["ValueSource", "explained", "limits_of", "reworded"]
 
@@ -181,7 +182,8 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
     if first["type"] == "extra_forbidden":
         unknown = {problem["loc"][0] for problem in ordered if problem["type"] == "extra_forbidden"}
         other = None if source.above else next((how for key, how in OTHER_FILES.items() if key in unknown), None)
-        hint = f"use the file with gemma2 {other}" if other else closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
+        hint = f"use the file with gemma2 {other}" if other else _of_another_tool(schema, ordered, source)
+        hint = hint or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
         return source.wrong(f"unknown key '{name}'{more}", hint, *keys, of_key=True)
     if first["type"] == "missing":
         option = "" if source.above else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
@@ -193,6 +195,16 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
         return _of_our_own(schema, first, source, more)
     what, hint = reworded(first, _field_at(schema, keys))
     return _of_value(first["input"], f" {what}", hint, source, keys, more)
+
+
+def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source: ValueSource) -> str | None:
+    """The fix for an unknown key that another tool has; None for any other."""
+    *above, key = ordered[0]["loc"]
+    level = [problem for problem in ordered if problem["loc"][:-1] == tuple(above)]
+    given = {str(p["loc"][-1]): p["input"] for p in level if p["type"] == "extra_forbidden"}
+    by_set = source.place((*above, key), of_key=True).startswith("--set")
+    spelling: Spelling = "keys" if source.file is not None and not by_set else "sets"
+    return hint_for(str(key), _fields_at(schema, above), ordered[0]["input"], given, spelling)
 
 
 def _of_value(value: object, what: str, hint: str, source: ValueSource, keys: tuple[Key, ...], more: str) -> UsageError:

@@ -87,7 +87,7 @@ def trainer_arguments(
     }
     check_tracking(config.report_to)
     known = {item.name for item in fields(schema) if item.init}
-    refuse_options(config.trainer, known, unused, arguments.keys() - {"bf16", "activation_checkpointing", "use_cpu"})
+    refuse_options(config, known, unused, arguments.keys() - {"bf16", "activation_checkpointing", "use_cpu"})
     return arguments | config.trainer
 
 

@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from gemma2.core.errors import UsageError
+from gemma2.posttrain.foreign.counterparts import hint_for
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config, closest
 
@@ -123,18 +124,19 @@ def check_trainer_options(config: Config) -> None:
     options = OPTIONS.get(type(config))
     if options is None or not isinstance(config, TrainingFields) or not config.trainer:
         return
-    refuse_options(config.trainer, options.known(), options.without_effect(), EVERYWHERE | options.ours)
+    refuse_options(config, options.known(), options.without_effect(), EVERYWHERE | options.ours)
 
 
 def refuse_options(
-    given: Iterable[str], known: Collection[str], unused: Collection[str], ours: Collection[str]
+    config: TrainingFields, known: Collection[str], unused: Collection[str], ours: Collection[str]
 ) -> None:
     """Raise UsageError for an option that TRL does not have, that a flag sets, or that would have no effect."""
     # The deprecated aliases are refused: activation_checkpointing would silently override them.
     taken = {name for name in known if not name.startswith("gradient_checkpointing")}
-    for key in given:
+    for key, value in config.trainer.items():
+        counterpart = hint_for(key, type(config).model_fields, value, config.trainer, "sets")
         if key not in taken:
-            raise UsageError(f"unknown key 'trainer.{key}'", closest(key, taken.difference(unused)))
+            raise UsageError(f"unknown key 'trainer.{key}'", counterpart or closest(key, taken.difference(unused)))
         if key.startswith("hub_") or key == "push_to_hub":  # settings are recorded, but a token is secret
             raise UsageError(f"'trainer.{key}' is not accepted", "push the finished output with `hf upload`")
         if key in BREAKS:
@@ -142,7 +144,8 @@ def refuse_options(
         if key in unused or key.startswith("eval_"):
             raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
         if key in ours:
-            raise UsageError(f"'trainer.{key}' is set by an option of this command", "use that option, see --help")
+            hint = counterpart or "use that option, see --help"
+            raise UsageError(f"'trainer.{key}' is set by an option of this command", hint)
 
 
 @cache

@@ -25,7 +25,8 @@ STANDARD = {
 
 
 # Flags with another meaning: a file instead of a directory, a stage to run again.
-OTHERWISE = {(name, "--out") for name in ("report", "lineage", "data convert")} | {("pipeline run", "--force")}
+FILES = ("report", "lineage", "data convert", "config import")
+OTHERWISE = {(name, "--out") for name in FILES} | {("pipeline run", "--force")}
 
 
 @pytest.fixture
@@ -127,4 +128,5 @@ def test_the_page_of_all_commands_is_up_to_date():
     written = generate.TARGET.read_text(encoding="utf-8")
     assert written == generate.render(), "run `make docs`"
     assert generate.MERGING.read_text(encoding="utf-8") == generate.merging_page(), "run `make docs`"
+    assert generate.YOURS.read_text(encoding="utf-8") == generate.your_page(), "run `make docs`"
     assert all(f"\n## gemma2 {name}\n" in written for name in ALL)

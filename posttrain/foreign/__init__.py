@@ -1,0 +1,1 @@
+"""The names that other tools give to what our options do. Torch-free."""

@@ -1,0 +1,1 @@
+"""YAML files of other tools as recipes of ours. Torch-free."""
