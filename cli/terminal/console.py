@@ -6,7 +6,6 @@ A terminal gets rich bars and tables; a pipe gets plain lines without ANSI; `--j
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, finite
 from gemma2.core.progress import Task
 
 if TYPE_CHECKING:
@@ -65,17 +64,6 @@ def _write_line(text: str) -> None:
     except BrokenPipeError:
         # The rest of the buffer would fail again when the interpreter shuts down, with exit code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-def _plain(value: object) -> object:
-    """A document that JSON can hold: numbers that are not finite become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _is_table(value: object) -> bool:
@@ -204,7 +192,7 @@ class Console:
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout."""
-        sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
 
     def text(self, text: str) -> None:
         """Print text that is itself the result, such as a plot in characters."""

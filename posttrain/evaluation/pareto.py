@@ -9,8 +9,10 @@ The front's hypervolume is the area gained over the SFT policy: its reference po
 comes after the base, the reward of the SFT policy). With `fronts` the points of earlier fronts are taken over, and the
 gain is the area that the points of this one add to theirs, both bounded by the one reference point.
 
-Deviation: the RL trajectory is what each run measured on the way (its own evaluation prompts and sample count), so
-those points are drawn for orientation and are neither candidates for the front nor part of the hypervolume.
+The trajectory of an RL run is what it measured on the way, on the same prompts and by the same procedure
+(`trajectory.py`); evaluations that differ in anything are left out. Their weights are not on disk, so they are neither
+candidates for the front nor part of the hypervolume; every other point is compared with them, paired over the prompts
+(`comparison.py`).
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResu
 from gemma2.posttrain.schemas import ParetoConfig
 
 from .bootstrap import RESAMPLES, interval, resampled_areas
-from .candidates import Candidate, assign_names, plan_candidates, trajectory
+from .candidates import Candidate, assign_names, plan_candidates
 from .carried import front_sources, measured_with, previous_flat, take_over
-from .evaluate import MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
+from .comparison import is_gain, with_gains
+from .evaluate import OWN_METRICS, MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
-from .front_files import KEPT, FrontEntry, answers_of, places, write_front
+from .front_files import KEPT, FrontEntry, answers_of, places, step_name, values_of, write_front
+from .trajectory import procedure, trajectory
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
 
@@ -93,7 +97,10 @@ class Bench:
         return {
             "figures": {**measured.columns(), "n": measured.n},
             "samples": [{"index": i, **row} for i, row in enumerate(measured.samples)],
-            "values": {name: [_finite(value) for value in measured.per_prompt[name]] for name in KEPT},
+            "values": {
+                name: [_finite(value) for value in measured.per_prompt[name]]
+                for name in (*KEPT, *(name for name in measured.per_prompt if name not in {*KEPT, *OWN_METRICS}))
+            },
         }
 
     def _model(self, candidate: Candidate) -> CausalLM:
@@ -141,6 +148,7 @@ def measure_all(
     entries = []
     run.checkpoints.mkdir(exist_ok=True)
     names = assign_names([*(entry.candidate for entry in known), *candidates])[len(known) :]
+    alike = procedure(config, config.sft, config.prompts, config.n, config.seed)
     with progress.task("front", total=len(candidates), unit="policies") as task:
         for i, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
             file = run.checkpoints / f"point-{i:03d}.json"
@@ -155,7 +163,10 @@ def measure_all(
                 write_json(file, record)
             if digest is not None:
                 done[digest] = record
-            path = trajectory(candidate.models[0].path) if candidate.kind == "policy" else []
+            path = []
+            if candidate.kind == "policy":
+                count = len(record["values"]["kl"])
+                path = trajectory(candidate.models[0].path, candidate.iteration, alike, count)
             entries.append(FrontEntry(candidate, record["figures"], record["samples"], record["values"], path))
             task.advance(1, reward=record["figures"]["reward"], kl=record["figures"]["kl"])
     return entries
@@ -232,7 +243,7 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
         for name, entry in named
     ]
     drawn = [
-        {**point, "name": f"{name} step {point['step']}", "run": name}
+        {"name": step_name(name, point), "run": name, **{key: point[key] for key in point if key != "values"}}
         for name, entry in named
         for point in entry.trajectory
     ]
@@ -241,7 +252,7 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
     area = hypervolume(points, reference)
     limits = config.kl_limits or round_limits([point for point in points if point["kind"] != "base"])
     return {
-        "points": [*marked, *drawn],
+        "points": with_gains([*marked, *drawn], values_of(entries, names)),
         "reference": dict(zip(("kl", "reward"), reference, strict=True)),
         "hypervolume": area,
         **interval_of("hypervolume", area, entries, [range(len(entries))], reference),
@@ -303,6 +314,6 @@ def summarise(front: JsonMapping) -> JsonObject:
         **areas,
         "reference": front["reference"],
         "flat": front["flat"],
-        "best": {key: best[key] for key in ("name", *FIGURES)},
+        "best": {key: best[key] for key in ("name", *FIGURES)} | {key: best[key] for key in best if is_gain(key)},
         "best_at": front["best_at"],
     }
