@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonMapping, finite
 from gemma2.core.progress import Task
+from gemma2.core.sizes import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Display
@@ -32,13 +33,7 @@ class UsageProblem(Exception):
 
 
 def _size(amount: float, unit: str) -> str:
-    if unit != "bytes":
-        return f"{amount:,.0f}"
-    for prefix in ("B", "KB", "MB", "GB"):
-        if amount < 1000 or prefix == "GB":
-            return f"{amount:.1f} {prefix}" if prefix != "B" else f"{amount:.0f} B"
-        amount /= 1000
-    raise AssertionError("unreachable")
+    return size(amount) if unit == "bytes" else f"{amount:,.0f}"
 
 
 def _value(value: object) -> str:

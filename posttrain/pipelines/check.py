@@ -18,6 +18,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.schemas import MergeConfig
@@ -123,8 +124,9 @@ def check_pipeline(
         found[stage.name] = _stand(stage, config, found, estimate(config, sources), within, force)
     plan = PipelinePlan(found, _free(pipeline.root))
     if plan.disk > plan.disk_free:
+        needed, free = sizes_apart(plan.disk, plan.disk_free)
         raise InputError(
-            f"{pipeline.root} needs about {plan.disk / 2**30:.1f} GiB and {plan.disk_free / 2**30:.1f} GiB are free",
+            f"{pipeline.root} needs about {needed} and {free} are free",
             "free some space, or choose another --out",
         )
     return plan

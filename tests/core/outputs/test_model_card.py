@@ -63,10 +63,9 @@ def test_the_base_is_found_through_local_models_whose_commands_become_tags():
     assert found["license"] == "gemma"
 
 
-def test_without_the_hub_the_first_model_of_the_line_is_named():
+def test_without_the_hub_no_base_is_named_for_the_name_of_a_directory_links_to_nothing():
     found = metadata(facts("rlhf", [ancestor("policy", "iteration-1/init", "", "", [ancestor(name="my base!")])]))
-    assert found["base_model"] == "my-base"
-    assert not {"license", "language"} & found.keys()
+    assert not {"base_model", "base_model_relation", "license", "language"} & found.keys()
 
 
 def test_a_teacher_or_a_reward_model_is_not_a_base():
