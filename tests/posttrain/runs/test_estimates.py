@@ -210,7 +210,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(place):
 def test_a_disk_that_is_too_small_is_refused_with_both_figures(place, large, monkeypatch):
     monkeypatch.setattr(estimates.shutil, "disk_usage", lambda path: type("Usage", (), {"free": GIB}))
     config = SftConfig(model=place / "model", data=place / "rows.jsonl")
-    with pytest.raises(InputError, match=r"needs about 40\.0 GB and 1\.07 GB are free"):
+    with pytest.raises(InputError, match=r"needs about 37\.3 GiB and 1\.0 GiB are free"):
         planned(place, config)
 
 
