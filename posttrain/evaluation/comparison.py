@@ -14,8 +14,10 @@ the places where a curve crosses this KL, a share w between two corners a and b.
     d_i = r_i - (1 - w) r_a,i - w r_b,i  -  s (k_i - (1 - w) k_a,i - w k_b,i),    s = (r_b - r_a) / (k_b - k_a)
 
 is averaged over the prompts i. The last term has mean 0, because w is where the curve has the KL of the point; it
-carries the error of the KLs (delta method). A straight line lies below a curve that bends down, so between two corners
-a gain is a little too large. The highest of several noisy rewards is too high on average, on both sides.
+carries the error of the KLs (delta method). A straight line lies below a curve that bends down, by an unknown amount:
+between two corners the lower end of the interval is that of the gain over the higher corner, which the curve does not
+exceed while it rises. So such an interval is wide, and a gain is there only if the point beats that corner too. The
+highest of several noisy rewards is too high on average, on both sides.
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ def with_gains(points: Sequence[JsonMapping], values: Mapping[str, Values]) -> l
         added: JsonObject = {}
         own = values.get(point["name"])
         if own is not None and point["kind"] != "sft" and start["name"] in values:
-            here = Corner(str(point["name"]), point, own)
-            origin = Corner(str(start["name"]), start, values[start["name"]])
+            here = Corner(_label(point), point, own)
+            origin = Corner(_label(start), start, values[start["name"]])
             added |= _columns(here, Rival(origin, origin, 0.0, start["reward"]), "over_start")
             rival = _best_rival(curves, float(point["kl"]))
             if rival is not None and point["name"] not in singles and point["kind"] not in ("base", "trajectory"):
@@ -105,7 +107,7 @@ def _curves(points: Sequence[JsonMapping], values: Mapping[str, Values], start: 
             continue
         steps = [p for p in points if p["kind"] == "trajectory" and p.get("run") == run["name"] and p["name"] in values]
         corners = [start, *sorted(steps, key=lambda point: point["step"]), run]
-        yield [Corner(str(corner["name"]), corner, values[corner["name"]]) for corner in corners]
+        yield [Corner(_label(corner), corner, values[corner["name"]]) for corner in corners]
 
 
 def _best_rival(curves: Sequence[Sequence[Corner]], kl: float) -> Rival | None:
@@ -136,9 +138,21 @@ def _columns(here: Corner, rival: Rival, name: str) -> JsonObject:
             continue  # one prompt, or the same model
         mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(count)
         low, high = confidence_interval(mean, error, count) or (None, None)
+        if rival.share and low is not None:
+            low = min(low, *_low_ends(here, rival, metric))
         key = f"{metric}_{name}"
         columns |= {key: mean, f"{key}_se": error, f"{key}_low": low, f"{key}_high": high}
     return columns
+
+
+def _low_ends(here: Corner, rival: Rival, metric: str) -> Iterator[float]:
+    """The lower end of the gain over the higher of the two corners."""
+    corner = max((rival.start, rival.end), key=lambda corner: float(np.nanmean(_array(corner.values[metric]))))
+    differences = _differences(here, Rival(corner, corner, 0.0, 0.0), metric)
+    ends = confidence_interval(
+        float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences)), len(differences)
+    )
+    yield from ends[:1] if ends else ()
 
 
 def _differences(here: Corner, rival: Rival, metric: str) -> Floats:
@@ -151,6 +165,10 @@ def _differences(here: Corner, rival: Rival, metric: str) -> Floats:
         slope = (np.nanmean(b) - np.nanmean(a)) / (rival.end.point["kl"] - rival.start.point["kl"])
         found = found - slope * (kl - (1 - share) * kl_a - share * kl_b)
     return found[~np.isnan(found)]
+
+
+def _label(point: JsonMapping) -> str:
+    return str(point.get("label") or point["name"])
 
 
 def _array(values: Sequence[float | None]) -> Floats:

@@ -48,7 +48,7 @@ FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
 KEPT = ("reward", "kl")  # the values per prompt that every point has: the axes of the front
 PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
-LABELS = frozenset({"name", "kind", "title", "iteration", "eta", "on_front"})
+LABELS = frozenset({"name", "label", "kind", "title", "iteration", "eta", "on_front"})
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.reports.plots.values import label_of
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
@@ -252,13 +253,18 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
     area = hypervolume(points, reference)
     limits = config.kl_limits or round_limits([point for point in points if point["kind"] != "base"])
     return {
-        "points": with_gains([*marked, *drawn], values_of(entries, names)),
+        "points": with_gains([labelled(point) for point in (*marked, *drawn)], values_of(entries, names)),
         "reference": dict(zip(("kl", "reward"), reference, strict=True)),
         "hypervolume": area,
         **interval_of("hypervolume", area, entries, [range(len(entries))], reference),
         "best_at": best_table(points, limits),
         "flat": 0,
     }
+
+
+def labelled(point: JsonMapping) -> JsonObject:
+    """The point with its label after its name."""
+    return {"name": point["name"], "label": label_of(point), **point}
 
 
 def reference_of(points: Sequence[JsonMapping]) -> tuple[float, float]:
@@ -314,6 +320,7 @@ def summarise(front: JsonMapping) -> JsonObject:
         **areas,
         "reference": front["reference"],
         "flat": front["flat"],
-        "best": {key: best[key] for key in ("name", *FIGURES)} | {key: best[key] for key in best if is_gain(key)},
+        "best": {key: best[key] for key in ("name", "label", *FIGURES)}
+        | {key: best[key] for key in best if is_gain(key)},
         "best_at": front["best_at"],
     }

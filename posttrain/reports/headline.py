@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .collect import Collected
 from .fronts import Front, is_number
-from .plots.values import duration, number, rounded, start_of, title_of, with_error
+from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, merges_sentence, scale_of, told
+from .plots.values import column, column_decimals, duration, fixed, number, rounded, start_of
 
-__all__ = ["areas", "best_within", "facts", "headline_rows", "point_table", "table", "verdict"]
-
-Rows = Sequence[tuple[str, JsonMapping]]
+__all__ = [
+    "Row",
+    "answers",
+    "areas",
+    "best_within",
+    "facts",
+    "headline_rows",
+    "merges",
+    "point_table",
+    "rows_of",
+    "table",
+    "verdict",
+]
 
 # Columns of a point that are not scores.
 NOT_SCORES = ("reward", "kl", "length", "truncated", "distinct_2", "eta")
-CERTAIN = 3.0  # standard errors; a larger difference is hardly chance
+CHOSEN = "chosen"
+SINGLE = "reward_over_single"
 BARS = 2.0  # half length of a bar in the table in standard errors, if no interval is known
 
 
@@ -42,6 +54,12 @@ def facts(found: Collected) -> list[str]:
     return [line for line in lines if line]
 
 
+def answers(front: Front) -> str:
+    """The size of the measurement in words: `448 held-out prompts`, or `896 answers to held-out prompts`."""
+    count = max((point.get("n") or 0 for point in front.measured), default=0)
+    return f"{count:,} answers to held-out prompts" if count else "held-out prompts"
+
+
 def plural(word: str, count: int) -> str:
     """`policy`, `policies`."""
     if count == 1:
@@ -49,69 +67,98 @@ def plural(word: str, count: int) -> str:
     return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
 
 
-def headline_rows(found: Collected) -> list[tuple[str, JsonMapping]]:
-    """(title, point) of base, SFT, the best single RL run of the first iteration, the merge of every WARP iteration and
-    the chosen model; of every policy if the front has no iterations."""
-    points = found.front.measured
-    rows = [(capital(title_of(p)), p) for kind in ("base", "sft") for p in points if p["kind"] == kind]
+@dataclass(frozen=True)
+class Row:
+    """A line of the headline table: a point, and its role in the comparison ("" or a few words)."""
+
+    point: JsonMapping
+    role: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name of the point, the same in tables and pictures."""
+        return called(self.point)
+
+    @property
+    def title(self) -> str:
+        """Name and role in one text."""
+        return f"{self.label} ({self.role})" if self.role else self.label
+
+
+def headline_rows(found: Collected) -> list[Row]:
+    """Base, SFT, the best single RL run of the first iteration, the merge of every WARP iteration and the chosen model;
+    every policy if the front has no iterations."""
+    picked = [stage.summary for stage in found.of("pick")]
+    return rows_of(found.front.measured, picked[-1] if picked else None)
+
+
+def rows_of(points: Sequence[JsonMapping], picked: JsonMapping | None) -> list[Row]:
+    """The rows of a front. picked: summary of the stage that chose the model."""
+    rows = [
+        Row(p, "where RL started" if kind == "sft" else "")
+        for kind in ("base", "sft")
+        for p in points
+        if p["kind"] == kind
+    ]
     first = min((p["iteration"] for p in points if p["kind"] == "policy" and p.get("iteration")), default=None)
     single = [p for p in points if p["kind"] == "policy" and p.get("iteration") == first]
     if first is None:
-        rows += [(str(point["name"]), point) for point in single]
+        rows += [Row(point) for point in single]
     elif single:
-        rows.append(("Best single RL run", max(single, key=lambda point: point["reward"])))
+        rows.append(Row(max(single, key=lambda point: point["reward"]), "best single run"))
     merges = [point for point in points if point["kind"] == "slerp"]
     merges.sort(key=lambda point: point.get("iteration") or 0)
-    rows += [(f"WARP {point.get('iteration') or ''}".strip(), point) for point in merges]
-    return rows + chosen_rows(found, points)
+    rows += [Row(point) for point in merges]
+    chosen = chosen_point(points, picked)
+    if chosen is None:
+        return rows
+    same = next((i for i, row in enumerate(rows) if row.label == called(chosen)), None)
+    if same is None:
+        return [*rows, Row(chosen, CHOSEN)]
+    role = ", ".join(filter(None, (rows[same].role, CHOSEN)))
+    return [*rows[:same], Row(rows[same].point, role), *rows[same + 1 :]]
 
 
-def chosen_rows(found: Collected, points: Sequence[JsonMapping]) -> list[tuple[str, JsonMapping]]:
-    """The row of the chosen model, unless it is one of the merges."""
-    rows = []
-    for stage in found.of("pick"):
-        eta, name = stage.summary.get("eta"), stage.summary.get("name")
-        point = next((point for point in points if point["name"] == name), None)
-        if point is None and all(is_number(stage.summary.get(key)) for key in ("reward", "kl")):
-            point = {**stage.summary, "name": str(name), "kind": "line"}
-        if point is not None and not (point["kind"] == "line" and eta == 1):
-            rows.append((f"Chosen model, η = {eta:g}" if is_number(eta) else "Chosen model", point))
-    return rows
-
-
-def capital(title: str) -> str:
-    """The title with a capital first letter."""
-    return title[:1].upper() + title[1:]
+def chosen_point(points: Sequence[JsonMapping], picked: JsonMapping | None) -> JsonMapping | None:
+    """The point of a front that was picked; one that was measured elsewhere if its figures are recorded."""
+    if picked is None:
+        return None
+    point = next((point for point in points if point["name"] == picked.get("name")), None)
+    if point is None and all(is_number(picked.get(key)) for key in ("reward", "kl")):
+        point = {**picked, "name": str(picked.get("name")), "kind": "line", "eta": picked.get("eta") or 0.0}
+    return point
 
 
 def scores_of_points(points: Sequence[JsonMapping]) -> list[str]:
     """Names of the other scores for which every point has a value, accuracy and judge first."""
     known = [{key for key in point if f"{key}_se" in point and point[key] is not None} for point in points]
     common = set.intersection(*known) - set(NOT_SCORES) if known else set()
-    keys = [key for key in points[0] if key in common] if points else []
+    keys = [key for key in points[0] if key in common and "_over_" not in key] if points else []
     return sorted(keys, key=lambda key: ({"accuracy": 0, "judge": 1}.get(key, 2), keys.index(key)))
 
 
-def table(rows: Rows) -> JsonObject:
+def table(rows: Sequence[Row]) -> JsonObject:
     """The headline table. `dot` is (reward, reward - 2 errors, reward + 2 errors) on a common scale of 0 to 100."""
-    points = [point for _, point in rows]
+    points = [row.point for row in rows]
     scores = scores_of_points(points)[:3]
     ranges = [error_bar(point) for point in points]
     low, high = min((r[1] for r in ranges), default=0.0), max((r[2] for r in ranges), default=1.0)
-    best = max((point["reward"] for point in points), default=None)
-    lines = []
-    for (title, point), bar in zip(rows, ranges, strict=True):
-        cells = [with_error(point, "kl"), *(with_error(point, name, scale_of(name)) for name in scores)]
-        lines.append(
-            {
-                "title": title,
-                "best": point["reward"] == best,
-                "reward": with_error(point, "reward"),
-                "dot": [round(100 * (x - low) / ((high - low) or 1.0), 1) for x in bar],
-                "cells": [*cells, {"value": number(point.get("length")), "error": ""}],
-            }
-        )
-    return {"columns": [f"KL to {start_of(points)}", *(score_title(name) for name in scores), "Length"], "rows": lines}
+    rewards = column(points, "reward")
+    others = [column(points, "kl"), *(column(points, name, scale_of(name)) for name in scores)]
+    others.append([{**cell, "error": ""} for cell in column(points, "length")])
+    lines = [
+        {
+            "title": row.label,
+            "role": row.role,
+            "best": CHOSEN in row.role,
+            "reward": rewards[i],
+            "dot": [round(100 * (x - low) / ((high - low) or 1.0), 1) for x in ranges[i]],
+            "cells": [cells[i] for cells in others],
+        }
+        for i, row in enumerate(rows)
+    ]
+    names = [f"KL to {start_of(points)}, nats", *(score_title(name) for name in scores), "Length, tokens"]
+    return {"columns": names, "rows": lines}
 
 
 def error_bar(point: JsonMapping) -> tuple[float, float, float]:
@@ -121,75 +168,101 @@ def error_bar(point: JsonMapping) -> tuple[float, float, float]:
     return reward, reward - error if low is None else low, reward + error if high is None else high
 
 
-def scale_of(score: str) -> float:
-    """Factor from a score to the figure shown: accuracies are shown in percent."""
-    return 100.0 if score == "accuracy" else 1.0
-
-
 def score_title(score: str) -> str:
     """Title of a score's column."""
     return f"{score.replace('_', ' ').capitalize()}{', %' if score == 'accuracy' else ''}"
 
 
-def verdict(rows: Rows) -> JsonObject | None:
-    """The last WARP merge compared with the policy that RL started from, per score, in standard errors.
+def verdict(rows: Sequence[Row]) -> JsonObject | None:
+    """The chosen model, or else the last merge, compared with the policy that RL started from and with single runs.
 
-    The errors are taken as independent; common random numbers make the true error smaller.
+    `sentences` about its reward, and `lines`: for each of the two, the gain in every score, paired over the prompts.
     """
-    last = [(title, point) for title, point in rows if title.startswith("WARP")]
-    reference = [(title, point) for title, point in rows if point["kind"] == "sft"]
-    if not reference or not last:
+    chosen = [row for row in rows if CHOSEN in row.role] or [row for row in rows if row.point["kind"] == "slerp"]
+    start = [row for row in rows if row.point["kind"] == "sft"]
+    if not chosen or not start:
         return None
-    (start, before), (merge, after) = reference[-1], last[-1]
-    names = ["reward", *scores_of_points([before, after])[:2]]
-    lines = [change(name, before, after) for name in names if name in before and name in after]
-    price = with_error(after, "kl")["value"]
-    return {"title": merge, "start": start, "kl": price, "lines": [line for line in lines if line]}
-
-
-def change(name: str, before: JsonMapping, after: JsonMapping) -> JsonObject | None:
-    """One line of the verdict; None if no error is known."""
-    error = math.hypot(before.get(f"{name}_se") or 0.0, after.get(f"{name}_se") or 0.0)
-    if not error:
+    point, origin = chosen[-1].point, start[-1].label
+    sentences = list(gain_sentences(point, origin))
+    if not sentences:
         return None
-    gain, scale = after[name] - before[name], scale_of(name)
-    return {
-        "name": name.replace("_", " "),
-        "change": rounded(gain * scale, error * scale, "+"),
-        "unit": " points" if name == "accuracy" else "",
-        "errors": f"{abs(gain) / error:.1f}",
-        "certain": round(abs(gain) / error, 1) >= CERTAIN,
+    metrics = [key.removesuffix("_over_start") for key in point if key.endswith("_over_start")]
+    rivals = {
+        "over_start": f"over {origin}, where RL started",
+        "over_single": f"over the best single run: {point.get('single')}",
     }
+    lines = [
+        {"over": words, "cells": [gain_cell(point, f"{metric}_{key}", scale_of(metric)) for metric in metrics]}
+        for key, words in rivals.items()
+        if told(point, f"reward_{key}") is not None
+    ]
+    return {
+        "label": chosen[-1].label,
+        "sentences": sentences,
+        "metrics": [score_title(metric) for metric in metrics],
+        "lines": lines,
+        "note": GAINS_NOTE,
+    }
+
+
+def gain_cell(point: JsonMapping, key: str, scale: float) -> JsonObject:
+    """A gain as text, and whether it is more than chance; None if unknown."""
+    known = told(point, key)
+    return {"text": "–" if known is None else gain_of(point, key, scale), "told": known}
 
 
 # --- the front ------------------------------------------------------------------------------------------------------
 
 
+def merges(front: Front) -> JsonObject | None:
+    """Merged models against single runs: the sentence, and a row for each; None where nothing was compared."""
+    sentence = merges_sentence(front.measured)
+    if sentence is None:
+        return None
+    points = [p for p in front.measured if p["kind"] in ("slerp", "liti", "line") and told(p, SINGLE) is not None]
+    points = list({called(point): point for point in points}.values())
+    decimals = column_decimals(points, SINGLE)
+    rows = [
+        {
+            "label": called(point),
+            "kl": fixed(point["kl"], 2),
+            "single": str(point.get("single")),
+            "gain": fixed(point[SINGLE], decimals),
+            "interval": f"{fixed(point[f'{SINGLE}_low'], decimals)} to {fixed(point[f'{SINGLE}_high'], decimals)}",
+            "told": told(point, SINGLE),
+        }
+        for point in points
+    ]
+    return {"sentence": sentence, "rows": rows, "note": GAINS_NOTE}
+
+
 def best_within(front: Front) -> list[dict[str, str]]:
     """The best point within each KL limit, from front.json."""
     found = front.facts.get("best_at")
-    rows = []
-    for row in found if isinstance(found, list) else ():
-        if isinstance(row, Mapping) and all(is_number(row.get(key)) for key in ("limit", "reward", "kl")):
-            place = f"iteration {row['iteration']}, " if row.get("iteration") else ""
-            where = f"{place}η = {row['eta']:g}" if is_number(row.get("eta")) else str(row.get("name"))
-            rows.append(
-                {
-                    "limit": number(row["limit"]),
-                    "point": where,
-                    "reward": spread(row, "reward"),
-                    "kl": spread(row, "kl"),
-                }
-            )
-    return rows
+    rows = [
+        row
+        for row in (found if isinstance(found, list) else ())
+        if isinstance(row, Mapping) and all(is_number(row.get(key)) for key in ("limit", "reward", "kl"))
+    ]
+    names = {str(point["name"]): called(point) for point in front.measured}
+    return [
+        {
+            "limit": number(row["limit"]),
+            "point": str(row.get("label") or names.get(str(row.get("name")), row.get("name"))),
+            "reward": spread(row, "reward", column_decimals(rows, "reward")),
+            "kl": spread(row, "kl", column_decimals(rows, "kl")),
+        }
+        for row in rows
+    ]
 
 
-def spread(row: JsonMapping, key: str) -> str:
+def spread(row: JsonMapping, key: str, decimals: int) -> str:
     """A value with its interval, else with its standard error, else alone."""
-    error = row.get(f"{key}_se")
-    written = with_error({key: row.get(key), f"{key}_se": error if is_number(error) else None}, key)
-    ends = interval(row, key)
-    return f"{written['value']} ({ends})" if ends else " ± ".join(filter(None, written.values()))
+    low, high, error = (row.get(f"{key}{part}") for part in ("_low", "_high", "_se"))
+    value = fixed(row[key], decimals)
+    if is_number(low) and is_number(high):
+        return f"{value} ({fixed(low, decimals)} to {fixed(high, decimals)})"
+    return f"{value} ± {fixed(error, decimals)}" if is_number(error) and error else value
 
 
 def interval(row: JsonMapping, key: str) -> str:
@@ -229,16 +302,22 @@ def areas(found: Collected) -> JsonObject | None:
 
 def point_table(found: Collected) -> list[dict[str, str]]:
     """Rows of the table of all measured points."""
+    points = found.front.measured
+    lengths, cut, distinct = (
+        column(points, key, scale) for key, scale in (("length", 1), ("truncated", 100), ("distinct_2", 1))
+    )
+    decimals = {key: column_decimals(points, key) for key in ("reward", "kl")}
     return [
         {
+            "label": called(point),
             "name": str(point["name"]),
             "kind": point["kind"],
-            "reward": spread(point, "reward"),
-            "kl": spread(point, "kl"),
-            "length": number(point.get("length")),
-            "truncated": number(point.get("truncated")),
-            "distinct": number(point.get("distinct_2")),
+            "reward": spread(point, "reward", decimals["reward"]),
+            "kl": spread(point, "kl", decimals["kl"]),
+            "length": lengths[i]["value"],
+            "truncated": cut[i]["value"],
+            "distinct": distinct[i]["value"],
             "front": "yes" if point.get("on_front") else "",
         }
-        for point in found.front.measured
+        for i, point in enumerate(points)
     ]

@@ -92,3 +92,14 @@ def test_a_prompt_without_a_score_is_left_out_of_the_pairs():
         "merge": {"reward": [2.0, 4.0, None], "kl": [9.0] * 3},
     }
     assert with_gains(points, values)[1]["reward_over_start"] == pytest.approx(2.0)
+
+
+def test_between_two_corners_a_gain_is_certain_only_if_it_beats_the_higher_corner():
+    """The corners have rewards 4 and 5 at KL 1 and 4; at KL 2 the straight line is at 4.33, a curve may be near 5."""
+    inside = world(rewards=(3.9, 4.9, 5.9, 4.9))["merge"]  # 4.9 on average, no spread to the run
+    assert inside["reward_over_single"] == pytest.approx(4.9 - 4 - 1 / 3)
+    assert inside["reward_over_single_low"] == pytest.approx(-0.1)
+    above = world(rewards=(5.0, 6.0, 7.0, 6.0))["merge"]
+    assert above["reward_over_single_low"] == pytest.approx(1.0)
+    below = world(rewards=(2.0, 3.0, 4.0, 3.0))["merge"]  # below both corners: a loss, which the shape cannot explain
+    assert below["reward_over_single_high"] == pytest.approx(-4 / 3)
