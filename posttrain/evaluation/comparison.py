@@ -62,7 +62,7 @@ class Rival:
     @property
     def label(self) -> str:
         """The place in words."""
-        return self.start.label if self.share == 0 else f"between {self.start.label} and {self.end.label}"
+        return self.start.label if self.share == 0 else f"a place between {self.start.label} and {self.end.label}"
 
 
 def is_gain(key: str) -> bool:

@@ -10,7 +10,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from .collect import Collected
 from .fronts import Front, is_number
 from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, merges_sentence, scale_of, told
-from .plots.values import column, column_decimals, duration, fixed, number, rounded, start_of
+from .plots.values import column, column_decimals, duration, fixed, number, start_of
 
 __all__ = [
     "Row",
@@ -265,14 +265,6 @@ def spread(row: JsonMapping, key: str, decimals: int) -> str:
     return f"{value} ± {fixed(error, decimals)}" if is_number(error) and error else value
 
 
-def interval(row: JsonMapping, key: str) -> str:
-    """The interval of a value, such as `0.78 to 0.83`, rounded by its width; "" if unknown."""
-    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    if not (is_number(low) and is_number(high)):
-        return ""
-    return f"{rounded(low, (high - low) / 4)} to {rounded(high, (high - low) / 4)}"
-
-
 def areas(found: Collected) -> JsonObject | None:
     """The area under the front, its bounds, and the areas of the fronts of single iterations."""
     facts, reference = found.front.facts, found.front.facts.get("reference")
@@ -280,24 +272,51 @@ def areas(found: Collected) -> JsonObject | None:
         return None
     bounds = reference if isinstance(reference, Mapping) else {}
     own = [front for front in found.fronts if front.iteration and is_number(front.facts.get("hypervolume"))]
+    own.sort(key=lambda front: front.iteration or 0)
+    whole = [facts, *(front.facts for front in own)]
+    decimals = {key: width_decimals(whole, key) for key in ("hypervolume", "hypervolume_gain")}
     rows = [
         {
             "iteration": front.iteration,
-            "area": number(front.facts["hypervolume"]),
-            "interval": interval(front.facts, "hypervolume"),
-            "gain": number(front.facts.get("hypervolume_gain")),
-            "gain_interval": interval(front.facts, "hypervolume_gain"),
+            "area": area_of(front.facts, "hypervolume", decimals),
+            "interval": interval(front.facts, "hypervolume", decimals),
+            "gain": area_of(front.facts, "hypervolume_gain", decimals),
+            "gain_interval": interval(front.facts, "hypervolume_gain", decimals),
         }
-        for front in sorted(own, key=lambda front: front.iteration or 0)
+        for front in own
     ]
     return {
-        "area": number(facts["hypervolume"]),
-        "interval": interval(facts, "hypervolume"),
-        "kl": number(bounds.get("kl")),
-        "reward": number(bounds.get("reward")),
+        "area": area_of(facts, "hypervolume", decimals),
+        "interval": interval(facts, "hypervolume", decimals),
+        "kl": fixed(bounds["kl"], 2) if is_number(bounds.get("kl")) else "–",
+        "reward": fixed(bounds["reward"], 2) if is_number(bounds.get("reward")) else "–",
         "rows": rows,
         "gains": any(row["gain"] != "–" for row in rows),
     }
+
+
+def area_of(row: JsonMapping, key: str, decimals: Mapping[str, int]) -> str:
+    """An area with the decimals of its column; a dash if it is unknown."""
+    value = row.get(key)
+    return fixed(value, decimals[key]) if is_number(value) else "–"
+
+
+def interval(row: JsonMapping, key: str, decimals: Mapping[str, int]) -> str:
+    """The interval of a value, such as `0.78 to 0.83`; "" if unknown."""
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    if not (is_number(low) and is_number(high)):
+        return ""
+    return f"{fixed(low, decimals[key])} to {fixed(high, decimals[key])}"
+
+
+def width_decimals(rows: Sequence[JsonMapping], key: str) -> int:
+    """Decimals for a column of values with intervals: those for errors of a quarter of their width."""
+    widths = [
+        {f"{key}_se": (row[f"{key}_high"] - row[f"{key}_low"]) / 4}
+        for row in rows
+        if is_number(row.get(f"{key}_low")) and is_number(row.get(f"{key}_high"))
+    ]
+    return column_decimals(widths, key)
 
 
 def point_table(found: Collected) -> list[dict[str, str]]:

@@ -72,13 +72,16 @@ def merges_sentence(points: Sequence[JsonMapping]) -> str | None:
     if not merged:
         return None
     certain = [point for point in merged if told(point, SINGLE)]
-    clearest = max(certain or merged, key=lambda point: abs(point[SINGLE]) / (point.get(f"{SINGLE}_se") or 1.0))
-    figure = f"{called(clearest)}, {gain_of(clearest, SINGLE)} over {clearest.get('single')}"
     count = f"of the {len(merged)} merged models" if len(merged) > 1 else "of the merged model"
+    among = certain or [point for point in merged if not str(point.get("single")).startswith("a place between")]
+    clearest = max(among, key=lambda point: abs(point[SINGLE]) / (point.get(f"{SINGLE}_se") or 1.0), default=None)
+    figure = ""
+    if clearest is not None:
+        figure = f"; the clearest: {called(clearest)}, {gain_of(clearest, SINGLE)} against {clearest.get('single')}"
     if not certain:
-        return f"No gain or loss {count} over the single runs at no more KL could be told; the clearest: {figure}."
+        return f"No gain or loss {count} against the single runs at no more KL could be told{figure}."
     more = sum(point[SINGLE] > 0 for point in certain)
     return (
-        f"Over the single runs at no more KL, a gain in reward could be told for {more} {count} and a loss for "
-        f"{len(certain) - more}; the clearest: {figure}."
+        f"Against the single runs at no more KL, a gain in reward could be told for {more} {count} and a loss for "
+        f"{len(certain) - more}{figure}."
     )

@@ -54,9 +54,9 @@ def test_the_error_is_that_of_the_mean_of_the_differences():
     [
         (9.0, "run", 5.0),
         (4.0, "run", 5.0),
-        (2.0, "between run step 1 and run", 4 + 1 / 3),
+        (2.0, "a place between run step 1 and run", 4 + 1 / 3),
         (1.0, "run step 1", 4.0),
-        (0.5, "between SFT and run step 1", 2.5),
+        (0.5, "a place between SFT and run step 1", 2.5),
     ],
 )
 def test_the_rival_is_the_best_of_a_single_run_at_no_more_kl(kl, rival, reward):
