@@ -10,7 +10,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from .collect import Collected
 from .fronts import Front, is_number
 from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, merges_sentence, scale_of, told
-from .plots.values import column, column_decimals, duration, fixed, number, start_of
+from .plots.values import column, column_decimals, duration, fixed, number, spreads, start_of
 
 __all__ = [
     "Row",
@@ -28,8 +28,8 @@ __all__ = [
 
 # Columns of a point that are not scores.
 NOT_SCORES = ("reward", "kl", "length", "truncated", "distinct_2", "eta")
-CHOSEN = "chosen"
-SINGLE = "reward_over_single"
+CHOSEN, SINGLE, START = "chosen", "best single run", "where RL started"  # roles of a row
+OVER = "reward_over_single"
 BARS = 2.0  # half length of a bar in the table in standard errors, if no interval is known
 
 
@@ -94,18 +94,13 @@ def headline_rows(found: Collected) -> list[Row]:
 
 def rows_of(points: Sequence[JsonMapping], picked: JsonMapping | None) -> list[Row]:
     """The rows of a front. picked: summary of the stage that chose the model."""
-    rows = [
-        Row(p, "where RL started" if kind == "sft" else "")
-        for kind in ("base", "sft")
-        for p in points
-        if p["kind"] == kind
-    ]
+    rows = [Row(p, START if kind == "sft" else "") for kind in ("base", "sft") for p in points if p["kind"] == kind]
     first = min((p["iteration"] for p in points if p["kind"] == "policy" and p.get("iteration")), default=None)
     single = [p for p in points if p["kind"] == "policy" and p.get("iteration") == first]
     if first is None:
         rows += [Row(point) for point in single]
     elif single:
-        rows.append(Row(max(single, key=lambda point: point["reward"]), "best single run"))
+        rows.append(Row(max(single, key=lambda point: point["reward"]), SINGLE))
     merges = [point for point in points if point["kind"] == "slerp"]
     merges.sort(key=lambda point: point.get("iteration") or 0)
     rows += [Row(point) for point in merges]
@@ -219,17 +214,17 @@ def merges(front: Front) -> JsonObject | None:
     sentence = merges_sentence(front.measured)
     if sentence is None:
         return None
-    points = [p for p in front.measured if p["kind"] in ("slerp", "liti", "line") and told(p, SINGLE) is not None]
+    points = [p for p in front.measured if p["kind"] in ("slerp", "liti", "line") and told(p, OVER) is not None]
     points = list({called(point): point for point in points}.values())
-    decimals = column_decimals(points, SINGLE)
+    decimals = column_decimals(points, OVER)
     rows = [
         {
             "label": called(point),
             "kl": fixed(point["kl"], 2),
             "single": str(point.get("single")),
-            "gain": fixed(point[SINGLE], decimals),
-            "interval": f"{fixed(point[f'{SINGLE}_low'], decimals)} to {fixed(point[f'{SINGLE}_high'], decimals)}",
-            "told": told(point, SINGLE),
+            "gain": fixed(point[OVER], decimals),
+            "interval": f"{fixed(point[f'{OVER}_low'], decimals)} to {fixed(point[f'{OVER}_high'], decimals)}",
+            "told": told(point, OVER),
         }
         for point in points
     ]
@@ -249,20 +244,11 @@ def best_within(front: Front) -> list[dict[str, str]]:
         {
             "limit": number(row["limit"]),
             "point": str(row.get("label") or names.get(str(row.get("name")), row.get("name"))),
-            "reward": spread(row, "reward", column_decimals(rows, "reward")),
-            "kl": spread(row, "kl", column_decimals(rows, "kl")),
+            "reward": reward,
+            "kl": kl,
         }
-        for row in rows
+        for row, reward, kl in zip(rows, spreads(rows, "reward"), spreads(rows, "kl"), strict=True)
     ]
-
-
-def spread(row: JsonMapping, key: str, decimals: int) -> str:
-    """A value with its interval, else with its standard error, else alone."""
-    low, high, error = (row.get(f"{key}{part}") for part in ("_low", "_high", "_se"))
-    value = fixed(row[key], decimals)
-    if is_number(low) and is_number(high):
-        return f"{value} ({fixed(low, decimals)} to {fixed(high, decimals)})"
-    return f"{value} ± {fixed(error, decimals)}" if is_number(error) and error else value
 
 
 def areas(found: Collected) -> JsonObject | None:
@@ -325,14 +311,14 @@ def point_table(found: Collected) -> list[dict[str, str]]:
     lengths, cut, distinct = (
         column(points, key, scale) for key, scale in (("length", 1), ("truncated", 100), ("distinct_2", 1))
     )
-    decimals = {key: column_decimals(points, key) for key in ("reward", "kl")}
+    rewards, kls = spreads(points, "reward"), spreads(points, "kl")
     return [
         {
             "label": called(point),
             "name": str(point["name"]),
             "kind": point["kind"],
-            "reward": spread(point, "reward", decimals["reward"]),
-            "kl": spread(point, "kl", decimals["kl"]),
+            "reward": rewards[i],
+            "kl": kls[i],
             "length": lengths[i]["value"],
             "truncated": cut[i]["value"],
             "distinct": distinct[i]["value"],

@@ -21,6 +21,7 @@ __all__ = [
     "number",
     "rounded",
     "short_hash",
+    "spreads",
     "start_of",
     "title_of",
     "with_error",
@@ -80,6 +81,21 @@ def column_decimals(points: Sequence[JsonMapping], key: str, scale: float = 1.0)
     """Decimals for a column of values: those that the median of their errors asks for."""
     errors = sorted(error * scale for point in points if (error := point.get(f"{key}_se") or 0.0) > 0)
     return decimals_of(errors[len(errors) // 2] if errors else 0.0)
+
+
+def spreads(points: Sequence[JsonMapping], key: str) -> list[str]:
+    """Every value of a column with its interval, else with its standard error, else alone; the decimals are the same."""
+    decimals = column_decimals(points, key)
+    found = []
+    for point in points:
+        value, low, high, error = (point.get(f"{key}{part}") for part in ("", "_low", "_high", "_se"))
+        text = "–" if value is None else fixed(value, decimals)
+        if value is not None and low is not None and high is not None:
+            text += f" ({fixed(low, decimals)} to {fixed(high, decimals)})"
+        elif value is not None and error:
+            text += f" ± {fixed(error, decimals)}"
+        found.append(text)
+    return found
 
 
 def fixed(value: float, decimals: int) -> str:
