@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemma2.cli.terminal.console import Console
-from gemma2.cli.terminal.gains import show_gains
+from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Progress

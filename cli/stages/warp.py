@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gemma2.cli.terminal.gains import show_gains
+from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult

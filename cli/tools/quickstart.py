@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from gemma2.cli.terminal.console import Console
-from gemma2.cli.terminal.gains import show_gains
+from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import (
     HELP_NAMES,

@@ -15,7 +15,7 @@ from pathlib import Path
 from gemma2.configs import recipes
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.reports.headline import Row, rows_of
+from gemma2.posttrain.reports.headline import PolicyRow, rows_of
 from gemma2.posttrain.reports.plots.gains import scale_of
 from gemma2.posttrain.reports.plots.values import column
 
@@ -78,7 +78,7 @@ def _summary(out: Path) -> JsonObject:
     }
 
 
-def _row(row: Row) -> JsonObject:
+def _row(row: PolicyRow) -> JsonObject:
     """A row of the table: label, role, and every figure with its error and its interval."""
     figures = {
         f"{name}{part}": row.point.get(f"{name}{part}")

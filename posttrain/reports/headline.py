@@ -13,7 +13,7 @@ from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, merges_sen
 from .plots.values import column, column_decimals, duration, fixed, number, spreads, start_of
 
 __all__ = [
-    "Row",
+    "PolicyRow",
     "answers",
     "areas",
     "best_within",
@@ -68,7 +68,7 @@ def plural(word: str, count: int) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class PolicyRow:
     """A line of the headline table: a point, and its role in the comparison ("" or a few words)."""
 
     point: JsonMapping
@@ -85,33 +85,35 @@ class Row:
         return f"{self.label} ({self.role})" if self.role else self.label
 
 
-def headline_rows(found: Collected) -> list[Row]:
+def headline_rows(found: Collected) -> list[PolicyRow]:
     """Base, SFT, the best single RL run of the first iteration, the merge of every WARP iteration and the chosen model;
     every policy if the front has no iterations."""
     picked = [stage.summary for stage in found.of("pick")]
     return rows_of(found.front.measured, picked[-1] if picked else None)
 
 
-def rows_of(points: Sequence[JsonMapping], picked: JsonMapping | None) -> list[Row]:
+def rows_of(points: Sequence[JsonMapping], picked: JsonMapping | None) -> list[PolicyRow]:
     """The rows of a front. picked: summary of the stage that chose the model."""
-    rows = [Row(p, START if kind == "sft" else "") for kind in ("base", "sft") for p in points if p["kind"] == kind]
+    rows = [
+        PolicyRow(p, START if kind == "sft" else "") for kind in ("base", "sft") for p in points if p["kind"] == kind
+    ]
     first = min((p["iteration"] for p in points if p["kind"] == "policy" and p.get("iteration")), default=None)
     single = [p for p in points if p["kind"] == "policy" and p.get("iteration") == first]
     if first is None:
-        rows += [Row(point) for point in single]
+        rows += [PolicyRow(point) for point in single]
     elif single:
-        rows.append(Row(max(single, key=lambda point: point["reward"]), SINGLE))
+        rows.append(PolicyRow(max(single, key=lambda point: point["reward"]), SINGLE))
     merges = [point for point in points if point["kind"] == "slerp"]
     merges.sort(key=lambda point: point.get("iteration") or 0)
-    rows += [Row(point) for point in merges]
+    rows += [PolicyRow(point) for point in merges]
     chosen = chosen_point(points, picked)
     if chosen is None:
         return rows
     same = next((i for i, row in enumerate(rows) if row.label == called(chosen)), None)
     if same is None:
-        return [*rows, Row(chosen, CHOSEN)]
+        return [*rows, PolicyRow(chosen, CHOSEN)]
     role = ", ".join(filter(None, (rows[same].role, CHOSEN)))
-    return [*rows[:same], Row(rows[same].point, role), *rows[same + 1 :]]
+    return [*rows[:same], PolicyRow(rows[same].point, role), *rows[same + 1 :]]
 
 
 def chosen_point(points: Sequence[JsonMapping], picked: JsonMapping | None) -> JsonMapping | None:
@@ -132,7 +134,7 @@ def scores_of_points(points: Sequence[JsonMapping]) -> list[str]:
     return sorted(keys, key=lambda key: ({"accuracy": 0, "judge": 1}.get(key, 2), keys.index(key)))
 
 
-def table(rows: Sequence[Row]) -> JsonObject:
+def table(rows: Sequence[PolicyRow]) -> JsonObject:
     """The headline table. `dot` is (reward, reward - 2 errors, reward + 2 errors) on a common scale of 0 to 100."""
     points = [row.point for row in rows]
     scores = scores_of_points(points)[:3]
@@ -168,7 +170,7 @@ def score_title(score: str) -> str:
     return f"{score.replace('_', ' ').capitalize()}{', %' if score == 'accuracy' else ''}"
 
 
-def verdict(rows: Sequence[Row]) -> JsonObject | None:
+def verdict(rows: Sequence[PolicyRow]) -> JsonObject | None:
     """The chosen model, or else the last merge, compared with the policy that RL started from and with single runs.
 
     `sentences` about its reward, and `lines`: for each of the two, the gain in every score, paired over the prompts.

@@ -12,7 +12,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from .collect import Collected, RecordedStage
 from .command_lines import command_of, phrases, why
 from .fronts import is_number
-from .headline import Row
+from .headline import PolicyRow
 from .plots.figures import curves_figure, front_figure, page_svg
 from .plots.layermaps import ANGLES, KEPT, layer_map
 from .plots.values import as_yaml, number
@@ -279,7 +279,7 @@ def evaluated_on(found: Collected) -> str:
     return f"{' or '.join(f'{count:,}' for count in sorted(counts))} answers each" if counts else ""
 
 
-def side_by_side(found: Collected, rows: Sequence[Row]) -> list[JsonObject]:
+def side_by_side(found: Collected, rows: Sequence[PolicyRow]) -> list[JsonObject]:
     """Answers of base, SFT and the chosen model to the same prompts: [{"prompt", "answers": [(title, answer)]}].
 
     Without samples of the chosen model, those of the last merge.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FAINT", "Box", "Label", "Wanted", "label_points", "overlap", "place_labels"]
+__all__ = ["FAINT", "Box", "Label", "WantedLabel", "label_points", "overlap", "place_labels"]
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 RADII = (9, 14, 20, 28, 38, 50, 64, 80, 100)
@@ -41,7 +41,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedLabel:
     """A label: its point, its size, and whether it must be shown."""
 
     x: float
@@ -51,7 +51,9 @@ class Wanted:
     must: bool = True
 
 
-def place_labels(labels: Sequence[Wanted], marks: Sequence[Box], frame: Box, unit: float = 1.0) -> list[Box | None]:
+def place_labels(
+    labels: Sequence[WantedLabel], marks: Sequence[Box], frame: Box, unit: float = 1.0
+) -> list[Box | None]:
     """The box of each label, in the order of their importance; None for one that is left out.
 
     marks: boxes of what is drawn. unit: pixels of a step of RADII.
@@ -73,7 +75,7 @@ def place_labels(labels: Sequence[Wanted], marks: Sequence[Box], frame: Box, uni
     return placed
 
 
-def _places(label: Wanted, unit: float) -> Iterator[Box]:
+def _places(label: WantedLabel, unit: float) -> Iterator[Box]:
     """Boxes around the point, nearest first; the side or corner that faces the point is on the circle."""
     for radius in RADII:
         for degrees in ANGLES:
@@ -108,7 +110,7 @@ def label_points(figure: Figure, axis: Axes, points: Sequence[JsonMapping], labe
     for label, text in zip(labels, drawn, strict=True):
         x, y = axis.transData.transform((label.point["kl"], label.point["reward"]))
         box = text.get_window_extent(renderer)
-        wanted.append(Wanted(x, y, box.width + 3 * scale, box.height + scale, label.rank < 2))
+        wanted.append(WantedLabel(x, y, box.width + 3 * scale, box.height + scale, label.rank < 2))
     marks: list[Box] = []
     for point in points:
         x, y = axis.transData.transform((point["kl"], point["reward"]))

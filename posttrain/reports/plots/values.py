@@ -84,7 +84,7 @@ def column_decimals(points: Sequence[JsonMapping], key: str, scale: float = 1.0)
 
 
 def spreads(points: Sequence[JsonMapping], key: str) -> list[str]:
-    """Every value of a column with its interval, else with its standard error, else alone; the decimals are the same."""
+    """Every value of a column with its interval, else its standard error, else alone, in the same decimals."""
     decimals = column_decimals(points, key)
     found = []
     for point in points:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -218,8 +219,14 @@ def test_the_screen_shows_the_front_and_the_best_within_each_limit(world, monkey
     out = capsys.readouterr().out
     assert "KL to the SFT policy, nats per sequence" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["KL", "at", "most", "point", "reward", "KL"] in rows
+    assert ["KL", "at", "most", "point", "reward", "KL,", "nats"] in rows
     assert next(row for row in rows if row[:2] == ["0", "SFT"])
+    points = by_name(root / "shown")
+    for low, value, high in ((points["slerp"][f"reward{end}"] for end in ("_low", "", "_high")),):
+        assert re.search(
+            rf"^SLERP 1 +{value:.1f}\d* \({low:.1f}\d* to {high:.1f}\d*\)", out.replace("−", "-"), re.MULTILINE
+        )
+    assert re.search(r"SLERP 1 (gains|loses|: no gain)|SLERP 1: no gain|gains .* over SFT|could be told", out)
     assert invoke(["pareto", *inputs, *settings, "--out", str(root / "json"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [row["limit"] for row in document["best_at"]] == [0.0, 1000.0]
