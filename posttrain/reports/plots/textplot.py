@@ -146,7 +146,9 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
             canvas.write(point, label_of(point), over_lines=True)
     for point, text in line_labels(shown):
         canvas.write(point, text.removeprefix("η "), over_lines=not text.startswith("η"))
-    notes = [f"off the chart: {title_of(p)}, reward {fixed(p['reward'], 2)} at KL {fixed(p['kl'], 2)}" for p in away]
+    barred = any(p["kind"] in BARRED and None not in ends_of(p) for p in shown)
+    notes = ["⡇ 95 % interval of the reward"] if barred else []
+    notes += [f"off the chart: {title_of(p)}, reward {fixed(p['reward'], 2)} at KL {fixed(p['kl'], 2)}" for p in away]
     return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
 
 
@@ -169,7 +171,6 @@ def frame(canvas: Canvas, start: str) -> list[str]:
 
 def legend(points: Sequence[Point]) -> str:
     """The meaning of the glyphs without labels."""
-    names = {"policy": "RL policy", "slerp": "SLERP", "line": "start to SLERP, by η"}
+    names = {"policy": "RL policy", "line": "start to SLERP, by η"}
     found = [f"{GLYPHS[kind]} {name}" for kind, name in names.items() if any(p["kind"] == kind for p in points)]
-    barred = any(p["kind"] in BARRED and None not in ends_of(p) for p in points)
-    return "   ".join([*found, *(["⡇ 95 % interval"] if barred else [])])
+    return "   ".join(found)

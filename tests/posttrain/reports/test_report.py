@@ -132,7 +132,7 @@ def test_answers_before_and_after_are_side_by_side(page):
     text = page[0].text
     assert "What is 7 + 12? base Hmm, I am not sure" in text
     assert "SFT I think that it is probably 18." in text
-    assert "SLERP 2, η 0.8 Of course! The answer to your question is 19." in text
+    assert "SLERP 2, η 0.8 Sure! The answer is 19." in text
 
 
 def test_every_stage_has_its_command(page):
