@@ -103,7 +103,7 @@ def sentence(summaries: Sequence[Mapping[str, object]]) -> str:
         values.append(gain.get("reward_over_single"))
     return (
         f"Over the best single run at no more KL the chosen model's reward differs by {spread(values, 1.0, 2)}; a gain "
-        f"could be told in {more} of {len(gains)} runs, a loss in {less}."
+        f"could be shown in {more} of {len(gains)} runs, a loss in {less}."
     )
 
 

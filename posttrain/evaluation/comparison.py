@@ -14,7 +14,7 @@ the places where a curve crosses this KL, a share w between two corners a and b.
     d_i = r_i - (1 - w) r_a,i - w r_b,i  -  s (k_i - (1 - w) k_a,i - w k_b,i),    s = (r_b - r_a) / (k_b - k_a)
 
 is averaged over the prompts i. The last term has mean 0, because w is where the curve has the KL of the point; it
-carries the error of the KLs (delta method). A straight line lies below a curve that bends down, by an unknown amount:
+carries the error of the KLs (delta method). A straight line is below a curve that bends down, by an unknown amount:
 between two corners the lower end of the interval is that of the gain over the higher corner, which the curve does not
 exceed while it rises. So such an interval is wide, and a gain is there only if the point beats that corner too. The
 highest of several noisy rewards is too high on average, on both sides.

@@ -9,7 +9,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .collect import Collected
 from .fronts import Front, is_number
-from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, merges_sentence, scale_of, told
+from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, is_certain, merges_sentence, scale_of
 from .plots.values import column, column_decimals, duration, fixed, number, spreads, start_of
 
 __all__ = [
@@ -191,7 +191,7 @@ def verdict(rows: Sequence[PolicyRow]) -> JsonObject | None:
     lines = [
         {"over": words, "cells": [gain_cell(point, f"{metric}_{key}", scale_of(metric)) for metric in metrics]}
         for key, words in rivals.items()
-        if told(point, f"reward_{key}") is not None
+        if is_certain(point, f"reward_{key}") is not None
     ]
     return {
         "label": chosen[-1].label,
@@ -204,8 +204,8 @@ def verdict(rows: Sequence[PolicyRow]) -> JsonObject | None:
 
 def gain_cell(point: JsonMapping, key: str, scale: float) -> JsonObject:
     """A gain as text, and whether it is more than chance; None if unknown."""
-    known = told(point, key)
-    return {"text": "–" if known is None else gain_of(point, key, scale), "told": known}
+    known = is_certain(point, key)
+    return {"text": "–" if known is None else gain_of(point, key, scale), "certain": known}
 
 
 # --- the front ------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def merges(front: Front) -> JsonObject | None:
     sentence = merges_sentence(front.measured)
     if sentence is None:
         return None
-    points = [p for p in front.measured if p["kind"] in ("slerp", "liti", "line") and told(p, OVER) is not None]
+    points = [p for p in front.measured if p["kind"] in ("slerp", "liti", "line") and is_certain(p, OVER) is not None]
     points = list({called(point): point for point in points}.values())
     decimals = column_decimals(points, OVER)
     rows = [
@@ -226,7 +226,7 @@ def merges(front: Front) -> JsonObject | None:
             "single": str(point.get("single")),
             "gain": fixed(point[OVER], decimals),
             "interval": f"{fixed(point[f'{OVER}_low'], decimals)} to {fixed(point[f'{OVER}_high'], decimals)}",
-            "told": told(point, OVER),
+            "certain": is_certain(point, OVER),
         }
         for point in points
     ]

@@ -1,6 +1,6 @@
 """Gains of a point in words: over the policy from which RL started, and over the best single RL run. Pure.
 
-A gain is called one only if its 95 % interval does not hold 0; else no gain could be told. Figures are the columns of
+A gain is called one only if its 95 % interval does not hold 0; else no gain could be shown. Figures are the columns of
 `evaluation/comparison.py`: differences on the same prompts, with the standard error of their mean.
 """
 
@@ -12,11 +12,11 @@ from gemma2.core.json_files import JsonMapping
 
 from .values import label_of, rounded
 
-__all__ = ["GAINS_NOTE", "called", "gain_of", "gain_sentences", "merges_sentence", "scale_of", "told"]
+__all__ = ["GAINS_NOTE", "called", "gain_of", "gain_sentences", "is_certain", "merges_sentence", "scale_of"]
 
 SINGLE = "reward_over_single"
 GAINS_NOTE = (
-    "± is the standard error of the difference, paired over the prompts; a gain or loss is told if its 95 % interval "
+    "± is the standard error of the difference, paired over the prompts; a gain or loss is shown if its 95 % interval "
     "does not hold 0."
 )
 
@@ -31,7 +31,7 @@ def scale_of(metric: str) -> float:
     return 100.0 if metric == "accuracy" else 1.0
 
 
-def told(point: JsonMapping, key: str) -> bool | None:
+def is_certain(point: JsonMapping, key: str) -> bool | None:
     """Whether a gain is more than chance: its interval does not hold 0. None if the gain is unknown."""
     low, high = point.get(f"{key}_low"), point.get(f"{key}_high")
     if low is None or high is None or point.get(key) is None:
@@ -52,11 +52,11 @@ def gain_sentences(point: JsonMapping, start: str) -> Iterator[str]:
         "reward_over_single": f"the best single run at no more KL ({point.get('single')})",
     }
     for key, other in names.items():
-        certain = told(point, key)
+        certain = is_certain(point, key)
         if certain is None:
             continue
         if not certain:
-            yield f"{called(point)}: no gain in reward over {other} could be told: {gain_of(point, key)}."
+            yield f"{called(point)}: no gain in reward over {other} could be shown: {gain_of(point, key)}."
         elif point[key] > 0:
             yield f"{called(point)} gains {gain_of(point, key)} reward over {other}."
         else:
@@ -66,12 +66,14 @@ def gain_sentences(point: JsonMapping, start: str) -> Iterator[str]:
 def merges_sentence(points: Sequence[JsonMapping]) -> str | None:
     """How many merged points have more, and how many less reward than single runs at no more KL; None without any."""
     merged = [
-        point for point in points if point["kind"] in ("slerp", "liti", "line") and told(point, SINGLE) is not None
+        point
+        for point in points
+        if point["kind"] in ("slerp", "liti", "line") and is_certain(point, SINGLE) is not None
     ]
     merged = list({called(point): point for point in merged}.values())  # the end of a line is the SLERP
     if not merged:
         return None
-    certain = [point for point in merged if told(point, SINGLE)]
+    certain = [point for point in merged if is_certain(point, SINGLE)]
     count = f"of the {len(merged)} merged models" if len(merged) > 1 else "of the merged model"
     among = certain or [point for point in merged if not str(point.get("single")).startswith("a place between")]
     clearest = max(among, key=lambda point: abs(point[SINGLE]) / (point.get(f"{SINGLE}_se") or 1.0), default=None)
@@ -79,9 +81,9 @@ def merges_sentence(points: Sequence[JsonMapping]) -> str | None:
     if clearest is not None:
         figure = f"; the clearest: {called(clearest)}, {gain_of(clearest, SINGLE)} against {clearest.get('single')}"
     if not certain:
-        return f"No gain or loss {count} against the single runs at no more KL could be told{figure}."
+        return f"No gain or loss {count} against the single runs at no more KL could be shown{figure}."
     more = sum(point[SINGLE] > 0 for point in certain)
     return (
-        f"Against the single runs at no more KL, a gain in reward could be told for {more} {count} and a loss for "
+        f"Against the single runs at no more KL, a gain in reward could be shown for {more} {count} and a loss for "
         f"{len(certain) - more}{figure}."
     )

@@ -226,7 +226,7 @@ def test_the_screen_shows_the_front_and_the_best_within_each_limit(world, monkey
         assert re.search(
             rf"^SLERP 1 +{value:.1f}\d* \({low:.1f}\d* to {high:.1f}\d*\)", out.replace("−", "-"), re.MULTILINE
         )
-    assert re.search(r"SLERP 1 (gains|loses|: no gain)|SLERP 1: no gain|gains .* over SFT|could be told", out)
+    assert re.search(r"SLERP 1 (gains|loses|: no gain)|SLERP 1: no gain|gains .* over SFT|could be shown", out)
     assert invoke(["pareto", *inputs, *settings, "--out", str(root / "json"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [row["limit"] for row in document["best_at"]] == [0.0, 1000.0]

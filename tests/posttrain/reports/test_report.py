@@ -116,15 +116,15 @@ def test_the_verdict_is_over_the_start_and_over_the_best_single_run_each_with_it
     # The chosen point: reward -1.1 + 2.6 * 0.8 ** 0.6 = 1.174, so +2.27 over SFT and +0.78 over the run with 0.39.
     text = page[0].text
     assert "SLERP 2, η 0.8 gains +2.27 ± 0.05 reward over SFT, the policy from which RL started." in text
-    assert "no gain in reward over the best single run at no more KL (RL 1.2) could be told: +0.8 ± 0.8." in text
-    assert "over SFT, where RL started +2.27 ± 0.05 +0.04 ± 0.03 not told" in text
-    assert "over the best single run: RL 1.2 +0.8 ± 0.8 not told –" in text
+    assert "no gain in reward over the best single run at no more KL (RL 1.2) could be shown: +0.8 ± 0.8." in text
+    assert "over SFT, where RL started +2.27 ± 0.05 +0.04 ± 0.03 could be chance" in text
+    assert "over the best single run: RL 1.2 +0.8 ± 0.8 could be chance –" in text
 
 
 def test_the_front_says_how_many_merges_gain_and_no_more_than_its_table(page):
     text = page[0].text
     assert "Where a line is above" not in text
-    assert "No gain or loss of the 10 merged models against the single runs at no more KL could be told" in text
+    assert "No gain or loss of the 10 merged models against the single runs at no more KL could be shown" in text
     assert "SLERP 2 4.50 1.1 −0.5 to 2.7 RL 1.2" in text
 
 
