@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from browser import MISSING, Chromium, find_browser
 
-sys.path.append(str(Path(__file__).parent / "posttrain/evaluation/reporting"))
+sys.path.append(str(Path(__file__).parent / "posttrain/reports"))
 from finished_run import broken, quickstart
 
 from gemma2.posttrain.reports.page import write_report
@@ -29,6 +29,12 @@ STICKING_OUT = """
   !node.closest(".scroll") && !node.closest("svg") &&
   node.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5
 ).map(node => `${node.tagName}.${node.className}`)
+"""
+# Tables of figures with columns outside the window.
+HIDDEN = """
+[...document.querySelectorAll("table.stack")].filter(table => table.checkVisibility() &&
+  table.getBoundingClientRect().right > table.closest(".scroll").getBoundingClientRect().right + 0.5
+).map(table => table.className)
 """
 # Text of a drawing that is drawn outside it.
 CUT_OFF = """
@@ -83,6 +89,10 @@ def test_the_page_is_whole_at_every_width(chromium, report, width, dark):
     assert page.complaints() == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(STICKING_OUT) == []
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    if width < 600:
+        assert page.evaluate(HIDDEN) == []  # rows are stacked, so that no column hides
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = false)")
     figures = [figure for figure in page.evaluate(FIGURES) if figure["seen"]]
     for label, count in WANTED.items():
         found = [figure for figure in figures if figure["label"].startswith(label)]

@@ -184,7 +184,7 @@ FACES = {
     "cli": {"app", "main"},
     "posttrain": set(),
     "merging": {"engine"},
-    "core": {"errors", "interrupts", "progress", "yaml_files", "json_files", "ranks", "rounding", "seeds"},
+    "core": {"errors", "interrupts", "progress", "yaml_files", "json_files", "ranks", "rounding", "seeds", "sizes"},
     "configs": set(),
 }
 

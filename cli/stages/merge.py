@@ -15,6 +15,7 @@ from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Quiet, Set, required_out
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.sizes import size
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.schemas.config import is_given
@@ -39,12 +40,6 @@ ConfigFile = typer.Option(
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
-
-
-def size(count: float) -> str:
-    """Bytes for people: three digits and a unit."""
-    power = min(len(str(int(count))) - 1, 12) // 3
-    return f"{count / 1000**power:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
 
 
 def show_plan(console: Console, plan: MergePlan, named: bool) -> None:

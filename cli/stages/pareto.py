@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Progress
@@ -28,23 +29,36 @@ def show(console: Console, out: Path, summary: JsonMapping) -> None:
     if not summary["differs"]:  # a warning has said so
         return
     from gemma2.posttrain.reports.plots.textplot import front_text
+    from gemma2.posttrain.reports.plots.values import start_of
 
     points = json.loads((out / "front.json").read_text(encoding="utf-8"))["points"]
     console.text("The KL-reward front\n" + front_text(points, width=console.width(76)) + "\n")
+    console.table(list(point_rows(points)), "Measured points, mean and 95 % interval")
+    show_gains(console, summary["best"], points)
     rows = list(best_rows(summary["best_at"]))
     if rows:
-        console.table(rows, "The best point within each KL limit (nats per sequence to SFT), mean ± standard error")
+        console.table(rows, f"The best point within each KL limit (nats per sequence to {start_of(points)})")
         console.text("")
+
+
+def point_rows(points: Sequence[JsonMapping]) -> Iterator[dict[str, str]]:
+    """Rows of the table of all points but the curves of RL runs."""
+    from gemma2.posttrain.reports.plots.gains import called
+    from gemma2.posttrain.reports.plots.values import spreads
+
+    shown = [point for point in points if point["kind"] != "trajectory"]
+    for point, reward, kl in zip(shown, spreads(shown, "reward"), spreads(shown, "kl"), strict=True):
+        on_front = "yes" if point.get("on_front") else ""
+        yield {"point": called(point), "reward": reward, "KL, nats": kl, "on the front": on_front}
 
 
 def best_rows(best: Sequence[JsonMapping]) -> Iterator[dict[str, str]]:
     """Rows of the table of `best_at` of a front."""
-    from gemma2.posttrain.reports.plots.values import number, with_error
+    from gemma2.posttrain.reports.plots.gains import called
+    from gemma2.posttrain.reports.plots.values import number, spreads
 
-    for point in best:
-        figures = {name: with_error(point, name) for name in ("reward", "kl")}
-        text = {name: f"{f['value']} ± {f['error']}" if f["error"] else f["value"] for name, f in figures.items()}
-        yield {"KL at most": number(point["limit"]), "point": point["name"], "reward": text["reward"], "KL": text["kl"]}
+    for point, reward, kl in zip(best, spreads(best, "reward"), spreads(best, "kl"), strict=True):
+        yield {"KL at most": number(point["limit"]), "point": called(point), "reward": reward, "KL, nats": kl}
 
 
 app = stage(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
@@ -11,7 +15,11 @@ from gemma2.posttrain.schemas import PickConfig
 def run(config: PickConfig, options: RunOptions, progress: Progress) -> RunResult:
     from gemma2.posttrain.evaluation.pick import run_pick
 
-    return run_pick(config, options, progress)
+    result = run_pick(config, options, progress)
+    if isinstance(progress, Console) and not progress.as_json:
+        points = json.loads((config.front / "front.json").read_text(encoding="utf-8"))["points"]
+        show_gains(progress, result.summary, points)
+    return result
 
 
 app = stage(

@@ -6,7 +6,6 @@ A terminal gets rich bars and tables; a pipe gets plain lines without ANSI; `--j
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -17,8 +16,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, finite
 from gemma2.core.progress import Task
+from gemma2.core.sizes import size
 
 from . import opening
 
@@ -32,13 +32,7 @@ PLAIN_INTERVAL = 15.0  # seconds between progress lines outside a terminal
 
 
 def _size(amount: float, unit: str) -> str:
-    if unit != "bytes":
-        return f"{amount:,.0f}"
-    for prefix in ("B", "KB", "MB", "GB"):
-        if amount < 1000 or prefix == "GB":
-            return f"{amount:.1f} {prefix}" if prefix != "B" else f"{amount:.0f} B"
-        amount /= 1000
-    raise AssertionError("unreachable")
+    return size(amount) if unit == "bytes" else f"{amount:,.0f}"
 
 
 def _value(value: object) -> str:
@@ -65,17 +59,6 @@ def _write_line(text: str) -> None:
     except BrokenPipeError:
         # The rest of the buffer would fail again when the interpreter shuts down, with exit code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-def _plain(value: object) -> object:
-    """A document that JSON can hold: numbers that are not finite become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _is_table(value: object) -> bool:
@@ -230,7 +213,7 @@ class Console:
     def json(self, document: object) -> None:
         """Print one JSON document on stdout."""
         opening.clear()
-        sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
 
     def text(self, text: str) -> None:
         """Print text that is itself the result, such as a plot in characters."""

@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from gemma2.core.sizes import size
+
 __all__ = ["progress_display", "rich_table"]
 
 
@@ -29,10 +31,8 @@ class _Amount(ProgressColumn):
     def render(self, task: Task) -> Text:
         unit = str(task.fields.get("unit", ""))
         if unit == "bytes":
-            total = task.total or 0
-            scale, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-            rate = f"{task.speed / 1e6:.0f} MB/s" if task.speed else "-"
-            return Text(f"{task.completed / scale:.2f}/{total / scale:.2f} {name}  {rate}", style="cyan")
+            rate = f"{size(task.speed)}/s" if task.speed else "-"
+            return Text(f"{size(task.completed)} of {size(task.total or 0)}  {rate}", style="cyan")
         done = MofNCompleteColumn().render(task).plain.strip() if task.total else f"{task.completed:,.0f}"
         rate = f"  {task.speed:,.1f} {unit}/s" if task.speed else f" {unit}"
         return Text(done + rate, style="cyan")

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import (
     HELP_NAMES,
@@ -87,24 +88,27 @@ def quickstart(
     with kept_for_later(console, out):
         result = run_quickstart(pipeline, jobs or min(2, os.cpu_count() or 1), announcer, console)
     if as_json:
-        console.json({key: result[key] for key in ("rows", "samples", "report")})
+        console.json({key: result[key] for key in ("units", "rows", "chosen", "samples", "report")})
         return
     show(console, result, out, time.monotonic() - started)
 
 
 def show(console: Console, result: JsonObject, out: Path, seconds: float) -> None:
     """Print the table, the front, answers before and after, and the paths of the outputs."""
+    from gemma2.posttrain.pipelines.quickstart import shown_rows
     from gemma2.posttrain.reports.plots.figures import front_text
 
     console.text("")
-    console.table(result["rows"], f"Held-out prompts, mean ± standard error ({seconds:.0f} s)")
+    console.table(shown_rows(result), f"Held-out prompts, mean ± standard error ({seconds:.0f} s)")
+    show_gains(console, result["chosen"], result["points"])
     console.text("\nThe KL-reward front\n" + front_text(result["points"], width=console.width(76)))
     console.text("\nAnswers to held-out questions, sampled at the temperature of the RL stage")
+    width = max((len(title) for sample in result["samples"] for title in sample), default=0)
     for sample in result["samples"]:
         console.text(f"  {sample['prompt']}")
         for title, answer in sample.items():
             if title != "prompt":
-                console.text(f"      {title:<15} {answer}")
+                console.text(f"      {title:<{width}} {answer}")
     report = Path(result["report"])
     console.text(
         f"\nReport  {report}\nFront   {out}/warp/front/front.png, front.svg, front.csv\nModel   {out}/warp/model\n"

@@ -176,13 +176,10 @@ def _before(ancestor: Ancestor) -> tuple[Ancestor, ...]:
 
 
 def _base_names(sources: Sequence[Ancestor]) -> Iterator[str]:
-    """Hub ids of the nearest ancestors that have one; for a line without any, the name of its first model."""
+    """Hub ids of the nearest ancestors that have one. The name of a directory is not one, and would link to nothing."""
     for ancestor in _all(sources, until=lambda found: bool(found.hub)):
         if ancestor.hub:
             yield ancestor.hub.partition("@")[0]
-        elif not _before(ancestor):
-            # Without a slash, since `owner/name` would be somebody's model on the hub.
-            yield re.sub(r"[^\w.-]+", "-", ancestor.name.rpartition("/")[2], flags=re.ASCII).strip("-.") or "model"
 
 
 def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> JsonObject:

@@ -14,6 +14,7 @@ from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import ParentRecord, read_manifest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.core.outputs.staging import check_output
+from gemma2.core.sizes import sizes_apart
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.inputs.compatibility import (
     check_model,
@@ -195,8 +196,9 @@ def _check_outputs(plan: MergePlan, force: bool) -> None:
     parent = _existing(plan.outputs[0])
     needed, free = plan.output_bytes * len(plan.outputs), shutil.disk_usage(parent).free
     if needed > free:
+        texts = sizes_apart(needed, free)
         raise OutputError(
-            f"the output needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free",
+            f"the output needs {texts[0]}, {parent} has {texts[1]} free",
             "free some space, or choose another --out",
         )
 

@@ -13,7 +13,8 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
-from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
+from gemma2.core.sizes import sizes_apart
+from gemma2.posttrain.runs.estimates import GIB, Sources, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import inputs_of
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
@@ -67,24 +68,23 @@ def needs(config: Config, sources: Sources, out: Path | None) -> JsonObject:
     }
     problems: list[str] = []
     if work.memory > memory.free:
-        problems.append(
-            f"memory: about {work.memory / GIB:.1f} GiB are needed before activations, {memory.free / GIB:.1f} GiB of "
-            f"{memory.where} are free; {_advice(config, work)}"
-        )
+        needed, free = sizes_apart(work.memory, memory.free)
+        what = f"memory: about {needed} are needed before activations, {free} of {memory.where} are free"
+        problems.append(f"{what}; {_advice(config)}")
     if out is not None:
         disk = free_disk(out)
         found |= {"disk_gib": round(work.disk / GIB, 3), "disk_free_gib": round(disk / GIB, 1)}
         if work.disk > disk:
+            needed, free = sizes_apart(work.disk, disk)
             problems.append(
-                f"disk: --out {out} needs about {work.disk / GIB:.1f} GiB, {disk / GIB:.1f} GiB are free; "
-                "free some space, or choose another disk"
+                f"disk: --out {out} needs about {needed}, {free} are free; free some space, or choose another disk"
             )
     if work.operations:
         found["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
     return found | ({"problems": problems} if problems else {})
 
 
-def _advice(config: Config, work: Work) -> str:
+def _advice(config: Config) -> str:
     if getattr(config, "lora_rank", None) == 0:
         return "give --lora-rank 16, or use a smaller model"
     return "use a smaller model, or a machine with more"

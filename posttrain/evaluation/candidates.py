@@ -6,14 +6,13 @@ Torch-free.
            base        what the SFT policy was made from
            policy      any other model; slerp and liti where its manifest says so
            line        (1 - eta) * init + eta * merged, formed in memory
-           trajectory  what an RL run measured of itself on the way, drawn for orientation
+           trajectory  what an RL run measured of itself on the way, alike (trajectory.py)
 
 A point is the same as another when kind, weights, eta and iteration are: it then appears once.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.schemas import ParetoConfig
 
-__all__ = ["Candidate", "Weights", "assign_names", "plan_candidates", "short_names", "trajectory"]
+__all__ = ["Candidate", "Weights", "assign_names", "plan_candidates", "short_names"]
 
 ITERATION = re.compile(r"iteration-(\d+)")  # a folder of WARP
 
@@ -174,18 +173,3 @@ def kind_of(path: Path, before: Collection[str]) -> str:
         if kind in described:
             return kind
     return "base" if digest_weights(path) in before else "policy"
-
-
-def trajectory(path: Path) -> list[JsonObject]:
-    """The points that an RL run measured on the way: the `"kind": "eval"` lines of metrics.jsonl, without names."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    labels = {"kind": "trajectory", "iteration": iteration_of(path), "eta": None, "on_front": False}
-    kept = ("step", "reward", "reward_se", "kl", "kl_se", "length")
-    return [
-        labels | {key: row[key] for key in kept if key in row}
-        for row in rows
-        if row.get("kind") == "eval" and "reward" in row and "kl" in row
-    ]

@@ -302,7 +302,8 @@ def _predicting(hidden: Tensor, starts: Sequence[int], lengths: Sequence[int]) -
 def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     """Exact KL of each row's next-token distribution, (K,) float64 nats, from logits (K, V)."""
     logp, logq = torch.log_softmax(logits, -1), torch.log_softmax(reference.to(logits.device), -1)
-    return (logp.exp() * (logp - logq)).sum(-1).double()
+    # Never negative, but for rounding, which is seen where the distributions are nearly equal.
+    return (logp.exp() * (logp - logq)).sum(-1).double().clamp_min(0)
 
 
 def settings_of(config: DistributionConfig) -> MeasureSettings:

@@ -3,8 +3,8 @@
     front.json       the points, the front's area with its interval and reference point, the best within KL limits
     front.csv        one row per point, the columns of front.json
     hypervolume.csv  one row: the areas, their intervals, the reference point that they are bounded by
-    prompts.json     {"prompts": n, "points": {name: {"reward": [...], "kl": [...]}}}: one value per prompt, in the
-                     order of the prompts, null where a score had no opinion
+    prompts.json     {"prompts": n, "points": {name: {"reward": [...], "kl": [...], ...}}}: one value per prompt of
+                     reward, KL and every other score, in the order of the prompts, null where a score had no opinion
     samples.jsonl    the first completions of every point
     front.png, .svg  the picture
 
@@ -29,14 +29,26 @@ from gemma2.core.outputs.safetensors_header import printable
 
 from .bootstrap import Answers
 from .candidates import Candidate, Weights
+from .comparison import is_gain
 
-__all__ = ["FRONT", "READ", "FrontEntry", "answers_of", "place_of", "read_entries", "read_front", "write_front"]
+__all__ = [
+    "FRONT",
+    "READ",
+    "FrontEntry",
+    "answers_of",
+    "place_of",
+    "read_entries",
+    "read_front",
+    "step_name",
+    "values_of",
+    "write_front",
+]
 
 FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
-KEPT = ("reward", "kl")  # the values per prompt that are kept: the axes of the front
+KEPT = ("reward", "kl")  # the values per prompt that every point has: the axes of the front
 PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
-LABELS = frozenset({"name", "kind", "title", "iteration", "eta", "on_front"})
+LABELS = frozenset({"name", "label", "kind", "title", "iteration", "eta", "on_front"})
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,8 @@ class FrontEntry:
 
     figures     flat columns: reward, reward_se, ..., n
     samples     prompts and completions
-    values      "reward" and "kl" -> one value per prompt, None where a score had no opinion
-    trajectory  what an RL run measured on the way
+    values      "reward", "kl" and other scores -> one value per prompt, None where a score had no opinion
+    trajectory  what an RL run measured on the way, alike: figures, and "values" as above
     """
 
     candidate: Candidate
@@ -63,6 +75,19 @@ def answers_of(entries: Sequence[FrontEntry]) -> Answers:
         for name in KEPT
     }
     return Answers.of(columns["kl"], columns["reward"])
+
+
+def values_of(entries: Sequence[FrontEntry], names: Sequence[str]) -> dict[str, Mapping[str, Sequence[float | None]]]:
+    """The values per prompt of every point, also of the trajectories, by the names in front.json."""
+    found = {name: entry.values for name, entry in zip(names, entries, strict=True)}
+    for name, entry in zip(names, entries, strict=True):
+        found |= {step_name(name, point): point["values"] for point in entry.trajectory}
+    return found
+
+
+def step_name(run: str, point: JsonMapping) -> str:
+    """The name of an evaluation of a run."""
+    return f"{run} step {point['step']}"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -109,8 +134,8 @@ def _write_csv(path: Path, rows: Sequence[JsonMapping]) -> None:
 
 def _write_values(path: Path, entries: Sequence[FrontEntry], names: Sequence[str]) -> None:
     lines = [
-        f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(dict(entry.values), separators=(',', ':'))}"
-        for name, entry in zip(names, entries, strict=True)
+        f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(dict(values), separators=(',', ':'))}"
+        for name, values in values_of(entries, names).items()
     ]
     count = len(entries[0].values["kl"])
     text = f'{{"schema_version": 1, "prompts": {count}, "points": {{\n' + ",\n".join(lines) + "\n}}\n"
@@ -186,7 +211,8 @@ def read_entries(directory: Path, front: JsonMapping) -> list[FrontEntry]:
     drawn: dict[str, list[JsonObject]] = {}
     for point in front["points"]:
         if point["kind"] == "trajectory":
-            drawn.setdefault(point["run"], []).append({k: point[k] for k in point if k not in ("name", "run")})
+            own = {key: point[key] for key in point if key not in ("name", "run") and not is_gain(key)}
+            drawn.setdefault(point["run"], []).append({**own, "values": _values_in(values, point["name"], directory)})
     return [
         _entry(point, directory, values, samples.get(point["name"], []), drawn.get(point["name"], []))
         for point in front["points"]
@@ -201,14 +227,19 @@ def _entry(
     samples: Sequence[JsonMapping],
     drawn: Sequence[JsonMapping],
 ) -> FrontEntry:
-    own = values.get(point["name"])
-    if not isinstance(own, dict) or not all(isinstance(own.get(name), list) for name in KEPT):
-        raise InputError(
-            f"{directory / VALUES} has no values of {printable(str(point['name']))!r}",
-            "measure it again with gemma2 pareto",
-        )
+    own = _values_in(values, point["name"], directory)
     models = place_of(point, directory)
     candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], point.get("title") or "")
     placed = {f"{name}{part}" for name in PLACES[len(models)] for part in ("", "_weights")}
-    figures = {key: value for key, value in point.items() if key not in LABELS | placed}
-    return FrontEntry(candidate, figures, samples, {name: own[name] for name in KEPT}, drawn)
+    figures = {key: value for key, value in point.items() if key not in LABELS | placed and not is_gain(key)}
+    return FrontEntry(candidate, figures, samples, own, drawn)
+
+
+def _values_in(values: JsonMapping, name: str, directory: Path) -> JsonObject:
+    """The values per prompt of one point."""
+    own = values.get(name)
+    if not isinstance(own, dict) or not all(isinstance(own.get(key), list) for key in KEPT):
+        raise InputError(
+            f"{directory / VALUES} has no values of {printable(str(name))!r}", "measure it again with gemma2 pareto"
+        )
+    return own

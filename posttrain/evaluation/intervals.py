@@ -59,11 +59,12 @@ def _expansion(z: float, df: int) -> float:
 def confidence_interval(
     mean: float, se: float, units: int, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> tuple[float, float] | None:
-    """(low, high) at 95 %, cut to what the quantity can be; None where the error is unknown.
+    """(low, high) at 95 %, both cut to what the quantity can be; None where the error is unknown.
 
     units: independent observations behind the standard error.
     """
     if units < 2 or not (math.isfinite(mean) and math.isfinite(se)):
         return None
     reach = student_t((1 + LEVEL) / 2, units - 1) * se
-    return max(bounds[0], mean - reach), min(bounds[1], mean + reach)
+    low, high = (min(max(end, bounds[0]), bounds[1]) for end in (mean - reach, mean + reach))
+    return low, high

@@ -9,8 +9,10 @@ The front's hypervolume is the area gained over the SFT policy: its reference po
 comes after the base, the reward of the SFT policy). With `fronts` the points of earlier fronts are taken over, and the
 gain is the area that the points of this one add to theirs, both bounded by the one reference point.
 
-Deviation: the RL trajectory is what each run measured on the way (its own evaluation prompts and sample count), so
-those points are drawn for orientation and are neither candidates for the front nor part of the hypervolume.
+The trajectory of an RL run is what it measured on the way, on the same prompts and by the same procedure
+(`trajectory.py`); evaluations that differ in anything are left out. Their weights are not on disk, so they are neither
+candidates for the front nor part of the hypervolume; every other point is compared with them, paired over the prompts
+(`comparison.py`).
 """
 
 from __future__ import annotations
@@ -33,17 +35,20 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.reports.plots.values import label_of
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
 from gemma2.posttrain.schemas import ParetoConfig
 
 from .bootstrap import RESAMPLES, interval, resampled_areas
-from .candidates import Candidate, assign_names, plan_candidates, trajectory
+from .candidates import Candidate, assign_names, plan_candidates
 from .carried import front_sources, measured_with, previous_flat, take_over
-from .evaluate import MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
+from .comparison import is_gain, with_gains
+from .evaluate import OWN_METRICS, MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
-from .front_files import KEPT, FrontEntry, answers_of, places, write_front
+from .front_files import KEPT, FrontEntry, answers_of, places, step_name, values_of, write_front
+from .trajectory import procedure, trajectory
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
 
@@ -94,7 +99,10 @@ class Bench:
         return {
             "figures": {**measured.columns(), "n": measured.n},
             "samples": [{"index": i, **row} for i, row in enumerate(measured.samples)],
-            "values": {name: [_finite(value) for value in measured.per_prompt[name]] for name in KEPT},
+            "values": {
+                name: [_finite(value) for value in measured.per_prompt[name]]
+                for name in (*KEPT, *(name for name in measured.per_prompt if name not in {*KEPT, *OWN_METRICS}))
+            },
         }
 
     def _model(self, candidate: Candidate) -> CausalLM:
@@ -142,6 +150,7 @@ def measure_all(
     entries = []
     run.checkpoints.mkdir(exist_ok=True)
     names = assign_names([*(entry.candidate for entry in known), *candidates])[len(known) :]
+    alike = procedure(config, config.sft, config.prompts, config.n, config.seed)
     with progress.task("front", total=len(candidates), unit="policies") as task:
         for i, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
             file = run.checkpoints / f"point-{i:03d}.json"
@@ -156,7 +165,10 @@ def measure_all(
                 write_json(file, record)
             if digest is not None:
                 done[digest] = record
-            path = trajectory(candidate.models[0].path) if candidate.kind == "policy" else []
+            path = []
+            if candidate.kind == "policy":
+                count = len(record["values"]["kl"])
+                path = trajectory(candidate.models[0].path, candidate.iteration, alike, count)
             entries.append(FrontEntry(candidate, record["figures"], record["samples"], record["values"], path))
             task.advance(1, reward=record["figures"]["reward"], kl=record["figures"]["kl"])
     return entries
@@ -234,7 +246,7 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
         for name, entry in named
     ]
     drawn = [
-        {**point, "name": f"{name} step {point['step']}", "run": name}
+        {"name": step_name(name, point), "run": name, **{key: point[key] for key in point if key != "values"}}
         for name, entry in named
         for point in entry.trajectory
     ]
@@ -244,7 +256,7 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
     area = hypervolume(points, reference) if moved else None
     limits = config.kl_limits or round_limits([point for point in points if point["kind"] != "base"])
     return {
-        "points": [*marked, *drawn],
+        "points": with_gains([labelled(point) for point in (*marked, *drawn)], values_of(entries, names)),
         "differs": moved,
         "reference": dict(zip(("kl", "reward"), reference, strict=True)),
         "hypervolume": area,
@@ -252,6 +264,11 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
         "best_at": best_table(points, limits) if moved else [],
         "flat": 0,
     }
+
+
+def labelled(point: JsonMapping) -> JsonObject:
+    """The point with its label after its name."""
+    return {"name": point["name"], "label": label_of(point), **point}
 
 
 def reference_of(points: Sequence[JsonMapping]) -> tuple[float, float]:
@@ -312,6 +329,11 @@ def warn_of_rounding(points: Sequence[JsonMapping], progress: Progress) -> None:
             progress.warn(f"{point['name']} does not differ from the start: its KL is {abs(point['kl']):.1g} nats")
 
 
+def _best_of(point: JsonMapping) -> JsonObject:
+    gains = {key: value for key, value in point.items() if is_gain(key)}
+    return {key: point[key] for key in ("name", "label", *FIGURES)} | gains
+
+
 def summarise(front: JsonMapping) -> JsonObject:
     """The figures for the manifest and the screen; without a best point if none differs from the start."""
     measured = [point for point in front["points"] if point["kind"] != "trajectory"]
@@ -323,6 +345,6 @@ def summarise(front: JsonMapping) -> JsonObject:
         **areas,
         "reference": front["reference"],
         "flat": front["flat"],
-        "best": {key: best[key] for key in ("name", *FIGURES)} if front["differs"] else None,
+        "best": _best_of(best) if front["differs"] else None,
         "best_at": front["best_at"],
     }

@@ -30,9 +30,12 @@ from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.merging import MergeRequest, merge
+from gemma2.posttrain.reports.plots.gains import GAINS_NOTE, called, gain_sentences
+from gemma2.posttrain.reports.plots.values import label_of
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
 
+from .comparison import is_gain
 from .front import best_at
 from .front_files import FRONT, place_of, read_front
 
@@ -76,7 +79,9 @@ def _at_eta(lines: Sequence[Point], eta: float) -> JsonObject:
     if measured is not None:
         return dict(measured)
     return {
-        **{"name": f"eta {eta:g}", "kind": "line", "eta": eta, "iteration": last["iteration"]},
+        "name": f"eta {eta:g}",
+        "label": label_of({**last, "name": f"eta {eta:g}", "eta": eta}),
+        **{"kind": "line", "eta": eta, "iteration": last["iteration"]},
         **{key: last[key] for key in ends if key in last},
     }
 
@@ -129,7 +134,13 @@ def summarise(point: Point) -> JsonObject:
     figures = {
         f"{name}{part}": point[f"{name}{part}"] for name in FIGURES for part in PARTS if f"{name}{part}" in point
     }
-    return {key: point[key] for key in ("name", "kind", "eta", "iteration")} | figures
+    gains = {key: point[key] for key in point if is_gain(key)}
+    return (
+        {"name": point["name"], "label": called(point)}
+        | {k: point[k] for k in ("kind", "eta", "iteration")}
+        | figures
+        | gains
+    )
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
@@ -138,9 +149,12 @@ def summarise(point: Point) -> JsonObject:
 def figures_section(front: JsonMapping, point: Point, pick: str) -> tuple[tuple[str, str], ...]:
     """The part of the front about the chosen point, for its card: (title, Markdown)."""
     sft = next((p for p in front["points"] if p["kind"] == "sft"), None)
-    rows = [[f"chosen: {point['name']}", *_cells(point)]]
-    rows += [[str(sft.get("title") or "SFT"), *_cells(sft)]] if sft and sft["name"] != point["name"] else []
-    parts = [table(["policy", "reward", "KL to SFT, nats", "length, tokens"], rows)]
+    start = called(sft) if sft else "SFT"
+    rows = [[f"{called(point)} (chosen)", *_cells(point)]]
+    rows += [[start, *_cells(sft)]] if sft and sft["name"] != point["name"] else []
+    parts = [*gain_sentences(point, start)]
+    parts = [" ".join(parts), GAINS_NOTE] if parts else []
+    parts.append(table(["policy", "reward", f"KL to {start}, nats", "length, tokens"], rows))
     if "reward" in point:
         parts.append("Means over held-out prompts with 95 % confidence intervals (Student's t over prompts).")
     else:

@@ -17,6 +17,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.checks.machine import free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
@@ -68,8 +69,8 @@ class PipelinePlan:
         """What does not fit on this machine, a line each."""
         if self.disk <= self.disk_free:
             return []
-        needed, free = self.disk / 2**30, self.disk_free / 2**30
-        what = f"disk: the stages to run need about {needed:.1f} GiB, {free:.1f} GiB are free"
+        needed, free = sizes_apart(self.disk, self.disk_free)
+        what = f"disk: the stages to run need about {needed}, {free} are free"
         return [f"{what}; free some space, or choose another --out"]
 
     @property

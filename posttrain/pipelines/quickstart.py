@@ -9,20 +9,27 @@ Each stage is the command that the screen shows, so that any of them can be repe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gemma2.configs import recipes
-from gemma2.core.json_files import JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.reports.plots.values import title_of
+from gemma2.posttrain.reports.headline import PolicyRow, rows_of
+from gemma2.posttrain.reports.plots.gains import scale_of
+from gemma2.posttrain.reports.plots.values import column
 
 from .compile import Pipeline, compile_pipeline, read_pipeline
 from .executors.processes import LocalExecutor
 from .run import run_pipeline
 from .scheduler import Observer
 
-__all__ = ["quickstart_pipeline", "run_quickstart"]
+__all__ = ["quickstart_pipeline", "run_quickstart", "shown_rows"]
+
+UNITS = {
+    "reward": "score of the reward model", "kl": "nats per answer, to the policy from which RL started",
+    "judge": "score of the judge, 0 to 1", "accuracy": "share", "length": "tokens",
+}  # fmt: skip
 
 
 def quickstart_pipeline(out: Path, file: Path | None = None, sets: Sequence[str] = ()) -> Pipeline:
@@ -38,7 +45,7 @@ def run_quickstart(
 ) -> JsonObject:
     """Run every stage that is not done, measure, and write summary.json and the report.
 
-    Returns {"rows": table rows, "samples": answers before and after, "points": the front, "report": path}.
+    Returns the content of summary.json (units, rows, chosen, samples, points) and the path of the report.
     """
     out = pipeline.root
     result = run_pipeline(pipeline, LocalExecutor(jobs), observer=observer, progress=progress)
@@ -53,41 +60,55 @@ def run_quickstart(
 
 
 def _summary(out: Path) -> JsonObject:
-    """The table base, SFT, distilled, best single RL, WARP 1..I, and answers before and after."""
+    """Base, SFT, distilled, best single run, the merge of every iteration, the chosen model; answers before and after.
+
+    All figures are numbers, with their standard errors and 95 % intervals as separate entries; `units` has their units.
+    """
     front = out / "warp" / "front"
     points = json.loads((front / "front.json").read_text(encoding="utf-8"))["points"]
-    chosen = list(_chosen(points))
+    picked = json.loads((out / "warp" / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
+    rows = rows_of([point for point in points if point["kind"] != "trajectory"], picked)
     samples = [json.loads(line) for line in (front / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
-        "rows": [_row(title, point) for title, point in chosen],
-        "samples": _side_by_side(samples, {point["name"]: title for title, point in chosen}),
+        "units": UNITS,
+        "rows": [_row(row) for row in rows],
+        "chosen": {key: picked[key] for key in picked if key in ("label", "single") or "_over_" in key},
+        "samples": _side_by_side(samples, {row.point["name"]: row.title for row in rows}),
         "points": points,
     }
 
 
-def _chosen(points: list[JsonObject]) -> Iterator[tuple[str, JsonObject]]:
-    """The policies before RL, the single RL run of iteration 1 with the highest reward, each iteration's slerp."""
-    for kind in ("base", "sft"):
-        yield from ((title_of(point), point) for point in points if point["kind"] == kind)
-    first = [point for point in points if point["kind"] == "policy" and point["iteration"] == 1]
-    yield "best single RL", max(first, key=lambda point: point["reward"])
-    yield from ((f"WARP {point['iteration']}", point) for point in points if point["kind"] == "slerp")
-
-
-def _row(title: str, point: JsonObject) -> JsonObject:
-    """A line of the table: each figure with its standard error."""
-
-    def figure(name: str, digits: int, scale: float = 1.0) -> str:
-        return f"{point[name] * scale:.{digits}f} ± {point[name + '_se'] * scale:.{digits}f}"
-
-    return {
-        "policy": title,
-        "reward": figure("reward", 2),
-        "KL, nats": figure("kl", 2),
-        "judge": figure("judge", 3),
-        "accuracy, %": figure("accuracy", 1, 100),
-        "length, tokens": f"{point['length']:.1f}",
+def _row(row: PolicyRow) -> JsonObject:
+    """A row of the table: label, role, and every figure with its error and its interval."""
+    figures = {
+        f"{name}{part}": row.point.get(f"{name}{part}")
+        for name in UNITS
+        for part in ("", "_se", "_low", "_high")
+        if f"{name}{part}" in row.point
     }
+    return {"label": row.label, "role": row.role, "name": row.point["name"], **figures}
+
+
+def shown_rows(summary: JsonMapping) -> list[dict[str, str]]:
+    """The table for the screen: each figure with its standard error, all of a column with the same decimals."""
+    rows = summary["rows"]
+    titles = {
+        "reward": "reward",
+        "kl": "KL, nats",
+        "judge": "judge",
+        "accuracy": "accuracy, %",
+        "length": "length, tokens",
+    }
+    columns = {
+        title: column(rows, name, scale_of(name)) for name, title in titles.items() if any(name in row for row in rows)
+    }
+    return [
+        {
+            "policy": f"{row['label']} ({row['role']})" if row["role"] else row["label"],
+            **{title: " ± ".join(filter(None, cells[i].values())) for title, cells in columns.items()},
+        }
+        for i, row in enumerate(rows)
+    ]
 
 
 def _side_by_side(samples: list[JsonObject], titles: dict[str, str], limit: int = 4) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.reports.headline import SINGLE, rows_of
 from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PipelineFile, WarpConfig
@@ -60,15 +61,15 @@ def run_warp(
 
 
 def summarise(root: Path) -> JsonObject:
-    """The chosen model and the best single run, for the last lines on the screen."""
+    """The chosen model, the best single run of the first iteration, and what the one gains over the other."""
     points = json.loads((root / "front" / "front.json").read_text(encoding="utf-8"))["points"]
     chosen = json.loads((root / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
-    policies = [point for point in points if point["kind"] == "policy"]
     moved = differ(points)
-    best = max(policies, key=lambda point: point["reward"], default=None) if moved else None
-    single = {f"best_policy{key}": best[name] for key, name in NAMES.items()} if best else {}
-    figures = ("eta", "iteration", "reward", "reward_se", "kl", "kl_se")
-    return {"model": "model", "differs": moved, **{key: chosen[key] for key in figures if key in chosen}, **single}
+    best = next((row.point for row in rows_of(points, None) if row.role == SINGLE), None) if moved else None
+    single = {f"single_{key}": best[key] for key in ("label", *FIGURES)} if best else {}
+    gains = {key: chosen[key] for key in chosen if key == "single" or "_over_" in key} if moved else {}
+    shown = {key: chosen[key] for key in ("label", "eta", "iteration", *FIGURES) if key in chosen}
+    return {"model": "model", "differs": moved, **shown, **single, **gains}
 
 
-NAMES = {"": "name", "_reward": "reward", "_kl": "kl"}
+FIGURES = ("reward", "reward_se", "kl", "kl_se")

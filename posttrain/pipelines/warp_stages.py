@@ -109,6 +109,7 @@ class _Algorithm:
             "heldout": config.heldout,
             "steps": config.steps_of(iteration),
             "seed": run_seed(config.seed, iteration, m),
+            "eval_seed": config.seed,  # as the fronts: a run's evaluations are points of the same plane
             **varied(config, m),
         }
         return _stage("rlhf", options, when)

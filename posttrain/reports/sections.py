@@ -13,6 +13,7 @@ from gemma2.core.rounding import differ
 from .collect import Collected, RecordedStage
 from .command_lines import command_of, phrases, why
 from .fronts import is_number
+from .headline import PolicyRow
 from .plots.figures import curves_figure, front_figure, page_svg
 from .plots.layermaps import ANGLES, KEPT, layer_map
 from .plots.values import as_yaml, number
@@ -25,14 +26,13 @@ __all__ = [
     "angles",
     "both",
     "curves",
+    "evaluated_on",
     "front_figures",
     "settings",
     "side_by_side",
     "stage_list",
     "versions",
 ]
-
-Rows = Sequence[tuple[str, JsonMapping]]
 
 PANELS = {
     "reward": "reward, training",
@@ -276,14 +276,25 @@ def thinned(rows: Sequence[JsonMapping]) -> list[JsonMapping]:
     return training[::stride] + [row for row in rows if row.get("kind") == "eval"]
 
 
-def side_by_side(found: Collected, rows: Rows) -> list[JsonObject]:
-    """Answers of base, SFT and the last merge to the same prompts: [{"prompt", "answers": [(title, answer)]}]."""
-    shown = [(title, point) for title, point in rows if not title.startswith(("Best", "Chosen"))]
-    if len(shown) > 3:  # the first, what RL started from, and the last
-        start = [row for row in shown[1:-1] if row[1]["kind"] == "sft"]
-        shown = [shown[0], *start[-1:], shown[-1]]
-    titles = [title for title, _ in shown]
-    names = {point["name"]: title for title, point in rows if title in titles}
+def evaluated_on(found: Collected) -> str:
+    """The number of held-out answers of an evaluation during RL, in words; "" if it is not recorded."""
+    counts = {row["n"] for rows in found.curves.values() for row in rows if row.get("kind") == "eval" and row.get("n")}
+    return f"{' or '.join(f'{count:,}' for count in sorted(counts))} answers each" if counts else ""
+
+
+def side_by_side(found: Collected, rows: Sequence[PolicyRow]) -> list[JsonObject]:
+    """Answers of base, SFT and the chosen model to the same prompts: [{"prompt", "answers": [(title, answer)]}].
+
+    Without samples of the chosen model, those of the last merge.
+    """
+    sampled = {str(sample.get("name")) for sample in found.samples}
+    shown = [row for row in rows if row.role != "best single run" and row.point["name"] in sampled]
+    if len(shown) > 3:  # the first, what RL started from, and the chosen or last
+        start = [row for row in shown[1:-1] if row.point["kind"] == "sft"]
+        last = [row for row in shown if "chosen" in row.role] or shown
+        shown = [shown[0], *start[-1:], last[-1]]
+    titles = [row.label for row in shown]
+    names = {row.point["name"]: row.label for row in shown}
     prompts: dict[object, JsonObject] = {}
     for sample in found.samples:
         if sample.get("name") in names:

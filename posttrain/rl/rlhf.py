@@ -5,7 +5,8 @@
 The output is the policy. The anchor is written next to it, under `ema/`, for inspection; nothing downstream reads it.
 Every `eval_every` steps the policy is measured on held-out prompts (reward, KL to the SFT policy, length), always the
 same prompts and random numbers; each measurement is a line of metrics.jsonl with `"kind": "eval"`, and together they
-are the trajectory of the run in the KL-reward plane.
+are the trajectory of the run in the KL-reward plane. With `heldout`, the values per prompt are in evaluations.jsonl,
+from which a front takes the trajectory if it was measured as its points are (`evaluation/trajectory.py`).
 
 Deviations from the paper: a leave-one-out baseline (the paper states none), and dropout is off, so that the policy that
 is updated is the one that was sampled. The learning rate is constant after its warm-up.
@@ -29,6 +30,7 @@ from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
+from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
@@ -92,7 +94,8 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(callback)
         if config.anchor == "ema":
             trainer.follow(make_anchor(config, setup), config.mu)
-        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer)
+        half = arguments.bf16 or arguments.fp16
+        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback)
@@ -176,6 +179,18 @@ def rloo_arguments(config: RlhfConfig, run: Run, rows: int, micro: int) -> JsonO
     )
 
 
+def seed_of(config: RlhfConfig) -> int:
+    """The seed of the random numbers of the evaluations."""
+    return config.seed if config.eval_seed is None else config.eval_seed
+
+
+def alike_of(config: RlhfConfig, half: bool) -> str | None:
+    """The procedure of the evaluations; None on a part of the training prompts, which no other command measures on."""
+    if config.heldout is None:
+        return None
+    return procedure(config, config.sft or config.policy, config.heldout, 1, seed_of(config), half)
+
+
 @dataclass(eq=False)
 class PolicyEvaluation(PeriodicEvaluation):
     """Measures the policy on the held-out prompts at step 0, every `eval_every` steps and at the end."""
@@ -186,19 +201,23 @@ class PolicyEvaluation(PeriodicEvaluation):
     rows: Sequence[Prompt]
     guards: Guards
     trainer: AnchoredRlooTrainer
+    alike: str | None  # the procedure, if other measurements can be compared with it
 
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
-        settings = MeasureSettings(params, rollout.batch_size, config.seed, keep=4, ranks=self.run.ranks)
+        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
         with self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
             raise RuntimeError(f"KL to the SFT policy is {kl:.3g} nats before the first step, not 0")
-        self.run.log(step, kind="eval", **found)
+        self.run.log(step, kind="eval", **found, n=measured.n)
+        if self.alike is not None:
+            values = {name: measured.per_prompt[name] for name in ("reward", "kl")}
+            self.run.evaluated(step, procedure=self.alike, values=values)
         for row in measured.samples:
             self.run.sample(step, **row)
         self.guards.measured(step, kl, truncated)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -36,7 +36,9 @@ from gemma2.posttrain.schemas.config import Config
 
 from .provenance import Parent, changes, describe_origin
 
-__all__ = ["Parent", "Run", "RunOptions", "RunResult", "open_run"]
+__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"]
+
+EVALUATIONS = "evaluations.jsonl"
 
 # A checkpoint, finished rows, a finished stage of WARP, an interrupted stage, or the log of a failed one.
 KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
@@ -98,15 +100,20 @@ class Run:
         if self.ranks.is_main:
             self._append("samples.jsonl", {"step": step, **row})
 
+    def evaluated(self, step: int, **row: object) -> None:
+        """Append the values per prompt of an evaluation to evaluations.jsonl; NaN becomes null."""
+        if self.ranks.is_main:
+            self._append(EVALUATIONS, {"step": step, **row})
+
     def _append(self, name: str, row: Mapping[str, object]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`, for a run that continues from an older checkpoint, and a torn last line."""
         if not self.ranks.is_main:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", EVALUATIONS):
             path = self.path / name
             if path.exists():
                 # Bytes: a torn line may end inside a character, and text splits at more than the newline.

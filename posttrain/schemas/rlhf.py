@@ -146,6 +146,7 @@ class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
     steps: int = Field(100, ge=1, description="optimizer steps T")
     sft: Path | None = Field(None, description="policy that the reported KL is measured to; default: --policy")
     heldout: Path | None = Field(None, description="JSONL of evaluation prompts; default: a tenth of --prompts")
+    eval_seed: int | None = Field(None, ge=0, description="seed of the evaluations' random numbers; default: --seed")
     learning_rate: float = Field(
         1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
     )

@@ -29,6 +29,7 @@ from transformers import TrainingArguments as Arguments
 from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.json_files import JsonObject, write_json
 from gemma2.core.progress import Progress
+from gemma2.core.sizes import apart
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import plain_model
@@ -123,10 +124,8 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         if self.config.keep == "best":
             found |= {"heldout_loss": record.best_loss, "best_step": record.best_step}
         if self.initial is not None and found["heldout_loss"] is not None and found["heldout_loss"] > self.initial:
-            progress.warn(
-                f"the held-out loss rose from {self.initial:.4g} to {found['heldout_loss']:.4g}: "
-                "lower --learning-rate, or stop earlier"
-            )
+            before, after = apart(self.initial, found["heldout_loss"])
+            progress.warn(f"the held-out loss rose from {before} to {after}: lower --learning-rate, or stop earlier")
         return found
 
     def figures(self, model: Network) -> JsonObject:

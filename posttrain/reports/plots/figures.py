@@ -10,20 +10,20 @@ Every figure has a wide and a narrow form; phones get the narrow one, in readabl
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.rounding import SAME_AS_START, differ
 
+from .gains import called
+from .labels import FAINT, Label, label_points
 from .textplot import front_text, line_labels, off_chart
-from .values import start_of, title_of
+from .values import fixed, start_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,6 @@ HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f4f
 # Colour in the figure -> CSS variable with which a page may replace it.
 THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
 SHADES = ("#f4f7fa", "#a9cfe8", "#3a88bd", "#08477a", "#04203a")  # of heat maps: one hue, light to dark
-FAINT = 0.18  # opacity of lines that a label may cover
 MANY = 12  # more RL runs than this are drawn smaller and without error bars
 RC = {
     "font.family": "DejaVu Sans",
@@ -60,12 +59,21 @@ RC = {
     "path.simplify": True,
 }
 MARKERS = {"base": "X", "sft": "o", "policy": "o", "slerp": "D", "liti": "s", "line": "o"}
-KIND_NAMES = {"base": "base", "sft": "SFT", "policy": "RL policy", "slerp": "SLERP", "liti": "LITI", "line": "eta line"}
+# The legend, in its order.
+KIND_NAMES = {
+    "base": "before RL", "sft": "start of RL", "policy": "RL policy", "slerp": "SLERP", "liti": "LITI",
+    "line": "start to SLERP, by η",
+}  # fmt: skip
 
 
 def hue(iteration: int | None) -> str:
     """The colour of an iteration (from 1); ink without iteration."""
     return HUES[(iteration - 1) % len(HUES)] if iteration else INK
+
+
+def colour_of(point: Point) -> str:
+    """The colour of a point and of its label."""
+    return MUTED if point["kind"] == "base" else hue(point.get("iteration"))
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -102,7 +110,7 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Figure:
             axis.text(0.5, 0.5, SAME_AS_START.capitalize(), ha="center", color=MUTED, transform=axis.transAxes)
             return figure
         measured = [point for point in points if point["kind"] != "trajectory"]
-        draw_trajectories(axis, [point for point in points if point["kind"] == "trajectory"])
+        draw_trajectories(axis, points)
         away = off_chart(measured)
         measured = [point for point in measured if point not in away]
         draw_lines(axis, measured)
@@ -113,26 +121,50 @@ def front_figure(points: Sequence[Point], narrow: bool = False) -> Figure:
         axis.set_ylabel("reward on held-out prompts")
         axis.margins(0.09)
         for i, point in enumerate(away):
-            note = f"off the chart: {title_of(point)}, reward {point['reward']:.3g} at KL {point['kl']:.3g}"
+            note = f"off the chart: {called(point)}, reward {fixed(point['reward'], 2)} at KL {fixed(point['kl'], 2)}"
             axis.annotate(
                 note, (1, 0), (-4, 5 + 12 * i), "axes fraction", "offset points", ha="right", color=MUTED, fontsize=8
             )
-        draw_legend(figure, points, columns=3 if narrow else 8)
-        label_points(figure, axis, measured)
+        draw_legend(figure, points, columns=2 if narrow else 5)
+        label_points(figure, axis, measured, [Label(*label, colour_of(label[0])) for label in labels_of(measured)])
         return figure
 
 
 def draw_trajectories(axis: Axes, points: Sequence[Point]) -> None:
-    """Draw the path of each RL run as a thin line."""
-    names = dict.fromkeys(point.get("run") for point in points)
-    alpha = 0.45 if len(names) <= MANY else FAINT
+    """Draw the curve of each RL run as a thin line: where it started, if known, its evaluations, the policy."""
+    names = dict.fromkeys(point["run"] for point in points if point["kind"] == "trajectory" and point.get("run"))
+    alpha = 0.6 if len(names) <= MANY else FAINT
     for name in names:
-        path = sorted((p for p in points if p.get("run") == name), key=lambda p: p.get("step", 0))
-        colour = hue(path[0].get("iteration"))
-        axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=colour, lw=0.9, alpha=alpha, zorder=1)
+        path = run_path(points, name)
+        colour = hue(path[-1].get("iteration"))
         axis.plot(
-            [p["kl"] for p in path], [p["reward"] for p in path], ".", color=colour, ms=3, alpha=alpha, mew=0, zorder=1
+            [p["kl"] for p in path],
+            [p["reward"] for p in path],
+            color=colour,
+            lw=0.9,
+            ls=(0, (4, 2)),
+            alpha=alpha,
+            zorder=1,
         )
+        steps = [point for point in path if point["kind"] == "trajectory"]
+        axis.plot(
+            [p["kl"] for p in steps],
+            [p["reward"] for p in steps],
+            ".",
+            color=colour,
+            ms=5,
+            alpha=alpha,
+            mew=0,
+            zorder=1,
+        )
+
+
+def run_path(points: Sequence[Point], run: str) -> list[Point]:
+    """The points of a run in the order of its steps. A run without an evaluation at step 0 began at the SFT policy."""
+    steps = [point for point in points if point["kind"] == "trajectory" and point.get("run") == run]
+    steps.sort(key=lambda point: point.get("step") or 0)
+    start = [] if steps and steps[0].get("step") == 0 else [p for p in points if p["kind"] == "sft"]
+    return [*start[:1], *steps, *(p for p in points if p["kind"] == "policy" and p["name"] == run)]
 
 
 def draw_lines(axis: Axes, points: Sequence[Point]) -> None:
@@ -148,7 +180,7 @@ def draw_point(axis: Axes, point: Point, small: bool = False) -> None:
 
     small: smaller and without bars, for one of many.
     """
-    kind, colour = point["kind"], MUTED if point["kind"] == "base" else hue(point.get("iteration"))
+    kind, colour = point["kind"], colour_of(point)
     size = {"line": 4.5, "policy": 3.5 if small else 5.5, "sft": 8.0}.get(kind, 7.5)
     axis.errorbar(
         point["kl"],
@@ -177,7 +209,7 @@ def reach(point: Point, key: str) -> list[list[float]] | float | None:
 
 def point_tip(point: Point) -> str:
     """The tool tip of a point."""
-    return f"{point['name']}: reward {figure_of(point, 'reward', 3)}, KL {figure_of(point, 'kl', 2)} nats"
+    return f"{called(point)}: reward {figure_of(point, 'reward', 3)}, KL {figure_of(point, 'kl', 2)} nats"
 
 
 def figure_of(point: Point, key: str, digits: int) -> str:
@@ -189,17 +221,22 @@ def figure_of(point: Point, key: str, digits: int) -> str:
 
 
 def draw_legend(figure: Figure, points: Sequence[Point], columns: int) -> None:
-    """Draw the legend of unlabelled marks: RL runs, the line, the colours of the iterations."""
+    """Draw the legend: every kind of mark that is drawn, the error bars, the colours of the iterations."""
     from matplotlib.lines import Line2D
 
-    kinds = [kind for kind in ("policy", "line") if any(point["kind"] == kind for point in points)]
+    kinds = [kind for kind in KIND_NAMES if any(point["kind"] == kind for point in points)]
+    hollow = ("policy", "line")
     entries = [
-        Line2D([], [], color=MUTED, lw=2.2 if kind == "line" else 0, marker="o", ms=5.5, mfc=PAPER, mec=MUTED, mew=1.4,
-               label=KIND_NAMES[kind])
+        Line2D([], [], color=MUTED, lw=2.2 if kind == "line" else 0, marker=MARKERS[kind], ms=5.5,
+               mfc=PAPER if kind in hollow else MUTED, mec=MUTED, mew=1.4, label=KIND_NAMES[kind])
         for kind in kinds
     ]  # fmt: skip
     if any(point["kind"] == "trajectory" for point in points):
-        entries.append(Line2D([], [], color=MUTED, lw=0.9, alpha=0.6, marker=".", ms=4, label="during RL"))
+        entries.append(
+            Line2D([], [], color=MUTED, lw=0.9, ls=(0, (4, 2)), alpha=0.8, marker=".", ms=5, label="during RL")
+        )
+    bars = "95 % interval" if any(point.get("reward_low") is not None for point in points) else "standard error"
+    entries.append(Line2D([], [], color=MUTED, lw=0, marker="|", ms=10, mew=0.9, label=bars))
     iterations = sorted({p["iteration"] for p in points if p.get("iteration")})
     entries += [Line2D([], [], color=hue(i), lw=5, solid_capstyle="butt", label=f"iteration {i}") for i in iterations]
     figure.legend(
@@ -209,83 +246,22 @@ def draw_legend(figure: Figure, points: Sequence[Point], columns: int) -> None:
 
 
 def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, int]]:
-    """(point, text, rank) of every label, the most important (rank 0) first: base, SFT, merges and lines by their
-    iteration; then the best single RL run (1); then other models and the etas of the last line (2)."""
+    """(point, text, rank) of every label, the most important (rank 0) first: the last merge; base, SFT, merges and
+    lines by their iteration; the best single RL run (1); then other models and the etas of the last line (2)."""
     runs = [point for point in points if point["kind"] == "policy" and point.get("iteration")]
     first = min((point["iteration"] for point in runs), default=None)
     single = [point for point in runs if point["iteration"] == first]  # RL without merging
     best = max(single, key=lambda point: point["reward"], default=None)
     chosen: list[tuple[Point, str, int]] = []
     for point in points:
-        kind = point["kind"]
-        if kind in ("base", "sft"):
-            chosen.append((point, title_of(point), 0))
-        elif kind in ("slerp", "liti"):
-            chosen.append((point, f"{KIND_NAMES[kind]} {point.get('iteration') or ''}".strip(), 0))
+        if point["kind"] in ("base", "sft", "slerp", "liti"):
+            chosen.append((point, called(point), 0))
         elif point is best:
-            chosen.append((point, "best RL", 1))
-        elif kind == "policy" and not point.get("iteration"):
-            chosen.append((point, str(point["name"]), 2))
+            chosen.append((point, called(point), 1))
+        elif point["kind"] == "policy" and not point.get("iteration"):
+            chosen.append((point, called(point), 2))
     chosen += [(point, text, 2 if text[0] == "η" else 0) for point, text in line_labels(points)]
-    return sorted(chosen, key=lambda item: item[2])
-
-
-def label_points(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:
-    """Write each label where it overlaps no point and no other label; leave it out if there is no room."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.draw_without_rendering()
-    assert isinstance(figure.canvas, FigureCanvasAgg)  # as new_figure makes it
-    renderer = figure.canvas.get_renderer()
-    place: list[tuple[float, float]] = []
-    for point in points:
-        x, y = axis.transData.transform((point["kl"], point["reward"]))
-        place.append((x, y))
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in [*place, *along_lines(axis)]]
-    frame = axis.get_window_extent(renderer)
-    for point, text, rank in labels_of(points):
-        colour = MUTED if point["kind"] == "base" else hue(point.get("iteration"))
-        for dx, dy, across, up in offsets():
-            label = axis.annotate(
-                text, (point["kl"], point["reward"]), (dx, dy), textcoords="offset points", ha=across, va=up,
-                color=colour, fontsize=9 if rank < 2 else 8, fontweight="bold" if rank < 2 else "normal", zorder=5,
-            )  # fmt: skip
-            box = label.get_window_extent(renderer)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(overlap((box.x0, box.y0, box.x1, box.y1), other) for other in taken):
-                taken.append((box.x0, box.y0, box.x1, box.y1))
-                break
-            label.remove()
-
-
-def along_lines(axis: Axes) -> list[tuple[float, float]]:
-    """Positions every few dots along lines and error bars, in display coordinates, which labels must not cover."""
-    from matplotlib.collections import LineCollection
-
-    places: list[tuple[float, float]] = []
-    drawn = [line.get_xydata() for line in axis.get_lines() if (line.get_alpha() or 1.0) > FAINT]
-    bars = [each for each in axis.collections if isinstance(each, LineCollection)]
-    drawn += [segment for each in bars for segment in each.get_segments()]
-    for path in drawn:
-        corners = axis.transData.transform(path)
-        for (x0, y0), (x1, y1) in pairwise(corners):
-            steps = max(1, int(math.hypot(x1 - x0, y1 - y0) // 6))
-            places += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps)]
-    return places
-
-
-def offsets() -> Iterable[tuple[float, float, str, str]]:
-    """Offsets of a label from its point, nearest first: (dx, dy, horizontal, vertical alignment) in points."""
-    for radius in (8, 14, 22, 30):
-        for degrees in (45, 135, 90, 0, -45, 180, -90, -135):
-            x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
-            across = "center" if abs(x) < 1 else ("left" if x > 0 else "right")
-            yield x, y, across, "center" if abs(y) < 1 else ("bottom" if y > 0 else "top")
-
-
-def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Whether two boxes (x0, y0, x1, y1) overlap."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return sorted(chosen, key=lambda item: (item[2], -(item[0].get("iteration") or 0)))
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------

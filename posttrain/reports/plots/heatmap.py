@@ -7,6 +7,7 @@ readers. The scale is logarithmic if the values span more than a factor of 30. I
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,9 +74,11 @@ class Panel:
 
 
 def _percent(value: float) -> str:
-    """Two significant digits: 12%, 1.2%, 0.012%."""
-    share = 100 * value
-    return f"{share:.0f}%" if share >= 9.95 or share == 0 else f"{share:.2g}%" if share >= 1e-3 else f"{share:.0e}%"
+    """Two significant digits in a unit that needs no power of ten: 12 %, 1.2 %, 0.012 %, 1.2 ppm, 0.0012 ppm."""
+    share, unit = (100 * value, "%") if value >= 9.95e-6 or value == 0 else (1e6 * value, "ppm")
+    if share >= 9.95 or share == 0:
+        return f"{share:.0f} {unit}"
+    return f"{share:.{1 - math.floor(math.log10(share))}f}".rstrip("0").rstrip(".") + f" {unit}"
 
 
 def _apart(cell: Difference) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from gemma2.core.json_files import JsonMapping
 
-from .values import start_of, title_of
+from .values import fixed, label_of, start_of, title_of
 
 __all__ = ["front_text", "line_labels", "off_chart"]
 
@@ -17,6 +17,12 @@ Point = JsonMapping
 # Bit of each dot of a braille cell, by (row, column): U+2800 + bits.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "■", "line": "•"}
+BARRED = ("base", "sft", "slerp", "liti")  # kinds whose intervals are drawn; the others would cover each other
+
+
+def ends_of(point: Point) -> tuple[float | None, float | None]:
+    """The ends of the 95 % interval of a reward; None if unknown."""
+    return point.get("reward_low"), point.get("reward_high")
 
 
 class Canvas:
@@ -25,7 +31,8 @@ class Canvas:
     def __init__(self, width: int, height: int, points: Sequence[Point]) -> None:
         self.width, self.height = width, height
         self.x = padded([point["kl"] for point in points])
-        self.y = padded([point["reward"] for point in points])
+        bars = [end for point in points if point["kind"] in BARRED for end in ends_of(point) if end is not None]
+        self.y = padded([*(point["reward"] for point in points), *bars])
         self.dots = [[0] * width for _ in range(height)]
         self.glyphs: dict[tuple[int, int], str] = {}
 
@@ -43,6 +50,12 @@ class Canvas:
             column = round((x0 + (x1 - x0) * i / steps) * 2)
             row = round((y0 + (y1 - y0) * i / steps) * 4)
             self.dots[row // 4 % self.height][column // 2] |= DOTS[3 - row % 4][column % 2]
+
+    def bar(self, point: Point) -> None:
+        """Draw the 95 % interval of a point's reward, if it is known, upright through the point."""
+        if point["kind"] in BARRED and None not in ends_of(point):
+            low, high = ends_of(point)
+            self.line({**point, "reward": low}, {**point, "reward": high})
 
     def mark(self, point: Point) -> None:
         """Draw the glyph of a policy, over any earlier glyph in its cell."""
@@ -121,6 +134,8 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
         path = [p for p in shown if p["kind"] == "line" and p.get("iteration") == iteration]
         for start, end in pairwise(sorted(path, key=lambda point: point["eta"])):
             canvas.line(start, end)
+    for point in shown:
+        canvas.bar(point)
     order = ("line", "policy", "liti", "base", "sft", "slerp")
     for point in sorted(shown, key=lambda point: order.index(point["kind"])):
         canvas.mark(point)
@@ -128,10 +143,12 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
         if point["kind"] in ("base", "sft"):
             canvas.write(point, title_of(point), over_lines=True)
         elif point["kind"] in ("slerp", "liti"):
-            canvas.write(point, f"{point['kind'].upper()} {point.get('iteration') or ''}".strip(), over_lines=True)
+            canvas.write(point, label_of(point), over_lines=True)
     for point, text in line_labels(shown):
         canvas.write(point, text.removeprefix("η "), over_lines=not text.startswith("η"))
-    notes = [f"off the chart: {title_of(p)}, reward {p['reward']:.3g} at KL {p['kl']:.3g}" for p in away]
+    barred = any(p["kind"] in BARRED and None not in ends_of(p) for p in shown)
+    notes = ["⡇ 95 % interval of the reward"] if barred else []
+    notes += [f"off the chart: {title_of(p)}, reward {fixed(p['reward'], 2)} at KL {fixed(p['kl'], 2)}" for p in away]
     return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
 
 
@@ -154,7 +171,6 @@ def frame(canvas: Canvas, start: str) -> list[str]:
 
 def legend(points: Sequence[Point]) -> str:
     """The meaning of the glyphs without labels."""
-    names = {"policy": "RL policy", "line": "SFT to SLERP, by eta"}
-    return "   ".join(
-        f"{GLYPHS[kind]} {name}" for kind, name in names.items() if any(p["kind"] == kind for p in points)
-    )
+    names = {"policy": "RL policy", "line": "start to SLERP, by η"}
+    found = [f"{GLYPHS[kind]} {name}" for kind, name in names.items() if any(p["kind"] == kind for p in points)]
+    return "   ".join(found)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gemma2.core.json_files import JsonMapping
 
 __all__ = [
     "as_yaml",
     "clipped",
+    "column",
+    "column_decimals",
     "columns_of",
     "duration",
+    "fixed",
+    "label_of",
     "number",
     "rounded",
     "short_hash",
+    "spreads",
     "start_of",
     "title_of",
     "with_error",
 ]
+
+
+RUN = re.compile(r"(?:^|/)policy-(\d+)$")  # the directory of an RL run of WARP
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -52,10 +61,47 @@ def rounded(value: float, error: float, sign: str = "") -> str:
 
 def with_error(point: JsonMapping, key: str, scale: float = 1.0) -> dict[str, str]:
     """`{"value", "error"}` of one column of a point; the error is "" if unknown."""
-    value, error = point.get(key), (point.get(f"{key}_se") or 0.0) * scale
-    if not isinstance(value, int | float):
-        return {"value": "–", "error": ""}
-    return {"value": rounded(value * scale, error), "error": rounded(error, error) if error else ""}
+    return column([point], key, scale)[0]
+
+
+def column(points: Sequence[JsonMapping], key: str, scale: float = 1.0) -> list[dict[str, str]]:
+    """`{"value", "error"}` of every point, all with the same decimals; the error is "" if unknown."""
+    decimals = column_decimals(points, key, scale)
+    cells = []
+    for point in points:
+        value, error = point.get(key), (point.get(f"{key}_se") or 0.0) * scale
+        if not isinstance(value, int | float):
+            cells.append({"value": "–", "error": ""})
+        else:
+            cells.append({"value": fixed(value * scale, decimals), "error": fixed(error, decimals) if error else ""})
+    return cells
+
+
+def column_decimals(points: Sequence[JsonMapping], key: str, scale: float = 1.0) -> int:
+    """Decimals for a column of values: those that the median of their errors asks for."""
+    errors = sorted(error * scale for point in points if (error := point.get(f"{key}_se") or 0.0) > 0)
+    return decimals_of(errors[len(errors) // 2] if errors else 0.0)
+
+
+def spreads(points: Sequence[JsonMapping], key: str) -> list[str]:
+    """Every value of a column with its interval, else its standard error, else alone, in the same decimals."""
+    decimals = column_decimals(points, key)
+    found = []
+    for point in points:
+        value, low, high, error = (point.get(f"{key}{part}") for part in ("", "_low", "_high", "_se"))
+        text = "–" if value is None else fixed(value, decimals)
+        if value is not None and low is not None and high is not None:
+            text += f" ({fixed(low, decimals)} to {fixed(high, decimals)})"
+        elif value is not None and error:
+            text += f" ± {fixed(error, decimals)}"
+        found.append(text)
+    return found
+
+
+def fixed(value: float, decimals: int) -> str:
+    """A value with this many decimals and a true minus sign; never a negative zero."""
+    text = f"{value:.{decimals}f}"
+    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
@@ -77,6 +123,35 @@ def short_hash(digest: str | None) -> str:
 def title_of(point: JsonMapping) -> str:
     """Name of a policy before RL: the title in its point, else base or SFT."""
     return str(point.get("title") or {"base": "base", "sft": "SFT"}[point["kind"]])
+
+
+def label_of(point: JsonMapping) -> str:
+    """The one name of a point, in tables, pictures, CSV and sentences: `distilled`, `RL 1.2` (run 2 of iteration 1),
+    `SLERP 2`, `SLERP 2, η 0.3`, `RL 1.2, step 30`. Outside the iterations of WARP, the name of the point."""
+    kind, name, iteration = point["kind"], str(point.get("name", "")), point.get("iteration")
+    if kind in ("base", "sft"):
+        return title_of(point)
+    if kind == "trajectory":
+        run = {**point, "kind": "policy", "name": str(point.get("run", name))}
+        return f"{label_of(run)}, step {point.get('step', '?')}"
+    if kind == "line":
+        eta = point["eta"]
+        if not iteration:
+            return re.sub(r"\beta (?=[\d.]+$)", "η ", name) or f"η {eta:g}"
+        merged = str(point.get("merged") or "slerp")
+        end = label_of({"kind": kind_of_name(merged), "name": merged, "iteration": iteration})
+        return end if eta == 1 else f"{end}, η {eta:g}"
+    if not iteration:
+        return name
+    if kind in ("slerp", "liti"):
+        return f"{kind.upper()} {iteration}"
+    run_number = RUN.search(name)
+    return f"RL {iteration}.{run_number[1]}" if run_number else name
+
+
+def kind_of_name(path: str) -> str:
+    """The kind of the end of a line, by the name of its directory in an iteration of WARP."""
+    return "policy" if RUN.search(path) else "slerp"
 
 
 def start_of(points: Iterable[JsonMapping]) -> str:

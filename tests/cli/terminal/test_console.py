@@ -150,7 +150,7 @@ def test_bytes_are_printed_with_their_unit(capsys, clock):
     with Console().task("merge", total=5e9, unit="bytes") as task:
         clock[0] += 20
         task.advance(1_234_000_000)
-    assert capsys.readouterr().err.startswith("merge: 1.2 GB of 5.0 GB")
+    assert capsys.readouterr().err.startswith("merge: 1.23 GB of 5.00 GB")
 
 
 def test_a_task_without_a_total_counts_up(capsys, clock):

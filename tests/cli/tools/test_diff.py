@@ -125,7 +125,8 @@ def test_the_plot_is_the_only_new_file_and_has_the_same_bytes_each_time(models, 
     for shown in ("a = a,  b = b", "Relative difference", "Angle between the task vectors", "q_proj", "input_norm"):
         assert shown in text
     tips = re.findall(r"<title>([^<]+)</title>", text)
-    assert len([tip for tip in tips if re.match(r"layer 1, q_proj: \S+% of \|a\|, largest \S+, \S+ degrees", tip)]) == 2
+    pattern = r"layer 1, q_proj: \S+ % of \|a\|, largest \S+, \S+ degrees"
+    assert len([tip for tip in tips if re.match(pattern, tip)]) == 2
 
 
 def test_a_failed_png_leaves_the_old_file(models, monkeypatch):

@@ -63,10 +63,9 @@ def test_the_base_is_found_through_local_models_whose_commands_become_tags():
     assert found["license"] == "gemma"
 
 
-def test_without_the_hub_the_first_model_of_the_line_is_named():
+def test_without_the_hub_no_base_is_named_for_the_name_of_a_directory_links_to_nothing():
     found = metadata(facts("rlhf", [ancestor("policy", "iteration-1/init", "", "", [ancestor(name="my base!")])]))
-    assert found["base_model"] == "my-base"
-    assert not {"license", "language"} & found.keys()
+    assert not {"base_model", "base_model_relation", "license", "language"} & found.keys()
 
 
 def test_a_teacher_or_a_reward_model_is_not_a_base():
@@ -207,8 +206,6 @@ def merged(models):
 def test_a_merge_has_its_own_card_which_the_manifest_records(models, merged):
     card = ModelCard.load(merged / "README.md")
     assert card.data.to_dict() == {
-        "base_model": "base",
-        "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["gemma2", "merge", "rlhf"],
@@ -312,11 +309,8 @@ def test_training_writes_the_card_before_the_manifest(models, tmp_path):
             shutil.copy(models / "base" / name, run.path)
         run.finish({"loss": 1.25, "loss_se": 0.031, "rows": 1200, "kept": None})
     card = ModelCard.load(tmp_path / "tuned" / "README.md")
-    assert (card.data.base_model, card.data.license, card.data.get("base_model_relation")) == (
-        "base",
-        "gemma",
-        "finetune",
-    )
+    assert card.data.license == "gemma"
+    assert card.data.get("base_model") is None  # its ancestor is a directory, not a model of the hub
     assert "| loss | 1.25 ± 0.031 |\n| rows | 1,200 |" in card.text
     assert "README.md" in json.loads((tmp_path / "tuned" / "gemma2.json").read_text())["files"]
     assert str(tmp_path) not in card.content

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_a_line_of_the_plan_and_not_its_end(place, monkeypa
     document = json.loads(out)
     assert document["data"][0]["rows"] == 20
     memory, disk = document["problems"]
-    assert "GiB of main memory are free" in memory
+    assert "2.00 kB of main memory are free" in memory
     assert memory.endswith("give --lora-rank 16, or use a smaller model")
     assert "free some space, or choose another disk" in disk
     assert err.count("warning: ") == 2

@@ -3,6 +3,7 @@
 import json
 
 from gemma2.core.outputs.digests import digest_weights
+from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.tiny.networks import save_random
 
@@ -27,11 +28,26 @@ def two_iterations(root):
             path = root / f"iteration-{iteration}" / name
             save_random(path, 10 * iteration + seed)
             manifest(path, command=command)
-        log = {"step": 2, "kind": "eval", "reward": 2.0, "kl": 0.5 * iteration, "kl_se": 0.1}
-        (root / f"iteration-{iteration}" / "policy-1" / "metrics.jsonl").write_text(json.dumps(log) + "\n")
     rows = [json.dumps({"prompt": text}) for text in TEXTS]
     (root / "heldout.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    alike = procedure(pareto_config(root), root / "sft", root / "heldout.jsonl", 1, 0)
+    for iteration in (1, 2):
+        measured_on_the_way(root / f"iteration-{iteration}" / "policy-1", alike, {2: 0.5 * iteration, 4: 1.0})
     return root
+
+
+def measured_on_the_way(run, alike, kls):
+    """What a run leaves of its evaluations: one at each step, with this KL on each of four prompts."""
+    metrics = [
+        {"step": step, "kind": "eval", "reward": 2.0, "kl": kl, "kl_se": 0.0, "kl_low": kl, "kl_high": kl, "n": 4}
+        for step, kl in kls.items()
+    ]
+    values = [
+        {"step": step, "procedure": alike, "values": {"reward": [1.0, 2.0, 2.0, 3.0], "kl": [kl] * 4}}
+        for step, kl in kls.items()
+    ]
+    for name, rows in (("metrics.jsonl", metrics), ("evaluations.jsonl", values)):
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def pareto_config(root, iteration=None, **more):

@@ -4,10 +4,12 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
 import torch
+from policies import measured_on_the_way
 from safetensors.torch import load_file, save_file
 
 from gemma2.cli.app import invoke
@@ -18,6 +20,7 @@ from gemma2.posttrain.evaluation import pareto
 from gemma2.posttrain.evaluation.candidates import plan_candidates, short_names
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.pareto import hypervolume, interpolate_, pareto_front, run_pareto
+from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, ParetoConfig
 from gemma2.posttrain.tiny.networks import random_model, save_random
@@ -71,14 +74,10 @@ def world(tmp_path_factory):
     manifest(places["sft"], command="sft", parents=[{"role": "model", "weights": digest_weights(places["base"])}])
     manifest(places["policy-1"], command="rlhf")
     manifest(places["slerp"], command="merge slerp")
-    log = [
-        {"step": 0, "kind": "eval", "reward": 1.0, "kl": 0.0, "kl_se": 0.0},
-        {"step": 1, "loss": 0.1},
-        {"step": 2, "kind": "eval", "reward": 2.0, "kl": 0.5, "kl_se": 0.1},
-    ]
-    (places["policy-1"] / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n", encoding="utf-8")
     texts = ["What is 2 + 3?", "Who lives in Tolba?", "Sort c, a, b.", "Say hello."]
     (root / "heldout.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts), encoding="utf-8")
+    alike = procedure(settings((root, places)), places["sft"], root / "heldout.jsonl", 1, 0)
+    measured_on_the_way(places["policy-1"], alike, {0: 0.0, 2: 0.5, 4: 1.0})
     return root, places
 
 
@@ -118,7 +117,6 @@ def test_every_policy_and_eta_is_a_point_of_its_kind(front):
         "eta 0.25": ("line", 1, 0.25),
         "eta 0.5": ("line", 1, 0.5),
         "eta 1": ("line", 1, 1.0),
-        "policy-1 step 0": ("trajectory", 1, None),
         "policy-1 step 2": ("trajectory", 1, None),
     }
 
@@ -221,8 +219,14 @@ def test_the_screen_shows_the_front_and_the_best_within_each_limit(world, monkey
     out = capsys.readouterr().out
     assert "KL to the SFT policy, nats per sequence" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["KL", "at", "most", "point", "reward", "KL"] in rows
+    assert ["KL", "at", "most", "point", "reward", "KL,", "nats"] in rows
     assert next(row for row in rows if row[:2] == ["0", "SFT"])
+    points = by_name(root / "shown")
+    for low, value, high in ((points["slerp"][f"reward{end}"] for end in ("_low", "", "_high")),):
+        assert re.search(
+            rf"^SLERP 1 +{value:.1f}\d* \({low:.1f}\d* to {high:.1f}\d*\)", out.replace("−", "-"), re.MULTILINE
+        )
+    assert re.search(r"SLERP 1 (gains|loses|: no gain)|SLERP 1: no gain|gains .* over SFT|could be shown", out)
     assert invoke(["pareto", *inputs, *settings, "--out", str(root / "json"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [row["limit"] for row in document["best_at"]] == [0.0, 1000.0]

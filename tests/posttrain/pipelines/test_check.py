@@ -164,7 +164,7 @@ def test_too_little_disk_is_a_line_of_the_plan(place, monkeypatch):
     monkeypatch.setattr(check, "free_disk", lambda root: 1.0)
     plan = checked(place, a=stage("merge linear", models=[f"{place}/sft", f"{place}/rl"]))
     assert len(plan.problems) == 1
-    assert "GiB, 0.0 GiB are free; free some space" in plan.problems[0]
+    assert "B, 1 B are free; free some space" in plan.problems[0]
 
 
 def test_the_quickstart_is_checked_whole_without_torch(tmp_path):

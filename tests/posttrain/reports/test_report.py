@@ -105,24 +105,34 @@ def test_the_page_loads_nothing_and_needs_no_script(page):
 def test_the_table_has_the_figures_of_the_front_with_errors(page):
     text = page[0].text
     assert "2 policies × 2 iterations" in text
-    for row in ("Base −2.20 ± 0.06", "SFT −1.10 ± 0.06", "Best single RL run 0.39 ± 0.06", "WARP 1 0.50 ± 0.06",
-                "WARP 2 1.50 ± 0.06", "Chosen model, η = 0.8"):  # fmt: skip
+    for row in ("base −2.20 ± 0.06", "SFT where RL started −1.10 ± 0.06", "RL 1.2 best single run 0.39 ± 0.06",
+                "SLERP 1 0.50 ± 0.06", "SLERP 2 1.50 ± 0.06", "SLERP 2, η 0.8 chosen"):  # fmt: skip
         assert row in text
-    assert "KL to SFT Accuracy, % Judge Length" in text
+    assert "KL to SFT, nats Accuracy, % Judge Length, tokens" in text
     assert "22 ± 3" in text  # accuracy of the base, percent
 
 
-def test_the_verdict_counts_standard_errors(page):
-    # reward 1.5 - -1.1 = 2.6 with sqrt(2) * 0.061 = 0.0863: 30.1; judge 0.0433 with 0.0170: 2.6, so under three
-    assert "+2.60 reward, 30.1 standard errors" in page[0].text
-    assert "+0.043 judge, 2.6 standard errors: could be chance" in page[0].text
+def test_the_verdict_is_over_the_start_and_over_the_best_single_run_each_with_its_error(page):
+    # The chosen point: reward -1.1 + 2.6 * 0.8 ** 0.6 = 1.174, so +2.27 over SFT and +0.78 over the run with 0.39.
+    text = page[0].text
+    assert "SLERP 2, η 0.8 gains +2.27 ± 0.05 reward over SFT, the policy from which RL started." in text
+    assert "no gain in reward over the best single run at no more KL (RL 1.2) could be shown: +0.8 ± 0.8." in text
+    assert "over SFT, where RL started +2.27 ± 0.05 +0.04 ± 0.03 could be chance" in text
+    assert "over the best single run: RL 1.2 +0.8 ± 0.8 could be chance –" in text
+
+
+def test_the_front_says_how_many_merges_gain_and_no_more_than_its_table(page):
+    text = page[0].text
+    assert "Where a line is above" not in text
+    assert "No gain or loss of the 10 merged models against the single runs at no more KL could be shown" in text
+    assert "SLERP 2 4.50 1.1 −0.5 to 2.7 RL 1.2" in text
 
 
 def test_answers_before_and_after_are_side_by_side(page):
     text = page[0].text
-    assert "What is 7 + 12? Base Hmm, I am not sure" in text
+    assert "What is 7 + 12? base Hmm, I am not sure" in text
     assert "SFT I think that it is probably 18." in text
-    assert "WARP 2 Of course! The answer to your question is 19." in text
+    assert "SLERP 2, η 0.8 Sure! The answer is 19." in text
 
 
 def test_every_stage_has_its_command(page):
@@ -173,7 +183,9 @@ def test_figures_come_wide_and_narrow_and_described(page):
     assert len([label for label in labels if label.startswith("Length kept")]) == 2
     assert len([label for label in labels if label.startswith("Reward, KL and length")]) == 2
     assert len([label for label in labels if label.startswith("Graph of")]) == 2
-    assert "slerp: reward 0.500 (0.380 to 0.620), KL 2.25 (2.12 to 2.38) nats" in page[0].text  # a tip without a script
+    assert (
+        "SLERP 1: reward 0.500 (0.380 to 0.620), KL 2.25 (2.12 to 2.38) nats" in page[0].text
+    )  # a tip without a script
 
 
 def test_the_page_shows_only_paths_that_the_user_named(page, finished):
@@ -257,11 +269,11 @@ def test_a_broken_front_is_a_gap(finished, plain, tmp_path, content):
     root = copy(finished, tmp_path)
     (root / "warp/front/front.json").write_text(content)
     parsed, _ = read(root, tmp_path)
-    assert "warp/front/front.json" in parsed.text and "WARP 2" in parsed.text  # from the front of iteration 2
+    assert "warp/front/front.json" in parsed.text and "SLERP 2" in parsed.text  # from the front of iteration 2
     for path in root.glob("warp/iteration-*/front/front.json"):
         path.unlink()
     parsed, _ = read(root, tmp_path)
-    assert "there is no front" in parsed.text and "Chosen model, η = 0.8" in parsed.text
+    assert "there is no front" in parsed.text and "SLERP 2, η 0.8 chosen" in parsed.text
 
 
 def test_a_broken_manifest_and_torn_lines_are_gaps(finished, plain, tmp_path):
@@ -292,7 +304,7 @@ def test_failed_interrupted_and_blocked_stages_are_reported(tmp_path, plain):
     assert "and 37 more" in text  # 3 of iteration 3, 19 of 4 and of 5, front and model, less the six that are named
     assert "iteration-3/policy-5/metrics.jsonl has 1 unreadable line" in text
     assert "42 more blocked" in text and ".partial" not in text
-    assert "WARP 2 1.50" in text  # the front of iteration 2 has the most points
+    assert "SLERP 2 1.50" in text  # the front of iteration 2 has the most points
     assert text.count("policy-2 → iteration-3/slerp") == 2  # in the wide and in the narrow graph
     assert len(html) < 3_000_000
 
@@ -310,7 +322,7 @@ def test_a_stage_that_was_not_needed_is_not_a_gap(finished, plain, tmp_path):
 def test_a_broken_pipeline_file_does_not_stop_the_report(finished, plain, tmp_path, content):
     root = copy(finished, tmp_path)
     (root / "pipeline.json").write_text(content)
-    assert "WARP 2" in read(root, tmp_path)[0].text
+    assert "SLERP 2" in read(root, tmp_path)[0].text
 
 
 def test_points_that_cannot_be_drawn_are_left_out_and_counted(finished, tmp_path):
@@ -334,7 +346,7 @@ def test_a_single_measurement_has_a_report(finished, tmp_path):
     shutil.copytree(finished / "warp/front", tmp_path / "front")
     parsed, _ = read(tmp_path / "front", tmp_path)
     assert "This run has gaps." not in parsed.text
-    assert "WARP 2 1.50 ± 0.06" in parsed.text
+    assert "SLERP 2 1.50 ± 0.06" in parsed.text
     assert [label for label in parsed.values("aria-label") if label.startswith("Reward over KL")]
 
 
@@ -392,9 +404,11 @@ def test_the_front_with_the_most_points_is_shown_and_the_latest_of_equals(finish
 
 def test_the_best_points_within_kl_limits_and_the_areas_have_intervals(page):
     text = page[0].text
-    assert "KL at most Best point Reward KL 2 nats iteration 2, η = 0.5" in text
-    assert "an area of 6 (5.81 to 6.19, 95 % interval) nats × reward, up to KL 4.7 and above a reward of −1.1" in text
-    assert "iteration 1 5 4.81 to 5.19 – iteration 2 6 5.81 to 6.19 0.5 0.40 to 0.60" in text
+    assert "KL at most, nats Best point Reward KL, nats 2 SLERP 2, η 0.5" in text
+    assert (
+        "an area of 6.00 (5.81 to 6.19, 95 % interval) nats × reward, up to KL 4.70 and above a reward of −1.10" in text
+    )
+    assert "iteration 1 5.00 4.81 to 5.19 – iteration 2 6.00 5.81 to 6.19 0.50 0.40 to 0.60" in text
 
 
 def test_an_older_front_has_neither_table_nor_area(finished, plain, tmp_path):
@@ -404,7 +418,7 @@ def test_an_older_front_has_neither_table_nor_area(finished, plain, tmp_path):
         bare = [{k: v for k, v in point.items() if not k.endswith(("_low", "_high"))} for point in points]
         path.write_text(json.dumps({"points": bare}))
     text = read(root, tmp_path)[0].text
-    assert "within each KL limit" not in text and "an area of" not in text and "WARP 2 1.50 ± 0.06" in text
+    assert "within each KL limit" not in text and "an area of" not in text and "SLERP 2 1.50 ± 0.06" in text
 
 
 # --- merges ---------------------------------------------------------------------------------------------------------

@@ -5,18 +5,21 @@ import xml.etree.ElementTree as ET
 
 import matplotlib
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemma2.posttrain.reports.plots.figures import (
     curves_figure,
     front_figure,
     front_text,
-    overlap,
     page_svg,
     reach,
+    run_path,
     smooth,
     svg_text,
     write_figure,
 )
+from gemma2.posttrain.reports.plots.labels import WantedLabel, overlap, place_labels
 from gemma2.posttrain.reports.plots.layermaps import ANGLES, KEPT, layer_map
 from gemma2.posttrain.reports.plots.textplot import line_labels, off_chart
 
@@ -50,7 +53,10 @@ def test_the_front_labels_its_points():
         "SFT",
         "base",
         "SLERP 1",
-        "best RL",
+        "RL 1.1",
+        "start to SLERP, by η",
+        "during RL",
+        "standard error",
         "η 0.3",
         "iteration 1",
         "KL to the SFT policy (nats per sequence)",
@@ -69,6 +75,41 @@ def test_the_front_of_any_number_of_policies_draws_without_overlapping_labels(po
     corners = [(box.x0, box.y0, box.x1, box.y1) for box in boxes]
     assert len(corners) >= 4
     assert not any(overlap(a, b) for i, a in enumerate(corners) for b in corners[:i])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_labels_overlap_neither_each_other_nor_the_frame_on_any_front(data):
+    inside = st.floats(0, 1)
+    points = data.draw(st.lists(st.tuples(inside, inside), min_size=1, max_size=14))
+    crowded = data.draw(st.booleans())  # all in the corner where the best points are
+    places = [(550 + 45 * x, 300 + 35 * y) if crowded else (600 * x, 340 * y) for x, y in points]
+    labels = [WantedLabel(x, y, 20 + 50 * data.draw(inside), 12, i < 6) for i, (x, y) in enumerate(places)]
+    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    boxes = place_labels(labels, marks, (0, 0, 600, 340))
+    shown = [box for box in boxes if box is not None]
+    assert not any(overlap(a, b) for i, a in enumerate(shown) for b in shown[:i])
+    assert all(box[0] >= 0 and box[2] <= 600 and box[1] >= 0 and box[3] <= 340 for box in shown)
+    assert all(box is not None for box in boxes[:6])  # the important ones are always there
+    for box in boxes[6:]:
+        assert box is None or not any(overlap(box, mark) for mark in marks)
+
+
+def test_the_legend_names_every_mark_that_is_drawn():
+    points = [*warp_points(), point("sft", "base", 0.5, 0.41), point("liti", "liti", 1.0, 0.6, 1)]
+    shown = texts(svg_text(front_figure(points)))
+    for name in ("before RL", "start of RL", "RL policy", "SLERP", "LITI", "start to SLERP, by η", "during RL"):
+        assert name in shown
+    assert "standard error" in shown and "95 % interval" not in shown
+    bounded = [{**p, "reward_low": p["reward"] - 0.1, "reward_high": p["reward"] + 0.1} for p in points]
+    assert "95 % interval" in texts(svg_text(front_figure(bounded)))
+
+
+def test_the_curve_of_a_run_goes_from_its_start_through_its_evaluations_to_the_policy():
+    path = run_path(warp_points(1), "policy-0")
+    assert [p["name"] for p in path] == ["policy-0 step 0", "policy-0 step 5", "policy-0 step 10", "policy-0"]
+    later = [p for p in warp_points(1) if p.get("step") != 0]
+    assert [p["name"] for p in run_path(later, "policy-0")][:2] == ["SFT", "policy-0 step 5"]
 
 
 def test_every_iteration_has_a_line_with_a_label():
@@ -102,7 +143,7 @@ def test_a_front_of_one_point_draws():
 def test_tool_tips_have_name_and_figures():
     svg = svg_text(front_figure(warp_points()))
     titles = [node.text for node in ET.fromstring(svg).iter(f"{SVG}title")]
-    assert "slerp: reward 0.800 ± 0.02, KL 3.20 ± 0.1 nats" in titles
+    assert "SLERP 1: reward 0.800 ± 0.02, KL 3.20 ± 0.1 nats" in titles
 
 
 def test_hostile_names_stay_text():
@@ -200,8 +241,8 @@ def test_higher_reward_is_drawn_higher_and_more_kl_further_right():
 def test_a_base_far_away_is_a_note_below_the_chart():
     points = [*warp_points(), point("raw", "base", 90.0, 0.1)]
     assert [p["name"] for p in off_chart(points)] == ["raw"]
-    assert "off the chart: base, reward 0.1 at KL 90" in front_text(points)
-    assert "off the chart: base, reward 0.1 at KL 90" in texts(svg_text(front_figure(points)))
+    assert "off the chart: base, reward 0.10 at KL 90.00" in front_text(points)
+    assert "off the chart: base, reward 0.10 at KL 90.00" in texts(svg_text(front_figure(points)))
 
 
 def test_text_of_no_points_and_of_one_point():

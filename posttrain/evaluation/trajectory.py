@@ -1,0 +1,84 @@
+"""What an RL run measured on the way, where it was measured as the points of a front are. Torch-free.
+
+An evaluation during RL belongs on a front only if it differs from a point's measurement in nothing but the policy: the
+same prompts, rewards, sampling, seed and arithmetic, and so the same random numbers. `rlhf` records with every
+evaluation the digest of all that (`procedure`) and the values per prompt, in evaluations.jsonl; an evaluation with
+another digest, or of another number of prompts, is not a point of the front.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.hashing import digest_file, digest_name, hasher
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.runs.provenance import code_of
+from gemma2.posttrain.runs.run_directory import EVALUATIONS
+from gemma2.posttrain.schemas import ParetoConfig, RewardFields, RlhfConfig
+from gemma2.posttrain.schemas.fields import RowFields
+
+__all__ = ["procedure", "trajectory"]
+
+Measuring = ParetoConfig | RlhfConfig
+
+COLUMNS = ("reward", "kl", "length", "truncated")
+PARTS = ("", "_se", "_low", "_high")
+SETTINGS = {*RewardFields.model_fields, *RowFields.model_fields} - {"reward"}  # rewards are files: their digests
+
+
+def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, half: bool = False) -> str:
+    """The digest of all that decides a measurement, but the policy and the number of prompts.
+
+    half: whether the arithmetic is rounded to 16 bits (autocast).
+    """
+    settings = config.model_dump(mode="json", include=SETTINGS)
+    content = {
+        **settings,
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "n": n,
+        "seed": seed,
+        "half": half,
+        "sft": digest_weights(sft),
+        "prompts": [digest_file(path) for path in data_files(prompts)],
+        "reward": [digest_weights(path) for path in config.reward],
+        "code": {name: digest for name, digest in code_of(config).items() if name in config.reward_fn},
+    }
+    digest = hasher()
+    digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest_name(digest)
+
+
+def trajectory(path: Path, iteration: int | None, alike: str, prompts: int) -> list[JsonObject]:
+    """The evaluations of an RL run that were made by the procedure `alike` on `prompts` prompts, as points are.
+
+    Each has figures, and under `values` the values per prompt; a name it gets later.
+
+    The last evaluation is left out: its weights are the policy, which is a point. So is that of the SFT policy.
+    """
+    figures = {row["step"]: row for row in _rows(path / "metrics.jsonl") if row.get("kind") == "eval"}
+    labels = {"kind": "trajectory", "iteration": iteration, "eta": None, "on_front": False}
+    summary = (read_manifest(path) or {}).get("summary") or {}
+    last = summary.get("steps", max(figures, default=0))
+    found = []
+    for row in _rows(path / EVALUATIONS):
+        step, values = row.get("step"), row.get("values")
+        if not isinstance(values, dict) or any(len(column) != prompts for column in values.values()):
+            continue
+        if row.get("procedure") != alike or step == last or step not in figures or not any(values["kl"]):
+            continue
+        measured = {f"{name}{part}": figures[step].get(f"{name}{part}") for name in COLUMNS for part in PARTS}
+        found.append({**labels, "step": step, **measured, "n": figures[step].get("n"), "values": values})
+    return found
+
+
+def _rows(file: Path) -> Sequence[JsonObject]:
+    """The lines of a JSONL file; none without it."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
