@@ -144,8 +144,9 @@ def recipe_path(name: str | None, command: str = "") -> Path | None:
         )
     if command and not path.is_file():
         with found.open(encoding="utf-8") as lines:
-            purpose = lines.readline().removeprefix("# gemma2 ").partition(":")[0]
-        if purpose != command:
+            begins, _, rest = lines.readline().partition("# gemma2 ")
+        purpose = rest.partition(":")[0]
+        if not begins and purpose not in ("", command):
             how = "pipeline run " + name if purpose == "pipeline" else f"{purpose} --config {name}"
             raise UsageError(f"--config {name} is a recipe for gemma2 {purpose}", f"use it with gemma2 {how}")
     return found

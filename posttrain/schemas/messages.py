@@ -180,7 +180,11 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
     keys: tuple[Key, ...] = tuple(first["loc"])
     name = _spelt((*source.above, *keys))
     if first["type"] == "extra_forbidden":
-        unknown = {problem["loc"][0] for problem in ordered if problem["type"] == "extra_forbidden"}
+        unknown = {
+            problem["loc"][0]
+            for problem in ordered
+            if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+        }
         other = None if source.above else next((how for key, how in OTHER_FILES.items() if key in unknown), None)
         hint = f"use the file with gemma2 {other}" if other else _of_another_tool(schema, ordered, source)
         hint = hint or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
