@@ -105,7 +105,7 @@ def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
         )
     if based and len({len(group.norms) for group in groups}) == 1:  # not with stacked layers of different models
         warnings += _far_models(groups)
-        warnings += _still_models(groups)
+        warnings += _still_models(groups, spherical)
     if based and spherical:
         warnings += _odd_angles(groups)
     if spherical:
@@ -128,11 +128,12 @@ def _far_models(groups: Sequence[GroupReport]) -> list[str]:
     return warnings
 
 
-def _still_models(groups: Sequence[GroupReport]) -> list[str]:
+def _still_models(groups: Sequence[GroupReport], spherical: bool) -> list[str]:
+    """Warnings for models that are the base but for rounding. SLERP has its own words for a zero task vector."""
     found = []
     for model in range(len(groups[0].norms)):
         size = relative_change((group.norms[model] ** 2, (group.base_norm or 0.0) ** 2) for group in groups)
-        if is_still(size):
+        if is_still(size) and not (spherical and size == 0):
             found.append(
                 f"model {model + 1} does not differ from the base: its task vector is {size:.1g} of the base's norm, "
                 "rounding; train it further"

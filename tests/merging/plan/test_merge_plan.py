@@ -188,6 +188,10 @@ def test_ordinary_task_vectors_give_no_warning():
         (group("layers.0", 100.0, [1, 0], [1, 0.1]), "task vectors are under 30 degrees apart in layers.0 (5.7)"),
         (group("layers.0", 100.0, [1, 0], [-1, 0.1]), "task vectors are over 150 degrees apart in layers.0 (174.3)"),
         (group("layers.0", 100.0, [0, 0], [1, 0.1]), "zero task vector: SLERP fell back to LERP in layers.0"),
+        (
+            group("layers.0", 100.0, [1e-5, 0], [0, 1]),
+            "model 1 does not differ from the base: its task vector is 1e-06 of the base's norm, rounding",
+        ),
     ],
 )
 def test_suspicious_figures_give_a_warning_with_the_figure(row, words):
