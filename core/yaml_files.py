@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import yaml
     from yaml.resolver import BaseResolver
 
-__all__ = ["apply_sets", "closest", "given_by", "parse_value", "place_of", "read_documents", "to_yaml"]
+__all__ = ["apply_sets", "closest", "given_by", "parse_value", "place_of", "read_documents", "text_at", "to_yaml"]
 
 Resolver = TypeVar("Resolver", bound="type[BaseResolver]")
 
@@ -157,24 +157,37 @@ def place_of(path: Path, keys: Sequence[str | int], document: int = 0, *, of_key
 
     A stage `sft/seed-1` that follows from `sft` in the file is found there.
     """
+    found = _nodes_at(path, keys, document)
+    if found is None:
+        return str(path)
+    mark = found[0 if of_key else 1].start_mark
+    return f"{path}:{mark.line + 1}:{mark.column + 1}"
+
+
+def text_at(path: Path, keys: Sequence[str | int]) -> str:
+    """Return the text of the value of a key as the file has it; "" of a value that is not a single one."""
+    found = _nodes_at(path, keys, 0)
+    return found[1].value if found is not None and isinstance(found[1].value, str) else ""
+
+
+def _nodes_at(path: Path, keys: Sequence[str | int], document: int) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes of a key and of its value, or of the deepest key above it; None for a file that cannot be read."""
     import yaml
 
     try:
         nodes = list(yaml.compose_all(path.read_text(encoding="utf-8"), Loader=_loader()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return str(path)
+        return None
     filled = [node for node in nodes if node is not None and node.tag != "tag:yaml.org,2002:null"]
     if document >= len(filled):
-        return str(path)
-    value = filled[document]
-    mark = value.start_mark
+        return None
+    found = (filled[document], filled[document])
     for key in keys:
-        entry = _entry(value, key)
+        entry = _entry(found[1], key)
         if entry is None:
             break
-        mark = entry[0].start_mark if of_key else entry[1].start_mark
-        value = entry[1]
-    return f"{path}:{mark.line + 1}:{mark.column + 1}"
+        found = entry
+    return found
 
 
 def _entry(node: yaml.Node, key: str | int) -> tuple[yaml.Node, yaml.Node] | None:

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 __all__ = ["progress_display", "rich_table"]
@@ -38,6 +38,9 @@ class _Amount(ProgressColumn):
         return Text(done + rate, style="cyan")
 
 
+NARROW_DISPLAY = 80  # columns of a terminal
+
+
 class _State(SpinnerColumn):
     """A spinner while a task runs, then a mark: done, or ended by an error."""
 
@@ -46,15 +49,16 @@ class _State(SpinnerColumn):
 
 
 def progress_display(console: Console) -> Progress:
-    """The live display of all running tasks."""
+    """The live display of all running tasks: a line each, on a narrow terminal with a short bar and less next to it."""
+    narrow = console.width < NARROW_DISPLAY
     return Progress(
         _State(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        _Amount(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[live]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=6 if narrow else 24),
+        _Amount(table_column=Column(no_wrap=True)),
+        *([] if narrow else [TimeElapsedColumn(table_column=Column(no_wrap=True))]),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[live]}", table_column=Column(no_wrap=True)),
         console=console,
         refresh_per_second=8,
     )

@@ -66,6 +66,13 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         found = next((given for given in _given(context.command, words) if given.loose), None)
         if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
             return UsageProblem(*_several(found), page)
+    if context is not None and "No such option" in text:
+        names = {name for part in context.command.params for name in part.opts}
+        short = next(
+            (word for word in words if not word.startswith("--") and f"-{word.partition('=')[0]}" in names), None
+        )
+        if short is not None and len(short) > 2:
+            return UsageProblem(f"No such option: {short}", f"write it with two dashes: -{short}", page)
     return UsageProblem(text, "", page)
 
 

@@ -6,7 +6,9 @@ Precedence: recipe (`--config`) < `--set a.b=c` < flags. A flag that is not give
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas.config import Config, closest, is_given, resolve
+from gemma2.posttrain.schemas.config import Config, ValueSource, closest, is_given, load_yaml, resolve
 
 from .completion import recipes_of_command
 from .console import Console
@@ -108,16 +110,45 @@ def required_out(out: Path | None) -> Path:
     return out
 
 
-def recipe_path(name: str | None) -> Path | None:
-    """The file that `--config` means: a path, the configuration that an output records, or a recipe by name."""
+NAMED = re.compile(r"--([a-z][a-z-]*)|'([a-z_]+(?:\.\w+)+)'")  # a flag, or a nested key, in a message
+
+
+@contextmanager
+def placed(file: Path | None, sets: Sequence[str], flags: Flags) -> Iterator[None]:
+    """Add the line of the recipe, or the --set, to an error about a value that no flag gave."""
+    try:
+        yield
+    except (UsageError, InputError) as error:
+        found = NAMED.search(error.what)
+        keys = found[1].replace("-", "_").split(".") if found and found[1] else found[2].split(".") if found else []
+        if error.where or not keys or flags.get(keys[0]) is not None:
+            raise
+        where = ValueSource(file, tuple(sets)).place(keys)
+        if not where.startswith("--set ") and (file is None or keys[0] not in load_yaml(file)):
+            raise
+        raise type(error)(f"{error.what} in {where}", error.hint, where) from error
+
+
+def recipe_path(name: str | None, command: str = "") -> Path | None:
+    """The file that `--config` means: a path, the configuration that an output records, or a recipe by name.
+
+    Raises UsageError for a recipe of ours that is for another command than `command`.
+    """
     if name is None:
         return None
     path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
     found = path if path.is_file() else recipe(name)
     if found is None:
         raise InputError(
-            f"--config {name} does not exist", f"give a YAML file, or a recipe: {closest(name, recipes())}"
+            f"--config {name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
         )
+    if command and not path.is_file():
+        with found.open(encoding="utf-8") as lines:
+            begins, _, rest = lines.readline().partition("# gemma2 ")
+        purpose = rest.partition(":")[0]
+        if not begins and purpose not in ("", command):
+            how = "pipeline run " + name if purpose == "pipeline" else f"{purpose} --config {name}"
+            raise UsageError(f"--config {name} is a recipe for gemma2 {purpose}", f"use it with gemma2 {how}")
     return found
 
 
@@ -224,18 +255,20 @@ def make_command(
             settings = split_lists(schema, {name: given[name] for name in flags})
             if positional and given.get(ARGUMENT):
                 settings = _with_argument(positional, given[ARGUMENT], settings)
-            config = resolve(schema, file=recipe_path(given["config"]), sets=given["set"] or (), flags=settings)
+            file = recipe_path(given["config"], ctx.command_path.partition(" ")[2])
+            config = resolve(schema, file=file, sets=given["set"] or (), flags=settings)
             from gemma2.posttrain.runs.inputs import check_inputs, located
 
-            config = located(config)
-            if look is not None and given[look.name] is not None:
-                check_inputs(config)
-                look.show(config, given[look.name], console)
-            elif writes:
-                execute(config, given, run, console)
-            else:
-                check_inputs(config)
-                console.result(run(config, RunOptions(Path()), console).summary)
+            with placed(file, given["set"] or (), settings):
+                config = located(config)
+                if look is not None and given[look.name] is not None:
+                    check_inputs(config)
+                    look.show(config, given[look.name], console)
+                elif writes:
+                    execute(config, given, run, console)
+                else:
+                    check_inputs(config)
+                    console.result(run(config, RunOptions(Path()), console).summary)
 
     common: dict[str, tuple[TypeForm, object]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
     if writes:

@@ -20,29 +20,20 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 Plot = file_option(None, "--plot", help="Write a heat map of kinds of tensors by layers to a .svg or .png file.")
 
 MOST_ROWS = 80  # a longer table is only in --json
-# Field -> title of its column on the screen; --json has all fields.
-COLUMNS = {
-    "group": "group",
-    "parameters": "parameters",
-    "norm_a": "|a|",
-    "norm_b": "|b|",
-    "norm_difference": "|b-a|",
-    "relative": "relative",
-    "largest": "largest",
-}
-WEIGHTS = {"cosine": "cosine", "angle": "angle"}
-TASK_VECTORS = {
-    "task_norm_a": "task |a|",
-    "task_norm_b": "task |b|",
-    "task_cosine": "task cosine",
-    "task_angle": "task angle",
-}
+# Field -> title of its column on the screen, what matters most first: a narrow terminal shows it next to the group.
+FIRST = {"group": "group", "relative": "relative"}
+WEIGHTS = {"angle": "angle", "cosine": "cosine"}
+TASK_VECTORS = {"task_angle": "task angle", "task_cosine": "task cosine"}
+NORMS = {"norm_difference": "|b-a|", "largest": "largest", "norm_a": "|a|", "norm_b": "|b|"}
+TASK_NORMS = {"task_norm_a": "task |a|", "task_norm_b": "task |b|"}
+LAST = {"parameters": "parameters"}
 
 
 def _row(group: Difference) -> dict[str, object]:
     """One row of the table."""
     values = asdict(group)
-    columns = COLUMNS | (WEIGHTS if group.norm_base is None else TASK_VECTORS)
+    tasks = group.norm_base is not None
+    columns = FIRST | (TASK_VECTORS if tasks else WEIGHTS) | NORMS | (TASK_NORMS if tasks else {}) | LAST
     return {title: values[name] for name, title in columns.items()}
 
 

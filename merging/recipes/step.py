@@ -38,7 +38,7 @@ class Step:
         except UsageError as error:
             if self.place is None:
                 raise
-            words = (word.removeprefix("--") for word in error.what.split())
+            words = (word.removeprefix("--").strip(",;:") for word in error.what.split())
             key = next((word for word in words if word in OPTIONS or word in ("base", "models", "granularity")), None)
             where = (self.place.at(key) if key else self.place).where()
             of = f"step '{self.name}': " if self.name else ""

@@ -22,9 +22,10 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.foreign.counterparts import command_here, hint_for
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
-from gemma2.posttrain.schemas.config import Config, ValueSource, apply_sets, closest, load_yaml, validated
+from gemma2.posttrain.schemas.config import Config, ValueSource, closest, validated
 from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
 
+from .pipeline_file import read_pipeline
 from .references import lookup, parse_condition, references, replaced, texts
 from .warp_stages import warp_stages
 
@@ -113,26 +114,6 @@ def with_method(command: str, options: JsonMapping) -> JsonObject:
     """Options as the schema takes them: the method of a merge is a word of its command."""
     first, _, method = command.partition(" ")
     return {**options, "method": method} if first == "merge" else dict(options)
-
-
-def read_pipeline(path: Path, sets: Iterable[str] = ()) -> PipelineFile:
-    """A pipeline file with `--set` applied: `vars.x=1`, `stages.sft.options.steps=9` or, shorter, `sft.steps=9`.
-
-    Raises UsageError with the key that is wrong.
-    """
-    document = load_yaml(path)
-    stages = document.get("stages")
-    if not stages:
-        raise UsageError(f"{path} has no stages", "write stages: {NAME: {command: ..., options: {...}}}", str(path))
-    names = stages if isinstance(stages, dict) else {}
-    source = ValueSource(path, tuple(_in_full(item, names) for item in sets))
-    return validated(PipelineFile, apply_sets(document, source.sets), source).read_from(source)
-
-
-def _in_full(item: str, stages: JsonMapping) -> str:
-    """`sft.steps=9` as `stages.sft.options.steps=9`."""
-    name, dot, rest = item.partition(".")
-    return f"stages.{name}.options.{rest}" if dot and name in stages and "=" not in name else item
 
 
 def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_origin
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
-from gemma2.core.yaml_files import closest, given_by, place_of
-from gemma2.posttrain.foreign.counterparts import Spelling, hint_for
+from gemma2.core.yaml_files import closest, given_by, place_of, text_at
+from gemma2.posttrain.foreign.counterparts import Spelling, hint_for, is_foreign
 
 __all__ = ["ValueSource", "explained", "limits_of", "reworded"]
 
@@ -56,6 +56,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "less_than_equal": ("is above {le}", "give a number{limits}"),
 }
 OTHER = ("does not fit", "{description}")
+VARIABLE = re.compile(r"\$\{(vars\.[\w.]+)\}")  # of a pipeline file
+# Keys that files of other commands begin with.
+OTHER_FILES = {"stages": "pipeline run FILE", "method": "merge --config FILE", "merge_method": "merge --config FILE"}
+WHOLE_FILE = 4  # keys of other tools from which on a file is one of theirs
 LONGEST = 60  # characters of a value that a message shows
 
 
@@ -87,7 +91,9 @@ class ValueSource:
         if self.file is None:
             return ""
         inside = ("config",) if self.file.name == MANIFEST else ()
-        return place_of(self.file, (*inside, *full), of_key=of_key)
+        variable = VARIABLE.search(text_at(self.file, full)) if self.sets else None
+        given = given_by(self.sets, variable[1].split(".")) if variable else None
+        return f"--set {given}" if given else place_of(self.file, (*inside, *full), of_key=of_key)
 
     def wrong(self, what: str, hint: str, *keys: Key, of_key: bool = False) -> UsageError:
         """The error of a value, or with `of_key` of a key; its place follows `what`."""
@@ -133,9 +139,21 @@ def reworded(problem: Problem, field: FieldInfo | None = None) -> tuple[str, str
         "choices": ", ".join(choices),
         "closest": _nearest(str(problem.get("input")), choices),
         "description": described,
-        "example": "[1, 2]" if field and {int, float} & {*get_args(field.annotation)} else "[a, b]",
+        "example": _example(problem.get("input"), field),
     }
     return what.format_map(facts), hint.format_map(facts)
+
+
+def _example(value: object, field: FieldInfo | None) -> str:
+    """A value as the list that was meant; of a list of choices, the choice that is meant."""
+    kinds = get_args(field.annotation) if field else ()
+    choices = [item for kind in kinds if get_origin(kind) is Literal for item in get_args(kind)]
+    near = re.search("'(.*)'", _nearest(str(value), choices)) if choices else None
+    if near is not None or choices:
+        return f"[{near[1] if near else choices[0]}]"
+    if {int, float} & {*kinds}:
+        return f"[{value}]" if isinstance(value, int | float) and not isinstance(value, bool) else "[1, 2]"
+    return f"[{value}]" if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) else "[a, b]"
 
 
 def _bound(problem: Problem) -> str:
@@ -163,7 +181,16 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
     keys: tuple[Key, ...] = tuple(first["loc"])
     name = _spelt((*source.above, *keys))
     if first["type"] == "extra_forbidden":
-        hint = _of_another_tool(schema, ordered, source) or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
+        unknown = {
+            problem["loc"][0]
+            for problem in ordered
+            if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+        }
+        other = None if source.above else next((how for key, how in OTHER_FILES.items() if key in unknown), None)
+        if other:
+            hint = f"use the file with gemma2 {other}"
+        else:
+            hint = _of_another_tool(schema, ordered, source) or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
         return source.wrong(f"unknown key '{name}'{more}", hint, *keys, of_key=True)
     if first["type"] == "missing":
         option = "" if source.above else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
@@ -184,6 +211,8 @@ def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source
     given = {str(p["loc"][-1]): p["input"] for p in level if p["type"] == "extra_forbidden"}
     by_set = source.place((*above, key), of_key=True).startswith("--set")
     spelling: Spelling = "keys" if source.file is not None and not by_set else "sets"
+    if spelling == "keys" and not above and not source.above and sum(map(is_foreign, given)) >= WHOLE_FILE:
+        return f"gemma2 config import {source.file} --out recipe.yaml makes a recipe of a file of another tool"
     return hint_for(str(key), _fields_at(schema, above), ordered[0]["input"], given, spelling)
 
 

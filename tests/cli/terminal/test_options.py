@@ -136,7 +136,7 @@ def test_config_takes_the_name_of_a_recipe_of_the_package(resolved, tmp_path, mo
     (tmp_path / "mine.yaml").write_text("epochs: 4\n")
     monkeypatch.setattr(configs, "__file__", str(tmp_path / "__init__.py"))
     assert resolved(*SFT, "--config", "mine")[0].epochs == 4.0
-    with pytest.raises(InputError, match=r"--config mime does not exist; .* did you mean 'mine'"):
+    with pytest.raises(InputError, match=r"--config mime does not exist; .* .did you mean 'mine'"):
         invoke([*SFT, "--config", "mime"])
 
 
@@ -257,3 +257,41 @@ def test_the_settings_of_an_output_are_shown_as_a_recipe(resolved, tmp_path, cap
     invoke(["config", "show", str(tmp_path)])
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
     assert resolved("sft", "--config", tmp_path / "again.yaml", "--out", "o")[0] == recorded
+
+
+# --- the place of a value that is wrong on disk -----------------------------------------------------------------------
+
+
+def test_a_value_that_is_wrong_on_disk_is_named_with_what_gave_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("data: d\nmodel: gone\n")
+    for words, said in (
+        (["--config", "r.yaml"], "--model gone is not a directory in r.yaml:2:8; give"),
+        (["--config", "r.yaml", "--set", "model=lost"], "--model lost is not a directory in --set model=lost; give"),
+        (["--config", "r.yaml", "--model", "none"], "--model none is not a directory; give"),
+    ):
+        with pytest.raises(InputError) as caught:
+            invoke(["sft", *words, "--out", "o"])
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "warp-paper"], "is a recipe for gemma2 warp; use it with gemma2 warp --config warp-paper"),
+        (["--config", "align"], "is a recipe for gemma2 pipeline; use it with gemma2 pipeline run align"),
+        (["--config", "p.yaml"], "use the file with gemma2 pipeline run FILE"),
+        (["--config", "m.yaml"], "use the file with gemma2 merge --config FILE"),
+    ],
+)
+def test_a_file_of_another_command_is_answered_with_that_command(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_text("stages: {a: {command: sft}}\n")
+    Path("m.yaml").write_text("method: slerp\nmodels: [a, b]\n")
+    with pytest.raises(UsageError, match=said):
+        invoke(["sft", *words, "--out", "o"])
+
+
+def test_a_variable_that_no_stage_reads_is_refused(place):
+    with pytest.raises(UsageError, match=r"--set vars\.sed=1: the pipeline has no variable 'sed'; did you mean 'seed'"):
+        invoke(["pipeline", "run", "quickstart", "--out", "o", "--set", "vars.sed=1", "--dry-run"])

@@ -55,9 +55,9 @@ def test_the_screen_shows_a_row_per_layer_and_the_total(models, capsys):
     assert gemma2("diff a b") == 0
     captured = capsys.readouterr()
     head, *body = rows(captured.out)
-    assert head == ["group", "parameters", "|a|", "|b|", "|b-a|", "relative", "largest", "cosine", "angle"]
+    assert head == ["group", "relative", "angle", "cosine", "|b-a|", "largest", "|a|", "|b|", "parameters"]
     assert [row[0] for row in body] == ["embed_tokens", "layers.0", "layers.1", "norm", "total"]
-    assert body[-1][1] == "124"
+    assert body[-1][-1] == "124"
     # The kernels are compiled once per machine, and a line says so: the first test of a fresh clone sees it.
     assert captured.err.endswith("warning: 1 of 4 groups are identical, norm for one\n")
 
@@ -65,7 +65,8 @@ def test_the_screen_shows_a_row_per_layer_and_the_total(models, capsys):
 def test_a_base_adds_the_task_vectors_and_tensors_are_rows_on_demand(models, capsys):
     assert gemma2("diff a b --base base --granularity tensor") == 0
     head, *body = rows(capsys.readouterr().out)
-    assert head[-4:] == ["task |a|", "task |b|", "task cosine", "task angle"]
+    assert head[:4] == ["group", "relative", "task angle", "task cosine"]
+    assert head[-3:] == ["task |a|", "task |b|", "parameters"]
     assert len(body) == 2 + 2 * 3 + 1
     assert body[1][0] == "model.layers.0.input_layernorm.weight"
 
