@@ -17,6 +17,8 @@ __all__ = [
     "converted",
     "counterpart",
     "hint_for",
+    "is_foreign",
+    "is_off",
     "plain_name",
 ]
 
@@ -53,6 +55,11 @@ class Counterpart:
 def plain_name(name: str) -> str:
     """A flag or key in the spelling of the table: no leading dashes, underscores."""
     return name.lstrip("-").partition("=")[0].replace("-", "_")
+
+
+def is_foreign(name: str) -> bool:
+    """Whether another tool has an option of this name."""
+    return plain_name(name) in NAMES
 
 
 def counterpart(

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import closest, given_by, place_of, text_at
-from gemma2.posttrain.foreign.counterparts import Spelling, hint_for
+from gemma2.posttrain.foreign.counterparts import Spelling, hint_for, is_foreign
 
 __all__ = ["ValueSource", "explained", "limits_of", "reworded"]
 
@@ -59,6 +59,7 @@ OTHER = ("does not fit", "{description}")
 VARIABLE = re.compile(r"\$\{(vars\.[\w.]+)\}")  # of a pipeline file
 # Keys that files of other commands begin with.
 OTHER_FILES = {"stages": "pipeline run FILE", "method": "merge --config FILE", "merge_method": "merge --config FILE"}
+WHOLE_FILE = 4  # keys of other tools from which on a file is one of theirs
 LONGEST = 60  # characters of a value that a message shows
 
 
@@ -186,8 +187,10 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
             if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
         }
         other = None if source.above else next((how for key, how in OTHER_FILES.items() if key in unknown), None)
-        hint = f"use the file with gemma2 {other}" if other else _of_another_tool(schema, ordered, source)
-        hint = hint or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
+        if other:
+            hint = f"use the file with gemma2 {other}"
+        else:
+            hint = _of_another_tool(schema, ordered, source) or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
         return source.wrong(f"unknown key '{name}'{more}", hint, *keys, of_key=True)
     if first["type"] == "missing":
         option = "" if source.above else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
@@ -208,6 +211,8 @@ def _of_another_tool(schema: type[BaseModel], ordered: Sequence[Problem], source
     given = {str(p["loc"][-1]): p["input"] for p in level if p["type"] == "extra_forbidden"}
     by_set = source.place((*above, key), of_key=True).startswith("--set")
     spelling: Spelling = "keys" if source.file is not None and not by_set else "sets"
+    if spelling == "keys" and not above and not source.above and sum(map(is_foreign, given)) >= WHOLE_FILE:
+        return f"gemma2 config import {source.file} --out recipe.yaml makes a recipe of a file of another tool"
     return hint_for(str(key), _fields_at(schema, above), ordered[0]["input"], given, spelling)
 
 

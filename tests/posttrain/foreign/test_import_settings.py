@@ -438,3 +438,11 @@ def test_an_imported_recipe_trains(place, capsys):
     assert plans[0] == plans[1]
     assert invoke(["sft", "--config", "recipe.yaml", "--out", "out"]) == 0
     assert (root / "out" / "gemma2.json").is_file()
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL])
+def test_a_command_that_gets_a_file_of_another_tool_names_the_import(place, text):
+    with pytest.raises(UsageError) as error:
+        resolve(SftConfig, file=place(text))
+    assert error.value.hint.startswith(f"gemma2 config import {place(text)} --out recipe.yaml")
+    assert invoke(["config", "import", str(place(text)), "--out", "recipe.yaml"]) == 0
