@@ -31,7 +31,7 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.merging import MergeRequest, merge
 from gemma2.posttrain.reports.plots.gains import GAINS_NOTE, called, gain_sentences
-from gemma2.posttrain.reports.plots.values import label_of
+from gemma2.posttrain.reports.plots.values import label_of, spreads
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
 
@@ -150,8 +150,9 @@ def figures_section(front: JsonMapping, point: Point, pick: str) -> tuple[tuple[
     """The part of the front about the chosen point, for its card: (title, Markdown)."""
     sft = next((p for p in front["points"] if p["kind"] == "sft"), None)
     start = called(sft) if sft else "SFT"
-    rows = [[f"{called(point)} (chosen)", *_cells(point)]]
-    rows += [[start, *_cells(sft)]] if sft and sft["name"] != point["name"] else []
+    shown = [point, *([sft] if sft and sft["name"] != point["name"] else [])]
+    names = [f"{called(point)} (chosen)", start]
+    rows = [[name, *cells] for name, cells in zip(names, _cells(shown), strict=False)]
     parts = [*gain_sentences(point, start)]
     parts = [" ".join(parts), GAINS_NOTE] if parts else []
     parts.append(table(["policy", "reward", f"KL to {start}, nats", "length, tokens"], rows))
@@ -182,11 +183,7 @@ def _area(front: JsonMapping) -> Iterator[str]:
         )
 
 
-def _cells(point: Point) -> list[str]:
-    cells = []
-    for name in FIGURES:
-        value, low, high = (point.get(f"{name}{part}") for part in ("", "_low", "_high"))
-        shown = f"{value:.3g}" if isinstance(value, int | float) else "not measured"
-        known = isinstance(low, int | float) and isinstance(high, int | float)
-        cells.append(f"{shown} ({low:.3g} to {high:.3g})" if known else shown)
-    return cells
+def _cells(points: Sequence[Point]) -> list[list[str]]:
+    """The figures of every point, with the same decimals in a column."""
+    columns = [["not measured" if cell == "–" else cell for cell in spreads(points, name)] for name in FIGURES]
+    return [list(row) for row in zip(*columns, strict=True)]

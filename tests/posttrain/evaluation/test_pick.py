@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.evaluation.pick import choose, run_pick
+from gemma2.posttrain.reports.plots.values import spreads
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, PickConfig
 
@@ -133,7 +135,8 @@ def test_the_manifest_leads_to_the_front_and_to_the_ends_of_the_line(iterations,
 def test_the_card_says_what_was_chosen_and_that_choosing_flatters(iterations, tmp_path):
     run_pick(PickConfig(front=iterations / "iteration-2" / "front"), RunOptions(tmp_path / "model"))
     card, summary = (tmp_path / "model" / "README.md").read_text(), read_manifest(tmp_path / "model")["summary"]
-    assert f"| {summary['reward']:.3g} ({summary['reward_low']:.3g} to {summary['reward_high']:.3g}) |" in card
+    assert f"| {spreads([summary], 'reward')[0].split('.')[0]}." in card
+    assert re.search(r"\(chosen\) \| \S+ \(\S+ to \S+\) \| \S+ \(\S+ to \S+\) \|", card)
     assert "optimistic" in card
     assert "(front.svg)" in card
     assert "base_model" not in card  # directories are not models of the hub
