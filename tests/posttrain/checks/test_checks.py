@@ -99,10 +99,10 @@ WRONG = {
     "a reference with exchanged ids": ("rlhf", "--policy policy", "--policy policy --sft other", "differ: '[ab]' is"),
     "policies with exchanged ids": ("pareto", "--policies policy", "--policies other", "differ: '[ab]' is"),
     "a model with exchanged ids": ("eval", "--model policy", "--model other", "differ: '[ab]' is"),
-    "a key that TRL lacks": ("sft", "--out o", "--out o --set trainer.optm=x", "trainer.optm'; did you mean 'optim'"),
+    "a key that TRL lacks": ("sft", "--out o", "--out o --set trainer.optm=x", "trainer.optm'.* did you mean 'optim'"),
     "a key that is a flag": ("reward", "--out o", "--out o --set trainer.seed=1", "'trainer.seed' is set by an option"),
     "a key without effect": ("rlhf", "--out o", "--out o --set trainer.epsilon=1", "'trainer.epsilon' has no effect"),
-    "a key of WARP": ("warp", "--out o", "--out o --set trainer.optm=x", "trainer.optm'; did you mean 'optim'"),
+    "a key of WARP": ("warp", "--out o", "--out o --set trainer.optm=x", "trainer.optm'.* did you mean 'optim'"),
     "a function that is not there": (
         "rlhf",
         "--reward rm",

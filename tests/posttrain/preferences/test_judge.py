@@ -16,7 +16,8 @@ from gemma2.posttrain.preferences.judge import COMPARE_PROMPT, SCORE_PROMPT, Jud
 from gemma2.posttrain.preferences.pairs import run_pairs
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
-from gemma2.posttrain.schemas.config import resolve
+from gemma2.posttrain.schemas.config import validated
+from gemma2.posttrain.schemas.messages import ValueSource
 from gemma2.posttrain.tiny.networks import save_random
 
 PROMPTS = 6
@@ -238,7 +239,7 @@ def test_a_directory_as_the_prompt_is_refused(make, tmp_path):
         make(JudgingServer(by_length), tmp_path / "out", judge_prompt=tmp_path)
 
 
-@pytest.mark.parametrize("section", ["", "pairs"])
+@pytest.mark.parametrize("above", [(), ("stages", "pairs", "options")])
 @pytest.mark.parametrize(
     ("schema", "given", "option"),
     [
@@ -246,9 +247,10 @@ def test_a_directory_as_the_prompt_is_refused(make, tmp_path):
         (GenerateConfig, {"teacher": "x", "engine": "openai", "api_key_env": "sk-my-secret"}, "--api-key-env"),
     ],
 )
-def test_a_key_in_place_of_its_variable_is_not_shown(schema, given, option, section):
+def test_a_key_in_place_of_its_variable_is_not_shown(schema, given, option, above):
+    values = {"prompts": "p", **given} | ({"model": "m"} if "judge" in given else {})
     with pytest.raises(UsageError, match=f"{option} is not a variable's name") as caught:
-        resolve(schema, flags={"prompts": "p", **given} | ({"model": "m"} if "judge" in given else {}), section=section)
+        validated(schema, values, ValueSource(above=above))
     assert "secret" not in str(caught.value)
 
 
