@@ -328,7 +328,7 @@ def test_one_existing_output_of_several_etas(root):
 def test_too_little_room_on_the_disk(root, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("gemma2.merging.plan.merge_plan.shutil.disk_usage", lambda path: usage(0, 0, 100))
-    refused(root, OutputError, "GB free; free some space, or choose another --out")
+    refused(root, OutputError, "B free; free some space, or choose another --out")
 
 
 def test_a_full_disk_while_writing(root, monkeypatch):

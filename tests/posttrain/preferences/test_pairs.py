@@ -10,9 +10,9 @@ import pytest
 from row_reading import read_pairs
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.posttrain.checks.plan import plan
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.preferences.pairs import choose, run_pairs
-from gemma2.posttrain.runs.estimates import plan
 from gemma2.posttrain.runs.inputs import check_inputs
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import PairsConfig
