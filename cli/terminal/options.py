@@ -306,7 +306,10 @@ def _show_plan(config: Config, options: RunOptions | None, console: Console) -> 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
     """Run a command that writes an output, or with --dry-run print its plan."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
+    from gemma2.posttrain.checks.machine import free_disk
     from gemma2.posttrain.checks.of_command import CommandChecks
+    from gemma2.posttrain.checks.plan import disk_problem
+    from gemma2.posttrain.runs.estimates import estimate
 
     if given["dry_run"]:
         _show_plan(config, options, console)
@@ -316,6 +319,10 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     if not options.resume:
         check_output(options.out, options.force)
     checks.contents(config, models)
+    work = estimate(config, checks.sources)
+    problem = disk_problem(work, options.out, free_disk(options.out)) if work is not None else None
+    if problem and is_main():
+        console.warn(problem)  # an estimate: the run may need less
     result = None
     try:
         result = run(config, options, console)

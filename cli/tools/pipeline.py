@@ -211,19 +211,23 @@ def run(
 
 def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
     """Print what a run would do."""
-    rows = plan.rows()
+    from gemma2.posttrain.checks.machine import free_memory
+
+    rows, memory = plan.rows(), free_memory()
+    problems = [*plan.problems, *plan.without_memory(memory)]
     total = sum(row["cpu_seconds_at_least"] or 0.0 for row in rows)
     facts = {
         "to_run": len(plan.to_run), "stages": len(rows), "cpu_seconds_at_least": total,
+        "memory_free_gib": memory.free / 2**30, "memory_of": memory.where,
         "disk_gib": plan.disk / 2**30, "disk_free_gib": plan.disk_free / 2**30,
     }  # fmt: skip
     if console.as_json:
-        console.json({"plan": rows, **facts, "problems": plan.problems, "out": str(compiled.root)})
+        console.json({"plan": rows, **facts, "problems": problems, "out": str(compiled.root)})
     else:
         console.table([{key.replace("_", " "): value for key, value in row.items()} for row in rows])
         console.text("")
         console.result(facts, compiled.root)
-    end_plan(plan.problems, console)
+    end_plan(problems, console)
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)

@@ -14,17 +14,17 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.runs.estimates import GIB, Sources, estimate, matmul_rate
+from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import inputs_of
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .data_rows import RowsFound
-from .machine import free_disk, free_memory
+from .machine import Memory, free_disk, free_memory
 from .of_command import CommandChecks
 
-__all__ = ["needs", "plan"]
+__all__ = ["disk_problem", "memory_problem", "needs", "plan"]
 
 
 def plan(config: Config, options: RunOptions | None) -> JsonObject:
@@ -66,22 +66,32 @@ def needs(config: Config, sources: Sources, out: Path | None) -> JsonObject:
         "memory_free_gib": round(memory.free / GIB, 1),
         "memory_of": memory.where,
     }
-    problems: list[str] = []
-    if work.memory > memory.free:
-        needed, free = sizes_apart(work.memory, memory.free)
-        what = f"memory: about {needed} are needed before activations, {free} of {memory.where} are free"
-        problems.append(f"{what}; {_advice(config)}")
+    problems = [memory_problem(config, work, memory)]
     if out is not None:
         disk = free_disk(out)
         found |= {"disk_gib": round(work.disk / GIB, 3), "disk_free_gib": round(disk / GIB, 1)}
-        if work.disk > disk:
-            needed, free = sizes_apart(work.disk, disk)
-            problems.append(
-                f"disk: --out {out} needs about {needed}, {free} are free; free some space, or choose another disk"
-            )
+        problems.append(disk_problem(work, out, disk))
     if work.operations:
         found["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
-    return found | ({"problems": problems} if problems else {})
+    named = [problem for problem in problems if problem]
+    return found | ({"problems": named} if named else {})
+
+
+def memory_problem(config: Config, work: Work, memory: Memory) -> str | None:
+    """One line, as "what; fix", if the weights and what belongs to them do not fit."""
+    if not work.memory > memory.free:
+        return None
+    needed, free = sizes_apart(work.memory, memory.free)
+    what = f"memory: about {needed} are needed before activations, {free} of {memory.where} are free"
+    return f"{what}; {_advice(config)}"
+
+
+def disk_problem(work: Work, out: Path, disk: float) -> str | None:
+    """One line, as "what; fix", if the output and its checkpoints do not fit."""
+    if not work.disk > disk:
+        return None
+    needed, free = sizes_apart(work.disk, disk)
+    return f"disk: --out {out} needs about {needed}, {free} are free; free some space, or choose another disk"
 
 
 def _advice(config: Config) -> str:

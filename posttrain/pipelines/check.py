@@ -18,8 +18,9 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.checks.machine import free_disk
+from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
+from gemma2.posttrain.checks.plan import memory_problem
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.schemas import MergeConfig
@@ -42,6 +43,7 @@ class Checked:
              first), left out
     why      what changed
     work     memory, disk, operations; None where nothing is known
+    config   the configuration, as far as it is known
     """
 
     stage: Stage
@@ -49,6 +51,7 @@ class Checked:
     why: tuple[str, ...] = ()
     work: Work | None = None
     hash: str | None = None
+    config: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ class PipelinePlan:
         needed, free = sizes_apart(self.disk, self.disk_free)
         what = f"disk: the stages to run need about {needed}, {free} are free"
         return [f"{what}; free some space, or choose another --out"]
+
+    def without_memory(self, memory: Memory) -> list[str]:
+        """The stages to run that need more memory than this, a line each; on a cluster other machines count."""
+        found = [
+            (one.stage.name, memory_problem(one.config, one.work, memory))
+            for one in self.to_run
+            if one.work is not None and one.config is not None
+        ]
+        return [f"stages.{name}: {problem}" for name, problem in found if problem]
 
     @property
     def to_run(self) -> list[Checked]:
@@ -136,7 +148,7 @@ def check_pipeline(
         if contents and standing.action not in ("skip", "left out"):
             with stage.located():
                 checks.contents(config, models)
-        found[stage.name] = replace(standing, work=estimate(config, sources))
+        found[stage.name] = replace(standing, work=estimate(config, sources), config=config)
     return PipelinePlan(found, free_disk(pipeline.root))
 
 

@@ -108,6 +108,15 @@ def test_what_does_not_fit_is_a_line_of_the_plan_and_not_its_end(place, monkeypa
     assert "free some space, or choose another disk" in disk
     assert err.count("warning: ") == 2
     assert not (place / "out").exists()
+    (place / "p.yaml").write_text(f"""
+stages:
+  sft: {{command: sft, options: {{model: {place}/model, data: [{place}/rows.jsonl]}}}}
+""")
+    monkeypatch.setattr(machine, "free_memory", lambda: Memory(2000.0, "main memory"))
+    pipeline = ["pipeline", "run", str(place / "p.yaml"), "--out", str(place / "runs"), "--dry-run", "--json"]
+    assert invoke(pipeline) == 1
+    [problem] = json.loads(capsys.readouterr().out)["problems"]
+    assert problem.startswith("stages.sft: memory: about ")
     monkeypatch.undo()
     assert invoke([*words, "--dry-run", "--json"]) == 0
 
