@@ -1,5 +1,6 @@
 """Wrong values of every kind, at every field of every schema: one line in our words, with its place; `~` in paths."""
 
+import inspect
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def required(schema: type[Config]) -> dict[str, object]:
 
 
 def declared_by(schema: type[BaseModel], field: str) -> type:
-    return next(base for base in schema.__mro__ if field in base.__dict__.get("__annotations__", {}))
+    return next(base for base in schema.__mro__ if field in inspect.get_annotations(base))
 
 
 # (schema, field) of every field once, of one that several schemas inherit for the last of them.
