@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -111,8 +112,9 @@ def placeholder(name: str) -> TyperCommand:
     return TyperCommand(name=name, help=COMMANDS[name].summary, rich_help_panel=COMMANDS[name].panel)
 
 
+@cache
 def load(name: str) -> Command:
-    """Import a command's module and return its parser."""
+    """Import a command's module and return its parser, which typer takes up to 40 ms to build: once for a process."""
     module = import_module(f".{COMMANDS[name].module}", __package__)
     command = get_command(module.app)
     command.name = name

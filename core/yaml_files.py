@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,6 +64,7 @@ def _with_numbers(resolver: Resolver) -> Resolver:
     return resolver
 
 
+@cache
 def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
@@ -223,14 +225,21 @@ def _is_finite(value: object, above: tuple[int, ...] = (), seen: set[int] | None
     return found
 
 
-def to_yaml(values: JsonMapping) -> str:
-    """Return a dumped or recorded configuration as a recipe that reruns the same job."""
+@cache
+def _dumper() -> type[yaml.SafeDumper]:
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """The safe dumper, the counterpart of our loader."""
 
-    return yaml.dump(dict(values), Dumper=_with_numbers(Dumper), sort_keys=False, allow_unicode=True)
+    return _with_numbers(Dumper)
+
+
+def to_yaml(values: JsonMapping) -> str:
+    """Return a dumped or recorded configuration as a recipe that reruns the same job."""
+    import yaml
+
+    return yaml.dump(dict(values), Dumper=_dumper(), sort_keys=False, allow_unicode=True)
 
 
 def apply_sets(values: JsonObject, sets: Iterable[str]) -> JsonObject:

@@ -1,20 +1,32 @@
 """What the shell offers after TAB, through typer's own protocol, without torch."""
 
+import json
 import os
+import subprocess
 
 import pytest
-from processes import finish, start
+from processes import start
+from waiting import PATIENCE
 
 from gemma2.configs import recipes
 
+# Answers every line of stdin in one process, and says whether that imported anything heavy.
 COMPLETE = """
-import sys
+import contextlib, io, json, os, sys
 from gemma2.cli.main import main
-try:
-    main()
-finally:
-    heavy = {"torch", "transformers", "numpy", "numba"} & {*sys.modules}
-    assert not heavy, heavy
+answers = {}
+for line in json.load(sys.stdin):
+    words = line.split("|")[0].split(" ")
+    os.environ |= {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code in (0, None), (line, end.code)
+    answers[line] = said.getvalue().split()
+heavy = {"torch", "transformers", "numpy", "numba"} & {*sys.modules}
+assert not heavy, heavy
+json.dump(answers, sys.stdout)
 """
 PIPELINE = """
 stages:
@@ -24,41 +36,39 @@ stages:
 """
 
 
-def offered(folder, line):
-    """The words that bash would offer; `|` is the place of the cursor."""
-    words = line.split("|")[0].split(" ")
-    environment = {
-        "_GEMMA2_COMPLETE": "complete_bash",
-        "COMP_WORDS": " ".join(words),
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    code, out, err = finish(start(COMPLETE, cwd=folder, env={**os.environ, **environment}))
-    assert (code, err) == (0, "")
-    return out.split()
+# Line -> what bash would offer; `|` is the place of the cursor.
+OFFERED = {
+    "gemma2 sf|": ["sft"],
+    "gemma2 merge dar|": ["dare", "dare-ties"],
+    "gemma2 merge plan dar|": ["dare", "dare-ties"],
+    "gemma2 help rewa|": ["reward"],
+    "gemma2 help reward pr|": ["probe"],
+    "gemma2 warp --config |": ["warp-paper"],
+    "gemma2 config show |": [*recipes()],
+    "gemma2 pipeline run |": ["align", "quickstart"],
+    "gemma2 quickstart --config |": ["align", "quickstart"],
+    "gemma2 sft --end-of-turn |": ["eot", "eot+eos"],
+    "gemma2 sft --report-to wandb,t|": ["wandb,tensorboard", "wandb,trackio"],
+    "gemma2 pipeline run p.yaml --only |": ["sweep", "data", "sft", "sweep/seed-1", "sweep/seed-2"],
+    "gemma2 pipeline run p.yaml --jobs 2 --from s|": ["sweep", "sft", "sweep/seed-1", "sweep/seed-2"],
+    "gemma2 pipeline run p.yaml --out o --force sw|": ["sweep", "sweep/seed-1", "sweep/seed-2"],
+    "gemma2 pipeline run broken.yaml --only |": [],
+    "gemma2 pipeline run gone.yaml --only |": [],
+}
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("gemma2 sf|", ["sft"]),
-        ("gemma2 merge dar|", ["dare", "dare-ties"]),
-        ("gemma2 merge plan dar|", ["dare", "dare-ties"]),
-        ("gemma2 help rewa|", ["reward"]),
-        ("gemma2 help reward pr|", ["probe"]),
-        ("gemma2 warp --config |", ["warp-paper"]),
-        ("gemma2 config show |", [*recipes()]),
-        ("gemma2 pipeline run |", ["align", "quickstart"]),
-        ("gemma2 quickstart --config |", ["align", "quickstart"]),
-        ("gemma2 sft --end-of-turn |", ["eot", "eot+eos"]),
-        ("gemma2 sft --report-to wandb,t|", ["wandb,tensorboard", "wandb,trackio"]),
-        ("gemma2 pipeline run p.yaml --only |", ["sweep", "data", "sft", "sweep/seed-1", "sweep/seed-2"]),
-        ("gemma2 pipeline run p.yaml --jobs 2 --from s|", ["sweep", "sft", "sweep/seed-1", "sweep/seed-2"]),
-        ("gemma2 pipeline run p.yaml --out o --force sw|", ["sweep", "sweep/seed-1", "sweep/seed-2"]),
-        ("gemma2 pipeline run broken.yaml --only |", []),
-        ("gemma2 pipeline run gone.yaml --only |", []),
-    ],
-)
-def test_completion_offers(tmp_path, line, words):
-    (tmp_path / "p.yaml").write_text(PIPELINE)
-    (tmp_path / "broken.yaml").write_text("stages: [")
-    assert offered(tmp_path, line) == words
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("completion")
+    (folder / "p.yaml").write_text(PIPELINE)
+    (folder / "broken.yaml").write_text("stages: [")
+    environment = {**os.environ, "_GEMMA2_COMPLETE": "complete_bash"}
+    process = start(COMPLETE, cwd=folder, env=environment, stdin=subprocess.PIPE)
+    out, err = process.communicate(json.dumps([*OFFERED]), timeout=PATIENCE)
+    assert (process.returncode, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("line", OFFERED)
+def test_completion_offers(answers, line):
+    assert answers[line] == OFFERED[line]

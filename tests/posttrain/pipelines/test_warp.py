@@ -1,14 +1,20 @@
-"""Algorithm 1 of WARP (2406.16768) through `gemma2 warp`, against arithmetic on the files that it leaves."""
+"""Algorithm 1 of WARP (2406.16768) through `gemma2 warp`, against arithmetic on the files that it leaves.
+
+The stages run in this process, which has the libraries: a server of processes would import them again, for 10 s.
+"""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from stages import Inline
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
+from gemma2.posttrain.pipelines import warp as stages_of_warp
 from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.tiny.networks import save_random
 from gemma2.posttrain.tiny.tasks import questions
@@ -66,6 +72,16 @@ def stop_often(generation_config: Path) -> None:
     """A fifth of the vocabulary ends a turn: an untrained model then answers in a few tokens, not in hundreds."""
     settings = json.loads(generation_config.read_text())
     generation_config.write_text(json.dumps(settings | {"eos_token_id": [*settings["eos_token_id"], *range(300, 400)]}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stages_run_here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages_of_warp, "executor_of", lambda name, jobs: Inline(jobs))
+        patch.chdir(".")  # a stage changes the working folder and the environment
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            patch.setenv(name, "1")
+        yield
 
 
 @pytest.fixture(scope="module")
