@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from gemma2.core.json_files import JsonMapping
 
@@ -18,4 +19,5 @@ def show_gains(console: Console, chosen: JsonMapping, points: Sequence[JsonMappi
 
     sentences = list(gain_sentences(chosen, start_of(points)))
     if sentences:
-        console.text("\n" + "\n".join([*sentences, GAINS_NOTE]) + "\n")
+        width = console.width(100)
+        console.text("\n" + "\n".join(fill(sentence, width) for sentence in (*sentences, GAINS_NOTE)) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -23,9 +24,13 @@ from gemma2.cli.terminal.options import (
     required_out,
 )
 from gemma2.cli.terminal.plan_view import end_plan
+from gemma2.core.errors import OutputError
 from gemma2.core.json_files import JsonObject
 
 from .pipeline import Announcer, jobs_option, kept_for_later
+
+if TYPE_CHECKING:
+    from gemma2.posttrain.pipelines.compile import Pipeline
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -34,7 +39,8 @@ Jobs = jobs_option(help="Stages that run at once [default 2, 1 on one core].")
 NEXT = """\
 What to try next
   gemma2 merge slerp {out}/warp/iteration-1/policy-1 {out}/warp/iteration-1/policy-2 --out merged
-  gemma2 eval --model merged --sft {out}/distilled --reward {out}/reward --prompts {out}/models/heldout.jsonl
+  gemma2 eval --model merged --sft {out}/distilled --reward {out}/reward --max-new-tokens 28 \\
+    --prompts {out}/models/heldout.jsonl
   gemma2 quickstart --seed 1 --set warp.policies=4 --out {out}-4
   gemma2 sft --model {out}/models/student --data {out}/clean --max-length 96 --show-tokens 3
 With a real Gemma 2 (a directory, or its hub id) the commands are the same:
@@ -83,6 +89,7 @@ def quickstart(
             console.text("\n".join(commands))
         end_plan(plan.problems, console)
         return
+    _refuse_another(pipeline)
     started = time.monotonic()
     announcer = Announcer(console, len(pipeline.stages))
     with kept_for_later(console, out):
@@ -91,6 +98,25 @@ def quickstart(
         console.json({key: result[key] for key in ("units", "rows", "chosen", "samples", "report")})
         return
     show(console, result, out, time.monotonic() - started)
+
+
+def _refuse_another(pipeline: Pipeline) -> None:
+    """Refuse to replace the outputs of a quickstart of other settings, which would be gone stage by stage."""
+    from gemma2.posttrain.pipelines.run import FILE, recorded_file
+    from gemma2.posttrain.schemas.config import load_yaml
+
+    if not (pipeline.root / FILE).is_file():
+        return
+    before, now = load_yaml(pipeline.root / FILE), recorded_file(pipeline)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if not changed:
+        return
+    ours, theirs = now.get("vars", {}), before.get("vars", {})
+    values = [f"{key} {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
+    raise OutputError(
+        f"--out {pipeline.root} holds a quickstart of other settings ({', '.join(values or changed)})",
+        f"choose another --out, such as {pipeline.root}-2",
+    )
 
 
 def show(console: Console, result: JsonObject, out: Path, seconds: float) -> None:

@@ -32,6 +32,7 @@ __all__ = [
 NOT_SCORES = ("reward", "kl", "length", "truncated", "distinct_2", "eta")
 CHOSEN, SINGLE, START = "chosen", "best single run", "where RL started"  # roles of a row
 OVER = "reward_over_single"
+WHOLE = ("warp", "pipeline", "quickstart")  # commands whose time is that of their stages
 BARS = 2.0  # half length of a bar in the table in standard errors, if no interval is known
 
 
@@ -43,7 +44,7 @@ def facts(found: Collected) -> list[str]:
             runs[stage.round] = runs.get(stage.round, 0) + 1
     policies = max(runs.values(), default=0)
     iterations = max((stage.iteration or 0 for stage in found.of("rlhf")), default=0)
-    seconds = sum(stage.seconds or 0.0 for stage in found.stages if stage.command not in ("warp", "quickstart"))
+    seconds = sum(stage.seconds or 0.0 for stage in found.stages if stage.command not in WHOLE)
     ends = [str(stage.manifest["ended"]) for stage in found.stages if stage.manifest.get("ended")]
     answers = max((point.get("n") or 0 for point in found.front.points), default=0)
     size = f"{policies} {plural('policy', policies)} × {iterations} {plural('iteration', iterations)}"

@@ -17,7 +17,7 @@ __all__ = ["GAINS_NOTE", "called", "gain_of", "gain_sentences", "is_certain", "m
 SINGLE = "reward_over_single"
 GAINS_NOTE = (
     "± is the standard error of the difference, paired over the prompts; a gain or loss is shown if its 95 % interval "
-    "does not hold 0."
+    "does not hold 0. A single run is RL without a merge before it."
 )
 
 
@@ -61,6 +61,19 @@ def gain_sentences(point: JsonMapping, start: str) -> Iterator[str]:
             yield f"{called(point)} gains {gain_of(point, key)} reward over {other}."
         else:
             yield f"{called(point)} loses {gain_of({**point, key: -point[key]}, key, sign='')} reward against {other}."
+    losses = list(_losses(point))
+    if losses:
+        yield f"Against that run {called(point)} is worse in {' and '.join(losses)}."
+
+
+def _losses(point: JsonMapping) -> Iterator[str]:
+    """The other scores in which a point is worse than the best single run, beyond chance."""
+    for key in point:
+        metric = key.removesuffix("_over_single")
+        if metric in (key, "reward") or not is_certain(point, key) or point[key] > 0:
+            continue
+        unit = " points" if metric == "accuracy" else ""
+        yield f"{metric.replace('_', ' ')} ({gain_of(point, key, scale_of(metric))}{unit})"
 
 
 def merges_sentence(points: Sequence[JsonMapping]) -> str | None:
