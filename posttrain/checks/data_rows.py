@@ -76,7 +76,7 @@ class RowsFound:
 
     rows     of all files; `checked` of them were read
     lengths  tokens of the checked rows: of the whole conversation, of the longer side of a pair
-    over     checked rows above the length limit
+    over     checked rows above the length limit; `cuts`: they are cut there, not dropped
     first    the first row as rendered
     """
 
@@ -87,6 +87,7 @@ class RowsFound:
     checked: int = 0
     lengths: list[int] = field(default_factory=list)
     limit: int | None = None
+    cuts: bool = False
     skipped: int = 0
     unread: tuple[str, ...] = ()
     first: str = ""
@@ -111,8 +112,15 @@ class RowsFound:
     @property
     def mean(self) -> float:
         """Tokens per row that is kept, at most the limit; NaN where no tokenizer was at hand."""
-        kept = [min(length, self.limit or length) for length in self.lengths]
+        limit = self.limit or math.inf
+        kept = [min(length, self.limit or length) for length in self.lengths if self.cuts or length <= limit]
         return sum(kept) / len(kept) if kept else math.nan
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the rows that are learned: neither left out as bad nor dropped as too long."""
+        dropped = 0.0 if self.cuts or not self.lengths else self.over / len(self.lengths)
+        return (1 - self.skipped / max(1, self.checked)) * (1 - dropped)
 
     def row(self) -> JsonObject:
         """The line of a plan."""
@@ -200,7 +208,8 @@ def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> Ro
     kind: Kind = kind_of_rows(path, Reading(task)) if task.read == "any" else task.read
     if task.read == "any" and kind == "prompts":
         kind = "conversations"  # which says that the answer is missing
-    found = RowsFound(task.flag, path, kind, limit=task.max_length)
+    cuts = task.limits is not None and task.limits.on_overlong == "truncate"
+    found = RowsFound(task.flag, path, kind, limit=task.max_length, cuts=cuts)
     sample = RowSample(FIRST, DRAWN) if task.most is None else None
     reading = Reading(task, sample=sample)
     most = None if task.most is None else min(task.most, FIRST + DRAWN)

@@ -12,6 +12,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.runs.estimates import Sources
 from gemma2.posttrain.runs.inputs import check_inputs
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.training.tracking import check_tracking
 from gemma2.posttrain.training.trainer_options import check_trainer_options
 
 from .data_rows import RowsFound, RowsToRead, read_rows, rows_to_read
@@ -47,6 +48,7 @@ class CommandChecks:
         check_inputs(config, self.sources.places)
         models = check_kinds(config, self.sources.promised)
         check_trainer_options(config)
+        check_tracking(getattr(config, "report_to", ()))
         check_tokenizers(config, models)
         return models
 

@@ -122,7 +122,7 @@ def _supervised(config: SftConfig | RewardConfig, rows: Sequence[RowsFound]) -> 
     """Batches of commands that go over their rows in epochs; rows held out and rows over the limit are not trained."""
     training = [found for found in rows if found.flag == "data"]
     held = config.eval_fraction if getattr(config, "eval_data", None) is None else 0.0
-    kept = sum(found.rows * (1 - _dropped(config, found)) for found in training) * (1 - held)
+    kept = sum(found.rows * found.kept_share for found in training) * (1 - held)
     of_epochs = math.ceil(kept / config.batch_size) * config.epochs
     steps = config.max_steps or max(1, math.ceil(of_epochs))
     sides = 2 if isinstance(config, RewardConfig) else 1
@@ -150,9 +150,3 @@ def _check_warmup(config: TrainingFields, most: int) -> None:
     except ValueError as error:
         what, _, hint = str(error).partition("; ")
         raise UsageError(what, hint) from error
-
-
-def _dropped(config: SftConfig | RewardConfig, found: RowsFound) -> float:
-    """Share of rows that are left out because they are too long."""
-    cut = isinstance(config, SftConfig) and config.on_overlong == "truncate"
-    return 0.0 if cut or not found.lengths else found.over / len(found.lengths)

@@ -36,7 +36,7 @@ from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
-from gemma2.posttrain.training.trainer import trainer_arguments
+from gemma2.posttrain.training.trainer import configured, trainer_arguments
 from gemma2.posttrain.training.trainer_options import REWARD
 from gemma2.posttrain.training.warmup import check_warmup, total_steps
 
@@ -215,7 +215,7 @@ def make_trainer(
         warnings.simplefilter("ignore", FutureWarning)
         trainer = PairTrainer(
             model=model,
-            args=TrlRewardConfig(**arguments, disable_dropout=False),
+            args=configured(TrlRewardConfig, config, arguments | {"disable_dropout": False}),
             train_dataset=to_dataset(pairs),
             processing_class=tokenizer,
             peft_config=lora_config(config, "SEQ_CLS"),

@@ -56,6 +56,9 @@ def load_function(name: str, option: str) -> RewardFunction:
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise UsageError(f"{option} {name!r} is not module:function", "write for example my_rewards:brevity")
+    if module_name.endswith(".py"):
+        written = module_name.removesuffix(".py").replace("/", ".")
+        raise UsageError(f"{option} {name!r} names a file, not a module", f"write {written}:{attribute}")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

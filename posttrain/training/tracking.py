@@ -57,7 +57,7 @@ def check_tracking(names: Sequence[str]) -> None:
     """Raise UsageError for a tracker whose package is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise UsageError(f"--report-to {name} needs the package {name}", "pip install 'gemma2[track]'")
+            raise UsageError(f"--report-to {name} needs the package {name}", f"pip install {name}")
 
 
 @contextmanager

@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from gemma2.core.errors import UsageError
@@ -30,6 +32,12 @@ BREAKS = {
     "logging_strategy": "metrics.jsonl is always written; --log-every sets how often",
 }
 BASES = (("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"))
+# Options whose values are names, and the enumeration that has them.
+NAMED = {
+    "optim": ("transformers", "training_args.py", "OptimizerNames"),
+    "lr_scheduler_type": ("transformers", "trainer_utils.py", "SchedulerType"),
+}
+EIGHT_BIT = re.compile(r"bnb|8bit|4bit")
 EVERYWHERE = frozenset(
     (
         *("output_dir", "learning_rate", "max_grad_norm", "save_strategy", "save_steps", "save_total_limit"),
@@ -52,9 +60,14 @@ class TrlOptions:
     ours: frozenset[str] = frozenset()
     all_own: bool = False
 
+    @property
+    def source(self) -> tuple[str, str, str]:
+        """Package, file and name of the class."""
+        return "trl", self.file, self.name
+
     def known(self) -> frozenset[str]:
         """The names of all options that the class takes."""
-        return frozenset().union(*(_fields(*base) for base in BASES), _fields("trl", self.file, self.name))
+        return frozenset().union(*(_fields(*base) for base in (*BASES, self.source)))
 
     def without_effect(self) -> frozenset[str]:
         """The options that would change nothing."""
@@ -125,6 +138,22 @@ def check_trainer_options(config: Config) -> None:
     if options is None or not isinstance(config, TrainingFields) or not config.trainer:
         return
     refuse_options(config, options.known(), options.without_effect(), EVERYWHERE | options.ours)
+    types = dict(chain.from_iterable(_annotations(*base).items() for base in (*BASES, options.source)))
+    for key, value in config.trainer.items():
+        _check_value(key, value, types.get(key, ""))
+
+
+def _check_value(key: str, value: object, annotation: str) -> None:
+    """Refuse a name that is not among those that transformers knows, and a text in the place of a number."""
+    known = _members(*NAMED[key]) if key in NAMED else frozenset()
+    if known and isinstance(value, str) and value not in known:
+        raise UsageError(f"'trainer.{key}' is {value!r}, which transformers does not know", closest(value, known))
+    if key == "optim" and EIGHT_BIT.search(str(value)) and find_spec("bitsandbytes") is None:
+        raise UsageError(f"'trainer.optim' {value} needs the package bitsandbytes", "pip install bitsandbytes")
+    numbers = {"float", "int", "bool"}
+    if isinstance(value, str) and {part.strip() for part in annotation.split("|")} - {"None"} <= numbers and annotation:
+        kinds = " or ".join(sorted(numbers.intersection(part.strip() for part in annotation.split("|"))))
+        raise UsageError(f"'trainer.{key}' is the text {value!r}", f"give a value of type {kinds}")
 
 
 def refuse_options(
@@ -148,16 +177,36 @@ def refuse_options(
             raise UsageError(f"'trainer.{key}' is set by an option of this command", hint)
 
 
-@cache
 def _fields(package: str, file: str, name: str) -> frozenset[str]:
-    """The fields of a dataclass that its constructor takes, from its source: importing it would import torch."""
+    return frozenset(_annotations(package, file, name))
+
+
+@cache
+def _annotations(package: str, file: str, name: str) -> dict[str, str]:
+    """The fields that a dataclass takes, and their types, from its source: importing it would import torch."""
+    found = [node for node in _body(package, file, name) if isinstance(node, ast.AnnAssign)]
+    return {
+        node.target.id: ast.unparse(node.annotation)
+        for node in found
+        if isinstance(node.target, ast.Name) and not _is_internal(node.value)
+    }
+
+
+@cache
+def _members(package: str, file: str, name: str) -> frozenset[str]:
+    """The values of an enumeration of texts, from its source."""
+    values = [node.value for node in _body(package, file, name) if isinstance(node, ast.Assign)]
+    return frozenset(
+        value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)
+    )
+
+
+def _body(package: str, file: str, name: str) -> list[ast.stmt]:
     spec = find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
     source = Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8")
-    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
-    found = [node for node in body if isinstance(node, ast.AnnAssign) and not _is_internal(node.value)]
-    return frozenset(node.target.id for node in found if isinstance(node.target, ast.Name))
+    return next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def _is_internal(value: ast.expr | None) -> bool:

@@ -103,6 +103,25 @@ WRONG = {
     "a key that is a flag": ("reward", "--out o", "--out o --set trainer.seed=1", "'trainer.seed' is set by an option"),
     "a key without effect": ("rlhf", "--out o", "--out o --set trainer.epsilon=1", "'trainer.epsilon' has no effect"),
     "a key of WARP": ("warp", "--out o", "--out o --set trainer.optm=x", "trainer.optm'.* did you mean 'optim'"),
+    "an optimizer that is not known": (
+        "reward",
+        "--out o",
+        "--out o --set trainer.optim=adamwx",
+        "did you mean 'adamw",
+    ),
+    "a schedule that is not known": (
+        "sft",
+        "--out o",
+        "--out o --set trainer.lr_scheduler_type=cosin",
+        "mean 'cosine'",
+    ),
+    "a text as a number": (
+        "sft",
+        "--out o",
+        "--out o --set trainer.weight_decay=abc",
+        "'abc'; give a value of type fl",
+    ),
+    "a file as a module": ("rlhf", "--reward rm", "--reward-fn mine.py:length", "names a file, .*; write mine:length"),
     "a function that is not there": (
         "rlhf",
         "--reward rm",

@@ -45,12 +45,23 @@ def test_rows_lengths_and_batches_are_those_of_the_run(place):
     # 18 rows are short enough: 5 batches of 4 in each of three epochs
     batch = document["batch"]
     assert (batch["rows_trained_about"], batch["steps"], batch["micro_batch"]) == (18, 15, 2)
-    assert batch["tokens_per_step_about"] == round((18 * SHORT_TOKENS + 2 * 64) / 20 * 4)
+    assert batch["tokens_per_step_about"] == round(SHORT_TOKENS * 4)
+    cut = planned(place, sft(place, max_length=64, batch_size=4, epochs=3, eval_fraction=0, on_overlong="truncate"))
+    assert cut["batch"]["tokens_per_step_about"] == round((18 * SHORT_TOKENS + 2 * 64) / 20 * 4)
+    assert cut["batch"]["rows_trained_about"] == 20
+
+
+def test_rows_that_are_skipped_are_not_counted_as_trained(place):
+    with (place / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "x"}\n' * 4)
+    document = planned(place, sft(place, max_length=64, batch_size=4, epochs=3, eval_fraction=0, on_bad_row="skip"))
+    assert (document["data"][0]["rows"], document["batch"]["rows_trained_about"]) == (24, 18)
+    assert document["batch"]["steps"] == 15
 
 
 def test_time_is_that_of_the_tokens_that_were_counted(place):
     config = sft(place, max_length=64, max_steps=10, batch_size=4, eval_fraction=0)
-    tokens = 10 * 4 * (18 * SHORT_TOKENS + 2 * 64) / 20
+    tokens = 10 * 4 * SHORT_TOKENS
     n = 300 * 8 + 8
     assert planned(place, config)["cpu_hours_at_least"] == float(f"{6 * n * tokens / 1e9 / 3600:.2g}")
 
