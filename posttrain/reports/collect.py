@@ -36,7 +36,7 @@ WORK = (
 )
 NAMED = 6  # stages that a gap names; it counts the others
 
-MOST_FOLDERS = 1000  # of a folder that is no output itself but may hold some
+MOST_FOLDERS = 1000  # of a folder that may hold outputs without being one
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,13 @@ def order(stage: RecordedStage, place: Mapping[str, int]) -> tuple[int, str, int
 def find_stages(root: Path, gaps: list[str]) -> Iterator[RecordedStage]:
     """Yield every directory with a manifest and every interrupted run.
 
-    Raises InputError for a folder of very many folders that is no output itself.
+    Raises InputError for a folder of very many folders, unless it is an output itself.
     """
     is_output = any((root / name).is_file() for name in (MANIFEST, STATE, PIPELINE))
     for count, (folder, children, files) in enumerate(os.walk(root)):
         path = Path(folder)
         if count == MOST_FOLDERS and not is_output:
-            what = f"{root} is no output of a gemma2 command and holds more than {MOST_FOLDERS:,} folders"
+            what = f"{root} is not an output of a gemma2 command, and holds more than {MOST_FOLDERS:,} folders"
             raise InputError(what, "give the output of one command or pipeline")
         hidden = {child for child in children if child.startswith(".") and not PARTIAL.search(child)}
         children[:] = sorted(set(children) - hidden - RESUME_STATE)

@@ -231,6 +231,8 @@ def run_sft(config, options, progress):
 from gemma2.posttrain.checks.of_command import CommandChecks
 CommandChecks.inputs = lambda self, config: []
 CommandChecks.contents = lambda self, config, models: []
+from gemma2.posttrain.runs import estimates
+estimates.estimate = lambda config, sources: None
 sys.modules["gemma2.posttrain.sft.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
 SLEEP = "time.sleep(3600)"

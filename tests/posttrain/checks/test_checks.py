@@ -106,8 +106,8 @@ WRONG = {
     "an optimizer that is not known": (
         "reward",
         "--out o",
-        "--out o --set trainer.optim=adamwx",
-        "did you mean 'adamw",
+        "--out o --set trainer.optim=adamm",
+        "did you mean 'adam",
     ),
     "a schedule that is not known": (
         "sft",
@@ -119,7 +119,7 @@ WRONG = {
         "sft",
         "--out o",
         "--out o --set trainer.weight_decay=abc",
-        "'abc'; give a value of type fl",
+        "'abc'.* give a value of type",
     ),
     "a file as a module": ("rlhf", "--reward rm", "--reward-fn mine.py:length", "names a file, .*; write mine:length"),
     "a function that is not there": (
