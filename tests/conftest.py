@@ -1,6 +1,8 @@
 """Makes a bare checkout importable as `gemma2`, keeps every test off the network, and begins with the longest files."""
 
+import functools
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -20,6 +22,11 @@ if importlib.util.find_spec("gemma2") is None:
     namespace.__path__ = [str(ROOT)]
     sys.modules["gemma2"] = namespace
 
+# Tests make and drop models all the time: the default threshold has the collector search them for a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
+# Libraries look up at every step of a training whether a package is installed: 2 ms to parse its metadata.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
 # Ten thousand flushes to the disk take a minute, and no test cuts the power. Processes that tests start do flush.
 os.fsync = lambda descriptor: os.fstat(descriptor) and None
 
@@ -29,6 +36,9 @@ def _old_objects_are_not_searched_for_garbage():
     """Every training run ends with a `gc.collect()` of accelerate's, which would take 0.2 s for the libraries alone."""
     gc.collect()
     gc.freeze()
+    imports = sys.modules.get("accelerate.utils.imports")
+    if imports is not None and not hasattr(imports._is_package_available, "cache_info"):
+        imports._is_package_available = functools.cache(imports._is_package_available)
 
 
 @pytest.hookimpl(trylast=True)

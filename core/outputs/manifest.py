@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -110,6 +111,11 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages that decide a result's bytes."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {}

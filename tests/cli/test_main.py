@@ -142,37 +142,54 @@ def test_every_command_line_that_is_refused_gives_an_object(capsys, name):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "sft --model gone --data gone --out o",
-        "merge slerp gone gone --out o",
-        "merge --config gone.yaml --out o",
-        "merge --config /dev/null --out o",
-        "inspect .",
-        "diff . .",
-        "lineage .",
-        "report .",
-        "pipeline status .",
-        "pipeline run gone --out o",
-        "pick . --out o",
-        "convert . --out o",
-        "data inspect .",
-        "config show gone",
-        "reward eval . --data gone",
-        "eval --model . --sft . --reward . --prompts .",
-    ],
-)
-def test_a_wrong_folder_is_refused_before_anything_heavy_is_imported(tmp_path, line):
-    script = (
-        "import sys\nfrom gemma2.cli.main import main\ntry:\n    main()\nfinally:\n"
-        "    assert not {'torch', 'transformers', 'numba', 'numpy'} & {*sys.modules}, 'heavy'\n"
-    )
-    code, out, err = finish(start(script, *line.split(), "--json", cwd=tmp_path))
-    found = error_object(out)
-    assert code == found["exit_code"] == (2 if found["kind"] == "usage" else 1)
-    assert err.count("\n") == 1
-    assert found["fix"]
+WRONG_FOLDERS = [
+    "sft --model gone --data gone --out o",
+    "merge slerp gone gone --out o",
+    "merge --config gone.yaml --out o",
+    "merge --config /dev/null --out o",
+    "inspect .",
+    "diff . .",
+    "lineage .",
+    "report .",
+    "pipeline status .",
+    "pipeline run gone --out o",
+    "pick . --out o",
+    "convert . --out o",
+    "data inspect .",
+    "config show gone",
+    "reward eval . --data gone",
+    "eval --model . --sft . --reward . --prompts .",
+]
+# Every line of its arguments in one process, which then must not have imported anything heavy.
+REFUSED = """
+import contextlib, io, json, sys
+from gemma2.cli.main import main
+answers = []
+for line in sys.argv[1:]:
+    sys.argv[1:] = [*line.split(), "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    heavy = {"torch", "transformers", "numba", "numpy"} & {*sys.modules}
+    answers.append([line, code, out.getvalue(), err.getvalue(), sorted(heavy)])
+json.dump(answers, sys.stdout)
+"""
+
+
+def test_a_wrong_folder_is_refused_before_anything_heavy_is_imported(tmp_path):
+    code, out, err = finish(start(REFUSED, *WRONG_FOLDERS, cwd=tmp_path))
+    assert (code, err) == (0, "")
+    answers = json.loads(out)
+    assert [line for line, *_ in answers] == WRONG_FOLDERS
+    faults = []
+    for line, code, out, err, heavy in answers:
+        found = error_object(out)
+        right = code == found["exit_code"] == (2 if found["kind"] == "usage" else 1)
+        if not right or err.count("\n") != 1 or not found["fix"] or heavy:
+            faults.append((line, code, found, err, heavy))
+    assert faults == []
     assert [*tmp_path.iterdir()] == []
 
 
