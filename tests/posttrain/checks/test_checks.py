@@ -107,7 +107,7 @@ WRONG = {
         "reward",
         "--out o",
         "--out o --set trainer.optim=adamm",
-        "did you mean 'adam",
+        "transformers does not know.* did you mean",
     ),
     "a schedule that is not known": (
         "sft",
