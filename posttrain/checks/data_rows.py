@@ -26,6 +26,7 @@ from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
     EvalConfig,
+    FilterConfig,
     GenerateConfig,
     PairsConfig,
     ParetoConfig,
@@ -45,13 +46,14 @@ __all__ = ["RowsFound", "RowsToRead", "read_rows", "rows_to_read"]
 
 FIRST, DRAWN = 500, 2500  # rows of one data set
 SHOWN = 160  # tokens of the row that a plan shows
-# Field -> what its rows are read as; "any": pairs or conversations, whichever they are.
-Read = Literal["conversations", "pairs", "prompts", "any"]
+# Field -> what its rows are read as; "any": pairs or conversations, whichever they are; "rows": as they stand.
+Read = Literal["conversations", "pairs", "prompts", "any", "rows"]
 PROMPTS: Mapping[str, Read] = {"prompts": "prompts", "heldout": "prompts"}
 LEARNED: Mapping[str, Read] = {"data": "conversations", "eval_data": "conversations"}
 PAIRS: Mapping[str, Read] = {"data": "pairs"}
 # The fields of each command, and the field of the model whose chat template renders them.
 FIELDS: dict[type[Config], tuple[Mapping[str, Read], str]] = {
+    FilterConfig: ({"data": "rows"}, ""),
     GenerateConfig: (PROMPTS, "teacher"),
     SftConfig: (LEARNED, "model"),
     DistillConfig: ({**PROMPTS, **LEARNED}, "model"),
@@ -197,6 +199,13 @@ def _most_rows(config: Config, name: str) -> int | None:
     return limit if isinstance(limit, int) and not isinstance(config, WarpConfig) else None
 
 
+def _kind(task: RowsToRead) -> Kind | Literal["rows"]:
+    if task.read != "any":
+        return task.read
+    kind = kind_of_rows(task.path, Reading(task))
+    return "conversations" if kind == "prompts" else kind  # which says that the answer is missing
+
+
 def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> RowsFound:
     """Read rows of one data set.
 
@@ -205,17 +214,19 @@ def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> Ro
     Raises InputError for a row that the command would refuse, UsageError for a wrong `--columns`.
     """
     path, formatted = task.path, None if task.model is None else chat(task.model)
-    kind: Kind = kind_of_rows(path, Reading(task)) if task.read == "any" else task.read
-    if task.read == "any" and kind == "prompts":
-        kind = "conversations"  # which says that the answer is missing
+    kind = _kind(task)
     cuts = task.limits is not None and task.limits.on_overlong == "truncate"
     found = RowsFound(task.flag, path, kind, limit=task.max_length, cuts=cuts)
     sample = RowSample(FIRST, DRAWN) if task.most is None else None
     reading = Reading(task, sample=sample)
     most = None if task.most is None else min(task.most, FIRST + DRAWN)
-    for row in islice(rows_of_kind(path, kind, reading), most):
-        with reading.usable(row):
-            found.add(_ids(row, formatted, task.limits), formatted)
+    if kind == "rows":
+        for _ in islice(reading.rows(path), most):
+            pass
+    else:
+        for row in islice(rows_of_kind(path, kind, reading), most):
+            with reading.usable(row):
+                found.add(_ids(row, formatted, task.limits), formatted)
     found.skipped = len(reading.skipped)
     found.unread = tuple(reading.tallies[path].unread)
     if sample is None:

@@ -185,6 +185,14 @@ def test_a_bad_row_can_be_left_out_as_its_error_says(place, capsys):
     assert json.loads(capsys.readouterr().out)["data"][0]["bad_rows_skipped"] == 1
 
 
+def test_a_plan_of_filter_reads_its_rows(place, capsys):
+    assert invoke(["filter", "rows.jsonl", "--out", "o", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"][0]["rows"] == 20
+    (place / "bad.csv").write_text("prompt,completion\na,b\nc,d,e\n")
+    with pytest.raises(InputError, match=r"bad\.csv:3: 3 fields"):
+        invoke(["filter", "bad.csv", "--out", "o", "--dry-run"])
+
+
 def test_rows_behind_the_limit_are_not_read(place):
     text = (place / "prompts.jsonl").read_text()
     (place / "mixed.jsonl").write_text(text + '{"no": "prompt"}\n')
