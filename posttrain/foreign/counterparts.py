@@ -261,6 +261,20 @@ def _whole_steps(key: str, value: object, given: Mapping[str, object]) -> Settin
     return {key: int(value)} if isinstance(value, int | float) and value >= 1 else None
 
 
+def _functions(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
+    """TRL writes module.function, we module:function; TRL's short names of functions of its own have no module."""
+    names = list_of(value)
+    written = [_function(name) for name in (names if isinstance(names, list) else [names])]
+    return None if None in written else {key: written[0] if len(written) == 1 else written}
+
+
+def _function(name: object) -> str | None:
+    if not isinstance(name, str) or ":" in name:
+        return name if isinstance(name, str) else None
+    module, dot, function = name.rpartition(".")
+    return f"{module}:{function}" if dot else None
+
+
 def _merged(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
     return {} if value is True else {key: "adapter"}
 
@@ -292,6 +306,7 @@ CONVERSIONS: dict[str, Callable[[str, object, Mapping[str, object]], Settings | 
     "infer_backend": _engine,
     "excess_length_strategy": _overlong,
     "merge_lora": _merged,
+    "reward_funcs": _functions,
 }
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.posttrain.foreign.counterparts import converted
 from gemma2.posttrain.foreign.settings.imports import SCHEMAS, import_file
 from gemma2.posttrain.schemas import RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import resolve
@@ -448,3 +449,9 @@ def test_a_command_that_gets_a_file_of_another_tool_names_the_import(place, text
         resolve(SftConfig, file=place(text))
     assert error.value.hint.startswith(f"gemma2 config import {place(text)} --out recipe.yaml")
     assert invoke(["config", "import", str(place(text)), "--out", "recipe.yaml"]) == 0
+
+
+def test_a_reward_function_of_trl_is_written_as_ours():
+    assert converted("reward_funcs", "reward_fn", "good.brief", {}) == {"reward_fn": "good:brief"}
+    assert converted("reward_funcs", "reward_fn", "a.b.c d:e", {}) == {"reward_fn": ["a.b:c", "d:e"]}
+    assert converted("reward_funcs", "reward_fn", "think_format_reward", {}) is None
