@@ -262,7 +262,7 @@ def _whole_steps(key: str, value: object, given: Mapping[str, object]) -> Settin
 
 
 def _functions(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
-    """TRL writes module.function, we module:function; TRL's short names of functions of its own have no module."""
+    """TRL writes module.function, we module:function; a name without a module is one of TRL's functions."""
     names = list_of(value)
     written = [_function(name) for name in (names if isinstance(names, list) else [names])]
     return None if None in written else {key: written[0] if len(written) == 1 else written}
