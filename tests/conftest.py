@@ -22,7 +22,7 @@ if importlib.util.find_spec("gemma2") is None:
     namespace.__path__ = [str(ROOT)]
     sys.modules["gemma2"] = namespace
 
-# Tests make and drop models all the time: the default threshold has the collector search them for a tenth of the time.
+# Imports and models make many objects and hardly any garbage, for which the collector searches too often by default.
 gc.set_threshold(100_000, 50, 100)
 # Libraries look up at every step of a training whether a package is installed: 2 ms to parse its metadata.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)

@@ -11,8 +11,10 @@ import re
 
 import pytest
 import torch
+from stages import Inline
 
 from gemma2.cli.app import invoke
+from gemma2.posttrain.pipelines import warp
 from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 from gemma2.posttrain.tiny.tasks import questions
 
@@ -133,6 +135,9 @@ report warp --out report.html
 
 def test_every_document_of_every_command_holds_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warp, "executor_of", lambda name, jobs: Inline(jobs))  # here, where the libraries are imported
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     for seed, name in enumerate(("student", "teacher")):
         model = random_model(seed)
         with torch.no_grad():

@@ -100,7 +100,7 @@ def test_every_link_to_a_file_leads_to_one(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory like the one after `make quickstart`, with models that trained for an eighth of the time."""
+    """A directory like the one after `make quickstart`, with models that trained for a sixteenth of the time."""
     from gemma2.posttrain.tiny.networks import tiny_tokenizer
     from gemma2.posttrain.tiny.pretrain import RECIPES, pretrain
     from gemma2.posttrain.tiny.tasks import questions
@@ -108,7 +108,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("readme")
     models = root / "quickstart" / "models"
     for name, recipe in RECIPES.items():
-        pretrain(replace(recipe, steps=recipe.steps // 8)).save_pretrained(models / name)
+        pretrain(replace(recipe, steps=recipe.steps // 16)).save_pretrained(models / name)
         tiny_tokenizer().save_pretrained(models / name)
     for split, name, count in (("train", "prompts", 200), ("heldout", "heldout", 32)):
         rows = questions(split, count, seed=0)

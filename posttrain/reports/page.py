@@ -6,7 +6,9 @@ the template's escaping, and a content security policy keeps the page from loadi
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.text_file import write_text
@@ -14,6 +16,9 @@ from gemma2.core.outputs.text_file import write_text
 from . import family, headline, sections
 from .collect import Collected, collect
 from .plots.values import duration, number, short_hash
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = ["plan_report", "write_report"]
 
@@ -41,8 +46,8 @@ def plan_report(directory: Path) -> JsonObject:
     }
 
 
-def render(found: Collected) -> str:
-    """The page as HTML."""
+@cache
+def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(
@@ -50,8 +55,13 @@ def render(found: Collected) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "duration": duration, "short": short_hash}
+    return environment.get_template("report.html.j2")
+
+
+def render(found: Collected) -> str:
+    """The page as HTML."""
     rows = headline.headline_rows(found)
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         css=(HERE / "report.css").read_text(encoding="utf-8"),
         title=found.title,
         facts=headline.facts(found),

@@ -98,6 +98,7 @@ def label_points(figure: Figure, axis: Axes, points: Sequence[JsonMapping], labe
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout that the labels are placed in is kept, and not computed again
     assert isinstance(figure.canvas, FigureCanvasAgg)  # as new_figure makes it
     renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72

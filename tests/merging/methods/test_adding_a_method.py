@@ -39,6 +39,23 @@ def place(tmp_path):
     return tmp_path
 
 
+# Runs the command lines that follow, one after the other; prints (exit code, stdout, stderr) of each.
+EVERY_LINE = """
+import contextlib, io, json
+from gemma2.cli.main import main
+answers = []
+for line in sys.argv[1:]:
+    sys.argv[1:] = line.partition("  #")[0].split()[1:]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    answers.append([code, out.getvalue(), err.getvalue()])
+json.dump(answers, sys.stdout)
+"""
+
+
 def call(place, line):
     """Exit code, stdout and stderr of one line of the page."""
     words = line.partition("  #")[0].split()[1:]
@@ -50,8 +67,9 @@ def merged(out):
 
 
 def test_every_line_of_the_page_does_what_it_says(place):
-    for line in LINES:
-        code, out, err = call(place, line)
+    code, printed, err = finish(start(WITH_THE_FILE + EVERY_LINE, place / "more", *LINES, cwd=place))
+    assert (code, err) == (0, "")
+    for line, (code, out, err) in zip(LINES, json.loads(printed), strict=True):
         refused = line.partition("# error: ")[2]
         assert (code, refused in err) == ((2, True) if refused else (0, True)), (line, err)
         if "--help" in line:

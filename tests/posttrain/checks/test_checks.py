@@ -204,14 +204,16 @@ def test_rows_behind_the_limit_are_not_read(place):
 
 def test_nothing_heavy_is_imported_for_a_plan(place):
     script = """
+import shlex
 from gemma2.cli.main import run
-code = run(sys.argv[1:])
-sys.stderr.write(" ".join(name for name in ("torch", "trl", "datasets", "numba") if name in sys.modules))
-sys.exit(code)
+for line in sys.argv[1:]:
+    assert run(shlex.split(line)) == 0, line
+    heavy = [name for name in ("torch", "trl", "datasets", "numba") if name in sys.modules]
+    assert not heavy, (line, heavy)
 """
-    for command in ("sft", "rlhf", "pareto"):
-        code, _, err = finish(start(script, *line(command), "--dry-run", "--quiet"))
-        assert (code, err) == (0, "")
+    lines = [shlex.join([*line(command), "--dry-run", "--quiet"]) for command in ("sft", "rlhf", "pareto")]
+    code, _, err = finish(start(script, *lines))
+    assert (code, err) == (0, "")
 
 
 def test_the_module_of_a_function_stays_in_the_child(place, functions, monkeypatch):

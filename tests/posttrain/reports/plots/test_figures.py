@@ -166,6 +166,13 @@ def test_a_page_figure_has_its_own_ids_theme_colours_and_no_foreign_address():
     assert "http" not in svg.replace("http://www.w3.org/", "")
 
 
+def test_a_figure_that_is_drawn_again_keeps_its_layout_and_so_its_bytes():
+    """In the layout of a second drawing, the labels would no longer be where there was room for them."""
+    for policies, narrow in ((8, True), (12, False)):
+        figure = front_figure(warp_points(policies), narrow)
+        assert svg_text(figure) == svg_text(figure), policies
+
+
 def test_the_same_points_give_the_same_files(tmp_path):
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
         write_figure(front_figure(warp_points()), tmp_path / name)
