@@ -53,7 +53,11 @@ def _say_as_json(arguments: Sequence[str], kind: str, code: int, what: str, fix:
     if "--json" not in words or os.environ.get("RANK", "0") != "0":
         return
     error = {"kind": kind, "what": " ".join(what.split()), "where": where or None, "fix": fix, "exit_code": code}
-    sys.stdout.write(json.dumps({"error": error}, indent=2, ensure_ascii=False) + "\n")
+    try:
+        sys.stdout.write(json.dumps({"error": error}, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    except OSError:  # a full disk, which may be the error itself; the buffer would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stdout.flush()
 
 
@@ -74,7 +78,9 @@ def run(arguments: list[str]) -> int:
     try:
         from .app import invoke
 
-        return invoke(arguments)
+        code = invoke(arguments)
+        sys.stdout.flush()  # here, where a full disk behind it is an error like any other
+        return code
     except Gemma2Error as error:
         kind = next(name for base, name in KINDS.items() if base in {one.__name__ for one in type(error).__mro__})
         _say_as_json(arguments, kind, error.exit_code, error.what, error.hint, error.where)
@@ -110,7 +116,6 @@ def main() -> None:
         try:
             _environment()
             code = run(sys.argv[1:])
-            sys.stdout.flush()
         except BrokenPipeError:
             # `gemma2 ... | head`: the reader has what it wanted.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

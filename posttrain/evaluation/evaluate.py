@@ -32,6 +32,7 @@ from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
@@ -333,14 +334,27 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     same = config.model.resolve() == config.sft.resolve()
     model = reference if same else load_policy(config.model)[0]
     check_same_vocabulary(model, reference, str(config.model), str(config.sft))
+    note_other_temperature(config, progress)
     measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")
     return {
         "model": str(config.model),
         **measured.columns(),
         "n": measured.n,
         "prompts": len(rows),
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
         "samples": list(measured.samples),
     }
+
+
+def note_other_temperature(config: EvalConfig, progress: Progress) -> None:
+    """Say that a policy was trained at another temperature: figures of its run and of its front are not these."""
+    trained = ((read_manifest(config.model) or {}).get("config") or {}).get("temperature")
+    if isinstance(trained, int | float) and trained != config.temperature:
+        progress.note(
+            f"{config.model} was trained at temperature {trained:g} and is measured at {config.temperature:g}; "
+            f"--temperature {trained:g} gives figures like those of its run"
+        )
 
 
 def check_same_vocabulary(model: CausalLM, reference: CausalLM, name: str, reference_name: str) -> None:

@@ -66,14 +66,21 @@ class Stage:
         source = self.source.below("stages", self.name, "options")
         return validated(self.kind.schema, with_method(self.command, values), source)
 
+    def _named_in(self, what: str) -> tuple[str, ...]:
+        """The keys of the option that an error is about: by its flag, else by its value, as a file that it names."""
+        for word in what.split():
+            if word.startswith("--") and (name := word[2:].replace("-", "_")) in self.options:
+                return ("options", name)
+        values = ((name, item) for name, value in self.options.items() for _, item in texts(value))
+        return next((("options", name) for name, item in values if len(item) > 1 and what.startswith(item)), ())
+
     @contextmanager
     def located(self) -> Iterator[None]:
         """Name the stage, and the place of the option that an error names (`--model x is ...`), in the error."""
         try:
             yield
         except (UsageError, InputError) as error:
-            named = (word[2:].replace("-", "_") for word in error.what.split() if word.startswith("--"))
-            keys = ("options", option) if (option := next(named, None)) in self.options else ()
+            keys = self._named_in(error.what)
             with self.source.located("stages", self.name, *keys, prefix=f"stages.{self.name}: "):
                 raise type(error)(error.what, error.hint) from error
 

@@ -61,6 +61,8 @@ def gain_sentences(point: JsonMapping, start: str) -> Iterator[str]:
             yield f"{called(point)} gains {gain_of(point, key)} reward over {other}."
         else:
             yield f"{called(point)} loses {gain_of({**point, key: -point[key]}, key, sign='')} reward against {other}."
+    if point.get("on_front") is False:
+        yield f"{called(point)} is not on the front: another measured point has at least its reward at no more KL."
     losses = list(_losses(point))
     if losses:
         yield f"Against that run {called(point)} is worse in {' and '.join(losses)}."

@@ -208,3 +208,18 @@ def test_a_place_in_an_output_that_nobody_promised_is_not_known_and_no_error(pla
     )
     assert math.isnan(plan.stages["sft"].work.operations)
     assert all(row["cpu_seconds_at_least"] is None or row["stage"] != "sft" for row in plan.rows())
+
+
+def test_a_bad_row_is_located_at_the_option_that_names_its_file(place):
+    (place / "bad.jsonl").write_text('{"prompt": 5}\n')
+    text = f"""stages:
+  a:
+    command: sft
+    options:
+      model: {place}/sft
+      data: [{place}/bad.jsonl]
+"""
+    (place / "p.yaml").write_text(text)
+    pipeline = compile_pipeline(read_pipeline(place / "p.yaml"), place / "out")
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: .*p\.yaml:6:\d+"):
+        check_pipeline(pipeline)

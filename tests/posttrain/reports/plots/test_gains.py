@@ -24,3 +24,9 @@ def test_what_is_lost_against_the_best_single_run_is_said_next_to_the_gain():
 def test_a_loss_within_chance_is_not_said():
     chance = {"judge_over_single_high": 0.001, "accuracy_over_single_high": 0.001}
     assert len(list(gain_sentences(POINT | chance, "distilled"))) == 1
+
+
+def test_a_model_that_another_point_dominates_is_said_to_be_off_the_front():
+    off = " ".join(gain_sentences(POINT | {"on_front": False}, "distilled"))
+    assert "SLERP 2 is not on the front: another measured point has at least its reward at no more KL." in off
+    assert "front" not in " ".join(gain_sentences(POINT | {"on_front": True}, "distilled"))
