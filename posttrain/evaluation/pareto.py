@@ -301,13 +301,8 @@ def gain_of(
 ) -> JsonObject:
     """The area that this front's own points add to that of those taken over, whether it is more than noise, and `flat`.
 
-    taken: per entry, whether it is one of an earlier front. A front without points of its own adds nothing and judges
-    nothing: its gain is null, and `flat` that of the earlier ones.
+    taken: per entry, whether it is one of an earlier front.
     """
-    if all(taken):
-        nothing = dict.fromkeys(("gain", "gain_low", "gain_high"))
-        found = {f"hypervolume_{name}": value for name, value in nothing.items()}
-        return {**found, "improved": None, "flat": previous_flat(config.fronts)}
     reference = front["reference"]["kl"], front["reference"]["reward"]
     earlier = [i for i, before in enumerate(taken) if before]
     points = front["points"][: len(entries)]

@@ -242,7 +242,8 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     check_parents(parents)
     if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
         raise OutputError(
-            f"--out {options.out} is complete, there is nothing to resume", "drop --resume, or use --force"
+            f"--out {options.out} is complete, there is nothing to resume",
+            "use it as it is, or give --force in place of --resume to make it again",
         )
     check_output(options.out, options.force)
     for role, path in [*((f"--{parent.role}", parent.path) for parent in parents), *(("data", path) for path in data)]:
