@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,15 @@ from pathlib import Path
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
-from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.manifest import Manifest, ParentRecord, now, versions, write_manifest
+from gemma2.core.outputs.identity import ModelIdentity, identity_of, parent_record
+from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
 from gemma2.core.outputs.model_card import Account
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
 from .inputs.checkpoint import Checkpoint, Reader
+from .inputs.resolve import ADAPTED, InputPlace
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
@@ -32,6 +32,9 @@ from .streaming.writer import Writer, copy_companions
 from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
+
+
+Identified = tuple[str, Path, ModelIdentity]  # an input: role, directory, identity
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def _merge(
             if plan.vocabulary:
                 write_tokenizer(plan.vocabulary, directory)
         result, digests = _stream(plan, directories, verify, progress, cut)
-        parents = [digest_weights(model.path, plan.request.threads) for model in plan.inputs]
+        threads = plan.request.threads
+        parents = [(role, path, identity_of(path, threads)) for role, path in _places_of(plan)]
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
@@ -209,23 +213,26 @@ def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
             )
 
 
-def _manifest(result: MergeResult, number: int, weights: list[str], started: str, account: Account | None) -> Manifest:
+def _places_of(plan: MergePlan) -> list[InputPlace]:
+    """Return role and directory of every input, in the order of the manifest (`places.merge_places`)."""
+    # "input", not "model": the role distinguishes the init of a trained policy from the inputs of a merge.
+    found: list[InputPlace] = []
+    for model in plan.inputs:
+        found.append(("base" if model is plan.base else "input", model.path))
+        if model.origin != model.path:
+            found.append((ADAPTED, model.origin))
+    return found
+
+
+def _manifest(
+    result: MergeResult, number: int, parents: Sequence[Identified], started: str, account: Account | None
+) -> Manifest:
     """Return `gemma2.json` of one output: request, parents with their roles in the merge, and the report."""
     plan = result.plan
-    here = plan.outputs[number].resolve()
-    parents: list[ParentRecord] = [
-        # "input", not "model": the role distinguishes the init of a trained policy from the inputs of a merge.
-        {
-            "role": "base" if model is plan.base else "input",
-            "path": os.path.relpath(model.path.resolve(), here),
-            "weights": digest,
-        }
-        for model, digest in zip(plan.inputs, weights, strict=True)
-    ]
     return {
         "command": f"merge {plan.request.method}",
         "config": plan.request.options() | {"etas": plan.request.options().get("etas", [])[number : number + 1]},
-        "parents": parents,
+        "parents": [parent_record(role, path, found, plan.outputs[number]) for role, path, found in parents],
         "data": [],
         "versions": versions(),
         "started": started,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gemma2.core.json_files import JsonMapping
     from gemma2.posttrain.pipelines.check import PipelinePlan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
-    from gemma2.posttrain.pipelines.scheduler import Choice
+    from gemma2.posttrain.pipelines.decide import Choice
 
 __all__ = ["Announcer", "app", "jobs_option", "kept_for_later"]
 
@@ -128,7 +128,7 @@ def choice_of(
     compiled: Pipeline, start: Sequence[str], only: Sequence[str], force: Sequence[str], keep_going: bool
 ) -> Choice:
     """The stages that --from, --only and --force choose. Raises UsageError if one is unknown or forced but left out."""
-    from gemma2.posttrain.pipelines.scheduler import Choice
+    from gemma2.posttrain.pipelines.decide import Choice
 
     within = compiled.after(compiled.chosen(start)) if start else set(compiled.stages)
     within &= compiled.chosen(only) if only else within
@@ -195,7 +195,7 @@ def run(
     place = executor_of(executor, jobs or 1, ray_address)
     if dry_run:
         check_executor(compiled, place)
-        show_plan(console, compiled, check_pipeline(compiled, choice.within, choice.force))
+        show_plan(console, compiled, check_pipeline(compiled, choice))
         return
     started = time.monotonic()
     announcer = Announcer(console, len(compiled.stages))
@@ -244,12 +244,11 @@ def status(
       gemma2 pipeline status runs/align
       gemma2 pipeline status align.yaml --out runs/align
     """
-    from gemma2.posttrain.pipelines.check import check_pipeline
     from gemma2.posttrain.pipelines.run import status_rows
 
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
-    rows = status_rows(compiled, check_pipeline(compiled, contents=False))
+    rows = status_rows(compiled)
     if as_json:
         console.json({"stages": rows, "out": str(compiled.root)})
     else:

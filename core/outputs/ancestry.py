@@ -15,8 +15,9 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 
 from .digests import digest_weights
+from .hub import SNAPSHOT
 from .manifest import read_manifest
-from .model_card import SNAPSHOT, Account, Ancestor, Facts, model_card
+from .model_card import Account, Ancestor, Facts, model_card
 
 __all__ = ["CARD", "ancestors_of", "write_card"]
 

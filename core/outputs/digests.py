@@ -1,52 +1,71 @@
-"""Digests of inputs: recorded ones for files that are unchanged since their manifest, else computed."""
+"""Digests of inputs and outputs: of a file's bytes, and of a model's tensors. Read once per state of the files."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .hashing import digest_file, digest_name, hasher
-from .manifest import MANIFEST, FileRecord, read_manifest
-from .safetensors_header import weight_files
+from gemma2.core.errors import InputError
+
+from .digest_cache import remembered
+from .hashing import Hasher, digest_file, digest_name, hasher
+from .safetensors_header import Tensor, read_header, weight_files
 
 __all__ = ["digest_input", "digest_weights"]
 
+PIECE = 4 << 20  # bytes read at a time
+INDEX = "model.safetensors.index.json"
+
 
 def digest_input(path: Path, threads: int = 1) -> str:
-    """Return the `digest_file` of an input without reading it, where that is possible.
-
-    The digest in the manifest next to it is trusted for a file that has not changed since; any other file is read once
-    per process and state.
-    """
-    manifest = read_manifest(path.parent) or {}
-    entry = manifest.get("files", {}).get(path.name) if manifest.get("status") == "complete" else None
-    if isinstance(entry, dict) and _untouched(path, entry, path.parent / MANIFEST):
-        return str(entry["digest"])
-    status = path.stat()
-    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return _digest_of(path, threads, state)
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: Path, threads: int, state: tuple[int, ...]) -> str:
-    """Return the digest of a file in one state of its inode."""
-    return digest_file(path, threads)
+    """Return `"blake3:<hex>"` of a file's bytes (`digest_file`), without reading what was read before."""
+    return remembered("file", [path], lambda: digest_file(path, threads))
 
 
 def digest_weights(directory: Path, threads: int = 1) -> str:
-    """Return one digest of all weights of a model directory: over (name, digest) of its safetensors files.
+    """Return one digest of all tensors of a model directory: over (name, dtype, shape, bytes) in the order of names.
 
-    Digests in a complete manifest are trusted for files that have not changed since.
+    Padding of headers, order in the files and the division into shards do not matter. Where an index of shards names
+    the file of a tensor, only that copy counts, as for everyone who loads the model.
+    Raises InputError for a file that is not safetensors.
     """
+    files = weight_files(directory)
+    index = directory / INDEX
+    read = [*files, *([index] if index.is_file() else [])]
+    return remembered("tensors", read, lambda: _digest_tensors(files, _indexed(index), threads))
+
+
+def _indexed(index: Path) -> Mapping[str, str]:
+    """Return tensor -> file name by the index of shards; empty without one."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{index} is not an index of shards ({type(error).__name__})", "restore the file") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _digest_tensors(files: list[Path], indexed: Mapping[str, str], threads: int) -> str:
+    lines: list[str] = []
+    for path in files:
+        tensors = [t for t in read_header(path).values() if indexed.get(t.name, path.name) == path.name]
+        lines += _tensor_lines(path, tensors, threads)
     total = hasher()
-    for path in weight_files(directory):
-        total.update(f"{path.name} {digest_input(path, threads)}\n".encode())
+    total.update("\n".join(sorted(lines)).encode())
     return digest_name(total)
 
 
-def _untouched(path: Path, entry: FileRecord, manifest: Path) -> bool:
-    """Whether a file has the recorded size and is older than the manifest, by ctime: no call can set that back."""
-    status = path.stat()
-    if "digest" not in entry:
-        return False
-    return entry.get("size") == status.st_size and status.st_ctime_ns <= manifest.stat().st_ctime_ns
+def _tensor_lines(path: Path, tensors: list[Tensor], threads: int) -> Iterator[str]:
+    """Yield `name dtype shape digest` for the tensors of one file, in the order of their data."""
+    buffer = memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        for tensor in tensors:
+            digest: Hasher = hasher(threads)
+            file.seek(tensor.offset)
+            left = tensor.nbytes
+            while left and (got := file.readinto(buffer[: min(left, PIECE)])):
+                digest.update(buffer[:got])
+                left -= got
+            yield json.dumps([tensor.name, tensor.dtype, tensor.shape, digest.hexdigest()])

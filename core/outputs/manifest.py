@@ -33,9 +33,12 @@ __all__ = [
 MANIFEST = "gemma2.json"
 # A run needs these only until it is complete: they are not part of the output.
 STATE, CHECKPOINTS = "run.json", "checkpoints"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: parents record every file that decides, data the option that names them
 # An allowlist of the packages that identify the arithmetic, so that nothing about the user or the machine leaks.
-RECORDED_PACKAGES = ("gemma2", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "numba")
+RECORDED_PACKAGES = (
+    *("gemma2", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "jinja2"),
+    *("numpy", "numba", "datasets", "vllm", "bitsandbytes"),
+)
 
 
 class FileRecord(TypedDict, total=False):
@@ -51,19 +54,21 @@ class ParentRecord(TypedDict, total=False):
     role     in the command: model, policy, base, input, reward, ...
     path     relative to the output
     hub      `owner/name@revision` of a model from the hub's cache
-    weights  digest of all weights
+    weights  digest of all tensors
+    files    digest of every other file that decides, by name
     """
 
     role: str
     path: str
     hub: str
     weights: str
+    files: dict[str, str]
 
 
 class DataRecord(TypedDict, total=False):
     """A data file that an output was made from.
 
-    role  the option that names it; missing if several options lead to it, or none
+    role  the option that names it
     path  relative to the output
     """
 
@@ -77,7 +82,8 @@ class Manifest(TypedDict, total=False):
 
     gemma2     version of this package
     config     settings of the command, defaults included
-    code       digest of the source of every Python function that the configuration names
+    code       of every Python function that the configuration names: module -> digest of its source, of that module
+               and of those of the user that it imports
     processes  number of processes of the job
     versions   of the packages that decide the bytes of the result
     started    UTC, ISO 8601, as `ended`
@@ -92,7 +98,7 @@ class Manifest(TypedDict, total=False):
     config: JsonObject
     parents: list[ParentRecord]
     data: list[DataRecord]
-    code: dict[str, str]
+    code: dict[str, dict[str, str]]
     seed: int | None
     processes: int
     versions: dict[str, str]

@@ -18,13 +18,13 @@ from pathlib import Path, PurePosixPath
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
+from .hub import SNAPSHOT
 from .manifest import DataRecord
 from .safetensors_header import printable
 
 __all__ = ["Account", "Ancestor", "Facts", "code", "fenced", "model_card", "shown", "table"]
 
 # A model directory in the hub's cache; addresses and paths of this machine inside a text.
-SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
 ADDRESS = re.compile(r"\w+://\S+")
 PLACE = re.compile(r"(?:(?<![\w:./])~?/|(?:\.\./)+)(?:[^\s/,+]+/)*(?P<name>[^\s/,+]+)/?")
 MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are part of the result

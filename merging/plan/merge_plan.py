@@ -10,8 +10,6 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.manifest import ParentRecord, read_manifest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
@@ -33,11 +31,9 @@ from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
 from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_through, stacked
+from .places import common_parent, seeks_base
 
 __all__ = ["MergePlan", "group_of", "plan_merge"]
-
-# Roles under which training commands record the policy that they start from.
-INIT_ROLES = ("policy-init", "policy", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,48 +204,17 @@ def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[Mer
 
     Raises UsageError or InputError if the method needs a base and none is found.
     """
-    kind = METHODS[request.method].base
-    if request.base is not None or kind not in ("sought", "optional"):
+    if request.base is not None or not seeks_base(request):
         return request, []
-    recorded, base = common_parent(models)
+    recorded, base = common_parent([model.path for model in models])
     if base is not None:
         return replace(request, base=base), [f"base: {base}, the parent that all models record"]
     # Part of the notes, which the manifest records: its wording is part of the output.
     lost = f"the models record {recorded} as their common parent, but it is missing or has other weights"
-    if kind == "optional":
+    if METHODS[request.method].base == "optional":
         return request, [f"{lost}: merging the weights themselves"] if recorded else []
     if recorded:
         raise InputError(lost, "name it: --base")
     raise UsageError(
         f"merge {request.method} needs the init of the models, and they record no common parent", "name it: --base"
     )
-
-
-def common_parent(models: Sequence[Checkpoint]) -> tuple[str | None, Path | None]:
-    """Return the model that the manifests of all the models record as their init.
-
-    Its recorded path (None if they do not agree), and its directory (None if it is gone or has changed).
-    """
-    records = [_init_of(model.path) for model in models]
-    first = records[0]
-    if first is None or any(record is None or record["weights"] != first["weights"] for record in records):
-        return None, None
-    for model, record in zip(models, records, strict=True):
-        path = (model.path.resolve() / record["path"]).resolve() if record else None
-        if path is not None and path.is_dir() and digest_weights(path) == first["weights"]:
-            return first["path"], path
-    return first["path"], None
-
-
-def _init_of(path: Path) -> ParentRecord | None:
-    """Return the record of the one parent that a model was trained from; None if there is not exactly one."""
-    parents = (read_manifest(path) or {}).get("parents")
-    if not isinstance(parents, list):
-        return None
-    inits = [parent for parent in parents if isinstance(parent, dict) and parent.get("role") in INIT_ROLES]
-    # A record that is not a path of this system, or that cannot be printed, is ignored.
-    if len(inits) != 1 or not all(str(inits[0].get(key, "\0")).isprintable() for key in ("path", "weights")):
-        return None
-    if not all(isinstance(inits[0].get(key), str) for key in ("path", "weights")):
-        return None
-    return inits[0]

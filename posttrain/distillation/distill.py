@@ -25,12 +25,11 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located, split
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.training.heldout import heldout_loss
 from gemma2.posttrain.training.trainer import (
@@ -61,11 +60,8 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    roles = {"model": config.model, "teacher": config.teacher}
-    parents = [Parent(role, path) for role, path in roles.items() if path is not None]
-    data = [file for path in (config.prompts, config.heldout, config.data) if path for file in data_files(path)]
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
-    with open_run("distill", config, options, parents=parents, data=[*data, *(cache.files if cache else ())]) as run:
+    with open_run("distill", config, options) as run:
         reading = Reading(config)
         setup = prepare(config, cache, reading, progress)
         unread = reading.report(progress, run.path)

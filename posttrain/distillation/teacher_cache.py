@@ -35,12 +35,11 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillCacheConfig, DistillConfig
 
 from .divergence import Divergence, Head, TopkTarget, head_of
@@ -59,8 +58,7 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
     Raises InputError for unusable data or models, UsageError if top k is larger than the vocabulary.
     """
     quiet_libraries()
-    parents = [Parent("teacher", config.teacher)]
-    with open_run("distill cache", config, options, parents=parents, data=data_files(config.data)) as run:
+    with open_run("distill cache", config, options) as run:
         model, tokenizer = load_teacher(config.teacher, config.teacher_dtype)
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         if config.top_k >= vocabulary:

@@ -11,13 +11,13 @@ from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.provenance.code import code_of
 from gemma2.posttrain.runs.inputs import model_name
-from gemma2.posttrain.runs.provenance import code_of
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
-from .front_files import READ, FrontEntry, read_entries, read_front
+from .front_files import FrontEntry, read_entries, read_front
 
-__all__ = ["front_sources", "measured_with", "previous_flat", "take_over"]
+__all__ = ["measured_with", "previous_flat", "take_over"]
 
 # What a measurement depends on besides files; `reward` names files.
 SETTINGS = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *sorted(RewardFields.model_fields))
@@ -39,11 +39,6 @@ def measured_with(config: ParetoConfig) -> JsonObject:
             "code": code_of(config),
         },
     }
-
-
-def front_sources(config: ParetoConfig) -> list[Path]:
-    """The files of earlier fronts that a new one reads."""
-    return [path / name for path in config.fronts for name in READ]
 
 
 def take_over(config: ParetoConfig, own: JsonMapping) -> list[FrontEntry]:

@@ -32,18 +32,16 @@ from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.reports.plots.values import label_of
 from gemma2.posttrain.rewards.functions import Score
-from gemma2.posttrain.rewards.terms import reward_parents
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
 from gemma2.posttrain.schemas import ParetoConfig
 
 from .bootstrap import RESAMPLES, interval, resampled_areas
 from .candidates import Candidate, assign_names, plan_candidates
-from .carried import front_sources, measured_with, previous_flat, take_over
+from .carried import measured_with, previous_flat, take_over
 from .comparison import is_gain, with_gains
 from .evaluate import OWN_METRICS, MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
@@ -193,14 +191,13 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     parents += [
         Parent(role, path) for role, path in (("init", config.init), ("merged", config.merged)) if path is not None
     ]
-    parents += reward_parents(config)
+    parents += [Parent("reward", path) for path in config.reward]
     check_parents(parents)
     check_policies(parents)
     alike = measured_with(config)
     carried = take_over(config, alike)
     taken = {entry.candidate.key for entry in carried}
-    data = [*data_files(config.prompts), *front_sources(config)]
-    with open_run("pareto", config, options, parents=parents, data=data) as run:
+    with open_run("pareto", config, options) as run:
         fresh = [candidate for candidate in candidates if candidate.key not in taken]
         entries = in_order([*carried, *measure_all(fresh, carried, config, run, progress)])
         names = assign_names([entry.candidate for entry in entries])

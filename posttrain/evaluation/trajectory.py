@@ -17,7 +17,7 @@ from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file, digest_name, hasher
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.runs.provenance import code_of
+from gemma2.posttrain.provenance.code import code_of
 from gemma2.posttrain.runs.run_directory import EVALUATIONS
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields, RlhfConfig
 from gemma2.posttrain.schemas.fields import RowFields

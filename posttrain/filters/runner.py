@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
-from gemma2.posttrain.data.sources import count_rows, data_files, evaluation_files
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.data.sources import count_rows
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
@@ -44,10 +44,7 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
     active = active_filters(config)
     if config.language:
         check_codes(config.language)
-    files = data_files(config.data)
-    sets = [file for path in config.decontaminate for file in evaluation_files(path)]
-    parents = [Parent("safety-model", config.safety_model)] if config.safety_model else []
-    with open_run("filter", config, options, parents=parents, data=[*files, *sets]) as run:
+    with open_run("filter", config, options) as run:
         evaluation = None
         if "contaminated" in active:
             evaluation = read_evaluation(config.decontaminate, config.decontaminate_ngram)

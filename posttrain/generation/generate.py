@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING
 from gemma2.core.errors import GuardStop
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.data.sources import ShardWriter, data_files
+from gemma2.posttrain.data.sources import ShardWriter
 from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.runs.generation_budget import source_of
 from gemma2.posttrain.runs.inputs import model_name
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
 
 from .answers import Answering
@@ -72,9 +72,7 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
     for name in config.reward_fn:
         load_function(name, "--reward-fn")  # a misspelt name shows before anything is drawn
     plan = DialoguePlan(config.n, config.seed, config.turns, config.user_instruction)
-    parents = [] if config.engine == "openai" else [Parent("teacher", config.teacher)]
-    parents += _judges(config)
-    with open_run("generate", config, options, parents=parents, data=data_files(config.prompts)) as run:
+    with open_run("generate", config, options) as run:
         run.checkpoints.mkdir(exist_ok=True)
         with Journal(run.checkpoints / "answers.jsonl") as journal:
             with closing(load_engine(config, progress)) as engine:
@@ -95,14 +93,6 @@ def _quiet(config: GenerateConfig) -> None:
         from gemma2.posttrain.models.loading import quiet_libraries
 
         quiet_libraries()
-
-
-def _judges(config: GenerateConfig) -> list[Parent]:
-    if not config.reward_terms:
-        return []
-    from gemma2.posttrain.rewards.terms import reward_parents
-
-    return reward_parents(config)
 
 
 def _judged(

@@ -30,7 +30,7 @@ from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ConvertConfig
 
 from .gguf import find_gguf, read_header
@@ -54,8 +54,7 @@ def run_convert(config: ConvertConfig, options: RunOptions, progress: Progress =
     """
     quiet_libraries()
     gguf = find_gguf(config.source)
-    parents, data = ([], [gguf]) if gguf else ([Parent("source", config.source)], [])
-    with open_run("convert", config, options, parents=parents, data=data) as run:
+    with open_run("convert", config, options) as run:
         progress.note(f"reading {gguf or config.source}")
         dtype = DTYPES[config.dtype]
         model, tokenizer = load_gguf(gguf, dtype, progress) if gguf else load_directory(config.source, dtype)

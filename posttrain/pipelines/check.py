@@ -8,50 +8,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject
+from gemma2.core.errors import Gemma2Error, InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import memory_problem
+from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage
+from .decide import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
 from .expected_outputs import promised_by
-from .freshness import Currency, currency_of, output_hash
-from .references import filled
 from .state import read_state
 
-__all__ = ["Checked", "PipelinePlan", "check_pipeline"]
+__all__ = ["Checked", "PipelinePlan", "check_pipeline", "look_at_pipeline"]
+
+IDLE = ("skip", "not needed", "left out")  # actions that start nothing
+ALL = Choice()
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One stage in its present state.
+    """One stage in its present state: what a run would do (`decide.py`).
 
-    action   skip (complete), run, continue, again (the output is of something else), perhaps (a needed stage will run
-             first), left out
-    why      what changed
-    work     memory, disk, operations; None where nothing is known
-    config   the configuration, as far as it is known
+    work  memory, disk, operations; None where nothing is known
+    hash  of what a complete output was made from
     """
 
-    stage: Stage
-    action: str
-    why: tuple[str, ...] = ()
+    decision: Decision
     work: Work | None = None
     hash: str | None = None
-    config: Config | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage itself."""
+        return self.decision.stage
+
+    @property
+    def action(self) -> str:
+        """What becomes of it."""
+        return self.decision.action
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """The differences that are the reason, then what else is worth knowing; a line each."""
+        return (*map(str, self.decision.why), *self.decision.notes)
+
+    @property
+    def other_versions(self) -> str:
+        """The versions that a complete output was made with, where they are not those of now."""
+        state = self.decision.state
+        return ", ".join(map(str, state.versions)) if state else ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether a run would, or might, start it."""
+        return self.action not in IDLE
 
 
 @dataclass(frozen=True)
@@ -79,16 +101,25 @@ class PipelinePlan:
     def without_memory(self, memory: Memory) -> list[str]:
         """The stages to run that need more memory than this, a line each; on a cluster other machines count."""
         found = [
-            (one.stage.name, memory_problem(one.config, one.work, memory))
+            (one.stage.name, memory_problem(one.decision.config, one.work, memory))
             for one in self.to_run
-            if one.work is not None and one.config is not None
+            if one.work is not None and one.decision.config is not None
         ]
         return [f"stages.{name}: {problem}" for name, problem in found if problem]
 
     @property
     def to_run(self) -> list[Checked]:
         """The stages that are chosen and not complete."""
-        return [one for one in self.stages.values() if one.action not in ("skip", "left out")]
+        return [one for one in self.stages.values() if one.runs]
+
+    def kept_with_other_versions(self) -> list[str]:
+        """A line about the outputs that are kept although other versions made them; none without such an output."""
+        kept = [one for one in self.stages.values() if one.action == "skip" and one.other_versions]
+        if not kept:
+            return []
+        names = ", ".join(f"{one.stage.name} ({one.other_versions})" for one in kept[:MOST_NAMED])
+        more = f" and {len(kept) - MOST_NAMED} more" if len(kept) > MOST_NAMED else ""
+        return [f"{len(kept)} outputs are kept that other versions made: {names}{more}; --force STAGE makes one again"]
 
     def rows(self) -> list[JsonObject]:
         """A table: stage, command, what will be done, memory and disk in GiB, CPU seconds at least."""
@@ -97,7 +128,7 @@ class PipelinePlan:
 
 
 def _row(one: Checked, rate: float) -> JsonObject:
-    work = one.work if one.action not in ("skip", "left out") else None
+    work = one.work if one.runs else None
 
     def figure(value: float | None, unit: float) -> float | None:
         return None if value is None or not math.isfinite(value) else float(f"{value / unit:.3g}")
@@ -113,12 +144,7 @@ def _row(one: Checked, rate: float) -> JsonObject:
     }
 
 
-def check_pipeline(
-    pipeline: Pipeline,
-    within: frozenset[str] | None = None,
-    force: frozenset[str] = frozenset(),
-    contents: bool = True,
-) -> PipelinePlan:
+def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = True) -> PipelinePlan:
     """Check every stage and say what a run would do.
 
     contents  also read rows and import the functions of the stages that will run
@@ -128,28 +154,58 @@ def check_pipeline(
     promised: dict[Path, Promise] = {}
     sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
     checks = CommandChecks(sources)
-    recorded = (read_state(pipeline.root) or {"stages": {}})["stages"] if within is not None else {}
-    dropped = frozenset(name for name, one in recorded.items() if one.get("status") == "not needed")
+    status = outside(pipeline, choice, _recorded(pipeline))
     found: dict[str, Checked] = {}
     for stage in pipeline.stages.values():
-        config = _configured(stage)
-        if config is None:  # the result of another stage decides it
-            promised[stage.out] = Promise(stage.kind.makes)
-            found[stage.name] = Checked(stage, "perhaps" if stage.when else "run")
-            continue
+        ahead = prospect(stage, pipeline, status)
         with stage.located():
-            config = located(config, places)
-            check_merge(config, places)
-            models = checks.inputs(config)
-        promised |= dict(promised_by(stage, config, sources))
-        if within is not None and stage.name in within:
-            _check_taken(stage, found, within | dropped)
-        standing = _stand(stage, config, found, within, force)
-        if contents and standing.action not in ("skip", "left out"):
-            with stage.located():
-                checks.contents(config, models)
-        found[stage.name] = replace(standing, work=estimate(config, sources), config=config)
+            if ahead.needed is not False and choice.within is not None and stage.name in choice.within:
+                _check_taken(stage, status)
+            if ahead.config is None:
+                promised[stage.out] = Promise(stage.kind.makes)
+                decision, work = decide(ahead, pipeline, choice, status), None
+            else:
+                config = located(ahead.config, places)
+                check_merge(config, places)
+                models = checks.inputs(config)
+                promised |= dict(promised_by(stage, config, sources))
+                decision = decide(ahead, pipeline, choice, status)
+                if contents and decision.action not in IDLE:
+                    checks.contents(config, models)
+                work = estimate(config, sources)
+        status[stage.name] = status_after(decision)
+        found[stage.name] = Checked(decision, work, _hash(decision))
     return PipelinePlan(found, free_disk(pipeline.root))
+
+
+def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Checked]:
+    """Say what a run would do, and never refuse: a stage that cannot be decided is "unknown", and why."""
+    try:
+        status = outside(pipeline, choice, _recorded(pipeline))
+    except Gemma2Error:  # the state cannot be read: it decides nothing but what was not needed
+        status = outside(pipeline, choice, {})
+    found: dict[str, Checked] = {}
+    for stage in pipeline.stages.values():
+        try:
+            decision = decide(prospect(stage, pipeline, status), pipeline, choice, status)
+        except (Gemma2Error, OSError) as error:
+            decision = Decision(stage, "unknown", notes=(str(error),), needed=None)
+        status[stage.name] = status_after(decision)
+        found[stage.name] = Checked(decision, hash=_hash(decision))
+    return found
+
+
+def _recorded(pipeline: Pipeline) -> Mapping[str, JsonMapping]:
+    """What an earlier run recorded of every stage."""
+    stages: Mapping[str, JsonMapping] = (read_state(pipeline.root) or {}).get("stages", {})
+    return stages
+
+
+def _hash(decision: Decision) -> str | None:
+    if decision.action != "skip":
+        return None
+    manifest = read_manifest(decision.stage.out)
+    return output_hash(manifest) if manifest else None
 
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:
@@ -164,55 +220,8 @@ def check_merge(config: Config, promised: Sequence[Path]) -> None:
             raise InputError(f"{path} is not a directory", "give the path of a model directory")
 
 
-def _configured(stage: Stage) -> Config | None:
-    """The configuration as far as it is known; None if a required option comes from the result of another stage."""
-    deferred = stage.deferred
-    known = {key: filled(value) for key, value in stage.options.items() if key not in deferred}
-    if not deferred:
-        return stage.config(known)
-    try:
-        return stage.config(known)
-    except UsageError as error:
-        cause = error.__cause__
-        problems = cause.errors() if isinstance(cause, ValidationError) else []
-        own = [one for one in problems if one["loc"] and one["loc"][0] not in deferred]
-        if own or not problems:
-            raise
-        return None
-
-
-def _stand(
-    stage: Stage,
-    config: Config,
-    before: Mapping[str, Checked],
-    within: frozenset[str] | None,
-    force: frozenset[str],
-) -> Checked:
-    """The action that a run would take on a stage."""
-    if within is not None and stage.name not in within:
-        return Checked(stage, "skip" if is_complete(stage.out) else "left out")
-    if stage.name in force:
-        return Checked(stage, "again", ("--force",))
-    waits = [name for name in stage.needs if before[name].action != "skip"]
-    currency = (
-        Currency("missing") if waits and not stage.out.exists() else currency_of(stage.command, config, stage.out)
-    )
-    if currency.state == "complete" and not stage.deferred:
-        if waits:
-            return Checked(stage, "perhaps", (f"after {', '.join(waits)}",))
-        manifest = read_manifest(stage.out)
-        return Checked(stage, "skip", hash=output_hash(manifest) if manifest else None)
-    action = {"missing": "run", "interrupted": "continue", "changed": "again"}.get(currency.state, "perhaps")
-    return Checked(stage, "perhaps" if stage.when and action == "run" else action, currency.why)
-
-
-def is_complete(out: Path) -> bool:
-    """Whether an output exists, whatever it was made from."""
-    return (read_manifest(out) or {}).get("status") == "complete"
-
-
-def _check_taken(stage: Stage, before: Mapping[str, Checked], apart: frozenset[str]) -> None:
+def _check_taken(stage: Stage, status: Mapping[str, str]) -> None:
     """Refuse a chosen stage whose input is missing, unless a chosen stage makes it or nothing needs it."""
     for name in stage.needs:
-        if name not in apart and before[name].action == "left out":
-            raise InputError(f"stages.{stage.name} needs {name}, which is neither complete nor chosen", "run that too")
+        if status[name] == LEFT_OUT:
+            raise InputError(f"needs {name}, which is neither complete nor chosen", "run that too")

@@ -22,10 +22,11 @@ from gemma2.core.outputs.staging import check_output, locked
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.schemas.config import to_yaml
 
-from .check import Checked, PipelinePlan, check_pipeline
+from .check import Checked, PipelinePlan, check_pipeline, look_at_pipeline
 from .compile import Pipeline, Stage
+from .decide import Choice
 from .executors.processes import LocalExecutor
-from .scheduler import Choice, Executor, Observer, Scheduler
+from .scheduler import Executor, Observer, Scheduler
 from .state import STATE_FILE, is_running, read_state
 
 __all__ = [
@@ -86,7 +87,7 @@ def run_pipeline(
     choice = choice or Choice()
     check_place(root)
     check_executor(pipeline, executor)
-    plan = check_pipeline(pipeline, choice.within, choice.force)
+    plan = check_pipeline(pipeline, choice)
     for problem in plan.problems:
         what, _, hint = problem.partition("; ")
         raise InputError(f"{root}: {what}", hint)
@@ -115,6 +116,8 @@ def run_stages(
 ) -> PipelineResult:
     """Run what is missing or changed in a folder that the caller holds; `plan` is what its check gave."""
     check_executor(pipeline, executor)
+    for note in plan.kept_with_other_versions():
+        progress.note(note)
     commands = tuple(dict.fromkeys(one.stage.command for one in plan.to_run))
     scheduler = Scheduler(pipeline, executor, choice or Choice(), observer or Watcher(), progress, commands)
     try:
@@ -176,26 +179,67 @@ def _manifest(pipeline: Pipeline, started: str) -> JsonObject:
     }
 
 
-WORDS = {"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"}
+WORDS = {
+    **{"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"},
+    "left out": "to run",
+}
 
 
-def status_rows(pipeline: Pipeline, plan: PipelinePlan) -> list[JsonObject]:
-    """The state of every stage: on disk, and as the last run recorded it."""
-    state = (read_state(pipeline.root) or {}).get("stages", {})
+def status_rows(pipeline: Pipeline) -> list[JsonObject]:
+    """The state of every stage: on disk, and as the last run recorded it. Never refuses."""
+    try:
+        state = (read_state(pipeline.root) or {}).get("stages", {})
+        notes = []
+    except InputError as error:
+        state, notes = {}, [str(error)]
     alive = is_running(pipeline.root)
-    return [_status_row(one, state.get(name, {}), alive) for name, one in plan.stages.items()]
+    rows = [_status_row(one, state.get(name, {}), alive) for name, one in look_at_pipeline(pipeline).items()]
+    return [*rows, *_without_a_stage(pipeline), *({**NO_ROW, "note": note} for note in notes)]
+
+
+NO_ROW: JsonObject = dict.fromkeys(("stage", "command", "status", "seconds", "hash", "note"))
 
 
 def _status_row(one: Checked, last: JsonMapping, alive: bool) -> JsonObject:
     recorded = last.get("status")
-    shown_states = ("failed", "not needed", "blocked", *(("running",) if alive else ()))  # else its pipeline was killed
-    shown = recorded if one.action != "skip" and recorded in shown_states else None
+    # A pipeline that was killed leaves "running" behind; what is not needed is decided anew where it can be.
+    shown_states = ("failed", "blocked", *(("running",) if alive else ()))
+    shown = recorded if one.runs and recorded in shown_states else None
     digest = (one.hash or "").rpartition(":")[2][:10]
     return {
         "stage": one.stage.name,
         "command": one.stage.command,
-        "status": shown or WORDS[one.action],
+        "status": shown or WORDS.get(one.action, one.action),
         "seconds": last.get("seconds"),
         "hash": digest or None,
         "note": (last.get("error") if shown == "failed" else None) or "; ".join(one.why) or None,
     }
+
+
+def _without_a_stage(pipeline: Pipeline) -> list[JsonObject]:
+    """Rows about the outputs in the folder that no stage of the file makes: of a stage that was renamed or dropped."""
+    return [
+        {**NO_ROW, "stage": name, "command": command, "status": "of no stage", "note": f"remove or keep {place}"}
+        for name, command, place in leftover_outputs(pipeline)
+    ]
+
+
+def leftover_outputs(pipeline: Pipeline) -> list[tuple[str, str, Path]]:
+    """Name, command and directory of every output below the folder of a pipeline that no stage of its file makes."""
+    known = {stage.out.absolute() for stage in pipeline.stages.values()}
+    found: list[tuple[str, str, Path]] = []
+    waiting = [pipeline.root]
+    while waiting:
+        folder = waiting.pop()
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.name.startswith(".") or path.is_symlink() or not path.is_dir() or path.absolute() in known:
+                continue
+            try:
+                manifest = read_manifest(path)
+            except InputError:
+                continue
+            if manifest is None:
+                waiting.append(path)
+            else:
+                found.append((path.relative_to(pipeline.root).as_posix(), str(manifest.get("command")), path))
+    return sorted(found)

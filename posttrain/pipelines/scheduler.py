@@ -1,9 +1,6 @@
 """Runs the stages of a pipeline: what is missing or changed, in the order of their needs, several at once.
 
-A stage runs when all that it needs is complete. It is skipped when its output is current (freshness.py), continued when
-it was interrupted, made again (the old output is replaced in one rename) when it is of something else. A stage
-whose `when` does not hold is not needed. A stage that takes the output of such a stage is not needed either; a list
-of inputs leaves it out.
+A stage runs when all that it needs is done; what becomes of it then, `decide.py` says.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from gemma2.core.errors import Gemma2Error
@@ -21,14 +17,12 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.progress import Progress, Task
-from gemma2.posttrain.runs.commands import spell
-from gemma2.posttrain.runs.inputs import located
-from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.provenance.output_state import can_go_on
+from gemma2.posttrain.runs.commands import output_hash, spell
 
 from .compile import Pipeline, Stage, with_method
+from .decide import Choice, Decision, decide, outside, prospect
 from .executors.jobs import Event, Job, Outcome
-from .freshness import Currency, currency_of, goes_on, output_hash
-from .references import condition_holds, filled, lookup, replaced
 from .state import State
 
 __all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed"]
@@ -65,30 +59,6 @@ class StageFailed(Gemma2Error):
         self.exit_code = code
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which stages a run is about.
-
-    within      the others must be complete, whatever they were made from; None is all
-    force       made again though they are current
-    keep_going  after a failure go on with what does not need the failed stage
-    """
-
-    within: frozenset[str] | None = None
-    force: frozenset[str] = frozenset()
-    keep_going: bool = False
-
-
-@dataclass
-class _Ready:
-    """A stage whose needs are complete: its options as they are known then."""
-
-    stage: Stage
-    options: JsonObject
-    config: Config
-    currency: Currency
-
-
 @dataclass
 class Scheduler:
     """One run of a pipeline.
@@ -106,7 +76,7 @@ class Scheduler:
     status: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
-    waiting: dict[str, _Ready] = field(default_factory=dict)
+    waiting: dict[str, Decision] = field(default_factory=dict)
     bars: dict[tuple[str, int], Any] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
     prepared: bool = False
@@ -117,12 +87,7 @@ class Scheduler:
         Raises StageFailed for the first stage that failed, RuntimeError with its traceback when that was a bug.
         """
         self.state = State(self.pipeline, self.choice.within)
-        if self.choice.within is not None:  # stages outside `within` were checked: they are complete, or not needed
-            self.status = {
-                name: "not needed" if one["status"] == "not needed" else "complete"
-                for name, one in self.state.document["stages"].items()
-                if name not in self.choice.within
-            }
+        self.status = outside(self.pipeline, self.choice, self.state.document["stages"])
         try:
             self.state.write()
             # The outermost bar holds the display, so that those of stages may end in any order.
@@ -181,74 +146,38 @@ class Scheduler:
 
     def _consider(self, stage: Stage, failing: bool) -> bool:
         """Skip, drop or start a stage whose needs are done. False when it has to wait for room."""
-        ready = self.waiting.get(stage.name)
-        if ready is None:
+        found = self.waiting.get(stage.name)
+        if found is None:
             try:
-                found = self._look(stage)
+                found = decide(prospect(stage, self.pipeline, self.status), self.pipeline, self.choice, self.status)
             except Gemma2Error as error:
                 self.outcomes[stage.name] = Outcome(error.exit_code, error=str(error))
                 self._settle(stage, "failed", error=str(error), exit_code=error.exit_code)
                 return True
-            if found is None:
-                self._settle(stage, "not needed")
-                return True
-            ready = self.waiting[stage.name] = found
-        if ready.currency.state == "complete" and stage.name not in self.choice.force:
-            self._settle(stage, "complete", hash=_hash_of(stage.out))
+            self.waiting[stage.name] = found
+        if found.action == "not needed":
+            self._settle(stage, "not needed")
+            return True
+        if found.action == "skip":
+            self._settle(stage, "complete", hash=_hash_of(stage))
             return True
         if failing or not self.executor.has_room(stage.command, stage.resources.gpus):
             return False
-        self._start(ready)
+        self._start(found)
         return True
 
-    def _look(self, stage: Stage) -> _Ready | None:
-        """The configuration that a stage would run with; None when it is not needed."""
-        if stage.when is not None:
-            if any(self.status.get(name) == "not needed" for name in _asked(stage.when, stage.needs)):
-                return None
-            if not condition_holds(stage.when, self._value):
-                return None
-        options = self._options(stage)
-        if options is None:
-            return None
-        config = located(stage.config(options), [self.pipeline.root])
-        return _Ready(stage, options, config, currency_of(stage.command, config, stage.out))
-
-    def _options(self, stage: Stage) -> JsonObject | None:
-        """The options with summaries filled in and without inputs that are not needed.
-
-        None if a required option is missing then.
-        """
-        dropped = [self.pipeline.root / name for name in stage.needs if self.status.get(name) == "not needed"]
-        options: JsonObject = {}
-        for key, value in stage.options.items():
-            if isinstance(value, list):
-                kept = [item for item in value if not _lies_in(item, dropped)]
-                if value and not kept:
-                    return None
-                value = kept
-            elif _lies_in(value, dropped):
-                return None
-            options[key] = filled(replaced(value, self._value))
-        return options
-
-    def _value(self, reference: str) -> object:
-        """The value of `STAGE.summary.KEY`."""
-        name, _, key = reference.partition(".summary.")
-        summary = (read_manifest(self.pipeline.stages[name].out) or {}).get("summary", {})
-        return lookup(summary, key.split("."), reference)
-
-    def _start(self, ready: _Ready) -> None:
-        stage, currency = ready.stage, ready.currency
+    def _start(self, found: Decision) -> None:
+        stage = found.stage
+        assert found.config is not None
         if not self.prepared:
             self.executor.prepare(self.commands)
             self.prepared = True
         attempts = self.tries[stage.name] = self.tries.get(stage.name, 0) + 1
-        resume = currency.state == "interrupted" and (stage.name not in self.choice.force or attempts > 1)
+        resume = found.action == "continue"
         job = Job(
             stage=stage.name,
             command=stage.command,
-            options=with_method(stage.command, _located_options(ready)),
+            options=with_method(stage.command, _located_options(found)),
             out=str(stage.out),
             log=str(self.pipeline.root / "logs" / f"{stage.name}.log"),
             resume=resume,
@@ -258,8 +187,8 @@ class Scheduler:
             modules=tuple(sys.path),
             cpus=self.executor.cpus(stage.resources.cpus),
         )
-        why = "goes on where it was" if resume else "; ".join(currency.why)
-        self.observer.started(stage, spell(stage.command, ready.config, stage.out), why)
+        why = "; ".join([*(["goes on where it was"] if resume else map(str, found.why)), *found.notes])
+        self.observer.started(stage, spell(stage.command, found.config, stage.out), why)
         self.started[stage.name] = time.monotonic()
         self.state.set(stage.name, status="running", started=now(), ended=None, attempts=attempts, exit_code=None)
         self.executor.start(job, stage.resources.gpus)
@@ -275,20 +204,21 @@ class Scheduler:
 
     def _end(self, stage: Stage, outcome: Outcome) -> None:
         seconds = time.monotonic() - self.started.pop(stage.name)
-        ready = self.waiting.pop(stage.name)
+        found = self.waiting.pop(stage.name)
         self._close_bars(stage.name)
         tries = self.tries[stage.name]
         if outcome.code < 0 and tries <= stage.retries:
             self.progress.warn(f"stage {stage.name}: {outcome.error}; attempt {tries + 1} of {stage.retries + 1}")
-            if goes_on(stage.command, ready.config, stage.out):
-                ready = replace(ready, currency=Currency("interrupted"))
+            assert found.config is not None
+            if can_go_on(stage.command, found.config, stage.out):
+                found = replace(found, action="continue")
             self.state.set(stage.name, status="waiting")
-            self.waiting[stage.name] = ready
+            self.waiting[stage.name] = found
             return
         self.outcomes[stage.name] = outcome
         record = {"ended": now(), "seconds": round(seconds, 2), "exit_code": outcome.code}
         if outcome.code == 0:
-            self._settle(stage, "complete", **record, hash=_hash_of(stage.out))
+            self._settle(stage, "complete", **record, hash=_hash_of(stage))
         else:
             line = outcome.error or outcome.traceback.strip().rpartition("\n")[2]
             self._settle(stage, "failed", **record, error=line)
@@ -330,22 +260,13 @@ class _SomeFailed(Exception):
     """Stages have failed, and nothing is left that could run."""
 
 
-def _asked(when: str, needs: Sequence[str]) -> list[str]:
-    """The stages whose summaries a condition reads."""
-    return [name for name in needs if f"${{{name}.summary." in when]
-
-
-def _lies_in(value: object, folders: Sequence[Path]) -> bool:
-    """Whether a value is a path in one of these folders."""
-    return isinstance(value, str) and any(Path(value).is_relative_to(folder) for folder in folders)
-
-
-def _located_options(ready: _Ready) -> JsonObject:
+def _located_options(found: Decision) -> JsonObject:
     """Options as plain values, with hub ids as the directories that they were found in."""
-    dumped = ready.config.model_dump(mode="json")
-    return {key: dumped.get(key, value) for key, value in ready.options.items()}
+    assert found.config is not None
+    dumped = found.config.model_dump(mode="json")
+    return {key: dumped.get(key, value) for key, value in found.options.items()}
 
 
-def _hash_of(out: Path) -> str | None:
-    manifest = read_manifest(out)
+def _hash_of(stage: Stage) -> str | None:
+    manifest = read_manifest(stage.out)
     return output_hash(manifest) if manifest else None

@@ -1,6 +1,7 @@
 """`pipeline.json` in the folder of a pipeline: which stage is where. Torch-free.
 
-    {"schema_version": 1, "name", "status": running | complete | failed | interrupted,
+    {"schema_version": 2, "name", "folder": what relative paths of pipeline.yaml start from, relative to this folder,
+     "status": running | complete | failed | interrupted,
      "stages": {NAME: {"command", "needs", "status", "started", "ended", "seconds", "attempts", "exit_code", "error",
                        "hash"}}}
 
@@ -70,6 +71,7 @@ class State:
             "schema_version": SCHEMA_VERSION,
             "name": pipeline.root.resolve().name,
             "status": "running",
+            "folder": os.path.relpath(Path.cwd(), pipeline.root.resolve()),
             "stages": {
                 name: {
                     **_kept(before.get(name)),

@@ -14,10 +14,9 @@ from pathlib import Path
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.reports.headline import SINGLE, rows_of
 from gemma2.posttrain.rewards.functions import load_function
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PipelineFile, WarpConfig
 
 from .check import check_pipeline
@@ -44,9 +43,7 @@ def run_warp(
     for option, names in (("--reward-fn", config.reward_fn), ("--judge-fn", filter(None, [config.judge_fn]))):
         for name in names:
             load_function(name, option)  # a typo must show before an hour of RL, not after it
-    parents = [Parent("sft", config.sft), *(Parent("reward", path) for path in config.reward)]
-    data = [file for path in (config.prompts, config.heldout) for file in data_files(path)]
-    with open_run("warp", config, options, parents=parents, data=data) as run:
+    with open_run("warp", config, options) as run:
         pipeline = warp_pipeline(config, run.path)
         executor = executor_of(config.executor, config.jobs)
         plan = check_pipeline(pipeline, contents=False)  # the stages read what the command reads

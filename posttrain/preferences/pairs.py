@@ -25,7 +25,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.reading import Reading
-from gemma2.posttrain.data.sources import data_files, to_line
+from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.generation.answers import Answering
 from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
@@ -37,7 +37,7 @@ from gemma2.posttrain.rewards.functions import Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.runs.generation_budget import PromptSource
 from gemma2.posttrain.runs.inputs import check_judge
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 
 from .judge import Judge, judge_engine, judged, read_template
@@ -54,9 +54,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
     score = _function_of(config)
     judge_model = Path(config.judge) if score is None and config.judge_model is None else None
     template = read_template(config) if config.judge_model is not None else ""
-    parents = [Parent("model", config.model)] + ([Parent("judge", judge_model)] if judge_model else [])
-    data = data_files(config.prompts) + ([config.judge_prompt] if config.judge_prompt else [])
-    with open_run("reward pairs", config, options, parents=parents, data=data) as run, ExitStack() as stack:
+    with open_run("reward pairs", config, options) as run, ExitStack() as stack:
         run.checkpoints.mkdir(exist_ok=True)
         server = stack.enter_context(closing(judge_engine(config, progress))) if template else None
         journal = stack.enter_context(Journal(run.checkpoints / "answers.jsonl"))

@@ -21,12 +21,11 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ProbeConfig
 
 from .heads import HEAD, starting_model
@@ -45,8 +44,7 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
     Raises InputError for unusable data or models, GuardStop for states that are not finite.
     """
     quiet_libraries()
-    parents = [Parent("model", config.model)]
-    with open_run("reward probe", config, options, parents=parents, data=data_files(config.data)) as run:
+    with open_run("reward probe", config, options) as run:
         model, tokenizer = starting_model(config.model, config.seed, None, progress)
         reading = Reading(config)
         training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)

@@ -26,12 +26,12 @@ from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
-from gemma2.posttrain.data.sources import Row, ShardWriter, data_files
+from gemma2.posttrain.data.sources import Row, ShardWriter
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardScoreConfig
 
 __all__ = ["run_score", "score_rows"]
@@ -57,8 +57,7 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
     Raises InputError with file and line for a row without a model turn, before anything is scored.
     """
     quiet_libraries()
-    parents = [Parent("model", config.model)]
-    with open_run("reward score", config, options, parents=parents, data=data_files(config.data)) as run:
+    with open_run("reward score", config, options) as run:
         reading = Reading(config)
         chat = ChatFormat(load_tokenizer(config.model))
         total = check_rows(config, reading, chat, progress)

@@ -22,13 +22,12 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model
 from gemma2.posttrain.models.protocols import Network, RewardNetwork
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.sft.sft import accumulation_steps
 from gemma2.posttrain.training.heldout import HeldOut
@@ -49,9 +48,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     """
     quiet_libraries()
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
-    parents = [Parent("model", config.model)]
-    parents += [Parent("from-head", config.from_head)] if config.from_head else []
-    with open_run("reward", config, options, parents=parents, data=data_files(config.data)) as run:
+    with open_run("reward", config, options) as run:
         if config.from_head is None and is_classifier(config.model):
             progress.note(f"{config.model} is a reward model: its head is kept and trained further")
         model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress)

@@ -31,14 +31,13 @@ from torch import Tensor
 from gemma2.core.errors import GuardStop, InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.runs.inputs import check_reward_terms, model_name
-from gemma2.posttrain.runs.run_directory import Parent
 from gemma2.posttrain.schemas import RewardFields
 
 from .functions import Sampled, Score, function_score
 from .model import RewardModel, shaped_rewards
 from .warm import averaged_reward_model
 
-__all__ = ["column_means", "reward_parents", "reward_score", "weighted_sum"]
+__all__ = ["column_means", "reward_score", "weighted_sum"]
 
 REWARD = "reward"
 DISAGREEMENT = "reward_disagreement"
@@ -72,11 +71,6 @@ class Term:
     name: str
     weight: float
     score: Score
-
-
-def reward_parents(config: RewardFields) -> list[Parent]:
-    """Return the reward models as parents of a run, in order: a resume is refused if one has changed."""
-    return [Parent(REWARD, path) for path in config.reward]
 
 
 def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Score:

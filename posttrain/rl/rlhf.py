@@ -28,15 +28,13 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
 from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
-from gemma2.posttrain.rewards.terms import reward_parents
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
@@ -73,10 +71,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
-    parents = [Parent("policy", config.policy), *reward_parents(config)]
-    parents += [Parent("sft", config.sft)] if config.sft else []
-    data = [file for path in (config.prompts, config.heldout) if path is not None for file in data_files(path)]
-    with open_run("rlhf", config, options, parents=parents, data=data, ranks=ranks) as run:
+    with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
         setup = prepare(config, prompts, micro, ranks)

@@ -13,8 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gemma2.core.json_files import JsonMapping
 from gemma2.core.progress import Progress
 from gemma2.merging.methods.table import METHODS
+from gemma2.posttrain.provenance.origin import hash_of
 from gemma2.posttrain.schemas import (
     ConvertConfig,
     DistillCacheConfig,
@@ -38,7 +40,7 @@ from gemma2.posttrain.schemas.fields import REPEATED
 
 from .run_directory import RunOptions, RunResult
 
-__all__ = ["COMMANDS", "Command", "Runner", "spell"]
+__all__ = ["COMMANDS", "Command", "Runner", "output_hash", "spell"]
 
 # Any: each function takes the configuration of one command.
 Runner = Callable[[Any, RunOptions, Progress], RunResult]
@@ -152,6 +154,12 @@ COMMANDS: dict[str, Command] = {
         PickConfig, "evaluation.pick", "run_pick", "writes the chosen point of a front as a model", accelerated=False
     ),
 }
+
+
+def output_hash(manifest: JsonMapping) -> str:
+    """Return `"blake3:<hex>"` of what a finished output was made from: equal hashes mean equal work."""
+    known = COMMANDS.get(str(manifest.get("command")))
+    return hash_of(manifest, known.schema if known else None)
 
 
 def spell(command: str, config: Config, out: Path) -> str:

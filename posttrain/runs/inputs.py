@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.hub import is_hub_id, locate_model
+from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id, locate_model
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
+from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.schemas.config import Config
 
-from .provenance import DATA, HUB_SNAPSHOT, Parent
-from .run_directory import check_parents
+from .run_directory import Parent, check_parents
 
 __all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name", "paths_of"]
 
 MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
 LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
 FRONTS = ("front", "fronts")
+ROWS = tuple(name for name, kind in KIND_OF_OPTION.items() if kind in ("rows", "evaluation rows"))
 
 C = TypeVar("C", bound=Config)
 
@@ -36,7 +37,7 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
     """
 
     def is_id(path: Path) -> bool:
-        return not any(path.is_relative_to(place) for place in promised) and is_hub_id(path)
+        return is_hub_id(path) and not any(path.is_relative_to(place) for place in promised)
 
     found: dict[str, Path | tuple[Path, ...]] = {
         name: locate_model(path, f"--{name}")
@@ -83,7 +84,7 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
     for option, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
         if not is_promised(path) and (read_manifest(path) or {}).get("status") != "complete":
             raise InputError(f"--{option} {path} is not a finished front", "make one with gemma2 pareto")
-    for path in (path for name in DATA for path in paths_of(config, name)):
+    for path in (path for name in ROWS for path in paths_of(config, name)):
         if not is_promised(path):
             data_files(path)
 
@@ -116,5 +117,5 @@ def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
 
 def model_name(path: Path) -> str:
     """Return the display name of a model: its hub id, or the name of its directory."""
-    found = HUB_SNAPSHOT.search(path.resolve().as_posix())
+    found = SNAPSHOT.search(path.resolve().as_posix())
     return f"{found['owner']}/{found['name']}" if found else path.resolve().name

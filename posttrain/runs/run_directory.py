@@ -32,16 +32,24 @@ from gemma2.core.outputs.manifest import (
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partial_path, publish
 from gemma2.core.ranks import ALONE, Ranks, announced
+from gemma2.posttrain.provenance.difference import Difference
+from gemma2.posttrain.provenance.library_versions import other_versions
+from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
+from gemma2.posttrain.provenance.origin import differences, origin_of
 from gemma2.posttrain.schemas.config import Config
-
-from .provenance import Parent, changes, describe_origin
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"]
 
-EVALUATIONS = "evaluations.jsonl"
-
 # A checkpoint, finished rows, a finished stage of WARP, an interrupted stage, or the log of a failed one.
 KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model directory that a result is made from. `role` is the name of the flag: model, policy, reward, ..."""
+
+    role: str
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -178,23 +186,16 @@ def check_parents(parents: Sequence[Parent]) -> None:
         require_complete(parent.path, f"--{parent.role}")
 
 
-def check_unchanged(before: JsonMapping, after: JsonMapping, config: Config, partial: Path) -> None:
+def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
-    if before["command"] != after["command"]:
-        changed = [f"command ({before['command']} -> {after['command']})"]
-    else:
-        changed = changes(before, config, partial)
-    for name, content in (("parents", "weights"), ("data", "digest")):
-        if not changed and [item[content] for item in before[name]] != [item[content] for item in after[name]]:
-            changed.append(f"the {name}")
-    if before.get("processes", 1) != after["processes"]:
-        changed.append(f"processes ({before.get('processes', 1)} -> {after['processes']})")
-    for package, version in before["versions"].items():
-        if after["versions"].get(package) != version:
-            changed.append(f"{package} ({version} -> {after['versions'].get(package)})")
+    changed = [*differences(before, start.command, start.config)]
+    processes = before.get("processes", 1)
+    if processes != start.processes:
+        changed.append(Difference("processes", processes, start.processes, by_value=True))
+    changed += other_versions(start.command, before.get("versions") or {})
     if changed:
         raise InputError(
-            f"cannot resume {partial}: changed since it began: {', '.join(changed)}",
+            f"cannot resume {partial}: changed since it began: {', '.join(map(str, changed))}",
             "restore that, or start over with --force",
         )
 
@@ -205,8 +206,6 @@ def open_run(
     config: Config,
     options: RunOptions,
     *,
-    parents: Sequence[Parent] = (),
-    data: Sequence[Path] = (),
     ranks: Ranks = ALONE,
 ) -> Iterator[Run]:
     """Open (or, with `options.resume`, continue) the run directory of one step.
@@ -219,7 +218,7 @@ def open_run(
         raise UsageError(f"{command} was started with {announced()} processes", "start it with one")
     partial = partial_path(options.out)
     with ExitStack() as held:
-        start = Start(command, config, options, parents, data, ranks.size)
+        start = Start(command, config, options, ranks.size)
         origin, resumed = ranks.on_main(lambda: _open(start, held))
         yield Run(command, partial, options, origin, resumed, ranks)
 
@@ -231,25 +230,24 @@ class Start:
     command: str
     config: Config
     options: RunOptions
-    parents: Sequence[Parent]
-    data: Sequence[Path]
     processes: int
 
 
 def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     """Return the record of the run's origin, and whether it continues an interrupted run. `held` keeps the lock."""
-    config, options, parents, data = start.config, start.options, start.parents, start.data
-    check_parents(parents)
+    config, options = start.config, start.options
+    inputs = [*named_inputs(config)]
+    check_parents([Parent(named.role, named.path) for named in inputs if named.is_model])
     if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
         raise OutputError(
             f"--out {options.out} is complete, there is nothing to resume",
             "use it as it is, or give --force in place of --resume to make it again",
         )
     check_output(options.out, options.force)
-    for role, path in [*((f"--{parent.role}", parent.path) for parent in parents), *(("data", path) for path in data)]:
-        check_output(options.out, options.force, {role: path})
+    for named in inputs:
+        check_output(options.out, options.force, {f"--{named.role}" if named.is_model else "data": named.path})
     origin = {
-        **describe_origin(start.command, config, options.out, parents, data),
+        **origin_of(start.command, config, options.out, os.cpu_count() or 1),
         "processes": start.processes,
         "versions": versions(),
         "hardware": hardware(),
@@ -257,14 +255,15 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     }
     held.enter_context(locked(options.out))
     held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
-    return origin, _prepare(partial_path(options.out), options, config, origin)
+    return origin, _prepare(partial_path(options.out), start, origin)
 
 
-def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObject) -> bool:
+def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
+    options = start.options
     if options.resume and (partial / STATE).is_file():
         before = json.loads((partial / STATE).read_text(encoding="utf-8"))
-        check_unchanged(before, origin, config, partial)
+        check_unchanged(before, start, partial)
         origin["started"] = before["started"]
         return True
     if options.resume:

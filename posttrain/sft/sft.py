@@ -24,12 +24,11 @@ from gemma2.posttrain.data.examples import Example, Overlong, example_of, report
 from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, located, split
-from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
 from gemma2.posttrain.training.tracking import check_tracking
@@ -62,9 +61,7 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
     check_attention(config.attention)
     check_tracking(config.report_to)
-    paths = [*config.data, *([config.eval_data] if config.eval_data else [])]
-    files = [file for path in paths for file in data_files(path)]
-    with open_run("sft", config, options, parents=[Parent("model", config.model)], data=files) as run:
+    with open_run("sft", config, options) as run:
         model, tokenizer = load_policy(config.model, attention=config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)

@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import Field
 
-from gemma2.posttrain.data.sources import data_files
+from gemma2.core.outputs.safetensors_header import encode_header, read_header
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline
+from gemma2.posttrain.pipelines.decide import Choice
 from gemma2.posttrain.pipelines.executors.jobs import Event, Job, Outcome, execute
 from gemma2.posttrain.pipelines.run import Watcher, run_stages
-from gemma2.posttrain.pipelines.scheduler import Choice
 from gemma2.posttrain.runs.commands import COMMANDS, Command
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PipelineFile
 from gemma2.posttrain.schemas.config import Config, validated
 
@@ -63,6 +63,18 @@ class Inline:
         self.stop()
 
 
+def write_text_model(directory: Path, text: str) -> None:
+    """Weights whose one tensor is a text."""
+    header, _ = encode_header({"text": ("U8", (len(text),))})
+    (directory / "model.safetensors").write_bytes(header + text.encode())
+
+
+def text_of(directory: Path) -> str:
+    """The text of `write_text_model`."""
+    path = directory / "model.safetensors"
+    return path.read_bytes()[read_header(path)["text"].offset :].decode()
+
+
 @dataclass(frozen=True)
 class Stub(Command):
     """A command whose body is a function of the test."""
@@ -80,7 +92,7 @@ class Making(Config):
     model: Path | None = None
     models: tuple[Path, ...] = ()
     data: Path | None = None
-    extra: tuple[Path, ...] = ()
+    prompts: tuple[Path, ...] = ()
     value: float = 0.0
     fail: str = Field("", description="raise this: an error, a bug")
 
@@ -94,13 +106,10 @@ def make(config: Making, options: RunOptions, progress: Any) -> RunResult:
 
         raise InputError("it cannot be", config.fail)
     paths = [path for path in (config.model, *config.models) if path]
-    parents = [Parent("model", config.model)] if config.model else []
-    parents += [Parent("models", path) for path in config.models]
-    data = [file for path in (config.data, *config.extra) if path for file in data_files(path)]
-    with open_run("make", config, options, parents=parents, data=data) as run:
-        text = "".join((path / "model.safetensors").read_text() for path in paths)
+    with open_run("make", config, options) as run:
+        text = "".join(text_of(path) for path in paths)
         (run.path / "config.json").write_text("{}")
-        (run.path / "model.safetensors").write_text(f"({config.value}{text})")
+        write_text_model(run.path, f"({config.value}{text})")
         return run.finish({"value": config.value, "nested": {"list": [1, config.value]}})
 
 
@@ -116,7 +125,7 @@ def run(pipeline: Pipeline, executor: Inline | None = None, **choice: Any) -> di
     """Run in this process; the status of every stage."""
     chosen = Choice(**choice)
     pipeline.root.mkdir(parents=True, exist_ok=True)
-    plan = check_pipeline(pipeline, chosen.within, chosen.force)
+    plan = check_pipeline(pipeline, chosen)
     return dict(run_stages(pipeline, plan, executor or Inline(), choice=chosen, observer=Watcher()).status)
 
 

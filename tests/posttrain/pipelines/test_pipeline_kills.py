@@ -12,7 +12,7 @@ import pytest
 from processes import MAIN, finish, start
 from waiting import pause, wait_for
 
-from gemma2.posttrain.pipelines.freshness import output_hash
+from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.tiny.networks import save_random
 from gemma2.posttrain.tiny.tasks import questions
 

@@ -9,8 +9,9 @@ from gemma2.core.errors import OutputError
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import locked
 from gemma2.posttrain.pipelines.compile import compile_pipeline
+from gemma2.posttrain.pipelines.decide import Choice
 from gemma2.posttrain.pipelines.run import run_pipeline
-from gemma2.posttrain.pipelines.scheduler import Choice, StageFailed
+from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.schemas import PipelineFile
 from gemma2.posttrain.schemas.config import load_yaml, validated
 

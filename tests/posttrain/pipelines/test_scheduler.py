@@ -5,21 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stages import Inline, Making, Stub, compiled, run
+from stages import Inline, Making, Stub, compiled, run, text_of, write_text_model
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.executors.jobs import Outcome
-from gemma2.posttrain.pipelines.freshness import output_hash
 from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.pipelines.state import read_state
-from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.runs.commands import COMMANDS, output_hash
 from gemma2.posttrain.runs.run_directory import open_run
 
 
 def stage(**keys):
-    options = {key: keys.pop(key) for key in [*keys] if key in ("model", "models", "data", "extra", "value", "fail")}
+    options = {key: keys.pop(key) for key in [*keys] if key in ("model", "models", "data", "prompts", "value", "fail")}
     return {"command": "make", "options": options, **keys}
 
 
@@ -27,7 +26,7 @@ CHAIN = {"a": stage(value=1), "b": stage(model="${a.out}", value=2), "c": stage(
 
 
 def weights(root: Path, name: str) -> str:
-    return (root / name / "model.safetensors").read_text()
+    return text_of(root / name)
 
 
 def ran(pipeline, **choice) -> list[str]:
@@ -68,10 +67,11 @@ def test_an_output_that_is_gone_or_half_written_is_made_again(tmp_path):
     assert ran(compiled(CHAIN, tmp_path)) == ["b"]
 
 
-def test_weights_that_changed_in_place_run_what_needs_them(tmp_path):
+def test_weights_that_changed_in_place_are_made_again_and_what_needs_them_stays(tmp_path):
     ran(compiled(CHAIN, tmp_path))
-    (tmp_path / "a" / "model.safetensors").write_text("(9.0)")
-    assert ran(compiled(CHAIN, tmp_path)) == ["b", "c"]
+    write_text_model(tmp_path / "a", "(9.0)")
+    assert ran(compiled(CHAIN, tmp_path)) == ["a"]
+    assert weights(tmp_path, "a") == "(1.0)"
 
 
 def test_data_that_changed_run_what_reads_them(tmp_path):
@@ -115,36 +115,36 @@ def test_files_that_change_places_are_a_change(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"x": "{name}"}}\n')
     one, two = (str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
-    ran(compiled({"a": stage(data=one, extra=[two])}, tmp_path / "out"))
-    assert ran(compiled({"a": stage(data=two, extra=[one])}, tmp_path / "out")) == ["a"]
-    assert ran(compiled({"a": stage(data=two, extra=[one, one])}, tmp_path / "out")) == ["a"]
-    assert ran(compiled({"a": stage(data=two, extra=[one])}, tmp_path / "out")) == ["a"]
+    ran(compiled({"a": stage(data=one, prompts=[two])}, tmp_path / "out"))
+    assert ran(compiled({"a": stage(data=two, prompts=[one])}, tmp_path / "out")) == ["a"]
+    assert ran(compiled({"a": stage(data=two, prompts=[one, one])}, tmp_path / "out")) == ["a"]
+    assert ran(compiled({"a": stage(data=two, prompts=[one])}, tmp_path / "out")) == ["a"]
 
 
 def test_moved_outputs_and_moved_inputs_are_what_they_were(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"x": "{name}"}}\n')
     one, two = (tmp_path / f"{name}.jsonl" for name in ("one", "two"))
-    ran(compiled({"a": stage(data=str(two), extra=[str(one)]), "b": stage(model="${a.out}")}, tmp_path / "out"))
+    ran(compiled({"a": stage(data=str(two), prompts=[str(one)]), "b": stage(model="${a.out}")}, tmp_path / "out"))
     (tmp_path / "moved").mkdir()
     one = one.rename(tmp_path / "moved" / "first.jsonl")
     (tmp_path / "out").rename(tmp_path / "moved" / "out")  # no recorded path leads to its input any longer
-    stages = {"a": stage(data=str(two), extra=[str(one)]), "b": stage(model="${a.out}")}
+    stages = {"a": stage(data=str(two), prompts=[str(one)]), "b": stage(model="${a.out}")}
     assert ran(compiled(stages, tmp_path / "moved" / "out")) == []
     two.write_text("{}\n")
     found = check_pipeline(compiled(stages, tmp_path / "moved" / "out"))
-    assert found.stages["a"].why == ("the content of ../../two.jsonl",)
+    assert found.stages["a"].why == (f"the content of {two}",)
 
 
 def test_a_file_added_to_a_folder_of_data_is_a_change(tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "b.jsonl").write_text("{}\n")
-    stages = {"a": stage(data=str(folder), extra=[str(folder / "b.jsonl")]), "b": stage(data=str(folder))}
+    stages = {"a": stage(data=str(folder), prompts=[str(folder / "b.jsonl")]), "b": stage(data=str(folder))}
     ran(compiled(stages, tmp_path / "out"))
     assert ran(compiled(stages, tmp_path / "out")) == []
     (folder / "a.jsonl").write_text('{"x": 1}\n')
-    assert check_pipeline(compiled(stages, tmp_path / "out")).stages["b"].why == ("the files of data",)
+    assert check_pipeline(compiled(stages, tmp_path / "out")).stages["b"].why == (f"data (added {folder / 'a.jsonl'})",)
     assert ran(compiled(stages, tmp_path / "out")) == ["a", "b"]
     assert ran(compiled(stages, tmp_path / "out")) == []
 
@@ -152,9 +152,9 @@ def test_a_file_added_to_a_folder_of_data_is_a_change(tmp_path):
 def test_a_file_that_two_options_name_is_the_same_input_under_another_name(tmp_path, monkeypatch):
     (tmp_path / "one.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
-    ran(compiled({"a": stage(data="one.jsonl", extra=["one.jsonl"])}, tmp_path / "out"))
+    ran(compiled({"a": stage(data="one.jsonl", prompts=["one.jsonl"])}, tmp_path / "out"))
     full = str(tmp_path / "one.jsonl")
-    assert ran(compiled({"a": stage(data=full, extra=[full])}, tmp_path / "out")) == []
+    assert ran(compiled({"a": stage(data=full, prompts=[full])}, tmp_path / "out")) == []
 
 
 def test_a_folder_that_is_no_output_is_refused(tmp_path):
@@ -255,7 +255,7 @@ def steps(monkeypatch):
             done.write_text("")
             if lost:
                 raise InputError(lost.pop(), "mend it")
-            (run.path / "model.safetensors").write_text(f"({config.value})")
+            write_text_model(run.path, f"({config.value})")
             return run.finish({})
 
     monkeypatch.setitem(COMMANDS, "make", Stub(Making, "none", "none", "makes", accelerated=False, body=body))
@@ -314,7 +314,7 @@ def test_a_choice_of_stages_takes_the_others_as_they_are(tmp_path):
 
 
 def test_a_choice_needs_what_it_takes_complete_and_nothing_else(tmp_path):
-    with pytest.raises(InputError, match=r"stages\.b needs a, which is neither complete nor chosen"):
+    with pytest.raises(InputError, match=r"stages\.b: needs a, which is neither complete nor chosen"):
         run(compiled(CHAIN, tmp_path), within=frozenset({"b"}))
     assert ran(compiled(CHAIN, tmp_path), within=frozenset({"a"})) == ["a"]
     assert {name: one["status"] for name, one in read_state(tmp_path)["stages"].items()} == {

@@ -9,7 +9,7 @@ from processes import MAIN, finish, start
 from waiting import wait_for
 
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.posttrain.pipelines.freshness import output_hash
+from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.tiny.networks import save_random
 
 pytestmark = pytest.mark.ray

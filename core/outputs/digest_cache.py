@@ -1,0 +1,148 @@
+"""Digests of files that were read before, in the user's cache: a file is read again once anything about it differs.
+
+A digest is stored under a stamp of the file: inode, size, mtime and ctime, in nanoseconds, of the moment before it was
+read. No call can set a ctime back, so a file with the same stamp has the same bytes, unless it was written twice within
+one tick of the file system's clock. A stamp is therefore stored only if that clock had moved on when the file was read.
+Copies, links, changed modes and touched files have other stamps: they are read once, and stored again.
+
+    ~/.cache/gemma2/digests/log    one line per digest, only ever appended:  KEY DIGEST CHECK
+    KEY    BLAKE3 of what was computed and of the stamps, so that the file names no path
+    CHECK  of the line: torn lines are skipped
+
+A cache that cannot be written costs time, never a result.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from .cache import cache_folder
+from .hashing import hasher
+
+__all__ = ["Stamp", "remembered", "stamp_of"]
+
+Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
+
+TICK = 20_000_000  # ns; the clock of Linux file systems moves every 1 to 10 ms
+COARSE_TICK = 2_000_000_000  # ns, where times have whole seconds only: HFS+, FAT, some network file systems
+WORTH_WAITING = 16 << 20  # bytes; reading fewer again is quicker than waiting for a tick
+LOG_BYTES = 8 << 20  # the older half is dropped beyond that
+KEY_HEX, CHECK_HEX = 32, 8
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return the stamp of a file in its present state. Raises OSError."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> str:
+    """Return `compute()` of these files, or its earlier result for files with the stamps that they have now.
+
+    kind     the name of what is computed
+    compute  must depend on nothing but the bytes of the files, and on `kind`
+    """
+    stamps = [stamp_of(path) for path in paths]
+    key = _key(kind, stamps)
+    known = _digests().get(key)
+    if known is not None:
+        return known
+    settled = _settled(stamps)
+    found = compute()
+    _KNOWN[key] = found  # one process never reads a file twice for nothing
+    if [stamp_of(path) for path in paths] != stamps:
+        del _KNOWN[key]  # written to meanwhile
+    elif settled:
+        _append(key, found)
+    else:
+        del _KNOWN[key]
+    return found
+
+
+def _settled(stamps: Sequence[Stamp]) -> bool:
+    """Whether a later write would give each file another stamp. Waits for the next tick where reading takes longer."""
+    wait = max((_not_before(stamp) for stamp in stamps), default=0) - time.time_ns()
+    if 0 < wait <= TICK and sum(size for _, size, _, _ in stamps) >= WORTH_WAITING:
+        time.sleep(wait / 1e9)
+        return True
+    return wait <= 0
+
+
+def _not_before(stamp: Stamp) -> int:
+    """The time, in ns, from which a write can be told from the one that the stamp is of."""
+    _, _, modified, changed = stamp
+    return changed + (TICK if changed % 1_000_000_000 or modified % 1_000_000_000 else COARSE_TICK)
+
+
+def _key(kind: str, stamps: Sequence[Stamp]) -> str:
+    digest = hasher()
+    digest.update(repr((kind, [*stamps])).encode())
+    return digest.hexdigest()[:KEY_HEX]
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+_KNOWN: dict[str, str] = {}
+_READ: dict[Path, int] = {}  # log -> bytes of it that are in _KNOWN
+
+
+def _log() -> Path:
+    return cache_folder("digests") / "log"
+
+
+def _digests() -> dict[str, str]:
+    """Return the digests of this process, and of what others have appended to the log by now."""
+    path = _log()
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return _KNOWN
+    before = _READ.get(path, 0)
+    if size == before:
+        return _KNOWN
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(before if before < size else 0)  # shorter: another process has dropped the older half
+        text = file.read()
+        whole = text.rfind(b"\n") + 1
+        for line in text[:whole].splitlines():
+            _take(line)
+        _READ[path] = (before if before < size else 0) + whole
+    return _KNOWN
+
+
+def _take(line: bytes) -> None:
+    words = line.decode("ascii", "replace").split(" ")
+    if len(words) == 3 and len(words[0]) == KEY_HEX and words[2] == _check(words[0], words[1]):
+        _KNOWN.setdefault(words[0], words[1])
+
+
+def _check(key: str, digest: str) -> str:
+    found = hasher()
+    found.update(f"{key} {digest}".encode())
+    return found.hexdigest()[:CHECK_HEX]
+
+
+def _append(key: str, digest: str) -> None:
+    path = _log()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, f"{key} {digest} {_check(key, digest)}\n".encode())
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        if size > LOG_BYTES:
+            _drop_older_half(path)
+
+
+def _drop_older_half(path: Path) -> None:
+    text = path.read_bytes()
+    rest = text[len(text) // 2 :]
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_bytes(rest[rest.find(b"\n") + 1 :])
+    aside.replace(path)

@@ -1,0 +1,100 @@
+"""What a model is: its tensors, and every other file of its directory that decides what it computes or how it is asked.
+
+Everything counts unless it is known to be harmless: a file that this module has never heard of is part of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .digest_cache import remembered
+from .digests import digest_input, digest_weights
+from .hashing import digest_name, hasher
+from .hub import SNAPSHOT
+from .manifest import MANIFEST, ParentRecord
+from .safetensors_header import weight_files
+
+__all__ = ["ModelIdentity", "deciding_files", "identity_of", "parent_record"]
+
+# For people, or records of how a model was made: nothing that loads it reads them.
+FOR_PEOPLE = (
+    *("README*", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "*.pdf", "*.html"),
+    *("*.png", "*.svg", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.csv"),
+    *("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "skipped.jsonl", "dropped.jsonl"),
+    *("training_args.*", "trainer_state.json", "optimizer.*", "scheduler.*", "rng_state*", "*_results.json"),
+    *("events.out.tfevents*", "mergekit_config.y*ml", MANIFEST),
+)
+# Where tensors are, which counts with the tensors.
+LAYOUT = ("*.safetensors", "*.safetensors.index.json")
+# Weights in other formats: read only where no safetensors are.
+OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*")
+TEMPLATES = "additional_chat_templates"
+# Keys that record how a file came about. The other keys count, in whatever order and layout they are written.
+INCIDENTAL_KEYS = frozenset(
+    {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "_from_model_config"}
+    | {"is_local", "local_files_only"}
+)
+CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """weights: digest of the tensors (`digest_weights`). files: name -> digest of every other file that decides."""
+
+    weights: str
+    files: dict[str, str]
+
+
+def identity_of(directory: Path, threads: int = 1) -> ModelIdentity:
+    """Return the identity of a model directory, a reward model or an adapter. Raises InputError for broken weights."""
+    files = {path.relative_to(directory).as_posix(): _digest_of(path, threads) for path in deciding_files(directory)}
+    return ModelIdentity(digest_weights(directory, threads), files)
+
+
+def parent_record(role: str, path: Path, found: ModelIdentity, out: Path) -> ParentRecord:
+    """Return the record of a model in the manifest of `out`; of one in the hub's cache also with id and revision."""
+    place = path.resolve()
+    record = ParentRecord(
+        role=role, path=os.path.relpath(place, out.resolve()), weights=found.weights, files=found.files
+    )
+    hub = SNAPSHOT.search(place.as_posix())
+    if hub:
+        record["hub"] = f"{hub['owner']}/{hub['name']}@{hub['revision']}"
+    return record
+
+
+def deciding_files(directory: Path) -> Iterator[Path]:
+    """Yield the files of a model directory, besides its safetensors, that decide what it computes; sorted by name."""
+    left_out = (*FOR_PEOPLE, *LAYOUT, *(OTHER_WEIGHTS if weight_files(directory) else ()), ".*")
+    for path in sorted(directory.iterdir()):
+        if path.name == TEMPLATES and path.is_dir():
+            yield from sorted(path.glob("*.jinja"))
+        elif path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in left_out):
+            yield path
+
+
+def _digest_of(path: Path, threads: int) -> str:
+    if path.name not in CONFIGS:
+        return digest_input(path, threads)
+    return remembered("config", [path], lambda: _digest_settings(path))
+
+
+def _digest_settings(path: Path) -> str:
+    """Return the digest of the settings in a JSON file, without those that decide nothing; of its bytes if broken."""
+    text = path.read_bytes()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    digest = hasher()
+    if isinstance(found, dict):
+        kept = {key: value for key, value in found.items() if key not in INCIDENTAL_KEYS}
+        digest.update(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
+    else:
+        digest.update(text)
+    return digest_name(digest)

@@ -1,0 +1,130 @@
+"""The models, rows and files that a configuration names: one place that says which option is which. Torch-free.
+
+Every option that takes a path is listed here, so that no input of a command can be left out of its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from gemma2.core.outputs.hub import locate_model
+from gemma2.core.outputs.manifest import own_files
+from gemma2.merging.plan.places import merge_places
+from gemma2.posttrain.data.sources import data_files, evaluation_files
+from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.schemas.config import Config
+
+__all__ = ["EVALUATIONS", "KIND_OF_OPTION", "Named", "named_inputs", "names_a_path", "paths_of"]
+
+Kind = Literal["model", "rows", "evaluation rows", "output", "source", "file"]
+
+# model            a directory with a policy, a reward model or a classifier
+# rows             data files, in the order in which they are read
+# evaluation rows  those of every split
+# output           files of an output of this suite: a front, a teacher's cache
+# source           what `convert` reads: a model directory, or a GGUF file or a folder of them
+# file             one file
+KIND_OF_OPTION: dict[str, Kind] = {
+    **dict.fromkeys(("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head"), "model"),
+    **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge"), "model"),
+    **dict.fromkeys(("data", "prompts", "heldout", "eval_data"), "rows"),
+    "decontaminate": "evaluation rows",
+    **dict.fromkeys(("front", "fronts", "teacher_cache"), "output"),
+    "source": "source",
+    "judge_prompt": "file",
+}
+EVALUATIONS = "evaluations.jsonl"  # what an RL run measured on the way: a front takes it over
+PICTURES = (".png", ".svg", ".csv", ".md", ".html")  # drawn or copied from the other files of an output
+
+
+@dataclass(frozen=True)
+class Named:
+    """One input.
+
+    option  the field that names it
+    role    its name in the record
+    path    a model directory, or one file
+    """
+
+    option: str
+    role: str
+    path: Path
+    is_model: bool
+
+
+def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Named]:
+    """Yield every input of a configuration, in the order of its fields and of their values.
+
+    without  options to leave out, whose inputs are not there yet; of a merge, any of them leaves all out
+
+    Raises InputError for data or an output that cannot be found; a missing model directory is yielded like another.
+    """
+    if isinstance(config, MergeConfig):
+        if not {"models", "base"} & {*without}:
+            for role, path in merge_places(config.request()):
+                yield Named("base" if role == "base" else "models", role, path, True)
+        return
+    for option in type(config).model_fields:
+        if option in without:
+            continue
+        for path in paths_of(config, option):
+            yield from _READERS[KIND_OF_OPTION[option]](option, path)
+            if option == "policies" and (path / EVALUATIONS).is_file():
+                yield Named(option, option, path / EVALUATIONS, False)
+
+
+def paths_of(config: Config, option: str) -> list[Path]:
+    """Return the paths that an option names: one, several or none. A teacher on a server is only a name."""
+    if option == "teacher" and getattr(config, "engine", None) == "openai":
+        return []
+    value = getattr(config, option, None)
+    if option == "judge":  # a directory, or module:function, or the model of a server
+        return [] if value is None or not Path(value).is_dir() else [Path(value)]
+    return [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Path)]
+
+
+def names_a_path(annotation: object) -> bool:
+    """Whether a field of this type holds paths."""
+    return annotation is Path or any(names_a_path(part) for part in get_args(annotation))
+
+
+def _model(option: str, path: Path) -> Iterator[Named]:
+    yield Named(option, option.replace("_", "-"), locate_model(path, f"--{option}"), True)
+
+
+def _rows(option: str, path: Path) -> Iterator[Named]:
+    yield from (Named(option, option, file, False) for file in data_files(path))
+
+
+def _evaluation_rows(option: str, path: Path) -> Iterator[Named]:
+    yield from (Named(option, option, file, False) for file in evaluation_files(path))
+
+
+def _output(option: str, path: Path) -> Iterator[Named]:
+    yield from (Named(option, option, file, False) for file in own_files(path) if file.suffix not in PICTURES)
+
+
+def _source(option: str, path: Path) -> Iterator[Named]:
+    if path.is_file():
+        yield Named(option, option, path, False)
+    elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        yield Named(option, option, path, True)
+    else:
+        yield from (Named(option, option, file, False) for file in sorted(path.glob("*.gguf")))
+
+
+def _file(option: str, path: Path) -> Iterator[Named]:
+    yield Named(option, option, path, False)
+
+
+_READERS: dict[Kind, Callable[[str, Path], Iterator[Named]]] = {
+    "model": _model,
+    "rows": _rows,
+    "evaluation rows": _evaluation_rows,
+    "output": _output,
+    "source": _source,
+    "file": _file,
+}

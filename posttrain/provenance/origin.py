@@ -1,0 +1,247 @@
+"""Everything that decides a result, as a record, and the differences between a record and what would be made now.
+
+    settings   by value, without paths and without the schema's incidental fields
+    parents    models, by the option that names them: tensors, and every other file that decides (core/outputs/identity)
+    data       files, by the option that names them: their bytes
+    code       of the user's functions: source of their module and of what it imports (code.py)
+
+A path is not a setting: the content of an input counts, not its location. Option by option the record and the present
+must have the same contents in the same order. Both come from one function of the configuration, `origin_of`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.digests import digest_input
+from gemma2.core.outputs.hashing import digest_name, hasher
+from gemma2.core.outputs.identity import identity_of, parent_record
+from gemma2.core.outputs.manifest import SCHEMA_VERSION
+from gemma2.posttrain.schemas.config import Config
+
+from .code import code_of
+from .difference import Difference
+from .named_inputs import Named, named_inputs, names_a_path, paths_of
+
+__all__ = ["differences", "hash_of", "is_setting", "origin_of", "settings_of"]
+
+Content = Mapping[str, str]  # name of a part -> its digest; of a data file one part without a name
+
+
+def origin_of(command: str, config: Config, out: Path, threads: int = 1) -> JsonObject:
+    """Return the record of what `config` makes in `out`: it goes into the manifest. Raises InputError."""
+    parents: list[JsonObject] = []
+    data: list[JsonObject] = []
+    for named in named_inputs(config):
+        if named.is_model:
+            parents.append({**parent_record(named.role, named.path, identity_of(named.path, threads), out)})
+        else:
+            data.append(_data_record(named, out, threads))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "config": config.recorded(),
+        "parents": parents,
+        "data": data,
+        **({"code": code} if (code := code_of(config)) else {}),
+        "seed": getattr(config, "seed", None),
+    }
+
+
+def _data_record(named: Named, out: Path, threads: int) -> JsonObject:
+    path = os.path.relpath(named.path.resolve(), out.resolve())
+    return {"role": named.role, "path": path, "digest": digest_input(named.path, threads)}
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def is_setting(schema: type[Config], name: str) -> bool:
+    """Whether the value of a field decides the result.
+
+    False for paths (their content is compared by digest) and for the schema's incidental fields, which a resume may
+    change. Unknown names count as settings.
+    """
+    if any(name in vars(kind).get("INCIDENTAL", ()) for kind in schema.__mro__):
+        return False
+    field = schema.model_fields.get(name)
+    return field is None or not names_a_path(field.annotation)
+
+
+def settings_of(config: Config) -> JsonObject:
+    """Return the settings that decide the result, as a manifest records them.
+
+    A path that leads to no input (a teacher on a server) counts by its text; a text that is the path of an input (a
+    judge) does not.
+    """
+    schema = type(config)
+    named = {option for option in schema.model_fields if paths_of(config, option)}
+    return _settings_in(config.recorded(), schema, named)
+
+
+def _settings_in(recorded: JsonMapping, schema: type[Config], named: Collection[str]) -> JsonObject:
+    """Return the values that decide, by themselves, the result. named: the options that lead to inputs."""
+
+    def decides(key: str, value: object) -> bool:
+        return key not in named and (is_setting(schema, key) or (_holds_paths(schema, key) and _is_given(value)))
+
+    return {key: value for key, value in recorded.items() if decides(key, value)}
+
+
+def _holds_paths(schema: type[Config], key: str) -> bool:
+    return key in schema.model_fields and names_a_path(schema.model_fields[key].annotation)
+
+
+def _is_given(value: object) -> bool:
+    return value not in (None, [], {})
+
+
+def _default_of(schema: type[Config], key: str) -> object:
+    """The default of a setting as JSON has it."""
+    field = schema.model_fields.get(key)
+    default = None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def differences(recorded: JsonMapping, command: str, config: Config, unknown: Collection[str] = ()) -> list[Difference]:
+    """Return what differs between the record of an output and what `config` makes now.
+
+    unknown  options that are not known yet, since another stage makes what they name: they are not compared
+
+    A setting that the record lacks counts as the schema's default.
+    Raises InputError for an input that is not there.
+    """
+    if recorded.get("command") != command:
+        return [Difference("command", recorded.get("command"), command, by_value=True)]
+    if recorded.get("schema_version") != SCHEMA_VERSION:
+        made = f"made by gemma2 {recorded.get('gemma2', 'of another version')}, whose record lacks what is compared now"
+        return [Difference(made, recorded.get("schema_version"), SCHEMA_VERSION)]
+    return [
+        *_changed_settings(recorded, config, unknown),
+        *_changed_inputs(recorded, config, unknown),
+        *_changed_code(recorded.get("code") or {}, code_of(config)),
+    ]
+
+
+def _changed_settings(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Difference]:
+    schema, now, was = type(config), settings_of(config), recorded.get("config") or {}
+    found = [
+        Difference(key, was.get(key, _default_of(schema, key)), value, by_value=True)
+        for key, value in now.items()
+        if key not in unknown and was.get(key, _default_of(schema, key)) != value
+    ]
+    gone = sorted(was.keys() - config.recorded().keys())
+    return found + [Difference(key, was[key], None, by_value=True) for key in gone if _is_given(was[key])]
+
+
+def _changed_inputs(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Difference]:
+    known, was = [*named_inputs(config, unknown)], _recorded_inputs(recorded)
+    found: list[Difference] = []
+    for option in dict.fromkeys([*was, *(named.option for named in known)]):
+        if option not in unknown:
+            now = [(named.role, named.path, _content_of(named)) for named in known if named.option == option]
+            found += _compared(option, was.get(option, []), now)
+    return found
+
+
+def _content_of(named: Named) -> Content:
+    try:
+        if not named.is_model:
+            return {"": digest_input(named.path)}
+        found = identity_of(named.path)
+    except OSError as error:
+        raise InputError(
+            f"{named.role} {named.path} cannot be read ({error.strerror})", "restore it, or name another"
+        ) from error
+    return {"weights": found.weights, **found.files}
+
+
+def _recorded_inputs(recorded: JsonMapping) -> dict[str, list[tuple[str, str, Content]]]:
+    """Return option -> (role, path, content) of a record's inputs."""
+    found: dict[str, list[tuple[str, str, Content]]] = {}
+    for parent in recorded.get("parents") or ():
+        content = {"weights": parent.get("weights", ""), **(parent.get("files") or {})}
+        found.setdefault(_option_of(parent["role"]), []).append((parent["role"], parent["path"], content))
+    for source in recorded.get("data") or ():
+        content = {"": source.get("digest", "")}
+        found.setdefault(str(source.get("role")), []).append((str(source.get("role")), source["path"], content))
+    return found
+
+
+def _option_of(role: str) -> str:
+    """The option of a role. The models of a merge have roles that tell them from what a policy was trained from."""
+    return "models" if role in ("input", "adapter-base") else role.replace("-", "_")
+
+
+def _compared(
+    option: str, was: Sequence[tuple[str, str, Content]], now: Sequence[tuple[str, Path, Content]]
+) -> list[Difference]:
+    """Return the differences of one option: by part where as many inputs are named, else as a whole."""
+    if [(role, content) for role, _, content in was] == [(role, content) for role, _, content in now]:
+        return []
+    before, after = [_text(content) for _, _, content in was], [_text(content) for _, _, content in now]
+    paths = [path for _, path, _ in was], [str(path) for _, path, _ in now]
+    if sorted(before) == sorted(after):
+        return [Difference(f"the order of {option}", *paths)]
+    if len(was) != len(now):
+        gone = [path for path, content in zip(paths[0], before, strict=True) if content not in after]
+        added = [path for path, content in zip(paths[1], after, strict=True) if content not in before]
+        parts = [*(f"added {path}" for path in added), *(f"without {path}" for path in gone)]
+        return [Difference(f"{option} ({', '.join(parts) or f'{len(was)} -> {len(now)}'})", *paths)]
+    found = []
+    for (_, _, then), (role, path, here) in zip(was, now, strict=True):
+        for part in sorted(then.keys() | here.keys()):
+            if then.get(part) != here.get(part):
+                place = f"{role} {path}" if part else f"the content of {path}"
+                called = f"the weights of {place}" if part == "weights" else f"{part} of {place}" if part else place
+                found.append(Difference(called, then.get(part), here.get(part)))
+    return found
+
+
+def _text(content: Content) -> str:
+    return json.dumps(content, sort_keys=True)
+
+
+def _changed_code(was: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[Difference]:
+    """Return the modules whose source differs; a function that is no longer named is a changed setting."""
+    found: dict[str, Difference] = {}
+    for name, modules in now.items():
+        before = was.get(name)
+        if before is None:
+            continue
+        for module in sorted(before.keys() | modules.keys()):
+            if before.get(module) != modules.get(module):
+                found[module] = Difference(f"the code of {module}", before.get(module), modules.get(module))
+    return list(found.values())
+
+
+# --- hash -------------------------------------------------------------------------------------------------------------
+
+
+def hash_of(record: JsonMapping, schema: type[Config] | None) -> str:
+    """Return `"blake3:<hex>"` of what a record says that decides the result: equal hashes mean equal work.
+
+    BLAKE3 of {command, settings without paths, (role, contents) of every parent, digest of every data file, code}.
+    Versions are not part of it (library_versions.py).
+    """
+    inputs = _recorded_inputs(record)
+    settings = record.get("config") or {}
+    content = {
+        "command": record.get("command"),
+        "config": settings if schema is None else _settings_in(settings, schema, inputs),
+        "inputs": {
+            option: [[role, content] for role, _, content in entries] for option, entries in sorted(inputs.items())
+        },
+        "code": record.get("code") or {},
+    }
+    digest = hasher()
+    digest.update(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
+    return digest_name(digest)

@@ -1,0 +1,153 @@
+"""The state of one output: is it there, whole, and made from what a configuration names now. Torch-free.
+
+An output is complete when its manifest is, when every file that the manifest lists has the recorded bytes, and when
+nothing that decides the result differs (origin.py). Files are read again only if they were touched
+(core/outputs/digest_cache.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.digests import digest_input
+from gemma2.core.outputs.manifest import STATE, Manifest, read_manifest
+from gemma2.core.outputs.staging import partial_path
+from gemma2.posttrain.schemas.config import Config
+
+from .difference import Difference
+from .library_versions import other_versions
+from .named_inputs import EVALUATIONS
+from .origin import differences
+
+__all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
+
+# No stage reads these: without them, or with others, an output is whole. Fronts read two of them after all: the samples
+# of another front, and the metrics of a policy that was evaluated on the way.
+FOR_PEOPLE = ("README.md", "metrics.jsonl", "samples.jsonl", "dropped.jsonl", "skipped.jsonl")
+READ_BY_FRONTS = {"samples.jsonl": "front.json", "metrics.jsonl": EVALUATIONS}  # name -> where this is as well
+PICTURES = (".png", ".svg", ".csv", ".html")
+
+
+@dataclass(frozen=True)
+class OutputState:
+    """state     complete: there is nothing to do
+              interrupted: a run of it can be continued; an output of something else may still be in its place
+              changed: the output was made from something else, or is damaged
+              missing: there is nothing
+    why       the differences
+    notes     what is worth knowing and changes nothing: other versions, a lost picture
+    versions  the packages that had other versions when a complete output was made
+    """
+
+    state: Literal["complete", "interrupted", "changed", "missing"]
+    why: tuple[Difference, ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: tuple[Difference, ...] = ()
+
+
+def output_state(command: str, config: Config, out: Path, unknown: Collection[str] = ()) -> OutputState:
+    """Return the state of one output and the reasons for it.
+
+    unknown  options whose inputs another stage has yet to make: what is complete by all others is complete here
+
+    Raises InputError for a foreign directory in its place, or for an input that cannot be read.
+    """
+    try:
+        manifest = read_manifest(out)
+    except InputError as error:  # cut or overwritten: nothing says what the output is, so it is made again
+        return _not_complete(command, config, out, unknown, [Difference(error.what)])
+    if manifest is None:
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} holds something else than an output of gemma2", "move it, or choose another --out")
+        return _not_complete(command, config, out, unknown, [])
+    if manifest.get("status") != "complete":
+        return _not_complete(command, config, out, unknown, [Difference(f"status ({manifest.get('status')})")])
+    recorded: JsonMapping = {**manifest}
+    why = [*differences(recorded, command, config, unknown), *broken_files(manifest, out)]
+    if why:
+        return _not_complete(command, config, out, unknown, why)
+    others = tuple(other_versions(command, recorded.get("versions") or {}))
+    notes = [f"made with other versions: {', '.join(map(str, others))}"] if others else []
+    return OutputState("complete", (), (*notes, *_lost_for_people(manifest, out)), others)
+
+
+def _not_complete(
+    command: str, config: Config, out: Path, unknown: Collection[str], why: list[Difference]
+) -> OutputState:
+    """The state of an output that has to be made: continued, again, or for the first time."""
+    before = _interrupted(partial_path(out))
+    if before is None:
+        return OutputState("changed" if out.exists() and why else "missing", (*why,))
+    against = _against(before, command, config, unknown)
+    if not against:
+        return OutputState("interrupted", (*why,))
+    notes = (f"an interrupted run is started again: {', '.join(map(str, against))}",)
+    return OutputState("changed" if out.exists() and why else "missing", (*why,), notes)
+
+
+def can_go_on(command: str, config: Config, out: Path) -> bool:
+    """Whether an interrupted run of this configuration is there and can be continued."""
+    before = _interrupted(partial_path(out))
+    return before is not None and not _against(before, command, config, ())
+
+
+def _against(before: JsonMapping, command: str, config: Config, unknown: Collection[str]) -> list[Difference]:
+    """What stands against continuing a run: other inputs or settings, or other versions."""
+    return [*differences(before, command, config, unknown), *other_versions(command, before.get("versions") or {})]
+
+
+def _interrupted(partial: Path) -> JsonObject | None:
+    """Return the record of an interrupted run; None without one that a resume can use."""
+    try:
+        found = json.loads((partial / STATE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_complete(out: Path) -> bool:
+    """Whether an output exists, whatever it was made from."""
+    try:
+        return (read_manifest(out) or {}).get("status") == "complete"
+    except InputError:
+        return False
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def broken_files(manifest: Manifest, out: Path) -> Iterator[Difference]:
+    """Yield the files of a finished output that are gone or do not have the bytes that were written."""
+    for name, entry in manifest.get("files", {}).items():
+        if is_for_people(name, manifest):
+            continue
+        path = out / name
+        try:
+            size = path.stat().st_size
+            if size == entry.get("size") and "digest" not in entry:  # a merge without --verify: nothing has read it
+                continue
+            found = digest_input(path) if size == entry.get("size") else f"{size} bytes"
+        except OSError:
+            yield Difference(f"its {name} is gone", entry.get("digest"))
+            continue
+        if found != entry.get("digest"):
+            yield Difference(f"its {name} is not what was written", entry.get("digest"), found)
+
+
+def is_for_people(name: str, manifest: Manifest) -> bool:
+    """Whether a file of an output is read by people only."""
+    if READ_BY_FRONTS.get(name) in manifest.get("files", {}):
+        return False
+    return name in FOR_PEOPLE or name.endswith(PICTURES)
+
+
+def _lost_for_people(manifest: Manifest, out: Path) -> Iterator[str]:
+    lost = [name for name in manifest.get("files", {}) if is_for_people(name, manifest) and not (out / name).is_file()]
+    if lost:
+        yield f"without its {', '.join(lost)}, which no stage reads"
