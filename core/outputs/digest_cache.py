@@ -73,7 +73,7 @@ def _settled(stamps: Sequence[Stamp]) -> bool:
 
 
 def _not_before(stamp: Stamp) -> int:
-    """The time, in ns, from which a write can be told from the one that the stamp is of."""
+    """The time, in ns, from which a write has another stamp than the one before."""
     _, _, modified, changed = stamp
     return changed + (TICK if changed % 1_000_000_000 or modified % 1_000_000_000 else COARSE_TICK)
 
