@@ -23,7 +23,7 @@ from pathlib import Path
 from .cache import cache_folder
 from .hashing import hasher
 
-__all__ = ["Stamp", "remembered", "stamp_of"]
+__all__ = ["Stamp", "remembered", "stamp_of", "store"]
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
 
@@ -61,6 +61,23 @@ def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> 
     else:
         del _KNOWN[key]
     return found
+
+
+def store(kind: str, paths: Sequence[Path], stamps: Sequence[Stamp], began: int, digest: str) -> None:
+    """Store a digest that was found by reading the files, over an earlier one of the same stamps.
+
+    stamps  of the files, taken before they were read
+    began   the time in ns at which they were taken
+
+    Bytes that rot on the disk change no stamp: what was read there last counts.
+    """
+    key = _key(kind, stamps)
+    if _digests().get(key) == digest or began < max((_not_before(stamp) for stamp in stamps), default=0):
+        return
+    with suppress(OSError):
+        if [stamp_of(path) for path in paths] == [*stamps]:
+            _KNOWN[key] = digest
+            _append(key, digest)
 
 
 def _settled(stamps: Sequence[Stamp]) -> bool:
@@ -117,7 +134,7 @@ def _digests() -> dict[str, str]:
 def _take(line: bytes) -> None:
     words = line.decode("ascii", "replace").split(" ")
     if len(words) == 3 and len(words[0]) == KEY_HEX and words[2] == _check(words[0], words[1]):
-        _KNOWN.setdefault(words[0], words[1])
+        _KNOWN[words[0]] = words[1]  # a later line counts
 
 
 def _check(key: str, digest: str) -> str:
