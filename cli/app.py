@@ -81,6 +81,9 @@ COMMANDS = {
     "lineage": CommandEntry(
         "tools.lineage", "Show what an output was made from: a tree from base to result, with hashes.", "Evaluation"
     ),
+    "verify": CommandEntry(
+        "tools.verify", "Read every file of a lineage and compare it with its recorded digest; --fix.", "Evaluation"
+    ),
     "report": CommandEntry("tools.report", "Write one self-contained HTML page about a run.", "Evaluation"),
     "convert": CommandEntry(
         "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"

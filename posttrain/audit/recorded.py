@@ -54,12 +54,14 @@ class Use:
 
     path     as recorded, or where the configuration names it if it is not there any more
     content  name of a part ("weights", a file; "" of a data file) -> digest
+    current  whether this version records and compares inputs in the same way
     """
 
     user: Path
     role: str
     path: Path
     content: Mapping[str, str]
+    current: bool = True
 
     @property
     def is_model(self) -> bool:
@@ -69,7 +71,7 @@ class Use:
 
 @dataclass
 class Gathered:
-    """outputs: by path. uses: of every output whose record this version can compare."""
+    """outputs: by path. uses: what they record of their inputs."""
 
     outputs: dict[Path, RecordedOutput] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
@@ -94,10 +96,9 @@ def gather(paths: Iterable[Path]) -> Gathered:
         if place in found.outputs:
             continue
         output = found.outputs[place] = _read(place)
-        if output.is_current:
-            uses = [*_uses(output)]
-            found.uses += uses
-            waiting += [owner for use in uses for owner in _owner(use.path)]
+        uses = [*_uses(output)]
+        found.uses += uses
+        waiting += [owner for use in uses for owner in _owner(use.path)]
     return found
 
 
@@ -142,7 +143,7 @@ def _use(output: RecordedOutput, record: JsonMapping, content: JsonObject) -> Us
     place = Path(os.path.normpath(output.path / str(record.get("path") or "").replace("\0", "?")))
     if not place.exists():
         place = next((path for path in _configured(output.manifest, place.name) if path.exists()), place)
-    return Use(output.path, str(record.get("role") or ""), place, content)
+    return Use(output.path, str(record.get("role") or ""), place, content, output.is_current)
 
 
 def _configured(manifest: JsonMapping, name: str) -> Iterator[Path]:

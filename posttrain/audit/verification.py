@@ -133,19 +133,20 @@ def verify(
 def _own(gathered: Gathered) -> Iterator[Path]:
     for output in gathered.outputs.values():
         yield from (output.path / name for name in output.files)
-        yield from _files_of_model(output.path)
+        if output.path.is_dir() and weight_files(output.path):
+            yield from _files_of_model(output.path)
 
 
 def _used(gathered: Gathered) -> Iterator[Path]:
-    for use in gathered.uses:
+    for use in (use for use in gathered.uses if use.current):
         yield from _files_of_model(use.path) if use.is_model else [use.path]
 
 
 def _files_of_model(directory: Path) -> Iterator[Path]:
     """Yield what decides what a model directory computes."""
-    if directory.is_dir() and (files := weight_files(directory)):
+    if directory.is_dir():
         index = directory / INDEX
-        yield from (*files, *([index] if index.is_file() else []), *deciding_files(directory))
+        yield from (*weight_files(directory), *([index] if index.is_file() else []), *deciding_files(directory))
 
 
 @dataclass
@@ -205,13 +206,14 @@ class _Comparison:
         if not use.path.exists():
             self.remarks.append(Remark("input not on disk", use.path))
             return
+        if not use.current:
+            return
         place = use.path.resolve()
         if not use.is_model:
             if place not in reported:
                 self._part(use, use.path.parent, use.path.name, use.content[""], _found(self.read[use.path]))
             return
-        weights = [path.resolve() for path in weight_files(use.path)] if use.path.is_dir() else []
-        if not any(path in reported for path in weights):
+        if not any(path.parent == place and path.match("*.safetensors*") for path in reported):
             self._part(use, use.path, "weights", use.content.get("weights", ""), self._weights(use.path))
         for name, digest in {**_none_of(use.content), **self._deciding(use.path)}.items():
             if (place / name) not in reported:
