@@ -14,6 +14,7 @@ from pathlib import Path
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import CHECKPOINTS, MANIFEST, SCHEMA_VERSION, read_manifest
+from gemma2.posttrain.pipelines.state import read_state
 
 __all__ = ["Gathered", "RecordedOutput", "Use", "entries", "gather", "outputs_in"]
 
@@ -84,6 +85,7 @@ def gather(paths: Iterable[Path]) -> Gathered:
     """
     found = Gathered()
     waiting: list[Path] = []
+    lost: dict[Path, str] = {}
     for path in paths:
         if not path.is_dir():
             raise InputError(f"{path} is not a directory", GIVE)
@@ -91,6 +93,7 @@ def gather(paths: Iterable[Path]) -> Gathered:
         if not places:
             raise InputError(f"{path} holds no {MANIFEST}: nothing records what its files should be", GIVE)
         waiting += places
+        lost |= {place.resolve(): problem for place, problem in _lost(path)}
     while waiting:
         place = waiting.pop(0).resolve()
         if place in found.outputs:
@@ -99,7 +102,20 @@ def gather(paths: Iterable[Path]) -> Gathered:
         uses = [*_uses(output)]
         found.uses += uses
         waiting += [owner for use in uses for owner in _owner(use.path)]
+    found.outputs |= {place: RecordedOutput(place, {}, problem) for place, problem in lost.items()}
     return found
+
+
+def _lost(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the stages that a pipeline finished whose output, or whose manifest, is not there; and what is gone."""
+    try:
+        stages = (read_state(folder) or {}).get("stages", {})
+    except InputError:  # it is for people and reports: the manifests say what is done
+        return
+    for name, stage in stages.items():
+        place = folder / name
+        if isinstance(stage, Mapping) and stage.get("status") == "complete" and not (place / MANIFEST).is_file():
+            yield place, f"{place / MANIFEST if place.is_dir() else place} is gone"
 
 
 def outputs_in(folder: Path) -> Iterator[Path]:

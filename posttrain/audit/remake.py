@@ -81,10 +81,14 @@ def remake(found: Verification, tools: Tools) -> list[Remade]:
     before = {unit: _files(unit) for unit in units}
     stages: dict[Path, list[Path]] = {}
     single: list[Path] = []
+    problems: dict[Path, str] = {}
     for unit in units:
+        if (unit / FILE).is_file():
+            again = f"gemma2 pipeline run {unit} writes it again"
+            problems[unit] = f"the {MANIFEST} of a pipeline's folder is not made from anything; remove it: {again}"
+            continue
         folder = next((path for path in unit.parents if (path / FILE).is_file()), None)
         stages.setdefault(folder, []).append(unit) if folder else single.append(unit)
-    problems: dict[Path, str] = {}
     for folder, made in stages.items():
         try:
             left = _remake_stages(tools.pipeline(folder), made, tools)

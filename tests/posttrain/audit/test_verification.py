@@ -147,6 +147,18 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path, text):
     assert faults(pipeline.root / "d") == {("manifest unreadable", "b/", None)}
 
 
+def test_a_stage_that_is_gone_is_named(tmp_path):
+    pipeline = lineage(tmp_path)
+    (pipeline.root / "b" / MANIFEST).unlink()
+    shutil.rmtree(pipeline.root / "e")
+    found = verify([pipeline.root]).faults
+    assert [(one.kind, one.output.name) for one in found] == [
+        ("manifest unreadable", "b"),
+        ("manifest unreadable", "e"),
+    ]
+    assert all(one.found.endswith("is gone") for one in found)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
