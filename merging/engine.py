@@ -11,9 +11,9 @@ from pathlib import Path
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
-from gemma2.core.outputs.identity import ModelIdentity, identity_of, parent_record
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
 from gemma2.core.outputs.model_card import Account
+from gemma2.core.outputs.model_identity import ModelIdentity, identity_of, parent_record
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task

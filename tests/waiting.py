@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+from gemma2.core.outputs.digest_cache import TICK
 
 PATIENCE = 600.0  # seconds; on a machine with a load of 20 an import of torch and transformers alone takes a minute
 T = TypeVar("T")
@@ -33,3 +36,11 @@ def seconds_of(work: Callable[[], object]) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began
+
+
+def until_kept(path: Path) -> None:
+    """Wait until the clock of the file system is so far past a file's ctime that the file's digest is kept."""
+    probe = path.with_name("probe")
+    late = path.stat().st_ctime_ns + TICK
+    wait_for(lambda: probe.write_text("") == 0 and probe.stat().st_ctime_ns > late)
+    probe.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from gemma2.core.json_files import JsonMapping
     from gemma2.posttrain.pipelines.check import PipelinePlan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
-    from gemma2.posttrain.pipelines.decide import Choice
+    from gemma2.posttrain.pipelines.decision import Choice
 
 __all__ = ["Announcer", "app", "jobs_option", "kept_for_later"]
 
@@ -115,7 +116,8 @@ def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeli
         file = folder / FILE
         if not file.is_file():
             raise InputError(f"{folder} is not the folder of a pipeline", "give a YAML file")
-        return compile_pipeline(read_pipeline(file, sets or ()), out or folder)
+        root, described = out or folder, read_pipeline(file, sets or ())
+        return compile_pipeline(described, enter_folder_of(folder, root))
     path = folder if folder.is_file() else recipe(name)
     if path is None:
         known = closest(name, recipes())
@@ -124,11 +126,27 @@ def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeli
     return compile_pipeline(read_pipeline(path, sets or ()), out)
 
 
+def enter_folder_of(recorded: Path, root: Path) -> Path:
+    """Make the folder in which a pipeline was run the working directory: relative paths in its file begin there.
+
+    Returns `root` as it is found from there. Nothing happens where that folder is not recorded, or is gone (the
+    pipeline was copied from another machine).
+    """
+    from gemma2.posttrain.pipelines.state import folder_of
+
+    place = folder_of(recorded)
+    if place is None or place.resolve() == Path.cwd():
+        return root
+    absolute = Path(os.path.abspath(root))
+    os.chdir(place)
+    return absolute
+
+
 def choice_of(
     compiled: Pipeline, start: Sequence[str], only: Sequence[str], force: Sequence[str], keep_going: bool
 ) -> Choice:
     """The stages that --from, --only and --force choose. Raises UsageError if one is unknown or forced but left out."""
-    from gemma2.posttrain.pipelines.decide import Choice
+    from gemma2.posttrain.pipelines.decision import Choice
 
     within = compiled.after(compiled.chosen(start)) if start else set(compiled.stages)
     within &= compiled.chosen(only) if only else within

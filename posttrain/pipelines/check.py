@@ -26,7 +26,7 @@ from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage
-from .decide import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
+from .decision import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
 from .expected_outputs import promised_by
 from .state import read_state
 
@@ -39,7 +39,7 @@ MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class Checked:
-    """One stage in its present state: what a run would do (`decide.py`).
+    """One stage in its present state: what a run would do (`decision.py`).
 
     work  memory, disk, operations; None where nothing is known
     hash  of what a complete output was made from

@@ -24,7 +24,7 @@ from gemma2.posttrain.schemas.config import to_yaml
 
 from .check import Checked, PipelinePlan, check_pipeline, look_at_pipeline
 from .compile import Pipeline, Stage
-from .decide import Choice
+from .decision import Choice
 from .executors.processes import LocalExecutor
 from .scheduler import Executor, Observer, Scheduler
 from .state import STATE_FILE, is_running, read_state

@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline: what is missing or changed, in the order of their needs, several at once.
 
-A stage runs when all that it needs is done; what becomes of it then, `decide.py` says.
+A stage runs when all that it needs is done; what becomes of it then, `decision.py` says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gemma2.posttrain.provenance.output_state import can_go_on
 from gemma2.posttrain.runs.commands import output_hash, spell
 
 from .compile import Pipeline, Stage, with_method
-from .decide import Choice, Decision, decide, outside, prospect
+from .decision import Choice, Decision, decide, outside, prospect
 from .executors.jobs import Event, Job, Outcome
 from .state import State
 

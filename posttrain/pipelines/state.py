@@ -23,7 +23,7 @@ from gemma2.core.outputs.manifest import SCHEMA_VERSION
 
 from .compile import Pipeline
 
-__all__ = ["STATE_FILE", "State", "is_running", "read_state"]
+__all__ = ["STATE_FILE", "State", "folder_of", "is_running", "read_state"]
 
 STATE_FILE = "pipeline.json"
 
@@ -40,6 +40,16 @@ def read_state(root: Path) -> JsonObject | None:
     if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
         raise InputError(f"{path} is not the state of a pipeline", "remove it: the next run writes it again")
     return found
+
+
+def folder_of(root: Path) -> Path | None:
+    """The working directory of the last run of a pipeline; None where it is not recorded or gone."""
+    try:
+        recorded = (read_state(root) or {}).get("folder")
+    except InputError:
+        return None
+    place = root.resolve() / recorded if isinstance(recorded, str) and "\0" not in recorded else None
+    return place if place is not None and place.is_dir() else None
 
 
 def is_running(root: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from gemma2.core.outputs.manifest import versions
 
-from .difference import Difference
+from .change import Change
 
 __all__ = ["deciding_versions", "other_versions"]
 
@@ -27,14 +27,14 @@ def deciding_versions(command: str, recorded: Mapping[str, str] | None = None) -
     return {name: version for name, version in found.items() if not light or name in WITHOUT_NETWORK}
 
 
-def other_versions(command: str, recorded: Mapping[str, str]) -> Sequence[Difference]:
+def other_versions(command: str, recorded: Mapping[str, str]) -> Sequence[Change]:
     """Return the packages that had another version when an output or an interrupted run was made.
 
     A package that the record does not name was not installed then: it decided nothing.
     """
     here = deciding_versions(command)
     return [
-        Difference(name, version, here.get(name), by_value=True)
+        Change(name, version, here.get(name), by_value=True)
         for name, version in deciding_versions(command, recorded).items()
         if here.get(name) != version
     ]

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from gemma2.core.outputs.hub import locate_model
 from gemma2.core.outputs.manifest import own_files
-from gemma2.merging.plan.places import merge_places
 from gemma2.posttrain.data.sources import data_files, evaluation_files
 from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
@@ -58,12 +56,15 @@ class Named:
 def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Named]:
     """Yield every input of a configuration, in the order of its fields and of their values.
 
+    config   with the ids of models replaced by their directories (`runs.inputs.located`), but for merges
     without  options to leave out, whose inputs are not there yet; of a merge, any of them leaves all out
 
     Raises InputError for data or an output that cannot be found; a missing model directory is yielded like another.
     """
     if isinstance(config, MergeConfig):
         if not {"models", "base"} & {*without}:
+            from gemma2.merging.plan.places import merge_places  # imports numba, which no other command needs
+
             for role, path in merge_places(config.request()):
                 yield Named("base" if role == "base" else "models", role, path, True)
         return
@@ -92,7 +93,7 @@ def names_a_path(annotation: object) -> bool:
 
 
 def _model(option: str, path: Path) -> Iterator[Named]:
-    yield Named(option, option.replace("_", "-"), locate_model(path, f"--{option}"), True)
+    yield Named(option, option.replace("_", "-"), path, True)
 
 
 def _rows(option: str, path: Path) -> Iterator[Named]:

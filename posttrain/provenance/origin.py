@@ -1,7 +1,7 @@
 """Everything that decides a result, as a record, and the differences between a record and what would be made now.
 
     settings   by value, without paths and without the schema's incidental fields
-    parents    models, by the option that names them: tensors, and every other file that decides (core/outputs/identity)
+    parents    models, by the option that names them: tensors and all files that decide (core/outputs/model_identity)
     data       files, by the option that names them: their bytes
     code       of the user's functions: source of their module and of what it imports (code.py)
 
@@ -20,15 +20,15 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hashing import digest_name, hasher
-from gemma2.core.outputs.identity import identity_of, parent_record
 from gemma2.core.outputs.manifest import SCHEMA_VERSION
+from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.posttrain.schemas.config import Config
 
+from .change import Change
 from .code import code_of
-from .difference import Difference
 from .named_inputs import Named, named_inputs, names_a_path, paths_of
 
-__all__ = ["differences", "hash_of", "is_setting", "origin_of", "settings_of"]
+__all__ = ["changes", "hash_of", "is_setting", "origin_of", "settings_of"]
 
 Content = Mapping[str, str]  # name of a part -> its digest; of a data file one part without a name
 
@@ -111,7 +111,7 @@ def _default_of(schema: type[Config], key: str) -> object:
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 
-def differences(recorded: JsonMapping, command: str, config: Config, unknown: Collection[str] = ()) -> list[Difference]:
+def changes(recorded: JsonMapping, command: str, config: Config, unknown: Collection[str] = ()) -> list[Change]:
     """Return what differs between the record of an output and what `config` makes now.
 
     unknown  options that are not known yet, since another stage makes what they name: they are not compared
@@ -120,10 +120,10 @@ def differences(recorded: JsonMapping, command: str, config: Config, unknown: Co
     Raises InputError for an input that is not there.
     """
     if recorded.get("command") != command:
-        return [Difference("command", recorded.get("command"), command, by_value=True)]
+        return [Change("command", recorded.get("command"), command, by_value=True)]
     if recorded.get("schema_version") != SCHEMA_VERSION:
         made = f"made by gemma2 {recorded.get('gemma2', 'of another version')}, whose record lacks what is compared now"
-        return [Difference(made, recorded.get("schema_version"), SCHEMA_VERSION)]
+        return [Change(made, recorded.get("schema_version"), SCHEMA_VERSION)]
     return [
         *_changed_settings(recorded, config, unknown),
         *_changed_inputs(recorded, config, unknown),
@@ -131,20 +131,20 @@ def differences(recorded: JsonMapping, command: str, config: Config, unknown: Co
     ]
 
 
-def _changed_settings(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Difference]:
+def _changed_settings(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Change]:
     schema, now, was = type(config), settings_of(config), recorded.get("config") or {}
     found = [
-        Difference(key, was.get(key, _default_of(schema, key)), value, by_value=True)
+        Change(key, was.get(key, _default_of(schema, key)), value, by_value=True)
         for key, value in now.items()
         if key not in unknown and was.get(key, _default_of(schema, key)) != value
     ]
     gone = sorted(was.keys() - config.recorded().keys())
-    return found + [Difference(key, was[key], None, by_value=True) for key in gone if _is_given(was[key])]
+    return found + [Change(key, was[key], None, by_value=True) for key in gone if _is_given(was[key])]
 
 
-def _changed_inputs(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Difference]:
+def _changed_inputs(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Change]:
     known, was = [*named_inputs(config, unknown)], _recorded_inputs(recorded)
-    found: list[Difference] = []
+    found: list[Change] = []
     for option in dict.fromkeys([*was, *(named.option for named in known)]):
         if option not in unknown:
             now = [(named.role, named.path, _content_of(named)) for named in known if named.option == option]
@@ -183,26 +183,26 @@ def _option_of(role: str) -> str:
 
 def _compared(
     option: str, was: Sequence[tuple[str, str, Content]], now: Sequence[tuple[str, Path, Content]]
-) -> list[Difference]:
+) -> list[Change]:
     """Return the differences of one option: by part where as many inputs are named, else as a whole."""
     if [(role, content) for role, _, content in was] == [(role, content) for role, _, content in now]:
         return []
     before, after = [_text(content) for _, _, content in was], [_text(content) for _, _, content in now]
     paths = [path for _, path, _ in was], [str(path) for _, path, _ in now]
     if sorted(before) == sorted(after):
-        return [Difference(f"the order of {option}", *paths)]
+        return [Change(f"the order of {option}", *paths)]
     if len(was) != len(now):
         gone = [path for path, content in zip(paths[0], before, strict=True) if content not in after]
         added = [path for path, content in zip(paths[1], after, strict=True) if content not in before]
         parts = [*(f"added {path}" for path in added), *(f"without {path}" for path in gone)]
-        return [Difference(f"{option} ({', '.join(parts) or f'{len(was)} -> {len(now)}'})", *paths)]
+        return [Change(f"{option} ({', '.join(parts) or f'{len(was)} -> {len(now)}'})", *paths)]
     found = []
     for (_, _, then), (role, path, here) in zip(was, now, strict=True):
         for part in sorted(then.keys() | here.keys()):
             if then.get(part) != here.get(part):
                 place = f"{role} {path}" if part else f"the content of {path}"
                 called = f"the weights of {place}" if part == "weights" else f"{part} of {place}" if part else place
-                found.append(Difference(called, then.get(part), here.get(part)))
+                found.append(Change(called, then.get(part), here.get(part)))
     return found
 
 
@@ -210,16 +210,16 @@ def _text(content: Content) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def _changed_code(was: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[Difference]:
+def _changed_code(was: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[Change]:
     """Return the modules whose source differs; a function that is no longer named is a changed setting."""
-    found: dict[str, Difference] = {}
+    found: dict[str, Change] = {}
     for name, modules in now.items():
         before = was.get(name)
         if before is None:
             continue
         for module in sorted(before.keys() | modules.keys()):
             if before.get(module) != modules.get(module):
-                found[module] = Difference(f"the code of {module}", before.get(module), modules.get(module))
+                found[module] = Change(f"the code of {module}", before.get(module), modules.get(module))
     return list(found.values())
 
 

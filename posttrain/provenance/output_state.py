@@ -20,10 +20,10 @@ from gemma2.core.outputs.manifest import STATE, Manifest, read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.posttrain.schemas.config import Config
 
-from .difference import Difference
+from .change import Change
 from .library_versions import other_versions
 from .named_inputs import EVALUATIONS
-from .origin import differences
+from .origin import changes
 
 __all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
 
@@ -46,9 +46,9 @@ class OutputState:
     """
 
     state: Literal["complete", "interrupted", "changed", "missing"]
-    why: tuple[Difference, ...] = ()
+    why: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
-    versions: tuple[Difference, ...] = ()
+    versions: tuple[Change, ...] = ()
 
 
 def output_state(command: str, config: Config, out: Path, unknown: Collection[str] = ()) -> OutputState:
@@ -61,15 +61,15 @@ def output_state(command: str, config: Config, out: Path, unknown: Collection[st
     try:
         manifest = read_manifest(out)
     except InputError as error:  # cut or overwritten: nothing says what the output is, so it is made again
-        return _not_complete(command, config, out, unknown, [Difference(error.what)])
+        return _not_complete(command, config, out, unknown, [Change(error.what)])
     if manifest is None:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"{out} holds something else than an output of gemma2", "move it, or choose another --out")
         return _not_complete(command, config, out, unknown, [])
     if manifest.get("status") != "complete":
-        return _not_complete(command, config, out, unknown, [Difference(f"status ({manifest.get('status')})")])
+        return _not_complete(command, config, out, unknown, [Change(f"status ({manifest.get('status')})")])
     recorded: JsonMapping = {**manifest}
-    why = [*differences(recorded, command, config, unknown), *broken_files(manifest, out)]
+    why = [*changes(recorded, command, config, unknown), *broken_files(manifest, out)]
     if why:
         return _not_complete(command, config, out, unknown, why)
     others = tuple(other_versions(command, recorded.get("versions") or {}))
@@ -77,9 +77,7 @@ def output_state(command: str, config: Config, out: Path, unknown: Collection[st
     return OutputState("complete", (), (*notes, *_lost_for_people(manifest, out)), others)
 
 
-def _not_complete(
-    command: str, config: Config, out: Path, unknown: Collection[str], why: list[Difference]
-) -> OutputState:
+def _not_complete(command: str, config: Config, out: Path, unknown: Collection[str], why: list[Change]) -> OutputState:
     """The state of an output that has to be made: continued, again, or for the first time."""
     before = _interrupted(partial_path(out))
     if before is None:
@@ -97,9 +95,9 @@ def can_go_on(command: str, config: Config, out: Path) -> bool:
     return before is not None and not _against(before, command, config, ())
 
 
-def _against(before: JsonMapping, command: str, config: Config, unknown: Collection[str]) -> list[Difference]:
+def _against(before: JsonMapping, command: str, config: Config, unknown: Collection[str]) -> list[Change]:
     """What stands against continuing a run: other inputs or settings, or other versions."""
-    return [*differences(before, command, config, unknown), *other_versions(command, before.get("versions") or {})]
+    return [*changes(before, command, config, unknown), *other_versions(command, before.get("versions") or {})]
 
 
 def _interrupted(partial: Path) -> JsonObject | None:
@@ -122,7 +120,7 @@ def is_complete(out: Path) -> bool:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def broken_files(manifest: Manifest, out: Path) -> Iterator[Difference]:
+def broken_files(manifest: Manifest, out: Path) -> Iterator[Change]:
     """Yield the files of a finished output that are gone or do not have the bytes that were written."""
     for name, entry in manifest.get("files", {}).items():
         if is_for_people(name, manifest):
@@ -134,10 +132,10 @@ def broken_files(manifest: Manifest, out: Path) -> Iterator[Difference]:
                 continue
             found = digest_input(path) if size == entry.get("size") else f"{size} bytes"
         except OSError:
-            yield Difference(f"its {name} is gone", entry.get("digest"))
+            yield Change(f"its {name} is gone", entry.get("digest"))
             continue
         if found != entry.get("digest"):
-            yield Difference(f"its {name} is not what was written", entry.get("digest"), found)
+            yield Change(f"its {name} is not what was written", entry.get("digest"), found)
 
 
 def is_for_people(name: str, manifest: Manifest) -> bool:

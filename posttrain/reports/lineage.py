@@ -248,9 +248,12 @@ def state_of(path: Path) -> tuple[str, str]:
         if not path.is_dir():
             return "", "not there"
         read_manifest(path)
-        return (digest_weights(path, THREADS), "") if weight_files(path) else ("", "has no weights")
     except InputError:
         return "", f"{MANIFEST} cannot be read"
+    try:
+        return (digest_weights(path, THREADS), "") if weight_files(path) else ("", "has no weights")
+    except InputError:
+        return "", "has broken weights"
     except OSError:
         return "", "cannot be read"
 

@@ -32,10 +32,10 @@ from gemma2.core.outputs.manifest import (
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partial_path, publish
 from gemma2.core.ranks import ALONE, Ranks, announced
-from gemma2.posttrain.provenance.difference import Difference
+from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.library_versions import other_versions
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
-from gemma2.posttrain.provenance.origin import differences, origin_of
+from gemma2.posttrain.provenance.origin import changes, origin_of
 from gemma2.posttrain.schemas.config import Config
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"]
@@ -188,10 +188,10 @@ def check_parents(parents: Sequence[Parent]) -> None:
 
 def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
-    changed = [*differences(before, start.command, start.config)]
+    changed = [*changes(before, start.command, start.config)]
     processes = before.get("processes", 1)
     if processes != start.processes:
-        changed.append(Difference("processes", processes, start.processes, by_value=True))
+        changed.append(Change("processes", processes, start.processes, by_value=True))
     changed += other_versions(start.command, before.get("versions") or {})
     if changed:
         raise InputError(

@@ -238,7 +238,10 @@ def test_a_terminal_shows_at_once_which_command_begins(monkeypatch, words, shown
 # A stage that works until it gets a signal; it replaces the real stage, which takes seconds to import.
 WORKING = """
 import sys, time, types
+from gemma2.posttrain.provenance import origin
+from gemma2.posttrain.runs import run_directory
 from gemma2.posttrain.runs.run_directory import open_run
+run_directory.named_inputs = origin.named_inputs = lambda config, without=(): []
 def run_sft(config, options, progress):
     with open_run("sft", config, options) as run:
         if sys.argv[-1].endswith("keep"):

@@ -299,12 +299,12 @@ def test_without_a_chat_template_or_a_tokenizer_the_snippet_uses_none(models, tm
 
 
 def test_training_writes_the_card_before_the_manifest(models, tmp_path):
-    from gemma2.posttrain.runs.run_directory import Parent, RunOptions, open_run
+    from gemma2.posttrain.runs.run_directory import RunOptions, open_run
     from gemma2.posttrain.schemas import EvalConfig
 
     config = EvalConfig(model=models / "base", sft=models / "base", prompts=models / "base" / "config.json")
     options = RunOptions(tmp_path / "tuned")
-    with open_run("sft", config, options, parents=[Parent("model", models / "base")]) as run:
+    with open_run("sft", config, options) as run:
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             shutil.copy(models / "base" / name, run.path)
         run.finish({"loss": 1.25, "loss_se": 0.031, "rows": 1200, "kept": None})

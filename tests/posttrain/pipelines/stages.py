@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from text_model import text_of, write_text_model
 
-from gemma2.core.outputs.safetensors_header import encode_header, read_header
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline
-from gemma2.posttrain.pipelines.decide import Choice
+from gemma2.posttrain.pipelines.decision import Choice
 from gemma2.posttrain.pipelines.executors.jobs import Event, Job, Outcome, execute
 from gemma2.posttrain.pipelines.run import Watcher, run_stages
 from gemma2.posttrain.runs.commands import COMMANDS, Command
@@ -61,18 +61,6 @@ class Inline:
 
     def close(self) -> None:
         self.stop()
-
-
-def write_text_model(directory: Path, text: str) -> None:
-    """Weights whose one tensor is a text."""
-    header, _ = encode_header({"text": ("U8", (len(text),))})
-    (directory / "model.safetensors").write_bytes(header + text.encode())
-
-
-def text_of(directory: Path) -> str:
-    """The text of `write_text_model`."""
-    path = directory / "model.safetensors"
-    return path.read_bytes()[read_header(path)["text"].offset :].decode()
 
 
 @dataclass(frozen=True)

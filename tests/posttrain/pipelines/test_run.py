@@ -9,7 +9,7 @@ from gemma2.core.errors import OutputError
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import locked
 from gemma2.posttrain.pipelines.compile import compile_pipeline
-from gemma2.posttrain.pipelines.decide import Choice
+from gemma2.posttrain.pipelines.decision import Choice
 from gemma2.posttrain.pipelines.run import run_pipeline
 from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.schemas import PipelineFile

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stages import Inline, Making, Stub, compiled, run, text_of, write_text_model
+from stages import Inline, Making, Stub, compiled, run
+from text_model import text_of, write_text_model
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.manifest import read_manifest

@@ -11,7 +11,7 @@ from stages import Inline, Stub, compiled, run
 
 from gemma2.posttrain.pipelines.warp_stages import run_seed
 from gemma2.posttrain.runs.commands import COMMANDS
-from gemma2.posttrain.runs.run_directory import Parent, RunResult, open_run
+from gemma2.posttrain.runs.run_directory import RunResult, open_run
 from gemma2.posttrain.schemas import ParetoConfig, RlhfConfig
 
 SHAPES = {
@@ -110,7 +110,7 @@ def algorithm_1(sft: dict) -> dict[str, dict]:
 
 def rl(config, options, progress):
     """`gemma2 rlhf` with the step above: policy and anchor start at --policy, the optimizer at nothing."""
-    with open_run("rlhf", config, options, parents=[Parent("policy", config.policy)], data=[]) as out:
+    with open_run("rlhf", config, options) as out:
         theta, ema, state = load(config.policy), load(config.policy), {}
         for t in range(1, config.steps + 1):
             theta = opt(theta, gradient(theta, ema, config.seed, t), state)
@@ -124,7 +124,7 @@ def front(config, options, progress):
     """`gemma2 pareto` without measuring: iteration i does not improve on the one before it from i = `flat_from` on."""
     name = options.out.parent.name
     flat = 0 if name in ("iteration-1", "w") else 1
-    with open_run("pareto", config, options, parents=[], data=[]) as out:
+    with open_run("pareto", config, options) as out:
         (out.path / "front.json").write_text(json.dumps({"merged": str(config.merged), "fronts": len(config.fronts)}))
         return out.finish({"flat": flat})
 

@@ -5,6 +5,8 @@ import math
 import os
 from random import Random
 
+from text_model import write_text_model
+
 from gemma2.core.json_files import write_json
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import write_manifest
@@ -41,7 +43,7 @@ class Run:
         path = self.root / name
         path.mkdir(parents=True, exist_ok=True)
         if weights:
-            (path / "model.safetensors").write_text(f"weights of {name}")
+            write_text_model(path, f"weights of {name}")
         start, self.clock = self.clock, self.clock + seconds
         write_manifest(
             path,

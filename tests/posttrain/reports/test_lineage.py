@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from processes import finish, gemma2, start
+from text_model import write_text_model
+from waiting import until_kept
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
@@ -23,7 +25,7 @@ def output(path, command, parents=(), data=(), rows=None, status="complete", **m
     """An output of a command, with weights unless it has rows. parents: (role, directory); data: files."""
     path.mkdir(parents=True, exist_ok=True)
     for name, text in (rows or {"model.safetensors": f"weights of {path.name}"}).items():
-        (path / name).write_text(text)
+        write_text_model(path, text) if name == "model.safetensors" else (path / name).write_text(text)
     manifest = {
         "command": command,
         "config": {},
@@ -170,7 +172,7 @@ def test_unreadable_and_unfinished_parents_are_marked(run):
 
 def test_a_model_without_a_manifest_is_a_root(tmp_path):
     (tmp_path / "plain").mkdir()
-    (tmp_path / "plain/model.safetensors").write_text("w")
+    write_text_model(tmp_path / "plain", "w")
     output(tmp_path / "sft", "sft", [("model", tmp_path / "plain")])
     assert "not made by gemma2" in lineage_text(read_lineage(tmp_path / "sft"))
     assert [origin.kind for origin in read_lineage(tmp_path / "plain").origins] == ["model"]
@@ -201,11 +203,15 @@ def test_a_long_chain_does_not_exceed_the_recursion_limit(tmp_path):
 
 
 def test_untouched_weights_are_not_read(run, monkeypatch):
-    def refuse(path, threads=1):
+    def refuse(path, *_):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(digests, "digest_file", refuse)
+    read_lineage(run / "slerp")
     (run.parent / "prompts.jsonl").unlink()
+    until_kept(run / "slerp" / "model.safetensors")
+    read_lineage(run / "slerp")
+    monkeypatch.setattr(digests, "digest_file", refuse)
+    monkeypatch.setattr(digests, "_digest_tensors", refuse)
     assert len(read_lineage(run / "slerp").origins) == 8
 
 

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.provenance.named_inputs import named_inputs
 from gemma2.posttrain.rewards.functions import Sampled
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rewards.terms import column_means, reward_parents, reward_score, weighted_sum
-from gemma2.posttrain.runs.run_directory import Parent
+from gemma2.posttrain.rewards.terms import column_means, reward_score, weighted_sum
 from gemma2.posttrain.schemas import RewardFields
 from gemma2.posttrain.tiny.networks import random_reward_model, save_random, tiny_tokenizer
 
@@ -261,7 +261,8 @@ def test_a_single_value_is_read_as_a_list_and_null_as_an_empty_one(tmp_path):
 
 
 def test_every_reward_model_is_a_parent(models):
-    assert reward_parents(RewardFields(reward=models)) == [Parent("reward", path) for path in models]
+    named = [*named_inputs(RewardFields(reward=models))]
+    assert [(one.role, one.path, one.is_model) for one in named] == [("reward", path, True) for path in models]
 
 
 @pytest.mark.parametrize(

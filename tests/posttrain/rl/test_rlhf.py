@@ -20,6 +20,7 @@ from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import correlation, token_logps
+from gemma2.posttrain.provenance.origin import settings_of
 from gemma2.posttrain.rl import rlhf, rollout
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
@@ -27,7 +28,6 @@ from gemma2.posttrain.rl.objective import policy_loss
 from gemma2.posttrain.rl.rlhf import run_rlhf
 from gemma2.posttrain.rl.rloo import AnchoredRlooTrainer, AnchorUpdate, prompt_order
 from gemma2.posttrain.rl.rollout import Rollout, anchored_rewards, leave_one_out, padded
-from gemma2.posttrain.runs.provenance import settings_of
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer

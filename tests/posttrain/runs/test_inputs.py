@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from text_model import write_text_model
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.posttrain.runs.inputs import check_inputs, inputs_of, located, model_name
-from gemma2.posttrain.runs.provenance import Parent, describe_parent
 from gemma2.posttrain.schemas import GenerateConfig, RlhfConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -37,7 +38,7 @@ def snapshot(tmp_path, monkeypatch):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_text("weights")
+    write_text_model(folder, "weights")
     return folder
 
 
@@ -67,10 +68,10 @@ def test_an_id_that_is_not_in_the_cache_is_named_with_its_flag(snapshot):
 
 
 def test_the_record_of_a_parent_from_the_hub_names_id_and_revision(snapshot, tmp_path):
-    assert describe_parent(Parent("model", snapshot), tmp_path / "out")["hub"] == f"owner/tiny@{COMMIT}"
+    assert parent_record("model", snapshot, identity_of(snapshot), tmp_path / "out")["hub"] == f"owner/tiny@{COMMIT}"
     (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "model.safetensors").write_text("weights")
-    assert "hub" not in describe_parent(Parent("model", tmp_path / "plain"), tmp_path / "out")
+    write_text_model(tmp_path / "plain", "weights")
+    assert "hub" not in parent_record("model", tmp_path / "plain", identity_of(tmp_path / "plain"), tmp_path / "out")
 
 
 def test_every_reward_model_is_an_input_and_the_missing_one_is_named_with_its_flag(snapshot, tmp_path):

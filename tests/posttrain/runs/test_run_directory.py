@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from processes import finish, start
+from text_model import text_of, write_text_model
 
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.outputs import digests, hashing
 from gemma2.core.outputs.manifest import read_manifest, write_manifest
+from gemma2.posttrain.provenance import library_versions
+from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.runs import run_directory
-from gemma2.posttrain.runs.run_directory import Parent, RunOptions, open_run
+from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas.config import Config
 
 
@@ -22,6 +26,10 @@ class Settings(Config):
     seed: int = 7
 
 
+def changed(manifest, config):
+    return [str(one) for one in changes(manifest, manifest["command"], config)]
+
+
 class Stop(Exception):
     """What ends a run in the middle."""
 
@@ -31,25 +39,19 @@ def place(tmp_path):
     """A directory with a model and a data file, both small and valid as far as a run directory looks."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    write_text_model(tmp_path / "model", "weights")
     (tmp_path / "data.jsonl").write_text('{"prompt": "hi"}\n')
     return tmp_path
 
 
 def opened(place, *, resume=False, force=False, out="out", **settings):
     config = Settings(**({"model": place / "model", "data": place / "data.jsonl"} | settings))
-    return open_run(
-        "sft",
-        config,
-        RunOptions(place / out, resume=resume, force=force),
-        parents=[Parent("model", config.model)],
-        data=[config.data],
-    )
+    return open_run("sft", config, RunOptions(place / out, resume=resume, force=force))
 
 
 def complete(place, text="result", **options):
     with opened(place, **options) as run:
-        (run.path / "model.safetensors").write_text(text)
+        write_text_model(run.path, text)
         run.log(1, loss=0.5)
         return run.finish({"loss": 0.5})
 
@@ -78,8 +80,9 @@ def test_the_manifest_tells_where_an_output_comes_from(place):
     assert manifest["seed"] == 7
     assert manifest["config"]["steps"] == 4
     assert manifest["summary"] == {"loss": 0.5}
+    files = {"config.json": "blake3:" + blake3(b"{}").hexdigest()}
     assert manifest["parents"] == [
-        {"role": "model", "path": "../model", "weights": digests.digest_weights(place / "model")}
+        {"role": "model", "path": "../model", "weights": digests.digest_weights(place / "model"), "files": files}
     ]
     digest = hashing.digest_file(place / "data.jsonl")
     assert manifest["data"] == [{"role": "data", "path": "../data.jsonl", "digest": digest}]
@@ -122,7 +125,7 @@ def test_an_existing_output_is_refused_and_force_replaces_it(place):
     with pytest.raises(OutputError, match="exists"):
         complete(place, "new")
     complete(place, "new", force=True)
-    assert (place / "out" / "model.safetensors").read_text() == "new"
+    assert text_of(place / "out") == "new"
     assert hidden(place) == []
 
 
@@ -131,7 +134,7 @@ def test_with_force_the_old_output_stays_until_the_new_one_is_complete(place):
     with pytest.raises(Stop), opened(place, force=True) as run:
         (run.path / "model.safetensors").write_text("half")
         raise Stop
-    assert (place / "out" / "model.safetensors").read_text() == "old"
+    assert text_of(place / "out") == "old"
     assert hidden(place) == []
 
 
@@ -152,12 +155,14 @@ def test_an_output_that_holds_the_data_is_refused(place):
 def test_every_one_of_several_parents_of_a_role_is_kept_from_the_output(place):
     (place / "second").mkdir()
     (place / "second" / "config.json").write_text("{}")
-    (place / "second" / "model.safetensors").write_text("weights")
-    parents = [Parent("policies", place / "model"), Parent("policies", place / "second")]
-    config = Settings(model=place / "model", data=place / "data.jsonl")
-    for parent in parents:
-        options = RunOptions(parent.path, force=True)
-        with pytest.raises(OutputError, match="overlap"), open_run("pareto", config, options, parents=parents):
+    write_text_model(place / "second", "weights")
+
+    class Several(Config):
+        policies: tuple[Path, ...]
+
+    config = Several(policies=(place / "model", place / "second"))
+    for path in config.policies:
+        with pytest.raises(OutputError, match="overlap"), open_run("pareto", config, RunOptions(path, force=True)):
             pytest.fail("opened")
 
 
@@ -295,14 +300,15 @@ def test_there_must_be_something_to_resume(place):
         (None, {"steps": 5}, r"steps \(4 -> 5\)"),
         (None, {"etas": (0.0, 0.7)}, r"etas \(\[0\.0, 0\.5\] -> \[0\.0, 0\.7\]\)"),
         (None, {"seed": 8, "steps": 5}, r"steps \(4 -> 5\), seed \(7 -> 8\)"),
-        ("model/model.safetensors", {}, r"the weights of model \.\./model"),
-        ("data.jsonl", {}, r"the content of \.\./data\.jsonl"),
+        ("model/config.json", {}, r"config\.json of model .*/model"),
+        ("weights", {}, r"the weights of model .*/model"),
+        ("data.jsonl", {}, r"the content of .*/data\.jsonl"),
     ],
 )
 def test_a_resume_after_a_change_is_refused_and_names_it(place, change, settings, said):
     interrupt(place)
     if change:
-        (place / change).write_text("CHANGED")
+        write_text_model(place / "model", "CHANGED") if change == "weights" else (place / change).write_text("CHANGED")
     with pytest.raises(InputError, match=f"cannot resume .*changed since it began: {said}") as caught:
         complete(place, resume=True, **settings)
     assert "restore that, or start over with --force" in str(caught.value)
@@ -314,8 +320,8 @@ def test_a_resume_from_another_directory_is_refused_unless_its_content_is_the_sa
     for name, text in (("copy", "weights"), ("other", "WEIGHTS")):
         (place / name).mkdir()
         (place / name / "config.json").write_text("{}")
-        (place / name / "model.safetensors").write_text(text)
-    with pytest.raises(InputError, match=r"cannot resume .*: model \(.*model. -> .*other.\)"):
+        write_text_model(place / name, text)
+    with pytest.raises(InputError, match=r"cannot resume .*: the weights of model .*/other"):
         complete(place, resume=True, model=place / "other")
     assert complete(place, resume=True, model=place / "copy").out == place / "out"
 
@@ -329,12 +335,12 @@ def test_several_inputs_are_the_same_in_the_recorded_order_only(place):
     class Several(Config):
         data: tuple[Path, ...]
 
-    with open_run("sft", Several(data=(one, two)), RunOptions(place / "out"), data=[one, two]) as run:
+    with open_run("sft", Several(data=(one, two)), RunOptions(place / "out")) as run:
         run.finish({})
     manifest = read_manifest(place / "out")
-    assert run_directory.changes(manifest, Several(data=(one, two)), place / "out") == []
-    assert run_directory.changes(manifest, Several(data=(place / "copy.jsonl", two)), place / "out") == []
-    assert len(run_directory.changes(manifest, Several(data=(two, one)), place / "out")) == 1
+    assert changed(manifest, Several(data=(one, two))) == []
+    assert changed(manifest, Several(data=(place / "copy.jsonl", two))) == []
+    assert len(changed(manifest, Several(data=(two, one)))) == 1
 
 
 def test_a_teacher_s_cache_is_its_index_and_its_tensors(place):
@@ -350,12 +356,12 @@ def test_a_teacher_s_cache_is_its_index_and_its_tensors(place):
         teacher_cache: Path
 
     config = Cached(teacher_cache=cache)
-    with open_run("distill", config, RunOptions(place / "out"), data=files) as run:
+    with open_run("distill", config, RunOptions(place / "out")) as run:
         run.finish({})
     manifest = read_manifest(place / "out")
-    assert run_directory.changes(manifest, config, place / "out") == []
+    assert changed(manifest, config) == []
     files[2].write_text("other tensors")
-    assert len(run_directory.changes(manifest, config, place / "out")) == 1
+    assert len(changed(manifest, config)) == 1
 
 
 def test_what_is_incidental_may_change_between_the_parts_of_a_run(place):
@@ -367,22 +373,22 @@ def test_what_is_incidental_may_change_between_the_parts_of_a_run(place):
     with open_run("generate", Paced(), RunOptions(place / "out")) as run:
         run.finish({})
     manifest = read_manifest(place / "out")
-    assert run_directory.changes(manifest, Paced(concurrency=2), place / "out") == []
-    assert run_directory.changes(manifest, Paced(steps=5), place / "out") == ["steps (4 -> 5)"]
+    assert changed(manifest, Paced(concurrency=2)) == []
+    assert changed(manifest, Paced(steps=5)) == ["steps (4 -> 5)"]
 
 
 def test_a_resume_with_other_data_is_refused_unless_its_content_is_the_same(place):
     interrupt(place)
     (place / "copy.jsonl").write_bytes((place / "data.jsonl").read_bytes())
     (place / "other.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match=r"cannot resume .*: data \(.*data\.jsonl. -> .*other\.jsonl.\)"):
+    with pytest.raises(InputError, match=r"cannot resume .*: the content of .*/other\.jsonl"):
         complete(place, resume=True, data=place / "other.jsonl")
     assert complete(place, resume=True, data=place / "copy.jsonl").out == place / "out"
 
 
 def test_a_resume_under_another_library_version_is_refused(place, monkeypatch):
     interrupt(place)
-    monkeypatch.setattr(run_directory, "versions", lambda: {"torch": "0.0.1"})
+    monkeypatch.setattr(library_versions, "versions", lambda: {"torch": "0.0.1"})
     with pytest.raises(InputError, match=r"torch \(.* -> 0\.0\.1\)"):
         complete(place, resume=True)
 
@@ -391,8 +397,7 @@ def test_a_resume_by_another_command_is_refused(place):
     interrupt(place)
     config = Settings(model=place / "model", data=place / "data.jsonl")
     options = RunOptions(place / "out", resume=True)
-    parents = [Parent("model", config.model)]
-    opened_again = open_run("reward", config, options, parents=parents, data=[config.data])
+    opened_again = open_run("reward", config, options)
     with pytest.raises(InputError, match=r"command \(sft -> reward\)"), opened_again:
         pytest.fail("opened")
 

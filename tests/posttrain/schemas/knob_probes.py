@@ -21,6 +21,7 @@ from samples import row
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.progress import SILENT
 from gemma2.core.ranks import ALONE
+from gemma2.posttrain.provenance.named_inputs import named_inputs
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.config import Config
 
@@ -402,11 +403,11 @@ CHAT: Any = SimpleNamespace(tokenizer=None, check_prompt=lambda messages: None, 
 
 def rewarded(config: Any, room: Room) -> object:
     """The columns of the reward of two completions."""
-    from gemma2.posttrain.rewards.terms import reward_parents, reward_score
+    from gemma2.posttrain.rewards.terms import reward_score
 
     with reward_models():
         score = reward_score(config, CHAT, 4)
-        return score(sampled()), seen(reward_parents(config))
+        return score(sampled()), seen([named.path for named in named_inputs(config)])
 
 
 def measured(config: Any, room: Room) -> object:
@@ -522,8 +523,6 @@ def rl_run(config: Any, room: Room) -> object:
         patch.object(rlhf, "check_usable", note("vllm is needed", None)),
         patch.object(rlhf, "drawing", side_effect=Reached),
         patch.object(rlhf.transformers, "set_seed", note("seed", None)),
-        patch.object(rlhf, "reward_parents", lambda config: []),
-        patch.object(rlhf, "data_files", lambda path: [path]),
     ):
         try:
             rlhf.run_rlhf(config, room.out())
@@ -634,7 +633,6 @@ def warp_run(config: Any, room: Room) -> object:
     with (
         patch.object(warp, "open_run", lambda *given, **named: nothing(SimpleNamespace(path=room.root))),
         patch.object(warp, "executor_of", side_effect=Reached) as executor,
-        patch.object(warp, "data_files", lambda path: []),
     ):
         try:
             warp.run_warp(config, room.out())

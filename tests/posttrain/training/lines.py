@@ -64,7 +64,7 @@ class Bars:
 @contextmanager
 def opened(tmp_path, resume=False, name="out", **settings):
     config = TrainingFields(**({"learning_rate": 0.1, "save_every": 2, "seed": 3} | settings))
-    with open_run("sft", config, RunOptions(tmp_path / name, resume=resume), data=[]) as run:
+    with open_run("sft", config, RunOptions(tmp_path / name, resume=resume)) as run:
         yield config, run
 
 

@@ -70,7 +70,7 @@ def services(monkeypatch):
 def session(out, first, last, *, resume=False, report_to=("tensorboard", "wandb", "trackio"), stop=True):
     """Steps `first` to `last` of a run; `stop` leaves it interrupted with a checkpoint at step 2."""
     config = TrainingFields(report_to=report_to)
-    with open_run("sft", config, RunOptions(out, resume=resume), data=[]) as run:
+    with open_run("sft", config, RunOptions(out, resume=resume)) as run:
         (run.checkpoints / "checkpoint-2").mkdir(parents=True, exist_ok=True)
         run.rewind(first - 1)
         with tracked(run):

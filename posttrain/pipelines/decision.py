@@ -7,7 +7,7 @@
     perhaps     it depends on what stages before it will make
     not needed  its `when` does not hold, or an input is of a stage that is not needed
     left out    not chosen, and not complete
-    unknown     it cannot be told; `why` says what stands against it (status only)
+    unknown     `why` says what stands against a decision (status only)
 
 A run asks when everything that a stage needs is done: then it never hears `perhaps`. A plan asks beforehand, and takes
 for done only what will be skipped: whatever it says without `perhaps` is what the run does.
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.posttrain.provenance.difference import Difference
+from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.output_state import OutputState, is_complete, output_state
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.schemas.config import Config
@@ -79,7 +79,7 @@ class Decision:
 
     stage: Stage
     action: str
-    why: tuple[Difference, ...] = ()
+    why: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
     options: JsonObject = field(default_factory=dict)
     config: Config | None = None
@@ -193,7 +193,7 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
     state = output_state(stage.command, config, stage.out, found.unknown)
     action, why, notes = ACTIONS[state.state], state.why, state.notes
     if stage.name in choice.force:
-        action, why, notes = "again", (Difference("--force"),), ()
+        action, why, notes = "again", (Change("--force"),), ()
     elif found.unknown:
         action = {"skip": "perhaps", "continue": "run"}.get(action, action)
         notes = (*notes, *_after(waits))

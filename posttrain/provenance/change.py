@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-__all__ = ["Difference", "shown"]
+__all__ = ["Change", "shown"]
 
 LONGEST = 60  # characters of a value in a line
 
 
 @dataclass(frozen=True)
-class Difference:
-    """what: the setting, the file or the module. was, now: values, digests or versions; None where there is none."""
+class Change:
+    """what: the setting, the file or the module. was, now: values, digests or versions; None for nothing."""
 
     what: str
     was: object = None
