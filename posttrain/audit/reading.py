@@ -21,7 +21,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.digest_cache import Stamp, stamp_of, store
 from gemma2.core.outputs.digests import INDEX, digest_of_tensors, indexed_tensors, tensor_line
 from gemma2.core.outputs.hashing import digest_name, hasher
-from gemma2.core.outputs.identity import CONFIGS, digest_of_settings
+from gemma2.core.outputs.model_identity import CONFIGS, digest_of_settings
 from gemma2.core.outputs.safetensors_header import Tensor, read_header
 from gemma2.core.progress import SILENT, Progress
 
@@ -38,7 +38,7 @@ class FileRead:
     """What was read.
 
     digest    of the bytes; "" if they could not be read
-    settings  digest of the settings, of a file that has some (core/outputs/identity.py)
+    settings  digest of the settings, of a file that has some (core/outputs/model_identity.py)
     tensors   name -> line of the digest (core/outputs/digests.py); None if the file holds none that can be read
     problem   why it could not be read
     gone      whether it is not there

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -20,10 +21,10 @@ from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.pipelines.check import look_at_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, with_method
-from gemma2.posttrain.pipelines.decide import Choice
+from gemma2.posttrain.pipelines.decision import Choice
 from gemma2.posttrain.pipelines.run import FILE, run_pipeline
 from gemma2.posttrain.pipelines.scheduler import Executor, Observer
-from gemma2.posttrain.provenance.difference import Difference
+from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION, names_a_path
 from gemma2.posttrain.provenance.origin import differences
 from gemma2.posttrain.provenance.output_state import is_for_people
@@ -91,7 +92,8 @@ def remake(found: Verification, tools: Tools) -> list[Remade]:
         stages.setdefault(folder, []).append(unit) if folder else single.append(unit)
     for folder, made in stages.items():
         try:
-            left = _remake_stages(tools.pipeline(folder), made, tools)
+            with chdir(Path.cwd()):  # opening a pipeline enters the folder that its paths start from
+                left = _remake_stages(tools.pipeline(folder), made, tools)
         except Gemma2Error as error:
             problems |= dict.fromkeys(made, str(error))
         else:
@@ -190,9 +192,9 @@ def remake_output(out: Path, progress: Progress = SILENT) -> None:
 
 def _recorded_config(
     out: Path, manifest: JsonMapping, name: str, command: Command
-) -> tuple[Config, Sequence[Difference]]:
+) -> tuple[Config, Sequence[Change]]:
     """Return the configuration of a record with its inputs found, and what differs from the record all the same."""
-    best: tuple[Config, Sequence[Difference]] | None = None
+    best: tuple[Config, Sequence[Change]] | None = None
     problem: Gemma2Error | None = None
     for values in _candidates(out, manifest, command):
         try:

@@ -1,7 +1,7 @@
 """Every file of a lineage on the disk against the digests that manifests record: `gemma2 verify`.
 
     what an output records of its files    size and digest of the bytes
-    what its users record of it            tensors, and every other file that decides (core/outputs/identity.py)
+    what its users record of it            tensors, and every other file that decides (core/outputs/model_identity.py)
 
 The remembered digests of earlier commands are not asked: every file is read (reading.py), once, whoever records it.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.digests import INDEX
-from gemma2.core.outputs.identity import deciding_files
+from gemma2.core.outputs.model_identity import deciding_files
 from gemma2.core.outputs.manifest import own_files
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import SILENT, Progress

@@ -10,7 +10,7 @@ from lineages import base_model
 from gemma2.core.outputs.digest_cache import stamp_of, store
 from gemma2.core.outputs.digests import INDEX, digest_input, digest_weights
 from gemma2.core.outputs.hashing import digest_file
-from gemma2.core.outputs.identity import deciding_files, identity_of
+from gemma2.core.outputs.model_identity import deciding_files, identity_of
 from gemma2.core.outputs.safetensors_header import encode_header, weight_files
 from gemma2.posttrain.audit import reading
 from gemma2.posttrain.audit.reading import read_files, store_model, weights_of
