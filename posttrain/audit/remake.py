@@ -26,7 +26,7 @@ from gemma2.posttrain.pipelines.run import FILE, run_pipeline
 from gemma2.posttrain.pipelines.scheduler import Executor, Observer
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION, names_a_path
-from gemma2.posttrain.provenance.origin import differences
+from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import is_for_people
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.runs.inputs import located
@@ -190,16 +190,14 @@ def remake_output(out: Path, progress: Progress = SILENT) -> None:
     command.run(config, RunOptions(out, force=True), progress)
 
 
-def _recorded_config(
-    out: Path, manifest: JsonMapping, name: str, command: Command
-) -> tuple[Config, Sequence[Change]]:
+def _recorded_config(out: Path, manifest: JsonMapping, name: str, command: Command) -> tuple[Config, Sequence[Change]]:
     """Return the configuration of a record with its inputs found, and what differs from the record all the same."""
     best: tuple[Config, Sequence[Change]] | None = None
     problem: Gemma2Error | None = None
     for values in _candidates(out, manifest, command):
         try:
             config = located(validated(command.schema, with_method(name, values)))
-            changed = differences(manifest, name, config)
+            changed = changes(manifest, name, config)
         except Gemma2Error as error:
             problem = problem or error
             continue

@@ -16,8 +16,8 @@ from typing import Literal
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.digests import INDEX
-from gemma2.core.outputs.model_identity import deciding_files
 from gemma2.core.outputs.manifest import own_files
+from gemma2.core.outputs.model_identity import deciding_files
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import SILENT, Progress
 
