@@ -122,7 +122,8 @@ def changes(recorded: JsonMapping, command: str, config: Config, unknown: Collec
     if recorded.get("command") != command:
         return [Change("command", recorded.get("command"), command, by_value=True)]
     if recorded.get("schema_version") != SCHEMA_VERSION:
-        made = f"made by gemma2 {recorded.get('gemma2', 'of another version')}, whose record lacks what is compared now"
+        version = recorded.get("gemma2") or "of another version"
+        made = f"made by gemma2 {version}, whose record lacks what is compared now"
         return [Change(made, recorded.get("schema_version"), SCHEMA_VERSION)]
     return [
         *_changed_settings(recorded, config, unknown),
