@@ -14,6 +14,7 @@ import typer
 
 from gemma2.cli.terminal.completion import pipelines, stages
 from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.difference_view import show_explanations
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import (
     HELP_NAMES,
@@ -57,6 +58,10 @@ stage_option = partial(
 )
 From = stage_option("--from", help="Run this stage and all stages that need it; earlier outputs are used as they are.")
 Only = stage_option("--only", help="Run only this stage; the outputs that it needs are used as they are.")
+Why = stage_option(
+    "--why",
+    help="Show in full what differs from the record of this stage, or what it was made from; repeatable, takes `*`.",
+)
 Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
 jobs_option = partial(
     typer.Option, None, "--jobs", "-j", metavar="INT", min=1, show_default=False, rich_help_panel="Settings"
@@ -253,6 +258,7 @@ def status(
     file: str = File,
     out: Path | None = Out,
     set_: list[str] | None = Set,
+    why: list[str] | None = Why,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -260,12 +266,19 @@ def status(
 
     \b
       gemma2 pipeline status runs/align
+      gemma2 pipeline status runs/align --why sft
       gemma2 pipeline status align.yaml --out runs/align
     """
     from gemma2.posttrain.pipelines.run import status_rows
 
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
+    if why:
+        from gemma2.posttrain.audit.explanation import explain
+
+        found = explain(compiled, compiled.chosen(why))
+        console.json({"stages": found, "out": str(compiled.root)}) if as_json else show_explanations(found, console)
+        return
     rows = status_rows(compiled)
     if as_json:
         console.json({"stages": rows, "out": str(compiled.root)})
