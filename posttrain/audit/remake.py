@@ -19,6 +19,7 @@ from gemma2.core.errors import Gemma2Error, InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.core.progress import SILENT, Progress
+from gemma2.merging.methods.option import OPTIONS
 from gemma2.posttrain.pipelines.check import look_at_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, with_method
 from gemma2.posttrain.pipelines.decision import Choice
@@ -37,7 +38,7 @@ from gemma2.posttrain.schemas.config import Config, validated
 from .recorded import PIPELINE, Gathered, entries
 from .verification import Verification
 
-__all__ = ["Remade", "Tools", "remake"]
+__all__ = ["Remade", "Tools", "recorded_config", "remake"]
 
 FOLDERS = ("warp", PIPELINE)  # commands whose output holds outputs that other commands made
 PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")  # where an output was while it was made
@@ -182,7 +183,7 @@ def remake_output(out: Path, progress: Progress = SILENT) -> None:
     command = COMMANDS.get(name)
     if command is None:
         raise InputError(f"{out} does not record the command that made it", "make it again, with --force")
-    config, changed = _recorded_config(out, manifest, name, command)
+    config, changed = recorded_config(out, manifest, name, command)
     if changed:
         what = f"{out} cannot be made again: changed since it was made: {', '.join(map(str, changed))}"
         raise InputError(what, "restore that, or make it from what is there, with --force")
@@ -190,7 +191,7 @@ def remake_output(out: Path, progress: Progress = SILENT) -> None:
     command.run(config, RunOptions(out, force=True), progress)
 
 
-def _recorded_config(out: Path, manifest: JsonMapping, name: str, command: Command) -> tuple[Config, Sequence[Change]]:
+def recorded_config(out: Path, manifest: JsonMapping, name: str, command: Command) -> tuple[Config, Sequence[Change]]:
     """Return the configuration of a record with its inputs found, and what differs from the record all the same."""
     best: tuple[Config, Sequence[Change]] | None = None
     problem: Gemma2Error | None = None
@@ -228,15 +229,16 @@ def _candidates(out: Path, manifest: JsonMapping, command: Command) -> Iterator[
 def _of_merge(out: Path, manifest: JsonMapping, config: JsonObject) -> Iterator[JsonObject]:
     """A merge records its models as parents only."""
     parents = [(str(one.get("role")), str(_place(out, one))) for one in entries(manifest, "parents")]
-    summary = manifest.get("summary")
-    if isinstance(summary, Mapping) and "eta" in summary:
+    etas = config.get("etas")
+    if isinstance(etas, list) and len(etas) > 1:
         raise InputError(f"{out} is one of several outputs of a merge (--etas)", "run that merge again, with --force")
     if any(role not in ("base", "input") for role, _ in parents):
         raise InputError(f"{out} was merged from LoRA adapters, whose places it does not record", "merge again")
     base = [path for role, path in parents if role == "base"]
-    values = {key: value for key, value in config.items() if key != "seed" or key in MergeConfig.model_fields}
+    names = {option.attribute: name for name, option in OPTIONS.items()}
+    values = {names.get(key, key): value for key, value in config.items() if value not in ([], None)}
     yield {
-        **{key: value for key, value in values.items() if value not in ([], None)},
+        **{key: value for key, value in values.items() if key in MergeConfig.model_fields},
         "models": [path for role, path in parents if role == "input"],
         **({"base": base[0]} if base else {}),
     }

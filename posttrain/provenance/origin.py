@@ -20,7 +20,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hashing import digest_name, hasher
-from gemma2.core.outputs.manifest import SCHEMA_VERSION
+from gemma2.core.outputs.manifest import SCHEMA_VERSION, DataRecord
 from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.posttrain.schemas.config import Config
 
@@ -28,32 +28,32 @@ from .change import Change
 from .code import code_of
 from .named_inputs import Named, named_inputs, names_a_path, paths_of
 
-__all__ = ["changes", "hash_of", "is_setting", "origin_of", "settings_of"]
+__all__ = ["changes", "data_records", "derived_changes", "hash_of", "is_setting", "origin_of", "settings_of"]
 
 Content = Mapping[str, str]  # name of a part -> its digest; of a data file one part without a name
 
 
 def origin_of(command: str, config: Config, out: Path, threads: int = 1) -> JsonObject:
     """Return the record of what `config` makes in `out`: it goes into the manifest. Raises InputError."""
-    parents: list[JsonObject] = []
-    data: list[JsonObject] = []
-    for named in named_inputs(config):
-        if named.is_model:
-            parents.append({**parent_record(named.role, named.path, identity_of(named.path, threads), out)})
-        else:
-            data.append(_data_record(named, out, threads))
+    models = [named for named in named_inputs(config) if named.is_model]
+    parents = [parent_record(named.role, named.path, identity_of(named.path, threads), out) for named in models]
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "config": config.recorded(),
         "parents": parents,
-        "data": data,
+        "data": data_records(config, out, threads),
         **({"code": code} if (code := code_of(config)) else {}),
         "seed": getattr(config, "seed", None),
     }
 
 
-def _data_record(named: Named, out: Path, threads: int) -> JsonObject:
+def data_records(config: Config, out: Path, threads: int = 1) -> list[DataRecord]:
+    """Return the records of the files that a configuration names, for the manifest of `out`."""
+    return [_data_record(named, out, threads) for named in named_inputs(config) if not named.is_model]
+
+
+def _data_record(named: Named, out: Path, threads: int) -> DataRecord:
     path = os.path.relpath(named.path.resolve(), out.resolve())
     return {"role": named.role, "path": path, "digest": digest_input(named.path, threads)}
 
@@ -144,12 +144,31 @@ def _changed_settings(recorded: JsonMapping, config: Config, unknown: Collection
 
 
 def _changed_inputs(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Change]:
-    known, was = [*named_inputs(config, unknown)], _recorded_inputs(recorded)
+    # In the order of a record: of an option with models and files first the models.
+    known = sorted(named_inputs(config, unknown), key=lambda named: not named.is_model)
+    was = {key: held for key, held in _recorded_inputs(recorded).items() if key in type(config).model_fields}
     found: list[Change] = []
     for option in dict.fromkeys([*was, *(named.option for named in known)]):
         if option not in unknown:
             now = [(named.role, named.path, _content_of(named)) for named in known if named.option == option]
             found += _compared(option, was.get(option, []), now)
+    return found
+
+
+def derived_changes(recorded: JsonMapping, config: Config, out: Path) -> list[Change]:
+    """Return what differs in the inputs that no option names: a front names the models that `pick` reads.
+
+    They are compared where they were; one that is not there any more is not needed any more.
+    """
+    found: list[Change] = []
+    for option, held in _recorded_inputs(recorded).items():
+        if option in type(config).model_fields:
+            continue
+        for role, recorded_path, content in held:
+            path = Path(os.path.normpath(out.resolve() / recorded_path))
+            if path.exists():
+                named = Named(option, role, path, path.is_dir())
+                found += _compared(option, [(role, recorded_path, content)], [(role, path, _content_of(named))])
     return found
 
 

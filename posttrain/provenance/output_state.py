@@ -23,7 +23,7 @@ from gemma2.posttrain.schemas.config import Config
 from .change import Change
 from .library_versions import other_versions
 from .named_inputs import EVALUATIONS
-from .origin import changes
+from .origin import changes, derived_changes
 
 __all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
 
@@ -70,6 +70,8 @@ def output_state(command: str, config: Config, out: Path, unknown: Collection[st
         return _not_complete(command, config, out, unknown, [Change("unfinished", manifest.get("status"), "complete")])
     recorded: JsonMapping = {**manifest}
     why = [*changes(recorded, command, config, unknown), *broken_files(manifest, out)]
+    if not why and not unknown:
+        why = derived_changes(recorded, config, out)
     if why:
         return _not_complete(command, config, out, unknown, why)
     others = tuple(other_versions(command, recorded.get("versions") or {}))
