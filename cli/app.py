@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "pipeline": CommandEntry(
         "tools.pipeline",
-        "Run the stages of a file, show their status and graph.",
+        "Run the stages of a file, show their status and graph, compare two runs.",
         "Post-training",
     ),
     "merge": CommandEntry("stages.merge", "Merge models by one of 18 methods, or by a file.", "Merging"),

@@ -61,15 +61,16 @@ def in_full(value: object) -> str:
 
 
 def show_run_differences(document: JsonMapping, console: Console) -> None:
-    """Print how two runs differ: a table of the stages, then of each that differs what, and its figures."""
+    """Print how two runs differ: a table of the stages that do, then of each what differs, and its figures."""
     first, second = document["runs"]
-    console.table(
-        [
-            {"stage": one["stage"], "command": one["command"], "state": one["state"], "note": one["note"] or ""}
-            for one in document["stages"]
-        ]
-    )
-    for one in document["stages"]:
+    states = [one["state"] for one in document["stages"]]
+    differing = [one for one in document["stages"] if one["state"] != "same"]
+    if differing:
+        keys = ["stage", "command", "state", *(["note"] if any(one["note"] for one in differing) else [])]
+        console.table([{key: one[key] for key in keys} for one in differing])
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    console.text(f"{len(states)} {'stages' if len(states) > 1 else 'stage'}: {counts}")
+    for one in differing:
         rows = [
             {"what": row["what"], first: in_full(row["a"]), second: in_full(row["b"])} for row in one["differences"]
         ]

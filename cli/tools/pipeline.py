@@ -1,4 +1,4 @@
-"""`gemma2 pipeline run | status | graph`: a DAG of commands from one file."""
+"""`gemma2 pipeline run | status | diff | graph`: a DAG of commands from one file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 from gemma2.cli.terminal.completion import pipelines, stages
 from gemma2.cli.terminal.console import Console
-from gemma2.cli.terminal.difference_view import show_explanations
+from gemma2.cli.terminal.difference_view import show_explanations, show_run_differences
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import (
     HELP_NAMES,
@@ -285,6 +285,31 @@ def status(
     else:
         used = [key for key in rows[0] if any(row[key] is not None for row in rows)]
         console.table([{key: row[key] for key in used} for row in rows])
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def diff(
+    run1: Path = typer.Argument(
+        metavar="RUN1",
+        help="Folder of a pipeline, or one output.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    run2: Path = typer.Argument(metavar="RUN2", help="The other.", show_default=False, rich_help_panel="Inputs"),
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """Show how two runs differ, stage by stage: what each was made from, the bytes that came out, the figures.
+
+    \b
+      gemma2 pipeline diff runs/align runs/align-2
+      gemma2 pipeline diff runs/align/sft runs/other/sft
+    """
+    from gemma2.posttrain.audit.run_difference import compare_runs
+
+    console = Console(as_json=as_json, quiet=quiet)
+    found = compare_runs(run1, run2)
+    console.json(found) if as_json else show_run_differences(found, console)
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)

@@ -16,11 +16,23 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import CHECKPOINTS, MANIFEST, SCHEMA_VERSION, read_manifest
 from gemma2.posttrain.pipelines.state import read_state
 
-__all__ = ["Gathered", "RecordedOutput", "Use", "entries", "gather", "outputs_in"]
+__all__ = [
+    "FOLDERS",
+    "GIVE",
+    "PIPELINE",
+    "Gathered",
+    "RecordedOutput",
+    "Use",
+    "entries",
+    "gather",
+    "outputs_in",
+    "recorded_output",
+]
 
 GIVE = "give the output of a gemma2 command, or the folder of a pipeline"
 LOGS = "logs"
 PIPELINE = "pipeline"  # the command of a folder that holds only outputs
+FOLDERS = ("warp", PIPELINE)  # commands whose output holds outputs that other commands made
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ def gather(paths: Iterable[Path]) -> Gathered:
         place = waiting.pop(0).resolve()
         if place in found.outputs:
             continue
-        output = found.outputs[place] = _read(place)
+        output = found.outputs[place] = recorded_output(place)
         uses = [*_uses(output)]
         found.uses += uses
         waiting += [owner for use in uses for owner in _owner(use.path)]
@@ -132,7 +144,8 @@ def outputs_in(folder: Path) -> Iterator[Path]:
             yield Path(root)
 
 
-def _read(place: Path) -> RecordedOutput:
+def recorded_output(place: Path) -> RecordedOutput:
+    """Return the output in a directory; a manifest that cannot be read is its problem."""
     try:
         return RecordedOutput(place, {**(read_manifest(place) or {})})
     except InputError as error:
@@ -177,7 +190,7 @@ def _owner(path: Path) -> Sequence[Path]:
     for folder in (place, *place.parents):
         if not (folder / MANIFEST).is_file():
             continue
-        output = _read(folder)
+        output = recorded_output(folder)
         inside = place.relative_to(folder).as_posix()
         held = any(name == inside or name.startswith(f"{inside}/") for name in output.files)
         return [folder] if folder == place or held or output.problem else []

@@ -35,12 +35,11 @@ from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config, validated
 
-from .recorded import PIPELINE, Gathered, entries
+from .recorded import FOLDERS, Gathered, entries
 from .verification import Verification
 
 __all__ = ["Remade", "Tools", "recorded_config", "remake"]
 
-FOLDERS = ("warp", PIPELINE)  # commands whose output holds outputs that other commands made
 PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")  # where an output was while it was made
 
 

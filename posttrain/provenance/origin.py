@@ -28,7 +28,16 @@ from .change import Change
 from .code import code_of
 from .named_inputs import Named, named_inputs, names_a_path, paths_of
 
-__all__ = ["changes", "data_records", "derived_changes", "hash_of", "is_setting", "origin_of", "settings_of"]
+__all__ = [
+    "changes",
+    "data_records",
+    "derived_changes",
+    "hash_of",
+    "is_setting",
+    "origin_of",
+    "record_changes",
+    "settings_of",
+]
 
 Content = Mapping[str, str]  # name of a part -> its digest; of a data file one part without a name
 
@@ -172,6 +181,23 @@ def derived_changes(recorded: JsonMapping, config: Config, out: Path) -> list[Ch
     return found
 
 
+def record_changes(was: JsonMapping, now: JsonMapping, schema: type[Config] | None) -> list[Change]:
+    """Return what differs between the records of two outputs: command, settings, inputs and code."""
+    for key in ("command", "schema_version"):
+        if was.get(key) != now.get(key):
+            return [Change(key.replace("_", " "), was.get(key), now.get(key), by_value=True)]
+    inputs = _recorded_inputs(was), _recorded_inputs(now)
+    configs = [record.get("config") or {} for record in (was, now)]
+    if schema is not None:
+        configs = [_settings_in(config, schema, held) for config, held in zip(configs, inputs, strict=True)]
+    default = {key: None if schema is None else _default_of(schema, key) for config in configs for key in config}
+    before, after = ({**default, **config} for config in configs)
+    found = [Change(key, before[key], after[key], by_value=True) for key in default if before[key] != after[key]]
+    for option in dict.fromkeys([*inputs[0], *inputs[1]]):
+        found += _compared(option, inputs[0].get(option, []), inputs[1].get(option, []))
+    return found + _changed_code(was.get("code") or {}, now.get("code") or {})
+
+
 def _content_of(named: Named) -> Content:
     try:
         if not named.is_model:
@@ -202,7 +228,7 @@ def _option_of(role: str) -> str:
 
 
 def _compared(
-    option: str, was: Sequence[tuple[str, str, Content]], now: Sequence[tuple[str, Path, Content]]
+    option: str, was: Sequence[tuple[str, str, Content]], now: Sequence[tuple[str, Path | str, Content]]
 ) -> list[Change]:
     """Return the differences of one option: by part where as many inputs are named, else as a whole."""
     if [(role, content) for role, _, content in was] == [(role, content) for role, _, content in now]:
