@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "pipeline": CommandEntry(
         "tools.pipeline",
-        "Run the stages of a file, show their status and graph.",
+        "Run the stages of a file, show their status and graph, compare two runs.",
         "Post-training",
     ),
     "merge": CommandEntry("stages.merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
@@ -80,6 +80,9 @@ COMMANDS = {
     ),
     "lineage": CommandEntry(
         "tools.lineage", "Show what an output was made from: a tree from base to result, with hashes.", "Evaluation"
+    ),
+    "verify": CommandEntry(
+        "tools.verify", "Read every file of a lineage and compare it with its recorded digest; --fix.", "Evaluation"
     ),
     "report": CommandEntry("tools.report", "Write one self-contained HTML page about a run.", "Evaluation"),
     "convert": CommandEntry(

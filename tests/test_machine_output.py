@@ -14,7 +14,12 @@ import torch
 from stages import Inline
 
 from gemma2.cli.app import invoke
+from gemma2.core.outputs.manifest import read_manifest
+from gemma2.posttrain.audit.recorded import outputs_in
+from gemma2.posttrain.audit.remake import recorded_config
 from gemma2.posttrain.pipelines import warp
+from gemma2.posttrain.provenance.output_state import output_state
+from gemma2.posttrain.runs.commands import COMMANDS as STAGES
 from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
 from gemma2.posttrain.tiny.tasks import questions
 
@@ -129,6 +134,7 @@ pick front --out chosen
 lineage chosen
 inspect chosen
 diff policy distilled --base sft
+verify warp chosen sft
 report warp --out report.html
 """  # fmt: skip
 
@@ -169,6 +175,22 @@ def test_every_document_of_every_command_holds_numbers(tmp_path, monkeypatch, ca
         if path.parent.name != "models":
             found += [f"{path.relative_to(tmp_path)}: {one}" for one in problems_of_file(path)]
     assert found == []
+    assert changed_at_once(tmp_path) == {}
+
+
+def changed_at_once(folder):
+    """What differs between the record of each output and the same command now: nothing, as nothing has changed."""
+    outputs = {path: read_manifest(path) for path in outputs_in(folder)}
+    made = {path: manifest for path, manifest in outputs.items() if manifest["command"] in STAGES}
+    commands = {manifest["command"] for manifest in made.values()}
+    assert {"rlhf", "pareto", "pick", "merge slerp", "warp", "reward pairs"} <= commands
+    found = {}
+    for path, manifest in made.items():
+        config, _ = recorded_config(path, manifest, manifest["command"], STAGES[manifest["command"]])
+        state = output_state(manifest["command"], config, path)
+        if state.state != "complete":
+            found[path.relative_to(folder).as_posix()] = [*map(str, state.why)]
+    return found
 
 
 def test_the_summary_of_the_quickstart_holds_numbers_with_units(tmp_path):

@@ -1,4 +1,4 @@
-"""`gemma2 pipeline run | status | graph`: a DAG of commands from one file."""
+"""`gemma2 pipeline run | status | diff | graph`: a DAG of commands from one file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from gemma2.cli.terminal.completion import pipelines, stages
 from gemma2.cli.terminal.console import Console
+from gemma2.cli.terminal.difference_view import show_explanations, show_run_differences
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import (
     HELP_NAMES,
@@ -57,6 +58,10 @@ stage_option = partial(
 )
 From = stage_option("--from", help="Run this stage and all stages that need it; earlier outputs are used as they are.")
 Only = stage_option("--only", help="Run only this stage; the outputs that it needs are used as they are.")
+Why = stage_option(
+    "--why",
+    help="Show in full what differs from the record of this stage, or what it was made from; repeatable, takes `*`.",
+)
 Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
 jobs_option = partial(
     typer.Option, None, "--jobs", "-j", metavar="INT", min=1, show_default=False, rich_help_panel="Settings"
@@ -253,6 +258,7 @@ def status(
     file: str = File,
     out: Path | None = Out,
     set_: list[str] | None = Set,
+    why: list[str] | None = Why,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -260,18 +266,50 @@ def status(
 
     \b
       gemma2 pipeline status runs/align
+      gemma2 pipeline status runs/align --why sft
       gemma2 pipeline status align.yaml --out runs/align
     """
     from gemma2.posttrain.pipelines.run import status_rows
 
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
+    if why:
+        from gemma2.posttrain.audit.explanation import explain
+
+        found = explain(compiled, compiled.chosen(why))
+        console.json({"stages": found, "out": str(compiled.root)}) if as_json else show_explanations(found, console)
+        return
     rows = status_rows(compiled)
     if as_json:
         console.json({"stages": rows, "out": str(compiled.root)})
     else:
         used = [key for key in rows[0] if any(row[key] is not None for row in rows)]
         console.table([{key: row[key] for key in used} for row in rows])
+
+
+@app.command(cls=HelpCommand, context_settings=HELP_NAMES)
+def diff(
+    run1: Path = typer.Argument(
+        metavar="RUN1",
+        help="Folder of a pipeline, or one output.",
+        show_default=False,
+        rich_help_panel="Inputs",
+    ),
+    run2: Path = typer.Argument(metavar="RUN2", help="The other.", show_default=False, rich_help_panel="Inputs"),
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
+) -> None:
+    """Show how two runs differ, stage by stage: what each was made from, the bytes that came out, the figures.
+
+    \b
+      gemma2 pipeline diff runs/align runs/align-2
+      gemma2 pipeline diff runs/align/sft runs/other/sft
+    """
+    from gemma2.posttrain.audit.run_difference import compare_runs
+
+    console = Console(as_json=as_json, quiet=quiet)
+    found = compare_runs(run1, run2)
+    console.json(found) if as_json else show_run_differences(found, console)
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)

@@ -23,7 +23,7 @@ from pathlib import Path
 from .cache import cache_folder
 from .hashing import hasher
 
-__all__ = ["Stamp", "remembered", "stamp_of"]
+__all__ = ["Stamp", "remembered", "stamp_of", "store"]
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
 
@@ -57,6 +57,23 @@ def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> 
         _KNOWN[key] = found
         _append(key, found)
     return found
+
+
+def store(kind: str, paths: Sequence[Path], stamps: Sequence[Stamp], began: int, digest: str) -> None:
+    """Store a digest that was found by reading the files, over an earlier one of the same stamps.
+
+    stamps  of the files, taken before they were read
+    began   the time in ns at which they were taken
+
+    Bytes that rot on the disk change no stamp: what was read there last counts.
+    """
+    key = _key(kind, stamps)
+    if _known_digest(key) == digest or began < max((_not_before(stamp) for stamp in stamps), default=0):
+        return
+    with suppress(OSError):
+        if [stamp_of(path) for path in paths] == [*stamps]:
+            _KNOWN[key] = digest
+            _append(key, digest)
 
 
 def _settled(stamps: Sequence[Stamp]) -> bool:

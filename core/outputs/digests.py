@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -12,7 +12,7 @@ from .digest_cache import remembered
 from .hashing import Hasher, digest_file, digest_name, hasher
 from .safetensors_header import Tensor, read_header, weight_files
 
-__all__ = ["digest_input", "digest_weights"]
+__all__ = ["INDEX", "digest_input", "digest_of_tensors", "digest_weights", "indexed_tensors", "tensor_line"]
 
 PIECE = 4 << 20  # bytes read at a time
 INDEX = "model.safetensors.index.json"
@@ -33,10 +33,10 @@ def digest_weights(directory: Path, threads: int = 1) -> str:
     files = weight_files(directory)
     index = directory / INDEX
     read = [*files, *([index] if index.is_file() else [])]
-    return remembered("tensors", read, lambda: _digest_tensors(files, _indexed(index), threads))
+    return remembered("tensors", read, lambda: _digest_tensors(files, indexed_tensors(index), threads))
 
 
-def _indexed(index: Path) -> Mapping[str, str]:
+def indexed_tensors(index: Path) -> Mapping[str, str]:
     """Return tensor -> file name by the index of shards; empty without one."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -47,18 +47,28 @@ def _indexed(index: Path) -> Mapping[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def _digest_tensors(files: list[Path], indexed: Mapping[str, str], threads: int) -> str:
-    lines: list[str] = []
-    for path in files:
-        tensors = [t for t in read_header(path).values() if indexed.get(t.name, path.name) == path.name]
-        lines += _tensor_lines(path, tensors, threads)
+def tensor_line(tensor: Tensor, digest: str) -> str:
+    """Return what the digest of a model takes of one tensor. digest: of its bytes, in hexadecimal."""
+    return json.dumps([tensor.name, tensor.dtype, tensor.shape, digest])
+
+
+def digest_of_tensors(lines: Iterable[str]) -> str:
+    """Return the digest of a model from the lines of its tensors."""
     total = hasher()
     total.update("\n".join(sorted(lines)).encode())
     return digest_name(total)
 
 
+def _digest_tensors(files: list[Path], indexed: Mapping[str, str], threads: int) -> str:
+    lines: list[str] = []
+    for path in files:
+        tensors = [t for t in read_header(path).values() if indexed.get(t.name, path.name) == path.name]
+        lines += _tensor_lines(path, tensors, threads)
+    return digest_of_tensors(lines)
+
+
 def _tensor_lines(path: Path, tensors: list[Tensor], threads: int) -> Iterator[str]:
-    """Yield `name dtype shape digest` for the tensors of one file, in the order of their data."""
+    """Yield the lines of the tensors of one file, in the order of their data."""
     buffer = memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as file:
         for tensor in tensors:
@@ -68,4 +78,4 @@ def _tensor_lines(path: Path, tensors: list[Tensor], threads: int) -> Iterator[s
             while left and (got := file.readinto(buffer[: min(left, PIECE)])):
                 digest.update(buffer[:got])
                 left -= got
-            yield json.dumps([tensor.name, tensor.dtype, tensor.shape, digest.hexdigest()])
+            yield tensor_line(tensor, digest.hexdigest())

@@ -148,7 +148,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
         raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "make the output again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+    files = manifest.get("files", {}) if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise InputError(f"{path} is not a gemma2 manifest", "make the output again")
     return cast("Manifest", manifest)
 

@@ -21,7 +21,7 @@ from .hub import SNAPSHOT
 from .manifest import MANIFEST, ParentRecord
 from .safetensors_header import weight_files
 
-__all__ = ["ModelIdentity", "deciding_files", "identity_of", "parent_record"]
+__all__ = ["CONFIGS", "ModelIdentity", "deciding_files", "digest_of_settings", "identity_of", "parent_record"]
 
 # For people, or records of how a model was made: nothing that loads it reads them.
 FOR_PEOPLE = (
@@ -90,12 +90,11 @@ def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def _digest_of(path: Path, threads: int) -> str:
     if path.name not in CONFIGS:
         return digest_input(path, threads)
-    return remembered("config", [path], lambda: _digest_settings(path))
+    return remembered("config", [path], lambda: digest_of_settings(path.read_bytes()))
 
 
-def _digest_settings(path: Path) -> str:
+def digest_of_settings(text: bytes) -> str:
     """Return the digest of the settings in a JSON file, without those that decide nothing; of its bytes if broken."""
-    text = path.read_bytes()
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

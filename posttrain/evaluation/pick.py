@@ -16,20 +16,19 @@ best of several points is, on average, higher than what a new measurement of tha
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.model_card import Account, code, table
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.merging import MergeRequest, merge
+from gemma2.posttrain.provenance.origin import data_records
 from gemma2.posttrain.reports.plots.gains import GAINS_NOTE, called, gain_sentences
 from gemma2.posttrain.reports.plots.values import label_of, spreads
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
@@ -37,7 +36,7 @@ from gemma2.posttrain.schemas import PickConfig
 
 from .comparison import is_gain
 from .front import best_at
-from .front_files import FRONT, place_of, read_front
+from .front_files import place_of, read_front
 
 __all__ = ["choose", "run_pick"]
 
@@ -112,17 +111,13 @@ def run_pick(config: PickConfig, options: RunOptions, progress: Progress = SILEN
     account = Account(
         command="pick",
         config=config.recorded(),
-        data=[{"path": _relative(config.front / FRONT, options.out), "digest": digest_file(config.front / FRONT)}],
+        data=data_records(config, options.out),
         summary=summary,
         sections=figures_section(front, point, config.pick),
         pictures=tuple(picture for picture in [config.front / "front.svg"] if _is_small(picture)),
     )
     merge(request, out=options.out, force=options.force, progress=progress, account=account)
     return RunResult(options.out, summary)
-
-
-def _relative(path: Path, out: Path) -> str:
-    return os.path.relpath(path.resolve(), out.resolve())
 
 
 def _is_small(picture: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["Change", "shown"]
@@ -23,9 +24,17 @@ class Change:
         return f"{self.what} ({shown(self.was)} -> {shown(self.now)})" if self.by_value else self.what
 
 
-def shown(value: object, longest: int = LONGEST) -> str:
-    """Return a value as it is written in a pipeline file, cut where it is long; `nothing` for None."""
-    if value is None or value == [] or value == {}:
+def shown(value: object, longest: int | None = LONGEST) -> str:
+    """Return a value as it is written in a pipeline file, cut where it is long; `nothing` for what is empty."""
+    text = _text(value)
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def _text(value: object) -> str:
+    if value is None or value in ("", [], {}, ()):
         return "nothing"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -34,7 +34,7 @@ def other_versions(command: str, recorded: Mapping[str, str]) -> Sequence[Change
     """
     here = deciding_versions(command)
     return [
-        Change(name, version, here.get(name), by_value=True)
+        Change(name, version, here.get(name, "not installed"), by_value=True)
         for name, version in deciding_versions(command, recorded).items()
         if here.get(name) != version
     ]

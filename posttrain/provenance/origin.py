@@ -20,7 +20,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hashing import digest_name, hasher
-from gemma2.core.outputs.manifest import SCHEMA_VERSION
+from gemma2.core.outputs.manifest import SCHEMA_VERSION, DataRecord
 from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.posttrain.schemas.config import Config
 
@@ -28,32 +28,41 @@ from .change import Change
 from .code import code_of
 from .named_inputs import Named, named_inputs, names_a_path, paths_of
 
-__all__ = ["changes", "hash_of", "is_setting", "origin_of", "settings_of"]
+__all__ = [
+    "changes",
+    "data_records",
+    "derived_changes",
+    "hash_of",
+    "is_setting",
+    "origin_of",
+    "record_changes",
+    "settings_of",
+]
 
 Content = Mapping[str, str]  # name of a part -> its digest; of a data file one part without a name
 
 
 def origin_of(command: str, config: Config, out: Path, threads: int = 1) -> JsonObject:
     """Return the record of what `config` makes in `out`: it goes into the manifest. Raises InputError."""
-    parents: list[JsonObject] = []
-    data: list[JsonObject] = []
-    for named in named_inputs(config):
-        if named.is_model:
-            parents.append({**parent_record(named.role, named.path, identity_of(named.path, threads), out)})
-        else:
-            data.append(_data_record(named, out, threads))
+    models = [named for named in named_inputs(config) if named.is_model]
+    parents = [parent_record(named.role, named.path, identity_of(named.path, threads), out) for named in models]
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "config": config.recorded(),
         "parents": parents,
-        "data": data,
+        "data": data_records(config, out, threads),
         **({"code": code} if (code := code_of(config)) else {}),
         "seed": getattr(config, "seed", None),
     }
 
 
-def _data_record(named: Named, out: Path, threads: int) -> JsonObject:
+def data_records(config: Config, out: Path, threads: int = 1) -> list[DataRecord]:
+    """Return the records of the files that a configuration names, for the manifest of `out`."""
+    return [_data_record(named, out, threads) for named in named_inputs(config) if not named.is_model]
+
+
+def _data_record(named: Named, out: Path, threads: int) -> DataRecord:
     path = os.path.relpath(named.path.resolve(), out.resolve())
     return {"role": named.role, "path": path, "digest": digest_input(named.path, threads)}
 
@@ -122,7 +131,8 @@ def changes(recorded: JsonMapping, command: str, config: Config, unknown: Collec
     if recorded.get("command") != command:
         return [Change("command", recorded.get("command"), command, by_value=True)]
     if recorded.get("schema_version") != SCHEMA_VERSION:
-        made = f"made by gemma2 {recorded.get('gemma2', 'of another version')}, whose record lacks what is compared now"
+        version = recorded.get("gemma2") or "of another version"
+        made = f"made by gemma2 {version}, whose record lacks what is compared now"
         return [Change(made, recorded.get("schema_version"), SCHEMA_VERSION)]
     return [
         *_changed_settings(recorded, config, unknown),
@@ -143,13 +153,49 @@ def _changed_settings(recorded: JsonMapping, config: Config, unknown: Collection
 
 
 def _changed_inputs(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Change]:
-    known, was = [*named_inputs(config, unknown)], _recorded_inputs(recorded)
+    # In the order of a record: of an option with models and files first the models.
+    known = sorted(named_inputs(config, unknown), key=lambda named: not named.is_model)
+    was = {key: held for key, held in _recorded_inputs(recorded).items() if key in type(config).model_fields}
     found: list[Change] = []
     for option in dict.fromkeys([*was, *(named.option for named in known)]):
         if option not in unknown:
             now = [(named.role, named.path, _content_of(named)) for named in known if named.option == option]
             found += _compared(option, was.get(option, []), now)
     return found
+
+
+def derived_changes(recorded: JsonMapping, config: Config, out: Path) -> list[Change]:
+    """Return what differs in the inputs that no option names: a front names the models that `pick` reads.
+
+    They are compared where they were; one that is not there any more is not needed any more.
+    """
+    found: list[Change] = []
+    for option, held in _recorded_inputs(recorded).items():
+        if option in type(config).model_fields:
+            continue
+        for role, recorded_path, content in held:
+            path = Path(os.path.normpath(out.resolve() / recorded_path))
+            if path.exists():
+                named = Named(option, role, path, path.is_dir())
+                found += _compared(option, [(role, recorded_path, content)], [(role, path, _content_of(named))])
+    return found
+
+
+def record_changes(was: JsonMapping, now: JsonMapping, schema: type[Config] | None) -> list[Change]:
+    """Return what differs between the records of two outputs: command, settings, inputs and code."""
+    for key in ("command", "schema_version"):
+        if was.get(key) != now.get(key):
+            return [Change(key.replace("_", " "), was.get(key), now.get(key), by_value=True)]
+    inputs = _recorded_inputs(was), _recorded_inputs(now)
+    configs = [record.get("config") or {} for record in (was, now)]
+    if schema is not None:
+        configs = [_settings_in(config, schema, held) for config, held in zip(configs, inputs, strict=True)]
+    default = {key: None if schema is None else _default_of(schema, key) for config in configs for key in config}
+    before, after = ({**default, **config} for config in configs)
+    found = [Change(key, before[key], after[key], by_value=True) for key in default if before[key] != after[key]]
+    for option in dict.fromkeys([*inputs[0], *inputs[1]]):
+        found += _compared(option, inputs[0].get(option, []), inputs[1].get(option, []))
+    return found + _changed_code(was.get("code") or {}, now.get("code") or {})
 
 
 def _content_of(named: Named) -> Content:
@@ -182,7 +228,7 @@ def _option_of(role: str) -> str:
 
 
 def _compared(
-    option: str, was: Sequence[tuple[str, str, Content]], now: Sequence[tuple[str, Path, Content]]
+    option: str, was: Sequence[tuple[str, str, Content]], now: Sequence[tuple[str, Path | str, Content]]
 ) -> list[Change]:
     """Return the differences of one option: by part where as many inputs are named, else as a whole."""
     if [(role, content) for role, _, content in was] == [(role, content) for role, _, content in now]:

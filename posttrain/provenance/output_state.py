@@ -23,7 +23,7 @@ from gemma2.posttrain.schemas.config import Config
 from .change import Change
 from .library_versions import other_versions
 from .named_inputs import EVALUATIONS
-from .origin import changes
+from .origin import changes, derived_changes
 
 __all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
 
@@ -67,9 +67,11 @@ def output_state(command: str, config: Config, out: Path, unknown: Collection[st
             raise InputError(f"{out} holds something else than an output of gemma2", "move it, or choose another --out")
         return _not_complete(command, config, out, unknown, [])
     if manifest.get("status") != "complete":
-        return _not_complete(command, config, out, unknown, [Change(f"status ({manifest.get('status')})")])
+        return _not_complete(command, config, out, unknown, [Change("unfinished", manifest.get("status"), "complete")])
     recorded: JsonMapping = {**manifest}
     why = [*changes(recorded, command, config, unknown), *broken_files(manifest, out)]
+    if not why and not unknown:
+        why = derived_changes(recorded, config, out)
     if why:
         return _not_complete(command, config, out, unknown, why)
     others = tuple(other_versions(command, recorded.get("versions") or {}))
@@ -125,17 +127,17 @@ def broken_files(manifest: Manifest, out: Path) -> Iterator[Change]:
     for name, entry in manifest.get("files", {}).items():
         if is_for_people(name, manifest):
             continue
-        path = out / name
+        path, recorded = out / name, {"size": entry.get("size"), "digest": entry.get("digest")}
         try:
             size = path.stat().st_size
             if size == entry.get("size") and "digest" not in entry:  # a merge without --verify: nothing has read it
                 continue
-            found = digest_input(path) if size == entry.get("size") else f"{size} bytes"
+            found = {"size": size, "digest": digest_input(path)}
         except OSError:
-            yield Change(f"its {name} is gone", entry.get("digest"))
+            yield Change(f"its {name} is gone", recorded)
             continue
-        if found != entry.get("digest"):
-            yield Change(f"its {name} is not what was written", entry.get("digest"), found)
+        if found != recorded:
+            yield Change(f"its {name} is not what was written", recorded, found)
 
 
 def is_for_people(name: str, manifest: Manifest) -> bool:

@@ -45,6 +45,8 @@ BREAKS = "breaks"  # folder next to a pipeline: a file for each stage that is to
 
 
 class Mixing(Config):
+    INCIDENTAL = frozenset({"pace"})
+    pace: int = 1
     model: Path | None = None
     models: tuple[Path, ...] = ()
     data: tuple[Path, ...] = ()

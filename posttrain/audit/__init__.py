@@ -1,0 +1,1 @@
+"""What is on the disk against what was recorded: verified, made again, explained, compared."""
