@@ -125,11 +125,11 @@ class Driver:
         given = {} if address else local
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **given)
         self.ray: Any = ray
+        self.here = ray.get_runtime_context().get_node_id()  # the node that this process speaks to
         self.control = control
         self.commands = tuple(commands)
         self.placed: dict[str, _Placed] = {}
         self.lock = threading.Lock()  # of the connection
-        self.looked = time.monotonic()
         # No max_calls: a worker stays, also one that had GPUs; they are free again when the stage's process ends.
         self.task = ray.remote(max_calls=0, max_retries=0, num_returns="streaming")(run_stage)
 
@@ -138,9 +138,11 @@ class Driver:
         try:
             self._send("ready", max((cpus for cpus, _ in self._nodes()), default=1), sum(g for _, g in self._nodes()))
             while self._is_there():
-                if self.control.poll(TICK):
-                    self._place(*self.control.recv())
-                self._say_why_stages_wait()
+                until = time.monotonic() + ALIVE
+                while time.monotonic() < until:
+                    if self.control.poll(TICK):
+                        self._place(*self.control.recv())
+                    self._say_why_stages_wait()
         except (EOFError, OSError):  # the pipeline has ended, or wants all to end
             self._stop()
         with suppress(Exception):  # of a cluster that is gone
@@ -158,11 +160,7 @@ class Driver:
 
     def _is_there(self) -> bool:
         """Whether the node that this process speaks to lives. Without its head Ray ends this process after a minute."""
-        if time.monotonic() - self.looked < ALIVE:
-            return True
-        self.looked = time.monotonic()
-        here = self.ray.get_runtime_context().get_node_id()
-        if any(node["NodeID"] == here and not node["Alive"] for node in self.ray.nodes()):
+        if any(node["NodeID"] == self.here and not node["Alive"] for node in self.ray.nodes()):
             self._send("lost", "its node on this machine ended")
             return False
         return True
@@ -176,7 +174,7 @@ class Driver:
 
     def _follow(self, stage: str, generator: Any) -> None:  # noqa: ANN401
         """Pass on the messages of a stage until its end."""
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
         outcome: Outcome | None = None
         why = "without a word"
@@ -193,6 +191,10 @@ class Driver:
             outcome = outcome or Outcome(1, error=f"a Ray worker cannot run it: {line}; install gemma2 on every node")
         except RayError as error:
             why = type(error).__name__
+            if isinstance(error, NodeDiedError) and self.here in str(error):  # Ray lists it as alive for 15 s more
+                with suppress(OSError):
+                    self._send("lost", "its node on this machine ended")
+                return
         except OSError:  # the pipeline is gone
             return
         with suppress(OSError):
