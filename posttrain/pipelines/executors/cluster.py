@@ -42,6 +42,11 @@ class RayExecutor:
         """Join the cluster, or start one here; workers import what these commands need."""
         if importlib.util.find_spec("ray") is None:
             raise UsageError("--executor ray needs Ray", "install gemma2[ray]")
+        if self.address and self.address.startswith("ray://"):
+            raise UsageError(
+                f"--ray-address {self.address} is Ray's client, which knows no streams",
+                "start gemma2 on a node of the cluster with --ray-address auto",
+            )
         self.close()
         module = f"{__package__}.ray_driver"
         self.driver = launch(module, "drive", self.address, list(commands), errors=subprocess.DEVNULL)

@@ -138,6 +138,12 @@ def test_without_ray_its_extra_is_named(monkeypatch):
         RayExecutor().prepare([])
 
 
+def test_the_client_of_ray_is_refused(monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(UsageError, match=r"Ray's client.*with --ray-address auto"):
+        RayExecutor(1, "ray://head:10001").prepare([])
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
