@@ -12,9 +12,9 @@ from typing import TypeGuard
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
-__all__ = ["Front", "choose_front", "is_number", "read_front", "read_lines"]
+from .plots.point_kinds import KINDS
 
-KINDS = ("base", "sft", "policy", "slerp", "liti", "line", "trajectory")
+__all__ = ["Front", "choose_front", "is_number", "read_front", "read_lines"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from gemma2.core.json_files import JsonMapping
 
+from .point_kinds import is_merged
 from .values import label_of, rounded
 
 __all__ = ["GAINS_NOTE", "called", "gain_of", "gain_sentences", "is_certain", "merges_sentence", "scale_of"]
@@ -80,11 +81,7 @@ def _losses(point: JsonMapping) -> Iterator[str]:
 
 def merges_sentence(points: Sequence[JsonMapping]) -> str | None:
     """How many merged points have more, and how many less reward than single runs at no more KL; None without any."""
-    merged = [
-        point
-        for point in points
-        if point["kind"] in ("slerp", "liti", "line") and is_certain(point, SINGLE) is not None
-    ]
+    merged = [point for point in points if is_merged(point["kind"]) and is_certain(point, SINGLE) is not None]
     merged = list({called(point): point for point in merged}.values())  # the end of a line is the SLERP
     if not merged:
         return None
