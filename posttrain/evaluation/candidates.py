@@ -210,7 +210,7 @@ def kind_of(path: Path, before: bool) -> str:
         kind = str((manifest.get("summary") or {}).get("kind", ""))
         return "liti" if kind == "line" else kind if kind in METHODS else "policy"
     method = command.removeprefix("merge ")
-    if method != command and method in METHODS:
-        if [parent.get("role") for parent in manifest.get("parents", [])] != ["input"]:
-            return method
+    inputs = [parent.get("role") for parent in manifest.get("parents", [])]
+    if method != command and method in METHODS and inputs != ["input"]:
+        return method
     return "base" if before else "policy"

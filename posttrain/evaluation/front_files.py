@@ -48,7 +48,7 @@ FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
 KEPT = ("reward", "kl")  # the values per prompt that every point has: the axes of the front
 PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
-LABELS = frozenset({"name", "label", "kind", "title", "iteration", "eta", "on_front"})
+LABELS = frozenset({"name", "label", "kind", "title", "end", "iteration", "eta", "on_front"})
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def write_front(directory: Path, front: JsonMapping, entries: Sequence[FrontEntr
     write_json(directory / FRONT, front)
     _write_csv(directory / "front.csv", front["points"])
     reference = {f"reference_{key}": value for key, value in front["reference"].items()}
+    reference |= {key: front[key] for key in ("reference_from", "reference_point")}
     areas = {key: value for key, value in front.items() if key.startswith(("hypervolume", "bootstrap"))}
     _write_csv(directory / "hypervolume.csv", [areas | reference])
     _write_values(directory / VALUES, entries, names)
@@ -229,7 +230,8 @@ def _entry(
 ) -> FrontEntry:
     own = _values_in(values, point["name"], directory)
     models = place_of(point, directory)
-    candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], point.get("title") or "")
+    more = {name: point.get(name) or "" for name in ("title", "end")}
+    candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], **more)
     placed = {f"{name}{part}" for name in PLACES[len(models)] for part in ("", "_weights")}
     figures = {key: value for key, value in point.items() if key not in LABELS | placed and not is_gain(key)}
     return FrontEntry(candidate, figures, samples, own, drawn)

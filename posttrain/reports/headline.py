@@ -10,7 +10,7 @@ from gemma2.core.rounding import SAME_AS_START, differ
 
 from .collect import Collected
 from .fronts import Front, is_number
-from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, is_certain, merges_sentence, scale_of
+from .plots.gains import GAINS_NOTE, bounds_of, called, gain_of, gain_sentences, is_certain, merges_sentence, scale_of
 from .plots.point_kinds import is_merge, is_merged, line_word, word_of
 from .plots.values import column, column_decimals, duration, end_of, fixed, number, spreads, start_of
 
@@ -250,7 +250,7 @@ def merges(front: Front) -> JsonObject | None:
 
 
 def best_within(front: Front) -> list[dict[str, str]]:
-    """The best point within each KL limit, from front.json."""
+    """The best point within each KL limit, the number of points it was chosen from, and its reward elsewhere."""
     found = front.facts.get("best_at") if differ(front.measured) else None
     rows = [
         row
@@ -258,11 +258,14 @@ def best_within(front: Front) -> list[dict[str, str]]:
         if isinstance(row, Mapping) and all(is_number(row.get(key)) for key in ("limit", "reward", "kl"))
     ]
     names = {str(point["name"]): called(point) for point in front.measured}
+    decimals = column_decimals(rows, "reward")
     return [
         {
             "limit": number(row["limit"]),
             "point": str(row.get("label") or names.get(str(row.get("name")), row.get("name"))),
+            "chosen_from": number(row.get("chosen_from")),
             "reward": reward,
+            "elsewhere": fixed(row["reward_elsewhere"], decimals) if is_number(row.get("reward_elsewhere")) else "–",
             "kl": kl,
         }
         for row, reward, kl in zip(rows, spreads(rows, "reward"), spreads(rows, "kl"), strict=True)
@@ -271,10 +274,9 @@ def best_within(front: Front) -> list[dict[str, str]]:
 
 def areas(found: Collected) -> JsonObject | None:
     """The area under the front, its bounds, and the areas of the fronts of single iterations."""
-    facts, reference = found.front.facts, found.front.facts.get("reference")
+    facts = found.front.facts
     if not is_number(facts.get("hypervolume")) or not differ(found.front.measured):
         return None
-    bounds = reference if isinstance(reference, Mapping) else {}
     own = [front for front in found.fronts if front.iteration and is_number(front.facts.get("hypervolume"))]
     own.sort(key=lambda front: front.iteration or 0)
     whole = [facts, *(front.facts for front in own)]
@@ -292,8 +294,7 @@ def areas(found: Collected) -> JsonObject | None:
     return {
         "area": area_of(facts, "hypervolume", decimals),
         "interval": interval(facts, "hypervolume", decimals),
-        "kl": fixed(bounds["kl"], 2) if is_number(bounds.get("kl")) else "–",
-        "reward": fixed(bounds["reward"], 2) if is_number(bounds.get("reward")) else "–",
+        "bounds": bounds_of(facts, found.front.points),
         "rows": rows,
         "gains": any(row["gain"] != "–" for row in rows),
     }
