@@ -26,6 +26,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.posttrain.runs.recorded_files import check_recorded, remake
 
 from .bootstrap import Answers
 from .candidates import Candidate, Weights
@@ -147,7 +148,10 @@ def _write_values(path: Path, entries: Sequence[FrontEntry], names: Sequence[str
 
 
 def read_front(directory: Path, role: str) -> JsonObject:
-    """front.json of a finished output of pareto. Raises InputError naming `role` for anything else."""
+    """front.json of a finished output of pareto.
+
+    Raises InputError naming `role` for anything else, and for a file that was changed since.
+    """
     manifest = read_manifest(directory)
     if manifest is None:
         raise InputError(
@@ -160,6 +164,7 @@ def read_front(directory: Path, role: str) -> JsonObject:
             "give a directory that gemma2 pareto has completed",
         )
     front = _read(directory / FRONT)
+    check_recorded(directory, [FRONT], remake("pareto", directory))
     points = front.get("points")
     if not isinstance(points, list) or not all(_is_point(point) for point in points):
         raise InputError(f"{directory / FRONT} holds no points", "measure it again with gemma2 pareto")
@@ -204,6 +209,7 @@ def place_of(point: JsonMapping, directory: Path) -> tuple[Weights, ...]:
 def read_entries(directory: Path, front: JsonMapping) -> list[FrontEntry]:
     """Every measured point of a front with its values, samples and trajectory. Raises InputError without them."""
     values = _read(directory / VALUES).get("points")
+    check_recorded(directory, READ, remake("pareto", directory))
     if not isinstance(values, dict):
         raise InputError(f"{directory / VALUES} holds no points", "measure it again with gemma2 pareto")
     samples: dict[str, list[JsonObject]] = {}

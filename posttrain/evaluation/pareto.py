@@ -169,7 +169,7 @@ def measure_all(
             path = []
             if candidate.kind == "policy":
                 count = len(record["values"]["kl"])
-                path = trajectory(candidate.models[0].path, candidate.iteration, alike, count)
+                path = trajectory(candidate.models[0].path, candidate.iteration, alike, count, progress)
             entries.append(FrontEntry(candidate, record["figures"], record["samples"], record["values"], path))
             task.advance(1, reward=record["figures"]["reward"], kl=record["figures"]["kl"])
     return entries

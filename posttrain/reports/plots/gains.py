@@ -38,9 +38,9 @@ def called(point: JsonMapping) -> str:
 
 
 CHOICE_NOTE = (
-    "The best of several noisy points is partly the luckiest, so its reward is too high on average. The reward on other "
-    "prompts is corrected for that: in each of many resamples of the prompts the point is chosen anew, and measured on the "
-    "prompts that the resample left out."
+    "The best of several noisy points is partly the luckiest, so its reward is too high on average. The reward on "
+    "other prompts is corrected for that: in each of many resamples of the prompts the point is chosen anew, and "
+    "measured on the prompts that the resample left out."
 )
 
 
