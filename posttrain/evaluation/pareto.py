@@ -27,6 +27,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ, still_points
+from gemma2.merging.inputs.architecture import LM_HEAD
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
@@ -128,9 +129,6 @@ class Bench:
             init = dict(self._load(self.config.init or self.config.sft).named_parameters())
             model, _ = load_policy(Path(str(self.config.merged)))
             merged = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            shapes = [{name: tuple(tensor.shape) for name, tensor in end.items()} for end in (init, merged)]
-            if shapes[0] != shapes[1]:
-                raise InputError("--init and --merged have different tensors", "give two policies of one architecture")
             self._line = model, init, merged
         return self._line
 
@@ -217,7 +215,8 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
 
 
 def check_policies(parents: Sequence[Parent]) -> None:
-    """Refuse reward models instead of policies, and policies with another vocabulary than the SFT policy."""
+    """Refuse reward models instead of policies, another vocabulary than that of the SFT policy, and a line between two
+    architectures."""
     policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
     first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
     for parent in policies:
@@ -235,6 +234,14 @@ def check_policies(parents: Sequence[Parent]) -> None:
             check_same_tokenizer(first, open_checkpoint(parent.path, f"--{parent.role}"))
         except InputError as error:
             raise InputError(error.what, "compare policies of one family") from error
+    ends = {parent.role: open_checkpoint(parent.path, f"--{parent.role}") for parent in policies}
+    if "merged" in ends:
+        shapes = [
+            {name: tensor.shape for name, tensor in end.tensors.items() if name != LM_HEAD}
+            for end in (ends.get("init", ends["sft"]), ends["merged"])
+        ]
+        if shapes[0] != shapes[1]:
+            raise InputError("--init and --merged have different tensors", "give two policies of one architecture")
 
 
 def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
