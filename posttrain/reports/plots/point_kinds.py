@@ -23,7 +23,10 @@ WORDS = {
     "model-stock": "Model Stock", "task-arithmetic": "task arithmetic", "passthrough": "passthrough",
 }  # fmt: skip
 MARKERS = {"base": "X", "sft": "o", "policy": "o", LINE: "o", "slerp": "D", "liti": "s"}
-OTHER_MARKERS = "^vP*p<>hd8H"  # of the other methods, in the order of their table
+Marker = str | tuple[int, int, int]
+# Of the other methods, in the order of their table. A triple: corners, 1 for a star, angle.
+OTHER_MARKERS: tuple[Marker, ...] = ("^", "v", "P", "*", "p", "<", ">", "h", "d", "8")
+OTHER_MARKERS += ((4, 1, 0), (4, 1, 45), (3, 1, 0), (3, 1, 180), (6, 1, 0), (8, 1, 0))
 GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "■", LINE: "•"}
 OTHER_GLYPH = "▲"
 
@@ -49,7 +52,7 @@ def line_word(ends: set[str]) -> str:
     return f"start to {words.pop() if len(words) == 1 else 'merge'}, by η"
 
 
-def marker_of(kind: str) -> str:
+def marker_of(kind: str) -> Marker:
     """The mark of a kind in a picture, in matplotlib's terms."""
     others = [name for name in METHODS if name not in MARKERS]
     return MARKERS.get(kind) or OTHER_MARKERS[others.index(kind) % len(OTHER_MARKERS)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from textwrap import wrap
 
 from gemma2.core.json_files import JsonMapping
 
@@ -153,7 +154,8 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
     barred = any(is_barred(p) and None not in ends_of(p) for p in shown)
     notes = ["⡇ 95 % interval of the reward"] if barred else []
     notes += [f"off the chart: {title_of(p)}, reward {fixed(p['reward'], 2)} at KL {fixed(p['kl'], 2)}" for p in away]
-    return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
+    below = [*legend(shown, width - 10), *notes]
+    return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in below)])
 
 
 def frame(canvas: Canvas, start: str) -> list[str]:
@@ -173,15 +175,12 @@ def frame(canvas: Canvas, start: str) -> list[str]:
     return lines
 
 
-def legend(points: Sequence[Point]) -> str:
-    """The meaning of the glyphs without labels."""
+def legend(points: Sequence[Point], width: int) -> list[str]:
+    """The meaning of the glyphs without labels, in lines of at most `width` characters."""
     kinds = list(dict.fromkeys(point["kind"] for point in points))
     names = {"policy": word_of("policy"), "line": line_word({end_of(p) for p in points if p["kind"] == "line"})}
-    found = {glyph_of(kind): names[kind] for kind in names if kind in kinds}
-    others = [word_of(kind) for kind in kinds if is_merge(kind) and kind not in ("slerp", "liti")]
-    return "   ".join(
-        [
-            *(f"{glyph} {name}" for glyph, name in found.items()),
-            *([f"{glyph_of('linear')} {', '.join(others)}"] if others else []),
-        ]
-    )
+    found = [f"{glyph_of(kind)} {name}" for kind, name in names.items() if kind in kinds]
+    others = [kind for kind in kinds if is_merge(kind) and kind not in ("slerp", "liti")]
+    if others:
+        found.append(f"{glyph_of(others[0])} {', '.join(map(word_of, others))}")
+    return wrap("   ".join(found), width)
