@@ -34,6 +34,7 @@ from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partia
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.schemas.config import Config
 
+from .live import clear_live
 from .provenance import Parent, changes, describe_origin
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"]
@@ -141,6 +142,7 @@ class Run:
         fsync_tree(self.path)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self.path / STATE).unlink(missing_ok=True)
+        clear_live(self.path)
         publish(self.path, self.options.out, self.options.force)
 
 
@@ -257,7 +259,9 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     }
     held.enter_context(locked(options.out))
     held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
-    return origin, _prepare(partial_path(options.out), options, config, origin)
+    resumed = _prepare(partial_path(options.out), options, config, origin)
+    clear_live(partial_path(options.out))  # an alert that nobody has heard is not for this run
+    return origin, resumed
 
 
 def _prepare(partial: Path, options: RunOptions, config: Config, origin: JsonObject) -> bool:

@@ -1,0 +1,159 @@
+"""Follows the files of one run: its metrics, its newest sample, its progress. Every look reads only what is new."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.posttrain.runs.live import read_live
+
+from .curve import Curve
+from .guard_margins import GuardMargin, is_without_variance, margins_of
+from .line_tail import LineTail
+
+__all__ = ["RunWatch"]
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+HELDOUT = "heldout_"
+ALONE = ("kl", "divergence")  # figures of evaluations that steps do not have under the same name
+NO_FIGURES = {"step", "epoch", "n"}
+MOST_METRICS = 200  # by name; more is not a file of ours
+
+
+@dataclass
+class RunWatch:
+    """What the files of a run say.
+
+    figures   newest value of every metric; those of evaluations as `heldout_NAME`, except `kl`
+    steps_of  step of the newest value
+    dead      last steps in a row without variance of the reward
+    settled   whether lines of every kind that the run writes have been seen
+    """
+
+    folder: Path
+    figures: dict[str, float] = field(default_factory=dict)
+    steps_of: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    sample: JsonObject | None = None
+    live: JsonObject = field(default_factory=dict)
+    dead: int = 0
+    trained: bool = False
+    evaluated: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics, self.samples = LineTail(self.folder / METRICS), LineTail(self.folder / SAMPLES)
+        self._record: JsonMapping = {}
+        self._last_step = 0.0
+
+    def move(self, folder: Path) -> None:
+        """The run is complete, and its directory has its final name."""
+        self.folder = folder
+        self.metrics.path, self.samples.path = folder / METRICS, folder / SAMPLES
+
+    def update(self, heard: Callable[[Mapping[str, float], Mapping[str, float]], None] | None = None) -> bool:
+        """Look at the files. True if there is anything new. heard: gets the figures of a new line, and their steps.
+
+        Of lines from before the first look, and of those that a resume left, `heard` gets the newest values only.
+        """
+        first = self.metrics.offset == 0
+        if self.metrics.restarted():
+            self._forget()
+            first = True
+        before, moved = self.metrics.offset, False
+        for row in self.metrics.rows():
+            figures = self._add(row)
+            if figures and heard is not None and not first:
+                heard(figures, dict.fromkeys(figures, float(row["step"])))
+        if first and heard is not None and self.figures:
+            heard(self.figures, self.steps_of)
+        moved = self.metrics.offset != before or first
+        self.samples.restarted()
+        for row in self.samples.rows():
+            self.sample, moved = row, True
+        live = read_live(self.folder)
+        if live and live != self.live:
+            self.live, moved = live, True
+        return moved
+
+    @property
+    def record(self) -> JsonMapping:
+        """run.json, or gemma2.json of a finished run; empty if neither can be read. Read once."""
+        if not self._record:
+            for name in (MANIFEST, STATE):
+                try:
+                    found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                except (OSError, ValueError, RecursionError):
+                    continue
+                if isinstance(found, dict):
+                    self._record = found
+                    break
+        return self._record
+
+    @property
+    def config(self) -> JsonMapping:
+        """The settings of the run."""
+        found = self.record.get("config")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def settled(self) -> bool:
+        """Whether the names of all metrics are known."""
+        return self.trained and (self.evaluated or not self.config.get("eval_every"))
+
+    def margins(self) -> list[GuardMargin]:
+        """How near the guards are."""
+        return margins_of(self.config, self.figures, self.dead)
+
+    def _forget(self) -> None:
+        self.figures, self.steps_of, self.curves, self.names = {}, {}, {}, set()
+        self.dead, self.trained, self.evaluated, self._last_step = 0, False, False, 0.0
+
+    def _add(self, row: JsonMapping) -> dict[str, float]:
+        """Take in a line; return its figures under both the names of the file and ours."""
+        step = row.get("step")
+        if isinstance(step, bool) or not isinstance(step, int | float):
+            return {}
+        evaluation = row.get("kind") == "eval"
+        found: dict[str, float] = {}
+        for name, value in row.items():
+            if name in NO_FIGURES or isinstance(value, bool):
+                continue
+            if value is None and name != "kind":
+                self.names.add(name)
+                self.figures.pop(_renamed(name, evaluation), None)  # it is undefined, or not finite
+                continue
+            if not isinstance(value, int | float) or (name not in self.names and len(self.names) >= MOST_METRICS):
+                continue
+            try:
+                number = float(value)
+            except OverflowError:  # a whole number of more than 308 digits
+                number = float("inf") if value > 0 else float("-inf")
+            ours = _renamed(name, evaluation)
+            self.names |= {name, ours}
+            found[name] = found[ours] = self.figures[ours] = number
+            self.steps_of[ours] = step
+            if ours not in self.curves:
+                self.curves[ours] = Curve()
+            self.curves[ours].add(step, number)
+        self._judge(row, step, evaluation)
+        return found
+
+    def _judge(self, row: JsonMapping, step: float, evaluation: bool) -> None:
+        trains = not evaluation and "learning_rate" in row
+        if trains:
+            self.trained = True
+            # A line may stand for several steps (--log-every).
+            self.dead = self.dead + int(step - self._last_step) if is_without_variance(row) else 0
+            self._last_step = step
+        self.evaluated |= evaluation or any(name.startswith(HELDOUT) for name in row)
+
+
+def _renamed(name: str, evaluation: bool) -> str:
+    """The name under which a figure is kept: steps and evaluations do not share one."""
+    alone = name.startswith(HELDOUT) or name.partition("_")[0] in ALONE
+    return HELDOUT + name if evaluation and not alone else name
