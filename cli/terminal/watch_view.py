@@ -6,6 +6,7 @@ Lines are built here, for a terminal with a style each; rich only draws them, wh
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -61,9 +62,9 @@ class ViewLine:
 
 def view_lines(view: View, width: int) -> list[ViewLine]:
     """Return the lines of a view, none wider than `width`, except samples, which are wrapped."""
-    lines = [_head(view), *(_stages(view, width) if view.pipeline else _only(view))]
+    lines = [_head(view), *(_stages(view, width) if view.pipeline else _only(view, width))]
     for name, said in view.alerts.items():
-        lines.append(ViewLine(f"alert  {_safe(name, NAME)}: {_safe(said)}", "bold red"))
+        lines += _folded(f"alert in {_safe(name, NAME)}: {_safe(said)}", "bold red", width)
     for details in view.details:
         stage = next((one for one in view.stages if one.name == details.name), None)
         lines += [ViewLine(""), *_details(details, stage if view.pipeline else None, width)]
@@ -86,13 +87,13 @@ def _head(view: View) -> ViewLine:
     return ViewLine("  ".join(filter(None, parts)), "bold")
 
 
-def _only(view: View) -> Iterator[ViewLine]:
+def _only(view: View, width: int) -> Iterator[ViewLine]:
     for stage in view.stages:
         parts = [stage.command, _steps(stage)]
         if any(parts):
             yield ViewLine("  ".join(filter(None, parts)))
         if stage.error:
-            yield ViewLine(_safe(stage.error), "red")
+            yield from _folded(stage.error, "red", width)
 
 
 def _stages(view: View, width: int) -> Iterator[ViewLine]:
@@ -103,12 +104,18 @@ def _stages(view: View, width: int) -> Iterator[ViewLine]:
     for stage in shown[:ROWS]:
         yield _stage(stage, names)
         if stage.error:
-            yield ViewLine(f"    {_safe(stage.error, max(20, width - 4))}", "red")
+            yield from _folded(stage.error, "red", width)
     counts: dict[str, int] = {}
     for stage in [*(one for one in view.stages if one not in shown), *shown[ROWS:]]:
         counts[stage.status] = counts.get(stage.status, 0) + 1
     if counts:
         yield ViewLine("  and " + ", ".join(f"{count} {_safe(status, 20)}" for status, count in counts.items()), "dim")
+
+
+def _folded(text: str, style: str, width: int) -> Iterator[ViewLine]:
+    """A line of an error, escaped, in as many lines as it needs."""
+    for line in textwrap.wrap(_safe(text, TEXT), max(20, width - 4)):
+        yield ViewLine(f"    {line}", style)
 
 
 def _stage(stage: StageView, names: int) -> ViewLine:

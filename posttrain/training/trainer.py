@@ -170,7 +170,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         if said is not None:
             raise AlertStop(
                 f"step {state.global_step + 1} of {self.label}: ended by an alert: {said}",
-                "change what the alert is about and start over with --force, or --resume from the last checkpoint",
+                "--resume continues from the last checkpoint, --force starts over",
             )
 
     def on_train_end(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["Curve", "sparkline"]
 
@@ -35,13 +36,9 @@ class Curve:
             self.width *= 2
         self._points.append((step, value, 1))
 
-    def points(self, most: int | None = None) -> list[tuple[float, float]]:
-        """Return the points, at most `most` of them: means of neighbours."""
-        found = self._points
-        while most is not None and len(found) > most:
-            rest = found[-1:] if len(found) % 2 else []
-            found = [_joined(a, b) for a, b in zip(found[::2], found[1::2], strict=False)] + rest
-        return [(step, mean) for step, mean, _ in found]
+    def points(self) -> list[tuple[float, float]]:
+        """Return the points."""
+        return [(step, mean) for step, mean, _ in self._points]
 
 
 def _joined(first: tuple[float, float, int], second: tuple[float, float, int]) -> tuple[float, float, int]:
@@ -51,12 +48,19 @@ def _joined(first: tuple[float, float, int], second: tuple[float, float, int]) -
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return the last values as bars, `width` at most; from the lowest of them to the highest."""
-    shown = [value for value in values if math.isfinite(value)][-width:]
+    """Return the values as bars, from the lowest to the highest; of more than `width`, means of neighbours."""
+    finite = [value for value in values if math.isfinite(value)]
+    count = min(width, len(finite))
+    edges = [i * len(finite) // count for i in range(count + 1)] if count else []
+    shown = [_mean(finite[begin:end]) for begin, end in pairwise(edges)]
     if not shown:
         return ""
     low, high = min(shown), max(shown)
-    if high == low:
+    if high / 2 - low / 2 == 0:
         return BARS[0] * len(shown)
-    scale = (len(BARS) - 1) / (high / 2 - low / 2) / 2
-    return "".join(BARS[round((value - low) * scale)] if math.isfinite(value - low) else BARS[-1] for value in shown)
+    scale = (len(BARS) - 1) / (high / 2 - low / 2)  # halves: the difference of large values may be infinite
+    return "".join(BARS[round((value / 2 - low / 2) * scale)] for value in shown)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(value / len(values) for value in values)

@@ -20,7 +20,7 @@ from gemma2.posttrain.pipelines.state import STATE_FILE
 from gemma2.posttrain.runs.live import ask_to_end
 
 from .alerts import Alert, check_metrics, holding
-from .pace import pace_of, seconds_between, seconds_since
+from .pace import Pace, pace_of, seconds_between, seconds_since
 from .run_watch import RunWatch
 from .view import DONE, Details, StageView, View
 from .watched_output import WatchedOutput, find_output, read_object
@@ -152,7 +152,7 @@ class Following:
             command=str(record.get("command") or ""),
             status=status,
             elapsed=elapsed if isinstance(elapsed, int | float) and math.isfinite(elapsed) else None,
-            pace=pace_of(run.live, now) if run is not None and status in OPEN else pace_of({}, now),
+            pace=_pace(run, status, now) if run is not None else Pace(),
             error=str(record.get("error") or "") if status == "failed" else "",
         )
 
@@ -173,7 +173,7 @@ class Following:
             elapsed = max(0.0, now - began) if alive else None
         else:
             elapsed = seconds_since(record.get("started"), now) if alive else None
-        pace = pace_of({} if found.complete else run.live, now)
+        pace = _pace(run, status, now)
         error = run.live.get("error") if status == "interrupted" else None
         stage = StageView(
             name=name,
@@ -271,6 +271,12 @@ def _whole_time(records: Mapping[str, JsonMapping], alive: bool, now: float) -> 
     if not begun or not (alive or ended):
         return None
     return seconds_since(min(begun), now) if alive else seconds_between(min(begun), max(ended))
+
+
+def _pace(run: RunWatch, status: str, now: float) -> Pace:
+    """How far a run is: of one that has ended the step, without a rate."""
+    pace = pace_of(run.live, now)
+    return pace if status == "running" else Pace(pace.step, pace.steps) if status in OPEN else Pace()
 
 
 def _status(record: JsonMapping, alive: bool) -> str:

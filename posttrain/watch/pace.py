@@ -1,4 +1,4 @@
-"""The pace of a run, and the time that is left: steps asked less steps done, over the rate of the recent steps. Pure."""
+"""The pace of a run, and the time left: steps asked less steps done, over the rate of the recent steps. Pure."""
 
 from __future__ import annotations
 

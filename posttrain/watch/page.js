@@ -109,7 +109,7 @@ function shape(tag, attributes, text) {
 }
 
 function ticks(low, high) {
-  const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(factor => factor * power).find(size => size >= rough);
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) found.push(value);
