@@ -70,7 +70,10 @@ STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def _as_json(document: object, indent: int | None = None) -> str:
-    text = json.dumps(finite(document), indent=indent, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:  # a number that is not finite
+        text = json.dumps(finite(document), indent=indent, ensure_ascii=False, default=str)
     return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

@@ -25,7 +25,7 @@ class Curve:
 
     def add(self, step: float, value: float) -> None:
         """Append a value."""
-        if not (math.isfinite(value) and math.isfinite(step)):
+        if value - value != 0 or step - step != 0:  # not finite
             return
         if self._points and self._points[-1][2] < self.width:
             self._points[-1] = _joined(self._points[-1], (step, value, 1))

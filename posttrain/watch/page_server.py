@@ -97,7 +97,11 @@ class PageServer:
             found = self.stage(parse_qs(parts.query).get("name", [""])[0])
         if found is None:
             return None
-        return json.dumps(finite(found), allow_nan=False).encode(), "application/json"
+        try:
+            text = json.dumps(found, allow_nan=False)
+        except ValueError:  # a number that is not finite
+            text = json.dumps(finite(found), allow_nan=False)
+        return text.encode(), "application/json"
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,9 @@ __all__ = ["RunWatch"]
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 HELDOUT = "heldout_"
 ALONE = ("kl", "divergence")  # figures of evaluations that steps do not have under the same name
-NO_FIGURES = {"step", "epoch", "n"}
+NO_FIGURES = {"step", "epoch", "n", "kind"}
+# Metrics that are drawn over the steps, and those of evaluations.
+DRAWN = {"reward", "kl", "kl_anchor", "length", "loss", "divergence", "accuracy"}
 MOST_METRICS = 200  # by name; more is not a file of ours
 
 
@@ -48,7 +51,7 @@ class RunWatch:
     def __post_init__(self) -> None:
         self.metrics, self.samples = LineTail(self.folder / METRICS), LineTail(self.folder / SAMPLES)
         self._record: JsonMapping = {}
-        self._last_step = 0.0
+        self._forget()
 
     def move(self, folder: Path) -> None:
         """The run is complete, and its directory has its final name."""
@@ -112,6 +115,8 @@ class RunWatch:
     def _forget(self) -> None:
         self.figures, self.steps_of, self.curves, self.names = {}, {}, {}, set()
         self.dead, self.trained, self.evaluated, self._last_step = 0, False, False, 0.0
+        # name in the file -> name here, for lines of steps and of evaluations
+        self._ours: dict[bool, dict[str, str | None]] = {False: {}, True: {}}
 
     def _add(self, row: JsonMapping) -> dict[str, float]:
         """Take in a line; return its figures under both the names of the file and ours."""
@@ -119,38 +124,53 @@ class RunWatch:
         if isinstance(step, bool) or not isinstance(step, int | float):
             return {}
         evaluation = row.get("kind") == "eval"
+        ours = self._ours[evaluation]
         found: dict[str, float] = {}
         for name, value in row.items():
-            if name in NO_FIGURES or isinstance(value, bool):
+            if name not in ours:
+                self._meet(name, evaluation)
+            kept = ours[name]
+            if kept is None:
                 continue
-            if value is None and name != "kind":
-                self.names.add(name)
-                self.figures.pop(_renamed(name, evaluation), None)  # it is undefined, or not finite
+            number = _as_float(value)
+            if number is None:
+                if value is None:
+                    self.figures.pop(kept, None)  # it is undefined, or not finite
                 continue
-            if not isinstance(value, int | float) or (name not in self.names and len(self.names) >= MOST_METRICS):
-                continue
-            try:
-                number = float(value)
-            except OverflowError:  # a whole number of more than 308 digits
-                number = float("inf") if value > 0 else float("-inf")
-            ours = _renamed(name, evaluation)
-            self.names |= {name, ours}
-            found[name] = found[ours] = self.figures[ours] = number
-            self.steps_of[ours] = step
-            if ours not in self.curves:
-                self.curves[ours] = Curve()
-            self.curves[ours].add(step, number)
-        self._judge(row, step, evaluation)
-        return found
-
-    def _judge(self, row: JsonMapping, step: float, evaluation: bool) -> None:
-        trains = not evaluation and "learning_rate" in row
-        if trains:
+            found[name] = found[kept] = self.figures[kept] = number
+            self.steps_of[kept] = step
+            if kept in self.curves:
+                self.curves[kept].add(step, number)
+        if not evaluation and "learning_rate" in row:
             self.trained = True
             # A line may stand for several steps (--log-every).
             self.dead = self.dead + int(step - self._last_step) if is_without_variance(row) else 0
             self._last_step = step
-        self.evaluated |= evaluation or any(name.startswith(HELDOUT) for name in row)
+        return found
+
+    def _meet(self, name: str, evaluation: bool) -> None:
+        """Decide once how the figures of a name are kept; None: they are not figures."""
+        ours = _renamed(name, evaluation)
+        self.evaluated |= evaluation or name.startswith(HELDOUT)
+        if name in NO_FIGURES or len(self.names) >= MOST_METRICS:
+            self._ours[evaluation][name] = None
+            return
+        self._ours[evaluation][name] = ours
+        self.names |= {name, ours}
+        if ours.removeprefix(HELDOUT) in DRAWN:
+            self.curves[ours] = Curve()
+
+
+def _as_float(value: object) -> float | None:
+    """A number as a float, None for anything else."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # of more than 308 digits
+        return math.inf if value > 0 else -math.inf
 
 
 def _renamed(name: str, evaluation: bool) -> str:
