@@ -166,10 +166,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        said = self.run.ranks.on_main(lambda: take_alert(self.run.path))  # one rank looks: all stop at the same step
+        self.run.ranks.on_main(lambda: self._hear(state.global_step + 1))  # one rank looks: all stop at the same step
+
+    def _hear(self, step: int) -> None:
+        """End the run if a watcher asks for it."""
+        said = take_alert(self.run.path)
         if said is not None:
             raise AlertStop(
-                f"step {state.global_step + 1} of {self.label}: ended by an alert: {said}",
+                f"step {step} of {self.label}: ended by an alert: {said}",
                 "--resume continues from the last checkpoint, --force starts over",
             )
 

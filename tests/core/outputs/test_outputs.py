@@ -1,6 +1,7 @@
 """Outputs appear complete or not at all: refusals, one rename, one writer, nothing left behind, and the manifest."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -323,3 +324,19 @@ def test_a_digest_recorded_by_an_unfinished_run_is_not_trusted(tmp_path):
     false = {"model.safetensors": {"size": 3, "digest": "sha256:false"}}
     write_json(tmp_path / "gemma2.json", {"status": "running", "files": false})
     assert digest_weights(tmp_path) == by_hand(tmp_path)
+
+
+def test_a_look_at_the_lock_does_not_stop_who_comes_to_write(tmp_path, monkeypatch):
+    path = tmp_path / ".out.lock"
+    looking = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        fcntl.flock(looking, fcntl.LOCK_UN)
+
+    monkeypatch.setattr("gemma2.core.outputs.staging.time.sleep", pause)
+    with locked(tmp_path / "out"):
+        assert pauses
+    os.close(looking)
