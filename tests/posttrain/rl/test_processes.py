@@ -190,5 +190,4 @@ def test_an_alert_ends_every_process_at_the_same_step(job):
     code, _, err = finish(process)
     assert code != 0
     assert err.count("error: step ") == 1 and err.count("ended by an alert: kl 21.3 > 20") == 1
-    assert "Traceback" not in err.partition("torch.distributed.elastic")[0]
     assert not (partial / ".alert.json").exists()
