@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -210,7 +211,7 @@ def shown(console: Console, following: Following, page: bool, port: int | None) 
             sys.stdout.flush()
             console.note("the page is for this machine only; Ctrl-C ends it, never the run")
             yield kept
-    elif sys.stdout.isatty() and not console.as_json:
+    elif sys.stdout.isatty() and not console.as_json and os.environ.get("TERM") != "dumb":
         with console.redrawn():
             yield ShowLive(console)
     else:

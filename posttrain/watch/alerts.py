@@ -63,4 +63,7 @@ def check_metrics(alerts: Sequence[Alert], seen: Collection[str], where: str) ->
     """Raise UsageError for an alert about a metric that is not among those that `where` logs."""
     for alert in alerts:
         if alert.metric not in seen:
-            raise UsageError(f"--alert: {where} logs no metric {alert.metric!r}", closest(alert.metric, seen))
+            raise UsageError(
+                f"--alert: {where} logs no metric {alert.metric!r}",
+                closest(alert.metric, seen) if seen else "nothing is logged there",
+            )

@@ -20,19 +20,14 @@ from gemma2.posttrain.pipelines.state import STATE_FILE
 from gemma2.posttrain.runs.live import ask_to_end
 
 from .alerts import Alert, check_metrics, holding
+from .metric_names import is_expected
 from .pace import Pace, pace_of, seconds_between, seconds_since
 from .run_watch import RunWatch
 from .view import DONE, Details, StageView, View
 from .watched_output import WatchedOutput, find_output, read_object
 
-__all__ = ["METRICS", "Following"]
+__all__ = ["Following"]
 
-# Metrics that the training commands log, for alerts about stages that have not begun. `rewards/...` are the user's.
-METRICS = {
-    *("loss", "gradient_norm", "clipped", "learning_rate", "entropy", "heldout_loss", "accuracy", "margin"),
-    *("reward", "reward_std", "reward_std_in_group", "kl_anchor", "kl", "length", "truncated", "distinct_2"),
-    *("reward_length_correlation", "divergence", "heldout_reward", "heldout_length", "heldout_truncated"),
-}
 OPEN = ("running", "failed", "interrupted")
 MOST_DETAILS = 8  # runs whose figures are shown at once
 PATIENCE = 2  # looks without a process until an output that says `running` counts as ended
@@ -82,9 +77,8 @@ class Following:
             return _details_of(name, run)
 
     def check_at_the_end(self) -> None:
-        """Raise UsageError for an alert about a metric that no run had."""
-        seen = set().union(*(run.names for run in self.runs.values()), METRICS)
-        self._check(seen, str(self.out))
+        """Raise UsageError for an alert about a metric that no run had, as far as that can be known."""
+        self._check(expected=True)
 
     # --- a pipeline ---------------------------------------------------------------------------------------------------
 
@@ -237,19 +231,13 @@ class Following:
         if fired:
             self._fire(name, run.folder, *fired[0])
         elif self.alerts and run.settled:
-            single = len(self._places) == 1
-            self._check(run.names if single else self._known(), str(self.out))
+            self._check(expected=len(self._places) > 1)
 
-    def _known(self) -> set[str]:
-        """Every metric that a stage has logged, or that one of our commands logs."""
-        return set().union(METRICS, *(run.names for run in self.runs.values()))
-
-    def _check(self, seen: set[str], where: str) -> None:
-        """Refuse alerts about unknown metrics. A part of a reward has the name that a user gave to it."""
-        shown = {name for name in seen if name != "kind"}
-        several = len(self._places) > 1
-        named = [one for one in self.alerts if not (several and one.metric.startswith("rewards/"))]
-        check_metrics(named, shown, where)
+    def _check(self, expected: bool) -> None:
+        """Refuse alerts about unknown metrics. expected: those of stages that have not begun are known."""
+        seen = {name for run in self.runs.values() for name in run.names}
+        unsure = [alert for alert in self.alerts if not (expected and is_expected(alert.metric, seen))]
+        check_metrics(unsure, seen, str(self.out))
 
     def _fire(self, name: str, folder: Path, said: str, step: float) -> None:
         self.said[name] = f"{said} at step {step:g}"

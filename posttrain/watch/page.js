@@ -4,7 +4,7 @@
 const $ = id => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const POLL = 1500; // milliseconds
-const WIDTH = 420, HEIGHT = 176, LEFT = 50, RIGHT = 10, TOP = 12, BOTTOM = 22; // of a chart
+const WIDTH = 300, HEIGHT = 160, LEFT = 46, RIGHT = 8, TOP = 12, BOTTOM = 24; // of a chart
 const OPEN = ["running", "failed", "interrupted"];
 const CHARTS = [
   ["Reward", ["reward", "heldout_reward"]],

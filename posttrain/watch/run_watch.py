@@ -15,13 +15,13 @@ from gemma2.posttrain.runs.live import read_live
 from .curve import Curve
 from .guard_margins import GuardMargin, is_without_variance, margins_of
 from .line_tail import LineTail
+from .metric_names import HELDOUT
 
 __all__ = ["RunWatch"]
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-HELDOUT = "heldout_"
 ALONE = ("kl", "divergence")  # figures of evaluations that steps do not have under the same name
-NO_FIGURES = {"step", "epoch", "n", "kind"}
+NO_FIGURES = {"step", "kind"}
 # Metrics that are drawn over the steps, and those of evaluations.
 DRAWN = {"reward", "kl", "kl_anchor", "length", "loss", "divergence", "accuracy"}
 MOST_METRICS = 200  # by name; more is not a file of ours
@@ -47,10 +47,10 @@ class RunWatch:
     dead: int = 0
     trained: bool = False
     evaluated: bool = False
+    _record: JsonMapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.metrics, self.samples = LineTail(self.folder / METRICS), LineTail(self.folder / SAMPLES)
-        self._record: JsonMapping = {}
         self._forget()
 
     def move(self, folder: Path) -> None:
@@ -115,6 +115,7 @@ class RunWatch:
     def _forget(self) -> None:
         self.figures, self.steps_of, self.curves, self.names = {}, {}, {}, set()
         self.dead, self.trained, self.evaluated, self._last_step = 0, False, False, 0.0
+        self._record = {}
         # name in the file -> name here, for lines of steps and of evaluations
         self._ours: dict[bool, dict[str, str | None]] = {False: {}, True: {}}
 

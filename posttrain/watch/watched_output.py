@@ -38,6 +38,10 @@ class WatchedOutput:
 
 def find_output(out: Path) -> WatchedOutput | None:
     """Return where `out` is; None if nothing of it exists yet. Raises InputError if it is something else."""
+    if out.name in ("", ".."):  # the directory that we are in, or one above
+        out = out.resolve()
+        if not out.name:
+            raise InputError(f"{out} is not the output of a gemma2 command", "give the --out of a run or of a pipeline")
     hidden = PARTIAL.match(out.name)
     if hidden:
         out = out.with_name(hidden[1])

@@ -3,16 +3,20 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from watched_folder import evaluation, line
 
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.json_files import write_json
 from gemma2.core.outputs.staging import partial_path
+from gemma2.posttrain.rl.step_metrics import ScoredCompletions, batch_metrics
 from gemma2.posttrain.runs.live import take_alert
 from gemma2.posttrain.watch.alerts import parse_alert
 from gemma2.posttrain.watch.following import Following
+from gemma2.posttrain.watch.metric_names import is_expected
 
 NOW = 1_795_946_460.0  # 2026-11-29T10:01:00Z
 
@@ -360,3 +364,21 @@ def test_a_view_is_plain_values(folder):
     assert watcher.details("rl").document(curves=True)["curves"]["kl"] == [[1, 0.5]]
     assert watcher.details("../rl") is None
     assert partial_path(folder.root / "rl").is_dir()
+
+
+def test_a_dot_is_the_directory_that_we_are_in(folder, monkeypatch):
+    folder.pipeline("failed", rl="waiting")
+    monkeypatch.chdir(folder.root)
+    for path in (".", "", "../out"):
+        assert Following(Path(path)).look(NOW).out.endswith("out")
+    with pytest.raises(InputError, match="/ is not the output"):
+        Following(Path("/")).look(NOW)
+
+
+def test_the_metrics_of_rl_are_expected(folder):
+    scored = ScoredCompletions(
+        [[1, 2], [3]], [False, True], torch.ones(2), torch.zeros(2), {"rewards/judge": [1.0, 2.0]}
+    )
+    names = batch_metrics(scored, True, 2)
+    assert [name for name in names if not is_expected(name)] == []
+    assert is_expected("heldout_kl_low") and is_expected("mine", {"mine"}) and not is_expected("mine")
