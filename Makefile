@@ -46,9 +46,9 @@ test: setup-dev ## Unit tests: about two minutes on two cores
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
 	@$(BIN)/python -m pytest -m 'slow and not ray' --timeout 1800
 
-test-browser: setup-dev ## The report page in a real Chromium or Chrome (BROWSER names another)
+test-browser: setup-dev ## The pages in a real Chromium or Chrome (BROWSER names another)
 	@$(BIN)/python tests/browser.py
-	@$(BIN)/python -m pytest -m browser tests/test_browser.py
+	@$(BIN)/python -m pytest -m browser tests/test_browser.py tests/test_browser_watch.py
 
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	@echo "Installing Ray into $(VENV)"
