@@ -32,7 +32,7 @@ from .state import read_state
 
 __all__ = ["Checked", "PipelinePlan", "check_pipeline", "look_at_pipeline"]
 
-IDLE = ("skip", "not needed", "left out")  # actions that start nothing
+IDLE = ("skip", "reuse", "not needed", "left out")  # actions that start nothing
 ALL = Choice()
 MOST_NAMED = 5
 
@@ -112,6 +112,11 @@ class PipelinePlan:
         """The stages that are chosen and not complete."""
         return [one for one in self.stages.values() if one.runs]
 
+    @property
+    def is_done(self) -> bool:
+        """Whether a run would find nothing to do."""
+        return not any(one.runs or one.action == "reuse" for one in self.stages.values())
+
     def kept_with_other_versions(self) -> list[str]:
         """A line about the outputs that are kept although other versions made them; none without such an output."""
         kept = [one for one in self.stages.values() if one.action == "skip" and one.other_versions]
@@ -156,8 +161,9 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
     checks = CommandChecks(sources)
     status = outside(pipeline, choice, _recorded(pipeline))
     found: dict[str, Checked] = {}
+    reused: dict[str, Path] = {}
     for stage in pipeline.stages.values():
-        ahead = prospect(stage, pipeline, status)
+        ahead = prospect(stage, pipeline, status, reused)
         with stage.located():
             if ahead.needed is not False and choice.within is not None and stage.name in choice.within:
                 _check_taken(stage, status)
@@ -174,6 +180,7 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
                     checks.contents(config, models)
                 work = estimate(config, sources)
         status[stage.name] = status_after(decision)
+        reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, work, _hash(decision))
     return PipelinePlan(found, free_disk(pipeline.root))
 
@@ -185,12 +192,14 @@ def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Chec
     except Gemma2Error:  # the state cannot be read: it decides nothing but what was not needed
         status = outside(pipeline, choice, {})
     found: dict[str, Checked] = {}
+    reused: dict[str, Path] = {}
     for stage in pipeline.stages.values():
         try:
-            decision = decide(prospect(stage, pipeline, status), pipeline, choice, status)
+            decision = decide(prospect(stage, pipeline, status, reused), pipeline, choice, status)
         except (Gemma2Error, OSError) as error:
             decision = Decision(stage, "unknown", notes=(str(error),), needed=None)
         status[stage.name] = status_after(decision)
+        reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, hash=_hash(decision))
     return found
 

@@ -94,7 +94,7 @@ def run_pipeline(
     with locked(root):
         started = now()
         recorded = read_manifest(root)
-        if not plan.to_run and recorded is not None and recorded.get("config") == recorded_file(pipeline):
+        if plan.is_done and recorded is not None and recorded.get("config") == recorded_file(pipeline):
             return PipelineResult(dict.fromkeys(pipeline.stages, "complete"), ())
         root.mkdir(exist_ok=True)
         (root / MANIFEST).unlink(missing_ok=True)  # its content is about to change
@@ -181,6 +181,7 @@ def _manifest(pipeline: Pipeline, started: str) -> JsonObject:
 
 WORDS = {
     **{"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"},
+    "reuse": "to run",
     "left out": "to run",
 }
 
