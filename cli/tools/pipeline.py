@@ -348,14 +348,14 @@ def graph(
       gemma2 pipeline graph align.yaml --format svg --write align.svg
     """  # fmt: skip
     from gemma2.core.outputs.text_file import write_text
-    from gemma2.posttrain.pipelines.state import read_state
+    from gemma2.posttrain.pipelines.state import recorded_stages
     from gemma2.posttrain.reports.graph.render import Edge, Node, dag_mermaid, dag_svg, dag_text
 
     console = Console(as_json=as_json, quiet=quiet)
     if as_json and (write is not None or form != "text"):
         raise UsageError("--json has its own format and goes to stdout", "drop --format and --write, or drop --json")
     compiled = open_pipeline(file, out or (None if Path(file).is_dir() else Path("out")), set_)
-    recorded = (read_state(compiled.root) or {}).get("stages", {})
+    recorded = recorded_stages(compiled.root)
     if as_json:
         console.json({name: {"command": one.command, "needs": one.needs} for name, one in compiled.stages.items()})
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.sizes import sizes_apart
@@ -28,7 +28,7 @@ from gemma2.posttrain.schemas.config import Config
 from .compile import Pipeline, Stage
 from .decision import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
 from .expected_outputs import promised_by
-from .state import read_state
+from .state import recorded_stages
 
 __all__ = ["Checked", "PipelinePlan", "check_pipeline", "look_at_pipeline"]
 
@@ -159,7 +159,7 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
     promised: dict[Path, Promise] = {}
     sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
     checks = CommandChecks(sources)
-    status = outside(pipeline, choice, _recorded(pipeline))
+    status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
     reused: dict[str, Path] = {}
     for stage in pipeline.stages.values():
@@ -187,10 +187,7 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
 
 def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Checked]:
     """Say what a run would do, and never refuse: a stage that cannot be decided is "unknown", and why."""
-    try:
-        status = outside(pipeline, choice, _recorded(pipeline))
-    except Gemma2Error:  # the state cannot be read: it decides nothing but what was not needed
-        status = outside(pipeline, choice, {})
+    status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
     reused: dict[str, Path] = {}
     for stage in pipeline.stages.values():
@@ -202,12 +199,6 @@ def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Chec
         reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, hash=_hash(decision))
     return found
-
-
-def _recorded(pipeline: Pipeline) -> Mapping[str, JsonMapping]:
-    """What an earlier run recorded of every stage."""
-    stages: Mapping[str, JsonMapping] = (read_state(pipeline.root) or {}).get("stages", {})
-    return stages
 
 
 def _hash(decision: Decision) -> str | None:
