@@ -9,11 +9,14 @@ from pathlib import Path
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.runs.estimates import Promise
+from gemma2.posttrain.runs.recorded_files import check_recorded, remake
 from gemma2.posttrain.schemas import ParetoConfig, PickConfig
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.evaluate import measured_settings, unlike_settings
 
 __all__ = ["check_fronts", "front_facts"]
+
+FILES = ("front.json", "prompts.json", "samples.jsonl")  # what a later front takes over; a choice needs the first
 
 
 def front_facts(config: ParetoConfig, known: Mapping[Path, Promise]) -> JsonObject:
@@ -24,10 +27,14 @@ def front_facts(config: ParetoConfig, known: Mapping[Path, Promise]) -> JsonObje
 
 
 def check_fronts(config: Config, known: Mapping[Path, Promise]) -> None:
-    """Refuse earlier fronts that were measured with other settings, and a place on a line that a front lacks.
+    """Refuse edited fronts, earlier ones that were measured with other settings, and a line that a front lacks.
 
     known  what earlier stages will make, by path. Raises InputError naming the flag.
     """
+    given = config.fronts if isinstance(config, ParetoConfig) else ()
+    for path in (config.front,) if isinstance(config, PickConfig) else given:
+        if path not in known:
+            check_recorded(path, FILES if given else FILES[:1], remake("pareto", path))
     if isinstance(config, ParetoConfig):
         for path in config.fronts:
             theirs = _facts(path, known).get("settings")

@@ -21,14 +21,13 @@ Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 def _bound_an_area(values: tuple[float, ...]) -> tuple[float, ...]:
     if values and (len(values) != 2 or values[0] <= 0):
-        given = ",".join(f"{value:g}" for value in values)
-        raise ValueError(f"--reference {given} is not a KL above 0 and a reward; give KL,REWARD, such as 10,0.5")
+        raise ValueError("not a KL above 0 and a reward; give KL,REWARD, such as 10,0.5")
     return values
 
 
 def _on_the_line(pick: str) -> str:
     if pick.startswith("eta=") and float(pick[4:]) > 1:
-        raise ValueError(f"--pick {pick} is not in 0 .. 1; the line goes from 0, the init, to 1, the merge")
+        raise ValueError("eta is not in 0 .. 1; the line goes from 0, the init, to 1, the merge")
     return pick
 
 

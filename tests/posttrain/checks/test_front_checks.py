@@ -8,6 +8,7 @@ from light_model import light_model
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.manifest import write_manifest
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import compile_pipeline
 from gemma2.posttrain.schemas import ParetoConfig, PipelineFile
@@ -72,7 +73,7 @@ def test_a_front_that_does_not_fit_is_refused_before_the_first_stage(place, stag
 
 
 def test_a_place_beyond_the_line_is_refused_by_the_schema(place):
-    with pytest.raises(UsageError, match=r"--pick eta=1\.5 is not in 0 \.\. 1; the line goes from 0"):
+    with pytest.raises(UsageError, match=r"eta is not in 0 \.\. 1; the line goes from 0"):
         check(a=front(merged="rl"), m=pick("${a.out}", "eta=1.5"))
 
 
@@ -84,6 +85,19 @@ def test_fronts_that_fit_are_not_refused(place):
         m=pick("${b.out}", "eta=0.3"),
         n=pick("${c.out}", "kl<=2"),
     )
+
+
+def test_an_edited_front_is_refused_before_the_first_stage(place):
+    own = json.loads((place / "front" / "gemma2.json").read_text())
+    write_manifest(place / "front", own)
+    check(m=pick("front", "kl<=2"))
+    text = (place / "front" / "front.json").read_text()
+    (place / "front" / "front.json").write_text(text.replace("SFT", "sft"))
+    for stage in (pick("front", "kl<=2"), front(fronts=["front"], temperature=0.5)):
+        with pytest.raises(
+            InputError, match=r"stages\.m: front/front\.json was changed after it was written: .* --force"
+        ):
+            check(m=stage)
 
 
 def test_the_dry_run_refuses_it_in_the_same_words(place):

@@ -279,9 +279,9 @@ def test_a_front_of_the_sft_policy_alone(world, tmp_path):
     [
         ("--init base", "--init is given and --merged is not; give --merged"),
         ("--etas 0.5,1.5", r"--etas 0\.5 1\.5: not all in 0 \.\. 1"),
-        ("--reference 5", "--reference 5 is not a KL above 0 and a reward; give KL,REWARD, such as 10,0.5"),
-        ("--reference 0,1", "--reference 0,1 is not a KL above 0"),
-        ("--reference 1,2,3", "--reference 1,2,3 is not a KL above 0"),
+        ("--reference 5", r"--reference 5: not a KL above 0 and a reward; give KL,REWARD, such as 10,0\.5"),
+        ("--reference 0,1", "--reference 0,1: not a KL above 0"),
+        ("--reference 1,2,3", "--reference 1,2,3: not a KL above 0"),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
