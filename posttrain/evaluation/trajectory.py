@@ -19,7 +19,7 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.provenance.code import code_of
-from gemma2.posttrain.runs.recorded_files import changed_files
+from gemma2.posttrain.provenance.recorded_files import changed_files
 from gemma2.posttrain.runs.run_directory import EVALUATIONS
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields, RlhfConfig
 from gemma2.posttrain.schemas.fields import RowFields
