@@ -44,11 +44,11 @@ test: setup-dev ## Unit tests: about two minutes on two cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
-	@$(BIN)/python -m pytest -m slow --timeout 1800
+	@$(BIN)/python -m pytest -m 'slow and not ray' --timeout 1800
 
-test-browser: setup-dev ## The report page in a real Chromium or Chrome (BROWSER names another)
+test-browser: setup-dev ## The pages in a real Chromium or Chrome (BROWSER names another)
 	@$(BIN)/python tests/browser.py
-	@$(BIN)/python -m pytest -m browser tests/test_browser.py
+	@$(BIN)/python -m pytest -m browser tests/test_browser.py tests/test_browser_watch.py
 
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	@echo "Installing Ray into $(VENV)"
@@ -56,7 +56,7 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	@touch $@
 
 test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started here
-	@$(BIN)/python -m pytest -m ray --timeout 600 tests/posttrain/pipelines/executors/test_cluster.py
+	@$(BIN)/python -m pytest -m ray --timeout 1800 tests/posttrain/pipelines/executors
 
 torture: setup-dev ## Kills, full disks and malformed inputs, with figures
 	@$(BIN)/python -m pytest -m torture --timeout 1800 -s

@@ -66,6 +66,11 @@ COMMANDS = {
         "Run the stages of a file, show their status and graph, compare two runs.",
         "Post-training",
     ),
+    "watch": CommandEntry(
+        "tools.watch",
+        "Follow a running pipeline or run, in the terminal or as a page; end it on alerts.",
+        "Post-training",
+    ),
     "merge": CommandEntry("stages.merge", "Merge models by one of 18 methods, or by a file.", "Merging"),
     "diff": CommandEntry("tools.diff", "Show norms, distances and angles of two models, with a heat map.", "Merging"),
     "inspect": CommandEntry(

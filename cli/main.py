@@ -1,6 +1,7 @@
 """Entry point: signals, exit codes, and one line for every expected failure.
 
-Exit codes: 0 done; 1 a clear error; 2 usage or configuration; 3 a guard stopped the run; 130 / 143 interrupted.
+Exit codes: 0 done; 1 a clear error; 2 usage or configuration; 3 a guard stopped the run; 4 an alert of
+`gemma2 watch` ended it; 130 / 143 interrupted.
 A bug keeps its traceback.
 """
 
@@ -25,6 +26,7 @@ KINDS = {
     "InputError": "input",
     "OutputError": "output",
     "GuardStop": "guard",
+    "AlertStop": "alert",
     "Gemma2Error": "error",
 }
 
@@ -54,7 +56,7 @@ def _say_as_json(arguments: Sequence[str], kind: str, code: int, what: str, fix:
         return
     error = {"kind": kind, "what": " ".join(what.split()), "where": where or None, "fix": fix, "exit_code": code}
     try:
-        sys.stdout.write(json.dumps({"error": error}, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({"error": error}, ensure_ascii=False) + "\n")
         sys.stdout.flush()
     except OSError:  # a full disk, which may be the error itself; the buffer would fail again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,8 @@ Gemma2Error            exit code 1   a clear error
 ├── UsageError         exit code 2   wrong option, key or configuration
 ├── InputError         exit code 1   a file, model or data set that cannot be used
 ├── OutputError        exit code 1   the output exists, is locked or does not fit
-└── GuardStop          exit code 3   a guard stopped the run (KL limit, NaN, no signal)
+├── GuardStop          exit code 3   a guard stopped the run (KL limit, NaN, no signal)
+└── AlertStop          exit code 4   an alert of `gemma2 watch` ended the run
 
 Anything else that escapes is a bug and keeps its traceback.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import errno
 
-__all__ = ["Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
+__all__ = ["AlertStop", "Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
 
 # Failures of the operating system that any read or write may meet: they are not bugs, so they show no traceback.
 REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
@@ -55,6 +56,12 @@ class GuardStop(Gemma2Error, RuntimeError):
     """A guard ended the run before it could do harm; the last good checkpoint is kept."""
 
     exit_code = 3
+
+
+class AlertStop(Gemma2Error, RuntimeError):
+    """An alert of `gemma2 watch` ended the run; the last checkpoint is kept."""
+
+    exit_code = 4
 
 
 def refusal(error: OSError) -> str | None:

@@ -20,7 +20,7 @@ STILL = 2.0**-14
 STILL_KL = 1e-3  # nats per sequence
 SAME_AS_START = "these policies do not differ from the start"
 
-TRAINED = ("policy", "slerp", "liti", "line")  # kinds of the points of a front that RL or a merge made
+NOT_TRAINED = ("base", "sft", "trajectory")  # kinds of points; RL or a merge made the others
 
 
 def is_still(relative: float | None) -> bool:
@@ -43,12 +43,12 @@ def relative_change(tensors: Iterable[tuple[float, float]]) -> float | None:
 
 def still_points(points: Sequence[JsonMapping]) -> list[JsonMapping]:
     """Return the policies and merges of a front whose KL to the start is rounding."""
-    return [point for point in points if point.get("kind") in TRAINED and _largest(point) < STILL_KL]
+    return [point for point in points if point.get("kind") not in NOT_TRAINED and _largest(point) < STILL_KL]
 
 
 def differ(points: Sequence[JsonMapping]) -> bool:
     """Whether any policy or merge of a front differs from the start; a front without any has nothing to differ."""
-    trained = [point for point in points if point.get("kind") in TRAINED]
+    trained = [point for point in points if point.get("kind") not in NOT_TRAINED]
     return not trained or len(still_points(trained)) < len(trained)
 
 

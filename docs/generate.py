@@ -61,6 +61,7 @@ An error is one line on stderr: what is wrong, where (the flag, the `--set`, or 
 | `output` | 1 | an output that exists, is locked or does not fit |
 | `system` | 1 | the operating system refused: a full disk, missing permission |
 | `guard` | 3 | a guard stopped the run: KL limit, NaN, no signal |
+| `alert` | 4 | an alert of `gemma2 watch` ended the run |
 | `interrupted` | 128 + signal | SIGINT (130), SIGTERM (143) or SIGHUP (129) |
 | `bug` | 1 | anything else; the traceback is on stderr |
 """

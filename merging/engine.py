@@ -19,10 +19,10 @@ from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
 from .inputs.checkpoint import Checkpoint, Reader
-from .inputs.resolve import ADAPTED, InputPlace
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
+from .plan.places import ADAPTED, InputPlace
 from .streaming.dense_stream import Output, Stream
 from .streaming.feeder import CUT, Feeder
 from .streaming.gram_cache import Products

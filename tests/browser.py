@@ -90,7 +90,7 @@ class Chromium:
             self.events.append(self.receive())
 
     def open(self, path, width=1280, height=900, dark=False):
-        """A page, loaded, in a window of this size."""
+        """A page, a file or an address, loaded, in a window of this size."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session)
@@ -99,7 +99,7 @@ class Chromium:
         page.resize(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
-        page.call("Page.navigate", url=path.resolve().as_uri())
+        page.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         self.wait_for(session, "Page.loadEventFired")
         return page
 

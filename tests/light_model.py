@@ -14,13 +14,18 @@ def light_model(
     hidden: int = 8,
     kind: str = "Gemma2ForCausalLM",
     swapped: tuple[str, str] | None = None,
+    headed: bool = False,
+    **more: object,
 ) -> Path:
-    """Write a model directory. `swapped`: two characters that exchange their ids."""
+    """Write a model directory. `swapped`: two characters that exchange their ids. headed: with a separate output head.
+    more: further keys of config.json."""
     path.mkdir(parents=True)
     shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}
+    if headed:
+        shapes["lm_head.weight"] = [vocabulary, hidden]
     write_safetensors(path / "model.safetensors", shapes)
     config = {"architectures": [kind], "model_type": "gemma2", "hidden_size": hidden, "num_hidden_layers": 2}
-    (path / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary, **more}))
     write_tokenizer(path, swapped)
     return path
 

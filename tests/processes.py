@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from waiting import PATIENCE
+from waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,3 +42,27 @@ def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[i
 def gemma2(*arguments: object, **options: Any) -> tuple[int, str, str]:
     """Run one command line to its end."""
     return finish(start(MAIN, *arguments, **options))
+
+
+def children_of(pid: int) -> set[int]:
+    """All descendants of a process."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(path.parent.name)
+            found |= {child, *children_of(child)}
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those that run."""
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()}
+
+
+def wait_until_gone(pids: set[int]) -> None:
+    """Wait for the end of processes that are not ours to wait for."""
+    wait_for(lambda: not alive(pids))

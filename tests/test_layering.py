@@ -35,6 +35,8 @@ TORCH_FREE = (
     "posttrain.runs.estimates",
     "posttrain.runs.commands",
     "posttrain.pipelines.run",
+    "posttrain.watch.following",
+    "posttrain.watch.page_server",
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.gain_lines import show_gains
@@ -28,17 +29,21 @@ def show(console: Console, out: Path, summary: JsonMapping) -> None:
     """Print the front in characters, and the best point within each KL limit; nothing if no policy differs."""
     if not summary["differs"]:  # a warning has said so
         return
+    from gemma2.posttrain.reports.plots.gains import CHOICE_NOTE, bounds_of
     from gemma2.posttrain.reports.plots.textplot import front_text
     from gemma2.posttrain.reports.plots.values import start_of
 
-    points = json.loads((out / "front.json").read_text(encoding="utf-8"))["points"]
+    front = json.loads((out / "front.json").read_text(encoding="utf-8"))
+    points = front["points"]
     console.text("The KL-reward front\n" + front_text(points, width=console.width(76)) + "\n")
     console.table(list(point_rows(points)), "Measured points, mean and 95 % interval")
     show_gains(console, summary["best"], points)
     rows = list(best_rows(summary["best_at"]))
     if rows:
         console.table(rows, f"The best point within each KL limit (nats per sequence to {start_of(points)})")
-        console.text("")
+        console.text(fill(CHOICE_NOTE, console.width(76)) + "\n")
+    if bounds_of(front, points):
+        console.text(fill(f"The hypervolume is bounded by {bounds_of(front, points)}.", console.width(76)) + "\n")
 
 
 def point_rows(points: Sequence[JsonMapping]) -> Iterator[dict[str, str]]:
@@ -55,10 +60,14 @@ def point_rows(points: Sequence[JsonMapping]) -> Iterator[dict[str, str]]:
 def best_rows(best: Sequence[JsonMapping]) -> Iterator[dict[str, str]]:
     """Rows of the table of `best_at` of a front."""
     from gemma2.posttrain.reports.plots.gains import called
-    from gemma2.posttrain.reports.plots.values import number, spreads
+    from gemma2.posttrain.reports.plots.values import column_decimals, fixed, number, spreads
 
+    decimals = column_decimals(best, "reward")
     for point, reward, kl in zip(best, spreads(best, "reward"), spreads(best, "kl"), strict=True):
-        yield {"KL at most": number(point["limit"]), "point": called(point), "reward": reward, "KL, nats": kl}
+        row = {"KL at most": number(point["limit"]), "point": called(point), "reward": reward, "KL, nats": kl}
+        elsewhere = point.get("reward_elsewhere")
+        row["of points"] = str(point["chosen_from"])
+        yield row | {"on other prompts": "–" if elsewhere is None else fixed(elsewhere, decimals)}
 
 
 app = stage(

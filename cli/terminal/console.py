@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,8 +24,11 @@ from gemma2.core.sizes import size
 from . import opening
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.progress import Progress as Display
     from rich.progress import TaskID
+
+    from .watch_view import ViewLine
 
 __all__ = ["Console"]
 
@@ -59,6 +63,18 @@ def _write_line(text: str) -> None:
     except BrokenPipeError:
         # The rest of the buffer would fail again when the interpreter shuts down, with exit code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+# Characters that JSON may hold as they are, and that steer a terminal: DEL, C1 controls, directions of writing.
+STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def _as_json(document: object, indent: int | None = None) -> str:
+    try:
+        text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:  # a number that is not finite
+        text = json.dumps(finite(document), indent=indent, ensure_ascii=False, default=str)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _is_table(value: object) -> bool:
@@ -123,6 +139,7 @@ class Console:
         self.quiet = quiet
         self.interactive = sys.stderr.isatty() and not quiet
         self._display: Display | None = None
+        self._live: Live | None = None
 
     @contextmanager
     def task(self, label: str, total: float | None, unit: str) -> Iterator[Task]:
@@ -213,7 +230,34 @@ class Console:
     def json(self, document: object) -> None:
         """Print one JSON document on stdout."""
         opening.clear()
-        sys.stdout.write(json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(_as_json(document, indent=2) + "\n")
+
+    def json_line(self, document: object) -> None:
+        """Print a JSON document on one line of stdout, at once: one of several."""
+        opening.clear()
+        sys.stdout.write(_as_json(document) + "\n")
+        sys.stdout.flush()
+
+    @contextmanager
+    def redrawn(self) -> Iterator[None]:
+        """While the block runs, `redraw` replaces what it drew before on stdout, a terminal; the last one stays."""
+        from rich.console import Console as RichConsole
+        from rich.live import Live
+
+        opening.clear()
+        with Live(console=RichConsole(highlight=False), auto_refresh=False, vertical_overflow="crop") as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def redraw(self, lines: Sequence[ViewLine]) -> None:
+        """Draw lines in place of those before, inside `redrawn`."""
+        from .watch_view import as_text
+
+        if self._live is not None:
+            self._live.update(as_text(lines), refresh=True)
 
     def text(self, text: str) -> None:
         """Print text that is itself the result, such as a plot in characters."""

@@ -48,18 +48,14 @@ def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> 
     """
     stamps = [stamp_of(path) for path in paths]
     key = _key(kind, stamps)
-    known = _digests().get(key)
+    known = _known_digest(key)
     if known is not None:
         return known
     settled = _settled(stamps)
     found = compute()
-    _KNOWN[key] = found  # one process never reads a file twice for nothing
-    if [stamp_of(path) for path in paths] != stamps:
-        del _KNOWN[key]  # written to meanwhile
-    elif settled:
+    if settled and [stamp_of(path) for path in paths] == stamps:  # else it was written to meanwhile
+        _KNOWN[key] = found
         _append(key, found)
-    else:
-        del _KNOWN[key]
     return found
 
 
@@ -72,7 +68,7 @@ def store(kind: str, paths: Sequence[Path], stamps: Sequence[Stamp], began: int,
     Bytes that rot on the disk change no stamp: what was read there last counts.
     """
     key = _key(kind, stamps)
-    if _digests().get(key) == digest or began < max((_not_before(stamp) for stamp in stamps), default=0):
+    if _known_digest(key) == digest or began < max((_not_before(stamp) for stamp in stamps), default=0):
         return
     with suppress(OSError):
         if [stamp_of(path) for path in paths] == [*stamps]:
@@ -90,7 +86,7 @@ def _settled(stamps: Sequence[Stamp]) -> bool:
 
 
 def _not_before(stamp: Stamp) -> int:
-    """The time, in ns, from which a write can be told from the one that the stamp is of."""
+    """The time, in ns, from which a write has another stamp than the one before."""
     _, _, modified, changed = stamp
     return changed + (TICK if changed % 1_000_000_000 or modified % 1_000_000_000 else COARSE_TICK)
 
@@ -104,37 +100,42 @@ def _key(kind: str, stamps: Sequence[Stamp]) -> str:
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 _KNOWN: dict[str, str] = {}
-_READ: dict[Path, int] = {}  # log -> bytes of it that are in _KNOWN
+_LINES: dict[bytes, bytes] = {}  # key -> its line of the log, not checked yet
+_READ: dict[Path, int] = {}  # log -> bytes of it that are in _LINES
 
 
 def _log() -> Path:
     return cache_folder("digests") / "log"
 
 
-def _digests() -> dict[str, str]:
-    """Return the digests of this process, and of what others have appended to the log by now."""
-    path = _log()
+def _known_digest(key: str) -> str | None:
+    """Return a digest that this process knows, or that the log holds by now."""
+    if key in _KNOWN:
+        return _KNOWN[key]
+    _read_on(_log())
+    words = _LINES.get(key.encode(), b"").decode("ascii", "replace").split(" ")
+    if len(words) != 3 or words[2] != _check(words[0], words[1]):
+        return None
+    _KNOWN[key] = words[1]
+    return words[1]
+
+
+def _read_on(path: Path) -> None:
+    """Take in what was appended to the log since it was read last."""
     try:
         size = path.stat().st_size
     except OSError:
-        return _KNOWN
+        return
     before = _READ.get(path, 0)
     if size == before:
-        return _KNOWN
+        return
+    before = before if before < size else 0  # shorter: another process has dropped the older half
     with suppress(OSError), path.open("rb") as file:
-        file.seek(before if before < size else 0)  # shorter: another process has dropped the older half
+        file.seek(before)
         text = file.read()
         whole = text.rfind(b"\n") + 1
-        for line in text[:whole].splitlines():
-            _take(line)
-        _READ[path] = (before if before < size else 0) + whole
-    return _KNOWN
-
-
-def _take(line: bytes) -> None:
-    words = line.decode("ascii", "replace").split(" ")
-    if len(words) == 3 and len(words[0]) == KEY_HEX and words[2] == _check(words[0], words[1]):
-        _KNOWN[words[0]] = words[1]  # a later line counts
+        _LINES.update((line[:KEY_HEX], line) for line in text[:whole].splitlines())
+        _READ[path] = before + whole
 
 
 def _check(key: str, digest: str) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from pathlib import Path
 
 from .digest_cache import remembered
@@ -70,12 +72,19 @@ def parent_record(role: str, path: Path, found: ModelIdentity, out: Path) -> Par
 
 def deciding_files(directory: Path) -> Iterator[Path]:
     """Yield the files of a model directory, besides its safetensors, that decide what it computes; sorted by name."""
-    left_out = (*FOR_PEOPLE, *LAYOUT, *(OTHER_WEIGHTS if weight_files(directory) else ()), ".*")
+    others = OTHER_WEIGHTS if weight_files(directory) else ()
+    left_out = _one_of((*FOR_PEOPLE, *LAYOUT, *others, ".*"))
     for path in sorted(directory.iterdir()):
         if path.name == TEMPLATES and path.is_dir():
             yield from sorted(path.glob("*.jinja"))
-        elif path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in left_out):
+        elif not left_out.match(path.name) and path.is_file():
             yield path
+
+
+@cache
+def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """An expression that matches a file name which fits one of these shell patterns."""
+    return re.compile("|".join(map(translate, patterns)))
 
 
 def _digest_of(path: Path, threads: int) -> str:

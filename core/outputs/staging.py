@@ -15,6 +15,7 @@ import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,10 @@ from pathlib import Path
 from gemma2.core.errors import OutputError
 
 __all__ = ["check_output", "fsync_tree", "locked", "publish", "staged_output"]
+
+
+# Whoever asks whether an output is being written (`pipeline status`, `watch`) holds its lock for some microseconds.
+LOOKS, PAUSE = 5, 0.02  # seconds
 
 
 def partial_path(out: Path) -> Path:
@@ -56,7 +61,7 @@ def locked(out: Path) -> Iterator[None]:
     path = out.with_name(f".{out.name}.lock")
     descriptors: list[int] = []
     try:
-        while not descriptors or not _hold(descriptors[-1], path):
+        while not descriptors or not _take(descriptors[-1], path):
             descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         yield
     except BlockingIOError as error:
@@ -67,6 +72,15 @@ def locked(out: Path) -> Iterator[None]:
         except BaseException:  # interrupted: repeat it; further interrupts are ignored (cli/main.py)
             _release(descriptors, path)
             raise
+
+
+def _take(descriptor: int, path: Path) -> bool:
+    """Lock an open file as `_hold` does, also where somebody looks at the lock at this moment."""
+    for _ in range(LOOKS):
+        with suppress(BlockingIOError):
+            return _hold(descriptor, path)
+        time.sleep(PAUSE)
+    return _hold(descriptor, path)
 
 
 def _hold(descriptor: int, path: Path) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, read_json
+from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.dtypes import KINDS
 
+from .architecture import LM_HEAD, ONE_KIND, difference, head_of, stated
 from .checkpoint import Checkpoint
 
 __all__ = [
@@ -37,14 +38,6 @@ FORBIDDEN_KEYS = {
     "custom_pipelines": "requires its own code",
     "quantization_config": "has quantised weights",
 }
-# Keys that decide the function that a checkpoint computes. Only these are compared: others differ between versions of
-# transformers, and between a pre-trained model and its fine-tuned child (eos ids, cache, names).
-ARCHITECTURE_KEYS = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_labels"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "tie_word_embeddings"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "rms_norm_eps", "rope_theta"),
-)
-LM_HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -78,33 +71,26 @@ def _architecture(model: Checkpoint) -> str:
     return names[0]
 
 
-def _value(config: JsonMapping, key: str) -> object:
-    """Return the value of a key of the configuration in the older or newer spelling of transformers."""
-    nested = config.get("rope_parameters")
-    if key == "rope_theta" and key not in config and isinstance(nested, dict):
-        return nested.get(key)
-    if key == "num_labels" and key not in config:
-        labels = config.get("id2label")
-        return len(labels) if isinstance(labels, dict) else None
-    return config.get(key)
-
-
 def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collection[str] = ()) -> None:
     """Require the same architecture, and the same value of every key that decides the function, where both state it.
 
     The keys in `free` are not compared. Raises InputError.
     """
-    keys = [key for key in ARCHITECTURE_KEYS if key not in free]
-    pairs: list[tuple[str, object, object]] = [("architectures", _architecture(first), _architecture(other))]
-    pairs += [(key, _value(first.config, key), _value(other.config, key)) for key in keys]
-    for key, left, right in pairs:
-        if left != right and left is not None and right is not None:
-            hint = "merge models of one architecture"
-            if key == "vocab_size":
-                hint = "merge models of one vocabulary, or choose one: merge --tokenizer"
-            raise InputError(
-                f"{key} differs: {printable(str(left))} in {first}, {printable(str(right))} in {other}", hint
-            )
+    names = _architecture(first), _architecture(other)
+    kinds = [head_of(name) for name in names]
+    if kinds[0] != kinds[1] and None not in kinds:
+        raise InputError(f"{other} is {kinds[1]}, {first} is {kinds[0]}", ONE_KIND)
+    found = (
+        ("architectures", *names)
+        if names[0] != names[1]
+        else difference(stated(first.config), stated(other.config), free)
+    )
+    if found is not None:
+        key, left, right = found
+        hint = "merge models of one architecture"
+        if key == "vocab_size":
+            hint = "merge models of one vocabulary, or choose one: merge --tokenizer"
+        raise InputError(f"{key} differs: {printable(str(left))} in {first}, {printable(str(right))} in {other}", hint)
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection[str] = ()) -> None:

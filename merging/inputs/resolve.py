@@ -12,10 +12,7 @@ from gemma2.core.outputs.safetensors_header import printable
 from .adapter import Adapter, check_adapter, is_adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 
-__all__ = ["ADAPTED", "InputPlace", "input_places", "open_input"]
-
-InputPlace = tuple[str, Path]  # role in the merge, directory
-ADAPTED = "adapter-base"  # the role of a model that an adapter belongs to
+__all__ = ["model_of", "open_input"]
 
 
 def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
@@ -32,24 +29,10 @@ def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
     if not is_adapter(path):
         return open_checkpoint(path, role)
     found = open_adapter(path, role)
-    return _adapted(found, open_checkpoint(_model_of(found, base), f"the model of {role}"))
+    return _adapted(found, open_checkpoint(model_of(found, base), f"the model of {role}"))
 
 
-def input_places(name: Path, role: str, base: Path | None = None) -> list[InputPlace]:
-    """Return the directories that `open_input` reads: a model; or an adapter and the model that it belongs to.
-
-    Reads no header of a model. Raises InputError.
-    """
-    model, plus, adapter = str(name).rpartition("+")
-    if plus and model and adapter and not name.exists():
-        return [(role, locate_model(adapter, role)), (ADAPTED, locate_model(model, role))]
-    path = locate_model(name, role)
-    if not is_adapter(path):
-        return [(role, path)]
-    return [(role, path), (ADAPTED, _model_of(open_adapter(path, role), base))]
-
-
-def _model_of(adapter: Adapter, base: Path | None) -> Path:
+def model_of(adapter: Adapter, base: Path | None) -> Path:
     """Return the directory of the model that an adapter belongs to."""
     recorded = adapter.base_model_name
     if recorded is not None:

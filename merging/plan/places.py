@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.outputs.hub import locate_model
 from gemma2.core.outputs.manifest import ParentRecord, read_manifest
-from gemma2.merging.inputs.resolve import InputPlace, input_places
 from gemma2.merging.methods.request import MergeRequest
 from gemma2.merging.methods.table import METHODS
 
-__all__ = ["common_parent", "merge_places", "seeks_base"]
+__all__ = ["ADAPTED", "InputPlace", "common_parent", "merge_places", "seeks_base"]
 
+InputPlace = tuple[str, Path]  # role in the merge, directory
+ADAPTED = "adapter-base"  # the role of a model that an adapter belongs to
 # Roles of a parent that a model was trained from.
 INIT_ROLES = ("policy-init", "policy", "model")
 
@@ -28,6 +30,23 @@ def merge_places(request: MergeRequest) -> list[InputPlace]:
     if base is None and seeks_base(request):
         base = common_parent([path for role, path in models if role == "input"])[1]
     return [*(input_places(base, "base") if base is not None else ()), *models]
+
+
+def input_places(name: Path, role: str, base: Path | None = None) -> list[InputPlace]:
+    """Return the directories of one input: a model; or an adapter and the model that it belongs to.
+
+    Reads no header of a model. Raises InputError.
+    """
+    model, plus, adapter = str(name).rpartition("+")
+    if plus and model and adapter and not name.exists():
+        return [(role, locate_model(adapter, role)), (ADAPTED, locate_model(model, role))]
+    path = locate_model(name, role)
+    if not (path / "adapter_config.json").is_file():
+        return [(role, path)]
+    from gemma2.merging.inputs.adapter import is_adapter, open_adapter  # numba: half of the time of a check
+    from gemma2.merging.inputs.resolve import model_of
+
+    return [(role, path), (ADAPTED, model_of(open_adapter(path, role), base))] if is_adapter(path) else [(role, path)]
 
 
 def seeks_base(request: MergeRequest) -> bool:

@@ -6,12 +6,15 @@ An input is on disk, or promised: an earlier stage of a pipeline will make it (`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import read_json
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.core.outputs.safetensors_header import parameter_count, weight_files
+from gemma2.core.outputs.safetensors_header import parameter_count, printable, read_header, weight_files
+from gemma2.merging.inputs.architecture import LM_HEAD, ONE_KIND, difference, stated
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.runs.inputs import paths_of
@@ -20,16 +23,34 @@ from gemma2.posttrain.schemas import (
     GenerateConfig,
     MergeConfig,
     PairsConfig,
+    ParetoConfig,
     ProbeConfig,
     RewardConfig,
     RewardEvalConfig,
+    RewardFields,
     RewardScoreConfig,
 )
 from gemma2.posttrain.schemas.config import Config
 
-__all__ = ["ADAPTER", "CACHE", "DATA", "FRONT", "POLICY", "REWARD", "Input", "check_kinds", "look_at"]
+__all__ = [
+    "ADAPTER",
+    "CACHE",
+    "DATA",
+    "FRONT",
+    "POLICY",
+    "REWARD",
+    "SEPARATE_HEAD",
+    "Input",
+    "check_kinds",
+    "found_at",
+    "look_at",
+    "merged_kind",
+]
 
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
+MODELS = (POLICY, REWARD)
+TASKS = {"CAUSAL_LM": POLICY, "SEQ_CLS": REWARD}  # of peft
+SEPARATE_HEAD = "separate head"  # a fact of a policy: whether its files hold an output head besides the embedding
 NAMES = {POLICY: "a policy", REWARD: "a reward model", ADAPTER: "a LoRA adapter", DATA: "a data set"}
 NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher"}
 # The kind of input that each field takes, by its name, and by command where commands differ.
@@ -56,18 +77,31 @@ def look_at(path: Path) -> Promise | None:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        adapter = (path / "adapter_config.json").is_file()
-        return Promise(ADAPTER) if adapter else Promise(made) if made in (DATA, FRONT, CACHE) else None
+        if (path / "adapter_config.json").is_file():
+            return _adapter(path)
+        return Promise(made) if made in (DATA, FRONT, CACHE) else None
     if not isinstance(config, dict) or not weight_files(path):
         return None
     classifier = any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
+    headed = not classifier and any(LM_HEAD in read_header(file) for file in weight_files(path))
     return Promise(
         REWARD if classifier else POLICY,
         parameters=parameter_count(path),
         vocabulary=config.get("vocab_size"),
         shape=(config.get("model_type"), config.get("hidden_size"), config.get("num_hidden_layers")),
         tokenizer=path,
+        facts=stated(config) | ({} if classifier else {SEPARATE_HEAD: headed}),
     )
+
+
+def _adapter(path: Path) -> Promise:
+    """The properties of an adapter on disk: those of the model that it records, where that is on disk."""
+    settings = read_json(path / "adapter_config.json")
+    recorded = settings.get("base_model_name_or_path")
+    places = [Path(recorded), path / recorded] if isinstance(recorded, str) and recorded else []
+    model = next((look_at(place) for place in places if place.is_dir()), None) or Promise(ADAPTER)
+    of = model.kind if model.kind in MODELS else TASKS.get(str(settings.get("task_type")))
+    return replace(model, kind=ADAPTER, of=of)
 
 
 def check_kinds(config: Config, known: Mapping[Path, Promise]) -> list[Input]:
@@ -82,7 +116,9 @@ def check_kinds(config: Config, known: Mapping[Path, Promise]) -> list[Input]:
         if name not in wanted or (remote and name == "teacher") or isinstance(config, ConvertConfig):
             continue
         for path in _paths(config, name):
-            found = known.get(path) or look_at(path)
+            if isinstance(config, MergeConfig) and _pair(path):
+                _check_pair(name, path, known)
+            found = found_at(path, known)
             if found is None:
                 continue
             if found.kind not in wanted[name]:
@@ -90,8 +126,12 @@ def check_kinds(config: Config, known: Mapping[Path, Promise]) -> list[Input]:
             seen.setdefault(name, []).append((name, path, found))
     if isinstance(config, MergeConfig):
         models = [one for name in ("base", "models") for one in seen.get(name, [])]
-        _check_same(models, vocabulary=config.tokenizer is None)
+        _check_merge(config, models)
         return models
+    if isinstance(config, RewardFields) and config.reward_ensemble == "warm":
+        _check_same_architecture(seen.get("reward", []))
+    if isinstance(config, ParetoConfig) and "merged" in seen:
+        _check_same_architecture([*(seen.get("init") or seen.get("sft", [])), *seen["merged"]])
     together = [one for name in TOGETHER for one in seen.get(name, [])]
     _check_vocabulary(together)
     return together
@@ -115,18 +155,94 @@ def _advice(path: Path, found: Promise, wanted: set[str]) -> str:
     return f"give {needed}"
 
 
-def _check_same(models: list[Input], vocabulary: bool) -> None:
-    """Models that are merged have one architecture, and one vocabulary unless the merge makes one."""
+def found_at(path: Path, known: Mapping[Path, Promise]) -> Promise | None:
+    """The properties of an input of a merge, promised or on disk; of `MODEL+ADAPTER` those of the model."""
+    pair = _pair(path)
+    return found_at(pair[0], known) if pair else known.get(path) or look_at(path)
+
+
+def merged_kind(found: Promise) -> str | None:
+    """The kind of model that an input of a merge gives: of an adapter, that of its model."""
+    return found.of if found.kind == ADAPTER else found.kind if found.kind in MODELS else None
+
+
+def _pair(path: Path) -> tuple[Path, Path] | None:
+    """Model and adapter of `MODEL+ADAPTER`, as the merge engine reads it."""
+    model, plus, adapter = str(path).rpartition("+")
+    return (Path(model), Path(adapter)) if plus and model and adapter and not path.exists() else None
+
+
+def _check_pair(name: str, path: Path, known: Mapping[Path, Promise]) -> None:
+    """Refuse `MODEL+ADAPTER` of something else, and an adapter that was trained on another kind of model."""
+    pair = _pair(path)
+    if pair is None:
+        return
+    model, adapter = (known.get(place) or look_at(place) for place in pair)
+    for place, found, kinds in ((pair[0], model, MODELS), (pair[1], adapter, (ADAPTER,))):
+        if found is not None and found.kind not in kinds:
+            raise InputError(f"{_flag(name)} {path}: {place} is {NAMES[found.kind]}", "write MODEL+ADAPTER")
+    if model is not None and adapter is not None and adapter.of not in (None, model.kind):
+        raise InputError(
+            f"{_flag(name)} {path}: the model is {NAMES[model.kind]}, the adapter was trained on {NAMES[adapter.of]}",
+            "give the model that the adapter was trained on",
+        )
+
+
+def _check_merge(config: MergeConfig, models: list[Input]) -> None:
+    """Models that are merged are of one kind and one architecture, and of one vocabulary unless the merge makes one."""
+    for one in models[1:]:
+        _check_same_kind(models[0], one)
+    free = [*(["num_hidden_layers"] if config.slices else []), *(["vocab_size"] if config.tokenizer else [])]
+    _check_same_architecture(models, free)
+
+
+def _check_same_architecture(models: list[Input], free: Sequence[str] = ()) -> None:
+    """Models whose weights are added up agree in all that both state, but for the keys in `free`."""
+    compared = 2 if "num_hidden_layers" in free else 3
     shapes = [(one, one[2].shape) for one in models if one[2].shape]
     for one, shape in shapes[1:]:
-        if shape != shapes[0][1]:
-            first = shapes[0][0]
+        first = shapes[0]
+        if shape[:compared] != first[1][:compared]:
             raise InputError(
-                f"{_flag(one[0])} {one[1]} is {_shape(shape)}, {_flag(first[0])} {first[1]} {_shape(shapes[0][1])}",
-                "merge models of one architecture",
+                f"{_named(one)} is {_shape(shape)}, {_named(first[0])} {_shape(first[1])}",
+                "use models of one architecture",
             )
-    if vocabulary:
+    if "vocab_size" not in free:
         _check_vocabulary(models)
+    for one in models[1:]:
+        _check_same_facts(models[0], one, free)
+
+
+def _check_same_kind(first: Input, one: Input) -> None:
+    kinds = [merged_kind(found) for _, _, found in (first, one)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        left, right = (_of_kind(found) for _, _, found in (first, one))
+        raise InputError(f"{_named(one)} is {right}, {_named(first)} is {left}", ONE_KIND)
+
+
+def _of_kind(found: Promise) -> str:
+    return f"the adapter of {NAMES[found.of]}" if found.kind == ADAPTER and found.of else NAMES[found.kind]
+
+
+def _check_same_facts(first: Input, one: Input, free: Sequence[str]) -> None:
+    found = difference(first[2].facts, one[2].facts, free)
+    if found is None:
+        return
+    key, left, right = found
+    if key == SEPARATE_HEAD:
+        has, ties = (first, one) if left else (one, first)
+        raise InputError(
+            f"{_named(has)} has its own {LM_HEAD}, {_named(ties)} ties it to the embedding",
+            "save both the same way before merging",
+        )
+    raise InputError(
+        f"{key} differs: {printable(str(left))} in {_named(first)}, {printable(str(right))} in {_named(one)}",
+        "use models of one architecture",
+    )
+
+
+def _named(one: Input) -> str:
+    return f"{_flag(one[0])} {one[1]}"
 
 
 def _shape(shape: tuple[object, ...] | None) -> str:

@@ -39,6 +39,7 @@ from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
+from gemma2.posttrain.runs.recorded_files import check_recorded, remake
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillCacheConfig, DistillConfig
 
@@ -233,6 +234,7 @@ def read_index(path: Path) -> JsonObject:
     require_complete(path, "--teacher-cache")
     if (read_manifest(path) or {}).get("command") != "distill cache" or not (path / INDEX).is_file():
         raise InputError(f"--teacher-cache {path} is not an output of gemma2 distill cache", "make one, see its --help")
+    check_recorded(path, [INDEX], remake("distill cache", path))
     index: JsonObject = json.loads((path / INDEX).read_text(encoding="utf-8"))
     if index["format"] != FORMAT:
         raise InputError(f"{path}/{INDEX} has format {index['format']}, not {FORMAT}", "make the cache again")

@@ -3,12 +3,14 @@
 Torch-free.
 
     kind   sft         where RL started, and what KL is measured to
-           base        what the SFT policy was made from
-           policy      any other model; slerp and liti where its manifest says so
+           base        from before RL: made by `tiny`, `sft` or `distill`, or recorded as the parent of such a model
+           slerp, ...  written by a merge: the name of its method
+           policy      any other model, as an RL run writes
            line        (1 - eta) * init + eta * merged, formed in memory
            trajectory  what an RL run measured of itself on the way, alike (trajectory.py)
 
-A point is the same as another when kind, weights, eta and iteration are: it then appears once.
+Kinds follow from the manifests of the given models alone, not from other folders, which may be moved or deleted.
+Equal weights are one point, wherever they are stored; so are equal places on a line.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from pathlib import Path
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.manifest import Manifest, read_manifest
+from gemma2.core.progress import SILENT, Progress
+from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.schemas import ParetoConfig
 
 __all__ = ["Candidate", "Weights", "assign_names", "plan_candidates", "short_names"]
 
 ITERATION = re.compile(r"iteration-(\d+)")  # a folder of WARP
+TRAINED_FROM = ("model", "policy")  # roles of the model that a training starts from
+BEFORE_RL = ("tiny", "sft", "distill")  # commands that train without a reward
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,15 @@ class Candidate:
     iteration: int | None = None
     eta: float | None = None
     title: str = ""  # of what comes before RL: base, SFT, distilled
+    end: str = ""  # kind of the merged end of a line
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The identity of a point: equal keys are the same point."""
-        return (self.kind, *(model.digest for model in self.models), self.eta, self.iteration)
+        """The identity of a point: equal keys are the same point.
+
+        A run or a merge with the weights of the SFT policy is a separate point: it shows that nothing was learned.
+        """
+        return (self.kind == "sft", *(model.digest for model in self.models), self.eta)
 
     @property
     def whole(self) -> Weights | None:
@@ -67,29 +77,37 @@ class Candidate:
 
     @property
     def labels(self) -> JsonObject:
-        """Kind, title, iteration and eta, as they are in front.json."""
-        titled = {"title": self.title} if self.title else {}
-        return {"kind": self.kind, **titled, "iteration": self.iteration, "eta": self.eta}
+        """Kind, title, kind of the end, iteration and eta, as they are in front.json."""
+        more = {name: value for name, value in (("title", self.title), ("end", self.end)) if value}
+        return {"kind": self.kind, **more, "iteration": self.iteration, "eta": self.eta}
 
 
-def plan_candidates(config: ParetoConfig) -> list[Candidate]:
+def plan_candidates(config: ParetoConfig, progress: Progress = SILENT) -> list[Candidate]:
     """Every point of the front in the order of measuring, each once. Raises UsageError for an incomplete line."""
     if config.init is not None and config.merged is None:
         raise UsageError("--init is given and --merged is not", "give --merged, where the line ends")
     if any(not 0 <= eta <= 1 for eta in config.etas):
         raise UsageError(f"--etas {' '.join(map(str, config.etas))}: not all in 0 .. 1", "the line goes from 0 to 1")
-    candidates = [Candidate("sft", (Weights.of(config.sft),), title=title_of(config.sft, "SFT"))]
-    before = ancestors(config.sft)
-    for path in config.policies:
-        if path.resolve() != config.sft.resolve():
-            kind = kind_of(path, before)
-            title = title_of(path, "base") if kind == "base" else ""
-            candidates.append(Candidate(kind, (Weights.of(path),), iteration_of(path), title=title))
+    start = Weights.of(config.sft)
+    others = [Weights.of(path) for path in config.policies if path.resolve() != config.sft.resolve()]
+    before = before_rl(start, others)
+    candidates = [Candidate("sft", (start,), title=title_of(config.sft, "SFT"))]
+    for model in others:
+        kind = kind_of(model.path, model.digest in before - {start.digest})
+        if model.digest == start.digest and kind == "policy" and command_of(model.path) != "rlhf":
+            kind = "sft"
+        title = title_of(model.path, "base") if kind == "base" else ""
+        candidates.append(Candidate(kind, (model,), iteration_of(model.path), title=title))
     if config.merged is not None:
         ends = Weights.of(config.init or config.sft), Weights.of(config.merged)
-        iteration = iteration_of(config.merged)
-        candidates += [Candidate("line", ends, iteration, eta) for eta in sorted(set(config.etas))]
-    return list({candidate.key: candidate for candidate in reversed(candidates)}.values())[::-1]
+        iteration, end = iteration_of(config.merged), kind_of(config.merged, False)
+        candidates += [Candidate("line", ends, iteration, eta, end=end) for eta in sorted(set(config.etas))]
+    found: dict[tuple[object, ...], Candidate] = {}
+    for candidate in candidates:
+        first = found.setdefault(candidate.key, candidate)
+        if first.models[0].path.resolve() != candidate.models[0].path.resolve():
+            progress.note(f"{candidate.models[0].path} has the weights of {first.models[0].path}: they are one point")
+    return list(found.values())
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -148,28 +166,51 @@ def iteration_of(path: Path) -> int | None:
 
 def title_of(path: Path, otherwise: str) -> str:
     """The name of a policy before RL: by the command that made it."""
-    command = (read_manifest(path) or {}).get("command")
-    return {"sft": "SFT", "distill": "distilled"}.get(str(command), otherwise)
+    return {"sft": "SFT", "distill": "distilled"}.get(command_of(path), otherwise)
 
 
-def ancestors(path: Path) -> set[str]:
-    """Digests of the weights of every model that this one was made from, as far as directories are still there."""
-    found: set[str] = set()
-    waiting = [path]
+def command_of(path: Path) -> str:
+    """The command that wrote a model; "" without a manifest."""
+    return str((read_manifest(path) or {}).get("command") or "")
+
+
+def before_rl(start: Weights, others: Sequence[Weights]) -> set[str]:
+    """Digests of the models from before RL: those made by `BEFORE_RL` from none of the other given models, and the
+    recorded parents of these and of the SFT policy. Only manifests of the given models are read."""
+    manifests = {model.digest: read_manifest(model.path) or {} for model in (*others, start)}
+    trained = {digest for digest, own in manifests.items() if own.get("command", "tiny") not in BEFORE_RL}
+    after = {start.digest, *trained}
+    for _ in manifests:  # a model that was made from one after the start is after it too, whatever made it
+        after |= {digest for digest, own in manifests.items() if parents_of(own) & after}
+    found = {start.digest, *(d for d, own in manifests.items() if own.get("command") in BEFORE_RL and d not in after)}
+    waiting = list(found)
     while waiting:
-        directory = waiting.pop()
-        for parent in (read_manifest(directory) or {}).get("parents", []):
-            if parent.get("role") == "model" and parent["weights"] not in found:
-                found.add(parent["weights"])
-                waiting += [directory / parent["path"]] if "path" in parent else []
+        above = parents_of(manifests.get(waiting.pop(), {})) - found
+        found |= above
+        waiting += above
     return found
 
 
-def kind_of(path: Path, before: Collection[str]) -> str:
-    """The kind of a policy directory: slerp or liti by its manifest, base when it is among `before`, else policy."""
+def parents_of(manifest: Manifest) -> set[str]:
+    """Digests of the weights from which a model was trained."""
+    return {parent["weights"] for parent in manifest.get("parents", []) if parent.get("role") in TRAINED_FROM}
+
+
+def kind_of(path: Path, before: bool) -> str:
+    """The kind of a model by its own manifest: the method of a merge, else base or policy.
+
+    before  whether the model is from before RL
+
+    A linear merge of one model without a base writes that model, or the model of an adapter: it merges nothing. A point
+    that was picked from a front is what it was there; one of a line is a merge by LITI.
+    """
     manifest = read_manifest(path) or {}
-    described = f"{manifest.get('command', '')} {(manifest.get('config') or {}).get('method', '')}"
-    for kind in ("slerp", "liti"):
-        if kind in described:
-            return kind
-    return "base" if digest_weights(path) in before else "policy"
+    command = str(manifest.get("command") or "")
+    if command == "pick":
+        kind = str((manifest.get("summary") or {}).get("kind", ""))
+        return "liti" if kind == "line" else kind if kind in METHODS else "policy"
+    method = command.removeprefix("merge ")
+    inputs = [parent.get("role") for parent in manifest.get("parents", [])]
+    if method != command and method in METHODS and inputs != ["input"]:
+        return method
+    return "base" if before else "policy"

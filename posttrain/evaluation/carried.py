@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -15,7 +15,7 @@ from gemma2.posttrain.provenance.code import code_of
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields
 
-from .front_files import FrontEntry, read_entries, read_front
+from .front_files import FrontEntry, read_entries
 
 __all__ = ["measured_with", "previous_flat", "take_over"]
 
@@ -41,14 +41,13 @@ def measured_with(config: ParetoConfig) -> JsonObject:
     }
 
 
-def take_over(config: ParetoConfig, own: JsonMapping) -> list[FrontEntry]:
-    """The points of `config.fronts`, each once, in their order. `own`: `measured_with` of this front.
+def take_over(fronts: Mapping[Path, JsonMapping], own: JsonMapping) -> list[FrontEntry]:
+    """The points of earlier fronts, each once, in their order. `own`: `measured_with` of this front.
 
     Raises InputError for a front that was measured in another way, naming what differs.
     """
     found: dict[tuple[object, ...], FrontEntry] = {}
-    for path in config.fronts:
-        front = read_front(path, "--fronts")
+    for path, front in fronts.items():
         check_alike(path, front, own)
         for entry in read_entries(path, front):
             found.setdefault(entry.candidate.key, entry)

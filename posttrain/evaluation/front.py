@@ -79,8 +79,17 @@ def round_limits(points: Sequence[Point]) -> tuple[float, ...]:
 
 
 def best_table(points: Sequence[Point], limits: Sequence[float]) -> list[JsonObject]:
-    """For each limit that any point keeps: the limit, and the name, labels and figures of the best point within it."""
+    """For each limit that any point keeps: the limit, the number of points within it (`chosen_from`), and the name,
+    labels and figures of the best of them."""
     figures = [f"{name}{part}" for name in ("reward", "kl") for part in ("", "_se", "_low", "_high")]
     shown = ("name", "label", "kind", "eta", "iteration", *figures)
     found = [(limit, best_at(points, limit)) for limit in limits]
-    return [{"limit": limit, **{key: best.get(key) for key in shown}} for limit, best in found if best is not None]
+    return [
+        {
+            "limit": limit,
+            **{key: best.get(key) for key in shown},
+            "chosen_from": sum(point["kl"] <= limit for point in points),
+        }
+        for limit, best in found
+        if best is not None
+    ]

@@ -26,6 +26,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.posttrain.runs.recorded_files import check_recorded, remake
 
 from .bootstrap import Answers
 from .candidates import Candidate, Weights
@@ -48,7 +49,7 @@ FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
 KEPT = ("reward", "kl")  # the values per prompt that every point has: the axes of the front
 PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
-LABELS = frozenset({"name", "label", "kind", "title", "iteration", "eta", "on_front"})
+LABELS = frozenset({"name", "label", "kind", "title", "end", "iteration", "eta", "on_front"})
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def write_front(directory: Path, front: JsonMapping, entries: Sequence[FrontEntr
     write_json(directory / FRONT, front)
     _write_csv(directory / "front.csv", front["points"])
     reference = {f"reference_{key}": value for key, value in front["reference"].items()}
+    reference |= {key: front[key] for key in ("reference_from", "reference_point")}
     areas = {key: value for key, value in front.items() if key.startswith(("hypervolume", "bootstrap"))}
     _write_csv(directory / "hypervolume.csv", [areas | reference])
     _write_values(directory / VALUES, entries, names)
@@ -146,7 +148,10 @@ def _write_values(path: Path, entries: Sequence[FrontEntry], names: Sequence[str
 
 
 def read_front(directory: Path, role: str) -> JsonObject:
-    """front.json of a finished output of pareto. Raises InputError naming `role` for anything else."""
+    """front.json of a finished output of pareto.
+
+    Raises InputError naming `role` for anything else, and for a file that was changed since.
+    """
     manifest = read_manifest(directory)
     if manifest is None:
         raise InputError(
@@ -159,6 +164,7 @@ def read_front(directory: Path, role: str) -> JsonObject:
             "give a directory that gemma2 pareto has completed",
         )
     front = _read(directory / FRONT)
+    check_recorded(directory, [FRONT], remake("pareto", directory))
     points = front.get("points")
     if not isinstance(points, list) or not all(_is_point(point) for point in points):
         raise InputError(f"{directory / FRONT} holds no points", "measure it again with gemma2 pareto")
@@ -203,6 +209,7 @@ def place_of(point: JsonMapping, directory: Path) -> tuple[Weights, ...]:
 def read_entries(directory: Path, front: JsonMapping) -> list[FrontEntry]:
     """Every measured point of a front with its values, samples and trajectory. Raises InputError without them."""
     values = _read(directory / VALUES).get("points")
+    check_recorded(directory, READ, remake("pareto", directory))
     if not isinstance(values, dict):
         raise InputError(f"{directory / VALUES} holds no points", "measure it again with gemma2 pareto")
     samples: dict[str, list[JsonObject]] = {}
@@ -229,7 +236,8 @@ def _entry(
 ) -> FrontEntry:
     own = _values_in(values, point["name"], directory)
     models = place_of(point, directory)
-    candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], point.get("title") or "")
+    more = {name: point.get(name) or "" for name in ("title", "end")}
+    candidate = Candidate(point["kind"], models, point["iteration"], point["eta"], **more)
     placed = {f"{name}{part}" for name in PLACES[len(models)] for part in ("", "_weights")}
     figures = {key: value for key, value in point.items() if key not in LABELS | placed and not is_gain(key)}
     return FrontEntry(candidate, figures, samples, own, drawn)

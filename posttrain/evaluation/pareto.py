@@ -5,9 +5,8 @@
 The paper's front starts at the SFT policy and ends at the last SLERP, before LITI. Points of the line are formed in
 memory, in fp32, and never written. All policies answer the same held-out prompts with common random numbers.
 
-The front's hypervolume is the area gained over the SFT policy: its reference point is (the largest KL of a point that
-comes after the base, the reward of the SFT policy). With `fronts` the points of earlier fronts are taken over, and the
-gain is the area that the points of this one add to theirs, both bounded by the one reference point.
+The front's hypervolume is the area gained over the SFT policy; `areas.py` says what bounds it. With `fronts` the points
+of earlier fronts are taken over, and the gain is the area that the points of this one add to theirs, bounded alike.
 
 The trajectory of an RL run is what it measured on the way, on the same prompts and by the same procedure
 (`trajectory.py`); evaluations that differ in anything are left out. Their weights are not on disk, so they are neither
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ, still_points
+from gemma2.merging.inputs.architecture import LM_HEAD
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
@@ -39,13 +40,14 @@ from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
 from gemma2.posttrain.schemas import ParetoConfig
 
-from .bootstrap import RESAMPLES, interval, resampled_areas
+from .areas import Reference, area_columns, gain_columns, given_reference, note_other_references, reference_of
+from .bootstrap import Answers, chosen_elsewhere
 from .candidates import Candidate, assign_names, plan_candidates
 from .carried import measured_with, previous_flat, take_over
 from .comparison import is_gain, with_gains
 from .evaluate import OWN_METRICS, MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
-from .front_files import KEPT, FrontEntry, answers_of, places, step_name, values_of, write_front
+from .front_files import KEPT, FrontEntry, answers_of, places, read_front, step_name, values_of, write_front
 from .trajectory import procedure, trajectory
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
@@ -125,9 +127,6 @@ class Bench:
             init = dict(self._load(self.config.init or self.config.sft).named_parameters())
             model, _ = load_policy(Path(str(self.config.merged)))
             merged = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            shapes = [{name: tuple(tensor.shape) for name, tensor in end.items()} for end in (init, merged)]
-            if shapes[0] != shapes[1]:
-                raise InputError("--init and --merged have different tensors", "give two policies of one architecture")
             self._line = model, init, merged
         return self._line
 
@@ -166,7 +165,7 @@ def measure_all(
             path = []
             if candidate.kind == "policy":
                 count = len(record["values"]["kl"])
-                path = trajectory(candidate.models[0].path, candidate.iteration, alike, count)
+                path = trajectory(candidate.models[0].path, candidate.iteration, alike, count, progress)
             entries.append(FrontEntry(candidate, record["figures"], record["samples"], record["values"], path))
             task.advance(1, reward=record["figures"]["reward"], kl=record["figures"]["kl"])
     return entries
@@ -186,7 +185,7 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     `flat` (fronts in a row that gained nothing), and with `fronts` the gain with its interval and whether it is one.
     """
     quiet_libraries()
-    candidates = plan_candidates(config)
+    candidates = plan_candidates(config, progress)
     parents = [Parent("sft", config.sft), *(Parent("policies", path) for path in config.policies)]
     parents += [
         Parent(role, path) for role, path in (("init", config.init), ("merged", config.merged)) if path is not None
@@ -195,22 +194,26 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     check_parents(parents)
     check_policies(parents)
     alike = measured_with(config)
-    carried = take_over(config, alike)
+    earlier = {path: read_front(path, "--fronts") for path in config.fronts}
+    given = given_reference(config.reference, earlier)
+    carried = take_over(earlier, alike)
     taken = {entry.candidate.key for entry in carried}
     with open_run("pareto", config, options) as run:
         fresh = [candidate for candidate in candidates if candidate.key not in taken]
         entries = in_order([*carried, *measure_all(fresh, carried, config, run, progress)])
         names = assign_names([entry.candidate for entry in entries])
-        front = alike | build_front(entries, names, options.out, config)
+        front = alike | build_front(entries, names, options.out, config, given)
         if config.fronts:
             front |= gain_of(entries, front, [entry.candidate.key in taken for entry in entries], config)
+            note_other_references(Reference(**front["reference"], source=""), earlier, progress)
         warn_of_rounding(front["points"], progress)
         write_front(run.path, front, entries, names)
         return run.finish(summarise(front))
 
 
 def check_policies(parents: Sequence[Parent]) -> None:
-    """Refuse reward models instead of policies, and policies with another vocabulary than the SFT policy."""
+    """Refuse reward models instead of policies, another vocabulary than that of the SFT policy, and a line between two
+    architectures."""
     policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
     first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
     for parent in policies:
@@ -228,6 +231,14 @@ def check_policies(parents: Sequence[Parent]) -> None:
             check_same_tokenizer(first, open_checkpoint(parent.path, f"--{parent.role}"))
         except InputError as error:
             raise InputError(error.what, "compare policies of one family") from error
+    ends = {parent.role: open_checkpoint(parent.path, f"--{parent.role}") for parent in policies}
+    if "merged" in ends:
+        shapes = [
+            {name: tensor.shape for name, tensor in end.tensors.items() if name != LM_HEAD}
+            for end in (ends.get("init", ends["sft"]), ends["merged"])
+        ]
+        if shapes[0] != shapes[1]:
+            raise InputError("--init and --merged have different tensors", "give two policies of one architecture")
 
 
 def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
@@ -235,8 +246,17 @@ def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
     return sorted(entries, key=lambda entry: entry.candidate.kind != "sft")
 
 
-def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, config: ParetoConfig) -> JsonObject:
-    """The content of front.json, without what it was measured with and what it gains over others."""
+def build_front(
+    entries: Sequence[FrontEntry],
+    names: Sequence[str],
+    out: Path,
+    config: ParetoConfig,
+    given: Reference | None = None,
+) -> JsonObject:
+    """The content of front.json, without what it was measured with and what it gains over others.
+
+    given: the reference point, if the points do not decide it.
+    """
     named = list(zip(names, entries, strict=True))
     points = [
         {"name": name, **entry.candidate.labels, **places(entry.candidate, out), **entry.figures}
@@ -248,49 +268,29 @@ def build_front(entries: Sequence[FrontEntry], names: Sequence[str], out: Path, 
         for point in entry.trajectory
     ]
     marked = [point | {"on_front": flag} for point, flag in zip(points, pareto_front(points), strict=True)]
-    reference = reference_of(points)
-    moved = differ(points)
-    area = hypervolume(points, reference) if moved else None
+    reference = given or reference_of(points)
+    moved, answers = differ(points), answers_of(entries)
     limits = config.kl_limits or round_limits([point for point in points if point["kind"] != "base"])
     return {
         "points": with_gains([labelled(point) for point in (*marked, *drawn)], values_of(entries, names)),
         "differs": moved,
-        "reference": dict(zip(("kl", "reward"), reference, strict=True)),
-        "hypervolume": area,
-        **interval_of("hypervolume", area, entries, [range(len(entries))], reference),
-        "best_at": best_table(points, limits) if moved else [],
+        **reference.columns,
+        **area_columns(points, answers, reference, moved),
+        "best_at": best_rows(points, limits, answers) if moved else [],
         "flat": 0,
     }
+
+
+def best_rows(points: Sequence[JsonMapping], limits: Sequence[float], answers: Answers) -> list[JsonObject]:
+    """The best point within each limit, with its reward on prompts that did not choose it, where they can say."""
+    rows = best_table(points, limits)
+    elsewhere = chosen_elsewhere(answers, [row["limit"] for row in rows]) if answers.kl.shape[1] > 1 else []
+    return [row | {"reward_elsewhere": value} for row, value in zip_longest(rows, elsewhere)]
 
 
 def labelled(point: JsonMapping) -> JsonObject:
     """The point with its label after its name."""
     return {"name": point["name"], "label": label_of(point), **point}
-
-
-def reference_of(points: Sequence[JsonMapping]) -> tuple[float, float]:
-    """(largest KL, reward of the SFT policy). The base is on the other side of SFT and may be far off."""
-    sft = next(point for point in points if point["kind"] == "sft")
-    return max(point["kl"] for point in points if point["kind"] != "base"), sft["reward"]
-
-
-def interval_of(
-    name: str,
-    estimate: float | None,
-    entries: Sequence[FrontEntry],
-    groups: Sequence[Sequence[int]],
-    reference: tuple[float, float],
-) -> JsonObject:
-    """`{name_low, name_high, bootstrap_resamples}` of the area of the first group less that of the second, if any.
-
-    None where one prompt cannot tell, and without an estimate.
-    """
-    answers = answers_of(entries)
-    if estimate is None or answers.kl.shape[1] < 2:
-        return {f"{name}_low": None, f"{name}_high": None, "bootstrap_resamples": 0}
-    areas = resampled_areas(answers, groups, reference)
-    low, high = interval(estimate, areas[0] - areas[1] if len(groups) > 1 else areas[0])
-    return {f"{name}_low": low, f"{name}_high": high, "bootstrap_resamples": RESAMPLES}
 
 
 def gain_of(
@@ -300,15 +300,10 @@ def gain_of(
 
     taken: per entry, whether it is one of an earlier front.
     """
-    reference = front["reference"]["kl"], front["reference"]["reward"]
-    earlier = [i for i, before in enumerate(taken) if before]
+    reference = Reference(front["reference"]["kl"], front["reference"]["reward"], front["reference_from"])
     points = front["points"][: len(entries)]
-    area = hypervolume([points[i] for i in earlier], reference) if front["differs"] else None
-    gain = None if area is None else front["hypervolume"] - area
-    found = interval_of("hypervolume_gain", gain, entries, [range(len(entries)), earlier], reference)
-    improved = (found["hypervolume_gain_low"] or 0.0) > 0
-    flat = 0 if improved else 1 + previous_flat(config.fronts)
-    return {"hypervolume_before": area, "hypervolume_gain": gain, **found, "improved": improved, "flat": flat}
+    found = gain_columns(points, answers_of(entries), reference, front["differs"], taken)
+    return {**found, "flat": 0 if found["improved"] else 1 + previous_flat(config.fronts)}
 
 
 def warn_of_rounding(points: Sequence[JsonMapping], progress: Progress) -> None:
@@ -341,6 +336,7 @@ def summarise(front: JsonMapping) -> JsonObject:
         "differs": front["differs"],
         **areas,
         "reference": front["reference"],
+        "reference_from": front["reference_from"],
         "flat": front["flat"],
         "best": _best_of(best) if front["differs"] else None,
         "best_at": front["best_at"],

@@ -29,7 +29,7 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.merging import MergeRequest, merge
 from gemma2.posttrain.provenance.origin import data_records
-from gemma2.posttrain.reports.plots.gains import GAINS_NOTE, called, gain_sentences
+from gemma2.posttrain.reports.plots.gains import GAINS_NOTE, bounds_of, called, gain_sentences
 from gemma2.posttrain.reports.plots.values import label_of, spreads
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
@@ -169,13 +169,10 @@ def figures_section(front: JsonMapping, point: Point, pick: str) -> tuple[tuple[
 def _area(front: JsonMapping) -> Iterator[str]:
     """The sentence about the hypervolume, where the front has one."""
     area, ends = front.get("hypervolume"), [front.get("hypervolume_low"), front.get("hypervolume_high")]
-    bounds = [(front.get("reference") or {}).get(key) for key in ("kl", "reward")]
-    if all(isinstance(value, int | float) for value in (area, *bounds)):
+    bounds = bounds_of(front, front["points"])
+    if isinstance(area, int | float) and bounds:
         interval = f" ({ends[0]:.3g} to {ends[1]:.3g})" if all(isinstance(end, int | float) for end in ends) else ""
-        yield (
-            f"Hypervolume of the whole front: {area:.3g} nats × reward{interval}, "
-            f"bounded by KL {bounds[0]:.3g} and reward {bounds[1]:.3g}."
-        )
+        yield f"Hypervolume of the whole front: {area:.3g} nats × reward{interval}, bounded by {bounds}."
 
 
 def _cells(points: Sequence[Point]) -> list[list[str]]:

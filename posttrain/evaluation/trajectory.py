@@ -16,8 +16,10 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file, digest_name, hasher
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.provenance.code import code_of
+from gemma2.posttrain.runs.recorded_files import changed_files
 from gemma2.posttrain.runs.run_directory import EVALUATIONS
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields, RlhfConfig
 from gemma2.posttrain.schemas.fields import RowFields
@@ -26,6 +28,7 @@ __all__ = ["procedure", "trajectory"]
 
 Measuring = ParetoConfig | RlhfConfig
 
+METRICS = "metrics.jsonl"
 COLUMNS = ("reward", "kl", "length", "truncated")
 PARTS = ("", "_se", "_low", "_high")
 SETTINGS = {*RewardFields.model_fields, *RowFields.model_fields} - {"reward"}  # rewards are files: their digests
@@ -54,14 +57,21 @@ def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, ha
     return digest_name(digest)
 
 
-def trajectory(path: Path, iteration: int | None, alike: str, prompts: int) -> list[JsonObject]:
+def trajectory(
+    path: Path, iteration: int | None, alike: str, prompts: int, progress: Progress = SILENT
+) -> list[JsonObject]:
     """The evaluations of an RL run that were made by the procedure `alike` on `prompts` prompts, as points are.
 
     Each has figures, and under `values` the values per prompt; a name it gets later.
 
-    The last evaluation is left out: its weights are the policy, which is a point. So is that of the SFT policy.
+    The last evaluation is left out: its weights are the policy, which is a point. So is that of the SFT policy. None of
+    a run whose files were changed after it wrote them, with a warning.
     """
-    figures = {row["step"]: row for row in _rows(path / "metrics.jsonl") if row.get("kind") == "eval"}
+    changed = changed_files(path, (EVALUATIONS, METRICS))
+    if changed:
+        progress.warn(f"{path / changed[0]} is not the file that its run wrote: its evaluations are not on the front")
+        return []
+    figures = {row["step"]: row for row in _rows(path / METRICS) if row.get("kind") == "eval"}
     labels = {"kind": "trajectory", "iteration": iteration, "eta": None, "on_front": False}
     summary = (read_manifest(path) or {}).get("summary") or {}
     last = summary.get("steps", max(figures, default=0))

@@ -32,13 +32,25 @@ from gemma2.posttrain.schemas.config import Config
 from .compile import Pipeline, Stage
 from .references import condition_holds, filled, lookup, references, replaced, texts
 
-__all__ = ["DONE", "LEFT_OUT", "Choice", "Decision", "Prospect", "decide", "outside", "prospect", "status_after"]
+__all__ = [
+    "DONE",
+    "GOES_ON_IF",
+    "LEFT_OUT",
+    "Choice",
+    "Decision",
+    "Prospect",
+    "decide",
+    "outside",
+    "prospect",
+    "status_after",
+]
 
 # The status of a stage: as a run records it; and of one that a plan is about, whether it will certainly run.
 COMPLETE, NOT_NEEDED, LEFT_OUT = "complete", "not needed", "left out"
 WILL_RUN, UNDECIDED = "will run", "undecided"
 DONE = (COMPLETE, NOT_NEEDED)
 
+GOES_ON_IF = "an interrupted run goes on if its inputs come out the same"
 ACTIONS = {"complete": "skip", "interrupted": "continue", "changed": "again", "missing": "run"}
 
 
@@ -137,15 +149,23 @@ def prospect(stage: Stage, pipeline: Pipeline, status: Mapping[str, str]) -> Pro
 
 def _without_dropped(stage: Stage, pipeline: Pipeline, status: Mapping[str, str]) -> JsonObject | None:
     """Return the options without inputs that are not needed; None if an option loses its only one."""
-    dropped = [pipeline.root / name for name in stage.needs if status.get(name) == NOT_NEEDED]
+    names = [name for name in stage.needs if status.get(name) == NOT_NEEDED]
+    folders = [pipeline.root / name for name in names]
+    summaries = tuple(f"{name}.summary." for name in names)
+
+    def is_dropped(value: object) -> bool:
+        """Whether a value is the output of a stage that is not needed, or has a figure of its summary in it."""
+        figures = (reference for _, text in texts(value) for reference in references(text))
+        return _is_inside(value, folders) or any(reference.startswith(summaries) for reference in figures)
+
     options: JsonObject = {}
     for key, value in stage.options.items():
         if isinstance(value, list):
-            kept = [item for item in value if not _is_inside(item, dropped)]
+            kept = [item for item in value if not is_dropped(item)]
             if value and not kept:
                 return None
             options[key] = kept
-        elif _is_inside(value, dropped):
+        elif is_dropped(value):
             return None
         else:
             options[key] = value
@@ -195,6 +215,8 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
     if stage.name in choice.force:
         action, why, notes = "again", (Change("--force"),), ()
     elif found.unknown:
+        if action == "continue":
+            notes = (*notes, GOES_ON_IF)
         action = {"skip": "perhaps", "continue": "run"}.get(action, action)
         notes = (*notes, *_after(waits))
     if found.needed is None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma2.posttrain.checks.kinds import ADAPTER, DATA, POLICY, REWARD, look_at
+from gemma2.posttrain.checks.kinds import ADAPTER, DATA, POLICY, REWARD, SEPARATE_HEAD, found_at, look_at, merged_kind
 from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.schemas import (
     DistillConfig,
@@ -45,15 +45,17 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
 
     def like(path: Path | None, kind: str | None = None) -> Promise:
         found = (known.get(path) or look_at(path)) if path is not None else None
-        found = found or Promise(kind or POLICY)
-        return replace(found, kind=kind) if kind else found
+        return trained(found or Promise(POLICY), kind)
 
     if isinstance(config, TinyConfig):
         yield from ((out / name, promise) for name, promise in EMBEDDED.items())
         for name, rows in (("prompts", config.train_prompts), ("heldout", config.heldout_prompts)):
             yield out / f"{name}.jsonl", Promise(DATA, rows=rows, size=rows * QUESTION_BYTES)
     elif isinstance(config, MergeConfig):
-        yield out, like(config.models[0])
+        first = found_at(config.models[0], known) or Promise(POLICY)
+        if config.slices:  # another number of layers
+            first = replace(first, shape=None, parameters=None, facts={})
+        yield out, replace(first, kind=merged_kind(first) or POLICY, of=None)
     elif isinstance(config, SftConfig | DistillConfig | RlhfConfig):
         start = config.policy if isinstance(config, RlhfConfig) else config.model
         adapter = getattr(config, "lora_output", "merged") == "adapter"
@@ -64,6 +66,16 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
         yield out, MAKERS[type(config)](config, sources, like)
     else:
         yield out, Promise(stage.kind.makes)
+
+
+def trained(start: Promise, kind: str | None) -> Promise:
+    """The model that a training makes of its start. A stored copy of a tied output head is not written again."""
+    facts = dict(start.facts)
+    headed, tied = facts.pop(SEPARATE_HEAD, None), facts.get("tie_word_embeddings")
+    facts.pop("num_labels", None)
+    if kind != REWARD and (headed is False or tied is not None):
+        facts[SEPARATE_HEAD] = bool(headed and not tied)
+    return replace(start, kind=kind or start.kind, facts=facts, of=start.kind if kind == ADAPTER else None)
 
 
 Like = Callable[..., Promise]

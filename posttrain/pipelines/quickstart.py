@@ -64,8 +64,10 @@ def _summary(out: Path) -> JsonObject:
 
     All figures are numbers, with their standard errors and 95 % intervals as separate entries; `units` has their units.
     """
+    from gemma2.posttrain.evaluation.front_files import read_front
+
     front = out / "warp" / "front"
-    points = json.loads((front / "front.json").read_text(encoding="utf-8"))["points"]
+    points = read_front(front, "front")["points"]
     picked = json.loads((out / "warp" / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
     rows = rows_of([point for point in points if point["kind"] != "trajectory"], picked)
     samples = [json.loads(line) for line in (front / "samples.jsonl").read_text(encoding="utf-8").splitlines()]

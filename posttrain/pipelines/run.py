@@ -212,7 +212,7 @@ def _status_row(one: Checked, last: JsonMapping, alive: bool) -> JsonObject:
         "status": shown or WORDS.get(one.action, one.action),
         "seconds": last.get("seconds"),
         "hash": digest or None,
-        "note": (last.get("error") if shown == "failed" else None) or "; ".join(one.why) or None,
+        "note": "; ".join([*([last["error"]] if shown == "failed" and last.get("error") else []), *one.why]) or None,
     }
 
 

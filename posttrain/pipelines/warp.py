@@ -59,7 +59,9 @@ def run_warp(
 
 def summarise(root: Path) -> JsonObject:
     """The chosen model, the best single run of the first iteration, and what the one gains over the other."""
-    points = json.loads((root / "front" / "front.json").read_text(encoding="utf-8"))["points"]
+    from gemma2.posttrain.evaluation.front_files import read_front
+
+    points = read_front(root / "front", "front")["points"]
     chosen = json.loads((root / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
     moved = differ(points)
     best = next((row.point for row in rows_of(points, None) if row.role == SINGLE), None) if moved else None

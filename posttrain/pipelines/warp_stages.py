@@ -126,6 +126,7 @@ class _Algorithm:
             "n": config.eval_n,
             "limit": config.eval_limit,
             "seed": config.seed,
+            "reference": config.reference,
         }
 
     def iteration_front(self, i: int) -> StageFile:

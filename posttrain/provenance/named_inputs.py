@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from gemma2.core.outputs.manifest import own_files
+from gemma2.merging.plan.places import merge_places
 from gemma2.posttrain.data.sources import data_files, evaluation_files
 from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
@@ -63,8 +64,6 @@ def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Name
     """
     if isinstance(config, MergeConfig):
         if not {"models", "base"} & {*without}:
-            from gemma2.merging.plan.places import merge_places  # imports numba, which no other command needs
-
             for role, path in merge_places(config.request()):
                 yield Named("base" if role == "base" else "models", role, path, True)
         return

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TypeGuard
 
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.posttrain.runs.recorded_files import changed_files, remake
+
+from .plots.point_kinds import KINDS
 
 __all__ = ["Front", "choose_front", "is_number", "read_front", "read_lines"]
-
-KINDS = ("base", "sft", "policy", "slerp", "liti", "line", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def choose_front(fronts: Sequence[Front]) -> Front:
 def read_front(name: str, directory: Path, gaps: list[str]) -> Front:
     """Read front.json with its usable points; without points if it cannot be read."""
     place = f"{name}/front.json" if name != "." else "front.json"
+    if changed_files(directory, ["front.json"]):
+        gaps.append(f"{place} was changed after it was measured and is not shown; {remake('pareto', directory)}")
+        return Front(name, directory)
     try:
         front = json.loads((directory / "front.json").read_text(encoding="utf-8"))
         points = [usable(point) for point in front["points"]]
@@ -95,6 +99,8 @@ def read_lines(path: Path, place: str, gaps: list[str]) -> list[JsonObject]:
     except OSError as error:
         gaps.append(f"{place} cannot be read ({error.strerror})")
         return []
+    if changed_files(path.parent, [path.name]):
+        gaps.append(f"{place} was changed after it was written")
     rows, torn = [], 0
     for line in filter(str.strip, lines):
         try:

@@ -10,8 +10,9 @@ from gemma2.core.rounding import SAME_AS_START, differ
 
 from .collect import Collected
 from .fronts import Front, is_number
-from .plots.gains import GAINS_NOTE, called, gain_of, gain_sentences, is_certain, merges_sentence, scale_of
-from .plots.values import column, column_decimals, duration, fixed, number, spreads, start_of
+from .plots.gains import GAINS_NOTE, bounds_of, called, gain_of, gain_sentences, is_certain, merges_sentence, scale_of
+from .plots.point_kinds import is_merge, is_merged, line_word, word_of
+from .plots.values import column, column_decimals, duration, end_of, fixed, number, spreads, start_of
 
 __all__ = [
     "PolicyRow",
@@ -106,7 +107,7 @@ def rows_of(points: Sequence[JsonMapping], picked: JsonMapping | None) -> list[P
         rows += [PolicyRow(point) for point in single]
     elif single:
         rows.append(PolicyRow(max(single, key=lambda point: point["reward"]), SINGLE))
-    merges = [point for point in points if point["kind"] == "slerp"]
+    merges = [point for point in points if is_row_of_merge(point)]
     merges.sort(key=lambda point: point.get("iteration") or 0)
     rows += [PolicyRow(point) for point in merges]
     chosen = chosen_point(points, picked)
@@ -117,6 +118,11 @@ def rows_of(points: Sequence[JsonMapping], picked: JsonMapping | None) -> list[P
         return [*rows, PolicyRow(chosen, CHOSEN)]
     role = ", ".join(filter(None, (rows[same].role, CHOSEN)))
     return [*rows[:same], PolicyRow(rows[same].point, role), *rows[same + 1 :]]
+
+
+def is_row_of_merge(point: JsonMapping) -> bool:
+    """Whether a point is a merge with its own row: any but the LITI that an iteration of WARP hands to the next."""
+    return is_merge(point["kind"]) and not (point["kind"] == "liti" and point.get("iteration"))
 
 
 def chosen_point(points: Sequence[JsonMapping], picked: JsonMapping | None) -> JsonMapping | None:
@@ -178,7 +184,7 @@ def verdict(rows: Sequence[PolicyRow]) -> JsonObject | None:
 
     `sentences` about its reward, and `lines`: for each of the two, the gain in every score, paired over the prompts.
     """
-    chosen = [row for row in rows if CHOSEN in row.role] or [row for row in rows if row.point["kind"] == "slerp"]
+    chosen = [row for row in rows if CHOSEN in row.role] or [row for row in rows if is_row_of_merge(row.point)]
     start = [row for row in rows if row.point["kind"] == "sft"]
     if not chosen or not start or not differ([row.point for row in rows]):
         return None
@@ -226,7 +232,7 @@ def merges(front: Front) -> JsonObject | None:
     sentence = merges_sentence(front.measured)
     if sentence is None:
         return None
-    points = [p for p in front.measured if p["kind"] in ("slerp", "liti", "line") and is_certain(p, OVER) is not None]
+    points = [p for p in front.measured if is_merged(p["kind"]) and is_certain(p, OVER) is not None]
     points = list({called(point): point for point in points}.values())
     decimals = column_decimals(points, OVER)
     rows = [
@@ -244,7 +250,7 @@ def merges(front: Front) -> JsonObject | None:
 
 
 def best_within(front: Front) -> list[dict[str, str]]:
-    """The best point within each KL limit, from front.json."""
+    """The best point within each KL limit, the number of points it was chosen from, and its reward elsewhere."""
     found = front.facts.get("best_at") if differ(front.measured) else None
     rows = [
         row
@@ -252,11 +258,14 @@ def best_within(front: Front) -> list[dict[str, str]]:
         if isinstance(row, Mapping) and all(is_number(row.get(key)) for key in ("limit", "reward", "kl"))
     ]
     names = {str(point["name"]): called(point) for point in front.measured}
+    decimals = column_decimals(rows, "reward")
     return [
         {
             "limit": number(row["limit"]),
             "point": str(row.get("label") or names.get(str(row.get("name")), row.get("name"))),
+            "chosen_from": number(row.get("chosen_from")),
             "reward": reward,
+            "elsewhere": fixed(row["reward_elsewhere"], decimals) if is_number(row.get("reward_elsewhere")) else "–",
             "kl": kl,
         }
         for row, reward, kl in zip(rows, spreads(rows, "reward"), spreads(rows, "kl"), strict=True)
@@ -265,10 +274,9 @@ def best_within(front: Front) -> list[dict[str, str]]:
 
 def areas(found: Collected) -> JsonObject | None:
     """The area under the front, its bounds, and the areas of the fronts of single iterations."""
-    facts, reference = found.front.facts, found.front.facts.get("reference")
+    facts = found.front.facts
     if not is_number(facts.get("hypervolume")) or not differ(found.front.measured):
         return None
-    bounds = reference if isinstance(reference, Mapping) else {}
     own = [front for front in found.fronts if front.iteration and is_number(front.facts.get("hypervolume"))]
     own.sort(key=lambda front: front.iteration or 0)
     whole = [facts, *(front.facts for front in own)]
@@ -286,8 +294,7 @@ def areas(found: Collected) -> JsonObject | None:
     return {
         "area": area_of(facts, "hypervolume", decimals),
         "interval": interval(facts, "hypervolume", decimals),
-        "kl": fixed(bounds["kl"], 2) if is_number(bounds.get("kl")) else "–",
-        "reward": fixed(bounds["reward"], 2) if is_number(bounds.get("reward")) else "–",
+        "bounds": bounds_of(facts, found.front.points),
         "rows": rows,
         "gains": any(row["gain"] != "–" for row in rows),
     }
@@ -328,7 +335,7 @@ def point_table(found: Collected) -> list[dict[str, str]]:
         {
             "label": called(point),
             "name": str(point["name"]),
-            "kind": point["kind"],
+            "kind": line_word({end_of(point)}) if point["kind"] == "line" else word_of(point["kind"]),
             "reward": rewards[i],
             "kl": kls[i],
             "length": lengths[i]["value"],

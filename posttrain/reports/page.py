@@ -15,6 +15,7 @@ from gemma2.core.outputs.text_file import write_text
 
 from . import family, headline, sections
 from .collect import Collected, collect
+from .plots.gains import CHOICE_NOTE
 from .plots.values import duration, number, short_hash
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def render(found: Collected) -> str:
         same=headline.same_as_start(found.front),
         table=headline.table(rows),
         best=headline.best_within(found.front),
+        choice_note=CHOICE_NOTE,
         areas=headline.areas(found),
         points=headline.point_table(found),
         front=sections.front_figures(found),

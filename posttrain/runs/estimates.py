@@ -64,7 +64,10 @@ class Promise:
     """The known properties of an output that is not made yet.
 
     kind       policy, reward model, adapter, data, front, cache
-    shape      the architecture, which models must share to be merged
+    shape      model type, width and depth
+    facts      what its config.json states of its function (`merging/inputs/architecture.py`), and whether it stores a
+               separate output head
+    of         of an adapter: the kind of model that it was trained on
     rows       upper bound for data; `size` in bytes
     tokenizer  model directory on disk whose tokenizer it has
     """
@@ -76,6 +79,8 @@ class Promise:
     rows: float | None = None
     size: float | None = None
     tokenizer: Path | None = None
+    facts: Mapping[str, object] = field(default_factory=dict, compare=False)
+    of: str | None = None
 
 
 class Sources:

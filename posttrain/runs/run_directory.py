@@ -38,6 +38,8 @@ from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
 from gemma2.posttrain.provenance.origin import changes, origin_of
 from gemma2.posttrain.schemas.config import Config
 
+from .live import clear_live
+
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"]
 
 # A checkpoint, finished rows, a finished stage of WARP, an interrupted stage, or the log of a failed one.
@@ -149,6 +151,7 @@ class Run:
         fsync_tree(self.path)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self.path / STATE).unlink(missing_ok=True)
+        clear_live(self.path)
         publish(self.path, self.options.out, self.options.force)
 
 
@@ -255,7 +258,9 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     }
     held.enter_context(locked(options.out))
     held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
-    return origin, _prepare(partial_path(options.out), start, origin)
+    resumed = _prepare(partial_path(options.out), start, origin)
+    clear_live(partial_path(options.out))  # an alert that nobody has heard is not for this run
+    return origin, resumed
 
 
 def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:

@@ -39,6 +39,10 @@ class ParetoConfig(DistributionConfig):
     fronts: tuple[Path, ...] = Field(
         (), description="earlier outputs of pareto, measured with the same settings: their points are reused"
     )
+    reference: tuple[float, ...] = Field(
+        (),
+        description="KL,REWARD that bound the hypervolume; default: largest KL of a point with more reward than --sft",
+    )
     kl_limits: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (), description="KL limits in nats; the best point within each is reported; default: round numbers"
     )

@@ -39,6 +39,10 @@ class WarpConfig(TrainingFields, RlFields):
     learning_rate: float = Field(
         1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
     )
+    reference: tuple[float, ...] = Field(
+        (),
+        description="KL,REWARD that bound the hypervolumes; default: largest KL of a point with more reward than --sft",
+    )
     judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
     compare: tuple[Path, ...] = Field((), description="further model directories to measure with the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")

@@ -21,12 +21,13 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.errors import AlertStop, GuardStop, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
 from gemma2.posttrain.models.protocols import Network
+from gemma2.posttrain.runs.live import LiveRecord, take_alert
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
@@ -132,7 +133,7 @@ CLIPPED = 1 - 1e-4
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Connects a Trainer to a run: metrics, progress bar, warm-up, NaN guard and the mark of checkpoints.
+    """Connects a Trainer to a run: metrics, progress bar, warm-up, NaN guard, alerts and the mark of checkpoints.
 
     `shown` maps names of metrics to their short names on the progress bar. `clipped` in the metrics is the share of all
     steps so far whose gradient was longer than --max-grad-norm.
@@ -148,6 +149,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self.clipped = 0  # steps
         self.steps = 0
         self.start: Movement | None = None
+        self.record = LiveRecord(run.path, label) if run.ranks.is_main else None
         self._bar: AbstractContextManager[Task] | None = None
 
     def on_train_begin(
@@ -158,6 +160,22 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self._bar = self.progress.task(self.label, total=state.max_steps, unit="steps")
         self.task = self._bar.__enter__()
         self.task.advance(state.global_step)
+        if self.record is not None:
+            self.record.begin(state.global_step, state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.run.ranks.on_main(lambda: self._hear(state.global_step + 1))  # one rank looks: all stop at the same step
+
+    def _hear(self, step: int) -> None:
+        """End the run if a watcher asks for it."""
+        said = take_alert(self.run.path)
+        if said is not None:
+            raise AlertStop(
+                f"step {step} of {self.label}: ended by an alert: {said}",
+                "--resume continues from the last checkpoint, --force starts over",
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -169,6 +187,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.__exit__(*sys.exc_info())
+            if self.record is not None:
+                self.record.end(sys.exc_info()[1])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -210,6 +230,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         control.should_log = control.should_log or control.should_save
         if self.task is not None:
             self.task.advance(1, **self.live)
+        if self.record is not None:
+            self.record.advance(state.global_step)
 
     def on_log(
         self,

@@ -1,36 +1,38 @@
-"""Stages as processes of this machine, forked from a server that has imported the libraries once.
+"""Stages as processes of this machine, forked from a server that has imported the libraries once (fork_server.py).
 
-A new interpreter takes 6 to 8 s to import torch, transformers and trl; a fork of a process that has them takes 0.2 s.
-The server (multiprocessing's forkserver) imports and does nothing else, so there are no threads and no CUDA in it when
-it forks. Each stage is a separate process: its memory is gone with it, and a crash is the stage's alone.
+Each stage is a separate process: its memory is gone with it, and a crash is the stage's alone. The server may be
+killed at any moment. Stages that run go on and are watched without it; one that was about to start is asked of a new
+server, at most RESTARTS times in a row. A stage never runs twice at once: it counts as running until its process is
+gone.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from gemma2.core.errors import UsageError
 from gemma2.core.interrupts import POKE, allow
 from gemma2.posttrain.runs.commands import COMMANDS
 
+from .fork_server import ForkServer
 from .jobs import Event, Job, Outcome, execute
 
-__all__ = ["LocalExecutor", "visible_gpus"]
+__all__ = ["GRACE", "LocalExecutor", "visible_gpus"]
 
 GRACE = 60.0  # seconds that a stage gets to clean up before it is killed
 POKES = 0.5  # seconds between two reminders of a stage that is being ended
+RESTARTS = 3  # servers in a row that are started for a stage and end before it has begun
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -48,12 +50,59 @@ def visible_gpus() -> tuple[str, ...]:
 
 @dataclass
 class _Running:
-    """A stage at work: its process, and the pipe that it speaks through."""
+    """A stage at work.
 
-    process: ForkServerProcess
+    number    of the request to the server
+    pipe      between us and the stage; its other end closes when the process, and every helper, is gone
+    work      (function, arguments)
+    pid       None until the server has forked it
+    watch     descriptor that becomes readable when the process ends (Linux); read when the server ended before it
+    orphan    its server is gone, so that nobody reports its exit code
+    reported  when its outcome came
+    """
+
+    number: int
     pipe: Connection
     gpus: tuple[str, ...]
+    work: tuple[Any, tuple[Any, ...]]
+    pid: int | None = None
+    watch: int | None = None
+    orphan: bool = False
+    closed: bool = False
     outcome: Outcome | None = None
+    reported: float = 0.0
+
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        with suppress(ProcessLookupError):
+            if self.watch is not None:
+                signal.pidfd_send_signal(self.watch, number)
+            elif self.pid is not None:
+                os.kill(self.pid, number)
+
+    def is_alive(self) -> bool:
+        """Whether its process is there."""
+        if self.watch is not None:
+            return not wait([self.watch], 0)
+        if self.pid is None:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def discard(self) -> None:
+        """Throw away what has arrived, be it half a message: an interrupt may have come while one was read."""
+        with suppress(OSError):
+            while not self.closed and self.pipe.poll():
+                self.closed = not os.read(self.pipe.fileno(), 1 << 16)
+
+    def release(self) -> None:
+        """Close what belongs to it here."""
+        self.pipe.close()
+        if self.watch is not None:
+            os.close(self.watch)
 
 
 class LocalExecutor:
@@ -64,17 +113,18 @@ class LocalExecutor:
         self.gpus = list(visible_gpus() if gpus is None else gpus)
         self.total = len(self.gpus)
         self.running: dict[str, _Running] = {}
-        self.context: Any = None
+        self.server: ForkServer | None = None
+        self.modules: list[str] = []
+        self.asked = 0  # requests to servers so far
+        self.lost = 0  # servers in a row that have ended before they forked anything
 
     def prepare(self, commands: Iterable[str]) -> None:
         """Start the server, which imports what these commands need, while the caller goes on."""
         modules = {f"gemma2.posttrain.{COMMANDS[name].module}" for name in commands}
         heavy = any(COMMANDS[name].accelerated for name in commands)
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([*(["torch"] if heavy else []), *sorted(modules)])
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
+        self.close()  # an earlier one may have imported less
+        self.modules = [*(["torch"] if heavy else []), *sorted(modules)]
+        self.server = ForkServer(self.modules)
 
     def cpus(self, wanted: int | None) -> int:
         """Threads of a stage."""
@@ -99,119 +149,184 @@ class LocalExecutor:
         """Start a job. There must be room."""
         count = self.wanted_gpus(job.command, wanted)
         own, self.gpus = tuple(self.gpus[:count]), self.gpus[count:]
-        job = Job(**{**vars(job), "gpus": own if self.total else None})
-        receiver, sender = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_work, args=(job, sender), name=job.stage)
-        process.start()
-        sender.close()
-        self.running[job.stage] = _Running(process, receiver, own)
+        self.begin(job.stage, work, replace(job, gpus=own if self.total else None), gpus=own)
+
+    def begin(self, stage: str, function: Any, *arguments: Any, gpus: tuple[str, ...] = ()) -> None:  # noqa: ANN401
+        """Call `function(*arguments, pipe)` in a process of the stage."""
+        if self.server is None:
+            self.server = ForkServer(self.modules)
+        self.asked += 1
+        pipe = self.server.fork(self.asked)
+        self.running[stage] = _Running(self.asked, pipe, gpus, (function, arguments))
 
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]:
         """(messages of running stages, outcomes of those that ended), after at most `seconds`."""
-        # A pipe may be held open by helpers that a killed stage leaves behind, so its end is watched too.
-        waiting: list[Connection | int] = [
-            end for one in self.running.values() for end in (one.pipe, one.process.sentinel)
-        ]
-        ready = set(wait(waiting, seconds)) if waiting else set()
+        ready = self._wait(seconds)
         events: list[tuple[str, Event]] = []
         ended: dict[str, Outcome] = {}
-        for stage, one in list(self.running.items()):
-            closed = one.pipe in ready and self._drain(stage, one, events)
-            if closed or one.process.sentinel in ready:
-                one.process.join(GRACE)
-                self._drain(stage, one, events)
-                ended[stage] = one.outcome or _lost(one.process.exitcode)
-                if one.outcome is None:
-                    _kill_group(one.process.pid)  # its helpers, which would go on writing
-                self._forget(stage)
+        for stage, one in self.running.items():
+            self._drain(stage, one, events)
+        if self.server is not None and self.server.control in ready:
+            self._hear(events, ended)
+        for stage, one in self.running.items():
+            if one.orphan and (one.watch in ready or (one.watch is None and (one.closed or one.outcome))):
+                ended.setdefault(stage, _lost(None))
+            elif one.outcome and time.monotonic() > one.reported + GRACE:  # it hangs while it ends
+                _kill_group(one.pid)
+                ended.setdefault(stage, one.outcome)
+        for stage in ended:
+            one = self.running[stage]
+            self._drain(stage, one, events)
+            if one.outcome is None:
+                _kill_group(one.pid)  # its helpers, which would go on writing
+            ended[stage] = one.outcome or ended[stage]
+            self._forget(stage)
         return events, ended
 
-    def _drain(self, stage: str, one: _Running, events: list[tuple[str, Event]]) -> bool:
-        """Read every message that has arrived. True when the process has closed its end."""
+    def _wait(self, seconds: float) -> set[Any]:
+        """What has something to say, after at most `seconds`."""
+        ends: list[Connection | int] = [one.pipe for one in self.running.values() if not one.closed]
+        ends += [one.watch for one in self.running.values() if one.orphan and one.watch is not None]
+        if self.server is not None:
+            ends.append(self.server.control)
+        if not ends:
+            time.sleep(seconds)
+        return set(wait(ends, seconds)) if ends else set()
+
+    def _hear(self, events: list[tuple[str, Event]], ended: dict[str, Outcome]) -> None:
+        """Read the messages of the server."""
+        server = self.server
         try:
-            while one.pipe.poll():
+            while server is not None and server.control.poll():
+                kind, number, value = server.control.recv()
+                found = [stage for stage, one in self.running.items() if one.number == number]
+                for stage in found:  # none: it was given up before
+                    if kind == "forked":
+                        self._forked(self.running[stage], value)
+                    elif kind == "ended":
+                        ended[stage] = _lost(value)
+                    else:
+                        ended[stage] = Outcome(1, error=f"its process cannot be started: {value}; lower --jobs")
+        except (EOFError, OSError):
+            self._lost_server(events, ended)
+
+    def _forked(self, one: _Running, pid: int) -> None:
+        """Give a process its work."""
+        self.lost = 0
+        one.pid = pid
+        if hasattr(os, "pidfd_open"):
+            with suppress(OSError):  # it has ended
+                one.watch = os.pidfd_open(pid)
+        with suppress(OSError):  # it has ended
+            one.pipe.send(sys.path)
+            one.pipe.send(one.work)
+
+    def _lost_server(self, events: list[tuple[str, Event]], ended: dict[str, Outcome]) -> None:
+        """Go on after the server's end: its children are watched, what had not begun is asked of another one."""
+        code = None
+        if self.server is not None:
+            code = self.server.code()
+            self.server.close()
+            self.server = None
+        self.lost += 1
+        how = _lost(code).error.removeprefix("its process ")
+        for stage, one in list(self.running.items()):
+            if one.pid is not None or stage in ended:
+                one.orphan = True
+            elif self.lost > RESTARTS:
+                what = f"the process that starts stages {how}, {self.lost} times in a row"
+                ended[stage] = Outcome(1, error=f"{what}; free memory, lower --jobs, or run the stage by hand")
+            else:
+                events.append((stage, ("warn", f"the process that starts stages {how}; it is started again")))
+                one.release()
+                function, arguments = one.work
+                self.begin(stage, function, *arguments, gpus=one.gpus)
+
+    def _drain(self, stage: str, one: _Running, events: list[tuple[str, Event]]) -> None:
+        """Read every message that has arrived."""
+        try:
+            while not one.closed and one.pipe.poll():
                 message = one.pipe.recv()
                 if isinstance(message, Outcome):
-                    one.outcome = message
+                    one.outcome, one.reported = message, time.monotonic()
                 else:
                     events.append((stage, message))
         except (EOFError, OSError):
-            return True
-        return False
+            one.closed = True
 
     def _forget(self, stage: str) -> None:
         one = self.running.pop(stage)
-        one.pipe.close()
+        one.release()
         self.gpus += one.gpus
 
     def stop(self) -> None:
         """End every running stage: it keeps its last checkpoint, and cleans up."""
         allow(GRACE + 5)
-        for one in self.running.values():
-            one.process.terminate()
-        begin = poked = time.monotonic()
         for stage, one in list(self.running.items()):
-            while one.process.is_alive() and time.monotonic() < begin + GRACE:
-                self._drain(stage, one, [])  # a stage that writes into a full pipe would wait
-                one.process.join(0.05)
-                if time.monotonic() - poked >= POKES:  # a stage may have begun to wait just before SIGTERM
-                    poked = time.monotonic()
-                    for other in self.running.values():
-                        _poke(other.process)
-            if one.process.is_alive():
-                _kill_group(one.process.pid)
-                one.process.join()
+            if one.pid is None:  # it has not begun, and ends when its pipe does
+                self._forget(stage)
+            one.send(signal.SIGTERM)
+        begin = poked = time.monotonic()
+        while (left := [one for one in self.running.values() if one.is_alive()]) and time.monotonic() < begin + GRACE:
+            for one in left:
+                one.discard()  # a stage that writes into a full pipe would wait
+            time.sleep(0.02)
+            if time.monotonic() - poked >= POKES:  # a stage may have begun to wait just before SIGTERM
+                poked = time.monotonic()
+                for one in left:
+                    one.send(POKE)
+        for one in left:
+            _kill_group(one.pid)
+        for stage in list(self.running):
             self._forget(stage)
 
     def close(self) -> None:
-        """Nothing is left to close: the server ends with this process."""
+        """End what runs, and the server, also while it imports."""
         self.stop()
+        if self.server is not None:
+            self.server.close()
+            self.server = None
 
 
 def _lost(code: int | None) -> Outcome:
     """The outcome of a process that ended without a message."""
-    if code is not None and code < 0:
+    if code is None:
+        return Outcome(-1, error="its process was lost, as was the one that had started it: out of memory?")
+    if code < 0:
         name = signal.Signals(-code).name
         likely = ": out of memory?" if name == "SIGKILL" else ""
         return Outcome(code, error=f"its process was ended by {name}{likely}")
     return Outcome(-1, error=f"its process ended with exit code {code} and without a word")
 
 
-def _poke(process: ForkServerProcess) -> None:
-    """Wake the main thread of a stage, so that it hears of a signal that came before."""
-    if process.is_alive() and process.pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, POKE)
-
-
 def _kill_group(pid: int | None) -> None:
     """End a stage and the processes that it has started."""
     if pid is not None:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
 
-def _work(job: Job, pipe: Connection) -> None:
+def work(job: Job, pipe: Connection) -> None:
     """The main function of a stage's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pipeline, which stops its stages
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    follow_parent()
-    pipe.send(execute(job, pipe.send))
-    pipe.close()
+    follow(pipe)
+    outcome = execute(job, pipe.send)
+    with suppress(OSError):  # the pipeline is gone
+        pipe.send(outcome)
 
 
-def follow_parent() -> None:
+def follow(pipe: Connection) -> None:
     """End at once, with all helpers, when the pipeline's process is gone: orphans would hold the locks of outputs.
 
-    The process becomes the leader of a new process group, which its helpers join.
+    The process becomes the leader of a new process group, which its helpers join. The pipeline says nothing after the
+    work, so a pipe that becomes readable has ended.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pipeline, which stops its stages
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.setpgid(0, 0)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+    end = os.dup(pipe.fileno())
 
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
+    def watch() -> None:
+        wait([end])
         _kill_group(os.getpid())
 
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

@@ -22,8 +22,9 @@ from gemma2.core.rounding import SAME_AS_START, differ
 
 from .gains import called
 from .labels import FAINT, Label, label_points
+from .point_kinds import HOLLOW, KINDS, is_merge, line_word, marker_of, word_of
 from .textplot import front_text, line_labels, off_chart
-from .values import fixed, start_of
+from .values import end_of, fixed, start_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +59,6 @@ RC = {
     "svg.hashsalt": "gemma2",
     "path.simplify": True,
 }
-MARKERS = {"base": "X", "sft": "o", "policy": "o", "slerp": "D", "liti": "s", "line": "o"}
-# The legend, in its order.
-KIND_NAMES = {
-    "base": "before RL", "sft": "start of RL", "policy": "RL policy", "slerp": "SLERP", "liti": "LITI",
-    "line": "start to SLERP, by η",
-}  # fmt: skip
 
 
 def hue(iteration: int | None) -> str:
@@ -187,15 +182,16 @@ def draw_point(axis: Axes, point: Point, small: bool = False) -> None:
         point["reward"],
         xerr=None if small else reach(point, "kl"),
         yerr=None if small else reach(point, "reward"),
-        fmt=MARKERS.get(kind, "o"),
+        ls="none",
+        marker=marker_of(kind),
         ms=size,
         color=colour,
-        mfc=PAPER if kind in ("policy", "line") else colour,
+        mfc=PAPER if kind in HOLLOW else colour,
         mec=colour,
         mew=1.0 if small else 1.5,
         ecolor=colour,
         elinewidth=0.9,
-        zorder=3 if kind in ("line", "policy") else 4,
+        zorder=3 if kind in HOLLOW else 4,
     )[0].set_gid(f"tip:{point_tip(point)}")
 
 
@@ -224,16 +220,19 @@ def draw_legend(figure: Figure, points: Sequence[Point], columns: int) -> None:
     """Draw the legend: every kind of mark that is drawn, the error bars, the colours of the iterations."""
     from matplotlib.lines import Line2D
 
-    kinds = [kind for kind in KIND_NAMES if any(point["kind"] == kind for point in points)]
-    hollow = ("policy", "line")
+    kinds = [k for k in KINDS if k != "trajectory" and any(point["kind"] == k for point in points)]
+    names = {kind: word_of(kind) for kind in kinds}
+    names |= {"line": line_word({end_of(point) for point in points if point["kind"] == "line"})}
     entries = [
-        Line2D([], [], color=MUTED, lw=2.2 if kind == "line" else 0, marker=MARKERS[kind], ms=5.5,
-               mfc=PAPER if kind in hollow else MUTED, mec=MUTED, mew=1.4, label=KIND_NAMES[kind])
+        Line2D([], [], color=MUTED, lw=2.2 if kind == "line" else 0, marker=marker_of(kind), ms=5.5,
+               mfc=PAPER if kind in HOLLOW else MUTED, mec=MUTED, mew=1.4, label=names[kind])
         for kind in kinds
     ]  # fmt: skip
     if any(point["kind"] == "trajectory" for point in points):
         entries.append(
-            Line2D([], [], color=MUTED, lw=0.9, ls=(0, (4, 2)), alpha=0.8, marker=".", ms=5, label="during RL")
+            Line2D(
+                [], [], color=MUTED, lw=0.9, ls=(0, (4, 2)), alpha=0.8, marker=".", ms=5, label=word_of("trajectory")
+            )
         )
     bars = "95 % interval" if any(point.get("reward_low") is not None for point in points) else "standard error"
     entries.append(Line2D([], [], color=MUTED, lw=0, marker="|", ms=10, mew=0.9, label=bars))
@@ -254,7 +253,7 @@ def labels_of(points: Sequence[Point]) -> list[tuple[Point, str, int]]:
     best = max(single, key=lambda point: point["reward"], default=None)
     chosen: list[tuple[Point, str, int]] = []
     for point in points:
-        if point["kind"] in ("base", "sft", "slerp", "liti"):
+        if point["kind"] in ("base", "sft") or is_merge(point["kind"]):
             chosen.append((point, called(point), 0))
         elif point is best:
             chosen.append((point, called(point), 1))

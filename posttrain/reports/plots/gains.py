@@ -6,13 +6,24 @@ A gain is called one only if its 95 % interval does not hold 0; else no gain cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gemma2.core.json_files import JsonMapping
 
-from .values import label_of, rounded
+from .point_kinds import is_merged
+from .values import fixed, label_of, rounded, start_of
 
-__all__ = ["GAINS_NOTE", "called", "gain_of", "gain_sentences", "is_certain", "merges_sentence", "scale_of"]
+__all__ = [
+    "CHOICE_NOTE",
+    "GAINS_NOTE",
+    "bounds_of",
+    "called",
+    "gain_of",
+    "gain_sentences",
+    "is_certain",
+    "merges_sentence",
+    "scale_of",
+]
 
 SINGLE = "reward_over_single"
 GAINS_NOTE = (
@@ -24,6 +35,38 @@ GAINS_NOTE = (
 def called(point: JsonMapping) -> str:
     """The label of a point, also of a front that was written without labels."""
     return str(point.get("label") or label_of(point))
+
+
+CHOICE_NOTE = (
+    "The best of several noisy points is partly the luckiest, so its reward is too high on average. The reward on "
+    "other prompts is corrected for that: in each of many resamples of the prompts the point is chosen anew, and "
+    "measured on the prompts that the resample left out."
+)
+
+
+def bounds_of(front: JsonMapping, points: Sequence[JsonMapping]) -> str:
+    """The reference point of a front's area in words, with where it is from; "" if it is not recorded.
+
+    front: the content of front.json. points: its points.
+    """
+    ends = front.get("reference")
+    ends = ends if isinstance(ends, Mapping) else {}
+    kl, reward = ends.get("kl"), ends.get("reward")
+    if not (isinstance(kl, int | float) and isinstance(reward, int | float)):
+        return ""
+    source, start = front.get("reference_from"), start_of(points)
+    farthest = next((point for point in points if point["name"] == front.get("reference_point")), None)
+    if source in ("--reference", "--fronts"):
+        of = "the reference point of the earlier fronts" if source == "--fronts" else "as --reference says"
+        return f"KL {fixed(kl, 2)} and reward {fixed(reward, 2)} ({of})"
+    if farthest is None:
+        return f"KL {fixed(kl, 2)} and reward {fixed(reward, 2)}"
+    if farthest["kind"] == "sft":
+        return f"KL {fixed(kl, 2)} and reward {fixed(reward, 2)}: no point has more reward than {start}"
+    return (
+        f"KL {fixed(kl, 2)} (of {called(farthest)}, the farthest point with more reward than {start}) "
+        f"and reward {fixed(reward, 2)} (of {start})"
+    )
 
 
 def scale_of(metric: str) -> float:
@@ -80,11 +123,7 @@ def _losses(point: JsonMapping) -> Iterator[str]:
 
 def merges_sentence(points: Sequence[JsonMapping]) -> str | None:
     """How many merged points have more, and how many less reward than single runs at no more KL; None without any."""
-    merged = [
-        point
-        for point in points
-        if point["kind"] in ("slerp", "liti", "line") and is_certain(point, SINGLE) is not None
-    ]
+    merged = [point for point in points if is_merged(point["kind"]) and is_certain(point, SINGLE) is not None]
     merged = list({called(point): point for point in merged}.values())  # the end of a line is the SLERP
     if not merged:
         return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from textwrap import wrap
 
 from gemma2.core.json_files import JsonMapping
 
-from .values import fixed, label_of, start_of, title_of
+from .point_kinds import glyph_of, is_merge, line_word, word_of
+from .values import end_of, fixed, label_of, start_of, title_of
 
 __all__ = ["front_text", "line_labels", "off_chart"]
 
@@ -16,8 +18,11 @@ Point = JsonMapping
 
 # Bit of each dot of a braille cell, by (row, column): U+2800 + bits.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "■", "line": "•"}
-BARRED = ("base", "sft", "slerp", "liti")  # kinds whose intervals are drawn; the others would cover each other
+
+
+def is_barred(point: Point) -> bool:
+    """Whether the interval of a point is drawn: of base, SFT and merges; those of the others would cover each other."""
+    return point["kind"] in ("base", "sft") or is_merge(point["kind"])
 
 
 def ends_of(point: Point) -> tuple[float | None, float | None]:
@@ -31,7 +36,7 @@ class Canvas:
     def __init__(self, width: int, height: int, points: Sequence[Point]) -> None:
         self.width, self.height = width, height
         self.x = padded([point["kl"] for point in points])
-        bars = [end for point in points if point["kind"] in BARRED for end in ends_of(point) if end is not None]
+        bars = [end for point in points if is_barred(point) for end in ends_of(point) if end is not None]
         self.y = padded([*(point["reward"] for point in points), *bars])
         self.dots = [[0] * width for _ in range(height)]
         self.glyphs: dict[tuple[int, int], str] = {}
@@ -53,14 +58,14 @@ class Canvas:
 
     def bar(self, point: Point) -> None:
         """Draw the 95 % interval of a point's reward, if it is known, upright through the point."""
-        if point["kind"] in BARRED and None not in ends_of(point):
+        if is_barred(point) and None not in ends_of(point):
             low, high = ends_of(point)
             self.line({**point, "reward": low}, {**point, "reward": high})
 
     def mark(self, point: Point) -> None:
         """Draw the glyph of a policy, over any earlier glyph in its cell."""
         column, row = self.place(point)
-        self.glyphs[round(column), round(row)] = GLYPHS.get(point["kind"], "•")
+        self.glyphs[round(column), round(row)] = glyph_of(point["kind"])
 
     def write(self, point: Point, text: str, over_lines: bool = False) -> None:
         """Write a label next to a point, or a row above or below; leave it out if all these places are taken."""
@@ -106,11 +111,11 @@ def off_chart(points: Sequence[Point]) -> list[Point]:
 
 
 def line_labels(points: Sequence[Point]) -> list[tuple[Point, str]]:
-    """Labels of the eta lines: the etas of the last line, and the iteration at the end of each line without a SLERP
-    point."""
+    """Labels of the eta lines: the etas of the last line, and the iteration at the end of each line without a
+    point of its merge."""
     lines = [point for point in points if point["kind"] == "line"]
     last = max((point.get("iteration") or 0 for point in lines), default=0)
-    merged = {point.get("iteration") for point in points if point["kind"] == "slerp"}
+    merged = {point.get("iteration") for point in points if is_merge(point["kind"]) and point["kind"] != "liti"}
     labels = [(p, f"η {p['eta']:g}") for p in lines if (p.get("iteration") or 0) == last and p["eta"] not in (0, 1)]
     for iteration in dict.fromkeys(point.get("iteration") for point in lines):
         if iteration is not None and iteration not in merged:
@@ -136,20 +141,21 @@ def front_text(points: Sequence[Point], width: int = 76) -> str:
             canvas.line(start, end)
     for point in shown:
         canvas.bar(point)
-    order = ("line", "policy", "liti", "base", "sft", "slerp")
-    for point in sorted(shown, key=lambda point: order.index(point["kind"])):
+    order = ("line", "policy", "liti", "base", "sft")  # then the other merges
+    for point in sorted(shown, key=lambda point: order.index(point["kind"]) if point["kind"] in order else len(order)):
         canvas.mark(point)
     for point in shown:
         if point["kind"] in ("base", "sft"):
             canvas.write(point, title_of(point), over_lines=True)
-        elif point["kind"] in ("slerp", "liti"):
+        elif is_merge(point["kind"]):
             canvas.write(point, label_of(point), over_lines=True)
     for point, text in line_labels(shown):
         canvas.write(point, text.removeprefix("η "), over_lines=not text.startswith("η"))
-    barred = any(p["kind"] in BARRED and None not in ends_of(p) for p in shown)
+    barred = any(is_barred(p) and None not in ends_of(p) for p in shown)
     notes = ["⡇ 95 % interval of the reward"] if barred else []
     notes += [f"off the chart: {title_of(p)}, reward {fixed(p['reward'], 2)} at KL {fixed(p['kl'], 2)}" for p in away]
-    return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in [legend(shown), *notes])])
+    below = [*legend(shown, width - 10), *notes]
+    return "\n".join([*frame(canvas, start_of(measured)), *(f"{'':10}{line}" for line in below)])
 
 
 def frame(canvas: Canvas, start: str) -> list[str]:
@@ -169,8 +175,12 @@ def frame(canvas: Canvas, start: str) -> list[str]:
     return lines
 
 
-def legend(points: Sequence[Point]) -> str:
-    """The meaning of the glyphs without labels."""
-    names = {"policy": "RL policy", "line": "start to SLERP, by η"}
-    found = [f"{GLYPHS[kind]} {name}" for kind, name in names.items() if any(p["kind"] == kind for p in points)]
-    return "   ".join(found)
+def legend(points: Sequence[Point], width: int) -> list[str]:
+    """The meaning of the glyphs without labels, in lines of at most `width` characters."""
+    kinds = list(dict.fromkeys(point["kind"] for point in points))
+    names = {"policy": word_of("policy"), "line": line_word({end_of(p) for p in points if p["kind"] == "line"})}
+    found = [f"{glyph_of(kind)} {name}" for kind, name in names.items() if kind in kinds]
+    others = [kind for kind in kinds if is_merge(kind) and kind not in ("slerp", "liti")]
+    if others:
+        found.append(f"{glyph_of(others[0])} {', '.join(map(word_of, others))}")
+    return wrap("   ".join(found), width)

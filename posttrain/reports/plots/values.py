@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from gemma2.core.json_files import JsonMapping
 
+from .point_kinds import is_merge, word_of
+
 __all__ = [
     "as_yaml",
     "clipped",
@@ -16,6 +18,7 @@ __all__ = [
     "column_decimals",
     "columns_of",
     "duration",
+    "end_of",
     "fixed",
     "label_of",
     "number",
@@ -139,19 +142,19 @@ def label_of(point: JsonMapping) -> str:
         if not iteration:
             return re.sub(r"\beta (?=[\d.]+$)", "η ", name) or f"η {eta:g}"
         merged = str(point.get("merged") or "slerp")
-        end = label_of({"kind": kind_of_name(merged), "name": merged, "iteration": iteration})
+        end = label_of({"kind": end_of(point), "name": merged, "iteration": iteration})
         return end if eta == 1 else f"{end}, η {eta:g}"
     if not iteration:
         return name
-    if kind in ("slerp", "liti"):
-        return f"{kind.upper()} {iteration}"
+    if is_merge(kind):
+        return f"{word_of(kind)} {iteration}"
     run_number = RUN.search(name)
     return f"RL {iteration}.{run_number[1]}" if run_number else name
 
 
-def kind_of_name(path: str) -> str:
-    """The kind of the end of a line, by the name of its directory in an iteration of WARP."""
-    return "policy" if RUN.search(path) else "slerp"
+def end_of(point: JsonMapping) -> str:
+    """The kind of the merged end of a line; of a front that does not record it, by the name of its directory."""
+    return str(point.get("end") or ("policy" if RUN.search(str(point.get("merged") or "")) else "slerp"))
 
 
 def start_of(points: Iterable[JsonMapping]) -> str:

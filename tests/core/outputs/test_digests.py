@@ -25,6 +25,7 @@ def cache(tmp_path, monkeypatch):
 
     def forget():
         monkeypatch.setattr(digest_cache, "_KNOWN", {})
+        monkeypatch.setattr(digest_cache, "_LINES", {})
         monkeypatch.setattr(digest_cache, "_READ", {})
 
     forget()

@@ -1,6 +1,7 @@
 """Outputs appear complete or not at all: refusals, one rename, one writer, nothing left behind, and the manifest."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -270,3 +271,19 @@ def test_an_unfinished_directory_is_refused_as_an_input(tmp_path, status):
     write_json(tmp_path / "gemma2.json", {"status": status})
     with pytest.raises(InputError, match=r"--model .* is an unfinished output"):
         require_complete(tmp_path, "--model")
+
+
+def test_a_look_at_the_lock_does_not_stop_who_comes_to_write(tmp_path, monkeypatch):
+    path = tmp_path / ".out.lock"
+    looking = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        fcntl.flock(looking, fcntl.LOCK_UN)
+
+    monkeypatch.setattr("gemma2.core.outputs.staging.time.sleep", pause)
+    with locked(tmp_path / "out"):
+        assert pauses
+    os.close(looking)

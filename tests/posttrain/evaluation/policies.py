@@ -3,6 +3,7 @@
 import json
 
 from gemma2.core.outputs.digests import digest_weights
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.tiny.networks import save_random
@@ -63,6 +64,14 @@ def pareto_config(root, iteration=None, **more):
         here = root / f"iteration-{iteration}"
         fields |= {"policies": (here / "policy-1", here / "slerp"), "merged": here / "slerp"}
     return ParetoConfig(**(fields | more))
+
+
+class Said:
+    """A progress that keeps its notes and warnings."""
+
+    def __init__(self):
+        self.notes, self.warnings = [], []
+        self.note, self.warn, self.task = self.notes.append, self.warnings.append, SILENT.task
 
 
 def points_of(front):

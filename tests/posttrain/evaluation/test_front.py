@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from gemma2.posttrain.evaluation.bootstrap import Answers, front_areas, interval, resampled_areas
+from gemma2.posttrain.evaluation.bootstrap import (
+    Answers,
+    chosen_elsewhere,
+    front_areas,
+    interval,
+    resampled_areas,
+)
 from gemma2.posttrain.evaluation.front import best_at, best_table, hypervolume, pareto_front, round_limits
 
 
@@ -133,3 +139,38 @@ def test_a_front_that_is_no_better_is_seldom_called_better_and_one_that_is_alway
     """With percentiles instead of the basic interval, 97 of 100 fronts without a true gain would be called better."""
     assert gains(0.0) <= 0.15
     assert gains(0.5) >= 0.95
+
+
+def test_the_reward_of_the_luckiest_of_equal_points_is_corrected():
+    """40 points of equal true reward: the best of them looks better by two standard errors, elsewhere it is not."""
+    best, corrected = [], []
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        reward = draw.normal(size=(40, 64))
+        answers = Answers(np.ones((40, 64)), reward)
+        best.append(reward.mean(axis=1).max() * 8)  # in standard errors of a mean
+        corrected.append(chosen_elsewhere(answers, [1.0], resamples=300)[0] * 8)
+    assert np.mean(best) > 1.8
+    assert abs(np.mean(corrected)) < 0.6
+
+
+def test_a_point_that_is_always_chosen_keeps_its_reward():
+    reward = np.array([[0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 12.0, 13.0], [50.0] * 4])
+    kl = np.array([[0.0] * 4, [1.0] * 4, [9.0] * 4])
+    elsewhere = chosen_elsewhere(Answers(kl, reward), [0.5, 2.0, 9.0])
+    assert elsewhere == pytest.approx([1.5, 11.5, 50.0], abs=0.1)
+    assert chosen_elsewhere(Answers(kl[1:], reward[1:]), [0.5]) == [None]
+
+
+def test_the_choice_in_a_resample_is_by_its_own_means_and_measured_on_what_it_left_out():
+    """Two prompts: a resample of the first alone chooses the point that is good there, measured on the second."""
+    answers = Answers(np.zeros((2, 2)), np.array([[1.0, -3.0], [-5.0, 2.0]]))
+    # Resamples of one prompt alone, both equally often: the first -> point 0 -> -3; the second -> point 1 -> -5.
+    assert chosen_elsewhere(answers, [0.0], resamples=20_000)[0] == pytest.approx(-4.0, abs=0.05)
+
+
+def test_the_table_says_from_how_many_points_each_was_chosen():
+    rows = best_table(
+        [{"name": str(i), **p} for i, p in enumerate(points((0, 1), (1, 3), (2, 2), (9, 9)))], [0.5, 2, 10]
+    )
+    assert [(row["name"], row["chosen_from"]) for row in rows] == [("0", 1), ("1", 3), ("3", 4)]

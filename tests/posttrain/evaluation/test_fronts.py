@@ -12,6 +12,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.evaluation import pareto
+from gemma2.posttrain.evaluation.areas import Reference
 from gemma2.posttrain.evaluation.candidates import Candidate, Weights, assign_names
 from gemma2.posttrain.evaluation.carried import measured_with
 from gemma2.posttrain.evaluation.evaluate import run_eval
@@ -32,14 +33,16 @@ def entry(name, kind, kl, reward):
     return FrontEntry(candidate, figures, [], {"kl": kl, "reward": reward})
 
 
-def gained(entries, taken, tmp_path, flats=()):
+def gained(entries, taken, tmp_path, flats=(), reference=None):
     fronts = []
     for number, flat in enumerate(flats):
         fronts.append(tmp_path / f"front-{number}")
         fronts[-1].mkdir()
         manifest(fronts[-1], command="pareto", summary={"flat": flat} if flat is not None else {})
     config = pareto_config(tmp_path, fronts=tuple(fronts))
-    front = build_front(entries, [str(e.candidate.models[0].path) for e in entries], tmp_path / "out", config)
+    front = build_front(
+        entries, [str(e.candidate.models[0].path) for e in entries], tmp_path / "out", config, reference
+    )
     return front | gain_of(entries, front, taken, config)
 
 
@@ -69,11 +72,11 @@ def test_a_gain_is_paired_by_prompt(tmp_path):
     level = [0.0, 1.0, 2.0, 3.0]
     entries = [
         entry("sft", "sft", [0.0] * 4, level),
-        entry("far", "policy", [9.0] * 4, level),
         entry("old", "policy", [1.0] * 4, [value + 2 for value in level]),
         entry("new", "policy", [1.0] * 4, [value + 3 for value in level]),
     ]
-    front = gained(entries, [True, True, True, False], tmp_path)
+    bounds = Reference(9.0, entries[0].figures["reward"], "--reference")
+    front = gained(entries, [True, True, False], tmp_path, reference=bounds)
     # From KL 1 to 9 the new point is 1 higher, in every resample.
     assert [front[f"hypervolume_gain{end}"] for end in ("", "_low", "_high")] == pytest.approx([8.0, 8.0, 8.0])
     assert front["hypervolume_high"] - front["hypervolume_low"] > 1
@@ -89,11 +92,11 @@ def test_a_gain_within_the_noise_is_none(tmp_path):
     """Better on two prompts by 3, worse on two by 2.9: the mean gains 0.05, and any other four prompts might not."""
     entries = [
         entry("sft", "sft", [0.0] * 4, [0.0] * 4),
-        entry("far", "policy", [9.0] * 4, [0.0] * 4),
         entry("old", "policy", [1.0] * 4, [4.0] * 4),
         entry("new", "policy", [1.0] * 4, [7.0, 7.0, 1.1, 1.1]),
     ]
-    front = gained(entries, [True, True, True, False], tmp_path)
+    bounds = Reference(9.0, entries[0].figures["reward"], "--reference")
+    front = gained(entries, [True, True, False], tmp_path, reference=bounds)
     assert front["hypervolume_gain"] == pytest.approx(8 * 0.05)
     assert front["hypervolume_gain_low"] == 0
     assert not front["improved"]

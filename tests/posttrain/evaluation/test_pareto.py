@@ -219,7 +219,9 @@ def test_the_screen_shows_the_front_and_the_best_within_each_limit(world, monkey
     out = capsys.readouterr().out
     assert "KL to the SFT policy, nats per sequence" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["KL", "at", "most", "point", "reward", "KL,", "nats"] in rows
+    assert ["KL", "at", "most", "point", "reward", "KL,", "nats", "of", "points", "on", "other", "prompts"] in rows
+    assert "partly the luckiest" in out
+    assert "The hypervolume is bounded by KL" in out
     assert next(row for row in rows if row[:2] == ["0", "SFT"])
     points = by_name(root / "shown")
     for low, value, high in ((points["slerp"][f"reward{end}"] for end in ("_low", "", "_high")),):

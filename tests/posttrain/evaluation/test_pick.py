@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.hashing import digest_file
-from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.manifest import read_manifest, write_manifest
 from gemma2.posttrain.evaluation.evaluate import run_eval
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.evaluation.pick import choose, run_pick
@@ -105,13 +105,20 @@ def test_the_chosen_model_measures_as_its_point_did(iterations, tmp_path):
     assert result.summary["reward"] == max(lines)
 
 
+def rewrite(front, document):
+    """Another content of front.json, with its record in the manifest."""
+    (front / "front.json").write_text(json.dumps(document))
+    own = read_manifest(front)
+    write_manifest(front, {key: own[key] for key in own if key != "files"})
+
+
 def test_a_policy_is_copied_tensor_by_tensor(iterations, tmp_path):
     slerp = iterations / "iteration-1" / "slerp"
     run_pareto(pareto_config(iterations, policies=(slerp,)), RunOptions(tmp_path / "front"))
     document = json.loads((tmp_path / "front" / "front.json").read_text())
     for entry in document["points"]:
         entry["reward"] += 100 * (entry["kind"] == "slerp")
-    (tmp_path / "front" / "front.json").write_text(json.dumps(document))
+    rewrite(tmp_path / "front", document)
     run_pick(PickConfig(front=tmp_path / "front"), RunOptions(tmp_path / "model"))
     assert digest_file(tmp_path / "model" / "tokenizer.json") == digest_file(slerp / "tokenizer.json")
     found, expected = weights(tmp_path / "model"), weights(slerp)

@@ -5,24 +5,15 @@ import shutil
 
 import pytest
 import torch
-from policies import manifest, pareto_config, two_iterations
+from policies import Said, manifest, pareto_config, two_iterations
 from safetensors.torch import load_file, save_file
 
 from gemma2.cli.app import invoke
-from gemma2.core.progress import SILENT
 from gemma2.core.rounding import SAME_AS_START
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.evaluation.pick import run_pick
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import PickConfig
-
-
-class Said:
-    """A progress that keeps its warnings."""
-
-    def __init__(self):
-        self.warnings = []
-        self.warn, self.note, self.task = self.warnings.append, SILENT.note, SILENT.task
 
 
 def moved(source, target, scale):

@@ -184,15 +184,16 @@ def front(run, name, policies, iterations, before=(), compared=()):
     data = [(place, "front.json") for place in before]
     summary = {"points": len(points), "hypervolume": 8.31}
     path = run.stage(name, "pareto", {"n": 1, "seed": 0}, parents, summary, weights=False, data=data)
-    best = [{"limit": limit, **points[-3]} for limit in (2.0, 5.0)]
+    best = [{"limit": limit, **points[-3], "chosen_from": 7, "reward_elsewhere": 0.58} for limit in (2.0, 5.0)]
     area = {
         "hypervolume": 4.0 + iterations,
         "hypervolume_low": 3.81 + iterations,
         "hypervolume_high": 4.19 + iterations,
     }
     gain = {"hypervolume_gain": 0.5, "hypervolume_gain_low": 0.4, "hypervolume_gain_high": 0.6} if before else {}
-    reference = {"kl": 4.7, "reward": -1.1}
-    write_json(path / "front.json", {"points": points, **area, **gain, "reference": reference, "best_at": best})
+    area |= {"reference": {"kl": 4.7, "reward": -1.1}, "reference_from": "points"}
+    area |= {"reference_point": f"iteration-{iterations}/policy-2"}
+    write_json(path / "front.json", {"points": points, **area, **gain, "best_at": best})
     rows = [
         {
             "name": p["name"], "kind": p["kind"], "index": index, "reward": p["reward"], "accuracy": 1.0, "kl": p["kl"],

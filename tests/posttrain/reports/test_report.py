@@ -404,9 +404,12 @@ def test_the_front_with_the_most_points_is_shown_and_the_latest_of_equals(finish
 
 def test_the_best_points_within_kl_limits_and_the_areas_have_intervals(page):
     text = page[0].text
-    assert "KL at most, nats Best point Reward KL, nats 2 SLERP 2, η 0.5" in text
+    columns = "KL at most, nats Best point Chosen from, points Reward Reward on other prompts KL, nats"
+    assert f"{columns} 2 SLERP 2, η 0.5 7 " in text
+    assert "partly the luckiest" in text
     assert (
-        "an area of 6.00 (5.81 to 6.19, 95 % interval) nats × reward, up to KL 4.70 and above a reward of −1.10" in text
+        "an area of 6.00 (5.81 to 6.19, 95 % interval) nats × reward, bounded by KL 4.70 (of RL 2.2, the farthest "
+        "point with more reward than SFT) and reward −1.10 (of SFT)" in text
     )
     assert "iteration 1 5.00 4.81 to 5.19 – iteration 2 6.00 5.81 to 6.19 0.50 0.40 to 0.60" in text
 

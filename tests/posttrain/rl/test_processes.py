@@ -22,6 +22,7 @@ from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rl.rlhf import local_rows
 from gemma2.posttrain.rl.rollout import Rollout
+from gemma2.posttrain.runs.live import ask_to_end
 from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
@@ -178,3 +179,15 @@ def test_an_error_of_the_whole_job_is_said_once_and_leaves_nothing(job):
     assert err.count("'trainer.top_p' has no effect here") == 2  # each rank says what it has found
     assert err.count("error: ") == 1
     assert not list(job.glob("*broken*"))
+
+
+@pytest.mark.slow
+def test_an_alert_ends_every_process_at_the_same_step(job):
+    process = torchrun(job, "alerted", "--steps", "2000")
+    partial = job / ".alerted.partial"
+    wait_for(lambda: (partial / "checkpoints/checkpoint-2/complete.json").exists() or process.poll() is not None)
+    ask_to_end(partial, "kl 21.3 > 20")
+    code, _, err = finish(process)
+    assert code != 0
+    assert err.count("error: step ") == 1 and err.count("ended by an alert: kl 21.3 > 20") == 1
+    assert not (partial / ".alert.json").exists()

@@ -263,6 +263,7 @@ cases(
     "WarpConfig", probes.warp, {**rewarded, "steps": (9,)}, **training, report_to=("tensorboard",), sft="other",
     prompts="other", heldout="other", policies=3, iterations=3, steps=(8,), eta=0.7, etas=(0.0, 0.7),
     vary=("beta=0.1:0.2",), patience=2, judge_fn=probes.SHORT, compare=("c",), eval_n=3, eval_limit=9, pick="eta=0.5",
+    reference=(9.0, 0.5),
     cpus=3, reward=("a",), reward_fn=(probes.SHORT,), reward_weights=(2.0,), reward_clip=3.0, length_penalty=0.25,
     missing_eos_penalty=2.0, engine="vllm", prompts_per_step=8, n=3, beta=0.5, anchor="sft", mu=0.5,
     anchor_memory="cpu", temperature=0.5, max_new_tokens=7, micro_batch_size=16, eval_every=7, eval_prompts=7,

@@ -7,7 +7,8 @@ import torch
 from lines import STEPS, Bars, Line, fit, metrics_of, opened, rows
 from trl import SFTConfig
 
-from gemma2.core.errors import GuardStop, UsageError
+from gemma2.core.errors import AlertStop, GuardStop, UsageError
+from gemma2.posttrain.runs.live import ask_to_end, read_live
 from gemma2.posttrain.training.trainer import is_complete, latest_checkpoint, mark_complete, trainer_arguments
 
 # --- trainer options --------------------------------------------------------------------------------------------------
@@ -184,3 +185,59 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_before_a_save
         fit(config, run, data=broken, model=model)
     assert torch.equal(model.w.detach(), torch.zeros(3)), "nothing was updated"
     assert not (tmp_path / ".out.partial").exists(), "nothing was saved"
+
+
+# --- a watcher --------------------------------------------------------------------------------------------------------
+
+
+class Asking(Bars):
+    """A watcher that wants the run to end once `at` steps have passed."""
+
+    def __init__(self, partial, at):
+        super().__init__()
+        self.partial, self.at = partial, at
+
+    def advance(self, amount=1, **fields):
+        super().advance(amount, **fields)
+        if self.done == self.at:
+            ask_to_end(self.partial, "kl 21.3 > 20")
+
+
+def test_an_alert_ends_the_run_before_its_next_step_and_a_resume_ends_with_the_same_bytes(tmp_path, whole):
+    partial = tmp_path / ".out.partial"
+    stopped = pytest.raises(AlertStop, match=r"step 4 of a line: ended by an alert: kl 21\.3 > 20; --resume continues")
+    with stopped as caught, opened(tmp_path) as (config, run):
+        fit(config, run, Asking(partial, 3))
+    assert caught.value.exit_code == 4
+    assert [line["step"] for line in metrics_of(run)] == [1, 2, 3]
+    assert (read_live(partial)["step"], read_live(partial)["exit_code"]) == (3, 4)
+    assert not (partial / ".alert.json").exists()
+    with opened(tmp_path, resume=True) as (config, run):
+        assert read_live(partial) == {}
+        weights = fit(config, run)
+        assert metrics_of(run) == whole[1]
+        run.finish({})
+    assert torch.equal(weights, whole[0])
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_alert_that_nobody_heard_does_not_end_the_resumed_run(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as (config, run):
+        fit(config, run, Bars(5))
+    ask_to_end(tmp_path / ".out.partial", "of the run before")
+    with opened(tmp_path, resume=True) as (config, run):
+        assert torch.equal(fit(config, run), whole[0])
+
+
+def test_an_alert_of_another_run_is_not_heard(tmp_path, whole):
+    (tmp_path / ".other.partial").mkdir()
+    with opened(tmp_path) as (config, run):
+        assert torch.equal(fit(config, run, Asking(tmp_path / ".other.partial", 2)), whole[0])
+
+
+def test_the_record_follows_the_steps(tmp_path):
+    with opened(tmp_path) as (config, run):
+        fit(config, run)
+        found = read_live(run.path)
+    assert (found["label"], found["step"], found["steps"], found["error"]) == ("a line", STEPS, STEPS, None)
+    assert found["times"][0][1] == 0 and found["times"][-1][1] == STEPS

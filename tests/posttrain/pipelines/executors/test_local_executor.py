@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from processes import MAIN, finish, start
+from processes import MAIN, alive, children_of, finish, start, wait_until_gone
 from waiting import wait_for
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
-from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, _Running, visible_gpus
+from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, visible_gpus
 
 pytestmark = pytest.mark.long
 
@@ -57,6 +57,11 @@ def outcomes(executor: LocalExecutor, count: int) -> dict[str, Outcome]:
     return found
 
 
+def pid_of(executor: LocalExecutor, stage: str = "a") -> int:
+    """The process of a stage that has its work."""
+    return wait_for(lambda: executor.poll(0.05) and executor.running[stage].pid)
+
+
 @pytest.fixture
 def executor():
     made = LocalExecutor(2, gpus=("0", "1", "2"))
@@ -90,7 +95,7 @@ def test_a_bug_is_told_with_its_traceback_and_logged(place, executor):
 def test_a_process_that_is_killed_is_told_by_its_signal(place, executor):
     write_rows(place, 20_000)  # so that it cannot end before it is killed
     executor.start(job(place), None)
-    os.kill(executor.running["a"].process.pid, signal.SIGKILL)
+    os.kill(pid_of(executor), signal.SIGKILL)
     assert outcomes(executor, 1)["a"].error.startswith("its process was ended by SIGKILL")
 
 
@@ -170,27 +175,6 @@ def slow(place):
     process.communicate()
 
 
-def children_of(pid: int) -> set[int]:
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            child = int(path.parent.name)
-            found |= {child, *children_of(child)}
-    return found
-
-
-def alive(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()}
-
-
-def wait_until_gone(pids: set[int]) -> None:
-    wait_for(lambda: not alive(pids))
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_ends_the_stages_and_says_so(place, slow, number, code):
     children = children_of(slow.pid)
@@ -224,9 +208,9 @@ def end(pid: int) -> None:
 
 HELPED = """
 import subprocess, sys, time
-from gemma2.posttrain.pipelines.executors.processes import follow_parent
-def work(file):
-    follow_parent()
+from gemma2.posttrain.pipelines.executors.processes import follow
+def work(file, pipe):
+    follow(pipe)
     helper = subprocess.Popen(["sleep", "3600"])
     open(file, "w").write(str(helper.pid))
     time.sleep(3600)
@@ -236,12 +220,15 @@ def work(file):
 def test_a_helper_of_a_stage_does_not_outlive_it_either(place):
     (place / "helped.py").write_text(HELPED)
     script = """
-import multiprocessing, sys
+import sys
+from gemma2.posttrain.pipelines.executors.processes import LocalExecutor
 sys.path.insert(0, sys.argv[1])
 import helped
-process = multiprocessing.get_context("forkserver").Process(target=helped.work, args=(sys.argv[1] + "/pid",))
-process.start()
-process.join()
+executor = LocalExecutor(1, gpus=())
+executor.prepare(["filter"])
+executor.begin("a", helped.work, sys.argv[1] + "/pid")
+while True:
+    executor.poll(1.0)
 """
     process = start(script, place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: written(place / "pid") or process.poll() is not None)
@@ -317,14 +304,11 @@ def test_a_stage_that_is_killed_takes_its_helpers_along_and_its_end_is_seen(plac
     monkeypatch.syspath_prepend(place)
     from forking import work
 
-    receiver, sender = executor.context.Pipe(duplex=False)
-    process = executor.context.Process(target=work, args=(str(place / "pid"), sender))
-    process.start()
-    sender.close()
-    executor.running["a"] = _Running(process, receiver, ())
+    executor.begin("a", work, str(place / "pid"))
+    process = pid_of(executor)
     helper = int(wait_for(lambda: written(place / "pid")))
     assert alive({helper})
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
     try:
         assert outcomes(executor, 1)["a"].code == -signal.SIGKILL
         wait_until_gone({helper})
@@ -343,7 +327,8 @@ def work(file, job, pipe):
         open(file, "w").close()
         time.sleep(Seconds())
     jobs._run = run
-    processes._work(job, pipe)
+    processes.work(job, pipe)
+    open(file + "-ended", "w").close()
 """
 
 
@@ -352,11 +337,7 @@ def test_a_stage_that_began_to_wait_just_before_it_was_stopped_ends_in_order(pla
     monkeypatch.syspath_prepend(place)
     from deaf import work
 
-    receiver, sender = executor.context.Pipe(duplex=False)
-    process = executor.context.Process(target=work, args=(str(place / "here"), job(place), sender))
-    process.start()
-    sender.close()
-    executor.running["a"] = _Running(process, receiver, ())
-    wait_for(lambda: (place / "here").exists())
+    executor.begin("a", work, str(place / "here"), job(place))
+    wait_for(lambda: executor.poll(0.05) and (place / "here").exists())
     executor.stop()
-    assert process.exitcode == 0, "it was killed"
+    assert (place / "here-ended").exists(), "it was killed"
