@@ -27,7 +27,8 @@ from gemma2.core.progress import SILENT, Progress
 
 __all__ = ["FileRead", "read_files", "store_model", "weights_of"]
 
-PIECE = 8 << 20  # bytes read at a time; a piece ahead is on its way
+PIECE = 1 << 20  # bytes read at a time: they stay in the processor's cache until they are hashed
+WINDOW = 8 << 20  # bytes that are asked of the disk, and dropped, at once; two windows are on their way
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
 
 Advance = Callable[[int], None]
@@ -121,17 +122,16 @@ def _read_file(path: Path, threads: int, advance: Advance) -> FileRead:
             whole, size = hasher(threads), 0
             buffer = memoryview(bytearray(min(PIECE, stamp[1] + 1)))
             kept = bytearray()  # of a file with settings
-            pages.ahead(0)
+            pages.at(0)
             while got := file.readinto(buffer):
-                pages.ahead(size + got)
                 piece = buffer[:got]
                 whole.update(piece)
                 if tensors is not None:
                     tensors.update(size, piece)
                 if path.name in CONFIGS:
                     kept += piece
-                pages.done(size, got)
                 size += got
+                pages.at(size)
                 advance(got)
     except OSError as error:
         return _unreadable(error)
@@ -180,13 +180,14 @@ class _TensorDigests:
 
 
 class _Pages:
-    """The pages of an open file in the page cache."""
+    """The pages of an open file in the page cache, in windows."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.descriptor, self.size = descriptor, size
         self.advise = getattr(os, "posix_fadvise", None)
+        self.asked = self.dropped = 0
         if self.advise is not None:
-            self.before = {start for start in range(0, size, PIECE) if self._holds(start)}
+            self.before = {start for start in range(0, size, WINDOW) if self._holds(start)}
             self.advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _holds(self, position: int) -> bool:
@@ -199,15 +200,18 @@ class _Pages:
         except OSError:
             return False
 
-    def ahead(self, position: int) -> None:
-        """Have the piece from a position on read while the one before it is hashed."""
-        if self.advise is not None and position < self.size:
-            self.advise(self.descriptor, position, PIECE, os.POSIX_FADV_WILLNEED)
-
-    def done(self, position: int, count: int) -> None:
-        """Drop a piece that was read, unless it was there before."""
-        if self.advise is not None and position // PIECE * PIECE not in self.before:
-            self.advise(self.descriptor, position, count, os.POSIX_FADV_DONTNEED)
+    def at(self, position: int) -> None:
+        """Ask for what is read next, and drop the windows before a position, unless they were there at the start."""
+        if self.advise is None:
+            return
+        while self.asked < min(self.size, position + 2 * WINDOW):
+            self.advise(self.descriptor, self.asked, WINDOW, os.POSIX_FADV_WILLNEED)
+            self.asked += WINDOW
+        end = position >= self.size
+        while self.dropped + WINDOW <= position or (end and self.dropped < self.size):
+            if self.dropped not in self.before:
+                self.advise(self.descriptor, self.dropped, WINDOW, os.POSIX_FADV_DONTNEED)
+            self.dropped += WINDOW
 
 
 # --- what the reads say of models -------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_remarks_are_notes(place, said):
     code, _, err = said("verify", "one")
     assert code == 0
     assert (
-        "1 files that no manifest records: one/mine.txt" in err
+        "1 file that no manifest records: one/mine.txt" in err
         and "1 inputs that are not on the disk: rows.jsonl" in err
     )
 
