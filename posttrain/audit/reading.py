@@ -1,20 +1,24 @@
 """Files read from the disk, once each, several at a time: the digest of the bytes, and those of tensors and settings.
 
-What the page cache holds of a file is dropped before the file is read: rot on the disk is invisible behind it. What it
-did not hold before is dropped afterwards, so that a verify of 100 GB does not push everything else out of memory.
-Each file is read ahead while its last piece is hashed. On systems without posix_fadvise the files are only read.
+The page cache is passed by (O_DIRECT): rot on the disk is invisible behind it, a verify of 100 GB would push everything
+else out of memory, and filling it costs as much time as the digests. While a piece is hashed the next one is read.
+Where a file system has no O_DIRECT, what the cache holds of a file is dropped before it is read, and again afterwards.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -27,8 +31,9 @@ from gemma2.core.progress import SILENT, Progress
 
 __all__ = ["FileRead", "read_files", "store_model", "weights_of"]
 
-PIECE = 1 << 20  # bytes read at a time: they stay in the processor's cache until they are hashed
-WINDOW = 8 << 20  # bytes that are asked of the disk, and dropped, at once; two windows are on their way
+PIECE = 4 << 20  # bytes read at a time
+SMALL = 256 << 10  # a file of fewer bytes is read at once
+BROKEN = "unreadable"  # in the place of a digest of tensors: no model has it
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
 
 Advance = Callable[[int], None]
@@ -40,7 +45,7 @@ class FileRead:
 
     digest    of the bytes; "" if they could not be read
     settings  digest of the settings, of a file that has some (core/outputs/model_identity.py)
-    tensors   name -> line of the digest (core/outputs/digests.py); None if the file holds none that can be read
+    tensors   name -> line of the digest (core/outputs/digests.py); None if they were not asked for, or cannot be read
     problem   why it could not be read
     gone      whether it is not there
     stamp, began  of the file before it was read, and the time in ns
@@ -57,9 +62,14 @@ class FileRead:
 
 
 def read_files(
-    paths: Iterable[Path], threads: int = DEFAULT_THREADS, progress: Progress = SILENT
+    paths: Iterable[Path],
+    threads: int = DEFAULT_THREADS,
+    progress: Progress = SILENT,
+    with_tensors: Collection[Path] = (),
 ) -> dict[Path, FileRead]:
     """Read files from the disk and digest them. A file that cannot be read has a problem; one that is gone too.
+
+    with_tensors  those of the files whose tensors are digested as well, which takes as long again
 
     The digests are stored for later commands (core/outputs/digest_cache.py).
     """
@@ -80,10 +90,11 @@ def read_files(
         names.append(path)
     order = sorted(known.values(), key=lambda names: -names[0].stat().st_size)
     inside = max(1, threads // max(1, len(order)))  # threads that hash one file
-    stop = threading.Event()
+    wanted, stop = {*with_tensors}, threading.Event()
     with progress.task("verify", total, "bytes") as task, ThreadPoolExecutor(max(1, threads)) as pool:
         advance = partial(_advance, task.advance, stop)
-        jobs = {pool.submit(_read_file, names[0], inside, advance): names for names in order}
+        inner = {names[0] for names in order if not wanted.isdisjoint(names)}
+        jobs = {pool.submit(_read_file, names[0], inside, advance, names[0] in inner): names for names in order}
         try:
             for job in as_completed(jobs):
                 read = job.result()
@@ -111,28 +122,23 @@ def _advance(advance: Callable[[float], None], stop: threading.Event, count: int
     advance(count)
 
 
-def _read_file(path: Path, threads: int, advance: Advance) -> FileRead:
+def _read_file(path: Path, threads: int, advance: Advance, with_tensors: bool) -> FileRead:
     began = time.time_ns()
     try:
         stamp = stamp_of(path)
-        with path.open("rb", buffering=0) as file:
-            pages = _Pages(file.fileno(), stamp[1])
-            held = _tensors_of(path) if path.suffix == ".safetensors" else None
-            tensors = None if held is None else _TensorDigests(held, threads)
-            whole, size = hasher(threads), 0
-            buffer = memoryview(bytearray(min(PIECE, stamp[1] + 1)))
-            kept = bytearray()  # of a file with settings
-            pages.at(0)
-            while got := file.readinto(buffer):
-                piece = buffer[:got]
+        held = _tensors_of(path) if with_tensors else None
+        tensors = None if held is None else _TensorDigests(held, threads)
+        whole, size = hasher(threads), 0
+        kept = bytearray()  # of a file with settings
+        with closing(_pieces(path, stamp[1])) as pieces:
+            for piece in pieces:
                 whole.update(piece)
                 if tensors is not None:
                     tensors.update(size, piece)
                 if path.name in CONFIGS:
                     kept += piece
-                size += got
-                pages.at(size)
-                advance(got)
+                size += len(piece)
+                advance(len(piece))
     except OSError as error:
         return _unreadable(error)
     settings = digest_of_settings(bytes(kept)) if path.name in CONFIGS else ""
@@ -179,39 +185,68 @@ class _TensorDigests:
         return self.found if self._next == len(self.tensors) else None
 
 
-class _Pages:
-    """The pages of an open file in the page cache, in windows."""
+# --- from the disk ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor, self.size = descriptor, size
-        self.advise = getattr(os, "posix_fadvise", None)
-        self.asked = self.dropped = 0
-        if self.advise is not None:
-            self.before = {start for start in range(0, size, WINDOW) if self._holds(start)}
-            self.advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _holds(self, position: int) -> bool:
-        """Whether the cache holds the page at a position. False where the system cannot say."""
-        flag = getattr(os, "RWF_NOWAIT", None)
-        if flag is None:
-            return False
-        try:
-            return os.preadv(self.descriptor, [bytearray(1)], position, flag) == 1
-        except OSError:
-            return False
-
-    def at(self, position: int) -> None:
-        """Ask for what is read next, and drop the windows before a position, unless they were there at the start."""
-        if self.advise is None:
+def _pieces(path: Path, size: int) -> Generator[memoryview]:
+    """Yield the bytes of a file from the disk; the next piece is read while one is used. A piece is used once."""
+    with ExitStack() as stack:
+        source = _Source(path, stack, direct=size >= SMALL)
+        if size < SMALL:
+            buffer = bytearray(size + 1)
+            while got := source.fill(buffer):
+                yield memoryview(buffer)[:got]
             return
-        while self.asked < min(self.size, position + 2 * WINDOW):
-            self.advise(self.descriptor, self.asked, WINDOW, os.POSIX_FADV_WILLNEED)
-            self.asked += WINDOW
-        end = position >= self.size
-        while self.dropped + WINDOW <= position or (end and self.dropped < self.size):
-            if self.dropped not in self.before:
-                self.advise(self.descriptor, self.dropped, WINDOW, os.POSIX_FADV_DONTNEED)
-            self.dropped += WINDOW
+        reader = stack.enter_context(ThreadPoolExecutor(1))
+        now, other = mmap.mmap(-1, PIECE), mmap.mmap(-1, PIECE)  # aligned, as O_DIRECT wants it
+        ahead = reader.submit(source.fill, now)
+        while got := ahead.result():
+            ahead = reader.submit(source.fill, other)
+            yield memoryview(now)[:got]
+            now, other = other, now
+
+
+class _Source:
+    """An open file, past the page cache where that is possible."""
+
+    def __init__(self, path: Path, stack: ExitStack, direct: bool) -> None:
+        self.path, self.stack = path, stack
+        self.position = 0
+        flag = getattr(os, "O_DIRECT", 0)
+        self.direct = bool(flag) and direct
+        if self.direct:
+            try:
+                self.file = self._open(flag)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        self._without()
+
+    def fill(self, buffer: bytearray | mmap.mmap) -> int:
+        """Read the next bytes into a buffer; returns their number, 0 at the end."""
+        try:
+            got = self.file.readinto(buffer) or 0
+        except OSError as error:
+            if not self.direct or error.errno != errno.EINVAL:
+                raise
+            self._without()  # a file system that takes the flag and not the read, or a piece that ended in a block
+            got = self.file.readinto(buffer) or 0
+        self.position += got
+        return got
+
+    def _open(self, flag: int) -> FileIO:
+        return self.stack.enter_context(FileIO(self.path, opener=lambda name, flags: os.open(name, flags | flag)))
+
+    def _without(self) -> None:
+        """Go on through the page cache, without what it holds of the file, then and at the end."""
+        self.direct = False
+        self.file = self._open(0)
+        self.file.seek(self.position)
+        if hasattr(os, "posix_fadvise"):
+            drop = partial(os.posix_fadvise, self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            drop()
+            self.stack.callback(drop)
 
 
 # --- what the reads say of models -------------------------------------------------------------------------------------
@@ -233,11 +268,11 @@ def weights_of(files: Sequence[Path], read: Mapping[Path, FileRead], index: Path
 
 
 def store_model(directory: Path, files: Sequence[Path], read: Mapping[Path, FileRead], weights: str) -> None:
-    """Store the digest of a model's tensors, found on the disk, over a remembered one."""
+    """Store the digest of a model's tensors, found on the disk, over a remembered one; also that it has none."""
     paths = [*files, *([directory / INDEX] if (directory / INDEX).is_file() else [])]
-    if weights and all(path in read for path in paths):
+    if files and all(path in read and read[path].digest for path in paths):
         began = min(read[path].began for path in paths)
-        store("tensors", paths, [read[path].stamp for path in paths], began, weights)
+        store("tensors", paths, [read[path].stamp for path in paths], began, weights or BROKEN)
 
 
 def _store_file(path: Path, read: FileRead) -> None:

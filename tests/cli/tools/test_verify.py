@@ -97,10 +97,7 @@ def test_remarks_are_notes(place, said):
     (place / "rows.jsonl").unlink()
     code, _, err = said("verify", "one")
     assert code == 0
-    assert (
-        "1 file that no manifest records: one/mine.txt" in err
-        and "1 inputs that are not on the disk: rows.jsonl" in err
-    )
+    assert "1 file that no manifest records: one/mine.txt" in err and "1 input not on the disk: rows.jsonl" in err
 
 
 def test_a_path_without_a_record_is_an_error(place):
