@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +38,12 @@ def verify(
     fix: bool = typer.Option(
         False, "--fix", help="Make again what is damaged, then verify that.", rich_help_panel="Settings"
     ),
-    threads: int = typer.Option(
-        min(8, os.cpu_count() or 1),
+    threads: int | None = typer.Option(
+        None,
         "--threads",
         metavar="INT",
         min=1,
-        help="Files that are read at once [default: cores, at most 8; >=1].",
+        help="Files that are read at once [default 4, with more cores up to 8; >=1].",
         show_default=False,
         rich_help_panel="Settings",
     ),
@@ -61,8 +60,10 @@ def verify(
       gemma2 verify runs/align
       gemma2 verify merged --fix
     """  # fmt: skip
+    from gemma2.posttrain.audit.reading import DEFAULT_THREADS
     from gemma2.posttrain.audit.verification import verify as verify_outputs
 
+    threads = threads or DEFAULT_THREADS
     console = Console(as_json=as_json, quiet=quiet)
     found = verify_outputs(paths, threads=threads, progress=console)
     before = found

@@ -13,9 +13,10 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, closing
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import FileIO
@@ -31,10 +32,11 @@ from gemma2.core.progress import SILENT, Progress
 
 __all__ = ["FileRead", "read_files", "store_model", "weights_of"]
 
-PIECE = 4 << 20  # bytes read at a time
+PIECE = 8 << 20  # bytes read at a time
+AHEAD = 2  # pieces that are on their way while one is hashed
 SMALL = 256 << 10  # a file of fewer bytes is read at once
 BROKEN = "unreadable"  # in the place of a digest of tensors: no model has it
-DEFAULT_THREADS = min(8, os.cpu_count() or 1)
+DEFAULT_THREADS = max(4, min(8, os.cpu_count() or 1))  # files at once: the disk is to be busy while others are hashed
 
 Advance = Callable[[int], None]
 
@@ -189,21 +191,37 @@ class _TensorDigests:
 
 
 def _pieces(path: Path, size: int) -> Generator[memoryview]:
-    """Yield the bytes of a file from the disk; the next piece is read while one is used. A piece is used once."""
+    """Yield the bytes of a file from the disk; the next pieces are read while one is used. A piece is used once."""
     with ExitStack() as stack:
         source = _Source(path, stack, direct=size >= SMALL)
         if size < SMALL:
-            buffer = bytearray(size + 1)
-            while got := source.fill(buffer):
-                yield memoryview(buffer)[:got]
+            yield memoryview(source.read(bytearray(size), 0))
             return
-        reader = stack.enter_context(ThreadPoolExecutor(1))
-        now, other = mmap.mmap(-1, PIECE), mmap.mmap(-1, PIECE)  # aligned, as O_DIRECT wants it
-        ahead = reader.submit(source.fill, now)
-        while got := ahead.result():
-            ahead = reader.submit(source.fill, other)
-            yield memoryview(now)[:got]
-            now, other = other, now
+        free = [_buffer() for _ in range(min(AHEAD, -(-size // PIECE)) + 1)]
+        reader = stack.enter_context(ThreadPoolExecutor(AHEAD))
+        coming: deque[tuple[mmap.mmap, Future[memoryview]]] = deque()
+        for position in range(0, size, PIECE):
+            buffer = free.pop()
+            coming.append((buffer, reader.submit(source.read, buffer, position)))
+            if not free:
+                yield from _first(coming, free)
+        while coming:
+            yield from _first(coming, free)
+
+
+def _buffer() -> mmap.mmap:
+    """Memory for a piece, aligned as O_DIRECT wants it, of large pages: the disk then takes larger requests."""
+    buffer = mmap.mmap(-1, PIECE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def _first(coming: deque[tuple[mmap.mmap, Future[memoryview]]], free: list[mmap.mmap]) -> Iterator[memoryview]:
+    buffer, piece = coming.popleft()
+    yield piece.result()
+    free.append(buffer)
 
 
 class _Source:
@@ -211,42 +229,46 @@ class _Source:
 
     def __init__(self, path: Path, stack: ExitStack, direct: bool) -> None:
         self.path, self.stack = path, stack
-        self.position = 0
+        self.lock = threading.Lock()
+        self.plain: FileIO | None = None
+        self.direct: FileIO | None = None
         flag = getattr(os, "O_DIRECT", 0)
-        self.direct = bool(flag) and direct
-        if self.direct:
+        if flag and direct:
             try:
-                self.file = self._open(flag)
-                return
+                self.direct = self._open(flag)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-        self._without()
+        if self.direct is None:
+            self._through_the_cache()
 
-    def fill(self, buffer: bytearray | mmap.mmap) -> int:
-        """Read the next bytes into a buffer; returns their number, 0 at the end."""
-        try:
-            got = self.file.readinto(buffer) or 0
-        except OSError as error:
-            if not self.direct or error.errno != errno.EINVAL:
-                raise
-            self._without()  # a file system that takes the flag and not the read, or a piece that ended in a block
-            got = self.file.readinto(buffer) or 0
-        self.position += got
-        return got
+    def read(self, buffer: bytearray | mmap.mmap, position: int) -> memoryview:
+        """Read the bytes from a position on into a buffer; returns what there is, at most its length."""
+        view, got = memoryview(buffer), 0
+        if self.direct is not None:
+            try:
+                got = os.preadv(self.direct.fileno(), [view], position)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that takes the flag and not the read
+                    raise
+        # The end of a file, or of what was read at once: what follows may not begin with a block.
+        while got < len(view) and (more := os.preadv(self._through_the_cache().fileno(), [view[got:]], position + got)):
+            got += more
+        return view[:got]
 
     def _open(self, flag: int) -> FileIO:
         return self.stack.enter_context(FileIO(self.path, opener=lambda name, flags: os.open(name, flags | flag)))
 
-    def _without(self) -> None:
-        """Go on through the page cache, without what it holds of the file, then and at the end."""
-        self.direct = False
-        self.file = self._open(0)
-        self.file.seek(self.position)
-        if hasattr(os, "posix_fadvise"):
-            drop = partial(os.posix_fadvise, self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            drop()
-            self.stack.callback(drop)
+    def _through_the_cache(self) -> FileIO:
+        """The file, without what the page cache holds of it, now and at the end."""
+        with self.lock:
+            if self.plain is None:
+                self.plain = self._open(0)
+                if hasattr(os, "posix_fadvise"):
+                    drop = partial(os.posix_fadvise, self.plain.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    drop()
+                    self.stack.callback(drop)
+            return self.plain
 
 
 # --- what the reads say of models -------------------------------------------------------------------------------------
