@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -63,6 +64,14 @@ Why = stage_option(
     help="Show in full what differs from the record of this stage, or what it was made from; repeatable, takes `*`.",
 )
 Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
+Reuse = typer.Option(
+    None,
+    "--reuse",
+    metavar="DIR",
+    help="Link outputs below this folder that were made from the same, in place of making them again; repeatable.",
+    show_default=False,
+    rich_help_panel="Stages",
+)
 jobs_option = partial(
     typer.Option, None, "--jobs", "-j", metavar="INT", min=1, show_default=False, rich_help_panel="Settings"
 )
@@ -190,6 +199,7 @@ def run(
     from_: list[str] | None = From,
     only: list[str] | None = Only,
     force: list[str] | None = Again,
+    reuse: list[Path] | None = Reuse,
     keep_going: bool = typer.Option(
         False,
         "--keep-going",
@@ -209,12 +219,20 @@ def run(
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
     from gemma2.posttrain.pipelines.run import check_executor, executor_of, run_pipeline
+    from gemma2.posttrain.pipelines.shelf import Shelf
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
+    for folder in reuse or ():
+        if not folder.is_dir():
+            raise InputError(
+                f"--reuse {folder} is not a directory", "give the folder of a pipeline, or one with several"
+            )
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
-    choice = choice_of(compiled, from_ or (), only or (), force or (), keep_going)
+    choice = replace(
+        choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=Shelf(tuple(reuse or ()))
+    )
     place = executor_of(executor, jobs or 1, ray_address)
     if dry_run:
         check_executor(compiled, place)
@@ -330,14 +348,14 @@ def graph(
       gemma2 pipeline graph align.yaml --format svg --write align.svg
     """  # fmt: skip
     from gemma2.core.outputs.text_file import write_text
-    from gemma2.posttrain.pipelines.state import read_state
+    from gemma2.posttrain.pipelines.state import recorded_stages
     from gemma2.posttrain.reports.graph.render import Edge, Node, dag_mermaid, dag_svg, dag_text
 
     console = Console(as_json=as_json, quiet=quiet)
     if as_json and (write is not None or form != "text"):
         raise UsageError("--json has its own format and goes to stdout", "drop --format and --write, or drop --json")
     compiled = open_pipeline(file, out or (None if Path(file).is_dir() else Path("out")), set_)
-    recorded = (read_state(compiled.root) or {}).get("stages", {})
+    recorded = recorded_stages(compiled.root)
     if as_json:
         console.json({name: {"command": one.command, "needs": one.needs} for name, one in compiled.stages.items()})
         return

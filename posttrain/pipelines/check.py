@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.sizes import sizes_apart
@@ -28,11 +28,11 @@ from gemma2.posttrain.schemas.config import Config
 from .compile import Pipeline, Stage
 from .decision import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
 from .expected_outputs import promised_by
-from .state import read_state
+from .state import recorded_stages
 
 __all__ = ["Checked", "PipelinePlan", "check_pipeline", "look_at_pipeline"]
 
-IDLE = ("skip", "not needed", "left out")  # actions that start nothing
+IDLE = ("skip", "reuse", "not needed", "left out")  # actions that start nothing
 ALL = Choice()
 MOST_NAMED = 5
 
@@ -112,6 +112,11 @@ class PipelinePlan:
         """The stages that are chosen and not complete."""
         return [one for one in self.stages.values() if one.runs]
 
+    @property
+    def is_done(self) -> bool:
+        """Whether a run would find nothing to do."""
+        return not any(one.runs or one.action == "reuse" for one in self.stages.values())
+
     def kept_with_other_versions(self) -> list[str]:
         """A line about the outputs that are kept although other versions made them; none without such an output."""
         kept = [one for one in self.stages.values() if one.action == "skip" and one.other_versions]
@@ -154,10 +159,11 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
     promised: dict[Path, Promise] = {}
     sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
     checks = CommandChecks(sources)
-    status = outside(pipeline, choice, _recorded(pipeline))
+    status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
+    reused: dict[str, Path] = {}
     for stage in pipeline.stages.values():
-        ahead = prospect(stage, pipeline, status)
+        ahead = prospect(stage, pipeline, status, reused)
         with stage.located():
             if ahead.needed is not False and choice.within is not None and stage.name in choice.within:
                 _check_taken(stage, status)
@@ -174,31 +180,25 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
                     checks.contents(config, models)
                 work = estimate(config, sources)
         status[stage.name] = status_after(decision)
+        reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, work, _hash(decision))
     return PipelinePlan(found, free_disk(pipeline.root))
 
 
 def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Checked]:
     """Say what a run would do, and never refuse: a stage that cannot be decided is "unknown", and why."""
-    try:
-        status = outside(pipeline, choice, _recorded(pipeline))
-    except Gemma2Error:  # the state cannot be read: it decides nothing but what was not needed
-        status = outside(pipeline, choice, {})
+    status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
+    reused: dict[str, Path] = {}
     for stage in pipeline.stages.values():
         try:
-            decision = decide(prospect(stage, pipeline, status), pipeline, choice, status)
+            decision = decide(prospect(stage, pipeline, status, reused), pipeline, choice, status)
         except (Gemma2Error, OSError) as error:
             decision = Decision(stage, "unknown", notes=(str(error),), needed=None)
         status[stage.name] = status_after(decision)
+        reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, hash=_hash(decision))
     return found
-
-
-def _recorded(pipeline: Pipeline) -> Mapping[str, JsonMapping]:
-    """What an earlier run recorded of every stage."""
-    stages: Mapping[str, JsonMapping] = (read_state(pipeline.root) or {}).get("stages", {})
-    return stages
 
 
 def _hash(decision: Decision) -> str | None:

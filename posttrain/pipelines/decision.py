@@ -4,6 +4,7 @@
     run         there is nothing of it yet
     continue    an interrupted run of the same goes on
     again       its output is of something else, or damaged: it is replaced when the new one is done
+    reuse       an output elsewhere was made from the same: it is linked (shelf.py)
     perhaps     it depends on what stages before it will make
     not needed  its `when` does not hold, or an input is of a stage that is not needed
     left out    not chosen, and not complete
@@ -31,6 +32,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage
 from .references import condition_holds, filled, lookup, references, replaced, texts
+from .shelf import NO_SHELF, Shelf
 
 __all__ = [
     "DONE",
@@ -50,6 +52,7 @@ COMPLETE, NOT_NEEDED, LEFT_OUT = "complete", "not needed", "left out"
 WILL_RUN, UNDECIDED = "will run", "undecided"
 DONE = (COMPLETE, NOT_NEEDED)
 
+EMPTY: Mapping[str, Path] = {}
 GOES_ON_IF = "an interrupted run goes on if its inputs come out the same"
 ACTIONS = {"complete": "skip", "interrupted": "continue", "changed": "again", "missing": "run"}
 
@@ -61,11 +64,13 @@ class Choice:
     within      the others must be complete, whatever they were made from; None is all
     force       made again though they are current
     keep_going  after a failure go on with what does not need the failed stage
+    shelf       outputs of other pipelines that may stand for a stage
     """
 
     within: frozenset[str] | None = None
     force: frozenset[str] = frozenset()
     keep_going: bool = False
+    shelf: Shelf = NO_SHELF
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ class Prospect:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a stage, the differences that are the reason, and what is worth knowing."""
+    """What becomes of a stage, the differences that are the reason, and what is worth knowing.
+
+    source  the output elsewhere that stands for its own
+    """
 
     stage: Stage
     action: str
@@ -97,6 +105,7 @@ class Decision:
     config: Config | None = None
     state: OutputState | None = None
     needed: bool | None = True
+    source: Path | None = None
 
 
 def outside(pipeline: Pipeline, choice: Choice, recorded: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
@@ -112,8 +121,13 @@ def outside(pipeline: Pipeline, choice: Choice, recorded: Mapping[str, Mapping[s
     return {name: status(stage) for name, stage in pipeline.stages.items() if name not in choice.within}
 
 
-def prospect(stage: Stage, pipeline: Pipeline, status: Mapping[str, str]) -> Prospect:
-    """Return a stage with its options as far as they are known. `status`: of the stages that it needs.
+def prospect(
+    stage: Stage, pipeline: Pipeline, status: Mapping[str, str], sources: Mapping[str, Path] = EMPTY
+) -> Prospect:
+    """Return a stage with its options as far as they are known.
+
+    status   of the stages that it needs
+    sources  of stages that are planned to be reused: where their outputs are now
 
     Raises UsageError for a condition, a reference or an option that is wrong.
     """
@@ -122,7 +136,7 @@ def prospect(stage: Stage, pipeline: Pipeline, status: Mapping[str, str]) -> Pro
         name, _, key = reference.partition(".summary.")
         if status.get(name) != COMPLETE:
             return None
-        summary = (read_manifest(pipeline.stages[name].out) or {}).get("summary", {})
+        summary = (read_manifest(sources.get(name, pipeline.stages[name].out)) or {}).get("summary", {})
         return lookup(summary, key.split("."), reference)
 
     needed: bool | None = True
@@ -143,7 +157,8 @@ def prospect(stage: Stage, pipeline: Pipeline, status: Mapping[str, str]) -> Pro
         needed = None
     open_stages = [pipeline.root / name for name in stage.needs if status.get(name) not in DONE]
     unknown = frozenset(key for key, one in options.items() if _waits(one, open_stages))
-    known = {key: filled(one) for key, one in options.items() if not _waits(one, ())}
+    moved = {str(pipeline.root / name): str(path) for name, path in sources.items() if name in stage.needs}
+    known = {key: _moved(filled(one), moved) for key, one in options.items() if not _waits(one, ())}
     return Prospect(stage, known, _configured(stage, known, options.keys() - known.keys()), unknown, needed)
 
 
@@ -181,6 +196,17 @@ def _waits(value: object, folders: Sequence[Path]) -> bool:
     return any(_is_inside(text, folders) or bool(references(text)) for _, text in texts(value))
 
 
+def _moved(value: object, places: Mapping[str, str]) -> object:
+    """A nested value with paths in these folders replaced by those in others."""
+    if isinstance(value, str):
+        inside = (folder for folder in places if Path(value).is_relative_to(folder))
+        folder = next(inside, None) if places else None
+        return value if folder is None else str(Path(places[folder]) / Path(value).relative_to(folder))
+    if isinstance(value, list):
+        return [_moved(item, places) for item in value]
+    return {key: _moved(item, places) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _configured(stage: Stage, known: JsonObject, deferred: Collection[str]) -> Config | None:
     """Return the configuration; None if a required option comes from the result of another stage."""
     try:
@@ -212,8 +238,13 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
     config = located(found.config, [one.out for one in pipeline.stages.values()])
     state = output_state(stage.command, config, stage.out, found.unknown)
     action, why, notes = ACTIONS[state.state], state.why, state.notes
+    source = None
     if stage.name in choice.force:
         action, why, notes = "again", (Change("--force"),), ()
+    elif action != "skip" and not found.unknown and found.needed:
+        source = choice.shelf.output_for(stage.command, config, stage.out)
+        if source is not None:
+            action, notes = "reuse", (f"from {source}",)
     elif found.unknown:
         if action == "continue":
             notes = (*notes, GOES_ON_IF)
@@ -221,7 +252,7 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
         notes = (*notes, *_after(waits))
     if found.needed is None:
         action = "perhaps"
-    return Decision(stage, action, why, notes, found.options, config, state, found.needed)
+    return Decision(stage, action, why, notes, found.options, config, state, found.needed, source)
 
 
 def _after(waits: Sequence[str]) -> tuple[str, ...]:
@@ -230,7 +261,7 @@ def _after(waits: Sequence[str]) -> tuple[str, ...]:
 
 def status_after(decision: Decision) -> str:
     """Return the status by which a plan goes on: what will be skipped is complete, what will run is not."""
-    known = {"skip": COMPLETE, "not needed": NOT_NEEDED, "left out": LEFT_OUT}
+    known = {"skip": COMPLETE, "reuse": COMPLETE, "not needed": NOT_NEEDED, "left out": LEFT_OUT}
     if decision.action in known:
         return known[decision.action]
     # A stage that may turn out not to be needed may take those which name it along.

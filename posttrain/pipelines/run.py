@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
-from gemma2.core.outputs.manifest import MANIFEST, now, read_manifest, versions
+from gemma2.core.outputs.manifest import MANIFEST, SCHEMA_VERSION, Manifest, now, read_manifest, versions
 from gemma2.core.outputs.staging import check_output, locked
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.schemas.config import to_yaml
@@ -27,7 +27,7 @@ from .compile import Pipeline, Stage
 from .decision import Choice
 from .executors.processes import LocalExecutor
 from .scheduler import Executor, Observer, Scheduler
-from .state import STATE_FILE, is_running, read_state
+from .state import STATE_FILE, is_running, read_state, recorded_stages
 
 __all__ = [
     "FILE",
@@ -93,9 +93,13 @@ def run_pipeline(
         raise InputError(f"{root}: {what}", hint)
     with locked(root):
         started = now()
-        recorded = read_manifest(root)
-        if not plan.to_run and recorded is not None and recorded.get("config") == recorded_file(pipeline):
-            return PipelineResult(dict.fromkeys(pipeline.stages, "complete"), ())
+        recorded = _manifest_of(root)
+        same_file = recorded is not None and recorded.get("config") == recorded_file(pipeline)
+        if plan.is_done and same_file and pipeline.stages.keys() <= recorded_stages(root).keys():
+            for note in plan.kept_with_other_versions():
+                progress.note(note)
+            words = {"skip": "complete", "not needed": "not needed"}
+            return PipelineResult({name: words[one.action] for name, one in plan.stages.items()}, ())
         root.mkdir(exist_ok=True)
         (root / MANIFEST).unlink(missing_ok=True)  # its content is about to change
         _write_file(pipeline)
@@ -141,8 +145,16 @@ def check_place(root: Path) -> None:
     ours = (STATE_FILE, MANIFEST, FILE)
     if root.exists() and any(root.iterdir()) and not any((root / name).exists() for name in ours):
         raise OutputError(f"--out {root} holds something else", "choose another --out")
-    if (read_manifest(root) or {}).get("command", "pipeline") != "pipeline":
+    if (_manifest_of(root) or {}).get("command", "pipeline") != "pipeline":
         raise OutputError(f"--out {root} is the output of another command", "choose another --out")
+
+
+def _manifest_of(root: Path) -> Manifest | None:
+    """The manifest of a pipeline's folder; None also where it was cut: the run writes it again."""
+    try:
+        return read_manifest(root)
+    except InputError:
+        return None
 
 
 def recorded_file(pipeline: Pipeline) -> JsonObject:
@@ -159,9 +171,9 @@ def _write_file(pipeline: Pipeline) -> None:
 
 
 def _manifest(pipeline: Pipeline, started: str) -> JsonObject:
-    state = (read_state(pipeline.root) or {}).get("stages", {})
+    state = recorded_stages(pipeline.root)
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "command": "pipeline",
         "config": recorded_file(pipeline),
         "parents": [],
@@ -181,17 +193,18 @@ def _manifest(pipeline: Pipeline, started: str) -> JsonObject:
 
 WORDS = {
     **{"skip": "complete", "run": "to run", "again": "changed", "continue": "interrupted", "perhaps": "to be seen"},
+    "reuse": "to run",
     "left out": "to run",
 }
 
 
 def status_rows(pipeline: Pipeline) -> list[JsonObject]:
     """The state of every stage: on disk, and as the last run recorded it. Never refuses."""
+    state, notes = recorded_stages(pipeline.root), []
     try:
-        state = (read_state(pipeline.root) or {}).get("stages", {})
-        notes = []
+        read_state(pipeline.root)
     except InputError as error:
-        state, notes = {}, [str(error)]
+        notes = [error.what]
     alive = is_running(pipeline.root)
     rows = [_status_row(one, state.get(name, {}), alive) for name, one in look_at_pipeline(pipeline).items()]
     return [*rows, *_without_a_stage(pipeline), *({**NO_ROW, "note": note} for note in notes)]

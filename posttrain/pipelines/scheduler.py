@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from gemma2.core.errors import Gemma2Error
+from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, read_manifest
 from gemma2.core.outputs.staging import partial_path
@@ -23,6 +23,7 @@ from gemma2.posttrain.runs.commands import output_hash, spell
 from .compile import Pipeline, Stage, with_method
 from .decision import Choice, Decision, decide, outside, prospect
 from .executors.jobs import Event, Job, Outcome
+from .shelf import take
 from .state import State
 
 __all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed"]
@@ -161,9 +162,28 @@ class Scheduler:
         if found.action == "skip":
             self._settle(stage, "complete", hash=_hash_of(stage))
             return True
+        if found.action == "reuse":
+            return self._reuse(found)
         if failing or not self.executor.has_room(stage.command, stage.resources.gpus):
             return False
         self._start(found)
+        return True
+
+    def _reuse(self, found: Decision) -> bool:
+        """Link an output that stands for the stage."""
+        stage = found.stage
+        assert found.config is not None and found.source is not None
+        self.observer.started(stage, f"reused from {found.source}", "; ".join(map(str, found.why)))
+        started = time.monotonic()
+        try:
+            summary = take(found.source, stage.command, found.config, stage.out).get("summary") or {}
+        except (OSError, Gemma2Error) as error:  # the disk is full, or somebody else writes there
+            line = str(error) if isinstance(error, Gemma2Error) else refusal(error) or str(error)
+            self.outcomes[stage.name] = Outcome(1, error=line)
+            self._settle(stage, "failed", error=line, exit_code=1)
+            return True
+        self._settle(stage, "complete", hash=_hash_of(stage))
+        self.observer.finished(stage, "complete", time.monotonic() - started, summary)
         return True
 
     def _start(self, found: Decision) -> None:

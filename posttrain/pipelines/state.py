@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -23,7 +23,7 @@ from gemma2.core.outputs.manifest import SCHEMA_VERSION
 
 from .compile import Pipeline
 
-__all__ = ["STATE_FILE", "State", "folder_of", "is_running", "read_state"]
+__all__ = ["STATE_FILE", "State", "folder_of", "is_running", "read_state", "recorded_stages"]
 
 STATE_FILE = "pipeline.json"
 
@@ -40,6 +40,18 @@ def read_state(root: Path) -> JsonObject | None:
     if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
         raise InputError(f"{path} is not the state of a pipeline", "remove it: the next run writes it again")
     return found
+
+
+def recorded_stages(root: Path) -> Mapping[str, JsonMapping]:
+    """What earlier runs recorded of every stage; empty where nothing is recorded, or where it cannot be read.
+
+    The next run writes the file again. What is lost with it: times, and which stages were not needed.
+    """
+    try:
+        found: Mapping[str, JsonMapping] = (read_state(root) or {}).get("stages", {})
+    except InputError:
+        return {}
+    return {name: one for name, one in found.items() if isinstance(one, dict)}
 
 
 def folder_of(root: Path) -> Path | None:
@@ -76,7 +88,7 @@ class State:
 
     def __init__(self, pipeline: Pipeline, within: Container[str] | None = None) -> None:
         self.path = pipeline.root / STATE_FILE
-        before = (read_state(pipeline.root) or {"stages": {}})["stages"]
+        before = recorded_stages(pipeline.root)
         self.document: JsonObject = {
             "schema_version": SCHEMA_VERSION,
             "name": pipeline.root.resolve().name,
