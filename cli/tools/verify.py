@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +38,12 @@ def verify(
     fix: bool = typer.Option(
         False, "--fix", help="Make again what is damaged, then verify that.", rich_help_panel="Settings"
     ),
-    threads: int = typer.Option(
-        min(8, os.cpu_count() or 1),
+    threads: int | None = typer.Option(
+        None,
         "--threads",
         metavar="INT",
         min=1,
-        help="Files that are read at once [default: cores, at most 8; >=1].",
+        help="Files that are read at once [default 4, with more cores up to 8; >=1].",
         show_default=False,
         rich_help_panel="Settings",
     ),
@@ -61,8 +60,10 @@ def verify(
       gemma2 verify runs/align
       gemma2 verify merged --fix
     """  # fmt: skip
+    from gemma2.posttrain.audit.reading import DEFAULT_THREADS
     from gemma2.posttrain.audit.verification import verify as verify_outputs
 
+    threads = threads or DEFAULT_THREADS
     console = Console(as_json=as_json, quiet=quiet)
     found = verify_outputs(paths, threads=threads, progress=console)
     before = found
@@ -127,12 +128,12 @@ def _show(found: Verification, before: Verification, remade: Sequence[Remade], c
         console.text("")
     for one in remade:
         console.text(f"{_shown(one.output)}: {_outcome(one)}")
-    for line in _notes(found.remarks, found):
+    for line in _notes(found.remarks):
         console.note(line)
     rate = f", {size(found.bytes / found.seconds)}/s" if found.seconds else ""
     counts = ", ".join(f"{count} {kind}" for kind, count in found.counts().items())
     after = f" after --fix: {counts or 'all right'}" if remade else f" {counts or 'all right'}"
-    outputs = f"{len(found.gathered.outputs)} outputs, {found.files} files, {size(found.bytes)}"
+    outputs = f"{_count(len(found.gathered.outputs), 'output')}, {_count(found.files, 'file')}, {size(found.bytes)}"
     console.text(f"{outputs} in {found.seconds:.1f} s{rate}:{after}")
     for line in _hints(found, bool(remade)):
         console.warn(line)
@@ -174,22 +175,26 @@ def _outcome(one: Remade) -> str:
     return "made again, with the recorded bytes" if one.same else f"made again, with other bytes in {_some(one.other)}"
 
 
-NOTES: Mapping[str, str] = {
-    "not recorded": "files that no manifest records",
-    "without a digest": "files without a digest, which were not compared (a merge with --no-verify)",
-    "input not on disk": "inputs that are not on the disk",
-    "unfinished": "outputs that are not finished",
-    "other record": "outputs of another version, which records inputs in another way: only their files were compared",
+# Kind of a remark -> what is counted, and what is worth knowing of it.
+NOTES: Mapping[str, tuple[str, str]] = {
+    "not recorded": ("file", "that no manifest records"),
+    "without a digest": ("file", "without a digest, not compared (a merge with --no-verify)"),
+    "input not on disk": ("input", "not on the disk"),
+    "unfinished": ("output", "not finished"),
+    "other record": ("output", "of a version that records inputs in another way: only files were compared"),
 }
 
 
-def _notes(remarks: Sequence[Remark], found: Verification) -> Iterator[str]:
-    for kind, text in NOTES.items():
-        places = list(
-            dict.fromkeys(one.output / one.file if one.file else one.output for one in remarks if one.kind == kind)
-        )
+def _notes(remarks: Sequence[Remark]) -> Iterator[str]:
+    for kind, (noun, text) in NOTES.items():
+        found = (one.output / one.file if one.file else one.output for one in remarks if one.kind == kind)
+        places = list(dict.fromkeys(found))
         if places:
-            yield f"{len(places)} {text}: {_some([_shown(place) for place in places])}"
+            yield f"{_count(len(places), noun)} {text}: {_some([_shown(place) for place in places])}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _hints(found: Verification, fixed: bool) -> Iterator[str]:

@@ -1,20 +1,25 @@
 """Files read from the disk, once each, several at a time: the digest of the bytes, and those of tensors and settings.
 
-What the page cache holds of a file is dropped before the file is read: rot on the disk is invisible behind it. What it
-did not hold before is dropped afterwards, so that a verify of 100 GB does not push everything else out of memory.
-Each file is read ahead while its last piece is hashed. On systems without posix_fadvise the files are only read.
+The page cache is passed by (O_DIRECT): rot on the disk is invisible behind it, a verify of 100 GB would push everything
+else out of memory, and filling it costs as much time as the digests. While a piece is hashed the next one is read.
+Where a file system has no O_DIRECT, what the cache holds of a file is dropped before it is read, and again afterwards.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -27,8 +32,11 @@ from gemma2.core.progress import SILENT, Progress
 
 __all__ = ["FileRead", "read_files", "store_model", "weights_of"]
 
-PIECE = 8 << 20  # bytes read at a time; a piece ahead is on its way
-DEFAULT_THREADS = min(8, os.cpu_count() or 1)
+PIECE = 8 << 20  # bytes read at a time
+AHEAD = 2  # pieces that are on their way while one is hashed
+SMALL = 256 << 10  # a file of fewer bytes is read at once
+BROKEN = "unreadable"  # in the place of a digest of tensors: no model has it
+DEFAULT_THREADS = max(4, min(8, os.cpu_count() or 1))  # files at once: the disk is to be busy while others are hashed
 
 Advance = Callable[[int], None]
 
@@ -39,7 +47,7 @@ class FileRead:
 
     digest    of the bytes; "" if they could not be read
     settings  digest of the settings, of a file that has some (core/outputs/model_identity.py)
-    tensors   name -> line of the digest (core/outputs/digests.py); None if the file holds none that can be read
+    tensors   name -> line of the digest (core/outputs/digests.py); None if they were not asked for, or cannot be read
     problem   why it could not be read
     gone      whether it is not there
     stamp, began  of the file before it was read, and the time in ns
@@ -56,9 +64,14 @@ class FileRead:
 
 
 def read_files(
-    paths: Iterable[Path], threads: int = DEFAULT_THREADS, progress: Progress = SILENT
+    paths: Iterable[Path],
+    threads: int = DEFAULT_THREADS,
+    progress: Progress = SILENT,
+    with_tensors: Collection[Path] = (),
 ) -> dict[Path, FileRead]:
     """Read files from the disk and digest them. A file that cannot be read has a problem; one that is gone too.
+
+    with_tensors  those of the files whose tensors are digested as well, which takes as long again
 
     The digests are stored for later commands (core/outputs/digest_cache.py).
     """
@@ -79,10 +92,11 @@ def read_files(
         names.append(path)
     order = sorted(known.values(), key=lambda names: -names[0].stat().st_size)
     inside = max(1, threads // max(1, len(order)))  # threads that hash one file
-    stop = threading.Event()
+    wanted, stop = {*with_tensors}, threading.Event()
     with progress.task("verify", total, "bytes") as task, ThreadPoolExecutor(max(1, threads)) as pool:
         advance = partial(_advance, task.advance, stop)
-        jobs = {pool.submit(_read_file, names[0], inside, advance): names for names in order}
+        inner = {names[0] for names in order if not wanted.isdisjoint(names)}
+        jobs = {pool.submit(_read_file, names[0], inside, advance, names[0] in inner): names for names in order}
         try:
             for job in as_completed(jobs):
                 read = job.result()
@@ -110,29 +124,23 @@ def _advance(advance: Callable[[float], None], stop: threading.Event, count: int
     advance(count)
 
 
-def _read_file(path: Path, threads: int, advance: Advance) -> FileRead:
+def _read_file(path: Path, threads: int, advance: Advance, with_tensors: bool) -> FileRead:
     began = time.time_ns()
     try:
         stamp = stamp_of(path)
-        with path.open("rb", buffering=0) as file:
-            pages = _Pages(file.fileno(), stamp[1])
-            held = _tensors_of(path) if path.suffix == ".safetensors" else None
-            tensors = None if held is None else _TensorDigests(held, threads)
-            whole, size = hasher(threads), 0
-            buffer = memoryview(bytearray(min(PIECE, stamp[1] + 1)))
-            kept = bytearray()  # of a file with settings
-            pages.ahead(0)
-            while got := file.readinto(buffer):
-                pages.ahead(size + got)
-                piece = buffer[:got]
+        held = _tensors_of(path) if with_tensors else None
+        tensors = None if held is None else _TensorDigests(held, threads)
+        whole, size = hasher(threads), 0
+        kept = bytearray()  # of a file with settings
+        with closing(_pieces(path, stamp[1])) as pieces:
+            for piece in pieces:
                 whole.update(piece)
                 if tensors is not None:
                     tensors.update(size, piece)
                 if path.name in CONFIGS:
                     kept += piece
-                pages.done(size, got)
-                size += got
-                advance(got)
+                size += len(piece)
+                advance(len(piece))
     except OSError as error:
         return _unreadable(error)
     settings = digest_of_settings(bytes(kept)) if path.name in CONFIGS else ""
@@ -179,35 +187,88 @@ class _TensorDigests:
         return self.found if self._next == len(self.tensors) else None
 
 
-class _Pages:
-    """The pages of an open file in the page cache."""
+# --- from the disk ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor, self.size = descriptor, size
-        self.advise = getattr(os, "posix_fadvise", None)
-        if self.advise is not None:
-            self.before = {start for start in range(0, size, PIECE) if self._holds(start)}
-            self.advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _holds(self, position: int) -> bool:
-        """Whether the cache holds the page at a position. False where the system cannot say."""
-        flag = getattr(os, "RWF_NOWAIT", None)
-        if flag is None:
-            return False
-        try:
-            return os.preadv(self.descriptor, [bytearray(1)], position, flag) == 1
-        except OSError:
-            return False
+def _pieces(path: Path, size: int) -> Generator[memoryview]:
+    """Yield the bytes of a file from the disk; the next pieces are read while one is used. A piece is used once."""
+    with ExitStack() as stack:
+        source = _Source(path, stack, direct=size >= SMALL)
+        if size < SMALL:
+            yield memoryview(source.read(bytearray(size), 0))
+            return
+        free = [_buffer() for _ in range(min(AHEAD, -(-size // PIECE)) + 1)]
+        reader = stack.enter_context(ThreadPoolExecutor(AHEAD))
+        coming: deque[tuple[mmap.mmap, Future[memoryview]]] = deque()
+        for position in range(0, size, PIECE):
+            buffer = free.pop()
+            coming.append((buffer, reader.submit(source.read, buffer, position)))
+            if not free:
+                yield from _first(coming, free)
+        while coming:
+            yield from _first(coming, free)
 
-    def ahead(self, position: int) -> None:
-        """Have the piece from a position on read while the one before it is hashed."""
-        if self.advise is not None and position < self.size:
-            self.advise(self.descriptor, position, PIECE, os.POSIX_FADV_WILLNEED)
 
-    def done(self, position: int, count: int) -> None:
-        """Drop a piece that was read, unless it was there before."""
-        if self.advise is not None and position // PIECE * PIECE not in self.before:
-            self.advise(self.descriptor, position, count, os.POSIX_FADV_DONTNEED)
+def _buffer() -> mmap.mmap:
+    """Memory for a piece, aligned as O_DIRECT wants it, of large pages: the disk then takes larger requests."""
+    buffer = mmap.mmap(-1, PIECE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def _first(coming: deque[tuple[mmap.mmap, Future[memoryview]]], free: list[mmap.mmap]) -> Iterator[memoryview]:
+    buffer, piece = coming.popleft()
+    yield piece.result()
+    free.append(buffer)
+
+
+class _Source:
+    """An open file, past the page cache where that is possible."""
+
+    def __init__(self, path: Path, stack: ExitStack, direct: bool) -> None:
+        self.path, self.stack = path, stack
+        self.lock = threading.Lock()
+        self.plain: FileIO | None = None
+        self.direct: FileIO | None = None
+        flag = getattr(os, "O_DIRECT", 0)
+        if flag and direct:
+            try:
+                self.direct = self._open(flag)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        if self.direct is None:
+            self._through_the_cache()
+
+    def read(self, buffer: bytearray | mmap.mmap, position: int) -> memoryview:
+        """Read the bytes from a position on into a buffer; returns what there is, at most its length."""
+        view, got = memoryview(buffer), 0
+        if self.direct is not None:
+            try:
+                got = os.preadv(self.direct.fileno(), [view], position)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that takes the flag and not the read
+                    raise
+        # The end of a file, or of what was read at once: what follows may not begin with a block.
+        while got < len(view) and (more := os.preadv(self._through_the_cache().fileno(), [view[got:]], position + got)):
+            got += more
+        return view[:got]
+
+    def _open(self, flag: int) -> FileIO:
+        return self.stack.enter_context(FileIO(self.path, opener=lambda name, flags: os.open(name, flags | flag)))
+
+    def _through_the_cache(self) -> FileIO:
+        """The file, without what the page cache holds of it, now and at the end."""
+        with self.lock:
+            if self.plain is None:
+                self.plain = self._open(0)
+                if hasattr(os, "posix_fadvise"):
+                    drop = partial(os.posix_fadvise, self.plain.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    drop()
+                    self.stack.callback(drop)
+            return self.plain
 
 
 # --- what the reads say of models -------------------------------------------------------------------------------------
@@ -229,11 +290,11 @@ def weights_of(files: Sequence[Path], read: Mapping[Path, FileRead], index: Path
 
 
 def store_model(directory: Path, files: Sequence[Path], read: Mapping[Path, FileRead], weights: str) -> None:
-    """Store the digest of a model's tensors, found on the disk, over a remembered one."""
+    """Store the digest of a model's tensors, found on the disk, over a remembered one; also that it has none."""
     paths = [*files, *([directory / INDEX] if (directory / INDEX).is_file() else [])]
-    if weights and all(path in read for path in paths):
+    if files and all(path in read and read[path].digest for path in paths):
         began = min(read[path].began for path in paths)
-        store("tensors", paths, [read[path].stamp for path in paths], began, weights)
+        store("tensors", paths, [read[path].stamp for path in paths], began, weights or BROKEN)
 
 
 def _store_file(path: Path, read: FileRead) -> None:

@@ -147,9 +147,12 @@ def _remake_stages(pipeline: Pipeline, units: Sequence[Path], tools: Tools) -> l
     places = {stage.out.resolve(): name for name, stage in pipeline.stages.items()}
     damaged = frozenset(places[unit] for unit in units if unit in places)
     if damaged:
-        running = {name for name, one in look_at_pipeline(pipeline).items() if one.runs}
+        found = look_at_pipeline(pipeline)
+        running = {name for name, one in found.items() if one.runs}
         within = damaged if running - pipeline.after(damaged) else None
-        choice, observer = Choice(within, damaged), tools.observer(pipeline)
+        # The others are made again for what is damaged, which a run says of each; these lack what only people read.
+        force = frozenset(name for name in damaged if found[name].action in ("skip", "perhaps"))
+        choice, observer = Choice(within, force), tools.observer(pipeline)
         run_pipeline(pipeline, tools.executor(), choice=choice, observer=observer, progress=tools.progress)
     return [unit for unit in units if unit not in places]
 

@@ -120,20 +120,42 @@ def verify(
         gathered = Gathered(kept, uses)
     started = time.monotonic()
     wanted = dict.fromkeys(path for part in (_own(gathered), _used(gathered)) for path in part)
-    read = read_files(wanted, threads, progress)
+    models = {use.path for use in gathered.uses if use.current and use.is_model}
+    read = read_files(wanted, threads, progress, [path for place in models for path in _weights_in(place)])
     seconds = time.monotonic() - started
     comparison = _Comparison(gathered, read)
     comparison.all()
+    _correct_memory(comparison.faults, models, threads)
     whole = {(one.stamp, one.digest): one.size for one in read.values() if one.digest}
     return Verification(
         gathered, (*comparison.faults,), (*comparison.remarks,), len(whole), sum(whole.values()), seconds
     )
 
 
+def _correct_memory(faults: Iterable[Fault], done: Collection[Path], threads: int) -> None:
+    """Store the digests of models that are damaged and that nobody has asked about: the remembered ones are of before.
+
+    Without this, a model that rots is taken for what it was by the next command that reads it.
+    """
+    models = {(fault.output / fault.file).parent for fault in faults if fault.kind == "damaged"} - {*done}
+    for directory in models:
+        files = _weights_in(directory)
+        read = read_files([*files, *_index_of(directory)], threads, with_tensors=files)
+        store_model(directory, files, read, weights_of(files, read, directory / INDEX))
+
+
+def _weights_in(directory: Path) -> list[Path]:
+    return weight_files(directory) if directory.is_dir() else []
+
+
+def _index_of(directory: Path) -> list[Path]:
+    return [index] if (index := directory / INDEX).is_file() else []
+
+
 def _own(gathered: Gathered) -> Iterator[Path]:
     for output in gathered.outputs.values():
         yield from (output.path / name for name in output.files)
-        if output.path.is_dir() and weight_files(output.path):
+        if _weights_in(output.path):
             yield from _files_of_model(output.path)
 
 
@@ -145,8 +167,7 @@ def _used(gathered: Gathered) -> Iterator[Path]:
 def _files_of_model(directory: Path) -> Iterator[Path]:
     """Yield what decides what a model directory computes."""
     if directory.is_dir():
-        index = directory / INDEX
-        yield from (*weight_files(directory), *([index] if index.is_file() else []), *deciding_files(directory))
+        yield from (*_weights_in(directory), *_index_of(directory), *deciding_files(directory))
 
 
 @dataclass
@@ -180,7 +201,6 @@ class _Comparison:
         if output.command != PIPELINE:  # such a folder holds logs and reports, which it does not record
             names = (path.relative_to(output.path).as_posix() for path in own_files(output.path))
             self.remarks += [Remark("not recorded", output.path, name) for name in names if name not in output.files]
-        self._weights(output.path)
 
     def _file(self, place: Path, name: str, size: object, digest: str) -> None:
         found = self.read[place / name]
@@ -196,7 +216,7 @@ class _Comparison:
     def _weights(self, directory: Path) -> str:
         """The digest of a model's tensors as they are on the disk; "" without weights, or with broken ones."""
         if directory not in self.weights:
-            files = weight_files(directory) if directory.is_dir() else []
+            files = _weights_in(directory)
             found = weights_of(files, self.read, directory / INDEX) if files else ""
             store_model(directory, files, self.read, found)
             self.weights[directory] = found

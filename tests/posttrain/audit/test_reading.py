@@ -1,5 +1,6 @@
 """Files read from the disk: the digests are those of the other readers, each file is read once, the cache follows."""
 
+import errno
 import os
 
 import pytest
@@ -15,12 +16,13 @@ from gemma2.core.outputs.safetensors_header import encode_header, weight_files
 from gemma2.posttrain.audit import reading
 from gemma2.posttrain.audit.reading import read_files, store_model, weights_of
 
-PIECE = 64
+PIECE = 64  # no size of a block, so that each read goes on through the page cache
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     monkeypatch.setattr(reading, "PIECE", PIECE)
+    monkeypatch.setattr(reading, "SMALL", 1)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -44,7 +46,7 @@ def test_the_digest_of_tensors_is_that_of_the_model(tmp_path_factory, shards):
         path = folder / f"model-{number}.safetensors"
         path.write_bytes(header + os.urandom(sum(lengths)))
     files = weight_files(folder)
-    read = read_files(files, 2)
+    read = read_files(files, 2, with_tensors=files)
     assert weights_of(files, read, folder / INDEX) == digest_weights(folder)
 
 
@@ -52,6 +54,37 @@ def test_the_digests_of_settings_are_those_of_the_identity(tmp_path):
     model = base_model(tmp_path / "raw")
     read = read_files(deciding_files(model))
     assert {path.name: one.settings or one.digest for path, one in read.items()} == identity_of(model).files
+
+
+@pytest.mark.parametrize("piece", [4096, 8192])
+@pytest.mark.parametrize("small", [0, 4096])
+def test_a_file_is_whole_past_the_page_cache_and_through_it(tmp_path, monkeypatch, piece, small):
+    monkeypatch.setattr(reading, "PIECE", piece)
+    monkeypatch.setattr(reading, "SMALL", small)
+    files = [tmp_path / str(size) for size in (0, 1, 4095, 4096, 4097, 8192, 3 * 8192 + 5)]
+    for path in files:
+        path.write_bytes(os.urandom(int(path.name)))
+    read = read_files(files)
+    assert [read[path].digest for path in files] == [digest_file(path) for path in files]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT")
+def test_a_file_system_without_o_direct_is_read_too(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(os.urandom(10_000))
+    opened, inner = [], os.open
+
+    def refusing(name, flags, *rest, **more):
+        opened.append(flags)
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return inner(name, flags, *rest, **more)
+
+    monkeypatch.setattr(reading, "PIECE", 4096)
+    monkeypatch.setattr(reading, "SMALL", 0)
+    monkeypatch.setattr(reading.os, "open", refusing)
+    assert read_files([path])[path].digest == digest_file(path)
+    assert any(flags & os.O_DIRECT for flags in opened)
 
 
 def test_a_file_with_several_names_is_read_once(tmp_path, monkeypatch):
@@ -92,7 +125,7 @@ def test_what_is_found_on_the_disk_replaces_what_is_remembered(tmp_path, monkeyp
     for kind, wrong in (("file", "blake3:file"), ("tensors", "blake3:tensors")):  # as after rot: the stamp is the same
         store(kind, [weights], [stamp_of(weights)], 1, wrong)
     assert (digest_input(weights), digest_weights(model)) == ("blake3:file", "blake3:tensors")
-    read = read_files([weights])
+    read = read_files([weights], with_tensors=[weights])
     found = weights_of([weights], read, model / INDEX)
     store_model(model, [weights], read, found)
     assert digest_input(weights) == digest_file(weights) == read[weights].digest

@@ -16,7 +16,9 @@ from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.run import Watcher, run_pipeline, status_rows
 from gemma2.posttrain.provenance.change import Change, shown
 
-UNREADABLE = re.compile(r"\bNone\b|\[\]|\{\}|\(\)|\( ->|-> \)|blake3:|\b(?=\d*[a-f])[0-9a-f]{16,}\b|PosixPath|b'")
+WORDS = r"\bNone\b|\[\]|\{\}|\(\)|\( ->|-> \)|PosixPath|b'"
+DIGESTS = r"blake3:|(?<![\w.])(?=\d*[a-f])[0-9a-f]{16,}\b"
+UNREADABLE = re.compile(f"{WORDS}|{DIGESTS}")
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["", "a", "some words"]),

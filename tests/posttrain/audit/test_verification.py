@@ -9,6 +9,7 @@ from lineages import DAMAGES, base_model, lineage, made
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digest_cache import stamp_of, store
+from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.posttrain.audit import reading
@@ -85,7 +86,10 @@ def test_what_is_remembered_of_a_file_is_not_believed(tmp_path, monkeypatch):
     before = digest_file(weights)
     DAMAGES["flipped"](weights)
     store("file", [weights], [stamp_of(weights)], 1, before)  # as after rot: the bytes change, the stamp does not
+    store("tensors", [weights], [stamp_of(weights)], 1, "blake3:before")
     assert faults(out) == {("damaged", "a/model.safetensors", None)}
+    assert digest_input(weights) == digest_file(weights) != before  # from now on all commands see it
+    assert digest_weights(out) != "blake3:before"
 
 
 @pytest.mark.parametrize(
