@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.model_identity import digest_model
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.provenance.code import code_of
 from gemma2.posttrain.runs.inputs import model_name
@@ -32,9 +32,9 @@ def measured_with(config: ParetoConfig) -> JsonObject:
     return {
         "settings": measured_settings(config) | names,
         "inputs": {
-            "sft": digest_weights(config.sft),
+            "sft": digest_model(config.sft),
             "prompts": [digest_file(path) for path in data_files(config.prompts)],
-            "reward": [digest_weights(path) for path in config.reward],
+            "reward": [digest_model(path) for path in config.reward],
             "code": code_of(config),
         },
     }
