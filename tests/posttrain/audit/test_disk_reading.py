@@ -13,8 +13,8 @@ from gemma2.core.outputs.digests import INDEX, digest_input, digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.model_identity import deciding_files, identity_of
 from gemma2.core.outputs.safetensors_header import encode_header, weight_files
-from gemma2.posttrain.audit import reading
-from gemma2.posttrain.audit.reading import read_files, store_model, weights_of
+from gemma2.posttrain.audit import disk_reading as reading
+from gemma2.posttrain.audit.disk_reading import read_files, store_model, weights_of
 
 PIECE = 64  # no size of a block, so that each read goes on through the page cache
 
