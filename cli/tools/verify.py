@@ -30,7 +30,7 @@ MOST_NAMED = 3  # places in a note
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def verify(
     paths: list[Path] = typer.Argument(
-        metavar="PATH...",
+        metavar="PATH",
         help="Outputs of gemma2 commands, or folders that hold some, such as that of a pipeline.",
         show_default=False,
         rich_help_panel="Inputs",

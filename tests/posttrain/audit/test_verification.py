@@ -12,7 +12,7 @@ from gemma2.core.outputs.digest_cache import stamp_of, store
 from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
-from gemma2.posttrain.audit import reading
+from gemma2.posttrain.audit import disk_reading as reading
 from gemma2.posttrain.audit.verification import verify
 
 
