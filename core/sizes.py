@@ -22,6 +22,7 @@ def size(count: float, digits: int = 3) -> str:
 
 def apart(a: float, b: float, digits: int = 4) -> tuple[str, str]:
     """Return two numbers with `digits` significant digits, or as many more as show that they differ."""
+    a, b = a or 0, b or 0  # 0 and -0 are one number
     for count in range(digits, MOST + 1):
         texts = f"{a:.{count}g}", f"{b:.{count}g}"
         if texts[0] != texts[1] or a == b:

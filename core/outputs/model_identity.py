@@ -21,7 +21,15 @@ from .hub import SNAPSHOT
 from .manifest import MANIFEST, ParentRecord
 from .safetensors_header import weight_files
 
-__all__ = ["CONFIGS", "ModelIdentity", "deciding_files", "digest_of_settings", "identity_of", "parent_record"]
+__all__ = [
+    "CONFIGS",
+    "ModelIdentity",
+    "deciding_files",
+    "digest_model",
+    "digest_of_settings",
+    "identity_of",
+    "parent_record",
+]
 
 # For people, or records of how a model was made: nothing that loads it reads them.
 FOR_PEOPLE = (
@@ -56,6 +64,14 @@ def identity_of(directory: Path, threads: int = 1) -> ModelIdentity:
     """Return the identity of a model directory, a reward model or an adapter. Raises InputError for broken weights."""
     files = {path.relative_to(directory).as_posix(): _digest_of(path, threads) for path in deciding_files(directory)}
     return ModelIdentity(digest_weights(directory, threads), files)
+
+
+def digest_model(directory: Path) -> str:
+    """Return one digest of a model's identity: of all that decides what it computes."""
+    found = identity_of(directory)
+    digest = hasher()
+    digest.update(json.dumps([found.weights, found.files], sort_keys=True, separators=(",", ":")).encode())
+    return digest_name(digest)
 
 
 def parent_record(role: str, path: Path, found: ModelIdentity, out: Path) -> ParentRecord:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import read_json
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.core.outputs.safetensors_header import parameter_count, printable, read_header, weight_files
+from gemma2.core.outputs.safetensors_header import printable, read_header, weight_files
 from gemma2.merging.inputs.architecture import LM_HEAD, ONE_KIND, difference, stated
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.estimates import Promise
@@ -83,14 +83,14 @@ def look_at(path: Path) -> Promise | None:
     if not isinstance(config, dict) or not weight_files(path):
         return None
     classifier = any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
-    headed = not classifier and any(LM_HEAD in read_header(file) for file in weight_files(path))
+    tensors = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
     return Promise(
         REWARD if classifier else POLICY,
-        parameters=parameter_count(path),
+        parameters=sum(tensor.count for tensor in tensors.values()),
         vocabulary=config.get("vocab_size"),
         shape=(config.get("model_type"), config.get("hidden_size"), config.get("num_hidden_layers")),
         tokenizer=path,
-        facts=stated(config) | ({} if classifier else {SEPARATE_HEAD: headed}),
+        facts=stated(config) | ({} if classifier else {SEPARATE_HEAD: LM_HEAD in tensors}),
     )
 
 

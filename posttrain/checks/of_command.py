@@ -16,6 +16,7 @@ from gemma2.posttrain.training.tracking import check_tracking
 from gemma2.posttrain.training.trainer_options import check_trainer_options
 
 from .data_rows import RowsFound, RowsToRead, read_rows, rows_to_read
+from .front_checks import check_fronts
 from .kinds import Input, check_kinds
 from .tokenizers import chat_of, check_tokenizers
 from .user_functions import check_function, functions_of
@@ -47,6 +48,7 @@ class CommandChecks:
         """Check what headers and names tell of a command; return its models that belong together."""
         check_inputs(config, self.sources.places)
         models = check_kinds(config, self.sources.promised)
+        check_fronts(config, self.sources.promised)
         check_trainer_options(config)
         check_tracking(getattr(config, "report_to", ()))
         check_tokenizers(config, models)

@@ -39,7 +39,7 @@ from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
-from gemma2.posttrain.runs.recorded_files import check_recorded, remake
+from gemma2.posttrain.provenance.recorded_files import check_recorded, remake
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillCacheConfig, DistillConfig
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import Progress
 
@@ -58,12 +58,9 @@ class Reference:
 def given_reference(values: Sequence[float], fronts: Mapping[Path, JsonMapping]) -> Reference | None:
     """The reference point of `--reference`, else the one that earlier fronts were given; None if points decide.
 
-    Raises UsageError for values that bound nothing, InputError for earlier fronts with different given ones.
+    Raises InputError for earlier fronts with different given ones.
     """
     if values:
-        if len(values) != 2 or values[0] <= 0:
-            given = ",".join(f"{value:g}" for value in values)
-            raise UsageError(f"--reference {given} is not a KL above 0 and a reward", "give KL,REWARD, such as 10,0.5")
         return Reference(values[0], values[1], OPTION)
     found = {
         (float(front["reference"]["kl"]), float(front["reference"]["reward"])): path

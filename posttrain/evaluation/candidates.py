@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import Manifest, read_manifest
@@ -83,11 +82,7 @@ class Candidate:
 
 
 def plan_candidates(config: ParetoConfig, progress: Progress = SILENT) -> list[Candidate]:
-    """Every point of the front in the order of measuring, each once. Raises UsageError for an incomplete line."""
-    if config.init is not None and config.merged is None:
-        raise UsageError("--init is given and --merged is not", "give --merged, where the line ends")
-    if any(not 0 <= eta <= 1 for eta in config.etas):
-        raise UsageError(f"--etas {' '.join(map(str, config.etas))}: not all in 0 .. 1", "the line goes from 0 to 1")
+    """Every point of the front in the order of measuring, each once."""
     start = Weights.of(config.sft)
     others = [Weights.of(path) for path in config.policies if path.resolve() != config.sft.resolve()]
     before = before_rl(start, others)

@@ -7,20 +7,19 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.model_identity import digest_model
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.provenance.code import code_of
 from gemma2.posttrain.runs.inputs import model_name
-from gemma2.posttrain.schemas import ParetoConfig, RewardFields
+from gemma2.posttrain.schemas import ParetoConfig
+from gemma2.posttrain.schemas.evaluate import measured_settings, unlike_settings
 
 from .front_files import FrontEntry, read_entries
 
 __all__ = ["measured_with", "previous_flat", "take_over"]
 
-# What a measurement depends on besides files; `reward` names files.
-SETTINGS = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *sorted(RewardFields.model_fields))
 INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models", "code": "code of its functions"}
 
 
@@ -31,11 +30,11 @@ def measured_with(config: ParetoConfig) -> JsonObject:
     """
     names = {"reward": [model_name(path) for path in config.reward]}
     return {
-        "settings": config.model_dump(mode="json", include=set(SETTINGS)) | names,
+        "settings": measured_settings(config) | names,
         "inputs": {
-            "sft": digest_weights(config.sft),
+            "sft": digest_model(config.sft),
             "prompts": [digest_file(path) for path in data_files(config.prompts)],
-            "reward": [digest_weights(path) for path in config.reward],
+            "reward": [digest_model(path) for path in config.reward],
             "code": code_of(config),
         },
     }
@@ -63,11 +62,7 @@ def check_alike(path: Path, front: JsonMapping, own: JsonMapping) -> None:
     theirs, inputs = front.get("settings"), front.get("inputs")
     if not isinstance(theirs, dict) or not isinstance(inputs, dict):
         raise InputError(f"--fronts {path} does not tell what it was measured with", "measure it again")
-    different = [
-        f"{name} {theirs.get(name)!r}, here {own['settings'][name]!r}"
-        for name in SETTINGS
-        if name != "reward" and theirs.get(name) != own["settings"][name]
-    ]
+    different = unlike_settings(theirs, own["settings"])
     different += [f"other {what}" for name, what in INPUTS.items() if inputs.get(name) != own["inputs"][name]]
     if different:
         raise InputError(

@@ -26,7 +26,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable
-from gemma2.posttrain.runs.recorded_files import check_recorded, remake
+from gemma2.posttrain.provenance.recorded_files import check_recorded, remake
 
 from .bootstrap import Answers
 from .candidates import Candidate, Weights

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hashing import digest_file, digest_name, hasher
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.model_identity import digest_model
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.provenance.code import code_of
-from gemma2.posttrain.runs.recorded_files import changed_files
+from gemma2.posttrain.provenance.recorded_files import changed_files
 from gemma2.posttrain.runs.run_directory import EVALUATIONS
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields, RlhfConfig
 from gemma2.posttrain.schemas.fields import RowFields
@@ -47,9 +47,9 @@ def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, ha
         "n": n,
         "seed": seed,
         "half": half,
-        "sft": digest_weights(sft),
+        "sft": digest_model(sft),
         "prompts": [digest_file(path) for path in data_files(prompts)],
-        "reward": [digest_weights(path) for path in config.reward],
+        "reward": [digest_model(path) for path in config.reward],
         "code": {name: digest for name, digest in code_of(config).items() if name in config.reward_fn},
     }
     digest = hasher()

@@ -11,7 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma2.posttrain.checks.kinds import ADAPTER, DATA, POLICY, REWARD, SEPARATE_HEAD, found_at, look_at, merged_kind
+from gemma2.posttrain.checks.front_checks import front_facts
+from gemma2.posttrain.checks.kinds import (
+    ADAPTER,
+    DATA,
+    FRONT,
+    POLICY,
+    REWARD,
+    SEPARATE_HEAD,
+    found_at,
+    look_at,
+    merged_kind,
+)
 from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.schemas import (
     DistillConfig,
@@ -19,6 +30,7 @@ from gemma2.posttrain.schemas import (
     GenerateConfig,
     MergeConfig,
     PairsConfig,
+    ParetoConfig,
     RewardConfig,
     RewardScoreConfig,
     RlhfConfig,
@@ -62,6 +74,8 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
         yield out, like(start, ADAPTER if adapter else POLICY)
         if isinstance(config, RlhfConfig) and config.anchor == "ema":
             yield out / "ema", like(start, POLICY)
+    elif isinstance(config, ParetoConfig):
+        yield out, Promise(FRONT, facts=front_facts(config, known))
     elif type(config) in MAKERS:
         yield out, MAKERS[type(config)](config, sources, like)
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.posttrain.runs.recorded_files import changed_files, remake
+from gemma2.posttrain.provenance.recorded_files import changed_files, remake
 
 from .plots.point_kinds import KINDS
 

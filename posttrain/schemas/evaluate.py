@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
+
+from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .config import Config
-from .fields import Data, Model, RowFields, SamplingFields, Seed
+from .fields import Bounds, Data, Model, Pick, RowFields, SamplingFields, Seed
 from .rlhf import RewardFields
 
 
@@ -39,21 +41,42 @@ class ParetoConfig(DistributionConfig):
     fronts: tuple[Path, ...] = Field(
         (), description="earlier outputs of pareto, measured with the same settings: their points are reused"
     )
-    reference: tuple[float, ...] = Field(
-        (),
-        description="KL,REWARD that bound the hypervolume; default: largest KL of a point with more reward than --sft",
-    )
+    reference: Bounds = ()
     kl_limits: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (), description="KL limits in nats; the best point within each is reported; default: round numbers"
     )
+
+    @model_validator(mode="after")
+    def _the_line_is_complete(self) -> ParetoConfig:
+        if self.init is not None and self.merged is None:
+            raise ValueError("--init is given and --merged is not; give --merged, where the line ends")
+        if any(not 0 <= eta <= 1 for eta in self.etas):
+            given = " ".join(map(str, self.etas))
+            raise ValueError(f"--etas {given}: not all in 0 .. 1; the line goes from 0 to 1")
+        return self
 
 
 class PickConfig(Config):
     """A point of a finished front as a model: the line from init to merge at the chosen eta, or a measured policy."""
 
     front: Path = Field(description="output of gemma2 pareto")
-    pick: str = Field(
-        "best-reward",
-        pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
-        description="which point: best-reward, kl<=X (the best within X nats) or eta=E (on the last iteration's line)",
-    )
+    pick: Pick = "best-reward"
+
+
+# What a measurement depends on besides files; `reward` names files.
+MEASURED_WITH = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *sorted(RewardFields.model_fields))
+
+
+def measured_settings(config: ParetoConfig) -> JsonObject:
+    """The settings on which the figures of a front depend."""
+    found: JsonObject = config.model_dump(mode="json", include=set(MEASURED_WITH))
+    return found
+
+
+def unlike_settings(theirs: JsonMapping, ours: JsonMapping) -> list[str]:
+    """What differs between the settings of two fronts, in words; reward models are compared by their weights."""
+    return [
+        f"{name} {theirs.get(name)!r}, here {ours[name]!r}"
+        for name in MEASURED_WITH
+        if name != "reward" and theirs.get(name) != ours[name]
+    ]

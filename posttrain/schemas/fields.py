@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
 from gemma2.core.json_files import JsonObject
 
@@ -17,6 +17,33 @@ Data = Annotated[
     Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")
 ]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
+
+
+def _bound_an_area(values: tuple[float, ...]) -> tuple[float, ...]:
+    if values and (len(values) != 2 or values[0] <= 0):
+        raise ValueError("not a KL above 0 and a reward; give KL,REWARD, such as 10,0.5")
+    return values
+
+
+def _on_the_line(pick: str) -> str:
+    if pick.startswith("eta=") and float(pick[4:]) > 1:
+        raise ValueError("eta is not in 0 .. 1; the line goes from 0, the init, to 1, the merge")
+    return pick
+
+
+Bounds = Annotated[
+    tuple[float, ...],
+    AfterValidator(_bound_an_area),
+    Field(description="KL,REWARD that bound the hypervolume; default: by the points with more reward than --sft"),
+]
+Pick = Annotated[
+    str,
+    AfterValidator(_on_the_line),
+    Field(
+        pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
+        description="which point: best-reward, kl<=X (the best within X nats) or eta=E (on the last iteration's line)",
+    ),
+]
 
 # `json_schema_extra` of a list whose items may hold commas and blanks: its flag is given once per item, as it is.
 REPEATED: dict[str, JsonValue] = {"repeated": True}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import Data, Model, TrainingFields
+from .fields import Bounds, Data, Model, Pick, TrainingFields
 from .rlhf import RlFields
 
 VARIED = ("learning_rate", "length_penalty", "missing_eos_penalty", "reward", "beta", "mu", "temperature")
@@ -39,19 +39,12 @@ class WarpConfig(TrainingFields, RlFields):
     learning_rate: float = Field(
         1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"
     )
-    reference: tuple[float, ...] = Field(
-        (),
-        description="KL,REWARD that bound the hypervolumes; default: largest KL of a point with more reward than --sft",
-    )
+    reference: Bounds = ()
     judge_fn: str | None = Field(None, description="a second score as module:function, reported next to the reward")
     compare: tuple[Path, ...] = Field((), description="further model directories to measure with the front")
     eval_n: int = Field(1, ge=1, description="samples per held-out prompt in the evaluations of the front")
     eval_limit: int | None = Field(None, ge=2, description="use only the first held-out prompts for the front")
-    pick: str = Field(
-        "best-reward",
-        pattern=r"^(best-reward|kl<=\d+(\.\d+)?|eta=\d+(\.\d+)?)$",
-        description="which point of the front becomes the model: best-reward, kl<=X or eta=X",
-    )
+    pick: Pick = "best-reward"
     cpus: int | None = Field(None, ge=1, description="threads per stage; default: number of cores / --jobs")
     jobs: int = Field(1, ge=1, le=1024, description="stages that run at the same time")
     executor: Literal["local", "ray"] = Field(

@@ -1,7 +1,7 @@
 """Sizes and pairs of numbers in sentences."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma2.core.sizes import apart, size, sizes_apart
@@ -25,6 +25,7 @@ def test_no_size_reads_as_nothing(count):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
+@example(0.0, -0.0)
 def test_numbers_that_differ_read_differently(a, b):
     first, second = apart(a, b)
     assert (first == second) == (a == b)

@@ -309,9 +309,14 @@ def _kill_group(pid: int | None) -> None:
 def work(job: Job, pipe: Connection) -> None:
     """The main function of a stage's process."""
     follow(pipe)
-    outcome = execute(job, pipe.send)
-    with suppress(OSError):  # the pipeline is gone
-        pipe.send(outcome)
+
+    def send(message: Event | Outcome) -> None:
+        try:
+            pipe.send(message)
+        except OSError:  # the pipeline is gone: end as `follow` does, and leave what is on disk as it is
+            _kill_group(os.getpid())
+
+    send(execute(job, send))
 
 
 def follow(pipe: Connection) -> None:

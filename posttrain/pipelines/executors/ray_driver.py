@@ -33,6 +33,7 @@ __all__ = ["drive", "run_stage"]
 
 TICK = 0.5  # seconds between two looks at what waits
 ALIVE = 5.0  # seconds between two looks at whether the node of the driver is there
+FREE = 30.0  # seconds in which a lost stage lets go of its output: it ends with its worker, which looks at its node
 PLACED = 3.0  # seconds in which Ray places a stage that fits
 BUSY = 30.0  # seconds after which a stage that fits says that it waits
 OBJECTS = 100 * 1024**2  # bytes of Ray's object store where we start it; messages of stages do not go through it
@@ -48,7 +49,6 @@ def run_stage(job: Job, commands: Sequence[str]) -> Iterator[Event | Outcome | s
     global _warm
     raylet = os.getppid()
     yield BEGUN
-    _wait_for_lock(Path(job.folder, job.out))
     if _warm is None:
         _warm = LocalExecutor(1, gpus=())
         _warm.prepare(commands)
@@ -72,8 +72,8 @@ def run_stage(job: Job, commands: Sequence[str]) -> Iterator[Event | Outcome | s
 
 
 def _wait_for_lock(out: Path) -> None:
-    """Wait until an earlier attempt, whose worker or node was lost, has let go of the output."""
-    until = time.monotonic() + 10.0
+    """Wait until a stage whose worker or node was lost has ended, so that what it leaves behind does not change."""
+    until = time.monotonic() + FREE
     while time.monotonic() < until:
         try:
             with locked(out):
@@ -168,13 +168,15 @@ class Driver:
     def _place(self, job: Job, gpus: int) -> None:
         task = self.task.options(num_cpus=job.cpus, num_gpus=gpus, name=job.stage)
         generator = task.remote(job, self.commands)
-        thread = threading.Thread(target=self._follow, args=(job.stage, generator), daemon=True)
+        thread = threading.Thread(
+            target=self._follow, args=(job.stage, Path(job.folder, job.out), generator), daemon=True
+        )
         self.placed[job.stage] = _Placed(generator, thread, job.cpus, gpus, time.monotonic())
         thread.start()
 
-    def _follow(self, stage: str, generator: Any) -> None:  # noqa: ANN401
+    def _follow(self, stage: str, out: Path, generator: Any) -> None:  # noqa: ANN401
         """Pass on the messages of a stage until its end."""
-        from ray.exceptions import NodeDiedError, RayError, RayTaskError
+        from ray.exceptions import LocalRayletDiedError, NodeDiedError, RayError, RayTaskError
 
         outcome: Outcome | None = None
         why = "without a word"
@@ -191,14 +193,18 @@ class Driver:
             outcome = outcome or Outcome(1, error=f"a Ray worker cannot run it: {line}; install gemma2 on every node")
         except RayError as error:
             why = type(error).__name__
-            if isinstance(error, NodeDiedError) and self.here in str(error):  # Ray lists it as alive for 15 s more
+            here = isinstance(error, NodeDiedError) and self.here in str(error)
+            if here or isinstance(error, LocalRayletDiedError):  # Ray lists the node as alive for 15 s more
                 with suppress(OSError):
                     self._send("lost", "its node on this machine ended")
                 return
         except OSError:  # the pipeline is gone
             return
+        if outcome is None:
+            _wait_for_lock(out)
+            outcome = Outcome(-1, error=f"its worker was lost ({why})")
         with suppress(OSError):
-            self._send("ended", stage, outcome or Outcome(-1, error=f"its worker was lost ({why})"))
+            self._send("ended", stage, outcome)
 
     def _say_why_stages_wait(self) -> None:
         for stage, one in self.placed.items():

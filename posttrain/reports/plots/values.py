@@ -130,7 +130,8 @@ def title_of(point: JsonMapping) -> str:
 
 def label_of(point: JsonMapping) -> str:
     """The one name of a point, in tables, pictures, CSV and sentences: `distilled`, `RL 1.2` (run 2 of iteration 1),
-    `SLERP 2`, `SLERP 2, η 0.3`, `RL 1.2, step 30`. Outside the iterations of WARP, the name of the point."""
+    `SLERP 2`, `SLERP 2, η 0.3`, `RL 1.2, step 30`. Another merge in an iteration has the name of its folder, and
+    a point outside the iterations of WARP its own name."""
     kind, name, iteration = point["kind"], str(point.get("name", "")), point.get("iteration")
     if kind in ("base", "sft"):
         return title_of(point)
@@ -147,7 +148,9 @@ def label_of(point: JsonMapping) -> str:
     if not iteration:
         return name
     if is_merge(kind):
-        return f"{word_of(kind)} {iteration}"
+        folder = name.rpartition("/")[2]
+        named = folder == kind or (kind, folder) == ("liti", "init")  # as WARP names them; else there may be several
+        return f"{word_of(kind)} {iteration}" if named else f"iteration-{iteration}/{folder}"
     run_number = RUN.search(name)
     return f"RL {iteration}.{run_number[1]}" if run_number else name
 

@@ -1,11 +1,13 @@
 """The cache holds the teacher's own distributions to fp16, survives kills, and is refused where it does not fit."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
 
+from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.distillation import teacher_cache as module
 from gemma2.posttrain.distillation.divergence import Divergence, FullTarget, divergence_loss, head_of
@@ -165,6 +167,18 @@ def test_a_file_that_changed_or_is_gone_is_named(inputs, cache, tmp_path):
     shard.unlink()
     with pytest.raises(InputError, match=shard.name):
         TeacherCache.open(copy)
+
+
+def test_an_edited_index_is_refused_and_the_fix_makes_the_cache_again(inputs, cache, tmp_path):
+    place = tmp_path / "cache"
+    shutil.copytree(cache.path, place)
+    index = json.loads((place / "cache.json").read_text())
+    (place / "cache.json").write_text(json.dumps(index | {"distill_temperature": 3.0}))
+    with pytest.raises(InputError, match=r"cache\.json was changed after it was written") as refused:
+        TeacherCache.open(place)
+    command = str(refused.value).partition("make it again: gemma2 ")[2]
+    assert invoke([*shlex.split(command), "--quiet"]) == 0
+    assert TeacherCache.open(place).index == cache.index
 
 
 def test_a_directory_that_is_no_cache_is_refused(inputs):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from policies import Said, manifest, pareto_config, points_of, two_iterations
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.posttrain.evaluation.areas import Reference, gain_columns, given_reference, reference_of
+from gemma2.posttrain.evaluation.areas import Reference, gain_columns, reference_of
 from gemma2.posttrain.evaluation.bootstrap import Answers, interval, resampled_areas
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.reports.plots.gains import bounds_of
@@ -116,12 +116,6 @@ def test_a_given_reference_is_recorded_shown_and_kept_by_later_fronts(family, tm
     assert both["hypervolume"] == other["hypervolume"]
     assert [line for line in said.notes if "compare the gain" in line and str(tmp_path / "first") in line]
     assert not [line for line in said.notes if str(tmp_path / "other") in line]
-
-
-@pytest.mark.parametrize("values", [(3.0,), (0.0, 1.0), (-1.0, 1.0), (1.0, 2.0, 3.0)])
-def test_a_reference_that_bounds_nothing_is_a_usage_error(values):
-    with pytest.raises(UsageError, match=r"--reference .* give KL,REWARD, such as 10,0\.5"):
-        given_reference(values, {})
 
 
 # --- area and gain --------------------------------------------------------------------------------------------------

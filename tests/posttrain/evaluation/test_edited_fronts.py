@@ -15,8 +15,8 @@ from gemma2.posttrain.evaluation.front_files import read_front
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.evaluation.pick import run_pick
 from gemma2.posttrain.pipelines import quickstart, warp
+from gemma2.posttrain.provenance.recorded_files import changed_files
 from gemma2.posttrain.reports.collect import collect
-from gemma2.posttrain.runs.recorded_files import changed_files
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import PickConfig
 

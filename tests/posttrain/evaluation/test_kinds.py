@@ -86,7 +86,9 @@ def test_a_linear_merge_is_no_rl_policy_in_legend_table_and_sentences():
     assert "▲ linear merge, TIES" in front_text(POINTS)
     assert all(usable(p) is not None for p in POINTS)
     assert [row.label for row in rows_of(POINTS, None)] == ["SFT", "policy-1", "mean", "trimmed"]
-    assert label_of(point("iteration-2/mean", "linear", 1, 1, iteration=2)) == "linear merge 2"
+    assert label_of(point("iteration-2/linear", "linear", 1, 1, iteration=2)) == "linear merge 2"
+    both = [label_of(point(name, "slerp", 1, 1, iteration=2)) for name in ("slerp", "iteration-2/slerp-4")]
+    assert both == ["SLERP 2", "iteration-2/slerp-4"]
 
 
 def test_a_merge_is_compared_with_runs_and_is_not_one_of_them():
@@ -102,7 +104,9 @@ def test_a_merge_is_compared_with_runs_and_is_not_one_of_them():
 def test_a_line_to_another_merge_says_so():
     ends = {"init": "sft", "merged": "iteration-1/mean", "end": "linear"}
     line = [point(f"eta {eta}", "line", eta, 1 + eta, 1, **ends) | {"eta": eta} for eta in (0.0, 0.5, 1.0)]
-    assert [label_of(p) for p in line] == ["linear merge 1, η 0", "linear merge 1, η 0.5", "linear merge 1"]
+    assert [label_of(p) for p in line] == ["iteration-1/mean, η 0", "iteration-1/mean, η 0.5", "iteration-1/mean"]
+    named = [{**p, "merged": "../iteration-1/linear"} for p in line]
+    assert [label_of(p) for p in named] == ["linear merge 1, η 0", "linear merge 1, η 0.5", "linear merge 1"]
     assert "start to linear merge, by η" in legend_of([POINTS[0], *line])
     assert "• start to linear merge, by η" in front_text([POINTS[0], *line])
 

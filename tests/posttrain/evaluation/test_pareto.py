@@ -275,13 +275,21 @@ def test_a_front_of_the_sft_policy_alone(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [({"init": "base", "merged": None}, "--merged"), ({"etas": (0.5, 1.5)}, "not all in 0 .. 1")]
+    ("words", "message"),
+    [
+        ("--init base", "--init is given and --merged is not; give --merged"),
+        ("--etas 0.5,1.5", r"--etas 0\.5 1\.5: not all in 0 \.\. 1"),
+        ("--reference 5", r"--reference 5: not a KL above 0 and a reward; give KL,REWARD, such as 10,0\.5"),
+        ("--reference 0,1", "--reference 0,1: not a KL above 0"),
+        ("--reference 1,2,3", "--reference 1,2,3: not a KL above 0"),
+    ],
 )
-def test_a_line_that_makes_no_sense_is_a_usage_error(world, tmp_path, more, message):
-    if "init" in more:
-        more = more | {"init": world[1]["base"]}
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_line_or_a_reference_that_makes_no_sense_is_a_usage_error(world, tmp_path, words, message, dry):
+    root, places = world
+    given = ["--sft", str(places["sft"]), "--prompts", str(root / "heldout.jsonl"), "--reward-fn", f"{__name__}:reward"]
     with pytest.raises(UsageError, match=message):
-        run_pareto(settings(world, **more), RunOptions(tmp_path / "front"))
+        invoke(["pareto", *given, *words.split(), "--out", str(tmp_path / "front"), *dry])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.staging import locked
 from gemma2.posttrain.pipelines.executors import cluster, ray_driver
 from gemma2.posttrain.pipelines.executors.cluster import RayExecutor
-from gemma2.posttrain.pipelines.executors.jobs import Job
+from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
 
 pytestmark = pytest.mark.long
 
@@ -43,8 +43,8 @@ def long(job, pipe):
 
 @pytest.fixture
 def gpus(tmp_path, monkeypatch):
-    """The GPUs that Ray assigns; and a module `works` that the processes of stages find."""
-    (tmp_path / "works.py").write_text(WORKS)
+    """The GPUs that Ray assigns; and a module `ray_works` that the processes of stages find."""
+    (tmp_path / "ray_works.py").write_text(WORKS)
     monkeypatch.syspath_prepend(tmp_path)
     assigned: list[str] = []
     context = types.SimpleNamespace(get_accelerator_ids=lambda: {"GPU": assigned})
@@ -60,9 +60,9 @@ def job(place, stage="a") -> Job:
 
 
 def test_stages_of_a_worker_are_processes_of_one_server_and_have_their_gpus(tmp_path, gpus, monkeypatch):
-    import works
+    import ray_works
 
-    monkeypatch.setattr(ray_driver, "work", works.report)
+    monkeypatch.setattr(ray_driver, "work", ray_works.report)
     first = [*ray_driver.run_stage(job(tmp_path), ["filter"])]
     assert first[:2] == ["begun", ("note", "at work")]
     gpus += ["3", "5"]
@@ -78,9 +78,9 @@ def begun(place) -> int:
 
 
 def test_a_task_that_is_cancelled_stops_its_stage_in_order(tmp_path, gpus, monkeypatch):
-    import works
+    import ray_works
 
-    monkeypatch.setattr(ray_driver, "work", works.long)
+    monkeypatch.setattr(ray_driver, "work", ray_works.long)
     running = ray_driver.run_stage(job(tmp_path), ["filter"])
     assert next(running) == "begun"
 
@@ -100,9 +100,9 @@ def test_a_task_that_is_cancelled_stops_its_stage_in_order(tmp_path, gpus, monke
 
 def test_a_stage_does_not_outlive_the_node_of_its_worker(tmp_path, gpus, monkeypatch):
     """Ray starts it on another node, and two of it must not run at once."""
-    import works
+    import ray_works
 
-    monkeypatch.setattr(ray_driver, "work", works.long)
+    monkeypatch.setattr(ray_driver, "work", ray_works.long)
     monkeypatch.setattr(os, "getppid", lambda: 2 if (tmp_path / "begun").exists() else 1)
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     with pytest.raises(SystemExit):
@@ -110,18 +110,53 @@ def test_a_stage_does_not_outlive_the_node_of_its_worker(tmp_path, gpus, monkeyp
     wait_until_gone({begun(tmp_path)})
 
 
-def test_a_stage_waits_for_the_lock_of_an_attempt_that_is_about_to_end(tmp_path, gpus, monkeypatch):
-    import works
+class Control:
+    """The connection of a driver."""
 
-    monkeypatch.setattr(ray_driver, "work", works.report)
-    held = locked(tmp_path / "out" / "a")
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def bare_driver() -> ray_driver.Driver:
+    """A driver without a cluster."""
+    driver = ray_driver.Driver.__new__(ray_driver.Driver)
+    driver.control, driver.lock = Control(), ray_driver.threading.Lock()
+    return driver
+
+
+class Lost:
+    """The stream of a task whose worker was lost."""
+
+    class RayError(Exception):
+        pass
+
+    def __iter__(self):
+        raise self.RayError
+
+
+def test_a_stage_counts_as_lost_when_it_has_let_go_of_its_output(tmp_path, monkeypatch):
+    """What it leaves behind decides whether the next attempt goes on, so it must not change any more."""
+    names = ("RayTaskError", "NodeDiedError", "LocalRayletDiedError")
+    errors = types.SimpleNamespace(RayError=Lost.RayError, **{name: type(name, (Lost.RayError,), {}) for name in names})
+    monkeypatch.setitem(sys.modules, "ray.exceptions", errors)
+    driver = bare_driver()
+    driver.here = "here"
+    held = locked(tmp_path / "a")
     held.__enter__()
     tries: list[float] = []
-    monkeypatch.setattr(
-        ray_driver.time, "sleep", lambda seconds: tries.append(seconds) or held.__exit__(None, None, None)
-    )
-    assert [*ray_driver.run_stage(job(tmp_path), ["filter"])][-1].code == 0
-    assert tries == [0.1]
+
+    def sleep(seconds):
+        assert driver.control.sent == []
+        tries.append(seconds)
+        held.__exit__(None, None, None)
+
+    monkeypatch.setattr(ray_driver.time, "sleep", sleep)
+    driver._follow("a", tmp_path / "a", Lost())
+    assert len(tries) == 1
+    assert driver.control.sent == [("ended", "a", Outcome(-1, error="its worker was lost (RayError)"))]
 
 
 def test_threads_are_those_of_the_largest_node_at_most(monkeypatch):
@@ -178,16 +213,6 @@ def test_a_cluster_that_is_lost_is_one_line(monkeypatch, answers, said):
     assert said in str(caught.value)
 
 
-class Control:
-    """The connection of a driver."""
-
-    def __init__(self):
-        self.sent = []
-
-    def send(self, message):
-        self.sent.append(message)
-
-
 @pytest.mark.parametrize(
     ("waited", "nodes", "said"),
     [
@@ -199,8 +224,7 @@ class Control:
     ],
 )
 def test_a_stage_that_waits_says_why_once(monkeypatch, waited, nodes, said):
-    driver = ray_driver.Driver.__new__(ray_driver.Driver)
-    driver.control, driver.lock = Control(), ray_driver.threading.Lock()
+    driver = bare_driver()
     driver.placed = {"a": ray_driver._Placed(None, None, 4, 1, ray_driver.time.monotonic() - waited)}
     monkeypatch.setattr(driver, "_nodes", lambda: nodes)
     for _ in range(2):
