@@ -224,6 +224,8 @@ class _Comparison:
 
     def _use(self, use: Use, reported: Collection[Path]) -> None:
         if not use.path.exists():
+            if use.path.resolve() in reported:
+                return
             self.remarks.append(Remark("input not on disk", use.path))
             return
         if not use.current:
