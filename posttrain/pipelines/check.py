@@ -7,7 +7,7 @@ makes has the properties that are promised -> what is complete, what will run ->
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import memory_problem, plan
+from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
@@ -28,7 +29,7 @@ from gemma2.posttrain.schemas import MergeConfig, PipelineFile, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage, compile_pipeline
-from .decision import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
+from .decision import COMPLETE, LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
 from .expected_outputs import promised_by
 from .state import recorded_stages
 from .warp_stages import warp_stages
@@ -169,7 +170,7 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
         ahead = prospect(stage, pipeline, status, reused)
         with stage.located():
             if ahead.needed is not False and choice.within is not None and stage.name in choice.within:
-                _check_taken(stage, status)
+                _check_taken(stage, status, pipeline, choice.within)
             if ahead.config is None:
                 promised[stage.out] = Promise(stage.kind.makes)
                 decision, work = decide(ahead, pipeline, choice, status), None
@@ -223,11 +224,15 @@ def check_merge(config: Config, promised: Sequence[Path]) -> None:
             raise InputError(f"{path} is not a directory", "give the path of a model directory")
 
 
-def _check_taken(stage: Stage, status: Mapping[str, str]) -> None:
-    """Refuse a chosen stage whose input is missing, unless a chosen stage makes it or nothing needs it."""
+def _check_taken(stage: Stage, status: Mapping[str, str], pipeline: Pipeline, within: Container[str]) -> None:
+    """Refuse a chosen stage whose input is missing or damaged, unless a chosen stage makes it or nothing needs it."""
     for name in stage.needs:
         if status[name] == LEFT_OUT:
             raise InputError(f"needs {name}, which is neither complete nor chosen", "run that too")
+        out = pipeline.stages[name].out
+        manifest = read_manifest(out) if name not in within and status[name] == COMPLETE else None
+        for change in broken_files(manifest, out) if manifest else ():
+            raise InputError(f"needs {name}, which is not chosen and damaged: {change}", "run that too")
 
 
 # --- one command -----------------------------------------------------------------------------------------------------

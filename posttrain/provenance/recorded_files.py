@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
+from gemma2.core.outputs.safetensors_header import weight_files
 
-__all__ = ["changed_files", "check_recorded", "remake"]
+__all__ = ["changed_files", "check_recorded", "check_weights", "remake"]
 
 
 def changed_files(directory: Path, names: Sequence[str]) -> list[str]:
@@ -23,7 +24,7 @@ def changed_files(directory: Path, names: Sequence[str]) -> list[str]:
     return [
         name
         for name in names
-        if recorded.get(name) and (directory / name).is_file() and digest_file(directory / name) != recorded[name]
+        if recorded.get(name) and (directory / name).is_file() and digest_input(directory / name) != recorded[name]
     ]
 
 
@@ -33,6 +34,19 @@ def check_recorded(directory: Path, names: Sequence[str], fix: str) -> None:
     if changed:
         raise InputError(
             f"{directory / changed[0]} was changed after it was written: its digest is not the one in {MANIFEST}", fix
+        )
+
+
+def check_weights(directory: Path, role: str) -> None:
+    """Refuse a model of ours whose weights are not those that were written: of rotten bits, or of a copy that broke.
+
+    Other files may be edited on purpose: their content counts as it is. Raises InputError.
+    """
+    changed = changed_files(directory, [path.name for path in weight_files(directory)])
+    if changed:
+        raise InputError(
+            f"{role} {directory}: {changed[0]} is not what was written: its digest is not the one in {MANIFEST}",
+            f"make it again, restore it, or remove {directory / MANIFEST} to use it as it is",
         )
 
 

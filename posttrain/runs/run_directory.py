@@ -36,6 +36,7 @@ from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.library_versions import other_versions
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
 from gemma2.posttrain.provenance.origin import changes, origin_of
+from gemma2.posttrain.provenance.recorded_files import check_weights
 from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live
@@ -240,7 +241,10 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     """Return the record of the run's origin, and whether it continues an interrupted run. `held` keeps the lock."""
     config, options = start.config, start.options
     inputs = [*named_inputs(config)]
-    check_parents([Parent(named.role, named.path) for named in inputs if named.is_model])
+    models = [named for named in inputs if named.is_model]
+    check_parents([Parent(named.role, named.path) for named in models])
+    for named in models:
+        check_weights(named.path, f"--{named.role}")
     if options.resume and not options.force and (read_manifest(options.out) or {}).get("status") == "complete":
         raise OutputError(
             f"--out {options.out} is complete, there is nothing to resume",

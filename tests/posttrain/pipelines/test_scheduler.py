@@ -417,3 +417,13 @@ def test_a_list_that_names_a_stage_that_is_not_needed_is_current_without_it(tmp_
     assert ran(compiled(stages, tmp_path)) == ["a", "c"]
     planned = check_pipeline(compiled(stages, tmp_path)).stages
     assert [one.action for one in planned.values()] == ["skip", "not needed", "skip"]
+
+
+def test_a_choice_is_refused_where_it_would_take_a_damaged_output(tmp_path):
+    run(compiled(CHAIN, tmp_path))
+    write_text_model(tmp_path / "a", "(9.0)")
+    with pytest.raises(
+        InputError, match=r"stages\.b: needs a, which is not chosen and damaged: its model\.safetensors"
+    ):
+        run(compiled(CHAIN, tmp_path), within=frozenset({"b"}))
+    assert ran(compiled(CHAIN, tmp_path), within=frozenset({"a", "b"})) == ["a"]  # the advice

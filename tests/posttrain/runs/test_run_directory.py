@@ -402,6 +402,26 @@ def test_a_resume_by_another_command_is_refused(place):
         pytest.fail("opened")
 
 
+# --- damaged inputs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_ours_whose_weights_changed_since_is_refused_and_the_advice_leads_to_a_run(place):
+    write_manifest(place / "model", {"command": "sft", "status": "complete"})
+    path = place / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"S")
+    with pytest.raises(InputError, match=r"--model .*model\.safetensors is not what was written") as caught:
+        complete(place)
+    (place / "model" / "gemma2.json").unlink()  # the advice
+    assert f"remove {place / 'model' / 'gemma2.json'}" in caught.value.hint
+    assert complete(place).out == place / "out"
+
+
+def test_another_file_of_a_model_may_be_edited_on_purpose(place):
+    write_manifest(place / "model", {"command": "sft", "status": "complete"})
+    (place / "model" / "config.json").write_text('{"final_logit_softcapping": 8}')
+    assert complete(place).out == place / "out"
+
+
 # --- rewind -----------------------------------------------------------------------------------------------------------
 
 
