@@ -55,7 +55,7 @@ class ParentRecord(TypedDict, total=False):
     path     relative to the output
     hub      `owner/name@revision` of a model from the hub's cache
     weights  digest of all tensors
-    files    digest of every other file that decides, by name
+    files    every other file that decides, by name: its digest, or the settings that it holds, as JSON
     """
 
     role: str

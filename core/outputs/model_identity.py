@@ -26,9 +26,9 @@ __all__ = [
     "ModelIdentity",
     "deciding_files",
     "digest_model",
-    "digest_of_settings",
     "identity_of",
     "parent_record",
+    "settings_in",
 ]
 
 # For people, or records of how a model was made: nothing that loads it reads them.
@@ -49,12 +49,15 @@ INCIDENTAL_KEYS = frozenset(
     {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "_from_model_config"}
     | {"is_local", "local_files_only"}
 )
+BY_VALUE = 8192  # bytes; a longer file of settings counts by a digest
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """weights: digest of the tensors (`digest_weights`). files: name -> digest of every other file that decides."""
+    """weights: digest of the tensors (`digest_weights`). files: every other file that decides, by name: its digest,
+    or the settings that it holds (`settings_in`).
+    """
 
     weights: str
     files: dict[str, str]
@@ -106,11 +109,15 @@ def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def _digest_of(path: Path, threads: int) -> str:
     if path.name not in CONFIGS:
         return digest_input(path, threads)
-    return remembered("config", [path], lambda: digest_of_settings(path.read_bytes()))
+    if path.stat().st_size <= BY_VALUE:
+        return settings_in(path.read_bytes())
+    return remembered("config", [path], lambda: settings_in(path.read_bytes()))
 
 
-def digest_of_settings(text: bytes) -> str:
-    """Return the digest of the settings in a JSON file, without those that decide nothing; of its bytes if broken."""
+def settings_in(text: bytes) -> str:
+    """Return what stands for a JSON file of settings, without those that decide nothing: of a short file they
+    themselves, in one order and layout, so that a difference can be shown; else their digest; of its bytes if broken.
+    """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -118,7 +125,10 @@ def digest_of_settings(text: bytes) -> str:
     digest = hasher()
     if isinstance(found, dict):
         kept = {key: value for key, value in found.items() if key not in INCIDENTAL_KEYS}
-        digest.update(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
+        values = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+        if len(text) <= BY_VALUE:
+            return values
+        digest.update(values.encode())
     else:
         digest.update(text)
     return digest_name(digest)

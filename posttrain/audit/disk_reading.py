@@ -26,7 +26,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.digest_cache import Stamp, stamp_of, store
 from gemma2.core.outputs.digests import INDEX, digest_of_tensors, indexed_tensors, tensor_line
 from gemma2.core.outputs.hashing import digest_name, hasher
-from gemma2.core.outputs.model_identity import CONFIGS, digest_of_settings
+from gemma2.core.outputs.model_identity import BY_VALUE, CONFIGS, settings_in
 from gemma2.core.outputs.safetensors_header import Tensor, read_header
 from gemma2.core.progress import SILENT, Progress
 
@@ -143,7 +143,7 @@ def _read_file(path: Path, threads: int, advance: Advance, with_tensors: bool) -
                 advance(len(piece))
     except OSError as error:
         return _unreadable(error)
-    settings = digest_of_settings(bytes(kept)) if path.name in CONFIGS else ""
+    settings = settings_in(bytes(kept)) if path.name in CONFIGS else ""
     lines = tensors.lines() if tensors is not None else None
     return FileRead(size, digest_name(whole), settings, lines, stamp=stamp, began=began)
 
@@ -300,5 +300,5 @@ def store_model(directory: Path, files: Sequence[Path], read: Mapping[Path, File
 def _store_file(path: Path, read: FileRead) -> None:
     if read.digest:
         store("file", [path], [read.stamp], read.began, read.digest)
-    if read.settings:
+    if read.settings and read.size > BY_VALUE:
         store("config", [path], [read.stamp], read.began, read.settings)

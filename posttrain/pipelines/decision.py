@@ -35,6 +35,7 @@ from .references import condition_holds, filled, lookup, references, replaced, t
 from .shelf import NO_SHELF, Shelf
 
 __all__ = [
+    "COMPLETE",
     "DONE",
     "GOES_ON_IF",
     "LEFT_OUT",

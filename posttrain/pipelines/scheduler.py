@@ -254,7 +254,7 @@ class Scheduler:
     def _show(self, stage: str, event: Event) -> None:
         """Show the progress of a stage. If several run at once, its bars carry its name."""
         kind, *rest = event
-        label = f"{stage.rpartition('/')[2]}: " if len(self.started) > 1 else ""
+        label = f"{self._short(stage)}: " if len(self.started) > 1 else ""
         if kind == "task":
             number, name, total, unit = rest
             context = self.progress.task(f"{label}{name}", total, unit)
@@ -269,6 +269,13 @@ class Scheduler:
             self.progress.warn(f"{label}{rest[0]}")
         else:
             self.progress.note(f"{label}{rest[0]}")
+
+    def _short(self, stage: str) -> str:
+        """The last folders of a stage's name, as many as tell it from the other stages."""
+        parts = stage.split("/")
+        tails = ("/".join(parts[-depth:]) for depth in range(1, len(parts) + 1))
+        others = [name for name in self.pipeline.stages if name != stage]
+        return next((t for t in tails if not any(o == t or o.endswith(f"/{t}") for o in others)), stage)
 
     def _close_bars(self, stage: str | None = None, number: int | None = None) -> None:
         for key in [*self.bars]:

@@ -22,6 +22,7 @@ from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hashing import digest_name, hasher
 from gemma2.core.outputs.manifest import SCHEMA_VERSION, DataRecord
 from gemma2.core.outputs.model_identity import identity_of, parent_record
+from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .change import Change
@@ -39,7 +40,9 @@ __all__ = [
     "settings_of",
 ]
 
-Content = Mapping[str, str]  # name of a part -> its digest; of a data file one part without a name
+# Name of a part -> its digest, or the settings in it as JSON; of a data file one part without a name.
+Content = Mapping[str, str]
+GONE = object()
 
 
 def origin_of(command: str, config: Config, out: Path, threads: int = 1) -> JsonObject:
@@ -134,6 +137,8 @@ def changes(recorded: JsonMapping, command: str, config: Config, unknown: Collec
         version = recorded.get("gemma2") or "of another version"
         made = f"made by gemma2 {version}, whose record lacks what is compared now"
         return [Change(made, recorded.get("schema_version"), SCHEMA_VERSION)]
+    if isinstance(config, MergeConfig) and {"models", "base"} & {*unknown}:
+        unknown = {*unknown, "models", "base"}  # the base of a merge may follow from its models
     return [
         *_changed_settings(recorded, config, unknown),
         *_changed_inputs(recorded, config, unknown),
@@ -248,8 +253,26 @@ def _compared(
             if then.get(part) != here.get(part):
                 place = f"{role} {path}" if part else f"the content of {path}"
                 called = f"the weights of {place}" if part == "weights" else f"{part} of {place}" if part else place
-                found.append(Change(called, then.get(part), here.get(part)))
+                found += _in_file(called, then.get(part), here.get(part))
     return found
+
+
+def _in_file(called: str, was: str | None, now: str | None) -> list[Change]:
+    """Return the difference of one file: key by key where its settings are recorded by their values."""
+    before, after = _values(was), _values(now)
+    if before is None or after is None:
+        return [Change(called, was, now)]
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key, GONE) != after.get(key, GONE)]
+    return [Change(f"{key} in {called}", before.get(key), after.get(key), by_value=True) for key in keys]
+
+
+def _values(recorded: str | None) -> JsonObject | None:
+    """The settings that a record holds by their values; None for a digest, or for nothing."""
+    try:
+        found = json.loads(recorded or "")
+    except (ValueError, TypeError):  # also of a record that was edited
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _text(content: Content) -> str:

@@ -39,12 +39,12 @@ def test_a_setting_has_both_values(place):
     assert changes(altered(place, "e", value=1.5), "e") == {"value": (5.0, 1.5)}
 
 
-def test_an_input_has_both_digests(place):
-    before = identity_of(place.root.parent / "raw")
-    (place.root.parent / "raw" / "config.json").write_text('{"hidden": 8}')
-    after = identity_of(place.root.parent / "raw")
-    (found,) = changes(place, "a").values()
-    assert found == (before.files["config.json"], after.files["config.json"])
+def test_an_input_has_both_values_of_a_setting_and_both_digests_of_another_file(place):
+    raw = place.root.parent / "raw"
+    (raw / "config.json").write_text('{"hidden": 8}')
+    assert [*changes(place, "a").values()] == [(4, 8)]
+    (raw / "chat_template.jinja").write_text("{{ x }}")
+    assert (None, identity_of(raw).files["chat_template.jinja"]) in changes(place, "a").values()
 
 
 def test_a_list_of_inputs_has_both_lists(place):

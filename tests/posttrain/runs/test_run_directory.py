@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 from processes import finish, start
 from text_model import text_of, write_text_model
 
@@ -80,7 +79,7 @@ def test_the_manifest_tells_where_an_output_comes_from(place):
     assert manifest["seed"] == 7
     assert manifest["config"]["steps"] == 4
     assert manifest["summary"] == {"loss": 0.5}
-    files = {"config.json": "blake3:" + blake3(b"{}").hexdigest()}
+    files = {"config.json": "{}"}
     assert manifest["parents"] == [
         {"role": "model", "path": "../model", "weights": digests.digest_weights(place / "model"), "files": files}
     ]
