@@ -232,7 +232,7 @@ def run(
       gemma2 pipeline run quickstart --out quickstart --dry-run
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
-    from gemma2.posttrain.pipelines.run import check_executor, executor_of, run_pipeline
+    from gemma2.posttrain.pipelines.run import check_executor, check_place, executor_of, run_pipeline
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
@@ -241,6 +241,7 @@ def run(
     choice = replace(choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=shelf_of(reuse or ()))
     place = executor_of(executor, jobs or 1, ray_address)
     if dry_run:
+        check_place(compiled.root)
         check_executor(compiled, place)
         show_plan(console, compiled, check_pipeline(compiled, choice))
         return

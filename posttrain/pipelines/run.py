@@ -34,6 +34,7 @@ __all__ = [
     "PipelineResult",
     "Watcher",
     "check_executor",
+    "check_place",
     "executor_of",
     "run_pipeline",
     "run_stages",

@@ -303,9 +303,11 @@ def hash_of(record: JsonMapping, schema: type[Config] | None) -> str:
     """
     inputs = _recorded_inputs(record)
     settings = record.get("config") or {}
+    settings = settings if schema is None else _settings_in(settings, schema, inputs)
     content = {
         "command": record.get("command"),
-        "config": settings if schema is None else _settings_in(settings, schema, inputs),
+        # Without empty values: the record of a merge has keys that its options lack.
+        "config": {key: value for key, value in settings.items() if _is_given(value)},
         "inputs": {
             option: [[role, content] for role, _, content in entries] for option, entries in sorted(inputs.items())
         },

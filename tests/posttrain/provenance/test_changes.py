@@ -58,3 +58,23 @@ def test_a_merge_whose_models_are_not_made_yet_has_no_change_of_its_base(place, 
     record = origin_of("merge slerp", config, place / "out")
     assert said(record, "merge slerp", config, unknown) == []
     assert said(record, "merge slerp", config.model_copy(update={"t": 0.3}), unknown) != []
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "ties", "liti", "passthrough"])
+def test_the_hash_of_what_a_merge_would_make_is_that_of_its_manifest(place, method, tmp_path):
+    from model_files import random_arrays, write_model
+
+    from gemma2.core.outputs.manifest import read_manifest
+    from gemma2.merging import merge
+    from gemma2.posttrain.runs.commands import output_hash
+
+    for number, name in enumerate(("x", "y", "z")):
+        write_model(place / name, random_arrays(number))
+    more = {"liti": {"models": ("x",), "base": "z", "eta": 0.5}, "passthrough": {"models": ("x",)}}
+    config = MergeConfig(
+        method=method, **more.get(method, {"models": ("x", "y")} | ({"base": "z"} if method == "ties" else {}))
+    )
+    merge(config.request(), out=place / "out")
+    manifest = read_manifest(place / "out")
+    assert output_hash(manifest) == output_hash(origin_of(f"merge {method}", config, place / "out"))
+    assert said(manifest, f"merge {method}", config) == []
