@@ -134,9 +134,8 @@ def changes(recorded: JsonMapping, command: str, config: Config, unknown: Collec
     if recorded.get("command") != command:
         return [Change("command", recorded.get("command"), command, by_value=True)]
     if recorded.get("schema_version") != SCHEMA_VERSION:
-        version = recorded.get("gemma2") or "of another version"
-        made = f"made by gemma2 {version}, whose record lacks what is compared now"
-        return [Change(made, recorded.get("schema_version"), SCHEMA_VERSION)]
+        what = "schema of its record, which lacks configurations and templates of its inputs"
+        return [Change(what, recorded.get("schema_version"), SCHEMA_VERSION, by_value=True)]
     if isinstance(config, MergeConfig) and {"models", "base"} & {*unknown}:
         unknown = {*unknown, "models", "base"}  # the base of a merge may follow from its models
     return [

@@ -61,6 +61,8 @@ def find_output(out: Path) -> WatchedOutput | None:
 
 def nothing_there(out: Path) -> str:
     """What to say while nothing of `out` exists, with the nearest output next to it."""
+    if out.is_dir():
+        return f"{out} is empty: nothing runs there yet"
     try:
         names = {PARTIAL.sub(r"\1", path.name) for path in out.parent.iterdir() if _is_ours(path)}
     except OSError:
