@@ -22,7 +22,7 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.methods.option import OPTIONS
 from gemma2.posttrain.pipelines.check import look_at_pipeline
 from gemma2.posttrain.pipelines.compile import Pipeline, with_method
-from gemma2.posttrain.pipelines.decision import Choice
+from gemma2.posttrain.pipelines.decision import COMPLETE, Choice, prospect
 from gemma2.posttrain.pipelines.run import FILE, run_pipeline
 from gemma2.posttrain.pipelines.scheduler import Executor, Observer
 from gemma2.posttrain.provenance.change import Change
@@ -91,14 +91,19 @@ def remake(found: Verification, tools: Tools) -> list[Remade]:
             problems[unit] = f"the {MANIFEST} of a pipeline's folder is not made from anything; remove it: {again}"
             continue
         if lost := _only_for_people(unit, found):
-            problems[unit] = f"only {', '.join(lost)} is damaged, which no command reads; make it again with --force"
+            problems[unit] = (
+                f"only {', '.join(lost)} is damaged, which no command reads; its own command makes it again, with --force"
+            )
             continue
         folder = next((path for path in unit.parents if (path / FILE).is_file()), None)
         stages.setdefault(folder, []).append(unit) if folder else single.append(unit)
     for folder, made in stages.items():
         try:
             with chdir(Path.cwd()):  # opening a pipeline enters the folder that its paths start from
-                left = _remake_stages(tools.pipeline(folder), made, tools)
+                pipeline = tools.pipeline(folder)
+                against = {unit: str(error) for unit, error in _against(pipeline, made)}
+                problems |= against
+                left = _remake_stages(pipeline, [unit for unit in made if unit not in against], tools)
         except Gemma2Error as error:
             problems |= dict.fromkeys(made, str(error))
         else:
@@ -155,6 +160,38 @@ def _other(unit: Path, before: Mapping[str, str]) -> tuple[str, ...]:
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def _against(pipeline: Pipeline, units: Sequence[Path]) -> Iterator[tuple[Path, InputError]]:
+    """Yield the damaged outputs of stages that would come out as something else: what they are made from has changed.
+
+    A fix brings back what was there. A change is for a run to take, when its user wants it.
+    """
+    places = {stage.out.resolve(): stage for stage in pipeline.stages.values()}
+    damaged = {places[unit].name for unit in units if unit in places}
+    status = {name: "will run" if name in damaged else COMPLETE for name in pipeline.stages}
+    for unit in units:
+        stage = places.get(unit)
+        recorded = _record(unit)
+        ahead = prospect(stage, pipeline, status) if stage is not None and recorded else None
+        if stage is None or ahead is None or ahead.config is None:
+            continue
+        config = located(ahead.config, [one.out for one in pipeline.stages.values()])
+        found = changes(recorded, stage.command, config, ahead.unknown)
+        if found:
+            what = f"changed since {stage.name} was made: {', '.join(map(str, found))}"
+            yield (
+                unit,
+                InputError(what, f"restore that, or make what follows from it: gemma2 pipeline run {pipeline.root}"),
+            )
+
+
+def _record(unit: Path) -> JsonObject:
+    """The manifest of an output; empty where it cannot be read: then nothing says what it was made from."""
+    try:
+        return {**(read_manifest(unit) or {})}
+    except InputError:
+        return {}
 
 
 def _remake_stages(pipeline: Pipeline, units: Sequence[Path], tools: Tools) -> list[Path]:

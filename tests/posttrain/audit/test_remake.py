@@ -104,6 +104,27 @@ def test_a_stage_whose_damage_the_run_would_not_see_is_made_again(place, monkeyp
     assert tools.ran == ["b"]
 
 
+def test_a_fix_does_not_take_a_change_of_an_input_along(place):
+    """What is damaged would come out as something else: that is for a run, when its user wants it."""
+    intact = {name: digest_file(place.root / name / "model.safetensors") for name in "bcde"}
+    write_text_model(place.root.parent / "raw", "other")
+    DAMAGES["flipped"](place.root / "a" / "model.safetensors")
+    tools = shop(place)
+    (found,) = tools.fix(place.root)
+    assert "changed since a was made: the weights of model" in found.problem
+    assert f"gemma2 pipeline run {place.root}" in found.problem
+    assert tools.ran == []
+    assert {name: digest_file(place.root / name / "model.safetensors") for name in "bcde"} == intact
+
+
+def test_a_stage_below_a_changed_input_is_made_from_what_its_own_inputs_still_are(place):
+    write_text_model(place.root.parent / "raw", "other")
+    DAMAGES["flipped"](place.root / "e" / "model.safetensors")
+    tools = shop(place)
+    assert [one.same for one in tools.fix(place.root)] == [True]
+    assert tools.ran == ["e"]
+
+
 def test_what_depends_on_other_bytes_runs_again(place, monkeypatch):
     DAMAGES["flipped"](place.root / "b" / "model.safetensors")
     monkeypatch.setattr("stages.text_of", lambda directory: "other")  # as with another version of a library

@@ -154,7 +154,7 @@ EVENTS = {
         lambda w: (w.made / "config.json").unlink(),
         lambda w: (w.made / "model.safetensors").unlink(),
     ],
-    "README, a picture or a log of its output is removed": [lambda w: (w.made / "README.md").unlink()],
+    "README, a picture, a CSV table or a log of its output is removed": [lambda w: (w.made / "README.md").unlink()],
     "the `gemma2.json` of its output is cut": [lambda w: (w.made / "gemma2.json").write_text('{"status": "comp')],
     "its output is touched, copied, moved, or gets another mode": [copy_and_move_output],
     "another version of gemma2 or of a library is installed": [lambda w: w.versions.update(numpy="2")],
