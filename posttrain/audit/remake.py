@@ -91,9 +91,8 @@ def remake(found: Verification, tools: Tools) -> list[Remade]:
             problems[unit] = f"the {MANIFEST} of a pipeline's folder is not made from anything; remove it: {again}"
             continue
         if lost := _only_for_people(unit, found):
-            problems[unit] = (
-                f"only {', '.join(lost)} is damaged, which no command reads; its own command makes it again, with --force"
-            )
+            fix = "its own command makes it again, with --force"
+            problems[unit] = f"only {', '.join(lost)} is damaged, which no command reads; {fix}"
             continue
         folder = next((path for path in unit.parents if (path / FILE).is_file()), None)
         stages.setdefault(folder, []).append(unit) if folder else single.append(unit)
