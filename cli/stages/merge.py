@@ -13,6 +13,7 @@ from gemma2.cli.terminal.completion import merge_methods
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Quiet, Set, required_out
+from gemma2.cli.tools.extract_lora import extract_lora
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.sizes import size
@@ -322,3 +323,4 @@ app.command(
         },
     )
 )
+app.command(name="extract-lora", cls=HelpCommand, context_settings=HELP_NAMES, rich_help_panel="Tools")(extract_lora)

@@ -87,7 +87,7 @@ class Facts:
     """Everything that a card is made from.
 
     manifest  of the output: command, config, data, seed, versions, summary
-    config    its config.json
+    config    its config.json; of an adapter adapter_config.json
     chat      whether its tokenizer has a chat template; None without a tokenizer
     """
 
@@ -108,7 +108,14 @@ class Facts:
     def is_reward(self) -> bool:
         """Whether it is a reward model."""
         names = self.config.get("architectures")
+        if self.is_adapter:
+            return self.config.get("task_type") == "SEQ_CLS"
         return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter."""
+        return "peft_type" in self.config
 
     @property
     def sources(self) -> tuple[Ancestor, ...]:
@@ -139,16 +146,18 @@ def model_card(facts: Facts) -> str:
 
 def metadata(facts: Facts) -> JsonObject:
     """Return the front matter, without unknown entries."""
-    bases = list(dict.fromkeys(_base_names(facts.sources)))
-    merged = facts.command.startswith("merge") or facts.command == "pick"
+    of = tuple(parent for parent in facts.parents if parent.role == "base") if facts.is_adapter else facts.sources
+    bases = list(dict.fromkeys(_base_names(of)))
+    merged = (facts.command.startswith("merge") and not facts.is_adapter) or facts.command == "pick"
     relation = "merge" if merged and len(facts.sources) > 1 else "finetune" if facts.command in TRAINED else None
+    relation = "adapter" if facts.is_adapter else relation
     tags = ["gemma2", *(["merge"] if merged and len(facts.sources) > 1 else []), *_tags(facts.command)]
     for ancestor in _all(facts.sources):
         tags += _tags(ancestor.command)
     return {
         **({"base_model": bases if len(bases) > 1 else bases[0]} if bases else {}),
         **({"base_model_relation": relation} if relation and bases else {}),
-        "library_name": "transformers",
+        "library_name": "peft" if facts.is_adapter else "transformers",
         "pipeline_tag": "text-classification" if facts.is_reward else "text-generation",
         "tags": list(dict.fromkeys(tags)),
         **_inherited(facts.sources, ("license", "license_name", "license_link")),
@@ -201,6 +210,8 @@ def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> JsonObject
 
 def _what(facts: Facts) -> str:
     command = facts.command
+    if command == "merge extract-lora":
+        return "A LoRA adapter: the difference between a model and its base, as factors of low rank."
     if command.startswith("merge "):
         inputs = sum(parent.role == "input" for parent in facts.parents)
         based = " and their base" if inputs > 1 else " and its base"
@@ -228,6 +239,8 @@ def _figures(summary: object) -> Iterator[tuple[str, str]]:
 
 
 def _loading(facts: Facts) -> str:
+    if facts.is_adapter:
+        return _loading_of_adapter(facts)
     kind = "AutoModelForSequenceClassification" if facts.is_reward else "AutoModelForCausalLM"
     # Gemma 2's soft cap exists in eager attention, not in sdpa.
     eager = ', attn_implementation="eager"' if facts.config.get("attn_logit_softcapping") is not None else ""
@@ -241,6 +254,18 @@ def _loading(facts: Facts) -> str:
         return fenced("\n".join([lines[0].removesuffix(", AutoTokenizer"), *lines[1:]]), "python")
     lines += ["tokenizer = AutoTokenizer.from_pretrained(path)", *_use(facts.is_reward, facts.chat)]
     return fenced("\n".join(lines), "python")
+
+
+def _loading_of_adapter(facts: Facts) -> str:
+    kind = "AutoPeftModelForSequenceClassification" if facts.is_reward else "AutoPeftModelForCausalLM"
+    lines = [
+        f"from peft import {kind}",
+        "",
+        "# this directory; adapter_config.json names the base",
+        f'model = {kind}.from_pretrained(".")',
+    ]
+    plain = code("gemma2 merge linear BASE+ADAPTER --out MODEL")
+    return f"{fenced(chr(10).join(lines), 'python')}\n\nAs a plain model: {plain}."
 
 
 def _use(is_reward: bool, chat: bool) -> list[str]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
-from gemma2.core.outputs.staging import check_output
-from gemma2.core.sizes import sizes_apart
+from gemma2.core.outputs.staging import check_output, check_space
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.inputs.compatibility import (
     check_model,
@@ -189,14 +188,7 @@ def _check_outputs(plan: MergePlan, force: bool) -> None:
     inputs |= {f"model of {model.role}": model.origin for model in plan.inputs if model.origin != model.path}
     for out in plan.outputs:
         check_output(out, force, inputs)
-    parent = _existing(plan.outputs[0])
-    needed, free = plan.output_bytes * len(plan.outputs), shutil.disk_usage(parent).free
-    if needed > free:
-        texts = sizes_apart(needed, free)
-        raise OutputError(
-            f"the output needs {texts[0]}, {parent} has {texts[1]} free",
-            "free some space, or choose another --out",
-        )
+    check_space(plan.outputs[0], plan.output_bytes * len(plan.outputs))
 
 
 def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[MergeRequest, list[str]]:
