@@ -30,6 +30,7 @@ from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.core.rounding import is_still, relative_change
 from gemma2.merging.inputs.adapter import adapted_rows, load_factors, open_adapter
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
+from gemma2.merging.inputs.tied_adapter import EMBEDDING_ENDS, head_name
 from gemma2.merging.inspect.distances import Distances, Sums
 from gemma2.merging.kernels.dense import announced
 from gemma2.merging.kernels.dtypes import KINDS, Bytes, Floats, narrow, widen
@@ -211,6 +212,11 @@ def _write(plan: ExtractPlan, changes: Changes, reader: Reader, directory: Path,
             writer.add(whole_name(name, _is_adapted(name, changes)), tensor.dtype, tensor.shape)
             for piece in values.stored(plan.model, name):
                 writer.write(piece)
+        for name in _tied_embedding(plan, changes):  # peft saves it twice, and reads both
+            tensor = plan.model.tensors[name]
+            writer.add(whole_name(head_name(plan.model), adapted=False), tensor.dtype, tensor.shape)
+            for piece in values.stored(plan.model, name):
+                writer.write(piece)
         writer.finish()
     return found
 
@@ -259,6 +265,13 @@ def _residual(delta: Floats, left: Floats, right: Floats) -> float:
     return fsum(parts)
 
 
+def _tied_embedding(plan: ExtractPlan, changes: Changes) -> list[str]:
+    """Return the embedding if it is stored whole and is the head of the model too; else nothing."""
+    if plan.task != "CAUSAL_LM" or (head_name(plan.model) in plan.model.tensors and not plan.tied):
+        return []
+    return [name for name in changes.whole if name.endswith(EMBEDDING_ENDS)]
+
+
 def _is_adapted(name: str, changes: Changes) -> bool:
     """Whether the module of a tensor has factors."""
     return f"{module_of(name)}.weight" in changes.factored
@@ -274,6 +287,7 @@ def _largest(plan: ExtractPlan, changes: Changes) -> Layout:
         layout |= {a: ("BF16", (rank, max(rows, columns))), b: ("BF16", (max(rows, columns), rank))}
     for name in changes.whole:
         layout[whole_name(name, _is_adapted(name, changes))] = ("F32", plan.model.tensors[name].shape)
+    layout |= {whole_name(head_name(plan.model), adapted=False): ("F32", (2**30, 2**20))}
     layout |= {"": ("F64", (2**40,))}  # offsets of more digits than the adapter has
     return layout
 
@@ -287,12 +301,10 @@ def _config(plan: ExtractPlan, changes: Changes, found: Sequence[Extracted]) -> 
     ranks = {module_of(one.name): one.rank for one in found}
     whole = list(dict.fromkeys(m for m in map(module_of, changes.whole) if m not in ranks))
     biases = any(_is_adapted(name, changes) for name in changes.whole)
-    tied = plan.base.config.get("tie_word_embeddings", True) is not False
-    embedding = any(module.endswith("embed_tokens") for module in whole)
     flags = {
         **({"bias": "all"} if biases else {}),
         **({"fan_in_fan_out": True} if plan.model.config.get("model_type") in TRANSPOSED else {}),
-        **({"ensure_weight_tying": True} if tied and embedding and plan.task == "CAUSAL_LM" else {}),
+        **({"ensure_weight_tying": True} if _tied_embedding(plan, changes) else {}),
     }
     names = (short_names(list(ranks), modules, dotted=True), short_names(whole, modules, dotted=False))
     return adapter_config(str(plan.request.base), plan.task, ranks, names, flags)
