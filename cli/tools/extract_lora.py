@@ -21,77 +21,88 @@ MOST_ROWS = 80  # a longer report is in gemma2.json only
 SOMEWHERE = Path("adapter")  # of a plan without --out
 
 
+Model = typer.Argument(
+    metavar="MODEL",
+    help="A model directory, a hub id or MODEL+ADAPTER.",
+    show_default=False,
+    rich_help_panel="Inputs",
+)
+Base = typer.Option(
+    None,
+    "--base",
+    metavar="MODEL",
+    help="The model that it was trained from [default the one that it records].",
+    show_default=False,
+    rich_help_panel="Inputs",
+)
+Rank = typer.Option(
+    None,
+    "--rank",
+    metavar="INT",
+    help="Rank of the factors; with --explained the largest one [>=1].",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+Explained = typer.Option(
+    None,
+    "--explained",
+    metavar="FLOAT",
+    help="Share of the squared difference of each layer that its factors must hold [>0, <=1].",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+Targets = typer.Option(
+    None,
+    "--target-modules",
+    metavar="A,B,...",
+    help="Modules that get factors [default every linear layer that differs].",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+Saved = typer.Option(
+    None,
+    "--save-modules",
+    metavar="A,B,...|all",
+    help="Modules that are stored whole if they differ; all: everything without factors.",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+LeaveOut = typer.Option(
+    False,
+    "--leave-out",
+    help="Leave out what differs and has no place in the adapter, and report it.",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+Dtype = typer.Option(
+    "float32",
+    "--dtype",
+    metavar="bfloat16|float16|float32",
+    help="dtype of the factors [default float32].",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+Threads = typer.Option(
+    2,
+    "--threads",
+    min=1,
+    metavar="INT",
+    help="Threads that read and compare [default 2; >=1].",
+    show_default=False,
+    rich_help_panel="Settings",
+)
+
+
 def extract_lora(
-    model: Path = typer.Argument(
-        metavar="MODEL",
-        help="A model directory, a hub id or MODEL+ADAPTER.",
-        show_default=False,
-        rich_help_panel="Inputs",
-    ),
-    base: Path | None = typer.Option(
-        None,
-        "--base",
-        metavar="MODEL",
-        help="The model that it was trained from [default the one that it records].",
-        show_default=False,
-        rich_help_panel="Inputs",
-    ),
-    rank: int | None = typer.Option(
-        None,
-        "--rank",
-        metavar="INT",
-        help="Rank of the factors; with --explained the largest one [>=1].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    explained: float | None = typer.Option(
-        None,
-        "--explained",
-        metavar="FLOAT",
-        help="Share of the squared difference of each layer that its factors must hold [>0, <=1].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    target_modules: str | None = typer.Option(
-        None,
-        "--target-modules",
-        metavar="A,B,...",
-        help="Modules that get factors [default every linear layer that differs].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    save_modules: str | None = typer.Option(
-        None,
-        "--save-modules",
-        metavar="A,B,...|all",
-        help="Modules that are stored whole if they differ; all: everything without factors.",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    leave_out: bool = typer.Option(
-        False,
-        "--leave-out",
-        help="Leave out what differs and has no place in the adapter, and report it.",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    dtype: Literal["bfloat16", "float16", "float32"] = typer.Option(
-        "float32",
-        "--dtype",
-        metavar="bfloat16|float16|float32",
-        help="dtype of the factors [default float32].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    threads: int = typer.Option(
-        2,
-        "--threads",
-        min=1,
-        metavar="INT",
-        help="Threads that read and compare [default 2; >=1].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
+    model: Path = Model,
+    base: Path | None = Base,
+    rank: int | None = Rank,
+    explained: float | None = Explained,
+    target_modules: str | None = Targets,
+    save_modules: str | None = Saved,
+    leave_out: bool = LeaveOut,
+    dtype: Literal["bfloat16", "float16", "float32"] = Dtype,
+    threads: int = Threads,
     out: Path | None = Out,
     force: bool = Force,
     dry_run: bool = DryRun,

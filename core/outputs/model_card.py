@@ -258,14 +258,8 @@ def _loading(facts: Facts) -> str:
 
 def _loading_of_adapter(facts: Facts) -> str:
     kind = "AutoPeftModelForSequenceClassification" if facts.is_reward else "AutoPeftModelForCausalLM"
-    lines = [
-        f"from peft import {kind}",
-        "",
-        "# this directory; adapter_config.json names the base",
-        f'model = {kind}.from_pretrained(".")',
-    ]
-    plain = code("gemma2 merge linear BASE+ADAPTER --out MODEL")
-    return f"{fenced(chr(10).join(lines), 'python')}\n\nAs a plain model: {plain}."
+    lines = f'from peft import {kind}\n\nmodel = {kind}.from_pretrained(".")  # this directory, which names its base'
+    return f"{fenced(lines, 'python')}\n\nAs a plain model: {code('gemma2 merge linear BASE+ADAPTER --out MODEL')}."
 
 
 def _use(is_reward: bool, chat: bool) -> list[str]:

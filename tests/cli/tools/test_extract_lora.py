@@ -67,7 +67,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_out(models, capsys):
         ("b --rank 2 --out lora", 2, "name it: --base"),
         ("b --base a --rank 2 --out a", 1, "overlap"),
         ("a --base a --rank 2 --out lora", 1, "does not differ"),
-        ("b --base a --rank 2 --save-modules up --out lora", 2, "did you mean 'up_proj'"),
+        ("b --base a --rank 2 --save-modules up_prj --out lora", 2, "did you mean 'up_proj'"),
         ("b --base a --rnk 2 --out lora", 2, "--rank"),
     ],
 )
