@@ -19,10 +19,12 @@ from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
 from .inputs.checkpoint import Checkpoint, Reader
+from .inputs.families import tower_note
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
+from .streaming.carried import carry
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
 from .streaming.feeder import CUT, Feeder
@@ -72,6 +74,7 @@ class MergeResult:
             "vectors": "task vectors" if self.plan.base else "weights",
             "parameters": sum(group.parameters for group in self.groups),
             "mean_angle": mean_angle(self.groups),
+            **({"towers": "; ".join(towers)} if (towers := tower_note(self.plan.models[0])) else {}),
             "notes": list(self.plan.notes),
             "warnings": list(self.warnings),
             "groups": rows,
@@ -153,6 +156,9 @@ def _stream(
             groups.append(report)
             for follower in followers:
                 follower.wrote(group.tensors)
+        for name in carry(plan, reader, output):
+            for follower in followers:
+                follower.wrote([name])
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin

@@ -27,6 +27,7 @@ from gemma2.merging.inputs.compatibility import (
     check_same_tokenizer,
     tied_copies,
 )
+from gemma2.merging.inputs.families import is_decoder
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.request import DTYPES
 from gemma2.merging.plan.groups import BEFORE_LAYERS
@@ -131,6 +132,12 @@ def plan_extract(request: ExtractRequest, out: Path, force: bool = False) -> Ext
     check_same_architecture(base, model)
     check_same_tensors(base, model)
     check_same_tokenizer(base, model)
+    if not is_decoder(model):
+        raise InputError(
+            f"{model} is {_architecture(model)}: extract-lora is for decoders of text, whose layers peft knows by the "
+            "names in their files",
+            "merge the models themselves, by task-arithmetic",
+        )
     task, head = next((found for end, found in HEADS.items() if _architecture(model).endswith(end)), ("CAUSAL_LM", ""))
     tied = tied_copies(base)
     names = [name for name in model.tensors if name not in tied]

@@ -20,6 +20,7 @@ from gemma2.merging.inputs.compatibility import (
     check_same_tokenizer,
     tied_copies,
 )
+from gemma2.merging.inputs.families import carried_tensors, tower_note
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.method import Group, Method
 from gemma2.merging.methods.parameters import Schedule
@@ -44,6 +45,7 @@ class MergePlan:
     config      keys of config.json that differ from those of the first model
     tied        stored copies of tied tensors: {copy: original}
     vocabulary  of the output, if a tokenizer is chosen
+    carried     tensors that the output takes from the first model, unchanged
     """
 
     request: MergeRequest
@@ -57,6 +59,7 @@ class MergePlan:
     tied: dict[str, str]
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -127,21 +130,39 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
     for part in parts.values():
         check_shapes(part)
+    layout = _layout(request, parts, base is not None)
+    carried = _carried(request, models[0])
+    for name in carried:
+        del parts[name]
     plan = MergePlan(
         request=request,
         base=base,
         models=models,
         groups=find_groups(request.granularity, base is not None, parts),
         parts=parts,
-        layout=_layout(request, parts, base is not None),
+        layout=layout,
         outputs=_outputs(request, out),
         config=config,
         tied=tied,
         vocabulary=vocabulary,
-        notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
+        carried=carried,
+        notes=(
+            *notes,
+            *tower_note(models[0]),
+            *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items()),
+        ),
     )
     _check_outputs(plan, force)
     return plan
+
+
+def _carried(request: MergeRequest, first: Checkpoint) -> tuple[str, ...]:
+    """Return the tensors of the towers besides the text model. Raises UsageError if the request cannot leave them."""
+    carried = carried_tensors(first)
+    for flag, given in (("--slices", request.slices), ("--tokenizer", request.tokenizer)):
+        if carried and given:
+            raise UsageError(f"{flag}: {first} has a vision tower", "merge text models, without a tower")
+    return carried
 
 
 def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
