@@ -24,7 +24,7 @@ from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
-from .streaming.carried import carry
+from .streaming.unmerged import carry
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
 from .streaming.feeder import CUT, Feeder

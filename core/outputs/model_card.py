@@ -37,6 +37,8 @@ WHAT = {
     "rlhf": "A language model, trained by reinforcement learning from a reward, held near an anchor by a KL penalty.",
     "convert": "A model, imported as plain safetensors.",
     "pick": "A language model, chosen from a post-training run's front of reward over KL.",
+    "merge extract-lora": "A LoRA adapter: the difference between a model and its base, as factors of low rank.",
+    "merge replace-tokenizer": "A model with another tokenizer; the rows of its tokens come from the old ones.",
     "tiny": "A small model for trying out post-training, pre-trained from scratch.",
 }
 TAGS = {
@@ -210,9 +212,7 @@ def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> JsonObject
 
 def _what(facts: Facts) -> str:
     command = facts.command
-    if command == "merge extract-lora":
-        return "A LoRA adapter: the difference between a model and its base, as factors of low rank."
-    if command.startswith("merge "):
+    if command.startswith("merge ") and command not in WHAT:
         inputs = sum(parent.role == "input" for parent in facts.parents)
         based = " and their base" if inputs > 1 else " and its base"
         base = based if any(parent.role == "base" for parent in facts.parents) else ""

@@ -74,7 +74,7 @@ def is_decoder(model: Checkpoint) -> bool:
 
 
 def carried_tensors(model: Checkpoint) -> tuple[str, ...]:
-    """Return the tensors that are no part of the text model, which the output takes from the first model."""
+    """Return the tensors outside the text model, which the output takes from the first model."""
     names = model.config.get("architectures")
     if not isinstance(names, list) or not TOWERS.intersection(map(str, names)):
         return ()

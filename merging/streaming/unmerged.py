@@ -42,5 +42,5 @@ def carry(plan: MergePlan, reader: Reader, output: Output) -> Iterator[str]:
             for writer in output.writers:
                 writer.write(name, begin, written)
             places = [writer.places[name].offset + begin for writer in output.writers]
-            output.checks.add(name, [check_sum(written, place) for place in places])
+            output.checks.add(name, [int(check_sum(written, place)) for place in places])
         yield name
