@@ -24,12 +24,12 @@ from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
-from .streaming.unmerged import carry
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
 from .streaming.feeder import CUT, Feeder
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
+from .streaming.unmerged import carry
 from .streaming.verify import ReadBack
 from .streaming.writer import Writer, copy_companions
 from .tokenizers.vocabulary import write_tokenizer
