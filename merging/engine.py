@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
@@ -19,15 +19,18 @@ from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
 from .inputs.checkpoint import Checkpoint, Reader
+from .inputs.families import tower_note
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
 from .streaming.dense_stream import Output, Stream
+from .streaming.failures import no_empty_parents, system_refusals
 from .streaming.feeder import CUT, Feeder
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
 from .streaming.read_back import ReadBack
+from .streaming.unmerged import carry
 from .streaming.writer import Writer, copy_companions
 from .tokenizers.vocabulary import write_tokenizer
 
@@ -71,6 +74,7 @@ class MergeResult:
             "vectors": "task vectors" if self.plan.base else "weights",
             "parameters": sum(group.parameters for group in self.groups),
             "mean_angle": mean_angle(self.groups),
+            **({"towers": "; ".join(towers)} if (towers := tower_note(self.plan.models[0])) else {}),
             "notes": list(self.plan.notes),
             "warnings": list(self.warnings),
             "groups": rows,
@@ -95,7 +99,7 @@ def merge(
     command that merges.
     Raises UsageError, InputError or OutputError, if possible before any work.
     """
-    with _refusals(out):
+    with system_refusals(out):
         plan = plan_merge(request, out, force)
         for line in plan.notes:
             progress.note(line)
@@ -108,7 +112,7 @@ def _merge(
     started = now()
     with ExitStack() as stack:
         stack.enter_context(announced(progress.note))
-        stack.enter_context(_no_empty_parents(plan.outputs[0]))
+        stack.enter_context(no_empty_parents(plan.outputs[0]))
         directories = [stack.enter_context(staged_output(path, force)) for path in plan.outputs]
         for directory in directories:
             copy_companions(plan.models[0].origin, directory, _config_changes(plan))
@@ -127,36 +131,9 @@ def _merge(
     return result
 
 
-@contextmanager
-def _refusals(out: Path) -> Iterator[None]:
-    """Turn a failure of the system at any open, write, flush or rename into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, Gemma2Error):
-            raise
-        place = error.filename or out
-        raise OutputError(
-            f"{place}: {error.strerror or error}", "check the path, its permissions and the free space"
-        ) from error
-
-
 def _config_changes(plan: MergePlan) -> JsonObject:
     """Return the keys of config.json that the merge changes, with their values."""
     return {**plan.config, **({"dtype": plan.request.dtype} if plan.request.dtype else {})}
-
-
-@contextmanager
-def _no_empty_parents(out: Path) -> Iterator[None]:
-    """Remove the folders that were created for an output which then failed."""
-    missing = [folder for folder in out.parents if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in missing:  # the deepest first
-            with suppress(OSError):  # not empty: another run writes there
-                folder.rmdir()
-        raise
 
 
 def _stream(
@@ -179,6 +156,9 @@ def _stream(
             groups.append(report)
             for follower in followers:
                 follower.wrote(group.tensors)
+        for name in carry(plan, reader, output):
+            for follower in followers:
+                follower.wrote([name])
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin

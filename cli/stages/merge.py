@@ -13,6 +13,8 @@ from gemma2.cli.terminal.completion import merge_methods
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Out, Quiet, Set, required_out
+from gemma2.cli.tools.extract_lora import extract_lora
+from gemma2.cli.tools.replace_tokenizer import replace_tokenizer
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.sizes import size
@@ -322,3 +324,6 @@ app.command(
         },
     )
 )
+TOOLS: dict[str, Callable[..., None]] = {"extract-lora": extract_lora, "replace-tokenizer": replace_tokenizer}
+for _name, _tool in TOOLS.items():
+    app.command(name=_name, cls=HelpCommand, context_settings=HELP_NAMES, rich_help_panel="Tools")(_tool)

@@ -32,13 +32,14 @@ def write_card(directory: Path, manifest: JsonMapping, out: Path, account: Accou
     out  final path of the output, to which the paths of the manifest's parents are relative
     """
     pictures = account.pictures if account else ()
+    config = directory / "config.json"
     for picture in pictures:
         shutil.copyfile(picture, directory / picture.name)
     card = model_card(
         Facts(
             name=name_of(out.resolve()),
             manifest=manifest,
-            config=read_json(directory / "config.json"),
+            config=read_json(config if config.is_file() else directory / "adapter_config.json"),
             chat=_chat(directory),
             parents=ancestors_of(manifest, out),
             sections=account.sections if account else (),

@@ -37,6 +37,8 @@ WHAT = {
     "rlhf": "A language model, trained by reinforcement learning from a reward, held near an anchor by a KL penalty.",
     "convert": "A model, imported as plain safetensors.",
     "pick": "A language model, chosen from a post-training run's front of reward over KL.",
+    "merge extract-lora": "A LoRA adapter: the difference between a model and its base, as factors of low rank.",
+    "merge replace-tokenizer": "A model with another tokenizer; the rows of its tokens come from the old ones.",
     "tiny": "A small model for trying out post-training, pre-trained from scratch.",
 }
 TAGS = {
@@ -87,7 +89,7 @@ class Facts:
     """Everything that a card is made from.
 
     manifest  of the output: command, config, data, seed, versions, summary
-    config    its config.json
+    config    its config.json; of an adapter adapter_config.json
     chat      whether its tokenizer has a chat template; None without a tokenizer
     """
 
@@ -108,7 +110,14 @@ class Facts:
     def is_reward(self) -> bool:
         """Whether it is a reward model."""
         names = self.config.get("architectures")
+        if self.is_adapter:
+            return self.config.get("task_type") == "SEQ_CLS"
         return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter."""
+        return "peft_type" in self.config
 
     @property
     def sources(self) -> tuple[Ancestor, ...]:
@@ -139,16 +148,18 @@ def model_card(facts: Facts) -> str:
 
 def metadata(facts: Facts) -> JsonObject:
     """Return the front matter, without unknown entries."""
-    bases = list(dict.fromkeys(_base_names(facts.sources)))
-    merged = facts.command.startswith("merge") or facts.command == "pick"
+    of = tuple(parent for parent in facts.parents if parent.role == "base") if facts.is_adapter else facts.sources
+    bases = list(dict.fromkeys(_base_names(of)))
+    merged = (facts.command.startswith("merge") and not facts.is_adapter) or facts.command == "pick"
     relation = "merge" if merged and len(facts.sources) > 1 else "finetune" if facts.command in TRAINED else None
+    relation = "adapter" if facts.is_adapter else relation
     tags = ["gemma2", *(["merge"] if merged and len(facts.sources) > 1 else []), *_tags(facts.command)]
     for ancestor in _all(facts.sources):
         tags += _tags(ancestor.command)
     return {
         **({"base_model": bases if len(bases) > 1 else bases[0]} if bases else {}),
         **({"base_model_relation": relation} if relation and bases else {}),
-        "library_name": "transformers",
+        "library_name": "peft" if facts.is_adapter else "transformers",
         "pipeline_tag": "text-classification" if facts.is_reward else "text-generation",
         "tags": list(dict.fromkeys(tags)),
         **_inherited(facts.sources, ("license", "license_name", "license_link")),
@@ -201,7 +212,7 @@ def _inherited(sources: Sequence[Ancestor], keys: tuple[str, ...]) -> JsonObject
 
 def _what(facts: Facts) -> str:
     command = facts.command
-    if command.startswith("merge "):
+    if command.startswith("merge ") and command not in WHAT:
         inputs = sum(parent.role == "input" for parent in facts.parents)
         based = " and their base" if inputs > 1 else " and its base"
         base = based if any(parent.role == "base" for parent in facts.parents) else ""
@@ -228,6 +239,8 @@ def _figures(summary: object) -> Iterator[tuple[str, str]]:
 
 
 def _loading(facts: Facts) -> str:
+    if facts.is_adapter:
+        return _loading_of_adapter(facts)
     kind = "AutoModelForSequenceClassification" if facts.is_reward else "AutoModelForCausalLM"
     # Gemma 2's soft cap exists in eager attention, not in sdpa.
     eager = ', attn_implementation="eager"' if facts.config.get("attn_logit_softcapping") is not None else ""
@@ -241,6 +254,12 @@ def _loading(facts: Facts) -> str:
         return fenced("\n".join([lines[0].removesuffix(", AutoTokenizer"), *lines[1:]]), "python")
     lines += ["tokenizer = AutoTokenizer.from_pretrained(path)", *_use(facts.is_reward, facts.chat)]
     return fenced("\n".join(lines), "python")
+
+
+def _loading_of_adapter(facts: Facts) -> str:
+    kind = "AutoPeftModelForSequenceClassification" if facts.is_reward else "AutoPeftModelForCausalLM"
+    lines = f'from peft import {kind}\n\nmodel = {kind}.from_pretrained(".")  # this directory, which names its base'
+    return f"{fenced(lines, 'python')}\n\nAs a plain model: {code('gemma2 merge linear BASE+ADAPTER --out MODEL')}."
 
 
 def _use(is_reward: bool, chat: bool) -> list[str]:

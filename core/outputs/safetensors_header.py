@@ -144,10 +144,11 @@ def _check_tiling(path: Path, tensors: Sequence[Tensor], data_start: int, size: 
         raise _broken(path, f"the file {kind}: the header describes {position} bytes, the file has {size}")
 
 
-def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], room: int = 0) -> tuple[bytes, dict[str, int]]:
     """Return the header bytes for `{name: (dtype, shape)}` in that order, and the file offset of each tensor.
 
-    The header is padded with spaces to whole pages, so that the data is page-aligned on disk.
+    The header is padded with spaces to whole pages, so that the data is page-aligned on disk; to `room` bytes, whole
+    pages too, where the data was written before its layout was known.
     """
     entries: JsonObject = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -158,7 +159,7 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[b
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
+    length = max(-(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES, room) - 8
     header = length.to_bytes(8, "little") + text.ljust(length)
     return header, {name: len(header) + start for name, start in starts.items()}
 

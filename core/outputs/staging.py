@@ -21,8 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemma2.core.errors import OutputError
+from gemma2.core.sizes import sizes_apart
 
-__all__ = ["check_output", "fsync_tree", "locked", "publish", "staged_output"]
+__all__ = ["check_output", "check_space", "fsync_tree", "locked", "publish", "staged_output"]
 
 
 # Whoever asks whether an output is being written (`pipeline status`, `watch`) holds its lock for some microseconds.
@@ -52,6 +53,20 @@ def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = Non
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write --out {out}: {parent} is not a writable directory", "choose another --out")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse an output of `needed` bytes that the disk has no room for. Raises OutputError."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        texts = sizes_apart(needed, free)
+        raise OutputError(
+            f"the output needs {texts[0]}, {parent} has {texts[1]} free",
+            "free some space, or choose another --out",
+        )
 
 
 @contextmanager

@@ -22,7 +22,9 @@ ONE_KIND = "merge policies with policies, and reward models with reward models"
 
 def stated(config: JsonMapping) -> JsonObject:
     """The keys that decide the function, where the configuration states them."""
-    found = {key: _value(config, key) for key in KEYS}
+    inner = config.get("text_config")  # of a model with a vision tower
+    whole = {**inner, **config} if isinstance(inner, dict) else config
+    found = {key: _value(whole, key) for key in KEYS}
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -16,6 +16,7 @@ from gemma2.merging.kernels.dtypes import KINDS
 
 from .architecture import LM_HEAD, ONE_KIND, difference, head_of, stated
 from .checkpoint import Checkpoint
+from .families import check_family
 
 __all__ = [
     "check_model",
@@ -25,13 +26,6 @@ __all__ = [
     "tied_copies",
 ]
 
-# Decoders whose checkpoints are plain named tensors, and that transformers loads without code from the model.
-FAMILIES = (
-    *("Gemma", "Gemma2", "Gemma3", "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Phi", "Phi3", "Olmo", "Olmo2"),
-    *("Cohere", "Cohere2", "Granite", "SmolLM3", "StableLm", "Starcoder2", "GPT2", "GPTNeoX", "Falcon", "Helium"),
-)
-HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "LMHeadModel")
-ARCHITECTURES = frozenset(family + head for family in FAMILIES for head in HEADS)
 # Keys that require code from the model, or weights that are not plain numbers.
 FORBIDDEN_KEYS = {
     "auto_map": "requires its own code",
@@ -50,12 +44,7 @@ def check_model(model: Checkpoint) -> None:
                 raise InputError(
                     f"{path} {reason} ({key})", "use a model that transformers supports, in bf16, fp16 or fp32"
                 )
-    architecture = _architecture(model)
-    if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"{model}: architecture {printable(architecture)} is not supported by merges",
-            "use Gemma 2 or another plain decoder, as causal LM or as classifier",
-        )
+    check_family(_architecture(model), model)
     for tensor in model.tensors.values():
         if tensor.dtype not in KINDS:
             raise InputError(

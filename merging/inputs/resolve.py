@@ -11,6 +11,7 @@ from gemma2.core.outputs.safetensors_header import printable
 
 from .adapter import Adapter, check_adapter, is_adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
+from .tied_adapter import without_tied_head
 
 __all__ = ["model_of", "open_input"]
 
@@ -51,6 +52,7 @@ def model_of(adapter: Adapter, base: Path | None) -> Path:
 
 def _adapted(adapter: Adapter, model: Checkpoint) -> Checkpoint:
     """Return the model with the adapter's updates, as one checkpoint named after the adapter."""
+    adapter = without_tied_head(adapter, model)
     check_adapter(adapter, model)
     return replace(
         model,

@@ -16,6 +16,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
+from gemma2.merging.inputs.families import carried_tensors
 from gemma2.merging.methods.method import Group
 from gemma2.merging.methods.request import MergeRequest, Settings, Slice, settings_at
 from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Source", "check_shapes", "find_groups", "group_of", "one_to_one", "read_through", "stacked"]
 
-LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(?=\.)")
-BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in)\.")
+LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|layer|h|blocks)\.)(?P<index>\d+)(?=\.)")
+BEFORE_LAYERS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|embeddings)\.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def group_of(name: str) -> str:
 
 def layer_count(model: Checkpoint) -> int:
     """Return the number of transformer layers, by the names of the tensors."""
-    indices = [int(match["index"]) for match in map(LAYER.match, model.tensors) if match]
+    merged = model.tensors.keys() - set(carried_tensors(model))
+    indices = [int(match["index"]) for match in map(LAYER.match, merged) if match]
     return max(indices, default=-1) + 1
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
-from gemma2.core.outputs.staging import check_output
-from gemma2.core.sizes import sizes_apart
+from gemma2.core.outputs.staging import check_output, check_space
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.inputs.compatibility import (
     check_model,
@@ -21,6 +20,7 @@ from gemma2.merging.inputs.compatibility import (
     check_same_tokenizer,
     tied_copies,
 )
+from gemma2.merging.inputs.families import carried_tensors, tower_note
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.method import Group, Method
 from gemma2.merging.methods.parameters import Schedule
@@ -45,6 +45,7 @@ class MergePlan:
     config      keys of config.json that differ from those of the first model
     tied        stored copies of tied tensors: {copy: original}
     vocabulary  of the output, if a tokenizer is chosen
+    carried     tensors that the output takes from the first model, unchanged
     """
 
     request: MergeRequest
@@ -58,6 +59,7 @@ class MergePlan:
     tied: dict[str, str]
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -128,21 +130,39 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
     for part in parts.values():
         check_shapes(part)
+    layout = _layout(request, parts, base is not None)
+    carried = _carried(request, models[0])
+    for name in carried:
+        del parts[name]
     plan = MergePlan(
         request=request,
         base=base,
         models=models,
         groups=find_groups(request.granularity, base is not None, parts),
         parts=parts,
-        layout=_layout(request, parts, base is not None),
+        layout=layout,
         outputs=_outputs(request, out),
         config=config,
         tied=tied,
         vocabulary=vocabulary,
-        notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
+        carried=carried,
+        notes=(
+            *notes,
+            *tower_note(models[0]),
+            *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items()),
+        ),
     )
     _check_outputs(plan, force)
     return plan
+
+
+def _carried(request: MergeRequest, first: Checkpoint) -> tuple[str, ...]:
+    """Return the tensors of the towers besides the text model. Raises UsageError if the request cannot leave them."""
+    carried = carried_tensors(first)
+    for flag, given in (("--slices", request.slices), ("--tokenizer", request.tokenizer)):
+        if carried and given:
+            raise UsageError(f"{flag}: {first} has a vision tower", "merge text models, without a tower")
+    return carried
 
 
 def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
@@ -189,14 +209,7 @@ def _check_outputs(plan: MergePlan, force: bool) -> None:
     inputs |= {f"model of {model.role}": model.origin for model in plan.inputs if model.origin != model.path}
     for out in plan.outputs:
         check_output(out, force, inputs)
-    parent = _existing(plan.outputs[0])
-    needed, free = plan.output_bytes * len(plan.outputs), shutil.disk_usage(parent).free
-    if needed > free:
-        texts = sizes_apart(needed, free)
-        raise OutputError(
-            f"the output needs {texts[0]}, {parent} has {texts[1]} free",
-            "free some space, or choose another --out",
-        )
+    check_space(plan.outputs[0], plan.output_bytes * len(plan.outputs))
 
 
 def _find_base(request: MergeRequest, models: Sequence[Checkpoint]) -> tuple[MergeRequest, list[str]]:

@@ -16,7 +16,7 @@ from .place import Place, plain_number, shown
 
 __all__ = ["Rules", "complement", "everywhere", "only_keys", "per_layer", "read_rules"]
 
-LAYER = r"\b(?:layers|h|blocks)\."
+LAYER = r"\b(?:layers|layer|h|blocks)\."
 
 Rules = list[tuple[str | None, list[float]]]  # (filter, points)
 

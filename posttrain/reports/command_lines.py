@@ -48,7 +48,7 @@ def merge_words(stage: RecordedStage, out: Path) -> list[str]:
     for key, value in stage.config.items():
         if key == "method" or value in (None, [], DEFAULT_GRANULARITY) or (key, value) == ("seed", 0):
             continue
-        flag = MERGE_FLAGS.get(key, key)
+        flag = MERGE_FLAGS.get(key, key.replace("_", "-"))
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:

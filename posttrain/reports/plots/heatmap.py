@@ -34,7 +34,7 @@ __all__ = ["check_plot", "heat_map", "write_heat_map"]
 Rgba = tuple[float, float, float, float]
 
 EMBERS = ("#fdf6ef", "#f7c79b", "#e08a3c", "#a3480a", "#4a1c02")
-LAYER = re.compile(r"(?:layers|h|blocks)\.(\d+)$")
+LAYER = re.compile(r"(?:layers|layer|h|blocks)\.(\d+)$")
 # Kinds in the order of a forward pass; others follow by name.
 ORDER = (
     *("qkv_proj", "q_proj", "q_norm", "k_proj", "k_norm", "v_proj", "o_proj"),
