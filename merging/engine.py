@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.errors import Gemma2Error, OutputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
@@ -18,7 +18,8 @@ from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
-from .inputs.checkpoint import Checkpoint, Reader
+from .inputs.checkpoint import Reader
+from .inputs.heads import check_copies
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
@@ -171,7 +172,7 @@ def _stream(
         progress.task(f"merge {plan.request.method}", total=total, unit="bytes") as task,
     ):
         for model in plan.inputs:
-            _check_tied(plan, model, reader)
+            check_copies(model, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         groups = []
@@ -200,17 +201,6 @@ def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: in
     products = Products(plan)
     yield from Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run()
     products.save()
-
-
-def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
-    """Require that stored copies of tied tensors are equal to them: dropping other values would lose weights."""
-    for name, original in plan.tied.items():
-        copy, kept = model.tensors[name], model.tensors[original]
-        if (copy.dtype, copy.shape) != (kept.dtype, kept.shape) or not reader.same(copy, kept):
-            raise InputError(
-                f"{model}: {name} differs from {original}, though config.json ties them",
-                'set "tie_word_embeddings" to false, or remove the wrong one',
-            )
 
 
 def _places_of(plan: MergePlan) -> list[InputPlace]:

@@ -64,6 +64,8 @@ class MergeRequest:
                  the whole model; None is the method's own
     slices       layers of the output taken from layers of the models; () is all layers one to one
     tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
+    allow_config  keys of config.json that may differ; the output has the first model's values
+    chat_template  of the output: the number of a model from 1, "base", or a file; None is the first model's
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
     values       the options whose value is not the initial one, by attribute
@@ -75,6 +77,8 @@ class MergeRequest:
     granularity: Granularity | None
     slices: tuple[Slice, ...]
     tokenizer: str | None
+    allow_config: tuple[str, ...]
+    chat_template: str | None
     dtype: str | None
     threads: int
     values: Mapping[str, OptionValue]
@@ -88,6 +92,8 @@ class MergeRequest:
         granularity: Granularity | None = None,
         slices: tuple[Slice, ...] = (),
         tokenizer: str | None = None,
+        allow_config: tuple[str, ...] = (),
+        chat_template: str | None = None,
         dtype: str | None = None,
         threads: int | None = None,
         **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls  # noqa: ANN401
@@ -104,6 +110,8 @@ class MergeRequest:
             "granularity": granularity,
             "slices": slices,
             "tokenizer": tokenizer,
+            "allow_config": tuple(allow_config),
+            "chat_template": chat_template,
             "dtype": dtype,
             "threads": default_threads() if threads is None else threads,
             "values": {name: value for name, value in given.items() if value not in (None, (), initial[name])},
@@ -120,7 +128,8 @@ class MergeRequest:
     def options(self) -> JsonObject:
         """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
-        common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
+        kept = ("granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        common = {name: getattr(self, name) for name in kept}
         values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}

@@ -19,8 +19,8 @@ from gemma2.merging.inputs.compatibility import (
     check_same_architecture,
     check_same_tensors,
     check_same_tokenizer,
-    tied_copies,
 )
+from gemma2.merging.inputs.heads import copies_of, same_heads
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.method import Group, Method
 from gemma2.merging.methods.parameters import Schedule
@@ -43,7 +43,6 @@ class MergePlan:
     parts       sources of each tensor of the output, by its name
     layout      of the output: dtype and shape by name, in the order of the file
     config      keys of config.json that differ from those of the first model
-    tied        stored copies of tied tensors: {copy: original}
     vocabulary  of the output, if a tokenizer is chosen
     """
 
@@ -55,7 +54,6 @@ class MergePlan:
     layout: dict[str, tuple[str, tuple[int, ...]]]
     outputs: tuple[Path, ...]
     config: JsonMapping
-    tied: dict[str, str]
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
 
@@ -114,13 +112,15 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
     base = open_input(request.base, "base") if request.base else None
     for model in (*models, *((base,) if base else ())):
         check_model(model)
-    _check_same(request, models, base)
+    inputs, config, said = same_heads((*((base,) if base else ()), *models), models[0], request.allow_config)
+    base, models = inputs[0] if base else None, tuple(inputs[-len(models) :])
+    notes += [*said, *_check_same(request, models, base)]
     vocabulary = choose_vocabulary(request, base, models) if request.tokenizer else None
-    tied = tied_copies(models[0])
     if request.slices:
-        parts, config = stacked(request, base, models, tied)
+        parts, changes = stacked(request, base, models)
+        config |= changes
     else:
-        parts, config = one_to_one(request, base, models, tied), {}
+        parts = one_to_one(request, base, models)
     if vocabulary:
         parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
         notes = [*notes, *vocabulary.notes]
@@ -137,25 +137,31 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         layout=_layout(request, parts, base is not None),
         outputs=_outputs(request, out),
         config=config,
-        tied=tied,
         vocabulary=vocabulary,
-        notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
+        notes=(*notes, *(f"{line}: merged and written once" for line in copies_of(inputs))),
     )
     _check_outputs(plan, force)
     return plan
 
 
-def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-    """Require that all inputs compute the same function of their weights and, unless one is chosen, one tokenizer."""
+def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> list[str]:
+    """Require that all inputs compute the same function of their weights and, unless one is chosen, one tokenizer.
+
+    Returns notes on the keys of config.json that may differ.
+    """
+    notes = []
     first = models[0]
     free = [*(["num_hidden_layers"] if request.slices else []), *(["vocab_size"] if request.tokenizer else [])]
     for other in (*models[1:], *((base,) if base else ())):
-        check_same_architecture(first, other, free)
+        for one in check_same_architecture(first, other, free, request.allow_config):
+            values = one.values(first.role, other.role)
+            notes.append(f"{one.key} differs: {values}; allowed, the output has that of {first.role}")
         if not request.slices:
             resized = vocabulary_tensors(first) & vocabulary_tensors(other) if request.tokenizer else ()
             check_same_tensors(first, other, resized)
         if not request.tokenizer:
             check_same_tokenizer(first, other)
+    return notes
 
 
 def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -19,6 +19,7 @@ from gemma2.merging.methods.parameters import Number, Rule, Schedule
 
 __all__ = [
     "Place",
+    "chat_template",
     "check_name",
     "flag",
     "is_rules",
@@ -27,6 +28,7 @@ __all__ = [
     "plain_number",
     "read_option",
     "several",
+    "several_texts",
     "shown",
     "text",
     "tokenizer",
@@ -193,6 +195,19 @@ def read_option(option: Option, value: object, place: Place) -> OptionValue:
 
 def tokenizer(value: object, place: Place) -> str:
     return value if value in ("base", "union") else str(place.model(value))
+
+
+def several_texts(value: object, place: Place) -> tuple[str, ...]:
+    """One name or a list of names."""
+    return tuple(text(item, place) for item in (value if isinstance(value, list) else [value]))
+
+
+def chat_template(value: object, place: Place) -> str:
+    """The number of a model from 1, "base", or a file."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    name = text(value, place)
+    return name if name == "base" or name.isdecimal() else str(place.model(name))
 
 
 def layer_range(value: Any, place: Place) -> tuple[int, int]:  # noqa: ANN401

@@ -237,7 +237,9 @@ def test_a_tied_embedding_that_is_stored_twice_is_merged_and_written_once(triple
     result = merge(slerp_request(triple, granularity="model"), out=triple / "out")
     assert "lm_head.weight" not in read_raw(triple / "out")
     assert read_raw(triple / "out") == read_raw(triple / "plain")  # counted once in the angle too
-    assert result.plan.notes == ("lm_head.weight repeats model.embed_tokens.weight: merged and written once",)
+    assert result.plan.notes == (
+        "lm_head.weight repeats model.embed_tokens.weight in base, model 1, model 2: merged and written once",
+    )
 
 
 def test_an_untied_head_is_a_separate_group(triple):
