@@ -28,7 +28,7 @@ from .streaming.dense_stream import Output, Stream
 from .streaming.feeder import CUT, Feeder
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
-from .streaming.verify import ReadBack
+from .streaming.read_back import ReadBack
 from .streaming.writer import Writer, copy_companions
 from .tokenizers.vocabulary import write_tokenizer
 
