@@ -19,7 +19,7 @@ from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
 from .inputs.checkpoint import Reader
-from .inputs.heads import check_copies
+from .inputs.output_heads import check_copies
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge

@@ -93,7 +93,7 @@ def config_differences(
 ) -> tuple[ConfigDifference, ...]:
     """Return the keys that decide the function and differ, those of shapes first. `free` ones are not compared.
 
-    The tie of the head (TIE) is compared by `heads`.
+    The tie of the head (TIE) is compared by `output_heads`.
     """
     if first == other:
         return ()

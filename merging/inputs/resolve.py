@@ -11,7 +11,7 @@ from gemma2.core.outputs.safetensors_header import printable
 
 from .adapter import Adapter, check_adapter, is_adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
-from .heads import with_adapted_head, without_copy
+from .output_heads import with_adapted_head, without_copy
 
 __all__ = ["model_of", "open_input"]
 

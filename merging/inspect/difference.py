@@ -28,7 +28,7 @@ from gemma2.merging.inputs.compatibility import (
     check_same_tokenizer,
 )
 from gemma2.merging.inputs.config_keys import TIE
-from gemma2.merging.inputs.heads import copies_of, same_heads
+from gemma2.merging.inputs.output_heads import copies_of, same_heads
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.kernels.dense import announced
 from gemma2.merging.plan.merge_plan import group_of

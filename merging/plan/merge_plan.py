@@ -20,7 +20,7 @@ from gemma2.merging.inputs.compatibility import (
     check_same_tensors,
     check_same_tokenizer,
 )
-from gemma2.merging.inputs.heads import copies_of, same_heads
+from gemma2.merging.inputs.output_heads import copies_of, same_heads
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.method import Group, Method
 from gemma2.merging.methods.parameters import Schedule

@@ -59,7 +59,7 @@ def test_different_architectures(root):
 def test_different_configuration(root):
     change_config(root / "base", final_logit_softcapping=None, rope_parameters={"rope_theta": 10000.0})
     change_config(root / "rl-1", final_logit_softcapping=30.0, rope_theta=5000.0)
-    refused(root, InputError, "final_logit_softcapping differs: 30.0 in model 1")
+    refused(root, InputError, "rope_parameters.rope_theta differs: 5000.0 in model 1")
 
 
 def test_a_difference_that_is_allowed_is_recorded_and_others_are_still_refused(root):

@@ -154,7 +154,7 @@ def test_an_adapter_that_keeps_the_tie_leaves_the_output_tied(tmp_path):
     assert "tie_word_embeddings" not in written
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.is_gradient_checkpointing")
 def test_the_merge_of_an_adapted_head_is_what_peft_and_transformers_compute(tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import Gemma2Config, Gemma2ForCausalLM
