@@ -24,7 +24,7 @@ from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
 from .streaming.dense_stream import Output, Stream
-from .streaming.feeder import CUT, Feeder
+from .streaming.feeder import CUT, Feeder, longest_cut
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
 from .streaming.verify import ReadBack
@@ -189,13 +189,16 @@ def _stream(
 def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
     """Merge group after group, with the stream for the method."""
     if plan.method.selection is not None:
-        from .streaming.sparse_stream import (  # its kernels are not loaded for scalar combinations
-            ChoosingStream,
-            longest_cut,
-        )
+        from .streaming.sparse_stream import ChoosingStream  # its kernels are not loaded for scalar combinations
 
         feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
         yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
+        return
+    if plan.method.elements is not None:
+        from .streaming.element_stream import ElementStream
+
+        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
+        yield from ElementStream(plan, feeder, output, task, plan.method.elements).run()
         return
     products = Products(plan)
     yield from Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run()

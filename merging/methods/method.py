@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gemma2.core.json_files import JsonMapping
 
+from .elements import Elements
 from .option import Option, OptionValue
 from .request import Granularity, MergeRequest, Settings
 
@@ -140,7 +141,8 @@ class Method:
     one_of       names of options of which a command line or a stage gives exactly one
     check        raises UsageError for numbers that do not fit each other
     granularity  its own
-    selection    of elements; None for scalar combinations
+    selection    of elements by magnitude or at random; None for other methods
+    elements     the result element by element, as functions on numpy arrays; None for other methods
     mergekit     mergekit's names of it
     """
 
@@ -159,11 +161,14 @@ class Method:
     check: Callable[[MergeRequest], None] | None = None
     granularity: Granularity = "layer"
     selection: Selection | None = None
+    elements: Elements | None = None
     mergekit: Mapping[str, MergekitForm] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
         """The number of times that the data is read."""
+        if self.elements is not None:
+            return 1 + self.elements.looks
         thresholds = self.selection is not None and self.selection.by == "magnitude"
         return 2 if self.adaptive or thresholds else 1
 

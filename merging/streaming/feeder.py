@@ -8,12 +8,12 @@ cuts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import lcm, prod
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -34,14 +34,50 @@ from gemma2.merging.tokenizers.row_map import RowMap, gather
 
 from .writer import aligned
 
-__all__ = ["CUT", "Block", "Feeder", "Loaded", "Workspace", "in_order"]
+__all__ = [
+    "CUT",
+    "PIECE",
+    "Block",
+    "Feeder",
+    "Loaded",
+    "Workspace",
+    "in_order",
+    "longest_cut",
+    "row_length",
+    "whole_rows",
+]
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
 CUTS_IN_A_JOB = 16  # cuts between two returns to Python
+PIECE = 64 * 1024  # elements that methods written in numpy see at a time, more where a row is longer
+MOST_ALIGNED = 1 << 20  # elements: whole rows that fill whole BLOCKs only beyond it are cut without regard to BLOCK
 WIDE_ROWS = 3  # rows that the sparse kernels need in addition to those of the operands
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Return the number of columns of a matrix; a vector is one row."""
+    return max(int(shape[-1]), 1) if shape else 1
+
+
+def longest_cut(plan: MergePlan, cut: int) -> int:
+    """Return a cut with room for whole rows of every tensor if the method looks at rows, else `cut`."""
+    method = plan.method
+    if method.elements is None and (method.selection is None or method.selection.by != "rank"):
+        return cut
+    cut = max(cut, PIECE) if method.elements else cut
+    rows = {row_length(shape) for _, shape in plan.layout.values()}
+    return max(cut, *(-(-whole_rows(row, cut) // BLOCK) * BLOCK for row in rows))
+
+
+def whole_rows(row: int, cut: int) -> int:
+    """Return the elements of as many whole rows as fit into a cut, at least one; if possible a multiple of BLOCK."""
+    unit = lcm(row, BLOCK)
+    if unit > MOST_ALIGNED:
+        unit = row
+    return max(cut // unit, 1) * unit
 
 
 @dataclass(frozen=True)
@@ -118,6 +154,15 @@ class Feeder:
         for source, row in zip(job.part.sources, stored, strict=True):
             self._form(source, job.first, row[: job.count])
         return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
+
+    def values(self, job: Block) -> Floats:
+        """Return all operands of a job as fp32, (K, count). Raises InputError if one is not finite."""
+        rows = np.empty((len(job.part.sources), job.count), np.float32)
+        for source, row in zip(job.part.sources, rows, strict=True):
+            self._form(source, job.first, row)
+        if not np.isfinite(rows).all():
+            raise self.not_finite(job)
+        return rows
 
     def _common_dtype(self, part: Part) -> str | None:
         """Return the dtype of all operands, if it is one that the kernels read directly; else None."""
