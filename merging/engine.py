@@ -29,6 +29,7 @@ from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
 from .streaming.verify import ReadBack
 from .streaming.writer import Writer, copy_companions
+from .tokenizers.chat_template import write_template
 from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
@@ -114,6 +115,8 @@ def _merge(
             copy_companions(plan.models[0].origin, directory, _config_changes(plan))
             if plan.vocabulary:
                 write_tokenizer(plan.vocabulary, directory)
+            if plan.template:
+                write_template(plan.template, directory)
         result, digests = _stream(plan, directories, verify, progress, cut)
         threads = plan.request.threads
         parents = [(role, path, identity_of(path, threads)) for role, path in _places_of(plan)]

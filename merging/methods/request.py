@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from gemma2.core.outputs.safetensors_header import printable
 
 from .option import OPTIONS, OptionValue
 from .parameters import Number, Schedule, value_at
+from .vocabulary_choice import VocabularyChoice
 
 __all__ = ["DTYPES", "Granularity", "MergeRequest", "Settings", "Slice", "settings_at"]
 
@@ -64,6 +65,8 @@ class MergeRequest:
                  the whole model; None is the method's own
     slices       layers of the output taken from layers of the models; () is all layers one to one
     tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
+    vocabulary   rows of single tokens and padding of the vocabulary, with a tokenizer
+    chat_template  of the output: "auto", a name, or Jinja text; None is that of the tokenizer that the output has
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
     values       the options whose value is not the initial one, by attribute
@@ -75,6 +78,8 @@ class MergeRequest:
     granularity: Granularity | None
     slices: tuple[Slice, ...]
     tokenizer: str | None
+    vocabulary: VocabularyChoice | None
+    chat_template: str | None
     dtype: str | None
     threads: int
     values: Mapping[str, OptionValue]
@@ -90,8 +95,9 @@ class MergeRequest:
         tokenizer: str | None = None,
         dtype: str | None = None,
         threads: int | None = None,
-        **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls  # noqa: ANN401
+        **options: Any,  # an OptionValue each; `vocabulary`, `chat_template`; `values` from replace  # noqa: ANN401
     ) -> None:
+        vocabulary, template = options.pop("vocabulary", None), options.pop("chat_template", None)
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
         unknown = given.keys() - initial.keys()
@@ -104,6 +110,8 @@ class MergeRequest:
             "granularity": granularity,
             "slices": slices,
             "tokenizer": tokenizer,
+            "vocabulary": vocabulary,
+            "chat_template": template,
             "dtype": dtype,
             "threads": default_threads() if threads is None else threads,
             "values": {name: value for name, value in given.items() if value not in (None, (), initial[name])},
@@ -121,9 +129,12 @@ class MergeRequest:
         """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
         common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
+        common |= {"chat_template": self.chat_template}
         values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}
+        if self.vocabulary is not None:
+            parts["vocabulary"] = asdict(self.vocabulary)
         return {name: _plain(value) for name, value in given.items()} | parts
 
 

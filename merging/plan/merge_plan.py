@@ -27,6 +27,7 @@ from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
+from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
@@ -45,6 +46,7 @@ class MergePlan:
     config      keys of config.json that differ from those of the first model
     tied        stored copies of tied tensors: {copy: original}
     vocabulary  of the output, if a tokenizer is chosen
+    template    of the output's chats, if one is chosen
     """
 
     request: MergeRequest
@@ -57,6 +59,7 @@ class MergePlan:
     config: JsonMapping
     tied: dict[str, str]
     vocabulary: Vocabulary | None = None
+    template: ChatTemplate | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -126,6 +129,9 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         notes = [*notes, *vocabulary.notes]
         if request.tokenizer not in ("base", "union"):
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
+    operands = (*((base,) if base else ()), *models)
+    template = choose_template(request.chat_template, operands, vocabulary.owner if vocabulary else models[0])
+    notes = [*notes, *(template.notes if template else ())]
     for part in parts.values():
         check_shapes(part)
     plan = MergePlan(
@@ -139,6 +145,7 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         config=config,
         tied=tied,
         vocabulary=vocabulary,
+        template=template,
         notes=(*notes, *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items())),
     )
     _check_outputs(plan, force)

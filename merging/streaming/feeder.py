@@ -30,7 +30,7 @@ from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, Stored, 
 from gemma2.merging.methods.method import Group
 from gemma2.merging.plan.groups import Part, Source
 from gemma2.merging.plan.merge_plan import MergePlan
-from gemma2.merging.tokenizers.row_map import RowMap, gather
+from gemma2.merging.tokenizers.row_map import ZEROS, RowMap, gather
 
 from .writer import aligned
 
@@ -176,13 +176,17 @@ class Feeder:
             return
         done = 0
         for piece, begin, count in source.pieces(first, into.size):
-            tensor, block = piece.tensor, into[done : done + count]
+            block = into[done : done + count]
+            done += count
+            if piece is None:
+                block[:] = 0
+                continue
+            tensor = piece.tensor
             stored = np.empty(count * ITEM_BYTES[tensor.dtype], np.uint8)
             self.reader.read(tensor, begin, count, stored)
             widen(stored, KINDS[tensor.dtype], block)
             if piece.update is not None:
                 adapted_rows(block, self._factors(piece.update), begin)
-            done += count
 
     def _gathered(self, source: Source, rows: RowMap, first: int, into: Floats) -> bool:
         """`_form` in one call for many short spans. False if they differ in dtype, are adapted or could not be read."""
@@ -193,7 +197,8 @@ class Feeder:
         item = ITEM_BYTES[tensors[0].dtype]
         files = np.array([(self.reader.descriptor(tensor), tensor.offset) for tensor in tensors], np.int64)
         models, begins, counts = rows.spans(first, into.size, prod(source.tensor.shape[1:]))
-        places = np.column_stack([files[models, 0], files[models, 1] + begins * item, counts * item])
+        descriptors = np.where(models == ZEROS, -1, files[models, 0])
+        places = np.column_stack([descriptors, files[models, 1] + begins * item, counts * item])
         stored = np.empty(into.size * item, np.uint8)
         if not gather(places, stored):
             return False
@@ -226,8 +231,8 @@ class Feeder:
                 values = np.empty(count, np.float32)
                 self._form(source, first, values)
                 bad = np.flatnonzero(~np.isfinite(values))
-                if bad.size:
-                    piece, element, _ = next(source.pieces(first + int(bad[0]), 1))
+                piece, element, _ = next(source.pieces(first + int(bad[0]), 1)) if bad.size else (None, 0, 0)
+                if piece is not None:
                     return InputError(
                         f"{piece.model}: {printable(piece.name)} holds {values[bad[0]]} at element {element}",
                         "the model is broken; merge an earlier checkpoint",

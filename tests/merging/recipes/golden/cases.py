@@ -142,7 +142,9 @@ CASES = {
     ),
     "nearswap": f"merge_method: nearswap\n{BASE}{models(a='')}parameters: {{t: [0.1, 0.4]}}\n",
     "arcee_fusion": f"merge_method: arcee_fusion\n{BASE}{models(base='', a='')}",
-    "nuslerp rows": f"merge_method: nuslerp\n{models(a='weight: 1', b='weight: 3')}parameters: {{nuslerp_flatten: false}}\n",
+    "nuslerp rows": (
+        f"merge_method: nuslerp\n{models(a='weight: 1', b='weight: 3')}parameters: {{nuslerp_flatten: false}}\n"
+    ),
     "nuslerp columns": (
         f"merge_method: nuslerp\n{BASE}{models(a='weight: 1', b='weight: 3')}"
         "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n"
@@ -151,6 +153,7 @@ CASES = {
     "karcher with base_model": f"merge_method: karcher\n{BASE}{models(a='', b='')}",
     "multislerp": f"merge_method: multislerp\n{WEIGHTED}",
     "multislerp with base": f"merge_method: multislerp\n{BASE}{WEIGHTED}",
+    "multislerp unnormalised": f"merge_method: multislerp\n{BASE}{WEIGHTED}parameters: {{normalize_weights: false}}\n",
     "passthrough": (
         "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
         "- sources:\n  - model: b\n    layer_range: [1, 4]\n"
