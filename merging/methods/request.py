@@ -14,9 +14,17 @@ from gemma2.core.outputs.safetensors_header import printable
 
 from .option import OPTIONS, OptionValue
 from .parameters import Number, Schedule, value_at
-from .vocabulary_choice import VocabularyChoice
 
-__all__ = ["DTYPES", "Granularity", "MergeRequest", "Settings", "Slice", "settings_at"]
+__all__ = [
+    "DTYPES",
+    "Granularity",
+    "MergeRequest",
+    "Settings",
+    "Slice",
+    "TokenSource",
+    "VocabularyChoice",
+    "settings_at",
+]
 
 Granularity = Literal["layer", "tensor", "model"]
 
@@ -40,6 +48,34 @@ class Slice:
     layers: tuple[tuple[int, int, int], ...]
     base: tuple[int, int] | None = None
     changes: JsonMapping = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """The row of one token of the output.
+
+    model  whose row it is; None is a row of zeros
+    force  for all models, also those that have the token; else for those that lack it
+    other  the token of that model whose row it is, `index` the number of the row; the token itself when both are None
+    """
+
+    token: str
+    model: str | None
+    force: bool = False
+    other: str | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class VocabularyChoice:
+    """Rows of the vocabulary that are not those that follow from the tokenizers.
+
+    tokens    rows of single tokens
+    multiple  the number of rows is rounded up to a multiple of it, with rows of zeros
+    """
+
+    tokens: tuple[TokenSource, ...] = ()
+    multiple: int | None = None
 
 
 def _named(values: Mapping[str, OptionValue], attribute: str) -> OptionValue:
@@ -133,9 +169,8 @@ class MergeRequest:
         values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}
-        if self.vocabulary is not None:
-            parts["vocabulary"] = asdict(self.vocabulary)
-        return {name: _plain(value) for name, value in given.items()} | parts
+        rows = {"vocabulary": asdict(self.vocabulary)} if self.vocabulary else {}
+        return {name: _plain(value) for name, value in given.items()} | parts | rows
 
 
 def _plain(value: object) -> object:

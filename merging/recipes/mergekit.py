@@ -34,14 +34,14 @@ KEYS = (
 # Files of its other tools, by a key that only they have.
 OTHER_TOOLS = {
     "experts": ("mergekit-moe", "mixtures of experts are not built here: merge the experts into one model instead"),
-    "genome": ("mergekit-evolve", "search merge weights with gemma2 eval in a pipeline: configs/merge-search.yaml"),
+    "genome": ("mergekit-evolve", "compare merges by gemma2 eval, as stages of a pipeline"),
     "layer_slices": ("mergekit-legacy and bakllama", "write slices: [{sources: [{model: .., layer_range: [..]}]}]"),
 }
 
 
 # Their name -> our method and its form in their terms.
 METHODS = {name: (ours, form) for ours, method in TABLE.items() for name, form in method.mergekit.items()}
-BY_ROWS = "nuslerp by rows"  # nuslerp with nuslerp_flatten: false, an entry of the table like a method
+BY_ROWS = "nuslerp with nuslerp_flatten: false"  # an entry of the table like a method
 NAMES = [name for name in METHODS if name != BY_ROWS]
 NUMBERS = ("t", "lambda", "select_topk", "epsilon", "r", "alpha")  # options that may differ between tensors
 PARAMETERS = {
@@ -140,7 +140,7 @@ class _Document:
         if twice:
             raise self.place.wrong(f"has '{twice[0]}' next to 'modules'", "keep one of them")
         self.inside = place.at(str(name))
-        return {key: value for key, value in values.items() if key != "modules"} | module
+        return {**{key: value for key, value in values.items() if key != "modules"}, **module}
 
     def _base(self) -> tuple[object, Place]:
         """The base_model of the file, or the one that all slices name."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.merging.methods.request import DTYPES
-from gemma2.merging.methods.vocabulary_choice import TokenSource, VocabularyChoice
+from gemma2.merging.methods.request import DTYPES, TokenSource, VocabularyChoice
 
 from .mergekit_rules import only_keys, read_model
 from .place import Place, flag, shown, text, whole_number

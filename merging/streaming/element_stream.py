@@ -1,4 +1,4 @@
-"""Streams methods by elements (`methods/elements.py`): pieces of whole rows through functions on numpy arrays.
+"""Streams methods by elements (`methods.method.Elements`): pieces of whole rows through functions on numpy arrays.
 
 Pieces depend on the shapes alone, and what the functions return is added up in the order of the file: the result is bit
 for bit the same for any number of threads, size of cut and division into shards.
@@ -20,8 +20,7 @@ from gemma2.core.progress import Task
 from gemma2.merging.kernels.dense import check_sum
 from gemma2.merging.kernels.dtypes import KINDS, narrow
 from gemma2.merging.kernels.file_passes import NOT_FINITE
-from gemma2.merging.methods.elements import Elements, Piece
-from gemma2.merging.methods.method import Group
+from gemma2.merging.methods.method import Elements, Group, Piece
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output

@@ -28,8 +28,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.inputs.checkpoint import COMPANIONS, Checkpoint
-from gemma2.merging.methods.request import MergeRequest
-from gemma2.merging.methods.vocabulary_choice import TokenSource, VocabularyChoice
+from gemma2.merging.methods.request import MergeRequest, TokenSource, VocabularyChoice
 
 from .row_map import ZEROS, RowMap
 from .token_ids import TOKENIZER, Tokens, added_entries, counted, read_tokenizers, union
@@ -166,9 +165,9 @@ def _row_maps(
         row = np.arange(rows, dtype=np.int64)
         for index, token in tokens.items():
             there = own.row(token)
-            force, *instead = sources.get(token, (False, None))
-            if force or (there is None and token in sources):
-                place[index], row[index] = instead
+            chosen = sources.get(token)
+            if chosen is not None and (chosen[0] or there is None):
+                place[index], row[index] = chosen[1:]
             else:
                 place[index], row[index] = (number, there) if there is not None else _home(token, donors, operands)
         padding = np.ones(rows, bool)

@@ -6,7 +6,7 @@ from model_files import from_bytes, read_model, read_raw, stored, to_bytes, writ
 
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.methods.elements import Piece, of_ranks
+from gemma2.merging.methods.method import Piece, of_ranks
 from gemma2.merging.streaming import feeder
 
 SHAPES = {
@@ -115,7 +115,7 @@ CASES = {
     "ram of large changes": ("abc", {"threshold": 0.05}, lambda *given: ram(*given, 0.05)),
     "ram-plus": ("abc", {"threshold": 0.03}, lambda *given: ram(*given, 0.03, 0.1, 0.2)),
     "ram-plus scaled": ("ab", {"boost": 2.0, "cap": 0.7}, lambda *given: ram(*given, 1e-5, 2.0, 0.7)),
-    "nearswap": ("a", {"limit": 0.02}, lambda *given: nearswap(*given, 0.02)),
+    "nearswap": ("a", {"reach": 0.02}, lambda *given: nearswap(*given, 0.02)),
     "arcee-fusion": ("a", {}, arcee),
     "nuslerp-rows": ("ab", {"weights": (1.0, 3.0)}, lambda *given: rows(*given, 0.75)),
     "nuslerp-rows columns": ("ab", {"columns": True}, lambda *given: rows(*given, 0.5, columns=True)),
@@ -195,7 +195,7 @@ def test_a_result_that_does_not_fit_the_dtype_is_named(tmp_path):
     with pytest.raises(Gemma2Error, match=r"the merge of w\.weight overflows F16"):
         merge(
             MergeRequest(
-                method="nearswap", models=(tmp_path / "a",), base=tmp_path / "base", limit=1e5, dtype="float16"
+                method="nearswap", models=(tmp_path / "a",), base=tmp_path / "base", reach=1e5, dtype="float16"
             ),
             out=tmp_path / "out",
         )
@@ -235,7 +235,7 @@ def test_nearswap_moves_no_element_by_more_than_the_limit_and_reaches_near_ones(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "nearswap"}, "needs --limit"),
+        ({"method": "nearswap"}, "needs --reach"),
         ({"method": "nuslerp-rows", "columns": True, "granularity": "layer"}, "does not go with --granularity layer"),
         ({"method": "sce", "select": 1.5}, "--select 1.5 is not between 0 and 1"),
     ],

@@ -8,8 +8,7 @@ import pytest
 from model_files import read_raw, stored, write_model
 
 from gemma2.core.errors import UsageError
-from gemma2.merging.methods.request import settings_at
-from gemma2.merging.methods.vocabulary_choice import TokenSource, VocabularyChoice
+from gemma2.merging.methods.request import TokenSource, VocabularyChoice, settings_at
 from gemma2.merging.recipes.mergekit import NAMES
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe

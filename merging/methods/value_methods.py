@@ -9,8 +9,8 @@ SCE        FuseChat, arXiv 2408.07990, section 3.3. Select: positions outside th
 RAM        arXiv 2601.13572, section 4. An element counts as changed where |d| > threshold. Changed in several models:
            their mean. Changed in one: that one, with RAM+ times 1 + boost * min(rho, cap), where rho is the ratio of
            the elements of that model that others changed too to those that it alone changed
-nearswap   described with the model QuartetAnemoi-70B: base + w d with w = min(1, limit / |d|), that is d cut to
-           -limit .. limit
+nearswap   described with the model QuartetAnemoi-70B: base + w d with w = min(1, reach / |d|), that is d cut to
+           -reach .. reach
 Arcee      described with mergekit 0.1: elements whose importance |d| * KL is above median + 1.5 (Q3 - Q1) are those of
 Fusion     the model, all others those of the base; KL is the divergence of the softmax of a row of the model from that
            of the base. A quantile is the element at floor(q (n - 1)), counted from the smallest
@@ -28,13 +28,17 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2.core.errors import UsageError
 
-from .elements import Elements, Piece, Total, nothing, of_ranks
-from .method import MANY, Group, MergekitForm, Method, Mix, Term
+from .method import MANY, Elements, Group, MergekitForm, Method, Mix, Piece, Term, Total, nothing, of_ranks
 from .option import WEIGHTS, define
 from .request import MergeRequest
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .method import Doubles
+
+    Flags = NDArray[np.bool_]
 
 __all__ = ["METHODS"]
 
@@ -47,7 +51,7 @@ THRESHOLD = define(
 )
 BOOST = define(name="boost", help="weight of the overlap in the factor of a model's own elements", varies=True, low=0)
 CAP = define(name="cap", help="largest overlap that counts", varies=True, low=0)
-LIMIT = define(name="limit", help="largest change of an element", varies=True, low=0)
+REACH = define(name="reach", help="largest change of an element", varies=True, low=0)
 COLUMNS = define(name="columns", kind="switch", help="one angle per column instead of per row")
 
 SUMS, TWO = "Sums of task vectors", "Two models"
@@ -88,7 +92,8 @@ def _look_sce(group: Group, total: Total) -> tuple[float, Doubles]:
 def _selected(piece: Piece, least: float) -> Doubles:
     import numpy as np
 
-    return piece.vectors * (_variance(piece).astype(np.float32) >= least)
+    selected: Doubles = piece.vectors * (_variance(piece).astype(np.float32) >= least)
+    return selected
 
 
 def _combine_sce(group: Group, piece: Piece, found: tuple[float, Doubles]) -> Doubles:
@@ -99,17 +104,18 @@ def _combine_sce(group: Group, piece: Piece, found: tuple[float, Doubles]) -> Do
     agrees = (np.sign(vectors) == np.sign(vectors.sum(axis=0))) & (vectors != 0)
     shares = (agrees * weights[:, None]).sum(axis=0)
     terms: Doubles = np.where(agrees, weights[:, None] * vectors, 0.0).sum(axis=0)
-    return np.divide(terms, shares, out=np.zeros_like(terms), where=shares > 0)
+    mean: Doubles = np.divide(terms, shares, out=np.zeros_like(terms), where=shares > 0)
+    return mean
 
 
 # --- RAM ---
 
 
-def _changed(group: Group, piece: Piece) -> Doubles:
+def _changed(group: Group, piece: Piece) -> Flags:
     import numpy as np
 
     threshold = 1e-5 if group.settings.threshold is None else group.settings.threshold
-    changed: Doubles = np.abs(piece.vectors) > threshold
+    changed: Flags = np.abs(piece.vectors) > threshold
     return changed
 
 
@@ -158,13 +164,14 @@ def _combine_ram_plus(group: Group, piece: Piece, found: Doubles) -> Doubles:
 def _combine_nearswap(group: Group, piece: Piece, found: None) -> Doubles:
     import numpy as np
 
-    limit = group.settings.limit
-    return np.clip(piece.vectors[0], -limit, limit)
+    reach = group.settings.reach
+    step: Doubles = np.clip(piece.vectors[0], -reach, reach)
+    return step
 
 
-def _needs_limit(request: MergeRequest) -> None:
-    if request.limit is None:
-        raise UsageError("merge nearswap needs --limit", "give the largest change of an element, like 0.0001")
+def _needs_reach(request: MergeRequest) -> None:
+    if request.reach is None:
+        raise UsageError("merge nearswap needs --reach", "give the largest change of an element, like 0.0001")
 
 
 def _importance(piece: Piece) -> Doubles:
@@ -196,10 +203,11 @@ def _combine_arcee(group: Group, piece: Piece, found: float) -> Doubles:
 # --- NuSLERP of rows ---
 
 
-def _products(first: Doubles, second: Doubles, axis: int) -> Doubles:
+def _products(piece: Piece, axis: int) -> Doubles:
     """<u, u>, <v, v>, <u, v> of the rows (axis -1) or columns (-2) of two matrices."""
     import numpy as np
 
+    first, second = piece.rows(piece.vectors)
     return np.stack([(first * first).sum(axis), (second * second).sum(axis), (first * second).sum(axis)])
 
 
@@ -207,7 +215,7 @@ def _look_rows(group: Group, total: Total) -> Doubles | None:
     """The products of the columns, which the rows of all pieces add up to."""
     if not group.settings.columns:
         return None
-    return total(lambda piece: _products(*piece.rows(piece.vectors), axis=-1 if piece.flat else -2))
+    return total(lambda piece: _products(piece, -1 if piece.flat else -2))
 
 
 def _combine_rows(group: Group, piece: Piece, found: Doubles | None) -> Doubles:
@@ -218,8 +226,7 @@ def _combine_rows(group: Group, piece: Piece, found: Doubles | None) -> Doubles:
 
     first, second = piece.rows(piece.vectors)
     t = float(shares(2, group.settings.weights)[1])
-    by_column = found is not None and not piece.flat
-    products = found[:, None, :] if by_column else _products(first, second, axis=-1)[..., None]
+    products = _products(piece, -1)[..., None] if found is None or piece.flat else found[:, None, :]
     lengths = np.sqrt(products[0]) * np.sqrt(products[1])
     cosine = np.divide(products[2], lengths, out=np.ones_like(lengths), where=lengths > 0)
     angle = np.arccos(np.clip(cosine, -1.0, 1.0))
@@ -281,14 +288,14 @@ METHODS = {
     ),
     "nearswap": _by_elements(
         Elements(_combine_nearswap, nothing),
-        help="The base, each element moved towards the model by at most --limit.",
+        help="The base, each element moved towards the model by at most --reach.",
         why="moves each element of the base towards a model by a limited amount",
-        example="gemma2 merge nearswap model --base base --limit 0.0001 --out merged",
+        example="gemma2 merge nearswap model --base base --reach 0.0001 --out merged",
         panel=TWO,
         models=(1, 1),
-        options=(LIMIT,),
-        check=_needs_limit,
-        mergekit={"nearswap": MergekitForm("required", options={"t": ("limit", None)})},
+        options=(REACH,),
+        check=_needs_reach,
+        mergekit={"nearswap": MergekitForm("required", options={"t": ("reach", None)})},
     ),
     "arcee-fusion": _by_elements(
         Elements(_combine_arcee, _look_arcee, looks=2),
@@ -309,6 +316,10 @@ METHODS = {
         models=(2, 2),
         options=(WEIGHTS, COLUMNS),
         check=_columns_of_one_tensor,
-        mergekit={"nuslerp by rows": MergekitForm("optional", BY_ROWS, {"nuslerp_row_wise": ("columns", False)})},
+        mergekit={
+            "nuslerp with nuslerp_flatten: false": MergekitForm(
+                "optional", BY_ROWS, {"nuslerp_row_wise": ("columns", False)}
+            )
+        },
     ),
 }
