@@ -24,12 +24,14 @@ from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
+from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
-from .streaming.feeder import CUT, Feeder
+from .streaming.feeder import CUT, Feeder, longest_cut
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
 from .streaming.read_back import ReadBack
 from .streaming.writer import Writer, copy_companions
+from .tokenizers.chat_template import write_template
 from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
@@ -100,6 +102,8 @@ def merge(
         plan = plan_merge(request, out, force)
         for line in plan.notes:
             progress.note(line)
+        for line in plan.warnings:
+            progress.warn(line)
         return _merge(plan, force, verify, progress, cut, account)
 
 
@@ -115,6 +119,8 @@ def _merge(
             copy_companions(plan.models[0].origin, directory, _config_changes(plan))
             if plan.vocabulary:
                 write_tokenizer(plan.vocabulary, directory)
+            if plan.template:
+                write_template(plan.template, directory)
         result, digests = _stream(plan, directories, verify, progress, cut)
         threads = plan.request.threads
         parents = [(role, path, identity_of(path, threads)) for role, path in _places_of(plan)]
@@ -123,7 +129,7 @@ def _merge(
             manifest = _manifest(result, number, parents, started, account)
             write_card(directory, manifest, plan.outputs[number], account)
             write_manifest(directory, manifest, known)
-    for line in result.warnings:
+    for line in result.warnings[len(plan.warnings) :]:  # those of the plan were shown before
         progress.warn(line)
     return result
 
@@ -173,6 +179,7 @@ def _stream(
     ):
         for model in plan.inputs:
             check_copies(model, reader)
+        found = constant_tensors(plan, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         groups = []
@@ -183,20 +190,23 @@ def _stream(
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin
-    warnings = tuple(judge(plan.request.method, groups))
+    warnings = (*plan.warnings, *found, *judge(plan.request.method, groups))
     return MergeResult(plan, tuple(groups), warnings, seconds), digests or [{} for _ in directories]
 
 
 def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
     """Merge group after group, with the stream for the method."""
     if plan.method.selection is not None:
-        from .streaming.sparse_stream import (  # its kernels are not loaded for scalar combinations
-            ChoosingStream,
-            longest_cut,
-        )
+        from .streaming.sparse_stream import ChoosingStream  # its kernels are not loaded for scalar combinations
 
         feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
         yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
+        return
+    if plan.method.elements is not None:
+        from .streaming.element_stream import ElementStream
+
+        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
+        yield from ElementStream(plan, feeder, output, task, plan.method.elements).run()
         return
     products = Products(plan)
     yield from Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run()

@@ -62,6 +62,8 @@ def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
         "notes": "; ".join(facts["notes"]) or None,
     }
     console.result(shown)
+    for line in facts["warnings"]:
+        console.warn(line)
     console.text("")
     console.table([_input_row(plan, number) for number in range(len(plan.inputs))])
     if len(plan.groups) <= MOST_ROWS:

@@ -6,7 +6,7 @@ name. Tensors that the adapter holds in full (`modules_to_save`, trained biases)
 of an embedding, or with `fan_in_fan_out`, belongs to a weight that is stored as (in, out): the product is transposed.
 
 Refused by name, since W' would differ: DoRA and the other variants of peft, biases on lora_B, and initialisations that
-change the base as well (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). An adapter of a tied embedding or head: see `output_heads`.
+change the base as well (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). An adapter of a tied embedding or head: `output_heads`.
 Only safetensors are read. Opening reads the configuration and the header, no tensor data.
 """
 

@@ -18,7 +18,7 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.methods.method import Group
 from gemma2.merging.methods.request import MergeRequest, Settings, Slice, settings_at
-from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
+from gemma2.merging.tokenizers.row_map import ZEROS, RowMap, vocabulary_tensors
 
 if TYPE_CHECKING:
     from gemma2.merging.inputs.low_rank import LowRank
@@ -67,14 +67,17 @@ class Source:
         """The size in bytes of the elements that take part."""
         return self.count * ITEM_BYTES[self.tensor.dtype]
 
-    def pieces(self, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
-        """Yield elements [first, first + count) as (stored tensor, first element in it, number), in order."""
+    def pieces(self, first: int, count: int) -> Iterator[tuple[Source | None, int, int]]:
+        """Yield elements [first, first + count) as (stored tensor, first element in it, number), in order.
+
+        None is zeros instead of a tensor.
+        """
         if self.rows is None:
             yield self, first, count
             return
         spans = self.rows.spans(first, count, prod(self.tensor.shape[1:]))
         for model, begin, number in zip(*(column.tolist() for column in spans), strict=True):
-            yield Source(self.rows.inputs[model], self.name), begin, number
+            yield None if model == ZEROS else Source(self.rows.inputs[model], self.name), begin, number
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,18 @@ from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
+from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
+from gemma2.merging.tokenizers.differing_files import differing_files
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
 from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_through, stacked
 from .places import common_parent, seeks_base
 
-__all__ = ["MergePlan", "group_of", "plan_merge"]
+__all__ = ["NO_BASE", "NO_BASE_FIX", "MergePlan", "group_of", "plan_merge"]
+
+NO_BASE = "no --base, and the models record no common parent: SLERP of the weights themselves"
+NO_BASE_FIX = "for policies of one init that is LERP in effect, name the init with --base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,7 @@ class MergePlan:
     layout      of the output: dtype and shape by name, in the order of the file
     config      keys of config.json that differ from those of the first model
     vocabulary  of the output, if a tokenizer is chosen
+    template    of the output's chats, if one is chosen
     """
 
     request: MergeRequest
@@ -55,7 +61,9 @@ class MergePlan:
     outputs: tuple[Path, ...]
     config: JsonMapping
     vocabulary: Vocabulary | None = None
+    template: ChatTemplate | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -98,7 +106,13 @@ class MergePlan:
             "bytes_to_write": self.output_bytes * len(self.outputs),
             "bytes_free": shutil.disk_usage(place).free,
             "notes": list(self.notes),
+            "warnings": [*self.warnings, *self._without_base()],
         }
+
+    def _without_base(self) -> list[str]:
+        """The warning of SLERP on weights. A merge itself warns with the angle (`group_report.judge`)."""
+        spherical = self.request.method in ("slerp", "warp")
+        return [f"{NO_BASE}; {NO_BASE_FIX}"] if spherical and self.base is None else []
 
 
 def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePlan:
@@ -126,6 +140,9 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         notes = [*notes, *vocabulary.notes]
         if request.tokenizer not in ("base", "union"):
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
+    operands = (*((base,) if base else ()), *models)
+    template = choose_template(request.chat_template, operands, vocabulary.owner if vocabulary else models[0])
+    notes = [*notes, *(template.notes if template else ())]
     for part in parts.values():
         check_shapes(part)
     plan = MergePlan(
@@ -138,6 +155,8 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         outputs=_outputs(request, out),
         config=config,
         vocabulary=vocabulary,
+        template=template,
+        warnings=tuple(differing_files(request, models)),
         notes=(*notes, *(f"{line}: merged and written once" for line in copies_of(inputs))),
     )
     _check_outputs(plan, force)

@@ -203,11 +203,12 @@ def several_texts(value: object, place: Place) -> tuple[str, ...]:
 
 
 def chat_template(value: object, place: Place) -> str:
-    """The number of a model from 1, "base", or a file."""
+    """The number of a model from 1, "base", "auto", a name, Jinja text, or a file."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     name = text(value, place)
-    return name if name == "base" or name.isdecimal() else str(place.model(name))
+    plain = name.isdecimal() or "{" in name or not (Path(name).exists() or (place.file.parent / name).exists())
+    return name if plain else str(place.model(name))
 
 
 def layer_range(value: Any, place: Place) -> tuple[int, int]:  # noqa: ANN401

@@ -1,6 +1,7 @@
 """Tied and separate output heads in every combination, read back and compared with numpy."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +170,7 @@ def test_the_merge_of_an_adapted_head_is_what_peft_and_transformers_compute(tmp_
     adapted.save_pretrained(tmp_path / "lora")
     ids = torch.arange(10)[None]
     expected = adapted(ids).logits
-    merge(MergeRequest(method="linear", models=(tmp_path / "lora",), base=None), out=tmp_path / "out")
+    named = Path(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
+    merge(MergeRequest(method="linear", models=(named,)), out=tmp_path / "out")
     loaded = Gemma2ForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-3, atol=1e-4)
