@@ -24,6 +24,7 @@ from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
+from .plan.recipe_text import RECIPE, check_inputs, recipe_text
 from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.feeder import CUT, Feeder, longest_cut
@@ -121,12 +122,16 @@ def _merge(
                 write_tokenizer(plan.vocabulary, directory)
             if plan.template:
                 write_template(plan.template, directory)
+        if plan.request.recorded:
+            found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan)]
+            check_inputs(plan.request.recorded, found)
         result, digests = _stream(plan, directories, verify, progress, cut)
-        threads = plan.request.threads
-        parents = [(role, path, identity_of(path, threads)) for role, path in _places_of(plan)]
+        parents = _identified(plan)
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
+            text = recipe_text(plan, number, manifest["parents"])
+            (directory / RECIPE).write_text(text, encoding="utf-8", errors="backslashreplace")
             write_card(directory, manifest, plan.outputs[number], account)
             write_manifest(directory, manifest, known)
     for line in result.warnings[len(plan.warnings) :]:  # those of the plan were shown before
@@ -222,6 +227,11 @@ def _places_of(plan: MergePlan) -> list[InputPlace]:
         if model.origin != model.path:
             found.append((ADAPTED, model.origin))
     return found
+
+
+def _identified(plan: MergePlan) -> list[Identified]:
+    """Return role, directory and identity of every input; digests are remembered from one call to the next."""
+    return [(role, path, identity_of(path, plan.request.threads)) for role, path in _places_of(plan)]
 
 
 def _manifest(

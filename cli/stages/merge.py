@@ -167,6 +167,8 @@ def run_file(given: JsonMapping) -> None:
     from gemma2.merging.recipes.recipe import read_recipe
 
     path = Path(given["config"])
+    if (path / "merge.yaml").is_file():  # an output
+        path = path / "merge.yaml"
     if not path.is_file():
         raise InputError(f"--config {path} is not a file", "give a YAML file; see docs/merging.md")
     console = Console(as_json=given["as_json"], quiet=given["quiet"])

@@ -105,6 +105,7 @@ class MergeRequest:
     vocabulary   rows of single tokens and padding of the vocabulary, with a tokenizer
     chat_template  of the output: "auto", a name, Jinja text, the number of a model from 1, "base", or a file; None is
                  that of the tokenizer that the output has
+    recorded     of a recipe: role and identity of each input, as a manifest records parents; others are refused
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
     values       the options whose value is not the initial one, by attribute
@@ -117,6 +118,7 @@ class MergeRequest:
     slices: tuple[Slice, ...]
     tokenizer: str | None
     allow_config: tuple[str, ...]
+    recorded: tuple[JsonMapping, ...]
     vocabulary: VocabularyChoice | None
     chat_template: str | None
     dtype: str | None
@@ -137,6 +139,7 @@ class MergeRequest:
         **options: Any,  # an OptionValue each; the fields popped below; `values` from replace  # noqa: ANN401
     ) -> None:
         allowed: tuple[str, ...] = options.pop("allow_config", ())
+        recorded: tuple[JsonMapping, ...] = options.pop("recorded", ())
         vocabulary, template = options.pop("vocabulary", None), options.pop("chat_template", None)
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
@@ -151,6 +154,7 @@ class MergeRequest:
             "slices": slices,
             "tokenizer": tokenizer,
             "allow_config": tuple(allowed),
+            "recorded": tuple(recorded),
             "vocabulary": vocabulary,
             "chat_template": template,
             "dtype": dtype,

@@ -25,6 +25,7 @@ from .place import (
     Place,
     chat_template,
     check_name,
+    input_records,
     layer_range,
     number,
     read_option,
@@ -32,6 +33,7 @@ from .place import (
     shown,
     text,
     tokenizer,
+    vocabulary,
 )
 from .step import Recipe, Step, needs_of
 
@@ -61,7 +63,7 @@ def read_recipe(
     elif len(documents) > 1:
         raise UsageError(f"{path} holds {len(documents)} YAML documents", "name several merges below 'steps'")
     else:
-        steps = _own_steps(documents[0], Place(path, sets=changes))
+        steps = _own_steps(documents[0], Place(path, sets=changes, near="inputs" in documents[0]))
     for name, value in (chosen or {}).items():
         steps = [replace(step, request=replace(step.request, **{name: value})) for step in steps]
     if allow_config:
@@ -143,6 +145,8 @@ def _fields(values: JsonMapping, place: Place) -> JsonObject:
     found |= {**own, "models": paths}
     if "slices" in found:
         found["slices"] = read_slices(found["slices"], place.at("slices"), paths, found.get("base"))
+    if "inputs" in found:
+        found["recorded"] = found.pop("inputs")
     return {OPTIONS[key].attribute if key in OPTIONS else key: value for key, value in found.items()}
 
 
@@ -228,6 +232,8 @@ COMMON: dict[str, Callable[[Any, Place], Any]] = {
     "tokenizer": tokenizer,
     "allow_config": several_texts,
     "chat_template": chat_template,
+    "vocabulary": vocabulary,
+    "inputs": input_records,
     "dtype": text,
     "slices": lambda value, place: value,  # read when the models are known
 }

@@ -7,7 +7,7 @@ Chat template, ids that end an answer, special tokens, dtype, longest input. The
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import printable
@@ -44,7 +44,8 @@ def _line(what: str, models: Sequence[Checkpoint], read: Callable[[Checkpoint], 
     other = next((index for index, value in enumerate(values) if value != values[0]), None)
     if other is None:
         return
-    same = len(commonprefix([values[0], values[other]]))
+    pairs = zip(values[0], values[other], strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     sides = [f"{_short(values[index], same)} in {models[index].role}" for index in (0, other)]
     more = sum(value != values[0] for value in values) - 1
     also = f" and {more} more" if more else ""
