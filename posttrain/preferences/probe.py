@@ -28,7 +28,7 @@ from gemma2.posttrain.models.scorer import hidden_states
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ProbeConfig
 
-from .output_heads import HEAD, starting_model
+from .heads import HEAD, starting_model
 from .pair_examples import PairIds, tokenise_split
 from .train import measure_rewards
 

@@ -33,7 +33,7 @@ from gemma2.posttrain.sft.sft import accumulation_steps
 from gemma2.posttrain.training.heldout import HeldOut
 from gemma2.posttrain.training.trainer import RunCallback, train
 
-from .output_heads import is_classifier, starting_model
+from .heads import is_classifier, starting_model
 from .pair_examples import PairIds, tokenise_split
 from .ranking_metrics import preference_metrics
 from .reward_trainer import make_trainer

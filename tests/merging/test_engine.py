@@ -288,7 +288,7 @@ def test_only_tokenizer_and_generation_config_of_the_first_model_are_copied(trip
     merge(slerp_request(triple), out=triple / "out")
     names = {path.name for path in (triple / "out").iterdir()}
     companions = {"config.json", "generation_config.json", "tokenizer_config.json"}
-    assert names == companions | {"model.safetensors", "README.md", "gemma2.json"}
+    assert names == companions | {"model.safetensors", "README.md", "gemma2.json", "merge.yaml"}
 
 
 def test_a_large_output_is_written_in_shards_with_an_index(triple, monkeypatch):

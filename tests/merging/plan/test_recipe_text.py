@@ -1,4 +1,4 @@
-"""The recipe of an output: repeated from its file it gives the same bytes, from any folder; changed inputs are refused."""
+"""The recipe of an output: repeated it gives the same bytes, from any folder; changed inputs are refused."""
 
 import json
 import shutil
@@ -50,8 +50,8 @@ RECIPES = {
     ),
     "seeds and switches": "{method: dare, models: [rl-1, rl-2], base: base, tokenizer: base, seed: 7, rescale: false}",
     "slices": (
-        "{method: passthrough, models: [rl-1, rl-2], tokenizer: rl-1, slices: [{sources: [{model: rl-1, layers: [0, 2]}]}, "
-        "{sources: [{model: 1, layers: [1, 2]}], scale: 0.5}]}"
+        "{method: passthrough, models: [rl-1, rl-2], tokenizer: rl-1, "
+        "slices: [{sources: [{model: rl-1, layers: [0, 2]}]}, {sources: [{model: 1, layers: [1, 2]}], scale: 0.5}]}"
     ),
     "a template of a model": "{method: linear, models: [rl-1, rl-2], tokenizer: union, chat_template: 2}",
     "a template in a file": "{method: linear, models: [rl-1, rl-2], tokenizer: union, chat_template: mine.jinja}",
@@ -61,8 +61,9 @@ RECIPES = {
         "[{filter: mlp, value: 0.5}, {value: 0.8}]}}]}"
     ),
     "tokens": (
-        "{merge_method: linear, tokenizer: {source: union, pad_to_multiple_of: 8, tokens: {<1>: {source: rl-1, force: true}"
-        "}}, models: [{model: rl-1, parameters: {weight: 1}}, {model: rl-2, parameters: {weight: 2}}]}"
+        "{merge_method: linear, tokenizer: {source: union, pad_to_multiple_of: 8, "
+        "tokens: {<1>: {source: rl-1, force: true}}}, "
+        "models: [{model: rl-1, parameters: {weight: 1}}, {model: rl-2, parameters: {weight: 2}}]}"
     ),
 }
 
