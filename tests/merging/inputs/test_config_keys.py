@@ -194,6 +194,23 @@ def test_what_used_to_merge_in_silence_is_a_difference(case):
     assert any(one.startswith(key) for one in found)
 
 
+@pytest.mark.parametrize(
+    ("kind", "differs"), [("yarn", True), ("dynamic", True), ("linear", False), ("default", False)]
+)
+def test_the_longest_input_counts_where_it_decides_frequencies(kind, differs):
+    def config(length):
+        rope = {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 64}
+        return {"model_type": "gemma2", "rope_parameters": rope, LENGTH: length}
+
+    assert bool(config_differences(config(128), config(256))) == differs
+
+
+@pytest.mark.parametrize("key", sorted(DERIVED))
+def test_a_key_of_a_model_type_that_is_not_known_counts_as_it_is(key):
+    (found,) = config_differences({"model_type": "new", key: 1}, {"model_type": "new", key: 2})
+    assert found.key == key
+
+
 EQUAL = {
     "stated default": ({}, {"attn_logit_softcapping": 50.0, "sliding_window": 4096}),
     "both spellings of rope": ({"rope_theta": 10000.0}, {"rope_parameters": {"rope_type": "default"}}),

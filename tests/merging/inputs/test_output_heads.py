@@ -155,6 +155,17 @@ def test_an_adapter_that_keeps_the_tie_leaves_the_output_tied(tmp_path):
     assert "tie_word_embeddings" not in written
 
 
+def test_a_head_that_an_adapter_keeps_tied_has_its_update_where_another_one_unties(tmp_path):
+    first, second = models(tmp_path, None, None)
+    kept = adapter(tmp_path / "kept", LORA_EMBEDDING, first, ensure_weight_tying=True)
+    apart = adapter(tmp_path / "apart", LORA_HEAD, second)
+    _, found, _ = merged(tmp_path, (kept, apart))
+    left, right = (read_model(path)[EMBEDDING] for path in (first, second))
+    tied = left + product(LORA_EMBEDDING).T
+    np.testing.assert_allclose(found[EMBEDDING], (tied + right) / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[HEAD], (tied + right + product(LORA_HEAD)) / 2, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.is_gradient_checkpointing")
 def test_the_merge_of_an_adapted_head_is_what_peft_and_transformers_compute(tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
