@@ -33,7 +33,7 @@ class Checkpoint:
     path     the directory; of an adapted model that of the adapter
     origin   the directory of configuration and tokenizer; of an adapted model that of the model
     updates  low-rank updates of an adapted model, by tensor
-    copies   stored copies of a tied embedding, which are no tensors of the model, with the embedding
+    copies   stored copies of a tied embedding, dropped from its tensors, with the embedding
     has_own_head  its adapter separates the head from the embedding that its configuration ties it to
     """
 

@@ -155,7 +155,7 @@ def _labels(value: object) -> object:
 
 
 def _named(labels: object) -> bool:
-    """Whether labels have names of their own."""
+    """Whether labels have other names than the defaults."""
     return isinstance(labels, list) and not all(str(name).startswith("LABEL_") for name in labels)
 
 

@@ -75,7 +75,7 @@ def with_adapted_head(model: Checkpoint, adapter: Adapter) -> Checkpoint:
 
 
 def _untied(model: Checkpoint, head: str) -> Checkpoint:
-    """Return a tied model whose head is its embedding under a name of its own."""
+    """Return a tied model with its embedding as a separate head."""
     embedding = _embedding(model)
     if embedding is None:
         raise InputError(f"{model} has no embedding of a known name", "merge models of one architecture")

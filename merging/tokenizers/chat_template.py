@@ -51,7 +51,7 @@ NAMED = {
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The text of the output's template (None: there is none to write), and notes about the choice."""
+    """The text of the output's template (None: nothing is written), and notes about the choice."""
 
     text: str | None
     notes: tuple[str, ...] = ()
