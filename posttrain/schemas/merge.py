@@ -26,7 +26,7 @@ class _MergeStage(Config):
     """`gemma2 merge METHOD` inside a pipeline; the names are those of its flags, the values those of a merge file."""
 
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset({"method", "models"})
-    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer", "chat_template"})
 
     method: str = Field(description="merge method: the second word of the command")
     models: tuple[Path, ...] = Field(min_length=1, description="model directories or hub ids; their order counts")
@@ -44,6 +44,11 @@ class _MergeStage(Config):
         if value not in METHODS:
             raise ValueError(f"is not a merge method; {closest(value, METHODS)}")
         return value
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _is_complete(self) -> _MergeStage:
