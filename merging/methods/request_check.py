@@ -37,10 +37,8 @@ def check_request(request: MergeRequest) -> MergeRequest:
     method = method_named(request.method)
     _check_number_of_models(request, method, len(request.models))
     for number, part in enumerate(request.slices):
-        of_base = all(
-            index < len(request.models) and request.models[index] == request.base for index, _, _ in part.layers
-        )
-        if part.layers and not of_base and request.method != "passthrough":
+        named = {request.models[index] for index, _, _ in part.layers if index < len(request.models)}
+        if named - {request.base} and request.method != "passthrough":
             _check_number_of_models(request, method, len(part.layers), f" in slice {number + 1}")
     for option in OPTIONS.values():
         if option.attribute in request.values and option not in method.options:
