@@ -34,7 +34,7 @@ KEYS = (
 # Files of its other tools, by a key that only they have.
 OTHER_TOOLS = {
     "experts": ("mergekit-moe", "mixtures of experts are not built here: merge the experts into one model instead"),
-    "genome": ("mergekit-evolve", "compare merges by gemma2 eval, as stages of a pipeline"),
+    "genome": ("mergekit-evolve", "search merge weights with gemma2 pipeline run merge-search"),
     "layer_slices": ("mergekit-legacy and bakllama", "write slices: [{sources: [{model: .., layer_range: [..]}]}]"),
 }
 
