@@ -45,6 +45,8 @@ def check_request(request: MergeRequest) -> MergeRequest:
             raise UsageError(f"merge {request.method} does not take --{option.name}", "leave it out")
     if request.base is not None and method.base == "none" and not request.slices:
         raise UsageError(f"merge {request.method} does not take --base", "leave it out")
+    if request.vocabulary is not None and request.tokenizer is None:
+        raise UsageError("rows of the vocabulary are chosen without a tokenizer", "give --tokenizer")
     if request.base is None and method.base == "required":
         raise UsageError(f"merge {request.method} needs --base", "name the init of the models")
     _check_numbers(request)

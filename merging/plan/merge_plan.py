@@ -126,6 +126,7 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         parts, config = one_to_one(request, base, models, tied), {}
     if vocabulary:
         parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
+        request = replace(request, vocabulary=vocabulary.choice)
         notes = [*notes, *vocabulary.notes]
         if request.tokenizer not in ("base", "union"):
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path

@@ -10,6 +10,8 @@ from model_files import added, random_arrays, read_model, read_raw, write_model
 from tokenizer_models import write_tokenizer
 
 from gemma2.core.errors import Gemma2Error, UsageError
+from gemma2.merging.methods.request import MergeRequest, VocabularyChoice
+from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe
 from gemma2.merging.tokenizers.chat_template import NAMED
@@ -114,6 +116,8 @@ def test_the_row_of_a_token_and_the_padding_are_as_chosen(place, tmp_path, monke
     np.testing.assert_allclose(rows[1:14], ((embedding(place / "a") + embedding(place / "b")) / 2)[1:], rtol=2**-8)
     assert not rows[14:].any()
     assert any("2 padding rows filled with zeros" in note for note in notes)
+    recorded = json.loads((found / "gemma2.json").read_text())["config"]["vocabulary"]
+    assert (recorded["tokens"][0]["model"], recorded["multiple"]) == ("model 1", 8)  # no path of this machine
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
@@ -153,6 +157,11 @@ def test_rows_that_no_input_has_are_refused(place, tmp_path, monkeypatch, token,
     text = f"merge_method: linear\n{structures.TWO}tokenizer: {{source: union, tokens: {{{token}}}}}\n"
     with pytest.raises(Gemma2Error, match=message):
         run(place, tmp_path / "out", text, monkeypatch)
+
+
+def test_rows_without_a_tokenizer_are_refused():
+    with pytest.raises(UsageError, match="without a tokenizer"):
+        check_request(MergeRequest(method="linear", models=("a", "b"), vocabulary=VocabularyChoice(multiple=8)))
 
 
 def test_the_only_source_is_taken_as_it_is(place, tmp_path, monkeypatch):
