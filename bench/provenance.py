@@ -13,6 +13,7 @@ the commands would write, since training a 9B takes more than this machine.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -44,7 +45,7 @@ def many_stages(place: Path, count: int, rounds: int) -> None:
     header, _ = encode_header({"model.embed_tokens.weight": ("F32", (8, 4)), "model.norm.weight": ("F32", (4,))})
     (place / "model" / "model.safetensors").write_bytes(header + bytes(4 * 36))
     config = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "vocab_size": 8, "hidden_size": 4}
-    (place / "model" / "config.json").write_text(yaml.safe_dump(config, default_flow_style=True, width=1000))
+    (place / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     stages: dict[str, Any] = {}
     for i in range(count):
         model = str(place / "model") if i < 10 else f"${{s{i - 10}.out}}"

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.errors import Gemma2Error, OutputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
@@ -18,16 +18,19 @@ from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
-from .inputs.checkpoint import Checkpoint, Reader
+from .inputs.checkpoint import Reader
+from .inputs.output_heads import check_copies
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
+from .plan.recipe_text import RECIPE, check_inputs, recipe_text
+from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.feeder import CUT, Feeder, longest_cut
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
-from .streaming.verify import ReadBack
+from .streaming.read_back import ReadBack
 from .streaming.writer import Writer, copy_companions
 from .tokenizers.chat_template import write_template
 from .tokenizers.vocabulary import write_tokenizer
@@ -100,6 +103,8 @@ def merge(
         plan = plan_merge(request, out, force)
         for line in plan.notes:
             progress.note(line)
+        for line in plan.warnings:
+            progress.warn(line)
         return _merge(plan, force, verify, progress, cut, account)
 
 
@@ -117,15 +122,19 @@ def _merge(
                 write_tokenizer(plan.vocabulary, directory)
             if plan.template:
                 write_template(plan.template, directory)
+        if plan.request.recorded:
+            found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan)]
+            check_inputs(plan.request.recorded, found)
         result, digests = _stream(plan, directories, verify, progress, cut)
-        threads = plan.request.threads
-        parents = [(role, path, identity_of(path, threads)) for role, path in _places_of(plan)]
+        parents = _identified(plan)
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
+            text = recipe_text(plan, number, manifest["parents"])
+            (directory / RECIPE).write_text(text, encoding="utf-8", errors="backslashreplace")
             write_card(directory, manifest, plan.outputs[number], account)
             write_manifest(directory, manifest, known)
-    for line in result.warnings:
+    for line in result.warnings[len(plan.warnings) :]:  # those of the plan were shown before
         progress.warn(line)
     return result
 
@@ -174,7 +183,8 @@ def _stream(
         progress.task(f"merge {plan.request.method}", total=total, unit="bytes") as task,
     ):
         for model in plan.inputs:
-            _check_tied(plan, model, reader)
+            check_copies(model, reader)
+        found = constant_tensors(plan, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         groups = []
@@ -185,7 +195,7 @@ def _stream(
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin
-    warnings = tuple(judge(plan.request.method, groups))
+    warnings = (*plan.warnings, *found, *judge(plan.request.method, groups))
     return MergeResult(plan, tuple(groups), warnings, seconds), digests or [{} for _ in directories]
 
 
@@ -208,17 +218,6 @@ def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: in
     products.save()
 
 
-def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
-    """Require that stored copies of tied tensors are equal to them: dropping other values would lose weights."""
-    for name, original in plan.tied.items():
-        copy, kept = model.tensors[name], model.tensors[original]
-        if (copy.dtype, copy.shape) != (kept.dtype, kept.shape) or not reader.same(copy, kept):
-            raise InputError(
-                f"{model}: {name} differs from {original}, though config.json ties them",
-                'set "tie_word_embeddings" to false, or remove the wrong one',
-            )
-
-
 def _places_of(plan: MergePlan) -> list[InputPlace]:
     """Return role and directory of every input, in the order of the manifest (`places.merge_places`)."""
     # "input", not "model": the role distinguishes the init of a trained policy from the inputs of a merge.
@@ -228,6 +227,11 @@ def _places_of(plan: MergePlan) -> list[InputPlace]:
         if model.origin != model.path:
             found.append((ADAPTED, model.origin))
     return found
+
+
+def _identified(plan: MergePlan) -> list[Identified]:
+    """Return role, directory and identity of every input; digests are remembered from one call to the next."""
+    return [(role, path, identity_of(path, plan.request.threads)) for role, path in _places_of(plan)]
 
 
 def _manifest(

@@ -18,12 +18,13 @@ def show_explanations(stages: Sequence[JsonMapping], console: Console) -> None:
     for number, stage in enumerate(stages):
         console.text(("\n" if number else "") + f"{stage['stage']}: {stage['status']}  ({stage['command']})")
         changes = [*stage["differences"], *stage["versions"]]
-        if changes:
+        valued = [one for one in changes if (one["was"], one["now"]) != (None, None)]
+        if valued:
             console.table(
-                [{"what": one["what"], "recorded": in_full(one["was"]), "now": in_full(one["now"])} for one in changes]
+                [{"what": one["what"], "recorded": in_full(one["was"]), "now": in_full(one["now"])} for one in valued]
             )
-        for note in stage["notes"]:
-            console.text(f"  {note}")
+        for line in (*(one["what"] for one in changes if one not in valued), *stage["notes"]):
+            console.text(f"  {line}")
         if stage["status"] == "complete" and stage["made_from"]:
             console.table([*_origin(stage["made_from"])])
 

@@ -296,7 +296,7 @@ def make_command(
 
 
 def _show_plan(config: Config, options: RunOptions | None, console: Console) -> None:
-    from gemma2.posttrain.pipelines.dry_run import plan_step
+    from gemma2.posttrain.pipelines.check import plan_step
 
     from .plan_view import show_plan
 

@@ -32,6 +32,7 @@ from gemma2.cli.terminal.options import (
 from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.outputs.home import text_at_home
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.yaml_files import closest
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from gemma2.posttrain.pipelines.check import PipelinePlan
     from gemma2.posttrain.pipelines.compile import Pipeline, Stage
     from gemma2.posttrain.pipelines.decision import Choice
+    from gemma2.posttrain.pipelines.shelf import Shelf
 
 __all__ = ["Announcer", "app", "jobs_option", "kept_for_later"]
 
@@ -67,7 +69,7 @@ Again = stage_option("--force", help="Run this stage again even if it is complet
 Reuse = typer.Option(
     None,
     "--reuse",
-    metavar="DIR",
+    metavar="FOLDER",
     help="Link outputs below this folder that were made from the same, in place of making them again; repeatable.",
     show_default=False,
     rich_help_panel="Stages",
@@ -170,6 +172,18 @@ def choice_of(
     return Choice(frozenset(within) if start or only else None, frozenset(again), keep_going)
 
 
+def shelf_of(folders: Sequence[str]) -> Shelf:
+    """The outputs below the folders of --reuse. Raises InputError for one that is not a directory."""
+    from gemma2.posttrain.pipelines.shelf import Shelf
+
+    for folder in folders:
+        if not Path(text_at_home(folder)).is_dir():
+            raise InputError(
+                f"--reuse {folder} is not a directory", "give the folder of a pipeline, or one with several"
+            )
+    return Shelf([Path(text_at_home(folder)) for folder in folders])
+
+
 @app.callback(context_settings=HELP_NAMES)
 def pipeline() -> None:
     """Run a pipeline: stages that each name a command, its options, and outputs of other stages."""
@@ -199,7 +213,7 @@ def run(
     from_: list[str] | None = From,
     only: list[str] | None = Only,
     force: list[str] | None = Again,
-    reuse: list[Path] | None = Reuse,
+    reuse: list[str] | None = Reuse,
     keep_going: bool = typer.Option(
         False,
         "--keep-going",
@@ -219,20 +233,12 @@ def run(
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
     from gemma2.posttrain.pipelines.run import check_executor, executor_of, run_pipeline
-    from gemma2.posttrain.pipelines.shelf import Shelf
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
-    for folder in reuse or ():
-        if not folder.is_dir():
-            raise InputError(
-                f"--reuse {folder} is not a directory", "give the folder of a pipeline, or one with several"
-            )
     console = Console(as_json=as_json, quiet=quiet)
     compiled = open_pipeline(file, out, set_)
-    choice = replace(
-        choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=Shelf(tuple(reuse or ()))
-    )
+    choice = replace(choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=shelf_of(reuse or ()))
     place = executor_of(executor, jobs or 1, ray_address)
     if dry_run:
         check_executor(compiled, place)

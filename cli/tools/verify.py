@@ -30,7 +30,7 @@ MOST_NAMED = 3  # places in a note
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def verify(
     paths: list[Path] = typer.Argument(
-        metavar="PATH...",
+        metavar="PATH",
         help="Outputs of gemma2 commands, or folders that hold some, such as that of a pipeline.",
         show_default=False,
         rich_help_panel="Inputs",
@@ -60,7 +60,7 @@ def verify(
       gemma2 verify runs/align
       gemma2 verify merged --fix
     """  # fmt: skip
-    from gemma2.posttrain.audit.reading import DEFAULT_THREADS
+    from gemma2.posttrain.audit.disk_reading import DEFAULT_THREADS
     from gemma2.posttrain.audit.verification import verify as verify_outputs
 
     threads = threads or DEFAULT_THREADS
@@ -116,7 +116,8 @@ def _after(before: Verification, again: Verification) -> Verification:
 
 
 def _of(one: Remade) -> dict[str, object]:
-    return {"output": str(one.output), "same": one.same, "other": list(one.other), "problem": one.problem or None}
+    same = one.same if one.compared and not one.problem else None
+    return {"output": str(one.output), "same": same, "other": list(one.other), "problem": one.problem or None}
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -172,6 +173,8 @@ def _digest(text: str) -> str:
 def _outcome(one: Remade) -> str:
     if one.problem:
         return f"not made again: {one.problem}"
+    if not one.compared:
+        return "made again; its record could not be read, so nothing says what it was"
     return "made again, with the recorded bytes" if one.same else f"made again, with other bytes in {_some(one.other)}"
 
 

@@ -101,8 +101,11 @@ class MergeRequest:
                  the whole model; None is the method's own
     slices       layers of the output taken from layers of the models; () is all layers one to one
     tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
+    allow_config  keys of config.json that may differ; the output has the first model's values
     vocabulary   rows of single tokens and padding of the vocabulary, with a tokenizer
-    chat_template  of the output: "auto", a name, or Jinja text; None is that of the tokenizer that the output has
+    chat_template  of the output: "auto", a name, Jinja text, the number of a model from 1, "base", or a file; None is
+                 that of the tokenizer that the output has
+    recorded     of a recipe: role and identity of each input, as a manifest records parents; others are refused
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
     values       the options whose value is not the initial one, by attribute
@@ -114,6 +117,8 @@ class MergeRequest:
     granularity: Granularity | None
     slices: tuple[Slice, ...]
     tokenizer: str | None
+    allow_config: tuple[str, ...]
+    recorded: tuple[JsonMapping, ...]
     vocabulary: VocabularyChoice | None
     chat_template: str | None
     dtype: str | None
@@ -131,8 +136,10 @@ class MergeRequest:
         tokenizer: str | None = None,
         dtype: str | None = None,
         threads: int | None = None,
-        **options: Any,  # an OptionValue each; `vocabulary`, `chat_template`; `values` from replace  # noqa: ANN401
+        **options: Any,  # an OptionValue each; the fields popped below; `values` from replace  # noqa: ANN401
     ) -> None:
+        allowed: tuple[str, ...] = options.pop("allow_config", ())
+        recorded: tuple[JsonMapping, ...] = options.pop("recorded", ())
         vocabulary, template = options.pop("vocabulary", None), options.pop("chat_template", None)
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
@@ -146,6 +153,8 @@ class MergeRequest:
             "granularity": granularity,
             "slices": slices,
             "tokenizer": tokenizer,
+            "allow_config": tuple(allowed),
+            "recorded": tuple(recorded),
             "vocabulary": vocabulary,
             "chat_template": template,
             "dtype": dtype,
@@ -164,8 +173,8 @@ class MergeRequest:
     def options(self) -> JsonObject:
         """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
-        common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
-        common |= {"chat_template": self.chat_template}
+        kept = ("granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        common = {name: getattr(self, name) for name in kept}
         values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}

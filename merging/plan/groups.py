@@ -115,16 +115,13 @@ def _depth(name: str, layers: int) -> float:
     return 0.0 if BEFORE_LAYERS.search(name) else 1.0
 
 
-def one_to_one(
-    request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
-) -> dict[str, Part]:
-    """Return every tensor of the first model with its namesakes; stored copies of tied tensors are left out."""
+def one_to_one(request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str, Part]:
+    """Return every tensor of the first model with its namesakes."""
     operands = (*((base,) if base else ()), *models)
     layers = layer_count(models[0])
     return {
         name: Part(tuple(Source(model, name) for model in operands), request, _depth(name, layers))
         for name in models[0].tensors
-        if name not in tied
     }
 
 
@@ -146,7 +143,7 @@ def find_groups(granularity: str | None, based: bool, parts: Mapping[str, Part])
 
 
 def stacked(
-    request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
+    request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]
 ) -> tuple[dict[str, Part], JsonObject]:
     """Return the parts of a request with slices, and the keys of config.json that its layers change.
 
@@ -158,7 +155,7 @@ def stacked(
         _check_slice(request, part, number, counts, base_count)
     parts: dict[str, Part] = {}
     first, last = request.slices[0], request.slices[-1]
-    outside = [name for name in models[0].tensors if not LAYER.match(name) and name not in tied]
+    outside = [name for name in models[0].tensors if not LAYER.match(name)]
     for name in (name for name in outside if BEFORE_LAYERS.search(name)):
         parts[name] = _outside_part(request, first, name, base, models)
     total = 0

@@ -80,6 +80,11 @@ def choose_template(choice: str | None, inputs: Sequence[Checkpoint], owner: Che
         return None
     if choice == "auto":
         return _most_common(inputs)
+    if choice == "base" or choice.isdecimal():
+        return _of_input(choice, inputs)
+    if "{" not in choice and Path(choice).is_file():
+        text = Path(choice).read_text(encoding="utf-8")
+        return ChatTemplate(text, (f"chat template: {printable(Path(choice).name)}",))
     if choice in NAMED:
         markers, text = NAMED[choice]
         file = owner.origin / TOKENIZER
@@ -90,9 +95,21 @@ def choose_template(choice: str | None, inputs: Sequence[Checkpoint], owner: Che
     if "{{" not in choice and "{%" not in choice:
         raise UsageError(
             f"chat_template {printable(choice)!r} is neither a name nor a template",
-            f"choose auto, {', '.join(NAMED)}, or write Jinja text",
+            f"choose the number of a model, base, a file, auto, {', '.join(NAMED)}, or write Jinja text",
         )
     return ChatTemplate(choice, ("chat template: the text of the request",))
+
+
+def _of_input(choice: str, inputs: Sequence[Checkpoint]) -> ChatTemplate:
+    """Return the template of the base or of a model by its number. Raises UsageError."""
+    role = choice if choice == "base" else f"model {int(choice)}"
+    model = next((model for model in inputs if model.role == role), None)
+    text = template_of(model) if model else None
+    if text is None:
+        having = [one.role.removeprefix("model ") for one in inputs if template_of(one) is not None]
+        what = "has no chat template" if model else "is not among the inputs"
+        raise UsageError(f"--chat-template {choice}: {role} {what}", f"choose {' or '.join([*having, 'a file'])}")
+    return ChatTemplate(text, (f"chat template: that of {role}",))
 
 
 def _most_common(inputs: Sequence[Checkpoint]) -> ChatTemplate:

@@ -45,7 +45,7 @@ def _explained(one: Checked, row: JsonMapping) -> JsonObject:
 
 
 def _manifest(one: Checked) -> JsonMapping:
-    """The record of a stage's output, of whatever it was made; empty if there is none that can be read."""
+    """The record of a stage's output, of whatever it was made; empty if it is missing or cannot be read."""
     try:
         return {**(read_manifest(one.stage.out) or {})}
     except InputError:

@@ -47,18 +47,20 @@ PARTIAL = re.compile(r"(^|/)\.([^/]+)\.partial(?=/|$)")  # where an output was w
 class Remade:
     """An output that was to be made again.
 
-    problem  why it could not be; "" if it was
-    other    the files with other bytes than before the damage, without those that only people read
+    problem   why it was not; "" if it was
+    other     the files with other bytes than before the damage, without those that only people read
+    compared  whether there was a record to compare with
     """
 
     output: Path
     problem: str = ""
     other: tuple[str, ...] = ()
+    compared: bool = True
 
     @property
     def same(self) -> bool:
         """Whether it was made, with the bytes that were recorded."""
-        return not self.problem and not self.other
+        return not self.problem and not self.other and self.compared
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def remake(found: Verification, tools: Tools) -> list[Remade]:
             again = f"gemma2 pipeline run {unit} writes it again"
             problems[unit] = f"the {MANIFEST} of a pipeline's folder is not made from anything; remove it: {again}"
             continue
+        if lost := _only_for_people(unit, found):
+            problems[unit] = f"only {', '.join(lost)} is damaged, which no command reads; make it again with --force"
+            continue
         folder = next((path for path in unit.parents if (path / FILE).is_file()), None)
         stages.setdefault(folder, []).append(unit) if folder else single.append(unit)
     for folder, made in stages.items():
@@ -103,7 +108,7 @@ def remake(found: Verification, tools: Tools) -> list[Remade]:
             remake_output(unit, tools.progress)
         except Gemma2Error as error:
             problems[unit] = str(error)
-    return [Remade(unit, problems.get(unit, ""), _other(unit, before[unit])) for unit in units]
+    return [Remade(unit, problems.get(unit, ""), _other(unit, before[unit]), bool(before[unit])) for unit in units]
 
 
 def _unit(path: Path) -> Path:
@@ -112,6 +117,19 @@ def _unit(path: Path) -> Path:
         if (folder / MANIFEST).is_file():
             return path if _command(folder) in FOLDERS else folder
     return path
+
+
+def _only_for_people(unit: Path, found: Verification) -> list[str]:
+    """Return the damaged files of an output if only people read them: a training is not repeated for a card."""
+    try:
+        manifest = read_manifest(unit)
+    except InputError:
+        return []
+    broken = [fault for fault in found.faults if fault.kind != "input changed" and fault.output.is_relative_to(unit)]
+    names = [fault.file for fault in broken if fault.output == unit]
+    if manifest is None or len(names) < len(broken):  # of an output inside it
+        return []
+    return names if all(name and is_for_people(name, manifest) for name in names) else []
 
 
 def _command(folder: Path) -> str:
@@ -150,7 +168,7 @@ def _remake_stages(pipeline: Pipeline, units: Sequence[Path], tools: Tools) -> l
         found = look_at_pipeline(pipeline)
         running = {name for name, one in found.items() if one.runs}
         within = damaged if running - pipeline.after(damaged) else None
-        # The others are made again for what is damaged, which a run says of each; these lack what only people read.
+        # The others are made again for what is damaged, which a run says of each.
         force = frozenset(name for name in damaged if found[name].action in ("skip", "perhaps"))
         choice, observer = Choice(within, force), tools.observer(pipeline)
         run_pipeline(pipeline, tools.executor(), choice=choice, observer=observer, progress=tools.progress)

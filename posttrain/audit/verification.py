@@ -3,7 +3,7 @@
     what an output records of its files    size and digest of the bytes
     what its users record of it            tensors, and every other file that decides (core/outputs/model_identity.py)
 
-The remembered digests of earlier commands are not asked: every file is read (reading.py), once, whoever records it.
+No remembered digest is asked: every file is read from the disk (disk_reading.py), once, whoever records it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gemma2.core.outputs.model_identity import deciding_files
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import SILENT, Progress
 
-from .reading import DEFAULT_THREADS, FileRead, read_files, store_model, weights_of
+from .disk_reading import DEFAULT_THREADS, FileRead, read_files, store_model, weights_of
 from .recorded import PIPELINE, Gathered, RecordedOutput, Use, gather
 
 __all__ = ["Fault", "Remark", "Verification", "verify"]
@@ -224,6 +224,8 @@ class _Comparison:
 
     def _use(self, use: Use, reported: Collection[Path]) -> None:
         if not use.path.exists():
+            if use.path.resolve() in reported:
+                return
             self.remarks.append(Remark("input not on disk", use.path))
             return
         if not use.current:

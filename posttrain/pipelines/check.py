@@ -15,22 +15,25 @@ from gemma2.core.errors import Gemma2Error, InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
-from gemma2.posttrain.checks.plan import memory_problem
+from gemma2.posttrain.checks.plan import memory_problem, plan
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
-from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.schemas import MergeConfig, PipelineFile, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
-from .compile import Pipeline, Stage
+from .compile import Pipeline, Stage, compile_pipeline
 from .decision import LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
 from .expected_outputs import promised_by
 from .state import recorded_stages
+from .warp_stages import warp_stages
 
-__all__ = ["Checked", "PipelinePlan", "check_pipeline", "look_at_pipeline"]
+__all__ = ["Checked", "PipelinePlan", "check_pipeline", "look_at_pipeline", "plan_step"]
 
 IDLE = ("skip", "reuse", "not needed", "left out")  # actions that start nothing
 ALL = Choice()
@@ -225,3 +228,16 @@ def _check_taken(stage: Stage, status: Mapping[str, str]) -> None:
     for name in stage.needs:
         if status[name] == LEFT_OUT:
             raise InputError(f"needs {name}, which is neither complete nor chosen", "run that too")
+
+
+# --- one command -----------------------------------------------------------------------------------------------------
+
+
+def plan_step(config: Config, options: RunOptions | None) -> JsonObject:
+    """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP."""
+    document = plan(config, options)
+    if not isinstance(config, WarpConfig) or options is None:
+        return document
+    stages = PipelineFile(stages=warp_stages(config))
+    rows = check_pipeline(compile_pipeline(stages, partial_path(options.out))).rows()
+    return document | {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}

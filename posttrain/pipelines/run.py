@@ -91,6 +91,8 @@ def run_pipeline(
     for problem in plan.problems:
         what, _, hint = problem.partition("; ")
         raise InputError(f"{root}: {what}", hint)
+    for name, command, place in leftover_outputs(pipeline):
+        progress.note(f"{place} ({command}) is the output of no stage of this file: {name} was renamed or dropped")
     with locked(root):
         started = now()
         recorded = _manifest_of(root)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
@@ -67,13 +67,25 @@ def _outputs(directory: Path, depth: int) -> Iterator[tuple[Path, JsonMapping]]:
         inside = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
     except (InputError, OSError):
         return
-    usable = manifest is not None and manifest.get("status") == "complete" and bool(manifest.get("files"))
-    if manifest is not None and usable and manifest.get("schema_version") == SCHEMA_VERSION:
+    if manifest is not None and _is_usable({**manifest}):
         yield directory, {**manifest}
     if depth:
         for path in inside:
             if not path.name.startswith(".") and path.name not in SKIPPED:
                 yield from _outputs(path, depth - 1)
+
+
+def _is_usable(manifest: JsonMapping) -> bool:
+    """Whether a manifest is of a finished output of this version, with files that stay in its directory."""
+    names = manifest.get("files") or {}
+    complete = manifest.get("status") == "complete" and manifest.get("schema_version") == SCHEMA_VERSION
+    return complete and bool(names) and all(map(_is_inside, names))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name in a manifest stays in its directory: a manifest is data, and may say anything."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _is_whole(path: Path, command: str) -> bool:

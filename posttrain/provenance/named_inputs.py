@@ -18,12 +18,13 @@ from gemma2.posttrain.schemas.config import Config
 
 __all__ = ["EVALUATIONS", "KIND_OF_OPTION", "Named", "named_inputs", "names_a_path", "paths_of"]
 
-Kind = Literal["model", "rows", "evaluation rows", "output", "source", "file"]
+Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", "file"]
 
 # model            a directory with a policy, a reward model or a classifier
 # rows             data files, in the order in which they are read
 # evaluation rows  those of every split
-# output           files of an output of this suite: a front, a teacher's cache
+# front            the points of a front, of which one is chosen
+# output           files of an output of this suite: an earlier front with its values, a teacher's cache
 # source           what `convert` reads: a model directory, or a GGUF file or a folder of them
 # file             one file
 KIND_OF_OPTION: dict[str, Kind] = {
@@ -31,7 +32,8 @@ KIND_OF_OPTION: dict[str, Kind] = {
     **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge"), "model"),
     **dict.fromkeys(("data", "prompts", "heldout", "eval_data"), "rows"),
     "decontaminate": "evaluation rows",
-    **dict.fromkeys(("front", "fronts", "teacher_cache"), "output"),
+    "front": "front",
+    **dict.fromkeys(("fronts", "teacher_cache"), "output"),
     "source": "source",
     "judge_prompt": "file",
 }
@@ -55,7 +57,7 @@ class Named:
 
 
 def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Named]:
-    """Yield every input of a configuration, in the order of its fields and of their values.
+    """Yield every input of a configuration, in the order of KIND_OF_OPTION and of the values.
 
     config   with the ids of models replaced by their directories (`runs.inputs.located`), but for merges
     without  options to leave out, whose inputs are not there yet; of a merge, any of them leaves all out
@@ -67,8 +69,8 @@ def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Name
             for role, path in merge_places(config.request()):
                 yield Named("base" if role == "base" else "models", role, path, True)
         return
-    for option in type(config).model_fields:
-        if option in without:
+    for option in KIND_OF_OPTION:  # in one order for all commands: what an output continues comes first
+        if option in without or option not in type(config).model_fields:
             continue
         for path in paths_of(config, option):
             yield from _READERS[KIND_OF_OPTION[option]](option, path)
@@ -103,6 +105,10 @@ def _evaluation_rows(option: str, path: Path) -> Iterator[Named]:
     yield from (Named(option, option, file, False) for file in evaluation_files(path))
 
 
+def _front(option: str, path: Path) -> Iterator[Named]:
+    yield Named(option, option, path / "front.json", False)
+
+
 def _output(option: str, path: Path) -> Iterator[Named]:
     yield from (Named(option, option, file, False) for file in own_files(path) if file.suffix not in PICTURES)
 
@@ -124,6 +130,7 @@ _READERS: dict[Kind, Callable[[str, Path], Iterator[Named]]] = {
     "model": _model,
     "rows": _rows,
     "evaluation rows": _evaluation_rows,
+    "front": _front,
     "output": _output,
     "source": _source,
     "file": _file,

@@ -33,6 +33,8 @@ class _MergeStage(Config):
     base: Path | None = Field(None, description="the init that task vectors start from")
     granularity: Granularity | None = Field(None, description="tensors that share coefficients or thresholds")
     tokenizer: str | None = Field(None, description="tokenizer of the output: base, union or a model")
+    allow_config: tuple[str, ...] = Field((), description="keys of config.json that may differ")
+    chat_template: str | None = Field(None, description="chat template of the output: number of a model, base, a file")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="dtype of the output")
     slices: tuple[dict[str, Any], ...] = Field((), description="layers to stack, as in a merge file")
 
@@ -53,7 +55,8 @@ class _MergeStage(Config):
 
     def request(self) -> MergeRequest:
         """The merge as the engine takes it."""
-        common: dict[str, Any] = {name: getattr(self, name) for name in ("base", "granularity", "tokenizer", "dtype")}
+        names = ("base", "granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        common: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.slices:
             place = Place(STAGE, key="slices")
             common["slices"] = read_slices(list(self.slices), place, self.models, self.base)

@@ -35,7 +35,7 @@ from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.outputs import manifest, staging
 from gemma2.merging import engine, merge
 from gemma2.merging.inputs import checkpoint
-from gemma2.merging.streaming import dense_stream, verify, writer
+from gemma2.merging.streaming import dense_stream, read_back, writer
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def root(tmp_path, monkeypatch):
 def direct(monkeypatch):
     """Outputs of any size bypass the page cache."""
     monkeypatch.setattr(writer, "DIRECT_BYTES", 0)
-    monkeypatch.setattr(verify, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(read_back, "DIRECT_BYTES", 0)
 
 
 def fails(root, kind, message, method="slerp", **options):
@@ -190,16 +190,16 @@ def corrupt(path, offset, mask=0x10):
 
 def before_the_read_back(monkeypatch, damage):
     """Do something to the staged directory after everything was written and before any of it is read back."""
-    written = verify.ReadBack.wrote
-    finish = verify.ReadBack.finish
+    written = read_back.ReadBack.wrote
+    finish = read_back.ReadBack.finish
 
     def finished(self, *arguments):
         damage(self._directory)
-        monkeypatch.setattr(verify.ReadBack, "wrote", written)
+        monkeypatch.setattr(read_back.ReadBack, "wrote", written)
         return finish(self, *arguments)
 
-    monkeypatch.setattr(verify.ReadBack, "wrote", lambda self, names: None)
-    monkeypatch.setattr(verify.ReadBack, "finish", finished)
+    monkeypatch.setattr(read_back.ReadBack, "wrote", lambda self, names: None)
+    monkeypatch.setattr(read_back.ReadBack, "finish", finished)
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties"])

@@ -163,7 +163,14 @@ def test_a_recorded_parent_that_is_not_a_path_is_ignored(root, path, weights):
         merge(request, out=root / "out")
 
 
-@pytest.mark.parametrize("entry", [5, None, "x", [], {"digest": 5}, {"size": None, "digest": None}])
+@pytest.mark.parametrize("entry", [5, None, "x", []])
+def test_a_manifest_with_a_malformed_record_of_a_file_is_refused(root, entry):
+    put(root / "rl-2/gemma2.json", {"files": {"model.safetensors": entry}})
+    with pytest.raises(Gemma2Error, match=r"gemma2\.json is not a gemma2 manifest"):
+        merge(MergeRequest(method="linear", models=(root / "rl-2",)), out=root / "out")
+
+
+@pytest.mark.parametrize("entry", [{"digest": 5}, {"size": None, "digest": None}])
 def test_malformed_digests_in_a_manifest_are_computed_again(root, entry):
     put(root / "rl-2/gemma2.json", {"files": {"model.safetensors": entry}})
     merge(MergeRequest(method="linear", models=(root / "rl-2",)), out=root / "out")

@@ -31,7 +31,7 @@ from waiting import pause, seconds_of, wait_for
 from gemma2.core.outputs import manifest
 from gemma2.core.outputs.manifest import write_manifest
 from gemma2.merging import engine, merge
-from gemma2.merging.streaming import verify, writer
+from gemma2.merging.streaming import read_back, writer
 
 pytestmark = pytest.mark.torture
 
@@ -212,7 +212,7 @@ def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
     for direct in (False, True):
         if direct:
             monkeypatch.setattr(writer, "DIRECT_BYTES", 0)
-            monkeypatch.setattr(verify, "DIRECT_BYTES", 0)
+            monkeypatch.setattr(read_back, "DIRECT_BYTES", 0)
         with monkeypatch.context() as patch:
             root = write_models(tmp_path / str(direct))
             totals += judge_each_call(root, Faults(patch, root), code, method, force)

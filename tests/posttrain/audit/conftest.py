@@ -11,5 +11,5 @@ from gemma2.posttrain.runs.commands import COMMANDS
 def _make(monkeypatch, tmp_path_factory):
     monkeypatch.setitem(COMMANDS, "make", MAKE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(digest_cache, "_KNOWN", {})
-    monkeypatch.setattr(digest_cache, "_READ", {})
+    for memory in ("_KNOWN", "_LINES", "_READ"):
+        monkeypatch.setattr(digest_cache, memory, {})

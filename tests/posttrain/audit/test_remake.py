@@ -8,6 +8,8 @@ import pytest
 from lineages import DAMAGES, lineage, made, stages_of
 from stages import Inline, compiled, write_text_model
 
+from gemma2.core.outputs.digest_cache import stamp_of, store
+from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.posttrain.audit.remake import Remade, Tools, remake
 from gemma2.posttrain.audit.verification import verify
@@ -68,7 +70,7 @@ def test_exactly_the_damaged_stages_are_made_again_with_the_recorded_bytes(place
 def test_a_stage_without_a_readable_manifest_is_made_again(place, damage):
     damage(place.root / "b")
     tools = shop(place)
-    assert [one.problem for one in tools.fix(place.root)] == [""]
+    assert [(one.problem, one.compared) for one in tools.fix(place.root)] == [("", False)]
     assert tools.ran == ["b"] and verify([place.root]).faults == ()
 
 
@@ -78,11 +80,28 @@ def test_the_record_of_the_pipeline_itself_is_not_guessed(place):
     assert "remove it" in one.problem
 
 
-def test_a_stage_that_is_read_by_people_only_is_made_again_too(place):
+def test_nothing_is_trained_again_for_what_only_people_read(place):
     (place.root / "b" / "README.md").write_text("edited")
     tools = shop(place)
+    (one,) = tools.fix(place.root)
+    assert "only README.md is damaged" in one.problem and "--force" in one.problem
+    assert tools.ran == [] and len(verify([place.root]).faults) == 1
+    DAMAGES["flipped"](place.root / "b" / "config.json")
     assert [one.same for one in tools.fix(place.root)] == [True]
     assert tools.ran == ["b"] and verify([place.root]).faults == ()
+
+
+def test_a_stage_whose_damage_the_run_would_not_see_is_made_again(place, monkeypatch):
+    monkeypatch.setattr("gemma2.core.outputs.digest_cache._not_before", lambda stamp: 0)
+    monkeypatch.setattr("gemma2.posttrain.audit.disk_reading.store", lambda *digest: None)  # a cache that is read-only
+    path = place.root / "b" / "model.safetensors"
+    before = digest_file(path)
+    DAMAGES["flipped"](path)
+    for kind in ("file", "tensors"):
+        store(kind, [path], [stamp_of(path)], 1, before)
+    tools = shop(place)
+    assert [one.same for one in tools.fix(place.root)] == [True]
+    assert tools.ran == ["b"]
 
 
 def test_what_depends_on_other_bytes_runs_again(place, monkeypatch):

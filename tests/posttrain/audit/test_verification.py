@@ -12,7 +12,7 @@ from gemma2.core.outputs.digest_cache import stamp_of, store
 from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
-from gemma2.posttrain.audit import reading
+from gemma2.posttrain.audit import disk_reading as reading
 from gemma2.posttrain.audit.verification import verify
 
 
@@ -64,6 +64,7 @@ def test_each_file_that_is_damaged_is_named_and_nothing_else(tmp_path, damage):
         DAMAGES[damage](path)
         kind = "gone" if damage == "gone" else "damaged"
         assert faults(pipeline.root) == {(kind, f"{path.parent.name}/{path.name}", None)}
+        assert remarks(pipeline.root) == set()
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.copy(whole / path.relative_to(tmp_path), path)
     assert faults(pipeline.root) == set()

@@ -202,7 +202,7 @@ def test_the_manifest_records_what_was_read(iterations):
     recorded = read_manifest(iterations / "iteration-2" / "front")
     data = [source["path"] for source in recorded["data"]]
     assert "../../iteration-1/front/front.json" in data
-    assert data[0] == "../../heldout.jsonl"
+    assert "../../heldout.jsonl" in data
 
 
 def test_every_point_tells_where_its_models_are(iterations):

@@ -8,6 +8,7 @@ from stages import Inline, compiled
 from gemma2.core.errors import OutputError
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import locked
+from gemma2.core.progress import SILENT
 from gemma2.posttrain.pipelines.compile import compile_pipeline
 from gemma2.posttrain.pipelines.decision import Choice
 from gemma2.posttrain.pipelines.run import run_pipeline
@@ -65,3 +66,19 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_two_runs_to_one_folder_do_not_mix(tmp_path):
     with locked(tmp_path / "out"), pytest.raises(OutputError, match="another gemma2 process is writing"):
         run_pipeline(pipeline(tmp_path / "out"), Inline())
+
+
+def test_the_output_of_a_stage_that_was_renamed_is_named(tmp_path):
+    notes = []
+
+    class Heard(type(SILENT)):
+        def note(self, text):
+            notes.append(text)
+
+    run_pipeline(pipeline(tmp_path / "out"), Inline(), progress=Heard())
+    assert notes == []
+    renamed = {"first": STAGES["a"], "b": {"command": "make", "options": {"model": "${first.out}"}}}
+    run_pipeline(pipeline(tmp_path / "out", stages=renamed), Inline(), progress=Heard())
+    assert notes == [
+        f"{tmp_path / 'out' / 'a'} (make) is the output of no stage of this file: a was renamed or dropped"
+    ]

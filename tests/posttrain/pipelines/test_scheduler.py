@@ -395,3 +395,25 @@ def test_an_escaped_brace_is_one_in_the_check_and_in_the_run(tmp_path):
     pipeline = compiled({"a": stage(data=f"{tmp_path}/$${{x}}.jsonl")}, tmp_path / "out")
     assert ran(pipeline) == ["a"]
     assert check_pipeline(pipeline).stages["a"].action == "skip"
+
+
+def test_a_stage_that_reads_a_figure_of_one_that_is_not_needed_is_not_needed_either(tmp_path):
+    stages = {
+        "a": stage(value=1),
+        "b": stage(value=2, when="${a.summary.value} > 5"),
+        "c": stage(value="${b.summary.value}"),
+    }
+    assert run(compiled(stages, tmp_path)) == {"a": "complete", "b": "not needed", "c": "not needed"}
+    planned = check_pipeline(compiled(stages, tmp_path)).stages
+    assert [one.action for one in planned.values()] == ["skip", "not needed", "not needed"]
+
+
+def test_a_list_that_names_a_stage_that_is_not_needed_is_current_without_it(tmp_path):
+    stages = {
+        "a": stage(value=1),
+        "b": stage(value=2, when="${a.summary.value} > 5"),
+        "c": stage(models=["${a.out}", "${b.out}"]),
+    }
+    assert ran(compiled(stages, tmp_path)) == ["a", "c"]
+    planned = check_pipeline(compiled(stages, tmp_path)).stages
+    assert [one.action for one in planned.values()] == ["skip", "not needed", "skip"]

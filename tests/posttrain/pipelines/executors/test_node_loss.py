@@ -13,7 +13,7 @@ from processes import MAIN, children_of, finish, start
 from waiting import pause, wait_for
 
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.posttrain.pipelines.freshness import output_hash
+from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.tiny.networks import save_random
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -32,7 +32,7 @@ from gemma2.core.progress import SILENT, Progress
 
 __all__ = ["FileRead", "read_files", "store_model", "weights_of"]
 
-PIECE = 8 << 20  # bytes read at a time
+PIECE = 1 << 20  # bytes read at a time: they are hashed while the processor has them in its cache
 AHEAD = 2  # pieces that are on their way while one is hashed
 SMALL = 256 << 10  # a file of fewer bytes is read at once
 BROKEN = "unreadable"  # in the place of a digest of tensors: no model has it
