@@ -137,7 +137,6 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         parts = one_to_one(request, base, models)
     if vocabulary:
         parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
-        request = replace(request, vocabulary=vocabulary.choice)
         notes = [*notes, *vocabulary.notes]
         if request.tokenizer not in ("base", "union"):
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
