@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, OutputError
@@ -241,7 +241,7 @@ def _manifest(
     plan = result.plan
     return {
         "command": f"merge {plan.request.method}",
-        "config": plan.request.options() | {"etas": plan.request.options().get("etas", [])[number : number + 1]},
+        "config": _recorded(plan, number),
         "parents": [parent_record(role, path, found, plan.outputs[number]) for role, path, found in parents],
         "data": [],
         "versions": versions(),
@@ -251,6 +251,14 @@ def _manifest(
         "summary": result.summary_of(number),
         **(_replaced(account) if account else {}),
     }
+
+
+def _recorded(plan: MergePlan, number: int) -> JsonObject:
+    """Return the options of one output as its manifest records them: models by their roles."""
+    options = plan.request.options()
+    choice = plan.vocabulary.choice if plan.vocabulary else None
+    rows = {"vocabulary": asdict(choice)} if choice else {}
+    return {**options, "etas": options.get("etas", [])[number : number + 1], **rows}
 
 
 def _replaced(account: Account) -> Manifest:

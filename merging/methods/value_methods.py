@@ -101,9 +101,12 @@ def _combine_sce(group: Group, piece: Piece, found: tuple[float, Doubles]) -> Do
 
     least, weights = found
     vectors = _selected(piece, least)
-    agrees = (np.sign(vectors) == np.sign(vectors.sum(axis=0))) & (vectors != 0)
-    shares = (agrees * weights[:, None]).sum(axis=0)
-    terms: Doubles = np.where(agrees, weights[:, None] * vectors, 0.0).sum(axis=0)
+    total = vectors.sum(axis=0)
+    terms, shares = np.zeros_like(total), np.zeros_like(total)
+    for weight, vector in zip(weights, vectors, strict=True):
+        share = weight * (vector * total > 0)  # fp64: the product of two differences of fp32 numbers does not underflow
+        shares += share
+        terms += share * vector
     mean: Doubles = np.divide(terms, shares, out=np.zeros_like(terms), where=shares > 0)
     return mean
 
@@ -212,10 +215,10 @@ def _products(piece: Piece, axis: int) -> Doubles:
 
 
 def _look_rows(group: Group, total: Total) -> Doubles | None:
-    """The products of the columns, which the rows of all pieces add up to."""
+    """The products of the columns, which the rows of all pieces add up to; a vector is one row."""
     if not group.settings.columns:
         return None
-    return total(lambda piece: _products(piece, -1 if piece.flat else -2))
+    return total(lambda piece: _products(piece, -2))
 
 
 def _combine_rows(group: Group, piece: Piece, found: Doubles | None) -> Doubles:

@@ -34,7 +34,7 @@ KEYS = (
 # Files of its other tools, by a key that only they have.
 OTHER_TOOLS = {
     "experts": ("mergekit-moe", "mixtures of experts are not built here: merge the experts into one model instead"),
-    "genome": ("mergekit-evolve", "compare merges by gemma2 eval, as stages of a pipeline"),
+    "genome": ("mergekit-evolve", "search merge weights with gemma2 pipeline run merge-search"),
     "layer_slices": ("mergekit-legacy and bakllama", "write slices: [{sources: [{model: .., layer_range: [..]}]}]"),
 }
 
@@ -178,6 +178,12 @@ class _Document:
         common: JsonObject = {"method": self.ours, "models": models, "base": base, "granularity": "tensor"}
         common |= self.output.fields()
         if "slices" in self.values:
+            if (
+                base is not None
+                and any(source.path != base for part in parts for source in part.sources)
+                and any(all(source.path == base for source in part.sources) for part in parts)
+            ):
+                common["models"] = models = (*models, base)  # for the slices that have no other model
             slices = tuple(self._slice(part, models, base) for part in parts)
             request = MergeRequest(**common, slices=slices)
         else:
@@ -263,6 +269,11 @@ class _Document:
     def _slice(self, part: SliceSpec, models: Sequence[Path], base: Path | None) -> Slice:
         inputs = [source for source in part.sources if source.path != base]
         layers = tuple((models.index(source.path), *(source.layers or (0, 0))) for source in inputs)
+        if not inputs and base is not None:
+            layers = tuple((models.index(base), *(source.layers or (0, 0))) for source in part.sources)
+            numbers = {"weights": (1.0,), "density": (1.0,), "gamma": (0.0,), "epsilon": (0.0,)}
+            changes = {ours: numbers[ours] for ours, _ in self.method.per_model.values() if ours in numbers}
+            return Slice(layers=layers, base=layers[0][1:], changes={**self._settings(part, base), **changes})
         of_base = next((source.layers for source in part.sources if source.path == base), None)
         return Slice(layers=layers, base=of_base, changes=self._settings(part, base))
 

@@ -18,7 +18,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ class Vocabulary:
     added       entries of tokenizer.json that are added to the owner's
     config      keys of config.json that differ from the first model's
     generation  the same of generation_config.json
+    choice      rows that the request names, with the roles of their models
     """
 
     owner: Checkpoint
@@ -57,6 +58,7 @@ class Vocabulary:
     added: tuple[JsonObject, ...] = ()
     config: JsonMapping = field(default_factory=dict)
     generation: JsonMapping = field(default_factory=dict)
+    choice: VocabularyChoice | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -71,6 +73,10 @@ def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Se
     chosen = request.vocabulary or VocabularyChoice()
     padded = -(-rows // chosen.multiple) * chosen.multiple if chosen.multiple else rows
     sources = {source.token: _chosen_row(source, request, operands, ids) for source in chosen.tokens}
+    named = [
+        replace(source, model=operands[_owner(source.model, request, base)].model.role) if source.model else source
+        for source in chosen.tokens
+    ]
     maps, moved = _row_maps(ids, (rows, padded), sources, owner, operands, based=base is not None)
     rows = padded
     first = operands[-len(models)]
@@ -84,6 +90,7 @@ def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Se
         added=added,
         config=({"vocab_size": rows} if rows != first.rows else {}) | config,
         generation=generation,
+        choice=replace(chosen, tokens=tuple(named)) if request.vocabulary else None,
         notes=(*notes, *moved, *_template(owner.model, models[0])),
     )
 

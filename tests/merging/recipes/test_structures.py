@@ -6,10 +6,12 @@ import jinja2
 import numpy as np
 import pytest
 import structures
-from model_files import added, random_arrays, read_model, write_model
+from model_files import added, random_arrays, read_model, read_raw, write_model
 from tokenizer_models import write_tokenizer
 
 from gemma2.core.errors import Gemma2Error, UsageError
+from gemma2.merging.methods.request import MergeRequest, VocabularyChoice
+from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe
 from gemma2.merging.tokenizers.chat_template import NAMED
@@ -114,6 +116,8 @@ def test_the_row_of_a_token_and_the_padding_are_as_chosen(place, tmp_path, monke
     np.testing.assert_allclose(rows[1:14], ((embedding(place / "a") + embedding(place / "b")) / 2)[1:], rtol=2**-8)
     assert not rows[14:].any()
     assert any("2 padding rows filled with zeros" in note for note in notes)
+    recorded = json.loads((found / "gemma2.json").read_text())["config"]["vocabulary"]
+    assert (recorded["tokens"][0]["model"], recorded["multiple"]) == ("model 1", 8)  # no path of this machine
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
@@ -155,6 +159,11 @@ def test_rows_that_no_input_has_are_refused(place, tmp_path, monkeypatch, token,
         run(place, tmp_path / "out", text, monkeypatch)
 
 
+def test_rows_without_a_tokenizer_are_refused():
+    with pytest.raises(UsageError, match="without a tokenizer"):
+        check_request(MergeRequest(method="linear", models=("a", "b"), vocabulary=VocabularyChoice(multiple=8)))
+
+
 def test_the_only_source_is_taken_as_it_is(place, tmp_path, monkeypatch):
     text = structures.RUN["task_arithmetic, the base is the only source"]
     found, notes = run(place, tmp_path / "out", text, monkeypatch)
@@ -162,6 +171,49 @@ def test_the_only_source_is_taken_as_it_is(place, tmp_path, monkeypatch):
     plain, merged = read_model(place / "base"), read_model(found)
     changed = {name for name in plain if not np.array_equal(plain[name], merged[name])}
     assert changed == {"model.layers.0.self_attn.q_proj.weight"}
+
+
+MIXED = """base_model: base
+merge_method: {method}
+slices:
+- sources: [{{model: base, layer_range: [0, 4]}}]
+- sources:
+  - {{model: base, layer_range: [4, 8]}}
+  - {{model: a, layer_range: [4, 8], parameters: {{weight: 1, density: 0.5}}}}
+  - {{model: b, layer_range: [4, 8], parameters: {{weight: 1, density: 0.5}}}}
+parameters: {{t: 0.05}}
+"""
+
+
+@pytest.mark.parametrize("method", ["ties", "della", "model_stock", "sce", "ramplus_tl", "nearswap", "arcee_fusion"])
+def test_a_slice_of_the_base_alone_stays_beside_others(place, tmp_path, monkeypatch, method):
+    text = MIXED.format(method=method)
+    if method in ("nearswap", "arcee_fusion"):
+        text = "".join(line for line in text.splitlines(keepends=True) if "model: b," not in line)
+    found, _ = run(place, tmp_path / "out", text, monkeypatch)
+    plain, merged = read_raw(place / "base"), read_raw(found)
+    changed = {name for name in plain if plain[name] != merged[name]}
+    first = {f"model.layers.{layer}." for layer in range(4)}
+    assert changed and not any(name.startswith(tuple(first)) for name in changed)
+
+
+@pytest.mark.parametrize("method", ["slerp", "nearswap"])
+def test_slices_may_have_other_models_each(place, tmp_path, monkeypatch, method):
+    slices = "\n".join(
+        f"- sources: [{{model: a, layer_range: {span}}}, {{model: {other}, layer_range: {span}}}]"
+        for other, span in (("b", [0, 4]), ("c", [4, 8]))
+    )
+    text = f"base_model: a\nmerge_method: {method}\nslices:\n{slices}\nparameters: {{t: 0.02}}\n"
+    found, _ = run(place, tmp_path / "out", text, monkeypatch)
+    plain, merged = read_raw(place / "a"), read_raw(found)
+    assert all(plain[name] != merged[name] for name in plain if "q_proj" in name)
+
+
+def test_a_slice_with_too_many_models_is_refused(place, tmp_path, monkeypatch):
+    sources = ", ".join(f"{{model: {name}, layer_range: [0, 8]}}" for name in ("base", "a", "b"))
+    text = f"base_model: base\nmerge_method: nearswap\nslices: [{{sources: [{sources}]}}]\nparameters: {{t: 0.1}}\n"
+    with pytest.raises(UsageError, match="takes 1 model, 2 given in slice 1"):
+        run(place, tmp_path / "out", text, monkeypatch)
 
 
 @pytest.mark.parametrize("name", structures.REFUSED)
