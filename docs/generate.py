@@ -100,17 +100,23 @@ def render() -> str:
 
 def methods() -> str:
     """Two tables: merge methods with what they take, and their options."""
-    rows = ["| method | base | models | options (default) |", "| --- | --- | --- | --- |"]
+    rows = ["| method | in mergekit | base | models | options (default) |", "| --- | --- | --- | --- | --- |"]
     for name, method in METHODS.items():
         least, most = method.models
         count = str(least) if least == most else f"{least} or more"
         taken = [f"`{o.name}`" + (f" ({method.default(o)})" if method.default(o) else "") for o in method.options]
-        rows.append(f"| `{name}` | {BASES[method.base]} | {count} | {', '.join(taken) or '-'} |")
-    rows += ["", "| option | meaning | values | may differ between |", "| --- | --- | --- | --- |"]
+        theirs = ", ".join(f"`{word}`" for word in method.mergekit) or "-"
+        rows.append(f"| `{name}` | {theirs} | {BASES[method.base]} | {count} | {', '.join(taken) or '-'} |")
+    rows += ["", "| option | in mergekit | meaning | values | may differ between |", "| --- | --- | --- | --- | --- |"]
+    forms = [form for method in METHODS.values() for form in method.mergekit.values()]
+    words: dict[str, list[str]] = {}
+    for word, (attribute, _) in (term for form in forms for term in (*form.per_model.items(), *form.options.items())):
+        words.setdefault(attribute, []).append(word)
     for option in OPTIONS.values():
         kind = "yes or no" if option.kind == "switch" else option.range or "any number"
         differs = [*(["models"] if option.per == "model" else []), *(["layers, tensors"] if option.varies else [])]
-        rows.append(f"| `{option.name}` | {option.help} | {kind} | {', '.join(differs) or '-'} |")
+        theirs = ", ".join(f"`{word}`" for word in dict.fromkeys(words.get(option.attribute, []))) or "-"
+        rows.append(f"| `{option.name}` | {theirs} | {option.help} | {kind} | {', '.join(differs) or '-'} |")
     return "\n".join(rows)
 
 

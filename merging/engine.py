@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
@@ -18,20 +17,24 @@ from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 
-from .inputs.checkpoint import Checkpoint, Reader
+from .inputs.checkpoint import Reader
 from .inputs.families import tower_note
+from .inputs.output_heads import check_copies
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
+from .plan.recipe_text import RECIPE, check_inputs, recipe_text
+from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
-from .streaming.feeder import CUT, Feeder
+from .streaming.feeder import CUT, Feeder, longest_cut
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
 from .streaming.read_back import ReadBack
 from .streaming.unmerged import carry
 from .streaming.writer import Writer, copy_companions
+from .tokenizers.chat_template import write_template
 from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
@@ -103,6 +106,8 @@ def merge(
         plan = plan_merge(request, out, force)
         for line in plan.notes:
             progress.note(line)
+        for line in plan.warnings:
+            progress.warn(line)
         return _merge(plan, force, verify, progress, cut, account)
 
 
@@ -118,15 +123,21 @@ def _merge(
             copy_companions(plan.models[0].origin, directory, _config_changes(plan))
             if plan.vocabulary:
                 write_tokenizer(plan.vocabulary, directory)
+            if plan.template:
+                write_template(plan.template, directory)
+        if plan.request.recorded:
+            found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan)]
+            check_inputs(plan.request.recorded, found)
         result, digests = _stream(plan, directories, verify, progress, cut)
-        threads = plan.request.threads
-        parents = [(role, path, identity_of(path, threads)) for role, path in _places_of(plan)]
+        parents = _identified(plan)
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
+            text = recipe_text(plan, number, manifest["parents"])
+            (directory / RECIPE).write_text(text, encoding="utf-8", errors="backslashreplace")
             write_card(directory, manifest, plan.outputs[number], account)
             write_manifest(directory, manifest, known)
-    for line in result.warnings:
+    for line in result.warnings[len(plan.warnings) :]:  # those of the plan were shown before
         progress.warn(line)
     return result
 
@@ -148,7 +159,8 @@ def _stream(
         progress.task(f"merge {plan.request.method}", total=total, unit="bytes") as task,
     ):
         for model in plan.inputs:
-            _check_tied(plan, model, reader)
+            check_copies(model, reader)
+        found = constant_tensors(plan, reader)
         output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         groups = []
@@ -162,35 +174,27 @@ def _stream(
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin
-    warnings = tuple(judge(plan.request.method, groups))
+    warnings = (*plan.warnings, *found, *judge(plan.request.method, groups))
     return MergeResult(plan, tuple(groups), warnings, seconds), digests or [{} for _ in directories]
 
 
 def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
     """Merge group after group, with the stream for the method."""
     if plan.method.selection is not None:
-        from .streaming.sparse_stream import (  # its kernels are not loaded for scalar combinations
-            ChoosingStream,
-            longest_cut,
-        )
+        from .streaming.sparse_stream import ChoosingStream  # its kernels are not loaded for scalar combinations
 
         feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
         yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
         return
+    if plan.method.elements is not None:
+        from .streaming.element_stream import ElementStream
+
+        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
+        yield from ElementStream(plan, feeder, output, task, plan.method.elements).run()
+        return
     products = Products(plan)
     yield from Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run()
     products.save()
-
-
-def _check_tied(plan: MergePlan, model: Checkpoint, reader: Reader) -> None:
-    """Require that stored copies of tied tensors are equal to them: dropping other values would lose weights."""
-    for name, original in plan.tied.items():
-        copy, kept = model.tensors[name], model.tensors[original]
-        if (copy.dtype, copy.shape) != (kept.dtype, kept.shape) or not reader.same(copy, kept):
-            raise InputError(
-                f"{model}: {name} differs from {original}, though config.json ties them",
-                'set "tie_word_embeddings" to false, or remove the wrong one',
-            )
 
 
 def _places_of(plan: MergePlan) -> list[InputPlace]:
@@ -204,6 +208,11 @@ def _places_of(plan: MergePlan) -> list[InputPlace]:
     return found
 
 
+def _identified(plan: MergePlan) -> list[Identified]:
+    """Return role, directory and identity of every input; digests are remembered from one call to the next."""
+    return [(role, path, identity_of(path, plan.request.threads)) for role, path in _places_of(plan)]
+
+
 def _manifest(
     result: MergeResult, number: int, parents: Sequence[Identified], started: str, account: Account | None
 ) -> Manifest:
@@ -211,7 +220,7 @@ def _manifest(
     plan = result.plan
     return {
         "command": f"merge {plan.request.method}",
-        "config": plan.request.options() | {"etas": plan.request.options().get("etas", [])[number : number + 1]},
+        "config": _recorded(plan, number),
         "parents": [parent_record(role, path, found, plan.outputs[number]) for role, path, found in parents],
         "data": [],
         "versions": versions(),
@@ -221,6 +230,14 @@ def _manifest(
         "summary": result.summary_of(number),
         **(_replaced(account) if account else {}),
     }
+
+
+def _recorded(plan: MergePlan, number: int) -> JsonObject:
+    """Return the options of one output as its manifest records them: models by their roles."""
+    options = plan.request.options()
+    choice = plan.vocabulary.choice if plan.vocabulary else None
+    rows = {"vocabulary": asdict(choice)} if choice else {}
+    return {**options, "etas": options.get("etas", [])[number : number + 1], **rows}
 
 
 def _replaced(account: Account) -> Manifest:

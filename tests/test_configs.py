@@ -55,3 +55,16 @@ def test_every_stage_of_a_pipeline_resolves_with_the_schema_of_its_command(name,
         for key, value in given.items():
             found = resolved[key]
             assert found == value or found == [value] or (isinstance(found, list) and list(value) == found), key
+
+
+def test_the_merge_search_measures_every_candidate_and_keeps_the_best_of_two_generations(tmp_path):
+    stages = compile_pipeline(read_pipeline(RECIPES["merge-search"]), tmp_path).stages
+    first = {name for name in stages if name.startswith("first/")}
+    second = {name for name in stages if name.startswith("second/")}
+    assert (len(first), len(second)) == (9, 4)
+    measured = {str(path) for path in stages["front"].options["policies"]}
+    assert measured == {str(tmp_path / name) for name in first}
+    assert {str(stages[name].options["base"]) for name in first | second} == {"sft"}
+    last = {str(path) for path in stages["last"].options["policies"]}
+    assert last == {"rl-1", "rl-2", str(tmp_path / "best"), *(str(tmp_path / name) for name in second)}
+    assert stages["front"].options["prompts"] == stages["last"].options["prompts"]

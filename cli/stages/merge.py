@@ -22,7 +22,7 @@ from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.schemas.config import is_given
 
-from .merge_methods import ENDING, MODELS, THREADS, flags_of, request_of
+from .merge_methods import CHOICES, ENDING, MODELS, THREADS, flags_of, request_of
 
 if TYPE_CHECKING:
     from gemma2.merging import MergePlan, MergeResult
@@ -64,6 +64,8 @@ def show_plan(console: Console, plan: MergePlan, named: bool) -> None:
         "notes": "; ".join(facts["notes"]) or None,
     }
     console.result(shown)
+    for line in facts["warnings"]:
+        console.warn(line)
     console.text("")
     console.table([_input_row(plan, number) for number in range(len(plan.inputs))])
     if len(plan.groups) <= MOST_ROWS:
@@ -167,10 +169,13 @@ def run_file(given: JsonMapping) -> None:
     from gemma2.merging.recipes.recipe import read_recipe
 
     path = Path(given["config"])
+    if (path / "merge.yaml").is_file():  # an output
+        path = path / "merge.yaml"
     if not path.is_file():
         raise InputError(f"--config {path} is not a file", "give a YAML file; see docs/merging.md")
     console = Console(as_json=given["as_json"], quiet=given["quiet"])
-    recipe = read_recipe(path, given["set"] or (), given["threads"])
+    chosen = {name: given[name] for name in ("threads", "chat_template") if given[name] is not None}
+    recipe = read_recipe(path, given["set"] or (), chosen, allow_config=tuple(given["allow_config"] or ()))
     if given["dry_run"]:
         show_recipe(console, recipe, given["out"], given["force"])
         return
@@ -258,6 +263,8 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
         raise UsageError(f"unknown merge method '{words[0]}'", closest(words[0], METHODS))
     arguments = [
         *words[1:],
+        *(word for key in given["allow_config"] or () for word in ("--allow-config", key)),
+        *(["--chat-template", given["chat_template"]] if given["chat_template"] is not None else []),
         "--dry-run",
         *(["--json"] if given["as_json"] else []),
         *(["--quiet"] if given["quiet"] else []),
@@ -300,7 +307,7 @@ WORDS = typer.Argument(
 FILE: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
 
 app.callback(invoke_without_command=True, context_settings=HELP_NAMES)(
-    _signed(merge, [CONTEXT], {**FILE, "threads": (int | None, THREADS), **ENDING})
+    _signed(merge, [CONTEXT], {**FILE, **CHOICES, "threads": (int | None, THREADS), **ENDING})
 )
 for _name, _entry in METHODS.items():
     app.command(name=_name, cls=HelpCommand, context_settings=HELP_NAMES, rich_help_panel=_entry.panel)(
@@ -318,6 +325,7 @@ app.command(
         {
             "words": (list[str] | None, WORDS),
             **FILE,
+            **CHOICES,
             "out": (Path | None, Out),
             "as_json": (bool, AsJson),
             "quiet": (bool, Quiet),

@@ -18,7 +18,7 @@ from gemma2.merging.methods.request import MergeRequest
 from gemma2.merging.recipes.place import Place, read_option
 from gemma2.merging.recipes.recipe import read_slices
 
-__all__ = ["COMMON", "ENDING", "MODELS", "THREADS", "Flag", "flags_of", "request_of"]
+__all__ = ["CHOICES", "COMMON", "ENDING", "MODELS", "THREADS", "Flag", "flags_of", "request_of"]
 
 Flag = tuple[Any, Any]  # the type that typer parses, and the option
 
@@ -79,8 +79,10 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 def request_of(method: str, models: list[Path], given: JsonMapping) -> MergeRequest:
     """The library's request for a command line."""
-    common: JsonObject = {name: given[name] for name in ("base", "granularity", "tokenizer", "dtype", "threads")
-              if given.get(name) is not None}  # fmt: skip
+    names = ("base", "granularity", "tokenizer", "chat_template", "dtype", "threads")
+    common: JsonObject = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("allow_config"):
+        common["allow_config"] = tuple(given["allow_config"])
     if given.get("slices") is not None:
         place = Place(COMMAND_LINE, key="--slices")
         common["slices"] = read_slices(parse_value(given["slices"]), place, models, given.get("base"))
@@ -110,6 +112,18 @@ ENDING: dict[str, Flag] = {
     "as_json": (bool, AsJson),
     "quiet": (bool, Quiet),
 }
+CHOICES: dict[str, Flag] = {
+    "allow_config": (
+        list[str] | None,
+        _setting(
+            "--allow-config", "KEY", "Key of config.json that may differ: the first model's value is kept; repeatable."
+        ),
+    ),
+    "chat_template": (
+        str | None,
+        _setting("--chat-template", "N|base|FILE", "Chat template of the output: that of model N, or a file."),
+    ),
+}
 COMMON: dict[str, Flag] = {
     "granularity": (
         Literal["layer", "tensor", "model"] | None,
@@ -122,6 +136,7 @@ COMMON: dict[str, Flag] = {
         str | None,
         _setting("--tokenizer", "base|union|MODEL", "Tokenizer of the output; without it all must be equal."),
     ),
+    **CHOICES,
     "dtype": (
         Literal["bfloat16", "float16", "float32"] | None,
         _setting("--dtype", "bfloat16|float16|float32", "dtype of the output [default that of the first model]."),

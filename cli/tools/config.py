@@ -52,6 +52,8 @@ def show(
     path = recipe_path(name)
     if path is None:
         raise UsageError("no recipe is named", "see gemma2 config list")
+    if path.name == MANIFEST and path.with_name("merge.yaml").is_file():
+        path = path.with_name("merge.yaml")
     values = load_yaml(path)
     console = Console(as_json=as_json, quiet=quiet)
     if as_json:

@@ -44,9 +44,17 @@ def write_card(directory: Path, manifest: JsonMapping, out: Path, account: Accou
             parents=ancestors_of(manifest, out),
             sections=account.sections if account else (),
             pictures=tuple(picture.name for picture in pictures),
+            recipe=_recipe(directory / "merge.yaml"),
         )
     )
     (directory / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _recipe(path: Path) -> JsonObject:
+    """Return the merge file of an output; nothing if it is not a merge."""
+    from gemma2.core.yaml_files import read_documents
+
+    return read_documents(path)[0] if path.is_file() else {}
 
 
 def name_of(path: Path) -> str:

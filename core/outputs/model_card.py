@@ -91,6 +91,7 @@ class Facts:
     manifest  of the output: command, config, data, seed, versions, summary
     config    its config.json; of an adapter adapter_config.json
     chat      whether its tokenizer has a chat template; None without a tokenizer
+    recipe    of a merge: its merge.yaml
     """
 
     name: str
@@ -100,6 +101,7 @@ class Facts:
     parents: tuple[Ancestor, ...] = ()
     sections: tuple[tuple[str, str], ...] = ()
     pictures: tuple[str, ...] = ()
+    recipe: JsonMapping = field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -326,7 +328,11 @@ def _making(facts: Facts) -> str:
         lines.append("- Versions: " + ", ".join(f"{code(f'{name} {value}')}" for name, value in versions.items()))
     settings = {key: shown(value) for key, value in dict(manifest.get("config") or {}).items()}
     folded = f"<details>\n<summary>Settings</summary>\n\n{fenced(to_yaml(settings), 'yaml')}\n\n</details>"
-    return "\n".join(lines) + (f"\n\n{folded}" if settings else "")
+    text = "\n".join(lines) + (f"\n\n{folded}" if settings else "")
+    if facts.recipe:
+        again = fenced(to_yaml({key: shown(value) for key, value in facts.recipe.items()}), "yaml")
+        text += f"\n\n<details>\n<summary>Recipe: gemma2 merge --config merge.yaml</summary>\n\n{again}\n\n</details>"
+    return text
 
 
 def _limits(facts: Facts) -> str:

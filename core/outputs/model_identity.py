@@ -37,7 +37,7 @@ FOR_PEOPLE = (
     *("*.png", "*.svg", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.csv"),
     *("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "skipped.jsonl", "dropped.jsonl"),
     *("training_args.*", "trainer_state.json", "optimizer.*", "scheduler.*", "rng_state*", "*_results.json"),
-    *("events.out.tfevents*", "mergekit_config.y*ml", MANIFEST),
+    *("events.out.tfevents*", "mergekit_config.y*ml", "merge.yaml", MANIFEST),
 )
 # Where tensors are, which counts with the tensors.
 LAYOUT = ("*.safetensors", "*.safetensors.index.json")

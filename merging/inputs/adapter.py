@@ -5,9 +5,9 @@ scale = alpha / rank (Hu et al., 2106.09685), or alpha / sqrt(rank) for rsLoRA (
 name. Tensors that the adapter holds in full (`modules_to_save`, trained biases) replace those of the base. The adapter
 of an embedding, or with `fan_in_fan_out`, belongs to a weight that is stored as (in, out): the product is transposed.
 
-Refused by name, since W' would differ: DoRA and the other variants of peft, biases on lora_B, initialisations that
-change the base as well (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), and an adapted embedding that the base ties to its
-output head. Only safetensors are read. Opening reads the configuration and the header, no tensor data.
+Refused by name, since W' would differ: DoRA and the other variants of peft, biases on lora_B, and initialisations that
+change the base as well (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). An adapter of a tied embedding or head: `output_heads`.
+Only safetensors are read. Opening reads the configuration and the header, no tensor data.
 """
 
 from __future__ import annotations
@@ -235,23 +235,6 @@ def check_adapter(adapter: Adapter, base: Checkpoint) -> None:
                 f"{adapter} is for a {printable(name)} of {list(shape)}, in {base} it is "
                 f"{list(base.tensors[name].shape)}",
                 f"give the model that it was trained on ({printable(adapter.base_model_name or 'not recorded')})",
-            )
-    _check_ties(adapter, base)
-
-
-def _check_ties(adapter: Adapter, base: Checkpoint) -> None:
-    """Refuse an adapted embedding that is tied: training changed it alone, the merge would change the head as well."""
-    saved = adapter.config.get("modules_to_save") or ()
-    names = [*adapter.updates, *(n for n in adapter.replaced if any(f"{m}.weight" in n for m in saved))]
-    architectures = str(base.config.get("architectures"))
-    tied = base.config.get("tie_word_embeddings") is True or "lm_head.weight" not in base.tensors
-    if not tied or "SequenceClassification" in architectures or adapter.config.get("ensure_weight_tying"):
-        return
-    for name in names:
-        if name.endswith("embed_tokens.weight"):
-            raise InputError(
-                f"{adapter} changes {printable(name)}, which {base} ties to its output head",
-                "store the head of the base as its own tensor first: the adapter does not change it",
             )
 
 

@@ -33,6 +33,8 @@ class Checkpoint:
     path     the directory; of an adapted model that of the adapter
     origin   the directory of configuration and tokenizer; of an adapted model that of the model
     updates  low-rank updates of an adapted model, by tensor
+    copies   stored copies of a tied embedding, dropped from its tensors, with the embedding
+    has_own_head  its adapter separates the head from the embedding that its configuration ties it to
     """
 
     role: str
@@ -41,6 +43,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     origin: Path
     updates: Mapping[str, LowRank] = field(default_factory=dict)
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
+    has_own_head: bool = False
 
     def __str__(self) -> str:
         return f"{self.role} {self.path}"
@@ -54,7 +58,8 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The files that hold its weights, by name."""
         factors = {tensor.file for update in self.updates.values() for tensor in (update.a, update.b)}
-        return sorted({tensor.file for tensor in self.tensors.values()} | factors)
+        checked = {copy.file for copy, _ in self.copies}
+        return sorted({tensor.file for tensor in self.tensors.values()} | factors | checked)
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -14,8 +14,9 @@ from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.dtypes import KINDS
 
-from .architecture import LM_HEAD, ONE_KIND, difference, head_of, stated
+from .architecture import ONE_KIND, head_of
 from .checkpoint import Checkpoint
+from .config_keys import SHAPES, ConfigDifference, config_differences, is_allowed
 from .families import check_family
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "check_same_architecture",
     "check_same_tensors",
     "check_same_tokenizer",
-    "tied_copies",
 ]
 
 # Keys that require code from the model, or weights that are not plain numbers.
@@ -32,7 +32,7 @@ FORBIDDEN_KEYS = {
     "custom_pipelines": "requires its own code",
     "quantization_config": "has quantised weights",
 }
-EMBEDDING = "embed_tokens.weight"
+ONE_ARCHITECTURE = "merge models of one architecture"
 
 
 def check_model(model: Checkpoint) -> None:
@@ -60,26 +60,38 @@ def _architecture(model: Checkpoint) -> str:
     return names[0]
 
 
-def check_same_architecture(first: Checkpoint, other: Checkpoint, free: Collection[str] = ()) -> None:
-    """Require the same architecture, and the same value of every key that decides the function, where both state it.
+def check_same_architecture(
+    first: Checkpoint, other: Checkpoint, free: Collection[str] = (), allowed: Collection[str] | None = None
+) -> tuple[ConfigDifference, ...]:
+    """Require the same architecture, and the same value of every key that decides the function.
 
-    The keys in `free` are not compared. Raises InputError.
+    Returns the differences that are allowed.
+
+    free     keys that are not compared
+    allowed  keys that may differ; None: the caller has no way to allow one
+    Raises InputError.
     """
     names = _architecture(first), _architecture(other)
     kinds = [head_of(name) for name in names]
     if kinds[0] != kinds[1] and None not in kinds:
         raise InputError(f"{other} is {kinds[1]}, {first} is {kinds[0]}", ONE_KIND)
-    found = (
-        ("architectures", *names)
-        if names[0] != names[1]
-        else difference(stated(first.config), stated(other.config), free)
-    )
-    if found is not None:
-        key, left, right = found
-        hint = "merge models of one architecture"
-        if key == "vocab_size":
+    if names[0] != names[1]:
+        found = ConfigDifference("architectures", *names)
+        raise InputError(f"architectures differs: {found.values(first, other)}", ONE_ARCHITECTURE)
+    differences = config_differences(first.config, other.config, free)
+    refused = [one for one in differences if one.key in SHAPES or not is_allowed(one.key, allowed or ())]
+    if refused:
+        worst, more = refused[0], [one.key for one in refused[1:]]
+        also = f" (and {', '.join(map(printable, more))})" if more else ""
+        hint = ONE_ARCHITECTURE
+        if worst.key == "vocab_size":
             hint = "merge models of one vocabulary, or choose one: merge --tokenizer"
-        raise InputError(f"{key} differs: {printable(str(left))} in {first}, {printable(str(right))} in {other}", hint)
+        elif allowed is not None and not any(one.key in SHAPES for one in refused):
+            flags = " ".join(f"--allow-config {printable(one.key)}" for one in refused)
+            hint += f", or keep the values of {first.role}: {flags}"
+        key = "num_labels" if worst.key == "id2label" and isinstance(worst.left, int) else printable(worst.key)
+        raise InputError(f"{key} differs: {worst.values(first, other)}{also}", hint)
+    return differences
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection[str] = ()) -> None:
@@ -87,11 +99,6 @@ def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection
     for name in sorted(set(first.tensors) ^ set(other.tensors)):
         has, lacks = (first, other) if name in first.tensors else (other, first)
         missing = len(set(has.tensors) - set(lacks.tensors))
-        if name == LM_HEAD:
-            raise InputError(
-                f"{has} has its own {LM_HEAD}, {lacks} ties it to the embedding",
-                "save both the same way before merging",
-            )
         more = f" and {missing - 1} more" if missing > 1 else ""
         raise InputError(f"{has} has {printable(name)}{more}, {lacks} does not", "merge models of one architecture")
     for name, tensor in first.tensors.items():
@@ -102,14 +109,6 @@ def check_same_tensors(first: Checkpoint, other: Checkpoint, resized: Collection
                 f"{printable(name)} is {list(tensor.shape)} in {first}, {list(shape)} in {other}",
                 "merge models of one architecture and one vocabulary",
             )
-
-
-def tied_copies(model: Checkpoint) -> dict[str, str]:
-    """Return stored copies of tensors that the configuration ties: {copy: original}, merged and written once."""
-    if LM_HEAD not in model.tensors or model.config.get("tie_word_embeddings") is not True:
-        return {}
-    embedding = next((name for name in model.tensors if name.endswith(EMBEDDING)), None)
-    return {LM_HEAD: embedding} if embedding else {}
 
 
 def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:

@@ -11,6 +11,7 @@ from gemma2.core.outputs.safetensors_header import printable
 
 from .adapter import Adapter, check_adapter, is_adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
+from .output_heads import with_adapted_head, without_copy
 from .tied_adapter import without_tied_head
 
 __all__ = ["model_of", "open_input"]
@@ -28,7 +29,7 @@ def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
         )
     path = locate_model(name, role)
     if not is_adapter(path):
-        return open_checkpoint(path, role)
+        return without_copy(open_checkpoint(path, role))
     found = open_adapter(path, role)
     return _adapted(found, open_checkpoint(model_of(found, base), f"the model of {role}"))
 
@@ -53,6 +54,7 @@ def model_of(adapter: Adapter, base: Path | None) -> Path:
 def _adapted(adapter: Adapter, model: Checkpoint) -> Checkpoint:
     """Return the model with the adapter's updates, as one checkpoint named after the adapter."""
     adapter = without_tied_head(adapter, model)
+    model = with_adapted_head(without_copy(model), adapter)
     check_adapter(adapter, model)
     return replace(
         model,

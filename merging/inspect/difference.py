@@ -26,8 +26,9 @@ from gemma2.merging.inputs.compatibility import (
     check_same_architecture,
     check_same_tensors,
     check_same_tokenizer,
-    tied_copies,
 )
+from gemma2.merging.inputs.config_keys import TIE
+from gemma2.merging.inputs.output_heads import copies_of, same_heads
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.kernels.dense import announced
 from gemma2.merging.plan.merge_plan import group_of
@@ -140,7 +141,8 @@ def diff_models(
     Each is a directory, a hub id, or a LoRA adapter, whose model is the one that it records, else `base`.
     Raises InputError for models that cannot be compared, or that hold NaN or Inf.
     """
-    models, copies, names = _comparable(a, b, base)
+    models, said = _comparable(a, b, base)
+    names = list(models[0].tensors)
     total = sum(model.tensors[name].nbytes for model in models for name in names)
     with (
         announced(progress.note),
@@ -151,13 +153,14 @@ def diff_models(
         for name, found in Distances(models, reader, threads).run(names):
             sums[name] = found
             task.advance(sum(model.tensors[name].nbytes for model in models))
-    notes = tuple(_notes(models, copies))
+    notes = (*said, *_notes(models))
     return ModelDifference(a=a, b=b, base=base, granularity=granularity, sums=sums, notes=notes)
 
 
 def plan_diff(a: Path, b: Path, base: Path | None = None) -> JsonObject:
     """What a comparison would read, from headers alone. Raises InputError for models that cannot be compared."""
-    models, _, names = _comparable(a, b, base)
+    models, _ = _comparable(a, b, base)
+    names = list(models[0].tensors)
     return {
         "tensors": len(names),
         "parameters": sum(models[0].tensors[name].count for name in names),
@@ -165,17 +168,18 @@ def plan_diff(a: Path, b: Path, base: Path | None = None) -> JsonObject:
     }
 
 
-def _comparable(a: Path, b: Path, base: Path | None) -> tuple[list[Checkpoint], Mapping[str, str], list[str]]:
-    """(models, tied copies, names of the tensors to compare)."""
+def _comparable(a: Path, b: Path, base: Path | None) -> tuple[list[Checkpoint], list[str]]:
+    """(models, notes on what differs besides the weights)."""
     named = {"model a": a, "model b": b} | ({"base": base} if base else {})
     models = [open_input(path, role, base) for role, path in named.items()]
     for model in models:
         check_model(model)
+    models, _, notes = same_heads(models, models[0], allowed=(TIE,))
     for other in models[1:]:
-        check_same_architecture(models[0], other)
+        found = check_same_architecture(models[0], other, allowed=("*",))
+        notes += [f"{one.key} differs: {one.values(models[0].role, other.role)}" for one in found]
         check_same_tensors(models[0], other)
-    copies = tied_copies(models[0])
-    return models, copies, [name for name in models[0].tensors if name not in copies]
+    return models, notes
 
 
 def _difference(group: str, parameters: int, squares: Sequence[float], largest: float, based: bool) -> Difference:
@@ -207,9 +211,9 @@ def _angle(a: float, b: float, apart: float) -> tuple[float | None, float | None
     return 1 - 2 * half, degrees(2 * atan2(sqrt(half), sqrt(1 - half)))
 
 
-def _notes(models: Sequence[Checkpoint], copies: Mapping[str, str]) -> Iterator[str]:
+def _notes(models: Sequence[Checkpoint]) -> Iterator[str]:
     """Differences that are worth a note but do not prevent the comparison."""
-    yield from (f"{copy} repeats {name}: compared once" for copy, name in copies.items())
+    yield from (f"{line}: compared once" for line in copies_of(models))
     kinds = {model.role: sorted({tensor.dtype for tensor in model.tensors.values()}) for model in models}
     if len({tuple(kind) for kind in kinds.values()}) > 1:
         shown = ", ".join(f"{role} is {' and '.join(kind)}" for role, kind in kinds.items())

@@ -12,7 +12,7 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import Tensor
 from gemma2.merging.inputs.adapter import is_adapter, open_adapter
 from gemma2.merging.inputs.checkpoint import open_checkpoint
-from gemma2.merging.inputs.compatibility import tied_copies
+from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.plan.merge_plan import group_of
 
 __all__ = ["inspect_model"]

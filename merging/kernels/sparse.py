@@ -38,8 +38,8 @@ from .top_k import MAGNITUDE, Counts
 __all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "sparse_combine"]
 
 SUM, ELECT, ELECT_MEAN = 0, 1, 2
-WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE = range(7)  # columns of the table
-COLUMNS = 7
+WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE, SCALE = range(8)  # columns of the table
+COLUMNS = 8
 Draws = NDArray[np.uint16]
 CHUNK = 1024  # elements: the rows of a chunk stay in the first level cache
 OCTAVES = 12  # below the largest magnitude of a row, 32 buckets each
@@ -86,10 +86,9 @@ class Sparsity:
         """Return the table for `sparse_combine`, (M, COLUMNS) fp64."""
         table = np.zeros((len(self.weights), COLUMNS))
         share = np.array(self.weights)
-        table[:, WEIGHT] = self.scale * share
-        if self.normalize and not self.elect:
-            table[:, WEIGHT] /= share.sum()
+        table[:, WEIGHT] = share / share.sum() if self.normalize and not self.elect else share
         table[:, SHARE] = share
+        table[:, SCALE] = self.scale  # after the election: rounding scale * weight to fp32 would break exact ties
         table[:, LOW] = self.low or 0.0
         table[:, HIGH] = self.high or np.inf
         table[:, KEEP] = self.keep or 1.0
@@ -232,11 +231,11 @@ def square(vector: Floats) -> np.float64:
 
 
 @compiled(inner=True)
-def add_base(base: Stored, merged: Floats, out: Floats) -> None:
-    """`out = base + merged`; the base itself where `merged` is 0, since -0.0 + 0.0 loses the sign."""
+def add_base(base: Stored, merged: Floats, scale: np.float32, out: Floats) -> None:
+    """`out = base + scale * merged`; the base itself where `merged` is 0, since -0.0 + 0.0 loses the sign."""
     for i in range(out.size):
         origin = value(base[i])
-        out[i] = origin + merged[i] if merged[i] != 0 else origin
+        out[i] = origin + scale * merged[i] if merged[i] != 0 else origin
 
 
 @compiled(inner=True)
@@ -292,8 +291,8 @@ def merge_chunk(
         for m in range(len(table)):
             for i in range(merged.size):
                 merged[i] += terms[m, i]
-    norm = square(merged)
-    add_base(base, merged, total)
+    norm = square(merged) * table[0, SCALE] ** 2
+    add_base(base, merged, np.float32(table[0, SCALE]), total)
     return store(total, out), norm
 
 

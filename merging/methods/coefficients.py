@@ -145,9 +145,12 @@ def model_stock(gram: Doubles) -> Doubles:
     """Of M >= 2 task vectors with Gram matrix (M, M): t / M each, `t = M cos / (1 + (M - 1) cos)` (arXiv 2403.19522).
 
     cos is the mean over the pairs of the cosine of their angle; a pair with a zero vector counts as orthogonal. The
-    paper has angles under 90 degrees; for a mean of 90 or more t is 0: the result is the base.
+    paper has angles under 90 degrees; for a mean of 90 or more t is 0: the result is the base. So it is for one vector,
+    of a slice that has the base alone.
     """
     models = len(gram)
+    if models < 2:
+        return np.zeros(models)
     lengths = np.sqrt(np.diag(gram))
     products = np.outer(lengths, lengths)
     cosines = np.divide(gram, products, out=np.zeros_like(products), where=products > 0)

@@ -3,12 +3,16 @@
 The operands of a merge are the base, where there is one, then the models in the caller's order. Reading, checking,
 streaming, reporting, flags, file keys, pipeline stages and help pages are the same for all methods: see
 docs/adding-a-merge-method.md.
+
+A method that is neither one combination per group (`Method.mix`) nor a choice by magnitude or at random (`Selection`)
+has `Elements`: functions that see pieces of whole rows as fp64 arrays, read no file and keep no state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma2.core.json_files import JsonMapping
@@ -22,9 +26,23 @@ if TYPE_CHECKING:
 
     from gemma2.merging.kernels.sparse import Sparsity
 
+    Array = NDArray[Any]
     Doubles = NDArray[np.float64]
 
-__all__ = ["MANY", "Group", "MergekitForm", "Method", "Mix", "Selection", "Term", "around_base"]
+__all__ = [
+    "MANY",
+    "Elements",
+    "Group",
+    "MergekitForm",
+    "Method",
+    "Mix",
+    "Piece",
+    "Selection",
+    "Term",
+    "Total",
+    "around_base",
+]
+__all__ += ["nothing", "of_ranks"]
 
 MANY = 64  # models at most
 
@@ -120,6 +138,92 @@ class MergekitForm:
     fixed: JsonMapping = field(default_factory=dict)
 
 
+BITS = 16  # a pattern of 31 bits is counted by its upper and then by its lower bits
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Whole rows of one tensor in all operands.
+
+    values   (operands, n) fp64, the base first where there is one
+    columns  elements of a row; a vector is one row
+    based    whether the first operand is the base
+    flat     whether the tensor is a vector
+    """
+
+    values: Doubles
+    columns: int
+    based: bool
+    flat: bool = False
+
+    @cached_property
+    def vectors(self) -> Doubles:
+        """(models, n): task vectors where there is a base, else the weights."""
+        return self.values[1:] - self.values[0] if self.based else self.values
+
+    def rows(self, values: Doubles) -> Doubles:
+        """An array (..., n) as (..., rows, columns)."""
+        return values.reshape(*values.shape[:-1], -1, self.columns)
+
+
+Total = Callable[[Callable[[Piece], "Array"]], "Array"]  # the sum of a function over all pieces of a group
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A method by elements.
+
+    combine  (group, piece, what `look` found) -> the merged vector, (n,): added to the base where there is one
+    look     (group, total) -> whatever `combine` needs from the whole group; `total(function)` reads all pieces once
+             and adds up what the function returns for each, in the order of the file
+    looks    how often `look` calls `total`, at most
+    """
+
+    combine: Callable[[Group, Piece, Any], Doubles]
+    look: Callable[[Group, Total], Any]
+    looks: int = 0
+
+
+def nothing(group: Group, total: Total) -> None:
+    """`look` of a method that needs nothing from the whole group."""
+
+
+def of_ranks(score: Callable[[Piece], Doubles], ranks: Callable[[int], Sequence[int]], total: Total) -> list[float]:
+    """The scores with these ranks among all of a group; rank 0 is the smallest, and a rank
+    that no element has is infinite. Exact for fp32 scores of 0 or more.
+
+    ranks  (number of elements) -> wanted ranks. Two totals: fp32 numbers order like their bits, which are counted by
+           their upper half, then within the halves that hold the ranks.
+    """
+    import numpy as np
+
+    def bits(piece: Piece) -> Array:
+        return score(piece).astype(np.float32).view(np.uint32)
+
+    upper = total(lambda piece: np.bincount(bits(piece) >> BITS, minlength=1 << BITS))
+    ends = np.cumsum(upper)
+    wanted = ranks(int(ends[-1]))
+    if not ends[-1]:
+        return [np.inf for _ in wanted]
+    bins = [int(np.searchsorted(ends, rank, side="right")) for rank in wanted]  # 1 << BITS if none
+    low = (1 << BITS) - 1
+
+    def inside(piece: Piece) -> Array:
+        own = bits(piece)
+        return np.stack([np.bincount(own[own >> BITS == bin] & low, minlength=1 << BITS) for bin in bins])
+
+    lower = np.cumsum(total(inside), axis=1)
+    found = []
+    for rank, bin, counts in zip(wanted, bins, lower, strict=True):
+        if bin == 1 << BITS:
+            found.append(np.inf)
+            continue
+        before = int(ends[bin] - upper[bin])
+        pattern = bin << BITS | int(np.searchsorted(counts, rank - before, side="right"))
+        found.append(float(np.array([pattern], np.uint32).view(np.float32)[0]))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One merge method.
@@ -140,7 +244,8 @@ class Method:
     one_of       names of options of which a command line or a stage gives exactly one
     check        raises UsageError for numbers that do not fit each other
     granularity  its own
-    selection    of elements; None for scalar combinations
+    selection    of elements by magnitude or at random; None for other methods
+    elements     the result element by element, as functions on numpy arrays; None for other methods
     mergekit     mergekit's names of it
     """
 
@@ -159,11 +264,14 @@ class Method:
     check: Callable[[MergeRequest], None] | None = None
     granularity: Granularity = "layer"
     selection: Selection | None = None
+    elements: Elements | None = None
     mergekit: Mapping[str, MergekitForm] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
         """The number of times that the data is read."""
+        if self.elements is not None:
+            return 1 + self.elements.looks
         thresholds = self.selection is not None and self.selection.by == "magnitude"
         return 2 if self.adaptive or thresholds else 1
 

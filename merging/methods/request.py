@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,16 @@ from gemma2.core.outputs.safetensors_header import printable
 from .option import OPTIONS, OptionValue
 from .parameters import Number, Schedule, value_at
 
-__all__ = ["DTYPES", "Granularity", "MergeRequest", "Settings", "Slice", "settings_at"]
+__all__ = [
+    "DTYPES",
+    "Granularity",
+    "MergeRequest",
+    "Settings",
+    "Slice",
+    "TokenSource",
+    "VocabularyChoice",
+    "settings_at",
+]
 
 Granularity = Literal["layer", "tensor", "model"]
 
@@ -41,6 +50,34 @@ class Slice:
     changes: JsonMapping = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TokenSource:
+    """The row of one token of the output.
+
+    model  whose row it is; None is a row of zeros
+    force  for all models, also those that have the token; else for those that lack it
+    other  the token of that model whose row it is, `index` the number of the row; the token itself when both are None
+    """
+
+    token: str
+    model: str | None
+    force: bool = False
+    other: str | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class VocabularyChoice:
+    """Rows of the vocabulary that are not those that follow from the tokenizers.
+
+    tokens    rows of single tokens
+    multiple  the number of rows is rounded up to a multiple of it, with rows of zeros
+    """
+
+    tokens: tuple[TokenSource, ...] = ()
+    multiple: int | None = None
+
+
 def _named(values: Mapping[str, OptionValue], attribute: str) -> OptionValue:
     """The value of an option by its attribute, given or initial."""
     for option in OPTIONS.values():
@@ -64,6 +101,11 @@ class MergeRequest:
                  the whole model; None is the method's own
     slices       layers of the output taken from layers of the models; () is all layers one to one
     tokenizer    whose tokenizer and vocabulary the output has: "base", "union", a model's path; None needs equal ones
+    allow_config  keys of config.json that may differ; the output has the first model's values
+    vocabulary   rows of single tokens and padding of the vocabulary, with a tokenizer
+    chat_template  of the output: "auto", a name, Jinja text, the number of a model from 1, "base", or a file; None is
+                 that of the tokenizer that the output has
+    recorded     of a recipe: role and identity of each input, as a manifest records parents; others are refused
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
     values       the options whose value is not the initial one, by attribute
@@ -75,6 +117,10 @@ class MergeRequest:
     granularity: Granularity | None
     slices: tuple[Slice, ...]
     tokenizer: str | None
+    allow_config: tuple[str, ...]
+    recorded: tuple[JsonMapping, ...]
+    vocabulary: VocabularyChoice | None
+    chat_template: str | None
     dtype: str | None
     threads: int
     values: Mapping[str, OptionValue]
@@ -90,8 +136,11 @@ class MergeRequest:
         tokenizer: str | None = None,
         dtype: str | None = None,
         threads: int | None = None,
-        **options: Any,  # an OptionValue each; `values` when dataclasses.replace calls  # noqa: ANN401
+        **options: Any,  # an OptionValue each; the fields popped below; `values` from replace  # noqa: ANN401
     ) -> None:
+        allowed: tuple[str, ...] = options.pop("allow_config", ())
+        recorded: tuple[JsonMapping, ...] = options.pop("recorded", ())
+        vocabulary, template = options.pop("vocabulary", None), options.pop("chat_template", None)
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
         unknown = given.keys() - initial.keys()
@@ -104,6 +153,10 @@ class MergeRequest:
             "granularity": granularity,
             "slices": slices,
             "tokenizer": tokenizer,
+            "allow_config": tuple(allowed),
+            "recorded": tuple(recorded),
+            "vocabulary": vocabulary,
+            "chat_template": template,
             "dtype": dtype,
             "threads": default_threads() if threads is None else threads,
             "values": {name: value for name, value in given.items() if value not in (None, (), initial[name])},
@@ -120,11 +173,13 @@ class MergeRequest:
     def options(self) -> JsonObject:
         """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
-        common = {"granularity": self.granularity, "tokenizer": self.tokenizer, "dtype": self.dtype}
+        kept = ("granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        common = {name: getattr(self, name) for name in kept}
         values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}
-        return {name: _plain(value) for name, value in given.items()} | parts
+        rows = {"vocabulary": asdict(self.vocabulary)} if self.vocabulary else {}
+        return {name: _plain(value) for name, value in given.items()} | parts | rows
 
 
 def _plain(value: object) -> object:

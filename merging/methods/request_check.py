@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gemma2.core.errors import UsageError
 
-from .method import Method
+from .method import MANY, Method
 from .option import OPTIONS
 from .parameters import values_of
 from .request import DTYPES, MergeRequest
@@ -35,15 +35,18 @@ def check_chosen(request: MergeRequest) -> MergeRequest:
 def check_request(request: MergeRequest) -> MergeRequest:
     """The request with its defaults filled in. Raises UsageError for options that the method does not take."""
     method = method_named(request.method)
-    least, most = method.models
-    if not least <= len(request.models) <= most:
-        wanted = f"{least} model{'s' if least > 1 else ''}" if most == least else f"{least} to {most} models"
-        raise UsageError(f"merge {request.method} takes {wanted}, {len(request.models)} given", "see --help")
+    _check_number_of_models(request, method, len(request.models))
+    for number, part in enumerate(request.slices):
+        named = {request.models[index] for index, _, _ in part.layers if index < len(request.models)}
+        if named - {request.base} and request.method != "passthrough":
+            _check_number_of_models(request, method, len(part.layers), f" in slice {number + 1}")
     for option in OPTIONS.values():
         if option.attribute in request.values and option not in method.options:
             raise UsageError(f"merge {request.method} does not take --{option.name}", "leave it out")
     if request.base is not None and method.base == "none" and not request.slices:
         raise UsageError(f"merge {request.method} does not take --base", "leave it out")
+    if request.vocabulary is not None and request.tokenizer is None:
+        raise UsageError("rows of the vocabulary are chosen without a tokenizer", "give --tokenizer")
     if request.base is None and method.base == "required":
         raise UsageError(f"merge {request.method} needs --base", "name the init of the models")
     _check_numbers(request)
@@ -55,6 +58,14 @@ def check_request(request: MergeRequest) -> MergeRequest:
         _check_counts(own, method)
     values = {**method.filled, **request.values}
     return replace(request, granularity=request.granularity or method.granularity, values=values)
+
+
+def _check_number_of_models(request: MergeRequest, method: Method, count: int, where: str = "") -> None:
+    least, most = method.models
+    most = MANY if request.slices and not where else most  # slices may have other models each
+    if not least <= count <= most:
+        wanted = f"{least} model{'s' if least > 1 else ''}" if most == least else f"{least} to {most} models"
+        raise UsageError(f"merge {request.method} takes {wanted}, {count} given{where}", "see --help")
 
 
 def _check_numbers(request: MergeRequest) -> None:

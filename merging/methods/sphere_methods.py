@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .method import MANY, Group, MergekitForm, Method, Mix, around_base
-from .option import ITERATIONS, TOLERANCE, WEIGHTS
+from .option import ITERATIONS, NORMALIZE, TOLERANCE, WEIGHTS
 
 if TYPE_CHECKING:
     from .method import Doubles
@@ -37,7 +37,8 @@ def _mix_karcher(group: Group, gram: Doubles) -> Mix:
     steps = MOST_ITERATIONS if given.iterations is None else given.iterations
     tolerance = SHORTEST_STEP if given.tolerance is None else given.tolerance
     found = karcher(gram, given.weights, group.name, max_iterations=steps, tolerance=tolerance)
-    return around_base(group, found.coefficients, found.fallback)
+    total = 1.0 if given.normalize is not False else sum(given.weights or (1.0,) * group.models)
+    return around_base(group, total * found.coefficients, found.fallback)
 
 
 METHODS = {
@@ -54,7 +55,7 @@ METHODS = {
         options=(WEIGHTS,),
         mergekit={
             "slerp": MergekitForm("required", {}, {"t": ("t", None)}),
-            "nuslerp": MergekitForm("optional", WEIGHT, {}, {"nuslerp_flatten": True, "nuslerp_row_wise": None}),
+            "nuslerp": MergekitForm("optional", WEIGHT, {}, {"nuslerp_row_wise": None}),
         },
     ),
     "multislerp": Method(
@@ -77,14 +78,14 @@ METHODS = {
         adaptive=True,
         base="given",
         models=(2, MANY),
-        options=(WEIGHTS, ITERATIONS, TOLERANCE),
+        options=(WEIGHTS, ITERATIONS, TOLERANCE, NORMALIZE),
         defaults={"iterations": MOST_ITERATIONS, "tolerance": SHORTEST_STEP},
         mergekit={
             "karcher": MergekitForm("input", {}, {"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)}),
             # Its one step in the tangent space of the mean direction is nil: what remains is where the Karcher mean
             # starts.
             "multislerp": MergekitForm(
-                "optional", WEIGHT, {}, {"normalize_weights": True, "eps": 1e-8}, {"iterations": 0}
+                "optional", WEIGHT, {"normalize_weights": ("normalize", True)}, {"eps": 1e-8}, {"iterations": 0}
             ),
         },
     ),

@@ -23,12 +23,12 @@ from gemma2.core.errors import InputError, UsageError
 
 from .coefficients import SMALLEST_ANGLE, Doubles, Slerp, angle, norm, slerp
 
-__all__ = ["karcher", "multislerp", "nuslerp"]
+__all__ = ["karcher", "multislerp", "nuslerp", "shares"]
 
 
 def nuslerp(gram: Doubles, weights: Sequence[float] | None = None, group: str = "the group") -> Slerp:
     """SLERP of two vectors with Gram matrix (2, 2) at t = w_2 / (w_1 + w_2), 1/2 without weights; see `slerp`."""
-    return slerp(gram, float(_shares(len(gram), weights)[1]), group)
+    return slerp(gram, float(shares(len(gram), weights)[1]), group)
 
 
 def multislerp(gram: Doubles, weights: Sequence[float] | None = None, group: str = "the group") -> Slerp:
@@ -36,7 +36,7 @@ def multislerp(gram: Doubles, weights: Sequence[float] | None = None, group: str
 
     Raises InputError, naming `group`, where the mean or a direction's place in the tangent space is not defined.
     """
-    return _mean(gram, _shares(len(gram), weights), group, steps=1, tolerance=0.0)
+    return _mean(gram, shares(len(gram), weights), group, steps=1, tolerance=0.0)
 
 
 def karcher(
@@ -52,15 +52,15 @@ def karcher(
     Ends with the first step shorter than `tolerance` radians, or after `max_iterations`. Raises InputError, naming
     `group`, where it is not defined.
     """
-    return _mean(gram, _shares(len(gram), weights), group, steps=max_iterations, tolerance=tolerance)
+    return _mean(gram, shares(len(gram), weights), group, steps=max_iterations, tolerance=tolerance)
 
 
-def _shares(models: int, weights: Sequence[float] | None) -> Doubles:
+def shares(models: int, weights: Sequence[float] | None) -> Doubles:
     """Weights (M,) that sum to 1."""
-    shares = np.ones(models) if weights is None else np.array(weights, dtype=np.float64)
-    if shares.min() < 0 or not shares.sum() > 0:
-        raise UsageError(f"weights {shares.tolist()} are not shares of a mean", "give positive weights")
-    result: Doubles = shares / shares.sum()
+    given = np.ones(models) if weights is None else np.array(weights, dtype=np.float64)
+    if given.min() < 0 or not given.sum() > 0:
+        raise UsageError(f"weights {given.tolist()} are not shares of a mean", "give positive weights")
+    result: Doubles = given / given.sum()
     return result
 
 

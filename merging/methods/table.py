@@ -13,7 +13,14 @@ from .method import Method
 
 __all__ = ["METHODS", "PANELS"]
 
-PANELS = ("WARP", "Averages", "Averages on a sphere", "Sums of task vectors", "Layers")  # the order of the list
+PANELS = (
+    "WARP",
+    "Averages",
+    "Averages on a sphere",
+    "Sums of task vectors",
+    "Two models",
+    "Layers",
+)  # the order of the list
 
 
 def _found() -> dict[str, Method]:

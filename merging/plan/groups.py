@@ -19,7 +19,7 @@ from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.inputs.families import carried_tensors
 from gemma2.merging.methods.method import Group
 from gemma2.merging.methods.request import MergeRequest, Settings, Slice, settings_at
-from gemma2.merging.tokenizers.row_map import RowMap, vocabulary_tensors
+from gemma2.merging.tokenizers.row_map import ZEROS, RowMap, vocabulary_tensors
 
 if TYPE_CHECKING:
     from gemma2.merging.inputs.low_rank import LowRank
@@ -68,14 +68,17 @@ class Source:
         """The size in bytes of the elements that take part."""
         return self.count * ITEM_BYTES[self.tensor.dtype]
 
-    def pieces(self, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
-        """Yield elements [first, first + count) as (stored tensor, first element in it, number), in order."""
+    def pieces(self, first: int, count: int) -> Iterator[tuple[Source | None, int, int]]:
+        """Yield elements [first, first + count) as (stored tensor, first element in it, number), in order.
+
+        None is zeros instead of a tensor.
+        """
         if self.rows is None:
             yield self, first, count
             return
         spans = self.rows.spans(first, count, prod(self.tensor.shape[1:]))
         for model, begin, number in zip(*(column.tolist() for column in spans), strict=True):
-            yield Source(self.rows.inputs[model], self.name), begin, number
+            yield None if model == ZEROS else Source(self.rows.inputs[model], self.name), begin, number
 
 
 @dataclass(frozen=True)
@@ -114,16 +117,13 @@ def _depth(name: str, layers: int) -> float:
     return 0.0 if BEFORE_LAYERS.search(name) else 1.0
 
 
-def one_to_one(
-    request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
-) -> dict[str, Part]:
-    """Return every tensor of the first model with its namesakes; stored copies of tied tensors are left out."""
+def one_to_one(request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str, Part]:
+    """Return every tensor of the first model with its namesakes."""
     operands = (*((base,) if base else ()), *models)
     layers = layer_count(models[0])
     return {
         name: Part(tuple(Source(model, name) for model in operands), request, _depth(name, layers))
         for name in models[0].tensors
-        if name not in tied
     }
 
 
@@ -145,7 +145,7 @@ def find_groups(granularity: str | None, based: bool, parts: Mapping[str, Part])
 
 
 def stacked(
-    request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint], tied: Mapping[str, str]
+    request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]
 ) -> tuple[dict[str, Part], JsonObject]:
     """Return the parts of a request with slices, and the keys of config.json that its layers change.
 
@@ -157,7 +157,7 @@ def stacked(
         _check_slice(request, part, number, counts, base_count)
     parts: dict[str, Part] = {}
     first, last = request.slices[0], request.slices[-1]
-    outside = [name for name in models[0].tensors if not LAYER.match(name) and name not in tied]
+    outside = [name for name in models[0].tensors if not LAYER.match(name)]
     for name in (name for name in outside if BEFORE_LAYERS.search(name)):
         parts[name] = _outside_part(request, first, name, base, models)
     total = 0

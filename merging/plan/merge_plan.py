@@ -18,22 +18,27 @@ from gemma2.merging.inputs.compatibility import (
     check_same_architecture,
     check_same_tensors,
     check_same_tokenizer,
-    tied_copies,
 )
 from gemma2.merging.inputs.families import carried_tensors, tower_note
+from gemma2.merging.inputs.output_heads import copies_of, same_heads
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.method import Group, Method
 from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
+from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
+from gemma2.merging.tokenizers.differing_files import differing_files
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
 from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_through, stacked
 from .places import common_parent, seeks_base
 
-__all__ = ["MergePlan", "group_of", "plan_merge"]
+__all__ = ["NO_BASE", "NO_BASE_FIX", "MergePlan", "group_of", "plan_merge"]
+
+NO_BASE = "no --base, and the models record no common parent: SLERP of the weights themselves"
+NO_BASE_FIX = "for policies of one init that is LERP in effect, name the init with --base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,9 @@ class MergePlan:
     parts       sources of each tensor of the output, by its name
     layout      of the output: dtype and shape by name, in the order of the file
     config      keys of config.json that differ from those of the first model
-    tied        stored copies of tied tensors: {copy: original}
     vocabulary  of the output, if a tokenizer is chosen
     carried     tensors that the output takes from the first model, unchanged
+    template    of the output's chats, if one is chosen
     """
 
     request: MergeRequest
@@ -56,10 +61,11 @@ class MergePlan:
     layout: dict[str, tuple[str, tuple[int, ...]]]
     outputs: tuple[Path, ...]
     config: JsonMapping
-    tied: dict[str, str]
     vocabulary: Vocabulary | None = None
+    template: ChatTemplate | None = None
     notes: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -102,7 +108,13 @@ class MergePlan:
             "bytes_to_write": self.output_bytes * len(self.outputs),
             "bytes_free": shutil.disk_usage(place).free,
             "notes": list(self.notes),
+            "warnings": [*self.warnings, *self._without_base()],
         }
+
+    def _without_base(self) -> list[str]:
+        """The warning of SLERP on weights. A merge itself warns with the angle (`group_report.judge`)."""
+        spherical = self.request.method in ("slerp", "warp")
+        return [f"{NO_BASE}; {NO_BASE_FIX}"] if spherical and self.base is None else []
 
 
 def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePlan:
@@ -116,18 +128,23 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
     base = open_input(request.base, "base") if request.base else None
     for model in (*models, *((base,) if base else ())):
         check_model(model)
-    _check_same(request, models, base)
+    inputs, config, said = same_heads((*((base,) if base else ()), *models), models[0], request.allow_config)
+    base, models = inputs[0] if base else None, tuple(inputs[-len(models) :])
+    notes += [*said, *_check_same(request, models, base)]
     vocabulary = choose_vocabulary(request, base, models) if request.tokenizer else None
-    tied = tied_copies(models[0])
     if request.slices:
-        parts, config = stacked(request, base, models, tied)
+        parts, changes = stacked(request, base, models)
+        config |= changes
     else:
-        parts, config = one_to_one(request, base, models, tied), {}
+        parts = one_to_one(request, base, models)
     if vocabulary:
         parts, config = read_through(parts, vocabulary), {**config, **vocabulary.config}
         notes = [*notes, *vocabulary.notes]
         if request.tokenizer not in ("base", "union"):
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
+    operands = (*((base,) if base else ()), *models)
+    template = choose_template(request.chat_template, operands, vocabulary.owner if vocabulary else models[0])
+    notes = [*notes, *(template.notes if template else ())]
     for part in parts.values():
         check_shapes(part)
     layout = _layout(request, parts, base is not None)
@@ -143,13 +160,14 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         layout=layout,
         outputs=_outputs(request, out),
         config=config,
-        tied=tied,
         vocabulary=vocabulary,
+        template=template,
         carried=carried,
+        warnings=tuple(differing_files(request, models)),
         notes=(
             *notes,
             *tower_note(models[0]),
-            *(f"{copy} repeats {name}: merged and written once" for copy, name in tied.items()),
+            *(f"{line}: merged and written once" for line in copies_of(inputs)),
         ),
     )
     _check_outputs(plan, force)
@@ -165,17 +183,24 @@ def _carried(request: MergeRequest, first: Checkpoint) -> tuple[str, ...]:
     return carried
 
 
-def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-    """Require that all inputs compute the same function of their weights and, unless one is chosen, one tokenizer."""
+def _check_same(request: MergeRequest, models: Sequence[Checkpoint], base: Checkpoint | None) -> list[str]:
+    """Require that all inputs compute the same function of their weights and, unless one is chosen, one tokenizer.
+
+    Returns notes on the keys of config.json that may differ.
+    """
+    notes = []
     first = models[0]
     free = [*(["num_hidden_layers"] if request.slices else []), *(["vocab_size"] if request.tokenizer else [])]
     for other in (*models[1:], *((base,) if base else ())):
-        check_same_architecture(first, other, free)
+        for one in check_same_architecture(first, other, free, request.allow_config):
+            values = one.values(first.role, other.role)
+            notes.append(f"{one.key} differs: {values}; allowed, the output has that of {first.role}")
         if not request.slices:
             resized = vocabulary_tensors(first) & vocabulary_tensors(other) if request.tokenizer else ()
             check_same_tensors(first, other, resized)
         if not request.tokenizer:
             check_same_tokenizer(first, other)
+    return notes
 
 
 def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> dict[str, tuple[str, tuple[int, ...]]]:

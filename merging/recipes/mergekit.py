@@ -15,41 +15,45 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.yaml_files import closest
 from gemma2.merging.methods.parameters import Number, Schedule
 from gemma2.merging.methods.request import MergeRequest, Slice
 from gemma2.merging.methods.table import METHODS as TABLE
 
-from .mergekit_rules import Rules, complement, everywhere, only_keys, per_layer, read_rules
+from .mergekit_output import read_output
+from .mergekit_rules import Rules, complement, everywhere, only_keys, per_layer, read_model, read_rules
 from .place import Place, check_name, layer_range, plain_number, shown
 from .step import Step, needs_of
 
 __all__ = ["is_mergekit", "mergekit_steps"]
 
 KEYS = (
-    *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "name"),
+    *("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "chat_template", "name", "input_model_parameters"),
 )
-REFUSED_KEYS = {
-    "modules": "models of several modules are not merged",
-    "chat_template": "the output keeps the template of the tokenizer it takes",
-    "input_model_parameters": "mergekit 0.1.5 does not read it",
+# Files of its other tools, by a key that only they have.
+OTHER_TOOLS = {
+    "experts": ("mergekit-moe", "mixtures of experts are not built here: merge the experts into one model instead"),
+    "genome": ("mergekit-evolve", "search merge weights with gemma2 pipeline run merge-search"),
+    "layer_slices": ("mergekit-legacy and bakllama", "write slices: [{sources: [{model: .., layer_range: [..]}]}]"),
 }
-REFUSED_METHODS = ("sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 # Their name -> our method and its form in their terms.
 METHODS = {name: (ours, form) for ours, method in TABLE.items() for name, form in method.mergekit.items()}
-NUMBERS = ("t", "lambda")  # options that may differ between tensors
+BY_ROWS = "nuslerp with nuslerp_flatten: false"  # an entry of the table like a method
+NAMES = [name for name in METHODS if name != BY_ROWS]
+NUMBERS = ("t", "lambda", "select_topk", "epsilon", "r", "alpha")  # options that may differ between tensors
 PARAMETERS = {
     name for _, form in METHODS.values() for part in (form.per_model, form.options, form.only) for name in part
 }
-PARAMETERS |= {"int8_mask", "select_topk"}
+# It ignores what a method does not read: these stand in published files without effect.
+PARAMETERS |= {"int8_mask", "dtype", "out_dtype", "embed_slerp", "allow_negative_weights", "nuslerp_flatten"}
 
 
 def is_mergekit(document: JsonMapping) -> bool:
     """Whether a document is in mergekit's keys."""
-    own = {"merge_method", "base_model", "tokenizer_source", "out_dtype"} & document.keys()
+    own = {"merge_method", "base_model", "tokenizer_source", "out_dtype", "modules", *OTHER_TOOLS} & document.keys()
     return bool(own) or ("slices" in document and "method" not in document)
 
 
@@ -96,30 +100,69 @@ class _Document:
     """One merge in mergekit's keys."""
 
     def __init__(self, values: JsonMapping, place: Place) -> None:
-        self.values, self.place = values, place
+        self.place = self.inside = place  # of the file, and of what holds its models or slices
         self.notes: dict[str, None] = {}
-        for key in values:
-            if key in REFUSED_KEYS:
-                raise place.at(key).wrong("is not supported", REFUSED_KEYS[key])
-            if key not in KEYS:
-                raise place.unknown(key, KEYS)
+        for key in OTHER_TOOLS.keys() & values.keys():
+            tool, hint = OTHER_TOOLS[key]
+            raise place.at(key).wrong(f"is a key of {tool}, another tool", hint)
+        self.values = self._one_module(values)
+        for key in self.values:
+            if key == "input_model_parameters" or (key not in KEYS and key in PARAMETERS):
+                self.notes[f"{key} has no effect at the top of the file: mergekit reads it below parameters"] = None
+            elif key not in KEYS:
+                raise place.unknown(key, [known for known in KEYS if known != "modules"])  # "modles" means models
+        self.output = read_output(self.values, place)
+        self.parameters: JsonMapping = {}
         self.name = self._method()
         self.ours, self.method = METHODS[self.name]
-        base = values.get("base_model")
-        self.base = None if base is None else place.at("base_model").model(base)
+        self.parameters = self._parameters(self.values.get("parameters"), place.at("parameters"))
+        base, spot = self._base()
+        self.base = None if base is None else read_model(base, spot)
         if self.base is None and self.method.base == "required":
             raise place.wrong(f"has no 'base_model' ({self.name} needs one)", "add base_model: DIR")
-        self.parameters = self._parameters(values.get("parameters"), place.at("parameters"))
+
+    def _one_module(self, values: JsonMapping) -> JsonMapping:
+        """The document with the keys of its only module at the top."""
+        modules = values.get("modules")
+        if modules is None:
+            return values
+        place = self.place.at("modules")
+        if not isinstance(modules, dict) or not modules:
+            raise place.wrong(f"is {shown(modules)}", "write {default: {slices: [..]}}")
+        if len(modules) > 1:
+            raise place.wrong(
+                f"has {len(modules)} modules ({', '.join(map(str, modules))}), text models have one",
+                "keep the one of the text model",
+            )
+        ((name, module),) = modules.items()
+        only_keys(module, ("models", "slices"), place.at(str(name)))
+        twice = sorted(module.keys() & values.keys())
+        if twice:
+            raise self.place.wrong(f"has '{twice[0]}' next to 'modules'", "keep one of them")
+        self.inside = place.at(str(name))
+        return {**{key: value for key, value in values.items() if key != "modules"}, **module}
+
+    def _base(self) -> tuple[object, Place]:
+        """The base_model of the file, or the one that all slices name."""
+        base, place = self.values.get("base_model"), self.place.at("base_model")
+        slices = self.values.get("slices")
+        for index, part in enumerate(slices if isinstance(slices, list) else []):
+            own = part.get("base_model") if isinstance(part, dict) else None
+            spot = self.inside.at("slices").at(index).at("base_model")
+            if own is not None and base not in (None, own):
+                raise spot.wrong(f"is {shown(own)}, another base is {shown(base)}", "merge in steps of one base each")
+            base, place = (own, spot) if own is not None else (base, place)
+        return base, place
 
     def _method(self) -> str:
         name, place = self.values.get("merge_method"), self.place
         if name is None:
-            raise place.wrong("has no 'merge_method'", f"choose one of {', '.join(METHODS)}")
-        if name in REFUSED_METHODS:
-            raise place.at("merge_method").wrong(f"{name} is not supported", f"choose one of {', '.join(METHODS)}")
-        if name not in METHODS:
-            raise place.at("merge_method").wrong(f"is {shown(name)}", _nearest(name))
-        return str(name)
+            raise place.wrong("has no 'merge_method'", f"choose one of {', '.join(NAMES)}")
+        if name not in NAMES:
+            raise place.at("merge_method").wrong(f"is {shown(name)}", closest(str(name), NAMES))
+        parameters = self.values.get("parameters")
+        flatten = parameters.get("nuslerp_flatten") if isinstance(parameters, dict) else None
+        return BY_ROWS if name == "nuslerp" and flatten is False else str(name)
 
     def step(self, name: str) -> Step:
         """The merge as a request of ours."""
@@ -128,10 +171,19 @@ class _Document:
         if self.name == "slerp":
             parts, base = [self._slerp_order(part) for part in parts], None
         models = tuple(dict.fromkeys(source.path for part in parts for source in part.sources if source.path != base))
+        parts = [part for part in parts if part.sources]
+        if base is not None and not models:
+            return self._of_base(parts, base, name)
         self._check_sources(parts, base)
         common: JsonObject = {"method": self.ours, "models": models, "base": base, "granularity": "tensor"}
-        common |= {"dtype": self._dtype(), "tokenizer": self._tokenizer()}
+        common |= self.output.fields()
         if "slices" in self.values:
+            if (
+                base is not None
+                and any(source.path != base for part in parts for source in part.sources)
+                and any(all(source.path == base for source in part.sources) for part in parts)
+            ):
+                common["models"] = models = (*models, base)  # for the slices that have no other model
             slices = tuple(self._slice(part, models, base) for part in parts)
             request = MergeRequest(**common, slices=slices)
         else:
@@ -144,20 +196,34 @@ class _Document:
             place=self.place,
         )
 
+    def _of_base(self, parts: Sequence[SliceSpec], base: Path, name: str) -> Step:
+        """A merge whose only model is its base: no task vector, so that the base is taken as it is."""
+        self.notes[f"the base is the only model of this {self.name}: it is taken as it is"] = None
+        slices = tuple(Slice(layers=((0, *layers),)) for part in parts if (layers := part.sources[0].layers))
+        tokenizer = None if self.output.tokenizer in ("base", "union") else self.output.tokenizer
+        request = MergeRequest(
+            method="passthrough", models=(base,), slices=slices, granularity="tensor",
+            **{**self.output.fields(), "tokenizer": tokenizer},
+        )  # fmt: skip
+        return Step(
+            name=name, request=request, needs=needs_of(request, self.place.names), notes=tuple(self.notes),
+            place=self.place,
+        )  # fmt: skip
+
     # --- models and slices ---
 
     def _parts(self) -> list[SliceSpec]:
         if ("models" in self.values) == ("slices" in self.values):
             raise self.place.wrong("needs 'models' or 'slices', and not both", "keep one of them")
         if "models" in self.values:
-            sources = self._sources(self.values["models"], self.place.at("models"), sliced=False)
+            sources = self._sources(self.values["models"], self.inside.at("models"), sliced=False)
             if self.base is not None and self.base not in [source.path for source in sources]:
                 sources = (*sources, SourceSpec(self.base, None, {}, self.place.at("base_model")))
             return [SliceSpec(sources, {}, self.place)]
-        place, parts, start = self.place.at("slices"), [], 0
+        place, parts, start = self.inside.at("slices"), [], 0
         for index, value in enumerate(_list(self.values["slices"], place)):
             here = place.at(index)
-            only_keys(value, ("sources", "parameters"), here)
+            only_keys(value, ("sources", "parameters", "base_model"), here)
             sources = self._sources(value.get("sources"), here.at("sources"), sliced=True)
             lengths = {end - first for first, end in (source.layers or (0, 0) for source in sources)}
             if len(lengths) > 1:
@@ -176,7 +242,7 @@ class _Document:
                 raise here.wrong("has no 'model'", "add model: DIR")
             layers = layer_range(value.get("layer_range"), here.at("layer_range")) if sliced else None
             parameters = self._parameters(value.get("parameters"), here.at("parameters"))
-            found.append(SourceSpec(here.at("model").model(value["model"]), layers, parameters, here))
+            found.append(SourceSpec(read_model(value["model"], here.at("model")), layers, parameters, here))
         return tuple(found)
 
     def _slerp_order(self, part: SliceSpec) -> SliceSpec:
@@ -203,6 +269,11 @@ class _Document:
     def _slice(self, part: SliceSpec, models: Sequence[Path], base: Path | None) -> Slice:
         inputs = [source for source in part.sources if source.path != base]
         layers = tuple((models.index(source.path), *(source.layers or (0, 0))) for source in inputs)
+        if not inputs and base is not None:
+            layers = tuple((models.index(base), *(source.layers or (0, 0))) for source in part.sources)
+            numbers = {"weights": (1.0,), "density": (1.0,), "gamma": (0.0,), "epsilon": (0.0,)}
+            changes = {ours: numbers[ours] for ours, _ in self.method.per_model.values() if ours in numbers}
+            return Slice(layers=layers, base=layers[0][1:], changes={**self._settings(part, base), **changes})
         of_base = next((source.layers for source in part.sources if source.path == base), None)
         return Slice(layers=layers, base=of_base, changes=self._settings(part, base))
 
@@ -251,7 +322,9 @@ class _Document:
                 value, spot = level[name], place.at("parameters").at(name)
                 if isinstance(value, list | dict):
                     raise spot.wrong("differs between tensors", "give one value")
-                if isinstance(default, bool) and not isinstance(value, bool):
+                if isinstance(default, bool) and value in (0, 1):
+                    return bool(value)
+                if isinstance(default, bool):
                     raise spot.wrong(f"is {shown(value)}, not true or false", "give true or false")
                 if isinstance(default, float):
                     return plain_number(value, spot)
@@ -285,39 +358,6 @@ class _Document:
         return Schedule(
             tuple(rule for text, points in rules for rule in per_layer(text, points, layers, part.start, origin))
         )
-
-    # --- output ---
-
-    def _dtype(self) -> str | None:
-        for key in ("out_dtype", "dtype"):
-            value = self.values.get(key)
-            if value is not None and value not in DTYPES:
-                raise self.place.at(key).wrong(f"is {shown(value)}", f"choose one of {', '.join(DTYPES)}")
-        return self.values.get("out_dtype") or self.values.get("dtype")
-
-    def _tokenizer(self) -> str | None:
-        place, value = self.place.at("tokenizer_source"), self.values.get("tokenizer_source")
-        if self.values.get("tokenizer") is not None:
-            if value is not None:
-                raise self.place.wrong("has 'tokenizer' and 'tokenizer_source'", "keep one of them")
-            tokenizer, place = self.values["tokenizer"], self.place.at("tokenizer")
-            if not isinstance(tokenizer, dict):
-                raise place.wrong(f"is {shown(tokenizer)}", "write {source: base}")
-            for key, given in tokenizer.items():
-                if key in ("tokens", "pad_to_multiple_of") and given:
-                    raise place.at(key).wrong("is not supported", "rows of single tokens are not replaced")
-                if key not in ("source", "tokens", "pad_to_multiple_of"):
-                    raise place.unknown(key, ("source",))
-            value, place = tokenizer.get("source", "union"), place.at("source")
-        if value is None or value in ("base", "union"):
-            return value
-        return str(place.model(value.removeprefix("model:") if isinstance(value, str) else value))
-
-
-def _nearest(name: object) -> str:
-    from gemma2.core.yaml_files import closest
-
-    return closest(str(name), METHODS)
 
 
 def _list(values: object, place: Place) -> list[Any]:

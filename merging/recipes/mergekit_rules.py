@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gemma2.merging.methods.parameters import Number, Rule, Schedule, gradient
 
 from .place import Place, plain_number, shown
 
-__all__ = ["Rules", "complement", "everywhere", "only_keys", "per_layer", "read_rules"]
+__all__ = ["Rules", "complement", "everywhere", "only_keys", "per_layer", "read_model", "read_rules"]
 
 LAYER = r"\b(?:layers|layer|h|blocks)\."
 
@@ -28,6 +29,26 @@ def only_keys(value: object, keys: Sequence[str], place: Place) -> None:
     for key in value:
         if key not in keys:
             raise place.unknown(key, keys)
+
+
+def read_model(value: object, place: Place) -> Path:
+    """A model as a text, or as {model: {path, revision}, lora: {path, revision}}."""
+    if not isinstance(value, dict):
+        return place.model(value)
+    only_keys(value, ("model", "lora", "override_architecture"), place)
+    model = _reference(value.get("model"), place.at("model"))
+    lora = value.get("lora")
+    return place.model(model if lora is None else f"{model}+{_reference(lora, place.at('lora'))}")
+
+
+def _reference(value: object, place: Place) -> str:
+    if isinstance(value, str):
+        return value
+    only_keys(value, ("path", "revision"), place)
+    path, revision = (value.get("path"), value.get("revision")) if isinstance(value, dict) else (None, None)
+    if not isinstance(path, str):
+        raise place.wrong("has no 'path'", "add path: DIR")
+    return path if revision is None or Path(path).exists() else f"{path}@{revision}"  # a directory has one state
 
 
 def read_rules(value: object, place: Place) -> Rules:

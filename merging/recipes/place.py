@@ -16,20 +16,25 @@ from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.yaml_files import closest, given_by, place_of
 from gemma2.merging.methods.option import Option, OptionValue
 from gemma2.merging.methods.parameters import Number, Rule, Schedule
+from gemma2.merging.methods.request import TokenSource, VocabularyChoice
 
 __all__ = [
     "Place",
+    "chat_template",
     "check_name",
     "flag",
+    "input_records",
     "is_rules",
     "layer_range",
     "number",
     "plain_number",
     "read_option",
     "several",
+    "several_texts",
     "shown",
     "text",
     "tokenizer",
+    "vocabulary",
     "whole_number",
 ]
 
@@ -43,6 +48,7 @@ class Place:
     keys      from the top of its YAML document
     document  number of that document
     sets      KEY=VALUE assignments that changed the file
+    near      paths are taken from the folder of the file first: it is the recipe of an output
     """
 
     file: Path
@@ -51,6 +57,7 @@ class Place:
     keys: tuple[str | int, ...] = ()
     document: int = 0
     sets: tuple[str, ...] = ()
+    near: bool = False
 
     def at(self, key: str | int) -> Place:
         """A key or an index below."""
@@ -88,6 +95,8 @@ class Place:
     def _found(self, text: str) -> str:
         here = not text or text in self.names or Path(text).exists()
         neighbour = self.file.parent / text
+        if self.near and text and text not in self.names and neighbour.exists():
+            return str(neighbour)
         return text if here or not neighbour.exists() else str(neighbour)
 
 
@@ -193,6 +202,43 @@ def read_option(option: Option, value: object, place: Place) -> OptionValue:
 
 def tokenizer(value: object, place: Place) -> str:
     return value if value in ("base", "union") else str(place.model(value))
+
+
+def input_records(value: object, place: Place) -> tuple[JsonMapping, ...]:
+    """Role and identity of each input of a recipe."""
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise place.wrong(f"is {shown(value)}", "restore the recipe, or take 'inputs' out")
+    return tuple(value)
+
+
+def vocabulary(value: object, place: Place) -> VocabularyChoice:
+    """Rows of single tokens, and a multiple of which the number of rows is."""
+    if not isinstance(value, dict) or not isinstance(value.get("tokens", []), list):
+        raise place.wrong(f"is {shown(value)}", "write {tokens: [...], multiple: N}")
+    only = {"token", "model", "force", "other", "index"}
+    found = []
+    for index, one in enumerate(value.get("tokens", [])):
+        here = place.at("tokens").at(index)
+        if not isinstance(one, dict) or "token" not in one or one.keys() - only:
+            raise here.wrong(f"is {shown(one)}", "write {token: TEXT, model: DIR}")
+        model = one.get("model")
+        found.append(TokenSource(**{**one, "model": None if model is None else str(here.model(model))}))
+    multiple = value.get("multiple")
+    return VocabularyChoice(tuple(found), None if multiple is None else whole_number(multiple, place.at("multiple")))
+
+
+def several_texts(value: object, place: Place) -> tuple[str, ...]:
+    """One name or a list of names."""
+    return tuple(text(item, place) for item in (value if isinstance(value, list) else [value]))
+
+
+def chat_template(value: object, place: Place) -> str:
+    """The number of a model from 1, "base", "auto", a name, Jinja text, or a file."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    name = text(value, place)
+    plain = name.isdecimal() or "{" in name or not (Path(name).exists() or (place.file.parent / name).exists())
+    return name if plain else str(place.model(name))
 
 
 def layer_range(value: Any, place: Place) -> tuple[int, int]:  # noqa: ANN401

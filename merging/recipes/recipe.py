@@ -21,16 +21,33 @@ from gemma2.merging.methods.parameters import Number
 from gemma2.merging.methods.request import MergeRequest, Slice
 
 from .mergekit import is_mergekit, mergekit_steps
-from .place import Place, check_name, layer_range, number, read_option, shown, text, tokenizer
+from .place import (
+    Place,
+    chat_template,
+    check_name,
+    input_records,
+    layer_range,
+    number,
+    read_option,
+    several_texts,
+    shown,
+    text,
+    tokenizer,
+    vocabulary,
+)
 from .step import Recipe, Step, needs_of
 
 __all__ = ["read_recipe", "read_slices"]
 
 
-def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None) -> Recipe:
+def read_recipe(
+    path: Path, sets: Iterable[str] = (), chosen: JsonMapping | None = None, allow_config: tuple[str, ...] = ()
+) -> Recipe:
     """The merges that a file asks for, in the order in which they can run.
 
-    `sets` are KEY=VALUE assignments to the keys of the file, `threads` of every request.
+    sets          KEY=VALUE assignments to the keys of the file
+    chosen        fields of every request that are not taken from the file, by name
+    allow_config  keys of config.json that may differ, besides those that the file allows
     Raises InputError for a file that cannot be read, UsageError that names file, key and fix for everything else.
     No model is opened.
     """
@@ -46,10 +63,17 @@ def read_recipe(path: Path, sets: Iterable[str] = (), threads: int | None = None
     elif len(documents) > 1:
         raise UsageError(f"{path} holds {len(documents)} YAML documents", "name several merges below 'steps'")
     else:
-        steps = _own_steps(documents[0], Place(path, sets=changes))
-    if threads is not None:
-        steps = [replace(step, request=replace(step.request, threads=threads)) for step in steps]
+        steps = _own_steps(documents[0], Place(path, sets=changes, near="inputs" in documents[0]))
+    for name, value in (chosen or {}).items():
+        steps = [replace(step, request=replace(step.request, **{name: value})) for step in steps]
+    if allow_config:
+        steps = [_allowing(step, allow_config) for step in steps]
     return Recipe(path=path, steps=_ordered(steps, path))
+
+
+def _allowing(step: Step, keys: tuple[str, ...]) -> Step:
+    both = tuple(dict.fromkeys((*step.request.allow_config, *keys)))
+    return replace(step, request=replace(step.request, allow_config=both))
 
 
 def _own_steps(document: JsonMapping, place: Place) -> list[Step]:
@@ -121,6 +145,8 @@ def _fields(values: JsonMapping, place: Place) -> JsonObject:
     found |= {**own, "models": paths}
     if "slices" in found:
         found["slices"] = read_slices(found["slices"], place.at("slices"), paths, found.get("base"))
+    if "inputs" in found:
+        found["recorded"] = found.pop("inputs")
     return {OPTIONS[key].attribute if key in OPTIONS else key: value for key, value in found.items()}
 
 
@@ -204,6 +230,10 @@ COMMON: dict[str, Callable[[Any, Place], Any]] = {
     "base": lambda value, place: place.model(value),
     "granularity": text,
     "tokenizer": tokenizer,
+    "allow_config": several_texts,
+    "chat_template": chat_template,
+    "vocabulary": vocabulary,
+    "inputs": input_records,
     "dtype": text,
     "slices": lambda value, place: value,  # read when the models are known
 }

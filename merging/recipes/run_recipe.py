@@ -89,8 +89,12 @@ def _placed(step: Step, names: Iterable[str], out: Path) -> MergeRequest:
 
     request = step.request
     tokenizer = request.tokenizer and str(find(Path(request.tokenizer)))
-    base = find(request.base) if request.base else None
-    return replace(request, models=tuple(map(find, request.models)), base=base, tokenizer=tokenizer)
+    base, vocabulary = find(request.base) if request.base else None, request.vocabulary
+    if vocabulary is not None:
+        tokens = [replace(token, model=token.model and str(find(Path(token.model)))) for token in vocabulary.tokens]
+        vocabulary = replace(vocabulary, tokens=tuple(tokens))
+    models = tuple(map(find, request.models))
+    return replace(request, models=models, base=base, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
 def _inputs(request: MergeRequest) -> list[Path]:

@@ -34,7 +34,7 @@ from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.kernels.dense import announced, check_sum
 from gemma2.merging.kernels.dtypes import KINDS, Bytes, Doubles, Floats, narrow, widen
 from gemma2.merging.streaming.failures import no_empty_parents, system_refusals
-from gemma2.merging.streaming.verify import ReadBack
+from gemma2.merging.streaming.read_back import ReadBack
 from gemma2.merging.streaming.writer import Writer, copy_companions
 from gemma2.merging.tokenizers.row_map import embedding_rows, vocabulary_tensors
 

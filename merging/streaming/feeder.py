@@ -8,12 +8,12 @@ cuts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import lcm, prod
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -30,18 +30,54 @@ from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, Stored, 
 from gemma2.merging.methods.method import Group
 from gemma2.merging.plan.groups import Part, Source
 from gemma2.merging.plan.merge_plan import MergePlan
-from gemma2.merging.tokenizers.row_map import RowMap, gather
+from gemma2.merging.tokenizers.row_map import ZEROS, RowMap, gather
 
 from .writer import aligned
 
-__all__ = ["CUT", "Block", "Feeder", "Loaded", "Workspace", "in_order"]
+__all__ = [
+    "CUT",
+    "PIECE",
+    "Block",
+    "Feeder",
+    "Loaded",
+    "Workspace",
+    "in_order",
+    "longest_cut",
+    "row_length",
+    "whole_rows",
+]
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
 CUTS_IN_A_JOB = 16  # cuts between two returns to Python
+PIECE = 64 * 1024  # elements that methods written in numpy see at a time, more where a row is longer
+MOST_ALIGNED = 1 << 20  # elements: whole rows that fill whole BLOCKs only beyond it are cut without regard to BLOCK
 WIDE_ROWS = 3  # rows that the sparse kernels need in addition to those of the operands
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Return the number of columns of a matrix; a vector is one row."""
+    return max(int(shape[-1]), 1) if shape else 1
+
+
+def longest_cut(plan: MergePlan, cut: int) -> int:
+    """Return a cut with room for whole rows of every tensor if the method looks at rows, else `cut`."""
+    method = plan.method
+    if method.elements is None and (method.selection is None or method.selection.by != "rank"):
+        return cut
+    cut = max(cut, PIECE) if method.elements else cut
+    rows = {row_length(shape) for _, shape in plan.layout.values()}
+    return max(cut, *(-(-whole_rows(row, cut) // BLOCK) * BLOCK for row in rows))
+
+
+def whole_rows(row: int, cut: int) -> int:
+    """Return the elements of as many whole rows as fit into a cut, at least one; if possible a multiple of BLOCK."""
+    unit = lcm(row, BLOCK)
+    if unit > MOST_ALIGNED:
+        unit = row
+    return max(cut // unit, 1) * unit
 
 
 @dataclass(frozen=True)
@@ -119,6 +155,15 @@ class Feeder:
             self._form(source, job.first, row[: job.count])
         return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
 
+    def values(self, job: Block) -> Floats:
+        """Return all operands of a job as fp32, (K, count). Raises InputError if one is not finite."""
+        rows = np.empty((len(job.part.sources), job.count), np.float32)
+        for source, row in zip(job.part.sources, rows, strict=True):
+            self._form(source, job.first, row)
+        if not np.isfinite(rows).all():
+            raise self.not_finite(job)
+        return rows
+
     def _common_dtype(self, part: Part) -> str | None:
         """Return the dtype of all operands, if it is one that the kernels read directly; else None."""
         dtypes = {source.tensor.dtype for source in part.sources}
@@ -131,13 +176,17 @@ class Feeder:
             return
         done = 0
         for piece, begin, count in source.pieces(first, into.size):
-            tensor, block = piece.tensor, into[done : done + count]
+            block = into[done : done + count]
+            done += count
+            if piece is None:
+                block[:] = 0
+                continue
+            tensor = piece.tensor
             stored = np.empty(count * ITEM_BYTES[tensor.dtype], np.uint8)
             self.reader.read(tensor, begin, count, stored)
             widen(stored, KINDS[tensor.dtype], block)
             if piece.update is not None:
                 adapted_rows(block, self._factors(piece.update), begin)
-            done += count
 
     def _gathered(self, source: Source, rows: RowMap, first: int, into: Floats) -> bool:
         """`_form` in one call for many short spans. False if they differ in dtype, are adapted or could not be read."""
@@ -148,7 +197,8 @@ class Feeder:
         item = ITEM_BYTES[tensors[0].dtype]
         files = np.array([(self.reader.descriptor(tensor), tensor.offset) for tensor in tensors], np.int64)
         models, begins, counts = rows.spans(first, into.size, prod(source.tensor.shape[1:]))
-        places = np.column_stack([files[models, 0], files[models, 1] + begins * item, counts * item])
+        descriptors = np.where(models == ZEROS, -1, files[models, 0])
+        places = np.column_stack([descriptors, files[models, 1] + begins * item, counts * item])
         stored = np.empty(into.size * item, np.uint8)
         if not gather(places, stored):
             return False
@@ -181,8 +231,8 @@ class Feeder:
                 values = np.empty(count, np.float32)
                 self._form(source, first, values)
                 bad = np.flatnonzero(~np.isfinite(values))
-                if bad.size:
-                    piece, element, _ = next(source.pieces(first + int(bad[0]), 1))
+                piece, element, _ = next(source.pieces(first + int(bad[0]), 1)) if bad.size else (None, 0, 0)
+                if piece is not None:
                     return InputError(
                         f"{piece.model}: {printable(piece.name)} holds {values[bad[0]]} at element {element}",
                         "the model is broken; merge an earlier checkpoint",

@@ -13,6 +13,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.rounding import is_still, relative_change
 from gemma2.merging.methods.coefficients import angle_degrees, norm
 from gemma2.merging.methods.method import Mix
+from gemma2.merging.plan.merge_plan import NO_BASE, NO_BASE_FIX
 
 __all__ = ["GroupReport", "gram_of", "judge", "mean_angle", "report_group"]
 
@@ -99,9 +100,7 @@ def judge(method: str, groups: Sequence[GroupReport]) -> list[str]:
     if spherical and not based:
         angle = mean_angle(groups)
         warnings.append(
-            "no --base, and the models record no common parent: SLERP of the weights themselves, which are "
-            f"{'zero' if angle is None else f'{angle:.3g} degrees apart'}; for policies of one init that is LERP "
-            "in effect, name the init with --base"
+            f"{NO_BASE}, which are {'zero' if angle is None else f'{angle:.3g} degrees apart'}; {NO_BASE_FIX}"
         )
     if based and len({len(group.norms) for group in groups}) == 1:  # not with stacked layers of different models
         warnings += _far_models(groups)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import fsum, lcm, sqrt
+from math import fsum, sqrt
 from queue import SimpleQueue
 
 import numpy as np
@@ -39,35 +39,13 @@ from gemma2.merging.methods.method import Group, Selection
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output
-from .feeder import CUTS_IN_A_JOB, Block, Feeder, in_order
+from .feeder import CUTS_IN_A_JOB, Block, Feeder, in_order, row_length, whole_rows
 from .group_report import GroupReport, gram_of, report_group
 
-__all__ = ["ChoosingStream", "longest_cut"]
+__all__ = ["ChoosingStream"]
 
 SAMPLE = 1 << 17, 1 << 20  # least and most elements in the sample of a group, of each model
 SHARE = 32  # between these limits, one element in SHARE is sampled
-MOST_ALIGNED = 1 << 20  # elements: whole rows that fill whole BLOCKs only beyond it are cut without regard to BLOCK
-
-
-def row_length(shape: Sequence[int]) -> int:
-    """Return the number of columns of a matrix; a vector is one row."""
-    return max(int(shape[-1]), 1) if shape else 1
-
-
-def longest_cut(plan: MergePlan, cut: int) -> int:
-    """Return a cut with room for whole rows of every tensor if ranks within rows are needed, else `cut`."""
-    if plan.method.selection is None or plan.method.selection.by != "rank":
-        return cut
-    rows = {row_length(shape) for _, shape in plan.layout.values()}
-    return max(cut, *(-(-whole_rows(row, cut) // BLOCK) * BLOCK for row in rows))
-
-
-def whole_rows(row: int, cut: int) -> int:
-    """Return the elements of as many whole rows as fit into a cut, at least one; if possible a multiple of BLOCK."""
-    unit = lcm(row, BLOCK)
-    if unit > MOST_ALIGNED:
-        unit = row
-    return max(cut // unit, 1) * unit
 
 
 @dataclass(frozen=True)

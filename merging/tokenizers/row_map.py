@@ -15,11 +15,12 @@ from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.kernels.dtypes import Bytes, compiled
 from gemma2.merging.kernels.file_passes import read_all
 
-__all__ = ["RowMap", "embedding_rows", "gather", "vocabulary_tensors"]
+__all__ = ["ZEROS", "RowMap", "embedding_rows", "gather", "vocabulary_tensors"]
 
 Longs = NDArray[np.int64]
 
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+ZEROS = -1
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 
 
@@ -29,7 +30,7 @@ class RowMap:
 
     count   rows of the output
     starts  (R,) int64: the row of the output at which a run begins, ascending from 0
-    models  (R,) int64: the input that the run is taken from, an index into `inputs`
+    models  (R,) int64: the input that the run is taken from, an index into `inputs`; ZEROS for rows of zeros
     rows    (R,) int64: the first row of the run in that input
     """
 
@@ -79,12 +80,14 @@ def embedding_rows(model: Checkpoint) -> int:
 def gather(places: Longs, into: Bytes) -> bool:
     """Fill `into` with ranges of files, one after the other. False if one could not be read.
 
-    places  (P, 3): descriptor, offset and bytes of each
+    places  (P, 3): descriptor, offset and bytes of each; the descriptor -1 stands for zeros
     """
     done = 0
     for k in range(len(places)):
         size = places[k, 2]
-        if not read_all(places[k, 0], places[k, 1], into[done : done + size]):
+        if places[k, 0] < 0:
+            into[done : done + size] = 0
+        elif not read_all(places[k, 0], places[k, 1], into[done : done + size]):
             return False
         done += size
     return True

@@ -18,7 +18,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,9 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.inputs.checkpoint import COMPANIONS, Checkpoint
-from gemma2.merging.methods.request import MergeRequest
+from gemma2.merging.methods.request import MergeRequest, TokenSource, VocabularyChoice
 
-from .row_map import RowMap
+from .row_map import ZEROS, RowMap
 from .token_ids import TOKENIZER, Tokens, added_entries, counted, read_tokenizers, union
 
 __all__ = ["Vocabulary", "choose_vocabulary", "write_tokenizer"]
@@ -48,6 +48,7 @@ class Vocabulary:
     added       entries of tokenizer.json that are added to the owner's
     config      keys of config.json that differ from the first model's
     generation  the same of generation_config.json
+    choice      rows that the request names, with the roles of their models
     """
 
     owner: Checkpoint
@@ -57,6 +58,7 @@ class Vocabulary:
     added: tuple[JsonObject, ...] = ()
     config: JsonMapping = field(default_factory=dict)
     generation: JsonMapping = field(default_factory=dict)
+    choice: VocabularyChoice | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -68,7 +70,15 @@ def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Se
     added, notes = union(owner, operands) if choice == "union" else ((), [])
     ids = {**owner.ids, **{entry["content"]: entry["id"] for entry in added}}
     rows = max(owner.rows, *(entry["id"] + 1 for entry in added)) if added else owner.rows
-    maps, moved = _row_maps(ids, rows, owner, operands, based=base is not None)
+    chosen = request.vocabulary or VocabularyChoice()
+    padded = -(-rows // chosen.multiple) * chosen.multiple if chosen.multiple else rows
+    sources = {source.token: _chosen_row(source, request, operands, ids) for source in chosen.tokens}
+    named = [
+        replace(source, model=operands[_owner(source.model, request, base)].model.role) if source.model else source
+        for source in chosen.tokens
+    ]
+    maps, moved = _row_maps(ids, (rows, padded), sources, owner, operands, based=base is not None)
+    rows = padded
     first = operands[-len(models)]
     config = _token_keys(models[0].config, owner.model.config, first, ids)
     generation = _token_keys(_generation(models[0]), _generation(owner.model), first, ids)
@@ -80,6 +90,7 @@ def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Se
         added=added,
         config=({"vocab_size": rows} if rows != first.rows else {}) | config,
         generation=generation,
+        choice=replace(chosen, tokens=tuple(named)) if request.vocabulary else None,
         notes=(*notes, *moved, *_template(owner.model, models[0])),
     )
 
@@ -112,27 +123,65 @@ def _template(owner: Checkpoint, first: Checkpoint) -> list[str]:
 # --- row maps ---
 
 
+def _chosen_row(
+    source: TokenSource, request: MergeRequest, operands: Sequence[Tokens], ids: Mapping[str, int]
+) -> tuple[bool, int, int]:
+    """Return whether a row is for all models, and its (input, row). Raises UsageError or InputError."""
+    token = printable(source.token)
+    if source.token not in ids:
+        raise InputError(f"the output has no token {token!r}, for which a row is chosen", "check its spelling")
+    if source.model is None:
+        return source.force, ZEROS, 0
+    try:
+        number = _owner(source.model, request, operands[0].model if request.base else None)
+    except UsageError as error:
+        raise UsageError(
+            f"the row of {token!r} is that of {source.model}, which is not one of the inputs",
+            "choose one of them",
+        ) from error
+    row = source.index if source.index is not None else operands[number].row(source.other or source.token)
+    if row is None or not 0 <= row < operands[number].rows:
+        wanted = f"row {row}" if row is not None else f"token {printable(source.other or source.token)!r}"
+        raise InputError(f"{operands[number].model} has no {wanted}", "choose another model or token")
+    return source.force, number, row
+
+
 def _row_maps(
-    ids: Mapping[str, int], rows: int, owner: Tokens, operands: Sequence[Tokens], based: bool
+    ids: Mapping[str, int],
+    sizes: tuple[int, int],
+    sources: Mapping[str, tuple[bool, int, int]],
+    owner: Tokens,
+    operands: Sequence[Tokens],
+    based: bool,
 ) -> tuple[dict[str, RowMap | None], list[str]]:
-    """Return the map of every input by its role, and a note for each that has one."""
+    """Return the map of every input by its role, and a note for each that has one.
+
+    sizes    rows before and after padding with zeros
+    sources  of single tokens: for all models, input and row
+    """
+    unpadded, rows = sizes
     tokens = {index: token for token, index in ids.items() if index < rows}
     donors = [*([operands[0]] if based else []), owner, *operands]
     maps: dict[str, RowMap | None] = {}
     notes = []
     for number, own in enumerate(operands):
-        if own.ids is owner.ids and own.rows == rows and len(ids) == len(owner.ids):
+        if own.ids is owner.ids and own.rows == rows and len(ids) == len(owner.ids) and not sources:
             maps[own.model.role] = None
             continue
         place = np.full(rows, number, np.int64)
         row = np.arange(rows, dtype=np.int64)
         for index, token in tokens.items():
             there = own.row(token)
-            place[index], row[index] = (number, there) if there is not None else _home(token, donors, operands)
+            chosen = sources.get(token)
+            if chosen is not None and (chosen[0] or there is None):
+                place[index], row[index] = chosen[1:]
+            else:
+                place[index], row[index] = (number, there) if there is not None else _home(token, donors, operands)
         padding = np.ones(rows, bool)
         padding[list(tokens)] = False
         foreign = padding & ~_free(own, rows)
         place[foreign] = operands.index(owner)
+        place[unpadded:] = np.where(padding[unpadded:], ZEROS, place[unpadded:])
         maps[own.model.role] = _runs(place, row, number, own.rows, operands)
         if line := _line(place, row, padding, number, operands, ids):
             notes.append(line)
@@ -180,7 +229,8 @@ def _line(
     parts = [f"{counted(moved, 'token')} mapped"] if moved else []
     for noun, rows in (("token", ~padding), ("padding row", padding)):
         for donor, taken in sorted(Counter(place[rows & (place != number)].tolist()).items()):
-            parts.append(f"{counted(taken, noun)} taken from {operands[donor].model.role}")
+            origin = "filled with zeros" if donor == ZEROS else f"taken from {operands[donor].model.role}"
+            parts.append(f"{counted(taken, noun)} {origin}")
     dropped = sum(token not in ids for token in own.names.values())
     parts += [f"{counted(dropped, 'token')} dropped"] if dropped else []
     return f"{own.model.role}: {', '.join(parts)}" if parts else ""

@@ -6,15 +6,16 @@ An input is on disk, or promised: an earlier stage of a pipeline will make it (`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import read_json
+from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable, read_header, weight_files
 from gemma2.merging.inputs.architecture import LM_HEAD, ONE_KIND, difference, stated
+from gemma2.merging.inputs.config_defaults import filled, is_tied
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.runs.inputs import paths_of
@@ -90,8 +91,13 @@ def look_at(path: Path) -> Promise | None:
         vocabulary=config.get("vocab_size"),
         shape=(config.get("model_type"), config.get("hidden_size"), config.get("num_hidden_layers")),
         tokenizer=path,
-        facts=stated(config) | ({} if classifier else {SEPARATE_HEAD: LM_HEAD in tensors}),
+        facts=stated(filled(config)) | ({} if classifier else {SEPARATE_HEAD: _has_own_head(config, tensors)}),
     )
+
+
+def _has_own_head(config: JsonMapping, tensors: Collection[str]) -> bool:
+    """Whether a policy's head is a tensor; a stored copy of a tied embedding is not one."""
+    return LM_HEAD in tensors and not is_tied(config)
 
 
 def _adapter(path: Path) -> Promise:
@@ -193,6 +199,7 @@ def _check_merge(config: MergeConfig, models: list[Input]) -> None:
     for one in models[1:]:
         _check_same_kind(models[0], one)
     free = [*(["num_hidden_layers"] if config.slices else []), *(["vocab_size"] if config.tokenizer else [])]
+    free += config.allow_config
     _check_same_architecture(models, free)
 
 

@@ -26,13 +26,15 @@ class _MergeStage(Config):
     """`gemma2 merge METHOD` inside a pipeline; the names are those of its flags, the values those of a merge file."""
 
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset({"method", "models"})
-    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer", "chat_template"})
 
     method: str = Field(description="merge method: the second word of the command")
     models: tuple[Path, ...] = Field(min_length=1, description="model directories or hub ids; their order counts")
     base: Path | None = Field(None, description="the init that task vectors start from")
     granularity: Granularity | None = Field(None, description="tensors that share coefficients or thresholds")
     tokenizer: str | None = Field(None, description="tokenizer of the output: base, union or a model")
+    allow_config: tuple[str, ...] = Field((), description="keys of config.json that may differ")
+    chat_template: str | None = Field(None, description="chat template of the output: number of a model, base, a file")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="dtype of the output")
     slices: tuple[dict[str, Any], ...] = Field((), description="layers to stack, as in a merge file")
 
@@ -42,6 +44,11 @@ class _MergeStage(Config):
         if value not in METHODS:
             raise ValueError(f"is not a merge method; {closest(value, METHODS)}")
         return value
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _is_complete(self) -> _MergeStage:
@@ -53,7 +60,8 @@ class _MergeStage(Config):
 
     def request(self) -> MergeRequest:
         """The merge as the engine takes it."""
-        common: dict[str, Any] = {name: getattr(self, name) for name in ("base", "granularity", "tokenizer", "dtype")}
+        names = ("base", "granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        common: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.slices:
             place = Place(STAGE, key="slices")
             common["slices"] = read_slices(list(self.slices), place, self.models, self.base)

@@ -237,7 +237,9 @@ def test_a_tied_embedding_that_is_stored_twice_is_merged_and_written_once(triple
     result = merge(slerp_request(triple, granularity="model"), out=triple / "out")
     assert "lm_head.weight" not in read_raw(triple / "out")
     assert read_raw(triple / "out") == read_raw(triple / "plain")  # counted once in the angle too
-    assert result.plan.notes == ("lm_head.weight repeats model.embed_tokens.weight: merged and written once",)
+    assert result.plan.notes == (
+        "lm_head.weight repeats model.embed_tokens.weight in base, model 1, model 2: merged and written once",
+    )
 
 
 def test_an_untied_head_is_a_separate_group(triple):
@@ -286,7 +288,7 @@ def test_only_tokenizer_and_generation_config_of_the_first_model_are_copied(trip
     merge(slerp_request(triple), out=triple / "out")
     names = {path.name for path in (triple / "out").iterdir()}
     companions = {"config.json", "generation_config.json", "tokenizer_config.json"}
-    assert names == companions | {"model.safetensors", "README.md", "gemma2.json"}
+    assert names == companions | {"model.safetensors", "README.md", "gemma2.json", "merge.yaml"}
 
 
 def test_a_large_output_is_written_in_shards_with_an_index(triple, monkeypatch):

@@ -14,6 +14,7 @@ from gemma2.cli import main
 from gemma2.cli.terminal.mistakes import ITEMS, explain
 
 LEAVES = [(name, command) for name, command in all_commands() if not getattr(command, "commands", None)]
+WORDS_FOLLOW = {(name, "allow_config") for name, _ in LEAVES}  # the next word is one of any number of models
 LISTS = [
     (name, option)
     for name, command in all_commands()
@@ -22,6 +23,7 @@ LISTS = [
     and (name, option.name) != ("reward eval", "set")
     and isinstance(option, TyperOption)
     and (option.metavar == ITEMS or (option.multiple and not option.is_flag))
+    and (name, option.name) not in WORDS_FOLLOW
 ]
 
 

@@ -248,24 +248,6 @@ def test_an_adapter_for_another_base_is_refused_naming_both(tmp_path):
     assert f"changes model.layers.7.self_attn.q_proj.weight, which base {other} does not have" in message
 
 
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {
-            "model.embed_tokens.lora_embedding_A": np.ones((2, 16)),
-            "model.embed_tokens.lora_embedding_B": np.ones((8, 2)),
-        },
-        {"model.embed_tokens.weight": np.ones((16, 8))},
-    ],
-    ids=["adapted", "saved in full"],
-)
-def test_an_embedding_that_the_base_ties_to_its_head_is_refused(tmp_path, arrays):
-    base = base_model(tmp_path / "base")
-    path = write_adapter(tmp_path / "x", PAIR | arrays, modules_to_save=["embed_tokens"])
-    assert "model.embed_tokens.weight, which base" in refusal(path, base)
-    assert applied(open_adapter(write_adapter(tmp_path / "y", PAIR | arrays, ensure_weight_tying=True), "m"), base)
-
-
 def test_an_adapter_is_distinguished_from_a_model(tmp_path):
     assert is_adapter(write_adapter(tmp_path / "x"))
     assert not is_adapter(base_model(tmp_path / "base"))

@@ -124,7 +124,7 @@ def test_sharding_changes_nothing_and_a_stored_copy_counts_once(tmp_path):
         write_model(tmp_path / name, arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"]})
     tied = diff_models(tmp_path / "tied-a", tmp_path / "tied-b")
     assert tied.total == one.total
-    assert tied.notes == ("lm_head.weight repeats model.embed_tokens.weight: compared once",)
+    assert tied.notes == ("lm_head.weight repeats model.embed_tokens.weight in model a, model b: compared once",)
 
 
 # --- warnings and notes ---------------------------------------------------------------------------------------------

@@ -314,6 +314,22 @@ def test_merges_agree_with_a_float64_reference(method, dtypes):
         assert squares.sum() == pytest.approx((expected**2)[clear].sum(), rel=1e-2)
 
 
+@pytest.mark.parametrize("scale", [0.7, 1 / 3, 1.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_terms_that_cancel_exactly_are_dropped_whatever_the_scale(scale, normalize):
+    generator = np.random.default_rng(6)
+    deltas = generator.integers(-4, 5, (3, 20_000)) / 8  # with weights of powers of two, sums are exact
+    raw = np.concatenate([np.zeros((1, 20_000)), deltas]).astype(np.float32).view(np.uint8)
+    weights = (1.0, 0.5, 0.25)
+    sparsity = Sparsity(weights=weights, elect=True, normalize=normalize, scale=scale)
+    result, _ = merged(raw, np.full(4, KINDS["F32"]), sparsity, count=20_000)
+    expected, _ = consensus64(deltas, weights, True, normalize, 0.0)
+    cancel = (np.array(weights)[:, None] * deltas).sum(axis=0) == 0
+    assert 100 < cancel.sum() < 5000
+    assert np.array_equal(result[cancel], np.zeros(cancel.sum()))
+    assert np.abs(result - scale * expected).max() < 1e-6
+
+
 @pytest.mark.parametrize("out_dtype", ["BF16", "F16"])
 def test_results_are_rounded_once_to_nearest_even(out_dtype):
     count = 2 * BLOCK

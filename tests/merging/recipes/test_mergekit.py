@@ -8,8 +8,8 @@ import pytest
 from model_files import read_raw, stored, write_model
 
 from gemma2.core.errors import UsageError
-from gemma2.merging.methods.request import settings_at
-from gemma2.merging.recipes.mergekit import METHODS
+from gemma2.merging.methods.request import TokenSource, VocabularyChoice, settings_at
+from gemma2.merging.recipes.mergekit import NAMES
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe
 
@@ -144,7 +144,7 @@ def test_bf16_agrees_with_mergekit_within_one_rounding(places, recorded, tmp_pat
 def test_every_method_with_a_fixed_result_is_recorded():
     recorded = {text.split()[1] for text in cases.CASES.values()}
     random = {"dare_linear", "dare_ties", "della", "della_linear"}
-    assert METHODS.keys() - recorded == random
+    assert set(NAMES) - recorded == random
 
 
 # --- what the keys become ---------------------------------------------------------------------------------------------
@@ -183,6 +183,9 @@ TWO = "models:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: 
         ("breadcrumbs", {"method": "breadcrumbs", "normalize": False, "gamma": (0.01, 0.01)}),
         ("breadcrumbs_ties", {"method": "breadcrumbs-ties", "normalize": False}),
         ("multislerp", {"method": "karcher", "iterations": 0, "weights": (1.0, 0.5)}),
+        ("sce", {"method": "sce", "select": 1.0}),
+        ("ram", {"method": "ram", "threshold": 1e-5}),
+        ("ramplus_tl", {"method": "ram-plus", "boost": 0.1, "cap": 0.2}),
         ("nuslerp", {"method": "nuslerp", "weights": (1.0, 0.5), "normalize": None}),
     ],
 )
@@ -254,6 +257,49 @@ def test_parameters_without_effect_are_noted(read):
     )
 
 
+def test_what_it_reads_at_another_level_is_noted_at_the_top(read):
+    (step,) = read(f"merge_method: linear\n{TWO}normalize: false\ninput_model_parameters: {{}}\n")
+    assert step.request.normalize is True
+    assert step.notes == (
+        "normalize has no effect at the top of the file: mergekit reads it below parameters",
+        "input_model_parameters has no effect at the top of the file: mergekit reads it below parameters",
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [
+        ("{model: {path: a}}", "a"),
+        ("{model: {path: x/y, revision: v1}}", "x/y@v1"),
+        ("{model: {path: x/y}, lora: {path: l/m, revision: r}}", "x/y+l/m@r"),
+        ("x/y@v1", "x/y@v1"),
+    ],
+)
+def test_a_model_with_a_revision(request_of, model, path):
+    request = request_of(f"merge_method: karcher\nmodels: [{{model: {model}}}, {{model: b}}]\n")
+    assert request.models == (Path(path), Path("b"))
+
+
+def test_rows_of_tokens_and_padding(request_of):
+    tokens = """
+  tokens:
+    <a>: {source: m, force: true}
+    <b>: {source: {kind: zero}}
+    <c>: {source: {kind: model_token, model: n, token: <d>}}
+    <e>: {source: {kind: model_token, model: n, token_id: 7}}
+"""
+    choice = request_of(f"merge_method: linear\n{TWO}tokenizer:\n  pad_to_multiple_of: 64{tokens}").vocabulary
+    assert choice == VocabularyChoice(
+        (
+            TokenSource("<a>", "m", force=True),
+            TokenSource("<b>", None),
+            TokenSource("<c>", "n", other="<d>"),
+            TokenSource("<e>", "n", index=7),
+        ),
+        64,
+    )
+
+
 def test_several_documents_are_steps(read):
     text = "name: last\nmerge_method: slerp\nbase_model: one\nmodels: [{model: b}]\nparameters: {t: 0.5}\n"
     steps = read(f"{text}---\nname: one\nmerge_method: linear\n{TWO}---\nmerge_method: linear\n{TWO}")
@@ -267,17 +313,25 @@ SLICE = "{model: a, layer_range: [0, 2]}"
 WRONG = {
     "base_model: a": "has no 'merge_method'",
     "merge_method: liner\nmodels: [{model: a}]": "merge_method is 'liner' in merge.yaml:1:15; did you mean 'linear'?",
-    "merge_method: sce\nmodels: [{model: a}]": "merge_method sce is not supported",
     f"merge_method: linear\n{TWO}modles: 1": "unknown key 'modles' in merge.yaml:5:1; did you mean 'models'?",
-    f"merge_method: linear\n{TWO}chat_template: auto": "chat_template is not supported",
-    f"merge_method: linear\n{TWO}modules: {{}}": "modules is not supported",
+    f"merge_method: linear\n{TWO}chat_template: [auto]": "chat_template is ['auto'], not a name",
+    f"merge_method: linear\n{TWO}modules: {{}}": "modules is {}",
+    "merge_method: linear\nmodules: {text: {}, vision: {}}": "modules has 2 modules (text, vision)",
+    f"merge_method: linear\n{TWO}modules: {{text: {{models: []}}}}": "has 'models' next to 'modules'",
+    "merge_method: linear\nmodules: {text: {model: a}}": "unknown key 'modules.text.model'",
+    "merge_method: linear\nmodules: {text: {models: [a]}}": "modules.text.models[0] is 'a'",
+    f"merge_method: linear\n{TWO}parameters: {{normalize: 2}}": "parameters.normalize is 2, not true or false",
+    f"merge_method: linear\n{TWO}tokenizer: {{tokens: {{x: 1}}}}": "tokenizer.tokens.x is 1",
+    f"merge_method: linear\n{TWO}tokenizer: {{tokens: {{x: {{force: true}}}}}}": "tokenizer.tokens.x.source is missing",
+    f"merge_method: linear\n{TWO}tokenizer: {{tokens: {{x: {{source: {{kind: one}}}}}}}}": "source.kind is 'one'",
+    f"merge_method: linear\n{TWO}tokenizer: {{pad_to_multiple_of: 0}}": "tokenizer.pad_to_multiple_of is 0",
+    f"base_model: o\nmerge_method: linear\nslices: [{{sources: [{SLICE}], base_model: b}}]": "another base is 'o'",
+    "merge_method: linear\nmodels: [{model: {path: a}}]": "unknown key 'models[0].model.path'",
     f"merge_method: linear\n{TWO}parameters: {{wight: 1}}": "unknown key 'parameters.wight' in merge.yaml:5:14;",
     f"merge_method: linear\n{TWO}parameters: 3": "parameters is 3",
     f"merge_method: linear\n{TWO}parameters: {{normalize: [true, false]}}": "parameters.normalize differs between",
-    f"merge_method: linear\n{TWO}parameters: {{normalize: 1}}": "parameters.normalize is 1, not true or false",
     f"merge_method: linear\n{TWO}dtype: float64": "dtype is 'float64' in merge.yaml:5:8; choose one of bfloat16",
     f"merge_method: linear\n{TWO}slices: []": "needs 'models' or 'slices', and not both",
-    f"merge_method: linear\n{TWO}tokenizer: {{tokens: {{x: 1}}}}": "tokenizer.tokens is not supported",
     f"merge_method: linear\n{TWO}tokenizer: {{sorce: x}}": "unknown key 'tokenizer.sorce'",
     f"merge_method: linear\n{TWO}tokenizer: {{}}\ntokenizer_source: base": "has 'tokenizer' and 'tokenizer_source'",
     "merge_method: linear\nmodels: [{model: a}, {model: b}]": "models[0] has no 'weight' for every tensor",
@@ -289,12 +343,10 @@ WRONG = {
     f"merge_method: ties\n{TWO}": "has no 'base_model' (ties needs one)",
     f"merge_method: slerp\n{BASED}parameters: {{t: 0.5}}": "has 3 models, slerp takes two",
     "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]": "has no 't' for every tensor",
-    f"merge_method: nuslerp\n{BASED}parameters: {{nuslerp_flatten: false}}": "sets nuslerp_flatten to False",
     f"merge_method: model_stock\n{BASED}parameters: {{filter_wise: true}}": "sets filter_wise to True",
     f"merge_method: passthrough\n{TWO}": "has 2 models, passthrough takes one",
     "merge_method: passthrough\nslices: [{sources: [{model: a}]}]": "slices[0].sources[0].layer_range is None",
     "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]": "layer_range is [2, 2]",
-    f"merge_method: passthrough\nslices: [{{sources: [{SLICE}], base_model: b}}]": "unknown key 'slices[0].base_model'",
     f"merge_method: linear\nslices: [{{sources: [{SLICE}, {{model: b, layer_range: [0, 1]}}]}}]": "1 and 2 layers",
     f"merge_method: ties\nbase_model: o\nslices: [{{sources: [{SLICE}]}}]": "lacks the base_model o",
     f"name: a\nmerge_method: linear\n{TWO}---\nname: a\nmerge_method: linear\n{TWO}": "two merges named 'a'",

@@ -100,11 +100,7 @@ REFUSED = {
     ),
     "a separate head and a tied one": (
         stage("merge linear", models=["${sft.out}", "${from-headed.out}"]),
-        r"--models out/from-headed has its own lm_head\.weight, --models out/sft ties it",
-    ),
-    "a stored copy of the head, which training does not write again": (
-        stage("merge slerp", models=["${from-copied.out}", "tied"], base="copied"),
-        r"--base copied has its own lm_head\.weight, --models out/from-copied ties it",
+        r"tie_word_embeddings differs: True in --models out/sft, False in --models out/from-headed",
     ),
     "reward models that are averaged": (
         stage("rlhf", policy="policy", prompts="rows.jsonl", reward=["${reward-2.out}", "rm-2"],

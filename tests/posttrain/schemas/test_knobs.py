@@ -287,6 +287,10 @@ cases(
     "MergeConfig", probes.merged, {"method": "della", "base": "init"}, density=0.25, epsilon=0.125, normalize=True,
     rescale=False, seed=5,
 )  # fmt: skip
+cases("MergeConfig", probes.merged, {"method": "sce", "base": "init"}, select=0.25)
+cases("MergeConfig", probes.merged, {"method": "ram-plus", "base": "init"}, threshold=0.25, boost=0.5, cap=0.75)
+cases("MergeConfig", probes.merged, {"method": "nearswap", "models": ("a",), "base": "init"}, reach=0.25)
+cases("MergeConfig", probes.merged, {"method": "nuslerp-rows"}, columns=True)
 slices = ({"sources": [{"model": "a", "layers": [0, 1]}]},)
 cases("MergeConfig", probes.merged, {"method": "passthrough", "models": ("a",)}, slices=slices)
 stages: dict[str, Any] = {"a": {"command": "sft", "options": {"model": "${vars.x}"}}}

@@ -133,10 +133,27 @@ CASES = {
     "breadcrumbs": f"merge_method: breadcrumbs\n{BASE}{MIDDLE}parameters: {{gamma: 0.1}}\n",
     "breadcrumbs_ties": f"merge_method: breadcrumbs_ties\n{BASE}{MIDDLE}parameters: {{gamma: 0.1}}\n",
     "model_stock": f"merge_method: model_stock\n{BASE}{models(a='', b='', c='')}",
+    "sce": f"merge_method: sce\n{BASE}{models(a='', b='', c='')}",
+    "sce selected": f"merge_method: sce\n{BASE}{models(a='', b='', c='')}parameters: {{select_topk: 0.5}}\n",
+    "ram": f"merge_method: ram\n{BASE}{models(a='', b='', c='')}parameters: {{epsilon: 0.3}}\n",
+    "ramplus_tl": f"merge_method: ramplus_tl\n{BASE}{models(a='', b='', c='')}parameters: {{epsilon: 0.3}}\n",
+    "ramplus_tl scaled": (
+        f"merge_method: ramplus_tl\n{BASE}{models(a='', b='', c='')}parameters: {{epsilon: 0.3, r: 0.7, alpha: 0.9}}\n"
+    ),
+    "nearswap": f"merge_method: nearswap\n{BASE}{models(a='')}parameters: {{t: [0.1, 0.4]}}\n",
+    "arcee_fusion": f"merge_method: arcee_fusion\n{BASE}{models(base='', a='')}",
+    "nuslerp rows": (
+        f"merge_method: nuslerp\n{models(a='weight: 1', b='weight: 3')}parameters: {{nuslerp_flatten: false}}\n"
+    ),
+    "nuslerp columns": (
+        f"merge_method: nuslerp\n{BASE}{models(a='weight: 1', b='weight: 3')}"
+        "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n"
+    ),
     "karcher": f"merge_method: karcher\n{models(a='', b='', c='')}",
     "karcher with base_model": f"merge_method: karcher\n{BASE}{models(a='', b='')}",
     "multislerp": f"merge_method: multislerp\n{WEIGHTED}",
     "multislerp with base": f"merge_method: multislerp\n{BASE}{WEIGHTED}",
+    "multislerp unnormalised": f"merge_method: multislerp\n{BASE}{WEIGHTED}parameters: {{normalize_weights: false}}\n",
     "passthrough": (
         "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
         "- sources:\n  - model: b\n    layer_range: [1, 4]\n"
