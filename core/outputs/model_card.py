@@ -11,22 +11,18 @@ holds no times. Text from files is put in code spans and fences, or escaped, so 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
-from .hub import SNAPSHOT
 from .manifest import DataRecord
+from .markdown import code, escaped, fenced, shown, table, without_paths
 from .safetensors_header import printable
 
-__all__ = ["Account", "Ancestor", "Facts", "code", "fenced", "model_card", "shown", "table"]
+__all__ = ["Account", "Ancestor", "Facts", "model_card"]
 
-# A model directory in the hub's cache; addresses and paths of this machine inside a text.
-ADDRESS = re.compile(r"\w+://\S+")
-PLACE = re.compile(r"(?:(?<![\w:./])~?/|(?:\.\./)+)(?:[^\s/,+]+/)*(?P<name>[^\s/,+]+)/?")
 MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are part of the result
 
 WHAT = {
@@ -141,7 +137,7 @@ def model_card(facts: Facts) -> str:
         ("How it was made", _making(facts)),
         ("Limits", _limits(facts)),
     ]
-    text = f"---\n{front}---\n\n# {_escaped(facts.name)}\n\n{_what(facts)}\n"
+    text = f"---\n{front}---\n\n# {escaped(facts.name)}\n\n{_what(facts)}\n"
     return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections)
 
 
@@ -232,7 +228,7 @@ def _figures(summary: object) -> Iterator[tuple[str, str]]:
             continue
         error = summary.get(f"{key}_se")
         if isinstance(value, str):
-            figure = _without_paths(value)
+            figure = without_paths(value)
         else:
             figure = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
         rows.append([str(key).replace("_", " "), figure + (f" ± {error:.2g}" if isinstance(error, float) else "")])
@@ -322,7 +318,7 @@ def _making(facts: Facts) -> str:
     data = manifest.get("data")
     for source in data if isinstance(data, list | tuple) else ():
         name, digest = str(source.get("path", "")), str(source.get("digest", "")).rpartition(":")[2][:10]
-        lines.append(f"- Data: {code(_without_paths(name))}, BLAKE3 {code(digest)}")
+        lines.append(f"- Data: {code(without_paths(name))}, BLAKE3 {code(digest)}")
     versions = manifest.get("versions")
     if isinstance(versions, Mapping):
         lines.append("- Versions: " + ", ".join(f"{code(f'{name} {value}')}" for name, value in versions.items()))
@@ -355,52 +351,3 @@ def _limits(facts: Facts) -> str:
     else:
         lines.append(f"- Licence: {code(str(licence))}, as stated by the cards of the models that it was made from.")
     return "\n".join(lines)
-
-
-# --- Markdown -------------------------------------------------------------------------------------------------------
-
-
-def shown(value: object) -> object:
-    """Return a setting without traces of this machine: paths become names, addresses are left out."""
-    if isinstance(value, Mapping):
-        return {str(key): shown(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [shown(item) for item in value]
-    return _without_paths(value) if isinstance(value, str) else value
-
-
-def _without_paths(text: str) -> str:
-    """Return `shown` of a text."""
-    found = SNAPSHOT.search(text)
-    if found:
-        return f"{found['owner']}/{found['name']}@{found['revision']}"
-    if text.startswith(("/", "~/", "../")):
-        return PurePosixPath(text).name
-    return PLACE.sub(lambda match: match["name"], ADDRESS.sub("(an address)", text))
-
-
-def code(text: str) -> str:
-    """Return a code span that can hold any text."""
-    text = printable(text)
-    ticks = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (ticks + 1)
-    pad = " " if ticks else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def fenced(text: str, language: str) -> str:
-    """Return a code block that can hold any text."""
-    ticks = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, ticks + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of plain text."""
-    lines = [[*map(_escaped, columns)], ["---"] * len(columns), *([*map(_escaped, row)] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """Return text for a line, escaped so that it means nothing to Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", printable(text))

@@ -25,9 +25,9 @@ from gemma2.merging.inputs.compatibility import (
     check_same_architecture,
     check_same_tensors,
     check_same_tokenizer,
-    tied_copies,
 )
 from gemma2.merging.inputs.families import is_decoder
+from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.methods.request import DTYPES
 from gemma2.merging.plan.groups import BEFORE_LAYERS

@@ -28,8 +28,9 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable, weight
 from gemma2.core.outputs.staging import check_output, check_space, staged_output
 from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.inputs.checkpoint import COMPANIONS, Checkpoint, Reader
-from gemma2.merging.inputs.compatibility import check_model, tied_copies
+from gemma2.merging.inputs.compatibility import check_model
 from gemma2.merging.inputs.families import is_decoder
+from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.kernels.dense import announced, check_sum
 from gemma2.merging.kernels.dtypes import KINDS, Bytes, Doubles, Floats, narrow, widen

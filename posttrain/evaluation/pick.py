@@ -22,7 +22,8 @@ from pathlib import Path
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_weights
-from gemma2.core.outputs.model_card import Account, code, table
+from gemma2.core.outputs.markdown import code, table
+from gemma2.core.outputs.model_card import Account
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress

@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 from gemma2.core.outputs.ancestry import ancestors_of, write_card
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest, write_manifest
-from gemma2.core.outputs.model_card import Ancestor, Facts, code, fenced, metadata, model_card, shown, table
+from gemma2.core.outputs.markdown import code, fenced, shown, table
+from gemma2.core.outputs.model_card import Ancestor, Facts, metadata, model_card
 from gemma2.merging import MergeRequest, merge
 
 CAUSAL, CLASSIFIER = {"architectures": ["Gemma2ForCausalLM"]}, {"architectures": ["Gemma2ForSequenceClassification"]}
