@@ -67,7 +67,7 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
             return UsageProblem(*_several(found), page)
     if context is not None and "No such option" in text:
-        names = {name for part in context.command.params for name in part.opts}
+        names = {name for part in context.command.params for name in part.opts if name.startswith("-")}
         short = next(
             (word for word in words if not word.startswith("--") and f"-{word.partition('=')[0]}" in names), None
         )

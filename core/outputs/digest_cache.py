@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .cache import cache_folder
 from .hashing import hasher
+from .home import cache_folder
 
 __all__ = ["Stamp", "remembered", "stamp_of", "store"]
 

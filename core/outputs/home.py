@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` is their home, also where no shell replaces it (`--out=~/x`, `a,~/b`, YAML)."""
+"""The user's folders: the cache, and `~` in paths, also where no shell replaces it (`--out=~/x`, `a,~/b`, YAML)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["at_home", "text_at_home"]
+__all__ = ["at_home", "cache_folder", "text_at_home"]
 
 T = TypeVar("T")
 START = re.compile(r"(?:^|(?<=\+))~(?=/|$)|^~[^/+]+")  # `~`, `~name`, and both parts of MODEL+ADAPTER
@@ -25,3 +25,9 @@ def at_home(value: T) -> T:
     if isinstance(value, list | tuple):
         return type(value)(at_home(item) for item in value)
     return value
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder in the user's cache by the XDG base directory specification; it need not exist."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(text_at_home(given)) if given else Path.home() / ".cache") / "gemma2" / name

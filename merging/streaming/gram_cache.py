@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2.core.outputs.cache import cache_folder
+from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.dtypes import Doubles

@@ -20,6 +20,8 @@ WORDS = {
     "slerp": "SLERP", "liti": "LITI", "warp": "WARP merge", "ema": "EMA", "nuslerp": "NuSLERP",
     "multislerp": "MultiSLERP", "ties": "TIES", "dare": "DARE", "dare-ties": "DARE-TIES", "della": "DELLA",
     "della-linear": "DELLA-linear", "breadcrumbs": "Breadcrumbs", "breadcrumbs-ties": "Breadcrumbs-TIES",
+    "sce": "SCE", "ram": "RAM", "ram-plus": "RAM+", "nearswap": "NearSwap", "arcee-fusion": "Arcee Fusion",
+    "nuslerp-rows": "NuSLERP by rows",
     "model-stock": "Model Stock", "task-arithmetic": "task arithmetic", "passthrough": "passthrough",
 }  # fmt: skip
 MARKERS = {"base": "X", "sft": "o", "policy": "o", LINE: "o", "slerp": "D", "liti": "s"}
@@ -27,6 +29,7 @@ Marker = str | tuple[int, int, int]
 # Of the other methods, in the order of their table. A triple: corners, 1 for a star, angle.
 OTHER_MARKERS: tuple[Marker, ...] = ("^", "v", "P", "*", "p", "<", ">", "h", "d", "8")
 OTHER_MARKERS += ((4, 1, 0), (4, 1, 45), (3, 1, 0), (3, 1, 180), (6, 1, 0), (8, 1, 0))
+OTHER_MARKERS += ((4, 0, 20), (5, 0, 180), (7, 0, 0), (5, 1, 180), (7, 1, 0), (9, 1, 0))
 GLYPHS = {"base": "×", "sft": "●", "policy": "○", "slerp": "◆", "liti": "■", LINE: "•"}
 OTHER_GLYPH = "▲"
 

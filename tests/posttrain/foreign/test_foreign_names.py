@@ -18,7 +18,7 @@ from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.schemas.config import resolve
 
 FLAGS = {
-    name: {flag for part in command.params for flag in (*part.opts, *part.secondary_opts)}
+    name: {flag for part in command.params for flag in (*part.opts, *part.secondary_opts) if flag.startswith("-")}
     for name, command in all_commands()
     if not isinstance(command, TyperGroup) or command.invoke_without_command
 }
