@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from shapes import SIZES, layout, write_sparse
 
@@ -43,7 +44,7 @@ def many_stages(place: Path, count: int, rounds: int) -> None:
 
     (place / "model").mkdir()
     header, _ = encode_header({"model.embed_tokens.weight": ("F32", (8, 4)), "model.norm.weight": ("F32", (4,))})
-    (place / "model" / "model.safetensors").write_bytes(header + bytes(4 * 36))
+    (place / "model" / "model.safetensors").write_bytes(header + np.linspace(-1, 1, 36, dtype=np.float32).tobytes())
     config = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "vocab_size": 8, "hidden_size": 4}
     (place / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     stages: dict[str, Any] = {}
