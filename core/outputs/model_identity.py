@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache
@@ -24,6 +24,7 @@ from .safetensors_header import weight_files
 __all__ = [
     "CONFIGS",
     "ModelIdentity",
+    "as_digests",
     "deciding_files",
     "digest_model",
     "identity_of",
@@ -112,6 +113,19 @@ def _digest_of(path: Path, threads: int) -> str:
     if path.stat().st_size <= BY_VALUE:
         return settings_in(path.read_bytes())
     return remembered("config", [path], lambda: settings_in(path.read_bytes()))
+
+
+def as_digests(files: Mapping[str, str]) -> dict[str, str]:
+    """Return the files of an identity by digests alone: a recipe that people read need not repeat their settings."""
+
+    def digest(value: str) -> str:
+        if value.startswith("blake3:"):
+            return value
+        found = hasher()
+        found.update(value.encode())
+        return digest_name(found)
+
+    return {name: digest(str(value)) for name, value in files.items()}
 
 
 def settings_in(text: bytes) -> str:

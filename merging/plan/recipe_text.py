@@ -15,6 +15,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.hub import SNAPSHOT
 from gemma2.core.outputs.manifest import ParentRecord
+from gemma2.core.outputs.model_identity import as_digests
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.yaml_files import to_yaml
 from gemma2.merging.inputs.checkpoint import Checkpoint
@@ -53,7 +54,8 @@ def recipe_text(plan: MergePlan, number: int, parents: Sequence[ParentRecord]) -
         text = "{" in request.chat_template or Path(request.chat_template).is_file()
         values["chat_template"] = TEMPLATE if text else request.chat_template
     given = {key: value for key, value in values.items() if value not in (None, [])}
-    return HEAD.format(name=RECIPE) + to_yaml({**given, "inputs": [dict(parent) for parent in parents]})
+    inputs = [{**parent, "files": as_digests(parent.get("files", {}))} for parent in parents]
+    return HEAD.format(name=RECIPE) + to_yaml({**given, "inputs": inputs})
 
 
 def check_inputs(recorded: Sequence[JsonMapping], found: Sequence[tuple[str, Path, str, Mapping[str, str]]]) -> None:
@@ -70,8 +72,8 @@ def check_inputs(recorded: Sequence[JsonMapping], found: Sequence[tuple[str, Pat
         if record.get("weights") != weights:
             raise InputError(f"{named}: its weights have the digest {weights}, not {record.get('weights')}", fix)
         known = record.get("files")
-        before = known if isinstance(known, Mapping) else {}
-        changed = sorted(name for name in before.keys() | files.keys() if before.get(name) != files.get(name))
+        before, now = known if isinstance(known, Mapping) else {}, as_digests(files)
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if changed:
             raise InputError(f"{named}: its {printable(changed[0])} differs", fix)
 
