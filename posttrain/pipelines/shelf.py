@@ -18,9 +18,9 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import CHECKPOINTS, MANIFEST, SCHEMA_VERSION, read_manifest
 from gemma2.core.outputs.staging import staged_output
-from gemma2.posttrain.provenance.library_versions import other_versions
 from gemma2.posttrain.provenance.origin import hash_of, origin_of
 from gemma2.posttrain.provenance.output_state import broken_files
+from gemma2.posttrain.provenance.version_rule import other_versions
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.schemas.config import Config
 

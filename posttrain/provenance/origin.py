@@ -298,7 +298,7 @@ def hash_of(record: JsonMapping, schema: type[Config] | None) -> str:
     """Return `"blake3:<hex>"` of what a record says that decides the result: equal hashes mean equal work.
 
     BLAKE3 of {command, settings without paths, (role, contents) of every parent, digest of every data file, code}.
-    Versions are not part of it (library_versions.py).
+    Versions are not part of it (version_rule.py).
     """
     inputs = _recorded_inputs(record)
     settings = record.get("config") or {}

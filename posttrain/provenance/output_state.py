@@ -21,9 +21,9 @@ from gemma2.core.outputs.staging import partial_path
 from gemma2.posttrain.schemas.config import Config
 
 from .change import Change
-from .library_versions import other_versions
 from .named_inputs import EVALUATIONS
 from .origin import changes, derived_changes
+from .version_rule import other_versions
 
 __all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
 

@@ -33,10 +33,10 @@ from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partial_path, publish
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
-from gemma2.posttrain.provenance.library_versions import other_versions
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
 from gemma2.posttrain.provenance.origin import changes, origin_of
 from gemma2.posttrain.provenance.recorded_files import check_weights
+from gemma2.posttrain.provenance.version_rule import other_versions
 from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live

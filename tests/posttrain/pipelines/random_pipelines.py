@@ -34,7 +34,7 @@ from gemma2.posttrain.pipelines.compile import Pipeline
 from gemma2.posttrain.pipelines.decision import GOES_ON_IF, Choice
 from gemma2.posttrain.pipelines.run import Watcher, run_stages
 from gemma2.posttrain.pipelines.scheduler import StageFailed
-from gemma2.posttrain.provenance import library_versions
+from gemma2.posttrain.provenance import version_rule
 from gemma2.posttrain.runs import run_directory
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
@@ -351,7 +351,7 @@ def world_versions(world: World) -> Any:
     """Every part of the suite sees the versions of the world; models without a tokenizer pass the checks."""
     stack = ExitStack()
     stack.enter_context(patch.object(CommandChecks, "inputs", lambda self, config: []))
-    for module in (library_versions, run_directory):
+    for module in (version_rule, run_directory):
         stack.enter_context(patch.object(module, "versions", lambda: dict(world.versions)))
     return stack
 
