@@ -89,8 +89,12 @@ def _is_inside(name: str) -> bool:
 
 
 def _is_whole(path: Path, command: str) -> bool:
+    """Whether an output is all there by the versions of now, and its manifest lists all of it.
+
+    One that holds other outputs (those of `tiny` and `warp`) does not list them, and is made again.
+    """
     manifest = read_manifest(path)
-    if manifest is None or other_versions(command, manifest.get("versions") or {}):
+    if manifest is None or any(path.glob(f"*/{MANIFEST}")) or other_versions(command, manifest.get("versions") or {}):
         return False
     return next(iter(broken_files(manifest, path)), None) is None
 

@@ -114,3 +114,10 @@ def test_folders_that_are_not_outputs_are_passed_over(world, tmp_path):
     (tmp_path / "one" / "broken").mkdir()
     (tmp_path / "one" / "broken" / "gemma2.json").write_text("{")
     assert run(tmp_path / "two", STAGES, tmp_path / "one", tmp_path / "nowhere") == []
+
+
+def test_an_output_that_holds_other_outputs_is_made_again(world, tmp_path):
+    inner = tmp_path / "one" / "a" / "inner"
+    inner.mkdir()
+    (inner / "gemma2.json").write_text(json.dumps({"status": "complete", "files": {}}))
+    assert run(tmp_path / "two", STAGES, tmp_path / "one") == ["a"]
