@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +28,10 @@ from .plan.recipe_text import RECIPE, check_inputs, recipe_text
 from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
-from .streaming.feeder import CUT, Feeder, longest_cut
+from .streaming.feeder import CUT, Feeder, job_length, longest_cut
 from .streaming.gram_cache import Products
 from .streaming.group_report import GroupReport, judge, mean_angle
+from .streaming.input_digests import InputDigests
 from .streaming.read_back import ReadBack
 from .streaming.unmerged import carry
 from .streaming.writer import Writer, copy_companions
@@ -91,15 +92,15 @@ def merge(
     force: bool = False,
     verify: bool = True,
     progress: Progress = SILENT,
-    cut: int = CUT,
+    cut: int | None = None,
     account: Account | None = None,
 ) -> MergeResult:
     """Merge models into `out`, or with several etas into one directory per eta inside `out`.
 
     Each output is a model directory that appears complete or not at all. With `verify` it is read back from the disk
     before it appears; without, its manifest has no digests of the weights. `cut` is the number of elements per read, a
-    multiple of 4096; it does not change the result. `account` replaces entries of the manifest and the card for another
-    command that merges.
+    multiple of 4096 (None: by the method); it does not change the result. `account` replaces entries of the manifest
+    and the card for another command that merges.
     Raises UsageError, InputError or OutputError, if possible before any work.
     """
     with system_refusals(out):
@@ -112,7 +113,7 @@ def merge(
 
 
 def _merge(
-    plan: MergePlan, force: bool, verify: bool, progress: Progress, cut: int, account: Account | None
+    plan: MergePlan, force: bool, verify: bool, progress: Progress, cut: int | None, account: Account | None
 ) -> MergeResult:
     started = now()
     with ExitStack() as stack:
@@ -126,10 +127,10 @@ def _merge(
             if plan.template:
                 write_template(plan.template, directory)
         if plan.request.recorded:
-            found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan)]
+            found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan, {})]
             check_inputs(plan.request.recorded, found)
-        result, digests = _stream(plan, directories, verify, progress, cut)
-        parents = _identified(plan)
+        result, digests, weights = _stream(plan, directories, verify, progress, cut)
+        parents = _identified(plan, weights)
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
@@ -148,9 +149,12 @@ def _config_changes(plan: MergePlan) -> JsonObject:
 
 
 def _stream(
-    plan: MergePlan, directories: list[Path], verify: bool, progress: Progress, cut: int
-) -> tuple[MergeResult, list[dict[str, str]]]:
-    """Read, merge and write all weights; with `verify` also read them back and return the digest of each file."""
+    plan: MergePlan, directories: list[Path], verify: bool, progress: Progress, cut: int | None
+) -> tuple[MergeResult, list[dict[str, str]], dict[Path, str]]:
+    """Read, merge and write all weights; return the digests of the inputs' tensors, by directory.
+
+    With `verify` also read the outputs back, and return the digest of each file.
+    """
     begin = time.perf_counter()
     total = plan.input_bytes * plan.method.passes + (plan.output_bytes * len(directories) if verify else 0)
     with (
@@ -161,39 +165,47 @@ def _stream(
         for model in plan.inputs:
             check_copies(model, reader)
         found = constant_tensors(plan, reader)
-        output = Output(plan, [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories])
+        writers = [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories]
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
+        output = Output(plan, writers, followers)
+        inputs = InputDigests(plan.inputs)
         groups = []
-        for group, report in zip(plan.groups, _groups(plan, reader, output, task, cut), strict=True):
+        for group, report in zip(plan.groups, _groups(plan, reader, output, task, inputs, cut), strict=True):
             groups.append(report)
-            for follower in followers:
-                follower.wrote(group.tensors)
+            for name in group.tensors:
+                output.wrote(name, plan.parts[name].sources[0].count)
         for name in carry(plan, reader, output):
-            for follower in followers:
-                follower.wrote([name])
+            output.wrote(name, plan.models[0].tensors[name].count)
+        weights = inputs.finish(plan.request.threads)
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin
     warnings = (*plan.warnings, *found, *judge(plan.request.method, groups))
-    return MergeResult(plan, tuple(groups), warnings, seconds), digests or [{} for _ in directories]
+    return MergeResult(plan, tuple(groups), warnings, seconds), digests or [{} for _ in directories], weights
 
 
-def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: int) -> Iterator[GroupReport]:
+def _groups(
+    plan: MergePlan, reader: Reader, output: Output, task: Task, inputs: InputDigests, cut: int | None
+) -> Iterator[GroupReport]:
     """Merge group after group, with the stream for the method."""
+    outputs = len(output.writers)
     if plan.method.selection is not None:
         from .streaming.sparse_stream import ChoosingStream  # its kernels are not loaded for scalar combinations
 
-        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
-        yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
+        feeder = Feeder(plan, reader, outputs, longest_cut(plan, cut or CUT))
+        with inputs.read_ahead():
+            yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
         return
     if plan.method.elements is not None:
         from .streaming.element_stream import ElementStream
 
-        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
-        yield from ElementStream(plan, feeder, output, task, plan.method.elements).run()
+        feeder = Feeder(plan, reader, outputs, longest_cut(plan, cut or CUT))
+        with inputs.read_ahead():
+            yield from ElementStream(plan, feeder, output, task, plan.method.elements).run()
         return
     products = Products(plan)
-    yield from Stream(plan, Feeder(plan, reader, len(output.writers), cut), output, task, products).run()
+    feeder = Feeder(plan, reader, outputs, cut or job_length(plan, outputs), 1, inputs)
+    yield from Stream(plan, feeder, output, task, products).run()
     products.save()
 
 
@@ -208,9 +220,9 @@ def _places_of(plan: MergePlan) -> list[InputPlace]:
     return found
 
 
-def _identified(plan: MergePlan) -> list[Identified]:
+def _identified(plan: MergePlan, weights: Mapping[Path, str]) -> list[Identified]:
     """Return role, directory and identity of every input; digests are remembered from one call to the next."""
-    return [(role, path, identity_of(path, plan.request.threads)) for role, path in _places_of(plan)]
+    return [(role, path, identity_of(path, plan.request.threads, weights.get(path))) for role, path in _places_of(plan)]
 
 
 def _manifest(

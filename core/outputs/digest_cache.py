@@ -23,7 +23,7 @@ from pathlib import Path
 from .hashing import hasher
 from .home import cache_folder
 
-__all__ = ["Stamp", "remembered", "stamp_of", "store"]
+__all__ = ["Reading", "Stamp", "remembered", "stamp_of", "store"]
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
 
@@ -40,23 +40,35 @@ def stamp_of(path: Path) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+class Reading:
+    """Files that are about to be read for a digest, and the digest of an earlier reading with the stamps of now.
+
+    known  the earlier digest; None if the files must be read
+    """
+
+    def __init__(self, kind: str, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._stamps = [stamp_of(path) for path in paths]
+        self._key = _key(kind, self._stamps)
+        self.known = _known_digest(self._key)
+        self._settled = self.known is None and _settled(self._stamps)
+
+    def keep(self, digest: str) -> str:
+        """Remember the digest that was found by reading, and return it."""
+        if self._settled and [stamp_of(path) for path in self._paths] == self._stamps:  # else written to meanwhile
+            _KNOWN[self._key] = digest
+            _append(self._key, digest)
+        return digest
+
+
 def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> str:
     """Return `compute()` of these files, or its earlier result for files with the stamps that they have now.
 
     kind     the name of what is computed
     compute  must depend on nothing but the bytes of the files, and on `kind`
     """
-    stamps = [stamp_of(path) for path in paths]
-    key = _key(kind, stamps)
-    known = _known_digest(key)
-    if known is not None:
-        return known
-    settled = _settled(stamps)
-    found = compute()
-    if settled and [stamp_of(path) for path in paths] == stamps:  # else it was written to meanwhile
-        _KNOWN[key] = found
-        _append(key, found)
-    return found
+    reading = Reading(kind, paths)
+    return reading.keep(compute()) if reading.known is None else reading.known
 
 
 def store(kind: str, paths: Sequence[Path], stamps: Sequence[Stamp], began: int, digest: str) -> None:

@@ -1,11 +1,18 @@
-"""BLAKE3 digests of bytes and files."""
+"""BLAKE3 digests of bytes, files and tensors.
+
+A tensor is hashed in pieces, and its digest is the one of the digests of its pieces: whoever reads a tensor for another
+purpose, in any order and from several threads, can hash it on the way, while the processor has the bytes at hand.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Hasher", "digest_file", "digest_name", "hasher"]
+__all__ = ["HASHED_BYTES", "Hasher", "TensorHasher", "digest_file", "digest_name", "digest_of_pieces", "hasher"]
+
+HASHED_BYTES = 1 << 20  # of a piece of a tensor
 
 
 class Hasher(Protocol):
@@ -13,6 +20,10 @@ class Hasher(Protocol):
 
     def update(self, data: bytes | memoryview, /) -> object:
         """Add bytes to the digest."""
+        ...
+
+    def digest(self) -> bytes:
+        """The digest of the bytes so far."""
         ...
 
     def hexdigest(self) -> str:
@@ -31,6 +42,38 @@ def hasher(threads: int = 1) -> Hasher:
 def digest_name(digest: Hasher) -> str:
     """Return `"blake3:<hex>"` of a hasher."""
     return f"blake3:{digest.hexdigest()}"
+
+
+def digest_of_pieces(digests: Sequence[bytes]) -> str:
+    """Return the hexadecimal digest of a tensor from those of its pieces of HASHED_BYTES; of a single one its own."""
+    if len(digests) == 1:
+        return digests[0].hex()
+    total = hasher()
+    total.update(b"".join(digests))
+    return total.hexdigest()
+
+
+class TensorHasher:
+    """The digest of a tensor from its bytes in order."""
+
+    def __init__(self) -> None:
+        self._done: list[bytes] = []
+        self._running = hasher()
+        self._room = HASHED_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Add bytes to the digest."""
+        while data:
+            if not self._room:
+                self._done.append(self._running.digest())
+                self._running, self._room = hasher(), HASHED_BYTES
+            part, data = data[: self._room], data[self._room :]
+            self._running.update(part)
+            self._room -= len(part)
+
+    def hexdigest(self) -> str:
+        """Return the digest of the bytes so far, in hexadecimal."""
+        return digest_of_pieces([*self._done, self._running.digest()])
 
 
 def digest_file(path: Path, threads: int = 1) -> str:

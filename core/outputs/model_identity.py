@@ -64,10 +64,13 @@ class ModelIdentity:
     files: dict[str, str]
 
 
-def identity_of(directory: Path, threads: int = 1) -> ModelIdentity:
-    """Return the identity of a model directory, a reward model or an adapter. Raises InputError for broken weights."""
+def identity_of(directory: Path, threads: int = 1, weights: str | None = None) -> ModelIdentity:
+    """Return the identity of a model directory, a reward model or an adapter. Raises InputError for broken weights.
+
+    weights  the digest of its tensors, if they were hashed while they were read
+    """
     files = {path.relative_to(directory).as_posix(): _digest_of(path, threads) for path in deciding_files(directory)}
-    return ModelIdentity(digest_weights(directory, threads), files)
+    return ModelIdentity(weights or digest_weights(directory, threads), files)
 
 
 def digest_model(directory: Path) -> str:

@@ -20,7 +20,8 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.merging.inputs.adapter import adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
-from gemma2.merging.kernels.dtypes import KINDS, Floats, compiled, widen
+from gemma2.merging.kernels.dtypes import compiled, widen
+from gemma2.merging.kernels.formats import KINDS, Floats
 
 __all__ = ["Distances", "Sums"]
 

@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 import numpy as np
 from numba.core import event
 
-from .dtypes import Bytes, Doubles, Floats, Out, Stored, compiled, store, value
+from .dtypes import compiled, store, value
+from .formats import Bytes, Doubles, Floats, Out, Stored
 
 __all__ = ["BLOCK", "announced", "check_sum", "combine", "gram", "pair_count"]
 

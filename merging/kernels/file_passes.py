@@ -1,7 +1,7 @@
-"""Passes over a range of one tensor in all operands: read, compute, write, without returning to Python in between.
+"""Reads and writes inside kernels that go over a tensor cut by cut, without returning to Python in between.
 
 Each step in a Python thread takes 0.1 ms in which no other thread runs: with steps of 256 Ki elements a fifth of the
-whole merge. So these loops call the system's `pread` and `pwrite` themselves. They return where something failed, and
+whole merge. So these kernels call the system's `pread` and `pwrite` themselves. They return where something failed, and
 the caller repeats that step in Python to learn why.
 """
 
@@ -11,10 +11,10 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from .dense import BLOCK, check_sum, combine, gram
-from .dtypes import Bytes, Doubles, Floats, Out, Stored, compiled
+from .dtypes import compiled
+from .formats import Bytes, Stored
 
-__all__ = ["DONE", "NOT_FINITE", "blend", "load", "measure"]
+__all__ = ["DONE", "NOT_FINITE", "load", "read_all", "write_all"]
 
 Longs = NDArray[np.int64]
 
@@ -71,64 +71,4 @@ def load(files: Longs, first: int, count: int, stored: Stored) -> int:
         into = stored[k, :count].view(np.uint8)
         if files[k, 0] >= 0 and not read_all(files[k, 0], files[k, 1] + first * stored.itemsize, into):
             return k + 1
-    return DONE
-
-
-@compiled()
-def measure(files: Longs, span: tuple[int, int, int], based: bool, stored: Stored, products: Doubles) -> int:
-    """Inner products of elements [first, first + count), `cut` at a time. Returns a code.
-
-    span      (first, count, cut); cut is a multiple of BLOCK
-    stored    (K, >= cut) work space of the operands' dtype, see `gram`
-    products  (ceil(count / BLOCK), 1 + pairs): see `gram`
-    """
-    first, total, cut = span
-    for begin in range(0, total, cut):
-        count = min(cut, total - begin)
-        failed = load(files, first + begin, count, stored)
-        if failed:
-            return failed
-        low = begin // BLOCK
-        gram(stored, count, based, products[low : low + (count + BLOCK - 1) // BLOCK])
-    return DONE
-
-
-@compiled()
-def blend(
-    files: Longs,
-    span: tuple[int, int, int],
-    weights: Doubles,
-    targets: Longs,
-    space: tuple[Stored, Floats, Out],
-    checks: NDArray[np.uint64],
-    based: bool,
-    products: Doubles,
-) -> int:
-    """Combine elements [first, first + count) and write them, `cut` at a time. Returns a code.
-
-    span      (first, count, cut); cut is a multiple of BLOCK
-    weights   (E, K) fp64
-    targets   (E, 2): descriptor and offset of the tensor in each output
-    space     stored (K, >= cut), total (BLOCK,) fp32, out (E, >= cut): see `combine`
-    checks    (E,) to which the check sums of the written data are added
-    products  as in `measure`, filled from the same read; without rows it is not filled
-    """
-    first, total, cut = span
-    stored, sums, out = space
-    for begin in range(0, total, cut):
-        count = min(cut, total - begin)
-        failed = load(files, first + begin, count, stored)
-        if failed:
-            return failed
-        if len(products):
-            low = begin // BLOCK
-            gram(stored, count, based, products[low : low + (count + BLOCK - 1) // BLOCK])
-        if not combine(stored, count, weights, sums, out):
-            return NOT_FINITE
-        for e in range(len(targets)):
-            data = out[e, :count].view(np.uint8)
-            place = (first + begin) * out.itemsize
-            checks[e] += check_sum(data, targets[e, 1] + place)
-            if not write_all(targets[e, 0], targets[e, 1] + place, data):
-                return NOT_FINITE - 1 - e
     return DONE

@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dense import BLOCK, REORDER, check_sum, gram
-from .dtypes import Doubles, Floats, Out, Stored, compiled, float_bits, store, value
+from .dtypes import compiled, float_bits, store, value
 from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
+from .formats import Doubles, Floats, Out, Stored
 from .philox import STEPS, Words, attainable, uniforms
 from .top_k import MAGNITUDE, Counts
 

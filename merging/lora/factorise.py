@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from gemma2.merging.kernels.dtypes import Doubles, Floats
+from gemma2.merging.kernels.formats import Doubles, Floats
 
 __all__ = ["LowRankFactors", "Svd", "factorise"]
 

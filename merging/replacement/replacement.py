@@ -33,7 +33,8 @@ from gemma2.merging.inputs.families import is_decoder
 from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.kernels.dense import announced, check_sum
-from gemma2.merging.kernels.dtypes import KINDS, Bytes, Doubles, Floats, narrow, widen
+from gemma2.merging.kernels.dtypes import narrow, widen
+from gemma2.merging.kernels.formats import KINDS, Bytes, Doubles, Floats
 from gemma2.merging.streaming.failures import no_empty_parents, system_refusals
 from gemma2.merging.streaming.read_back import ReadBack
 from gemma2.merging.streaming.writer import Writer, copy_companions
@@ -241,7 +242,7 @@ def _write_weights(plan: ReplacePlan, directory: Path, progress: Progress) -> di
                 sums[name] = (sums.get(name, 0) + int(check_sum(piece, place))) % 2**64
                 begin += piece.size
                 task.advance(piece.size)
-            follower.wrote([name])
+            follower.wrote(name, begin)
         return follower.finish(plan.layout, sums)
 
 

@@ -1,38 +1,43 @@
-"""Streams the groups of a plan through the kernels. Memory holds cuts, never a whole tensor.
+"""Streams the groups of a plan through the kernels. Memory holds jobs, never a whole tensor.
 
 Per group: pass 1 reads the operands and sums their inner products, the method turns the Gram matrix into weights, pass
-2 reads the operands again (from the page cache) and writes the combination. Methods whose weights are known beforehand,
-or whose sums are cached, need one pass.
+2 reads the operands again (from the page cache) and writes the combination. Pass 1 is a group ahead, so that no thread
+waits for the end of a group. Methods whose weights are known beforehand, or whose sums are cached, need one pass. What
+is read first is hashed on the way, for the record of the inputs.
 
-Cuts are multiples of the kernels' block, and sums over blocks and tensors are exactly rounded (`math.fsum`): the result
-is bit for bit the same for any number of threads, size of cut and division into shards.
+Jobs are multiples of the kernels' block, and sums over blocks and tensors are exactly rounded (`math.fsum`): the result
+is bit for bit the same for any number of threads, size of job and division into shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from math import fsum
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gemma2.core.errors import Gemma2Error, InputError, OutputError
+from gemma2.core.errors import InputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.core.progress import Task
-from gemma2.merging.kernels.dense import BLOCK, pair_count
-from gemma2.merging.kernels.dtypes import STORED, Doubles, Out
-from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE, blend, measure
+from gemma2.merging.kernels.dense import BLOCK, check_sum, combine, gram, pair_count
+from gemma2.merging.kernels.formats import STORED, Doubles, Out, Stored
 from gemma2.merging.methods.method import Group, Mix
 from gemma2.merging.plan.merge_plan import MergePlan
 
-from .feeder import Block, Feeder, Loaded, Workspace, in_order
+from .feeder import Block, Feeder, Workspace, in_order
 from .gram_cache import Products
 from .group_report import GroupReport, gram_of, report_group
+from .read_back import ReadBack
 from .writer import Writer
 
 __all__ = ["Checks", "Output", "Stream"]
+
+
+class Stopped(Exception):
+    """The merge failed elsewhere, so its pass ahead ends."""
 
 
 class Checks:
@@ -52,33 +57,37 @@ class Checks:
 class Output:
     """The target of the streams: the outputs, the dtype of each tensor, and the check sums of the written data."""
 
-    def __init__(self, plan: MergePlan, writers: Sequence[Writer]) -> None:
+    def __init__(self, plan: MergePlan, writers: Sequence[Writer], followers: Sequence[ReadBack] = ()) -> None:
         self.plan = plan
         self.writers = writers
+        self.followers = followers
         self.checks = Checks(len(writers))
 
-    def targets(self, name: str) -> NDArray[np.int64]:
-        """Return descriptor and offset of a tensor in each output, (E, 2)."""
-        places = [writer.places[name] for writer in self.writers]
-        return np.array([(place.descriptor, place.offset) for place in places], np.int64)
-
     def rows(self, name: str, space: Workspace) -> Out:
-        """Return the rows for results in the work space, in the dtype of a tensor, (E, cut)."""
+        """Return the rows for results in the work space, in the dtype of a tensor, (E, room)."""
         rows: Out = space.out.view(STORED[self.plan.layout[name][0]])
         return rows
 
-    def failure(self, name: str, code: int, job: Block, space: Workspace) -> Gemma2Error:
-        """Return the reason why a compiled pass failed: the write is repeated in Python, which reports the system's."""
-        dtype = self.plan.layout[name][0]
-        if code == NOT_FINITE:
-            return InputError(f"the merge of {printable(name)} overflows {dtype}", "give --dtype float32")
-        writer = self.writers[NOT_FINITE - 1 - code]
-        try:
-            count = min(job.count, space.out.shape[1] // 4)
-            writer.write(name, job.first * ITEM_BYTES[dtype], space.out[0, : count * ITEM_BYTES[dtype]])
-        except OutputError as error:
-            return error
-        return OutputError(f"writing to {writer.directory} failed once", "check the disk, and merge again")
+    def overflow(self, name: str) -> InputError:
+        """Return the error for a result that its dtype cannot hold."""
+        return InputError(
+            f"the merge of {printable(name)} overflows {self.plan.layout[name][0]}", "give --dtype float32"
+        )
+
+    def write(self, name: str, first: int, count: int, space: Workspace) -> None:
+        """Write elements [first, first + count) from the start of the rows for results, and add their check sums."""
+        item = ITEM_BYTES[self.plan.layout[name][0]]
+        sums = []
+        for writer, row in zip(self.writers, space.out, strict=True):
+            data = row[: count * item]
+            sums.append(int(check_sum(data, writer.places[name].offset + first * item)))
+            writer.write(name, first * item, data)
+        self.checks.add(name, sums)
+
+    def wrote(self, name: str, count: int) -> None:
+        """Announce that the first `count` elements of a tensor are written."""
+        for follower in self.followers:
+            follower.wrote(name, count * ITEM_BYTES[self.plan.layout[name][0]])
 
 
 class Stream:
@@ -90,76 +99,83 @@ class Stream:
         self.output = output
         self.task = task
         self.products = products
+        self._stopped = Event()
 
     def run(self) -> Iterator[GroupReport]:
         """Merge group after group."""
-        with ThreadPoolExecutor(self.plan.request.threads) as pool:
-            for group in self.plan.groups:
-                yield self._merge(pool, group)
+        groups = self.plan.groups
+        with ThreadPoolExecutor(self.feeder.workers) as pool, ThreadPoolExecutor(1) as driver, self._stopping():
+            ahead = [driver.submit(self._known, pool, group) for group in groups[:1]]
+            for number, group in enumerate(groups):
+                known = ahead.pop().result()
+                ahead += [driver.submit(self._known, pool, later) for later in groups[number + 1 : number + 2]]
+                yield self._merge(pool, group, known)
 
-    def _merge(self, pool: ThreadPoolExecutor, group: Group) -> GroupReport:
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """End the pass ahead as soon as the block fails."""
+        try:
+            yield
+        except BaseException:
+            self._stopped.set()
+            raise
+
+    def _known(self, pool: ThreadPoolExecutor, group: Group) -> dict[str, Doubles] | None:
+        """Return the sums of a group's tensors, from pass 1 or an earlier merge; None if no pass 1 is needed."""
         known = self.products.known(group)
         if known is None and self.plan.method.adaptive:
-            known = self._sums(group, in_order(pool, lambda job: self._measure(group, job), self.feeder.jobs(group)))
+            known = self._sums(group, self._ordered(pool, lambda job: self._measure(group, job), group))
             self.products.keep(group, known)
+        return known
+
+    def _merge(self, pool: ThreadPoolExecutor, group: Group, known: dict[str, Doubles] | None) -> GroupReport:
         gram = np.zeros((group.models, group.models)) if known is None else self._gram(group, known)
         mix = self.plan.method.mix(group, gram)
         wanted = known is None
-        found = self._sums(
-            group, in_order(pool, lambda job: self._write(group, job, mix, wanted), self.feeder.jobs(group))
-        )
+        results = self._ordered(pool, lambda job: self._write(group, job, mix, wanted), group)
+        found = self._sums(group, self._announced(results))
         if known is None:
             self.products.keep(group, found)
             known = found
         return self._report(group, known, mix)
 
+    def _ordered(
+        self, pool: ThreadPoolExecutor, function: Callable[[Block], tuple[Block, Doubles]], group: Group
+    ) -> Iterator[tuple[Block, Doubles]]:
+        return in_order(pool, function, self.feeder.jobs(group), 2 * self.feeder.workers)
+
+    def _announced(self, results: Iterable[tuple[Block, Doubles]]) -> Iterator[tuple[Block, Doubles]]:
+        for job, products in results:
+            self.output.wrote(job.name, job.first + job.count)
+            yield job, products
+
     def _measure(self, group: Group, job: Block) -> tuple[Block, Doubles]:
         """Return the inner products of one job per block, (blocks, 1 + pairs)."""
+        if self._stopped.is_set():
+            raise Stopped
         with self.feeder.space() as space:
-            loaded = self.feeder.sources(job, space)
-            products = self._table(group, job)
-            span = (job.first, job.count, self.feeder.size)
-            code = measure(loaded.files, span, group.based, loaded.stored, products)
-            if code != DONE:
-                raise self.feeder.unreadable(job, code - 1)
-            self._check_finite(job, products)
-            return job, products
+            stored = self.feeder.load(job, space)
+            return job, self._products_of(group, job, stored)
+
+    def _products_of(self, group: Group, job: Block, stored: Stored) -> Doubles:
+        """Return the inner products of a job that is read for the first time; its bytes are hashed as well."""
+        products = np.zeros((-(-job.count // BLOCK), 1 + pair_count(group.models)))
+        gram(stored, job.count, group.based, products)
+        if not np.isfinite(products).all():
+            raise self.feeder.not_finite(job)
+        self.feeder.hash(job, stored)
+        return products
 
     def _write(self, group: Group, job: Block, mix: Mix, wanted: bool) -> tuple[Block, Doubles]:
         """Combine and write one job; return its inner products if they are wanted."""
         with self.feeder.space() as space:
-            loaded = self.feeder.sources(job, space)
-            products = self._table(group, job)[: None if wanted else 0]
-            code = self._blend(group, job, mix, loaded, space, products)
-            if wanted:
-                self._check_finite(job, products)
-            if code > 0:
-                raise self.feeder.unreadable(job, code - 1)
-            if code != DONE:
-                raise self.output.failure(job.name, code, job, space)
+            stored = self.feeder.load(job, space)
+            products = self._products_of(group, job, stored) if wanted else np.zeros((0, 1 + pair_count(group.models)))
+            weights = np.ascontiguousarray(mix.weights)
+            if not combine(stored, job.count, weights, space.rows[0], self.output.rows(job.name, space)):
+                raise self.output.overflow(job.name)
+            self.output.write(job.name, job.first, job.count, space)
             return job, products
-
-    def _blend(self, group: Group, job: Block, mix: Mix, loaded: Loaded, space: Workspace, products: Doubles) -> int:
-        checks = np.zeros(len(self.output.writers), np.uint64)
-        code = blend(
-            loaded.files,
-            (job.first, job.count, self.feeder.size),
-            np.ascontiguousarray(mix.weights),
-            self.output.targets(job.name),
-            (loaded.stored, space.rows[0], self.output.rows(job.name, space)),
-            checks,
-            group.based,
-            products,
-        )
-        self.output.checks.add(job.name, checks.tolist())
-        return int(code)
-
-    def _table(self, group: Group, job: Block) -> Doubles:
-        return np.zeros((-(-job.count // BLOCK), 1 + pair_count(group.models)))
-
-    def _check_finite(self, job: Block, products: Doubles) -> None:
-        if not np.isfinite(products).all():
-            raise self.feeder.not_finite(job)
 
     def _sums(self, group: Group, results: Iterable[tuple[Block, Doubles]]) -> dict[str, Doubles]:
         """Return exactly rounded sums over the blocks of each tensor, (1 + pairs,)."""

@@ -1,8 +1,8 @@
 """Feeds ranges of tensors to the kernels: work space, jobs, adapted tensors, and the errors of failed reads.
 
-A job is a range of one tensor. Operands that are all bf16 or all fp32 are read by the compiled passes themselves, cut
-by cut; others (mixed, fp16, adapted, read through a row map) are converted to fp32 here first: their jobs are single
-cuts.
+A job is a range of one tensor. Operands that are all bf16 or all fp32 are read as they are; others (mixed, fp16,
+adapted, read through a row map) are converted to fp32 here. The passes that choose elements read plain operands
+themselves, cut by cut, several cuts in a job.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from gemma2.merging.inputs.adapter import Factors, adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.inputs.low_rank import LowRank
 from gemma2.merging.kernels.dense import BLOCK
-from gemma2.merging.kernels.dtypes import KINDS, STORED, Bytes, Floats, Stored, widen
+from gemma2.merging.kernels.dtypes import widen
+from gemma2.merging.kernels.formats import KINDS, STORED, Bytes, Floats, Stored
 from gemma2.merging.methods.method import Group
 from gemma2.merging.plan.groups import Part, Source
 from gemma2.merging.plan.merge_plan import MergePlan
 from gemma2.merging.tokenizers.row_map import ZEROS, RowMap, gather
 
+from .input_digests import InputDigests
 from .writer import aligned
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Loaded",
     "Workspace",
     "in_order",
+    "job_length",
     "longest_cut",
     "row_length",
     "whole_rows",
@@ -49,6 +52,10 @@ __all__ = [
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
 CUTS_IN_A_JOB = 16  # cuts between two returns to Python
+# Elements of a job of linear combinations, as a share of a budget for all operands and outputs: writes of 4 MB past the
+# page cache cost a fifth of the processor time of writes of 256 KB, and the third level cache holds what is read.
+LONGEST_JOB, JOB_BUDGET = 1 << 21, 1 << 23
+WAITING = 2  # threads that wait for the disk while the others compute
 PIECE = 64 * 1024  # elements that methods written in numpy see at a time, more where a row is longer
 MOST_ALIGNED = 1 << 20  # elements: whole rows that fill whole BLOCKs only beyond it are cut without regard to BLOCK
 WIDE_ROWS = 3  # rows that the sparse kernels need in addition to those of the operands
@@ -72,6 +79,13 @@ def longest_cut(plan: MergePlan, cut: int) -> int:
     return max(cut, *(-(-whole_rows(row, cut) // BLOCK) * BLOCK for row in rows))
 
 
+def job_length(plan: MergePlan, outputs: int) -> int:
+    """Return the elements of a job of linear combinations: a power of two, fewer with many operands."""
+    operands = max((len(part.sources) for part in plan.parts.values()), default=1)
+    share = JOB_BUDGET // (operands + outputs)
+    return int(max(min(1 << max(share.bit_length() - 1, 0), LONGEST_JOB), CUT))
+
+
 def whole_rows(row: int, cut: int) -> int:
     """Return the elements of as many whole rows as fit into a cut, at least one; if possible a multiple of BLOCK."""
     unit = lcm(row, BLOCK)
@@ -91,7 +105,7 @@ class Block:
 
 
 class Workspace:
-    """The buffers of one thread: operands, results, and fp32 rows of one block."""
+    """The buffers of one job: operands, results, and fp32 rows of one block."""
 
     def __init__(self, operands: int, outputs: int, cut: int) -> None:
         self.raw: Bytes = np.empty((operands, cut * 4), np.uint8)
@@ -111,17 +125,33 @@ class Loaded:
 
 
 class Feeder:
-    """Work space and sources of one merge. `cut` is a multiple of BLOCK."""
+    """Work space and sources of one merge.
 
-    def __init__(self, plan: MergePlan, reader: Reader, outputs: int, cut: int = CUT) -> None:
+    cut      elements read at a time, a multiple of BLOCK
+    cuts     number of them in a job, where the compiled passes read for themselves
+    workers  threads that use the work space
+    digests  of the inputs; None if they are not read through `load`
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        reader: Reader,
+        outputs: int,
+        cut: int = CUT,
+        cuts: int = CUTS_IN_A_JOB,
+        digests: InputDigests | None = None,
+    ) -> None:
         self.plan = plan
         self.reader = reader
-        self.cut = cut
+        self.cuts = cuts
+        self.digests = digests
+        self.workers = plan.request.threads if cuts > 1 or plan.request.threads == 1 else plan.request.threads + WAITING
         operands = max((len(part.sources) for part in plan.parts.values()), default=1)
         largest = max((part.sources[0].count for part in plan.parts.values()), default=1)
         self.size = min(cut, max(-(-largest // BLOCK), 1) * BLOCK)
         self._free: SimpleQueue[Workspace] = SimpleQueue()
-        for _ in range(plan.request.threads):
+        for _ in range(self.workers):
             self._free.put(Workspace(operands, outputs, self.size))
         self._factors = lru_cache(maxsize=4 * operands)(self._load_factors)
 
@@ -130,9 +160,30 @@ class Feeder:
         for name in group.tensors:
             part = self.plan.parts[name]
             count = part.sources[0].count
-            step = self.size if self._common_dtype(part) is None else self.size * CUTS_IN_A_JOB
+            step = self.size if self._common_dtype(part) is None else self.size * self.cuts
             for first in range(0, count, step):
                 yield Block(name, part, first, min(step, count - first))
+
+    def load(self, job: Block, space: Workspace) -> Stored:
+        """Read the operands of a job of one cut into the work space, (K, >= count): as stored, or converted to fp32."""
+        dtype = self._common_dtype(job.part)
+        raw = space.raw[: len(job.part.sources)]
+        if dtype is None:
+            return self._converted(job, raw)
+        for source, row in zip(job.part.sources, raw, strict=True):
+            self.reader.read(source.tensor, job.first, job.count, row)
+        return raw.view(STORED[dtype])
+
+    def hash(self, job: Block, stored: Stored) -> None:
+        """Add the bytes of a job, as `load` returned them, to the digests of the inputs."""
+        if self.digests is not None and self._common_dtype(job.part) is not None:
+            self.digests.add(job.part.sources, job.first, job.count, stored)
+
+    def _converted(self, job: Block, raw: Bytes) -> Floats:
+        stored = raw.view(np.float32)
+        for source, row in zip(job.part.sources, stored, strict=True):
+            self._form(source, job.first, row[: job.count])
+        return stored
 
     @contextmanager
     def space(self) -> Iterator[Workspace]:
@@ -150,10 +201,7 @@ class Feeder:
         if dtype is not None:
             files = [(self.reader.descriptor(source.tensor), source.tensor.offset) for source in job.part.sources]
             return Loaded(np.array(files, np.int64), raw.view(STORED[dtype]))
-        stored = raw.view(np.float32)
-        for source, row in zip(job.part.sources, stored, strict=True):
-            self._form(source, job.first, row[: job.count])
-        return Loaded(np.full((len(raw), 2), -1, np.int64), stored)
+        return Loaded(np.full((len(raw), 2), -1, np.int64), self._converted(job, raw))
 
     def values(self, job: Block) -> Floats:
         """Return all operands of a job as fp32, (K, count). Raises InputError if one is not finite."""

@@ -11,23 +11,25 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
 
 from gemma2.core.errors import OutputError
 from gemma2.core.outputs.hashing import digest_name, hasher
-from gemma2.core.outputs.safetensors_header import PAGE_BYTES, Tensor, printable, read_header, weight_files
+from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES, Tensor, printable, read_header, weight_files
 from gemma2.core.progress import Task
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.kernels.dense import check_sum
-from gemma2.merging.kernels.dtypes import Bytes
+from gemma2.merging.kernels.formats import Bytes
 
 from .writer import DIRECT_BYTES, Layout, aligned, open_direct
 
 __all__ = ["ReadBack"]
 
 PIECE = 4 << 20  # bytes read, hashed and checked at a time
+SPARE = max((os.cpu_count() or 1) // 8, 1)  # threads that hash: one keeps up with the writers of eight cores
 
 
 class VerifyStopped(Exception):
@@ -44,7 +46,7 @@ class ReadBack:
         self._directory = directory
         self._task = task
         self._sums: dict[str, int] = {}
-        self._written: set[str] = set()
+        self._written: dict[str, int] = {}  # bytes of each tensor, from its start
         self._stopped = False
         self._news = Condition()
         # One thread goes through the files, the other reads ahead for it.
@@ -62,10 +64,10 @@ class ReadBack:
             self._news.notify_all()
         self._pool.shutdown()
 
-    def wrote(self, names: Iterable[str]) -> None:
-        """Announce tensors that are complete."""
+    def wrote(self, name: str, count: int) -> None:
+        """Announce that the first `count` bytes of a tensor are written."""
         with self._news:
-            self._written |= set(names)
+            self._written[name] = count
             self._news.notify_all()
 
     def finish(self, layout: Layout, checks: Mapping[str, int]) -> dict[str, str]:
@@ -79,7 +81,8 @@ class ReadBack:
             raise OutputError(
                 f"{self._directory} reads back with other tensors than were written", "check the disk, and merge again"
             )
-        self.wrote(layout)  # tensors without elements too
+        for name, (dtype, shape) in layout.items():  # tensors without elements too
+            self.wrote(name, prod(shape) * ITEM_BYTES[dtype])
         digests = self._digests.result()
         for name, found in self._sums.items():
             if found != checks.get(name, 0):  # nothing was written of an empty tensor
@@ -99,7 +102,7 @@ class ReadBack:
         """Return the digest of one file; add up the check sums of its tensors."""
         tensors = list(read_header(path).values())
         self._sums |= dict.fromkeys((tensor.name for tensor in tensors), 0)
-        digest = hasher()  # one thread: it keeps up with the writers, which need the others
+        digest = hasher(SPARE)
         position = 0
         with self._pieces(path, tensors, direct) as pieces:
             for piece in pieces:
@@ -123,7 +126,9 @@ class ReadBack:
         def read(number: int) -> Bytes:
             begin = number * PIECE
             wanted = min(PIECE, size - begin)
-            self._wait({tensor.name for tensor, _, _ in overlaps(tensors, begin, begin + wanted)})
+            self._wait(
+                {tensor.name: high - tensor.offset for tensor, _, high in overlaps(tensors, begin, begin + wanted)}
+            )
             buffer: Bytes = buffers[number % 2]
             read_piece(descriptor, begin, wanted, buffer, path)
             return buffer[:wanted]
@@ -148,10 +153,12 @@ class ReadBack:
         finally:
             os.close(descriptor)
 
-    def _wait(self, names: set[str]) -> None:
-        """Wait until these tensors are written. Raises VerifyStopped if the merge failed."""
+    def _wait(self, counts: Mapping[str, int]) -> None:
+        """Wait until so many bytes of tensors are written. Raises VerifyStopped if the merge failed."""
         with self._news:
-            self._news.wait_for(lambda: self._stopped or names <= self._written)
+            self._news.wait_for(
+                lambda: self._stopped or all(self._written.get(name, 0) >= count for name, count in counts.items())
+            )
             if self._stopped:
                 raise VerifyStopped
 

@@ -16,11 +16,12 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma2.core.errors import Gemma2Error, OutputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES
 from gemma2.core.progress import Task
 from gemma2.merging.kernels.dense import BLOCK, pair_count
-from gemma2.merging.kernels.dtypes import Doubles
-from gemma2.merging.kernels.file_passes import DONE
+from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
+from gemma2.merging.kernels.formats import Doubles
 from gemma2.merging.kernels.philox import stream_key
 from gemma2.merging.kernels.sparse import Sparsity, blend_chosen
 from gemma2.merging.kernels.top_k import (
@@ -39,7 +40,7 @@ from gemma2.merging.methods.method import Group, Selection
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output
-from .feeder import CUTS_IN_A_JOB, Block, Feeder, in_order, row_length, whole_rows
+from .feeder import CUTS_IN_A_JOB, Block, Feeder, Workspace, in_order, row_length, whole_rows
 from .group_report import GroupReport, gram_of, report_group
 
 __all__ = ["ChoosingStream"]
@@ -226,13 +227,25 @@ class ChoosingStream:
             if not np.isfinite(products).all():
                 raise self.feeder.not_finite(job)
             if code != DONE:
-                raise self.output.failure(name, code, job, space)
+                raise self._failure(name, code, job, space)
             if not paged:
                 data = space.out[0, : job.count * ITEM_BYTES[dtype]]
                 self.output.writers[0].write(name, job.first * ITEM_BYTES[dtype], data)
         self.output.checks.add(name, checks.tolist())
         self.task.advance(self.feeder.job_bytes(job))
         return Found(job, products, squares)
+
+    def _failure(self, name: str, code: int, job: Block, space: Workspace) -> Gemma2Error:
+        """Return the reason why a compiled pass failed: the write is repeated in Python, which reports the system's."""
+        if code == NOT_FINITE:
+            return self.output.overflow(name)
+        writer, item = self.output.writers[0], ITEM_BYTES[self.plan.layout[name][0]]
+        try:
+            count = min(job.count, space.out.shape[1] // 4)
+            writer.write(name, job.first * item, space.out[0, : count * item])
+        except OutputError as error:
+            return error
+        return OutputError(f"writing to {writer.directory} failed once", "check the disk, and merge again")
 
     def _report(self, group: Group, found: Sequence[Found]) -> GroupReport:
         parameters = sum(item.job.count for item in found)

@@ -25,7 +25,7 @@ from pathlib import Path
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digest_cache import Stamp, stamp_of, store
 from gemma2.core.outputs.digests import INDEX, digest_of_tensors, indexed_tensors, tensor_line
-from gemma2.core.outputs.hashing import digest_name, hasher
+from gemma2.core.outputs.hashing import TensorHasher, digest_name, hasher
 from gemma2.core.outputs.model_identity import BY_VALUE, CONFIGS, settings_in
 from gemma2.core.outputs.safetensors_header import Tensor, read_header
 from gemma2.core.progress import SILENT, Progress
@@ -129,7 +129,7 @@ def _read_file(path: Path, threads: int, advance: Advance, with_tensors: bool) -
     try:
         stamp = stamp_of(path)
         held = _tensors_of(path) if with_tensors else None
-        tensors = None if held is None else _TensorDigests(held, threads)
+        tensors = None if held is None else _TensorDigests(held)
         whole, size = hasher(threads), 0
         kept = bytearray()  # of a file with settings
         with closing(_pieces(path, stamp[1])) as pieces:
@@ -160,12 +160,11 @@ class _TensorDigests:
     """The digests of the tensors of one file, from its bytes in order."""
 
     tensors: Sequence[Tensor]
-    threads: int
     found: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._next = 0
-        self._running = hasher(self.threads)
+        self._running = TensorHasher()
 
     def update(self, position: int, piece: memoryview) -> None:
         """Take the bytes of the file from `position` on."""
@@ -179,7 +178,7 @@ class _TensorDigests:
             if last > end:
                 return
             self.found[tensor.name] = tensor_line(tensor, self._running.hexdigest())
-            self._running = hasher(self.threads)
+            self._running = TensorHasher()
             self._next += 1
 
     def lines(self) -> dict[str, str] | None:

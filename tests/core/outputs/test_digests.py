@@ -12,8 +12,10 @@ from waiting import until_kept
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs import digest_cache, digests
-from gemma2.core.outputs.digests import digest_input, digest_weights
+from gemma2.core.outputs.digests import WeightsDigest, digest_input, digest_weights
+from gemma2.core.outputs.hashing import HASHED_BYTES
 from gemma2.core.outputs.model_identity import identity_of
+from gemma2.core.outputs.safetensors_header import read_header
 
 TENSORS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(4, dtype=np.float16)}
 
@@ -36,9 +38,14 @@ def cache(tmp_path, monkeypatch):
 def read(monkeypatch):
     """The files that are read, in order."""
     found = []
-    plain, lines = digests.digest_file, digests._tensor_lines
+    plain, missing = digests.digest_file, digests.WeightsDigest._read_missing
+
+    def read_missing(own, path, threads):
+        found.append(path)
+        missing(own, path, threads)
+
     monkeypatch.setattr(digests, "digest_file", lambda path, threads=1: (found.append(path), plain(path, threads))[1])
-    monkeypatch.setattr(digests, "_tensor_lines", lambda path, *rest: (found.append(path), lines(path, *rest))[1])
+    monkeypatch.setattr(digests.WeightsDigest, "_read_missing", read_missing)
     return found
 
 
@@ -64,6 +71,46 @@ def test_the_digest_of_weights_is_by_hand_that_of_names_dtypes_shapes_and_bytes(
         json.dumps(["b", "F32", [2, 3], blake3(TENSORS["b"].tobytes()).hexdigest()]),
     ]
     assert digest_weights(model(tmp_path / "m")) == "blake3:" + blake3("\n".join(lines).encode()).hexdigest()
+
+
+def test_the_digest_of_a_long_tensor_is_by_hand_that_of_the_digests_of_its_pieces(tmp_path):
+    values = np.random.default_rng(0).integers(0, 255, 2 * HASHED_BYTES + 5, dtype=np.uint8)
+    text = values.tobytes()
+    pieces = [text[begin : begin + HASHED_BYTES] for begin in range(0, len(text), HASHED_BYTES)]
+    tensor = blake3(b"".join(blake3(piece).digest() for piece in pieces)).hexdigest()
+    line = json.dumps(["a", "U8", [len(text)], tensor])
+    expected = "blake3:" + blake3(line.encode()).hexdigest()
+    assert len(pieces) == 3
+    assert digest_weights(model(tmp_path / "m", {"a": values})) == expected
+
+
+def test_what_passes_by_in_any_order_gives_the_same_digest_and_is_not_read_again(tmp_path, monkeypatch):
+    sizes = {"a": 3 * HASHED_BYTES, "b": HASHED_BYTES + 7, "c": 9, "d": 0}
+    tensors = {name: np.random.default_rng(1).integers(0, 255, size, dtype=np.uint8) for name, size in sizes.items()}
+    path = model(tmp_path / "m", tensors)
+    expected = digest_weights(path)
+    shutil.copytree(path, tmp_path / "again")
+    passing = WeightsDigest(tmp_path / "again")
+    held = read_header(tmp_path / "again/model.safetensors")
+    for name, first, stop in [
+        ("a", 2 * HASHED_BYTES, 3 * HASHED_BYTES),
+        ("b", 0, sizes["b"]),
+        ("a", 0, 2 * HASHED_BYTES),
+        ("c", 0, 9),
+        ("d", 0, 0),
+    ]:
+        passing.add(held[name], first, memoryview(tensors[name])[first:stop])
+    monkeypatch.setattr(digests, "_digest_piece", lambda *_: pytest.fail("read again"))
+    assert passing.finish() == expected
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 5), (1, HASHED_BYTES), (HASHED_BYTES, 2 * HASHED_BYTES)])
+def test_pieces_that_did_not_pass_by_whole_are_read(tmp_path, first, stop):
+    values = np.random.default_rng(2).integers(0, 255, 3 * HASHED_BYTES, dtype=np.uint8)
+    path = model(tmp_path / "m", {"a": values})
+    passing = WeightsDigest(path)
+    passing.add(read_header(path / "model.safetensors")["a"], first, memoryview(values)[first:stop])
+    assert passing.finish(threads=2) == digest_weights(model(tmp_path / "other", {"a": values}))
 
 
 def test_padding_shards_and_names_of_files_do_not_matter(tmp_path):
