@@ -20,7 +20,7 @@ from gemma2.core.progress import SILENT, Progress, Task
 from .inputs.checkpoint import Reader
 from .inputs.families import tower_note
 from .inputs.output_heads import check_copies
-from .kernels.dense import announced
+from .kernels.native import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace

@@ -25,8 +25,9 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import Tensor, printable, read_header
-from gemma2.merging.kernels.dtypes import compiled, widen
+from gemma2.merging.kernels.dtypes import widen
 from gemma2.merging.kernels.formats import KINDS, Floats
+from gemma2.merging.kernels.native import compiled
 
 from .checkpoint import Checkpoint, Reader
 from .low_rank import LowRank

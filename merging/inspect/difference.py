@@ -30,7 +30,7 @@ from gemma2.merging.inputs.compatibility import (
 from gemma2.merging.inputs.config_keys import TIE
 from gemma2.merging.inputs.output_heads import copies_of, same_heads
 from gemma2.merging.inputs.resolve import open_input
-from gemma2.merging.kernels.dense import announced
+from gemma2.merging.kernels.native import announced
 from gemma2.merging.plan.merge_plan import group_of
 from gemma2.merging.streaming.group_report import FAR, NARROW, WIDE
 

@@ -11,16 +11,13 @@ multiple of BLOCK.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import numpy as np
-from numba.core import event
 
-from .dtypes import compiled, store, value
+from .dtypes import store, value
 from .formats import Bytes, Doubles, Floats, Out, Stored
+from .native import compiled
 
-__all__ = ["BLOCK", "announced", "check_sum", "combine", "gram", "pair_count"]
+__all__ = ["BLOCK", "check_sum", "combine", "gram", "pair_count"]
 
 BLOCK = 4096  # elements; operands and result of a block stay in the first and second level caches
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and Inf keep their meaning
@@ -146,18 +143,48 @@ def add_scaled(total: Floats, around: Stored, scale: np.float32) -> None:
         total[i] = scaled + total[i] if total[i] != np.float32(0) else scaled
 
 
+@compiled(inner=True, fastmath=CONTRACT)
+def blend_two(
+    x: Stored, y: Stored, around: Stored, weights: tuple[np.float32, np.float32, np.float32], total: Floats
+) -> None:
+    """`total = scale * around + first * (x - around) + second * (y - around)` in one loop.
+
+    weights  first, second, scale
+    """
+    first, second, scale = weights
+    for i in range(total.size):
+        middle = value(around[i])
+        change = first * (value(x[i]) - middle) + second * (value(y[i]) - middle)
+        scaled = scale * middle
+        total[i] = scaled + change if change != np.float32(0) else scaled
+
+
 @compiled(inner=True)
 def combine_block(stored: Stored, begin: int, weights: Doubles, total: Floats) -> None:
     """One output of one block: the sum of weighted rows, taken around the row of the largest weight."""
     end = begin + total.size
-    pivot, whole = 0, 0.0
+    pivot, whole, terms, last = 0, 0.0, 0, 0
     for k in range(weights.size):
         whole += weights[k]
         if abs(weights[k]) > abs(weights[pivot]):
             pivot = k
+    for k in range(weights.size):
+        if k != pivot and weights[k] != 0:
+            terms, last = terms + 1, k
     around = stored[pivot, begin:end]
     # Weights that were computed as 1 - sum of the others miss 1 by an fp64 rounding.
     scale = np.float32(1.0) if abs(whole - 1.0) < 1e-12 else np.float32(whole)
+    if terms <= 2:
+        first = pivot  # of fewer terms the others are 0 * (around - around)
+        for k in range(last):
+            if k != pivot and weights[k] != 0:
+                first = k
+        if terms == 0:
+            last = pivot
+        one = np.float32(weights[first]) if first != pivot else np.float32(0)
+        two = np.float32(weights[last]) if last != pivot else np.float32(0)
+        blend_two(stored[first, begin:end], stored[last, begin:end], around, (one, two, scale), total)
+        return
     previous = -1  # terms are added in pairs, which halves the loads and stores of the total
     for i in range(total.size):
         total[i] = np.float32(0)
@@ -230,24 +257,3 @@ def check_sum(data: Bytes, place: int) -> np.uint64:
 def pair_count(vectors: int) -> int:
     """Return the number of products <v_i, v_j> with i <= j."""
     return vectors * (vectors + 1) // 2
-
-
-class _Announcer(event.Listener):  # type: ignore[misc]  # numba is not typed
-    """Notes once that machine code is being compiled; numba fires the event only if none is cached on disk."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note: Callable[[str], None] | None = note
-
-    def on_start(self, event: object) -> None:
-        if self.note:
-            self.note("compiling the merge kernels (once per machine, a few seconds)")
-            self.note = None
-
-    def on_end(self, event: object) -> None:
-        return None
-
-
-def announced(note: Callable[[str], None]) -> AbstractContextManager[object]:
-    """Return a context in which the first compilation is announced in one line."""
-    context: AbstractContextManager[object] = event.install_listener("numba:compile", _Announcer(note))
-    return context

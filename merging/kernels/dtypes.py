@@ -1,4 +1,4 @@
-"""Stored formats bf16, fp16 and fp32, and their conversion to fp32 and back. numba, without the GIL.
+"""Stored formats bf16, fp16 and fp32: their conversion to fp32 and back.
 
 Widening is exact for every bit pattern. Narrowing rounds once, to nearest even, and returns whether all stored values
 are finite.
@@ -6,45 +6,15 @@ are finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
 from numpy.typing import NDArray
 
 from .formats import Bytes, Floats, Out
+from .native import compiled
 
-__all__ = ["compiled", "narrow", "store", "value", "widen"]
+__all__ = ["narrow", "store", "to_bf16", "to_fp16", "to_fp32", "value", "widen"]
 
 U1, U16, U7FFF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def compiled(inner: bool = False, **options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return `njit`, with the machine code cached on disk: next to the source, else in the user's cache directory.
-
-    If neither can be written, the kernels still work and are compiled again in each process. Kernels that are `inner`
-    are called by other kernels only: they are compiled into these, without a Python wrapper or a file.
-    """
-    if inner:
-        found: Callable[[Callable[P, R]], Callable[P, R]] = njit(
-            nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options
-        )
-        return found
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        kernel: Callable[P, R]
-        try:
-            kernel = njit(function, nogil=True, cache=True, **options)
-        except RuntimeError:  # numba: "no locator available"
-            kernel = njit(function, nogil=True, **options)
-        return kernel
-
-    return decorate
 
 
 @compiled(inner=True)
@@ -61,14 +31,7 @@ def bits_float(bits: np.uint32 | np.int64) -> np.float32:
 
 def value(stored: np.uint16 | np.float32) -> np.float32:
     """Return an element as fp32: a uint16 is the bits of a bf16, a float32 is the number itself."""
-    raise NotImplementedError("for compiled code")
-
-
-@overload(value, inline="always", strict=False)  # type: ignore[untyped-decorator]  # numba is not typed
-def _value(stored: types.Type) -> Callable[..., object]:
-    if stored == types.uint16:
-        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
-    return lambda stored: stored
+    raise NotImplementedError("for compiled code: see compiler.py")
 
 
 @compiled(inner=True)
@@ -154,14 +117,7 @@ def narrow(values: Floats, kind: int, raw: Bytes) -> np.bool_:
 
 def store(values: Floats, out: Out) -> bool:
     """`narrow` into an array whose dtype gives the format, by STORED."""
-    raise NotImplementedError("for compiled code")
-
-
-@overload(store, strict=False)  # type: ignore[untyped-decorator]  # numba is not typed
-def _store(values: types.Array, out: types.Array) -> Callable[..., object]:
-    kernels: dict[object, Callable[..., np.bool_]] = {types.uint16: to_bf16, types.int16: to_fp16}
-    kernel = kernels.get(out.dtype, to_fp32)
-    return lambda values, out: kernel(values, out)
+    raise NotImplementedError("for compiled code: see compiler.py")
 
 
 @compiled(inner=True)

@@ -8,11 +8,10 @@ the caller repeats that step in Python to learn why.
 from __future__ import annotations
 
 import numpy as np
-from numba import types
 from numpy.typing import NDArray
 
-from .dtypes import compiled
 from .formats import Bytes, Stored
+from .native import External, compiled
 
 __all__ = ["DONE", "NOT_FINITE", "load", "read_all", "write_all"]
 
@@ -23,8 +22,8 @@ Longs = NDArray[np.int64]
 DONE, NOT_FINITE = 0, -1
 RETRIES = 3  # a signal may interrupt a call
 
-pread = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
-pwrite = types.ExternalFunction("pwrite", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
+pread = External("pread", "intp", ("intc", "voidptr", "uintp", "int64"))
+pwrite = External("pwrite", "intp", ("intc", "voidptr", "uintp", "int64"))
 
 
 @compiled(inner=True)

@@ -16,7 +16,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import compiled
+from .native import compiled
 
 __all__ = ["STEPS", "attainable", "philox", "stream_key", "uniforms"]
 

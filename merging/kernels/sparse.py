@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dense import BLOCK, REORDER, check_sum, gram
-from .dtypes import compiled, float_bits, store, value
+from .dtypes import float_bits, store, value
 from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
 from .formats import Doubles, Floats, Out, Stored
+from .native import compiled
 from .philox import STEPS, Words, attainable, uniforms
 from .top_k import MAGNITUDE, Counts
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dense import BLOCK
-from .dtypes import compiled, float_bits, value
+from .dtypes import float_bits, value
 from .file_passes import DONE, Longs, load
 from .formats import Bytes, Stored
+from .native import compiled
 
 __all__ = ["BINS", "COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank"]
 __all__ += ["sample", "sample_places"]

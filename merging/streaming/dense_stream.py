@@ -154,22 +154,21 @@ class Stream:
         if self._stopped.is_set():
             raise Stopped
         with self.feeder.space() as space:
-            stored = self.feeder.load(job, space)
+            stored = self.feeder.load(job, space, first_time=True)
             return job, self._products_of(group, job, stored)
 
     def _products_of(self, group: Group, job: Block, stored: Stored) -> Doubles:
-        """Return the inner products of a job that is read for the first time; its bytes are hashed as well."""
+        """Return the inner products of a job. Raises InputError if a value is not finite."""
         products = np.zeros((-(-job.count // BLOCK), 1 + pair_count(group.models)))
         gram(stored, job.count, group.based, products)
         if not np.isfinite(products).all():
             raise self.feeder.not_finite(job)
-        self.feeder.hash(job, stored)
         return products
 
     def _write(self, group: Group, job: Block, mix: Mix, wanted: bool) -> tuple[Block, Doubles]:
         """Combine and write one job; return its inner products if they are wanted."""
         with self.feeder.space() as space:
-            stored = self.feeder.load(job, space)
+            stored = self.feeder.load(job, space, first_time=wanted)
             products = self._products_of(group, job, stored) if wanted else np.zeros((0, 1 + pair_count(group.models)))
             weights = np.ascontiguousarray(mix.weights)
             if not combine(stored, job.count, weights, space.rows[0], self.output.rows(job.name, space)):

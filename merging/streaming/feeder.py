@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.core.errors import Gemma2Error, InputError
+from gemma2.core.outputs.hashing import HASHED_BYTES
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.merging.inputs.adapter import Factors, adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Reader
@@ -164,20 +165,24 @@ class Feeder:
             for first in range(0, count, step):
                 yield Block(name, part, first, min(step, count - first))
 
-    def load(self, job: Block, space: Workspace) -> Stored:
-        """Read the operands of a job of one cut into the work space, (K, >= count): as stored, or converted to fp32."""
+    def load(self, job: Block, space: Workspace, first_time: bool) -> Stored:
+        """Read the operands of a job of one cut into the work space, (K, >= count): as stored, or converted to fp32.
+
+        first_time  whether no job has read these bytes before: they are hashed too
+        """
         dtype = self._common_dtype(job.part)
         raw = space.raw[: len(job.part.sources)]
         if dtype is None:
             return self._converted(job, raw)
-        for source, row in zip(job.part.sources, raw, strict=True):
-            self.reader.read(source.tensor, job.first, job.count, row)
+        step = HASHED_BYTES // ITEM_BYTES[dtype]
+        for begin in range(0, job.count, step):  # hashed while they are in the second level cache
+            count = min(step, job.count - begin)
+            for source, row in zip(job.part.sources, raw, strict=True):
+                data = row[begin * ITEM_BYTES[dtype] : (begin + count) * ITEM_BYTES[dtype]]
+                self.reader.read(source.tensor, job.first + begin, count, data)
+                if first_time and self.digests is not None:
+                    self.digests.add(source, job.first + begin, data)
         return raw.view(STORED[dtype])
-
-    def hash(self, job: Block, stored: Stored) -> None:
-        """Add the bytes of a job, as `load` returned them, to the digests of the inputs."""
-        if self.digests is not None and self._common_dtype(job.part) is not None:
-            self.digests.add(job.part.sources, job.first, job.count, stored)
 
     def _converted(self, job: Block, raw: Bytes) -> Floats:
         stored = raw.view(np.float32)

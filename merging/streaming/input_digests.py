@@ -6,7 +6,7 @@ dropped) and those of the methods that read in their kernels are read here, in a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from threading import Event
 from gemma2.core.outputs.digests import WeightsDigest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.merging.inputs.checkpoint import Checkpoint
-from gemma2.merging.kernels.formats import Stored
+from gemma2.merging.kernels.formats import Bytes
 from gemma2.merging.plan.groups import Source
 
 __all__ = ["InputDigests"]
@@ -27,11 +27,10 @@ class InputDigests:
     def __init__(self, inputs: Iterable[Checkpoint]) -> None:
         self._models = {path: WeightsDigest(path) for path in dict.fromkeys(model.path for model in inputs)}
 
-    def add(self, sources: Sequence[Source], first: int, count: int, stored: Stored) -> None:
-        """Hash elements [first, first + count) of tensors, read as they are stored into rows (K, >= count)."""
-        for source, row in zip(sources, stored, strict=True):
-            data = memoryview(row[:count].view("u1"))  # type: ignore[arg-type]
-            self._models[source.model.path].add(source.tensor, first * ITEM_BYTES[source.tensor.dtype], data)
+    def add(self, source: Source, first: int, data: Bytes) -> None:
+        """Hash the elements of a tensor from `first` on, as they are stored."""
+        begin = first * ITEM_BYTES[source.tensor.dtype]
+        self._models[source.model.path].add(source.tensor, begin, memoryview(data))  # type: ignore[arg-type]
 
     @contextmanager
     def read_ahead(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2.merging.kernels.dtypes import compiled
+from gemma2.merging.kernels.native import compiled
 
 from .signatures import Bands
 
