@@ -21,6 +21,7 @@ __all__ = ["Dispatcher", "dispatcher_of", "machine_code"]
 Dispatcher = Callable[..., Any]
 SCALARS = {"b": types.boolean, "i": types.int64, "u": types.uint64, "f": types.float64, "s": types.float32}
 RESULTS = {types.none: "n", types.boolean: "b", types.int64: "i", types.uint64: "u", types.float64: "f"}
+ONLY_NUMBA = MachineCode(b"", "", "n")
 RETURNED = {kind: returned for returned, kind in RESULTS.items()} | {"n": types.void}
 
 
@@ -61,22 +62,22 @@ def _external(one: External) -> types.ExternalFunction:
     return types.ExternalFunction(one.name, getattr(types, one.result)(*arguments))
 
 
-def machine_code(kernel: Kernel[..., Any], kinds: Sequence[str]) -> MachineCode | None:
-    """Return the code of a kernel for arguments of these kinds (`native._flatten`); None if only numba can run it."""
+def machine_code(kernel: Kernel[..., Any], kinds: Sequence[str]) -> MachineCode:
+    """Return the code of a kernel for arguments of these kinds (`native._flatten`); empty if only numba can run it."""
     call = _Call()
     values, known = call.take(iter(kinds))
     inner = kernel.dispatcher
     inner.compile(known)
     result = RESULTS.get(inner.overloads[known].signature.return_type)
     if result is None:
-        return None
+        return ONLY_NUMBA
     scope: dict[str, Any] = {"carray": carray, "inner": inner}
     exec(f"def entry({', '.join(call.names)}):\n    return inner({', '.join(values)})", scope)
     entry = cfunc(RETURNED[result](*call.types), nopython=True)(scope["entry"])
     text = entry.inspect_llvm()
     declared = set(re.findall(r"^declare [^@]*@\"?([\w.]+)\"?\(", text, re.MULTILINE))
     if any(name.startswith(("NRT_", "numba_", "__svml")) for name in declared - {*ERROR_PATH}):
-        return None  # it allocates, or needs another part of numba
+        return ONLY_NUMBA  # it allocates, or needs another part of numba
     module = binding.parse_assembly(text)
     return MachineCode(target_machine().emit_object(module), entry.native_name, result)
 

@@ -52,7 +52,7 @@ _NOTES: list[Callable[[str], None]] = []
 class MachineCode:
     """One compiled kernel.
 
-    content  object file
+    content  object file; empty if only numba can run the kernel
     symbol   name of its entry
     result   kind of its result, a key of RESULTS
     """
@@ -145,10 +145,8 @@ class Kernel(Generic[P, R]):
                 note("compiling the merge kernels (once per machine, a few seconds)")
             _NOTES.clear()
             code = machine_code(self, types)
-            if code is None:
-                return None
             _keep(path, code)
-        return _loaded(code, types)
+        return _loaded(code, types) if code.content else None
 
 
 def compiled(inner: bool = False, **options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -35,9 +35,9 @@ from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
 from .formats import Doubles, Floats, Out, Stored
 from .native import compiled
 from .philox import STEPS, Words, attainable, uniforms
-from .top_k import MAGNITUDE, Counts
+from .top_k import MAGNITUDE
 
-__all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "sparse_combine"]
+__all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "scratch", "sparse_combine"]
 
 SUM, ELECT, ELECT_MEAN = 0, 1, 2
 WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE, SCALE = range(8)  # columns of the table
@@ -298,9 +298,25 @@ def merge_chunk(
     return store(total, out), norm
 
 
+Scratch = tuple[NDArray[np.uint16], NDArray[np.int32], Floats, NDArray[np.uint32]]
+
+
+def scratch(models: int, unit: int, by_rows: bool) -> Scratch:
+    """Return work space for one call of the kernels below: buckets of a row, their counts and chances, and draws."""
+    buckets = np.empty((models, unit if by_rows else 0), np.uint16)
+    counts = np.empty((4, ROW_BUCKETS), np.int32)
+    return buckets, counts, np.empty((models, ROW_BUCKETS), np.float32), np.empty(CHUNK // 2 + 7, np.uint32)
+
+
 @compiled()
 def sparse_combine(
-    stored: Stored, span: Counts, table: Doubles, keys: Words, consensus: int, rows: Floats, out: Out, squares: Doubles
+    stored: Stored,
+    span: tuple[int, int, int],
+    settings: tuple[Doubles, Words, int],
+    rows: Floats,
+    work: Scratch,
+    out: Out,
+    squares: Doubles,
 ) -> bool:
     """Merge elements of one tensor. False if a stored value is Inf or NaN; a bad delta may be dropped unnoticed.
 
@@ -308,22 +324,18 @@ def sparse_combine(
     span       (count, first, unit): elements, index of the first in its tensor, and the length over which squares are
                summed: BLOCK, or the row's length if the table has a spread. `count` covers whole units, except at the
                end of the tensor
-    table      (M, COLUMNS) fp64, from `Sparsity.table`
-    keys       (M, 2) uint64, from `stream_key`
-    consensus  SUM, ELECT or ELECT_MEAN
+    settings   table (M, COLUMNS) fp64, from `Sparsity.table`; keys (M, 2) uint64, from `stream_key`; consensus: SUM,
+               ELECT or ELECT_MEAN
     rows       (>= M + 3, >= CHUNK) fp32 work space
+    work       from `scratch`
     out        (>= count,) of a dtype in STORED
     squares    (ceil(count / unit),) fp64: squared norm of the merged delta, per unit
     """
-    count, first, unit, models = span[0], span[1], span[2], len(table)
-    ranked = False
-    for m in range(models):
-        ranked |= table[m, SPREAD] != 0.0
-    buckets = np.empty((models, unit if ranked else 0), np.uint16)
-    counts = np.empty((4, ROW_BUCKETS), np.int32)
-    chances = np.empty((models, ROW_BUCKETS), np.float32)
-    draws = np.empty(CHUNK // 2 + 7, np.uint32)
-    merged, total, share = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    count, first, unit = span
+    table, keys, consensus = settings
+    models = len(table)
+    buckets, counts, chances, draws = work
+    merged, total, share = rows[models], rows[models + 1], rows[models + 2]
     finite = True
     for number in range(squares.size):
         begin = number * unit
@@ -361,7 +373,7 @@ def blend_chosen(
     span: tuple[int, int, int, int],
     settings: tuple[Doubles, Words, int],
     target: tuple[int, int],
-    space: tuple[Stored, Floats, Out],
+    space: tuple[Stored, Floats, Scratch, Out],
     checks: NDArray[np.uint64],
     products: Doubles,
     squares: Doubles,
@@ -371,15 +383,14 @@ def blend_chosen(
     span      (first, count, cut, unit); cut is a multiple of the unit, see `sparse_combine`
     settings  table, keys and consensus, see `sparse_combine`
     target    descriptor and offset of the tensor in the output; -1: the caller writes `out`, and count <= cut
-    space     stored (M + 1, >= cut), rows and out (1, >= cut), see `sparse_combine`
+    space     stored (M + 1, >= cut), rows, work and out (1, >= cut), see `sparse_combine`
     checks    (1,) to which the check sum of the written data is added
     products  (sum of ceil(cut / BLOCK), 1 + pairs) of each cut, see `dense.gram`; if not finite, ignore all else
     squares   (ceil(count / unit),), see `sparse_combine`
     """
     first, total, cut, unit = span
-    table, keys, consensus = settings
-    stored, rows, out = space
-    low, based = 0, len(table) > 0  # not a constant, since `gram` would be compiled again for a constant
+    stored, rows, work, out = space
+    low, based = 0, len(settings[0]) > 0  # not a constant, since `gram` would be compiled again for a constant
     for begin in range(0, total, cut):
         count = min(cut, total - begin)
         failed = load(files, first + begin, count, stored)
@@ -390,8 +401,8 @@ def blend_chosen(
         low += blocks
         own = squares[begin // unit : (begin + count + unit - 1) // unit]
         place = (first + begin) * out.itemsize
-        here = np.array((count, first + begin, unit))
-        if not sparse_combine(stored, here, table, keys, consensus, rows, out[0, :count], own):
+        here = (count, first + begin, unit)
+        if not sparse_combine(stored, here, settings, rows, work, out[0, :count], own):
             return NOT_FINITE
         data = out[0, :count].view(np.uint8)
         checks[0] += check_sum(data, target[1] + place)

@@ -21,7 +21,18 @@ from .file_passes import DONE, Longs, load
 from .formats import Bytes, Stored
 from .native import compiled
 
-__all__ = ["BINS", "COARSE", "PIECE", "WINDOW", "count_near", "kept_ranks", "magnitude", "near_rank", "place_of_rank"]
+__all__ = [
+    "BINS",
+    "COARSE",
+    "PIECE",
+    "WINDOW",
+    "count_near",
+    "counting_space",
+    "kept_ranks",
+    "magnitude",
+    "near_rank",
+    "place_of_rank",
+]
 __all__ += ["sample", "sample_places"]
 
 WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
@@ -123,17 +134,30 @@ def count_inside(offsets: Bits, inside: NDArray[np.uint64], counts: Counts) -> N
                 counts[offsets[i]] += 1
 
 
+def counting_space() -> tuple[Bits, Bits, Bytes]:
+    """Return work space for one call of `count_near`."""
+    return np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)
+
+
 @compiled()
-def count_near(files: Longs, span: tuple[int, int, int], stored: Stored, windows: Longs, counts: Counts) -> int:
+def count_near(
+    files: Longs,
+    span: tuple[int, int, int],
+    stored: Stored,
+    windows: Longs,
+    counts: Counts,
+    work: tuple[Bits, Bits, Bytes],
+) -> int:
     """Count magnitudes of deltas of elements [first, first + count), `cut` at a time. Returns a `file_passes` code.
 
     span     (first, count, cut)
     stored   (M + 1, >= cut) work space, row 0 the base
     windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
     counts   (Q, 1 + BINS) to which the numbers of elements above the window and in each of its bins are added
+    work     from `counting_space`
     """
     first, total, cut = span
-    bits, offsets, inside = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)
+    bits, offsets, inside = work
     for begin in range(0, total, cut):
         count = min(cut, total - begin)
         failed = load(files, first + begin, count, stored)

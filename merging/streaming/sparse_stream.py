@@ -23,13 +23,14 @@ from gemma2.merging.kernels.dense import BLOCK, pair_count
 from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
 from gemma2.merging.kernels.formats import Doubles
 from gemma2.merging.kernels.philox import stream_key
-from gemma2.merging.kernels.sparse import Sparsity, blend_chosen
+from gemma2.merging.kernels.sparse import Sparsity, blend_chosen, scratch
 from gemma2.merging.kernels.top_k import (
     BINS,
     COARSE,
     PIECE,
     WINDOW,
     count_near,
+    counting_space,
     magnitude,
     near_rank,
     place_of_rank,
@@ -176,7 +177,7 @@ class ChoosingStream:
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
             span = (job.first, job.count, self.feeder.size)
-            code = count_near(loaded.files, span, loaded.stored, windows, counts)
+            code = count_near(loaded.files, span, loaded.stored, windows, counts, counting_space())
             if code != DONE:
                 raise self.feeder.unreadable(job, code - 1)
 
@@ -209,6 +210,7 @@ class ChoosingStream:
         products = np.zeros((whole * -(-cut // BLOCK) + -(-rest // BLOCK), 1 + pair_count(group.models)))
         squares, checks = np.zeros(-(-job.count // unit)), np.zeros(1, np.uint64)
         place = self.output.writers[0].places[name]
+        work = scratch(group.models, unit, sparsity.by_rows)
         keys = np.stack([stream_key(group.settings.seed, name, model) for model in range(group.models)])
         with self.feeder.space() as space:
             loaded = self.feeder.sources(job, space)
@@ -217,7 +219,7 @@ class ChoosingStream:
                 (job.first, job.count, cut, unit),
                 (sparsity.table(), keys, sparsity.consensus),
                 (place.descriptor if paged else -1, place.offset),
-                (loaded.stored, space.rows, self.output.rows(name, space)),
+                (loaded.stored, space.rows, work, self.output.rows(name, space)),
                 checks,
                 products,
                 squares,

@@ -12,13 +12,14 @@ from gemma2.merging.kernels.dtypes import widen
 from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
 from gemma2.merging.kernels.formats import ITEMS, KINDS, STORED
 from gemma2.merging.kernels.philox import stream_key, uniforms
-from gemma2.merging.kernels.sparse import Sparsity, blend_chosen, sparse_combine
+from gemma2.merging.kernels.sparse import Sparsity, blend_chosen, scratch, sparse_combine
 from gemma2.merging.kernels.top_k import (
     BINS,
     COARSE,
     PIECE,
     WINDOW,
     count_near,
+    counting_space,
     kept_ranks,
     magnitude,
     near_rank,
@@ -76,10 +77,9 @@ def merged(raw, kinds, sparsity, *, count, out_dtype="F32", first=0, row=None, s
     out = np.zeros(count, STORED[out_dtype])
     squares = np.empty(-(-count // unit))
     rows = np.empty((models + 3, BLOCK), np.float32)
-    span = np.array([count, first, unit])
-    table, keys = sparsity.table(), keys_of(models, seed)
-    stored = operands(raw, kinds, count)
-    assert sparse_combine(stored, span, table, keys, sparsity.consensus, rows, out, squares)
+    settings = (sparsity.table(), keys_of(models, seed), sparsity.consensus)
+    work = scratch(models, unit, sparsity.by_rows)
+    assert sparse_combine(operands(raw, kinds, count), (count, first, unit), settings, rows, work, out, squares)
     return from_bytes(out.tobytes(), out_dtype, [count]), squares
 
 
@@ -90,7 +90,8 @@ def counted(raw, kinds, windows, count):
     """The numbers of elements above the windows and in their bins, (Q, 1 + WINDOW)."""
     out = np.zeros((len(windows), 1 + BINS), np.int64)
     files = MEMORY[: len(kinds)]
-    assert count_near(files, (0, count, count), operands(raw, kinds, count), np.array(windows), out) == 0
+    stored, work = operands(raw, kinds, count), counting_space()
+    assert count_near(files, (0, count, count), stored, np.array(windows), out, work) == 0
     return out[:, : 1 + WINDOW]
 
 
@@ -456,7 +457,7 @@ def blended(values, sparsity, out_dtype="F32"):
         (0, count, count, BLOCK),
         (sparsity.table(), keys_of(models), sparsity.consensus),
         (-1, 0),
-        (values, np.empty((models + 3, BLOCK), np.float32), out),
+        (values, np.empty((models + 3, BLOCK), np.float32), scratch(models, BLOCK, False), out),
         np.zeros(1, np.uint32),
         (products := np.zeros((1, 1 + pair_count(models)))),
         np.zeros(1),
