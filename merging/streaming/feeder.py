@@ -53,9 +53,10 @@ __all__ = [
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
 CUTS_IN_A_JOB = 16  # cuts between two returns to Python
-# Elements of a job of linear combinations, as a share of a budget for all operands and outputs: writes of 4 MB past the
-# page cache cost a fifth of the processor time of writes of 256 KB, and the third level cache holds what is read.
-LONGEST_JOB, JOB_BUDGET = 1 << 21, 1 << 23
+# Elements of a job of linear combinations: writes of 4 MB past the page cache cost a fifth of the processor time of
+# writes of 256 KB, and the third level cache holds what is read. Fewer where many operands and threads share the budget
+# of elements in memory, but whole pieces of digests (of 2-byte elements) as long as that is not excessive.
+LONGEST_JOB, SHORT_JOB, JOB_BUDGET, MOST_OPERANDS = 1 << 21, HASHED_BYTES // 2, 3 << 24, 32
 WAITING = 2  # threads that wait for the disk while the others compute
 PIECE = 64 * 1024  # elements that methods written in numpy see at a time, more where a row is longer
 MOST_ALIGNED = 1 << 20  # elements: whole rows that fill whole BLOCKs only beyond it are cut without regard to BLOCK
@@ -81,10 +82,16 @@ def longest_cut(plan: MergePlan, cut: int) -> int:
 
 
 def job_length(plan: MergePlan, outputs: int) -> int:
-    """Return the elements of a job of linear combinations: a power of two, fewer with many operands."""
-    operands = max((len(part.sources) for part in plan.parts.values()), default=1)
-    share = JOB_BUDGET // (operands + outputs)
-    return int(max(min(1 << max(share.bit_length() - 1, 0), LONGEST_JOB), CUT))
+    """Return the elements of a job of linear combinations: a power of two."""
+    rows = outputs + max((len(part.sources) for part in plan.parts.values()), default=1)
+    share = JOB_BUDGET // (rows * workers_for(plan.request.threads))
+    longest = min(1 << max(share.bit_length() - 1, 0), LONGEST_JOB)
+    return max(longest, SHORT_JOB if rows <= MOST_OPERANDS else CUT)
+
+
+def workers_for(threads: int) -> int:
+    """Return the threads of a merge that computes with `threads`: some wait for the disk meanwhile."""
+    return threads + WAITING if threads > 1 else 1
 
 
 def whole_rows(row: int, cut: int) -> int:
@@ -147,7 +154,7 @@ class Feeder:
         self.reader = reader
         self.cuts = cuts
         self.digests = digests
-        self.workers = plan.request.threads if cuts > 1 or plan.request.threads == 1 else plan.request.threads + WAITING
+        self.workers = plan.request.threads if cuts > 1 else workers_for(plan.request.threads)
         operands = max((len(part.sources) for part in plan.parts.values()), default=1)
         largest = max((part.sources[0].count for part in plan.parts.values()), default=1)
         self.size = min(cut, max(-(-largest // BLOCK), 1) * BLOCK)
