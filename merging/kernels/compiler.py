@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from llvmlite import binding
@@ -14,11 +14,25 @@ from numba.extending import overload
 from numba.np.numpy_support import from_dtype
 
 from .dtypes import store, to_bf16, to_fp16, to_fp32, value
-from .native import ERROR_PATH, External, Kernel, MachineCode, target_machine
+from .native import ERROR_PATH, AnyKernel, External, MachineCode, target_machine
 
 __all__ = ["Dispatcher", "dispatcher_of", "machine_code"]
 
-Dispatcher = Callable[..., Any]
+
+class Dispatcher(Protocol):
+    """A function of numba."""
+
+    overloads: dict[tuple[types.Type, ...], Any]  # by types of arguments
+
+    def __call__(self, *args: object) -> object:
+        """Run it."""
+        ...
+
+    def compile(self, signature: tuple[types.Type, ...]) -> object:
+        """Compile it for these types of arguments."""
+        ...
+
+
 SCALARS = {"b": types.boolean, "i": types.int64, "u": types.uint64, "f": types.float64, "s": types.float32}
 RESULTS = {types.none: "n", types.boolean: "b", types.int64: "i", types.uint64: "u", types.float64: "f"}
 ONLY_NUMBA = MachineCode(b"", "", "n")
@@ -34,11 +48,12 @@ def _value(stored: types.Type) -> Callable[..., object]:
 
 @overload(store, strict=False)  # type: ignore[untyped-decorator]  # numba is not typed
 def _store(values: types.Array, out: types.Array) -> Callable[..., object]:
-    kernel = {types.uint16: to_bf16, types.int16: to_fp16}.get(out.dtype, to_fp32).dispatcher
+    kernels: dict[types.Type, object] = {types.uint16: to_bf16, types.int16: to_fp16}
+    kernel = cast(AnyKernel, kernels.get(out.dtype, to_fp32)).dispatcher
     return lambda values, out: kernel(values, out)
 
 
-def dispatcher_of(kernel: Kernel[..., Any], called: bool = False) -> Dispatcher:
+def dispatcher_of(kernel: AnyKernel, called: bool = False) -> Dispatcher:
     """Return the function of a kernel as numba compiles it: with the kernels and system calls that it calls.
 
     called  by Python, not by other kernels: with numba's cache
@@ -62,7 +77,7 @@ def _external(one: External) -> types.ExternalFunction:
     return types.ExternalFunction(one.name, getattr(types, one.result)(*arguments))
 
 
-def machine_code(kernel: Kernel[..., Any], kinds: Sequence[str]) -> MachineCode:
+def machine_code(kernel: AnyKernel, kinds: Sequence[str]) -> MachineCode:
     """Return the code of a kernel for arguments of these kinds (`native._flatten`); empty if only numba can run it."""
     call = _Call()
     values, known = call.take(iter(kinds))

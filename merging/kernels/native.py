@@ -2,13 +2,14 @@
 
 Importing numba and loading a kernel from its cache takes half a second of processor time, as long as merging small
 models. So the machine code of each kernel and types of arguments is kept as an object file, which LLVM loads in
-milliseconds:
+milliseconds, next to the bytecode of its source, else in the user's cache (~/.cache/gemma2/kernels):
 
-    ~/.cache/gemma2/kernels/NAME-KEY.o    DIGEST of the rest, SYMBOL, kind of RESULT; then the object
-    KEY    BLAKE3 of the kernels' sources, the types, the options, the processor, and the versions of the compilers
+    NAME-KIND-SOURCE.o    DIGEST of the rest, SYMBOL, kind of RESULT, each on a line; then the object
+    KIND      BLAKE3 of the types, the options, the processor, and the versions of the compilers
+    SOURCE    BLAKE3 of the kernels' sources; a file with another one is removed when the kernel is compiled again
 
-A file that is missing, damaged or of another key is compiled again. If the cache cannot be written, each process
-compiles for itself. A kernel that allocates memory or whose arguments are of other types runs through numba.
+A file that is missing or damaged is compiled again. If no place can be written to, each process compiles for itself. A
+kernel that allocates memory or whose arguments are of other types runs through numba.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, update_wrapper
 from importlib.metadata import version
+from importlib.util import cache_from_source
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -43,8 +46,10 @@ Entry = Callable[[Sequence[Argument]], object]
 RESULTS = {"n": None, "b": ctypes.c_bool, "i": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_double}
 SCALARS = {"b": ctypes.c_bool, "i": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_double, "s": ctypes.c_float}
 # Symbols of numba's error path, which no kernel takes: reaching one ends the process.
-ERROR_PATH = ("numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle")
-ERROR_PATH += ("numba_runtime_build_excinfo_struct", "NRT_Free", "NRT_MemInfo_call_dtor")
+ERROR_PATH = (
+    *("numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle"),
+    *("numba_runtime_build_excinfo_struct", "NRT_Free", "NRT_MemInfo_call_dtor"),
+)
 _LOCK = RLock()
 _NOTES: list[Callable[[str], None]] = []
 
@@ -125,19 +130,18 @@ class Kernel(Generic[P, R]):
             entry = self._entries[key]
             if entry is not None:
                 return entry(flat)  # type: ignore[return-value]
-        return self._through_numba(*args)  # type: ignore[no-any-return]
+        return self._through_numba(*args)  # type: ignore[return-value]
 
-    def references(self) -> dict[str, Kernel[..., object]]:
+    def references(self) -> dict[str, AnyKernel]:
         """Return the kernels that this one calls, by the name that it has for them."""
         scope = self.function.__globals__
         return {name: scope[name] for name in self.function.__code__.co_names if isinstance(scope.get(name), Kernel)}
 
     def _entry(self, types: list[str]) -> Entry | None:
         """Return the machine code for these types of arguments; None if numba has to run it."""
-        path = _place(self, types)
-        code = None
-        with suppress(OSError):
-            code = MachineCode.decoded(path.read_bytes())
+        kind, source = _names(self, types)
+        places = _places(self)
+        code = _found(places, f"{kind}-{source}.o")
         if code is None:
             from .compiler import machine_code
 
@@ -145,8 +149,11 @@ class Kernel(Generic[P, R]):
                 note("compiling the merge kernels (once per machine, a few seconds)")
             _NOTES.clear()
             code = machine_code(self, types)
-            _keep(path, code)
+            _keep(places, kind, source, code)
         return _loaded(code, types) if code.content else None
+
+
+AnyKernel = Kernel[Any, Any]
 
 
 def compiled(inner: bool = False, **options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -187,7 +194,7 @@ def _flatten(value: object, types: list[str], flat: list[Argument]) -> bool:
     for kind, classes in (("b", (bool, np.bool_)), ("s", np.float32), ("u", np.uint64), ("i", (int, np.integer))):
         if isinstance(value, classes):
             types.append(kind)
-            flat.append(float(value) if kind == "s" else int(value))  # type: ignore[call-overload, arg-type]
+            flat.append(float(value) if kind == "s" else int(value))
             return True
     types.append("f")
     flat.append(float(value) if isinstance(value, (float, np.floating)) else 0.0)
@@ -197,12 +204,28 @@ def _flatten(value: object, types: list[str], flat: list[Argument]) -> bool:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _place(kernel: Kernel[..., object], types: list[str]) -> Path:
-    decides = (kernel.__name__, types, sorted(kernel.options.items(), key=str), _sources(kernel), _machine())
-    return cache_folder("kernels") / f"{kernel.__name__}-{_digest(repr(decides).encode())}.o"
+def _names(kernel: AnyKernel, types: list[str]) -> tuple[str, str]:
+    """Return both parts of the name of a file, NAME-KIND and SOURCE."""
+    decides = types, sorted(kernel.options.items(), key=str), _machine()
+    return f"{kernel.function.__name__}-{_digest(repr(decides).encode())}", _digest(repr(_sources(kernel)).encode())
 
 
-def _sources(kernel: Kernel[..., object]) -> list[str]:
+def _places(kernel: AnyKernel) -> list[Path]:
+    """Return the folders that may hold the machine code of a kernel, the first to be preferred."""
+    bytecode = Path(cache_from_source(kernel.function.__code__.co_filename)).parent
+    return [bytecode, cache_folder("kernels")]
+
+
+def _found(places: list[Path], name: str) -> MachineCode | None:
+    for place in places:
+        with suppress(OSError):
+            code = MachineCode.decoded((place / name).read_bytes())
+            if code is not None:
+                return code
+    return None
+
+
+def _sources(kernel: AnyKernel) -> list[str]:
     """Return digests of the modules of a kernel and of all kernels that it calls, and of the compiler's."""
     found: set[str] = set()
     todo, seen = [kernel], set[int]()
@@ -233,20 +256,26 @@ def _machine() -> tuple[str, ...]:
     return sys.platform, llvm.get_host_cpu_name(), features, version("numba"), version("llvmlite"), np.__version__
 
 
-def _keep(path: Path, code: MachineCode) -> None:
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(code.encoded())
-        aside.replace(path)
+def _keep(places: list[Path], kind: str, source: str, code: MachineCode) -> None:
+    """Write the file of a kernel into the first place that takes it, in one rename; remove those of older sources."""
+    for place in places:
+        with suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            aside = place / f"{kind}-{source}.o.{os.getpid()}"
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            with open(descriptor, "wb") as file:
+                file.write(code.encoded())
+            aside.replace(place / f"{kind}-{source}.o")
+            for old in place.glob(f"{kind}-*.o"):
+                if old.name != f"{kind}-{source}.o":
+                    old.unlink()
+            return
 
 
 def _digest(data: bytes) -> str:
     found = hasher()
     found.update(data)
-    return found.hexdigest()[:32]
+    return found.hexdigest()[:24]
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -255,7 +284,7 @@ _ENGINES: list[object] = []  # machine code lives as long as its engine
 
 
 @cache
-def _llvm() -> object:
+def _llvm() -> ModuleType:
     """Return LLVM, ready to load code for this machine."""
     from llvmlite import binding
 
@@ -265,17 +294,27 @@ def _llvm() -> object:
     for symbol in ERROR_PATH:
         if binding.address_of_symbol(symbol) is None:
             binding.add_symbol(symbol, abort)
-    return binding
+    found: ModuleType = binding
+    return found
 
 
-def target_machine() -> object:
+class TargetMachine(Protocol):
+    """LLVM's description of a machine."""
+
+    def emit_object(self, module: object) -> bytes:
+        """Return the object file of a module."""
+        ...
+
+
+def target_machine() -> TargetMachine:
     """Return LLVM's description of this machine, for code that is loaded at any address."""
     llvm = _llvm()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     features = llvm.get_host_cpu_features().flatten()
-    return target.create_target_machine(
+    found: TargetMachine = target.create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=features, opt=3, codemodel="jitdefault", jit=True
     )
+    return found
 
 
 def _loaded(code: MachineCode, types: list[str]) -> Entry:

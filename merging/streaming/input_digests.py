@@ -37,13 +37,17 @@ class InputDigests:
         """Read all inputs in a separate thread during the block, for methods that read in their kernels."""
         stopped = Event()
         with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(lambda: [model.read(stopped) for model in self._models.values()])
+            reading = pool.submit(self._read, stopped)
             try:
                 yield
             except BaseException:
                 stopped.set()
                 raise
             reading.result()
+
+    def _read(self, stopped: Event) -> None:
+        for model in self._models.values():
+            model.read(stopped)
 
     def finish(self, threads: int) -> dict[Path, str]:
         """Read what did not pass by, and return the digest of each input's tensors."""

@@ -35,7 +35,7 @@ from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.outputs import manifest, staging
 from gemma2.merging import engine, merge
 from gemma2.merging.inputs import checkpoint
-from gemma2.merging.streaming import dense_stream, read_back, writer
+from gemma2.merging.streaming import dense_stream, read_back, sparse_stream, writer
 
 
 @pytest.fixture
@@ -143,16 +143,16 @@ def test_a_read_that_the_disk_refuses(root, monkeypatch, method):
     fails(root, InputError, f"reading {path} failed (Input/output error)", method)
 
 
-@pytest.mark.parametrize("method", ["slerp", "linear"])
+@pytest.mark.parametrize("method", ["ties", "dare"])
 def test_a_write_that_fails_only_in_the_compiled_pass_is_not_taken_for_done(root, monkeypatch, method):
     """The repeated write in Python succeeds: the merge is refused nevertheless."""
-    begin = dense_stream.Stream._blend
+    begin = sparse_stream.blend_chosen
 
-    def blend(self, group, job, *arguments):
-        with exchanged_descriptor(int(self.output.targets(job.name)[0, 0])):
-            return begin(self, group, job, *arguments)
+    def blend(files, span, settings, target, *arguments):
+        with exchanged_descriptor(target[0]):
+            return begin(files, span, settings, target, *arguments)
 
-    monkeypatch.setattr(dense_stream.Stream, "_blend", blend)
+    monkeypatch.setattr(sparse_stream, "blend_chosen", blend)
     fails(root, OutputError, "failed once; check the disk, and merge again", method)
 
 
@@ -198,7 +198,7 @@ def before_the_read_back(monkeypatch, damage):
         monkeypatch.setattr(read_back.ReadBack, "wrote", written)
         return finish(self, *arguments)
 
-    monkeypatch.setattr(read_back.ReadBack, "wrote", lambda self, names: None)
+    monkeypatch.setattr(read_back.ReadBack, "wrote", lambda self, name, count: None)
     monkeypatch.setattr(read_back.ReadBack, "finish", finished)
 
 

@@ -186,7 +186,7 @@ def test_kernels_are_compiled_once_per_machine_and_announced_in_one_line(tmp_pat
     (tmp_path / "gemma2").symlink_to(Path(__file__).parents[3])
     for name in ("a", "b"):
         write_model(tmp_path / name, random_arrays(0), "BF16")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
     command = [sys.executable, "-c", MERGE]
     runs = [
         subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
