@@ -4,14 +4,16 @@
     python bench/merge.py --layers 4            the 2B shape with 4 layers: 1.8 GB each
 
 Every job is a process of its own. `merge` is the call (plan, read, compute, write, read back, digest, flush, publish),
-`stream` the part without read-back and publication, `shell` the process with its imports. `anon` and `rss` are peaks of
-anonymous and of all resident memory. The page cache is warm: the files were just read.
+`stream` the part without publication, `shell` the process with its imports. `anon` and `rss` are peaks of anonymous and
+of all resident memory. The page cache is warm: the files were just read. "write + read back" is what the disk alone
+takes for one model, past the page cache, without any arithmetic: the floor of a merge that reads its output back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -29,10 +31,13 @@ from shapes import layout, write_random
 JOBS: dict[str, dict[str, object]] = {
     "slerp": {"method": "slerp", "base": True},
     "slerp, 1 thread": {"method": "slerp", "base": True, "threads": 1},
+    "slerp, not read back": {"method": "slerp", "base": True, "verify": False},
+    "slerp, known inputs": {"method": "slerp", "base": True, "known": True},
     "slerp, another t": {"method": "slerp", "base": True, "t": 0.3, "cached": True},
     "warp": {"method": "warp", "base": True},
     "liti": {"method": "liti", "base": True, "models": 1},
     "linear": {"method": "linear"},
+    "linear, not read back": {"method": "linear", "verify": False},
     "linear, 1 thread": {"method": "linear", "threads": 1},
     "ties": {"method": "ties", "base": True},
     "dare": {"method": "dare", "base": True},
@@ -67,7 +72,7 @@ def job(root: Path, spec: dict[str, object]) -> None:
     base = {"base": root / "base"} if spec.get("base") else {}
     request = MergeRequest(method=str(spec["method"]), models=models, **base, **fields)  # type: ignore[arg-type]
     wall, cpu = time.perf_counter(), time.process_time()
-    result = merge(request, out=root / "out")
+    result = merge(request, out=root / "out", verify=bool(spec.get("verify", True)))
     figures = {"merge": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "stream": result.seconds}
     done.set()
     watcher.join()
@@ -75,10 +80,12 @@ def job(root: Path, spec: dict[str, object]) -> None:
 
 
 def run_job(root: Path, spec: dict[str, object]) -> dict[str, float]:
-    """One job in a process of its own, without what earlier ones left in the cache of inner products."""
+    """One job in a separate process, without what earlier ones left in the caches of inner products and of digests."""
     cache = root / "cache"
     if not spec.get("cached"):
-        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(cache / "gemma2" / "products", ignore_errors=True)
+    if not spec.get("known"):
+        shutil.rmtree(cache / "gemma2" / "digests", ignore_errors=True)
     begin = time.perf_counter()
     child = subprocess.run(
         [sys.executable, __file__, "--root", str(root), "--job", json.dumps(spec)],
@@ -98,6 +105,42 @@ def copy(root: Path) -> dict[str, float]:
     subprocess.run(["sync", root / "copy"], check=True)
     figures = {"merge": time.perf_counter() - begin}
     (root / "copy").unlink()
+    return figures
+
+
+def through(root: Path, step: int = 4 << 20) -> dict[str, float]:
+    """The size of one model written past the page cache by three threads, and read back by one that follows them."""
+    size = (root / "base/model.safetensors").stat().st_size // step * step
+    path = root / "floor"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    os.posix_fallocate(descriptor, 0, size)
+    places, done, news = iter(range(0, size, step)), set[int](), threading.Condition()
+
+    def write() -> None:
+        with mmap.mmap(-1, step) as buffer:
+            for place in places:
+                os.pwrite(descriptor, buffer, place)
+                with news:
+                    done.add(place)
+                    news.notify_all()
+
+    def read() -> None:
+        with mmap.mmap(-1, step) as buffer:
+            for place in range(0, size, step):
+                with news:
+                    news.wait_for(lambda: place in done)  # noqa: B023
+                os.preadv(descriptor, [buffer], place)
+
+    begin = time.perf_counter()
+    threads = [threading.Thread(target=target) for target in (write, write, write, read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.fsync(descriptor)
+    figures = {"merge": time.perf_counter() - begin}
+    os.close(descriptor)
+    path.unlink()
     return figures
 
 
@@ -139,7 +182,10 @@ def measure(root: Path, jobs: dict[str, dict[str, object]], repeats: int) -> dic
     """Everything in turn, so that what the machine does besides touches all alike."""
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(repeats):
-        steps: dict[str, Callable[[], dict[str, float]]] = {"cp + fsync": lambda: copy(root)}
+        steps: dict[str, Callable[[], dict[str, float]]] = {
+            "cp + fsync": lambda: copy(root),
+            "write + read back": lambda: through(root),
+        }
         steps |= {label: lambda spec=spec: run_job(root, spec) for label, spec in jobs.items()}  # type: ignore[misc]
         for label, step in steps.items():
             runs.setdefault(label, []).append(step())
@@ -166,11 +212,11 @@ def show(runs: dict[str, list[dict[str, float]]]) -> None:
         "anon MB": 9,
         "rss MB": 8,
     }
-    print(" " * 18 + "".join(f"{head:>{width}}" for head, width in widths.items()))
+    print(" " * 22 + "".join(f"{head:>{width}}" for head, width in widths.items()))
     for label in runs:
         merge, cpu, stream, shell, anon, rss = (median(label, name) for name in columns)
         ratios = f"{merge / floor:7.2f}{merge / linear:10.2f}"
-        print(f"{label:18}{merge:9.2f}{cpu:8.2f}{ratios}{stream:10.2f}{shell:9.2f}{anon:9.0f}{rss:8.0f}")
+        print(f"{label:22}{merge:9.2f}{cpu:8.2f}{ratios}{stream:10.2f}{shell:9.2f}{anon:9.0f}{rss:8.0f}")
 
 
 def main() -> None:
