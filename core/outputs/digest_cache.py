@@ -23,7 +23,7 @@ from pathlib import Path
 from .hashing import hasher
 from .home import cache_folder
 
-__all__ = ["Reading", "Stamp", "remembered", "stamp_of", "store"]
+__all__ = ["DigestReading", "Stamp", "remembered", "stamp_of", "store"]
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
 
@@ -40,7 +40,7 @@ def stamp_of(path: Path) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class Reading:
+class DigestReading:
     """Files that are about to be read for a digest, and the digest of an earlier reading with the stamps of now.
 
     known  the earlier digest; None if the files must be read
@@ -67,7 +67,7 @@ def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> 
     kind     the name of what is computed
     compute  must depend on nothing but the bytes of the files, and on `kind`
     """
-    reading = Reading(kind, paths)
+    reading = DigestReading(kind, paths)
     return reading.keep(compute()) if reading.known is None else reading.known
 
 

@@ -11,7 +11,7 @@ from threading import Event
 
 from gemma2.core.errors import InputError
 
-from .digest_cache import Reading, remembered
+from .digest_cache import DigestReading, remembered
 from .hashing import HASHED_BYTES, digest_file, digest_name, digest_of_pieces, hasher
 from .safetensors_header import Tensor, read_header, weight_files
 
@@ -51,7 +51,7 @@ class WeightsDigest:
 
     def __init__(self, directory: Path) -> None:
         files, index = weight_files(directory), directory / INDEX
-        self._reading = Reading("tensors", [*files, *([index] if index.is_file() else [])])
+        self._reading = DigestReading("tensors", [*files, *([index] if index.is_file() else [])])
         self._found = self._reading.known
         self._tensors: list[Tensor] = []
         self._pieces: dict[tuple[Path, str], list[bytes | None]] = {}

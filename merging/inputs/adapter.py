@@ -26,8 +26,8 @@ from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import Tensor, printable, read_header
 from gemma2.merging.kernels.dtypes import widen
-from gemma2.merging.kernels.formats import KINDS, Floats
 from gemma2.merging.kernels.native import compiled
+from gemma2.merging.kernels.number_formats import KINDS, Floats
 
 from .checkpoint import Checkpoint, Reader
 from .low_rank import LowRank

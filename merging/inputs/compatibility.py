@@ -12,7 +12,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
-from gemma2.merging.kernels.formats import KINDS
+from gemma2.merging.kernels.number_formats import KINDS
 
 from .architecture import ONE_KIND, head_of
 from .checkpoint import Checkpoint

@@ -21,8 +21,8 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.merging.inputs.adapter import adapted_rows, load_factors
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
 from gemma2.merging.kernels.dtypes import widen
-from gemma2.merging.kernels.formats import KINDS, Floats
 from gemma2.merging.kernels.native import compiled
+from gemma2.merging.kernels.number_formats import KINDS, Floats
 
 __all__ = ["Distances", "Sums"]
 

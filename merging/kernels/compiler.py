@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from llvmlite import binding
@@ -13,8 +13,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import overload
 from numba.np.numpy_support import from_dtype
 
-from .dtypes import store, to_bf16, to_fp16, to_fp32, value
-from .native import ERROR_PATH, AnyKernel, External, MachineCode, target_machine
+from .machine_code import ERROR_PATH, External, MachineCode, target_machine
 
 __all__ = ["Dispatcher", "dispatcher_of", "machine_code"]
 
@@ -39,21 +38,25 @@ ONLY_NUMBA = MachineCode(b"", "", "n")
 RETURNED = {kind: returned for returned, kind in RESULTS.items()} | {"n": types.void}
 
 
-@overload(value, inline="always", strict=False)  # type: ignore[untyped-decorator]  # numba is not typed
-def _value(stored: types.Type) -> Callable[..., object]:
-    if stored == types.uint16:
-        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
-    return lambda stored: stored
+class Compilable(Protocol):
+    """What is known of a kernel here (`native.Kernel`)."""
+
+    function: FunctionType
+    options: dict[str, Any]
+    dispatcher: Dispatcher
+
+    def references(self) -> Mapping[str, Compilable]:
+        """The kernels that it calls."""
+        ...
 
 
-@overload(store, strict=False)  # type: ignore[untyped-decorator]  # numba is not typed
-def _store(values: types.Array, out: types.Array) -> Callable[..., object]:
-    kernels: dict[types.Type, object] = {types.uint16: to_bf16, types.int16: to_fp16}
-    kernel = cast(AnyKernel, kernels.get(out.dtype, to_fp32)).dispatcher
-    return lambda values, out: kernel(values, out)
+def register(forms: Iterable[tuple[Callable[..., object], Callable[..., object], dict[str, object]]]) -> None:
+    """Tell numba the forms of functions (`native.form_of`)."""
+    for function, choose, options in forms:
+        overload(function, strict=False, **options)(choose)
 
 
-def dispatcher_of(kernel: AnyKernel, called: bool = False) -> Dispatcher:
+def dispatcher_of(kernel: Compilable, called: bool = False) -> Dispatcher:
     """Return the function of a kernel as numba compiles it: with the kernels and system calls that it calls.
 
     called  by Python, not by other kernels: with numba's cache
@@ -77,7 +80,7 @@ def _external(one: External) -> types.ExternalFunction:
     return types.ExternalFunction(one.name, getattr(types, one.result)(*arguments))
 
 
-def machine_code(kernel: AnyKernel, kinds: Sequence[str]) -> MachineCode:
+def machine_code(kernel: Compilable, kinds: Sequence[str]) -> MachineCode:
     """Return the code of a kernel for arguments of these kinds (`native._flatten`); empty if only numba can run it."""
     call = _Call()
     values, known = call.take(iter(kinds))

@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from .dtypes import store, value
-from .formats import Bytes, Doubles, Floats, Out, Stored
 from .native import compiled
+from .number_formats import Bytes, Doubles, Floats, Out, Stored
 
 __all__ = ["BLOCK", "check_sum", "combine", "gram", "pair_count"]
 

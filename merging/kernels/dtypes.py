@@ -6,13 +6,23 @@ are finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import Bytes, Floats, Out
-from .native import compiled
+from .native import compiled, form_of, in_kernels
+from .number_formats import Bytes, Floats, Out
 
 __all__ = ["narrow", "store", "to_bf16", "to_fp16", "to_fp32", "value", "widen"]
+
+
+class HasDtype(Protocol):
+    """numba's type of an array."""
+
+    dtype: object
+
 
 U1, U16, U7FFF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 
@@ -31,7 +41,14 @@ def bits_float(bits: np.uint32 | np.int64) -> np.float32:
 
 def value(stored: np.uint16 | np.float32) -> np.float32:
     """Return an element as fp32: a uint16 is the bits of a bf16, a float32 is the number itself."""
-    raise NotImplementedError("for compiled code: see compiler.py")
+    raise NotImplementedError("for compiled code")
+
+
+@form_of(value, inline="always")
+def _value(stored: object) -> Callable[..., object]:
+    if str(stored) == "uint16":
+        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    return lambda stored: stored
 
 
 @compiled(inner=True)
@@ -117,7 +134,14 @@ def narrow(values: Floats, kind: int, raw: Bytes) -> np.bool_:
 
 def store(values: Floats, out: Out) -> bool:
     """`narrow` into an array whose dtype gives the format, by STORED."""
-    raise NotImplementedError("for compiled code: see compiler.py")
+    raise NotImplementedError("for compiled code")
+
+
+@form_of(store)
+def _store(values: object, out: HasDtype) -> Callable[..., object]:
+    kernels: dict[str, object] = {"uint16": to_bf16, "int16": to_fp16}
+    kernel = in_kernels(kernels.get(str(out.dtype), to_fp32))
+    return lambda values, out: kernel(values, out)
 
 
 @compiled(inner=True)

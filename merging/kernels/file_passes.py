@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import Bytes, Stored
-from .native import External, compiled
+from .machine_code import External
+from .native import compiled
+from .number_formats import Bytes, Stored
 
 __all__ = ["DONE", "NOT_FINITE", "load", "read_all", "write_all"]
 

@@ -14,84 +14,34 @@ kernel that allocates memory or whose arguments are of other types runs through 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache, cached_property, update_wrapper
 from importlib.metadata import version
 from importlib.util import cache_from_source
 from pathlib import Path
 from threading import RLock
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
-from gemma2.core.outputs.hashing import hasher
 from gemma2.core.outputs.home import cache_folder
+
+from .machine_code import Argument, Entry, MachineCode, llvm, load_code, short_digest
 
 if TYPE_CHECKING:
     from .compiler import Dispatcher
 
-__all__ = ["External", "Kernel", "MachineCode", "announced", "compiled", "target_machine"]
+__all__ = ["Kernel", "announced", "compiled", "form_of", "in_kernels"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Argument = int | float
-Entry = Callable[[Sequence[Argument]], object]
-
-RESULTS = {"n": None, "b": ctypes.c_bool, "i": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_double}
-SCALARS = {"b": ctypes.c_bool, "i": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_double, "s": ctypes.c_float}
-# Symbols of numba's error path, which no kernel takes: reaching one ends the process.
-ERROR_PATH = (
-    *("numba_gil_ensure", "numba_gil_release", "numba_do_raise", "numba_unpickle"),
-    *("numba_runtime_build_excinfo_struct", "NRT_Free", "NRT_MemInfo_call_dtor"),
-)
 _LOCK = RLock()
 _NOTES: list[Callable[[str], None]] = []
-
-
-class MachineCode:
-    """One compiled kernel.
-
-    content  object file; empty if only numba can run the kernel
-    symbol   name of its entry
-    result   kind of its result, a key of RESULTS
-    """
-
-    def __init__(self, content: bytes, symbol: str, result: str) -> None:
-        self.content = content
-        self.symbol = symbol
-        self.result = result
-
-    def encoded(self) -> bytes:
-        """Return the content of a file of the cache."""
-        rest = f"{self.symbol}\n{self.result}\n".encode() + self.content
-        return _digest(rest).encode() + b"\n" + rest
-
-    @classmethod
-    def decoded(cls, text: bytes) -> MachineCode | None:
-        """Return the code in a file of the cache; None if it is damaged."""
-        digest, _, rest = text.partition(b"\n")
-        if digest.decode("ascii", "replace") != _digest(rest):
-            return None
-        symbol, result, content = rest.split(b"\n", 2)
-        return cls(content, symbol.decode(), result.decode())
-
-
-@dataclass(frozen=True)
-class External:
-    """A function of the C library that kernels call; its types by the names that numba has for them."""
-
-    name: str
-    result: str
-    arguments: tuple[str, ...]
-
-    def __call__(self, *_: object) -> int:
-        raise NotImplementedError("for compiled code")
+_FORMS: list[tuple[Callable[..., object], Callable[..., object], dict[str, object]]] = []
 
 
 class Kernel(Generic[P, R]):
@@ -107,16 +57,14 @@ class Kernel(Generic[P, R]):
     @cached_property
     def dispatcher(self) -> Dispatcher:
         """The function as numba compiles it into other kernels; imports numba."""
-        from .compiler import dispatcher_of
-
-        return dispatcher_of(self)
+        found: Dispatcher = _compiler().dispatcher_of(self)
+        return found
 
     @cached_property
     def _through_numba(self) -> Dispatcher:
-        from .compiler import dispatcher_of
-
         with _LOCK:
-            return dispatcher_of(self, called=True)
+            found: Dispatcher = _compiler().dispatcher_of(self, called=True)
+        return found
 
     def __call__(self, *args: P.args, **_: P.kwargs) -> R:
         types: list[str] = []
@@ -143,14 +91,12 @@ class Kernel(Generic[P, R]):
         places = _places(self)
         code = _found(places, f"{kind}-{source}.o")
         if code is None:
-            from .compiler import machine_code
-
             for note in _NOTES:
                 note("compiling the merge kernels (once per machine, a few seconds)")
             _NOTES.clear()
-            code = machine_code(self, types)
+            code = _compiler().machine_code(self, types)
             _keep(places, kind, source, code)
-        return _loaded(code, types) if code.content else None
+        return load_code(code, types) if code.content else None
 
 
 AnyKernel = Kernel[Any, Any]
@@ -166,6 +112,35 @@ def compiled(inner: bool = False, **options: object) -> Callable[[Callable[P, R]
         return Kernel(function, inner, options)
 
     return decorate
+
+
+def in_kernels(kernel: object) -> Dispatcher:
+    """Return a kernel as other kernels call it, for `form_of`."""
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"{kernel!r} is not a kernel")
+    return kernel.dispatcher
+
+
+def form_of(function: Callable[..., object], **options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for what returns the form that compiled code has of a function, for given numba types.
+
+    options  of `numba.extending.overload`
+    """
+
+    def decorate(choose: Callable[P, R]) -> Callable[P, R]:
+        _FORMS.append((function, choose, options))
+        return choose
+
+    return decorate
+
+
+@cache
+def _compiler() -> ModuleType:
+    """Return the module that compiles, with numba, after the forms of functions are known to it."""
+    from . import compiler
+
+    compiler.register(_FORMS)
+    return compiler
 
 
 @contextmanager
@@ -207,7 +182,9 @@ def _flatten(value: object, types: list[str], flat: list[Argument]) -> bool:
 def _names(kernel: AnyKernel, types: list[str]) -> tuple[str, str]:
     """Return both parts of the name of a file, NAME-KIND and SOURCE."""
     decides = types, sorted(kernel.options.items(), key=str), _machine()
-    return f"{kernel.function.__name__}-{_digest(repr(decides).encode())}", _digest(repr(_sources(kernel)).encode())
+    return f"{kernel.function.__name__}-{short_digest(repr(decides).encode())}", short_digest(
+        repr(_sources(kernel)).encode()
+    )
 
 
 def _places(kernel: AnyKernel) -> list[Path]:
@@ -236,14 +213,14 @@ def _sources(kernel: AnyKernel) -> list[str]:
             found.add(one.function.__code__.co_filename)
             todo += one.references().values()
     folder = Path(__file__).parent
-    found |= {str(folder / name) for name in ("compiler.py", "dtypes.py", "native.py")}
+    found |= {str(folder / name) for name in ("compiler.py", "dtypes.py", "machine_code.py", "native.py")}
     return sorted(map(_source, found))
 
 
 @cache
 def _source(path: str) -> str:
     try:
-        return _digest(Path(path).read_bytes())
+        return short_digest(Path(path).read_bytes())
     except OSError:  # no source: the kernel is compiled in each process
         return f"{path} {os.getpid()}"
 
@@ -251,9 +228,9 @@ def _source(path: str) -> str:
 @cache
 def _machine() -> tuple[str, ...]:
     """Return the processor and the versions of the compilers."""
-    llvm = _llvm()
-    features = llvm.get_host_cpu_features().flatten()
-    return sys.platform, llvm.get_host_cpu_name(), features, version("numba"), version("llvmlite"), np.__version__
+    binding = llvm()
+    features = binding.get_host_cpu_features().flatten()
+    return sys.platform, binding.get_host_cpu_name(), features, version("numba"), version("llvmlite"), np.__version__
 
 
 def _keep(places: list[Path], kind: str, source: str, code: MachineCode) -> None:
@@ -270,67 +247,3 @@ def _keep(places: list[Path], kind: str, source: str, code: MachineCode) -> None
                 if old.name != f"{kind}-{source}.o":
                     old.unlink()
             return
-
-
-def _digest(data: bytes) -> str:
-    found = hasher()
-    found.update(data)
-    return found.hexdigest()[:24]
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-_ENGINES: list[object] = []  # machine code lives as long as its engine
-
-
-@cache
-def _llvm() -> ModuleType:
-    """Return LLVM, ready to load code for this machine."""
-    from llvmlite import binding
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    for symbol in ERROR_PATH:
-        if binding.address_of_symbol(symbol) is None:
-            binding.add_symbol(symbol, abort)
-    found: ModuleType = binding
-    return found
-
-
-class TargetMachine(Protocol):
-    """LLVM's description of a machine."""
-
-    def emit_object(self, module: object) -> bytes:
-        """Return the object file of a module."""
-        ...
-
-
-def target_machine() -> TargetMachine:
-    """Return LLVM's description of this machine, for code that is loaded at any address."""
-    llvm = _llvm()
-    target = llvm.Target.from_triple(llvm.get_process_triple())
-    features = llvm.get_host_cpu_features().flatten()
-    found: TargetMachine = target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features, opt=3, codemodel="jitdefault", jit=True
-    )
-    return found
-
-
-def _loaded(code: MachineCode, types: list[str]) -> Entry:
-    llvm = _llvm()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code.content))
-    engine.finalize_object()
-    _ENGINES.append(engine)
-    arguments = [kind for one in types for kind in _c_types(one)]
-    call = ctypes.CFUNCTYPE(RESULTS[code.result], *arguments)(engine.get_function_address(code.symbol))
-    return lambda flat: call(*flat)
-
-
-def _c_types(one: str) -> list[type]:
-    if one in "()":
-        return []
-    if one in SCALARS:
-        return [SCALARS[one]]
-    return [ctypes.c_void_p, *[ctypes.c_int64] * int(one[-1])]

@@ -24,79 +24,26 @@ rows); Model Breadcrumbs, 2312.06795, section 3. Deviations:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .dense import BLOCK, REORDER, check_sum, gram
 from .dtypes import float_bits, store, value
 from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
-from .formats import Doubles, Floats, Out, Stored
 from .native import compiled
+from .number_formats import Doubles, Floats, Out, Stored
 from .philox import STEPS, Words, attainable, uniforms
+from .sparsity import ELECT_MEAN, HIGH, KEEP, LOW, RESCALE, SCALE, SHARE, SPREAD, SUM, WEIGHT
 from .top_k import MAGNITUDE
 
-__all__ = ["COLUMNS", "ELECT", "ELECT_MEAN", "SUM", "Sparsity", "blend_chosen", "scratch", "sparse_combine"]
+__all__ = ["blend_chosen", "scratch", "sparse_combine"]
 
-SUM, ELECT, ELECT_MEAN = 0, 1, 2
-WEIGHT, SHARE, LOW, HIGH, KEEP, SPREAD, RESCALE, SCALE = range(8)  # columns of the table
-COLUMNS = 8
 Draws = NDArray[np.uint16]
 CHUNK = 1024  # elements: the rows of a chunk stay in the first level cache
 OCTAVES = 12  # below the largest magnitude of a row, 32 buckets each
 ROW_BUCKETS = OCTAVES * 32
 LAST_BUCKET = np.uint32(ROW_BUCKETS - 1)
 U18 = np.uint32(18)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparsity:
-    """The settings of one tensor's merge in plain numbers; each tuple has one per model.
-
-    weights    of the task vectors
-    low, high  smallest and largest magnitude that is kept; () keeps all
-    keep       DARE, DELLA: mean keep probability; () keeps all
-    spread     DELLA: epsilon, half of the range of the keep probability; () is 0
-    rescale    divide kept elements by their keep probability
-    elect      take only terms of the elected sign
-    normalize  divide by the sum of the weights: of all models, or with `elect` of those that take part
-    scale      of the merged task vector (lambda)
-    """
-
-    weights: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    keep: tuple[float, ...] = ()
-    spread: tuple[float, ...] = ()
-    rescale: bool = True
-    elect: bool = False
-    normalize: bool = False
-    scale: float = 1.0
-
-    @property
-    def consensus(self) -> int:
-        """SUM, ELECT or ELECT_MEAN."""
-        return (ELECT_MEAN if self.normalize else ELECT) if self.elect else SUM
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether ranks within rows are needed: the unit of `sparse_combine` is then the row."""
-        return any(self.spread)
-
-    def table(self) -> Doubles:
-        """Return the table for `sparse_combine`, (M, COLUMNS) fp64."""
-        table = np.zeros((len(self.weights), COLUMNS))
-        share = np.array(self.weights)
-        table[:, WEIGHT] = share / share.sum() if self.normalize and not self.elect else share
-        table[:, SHARE] = share
-        table[:, SCALE] = self.scale  # after the election: rounding scale * weight to fp32 would break exact ties
-        table[:, LOW] = self.low or 0.0
-        table[:, HIGH] = self.high or np.inf
-        table[:, KEEP] = self.keep or 1.0
-        table[:, SPREAD] = self.spread or 0.0
-        table[:, RESCALE] = self.rescale
-        return table
 
 
 @compiled(inner=True)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from .dense import BLOCK
 from .dtypes import float_bits, value
 from .file_passes import DONE, Longs, load
-from .formats import Bytes, Stored
 from .native import compiled
+from .number_formats import Bytes, Stored
 
 __all__ = [
     "BINS",

@@ -16,7 +16,7 @@ import numpy as np
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import encode_header
 from gemma2.merging.inputs.adapter import CONFIG, PREFIX, WEIGHTS
-from gemma2.merging.kernels.formats import Bytes
+from gemma2.merging.kernels.number_formats import Bytes
 from gemma2.merging.streaming.writer import Layout
 
 __all__ = ["AdapterWriter", "adapter_config", "factor_names", "short_names", "whole_name", "write_config"]

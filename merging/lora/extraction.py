@@ -33,8 +33,8 @@ from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
 from gemma2.merging.inputs.tied_adapter import EMBEDDING_ENDS, head_name
 from gemma2.merging.inspect.distances import Distances, Sums
 from gemma2.merging.kernels.dtypes import narrow, widen
-from gemma2.merging.kernels.formats import KINDS, Bytes, Floats
 from gemma2.merging.kernels.native import announced
+from gemma2.merging.kernels.number_formats import KINDS, Bytes, Floats
 from gemma2.merging.methods.request import DTYPES
 from gemma2.merging.plan.places import ADAPTED
 from gemma2.merging.streaming.failures import no_empty_parents, system_refusals

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from gemma2.merging.kernels.formats import Doubles, Floats
+from gemma2.merging.kernels.number_formats import Doubles, Floats
 
 __all__ = ["LowRankFactors", "Svd", "factorise"]
 

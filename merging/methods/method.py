@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gemma2.merging.kernels.sparse import Sparsity
+    from gemma2.merging.kernels.sparsity import Sparsity
 
     Array = NDArray[Any]
     Doubles = NDArray[np.float64]
@@ -93,7 +93,7 @@ class Selection:
 
     def of(self, group: Group) -> Sparsity:
         """The group's numbers, without the thresholds that its data decides."""
-        from gemma2.merging.kernels.sparse import Sparsity  # its kernels, which a scalar combination need not load
+        from gemma2.merging.kernels.sparsity import Sparsity  # its kernels, which a scalar combination need not load
 
         given = group.settings
         share = given.density or (self.density,) * group.models

@@ -34,8 +34,8 @@ from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.inputs.resolve import open_input
 from gemma2.merging.kernels.dense import check_sum
 from gemma2.merging.kernels.dtypes import narrow, widen
-from gemma2.merging.kernels.formats import KINDS, Bytes, Doubles, Floats
 from gemma2.merging.kernels.native import announced
+from gemma2.merging.kernels.number_formats import KINDS, Bytes, Doubles, Floats
 from gemma2.merging.streaming.failures import no_empty_parents, system_refusals
 from gemma2.merging.streaming.read_back import ReadBack
 from gemma2.merging.streaming.writer import Writer, copy_companions

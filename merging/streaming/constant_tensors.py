@@ -10,7 +10,7 @@ import numpy as np
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
 from gemma2.merging.kernels.dtypes import widen
-from gemma2.merging.kernels.formats import KINDS
+from gemma2.merging.kernels.number_formats import KINDS
 from gemma2.merging.plan.merge_plan import MergePlan
 
 __all__ = ["constant_tensors"]

@@ -23,7 +23,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.core.progress import Task
 from gemma2.merging.kernels.dense import BLOCK, check_sum, combine, gram, pair_count
-from gemma2.merging.kernels.formats import STORED, Doubles, Out, Stored
+from gemma2.merging.kernels.number_formats import STORED, Doubles, Out, Stored
 from gemma2.merging.methods.method import Group, Mix
 from gemma2.merging.plan.merge_plan import MergePlan
 

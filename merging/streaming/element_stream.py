@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.core.progress import Task
 from gemma2.merging.kernels.dtypes import narrow
-from gemma2.merging.kernels.formats import KINDS
+from gemma2.merging.kernels.number_formats import KINDS
 from gemma2.merging.methods.method import Elements, Group, Piece
 from gemma2.merging.plan.merge_plan import MergePlan
 

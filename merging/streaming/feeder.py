@@ -28,7 +28,7 @@ from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.inputs.low_rank import LowRank
 from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.dtypes import widen
-from gemma2.merging.kernels.formats import KINDS, STORED, Bytes, Floats, Stored
+from gemma2.merging.kernels.number_formats import KINDS, STORED, Bytes, Floats, Stored
 from gemma2.merging.methods.method import Group
 from gemma2.merging.plan.groups import Part, Source
 from gemma2.merging.plan.merge_plan import MergePlan

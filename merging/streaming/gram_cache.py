@@ -19,7 +19,7 @@ import numpy as np
 from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK
-from gemma2.merging.kernels.formats import Doubles
+from gemma2.merging.kernels.number_formats import Doubles
 from gemma2.merging.methods.method import Group
 from gemma2.merging.plan.groups import Source
 from gemma2.merging.plan.merge_plan import MergePlan

@@ -15,7 +15,7 @@ from threading import Event
 from gemma2.core.outputs.digests import WeightsDigest
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.merging.inputs.checkpoint import Checkpoint
-from gemma2.merging.kernels.formats import Bytes
+from gemma2.merging.kernels.number_formats import Bytes
 from gemma2.merging.plan.groups import Source
 
 __all__ = ["InputDigests"]

@@ -22,7 +22,7 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES, Tenso
 from gemma2.core.progress import Task
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.kernels.dense import check_sum
-from gemma2.merging.kernels.formats import Bytes
+from gemma2.merging.kernels.number_formats import Bytes
 
 from .writer import DIRECT_BYTES, Layout, aligned, open_direct
 

@@ -21,9 +21,10 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES
 from gemma2.core.progress import Task
 from gemma2.merging.kernels.dense import BLOCK, pair_count
 from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
-from gemma2.merging.kernels.formats import Doubles
+from gemma2.merging.kernels.number_formats import Doubles
 from gemma2.merging.kernels.philox import stream_key
-from gemma2.merging.kernels.sparse import Sparsity, blend_chosen, scratch
+from gemma2.merging.kernels.sparse import blend_chosen, scratch
+from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
     BINS,
     COARSE,

@@ -11,7 +11,7 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.kernels.dense import check_sum
 from gemma2.merging.kernels.dtypes import narrow, widen
-from gemma2.merging.kernels.formats import KINDS
+from gemma2.merging.kernels.number_formats import KINDS
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from gemma2.core.errors import InputError
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.kernels.file_passes import read_all
-from gemma2.merging.kernels.formats import Bytes
 from gemma2.merging.kernels.native import compiled
+from gemma2.merging.kernels.number_formats import Bytes
 
 __all__ = ["ZEROS", "RowMap", "embedding_rows", "gather", "vocabulary_tensors"]
 

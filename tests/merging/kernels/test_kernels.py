@@ -11,7 +11,7 @@ from model_files import from_bytes, random_arrays, to_bytes, write_model
 
 from gemma2.merging.kernels.dense import BLOCK, check_sum, combine, gram
 from gemma2.merging.kernels.dtypes import narrow, widen
-from gemma2.merging.kernels.formats import KINDS
+from gemma2.merging.kernels.number_formats import KINDS
 
 PATTERNS = np.arange(65536, dtype=np.uint16)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gemma2.merging.kernels import native
-from gemma2.merging.kernels.native import Kernel, MachineCode, announced, compiled
+from gemma2.merging.kernels.machine_code import MachineCode
+from gemma2.merging.kernels.native import Kernel, announced, compiled
 
 
 @compiled(inner=True)

@@ -10,9 +10,10 @@ from gemma2.merging import MergeRequest, merge
 from gemma2.merging.kernels.dense import BLOCK, pair_count
 from gemma2.merging.kernels.dtypes import widen
 from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
-from gemma2.merging.kernels.formats import ITEMS, KINDS, STORED
+from gemma2.merging.kernels.number_formats import ITEMS, KINDS, STORED
 from gemma2.merging.kernels.philox import stream_key, uniforms
-from gemma2.merging.kernels.sparse import Sparsity, blend_chosen, scratch, sparse_combine
+from gemma2.merging.kernels.sparse import blend_chosen, scratch, sparse_combine
+from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
     BINS,
     COARSE,
