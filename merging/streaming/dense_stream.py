@@ -93,7 +93,7 @@ class Stream:
 
     def run(self) -> Iterator[GroupReport]:
         """Merge group after group."""
-        with ThreadPoolExecutor(self.plan.request.threads) as pool:
+        with self.plan.arrivals.pool(self.plan.request.threads) as pool:
             for group in self.plan.groups:
                 yield self._merge(pool, group)
 
