@@ -24,7 +24,9 @@ from .kernels.native import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace
+from .plan.read_order import read_order
 from .plan.recipe_text import RECIPE, check_inputs, recipe_text
+from .remote.arrivals import arrivals_of
 from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
@@ -103,8 +105,8 @@ def merge(
     and the card for another command that merges.
     Raises UsageError, InputError or OutputError, if possible before any work.
     """
-    with system_refusals(out):
-        plan = plan_merge(request, out, force)
+    with system_refusals(out), arrivals_of(request.stream, progress.note) as arrivals:
+        plan = plan_merge(request, out, force, arrivals=arrivals)
         for line in plan.notes:
             progress.note(line)
         for line in plan.warnings:
@@ -126,10 +128,12 @@ def _merge(
                 write_tokenizer(plan.vocabulary, directory)
             if plan.template:
                 write_template(plan.template, directory)
-        if plan.request.recorded:
-            found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan, {})]
-            check_inputs(plan.request.recorded, found)
+        arrives = plan.arrivals.pending
+        if plan.request.recorded and not arrives:
+            _check_recorded(plan)
         result, digests, weights = _stream(plan, directories, verify, progress, cut)
+        if plan.request.recorded and arrives:  # the digests are those of whole models
+            _check_recorded(plan)
         parents = _identified(plan, weights)
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
@@ -141,6 +145,11 @@ def _merge(
     for line in result.warnings[len(plan.warnings) :]:  # those of the plan were shown before
         progress.warn(line)
     return result
+
+
+def _check_recorded(plan: MergePlan) -> None:
+    found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan, {})]
+    check_inputs(plan.request.recorded, found)
 
 
 def _config_changes(plan: MergePlan) -> JsonObject:
@@ -159,16 +168,16 @@ def _stream(
     total = plan.input_bytes * plan.method.passes + (plan.output_bytes * len(directories) if verify else 0)
     with (
         ExitStack() as stack,
-        Reader.open(plan.inputs) as reader,
+        Reader.open(plan.inputs, plan.arrivals) as reader,
         progress.task(f"merge {plan.request.method}", total=total, unit="bytes") as task,
     ):
+        plan.arrivals.start(read_order(plan) if plan.arrivals.pending else ())
         for model in plan.inputs:
             check_copies(model, reader)
-        found = constant_tensors(plan, reader)
         writers = [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories]
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         output = Output(plan, writers, followers)
-        inputs = InputDigests(plan.inputs)
+        inputs = InputDigests(() if plan.arrivals.pending else plan.inputs)
         groups = []
         for group, report in zip(plan.groups, _groups(plan, reader, output, task, inputs, cut), strict=True):
             groups.append(report)
@@ -176,7 +185,9 @@ def _stream(
                 output.wrote(name, plan.parts[name].sources[0].count)
         for name in carry(plan, reader, output):
             output.wrote(name, plan.models[0].tensors[name].count)
+        plan.arrivals.finish()
         weights = inputs.finish(plan.request.threads)
+        found = constant_tensors(plan, reader)
         checks = output.checks.sums
         digests = [follower.finish(plan.layout, sums) for follower, sums in zip(followers, checks, strict=False)]
     seconds = time.perf_counter() - begin
@@ -206,6 +217,7 @@ def _groups(
     products = Products(plan)
     feeder = Feeder(plan, reader, outputs, cut or job_length(plan, outputs), 1, inputs)
     yield from Stream(plan, feeder, output, task, products).run()
+    plan.arrivals.finish()  # the sums are kept by the times and sizes of files that are whole
     products.save()
 
 

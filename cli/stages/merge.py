@@ -22,7 +22,7 @@ from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.schemas.config import is_given
 
-from .merge_methods import CHOICES, ENDING, MODELS, THREADS, flags_of, request_of
+from .merge_methods import CHOICES, ENDING, MODELS, STREAM, THREADS, flags_of, request_of
 
 if TYPE_CHECKING:
     from gemma2.merging import MergePlan, MergeResult
@@ -175,6 +175,7 @@ def run_file(given: JsonMapping) -> None:
         raise InputError(f"--config {path} is not a file", "give a YAML file; see docs/merging.md")
     console = Console(as_json=given["as_json"], quiet=given["quiet"])
     chosen = {name: given[name] for name in ("threads", "chat_template") if given[name] is not None}
+    chosen |= {"stream": True} if given["stream"] else {}
     recipe = read_recipe(path, given["set"] or (), chosen, allow_config=tuple(given["allow_config"] or ()))
     if given["dry_run"]:
         show_recipe(console, recipe, given["out"], given["force"])
@@ -265,6 +266,7 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
         *words[1:],
         *(word for key in given["allow_config"] or () for word in ("--allow-config", key)),
         *(["--chat-template", given["chat_template"]] if given["chat_template"] is not None else []),
+        *(["--stream"] if given["stream"] else []),
         "--dry-run",
         *(["--json"] if given["as_json"] else []),
         *(["--quiet"] if given["quiet"] else []),
@@ -307,7 +309,7 @@ WORDS = typer.Argument(
 FILE: dict[str, tuple[Any, Any]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
 
 app.callback(invoke_without_command=True, context_settings=HELP_NAMES)(
-    _signed(merge, [CONTEXT], {**FILE, **CHOICES, "threads": (int | None, THREADS), **ENDING})
+    _signed(merge, [CONTEXT], {**FILE, **CHOICES, "threads": (int | None, THREADS), "stream": (bool, STREAM), **ENDING})
 )
 for _name, _entry in METHODS.items():
     app.command(name=_name, cls=HelpCommand, context_settings=HELP_NAMES, rich_help_panel=_entry.panel)(
@@ -326,6 +328,7 @@ app.command(
             "words": (list[str] | None, WORDS),
             **FILE,
             **CHOICES,
+            "stream": (bool, STREAM),
             "out": (Path | None, Out),
             "as_json": (bool, AsJson),
             "quiet": (bool, Quiet),

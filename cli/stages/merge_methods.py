@@ -18,7 +18,7 @@ from gemma2.merging.methods.request import MergeRequest
 from gemma2.merging.recipes.place import Place, read_option
 from gemma2.merging.recipes.recipe import read_slices
 
-__all__ = ["CHOICES", "COMMON", "ENDING", "MODELS", "THREADS", "Flag", "flags_of", "request_of"]
+__all__ = ["CHOICES", "COMMON", "ENDING", "MODELS", "STREAM", "THREADS", "Flag", "flags_of", "request_of"]
 
 Flag = tuple[Any, Any]  # the type that typer parses, and the option
 
@@ -79,7 +79,7 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 def request_of(method: str, models: list[Path], given: JsonMapping) -> MergeRequest:
     """The library's request for a command line."""
-    names = ("base", "granularity", "tokenizer", "chat_template", "dtype", "threads")
+    names = ("base", "granularity", "tokenizer", "chat_template", "dtype", "threads", "stream")
     common: JsonObject = {name: given[name] for name in names if given.get(name) is not None}
     if given.get("allow_config"):
         common["allow_config"] = tuple(given["allow_config"])
@@ -97,6 +97,13 @@ def request_of(method: str, models: list[Path], given: JsonMapping) -> MergeRequ
 # --- flags of every method --------------------------------------------------------------------------------------------
 
 THREADS = _setting("--threads", "INT", "Threads that read, compute and write [default cores + 1; >=1].")
+STREAM = typer.Option(
+    False,
+    "--stream",
+    help="Merge models of the hub while they arrive; the result is the same.",
+    show_default=False,
+    rich_help_panel="Settings",
+)
 VERIFY = typer.Option(
     True,
     "--verify/--no-verify",
@@ -142,6 +149,7 @@ COMMON: dict[str, Flag] = {
         _setting("--dtype", "bfloat16|float16|float32", "dtype of the output [default that of the first model]."),
     ),
     "threads": (int | None, THREADS),
+    "stream": (bool, STREAM),
     **ENDING,
 }
 MODELS = typer.Argument(

@@ -11,12 +11,22 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 
-__all__ = ["SNAPSHOT", "is_hub_id", "locate_model"]
+__all__ = [
+    "SNAPSHOT",
+    "WEIGHTS",
+    "fetch_snapshot",
+    "hub_errors",
+    "hub_failure",
+    "is_hub_id",
+    "locate_model",
+    "repo_and_revision",
+]
 
 # Path of a model in the hub's cache: the folder of one revision.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
-FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+WEIGHTS = "*.safetensors"
+FETCHED = (WEIGHTS, "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -31,26 +41,40 @@ def locate_model(name: str | Path, role: str) -> Path:
     Raises InputError naming the id and the cause. A path that does not exist and is not a hub id is returned unchanged:
     the code that opens it reports the error.
     """
-    return _fetch(str(name), role) if is_hub_id(name) else Path(name)
+    return fetch_snapshot(str(name), role) if is_hub_id(name) else Path(name)
 
 
-def _fetch(name: str, role: str) -> Path:
-    """Return the snapshot of a hub id in the cache; fetch it if necessary."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+def repo_and_revision(name: str) -> tuple[str, str | None]:
+    """Return the two parts of a hub id."""
     found = HUB_ID.fullmatch(name)
-    repo, revision = (found["name"], found["revision"]) if found else (name, None)
-    # The bases of the hub's own error include the error class of the network library that the installed version uses.
-    failures: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+    return (found["name"], found["revision"]) if found else (name, None)
+
+
+def fetch_snapshot(name: str, role: str, *, weights: bool = True) -> Path:
+    """Return the snapshot of a hub id in the cache; fetch it if necessary, on demand without its weights.
+
+    Raises InputError naming the id and the cause.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, revision = repo_and_revision(name)
+    left_out = None if weights else [WEIGHTS]
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=list(FETCHED))
-    except failures as error:
-        raise _failure(name, role, error) from error
+        folder = snapshot_download(repo, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=left_out)
+    except hub_errors() as error:
+        raise hub_failure(name, role, error) from error
     return Path(folder)
 
 
-def _failure(name: str, role: str, error: Exception) -> InputError:
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that the hub's library raises for requests that fail."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of the hub's own error include the error class of the network library that the installed version uses.
+    return (*HfHubHTTPError.__bases__, OSError, ValueError)
+
+
+def hub_failure(name: str, role: str, error: Exception) -> InputError:
     """Return one line for an error of the hub's library."""
     from huggingface_hub import constants, errors
 

@@ -56,15 +56,19 @@ def printable(text: str, longest: int = 120) -> str:
     return shown if len(shown) <= longest else shown[: longest - 3] + "..."
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file in the order of their data. Raises InputError if it is malformed."""
+def read_header(path: Path, stored: Path | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file in the order of their data. Raises InputError if it is malformed.
+
+    `stored` is the file that holds its header as long as the rest still arrives.
+    """
+    stored = stored or path
     try:
-        status = path.stat()
+        status = stored.stat()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check the path and its permissions") from error
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a regular file", "give a safetensors file")
-    entries, data_start = _read_entries(path, status.st_size)
+    entries, data_start = _read_entries(path, stored, status.st_size)
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_tiling(path, tensors, data_start, status.st_size)
@@ -75,10 +79,10 @@ def _broken(path: Path, cause: str) -> InputError:
     return InputError(f"{path}: {cause}", "the file is damaged or not safetensors; fetch or write it again")
 
 
-def _read_entries(path: Path, size: int) -> tuple[JsonObject, int]:
+def _read_entries(path: Path, stored: Path, size: int) -> tuple[JsonObject, int]:
     """Return the JSON of the header without `__metadata__`, and the offset of the data."""
     try:
-        with path.open("rb") as file:
+        with stored.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise _broken(path, f"header length {length} does not fit a file of {size} bytes")

@@ -28,6 +28,7 @@ from gemma2.core.outputs.safetensors_header import Tensor, printable, read_heade
 from gemma2.merging.kernels.dtypes import widen
 from gemma2.merging.kernels.native import compiled
 from gemma2.merging.kernels.number_formats import KINDS, Floats
+from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
 from .checkpoint import Checkpoint, Reader
 from .low_rank import LowRank
@@ -107,12 +108,13 @@ class Factors:
     scale: float
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: Path, arrivals: Arrivals = ON_DISK) -> bool:
     """Whether a directory holds an adapter and not a model."""
-    return (path / CONFIG).is_file() and not any(path.glob("model*.safetensors*"))
+    names = [*(file.name for file in path.glob("model*.safetensors*")), *arrivals.names(path)]
+    return (path / CONFIG).is_file() and not any(name.startswith("model") for name in names)
 
 
-def open_adapter(path: Path, role: str) -> Adapter:
+def open_adapter(path: Path, role: str, arrivals: Arrivals = ON_DISK) -> Adapter:
     """Read configuration and header of an adapter directory; no tensor data.
 
     Raises InputError if it is not an adapter, is pickled, malformed, or a variant other than W + scale B A.
@@ -120,13 +122,14 @@ def open_adapter(path: Path, role: str) -> Adapter:
     require_complete(path, role)
     config = read_json(path / CONFIG)
     _check_config(path / CONFIG, config)
-    if not (path / WEIGHTS).exists():
+    stored = arrivals.stored(path / WEIGHTS)
+    if not stored.exists():
         if (path / PICKLE).exists():
             raise InputError(
                 f"{role} {path} holds pickled weights only ({PICKLE})", "save it as safetensors; pickles are unsafe"
             )
         raise InputError(f"{role} {path} holds no {WEIGHTS}", "give a complete adapter directory")
-    pairs, replaced = _sort(path / WEIGHTS)
+    pairs, replaced = _sort(path / WEIGHTS, stored)
     name = config.get("base_model_name_or_path")
     return Adapter(
         role=role,
@@ -158,11 +161,11 @@ def _check_config(path: Path, config: JsonMapping) -> None:
         )
 
 
-def _sort(path: Path) -> tuple[dict[str, FactorPair], dict[str, Tensor]]:
+def _sort(path: Path, stored: Path) -> tuple[dict[str, FactorPair], dict[str, Tensor]]:
     """Return the complete pairs by module, and the tensors stored in full by their name in the base."""
     pairs: dict[str, FactorPair] = {}
     replaced = {}
-    for key, tensor in read_header(path).items():
+    for key, tensor in read_header(path, stored).items():
         shown = printable(key)
         if tensor.dtype not in KINDS:
             raise InputError(f"{path}: {shown} is {tensor.dtype}; only BF16, F16 and F32 can be merged", MERGE_IT)

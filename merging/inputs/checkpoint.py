@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
+from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
 from .low_rank import LowRank
 from .weight_files import INDEX, WEIGHTS, find_weights
@@ -67,23 +68,23 @@ def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in name.split("."))
 
 
-def open_checkpoint(path: Path, role: str) -> Checkpoint:
-    """Read the configuration and every header of a model directory; no tensor data.
+def open_checkpoint(path: Path, role: str, arrivals: Arrivals = ON_DISK) -> Checkpoint:
+    """Read the configuration and every header of a model directory; no tensor data, which may not have arrived yet.
 
     Raises InputError if it is not a model directory, is unfinished, or stores weights in another format.
     """
-    shards = find_weights(path, role)
-    return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards), path)
+    shards = find_weights(path, role, arrivals)
+    return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards, arrivals), path)
 
 
-def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Tensor]:
+def _tensors(path: Path, shards: Mapping[str, list[str]] | None, arrivals: Arrivals) -> dict[str, Tensor]:
     """Return all tensors in natural order; index and shards must agree exactly."""
     if shards is None:
-        found = read_header(path / WEIGHTS)
+        found = read_header(path / WEIGHTS, arrivals.stored(path / WEIGHTS))
     else:
         found = {}
         for file, names in sorted(shards.items()):
-            held = read_header(path / file)
+            held = read_header(path / file, arrivals.stored(path / file))
             for name in sorted(set(names) ^ set(held)):
                 where = f"in the index but not in {file}" if name in names else f"in {file} but not in the index"
                 raise InputError(f"{path}: {printable(name)} is {where}", "restore both: they do not belong together")
@@ -94,26 +95,34 @@ def _tensors(path: Path, shards: Mapping[str, list[str]] | None) -> dict[str, Te
 class Reader:
     """Reads ranges of tensors. Safe to share between threads; made by `Reader.open`."""
 
-    def __init__(self, descriptors: Mapping[Path, int]) -> None:
+    def __init__(self, descriptors: Mapping[Path, int], arrivals: Arrivals = ON_DISK) -> None:
         self._descriptors = descriptors
+        self._arrivals = arrivals
+
+    def wait(self, tensor: Tensor, first: int = 0, count: int | None = None) -> None:
+        """Return when elements [first, first + count) of a tensor have arrived. `read` waits by itself."""
+        item = ITEM_BYTES[tensor.dtype]
+        begin = tensor.offset + first * item
+        self._arrivals.wait(tensor.file, begin, begin + (tensor.count - first if count is None else count) * item)
 
     def descriptor(self, tensor: Tensor) -> int:
-        """Return the descriptor of the open file that holds a tensor, for the compiled passes."""
+        """Return the descriptor of the open file that holds a tensor, for the compiled passes, which `wait` first."""
         return self._descriptors[tensor.file]
 
     @classmethod
     @contextmanager
-    def open(cls, checkpoints: Iterable[Checkpoint]) -> Iterator[Reader]:
+    def open(cls, checkpoints: Iterable[Checkpoint], arrivals: Arrivals = ON_DISK) -> Iterator[Reader]:
         """Open every weight file of the checkpoints for the duration of the block."""
         with ExitStack() as stack:
             descriptors: dict[Path, int] = {}
             for file in {file for checkpoint in checkpoints for file in checkpoint.files}:
-                descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                descriptors[file] = os.open(arrivals.stored(file), os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, descriptors[file])
-            yield cls(descriptors)
+            yield cls(descriptors, arrivals)
 
     def read(self, tensor: Tensor, first: int, count: int, into: NDArray[np.uint8]) -> None:
         """Read elements [first, first + count) of a tensor into the start of a byte buffer. Raises InputError."""
+        self.wait(tensor, first, count)
         item = ITEM_BYTES[tensor.dtype]
         view = memoryview(into)[: count * item]  # type: ignore[arg-type]
         offset = tensor.offset + first * item

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.hub import is_hub_id, locate_model
+from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
 from .adapter import Adapter, check_adapter, is_adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
@@ -17,7 +18,7 @@ from .tied_adapter import without_tied_head
 __all__ = ["model_of", "open_input"]
 
 
-def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
+def open_input(name: Path, role: str, base: Path | None = None, arrivals: Arrivals = ON_DISK) -> Checkpoint:
     """Open a model, `MODEL+ADAPTER`, or an adapter alone, whose model is the one that it records, else `base`.
 
     Reads headers only. Raises InputError.
@@ -25,16 +26,17 @@ def open_input(name: Path, role: str, base: Path | None = None) -> Checkpoint:
     model, plus, adapter = str(name).rpartition("+")
     if plus and model and adapter and not name.exists():
         return _adapted(
-            open_adapter(locate_model(adapter, role), role), open_checkpoint(locate_model(model, role), role)
+            open_adapter(arrivals.locate(Path(adapter), role), role, arrivals),
+            open_checkpoint(arrivals.locate(Path(model), role), role, arrivals),
         )
-    path = locate_model(name, role)
-    if not is_adapter(path):
-        return without_copy(open_checkpoint(path, role))
-    found = open_adapter(path, role)
-    return _adapted(found, open_checkpoint(model_of(found, base), f"the model of {role}"))
+    path = arrivals.locate(name, role)
+    if not is_adapter(path, arrivals):
+        return without_copy(open_checkpoint(path, role, arrivals))
+    found = open_adapter(path, role, arrivals)
+    return _adapted(found, open_checkpoint(model_of(found, base, arrivals), f"the model of {role}", arrivals))
 
 
-def model_of(adapter: Adapter, base: Path | None) -> Path:
+def model_of(adapter: Adapter, base: Path | None, arrivals: Arrivals = ON_DISK) -> Path:
     """Return the directory of the model that an adapter belongs to."""
     recorded = adapter.base_model_name
     if recorded is not None:
@@ -42,13 +44,13 @@ def model_of(adapter: Adapter, base: Path | None) -> Path:
             if place.is_dir():
                 return place
         if base is None and is_hub_id(recorded):
-            return locate_model(recorded, f"the model of {adapter.role}")
+            return arrivals.locate(Path(recorded), f"the model of {adapter.role}")
     if base is None:
         raise InputError(
             f"{adapter} is an adapter, and its model {printable(recorded or '(not recorded)')} was not found",
             f"name it: MODEL+{adapter.path}",
         )
-    return locate_model(base, "base")
+    return arrivals.locate(base, "base")
 
 
 def _adapted(adapter: Adapter, model: Checkpoint) -> Checkpoint:

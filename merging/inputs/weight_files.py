@@ -10,6 +10,7 @@ from gemma2.core.json_files import read_json
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
 __all__ = ["INDEX", "WEIGHTS", "check_folders", "find_weights"]
 
@@ -19,7 +20,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ADAPTER = "adapter_config.json"
 
 
-def find_weights(path: Path, role: str) -> dict[str, list[str]] | None:
+def find_weights(path: Path, role: str, arrivals: Arrivals = ON_DISK) -> dict[str, list[str]] | None:
     """Return the names in each shard of a model directory by the index; None for a single file.
 
     Raises InputError if it is not a model directory, is unfinished, or stores weights in another format.
@@ -27,7 +28,7 @@ def find_weights(path: Path, role: str) -> dict[str, list[str]] | None:
     if not path.is_dir():
         raise InputError(f"{role} {path} is not a directory", "give the path of a model directory")
     require_complete(path, role)
-    shards = _shards(path, role)
+    shards = _shards(path, role, arrivals)
     if not (path / "config.json").is_file():
         raise InputError(f"{role} {path} holds no config.json", "give a directory with config.json and *.safetensors")
     return shards
@@ -44,11 +45,12 @@ def check_folders(named: Mapping[str, Path]) -> None:
             find_weights(path, role)
 
 
-def _shards(path: Path, role: str) -> dict[str, list[str]] | None:
+def _shards(path: Path, role: str, arrivals: Arrivals) -> dict[str, list[str]] | None:
     single, index = path / WEIGHTS, path / INDEX
-    if single.exists() and index.exists():
+    alone = arrivals.stored(single).exists()
+    if alone and index.exists():
         raise InputError(f"{role} {path} holds both {WEIGHTS} and {INDEX}", "remove the one that is not meant")
-    if single.exists():
+    if alone:
         return None
     if index.exists():
         return _read_index(index)

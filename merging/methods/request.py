@@ -108,6 +108,7 @@ class MergeRequest:
     recorded     of a recipe: role and identity of each input, as a manifest records parents; others are refused
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
+    stream       merge models of the hub while they arrive; does not change the result
     values       the options whose value is not the initial one, by attribute
     """
 
@@ -123,6 +124,7 @@ class MergeRequest:
     chat_template: str | None
     dtype: str | None
     threads: int
+    stream: bool
     values: Mapping[str, OptionValue]
 
     def __init__(
@@ -140,6 +142,7 @@ class MergeRequest:
     ) -> None:
         allowed: tuple[str, ...] = options.pop("allow_config", ())
         recorded: tuple[JsonMapping, ...] = options.pop("recorded", ())
+        stream: bool = options.pop("stream", False)
         vocabulary, template = options.pop("vocabulary", None), options.pop("chat_template", None)
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
@@ -159,6 +162,7 @@ class MergeRequest:
             "chat_template": template,
             "dtype": dtype,
             "threads": default_threads() if threads is None else threads,
+            "stream": stream,
             "values": {name: value for name, value in given.items() if value not in (None, (), initial[name])},
         }
         for name, value in fields.items():

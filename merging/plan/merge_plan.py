@@ -12,6 +12,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES
 from gemma2.core.outputs.staging import check_output, check_space
+from gemma2.core.progress import SILENT
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.inputs.compatibility import (
     check_model,
@@ -27,6 +28,7 @@ from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
+from gemma2.merging.remote.arrivals import ON_DISK, Arrivals, arrivals_of
 from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
 from gemma2.merging.tokenizers.differing_files import differing_files
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
@@ -51,6 +53,7 @@ class MergePlan:
     vocabulary  of the output, if a tokenizer is chosen
     carried     tensors that the output takes from the first model, unchanged
     template    of the output's chats, if one is chosen
+    arrivals    says which bytes of the inputs have arrived
     """
 
     request: MergeRequest
@@ -65,6 +68,7 @@ class MergePlan:
     template: ChatTemplate | None = None
     notes: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    arrivals: Arrivals = ON_DISK
     warnings: tuple[str, ...] = ()
 
     @property
@@ -117,15 +121,23 @@ class MergePlan:
         return [f"{NO_BASE}; {NO_BASE_FIX}"] if spherical and self.base is None else []
 
 
-def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePlan:
-    """Check a merge completely. Raises UsageError, InputError or OutputError; changes nothing on disk.
+def plan_merge(request: MergeRequest, out: Path, force: bool = False, *, arrivals: Arrivals | None = None) -> MergePlan:
+    """Check a merge completely. Raises UsageError, InputError or OutputError; changes nothing but the hub's cache.
 
-    The plan's request has its base and its defaults filled in.
+    The plan's request has its base and its defaults filled in. `arrivals` fetches hub models that are to be merged
+    while they arrive; without it the plan cannot be carried out if the request says so.
     """
     request = check_request(request)
-    models = tuple(open_input(path, f"model {i + 1}", request.base) for i, path in enumerate(request.models))
+    if arrivals is None:
+        with arrivals_of(request.stream, SILENT.note) as found:
+            return _plan(request, out, force, found)
+    return _plan(request, out, force, arrivals)
+
+
+def _plan(request: MergeRequest, out: Path, force: bool, arrivals: Arrivals) -> MergePlan:
+    models = tuple(open_input(path, f"model {i + 1}", request.base, arrivals) for i, path in enumerate(request.models))
     request, notes = _find_base(request, models)
-    base = open_input(request.base, "base") if request.base else None
+    base = open_input(request.base, "base", None, arrivals) if request.base else None
     for model in (*models, *((base,) if base else ())):
         check_model(model)
     inputs, config, said = same_heads((*((base,) if base else ()), *models), models[0], request.allow_config)
@@ -163,6 +175,7 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         vocabulary=vocabulary,
         template=template,
         carried=carried,
+        arrivals=arrivals,
         warnings=tuple(differing_files(request, models)),
         notes=(
             *notes,

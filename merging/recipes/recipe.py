@@ -25,6 +25,7 @@ from .place import (
     Place,
     chat_template,
     check_name,
+    flag,
     input_records,
     layer_range,
     number,
@@ -235,5 +236,6 @@ COMMON: dict[str, Callable[[Any, Place], Any]] = {
     "vocabulary": vocabulary,
     "inputs": input_records,
     "dtype": text,
+    "stream": flag,
     "slices": lambda value, place: value,  # read when the models are known
 }

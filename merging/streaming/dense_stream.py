@@ -104,7 +104,11 @@ class Stream:
     def run(self) -> Iterator[GroupReport]:
         """Merge group after group."""
         groups = self.plan.groups
-        with ThreadPoolExecutor(self.feeder.workers) as pool, ThreadPoolExecutor(1) as driver, self._stopping():
+        with (
+            ThreadPoolExecutor(1) as driver,
+            self.plan.arrivals.pool(self.feeder.workers) as pool,
+            self._stopping(),
+        ):
             ahead = [driver.submit(self._known, pool, group) for group in groups[:1]]
             for number, group in enumerate(groups):
                 known = ahead.pop().result()

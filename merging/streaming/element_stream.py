@@ -53,7 +53,7 @@ class ElementStream:
 
     def run(self) -> Iterator[GroupReport]:
         """Merge group after group."""
-        with ThreadPoolExecutor(self.plan.request.threads) as pool:
+        with self.plan.arrivals.pool(self.plan.request.threads) as pool:
             for group in self.plan.groups:
                 made = []
 

@@ -211,6 +211,8 @@ class Feeder:
         dtype = self._common_dtype(job.part)
         raw = space.raw[: len(job.part.sources)]
         if dtype is not None:
+            for source in job.part.sources:
+                self.reader.wait(source.tensor, job.first, job.count)
             files = [(self.reader.descriptor(source.tensor), source.tensor.offset) for source in job.part.sources]
             return Loaded(np.array(files, np.int64), raw.view(STORED[dtype]))
         return Loaded(np.full((len(raw), 2), -1, np.int64), self._converted(job, raw))
@@ -254,6 +256,8 @@ class Feeder:
         tensors = [part.tensor for part in parts]
         if any(part.update for part in parts) or len({tensor.dtype for tensor in tensors}) > 1:
             return False
+        for tensor in tensors:
+            self.reader.wait(tensor)
         item = ITEM_BYTES[tensors[0].dtype]
         files = np.array([(self.reader.descriptor(tensor), tensor.offset) for tensor in tensors], np.int64)
         models, begins, counts = rows.spans(first, into.size, prod(source.tensor.shape[1:]))

@@ -33,9 +33,13 @@ class Products:
     """Sums over each tensor, (1 + pairs,) fp64: from the cache, or computed by this merge."""
 
     def __init__(self, plan: MergePlan) -> None:
-        self._file = cache_folder("products") / f"{_key(plan)}.json"
+        self._plan = plan
+        self._file: Path | None = None  # known when every file is whole
         self._sums: dict[str, Doubles] = {}
         self._known = False
+        if plan.arrivals.pending:
+            return
+        self._file = _place(plan)
         with suppress(OSError, ValueError, TypeError):  # missing or malformed: computed again
             digest, _, text = self._file.read_text(encoding="utf-8").partition("\n")
             if digest == _digest(text):
@@ -55,14 +59,19 @@ class Products:
         if self._known:
             return
         with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+            place = self._file or _place(self._plan)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = place.with_suffix(f".{os.getpid()}.tmp")
             text = json.dumps({name: values.tolist() for name, values in self._sums.items()})
             temporary.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
-            temporary.replace(self._file)
-            files = sorted(self._file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            temporary.replace(place)
+            files = sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
             for old in files[:-MOST_FILES]:
                 old.unlink(missing_ok=True)
+
+
+def _place(plan: MergePlan) -> Path:
+    return cache_folder("products") / f"{_key(plan)}.json"
 
 
 def _key(plan: MergePlan) -> str:

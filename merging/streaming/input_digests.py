@@ -22,15 +22,16 @@ __all__ = ["InputDigests"]
 
 
 class InputDigests:
-    """The digests of all inputs, by directory. Safe to share between threads."""
+    """The digests of inputs that are on this disk, by directory. Safe to share between threads."""
 
     def __init__(self, inputs: Iterable[Checkpoint]) -> None:
         self._models = {path: WeightsDigest(path) for path in dict.fromkeys(model.path for model in inputs)}
 
     def add(self, source: Source, first: int, data: Bytes) -> None:
         """Hash the elements of a tensor from `first` on, as they are stored."""
-        begin = first * ITEM_BYTES[source.tensor.dtype]
-        self._models[source.model.path].add(source.tensor, begin, memoryview(data))  # type: ignore[arg-type]
+        model = self._models.get(source.model.path)
+        if model is not None:
+            model.add(source.tensor, first * ITEM_BYTES[source.tensor.dtype], memoryview(data))  # type: ignore[arg-type]
 
     @contextmanager
     def read_ahead(self) -> Iterator[None]:

@@ -81,7 +81,7 @@ class ChoosingStream:
 
     def run(self) -> Iterator[GroupReport]:
         """Merge group after group."""
-        with ThreadPoolExecutor(self.plan.request.threads) as pool:
+        with self.plan.arrivals.pool(self.plan.request.threads) as pool:
             for group in self.plan.groups:
                 sparsity = self._with_thresholds(pool, group, self.selection.of(group))
                 jobs = self._row_jobs(group) if sparsity.by_rows else self.feeder.jobs(group)
@@ -128,6 +128,8 @@ class ChoosingStream:
     def _sample_tensor(self, group: Group, name: str, size: int) -> NDArray[np.uint32]:
         part = self.plan.parts[name]
         count = part.sources[0].count
+        for source in part.sources:
+            self.feeder.reader.wait(source.tensor)
         places = sample_places(count, size)
         bits = np.empty((group.models, int(np.minimum(count - places, PIECE).sum())), np.uint32)
         with self.feeder.space() as space:

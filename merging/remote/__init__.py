@@ -1,0 +1,1 @@
+"""Models that are merged while their weights still arrive from the hub."""
