@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
-from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
+from gemma2.core.outputs.digests import digest_input
+from gemma2.core.outputs.manifest import DataRecord, Manifest, now, versions, write_manifest
 from gemma2.core.outputs.model_card import Account
 from gemma2.core.outputs.model_identity import ModelIdentity, identity_of, parent_record
 from gemma2.core.outputs.safetensors_header import weight_files
@@ -23,8 +25,8 @@ from .inputs.output_heads import check_copies
 from .kernels.dense import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
-from .plan.places import ADAPTED, InputPlace
-from .plan.recipe_text import RECIPE, check_inputs, recipe_text
+from .plan.places import ADAPTED, InputPlace, merge_files
+from .plan.recipe_text import RECIPE, check_files, check_inputs, recipe_text
 from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
@@ -35,6 +37,7 @@ from .streaming.read_back import ReadBack
 from .streaming.unmerged import carry
 from .streaming.writer import Writer, copy_companions
 from .tokenizers.chat_template import write_template
+from .tokenizers.generation_config import write_asking
 from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
@@ -125,15 +128,17 @@ def _merge(
                 write_tokenizer(plan.vocabulary, directory)
             if plan.template:
                 write_template(plan.template, directory)
+            write_asking(plan.asking, directory)
         if plan.request.recorded:
             found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan)]
             check_inputs(plan.request.recorded, found)
+            check_files(plan.request.recorded, merge_files(plan.request))
         result, digests = _stream(plan, directories, verify, progress, cut)
         parents = _identified(plan)
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
-            text = recipe_text(plan, number, manifest["parents"])
+            text = recipe_text(plan, number, manifest["parents"], directory)
             (directory / RECIPE).write_text(text, encoding="utf-8", errors="backslashreplace")
             write_card(directory, manifest, plan.outputs[number], account)
             write_manifest(directory, manifest, known)
@@ -222,7 +227,7 @@ def _manifest(
         "command": f"merge {plan.request.method}",
         "config": _recorded(plan, number),
         "parents": [parent_record(role, path, found, plan.outputs[number]) for role, path, found in parents],
-        "data": [],
+        "data": _files(plan, plan.outputs[number]),
         "versions": versions(),
         "started": started,
         "ended": now(),
@@ -230,6 +235,14 @@ def _manifest(
         "summary": result.summary_of(number),
         **(_replaced(account) if account else {}),
     }
+
+
+def _files(plan: MergePlan, out: Path) -> list[DataRecord]:
+    """Return the records of the files that the request names, for the manifest of `out`."""
+    return [
+        {"role": option, "path": os.path.relpath(path.resolve(), out.resolve()), "digest": digest_input(path)}
+        for option, path in merge_files(plan.request)
+    ]
 
 
 def _recorded(plan: MergePlan, number: int) -> JsonObject:

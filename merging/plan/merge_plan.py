@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
 from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
 from gemma2.merging.tokenizers.differing_files import differing_files
+from gemma2.merging.tokenizers.generation_config import Asking, choose_asking
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
@@ -51,6 +52,7 @@ class MergePlan:
     vocabulary  of the output, if a tokenizer is chosen
     carried     tensors that the output takes from the first model, unchanged
     template    of the output's chats, if one is chosen
+    asking      generation config and special tokens, as far as they are chosen
     """
 
     request: MergeRequest
@@ -63,6 +65,7 @@ class MergePlan:
     config: JsonMapping
     vocabulary: Vocabulary | None = None
     template: ChatTemplate | None = None
+    asking: Asking = field(default_factory=Asking)
     notes: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -144,7 +147,9 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
     operands = (*((base,) if base else ()), *models)
     template = choose_template(request.chat_template, operands, vocabulary.owner if vocabulary else models[0])
-    notes = [*notes, *(template.notes if template else ())]
+    asking = choose_asking(request, operands, models[0], vocabulary)
+    config |= asking.config
+    notes = [*notes, *(template.notes if template else ()), *asking.notes]
     for part in parts.values():
         check_shapes(part)
     layout = _layout(request, parts, base is not None)
@@ -162,8 +167,9 @@ def plan_merge(request: MergeRequest, out: Path, force: bool = False) -> MergePl
         config=config,
         vocabulary=vocabulary,
         template=template,
+        asking=asking,
         carried=carried,
-        warnings=tuple(differing_files(request, models)),
+        warnings=tuple(differing_files(request, models, vocabulary)),
         notes=(
             *notes,
             *tower_note(models[0]),
