@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
-from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
+from gemma2.core.outputs.digests import digest_input
+from gemma2.core.outputs.manifest import DataRecord, Manifest, now, versions, write_manifest
 from gemma2.core.outputs.model_card import Account
 from gemma2.core.outputs.model_identity import ModelIdentity, identity_of, parent_record
 from gemma2.core.outputs.safetensors_header import weight_files
@@ -23,10 +25,10 @@ from .inputs.output_heads import check_copies
 from .kernels.native import announced
 from .methods.request import MergeRequest
 from .plan.merge_plan import MergePlan, plan_merge
-from .plan.places import ADAPTED, InputPlace
+from .plan.places import ADAPTED, InputPlace, merge_files
 from .plan.read_order import read_order
-from .plan.recipe_text import RECIPE, check_inputs, recipe_text
-from .remote.arrivals import arrivals_of
+from .plan.recipe_text import RECIPE, check_files, check_inputs, recipe_text
+from .remote.arrival_source import arrivals_of
 from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals
@@ -38,6 +40,7 @@ from .streaming.read_back import ReadBack
 from .streaming.unmerged import carry
 from .streaming.writer import Writer, copy_companions
 from .tokenizers.chat_template import write_template
+from .tokenizers.generation_config import write_asking
 from .tokenizers.vocabulary import write_tokenizer
 
 __all__ = ["MergeResult", "merge"]
@@ -128,6 +131,7 @@ def _merge(
                 write_tokenizer(plan.vocabulary, directory)
             if plan.template:
                 write_template(plan.template, directory)
+            write_asking(plan.asking, directory)
         arrives = plan.arrivals.pending
         if plan.request.recorded and not arrives:
             _check_recorded(plan)
@@ -138,7 +142,7 @@ def _merge(
         for number, directory in enumerate(directories):
             known = {file.name: digests[number].get(file.name) for file in weight_files(directory)}
             manifest = _manifest(result, number, parents, started, account)
-            text = recipe_text(plan, number, manifest["parents"])
+            text = recipe_text(plan, number, manifest["parents"], directory)
             (directory / RECIPE).write_text(text, encoding="utf-8", errors="backslashreplace")
             write_card(directory, manifest, plan.outputs[number], account)
             write_manifest(directory, manifest, known)
@@ -148,6 +152,7 @@ def _merge(
 
 
 def _check_recorded(plan: MergePlan) -> None:
+    check_files(plan.request.recorded, merge_files(plan.request))
     found = [(role, path, one.weights, one.files) for role, path, one in _identified(plan, {})]
     check_inputs(plan.request.recorded, found)
 
@@ -246,7 +251,7 @@ def _manifest(
         "command": f"merge {plan.request.method}",
         "config": _recorded(plan, number),
         "parents": [parent_record(role, path, found, plan.outputs[number]) for role, path, found in parents],
-        "data": [],
+        "data": _files(plan, plan.outputs[number]),
         "versions": versions(),
         "started": started,
         "ended": now(),
@@ -254,6 +259,14 @@ def _manifest(
         "summary": result.summary_of(number),
         **(_replaced(account) if account else {}),
     }
+
+
+def _files(plan: MergePlan, out: Path) -> list[DataRecord]:
+    """Return the records of the files that the request names, for the manifest of `out`."""
+    return [
+        {"role": option, "path": os.path.relpath(path.resolve(), out.resolve()), "digest": digest_input(path)}
+        for option, path in merge_files(plan.request)
+    ]
 
 
 def _recorded(plan: MergePlan, number: int) -> JsonObject:

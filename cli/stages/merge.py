@@ -19,6 +19,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.sizes import size
 from gemma2.merging.methods.method import Method
+from gemma2.merging.methods.request import FILES
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.schemas.config import is_given
 
@@ -174,7 +175,7 @@ def run_file(given: JsonMapping) -> None:
     if not path.is_file():
         raise InputError(f"--config {path} is not a file", "give a YAML file; see docs/merging.md")
     console = Console(as_json=given["as_json"], quiet=given["quiet"])
-    chosen = {name: given[name] for name in ("threads", "chat_template") if given[name] is not None}
+    chosen = {name: given[name] for name in ("threads", *FILES) if given[name] is not None}
     chosen |= {"stream": True} if given["stream"] else {}
     recipe = read_recipe(path, given["set"] or (), chosen, allow_config=tuple(given["allow_config"] or ()))
     if given["dry_run"]:
@@ -265,7 +266,7 @@ def plan(ctx: typer.Context, **given: Any) -> None:  # noqa: ANN401
     arguments = [
         *words[1:],
         *(word for key in given["allow_config"] or () for word in ("--allow-config", key)),
-        *(["--chat-template", given["chat_template"]] if given["chat_template"] is not None else []),
+        *(word for name in FILES if given[name] for word in (f"--{name.replace('_', '-')}", given[name])),
         *(["--stream"] if given["stream"] else []),
         "--dry-run",
         *(["--json"] if given["as_json"] else []),

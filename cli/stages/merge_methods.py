@@ -14,7 +14,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.yaml_files import parse_value
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.option import OPTIONS, Option, OptionValue
-from gemma2.merging.methods.request import MergeRequest
+from gemma2.merging.methods.request import FILES, MergeRequest
 from gemma2.merging.recipes.place import Place, read_option
 from gemma2.merging.recipes.recipe import read_slices
 
@@ -79,7 +79,7 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 def request_of(method: str, models: list[Path], given: JsonMapping) -> MergeRequest:
     """The library's request for a command line."""
-    names = ("base", "granularity", "tokenizer", "chat_template", "dtype", "threads", "stream")
+    names = ("base", "granularity", "tokenizer", *FILES, "dtype", "threads", "stream")
     common: JsonObject = {name: given[name] for name in names if given.get(name) is not None}
     if given.get("allow_config"):
         common["allow_config"] = tuple(given["allow_config"])
@@ -129,6 +129,16 @@ CHOICES: dict[str, Flag] = {
     "chat_template": (
         str | None,
         _setting("--chat-template", "N|base|FILE", "Chat template of the output: that of model N, or a file."),
+    ),
+    "generation_config": (
+        str | None,
+        _setting(
+            "--generation-config", "N|base|FILE", "generation_config.json of the output: that of model N, or a file."
+        ),
+    ),
+    "special_tokens": (
+        str | None,
+        _setting("--special-tokens", "N|base|FILE", "Special tokens of the output: those of model N, or of a file."),
     ),
 }
 COMMON: dict[str, Flag] = {

@@ -23,6 +23,7 @@ from .safetensors_header import weight_files
 
 __all__ = [
     "CONFIGS",
+    "INCIDENTAL_KEYS",
     "ModelIdentity",
     "as_digests",
     "deciding_files",

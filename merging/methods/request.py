@@ -17,17 +17,22 @@ from .parameters import Number, Schedule, value_at
 
 __all__ = [
     "DTYPES",
+    "FILES",
     "Granularity",
     "MergeRequest",
     "Settings",
     "Slice",
     "TokenSource",
     "VocabularyChoice",
+    "file_named",
+    "is_input",
     "settings_at",
 ]
 
 Granularity = Literal["layer", "tensor", "model"]
 
+# Fields that choose files of the output: those of an input, or a file.
+FILES = ("chat_template", "generation_config", "special_tokens")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -105,6 +110,8 @@ class MergeRequest:
     vocabulary   rows of single tokens and padding of the vocabulary, with a tokenizer
     chat_template  of the output: "auto", a name, Jinja text, the number of a model from 1, "base", or a file; None is
                  that of the tokenizer that the output has
+    generation_config  of the output: the number of a model from 1, "base", or a file; None is that of the first model
+    special_tokens  of the output, likewise; None is those of the tokenizer that the output has
     recorded     of a recipe: role and identity of each input, as a manifest records parents; others are refused
     dtype        of the output: bfloat16, float16 or float32; that of the first model when None
     threads      that read, compute and write side by side; None is one more than cores, at most 9
@@ -122,6 +129,8 @@ class MergeRequest:
     recorded: tuple[JsonMapping, ...]
     vocabulary: VocabularyChoice | None
     chat_template: str | None
+    generation_config: str | None
+    special_tokens: str | None
     dtype: str | None
     threads: int
     stream: bool
@@ -143,7 +152,8 @@ class MergeRequest:
         allowed: tuple[str, ...] = options.pop("allow_config", ())
         recorded: tuple[JsonMapping, ...] = options.pop("recorded", ())
         stream: bool = options.pop("stream", False)
-        vocabulary, template = options.pop("vocabulary", None), options.pop("chat_template", None)
+        vocabulary = options.pop("vocabulary", None)
+        files: dict[str, str | None] = {name: options.pop(name, None) for name in FILES}
         given = {**options.pop("values", {}), **options}
         initial = {option.attribute: option.initial for option in OPTIONS.values()}
         unknown = given.keys() - initial.keys()
@@ -159,7 +169,7 @@ class MergeRequest:
             "allow_config": tuple(allowed),
             "recorded": tuple(recorded),
             "vocabulary": vocabulary,
-            "chat_template": template,
+            **files,
             "dtype": dtype,
             "threads": default_threads() if threads is None else threads,
             "stream": stream,
@@ -177,13 +187,24 @@ class MergeRequest:
     def options(self) -> JsonObject:
         """The options as they are recorded in the manifest, without the paths."""
         own = {option.attribute: getattr(self, option.attribute) for option in OPTIONS.values() if option.recorded}
-        kept = ("granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        kept = ("granularity", "tokenizer", "allow_config", *FILES, "dtype")
         common = {name: getattr(self, name) for name in kept}
         values = {"method": self.method, **own, **common}
         given = {name: value for name, value in values.items() if value is not None and value != ()}
         parts = {"slices": [_plain(vars(part)) for part in self.slices]} if self.slices else {}
         rows = {"vocabulary": asdict(self.vocabulary)} if self.vocabulary else {}
         return {name: _plain(value) for name, value in given.items()} | parts | rows
+
+
+def is_input(choice: str) -> bool:
+    """Whether one of FILES names the base, or a model by its number."""
+    return choice == "base" or choice.isdecimal()
+
+
+def file_named(choice: str) -> Path | None:
+    """The file that one of FILES names; None for the number of a model, a name, or Jinja text."""
+    plain = is_input(choice) or "{" in choice
+    return None if plain or not Path(choice).is_file() else Path(choice)
 
 
 def _plain(value: object) -> object:

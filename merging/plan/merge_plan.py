@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -28,9 +28,11 @@ from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
-from gemma2.merging.remote.arrivals import ON_DISK, Arrivals, arrivals_of
+from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
+from gemma2.merging.remote.arrival_source import arrivals_of
 from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
 from gemma2.merging.tokenizers.differing_files import differing_files
+from gemma2.merging.tokenizers.generation_config import Asking, choose_asking
 from gemma2.merging.tokenizers.row_map import vocabulary_tensors
 from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 
@@ -54,6 +56,7 @@ class MergePlan:
     carried     tensors that the output takes from the first model, unchanged
     template    of the output's chats, if one is chosen
     arrivals    says which bytes of the inputs have arrived
+    asking      generation config and special tokens, as far as they are chosen
     """
 
     request: MergeRequest
@@ -66,6 +69,7 @@ class MergePlan:
     config: JsonMapping
     vocabulary: Vocabulary | None = None
     template: ChatTemplate | None = None
+    asking: Asking = field(default_factory=Asking)
     notes: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     arrivals: Arrivals = ON_DISK
@@ -156,7 +160,9 @@ def _plan(request: MergeRequest, out: Path, force: bool, arrivals: Arrivals) -> 
             request = replace(request, tokenizer=vocabulary.owner.role)  # recorded like all inputs: without its path
     operands = (*((base,) if base else ()), *models)
     template = choose_template(request.chat_template, operands, vocabulary.owner if vocabulary else models[0])
-    notes = [*notes, *(template.notes if template else ())]
+    asking = choose_asking(request, operands, models[0], vocabulary)
+    config |= asking.config
+    notes = [*notes, *(template.notes if template else ()), *asking.notes]
     for part in parts.values():
         check_shapes(part)
     layout = _layout(request, parts, base is not None)
@@ -174,9 +180,10 @@ def _plan(request: MergeRequest, out: Path, force: bool, arrivals: Arrivals) -> 
         config=config,
         vocabulary=vocabulary,
         template=template,
+        asking=asking,
         carried=carried,
         arrivals=arrivals,
-        warnings=tuple(differing_files(request, models)),
+        warnings=tuple(differing_files(request, models, vocabulary)),
         notes=(
             *notes,
             *tower_note(models[0]),

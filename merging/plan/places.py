@@ -8,10 +8,10 @@ from pathlib import Path
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.outputs.manifest import ParentRecord, read_manifest
-from gemma2.merging.methods.request import MergeRequest
+from gemma2.merging.methods.request import FILES, MergeRequest, file_named
 from gemma2.merging.methods.table import METHODS
 
-__all__ = ["ADAPTED", "InputPlace", "common_parent", "merge_places", "seeks_base"]
+__all__ = ["ADAPTED", "InputPlace", "common_parent", "merge_files", "merge_places", "seeks_base"]
 
 InputPlace = tuple[str, Path]  # role in the merge, directory
 ADAPTED = "adapter-base"  # the role of a model that an adapter belongs to
@@ -30,6 +30,12 @@ def merge_places(request: MergeRequest) -> list[InputPlace]:
     if base is None and seeks_base(request):
         base = common_parent([path for role, path in models if role == "input"])[1]
     return [*(input_places(base, "base") if base is not None else ()), *models]
+
+
+def merge_files(request: MergeRequest) -> list[tuple[str, Path]]:
+    """Return option and path of every file, besides models, that a merge reads."""
+    named = [(option, getattr(request, option)) for option in FILES]
+    return [(option, path) for option, choice in named if choice is not None and (path := file_named(choice))]
 
 
 def input_places(name: Path, role: str, base: Path | None = None) -> list[InputPlace]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hub import SNAPSHOT
 from gemma2.core.outputs.manifest import ParentRecord
 from gemma2.core.outputs.model_identity import as_digests
@@ -21,19 +22,24 @@ from gemma2.core.yaml_files import to_yaml
 from gemma2.merging.inputs.checkpoint import Checkpoint
 from gemma2.merging.methods.option import OPTIONS
 from gemma2.merging.methods.parameters import Rule, Schedule
-from gemma2.merging.methods.request import Slice
+from gemma2.merging.methods.request import FILES, MergeRequest, Slice, file_named
 
 from .merge_plan import MergePlan
 
-__all__ = ["RECIPE", "check_inputs", "recipe_text"]
+__all__ = ["RECIPE", "check_files", "check_inputs", "recipe_text"]
 
 RECIPE = "merge.yaml"
 HEAD = "# gemma2 merge: repeats the merge that made this model: gemma2 merge --config {name} --out OUT\n"
-TEMPLATE = "chat_template.jinja"
+# What an option that names a file, or gives a text, made of it in the output.
+COPIES = {
+    "chat_template": "chat_template.jinja",
+    "generation_config": "generation_config.json",
+    "special_tokens": "tokenizer_config.json",
+}
 
 
-def recipe_text(plan: MergePlan, number: int, parents: Sequence[ParentRecord]) -> str:
-    """Return the recipe of one output. `parents` are the records of its manifest."""
+def recipe_text(plan: MergePlan, number: int, parents: Sequence[ParentRecord], directory: Path) -> str:
+    """Return the recipe of one output, whose files are in `directory`. `parents` are the records of its manifest."""
     request, out = plan.request, plan.outputs[number]
     models = [_named(name, model, out) for name, model in zip(request.models, plan.models, strict=True)]
     base = _named(request.base, plan.base, out) if request.base and plan.base else None
@@ -50,12 +56,30 @@ def recipe_text(plan: MergePlan, number: int, parents: Sequence[ParentRecord]) -
         values["tokenizer"] = "union" if union else "base" if owner == "base" else models[int(owner.split()[1]) - 1]
     if request.vocabulary is not None:
         values["vocabulary"] = _vocabulary(plan, out)
-    if request.chat_template is not None:
-        text = "{" in request.chat_template or Path(request.chat_template).is_file()
-        values["chat_template"] = TEMPLATE if text else request.chat_template
+    copies = _copies(request)
+    values |= {option: copies.get(option, getattr(request, option)) for option in FILES}
     given = {key: value for key, value in values.items() if value not in (None, [])}
-    inputs = [{**parent, "files": as_digests(parent.get("files", {}))} for parent in parents]
+    inputs: list[JsonObject] = [{**parent, "files": as_digests(parent.get("files", {}))} for parent in parents]
+    for option, name in copies.items():
+        inputs.append({"role": option, "path": name, "digest": digest_input(directory / name)})
     return HEAD.format(name=RECIPE) + to_yaml({**given, "inputs": inputs})
+
+
+def _copies(request: MergeRequest) -> dict[str, str]:
+    """Return the file of the output that the recipe names in place of a file or text of the request."""
+    given = {option: choice for option in FILES if (choice := getattr(request, option)) is not None}
+    return {option: COPIES[option] for option, choice in given.items() if "{" in choice or file_named(choice)}
+
+
+def check_files(recorded: Sequence[JsonMapping], files: Sequence[tuple[str, Path]]) -> None:
+    """Require that the files of a merge, by option, are those that its recipe records. Raises InputError."""
+    known = {record.get("role"): record["digest"] for record in recorded if "digest" in record}
+    for option, path in files:
+        if known.get(option, digest := digest_input(path)) != digest:
+            raise InputError(
+                f"{option} {path} is not the file that the recipe records: its digest is {digest}, not {known[option]}",
+                "restore it, or take 'inputs' out of the recipe to merge with what is there now",
+            )
 
 
 def check_inputs(recorded: Sequence[JsonMapping], found: Sequence[tuple[str, Path, str, Mapping[str, str]]]) -> None:
@@ -64,6 +88,7 @@ def check_inputs(recorded: Sequence[JsonMapping], found: Sequence[tuple[str, Pat
     found  role, directory, digest of the weights, and digests of the files of each input
     Raises InputError naming the first one that is not.
     """
+    recorded = [record for record in recorded if "digest" not in record]
     fix = "restore it, or take 'inputs' out of the recipe to merge what is there now"
     if [record.get("role") for record in recorded] != [role for role, *_ in found]:
         raise InputError(f"the recipe records {len(recorded)} inputs, this merge has {len(found)} in other roles", fix)

@@ -20,8 +20,8 @@ from gemma2.merging.methods.request import TokenSource, VocabularyChoice
 
 __all__ = [
     "Place",
-    "chat_template",
     "check_name",
+    "chosen_file",
     "flag",
     "input_records",
     "is_rules",
@@ -232,13 +232,14 @@ def several_texts(value: object, place: Place) -> tuple[str, ...]:
     return tuple(text(item, place) for item in (value if isinstance(value, list) else [value]))
 
 
-def chat_template(value: object, place: Place) -> str:
-    """The number of a model from 1, "base", "auto", a name, Jinja text, or a file."""
+def chosen_file(value: object, place: Place) -> str:
+    """The number of a model from 1, "base", or a file; of a chat template also "auto", a name, or Jinja text."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     name = text(value, place)
-    plain = name.isdecimal() or "{" in name or not (Path(name).exists() or (place.file.parent / name).exists())
-    return name if plain else str(place.model(name))
+    plain = name == "base" or name.isdecimal() or "{" in name
+    there = not plain and any(path.is_file() for path in (Path(text_at_home(name)), place.file.parent / name))
+    return str(place.model(name)) if there else name
 
 
 def layer_range(value: Any, place: Place) -> tuple[int, int]:  # noqa: ANN401

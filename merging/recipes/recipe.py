@@ -18,13 +18,13 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.yaml_files import apply_sets, read_documents
 from gemma2.merging.methods.option import OPTIONS, Option
 from gemma2.merging.methods.parameters import Number
-from gemma2.merging.methods.request import MergeRequest, Slice
+from gemma2.merging.methods.request import FILES, MergeRequest, Slice
 
 from .mergekit import is_mergekit, mergekit_steps
 from .place import (
     Place,
-    chat_template,
     check_name,
+    chosen_file,
     flag,
     input_records,
     layer_range,
@@ -232,7 +232,7 @@ COMMON: dict[str, Callable[[Any, Place], Any]] = {
     "granularity": text,
     "tokenizer": tokenizer,
     "allow_config": several_texts,
-    "chat_template": chat_template,
+    **dict.fromkeys(FILES, chosen_file),
     "vocabulary": vocabulary,
     "inputs": input_records,
     "dtype": text,

@@ -14,7 +14,9 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import read_json, write_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.inputs.checkpoint import Checkpoint
+from gemma2.merging.methods.request import file_named, is_input
 
+from .input_choice import of_input
 from .token_ids import TOKENIZER
 
 __all__ = ["ChatTemplate", "choose_template", "template_of", "write_template"]
@@ -80,11 +82,11 @@ def choose_template(choice: str | None, inputs: Sequence[Checkpoint], owner: Che
         return None
     if choice == "auto":
         return _most_common(inputs)
-    if choice == "base" or choice.isdecimal():
-        return _of_input(choice, inputs)
-    if "{" not in choice and Path(choice).is_file():
-        text = Path(choice).read_text(encoding="utf-8")
-        return ChatTemplate(text, (f"chat template: {printable(Path(choice).name)}",))
+    if is_input(choice):
+        model, text = of_input("--chat-template", choice, inputs, template_of)
+        return ChatTemplate(text, (f"chat template: that of {model.role}",))
+    if file := file_named(choice):
+        return ChatTemplate(file.read_text(encoding="utf-8"), (f"chat template: {printable(file.name)}",))
     if choice in NAMED:
         markers, text = NAMED[choice]
         file = owner.origin / TOKENIZER
@@ -98,18 +100,6 @@ def choose_template(choice: str | None, inputs: Sequence[Checkpoint], owner: Che
             f"choose the number of a model, base, a file, auto, {', '.join(NAMED)}, or write Jinja text",
         )
     return ChatTemplate(choice, ("chat template: the text of the request",))
-
-
-def _of_input(choice: str, inputs: Sequence[Checkpoint]) -> ChatTemplate:
-    """Return the template of the base or of a model by its number. Raises UsageError."""
-    role = choice if choice == "base" else f"model {int(choice)}"
-    model = next((model for model in inputs if model.role == role), None)
-    text = template_of(model) if model else None
-    if text is None:
-        having = [one.role.removeprefix("model ") for one in inputs if template_of(one) is not None]
-        what = "has no chat template" if model else "is not among the inputs"
-        raise UsageError(f"--chat-template {choice}: {role} {what}", f"choose {' or '.join([*having, 'a file'])}")
-    return ChatTemplate(text, (f"chat template: that of {role}",))
 
 
 def _most_common(inputs: Sequence[Checkpoint]) -> ChatTemplate:

@@ -33,7 +33,7 @@ from gemma2.merging.methods.request import MergeRequest, TokenSource, Vocabulary
 from .row_map import ZEROS, RowMap
 from .token_ids import TOKENIZER, Tokens, added_entries, counted, read_tokenizers, union
 
-__all__ = ["Vocabulary", "choose_vocabulary", "write_tokenizer"]
+__all__ = ["GENERATION", "Vocabulary", "choose_vocabulary", "write_json_file", "write_tokenizer"]
 
 GENERATION = "generation_config.json"
 
@@ -49,6 +49,8 @@ class Vocabulary:
     config      keys of config.json that differ from the first model's
     generation  the same of generation_config.json
     choice      rows that the request names, with the roles of their models
+    ids         of the output's tokens
+    names       the token of each id of an input, by its role
     """
 
     owner: Checkpoint
@@ -60,6 +62,8 @@ class Vocabulary:
     generation: JsonMapping = field(default_factory=dict)
     choice: VocabularyChoice | None = None
     notes: tuple[str, ...] = ()
+    ids: Mapping[str, int] = field(default_factory=dict)
+    names: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
 def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Vocabulary:
@@ -92,6 +96,8 @@ def choose_vocabulary(request: MergeRequest, base: Checkpoint | None, models: Se
         generation=generation,
         choice=replace(chosen, tokens=tuple(named)) if request.vocabulary else None,
         notes=(*notes, *moved, *_template(owner.model, models[0])),
+        ids=ids,
+        names={tokens.model.role: tokens.names for tokens in operands},
     )
 
 
@@ -274,21 +280,22 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> None:
             if (vocabulary.owner.origin / name).is_file():
                 shutil.copyfile(vocabulary.owner.origin / name, directory / name)
     if vocabulary.generation:
-        _write(directory / GENERATION, read_json(directory / GENERATION) | dict(vocabulary.generation))
+        write_json_file(directory / GENERATION, read_json(directory / GENERATION) | dict(vocabulary.generation))
     if not vocabulary.added:
         return
     file = read_json(directory / TOKENIZER)
     entries = [*added_entries(directory / TOKENIZER, file), *vocabulary.added]
-    _write(directory / TOKENIZER, file | {"added_tokens": sorted(entries, key=lambda entry: entry["id"])})
+    write_json_file(directory / TOKENIZER, file | {"added_tokens": sorted(entries, key=lambda entry: entry["id"])})
     table, settings = directory / "added_tokens.json", directory / "tokenizer_config.json"
     if table.is_file():
-        _write(table, read_json(table) | {entry["content"]: entry["id"] for entry in vocabulary.added})
+        write_json_file(table, read_json(table) | {entry["content"]: entry["id"] for entry in vocabulary.added})
     if settings.is_file():
         known = read_json(settings)
         if isinstance(known.get("added_tokens_decoder"), dict):
             flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in vocabulary.added}
-            _write(settings, known | {"added_tokens_decoder": known["added_tokens_decoder"] | flags})
+            write_json_file(settings, known | {"added_tokens_decoder": known["added_tokens_decoder"] | flags})
 
 
-def _write(path: Path, value: JsonMapping) -> None:
+def write_json_file(path: Path, value: JsonMapping) -> None:
+    """Write a JSON file as the files of tokenizers are written."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

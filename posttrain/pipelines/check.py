@@ -17,6 +17,7 @@ from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
+from gemma2.merging.methods.request import file_named, is_input
 from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import memory_problem, plan
@@ -222,6 +223,12 @@ def check_merge(config: Config, promised: Sequence[Path]) -> None:
         elsewhere = path.exists() or "+" in str(path) or is_hub_id(path)
         if not elsewhere and not any(path.is_relative_to(place) for place in promised):
             raise InputError(f"{path} is not a directory", "give the path of a model directory")
+    for option in ("generation_config", "special_tokens"):
+        choice = getattr(config, option)
+        if choice is None or is_input(choice) or any(Path(choice).is_relative_to(place) for place in promised):
+            continue
+        if file_named(choice) is None:
+            raise InputError(f"{option} {choice} is not a file", "give the number of a model, base, or a file")
 
 
 def _check_taken(stage: Stage, status: Mapping[str, str], pipeline: Pipeline, within: Container[str]) -> None:

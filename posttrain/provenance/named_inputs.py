@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from gemma2.core.outputs.manifest import own_files
-from gemma2.merging.plan.places import merge_places
+from gemma2.merging.methods.request import FILES, file_named
+from gemma2.merging.plan.places import merge_files, merge_places
 from gemma2.posttrain.data.sources import data_files, evaluation_files
 from gemma2.posttrain.schemas import MergeConfig
 from gemma2.posttrain.schemas.config import Config
@@ -35,7 +36,7 @@ KIND_OF_OPTION: dict[str, Kind] = {
     "front": "front",
     **dict.fromkeys(("fronts", "teacher_cache"), "output"),
     "source": "source",
-    "judge_prompt": "file",
+    **dict.fromkeys(("judge_prompt", *FILES), "file"),
 }
 EVALUATIONS = "evaluations.jsonl"  # what an RL run measured on the way: a front takes it over
 PICTURES = (".png", ".svg", ".csv", ".md", ".html")  # drawn or copied from the other files of an output
@@ -68,6 +69,9 @@ def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Name
         if not {"models", "base"} & {*without}:
             for role, path in merge_places(config.request()):
                 yield Named("base" if role == "base" else "models", role, path, True)
+        for option, path in merge_files(config.request()):
+            if option not in without:
+                yield Named(option, option, path, False)
         return
     for option in KIND_OF_OPTION:  # in one order for all commands: what an output continues comes first
         if option in without or option not in type(config).model_fields:
@@ -83,6 +87,8 @@ def paths_of(config: Config, option: str) -> list[Path]:
     if option == "teacher" and getattr(config, "engine", None) == "openai":
         return []
     value = getattr(config, option, None)
+    if option in FILES and value is not None:  # the number of a model, a name, or a file
+        return [path] if (path := file_named(value)) else []
     if option == "judge":  # a directory, or module:function, or the model of a server
         return [] if value is None or not Path(value).is_dir() else [Path(value)]
     return [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Path)]

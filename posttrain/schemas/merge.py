@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, create_model, field_validator, mode
 
 from gemma2.core.errors import UsageError
 from gemma2.merging.methods.option import OPTIONS, Option
-from gemma2.merging.methods.request import Granularity, MergeRequest
+from gemma2.merging.methods.request import FILES, Granularity, MergeRequest
 from gemma2.merging.methods.request_check import check_chosen, check_request
 from gemma2.merging.methods.table import METHODS
 from gemma2.merging.recipes.place import Place, is_rules, read_option
@@ -26,7 +26,7 @@ class _MergeStage(Config):
     """`gemma2 merge METHOD` inside a pipeline; the names are those of its flags, the values those of a merge file."""
 
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset({"method", "models"})
-    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer", "chat_template"})
+    PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"tokenizer", *FILES})
 
     method: str = Field(description="merge method: the second word of the command")
     models: tuple[Path, ...] = Field(min_length=1, description="model directories or hub ids; their order counts")
@@ -35,6 +35,8 @@ class _MergeStage(Config):
     tokenizer: str | None = Field(None, description="tokenizer of the output: base, union or a model")
     allow_config: tuple[str, ...] = Field((), description="keys of config.json that may differ")
     chat_template: str | None = Field(None, description="chat template of the output: number of a model, base, a file")
+    generation_config: str | None = Field(None, description="of the output: number of a model, base, a file")
+    special_tokens: str | None = Field(None, description="of the output: number of a model, base, a file")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="dtype of the output")
     slices: tuple[dict[str, Any], ...] = Field((), description="layers to stack, as in a merge file")
 
@@ -45,7 +47,7 @@ class _MergeStage(Config):
             raise ValueError(f"is not a merge method; {closest(value, METHODS)}")
         return value
 
-    @field_validator("chat_template", mode="before")
+    @field_validator(*FILES, mode="before")
     @classmethod
     def _is_text(cls, value: object) -> object:
         return str(value) if type(value) is int else value
@@ -60,7 +62,10 @@ class _MergeStage(Config):
 
     def request(self) -> MergeRequest:
         """The merge as the engine takes it."""
-        names = ("base", "granularity", "tokenizer", "allow_config", "chat_template", "dtype")
+        names = (
+            *("base", "granularity", "tokenizer", "allow_config", "dtype"),
+            *("chat_template", "generation_config", "special_tokens"),
+        )
         common: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.slices:
             place = Place(STAGE, key="slices")

@@ -358,14 +358,14 @@ def test_a_full_disk_while_writing(root, monkeypatch):
 def test_an_input_that_shrinks_while_it_is_read(root, monkeypatch):
     from gemma2.merging import engine
 
-    begin = engine._stream
+    begin = engine._groups
 
     def shrink(*arguments):
         path = root / "rl-2/model.safetensors"
         os.truncate(path, path.stat().st_size - 600)
-        return begin(*arguments)
+        yield from begin(*arguments)
 
-    monkeypatch.setattr(engine, "_stream", shrink)
+    monkeypatch.setattr(engine, "_groups", shrink)
     refused(root, InputError, "ended while model.")
 
 

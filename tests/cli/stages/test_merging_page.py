@@ -39,6 +39,8 @@ def place(tmp_path_factory):
         (root / name / "config.json").write_text(json.dumps(CONFIG))
         tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
         (root / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (root / name / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        (root / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
         step = arrays(seed, 0.1 if seed else 0.0)
         save_file({key: base[key] + step[key] for key in base}, root / name / "model.safetensors")
     (root / "lora").mkdir()

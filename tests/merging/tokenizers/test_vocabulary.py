@@ -182,14 +182,13 @@ def test_rows_are_taken_from_models_of_other_dtypes(tmp_path):
 def test_a_file_that_ends_while_rows_are_read_is_named(tmp_path, monkeypatch):
     model(tmp_path / "a", arrays(1))
     model(tmp_path / "b", arrays(2), LETTERS[::-1])
-    planned = engine.plan_merge
+    begin = engine._groups
 
-    def shorten(*arguments):
-        plan = planned(*arguments)
+    def shortened(plan, *rest):
         os.truncate(tmp_path / "b/model.safetensors", plan.models[1].tensors[EMBEDDING].offset + 100)
-        return plan
+        yield from begin(plan, *rest)
 
-    monkeypatch.setattr(engine, "plan_merge", shorten)
+    monkeypatch.setattr(engine, "_groups", shortened)
     with pytest.raises(InputError, match=r"b/model.safetensors ended while model.embed_tokens.weight was read"):
         merged(tmp_path, "a", "b", tokenizer=str(tmp_path / "a"))
 

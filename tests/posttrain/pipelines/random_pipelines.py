@@ -51,6 +51,7 @@ class Mixing(Config):
     models: tuple[Path, ...] = ()
     data: tuple[Path, ...] = ()
     reward_fn: tuple[str, ...] = ()
+    chat_template: str | None = None
     value: float = 0.0
     text: str = Field("", description="any text")
 
@@ -65,6 +66,7 @@ def mix(config: Mixing, options: RunOptions, progress: Any) -> RunResult:
             models = [*([config.model] if config.model else []), *config.models]
             parts = [f"({text_of(path)}|{(path / 'config.json').read_text()})" for path in models]
             parts += [file.read_text() for path in config.data for file in data_files(path)]
+            parts += [Path(config.chat_template).read_text()] if config.chat_template else []
             parts += [str(called(name)) for name in config.reward_fn]
             content = f"{config.value}{config.text}{parts}"
             half.parent.mkdir()

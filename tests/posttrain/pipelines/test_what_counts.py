@@ -48,9 +48,11 @@ class World(RandomWorld):
         (self.place / "userhelp.py").write_text("VALUE = 1\n")
         (self.place / "userlate.py").write_text("VALUE = 1\n")
         (self.place / "words.txt").write_text("words")
+        (self.place / "chat.jinja").write_text("{{ chat }}")
         (self.place / "userfn.py").write_text(REWARDS)
         rows = [str(self.place / "rows" / f"{name}.jsonl") for name in "ab"]
         self.options = {"model": str(base), "data": [*rows, str(self.place / "rows")], "reward_fn": ["userfn:score"]}
+        self.options["chat_template"] = str(self.place / "chat.jinja")
         self.stages = {"s": {"command": "mix", "options": self.options}}
 
     @property
@@ -138,6 +140,7 @@ EVENTS = {
         lambda w: (w.place / "rows" / "a.jsonl").write_text('{"row": "A"}\n'),
         lambda w: (w.place / "rows" / "c.jsonl").write_text('{"row": "c"}\n'),
     ],
+    "a file is edited that an option names": [lambda w: (w.place / "chat.jinja").write_text("{{ CHAT }}")],
     "the inputs of an option come in another order": [lambda w: w.options["data"].reverse()],
     "an input is moved, and the option points to its new place": [move_input],
     "the module of a reward function is edited": [lambda w: (w.place / "userfn.py").write_text(REWARDS + "# new\n")],

@@ -276,6 +276,7 @@ del CASES["WarpConfig.vllm_mode"]  # goes with an address, so both would differ
 cases("WarpConfig", probes.warp_run, jobs=3, executor="ray")
 
 cases("MergeConfig", probes.merged, models=("a", "c"), base="init", tokenizer="union", dtype="float16")
+cases("MergeConfig", probes.merged, chat_template="2", generation_config="2", special_tokens="2")
 cases("MergeConfig", probes.merged, {"base": "init"}, granularity="tensor", t=0.25, method="multislerp")
 cases("MergeConfig", probes.merged, {"method": "passthrough", "models": ("a",)}, scale=2.0)
 cases("MergeConfig", probes.merged, {"method": "liti", "models": ("a",), "base": "init"}, eta=0.25)

@@ -12,7 +12,13 @@ from gemma2.posttrain.schemas.config import resolve
 
 PAIR = {"method": "slerp", "models": ["a", "b"], "base": "c"}
 SAYINGS = [
-    {"method": "linear", "models": ["a", "b"], "allow_config": ["rope_parameters"], "chat_template": 2},
+    {
+        "method": "linear",
+        "models": ["a", "b"],
+        "allow_config": ["rope_parameters"],
+        "chat_template": 2,
+        "generation_config": 1,
+    },
     PAIR | {"t": 0.3},
     PAIR | {"t": [0, 0.3, 1]},
     PAIR | {"t": {"layers": [0, 0.3, 1]}},
@@ -42,7 +48,7 @@ def test_a_stage_is_the_same_after_its_configuration_was_written_and_read(saying
 
 def test_a_stage_has_a_field_for_every_option_and_no_other():
     common = {"method", "models", "base", "granularity", "tokenizer", "dtype", "slices", "allow_config"}
-    common |= {"chat_template"}
+    common |= {"chat_template", "generation_config", "special_tokens"}
     assert MergeConfig.model_fields.keys() == common | OPTIONS.keys()
     assert {option.name for method in METHODS.values() for option in method.options} == OPTIONS.keys()
 
