@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import disk_usage
 from threading import Condition, Event, Thread, current_thread
 
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
@@ -149,11 +150,9 @@ class HubStream(Arrivals):
             thread.start()
 
     def _check_space(self) -> None:
-        import shutil
-
         missing = sum(file.remote.size - file.arrived.total for file in self._each())
         for file in self._each():
-            free = shutil.disk_usage(file.path.parent).free
+            free = disk_usage(file.path.parent).free
             if missing > free:
                 needed, there = sizes_apart(missing, free)
                 place = file.path.parent.parent.parent
