@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Condition, Event, Thread, current_thread
+from shutil import disk_usage
+from threading import Condition, Event, Thread
+from time import monotonic
 
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.outputs.hub import fetch_snapshot, hub_errors, hub_failure, is_hub_id, locate_model
@@ -31,6 +33,7 @@ HEAD = 1 << 18  # bytes of the first request; most headers are shorter
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 PART = 1 << 23  # bytes of one request
 HASHED = 1 << 23  # bytes that are read and hashed at once
+LAST = 0.5  # seconds for threads to end
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each repetition of a request that brought nothing
 
 
@@ -149,11 +152,9 @@ class HubStream(Arrivals):
             thread.start()
 
     def _check_space(self) -> None:
-        import shutil
-
         missing = sum(file.remote.size - file.arrived.total for file in self._each())
         for file in self._each():
-            free = shutil.disk_usage(file.path.parent).free
+            free = disk_usage(file.path.parent).free
             if missing > free:
                 needed, there = sizes_apart(missing, free)
                 place = file.path.parent.parent.parent
@@ -186,9 +187,9 @@ class HubStream(Arrivals):
             files = self._each()
         for file in files:
             file.close()
-        for thread in self._threads:
-            if thread is not current_thread():
-                thread.join(0.5)  # one that waits for the network ends by itself, and can write nothing any more
+        until = monotonic() + LAST
+        for thread in self._threads:  # one that waits for the network can write nothing any more, and ends with it
+            thread.join(max(until - monotonic(), 0))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

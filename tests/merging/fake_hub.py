@@ -41,7 +41,7 @@ class FakeHub:
     def digest(self, path: Path) -> str:
         data = path.read_bytes()
         found = hashlib.sha256(data) if path.suffix == LFS else hashlib.sha1(b"blob %d\0" % len(data) + data)
-        return "f" * 64 if self.wrong_digest and path.suffix == LFS else found.hexdigest()
+        return found.hexdigest()[::-1] if self.wrong_digest and path.suffix == LFS else found.hexdigest()
 
     def take(self, count: int) -> None:
         """Wait until the line has had time for some bytes."""
@@ -66,6 +66,7 @@ class FakeHub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def log_message(self, *args) -> None:
                 pass
