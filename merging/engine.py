@@ -181,6 +181,8 @@ def _stream(
             check_copies(model, reader)
         writers = [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories]
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
+        for follower in followers:
+            follower.start()
         output = Output(plan, writers, followers)
         inputs = InputDigests(() if plan.arrivals.pending else plan.inputs)
         groups = []

@@ -235,6 +235,7 @@ def _write_weights(plan: ReplacePlan, directory: Path, progress: Progress) -> di
         Writer.create(directory, plan.layout) as writer,
         ReadBack(directory, task) as follower,
     ):
+        follower.start()
         for name in plan.layout:
             begin = 0
             for piece in _rows(plan, name, reader) if name in plan.tables else _copied(plan, name, reader):

@@ -37,9 +37,10 @@ class VerifyStopped(Exception):
 
 
 class ReadBack:
-    """Follows the writing of one output. A context manager: an exception in its block ends the follower.
+    """Follows the writing of one output, from `start` on. A context manager: leaving its block ends the follower.
 
-    The files must have been allocated, with their headers.
+    The files must have been allocated, with their headers. Nothing runs before `start`: an interrupt between the
+    start of a thread and the entry into a block would leave a thread that nobody ends.
     """
 
     def __init__(self, directory: Path, task: Task) -> None:
@@ -51,7 +52,7 @@ class ReadBack:
         self._news = Condition()
         # One thread goes through the files, the other reads ahead for it.
         self._pool = ThreadPoolExecutor(2)
-        self._digests: Future[dict[str, str]] = self._pool.submit(self._follow)
+        self._digests: Future[dict[str, str]] | None = None
 
     def __enter__(self) -> ReadBack:
         return self
@@ -63,6 +64,10 @@ class ReadBack:
             self._stopped = True
             self._news.notify_all()
         self._pool.shutdown()
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._digests = self._pool.submit(self._follow)
 
     def wrote(self, name: str, count: int) -> None:
         """Announce that the first `count` bytes of a tensor are written."""
@@ -83,6 +88,7 @@ class ReadBack:
             )
         for name, (dtype, shape) in layout.items():  # tensors without elements too
             self.wrote(name, prod(shape) * ITEM_BYTES[dtype])
+        assert self._digests is not None, "start comes before finish"
         digests = self._digests.result()
         for name, found in self._sums.items():
             if found != checks.get(name, 0):  # nothing was written of an empty tensor

@@ -18,7 +18,7 @@ from gemma2.core.outputs.hub import locate_model
 from gemma2.core.progress import SILENT
 from gemma2.merging import MergeRequest, merge, plan_merge
 from gemma2.merging.remote import hub_requests, hub_stream
-from gemma2.merging.remote.arrivals import arrivals_of
+from gemma2.merging.remote.arrival_source import arrivals_of
 
 SHAPES = {
     "model.embed_tokens.weight": (64, 32),

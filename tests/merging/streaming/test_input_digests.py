@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 from model_files import added, random_arrays, write_model
-from waiting import until_kept
+from waiting import until_kept, wait_for
 
 from gemma2.core.errors import OutputError
 from gemma2.core.outputs import digest_cache, digests
@@ -13,7 +13,7 @@ from gemma2.core.outputs.digests import WeightsDigest, digest_weights
 from gemma2.core.outputs.hashing import HASHED_BYTES
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.streaming import dense_stream
+from gemma2.merging.streaming import dense_stream, read_back
 
 SHAPES = {
     "model.embed_tokens.weight": (2 * HASHED_BYTES // 16 + 8, 16),  # bf16: 4 pieces and a rest
@@ -132,3 +132,17 @@ def test_the_size_of_a_job_does_not_change_the_bytes(root, method):
     found = {(root / f"out-{number}" / "model.safetensors").read_bytes() for number in range(3)}
     assert len(found) == 1
     assert np.frombuffer(found.pop()[-32:], np.uint16).any()
+
+
+def test_an_interrupt_while_the_read_back_starts_leaves_no_thread(root, monkeypatch):
+    begin = read_back.ReadBack.start
+
+    def interrupted(self):
+        begin(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(read_back.ReadBack, "start", interrupted)
+    before = {*threading.enumerate()}
+    with pytest.raises(KeyboardInterrupt):
+        merge(request(root, "linear"), out=root / "out")
+    wait_for(lambda: {*threading.enumerate()} <= before)
