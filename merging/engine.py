@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -207,11 +207,13 @@ def _groups(
 ) -> Iterator[GroupReport]:
     """Merge group after group, with the stream for the method."""
     outputs = len(output.writers)
+    length = cut or job_length(plan, outputs)
     if plan.method.selection is not None:
         from .streaming.sparse_stream import ChoosingStream  # its kernels are not loaded for scalar combinations
 
-        feeder = Feeder(plan, reader, outputs, longest_cut(plan, cut or CUT))
-        with inputs.read_ahead():
+        by_rows = plan.method.selection.by == "rank"  # rows are not the pieces that are hashed
+        feeder = Feeder(plan, reader, outputs, longest_cut(plan, length), None if by_rows else inputs)
+        with inputs.read_ahead() if by_rows else nullcontext():
             yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
         return
     if plan.method.elements is not None:
@@ -222,7 +224,7 @@ def _groups(
             yield from ElementStream(plan, feeder, output, task, plan.method.elements).run()
         return
     products = Products(plan)
-    feeder = Feeder(plan, reader, outputs, cut or job_length(plan, outputs), 1, inputs)
+    feeder = Feeder(plan, reader, outputs, length, inputs)
     yield from Stream(plan, feeder, output, task, products).run()
     plan.arrivals.finish()  # the sums are kept by the times and sizes of files that are whole
     products.save()

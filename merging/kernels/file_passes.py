@@ -1,8 +1,5 @@
-"""Reads and writes inside kernels that go over a tensor cut by cut, without returning to Python in between.
-
-Each step in a Python thread takes 0.1 ms in which no other thread runs: with steps of 256 Ki elements a fifth of the
-whole merge. So these kernels call the system's `pread` and `pwrite` themselves. They return where something failed, and
-the caller repeats that step in Python to learn why.
+"""Reads inside kernels, for those that read many short pieces: each step in a Python thread takes 0.1 ms in which no
+other thread runs. They return where something failed, and the caller repeats that step in Python to learn why.
 """
 
 from __future__ import annotations
@@ -14,17 +11,14 @@ from .machine_code import External
 from .native import compiled
 from .number_formats import Bytes, Stored
 
-__all__ = ["DONE", "NOT_FINITE", "load", "read_all", "write_all"]
+__all__ = ["DONE", "load", "read_all"]
 
 Longs = NDArray[np.int64]
 
-# The codes that a pass returns: DONE, NOT_FINITE, k > 0 (operand k - 1 could not be read), or < NOT_FINITE (output
-# NOT_FINITE - 1 - code could not be written).
-DONE, NOT_FINITE = 0, -1
+DONE = 0  # the code that a pass returns; k > 0: operand k - 1 could not be read
 RETRIES = 3  # a signal may interrupt a call
 
 pread = External("pread", "intp", ("intc", "voidptr", "uintp", "int64"))
-pwrite = External("pwrite", "intp", ("intc", "voidptr", "uintp", "int64"))
 
 
 @compiled(inner=True)
@@ -42,22 +36,6 @@ def read_all(descriptor: int, offset: int, into: Bytes) -> bool:
                 return False
         else:
             done += got
-    return True
-
-
-@compiled(inner=True)
-def write_all(descriptor: int, offset: int, data: Bytes) -> bool:
-    """Write all of `data` to a file. False if an error persists."""
-    done = 0
-    failures = 0
-    while done < data.size:
-        put = pwrite(np.int32(descriptor), data[done:].ctypes, np.uint64(data.size - done), np.int64(offset + done))
-        if put <= 0:
-            failures += 1
-            if failures > RETRIES:
-                return False
-        else:
-            done += put
     return True
 
 

@@ -27,16 +27,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .dense import BLOCK, REORDER, check_sum, gram
+from .dense import REORDER
 from .dtypes import float_bits, store, value
-from .file_passes import DONE, NOT_FINITE, Longs, load, write_all
 from .native import compiled
 from .number_formats import Doubles, Floats, Out, Stored
 from .philox import STEPS, Words, attainable, uniforms
 from .sparsity import ELECT_MEAN, HIGH, KEEP, LOW, RESCALE, SCALE, SHARE, SPREAD, SUM, WEIGHT
 from .top_k import MAGNITUDE
 
-__all__ = ["blend_chosen", "scratch", "sparse_combine"]
+__all__ = ["scratch", "sparse_combine"]
 
 Draws = NDArray[np.uint16]
 CHUNK = 1024  # elements: the rows of a chunk stay in the first level cache
@@ -312,47 +311,3 @@ def sparse_combine(
             finite &= fits
             squares[number] += norm
     return finite
-
-
-@compiled()
-def blend_chosen(
-    files: Longs,
-    span: tuple[int, int, int, int],
-    settings: tuple[Doubles, Words, int],
-    target: tuple[int, int],
-    space: tuple[Stored, Floats, Scratch, Out],
-    checks: NDArray[np.uint64],
-    products: Doubles,
-    squares: Doubles,
-) -> int:
-    """Choose, combine and write elements [first, first + count), `cut` at a time. Returns a code of `file_passes`.
-
-    span      (first, count, cut, unit); cut is a multiple of the unit, see `sparse_combine`
-    settings  table, keys and consensus, see `sparse_combine`
-    target    descriptor and offset of the tensor in the output; -1: the caller writes `out`, and count <= cut
-    space     stored (M + 1, >= cut), rows, work and out (1, >= cut), see `sparse_combine`
-    checks    (1,) to which the check sum of the written data is added
-    products  (sum of ceil(cut / BLOCK), 1 + pairs) of each cut, see `dense.gram`; if not finite, ignore all else
-    squares   (ceil(count / unit),), see `sparse_combine`
-    """
-    first, total, cut, unit = span
-    stored, rows, work, out = space
-    low, based = 0, len(settings[0]) > 0  # not a constant, since `gram` would be compiled again for a constant
-    for begin in range(0, total, cut):
-        count = min(cut, total - begin)
-        failed = load(files, first + begin, count, stored)
-        if failed:
-            return failed
-        blocks = (count + BLOCK - 1) // BLOCK
-        gram(stored, count, based, products[low : low + blocks])
-        low += blocks
-        own = squares[begin // unit : (begin + count + unit - 1) // unit]
-        place = (first + begin) * out.itemsize
-        here = (count, first + begin, unit)
-        if not sparse_combine(stored, here, settings, rows, work, out[0, :count], own):
-            return NOT_FINITE
-        data = out[0, :count].view(np.uint8)
-        checks[0] += check_sum(data, target[1] + place)
-        if target[0] >= 0 and not write_all(target[0], target[1] + place, data):
-            return NOT_FINITE - 1
-    return DONE

@@ -140,38 +140,23 @@ def counting_space() -> tuple[Bits, Bits, Bytes]:
 
 
 @compiled()
-def count_near(
-    files: Longs,
-    span: tuple[int, int, int],
-    stored: Stored,
-    windows: Longs,
-    counts: Counts,
-    work: tuple[Bits, Bits, Bytes],
-) -> int:
-    """Count magnitudes of deltas of elements [first, first + count), `cut` at a time. Returns a `file_passes` code.
+def count_near(stored: Stored, count: int, windows: Longs, counts: Counts, work: tuple[Bits, Bits, Bytes]) -> None:
+    """Count magnitudes of deltas.
 
-    span     (first, count, cut)
-    stored   (M + 1, >= cut) work space, row 0 the base
+    stored   (M + 1, >= count), row 0 the base
     windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
     counts   (Q, 1 + BINS) to which the numbers of elements above the window and in each of its bins are added
     work     from `counting_space`
     """
-    first, total, cut = span
     bits, offsets, inside = work
-    for begin in range(0, total, cut):
-        count = min(cut, total - begin)
-        failed = load(files, first + begin, count, stored)
-        if failed:
-            return failed
-        for start in range(0, count, BLOCK):
-            size = min(BLOCK, count - start)
-            words = (size + 7) // 8
-            for i in range(size, 8 * words):
-                offsets[i], inside[i] = np.uint32(WINDOW), np.uint8(0)
-            for q in range(len(windows)):
-                x, base = stored[windows[q, 0], start : start + size], stored[0, start : start + size]
-                low, shift = np.uint32(windows[q, 1]), np.uint32(windows[q, 2])
-                delta_bits(x, base, bits[:size])
-                counts[q, 0] += offsets_of(bits[:size], low, shift, offsets, inside)
-                count_inside(offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])
-    return DONE
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        words = (size + 7) // 8
+        for i in range(size, 8 * words):
+            offsets[i], inside[i] = np.uint32(WINDOW), np.uint8(0)
+        for q in range(len(windows)):
+            x, base = stored[windows[q, 0], start : start + size], stored[0, start : start + size]
+            low, shift = np.uint32(windows[q, 1]), np.uint32(windows[q, 2])
+            delta_bits(x, base, bits[:size])
+            counts[q, 0] += offsets_of(bits[:size], low, shift, offsets, inside)
+            count_inside(offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])

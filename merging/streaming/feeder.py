@@ -1,8 +1,7 @@
 """Feeds ranges of tensors to the kernels: work space, jobs, adapted tensors, and the errors of failed reads.
 
 A job is a range of one tensor. Operands that are all bf16 or all fp32 are read as they are; others (mixed, fp16,
-adapted, read through a row map) are converted to fp32 here. The passes that choose elements read plain operands
-themselves, cut by cut, several cuts in a job.
+adapted, read through a row map) are converted to fp32 here.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ __all__ = [
 ]
 
 CUT = 128 * 1024  # elements read, computed and written at a time: 1 MB with three bf16 operands, half of an L2 cache
-CUTS_IN_A_JOB = 16  # cuts between two returns to Python
-# Elements of a job of linear combinations: writes of 4 MB past the page cache cost a fifth of the processor time of
+# Elements of a job: writes of 4 MB past the page cache cost a fifth of the processor time of
 # writes of 256 KB, and the third level cache holds what is read. Fewer where many operands and threads share the budget
 # of elements in memory, but whole pieces of digests (of 2-byte elements) as long as that is not excessive.
 LONGEST_JOB, SHORT_JOB, JOB_BUDGET, MOST_OPERANDS = 1 << 21, HASHED_BYTES // 2, 3 << 24, 32
@@ -82,7 +80,7 @@ def longest_cut(plan: MergePlan, cut: int) -> int:
 
 
 def job_length(plan: MergePlan, outputs: int) -> int:
-    """Return the elements of a job of linear combinations: a power of two."""
+    """Return the elements of a job: a power of two."""
     rows = outputs + max((len(part.sources) for part in plan.parts.values()), default=1)
     share = JOB_BUDGET // (rows * workers_for(plan.request.threads))
     longest = min(1 << max(share.bit_length() - 1, 0), LONGEST_JOB)
@@ -136,7 +134,6 @@ class Feeder:
     """Work space and sources of one merge.
 
     cut      elements read at a time, a multiple of BLOCK
-    cuts     number of them in a job, where the compiled passes read for themselves
     workers  threads that use the work space
     digests  of the inputs; None if they are not read through `load`
     """
@@ -147,14 +144,12 @@ class Feeder:
         reader: Reader,
         outputs: int,
         cut: int = CUT,
-        cuts: int = CUTS_IN_A_JOB,
         digests: InputDigests | None = None,
     ) -> None:
         self.plan = plan
         self.reader = reader
-        self.cuts = cuts
         self.digests = digests
-        self.workers = plan.request.threads if cuts > 1 else workers_for(plan.request.threads)
+        self.workers = workers_for(plan.request.threads)
         operands = max((len(part.sources) for part in plan.parts.values()), default=1)
         largest = max((part.sources[0].count for part in plan.parts.values()), default=1)
         self.size = min(cut, max(-(-largest // BLOCK), 1) * BLOCK)
@@ -168,9 +163,8 @@ class Feeder:
         for name in group.tensors:
             part = self.plan.parts[name]
             count = part.sources[0].count
-            step = self.size if self._common_dtype(part) is None else self.size * self.cuts
-            for first in range(0, count, step):
-                yield Block(name, part, first, min(step, count - first))
+            for first in range(0, count, self.size):
+                yield Block(name, part, first, min(self.size, count - first))
 
     def load(self, job: Block, space: Workspace, first_time: bool) -> Stored:
         """Read the operands of a job of one cut into the work space, (K, >= count): as stored, or converted to fp32.

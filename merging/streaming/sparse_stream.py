@@ -16,14 +16,12 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2.core.errors import Gemma2Error, OutputError
-from gemma2.core.outputs.safetensors_header import ITEM_BYTES, PAGE_BYTES
 from gemma2.core.progress import Task
-from gemma2.merging.kernels.dense import BLOCK, pair_count
-from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
+from gemma2.merging.kernels.dense import BLOCK, gram, pair_count
+from gemma2.merging.kernels.file_passes import DONE
 from gemma2.merging.kernels.number_formats import Doubles
 from gemma2.merging.kernels.philox import stream_key
-from gemma2.merging.kernels.sparse import blend_chosen, scratch
+from gemma2.merging.kernels.sparse import scratch, sparse_combine
 from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
     BINS,
@@ -42,7 +40,7 @@ from gemma2.merging.methods.method import Group, Selection
 from gemma2.merging.plan.merge_plan import MergePlan
 
 from .dense_stream import Output
-from .feeder import CUTS_IN_A_JOB, Block, Feeder, Workspace, in_order, row_length, whole_rows
+from .feeder import Block, Feeder, in_order, row_length, whole_rows
 from .group_report import GroupReport, gram_of, report_group
 
 __all__ = ["ChoosingStream"]
@@ -78,14 +76,19 @@ class ChoosingStream:
         self.output = output
         self.task = task
         self.selection = selection
+        self._counted: set[str] = set()  # groups that a counting pass has read
 
     def run(self) -> Iterator[GroupReport]:
         """Merge group after group."""
-        with self.plan.arrivals.pool(self.plan.request.threads) as pool:
+        with self.plan.arrivals.pool(self.feeder.workers) as pool:
             for group in self.plan.groups:
                 sparsity = self._with_thresholds(pool, group, self.selection.of(group))
                 jobs = self._row_jobs(group) if sparsity.by_rows else self.feeder.jobs(group)
-                found = list(in_order(pool, lambda job: self._merge(group, job, sparsity), jobs))  # noqa: B023
+                merged = in_order(pool, lambda job: self._merge(group, job, sparsity), jobs, 2 * self.feeder.workers)  # noqa: B023
+                found = []
+                for item in merged:
+                    self.output.wrote(item.job.name, item.job.first + item.job.count)
+                    found.append(item)
                 yield self._report(group, found)
 
     def _with_thresholds(self, pool: ThreadPoolExecutor, group: Group, sparsity: Sparsity) -> Sparsity:
@@ -155,18 +158,21 @@ class ChoosingStream:
         """Return the pattern of each wanted magnitude, in units of its window's bins; those outside are missing."""
         table = np.array([(item.model + 1, *window) for item, window in windows.items()], np.int64)
         size = (len(table), 1 + BINS)  # the number above a window, then its bins
-        tables = [np.zeros(size, np.int64) for _ in range(self.plan.request.threads)]
+        tables = [np.zeros(size, np.int64) for _ in range(self.feeder.workers)]
         free: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         for counts in tables:
             free.put(counts)
 
         def count(job: Block) -> Block:
             counts = free.get()
-            self._count_job(job, table, counts)
+            with self.feeder.space() as space:
+                stored = self.feeder.load(job, space, first_time=advance)
+                count_near(stored, job.count, table, counts, counting_space())
             free.put(counts)
             return job
 
-        for job in in_order(pool, count, self.feeder.jobs(group)):
+        self._counted.add(group.name)
+        for job in in_order(pool, count, self.feeder.jobs(group), 2 * self.feeder.workers):
             if advance:
                 self.task.advance(self.feeder.job_bytes(job))
         total = sum(tables[1:], start=tables[0])
@@ -176,81 +182,35 @@ class ChoosingStream:
         }
         return {item: windows[item][0] + place for item, place in places.items() if place is not None}
 
-    def _count_job(self, job: Block, windows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        with self.feeder.space() as space:
-            loaded = self.feeder.sources(job, space)
-            span = (job.first, job.count, self.feeder.size)
-            code = count_near(loaded.files, span, loaded.stored, windows, counts, counting_space())
-            if code != DONE:
-                raise self.feeder.unreadable(job, code - 1)
-
     def _row_jobs(self, group: Group) -> Iterator[Block]:
         """Yield jobs of whole rows, for ranks within rows."""
-        long = {job.name for job in self.feeder.jobs(group) if job.count > self.feeder.size}
         for name in group.tensors:
             part = self.plan.parts[name]
             count = part.sources[0].count
-            step = self._step(name) * (CUTS_IN_A_JOB if name in long and self._in_pages(name) else 1)
+            step = whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
             for first in range(0, count, step):
                 yield Block(name, part, first, min(step, count - first))
 
-    def _step(self, name: str) -> int:
-        """Return the number of elements in a cut of whole rows."""
-        return whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
-
-    def _in_pages(self, name: str) -> bool:
-        """Whether cuts of whole rows are whole pages, as writes past the page cache require."""
-        return self._step(name) * ITEM_BYTES[self.plan.layout[name][0]] % PAGE_BYTES == 0
-
     def _merge(self, group: Group, job: Block, sparsity: Sparsity) -> Found:
         """Choose, combine and write one job."""
-        name = job.name
-        dtype, shape = self.plan.layout[name]
-        unit = row_length(shape) if sparsity.by_rows else BLOCK
-        cut = self._step(name) if sparsity.by_rows else self.feeder.size
-        paged = not sparsity.by_rows or self._in_pages(name)
-        whole, rest = divmod(job.count, cut)
-        products = np.zeros((whole * -(-cut // BLOCK) + -(-rest // BLOCK), 1 + pair_count(group.models)))
-        squares, checks = np.zeros(-(-job.count // unit)), np.zeros(1, np.uint64)
-        place = self.output.writers[0].places[name]
-        work = scratch(group.models, unit, sparsity.by_rows)
+        name, count = job.name, job.count
+        unit = row_length(self.plan.layout[name][1]) if sparsity.by_rows else BLOCK
+        products = np.zeros((-(-count // BLOCK), 1 + pair_count(group.models)))
+        squares = np.zeros(-(-count // unit))
         keys = np.stack([stream_key(group.settings.seed, name, model) for model in range(group.models)])
+        settings = (sparsity.table(), keys, sparsity.consensus)
+        work = scratch(group.models, unit, sparsity.by_rows)
         with self.feeder.space() as space:
-            loaded = self.feeder.sources(job, space)
-            code = blend_chosen(
-                loaded.files,
-                (job.first, job.count, cut, unit),
-                (sparsity.table(), keys, sparsity.consensus),
-                (place.descriptor if paged else -1, place.offset),
-                (loaded.stored, space.rows, work, self.output.rows(name, space)),
-                checks,
-                products,
-                squares,
-            )
-            if code > 0:
-                raise self.feeder.unreadable(job, code - 1)
+            stored = self.feeder.load(job, space, first_time=group.name not in self._counted)
+            gram(stored, count, True, products)
             if not np.isfinite(products).all():
                 raise self.feeder.not_finite(job)
-            if code != DONE:
-                raise self._failure(name, code, job, space)
-            if not paged:
-                data = space.out[0, : job.count * ITEM_BYTES[dtype]]
-                self.output.writers[0].write(name, job.first * ITEM_BYTES[dtype], data)
-        self.output.checks.add(name, checks.tolist())
+            out = self.output.rows(name, space)[0, :count]
+            if not sparse_combine(stored, (count, job.first, unit), settings, space.rows, work, out, squares):
+                raise self.output.overflow(name)
+            self.output.write(name, job.first, count, space)
         self.task.advance(self.feeder.job_bytes(job))
         return Found(job, products, squares)
-
-    def _failure(self, name: str, code: int, job: Block, space: Workspace) -> Gemma2Error:
-        """Return the reason why a compiled pass failed: the write is repeated in Python, which reports the system's."""
-        if code == NOT_FINITE:
-            return self.output.overflow(name)
-        writer, item = self.output.writers[0], ITEM_BYTES[self.plan.layout[name][0]]
-        try:
-            count = min(job.count, space.out.shape[1] // 4)
-            writer.write(name, job.first * item, space.out[0, : count * item])
-        except OutputError as error:
-            return error
-        return OutputError(f"writing to {writer.directory} failed once", "check the disk, and merge again")
 
     def _report(self, group: Group, found: Sequence[Found]) -> GroupReport:
         parameters = sum(item.job.count for item in found)

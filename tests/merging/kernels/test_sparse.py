@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from model_files import from_bytes, to_bytes, write_model
 
+from gemma2.core.errors import InputError
 from gemma2.merging import MergeRequest, merge
-from gemma2.merging.kernels.dense import BLOCK, pair_count
+from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.dtypes import widen
-from gemma2.merging.kernels.file_passes import DONE, NOT_FINITE
 from gemma2.merging.kernels.number_formats import ITEMS, KINDS, STORED
 from gemma2.merging.kernels.philox import stream_key, uniforms
-from gemma2.merging.kernels.sparse import blend_chosen, scratch, sparse_combine
+from gemma2.merging.kernels.sparse import scratch, sparse_combine
 from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
     BINS,
@@ -90,9 +90,7 @@ MEMORY = np.full((65, 2), -1)  # in place of files: the operands are in the work
 def counted(raw, kinds, windows, count):
     """The numbers of elements above the windows and in their bins, (Q, 1 + WINDOW)."""
     out = np.zeros((len(windows), 1 + BINS), np.int64)
-    files = MEMORY[: len(kinds)]
-    stored, work = operands(raw, kinds, count), counting_space()
-    assert count_near(files, (0, count, count), stored, np.array(windows), out, work) == 0
+    count_near(operands(raw, kinds, count), count, np.array(windows), out, counting_space())
     return out[:, : 1 + WINDOW]
 
 
@@ -449,35 +447,23 @@ def test_unchanged_elements_keep_the_sign_of_zero():
     assert np.signbit(result).tolist() == [True, False, True]
 
 
-def blended(values, sparsity, out_dtype="F32"):
-    """The code of a merge of operands (M + 1, n) in memory."""
-    models, count = len(values) - 1, values.shape[1]
-    out = np.zeros((1, count), STORED[out_dtype])
-    return blend_chosen(
-        MEMORY[: models + 1],
-        (0, count, count, BLOCK),
-        (sparsity.table(), keys_of(models), sparsity.consensus),
-        (-1, 0),
-        (values, np.empty((models + 3, BLOCK), np.float32), scratch(models, BLOCK, False), out),
-        np.zeros(1, np.uint32),
-        (products := np.zeros((1, 1 + pair_count(models)))),
-        np.zeros(1),
-    ), np.isfinite(products).all()
-
-
+@pytest.mark.parametrize("method", ["ties", "dare"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_value_that_is_not_finite_is_noticed_even_where_it_is_dropped(bad, place):
+def test_a_value_that_is_not_finite_is_noticed_even_where_it_is_dropped(tmp_path, method, bad, place):
     values = np.ones((3, 100), np.float32)
     values[place, 17] = bad
-    for sparsity in (Sparsity(weights=(1, 1), low=(5, 5)), Sparsity(weights=(1, 1), keep=(1e-6, 1e-6))):
-        assert not blended(values, sparsity)[1]
+    written(tmp_path, values)
+    with pytest.raises(InputError, match="at element 17"):
+        merged_file(tmp_path, "out", method=method, density=(0.01, 0.01))
 
 
-def test_a_result_that_does_not_fit_is_noticed():
+@pytest.mark.parametrize(("dtype", "fits"), [("BF16", True), ("F16", False)])
+def test_a_result_that_does_not_fit_is_noticed(dtype, fits):
     stored = np.stack([np.full(4, 6e4, np.float32), np.full(4, 7e4, np.float32)])
-    assert blended(stored, Sparsity(weights=(1.0,)), "BF16") == (DONE, True)
-    assert blended(stored, Sparsity(weights=(1.0,)), "F16") == (NOT_FINITE, True)
+    settings = (Sparsity(weights=(1.0,)).table(), keys_of(1), 0)
+    rows, out = np.empty((4, BLOCK), np.float32), np.zeros(4, STORED[dtype])
+    assert sparse_combine(stored, (4, 0, BLOCK), settings, rows, scratch(1, BLOCK, False), out, np.zeros(1)) is fits
 
 
 def written(root, arrays, dtypes=("BF16", "BF16", "BF16")):
