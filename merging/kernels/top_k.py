@@ -1,10 +1,12 @@
 """The largest elements of a task vector: exact thresholds by counting, without sorting.
 
-Magnitudes of fp32 numbers order like their bit patterns. A sample estimates the pattern of the wanted rank; one pass
-over the data counts the elements above a window of WINDOW bit patterns around the estimate, and each pattern inside.
-If the rank is outside the window, one pass counts all patterns in steps of 2**COARSE, and another the patterns of the
-step that holds it: the sample affects the time, never the result. Counts are integers: they add up over cuts, tensors
-and threads in any order.
+Magnitudes of fp32 numbers order like their bit patterns. A sample estimates the pattern of the wanted rank, and a range
+that is likely to hold it. One pass over the data counts the elements above that range, and in each of its WINDOW bins.
+A bin is one pattern, or 2**shift of them where the range is wide: that is so for differences of bf16 numbers, which are
+few and far apart, and then the lowest bits of all patterns inside are 0, so that a bin still is one pattern. If not,
+another pass counts the patterns of the bin that holds the rank; and if the rank is outside the range, one pass counts
+all patterns in steps of 2**COARSE before it: the sample affects the time, never the result. Counts are integers: they
+add up over cuts, tensors and threads in any order.
 
 k = max(1, floor(density * n)); elements equal to the k-th largest are all kept, whatever their order, so that more than
 k may stay. The papers do not state their rounding, and their sorts keep k.
@@ -24,24 +26,31 @@ from .number_formats import Bytes, Stored
 __all__ = [
     "BINS",
     "COARSE",
+    "COLUMNS",
     "PIECE",
     "WINDOW",
+    "Window",
     "count_near",
     "counting_space",
     "kept_ranks",
     "magnitude",
     "near_rank",
     "place_of_rank",
+    "sample",
+    "sample_places",
+    "window_near",
 ]
-__all__ += ["sample", "sample_places"]
 
 WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
 BINS = WINDOW + 8  # the last eight count the elements outside: increments of a single one would wait for each other
+COLUMNS = 2 + BINS  # of a row of counts: above the window, the bins, and the lowest bits that a bin does not tell apart
+LIKELY = 6.0  # standard errors of a rank in the sample, on either side
 COARSE = 13  # WINDOW steps of 2**COARSE patterns cover all patterns
 PIECE = 512  # neighbouring elements in each piece of a sample
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 Counts = NDArray[np.int64]
+Window = tuple[int, int]  # first pattern, and binary logarithm of the patterns in a bin (shift)
 Bits = NDArray[np.uint32]
 
 
@@ -71,8 +80,24 @@ def sample_places(count: int, wanted: int) -> Longs:
 
 def near_rank(bits: Bits, rank: int, count: int) -> int:
     """Estimate the pattern of the rank-th largest of `count` elements from a sample; exact if the sample holds all."""
-    place = min(max(round((rank - 0.5) / count * len(bits) + 0.5), 1), len(bits))
+    place = _place_in_sample(len(bits), rank, count)
     return int(np.partition(bits, len(bits) - place)[len(bits) - place])
+
+
+def window_near(bits: Bits, rank: int, count: int) -> Window:
+    """Return a window that is likely to hold the rank-th largest of `count` elements, by a sample."""
+    place, share = _place_in_sample(len(bits), rank, count), rank / count
+    spread = int(LIKELY * np.sqrt(len(bits) * share * max(1 - share, 0))) + 1
+    low, high = len(bits) - min(place + spread, len(bits)), len(bits) - max(place - spread, 1)
+    part = np.partition(bits, [low, high])
+    first, last = int(part[low]), int(part[high])
+    shift = max((last - first).bit_length() - (WINDOW // 2).bit_length() + 1, 0)
+    middle = (first + last) // 2 - (WINDOW << shift) // 2
+    return max(middle, 0) >> shift << shift, shift
+
+
+def _place_in_sample(size: int, rank: int, count: int) -> int:
+    return min(max(round((rank - 0.5) / count * size + 0.5), 1), size)
 
 
 def place_of_rank(counts: Counts, above: int, rank: int) -> int | None:
@@ -112,17 +137,22 @@ def sample(files: Longs, places: Longs, count: int, stored: Stored, out: Bits) -
 
 
 @compiled(inner=True)
-def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, inside: Bytes) -> np.int64:
-    """The bin of each pattern in a window that begins at `low`, and whether it is inside; returns the number above."""
-    above = np.uint32(0)
+def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, inside: Bytes) -> tuple[np.int64, np.int64]:
+    """The bin of each pattern in a window that begins at `low`, and whether it is inside.
+
+    Returns the number above, and the lowest `shift` bits that occur inside.
+    """
+    above, rest = np.uint32(0), np.uint32(0)
     high = np.uint32(low + np.uint32(np.uint32(WINDOW) << shift))
+    mask = np.uint32(np.uint32(np.uint32(1) << shift) - np.uint32(1))
     for i in range(bits.size):
         above = np.uint32(above + np.uint32(bits[i] >= high))
         offset = np.uint32(np.uint32(bits[i] - low) >> shift)
         hit = offset < np.uint32(WINDOW)
+        rest = np.uint32(rest | (np.uint32(bits[i] & mask) if hit else np.uint32(0)))
         offsets[i] = offset if hit else np.uint32(np.uint32(WINDOW) + np.uint32(np.uint32(i) & np.uint32(7)))
         inside[i] = hit
-    return np.int64(above)
+    return np.int64(above), np.int64(rest)
 
 
 @compiled(inner=True)
@@ -144,8 +174,8 @@ def count_near(stored: Stored, count: int, windows: Longs, counts: Counts, work:
     """Count magnitudes of deltas.
 
     stored   (M + 1, >= count), row 0 the base
-    windows  (Q, 3): row of a model (1..M), first pattern, and the binary logarithm of the patterns in a bin
-    counts   (Q, 1 + BINS) to which the numbers of elements above the window and in each of its bins are added
+    windows  (Q, 3): row of a model (1..M), first pattern (a multiple of 2**shift), and shift
+    counts   (Q, COLUMNS) to which the numbers of elements above the window and in each of its bins are added
     work     from `counting_space`
     """
     bits, offsets, inside = work
@@ -155,8 +185,10 @@ def count_near(stored: Stored, count: int, windows: Longs, counts: Counts, work:
         for i in range(size, 8 * words):
             offsets[i], inside[i] = np.uint32(WINDOW), np.uint8(0)
         for q in range(len(windows)):
-            x, base = stored[windows[q, 0], start : start + size], stored[0, start : start + size]
             low, shift = np.uint32(windows[q, 1]), np.uint32(windows[q, 2])
-            delta_bits(x, base, bits[:size])
-            counts[q, 0] += offsets_of(bits[:size], low, shift, offsets, inside)
+            if q == 0 or windows[q, 0] != windows[q - 1, 0]:
+                delta_bits(stored[windows[q, 0], start : start + size], stored[0, start : start + size], bits[:size])
+            above, rest = offsets_of(bits[:size], low, shift, offsets, inside)
+            counts[q, 0] += above
+            counts[q, 1 + BINS] |= rest
             count_inside(offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])

@@ -26,8 +26,10 @@ from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
     BINS,
     COARSE,
+    COLUMNS,
     PIECE,
     WINDOW,
+    Window,
     count_near,
     counting_space,
     magnitude,
@@ -35,6 +37,7 @@ from gemma2.merging.kernels.top_k import (
     place_of_rank,
     sample,
     sample_places,
+    window_near,
 )
 from gemma2.merging.methods.method import Group, Selection
 from gemma2.merging.plan.merge_plan import MergePlan
@@ -107,17 +110,18 @@ class ChoosingStream:
     def _find(self, pool: ThreadPoolExecutor, group: Group, wanted: list[Wanted]) -> dict[Wanted, float]:
         """Return the wanted magnitudes of a group: by a sample that is the whole group, else by counting near it."""
         bits = self._sample(group)
-        near = {item: near_rank(bits[item.model], item.rank, item.count) for item in wanted}
         if not wanted or bits.shape[1] == wanted[0].count:
             self.task.advance(sum(self.feeder.job_bytes(job) for job in self.feeder.jobs(group)))
-            return {item: magnitude(place) for item, place in near.items()}
-        windows = {item: (max(place - WINDOW // 2, 0), 0) for item, place in near.items()}
-        found = self._count(pool, group, windows, advance=True)
-        missed = [item for item in wanted if item not in found]
-        if missed:
-            coarse = self._count(pool, group, dict.fromkeys(missed, (0, COARSE)))
-            found |= self._count(pool, group, {item: (place << COARSE, 0) for item, place in coarse.items()})
-        return {item: magnitude(place) for item, place in found.items()}
+            return {item: magnitude(near_rank(bits[item.model], item.rank, item.count)) for item in wanted}
+        found: dict[Wanted, float] = {}
+        windows = {item: window_near(bits[item.model], item.rank, item.count) for item in wanted}
+        while windows:  # three times at most
+            counted = self._count(pool, group, windows)
+            found |= {item: magnitude(place) for item, (place, exact) in counted.items() if exact}
+            windows = {
+                item: (counted[item][0], 0) if item in counted else (0, COARSE) for item in windows if item not in found
+            }
+        return found
 
     def _sample(self, group: Group) -> NDArray[np.uint32]:
         """Return bit patterns of a sample of the deltas of each model, (M, n); of all deltas if they are few."""
@@ -149,16 +153,15 @@ class ChoosingStream:
         return bits
 
     def _count(
-        self,
-        pool: ThreadPoolExecutor,
-        group: Group,
-        windows: dict[Wanted, tuple[int, int]],
-        advance: bool = False,
-    ) -> dict[Wanted, int]:
-        """Return the pattern of each wanted magnitude, in units of its window's bins; those outside are missing."""
+        self, pool: ThreadPoolExecutor, group: Group, windows: dict[Wanted, Window]
+    ) -> dict[Wanted, tuple[int, bool]]:
+        """Return the first pattern of the bin that holds each wanted magnitude, and whether it is the only one there.
+
+        Those outside of their window are missing.
+        """
         table = np.array([(item.model + 1, *window) for item, window in windows.items()], np.int64)
-        size = (len(table), 1 + BINS)  # the number above a window, then its bins
-        tables = [np.zeros(size, np.int64) for _ in range(self.feeder.workers)]
+        tables = [np.zeros((len(table), COLUMNS), np.int64) for _ in range(self.feeder.workers)]
+        first_time = group.name not in self._counted
         free: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         for counts in tables:
             free.put(counts)
@@ -166,21 +169,22 @@ class ChoosingStream:
         def count(job: Block) -> Block:
             counts = free.get()
             with self.feeder.space() as space:
-                stored = self.feeder.load(job, space, first_time=advance)
+                stored = self.feeder.load(job, space, first_time=first_time)
                 count_near(stored, job.count, table, counts, counting_space())
             free.put(counts)
             return job
 
         self._counted.add(group.name)
         for job in in_order(pool, count, self.feeder.jobs(group), 2 * self.feeder.workers):
-            if advance:
+            if first_time:
                 self.task.advance(self.feeder.job_bytes(job))
         total = sum(tables[1:], start=tables[0])
-        places = {
-            item: place_of_rank(row[1 : 1 + WINDOW], int(row[0]), item.rank)
-            for item, row in zip(windows, total, strict=True)
-        }
-        return {item: windows[item][0] + place for item, place in places.items() if place is not None}
+        places = {}
+        for (item, (first, shift)), row in zip(windows.items(), total, strict=True):
+            place = place_of_rank(row[1 : 1 + WINDOW], int(row[0]), item.rank)
+            if place is not None:
+                places[item] = first + (place << shift), not row[1 + BINS]
+        return places
 
     def _row_jobs(self, group: Group) -> Iterator[Block]:
         """Yield jobs of whole rows, for ranks within rows."""

@@ -15,8 +15,8 @@ from gemma2.merging.kernels.philox import stream_key, uniforms
 from gemma2.merging.kernels.sparse import scratch, sparse_combine
 from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
-    BINS,
     COARSE,
+    COLUMNS,
     PIECE,
     WINDOW,
     count_near,
@@ -27,6 +27,7 @@ from gemma2.merging.kernels.top_k import (
     place_of_rank,
     sample,
     sample_places,
+    window_near,
 )
 from gemma2.merging.streaming import sparse_stream, writer
 from gemma2.merging.streaming.sparse_stream import SAMPLE
@@ -89,7 +90,7 @@ MEMORY = np.full((65, 2), -1)  # in place of files: the operands are in the work
 
 def counted(raw, kinds, windows, count):
     """The numbers of elements above the windows and in their bins, (Q, 1 + WINDOW)."""
-    out = np.zeros((len(windows), 1 + BINS), np.int64)
+    out = np.zeros((len(windows), COLUMNS), np.int64)
     count_near(operands(raw, kinds, count), count, np.array(windows), out, counting_space())
     return out[:, : 1 + WINDOW]
 
@@ -536,3 +537,49 @@ def test_rows_that_do_not_fill_pages_are_written_with_and_without_the_page_cache
     expected = merged_file(tmp_path, "cached", method="della")
     monkeypatch.setattr(writer, "DIRECT_BYTES", 0)
     assert merged_file(tmp_path, "direct", method="della") == expected
+
+
+def test_a_window_covers_what_the_sample_leaves_possible():
+    """By hand: 1,000 of 100,000 elements sampled, the 20,000th wanted: the 200th in the sample, +- 76."""
+    close = np.arange(1000, dtype=np.uint32) + 3 * WINDOW
+    first, shift = window_near(close, 20_000, 100_000)
+    assert (first, shift) == (3 * WINDOW + 800 - WINDOW // 2, 0)
+    far = np.where(np.arange(1000) < 800, 5 * WINDOW, 9 * WINDOW).astype(np.uint32)
+    first, shift = window_near(far, 20_000, 100_000)
+    assert first <= 5 * WINDOW < 9 * WINDOW < first + (WINDOW << shift)
+    assert first % (1 << shift) == 0
+    assert 4 << shift <= 64  # not much wider than it has to be
+
+
+def passes_over(tmp_path, monkeypatch, deltas, base=None):
+    """How often a group is counted through."""
+    counted, count = [], sparse_stream.ChoosingStream._count
+
+    def noted(self, *given, **named):
+        counted.append(1)
+        return count(self, *given, **named)
+
+    monkeypatch.setattr(sparse_stream.ChoosingStream, "_count", noted)
+    base = np.ones(MANY) if base is None else base
+    written(tmp_path, [base, *(base + delta for delta in deltas)], ("F32",) * 3)
+    merged_file(tmp_path, "out", method="ties", density=(0.2, 0.2))
+    return len(counted)
+
+
+def test_differences_of_few_values_are_counted_once(tmp_path, monkeypatch):
+    """The wanted rank is at the border of two values, and so anywhere between them in a sample."""
+    generator = np.random.default_rng(5)
+    border = np.where(generator.random(MANY) < 0.2, 1 / 8, 1 / 16)
+    assert passes_over(tmp_path, monkeypatch, [border, generator.permutation(border)]) == 1
+
+
+def test_differences_that_fill_a_wide_range_take_one_more_pass(tmp_path, monkeypatch):
+    """fp32 numbers of all magnitudes: a bin of a wide window holds several of them."""
+    generator = np.random.default_rng(6)
+    deltas = [np.exp(generator.uniform(-60, 0, MANY)) for _ in range(2)]
+    assert passes_over(tmp_path, monkeypatch, deltas, base=np.zeros(MANY)) == 2
+
+
+def test_a_sample_that_misleads_costs_two_more_passes(tmp_path, monkeypatch):
+    deltas = [misleading(np.random.default_rng(seed)) for seed in (0, 1)]
+    assert passes_over(tmp_path, monkeypatch, deltas) == 3
