@@ -3,10 +3,10 @@
 Magnitudes of fp32 numbers order like their bit patterns. A sample estimates the pattern of the wanted rank, and a range
 that is likely to hold it. One pass over the data counts the elements above that range, and in each of its WINDOW bins.
 A bin is one pattern, or 2**shift of them where the range is wide: that is so for differences of bf16 numbers, which are
-few and far apart, and then the lowest bits of all patterns inside are 0, so that a bin still is one pattern. If not,
-another pass counts the patterns of the bin that holds the rank; and if the rank is outside the range, one pass counts
-all patterns in steps of 2**COARSE before it: the sample affects the time, never the result. Counts are integers: they
-add up over cuts, tensors and threads in any order.
+few and far apart, and then the lowest `shift` bits of all patterns in a bin are 0, so that it still is one pattern. If
+not, another pass counts the patterns of the bin that holds the rank. If the rank is outside the range, one more pass
+counts all patterns in steps of 2**COARSE: the sample affects the time, never the result. Counts are integers: they add
+up over cuts, tensors and threads in any order.
 
 k = max(1, floor(density * n)); elements equal to the k-th largest are all kept, whatever their order, so that more than
 k may stay. The papers do not state their rounding, and their sorts keep k.
@@ -26,7 +26,7 @@ from .number_formats import Bytes, Stored
 __all__ = [
     "BINS",
     "COARSE",
-    "COLUMNS",
+    "MIXED",
     "PIECE",
     "WINDOW",
     "Window",
@@ -43,7 +43,7 @@ __all__ = [
 
 WINDOW = 1 << 18  # bit patterns: at least 3 % between the smallest and the largest magnitude of a window
 BINS = WINDOW + 8  # the last eight count the elements outside: increments of a single one would wait for each other
-COLUMNS = 2 + BINS  # of a row of counts: above the window, the bins, and the lowest bits that a bin does not tell apart
+MIXED = 1 << 40  # in the count of a bin: it holds several patterns; no tensor has so many elements
 LIKELY = 6.0  # standard errors of a rank in the sample, on either side
 COARSE = 13  # WINDOW steps of 2**COARSE patterns cover all patterns
 PIECE = 512  # neighbouring elements in each piece of a sample
@@ -137,31 +137,32 @@ def sample(files: Longs, places: Longs, count: int, stored: Stored, out: Bits) -
 
 
 @compiled(inner=True)
-def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, inside: Bytes) -> tuple[np.int64, np.int64]:
-    """The bin of each pattern in a window that begins at `low`, and whether it is inside.
-
-    Returns the number above, and the lowest `shift` bits that occur inside.
-    """
-    above, rest = np.uint32(0), np.uint32(0)
+def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, inside: Bytes) -> np.int64:
+    """The bin of each pattern in a window that begins at `low`, and whether it is inside; returns the number above."""
+    above = np.uint32(0)
     high = np.uint32(low + np.uint32(np.uint32(WINDOW) << shift))
-    mask = np.uint32(np.uint32(np.uint32(1) << shift) - np.uint32(1))
     for i in range(bits.size):
         above = np.uint32(above + np.uint32(bits[i] >= high))
         offset = np.uint32(np.uint32(bits[i] - low) >> shift)
         hit = offset < np.uint32(WINDOW)
-        rest = np.uint32(rest | (np.uint32(bits[i] & mask) if hit else np.uint32(0)))
         offsets[i] = offset if hit else np.uint32(np.uint32(WINDOW) + np.uint32(np.uint32(i) & np.uint32(7)))
         inside[i] = hit
-    return np.int64(above), np.int64(rest)
+    return np.int64(above)
 
 
 @compiled(inner=True)
-def count_inside(offsets: Bits, inside: NDArray[np.uint64], counts: Counts) -> None:
-    """Count the elements inside; they are few, so `inside` is tested eight at a time: (n / 8,) uint64."""
+def count_inside(bits: Bits, shift: np.uint32, offsets: Bits, inside: NDArray[np.uint64], counts: Counts) -> None:
+    """Count the elements inside; they are few, so `inside` is tested eight at a time: (n / 8,) uint64.
+
+    A bin that holds a pattern other than its first is marked: MIXED is added once.
+    """
+    mask = np.uint32(np.uint32(np.uint32(1) << shift) - np.uint32(1))
     for word in range(inside.size):
         if inside[word]:
             for i in range(8 * word, 8 * word + 8):
                 counts[offsets[i]] += 1
+                if bits[i] & mask and counts[offsets[i]] < MIXED:
+                    counts[offsets[i]] += MIXED
 
 
 def counting_space() -> tuple[Bits, Bits, Bytes]:
@@ -175,7 +176,7 @@ def count_near(stored: Stored, count: int, windows: Longs, counts: Counts, work:
 
     stored   (M + 1, >= count), row 0 the base
     windows  (Q, 3): row of a model (1..M), first pattern (a multiple of 2**shift), and shift
-    counts   (Q, COLUMNS) to which the numbers of elements above the window and in each of its bins are added
+    counts   (Q, 1 + BINS) to which the numbers of elements above the window and in each of its bins are added
     work     from `counting_space`
     """
     bits, offsets, inside = work
@@ -188,7 +189,5 @@ def count_near(stored: Stored, count: int, windows: Longs, counts: Counts, work:
             low, shift = np.uint32(windows[q, 1]), np.uint32(windows[q, 2])
             if q == 0 or windows[q, 0] != windows[q - 1, 0]:
                 delta_bits(stored[windows[q, 0], start : start + size], stored[0, start : start + size], bits[:size])
-            above, rest = offsets_of(bits[:size], low, shift, offsets, inside)
-            counts[q, 0] += above
-            counts[q, 1 + BINS] |= rest
-            count_inside(offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])
+            counts[q, 0] += offsets_of(bits[:size], low, shift, offsets, inside)
+            count_inside(bits, shift, offsets, inside[: 8 * words].view(np.uint64), counts[q, 1:])

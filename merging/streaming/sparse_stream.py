@@ -26,7 +26,7 @@ from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
     BINS,
     COARSE,
-    COLUMNS,
+    MIXED,
     PIECE,
     WINDOW,
     Window,
@@ -160,7 +160,7 @@ class ChoosingStream:
         Those outside of their window are missing.
         """
         table = np.array([(item.model + 1, *window) for item, window in windows.items()], np.int64)
-        tables = [np.zeros((len(table), COLUMNS), np.int64) for _ in range(self.feeder.workers)]
+        tables = [np.zeros((len(table), 1 + BINS), np.int64) for _ in range(self.feeder.workers)]
         first_time = group.name not in self._counted
         free: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         for counts in tables:
@@ -181,9 +181,10 @@ class ChoosingStream:
         total = sum(tables[1:], start=tables[0])
         places = {}
         for (item, (first, shift)), row in zip(windows.items(), total, strict=True):
-            place = place_of_rank(row[1 : 1 + WINDOW], int(row[0]), item.rank)
+            counts = row[1 : 1 + WINDOW]
+            place = place_of_rank(counts % MIXED, int(row[0]), item.rank)
             if place is not None:
-                places[item] = first + (place << shift), not row[1 + BINS]
+                places[item] = first + (place << shift), bool(counts[place] < MIXED)
         return places
 
     def _row_jobs(self, group: Group) -> Iterator[Block]:

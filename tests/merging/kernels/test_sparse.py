@@ -15,8 +15,9 @@ from gemma2.merging.kernels.philox import stream_key, uniforms
 from gemma2.merging.kernels.sparse import scratch, sparse_combine
 from gemma2.merging.kernels.sparsity import Sparsity
 from gemma2.merging.kernels.top_k import (
+    BINS,
     COARSE,
-    COLUMNS,
+    MIXED,
     PIECE,
     WINDOW,
     count_near,
@@ -90,9 +91,9 @@ MEMORY = np.full((65, 2), -1)  # in place of files: the operands are in the work
 
 def counted(raw, kinds, windows, count):
     """The numbers of elements above the windows and in their bins, (Q, 1 + WINDOW)."""
-    out = np.zeros((len(windows), COLUMNS), np.int64)
+    out = np.zeros((len(windows), 1 + BINS), np.int64)
     count_near(operands(raw, kinds, count), count, np.array(windows), out, counting_space())
-    return out[:, : 1 + WINDOW]
+    return out[:, : 1 + WINDOW] % MIXED
 
 
 def within(raw, kinds, window, rank, count):
