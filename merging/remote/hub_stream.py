@@ -84,6 +84,10 @@ class HubStream(Arrivals):
                 self._forget(file)
                 file.drop()
             return self._whole(name, role, str(error))
+        except OSError as error:
+            if isinstance(error, Gemma2Error):
+                raise
+            raise hub_failure(name, role, error) from error
         return folder
 
     def _whole(self, name: str, role: str, cause: str) -> Path:

@@ -33,6 +33,7 @@ class FakeHub:
         self.ranges: list[tuple[str, int, int]] = []  # asked for, in order
         self.sent = 0  # bytes of weights
         self.wrong_digest = False
+        self.digests: dict[Path, str] = {}  # of files that were asked for
         self.rate = rate  # bytes per second, of all connections together
         self.lock = threading.Lock()
         self.free = 0.0  # when the line is free again
@@ -56,7 +57,6 @@ class FakeHub:
     @contextmanager
     def serving(self) -> Iterator[FakeHub]:
         hub = self
-        digests: dict[Path, str] = {}
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
@@ -108,9 +108,9 @@ class FakeHub:
                 return {"type": "file", "path": file.name, "size": size, "oid": digest[:40], **lfs}
 
             def digest(self, file: Path) -> str:
-                if file not in digests:
-                    digests[file] = hub.digest(file)
-                return digests[file]
+                if file not in hub.digests:
+                    hub.digests[file] = hub.digest(file)
+                return hub.digests[file]
 
             def file(self, path: Path, storage: bool) -> None:
                 if not path.is_file():

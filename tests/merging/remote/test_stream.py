@@ -14,9 +14,12 @@ from model_files import entries, random_arrays, safetensors_bytes, write_model
 from waiting import PATIENCE
 
 from gemma2.core.errors import InputError, OutputError
+from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.progress import SILENT
 from gemma2.merging import MergeRequest, merge, plan_merge
+from gemma2.merging.recipes.recipe import read_recipe
+from gemma2.merging.recipes.run_recipe import merge_recipe
 from gemma2.merging.remote import hub_requests, hub_stream
 from gemma2.merging.remote.arrivals import arrivals_of
 
@@ -300,3 +303,34 @@ def test_the_records_are_those_of_a_merge_of_the_cached_models(hub, tmp_path):
     for key in ("parents", "config", "summary"):
         assert first[key] == second[key]
     assert first["parents"][0]["hub"] == f"org/a@{COMMIT}"
+
+
+def test_a_recipe_repeats_a_streamed_merge_and_refuses_other_inputs(hub, tmp_path):
+    merge(request(), out=tmp_path / "out")
+    recipe = read_recipe(tmp_path / "out" / "merge.yaml", chosen={"stream": True})
+    shutil.rmtree(tmp_path / "hub")
+    (result,) = merge_recipe(recipe, out=tmp_path / "again")
+    assert weights_of(result.outputs[0]) == weights_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "hub")
+    write_model(hub.models["org/b"], random_arrays(9, shapes=SHAPES), shards=3)
+    hub.digests.clear()
+    with pytest.raises(InputError, match="is not the model that the recipe records"):
+        merge_recipe(recipe, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_products_of_a_streamed_merge_serve_the_next_one(hub, tmp_path):
+    """One file of products: the second merge has the key of the first, though its models were whole from the start."""
+    folder = cache_folder("products")
+    merge(request("slerp", base=Path("org/base")), out=tmp_path / "out")
+    assert len(list(folder.glob("*.json"))) == 1
+    merge(request("slerp", base=Path("org/base"), t=0.2), out=tmp_path / "other")
+    assert len(list(folder.glob("*.json"))) == 1
+
+
+def test_a_file_that_another_revision_has_brought_is_not_fetched_again(hub, tmp_path):
+    merge(request(), out=tmp_path / "out")
+    (tmp_path / "hub" / "models--org--a" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    asked = len(hub.ranges)
+    merge(request(), out=tmp_path / "again")
+    assert len(hub.ranges) == asked
