@@ -6,11 +6,13 @@ import os
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub
 from model_files import entries, random_arrays, safetensors_bytes, write_model
+from tokenizer_models import write_tokenizer
 from waiting import PATIENCE
 
 from gemma2.core.errors import InputError, OutputError
@@ -334,3 +336,17 @@ def test_a_file_that_another_revision_has_brought_is_not_fetched_again(hub, tmp_
     asked = len(hub.ranges)
     merge(request(), out=tmp_path / "again")
     assert len(hub.ranges) == asked
+
+
+def test_rows_that_follow_their_tokens_wait_for_their_bytes_too(hub, tmp_path):
+    for name, letters in (("a", "abcdefghij"), ("b", "jihgfedcba")):
+        write_tokenizer(hub.models[f"org/{name}"], letters)
+    shapes = SHAPES | {"model.embed_tokens.weight": (16, 512)}
+    for name in "ab":
+        write_model(hub.models[f"org/{name}"], random_arrays(ord(name), shapes=shapes), config={"vocab_size": 16})
+    for file in hub.models["org/b"].glob("model*-of-*"):
+        file.unlink()
+    (hub.models["org/b"] / "model.safetensors.index.json").unlink()
+    hub.fault = lambda name, first, end: time.sleep(0.2) if name == "b" and 64 < first < 3000 else None
+    merge(request(tokenizer="org/a"), out=tmp_path / "out")
+    assert weights_of(tmp_path / "out") == same_as_local(hub, tmp_path, tokenizer=str(hub.models["org/a"]))
