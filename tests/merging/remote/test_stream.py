@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.progress import SILENT
 from gemma2.merging import MergeRequest, merge, plan_merge
+from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe
 from gemma2.merging.remote import hub_requests, hub_stream
@@ -338,7 +338,7 @@ def test_a_file_that_another_revision_has_brought_is_not_fetched_again(hub, tmp_
     assert len(hub.ranges) == asked
 
 
-def test_rows_that_follow_their_tokens_wait_for_their_bytes_too(hub, tmp_path):
+def test_rows_that_follow_their_tokens_wait_for_their_bytes_too(hub, tmp_path, monkeypatch):
     for name, letters in (("a", "abcdefghij"), ("b", "jihgfedcba")):
         write_tokenizer(hub.models[f"org/{name}"], letters)
     shapes = SHAPES | {"model.embed_tokens.weight": (16, 512)}
@@ -347,6 +347,18 @@ def test_rows_that_follow_their_tokens_wait_for_their_bytes_too(hub, tmp_path):
     for file in hub.models["org/b"].glob("model*-of-*"):
         file.unlink()
     (hub.models["org/b"] / "model.safetensors.index.json").unlink()
-    hub.fault = lambda name, first, end: time.sleep(0.2) if name == "b" and 64 < first < 3000 else None
+    asked, true_wait = threading.Event(), Reader.wait
+
+    def wait(reader, tensor, *span):
+        if tensor.name == "model.embed_tokens.weight" and "org--b" in str(tensor.file):
+            asked.set()
+        true_wait(reader, tensor, *span)
+
+    def hold(name, first, end):  # until the merge waits for it; one that does not wait reads zeros
+        if name == "b" and 64 < first < 3000:
+            asked.wait(5)
+
+    monkeypatch.setattr(Reader, "wait", wait)
+    hub.fault = hold
     merge(request(tokenizer="org/a"), out=tmp_path / "out")
     assert weights_of(tmp_path / "out") == same_as_local(hub, tmp_path, tokenizer=str(hub.models["org/a"]))
