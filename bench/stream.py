@@ -32,10 +32,12 @@ def command(hub: FakeHub, root: Path, method: list[str], stream: bool) -> float:
     shutil.rmtree(root / "home", ignore_errors=True)
     shutil.rmtree(root / f"out-{stream}", ignore_errors=True)
     places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "home"), "XDG_CACHE_HOME": str(root / "home" / "cache")}
-    env = {**os.environ, **places, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    env = {**os.environ, **places, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
     words = ["merge", *method, "--out", str(root / f"out-{stream}"), "--quiet", *(["--stream"] if stream else [])]
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "gemma2.cli.main", *words], check=True, env=env, cwd=root)
+    subprocess.run(
+        [sys.executable, "-m", "gemma2.cli.main", *words], check=True, env=env, cwd=root, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - begin
 
 
