@@ -27,6 +27,22 @@ sys.path.insert(0, str(ROOT / "tests" / "merging"))
 from fake_hub import FakeHub  # noqa: E402
 
 
+class SlowHub(FakeHub):
+    """A hub behind a line of `rate` bytes per second for all connections together."""
+
+    def __init__(self, models: dict[str, Path], rate: float) -> None:
+        super().__init__(models)
+        self.rate = rate
+        self.free = 0.0  # when the line is free again
+
+    def take(self, count: int) -> None:
+        super().take(count)
+        with self.lock:
+            self.free = max(self.free, time.monotonic()) + count / self.rate
+            pause = self.free - time.monotonic()
+        time.sleep(max(pause, 0))
+
+
 def command(hub: FakeHub, root: Path, method: list[str], stream: bool) -> float:
     """Seconds of one merge with an empty cache."""
     shutil.rmtree(root / "home", ignore_errors=True)
@@ -58,7 +74,7 @@ def main() -> None:
             write_random(models[f"org/{name}"], layout("2b", options.layers, options.vocabulary), number)
             (models[f"org/{name}"] / "gemma2.json").unlink()  # models of the hub have none
         size = sum(file.stat().st_size for model in models.values() for file in model.glob("*.safetensors"))
-        with FakeHub(models, rate=options.rate * 1e6).serving() as hub:
+        with SlowHub(models, options.rate * 1e6).serving() as hub:
             floor = size / options.rate / 1e6
             print(f"two models, {size / 1e9:.2f} GB together, {options.rate:g} MB/s: the line needs {floor:.1f} s")
             for method in (["linear", "org/a", "org/b"], ["slerp", "org/a", "org/b"]):

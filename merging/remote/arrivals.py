@@ -6,14 +6,14 @@ way, and fetches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from gemma2.core.outputs.hub import locate_model
 
-__all__ = ["ON_DISK", "Arrivals", "Span", "arrivals_of"]
+__all__ = ["ON_DISK", "Arrivals", "Span"]
 
 Span = tuple[Path, int, int]  # bytes [first, end) of a weight file
 
@@ -62,21 +62,3 @@ class Arrivals:
 
 
 ON_DISK = Arrivals()
-
-
-@contextmanager
-def arrivals_of(stream: bool, note: Callable[[str], None]) -> Iterator[Arrivals]:
-    """Lend the arrivals of one merge: with `stream`, hub models are fetched while they are merged.
-
-    `note` takes lines for the user.
-    """
-    if not stream:
-        yield ON_DISK
-        return
-    from .hub_stream import HubStream
-
-    found = HubStream(note)
-    try:
-        yield found
-    finally:
-        found.stop()

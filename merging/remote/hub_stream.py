@@ -45,7 +45,7 @@ class HubStream(Arrivals):
         self._files: dict[Path, PartialFile] = {}
         self._folders: dict[str, Path] = {}
         self._queue: deque[tuple[PartialFile, int, int]] = deque()
-        self._change = Condition()  # guards everything here; told of bytes, failures and the end
+        self._change = Condition()  # guards everything here; notified of bytes, failures and the end
         self._failure: BaseException | None = None
         self._stopped = Event()
         self._threads: list[Thread] = []

@@ -182,7 +182,7 @@ class PartialFile:
 
 
 def link(remote: RemoteFile) -> None:
-    """Show a file that is whole in the snapshot: as a link to its blob, or as the same file where there are none."""
+    """Show a file that is whole in the snapshot: as a link to its blob, or without symbolic links as a hard link."""
     from huggingface_hub import constants
 
     remote.path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from gemma2.merging.inputs.checkpoint import Reader
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe
 from gemma2.merging.remote import hub_requests, hub_stream
-from gemma2.merging.remote.arrivals import arrivals_of
+from gemma2.merging.remote.open_arrivals import arrivals_of
 
 SHAPES = {
     "model.embed_tokens.weight": (64, 32),
@@ -356,9 +356,9 @@ def test_rows_that_follow_their_tokens_wait_for_their_bytes_too(hub, tmp_path, m
 
     def hold(name, first, end):  # until the merge waits for it; one that does not wait reads zeros
         if name == "b" and 64 < first < 3000:
-            asked.wait(5)
+            asked.wait(PATIENCE)
 
     monkeypatch.setattr(Reader, "wait", wait)
     hub.fault = hold
-    merge(request(tokenizer="org/a"), out=tmp_path / "out")
+    merge(request(tokenizer="org/a"), out=tmp_path / "out", progress=Notes(asked.set))
     assert weights_of(tmp_path / "out") == same_as_local(hub, tmp_path, tokenizer=str(hub.models["org/a"]))
