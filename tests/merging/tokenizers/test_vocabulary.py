@@ -184,8 +184,8 @@ def test_a_file_that_ends_while_rows_are_read_is_named(tmp_path, monkeypatch):
     model(tmp_path / "b", arrays(2), LETTERS[::-1])
     planned = engine.plan_merge
 
-    def shorten(*arguments):
-        plan = planned(*arguments)
+    def shorten(*arguments, **options):
+        plan = planned(*arguments, **options)
         os.truncate(tmp_path / "b/model.safetensors", plan.models[1].tensors[EMBEDDING].offset + 100)
         return plan
 
