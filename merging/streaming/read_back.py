@@ -49,14 +49,22 @@ class ReadBack:
         self._news = Condition()
         # One thread goes through the files, the other reads ahead for it.
         self._pool = ThreadPoolExecutor(2)
-        self._digests: Future[dict[str, str]] = self._pool.submit(self._follow)
+        self._digests: Future[dict[str, str]]
 
     def __enter__(self) -> ReadBack:
+        try:
+            self._digests = self._pool.submit(self._follow)
+        except BaseException:  # an interrupt while the thread starts: it would wait for ever
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         with self._news:
             self._stopped = True
             self._news.notify_all()
