@@ -72,7 +72,7 @@ type: setup-dev ## mypy, strict
 check: lint type test ## Everything that must be clean before a commit
 
 bench: setup-dev ## Ratios against a floor or a peer in the same run
-	@for script in bench/merge.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/checks.py bench/pipeline.py bench/verify.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in bench/merge.py bench/stream.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/checks.py bench/pipeline.py bench/verify.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # Other libraries to compare with; they do not enter the environment of gemma2.
 $(VENV)/peers/.installed: $(VENV)/.installed-dev

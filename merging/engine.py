@@ -28,7 +28,7 @@ from .plan.merge_plan import MergePlan, plan_merge
 from .plan.places import ADAPTED, InputPlace, merge_files
 from .plan.read_order import read_order
 from .plan.recipe_text import RECIPE, check_files, check_inputs, recipe_text
-from .remote.arrival_source import arrivals_of
+from .remote.open_arrivals import arrivals_of
 from .streaming.constant_tensors import constant_tensors
 from .streaming.dense_stream import Output, Stream
 from .streaming.failures import no_empty_parents, system_refusals

@@ -28,8 +28,8 @@ from gemma2.merging.methods.parameters import Schedule
 from gemma2.merging.methods.request import DTYPES, MergeRequest
 from gemma2.merging.methods.request_check import check_request
 from gemma2.merging.methods.table import METHODS
-from gemma2.merging.remote.arrival_source import arrivals_of
 from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
+from gemma2.merging.remote.open_arrivals import arrivals_of
 from gemma2.merging.tokenizers.chat_template import ChatTemplate, choose_template
 from gemma2.merging.tokenizers.differing_files import differing_files
 from gemma2.merging.tokenizers.generation_config import Asking, choose_asking

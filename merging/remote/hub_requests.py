@@ -67,7 +67,7 @@ def read_range(remote: RemoteFile, first: int, end: int) -> Iterator[bytes]:
 
 
 def _check_unchanged(remote: RemoteFile, answers: Sequence[Mapping[str, str]]) -> None:
-    """Compare the etag of the first answer; storage that it redirects to has etags of its own."""
+    """Compare the etag of the first answer; storage that it redirects to has other etags."""
     stated = next((headers[LINKED_ETAG] for headers in answers if LINKED_ETAG in headers), None)
     etag = stated or (answers[0].get("etag") if len(answers) == 1 else None)
     if etag is not None and etag.removeprefix("W/").strip('"') != remote.etag:

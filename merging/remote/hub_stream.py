@@ -45,7 +45,7 @@ class HubStream(Arrivals):
         self._files: dict[Path, PartialFile] = {}
         self._folders: dict[str, Path] = {}
         self._queue: deque[tuple[PartialFile, int, int]] = deque()
-        self._change = Condition()  # guards everything here; told of bytes, failures and the end
+        self._change = Condition()  # guards everything here; notified of bytes, failures and the end
         self._failure: BaseException | None = None
         self._stopped = Event()
         self._threads: list[Thread] = []
@@ -84,6 +84,10 @@ class HubStream(Arrivals):
                 self._forget(file)
                 file.drop()
             return self._whole(name, role, str(error))
+        except OSError as error:
+            if isinstance(error, Gemma2Error):
+                raise
+            raise hub_failure(name, role, error) from error
         return folder
 
     def _whole(self, name: str, role: str, cause: str) -> Path:

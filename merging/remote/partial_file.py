@@ -159,7 +159,6 @@ class PartialFile:
                     "merge again: it is fetched anew",
                 )
             os.fsync(self._file)
-            os.chmod(self.path, 0o666 & ~_umask())
             self.path.replace(self.remote.blob)
             for remote in self.remotes:
                 link(remote)
@@ -183,7 +182,7 @@ class PartialFile:
 
 
 def link(remote: RemoteFile) -> None:
-    """Show a file that is whole in the snapshot: as a link to its blob, or where there are no links in its place."""
+    """Show a file that is whole in the snapshot: as a link to its blob, or without symbolic links as a hard link."""
     from huggingface_hub import constants
 
     remote.path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,11 +191,4 @@ def link(remote: RemoteFile) -> None:
             with suppress(PermissionError, NotImplementedError):
                 remote.path.symlink_to(os.path.relpath(remote.blob, remote.path.parent))
                 return
-        remote.blob.replace(remote.path)
-
-
-def _umask() -> int:
-    """Return the mask of this process for new files, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+        os.link(remote.blob, remote.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,15 +26,14 @@ class FakeHub:
     It may wait, for an event or for as long as a slow line takes.
     """
 
-    def __init__(self, models: dict[str, Path], rate: float | None = None) -> None:
+    def __init__(self, models: dict[str, Path]) -> None:
         self.models = models
         self.fault: Callable[[str, int, int], str | int | None] = lambda name, first, end: None
         self.ranges: list[tuple[str, int, int]] = []  # asked for, in order
         self.sent = 0  # bytes of weights
         self.wrong_digest = False
-        self.rate = rate  # bytes per second, of all connections together
+        self.digests: dict[Path, str] = {}  # of files that were asked for
         self.lock = threading.Lock()
-        self.free = 0.0  # when the line is free again
         self.url = ""
 
     def digest(self, path: Path) -> str:
@@ -44,19 +42,13 @@ class FakeHub:
         return found.hexdigest()[::-1] if self.wrong_digest and path.suffix == LFS else found.hexdigest()
 
     def take(self, count: int) -> None:
-        """Wait until the line has had time for some bytes."""
+        """Called before some bytes of weights are sent."""
         with self.lock:
             self.sent += count
-            if self.rate is None:
-                return
-            self.free = max(self.free, time.monotonic()) + count / self.rate
-            pause = self.free - time.monotonic()
-        time.sleep(max(pause, 0))
 
     @contextmanager
     def serving(self) -> Iterator[FakeHub]:
         hub = self
-        digests: dict[Path, str] = {}
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
@@ -108,9 +100,9 @@ class FakeHub:
                 return {"type": "file", "path": file.name, "size": size, "oid": digest[:40], **lfs}
 
             def digest(self, file: Path) -> str:
-                if file not in digests:
-                    digests[file] = hub.digest(file)
-                return digests[file]
+                if file not in hub.digests:
+                    hub.digests[file] = hub.digest(file)
+                return hub.digests[file]
 
             def file(self, path: Path, storage: bool) -> None:
                 if not path.is_file():

@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 from fake_hub import COMMIT, FakeHub
 from model_files import entries, random_arrays, safetensors_bytes, write_model
+from tokenizer_models import write_tokenizer
 from waiting import PATIENCE
 
 from gemma2.core.errors import InputError, OutputError
+from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.progress import SILENT
 from gemma2.merging import MergeRequest, merge, plan_merge
+from gemma2.merging.inputs.checkpoint import Reader
+from gemma2.merging.recipes.recipe import read_recipe
+from gemma2.merging.recipes.run_recipe import merge_recipe
 from gemma2.merging.remote import hub_requests, hub_stream
-from gemma2.merging.remote.arrival_source import arrivals_of
+from gemma2.merging.remote.open_arrivals import arrivals_of
 
 SHAPES = {
     "model.embed_tokens.weight": (64, 32),
@@ -146,7 +151,7 @@ def test_merging_begins_before_the_last_byte_has_arrived(hub, tmp_path):
     held = []
 
     def hold(name, first, end):
-        if name == "a" and first > 20_000 and not merged.is_set():
+        if name == "a" and first > 20_000:
             held.append(first)
             assert merged.wait(PATIENCE)
 
@@ -300,3 +305,60 @@ def test_the_records_are_those_of_a_merge_of_the_cached_models(hub, tmp_path):
     for key in ("parents", "config", "summary"):
         assert first[key] == second[key]
     assert first["parents"][0]["hub"] == f"org/a@{COMMIT}"
+
+
+def test_a_recipe_repeats_a_streamed_merge_and_refuses_other_inputs(hub, tmp_path):
+    merge(request(), out=tmp_path / "out")
+    recipe = read_recipe(tmp_path / "out" / "merge.yaml", chosen={"stream": True})
+    shutil.rmtree(tmp_path / "hub")
+    (result,) = merge_recipe(recipe, out=tmp_path / "again")
+    assert weights_of(result.outputs[0]) == weights_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "hub")
+    write_model(hub.models["org/b"], random_arrays(9, shapes=SHAPES), shards=3)
+    hub.digests.clear()
+    with pytest.raises(InputError, match="is not the model that the recipe records"):
+        merge_recipe(recipe, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_products_of_a_streamed_merge_serve_the_next_one(hub, tmp_path):
+    """One file of products: the second merge has the key of the first, though its models were whole from the start."""
+    folder = cache_folder("products")
+    merge(request("slerp", base=Path("org/base")), out=tmp_path / "out")
+    assert len(list(folder.glob("*.json"))) == 1
+    merge(request("slerp", base=Path("org/base"), t=0.2), out=tmp_path / "other")
+    assert len(list(folder.glob("*.json"))) == 1
+
+
+def test_a_file_that_another_revision_has_brought_is_not_fetched_again(hub, tmp_path):
+    merge(request(), out=tmp_path / "out")
+    (tmp_path / "hub" / "models--org--a" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    asked = len(hub.ranges)
+    merge(request(), out=tmp_path / "again")
+    assert len(hub.ranges) == asked
+
+
+def test_rows_that_follow_their_tokens_wait_for_their_bytes_too(hub, tmp_path, monkeypatch):
+    for name, letters in (("a", "abcdefghij"), ("b", "jihgfedcba")):
+        write_tokenizer(hub.models[f"org/{name}"], letters)
+    shapes = SHAPES | {"model.embed_tokens.weight": (16, 512)}
+    for name in "ab":
+        write_model(hub.models[f"org/{name}"], random_arrays(ord(name), shapes=shapes), config={"vocab_size": 16})
+    for file in hub.models["org/b"].glob("model*-of-*"):
+        file.unlink()
+    (hub.models["org/b"] / "model.safetensors.index.json").unlink()
+    asked, true_wait = threading.Event(), Reader.wait
+
+    def wait(reader, tensor, *span):
+        if tensor.name == "model.embed_tokens.weight" and "org--b" in str(tensor.file):
+            asked.set()
+        true_wait(reader, tensor, *span)
+
+    def hold(name, first, end):  # until the merge waits for it; one that does not wait reads zeros
+        if name == "b" and 64 < first < 3000:
+            asked.wait(PATIENCE)
+
+    monkeypatch.setattr(Reader, "wait", wait)
+    hub.fault = hold
+    merge(request(tokenizer="org/a"), out=tmp_path / "out", progress=Notes(asked.set))
+    assert weights_of(tmp_path / "out") == same_as_local(hub, tmp_path, tokenizer=str(hub.models["org/a"]))

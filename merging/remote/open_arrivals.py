@@ -1,4 +1,4 @@
-"""Chooses where the models of a merge come from: this disk, or also the hub while it merges."""
+"""Opens the arrivals of one merge: of models on this disk, or of models that still come from the hub."""
 
 from __future__ import annotations
 
