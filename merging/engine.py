@@ -191,6 +191,12 @@ def _groups(plan: MergePlan, reader: Reader, output: Output, task: Task, cut: in
         feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
         yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
         return
+    if plan.method.fused is not None:
+        from .streaming.fused_stream import FusedStream
+
+        feeder = Feeder(plan, reader, len(output.writers), longest_cut(plan, cut))
+        yield from FusedStream(plan, feeder, output, task, plan.method.fused).run()
+        return
     if plan.method.elements is not None:
         from .streaming.element_stream import ElementStream
 

@@ -42,7 +42,7 @@ from .dense_stream import Output
 from .feeder import CUTS_IN_A_JOB, Block, Feeder, in_order, row_length, whole_rows
 from .group_report import GroupReport, gram_of, report_group
 
-__all__ = ["ChoosingStream"]
+__all__ = ["ChoosingStream", "RowJobs"]
 
 SAMPLE = 1 << 17, 1 << 20  # least and most elements in the sample of a group, of each model
 SHARE = 32  # between these limits, one element in SHARE is sampled
@@ -66,7 +66,32 @@ class Wanted:
     count: int
 
 
-class ChoosingStream:
+class RowJobs:
+    """Jobs and cuts of whole rows."""
+
+    plan: MergePlan
+    feeder: Feeder
+
+    def _row_jobs(self, group: Group) -> Iterator[Block]:
+        """Yield jobs of whole rows, for ranks within rows."""
+        long = {job.name for job in self.feeder.jobs(group) if job.count > self.feeder.size}
+        for name in group.tensors:
+            part = self.plan.parts[name]
+            count = part.sources[0].count
+            step = self._step(name) * (CUTS_IN_A_JOB if name in long and self._in_pages(name) else 1)
+            for first in range(0, count, step):
+                yield Block(name, part, first, min(step, count - first))
+
+    def _step(self, name: str) -> int:
+        """Return the number of elements in a cut of whole rows."""
+        return whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
+
+    def _in_pages(self, name: str) -> bool:
+        """Whether cuts of whole rows are whole pages, as writes past the page cache require."""
+        return self._step(name) * ITEM_BYTES[self.plan.layout[name][0]] % PAGE_BYTES == 0
+
+
+class ChoosingStream(RowJobs):
     """One or two passes over each group."""
 
     def __init__(self, plan: MergePlan, feeder: Feeder, output: Output, task: Task, selection: Selection) -> None:
@@ -178,24 +203,6 @@ class ChoosingStream:
             code = count_near(loaded.files, span, loaded.stored, windows, counts)
             if code != DONE:
                 raise self.feeder.unreadable(job, code - 1)
-
-    def _row_jobs(self, group: Group) -> Iterator[Block]:
-        """Yield jobs of whole rows, for ranks within rows."""
-        long = {job.name for job in self.feeder.jobs(group) if job.count > self.feeder.size}
-        for name in group.tensors:
-            part = self.plan.parts[name]
-            count = part.sources[0].count
-            step = self._step(name) * (CUTS_IN_A_JOB if name in long and self._in_pages(name) else 1)
-            for first in range(0, count, step):
-                yield Block(name, part, first, min(step, count - first))
-
-    def _step(self, name: str) -> int:
-        """Return the number of elements in a cut of whole rows."""
-        return whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
-
-    def _in_pages(self, name: str) -> bool:
-        """Whether cuts of whole rows are whole pages, as writes past the page cache require."""
-        return self._step(name) * ITEM_BYTES[self.plan.layout[name][0]] % PAGE_BYTES == 0
 
     def _merge(self, group: Group, job: Block, sparsity: Sparsity) -> Found:
         """Choose, combine and write one job."""
