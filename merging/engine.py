@@ -216,6 +216,14 @@ def _groups(
         with inputs.read_ahead() if by_rows else nullcontext():
             yield from ChoosingStream(plan, feeder, output, task, plan.method.selection).run()
         return
+    if plan.method.fused is not None:
+        from .streaming.fused_stream import FusedStream
+
+        by_rows = plan.method.fused.kind == "arcee"
+        feeder = Feeder(plan, reader, outputs, longest_cut(plan, length), None if by_rows else inputs)
+        with inputs.read_ahead() if by_rows else nullcontext():
+            yield from FusedStream(plan, feeder, output, task, plan.method.fused).run()
+        return
     if plan.method.elements is not None:
         from .streaming.element_stream import ElementStream
 

@@ -7,19 +7,26 @@ data follows it in order, and the header is filled in last; memory holds the fac
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from gemma2.core.errors import OutputError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.safetensors_header import encode_header
+from gemma2.core.outputs.hashing import digest_file, digest_name, hasher
+from gemma2.core.outputs.safetensors_header import encode_header, printable, read_header
 from gemma2.merging.inputs.adapter import CONFIG, PREFIX, WEIGHTS
 from gemma2.merging.kernels.number_formats import Bytes
 from gemma2.merging.streaming.writer import Layout
 
 __all__ = ["AdapterWriter", "adapter_config", "factor_names", "short_names", "whole_name", "write_config"]
+
+
+PIECE = 4 << 20  # bytes read back at a time
+AGAIN = "check the disk and the memory, and extract again"
 
 
 def factor_names(module: str) -> tuple[str, str]:
@@ -43,22 +50,50 @@ class AdapterWriter:
         self._path = directory / WEIGHTS
         self._room = len(encode_header(most)[0])
         self._layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._digests = {"": hasher()}  # of what is given to be written, by tensor
+        self._last = ""
         self._file: BinaryIO = self._path.open("xb")
         self._file.write(bytes(self._room))
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Begin the next tensor."""
         self._layout[name] = dtype, shape
+        self._digests[name], self._last = hasher(), name
 
     def write(self, data: Bytes) -> None:
         """Append bytes to the tensor that was begun last."""
-        self._file.write(np.ascontiguousarray(data).data)
+        whole = np.ascontiguousarray(data).data
+        self._digests[self._last].update(whole)
+        self._file.write(whole)
 
     def finish(self) -> None:
         """Write the header, now that the layout is known."""
         self._file.seek(0)
         self._file.write(encode_header(self._layout, self._room)[0])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
+
+    def read_back(self) -> str:
+        """Compare the finished file with what was written; return its digest.
+
+        Raises OutputError naming the difference.
+        """
+        tensors = read_header(self._path)
+        if {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != self._layout:
+            raise OutputError(f"{self._path} reads back with other tensors than were written", AGAIN)
+        with self._path.open("rb") as file:
+            for name, tensor in tensors.items():
+                file.seek(tensor.offset)
+                found, left = hasher(), tensor.nbytes
+                while left and (piece := file.read(min(left, PIECE))):
+                    found.update(piece)
+                    left -= len(piece)
+                if left or digest_name(found) != digest_name(self._digests[name]):
+                    raise OutputError(f"{self._path}: {printable(name)} reads back with other bytes", AGAIN)
+        return digest_file(self._path)
 
     def close(self) -> None:
         """Close the file, finished or not."""

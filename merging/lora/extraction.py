@@ -28,7 +28,7 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable
 from gemma2.core.outputs.staging import staged_output
 from gemma2.core.progress import SILENT, Progress, Task
 from gemma2.core.rounding import is_still, relative_change
-from gemma2.merging.inputs.adapter import adapted_rows, load_factors, open_adapter
+from gemma2.merging.inputs.adapter import WEIGHTS, adapted_rows, load_factors, open_adapter
 from gemma2.merging.inputs.checkpoint import Checkpoint, Reader
 from gemma2.merging.inputs.tied_adapter import EMBEDDING_ENDS, head_name
 from gemma2.merging.inspect.distances import Distances, Sums
@@ -87,13 +87,13 @@ def extract_lora(
         changes = _changes(plan, reader, progress)
         stack.enter_context(no_empty_parents(out))
         directory = stack.enter_context(staged_output(out, force))
-        found = _write(plan, changes, reader, directory, progress)
+        found, digest = _write(plan, changes, reader, directory, progress)
         write_config(directory, _config(plan, changes, found))
         open_adapter(directory, "output")
         summary = report_of(changes.sums, found, changes.whole, changes.left_out)
         manifest = _manifest(plan, summary, started)
         write_card(directory, manifest, out)
-        write_manifest(directory, manifest)
+        write_manifest(directory, manifest, {WEIGHTS: digest})
     for line in summary["warnings"]:
         progress.warn(line)
     return ExtractResult(plan, summary)
@@ -197,8 +197,13 @@ class Values:
             yield raw
 
 
-def _write(plan: ExtractPlan, changes: Changes, reader: Reader, directory: Path, progress: Progress) -> list[Extracted]:
-    """Write the weights of the adapter, and return the report of each tensor that has factors."""
+def _write(
+    plan: ExtractPlan, changes: Changes, reader: Reader, directory: Path, progress: Progress
+) -> tuple[list[Extracted], str]:
+    """Write the weights of the adapter, and read them back.
+
+    Returns the report of each tensor that has factors, and the digest of the file.
+    """
     values = Values(reader)
     total = sum(plan.model.tensors[name].count for name in changes.factored)
     found = []
@@ -219,7 +224,7 @@ def _write(plan: ExtractPlan, changes: Changes, reader: Reader, directory: Path,
             for piece in values.stored(plan.model, name):
                 writer.write(piece)
         writer.finish()
-    return found
+        return found, writer.read_back()
 
 
 def _factored(plan: ExtractPlan, values: Values, name: str, writer: AdapterWriter, task: Task) -> Extracted:

@@ -5,7 +5,8 @@ streaming, reporting, flags, file keys, pipeline stages and help pages are the s
 docs/adding-a-merge-method.md.
 
 A method that is neither one combination per group (`Method.mix`) nor a choice by magnitude or at random (`Selection`)
-has `Elements`: functions that see pieces of whole rows as fp64 arrays, read no file and keep no state.
+has `Elements`: functions that see pieces of whole rows as fp64 arrays, read no file and keep no state. `Fused` is the
+same with compiled arithmetic.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MANY",
     "Elements",
+    "Fused",
     "Group",
     "MergekitForm",
     "Method",
@@ -42,7 +44,7 @@ __all__ = [
     "Total",
     "around_base",
 ]
-__all__ += ["nothing", "of_ranks"]
+__all__ += ["nothing", "of_ranks", "scores_of_ranks"]
 
 MANY = 64  # models at most
 
@@ -200,28 +202,62 @@ def of_ranks(score: Callable[[Piece], Doubles], ranks: Callable[[int], Sequence[
     def bits(piece: Piece) -> Array:
         return score(piece).astype(np.float32).view(np.uint32)
 
-    upper = total(lambda piece: np.bincount(bits(piece) >> BITS, minlength=1 << BITS))
-    ends = np.cumsum(upper)
+    def inside(piece: Piece, bins: Sequence[int]) -> Array:
+        own, low = bits(piece), (1 << BITS) - 1
+        return np.stack([np.bincount(own[own >> BITS == bin] & low, minlength=1 << BITS) for bin in bins])
+
+    return scores_of_ranks(
+        lambda: total(lambda piece: np.bincount(bits(piece) >> BITS, minlength=1 << BITS)),
+        lambda bins: total(lambda piece: inside(piece, bins)),
+        ranks,
+    )
+
+
+def scores_of_ranks(
+    upper: Callable[[], Array], lower: Callable[[Sequence[int]], Array], ranks: Callable[[int], Sequence[int]]
+) -> list[float]:
+    """`of_ranks` from counts of the scores' bits.
+
+    upper  how many scores have each upper half of bits, (1 << BITS,)
+    lower  (upper halves) -> how many scores with this upper half have each lower half, (B, 1 << BITS)
+    """
+    import numpy as np
+
+    counts = upper()
+    ends = np.cumsum(counts)
     wanted = ranks(int(ends[-1]))
     if not ends[-1]:
         return [np.inf for _ in wanted]
     bins = [int(np.searchsorted(ends, rank, side="right")) for rank in wanted]  # 1 << BITS if none
-    low = (1 << BITS) - 1
-
-    def inside(piece: Piece) -> Array:
-        own = bits(piece)
-        return np.stack([np.bincount(own[own >> BITS == bin] & low, minlength=1 << BITS) for bin in bins])
-
-    lower = np.cumsum(total(inside), axis=1)
     found = []
-    for rank, bin, counts in zip(wanted, bins, lower, strict=True):
+    for rank, bin, row in zip(wanted, bins, np.cumsum(lower(bins), axis=1), strict=True):
         if bin == 1 << BITS:
             found.append(np.inf)
             continue
-        before = int(ends[bin] - upper[bin])
-        pattern = bin << BITS | int(np.searchsorted(counts, rank - before, side="right"))
+        before = int(ends[bin] - counts[bin])
+        pattern = bin << BITS | int(np.searchsorted(row, rank - before, side="right"))
         found.append(float(np.array([pattern], np.uint32).view(np.float32)[0]))
     return found
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A method by elements whose arithmetic is compiled: see `merging/kernels/elements.py` for kinds and numbers.
+
+    kind     the arithmetic
+    first    (group) -> the first number, where no rank decides it
+    ranks    (group, number of elements) -> ranks of scores, 0 the smallest; none: scores are not counted
+    limit    the scores with these ranks -> the first number
+    weights  (group, sums of the models (M, 2)) -> one number for each; None: 1, and no sums are needed
+    looks    passes before the one that writes, at most
+    """
+
+    kind: Literal["sce", "ram", "nearswap", "arcee"]
+    first: Callable[[Group], float]
+    ranks: Callable[[Group, int], Sequence[int]] | None = None
+    limit: Callable[[Sequence[float]], float] = max
+    weights: Callable[[Group, Doubles], Doubles] | None = None
+    looks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +282,7 @@ class Method:
     granularity  its own
     selection    of elements by magnitude or at random; None for other methods
     elements     the result element by element, as functions on numpy arrays; None for other methods
+    fused        the same by compiled passes; None for other methods
     mergekit     mergekit's names of it
     """
 
@@ -265,13 +302,15 @@ class Method:
     granularity: Granularity = "layer"
     selection: Selection | None = None
     elements: Elements | None = None
+    fused: Fused | None = None
     mergekit: Mapping[str, MergekitForm] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
         """The number of times that the data is read."""
-        if self.elements is not None:
-            return 1 + self.elements.looks
+        by_elements = self.elements or self.fused
+        if by_elements is not None:
+            return 1 + by_elements.looks
         thresholds = self.selection is not None and self.selection.by == "magnitude"
         return 2 if self.adaptive or thresholds else 1
 

@@ -28,17 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2.core.errors import UsageError
 
-from .method import MANY, Elements, Group, MergekitForm, Method, Mix, Piece, Term, Total, nothing, of_ranks
+from .method import MANY, Elements, Fused, Group, MergekitForm, Method, Mix, Piece, Term, Total
 from .option import WEIGHTS, define
 from .request import MergeRequest
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from .method import Doubles
-
-    Flags = NDArray[np.bool_]
 
 __all__ = ["METHODS"]
 
@@ -67,84 +62,30 @@ def _mix_equal(group: Group, gram: Doubles) -> Mix:
     return Mix(np.full((1, group.models), 1.0 / group.models))
 
 
-# --- SCE ---
+# --- numbers of the compiled methods ---
 
 
-def _variance(piece: Piece) -> Doubles:
-    variance: Doubles = piece.vectors.var(axis=0)
-    return variance
-
-
-def _look_sce(group: Group, total: Total) -> tuple[float, Doubles]:
-    """The smallest variance that is selected (-1: all), and the weights of the models."""
+def _ranks_sce(group: Group, count: int) -> Sequence[int]:
+    """The rank of the smallest variance that is selected."""
     share = 1.0 if group.settings.select is None else group.settings.select
-    least = -1.0
-
-    def smallest(count: int) -> Sequence[int]:
-        return [count - int(share * count + 1e-6)]
-
-    if share < 1.0:
-        (least,) = of_ranks(_variance, smallest, total)
-    squares = total(lambda piece: (_selected(piece, least) ** 2).sum(axis=1))
-    return least, squares / (squares.sum() or 1.0)
+    return [count - int(share * count + 1e-6)] if share < 1.0 else []
 
 
-def _selected(piece: Piece, least: float) -> Doubles:
+def _weights_sce(group: Group, sums: Doubles) -> Doubles:
+    """The shares of the models in the squared norm of what is selected."""
+    energy: Doubles = sums[:, 0] / (sums[:, 0].sum() or 1.0)
+    return energy
+
+
+def _threshold(group: Group) -> float:
+    return 1e-5 if group.settings.threshold is None else float(group.settings.threshold)
+
+
+def _factors_ram_plus(group: Group, sums: Doubles) -> Doubles:
+    """The factor of what each model alone changed, from the elements that it changed with others and alone."""
     import numpy as np
 
-    selected: Doubles = piece.vectors * (_variance(piece).astype(np.float32) >= least)
-    return selected
-
-
-def _combine_sce(group: Group, piece: Piece, found: tuple[float, Doubles]) -> Doubles:
-    import numpy as np
-
-    least, weights = found
-    vectors = _selected(piece, least)
-    total = vectors.sum(axis=0)
-    terms, shares = np.zeros_like(total), np.zeros_like(total)
-    for weight, vector in zip(weights, vectors, strict=True):
-        share = weight * (vector * total > 0)  # fp64: the product of two differences of fp32 numbers does not underflow
-        shares += share
-        terms += share * vector
-    mean: Doubles = np.divide(terms, shares, out=np.zeros_like(terms), where=shares > 0)
-    return mean
-
-
-# --- RAM ---
-
-
-def _changed(group: Group, piece: Piece) -> Flags:
-    import numpy as np
-
-    threshold = 1e-5 if group.settings.threshold is None else group.settings.threshold
-    changed: Flags = np.abs(piece.vectors) > threshold
-    return changed
-
-
-def _mean_of_changed(group: Group, piece: Piece) -> Doubles:
-    import numpy as np
-
-    changed = _changed(group, piece)
-    mean: Doubles = (piece.vectors * changed).sum(axis=0) / np.maximum(changed.sum(axis=0), 1)
-    return mean
-
-
-def _combine_ram(group: Group, piece: Piece, found: None) -> Doubles:
-    return _mean_of_changed(group, piece)
-
-
-def _look_ram_plus(group: Group, total: Total) -> Doubles:
-    """The factor of each model's own elements, (M,)."""
-    import numpy as np
-
-    def counts(piece: Piece) -> Doubles:
-        changed = _changed(group, piece)
-        alone = changed.sum(axis=0) == 1
-        found: Doubles = np.stack([(changed & ~alone).sum(axis=1), (changed & alone).sum(axis=1)])
-        return found
-
-    shared, own = total(counts)
+    shared, own = sums.T
     given = group.settings
     boost = RAM_BOOST if given.boost is None else given.boost
     cap = RAM_CAP if given.cap is None else given.cap
@@ -153,54 +94,19 @@ def _look_ram_plus(group: Group, total: Total) -> Doubles:
     return factors
 
 
-def _combine_ram_plus(group: Group, piece: Piece, found: Doubles) -> Doubles:
-    import numpy as np
-
-    changed = _changed(group, piece)
-    own = (piece.vectors * changed * found[:, None]).sum(axis=0)
-    return np.where(changed.sum(axis=0) == 1, own, _mean_of_changed(group, piece))
-
-
-# --- two models ---
-
-
-def _combine_nearswap(group: Group, piece: Piece, found: None) -> Doubles:
-    import numpy as np
-
-    reach = group.settings.reach
-    step: Doubles = np.clip(piece.vectors[0], -reach, reach)
-    return step
-
-
 def _needs_reach(request: MergeRequest) -> None:
     if request.reach is None:
         raise UsageError("merge nearswap needs --reach", "give the largest change of an element, like 0.0001")
 
 
-def _importance(piece: Piece) -> Doubles:
-    """|d| times the divergence of the softmax of its row from that of the base, in nats."""
-    import numpy as np
-
-    base, model = piece.rows(piece.values)
-    logs = [row - row.max(axis=-1, keepdims=True) for row in (base, model)]
-    logs = [row - np.log(np.exp(row).sum(axis=-1, keepdims=True)) for row in logs]
-    divergence = (np.exp(logs[1]) * (logs[1] - logs[0])).sum(axis=-1, keepdims=True)
-    score: Doubles = (np.abs(model - base) * np.maximum(divergence, 0.0)).reshape(-1)
-    return score
+def _quartiles(group: Group, count: int) -> Sequence[int]:
+    return [(count - 1) * quarter // 4 for quarter in (1, 2, 3)]
 
 
-def _look_arcee(group: Group, total: Total) -> float:
-    def quartiles(count: int) -> Sequence[int]:
-        return [(count - 1) * quarter // 4 for quarter in (1, 2, 3)]
-
-    first, median, third = of_ranks(_importance, quartiles, total)
+def _outlier(quartiles: Sequence[float]) -> float:
+    """Scores above it are those of outliers."""
+    first, median, third = quartiles
     return median + 1.5 * (third - first)
-
-
-def _combine_arcee(group: Group, piece: Piece, found: float) -> Doubles:
-    import numpy as np
-
-    return np.where(_importance(piece).astype(np.float32) > found, piece.vectors[0], 0.0)
 
 
 # --- NuSLERP of rows ---
@@ -246,14 +152,14 @@ def _columns_of_one_tensor(request: MergeRequest) -> None:
         raise UsageError(f"--columns does not go with --granularity {request.granularity}", "leave --granularity out")
 
 
-def _by_elements(elements: Elements, **entry: Any) -> Method:  # noqa: ANN401
+def _by_elements(**entry: Any) -> Method:  # noqa: ANN401
     """A method by elements: per tensor, of task vectors."""
-    return Method(**{"mix": _mix_equal, "granularity": "tensor", "base": "required", "elements": elements, **entry})
+    return Method(**{"mix": _mix_equal, "granularity": "tensor", "base": "required", **entry})
 
 
 METHODS = {
     "sce": _by_elements(
-        Elements(_combine_sce, _look_sce, looks=3),
+        fused=Fused("sce", lambda group: -1.0, _ranks_sce, weights=_weights_sce, looks=3),
         help="Task vectors weighted by their energy per tensor, without elements against the majority's sign; --select "
         "keeps the positions with the highest variance alone.",
         why="adds task vectors by their energy where their signs agree",
@@ -264,7 +170,7 @@ METHODS = {
         mergekit={"sce": MergekitForm("required", options={"select_topk": ("select", 1.0)})},
     ),
     "ram": _by_elements(
-        Elements(_combine_ram, nothing),
+        fused=Fused("ram", _threshold),
         help="Task vectors of RL runs: the mean of the models that changed an element, so that what one model alone "
         "changed stays whole.",
         why="averages task vectors over the models that changed an element",
@@ -275,7 +181,7 @@ METHODS = {
         mergekit={"ram": MergekitForm("required", options=CHANGED)},
     ),
     "ram-plus": _by_elements(
-        Elements(_combine_ram_plus, _look_ram_plus, looks=1),
+        fused=Fused("ram", _threshold, weights=_factors_ram_plus, looks=1),
         help="RAM, with what one model alone changed scaled up by its overlap with the others.",
         why="averages task vectors over the models that changed an element, and scales up what one alone changed",
         example="gemma2 merge ram-plus rl-1 rl-2 --base sft --boost 0.1 --cap 0.2 --out merged",
@@ -290,7 +196,7 @@ METHODS = {
         },
     ),
     "nearswap": _by_elements(
-        Elements(_combine_nearswap, nothing),
+        fused=Fused("nearswap", lambda group: float(group.settings.reach)),
         help="The base, each element moved towards the model by at most --reach.",
         why="moves each element of the base towards a model by a limited amount",
         example="gemma2 merge nearswap model --base base --reach 0.0001 --out merged",
@@ -301,7 +207,7 @@ METHODS = {
         mergekit={"nearswap": MergekitForm("required", options={"t": ("reach", None)})},
     ),
     "arcee-fusion": _by_elements(
-        Elements(_combine_arcee, _look_arcee, looks=2),
+        fused=Fused("arcee", lambda group: 0.0, _quartiles, _outlier, looks=2),
         help="The base with the most important elements of a model: outliers of change times divergence of its row.",
         why="takes the elements of a model whose change is an outlier",
         example="gemma2 merge arcee-fusion model --base base --out merged",
@@ -310,7 +216,7 @@ METHODS = {
         mergekit={"arcee_fusion": MergekitForm("required")},
     ),
     "nuslerp-rows": _by_elements(
-        Elements(_combine_rows, _look_rows, looks=1),
+        elements=Elements(_combine_rows, _look_rows, looks=1),
         help="NuSLERP with one angle for each row of a matrix, or for each column.",
         why="SLERP of two models by relative weights, row by row",
         example="gemma2 merge nuslerp-rows a b --weights 1,3 --base base --out merged",

@@ -49,6 +49,7 @@ PARAMETERS = {
 }
 # It ignores what a method does not read: these stand in published files without effect.
 PARAMETERS |= {"int8_mask", "dtype", "out_dtype", "embed_slerp", "allow_negative_weights", "nuslerp_flatten"}
+LARGEST_EPS = 1e-6  # that mergekit adds to a length; 1e-4 changed its result by 4e-5 of the task vector
 
 
 def is_mergekit(document: JsonMapping) -> bool:
@@ -305,6 +306,10 @@ class _Document:
             )
         for name, value in self.method.only.items():
             given = self._single(name, value, part)
+            if name == "eps" and isinstance(given, float) and 0 <= given <= LARGEST_EPS:
+                if given != value:
+                    self.notes[f"eps {given:g} has no effect here: nothing is added to a length"] = None
+                continue
             if value is not None and given != value:
                 raise part.place.wrong(f"sets {name} to {shown(given)}", f"only {name}: {str(value).lower()} is done")
         if "epsilon" in found:  # at density 1 nothing is dropped there, whatever epsilon is
@@ -320,8 +325,10 @@ class _Document:
         for level, place in ((part.parameters, part.place), (self.parameters, self.place)):
             if level.get(name) is not None:
                 value, spot = level[name], place.at("parameters").at(name)
+                if isinstance(value, list) and value and all(item == value[0] for item in value):
+                    value = value[0]  # a gradient between equal values
                 if isinstance(value, list | dict):
-                    raise spot.wrong("differs between tensors", "give one value")
+                    raise spot.wrong("differs between tensors", "give one value, or slices with one value each")
                 if isinstance(default, bool) and value in (0, 1):
                     return bool(value)
                 if isinstance(default, bool):

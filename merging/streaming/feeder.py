@@ -72,7 +72,8 @@ def row_length(shape: Sequence[int]) -> int:
 def longest_cut(plan: MergePlan, cut: int) -> int:
     """Return a cut with room for whole rows of every tensor if the method looks at rows, else `cut`."""
     method = plan.method
-    if method.elements is None and (method.selection is None or method.selection.by != "rank"):
+    by_rows = method.fused is not None and method.fused.kind == "arcee"
+    if method.elements is None and not by_rows and (method.selection is None or method.selection.by != "rank"):
         return cut
     cut = max(cut, PIECE) if method.elements else cut
     rows = {row_length(shape) for _, shape in plan.layout.values()}

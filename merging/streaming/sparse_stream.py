@@ -46,7 +46,7 @@ from .dense_stream import Output
 from .feeder import Block, Feeder, in_order, row_length, whole_rows
 from .group_report import GroupReport, gram_of, report_group
 
-__all__ = ["ChoosingStream"]
+__all__ = ["ChoosingStream", "RowJobs"]
 
 SAMPLE = 1 << 17, 1 << 20  # least and most elements in the sample of a group, of each model
 SHARE = 32  # between these limits, one element in SHARE is sampled
@@ -70,7 +70,23 @@ class Wanted:
     count: int
 
 
-class ChoosingStream:
+class RowJobs:
+    """Jobs of whole rows."""
+
+    plan: MergePlan
+    feeder: Feeder
+
+    def _row_jobs(self, group: Group) -> Iterator[Block]:
+        """Yield jobs of whole rows, for ranks within rows."""
+        for name in group.tensors:
+            part = self.plan.parts[name]
+            count = part.sources[0].count
+            step = whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
+            for first in range(0, count, step):
+                yield Block(name, part, first, min(step, count - first))
+
+
+class ChoosingStream(RowJobs):
     """One or two passes over each group."""
 
     def __init__(self, plan: MergePlan, feeder: Feeder, output: Output, task: Task, selection: Selection) -> None:
@@ -186,15 +202,6 @@ class ChoosingStream:
             if place is not None:
                 places[item] = first + (place << shift), bool(counts[place] < MIXED)
         return places
-
-    def _row_jobs(self, group: Group) -> Iterator[Block]:
-        """Yield jobs of whole rows, for ranks within rows."""
-        for name in group.tensors:
-            part = self.plan.parts[name]
-            count = part.sources[0].count
-            step = whole_rows(row_length(self.plan.layout[name][1]), self.feeder.size)
-            for first in range(0, count, step):
-                yield Block(name, part, first, min(step, count - first))
 
     def _merge(self, group: Group, job: Block, sparsity: Sparsity) -> Found:
         """Choose, combine and write one job."""

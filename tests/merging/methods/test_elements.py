@@ -111,6 +111,8 @@ def rows(base, vectors, share, columns=False):
 CASES = {
     "sce": ("abc", {}, sce),
     "sce selected": ("abc", {"select": 0.3}, lambda *given: sce(*given, 0.3)),
+    "sce of two": ("ab", {}, sce),
+    "sce of two selected": ("ab", {"select": 0.25}, lambda *given: sce(*given, 0.25)),
     "ram": ("abc", {}, ram),
     "ram of large changes": ("abc", {"threshold": 0.05}, lambda *given: ram(*given, 0.05)),
     "ram-plus": ("abc", {"threshold": 0.03}, lambda *given: ram(*given, 0.03, 0.1, 0.2)),

@@ -344,6 +344,8 @@ WRONG = {
     f"merge_method: slerp\n{BASED}parameters: {{t: 0.5}}": "has 3 models, slerp takes two",
     "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]": "has no 't' for every tensor",
     f"merge_method: model_stock\n{BASED}parameters: {{filter_wise: true}}": "sets filter_wise to True",
+    f"merge_method: multislerp\n{TWO}parameters: {{eps: 0.1}}": "sets eps to 0.1",
+    f"merge_method: linear\n{TWO}parameters: {{normalize: [{{filter: mlp, value: true}}]}}": "or slices with one",
     f"merge_method: passthrough\n{TWO}": "has 2 models, passthrough takes one",
     "merge_method: passthrough\nslices: [{sources: [{model: a}]}]": "slices[0].sources[0].layer_range is None",
     "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]": "layer_range is [2, 2]",
@@ -360,3 +362,16 @@ def test_what_is_not_done_is_refused_by_its_key(read, text):
     assert WRONG[text] in str(caught.value)
     assert "merge.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gradient_of_a_switch_between_equal_values_is_that_value(read):
+    one = read(f"merge_method: linear\n{TWO}parameters: {{normalize: [false, false]}}")[0]
+    assert one.request.normalize is False
+
+
+def test_a_small_eps_is_noted_and_changes_nothing(read):
+    texts = [f"merge_method: multislerp\n{TWO}parameters: {{eps: {eps}}}" for eps in ("1e-8", "1e-6")]
+    usual, other = (read(text)[0] for text in texts)
+    assert usual.request == other.request
+    assert [note for note in other.notes if note.startswith("eps 1e-06 has no effect")]
+    assert not usual.notes
