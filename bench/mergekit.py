@@ -25,14 +25,21 @@ from shapes import layout, write_random
 
 PINNED = ("mergekit==0.1.5", "torch==2.13.0")
 MODELS = """models:
-- {{model: {root}/rl-1, parameters: {{weight: 0.5{density}}}}}
-- {{model: {root}/rl-2, parameters: {{weight: 0.5{density}}}}}
+- {{model: {root}/rl-1, parameters: {{weight: 0.5{more}}}}}
+- {{model: {root}/rl-2, parameters: {{weight: 0.5{more}}}}}
 """
+BASE = "base_model: {root}/base\n"
 CASES = {
-    "nuslerp": "merge_method: nuslerp\nbase_model: {root}/base\n" + MODELS,
+    "nuslerp": "merge_method: nuslerp\n" + BASE + MODELS,
     "linear": "merge_method: linear\n" + MODELS,
-    "ties": "merge_method: ties\nbase_model: {root}/base\n" + MODELS,
+    "ties": "merge_method: ties\n" + BASE + MODELS,
+    "dare_ties": "merge_method: dare_ties\n" + BASE + MODELS,
+    "della": "merge_method: della\n" + BASE + MODELS,
+    "karcher": "merge_method: karcher\n" + MODELS,
+    "model_stock": "merge_method: model_stock\n" + BASE + MODELS,
+    "sce": "merge_method: sce\n" + BASE + MODELS + "parameters: {{select_topk: 0.2}}\n",
 }
+MORE = {"ties": ", density: 0.2", "dare_ties": ", density: 0.2", "della": ", density: 0.2, epsilon: 0.1"}
 
 
 def environment(place: Path) -> Path:
@@ -65,9 +72,8 @@ def tokenizer(path: Path) -> None:
 
 def compare(root: Path, program: Path, case: str, repeats: int) -> None:
     """One merge by both, in turns."""
-    density = ", density: 0.2" if case == "ties" else ""
     file = root / f"{case}.yaml"
-    file.write_text(CASES[case].format(root=root, density=density) + "dtype: bfloat16\n")
+    file.write_text(CASES[case].format(root=root, more=MORE.get(case, "")) + "dtype: bfloat16\n")
     ours = [str(Path(sys.executable).with_name("gemma2")), "merge", "--config", str(file), "--out", str(root / "out")]
     theirs = [str(program), str(file), str(root / "out"), "--allow-crimes"]
     runs: dict[str, list[tuple[float, float, float]]] = {"gemma2": [], "mergekit": []}
@@ -77,9 +83,9 @@ def compare(root: Path, program: Path, case: str, repeats: int) -> None:
             shutil.rmtree(root / "out")
     medians = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in runs.items()}
     for name, (wall, cpu, peak) in medians.items():
-        print(f"{case:10}{name:10}{wall:9.1f} s{cpu:9.1f} CPU s{peak:8.2f} GB")
+        print(f"{case:12}{name:10}{wall:9.1f} s{cpu:9.1f} CPU s{peak:8.2f} GB")
     wall, peak = (medians["mergekit"][i] / medians["gemma2"][i] for i in (0, 2))
-    print(f"{case:10}{'ratio':10}{wall:9.1f} x in time{peak:8.1f} x in memory", flush=True)
+    print(f"{case:12}{'ratio':10}{wall:9.1f} x in time{peak:8.1f} x in memory", flush=True)
 
 
 def main() -> None:
