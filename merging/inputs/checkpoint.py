@@ -20,9 +20,9 @@ from gemma2.core.json_files import JsonMapping, read_json
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
 
 from .low_rank import LowRank
-from .weight_files import INDEX, WEIGHTS, find_weights
+from .weight_files import COMPANIONS, INDEX, WEIGHTS, find_weights
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
+__all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,3 @@ class Reader:
             if not np.array_equal(ours[: count * ITEM_BYTES[left.dtype]], theirs[: count * ITEM_BYTES[left.dtype]]):
                 return False
         return True
-
-
-# The files that make a model directory loadable besides the weights. No other files are copied to the output.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
-)
