@@ -21,9 +21,9 @@ from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
 from .low_rank import LowRank
-from .weight_files import INDEX, WEIGHTS, find_weights
+from .weight_files import COMPANIONS, INDEX, WEIGHTS, find_weights
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
+__all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,3 @@ class Reader:
             if not np.array_equal(ours[: count * ITEM_BYTES[left.dtype]], theirs[: count * ITEM_BYTES[left.dtype]]):
                 return False
         return True
-
-
-# The files that make a model directory loadable besides the weights. No other files are copied to the output.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
-)

@@ -12,12 +12,19 @@ from gemma2.core.outputs.manifest import require_complete
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
-__all__ = ["INDEX", "WEIGHTS", "check_folders", "find_weights"]
+__all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "check_folders", "companions", "find_weights"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ADAPTER = "adapter_config.json"
+
+# The files that make a model directory loadable besides the weights. No other files are copied to the output.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
 
 
 def find_weights(path: Path, role: str, arrivals: Arrivals = ON_DISK) -> dict[str, list[str]] | None:
@@ -84,3 +91,8 @@ def _is_file_name(text: str) -> bool:
     """Whether a text is a bare file name that can be printed."""
     bare = text not in ("", ".", "..") and Path(text).name == text and "\\" not in text
     return bare and text.isprintable() and len(text.encode()) <= 255
+
+
+def companions(directory: Path) -> list[Path]:
+    """Return the files of a directory that make a model loadable besides its weights."""
+    return [directory / name for name in COMPANIONS if (directory / name).is_file()]

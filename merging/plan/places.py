@@ -11,7 +11,7 @@ from gemma2.core.outputs.manifest import ParentRecord, read_manifest
 from gemma2.merging.methods.request import FILES, MergeRequest, file_named
 from gemma2.merging.methods.table import METHODS
 
-__all__ = ["ADAPTED", "InputPlace", "common_parent", "merge_files", "merge_places", "seeks_base"]
+__all__ = ["ADAPTED", "InputPlace", "common_parent", "input_places", "merge_files", "merge_places", "seeks_base"]
 
 InputPlace = tuple[str, Path]  # role in the merge, directory
 ADAPTED = "adapter-base"  # the role of a model that an adapter belongs to

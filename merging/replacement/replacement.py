@@ -32,6 +32,7 @@ from gemma2.merging.inputs.compatibility import check_model
 from gemma2.merging.inputs.families import is_decoder
 from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.inputs.resolve import open_input
+from gemma2.merging.inputs.weight_files import companions
 from gemma2.merging.kernels.dense import check_sum
 from gemma2.merging.kernels.dtypes import narrow, widen
 from gemma2.merging.kernels.native import announced
@@ -207,13 +208,18 @@ def _write_tokenizer(plan: ReplacePlan, directory: Path) -> None:
 
 
 def _manifest(plan: ReplacePlan, started: str) -> Manifest:
-    path = plan.donor / "tokenizer.json"
-    place = os.path.relpath(path.resolve(), plan.out.resolve())
     return {
         "command": "merge replace-tokenizer",
         "config": {},
         "parents": [parent_record("model", plan.model.path, identity_of(plan.model.path), plan.out)],
-        "data": [{"role": "tokenizer", "path": place, "digest": digest_input(path)}],
+        "data": [
+            {
+                "role": "tokenizer",
+                "path": os.path.relpath(path.resolve(), plan.out.resolve()),
+                "digest": digest_input(path),
+            }
+            for path in companions(plan.donor)
+        ],
         "versions": versions(),
         "started": started,
         "ended": now(),

@@ -32,7 +32,7 @@ from gemma2.posttrain.provenance.output_state import is_for_people
 from gemma2.posttrain.runs.commands import COMMANDS, Command
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.schemas import ExtractLoraConfig, MergeConfig, ReplaceTokenizerConfig
 from gemma2.posttrain.schemas.config import Config, validated
 
 from .recorded import FOLDERS, Gathered, entries
@@ -275,6 +275,9 @@ def _candidates(out: Path, manifest: JsonMapping, command: Command) -> Iterator[
     if command.schema is MergeConfig:
         yield from _of_merge(out, manifest, config)
         return
+    if command.schema in (ExtractLoraConfig, ReplaceTokenizerConfig):
+        yield config | _inputs_of_tool(out, manifest)
+        return
     fields = command.schema.model_fields
     held = (key for key in config if key in KIND_OF_OPTION or (key in fields and names_a_path(fields[key].annotation)))
     paths = {key: config[key] for key in held}
@@ -298,6 +301,17 @@ def _of_merge(out: Path, manifest: JsonMapping, config: JsonObject) -> Iterator[
         "models": [path for role, path in parents if role == "input"],
         **({"base": base[0]} if base else {}),
     }
+
+
+def _inputs_of_tool(out: Path, manifest: JsonMapping) -> JsonObject:
+    """The inputs of extract-lora and replace-tokenizer, which their records name as parents and data only."""
+    roles = {"input": "model", "adapter-base": ""}
+    found = {str(one.get("role")): str(_place(out, one)) for one in entries(manifest, "parents")}
+    if "adapter-base" in found:
+        raise InputError(f"{out} was made from LoRA adapters, whose places it does not record", "make it again")
+    found = {roles.get(role, role): path for role, path in found.items()}
+    donors = [str(_place(out, one).parent) for one in entries(manifest, "data")]
+    return found | ({"tokenizer": donors[0]} if donors else {})
 
 
 def _place(out: Path, record: JsonMapping) -> Path:

@@ -21,6 +21,7 @@ from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.runs.inputs import paths_of
 from gemma2.posttrain.schemas import (
     ConvertConfig,
+    ExtractLoraConfig,
     GenerateConfig,
     MergeConfig,
     PairsConfig,
@@ -65,6 +66,7 @@ OF_COMMANDS: dict[type[Config], dict[str, set[str]]] = {
     ProbeConfig: {"model": {POLICY, REWARD}},
     MergeConfig: {"models": {POLICY, REWARD, ADAPTER}, "base": {POLICY, REWARD}},
     PairsConfig: {"judge": {REWARD}},
+    ExtractLoraConfig: {"model": {POLICY, REWARD}, "base": {POLICY, REWARD}},
 }
 # Fields whose models must have one vocabulary: their distributions are compared, or their weights mixed.
 TOGETHER = ("policy", "sft", "teacher", "model", "init", "merged", "policies", "compare")

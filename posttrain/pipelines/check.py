@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma2.core.errors import Gemma2Error, InputError
+from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
@@ -26,7 +26,13 @@ from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas import MergeConfig, PipelineFile, WarpConfig
+from gemma2.posttrain.schemas import (
+    ExtractLoraConfig,
+    MergeConfig,
+    PipelineFile,
+    ReplaceTokenizerConfig,
+    WarpConfig,
+)
 from gemma2.posttrain.schemas.config import Config
 
 from .compile import Pipeline, Stage, compile_pipeline
@@ -215,20 +221,30 @@ def _hash(decision: Decision) -> str | None:
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:
     """Refuse options that a merge method does not take, and missing models."""
+    if isinstance(config, ExtractLoraConfig):
+        if config.rank is None and config.explained is None:
+            raise UsageError("extract-lora needs a rank", "give rank: 16, or explained: 0.95")
+        _check_there([config.base], promised)
+    if isinstance(config, ReplaceTokenizerConfig):
+        _check_there([config.tokenizer], promised)
     if not isinstance(config, MergeConfig):
         return
     config.recorded()  # raises what the engine would
-    for path in [*config.models, *([config.base] if config.base else [])]:
-        # MODEL+ADAPTER names two directories, and a hub id none here; the engine distinguishes them.
-        elsewhere = path.exists() or "+" in str(path) or is_hub_id(path)
-        if not elsewhere and not any(path.is_relative_to(place) for place in promised):
-            raise InputError(f"{path} is not a directory", "give the path of a model directory")
+    _check_there([*config.models, *([config.base] if config.base else [])], promised)
     for option in ("generation_config", "special_tokens"):
         choice = getattr(config, option)
         if choice is None or is_input(choice) or any(Path(choice).is_relative_to(place) for place in promised):
             continue
         if file_named(choice) is None:
             raise InputError(f"{option} {choice} is not a file", "give the number of a model, base, or a file")
+
+
+def _check_there(paths: Sequence[Path], promised: Sequence[Path]) -> None:
+    for path in paths:
+        # MODEL+ADAPTER names two directories, and a hub id none here; the engine distinguishes them.
+        elsewhere = path.exists() or "+" in str(path) or is_hub_id(path)
+        if not elsewhere and not any(path.is_relative_to(place) for place in promised):
+            raise InputError(f"{path} is not a directory", "give the path of a model directory")
 
 
 def _check_taken(stage: Stage, status: Mapping[str, str], pipeline: Pipeline, within: Container[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.foreign.counterparts import command_here, hint_for
-from gemma2.posttrain.runs.commands import COMMANDS, Command
+from gemma2.posttrain.runs.commands import COMMANDS, TOOLS, Command
 from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpConfig
 from gemma2.posttrain.schemas.config import Config, ValueSource, closest, validated
 from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
@@ -120,7 +120,7 @@ class Pipeline:
 def with_method(command: str, options: JsonMapping) -> JsonObject:
     """Options as the schema takes them: the method of a merge is a word of its command."""
     first, _, method = command.partition(" ")
-    return {**options, "method": method} if first == "merge" else dict(options)
+    return {**options, "method": method} if first == "merge" and method not in TOOLS else dict(options)
 
 
 def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:

@@ -26,11 +26,13 @@ from gemma2.posttrain.checks.kinds import (
 from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.schemas import (
     DistillConfig,
+    ExtractLoraConfig,
     FilterConfig,
     GenerateConfig,
     MergeConfig,
     PairsConfig,
     ParetoConfig,
+    ReplaceTokenizerConfig,
     RewardConfig,
     RewardScoreConfig,
     RlhfConfig,
@@ -74,6 +76,10 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
         yield out, like(start, ADAPTER if adapter else POLICY)
         if isinstance(config, RlhfConfig) and config.anchor == "ema":
             yield out / "ema", like(start, POLICY)
+    elif isinstance(config, ExtractLoraConfig):
+        yield out, like(config.base, ADAPTER)
+    elif isinstance(config, ReplaceTokenizerConfig):
+        yield out, replace(like(config.model, POLICY), vocabulary=None, parameters=None)
     elif isinstance(config, ParetoConfig):
         yield out, Promise(FRONT, facts=front_facts(config, known))
     elif type(config) in MAKERS:

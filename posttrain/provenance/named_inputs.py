@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from gemma2.core.outputs.hub import locate_model
 from gemma2.core.outputs.manifest import own_files
+from gemma2.merging.inputs.weight_files import companions
 from gemma2.merging.methods.request import FILES, file_named
-from gemma2.merging.plan.places import merge_files, merge_places
+from gemma2.merging.plan.places import input_places, merge_files, merge_places
 from gemma2.posttrain.data.sources import data_files, evaluation_files
-from gemma2.posttrain.schemas import MergeConfig
+from gemma2.posttrain.schemas import ExtractLoraConfig, MergeConfig
 from gemma2.posttrain.schemas.config import Config
 
 __all__ = ["EVALUATIONS", "KIND_OF_OPTION", "Named", "named_inputs", "names_a_path", "paths_of"]
 
-Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", "file"]
+Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", "file", "tokenizer"]
 
 # model            a directory with a policy, a reward model or a classifier
 # rows             data files, in the order in which they are read
@@ -28,6 +30,7 @@ Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", 
 # output           files of an output of this suite: an earlier front with its values, a teacher's cache
 # source           what `convert` reads: a model directory, or a GGUF file or a folder of them
 # file             one file
+# tokenizer        a directory with a tokenizer: its files of settings
 KIND_OF_OPTION: dict[str, Kind] = {
     **dict.fromkeys(("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head"), "model"),
     **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge"), "model"),
@@ -36,6 +39,7 @@ KIND_OF_OPTION: dict[str, Kind] = {
     "front": "front",
     **dict.fromkeys(("fronts", "teacher_cache"), "output"),
     "source": "source",
+    "tokenizer": "tokenizer",
     **dict.fromkeys(("judge_prompt", *FILES), "file"),
 }
 EVALUATIONS = "evaluations.jsonl"  # what an RL run measured on the way: a front takes it over
@@ -72,6 +76,12 @@ def named_inputs(config: Config, without: Collection[str] = ()) -> Iterator[Name
         for option, path in merge_files(config.request()):
             if option not in without:
                 yield Named(option, option, path, False)
+        return
+    if isinstance(config, ExtractLoraConfig):
+        for option, role in (("base", "base"), ("model", "input")):
+            if option not in without:
+                places = input_places(getattr(config, option), role)
+                yield from (Named(option, found, path, True) for found, path in places)
         return
     for option in KIND_OF_OPTION:  # in one order for all commands: what an output continues comes first
         if option in without or option not in type(config).model_fields:
@@ -132,6 +142,10 @@ def _file(option: str, path: Path) -> Iterator[Named]:
     yield Named(option, option, path, False)
 
 
+def _tokenizer(option: str, path: Path) -> Iterator[Named]:
+    yield from (Named(option, option, file, False) for file in companions(locate_model(path, option)))
+
+
 _READERS: dict[Kind, Callable[[str, Path], Iterator[Named]]] = {
     "model": _model,
     "rows": _rows,
@@ -140,4 +154,5 @@ _READERS: dict[Kind, Callable[[str, Path], Iterator[Named]]] = {
     "output": _output,
     "source": _source,
     "file": _file,
+    "tokenizer": _tokenizer,
 }

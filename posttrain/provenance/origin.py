@@ -219,16 +219,18 @@ def _recorded_inputs(recorded: JsonMapping) -> dict[str, list[tuple[str, str, Co
     found: dict[str, list[tuple[str, str, Content]]] = {}
     for parent in recorded.get("parents") or ():
         content = {"weights": parent.get("weights", ""), **(parent.get("files") or {})}
-        found.setdefault(_option_of(parent["role"]), []).append((parent["role"], parent["path"], content))
+        option = _option_of(parent["role"], str(recorded.get("command")))
+        found.setdefault(option, []).append((parent["role"], parent["path"], content))
     for source in recorded.get("data") or ():
         content = {"": source.get("digest", "")}
         found.setdefault(str(source.get("role")), []).append((str(source.get("role")), source["path"], content))
     return found
 
 
-def _option_of(role: str) -> str:
+def _option_of(role: str, command: str) -> str:
     """The option of a role. The models of a merge have roles that tell them from what a policy was trained from."""
-    return "models" if role in ("input", "adapter-base") else role.replace("-", "_")
+    models = "model" if command == "merge extract-lora" else "models"
+    return models if role in ("input", "adapter-base") else role.replace("-", "_")
 
 
 def _compared(

@@ -21,6 +21,7 @@ from gemma2.posttrain.schemas import (
     ConvertConfig,
     DistillCacheConfig,
     DistillConfig,
+    ExtractLoraConfig,
     FilterConfig,
     GenerateConfig,
     MergeConfig,
@@ -28,6 +29,7 @@ from gemma2.posttrain.schemas import (
     ParetoConfig,
     PickConfig,
     ProbeConfig,
+    ReplaceTokenizerConfig,
     RewardConfig,
     RewardScoreConfig,
     RlhfConfig,
@@ -40,7 +42,7 @@ from gemma2.posttrain.schemas.fields import REPEATED
 
 from .run_directory import RunOptions, RunResult
 
-__all__ = ["COMMANDS", "Command", "Runner", "output_hash", "spell"]
+__all__ = ["COMMANDS", "TOOLS", "Command", "Runner", "output_hash", "spell"]
 
 # Any: each function takes the configuration of one command.
 Runner = Callable[[Any, RunOptions, Progress], RunResult]
@@ -52,7 +54,7 @@ class Command:
 
     module, function  the function that runs it, below `gemma2.posttrain`
     why               its purpose in one line
-    makes             kind of its output: policy, reward model, data, front, cache
+    makes             kind of its output: policy, reward model, adapter, data, front, cache
     accelerated       whether it runs a network, and so uses a GPU if there is one
     """
 
@@ -137,6 +139,21 @@ COMMANDS: dict[str, Command] = {
         f"merge {name}": Command(MergeConfig, "pipelines.merge_stage", "run_merge", method.why, accelerated=False)
         for name, method in METHODS.items()
     },
+    "merge extract-lora": Command(
+        ExtractLoraConfig,
+        "pipelines.merge_stage",
+        "run_extract_lora",
+        "writes the difference of a model and its base as a LoRA adapter",
+        makes="adapter",
+        accelerated=False,
+    ),
+    "merge replace-tokenizer": Command(
+        ReplaceTokenizerConfig,
+        "pipelines.merge_stage",
+        "run_replace_tokenizer",
+        "gives a model another tokenizer",
+        accelerated=False,
+    ),
     "warp": Command(
         WarpConfig,
         "pipelines.warp",
@@ -155,6 +172,8 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
+TOOLS = ("extract-lora", "replace-tokenizer")  # words after `merge` that are not methods
+
 
 def output_hash(manifest: JsonMapping) -> str:
     """Return `"blake3:<hex>"` of what a finished output was made from: equal hashes mean equal work."""
@@ -167,6 +186,8 @@ def spell(command: str, config: Config, out: Path) -> str:
     words = ["gemma2", *command.split()]
     if isinstance(config, MergeConfig):  # the method is part of the command, the models are arguments
         words += [str(model) for model in config.models]
+    elif isinstance(config, ExtractLoraConfig | ReplaceTokenizerConfig):
+        words.append(str(config.model))
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if value == field.get_default(call_default_factory=True) or name in config.SPELT_BY_COMMAND:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .reward import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
     from .rlhf import RewardFields, RlFields, RlhfConfig, VllmFields
     from .sft import SftConfig
-    from .tools import ConvertConfig, TinyConfig
+    from .tools import ConvertConfig, ExtractLoraConfig, ReplaceTokenizerConfig, TinyConfig
     from .warp import WarpConfig
 
 # Resolved on first use: a command pays for its own schema, not for all.
@@ -30,6 +30,7 @@ _HOMES = {
     "DistillConfig": "distill",
     "DistributionConfig": "evaluate",
     "EvalConfig": "evaluate",
+    "ExtractLoraConfig": "tools",
     "FilterConfig": "filter",
     "GenerateConfig": "generate",
     "LoraFields": "fields",
@@ -39,6 +40,7 @@ _HOMES = {
     "PickConfig": "evaluate",
     "PipelineFile": "pipeline",
     "ProbeConfig": "reward",
+    "ReplaceTokenizerConfig": "tools",
     "Resources": "pipeline",
     "RewardConfig": "reward",
     "RewardEvalConfig": "reward",
@@ -61,6 +63,7 @@ __all__ = [
     "DistillConfig",
     "DistributionConfig",
     "EvalConfig",
+    "ExtractLoraConfig",
     "FilterConfig",
     "GenerateConfig",
     "LoraFields",
@@ -70,6 +73,7 @@ __all__ = [
     "PickConfig",
     "PipelineFile",
     "ProbeConfig",
+    "ReplaceTokenizerConfig",
     "Resources",
     "RewardConfig",
     "RewardEvalConfig",

@@ -7,6 +7,7 @@ import pytest
 
 from gemma2.cli.app import COMMANDS as ON_THE_COMMAND_LINE
 from gemma2.cli.app import invoke
+from gemma2.cli.stages.merge import TOOLS
 from gemma2.configs import recipes
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
@@ -39,13 +40,13 @@ def parsed(monkeypatch):
 def test_a_command_of_a_pipeline_is_one_of_the_command_line_and_has_its_function(name):
     first, _, second = name.partition(" ")
     assert first in ON_THE_COMMAND_LINE
-    assert first != "merge" or second in METHODS
+    assert first != "merge" or second in {*METHODS, *TOOLS}
     assert callable(COMMANDS[name].run)
     assert COMMANDS[name].why
 
 
 def test_every_merge_method_can_be_a_stage():
-    assert {name.removeprefix("merge ") for name in COMMANDS if name.startswith("merge ")} == set(METHODS)
+    assert {name.removeprefix("merge ") for name in COMMANDS if name.startswith("merge ")} == {*METHODS, *TOOLS}
 
 
 def test_a_command_line_parses_back_to_its_configuration(parsed):

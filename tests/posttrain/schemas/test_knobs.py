@@ -83,6 +83,7 @@ REQUIRED: dict[str, Any] = {
     "model": "m", "data": "{root}/rows.jsonl", "prompts": "{root}/prompts.jsonl", "teacher": "t", "sft": "s",
     "heldout": "{root}/prompts-2.jsonl", "policy": "p", "judge": "openai:a/judge", "front": "f", "source": "x",
     "command": "sft", "stages": {"a": {"command": "tiny"}}, "method": "slerp", "models": ("a", "b"),
+    "base": "o", "tokenizer": "d",
 }  # fmt: skip
 
 cases(
@@ -292,6 +293,10 @@ cases("MergeConfig", probes.merged, {"method": "sce", "base": "init"}, select=0.
 cases("MergeConfig", probes.merged, {"method": "ram-plus", "base": "init"}, threshold=0.25, boost=0.5, cap=0.75)
 cases("MergeConfig", probes.merged, {"method": "nearswap", "models": ("a",), "base": "init"}, reach=0.25)
 cases("MergeConfig", probes.merged, {"method": "nuslerp-rows"}, columns=True)
+cases(
+    "ExtractLoraConfig", probes.merged, {"rank": 2}, model="other", base="init", rank=3, explained=0.5,
+    target_modules=("q_proj",), save_modules=("all",), leave_out=True, dtype="bfloat16",
+)  # fmt: skip
 slices = ({"sources": [{"model": "a", "layers": [0, 1]}]},)
 cases("MergeConfig", probes.merged, {"method": "passthrough", "models": ("a",)}, slices=slices)
 stages: dict[str, Any] = {"a": {"command": "sft", "options": {"model": "${vars.x}"}}}
