@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.outputs.code_keys import refuse_code
 
 from .tokenizer import Tokenizer
 
@@ -34,11 +35,15 @@ def load_light_tokenizer(path: Path) -> Tokenizer | None:
         return None
     import transformers
 
+    refuse_code(path)
+
     general = transformers.PreTrainedTokenizerFast
     named = getattr(transformers, _class_name(path), general)
     usable = isinstance(named, type) and issubclass(named, general)
     try:
-        tokenizer: Tokenizer = (named if usable else general).from_pretrained(path, local_files_only=True)
+        tokenizer: Tokenizer = (named if usable else general).from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(
             f"no tokenizer can be loaded from {path}", "copy the tokenizer files next to the weights"
