@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import load_json
 
 from .digest_cache import remembered
 from .hashing import Hasher, digest_file, digest_name, hasher
@@ -39,7 +40,7 @@ def digest_weights(directory: Path, threads: int = 1) -> str:
 def indexed_tensors(index: Path) -> Mapping[str, str]:
     """Return tensor -> file name by the index of shards; empty without one."""
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = load_json(index)["weight_map"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

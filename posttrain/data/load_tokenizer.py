@@ -6,10 +6,10 @@ the class that tokenizer_config.json names, and the general one, do not.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import load_json
 from gemma2.core.outputs.code_keys import refuse_code
 
 from .tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def load_light_tokenizer(path: Path) -> Tokenizer | None:
 
 def _class_name(path: Path) -> str:
     try:
-        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = load_json(path / "tokenizer_config.json")
     except (OSError, ValueError):
         return ""
     return str(config.get("tokenizer_class") or "") if isinstance(config, dict) else ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, finite, load_json, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -271,7 +271,7 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
     options = start.options
     if options.resume and (partial / STATE).is_file():
-        before = json.loads((partial / STATE).read_text(encoding="utf-8"))
+        before = load_json(partial / STATE)
         check_unchanged(before, start, partial)
         origin["started"] = before["started"]
         return True

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma2.core.errors import AlertStop, GuardStop, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
@@ -112,7 +112,7 @@ def mark_complete(checkpoint: Path) -> None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint has its mark and every file has the recorded digest."""
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+        files = load_json(checkpoint / COMPLETE)["files"]
         return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
