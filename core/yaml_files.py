@@ -106,7 +106,7 @@ def parse_value(text: str) -> object:
 
     try:
         return yaml.load(text, Loader=_loader())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 

@@ -16,7 +16,7 @@ __all__ = ["SNAPSHOT", "is_hub_id", "locate_model"]
 # Path of a model in the hub's cache: the folder of one revision.
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
-FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*.txt", "*.model", "merges.txt", "vocab.txt")
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -11,12 +11,13 @@ from collections.abc import Collection
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import read_json
 from gemma2.core.outputs.code_keys import refuse_code
+from gemma2.core.outputs.links import refuse_outside_links
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.dtypes import KINDS
 
 from .architecture import ONE_KIND, head_of
-from .checkpoint import Checkpoint
+from .checkpoint import COMPANIONS, Checkpoint
 from .config_keys import SHAPES, ConfigDifference, config_differences, is_allowed
 from .families import check_family
 
@@ -37,6 +38,7 @@ ONE_ARCHITECTURE = "merge models of one architecture"
 def check_model(model: Checkpoint) -> None:
     """Refuse a model that cannot be merged, or not safely. Raises InputError."""
     refuse_code(model.origin)
+    refuse_outside_links(model.origin, COMPANIONS)
     for name in ("config.json", "tokenizer_config.json"):
         path = model.origin / name
         for key, reason in FORBIDDEN_KEYS.items():

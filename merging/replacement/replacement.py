@@ -22,6 +22,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hub import locate_model
+from gemma2.core.outputs.links import refuse_outside_links
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
 from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable, weight_files
@@ -194,6 +195,7 @@ def _template(model: Path, donor: Path) -> list[str]:
 
 def _write_tokenizer(plan: ReplacePlan, directory: Path) -> None:
     """Replace the tokenizer's files, and the ids in generation_config.json."""
+    refuse_outside_links(plan.donor, COMPANIONS)
     for name in COMPANIONS:
         if name not in ("config.json", GENERATION):
             (directory / name).unlink(missing_ok=True)

@@ -67,7 +67,8 @@ def is_running(root: Path) -> bool:
     """Whether a process holds the folder: a killed process leaves a state that says `running`."""
     place = root.resolve()
     try:
-        descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDONLY)
+        lock = place.with_name(f".{place.name}.lock")
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

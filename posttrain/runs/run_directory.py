@@ -270,6 +270,8 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
 def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
     options = start.options
+    if partial.is_symlink():  # rmtree would leave it, and the run would go where it points
+        raise OutputError(f"{partial} is a link, not a run of ours", "remove it")
     if options.resume and (partial / STATE).is_file():
         before = load_json(partial / STATE)
         check_unchanged(before, start, partial)

@@ -111,6 +111,9 @@ def drive(descriptor: int, address: str | None, commands: Sequence[str]) -> None
     driver.run()
 
 
+LOOPBACK = "127.0.0.1"  # of our own cluster: whoever reaches Ray's ports may run code
+
+
 class Driver:
     """Hands jobs to Ray and passes on what they say."""
 
@@ -118,6 +121,7 @@ class Driver:
         import ray
 
         local: dict[str, Any] = {
+            "_node_ip_address": LOOPBACK,
             "num_cpus": os.cpu_count(),
             "include_dashboard": False,
             "object_store_memory": OBJECTS,

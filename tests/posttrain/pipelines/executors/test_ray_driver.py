@@ -55,6 +55,21 @@ def gpus(tmp_path, monkeypatch):
         ray_driver._warm = None
 
 
+def test_a_cluster_of_our_own_listens_on_this_machine_alone(monkeypatch):
+    given = {}
+    ray = types.SimpleNamespace(
+        init=lambda **words: given.update(words),
+        get_runtime_context=lambda: types.SimpleNamespace(get_node_id=lambda: "node"),
+        remote=lambda **words: lambda function: function,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    ray_driver.Driver(None, None, [])
+    assert given["_node_ip_address"] == "127.0.0.1" and given["include_dashboard"] is False
+    given.clear()
+    ray_driver.Driver(None, "10.0.0.1:6379", [])
+    assert given["address"] == "10.0.0.1:6379" and "_node_ip_address" not in given
+
+
 def job(place, stage="a") -> Job:
     return Job(stage, "filter", {}, f"out/{stage}", f"out/logs/{stage}.log", False, False, str(place), (), 1)
 
