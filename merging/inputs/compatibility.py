@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gemma2.core.errors import InputError
+from gemma2.core.foreign.code_keys import refuse_code
+from gemma2.core.foreign.links import refuse_outside_links
 from gemma2.core.json_files import read_json
-from gemma2.core.outputs.code_keys import refuse_code
-from gemma2.core.outputs.links import refuse_outside_links
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.dtypes import KINDS

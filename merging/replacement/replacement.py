@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from gemma2.core.errors import InputError
+from gemma2.core.foreign.links import refuse_outside_links
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hub import locate_model
-from gemma2.core.outputs.links import refuse_outside_links
 from gemma2.core.outputs.manifest import Manifest, now, versions, write_manifest
 from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.core.outputs.safetensors_header import ITEM_BYTES, printable, weight_files

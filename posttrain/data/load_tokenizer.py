@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.core.json_files import load_json
-from gemma2.core.outputs.code_keys import refuse_code
 
 from .tokenizer import Tokenizer
 

@@ -1,7 +1,7 @@
 """Rendering of chat templates of others: bounded in size and computing time, every failure an InputError.
 
 transformers renders in Jinja's sandbox, which keeps a template from attributes and files but not from loops in loops.
-A timer of this process's own computing time ends those: a signal of its own, so that interrupts stay what they are.
+A timer of this process's computing time ends those, with a signal that nothing else here uses.
 Outside of the main thread, which alone handles signals, only the size is checked.
 """
 

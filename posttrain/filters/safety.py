@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.code_keys import refuse_code
+from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config

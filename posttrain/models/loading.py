@@ -22,8 +22,8 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.core.json_files import JsonObject, read_json
-from gemma2.core.outputs.code_keys import refuse_code
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
 from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import read_json
-
-from .safetensors_header import printable
+from gemma2.core.outputs.safetensors_header import printable
 
 __all__ = ["STANDARD_ATTENTION", "refuse_code"]
 
