@@ -45,7 +45,9 @@ def _fail(message: str, code: int) -> int:
     opening.clear()
     rank = os.environ.get("RANK", "0")  # set by torchrun for each of its processes
     who = "error" if rank == "0" else f"error (rank {rank})"
-    sys.stderr.write(f"{who}: {' '.join(message.split())}\n")
+    from gemma2.core.shown import visible
+
+    sys.stderr.write(f"{who}: {visible(' '.join(message.split()))}\n")
     return code
 
 
@@ -54,9 +56,11 @@ def _say_as_json(arguments: Sequence[str], kind: str, code: int, what: str, fix:
     words = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--json" not in words or os.environ.get("RANK", "0") != "0":
         return
+    from gemma2.core.shown import visible_json
+
     error = {"kind": kind, "what": " ".join(what.split()), "where": where or None, "fix": fix, "exit_code": code}
     try:
-        sys.stdout.write(json.dumps({"error": error}, ensure_ascii=False) + "\n")
+        sys.stdout.write(visible_json(json.dumps({"error": error}, ensure_ascii=False)) + "\n")
         sys.stdout.flush()
     except OSError:  # a full disk, which may be the error itself; the buffer would fail again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

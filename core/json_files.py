@@ -10,23 +10,52 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError
+from gemma2.core.limits import JSON_BYTES, JSON_ITEMS, read_text
 
-__all__ = ["JsonMapping", "JsonObject", "finite", "read_json", "write_json"]
+__all__ = ["JsonMapping", "JsonObject", "finite", "load_json", "parse_json", "read_json", "write_json"]
 
 # An object of a JSON or YAML file. Its values may have any type, so the reader of a key checks it.
 JsonObject = dict[str, Any]
 JsonMapping = Mapping[str, Any]
 
 
+def parse_json(text: str | bytes) -> Any:  # noqa: ANN401
+    """Return the value of a JSON text of others. Raises JSONDecodeError, a ValueError, also for one out of bounds."""
+    if len(text) > JSON_ITEMS and _items(text) > JSON_ITEMS:
+        raise json.JSONDecodeError(f"more than {JSON_ITEMS:,} items", "", 0)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from error
+    except ValueError as error:  # not UTF-8, a number of thousands of digits
+        raise json.JSONDecodeError(" ".join(str(error).split()), "", 0) from error
+
+
+def _items(text: str | bytes) -> int:
+    """At least the number of values in a JSON text, without reading it."""
+    if isinstance(text, bytes):
+        return text.count(b",") + text.count(b"[") + text.count(b"{")
+    return text.count(",") + text.count("[") + text.count("{")
+
+
+def load_json(path: Path) -> Any:  # noqa: ANN401
+    """Return the value in a JSON file of others. Raises OSError, or ValueError for what is no JSON or out of bounds."""
+    return parse_json(read_text(path, JSON_BYTES))
+
+
 def read_json(path: Path) -> JsonObject:
     """Return the JSON object in a file. Raises InputError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist", "give a complete model directory") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "restore the file") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object", "restore the file")

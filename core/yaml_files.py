@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .errors import InputError, UsageError
 from .json_files import JsonMapping, JsonObject
+from .limits import YAML_BYTES, YAML_DEPTH, YAML_NODES, read_text
 
 if TYPE_CHECKING:
     import yaml
@@ -23,13 +24,13 @@ __all__ = ["apply_sets", "closest", "given_by", "parse_value", "place_of", "read
 
 Resolver = TypeVar("Resolver", bound="type[BaseResolver]")
 
-DEEPEST = 100  # levels of nesting; our own files have six
 LISTED = 40  # names that still fit on one line
 # A part of PyYAML's message -> the fix of what most often causes it.
 SYNTAX_FIXES = {
     "mapping values are not allowed": "put a value with ': ' in it in quotes; begin keys of one level in one column",
     "'\\t' that cannot start": "indent with spaces, not with tabs",
     "is given twice": "keep one of the two",
+    "the value is too large": f"write at most {YAML_NODES:,} keys and values, each alias counted with its value",
     "could not determine a constructor": "leave out the tag that begins with '!'",
     "undefined alias": "define it with & before it is used with *, or put the text in quotes",
     "'%' that cannot start": "put the text in quotes",
@@ -71,11 +72,20 @@ def _loader() -> type[yaml.SafeLoader]:
     class Loader(yaml.SafeLoader):
         """The safe loader, except that a key given twice is an error."""
 
+        def compose_document(self) -> yaml.Node:
+            """The nodes of a document; aliases and `<<` are objects that occur again, so this is still small."""
+            node = super().compose_document()
+            assert node is not None
+            _check_size(node)
+            return node
+
         def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
             try:
                 return super().construct_object(node, deep)
-            except ValueError as error:  # a date that no calendar has, a number of thousands of digits
-                raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+            except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+                # A date that no calendar has, a number of thousands of digits, `!!int "x"`, `!!timestamp x`.
+                what = " ".join(str(error).split()) or "the value does not fit its tag"
+                raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
             first: dict[str, int] = {}
@@ -96,7 +106,7 @@ def parse_value(text: str) -> object:
 
     try:
         return yaml.load(text, Loader=_loader())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -108,7 +118,7 @@ def read_documents(path: Path) -> list[JsonObject]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, YAML_BYTES)
         documents = list(yaml.load_all(text, Loader=_loader()))
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})", "give a YAML file that you may read") from error
@@ -120,8 +130,6 @@ def read_documents(path: Path) -> list[JsonObject]:
         raise _not_yaml(path, text, error) from error
     except RecursionError as error:
         raise UsageError(f"{path} is nested too deeply", "correct the file") from error
-    if not _is_finite(documents):
-        raise UsageError(f"{path} holds a value that contains itself, or is nested too deeply", "correct the file")
     found = [document for document in documents if document is not None]
     for number, document in enumerate(found):
         if not isinstance(document, dict):
@@ -177,7 +185,7 @@ def _nodes_at(path: Path, keys: Sequence[str | int], document: int) -> tuple[yam
     import yaml
 
     try:
-        nodes = list(yaml.compose_all(path.read_text(encoding="utf-8"), Loader=_loader()))
+        nodes = list(yaml.compose_all(read_text(path, YAML_BYTES), Loader=_loader()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     filled = [node for node in nodes if node is not None and node.tag != "tag:yaml.org,2002:null"]
@@ -212,17 +220,35 @@ def _entry(node: yaml.Node, key: str | int) -> tuple[yaml.Node, yaml.Node] | Non
     return next((entry for each in above if (entry := _entry(each, key)) is not None), None)
 
 
-def _is_finite(value: object, above: tuple[int, ...] = (), seen: set[int] | None = None) -> bool:
-    """Whether a value is finite and not too deep: an anchor that holds its own alias is not. Each is visited once."""
-    seen = set() if seen is None else seen
-    if not isinstance(value, dict | list) or id(value) in seen:
-        return True
-    if id(value) in above or len(above) > DEEPEST:
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    found = all(_is_finite(item, (*above, id(value)), seen) for item in inner)
-    seen.add(id(value))
-    return found
+def _check_size(root: yaml.Node) -> None:
+    """Raise ComposerError for a document that contains itself, is too deep, or too large with its aliases spelt out.
+
+    Every node is visited once. What walks through the values later visits an alias as often as it occurs.
+    """
+    import yaml
+
+    sizes: dict[int, int] = {}  # by node; 0 while the node is open
+    depths: dict[int, int] = {}
+    waiting = [(root, False)]
+    while waiting:
+        node, inside_is_known = waiting.pop()
+        inner = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        if inside_is_known:
+            sizes[id(node)] = 1 + sum(sizes[id(part)] for part in inner)
+            depths[id(node)] = 1 + max((depths[id(part)] for part in inner), default=0)
+            if sizes[id(node)] > YAML_NODES or depths[id(node)] > YAML_DEPTH:
+                what = f"nested more than {YAML_DEPTH} deep" if depths[id(node)] > YAML_DEPTH else "too large"
+                raise yaml.composer.ComposerError(None, None, f"the value is {what}", node.start_mark)
+        elif id(node) not in sizes:
+            sizes[id(node)] = 0
+            waiting.append((node, True))
+            if any(sizes.get(id(part)) == 0 for part in inner):
+                raise yaml.composer.ComposerError(None, None, "the value contains itself", node.start_mark)
+            waiting += [(part, False) for part in inner if id(part) not in sizes]
 
 
 @cache

@@ -73,6 +73,36 @@ def test_every_slow_suite_is_a_nightly_job():
     ]  # fmt: skip
 
 
+def test_known_faults_of_the_tested_versions_are_looked_up_every_night():
+    text = commands(WORKFLOWS["nightly"]["jobs"]["vulnerabilities"])
+    assert "pip_audit --requirement constraints.txt" in text and "cyclonedx-json" in text
+
+
+# Package -> the first version without a known fault that we depend on not having.
+SAFE_FROM = {
+    "torch": "2.10",  # weights_only=True can be bypassed before
+    "jinja2": "3.1.6",  # a template can leave the sandbox before
+    "ray": "2.59",  # anybody who reaches a port can run code before
+    "transformers": "5.0",  # trust_remote_code is honoured by every loader
+    "PyYAML": "6.0",
+}
+
+
+def test_the_floors_are_above_known_faults_and_below_what_was_tested():
+    listed = [
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    ]
+    floors = {found[1]: found[2] for line in listed if (found := re.match(r"([\w-]+)>=([\d.]+)", line))}
+    tested = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    for package, first in SAFE_FROM.items():
+        assert number(first) <= number(floors[package]) <= number(tested[package.lower()]), package
+
+
+def number(version):
+    return [int(part) for part in version.split(".")]
+
+
 def test_outputs_are_compared_with_the_whole_history_at_hand():
     job = WORKFLOWS["nightly"]["jobs"]["compare"]
     assert 'bench/compare.py "$before" HEAD --assert-equal' in commands(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -10,7 +9,7 @@ from textwrap import fill
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, load_json
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import ParetoConfig
@@ -33,7 +32,7 @@ def show(console: Console, out: Path, summary: JsonMapping) -> None:
     from gemma2.posttrain.reports.plots.textplot import front_text
     from gemma2.posttrain.reports.plots.values import start_of
 
-    front = json.loads((out / "front.json").read_text(encoding="utf-8"))
+    front = load_json(out / "front.json")
     points = front["points"]
     console.text("The KL-reward front\n" + front_text(points, width=console.width(76)) + "\n")
     console.table(list(point_rows(points)), "Measured points, mean and 95 % interval")

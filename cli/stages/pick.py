@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
+from gemma2.core.json_files import load_json
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
@@ -17,7 +16,7 @@ def run(config: PickConfig, options: RunOptions, progress: Progress) -> RunResul
 
     result = run_pick(config, options, progress)
     if isinstance(progress, Console) and not progress.as_json:
-        points = json.loads((config.front / "front.json").read_text(encoding="utf-8"))["points"]
+        points = load_json(config.front / "front.json")["points"]
         show_gains(progress, result.summary, points)
     return result
 

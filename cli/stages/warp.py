@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
+from gemma2.core.json_files import load_json
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import WarpConfig
@@ -20,7 +19,7 @@ def run(config: WarpConfig, options: RunOptions, progress: Progress) -> RunResul
     announcer = Announcer(progress, total, options.out) if isinstance(progress, Console) else None
     result = run_warp(config, options, progress, announcer)
     if isinstance(progress, Console) and not progress.as_json:
-        points = json.loads((options.out / "front" / "front.json").read_text(encoding="utf-8"))["points"]
+        points = load_json(options.out / "front" / "front.json")["points"]
         show_gains(progress, result.summary, points)
     return result
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonMapping, finite
 from gemma2.core.progress import Task
+from gemma2.core.shown import visible, visible_json
 from gemma2.core.sizes import size
 
 from . import opening
@@ -58,15 +58,11 @@ def _write_line(text: str) -> None:
     """Write a line to stderr. A reader that has closed the pipe (`2>&1 | head`) does not stop the work."""
     opening.clear()
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(visible(text) + "\n")
         sys.stderr.flush()
     except BrokenPipeError:
         # The rest of the buffer would fail again when the interpreter shuts down, with exit code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-# Characters that JSON may hold as they are, and that steer a terminal: DEL, C1 controls, directions of writing.
-STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def _as_json(document: object, indent: int | None = None) -> str:
@@ -74,11 +70,18 @@ def _as_json(document: object, indent: int | None = None) -> str:
         text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
     except ValueError:  # a number that is not finite
         text = json.dumps(finite(document), indent=indent, ensure_ascii=False, default=str)
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return visible_json(text)
 
 
 def _is_table(value: object) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+
+
+def _plain(text: str) -> str:
+    """Text of others inside of rich's markup: its brackets are text, and what steers the terminal is escaped."""
+    from rich.markup import escape
+
+    return escape(visible(text))
 
 
 class _PlainTask:
@@ -119,7 +122,7 @@ class _RichTask:
         with self._lock:
             self.done += amount
             self.fields |= fields
-        live = "  ".join(f"[dim]{key}[/] {_value(value)}" for key, value in self.fields.items())
+        live = "  ".join(f"[dim]{_plain(key)}[/] {_plain(_value(value))}" for key, value in self.fields.items())
         self.display.update(self.identifier, advance=amount, live=live)
 
     def end(self, failed: bool = False) -> None:
@@ -154,7 +157,7 @@ class Console:
         opening.clear()
         inner = self._display is not None
         with self._shared_display() as display:
-            identifier = display.add_task(label, total=total, live="", unit=unit, failed=False)
+            identifier = display.add_task(_plain(label), total=total, live="", unit=unit, failed=False)
             task = _RichTask(display, identifier, unit)
             try:
                 yield task
@@ -197,7 +200,7 @@ class Console:
             from rich.console import Console as RichConsole
 
             console = self._display.console if self._display is not None else RichConsole(stderr=True)
-            console.print(text, style=style, markup=False, highlight=False)
+            console.print(visible(text), style=style, markup=False, highlight=False)
         else:
             _write_line(text)
 
@@ -225,7 +228,7 @@ class Console:
         opening.clear()
         width = max((len(key) for key, _ in rows), default=0)
         for key, value in rows:
-            sys.stdout.write(f"{key:<{width}}  {value}\n")
+            sys.stdout.write(visible(f"{key:<{width}}  {value}") + "\n")
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout."""
@@ -262,17 +265,17 @@ class Console:
     def text(self, text: str) -> None:
         """Print text that is itself the result, such as a plot in characters."""
         opening.clear()
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.write(visible(text.rstrip("\n")) + "\n")
 
     def table(self, rows: Sequence[Mapping[str, object]], title: str = "") -> None:
         """Print a table: rich on a terminal, aligned columns in a pipe. Columns are the keys of the rows."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[_value(row.get(column)) for column in columns] for row in rows]
+        cells = [[visible(_value(row.get(column))) for column in columns] for row in rows]
         if sys.stdout.isatty():
             from .display import rich_table
 
             opening.clear()
-            rich_table(title, columns, cells)
+            rich_table(_plain(title), [_plain(column) for column in columns], cells)
             return
         widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
         lines = [title] if title else []

@@ -21,8 +21,10 @@ from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path
+from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.runs.servers import allow_given, names_servers
 from gemma2.posttrain.schemas.config import Config, ValueSource, closest, is_given, load_yaml, resolve
 
 from .completion import recipes_of_command
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMMON",
+    "AllowHost",
+    "AllowKey",
     "AsJson",
     "DryRun",
     "Force",
@@ -86,6 +90,21 @@ Set = typer.Option(
     "--set",
     metavar="KEY=VALUE",
     help="Set any key of the configuration, also nested ones; repeatable.",
+    rich_help_panel=COMMON,
+)
+
+AllowHost = typer.Option(
+    None,
+    "--allow-host",
+    metavar="HOST",
+    help="Allow a server that a file names to be sent data: HOST or HOST:PORT; repeatable.",
+    rich_help_panel=COMMON,
+)
+AllowKey = typer.Option(
+    None,
+    "--allow-key",
+    metavar="NAME",
+    help="Allow an environment variable that a file names to be sent to its server as the key; repeatable.",
     rich_help_panel=COMMON,
 )
 
@@ -241,6 +260,7 @@ def make_command(
 ) -> Callable[..., None]:
     """The function that typer calls for a command, with one keyword per flag in its signature."""
     flags = flags_of(schema)
+    with_servers = names_servers(schema)
     arguments = [_argument(positional, schema.model_fields[positional])] if positional else []
 
     def command(ctx: typer.Context, **values: object) -> None:
@@ -259,6 +279,9 @@ def make_command(
             config = resolve(schema, file=file, sets=given["set"] or (), flags=settings)
             from gemma2.posttrain.runs.inputs import check_inputs, located
 
+            if with_servers:
+                allow(given["allow_host"] or (), given["allow_key"] or ())
+                allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 config = located(config)
                 if look is not None and given[look.name] is not None:
@@ -281,6 +304,8 @@ def make_command(
             "resume": (bool, Resume),
             "force": (bool, Force),
         }
+    if with_servers:
+        common |= {"allow_host": (list[str] | None, AllowHost), "allow_key": (list[str] | None, AllowKey)}
     common |= {"dry_run": (bool, DryRun), "as_json": (bool, AsJson), "quiet": (bool, Quiet)}
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [

@@ -19,6 +19,8 @@ from gemma2.cli.terminal.difference_view import show_explanations, show_run_diff
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
 from gemma2.cli.terminal.options import (
     HELP_NAMES,
+    AllowHost,
+    AllowKey,
     AsJson,
     DryRun,
     Force,
@@ -34,6 +36,7 @@ from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.home import text_at_home
 from gemma2.core.outputs.staging import partial_path
+from gemma2.core.permissions import allow
 from gemma2.core.yaml_files import closest
 
 if TYPE_CHECKING:
@@ -214,6 +217,8 @@ def run(
     only: list[str] | None = Only,
     force: list[str] | None = Again,
     reuse: list[str] | None = Reuse,
+    allow_host: list[str] | None = AllowHost,
+    allow_key: list[str] | None = AllowKey,
     keep_going: bool = typer.Option(
         False,
         "--keep-going",
@@ -237,6 +242,7 @@ def run(
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
     console = Console(as_json=as_json, quiet=quiet)
+    allow(allow_host or (), allow_key or ())
     compiled = open_pipeline(file, out, set_)
     choice = replace(choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=shelf_of(reuse or ()))
     place = executor_of(executor, jobs or 1, ray_address)

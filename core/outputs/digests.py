@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import load_json
 
 from .digest_cache import DigestReading, remembered
 from .hashing import HASHED_BYTES, digest_file, digest_name, digest_of_pieces, hasher
@@ -143,7 +144,7 @@ def _digest_piece(descriptor: int, tensor: Tensor, number: int, buffer: memoryvi
 def indexed_tensors(index: Path) -> Mapping[str, str]:
     """Return tensor -> file name by the index of shards; empty without one."""
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = load_json(index)["weight_map"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

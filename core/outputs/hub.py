@@ -26,7 +26,7 @@ __all__ = [
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 WEIGHTS = "*.safetensors"
-FETCHED = (WEIGHTS, "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+FETCHED = (WEIGHTS, "*.json", "*.jinja", "tokenizer*.txt", "*.model", "merges.txt", "vocab.txt")
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonObject, write_json
+from gemma2.core.json_files import JsonObject, load_json, write_json
 
 from .hashing import digest_file
 
@@ -141,12 +140,14 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = load_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
+    except InputError:  # not a regular file, or too large
+        raise
+    except ValueError as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
         raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "make the output again") from error
     files = manifest.get("files", {}) if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
+from gemma2.core.limits import DIMENSIONS, JSON_ITEMS, TENSORS
 
 __all__ = ["ITEM_BYTES", "Tensor", "encode_header", "parameter_count", "printable", "read_header", "weight_files"]
 
@@ -89,6 +91,8 @@ def _read_entries(path: Path, stored: Path, size: int) -> tuple[JsonObject, int]
             text = file.read(length)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
+    if length > JSON_ITEMS and text.count(b",") + text.count(b"[") + text.count(b"{") > JSON_ITEMS:
+        raise _broken(path, f"the header holds more than {JSON_ITEMS:,} values")
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except InputError:  # a duplicate key
@@ -97,6 +101,8 @@ def _read_entries(path: Path, stored: Path, size: int) -> tuple[JsonObject, int]
         raise _broken(path, f"the header is not JSON ({type(error).__name__})") from error
     if not isinstance(entries, dict):
         raise _broken(path, "the header is not a JSON object")
+    if len(entries) > TENSORS:
+        raise _broken(path, f"the header names more than {TENSORS:,} tensors")
     entries.pop("__metadata__", None)
     return entries, 8 + length
 
@@ -105,8 +111,8 @@ def _unique(path: Path, pairs: Sequence[tuple[str, object]]) -> JsonObject:
     """Return an object of the header. Raises InputError for a duplicate key."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise _broken(path, f"the header names {printable(twice)} twice")
     return result
 
@@ -128,6 +134,8 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
         raise _broken(path, f"{shown} has the unknown dtype {printable(str(dtype))}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _broken(path, f"{shown} has a malformed shape or data_offsets")
+    if len(shape) > DIMENSIONS:  # a product of millions of factors takes for ever
+        raise _broken(path, f"{shown} has {len(shape):,} dimensions, more than {DIMENSIONS}")
     begin, end = offsets
     tensor = Tensor(name, dtype, tuple(shape), path, data_start + begin)
     if end - begin != tensor.nbytes:

@@ -15,6 +15,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -77,7 +78,7 @@ def locked(out: Path) -> Iterator[None]:
     descriptors: list[int] = []
     try:
         while not descriptors or not _take(descriptors[-1], path):
-            descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+            descriptors.append(_open_lock(path))
         yield
     except BlockingIOError as error:
         raise OutputError(f"another gemma2 process is writing {out}", "wait for it, or choose another --out") from error
@@ -87,6 +88,21 @@ def locked(out: Path) -> Iterator[None]:
         except BaseException:  # interrupted: repeat it; further interrupts are ignored (cli/main.py)
             _release(descriptors, path)
             raise
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock, made by us or by another process of this user; never what a link there points to."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise OutputError(f"{path} is not a lock of ours but a link, a pipe or a folder", "remove it") from error
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_uid in (os.geteuid(), 0):
+        return descriptor
+    os.close(descriptor)
+    raise OutputError(f"{path} is not a lock of ours: it belongs to another user, or holds data", "remove it")
 
 
 def _take(descriptor: int, path: Path) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gemma2.core.errors import InputError
+from gemma2.core.foreign.code_keys import refuse_code
+from gemma2.core.foreign.links import refuse_outside_links
 from gemma2.core.json_files import read_json
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.number_formats import KINDS
 
 from .architecture import ONE_KIND, head_of
-from .checkpoint import Checkpoint
+from .checkpoint import COMPANIONS, Checkpoint
 from .config_keys import SHAPES, ConfigDifference, config_differences, is_allowed
 from .families import check_family
 
@@ -26,10 +28,8 @@ __all__ = [
     "check_same_tokenizer",
 ]
 
-# Keys that require code from the model, or weights that are not plain numbers.
+# Keys of weights that are not plain numbers; those that choose code are `refuse_code`'s.
 FORBIDDEN_KEYS = {
-    "auto_map": "requires its own code",
-    "custom_pipelines": "requires its own code",
     "quantization_config": "has quantised weights",
 }
 ONE_ARCHITECTURE = "merge models of one architecture"
@@ -37,6 +37,8 @@ ONE_ARCHITECTURE = "merge models of one architecture"
 
 def check_model(model: Checkpoint) -> None:
     """Refuse a model that cannot be merged, or not safely. Raises InputError."""
+    refuse_code(model.origin)
+    refuse_outside_links(model.origin, COMPANIONS)
     for name in ("config.json", "tokenizer_config.json"):
         path = model.origin / name
         for key, reason in FORBIDDEN_KEYS.items():

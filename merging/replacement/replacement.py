@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2.core.errors import InputError
+from gemma2.core.foreign.links import refuse_outside_links
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.digests import digest_input
@@ -197,6 +198,7 @@ def _template(model: Path, donor: Path) -> list[str]:
 
 def _write_tokenizer(plan: ReplacePlan, directory: Path) -> None:
     """Replace the tokenizer's files, and the ids in generation_config.json."""
+    refuse_outside_links(plan.donor, COMPANIONS)
     for name in COMPANIONS:
         if name not in ("config.json", GENERATION):
             (directory / name).unlink(missing_ok=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.posttrain.provenance.recorded_files import check_recorded, remake
 from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.schemas import ParetoConfig, PickConfig
@@ -59,7 +58,7 @@ def _facts(path: Path, known: Mapping[Path, Promise]) -> JsonMapping:
     if path in known:
         return known[path].facts
     try:
-        front = json.loads((path / "front.json").read_text(encoding="utf-8"))
+        front = load_json(path / "front.json")
         return {"settings": front.get("settings"), "line": any(point["kind"] == "line" for point in front["points"])}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the run itself says what is wrong with it
         return {}

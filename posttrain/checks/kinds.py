@@ -5,13 +5,12 @@ An input is on disk, or promised: an earlier stage of a pipeline will make it (`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, read_json
+from gemma2.core.json_files import JsonMapping, load_json, read_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable, read_header, weight_files
 from gemma2.merging.inputs.architecture import LM_HEAD, ONE_KIND, difference, stated
@@ -78,7 +77,7 @@ def look_at(path: Path) -> Promise | None:
     manifest = read_manifest(path) if path.is_dir() else None
     made = COMMANDS[manifest["command"]].makes if manifest and manifest.get("command") in COMMANDS else None
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = load_json(path / "config.json")
     except (OSError, ValueError):
         if (path / "adapter_config.json").is_file():
             return _adapter(path)

@@ -28,6 +28,7 @@ from jinja2.exceptions import TemplateError
 from gemma2.core.errors import InputError
 
 from .shapes.turns import ROLES, SKIP_HINT, Message, TurnError, check_order, fold_system
+from .template_time import TemplateOutOfBounds, bounded_rendering
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig  # imports torch
@@ -206,9 +207,12 @@ class ChatFormat:
         words = [f"Qzx{str(i).translate(str.maketrans(_DIGITS, _LETTERS))}xzQ" for i in range(len(turns))]
         stand_ins = [{"role": turn["role"], "content": word} for turn, word in zip(turns, words, strict=True)]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(stand_ins, tokenize=False, add_generation_prompt=generation_prompt)
-            )
+            with bounded_rendering(self.tokenizer.chat_template):
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        stand_ins, tokenize=False, add_generation_prompt=generation_prompt
+                    )
+                )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             hint = "let user and assistant alternate, beginning with user"
@@ -258,6 +262,8 @@ class ChatFormat:
         """Whether the template renders these messages."""
         try:
             self._pieces(messages)
+        except TemplateOutOfBounds:
+            raise
         except InputError:
             return False
         return True
@@ -280,10 +286,11 @@ class ChatFormat:
         return headers
 
     def _check_against_the_template(self) -> None:
-        expected = self.tokenizer.apply_chat_template(_PROBE, tokenize=True, return_dict=True)["input_ids"]
-        prompt = self.tokenizer.apply_chat_template(
-            _PROBE[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
-        )["input_ids"]
+        with bounded_rendering(self.tokenizer.chat_template):
+            expected = self.tokenizer.apply_chat_template(_PROBE, tokenize=True, return_dict=True)["input_ids"]
+            prompt = self.tokenizer.apply_chat_template(
+                _PROBE[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
+            )["input_ids"]
         rendered = self.conversation_ids(_PROBE)
         if rendered != expected or self.prompt_ids(_PROBE[:-1]) != prompt or rendered[: len(prompt)] != prompt:
             raise self._unusable("has a template that writes a model turn otherwise than its generation prompt")

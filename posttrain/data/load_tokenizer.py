@@ -6,10 +6,11 @@ the class that tokenizer_config.json names, and the general one, do not.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.foreign.code_keys import refuse_code
+from gemma2.core.json_files import load_json
 
 from .tokenizer import Tokenizer
 
@@ -34,11 +35,15 @@ def load_light_tokenizer(path: Path) -> Tokenizer | None:
         return None
     import transformers
 
+    refuse_code(path)
+
     general = transformers.PreTrainedTokenizerFast
     named = getattr(transformers, _class_name(path), general)
     usable = isinstance(named, type) and issubclass(named, general)
     try:
-        tokenizer: Tokenizer = (named if usable else general).from_pretrained(path, local_files_only=True)
+        tokenizer: Tokenizer = (named if usable else general).from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(
             f"no tokenizer can be loaded from {path}", "copy the tokenizer files next to the weights"
@@ -48,7 +53,7 @@ def load_light_tokenizer(path: Path) -> Tokenizer | None:
 
 def _class_name(path: Path) -> str:
     try:
-        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = load_json(path / "tokenizer_config.json")
     except (OSError, ValueError):
         return ""
     return str(config.get("tokenizer_class") or "") if isinstance(config, dict) else ""

@@ -14,7 +14,6 @@ distributions agree to fp16. A run that was killed goes on at the first file tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject, write_json
+from gemma2.core.json_files import JsonObject, load_json, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest, require_complete
 from gemma2.core.progress import SILENT, Progress
@@ -108,7 +107,7 @@ def write_shards(
                 save_file(tensors, path)
                 path.chmod(facts_mode(run.path))
                 write_json(facts, {"name": name, "digest": digest_file(path), **facts_of(tensors)})
-            shards.append(json.loads(facts.read_text(encoding="utf-8")))
+            shards.append(load_json(facts))
             task.advance(len(rows))
     return shards
 
@@ -235,7 +234,7 @@ def read_index(path: Path) -> JsonObject:
     if (read_manifest(path) or {}).get("command") != "distill cache" or not (path / INDEX).is_file():
         raise InputError(f"--teacher-cache {path} is not an output of gemma2 distill cache", "make one, see its --help")
     check_recorded(path, [INDEX], remake("distill cache", path))
-    index: JsonObject = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    index: JsonObject = load_json(path / INDEX)
     if index["format"] != FORMAT:
         raise InputError(f"{path}/{INDEX} has format {index['format']}, not {FORMAT}", "make the cache again")
     return index

@@ -48,6 +48,7 @@ __all__ = [
 FRONT, VALUES, SAMPLES = "front.json", "prompts.json", "samples.jsonl"
 READ = (FRONT, VALUES, SAMPLES)  # what a later front takes over
 KEPT = ("reward", "kl")  # the values per prompt that every point has: the axes of the front
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
 PLACES = {1: ("source",), 2: ("init", "merged")}  # where the models of a point are, by their number
 LABELS = frozenset({"name", "label", "kind", "title", "end", "iteration", "eta", "on_front"})
 
@@ -130,8 +131,13 @@ def _write_csv(path: Path, rows: Sequence[JsonMapping]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow({column: _cell(column) for column in columns})
+        writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+
+
+def _cell(value: object) -> object:
+    """A value as a spreadsheet takes it for text: names of others may begin like a formula, `=cmd|...`."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _write_values(path: Path, entries: Sequence[FrontEntry], names: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ candidates for the front nor part of the hypervolume; every other point is compa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ, still_points
 from gemma2.merging.inputs.architecture import LM_HEAD
@@ -155,7 +154,7 @@ def measure_all(
             if digest is not None and digest in done:
                 record = done[digest]  # the ends of the line are policies that may have been measured
             elif file.is_file():
-                record = json.loads(file.read_text(encoding="utf-8"))
+                record = load_json(file)
             else:
                 bench = bench or Bench(config, progress)
                 record = bench.measure(candidate, name)

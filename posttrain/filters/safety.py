@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config
@@ -116,8 +117,9 @@ class _Classifier:
         path = config.safety_model
         assert path is not None
         self.tokenizer = load_tokenizer(path)
+        refuse_code(path)
         self.model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, output_loading_info=True
+            path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
         if report["missing_keys"]:
             raise InputError(f"{path} lacks tensor {sorted(report['missing_keys'])[0]}", "give a trained classifier")

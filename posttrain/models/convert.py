@@ -99,8 +99,12 @@ def load_gguf(path: Path, dtype: torch.dtype, progress: Progress) -> Loaded:
     settings = gemma2_settings(read_header(path).metadata)
     try:
         with dequantisation_progress(progress):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
+            config = AutoConfig.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
             config.update(settings)
             model, report = AutoModelForCausalLM.from_pretrained(
                 path.parent,
@@ -109,6 +113,7 @@ def load_gguf(path: Path, dtype: torch.dtype, progress: Progress) -> Loaded:
                 dtype=dtype,
                 attn_implementation="eager",
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -16,12 +16,18 @@ from typing import BinaryIO, Literal
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
+from gemma2.core.limits import DIMENSIONS, GGUF_DEPTH, GGUF_ENTRIES, GGUF_ITEMS, TENSORS
+from gemma2.core.outputs.safetensors_header import printable
 
 __all__ = ["GgufHeader", "find_gguf", "read_header"]
 
 # Type number of a value -> struct format; 8 is a text, 9 an array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
+# Settings of a gemma2 file that must be natural numbers, and those that must be numbers.
+POSITIVE = {"block_count", "embedding_length", "feed_forward_length", "context_length"}
+POSITIVE |= {"attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"}
+SOFT_CAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,30 @@ def find_gguf(source: Path) -> Path | None:
 
 def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file. Raises InputError if it is not one, is cut off or has an unknown version."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file", "give a GGUF file")
     try:
         with path.open("rb") as file:
-            return _Header(file).read()
+            return _checked(_Header(file).read())
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable GGUF file ({error})", "copy it again") from error
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})", "check the path and its permissions") from error
+
+
+def _checked(header: GgufHeader) -> GgufHeader:
+    """The header, if the settings that a Gemma 2 is built from are of their types. Raises ValueError with the key."""
+    for key, value in header.metadata.items():
+        architecture, _, name = key.partition(".")
+        natural = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if architecture == "gemma2" and ((name in POSITIVE and not natural) or (name in SOFT_CAPS and not number)):
+            raise ValueError(f"{key} is {printable(str(value))}, not a number above 0")
+    if header.metadata.get("general.architecture") == "gemma2":
+        for name in ("embedding_length", "attention.head_count"):
+            if f"gemma2.{name}" not in header.metadata:
+                raise ValueError(f"gemma2.{name} is missing")
+    return header
 
 
 class _Header:
@@ -70,6 +93,7 @@ class _Header:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
+        self.items = 0  # of arrays that are read one by one
 
     def read(self) -> GgufHeader:
         if self._bytes(4) != b"GGUF":
@@ -78,6 +102,8 @@ class _Header:
         if version not in (2, 3):
             raise ValueError(f"version {version}")
         tensors, entries = self._integer("Q"), self._integer("Q")
+        if tensors > TENSORS or entries > GGUF_ENTRIES:
+            raise ValueError(f"{tensors:,} tensors and {entries:,} entries, which no model has")
         metadata: JsonObject = {}
         for _ in range(entries):
             key, kind = self._text(), self._integer("I")
@@ -101,29 +127,36 @@ class _Header:
     def _text(self) -> str:
         return self._bytes(self._integer("Q")).decode("utf-8")
 
-    def _value(self, kind: int) -> int | float | bool | str | None:
+    def _value(self, kind: int, depth: int = 1) -> int | float | bool | str | None:
         """Return the next value; arrays are skipped and give None."""
         if kind == TEXT:
             return self._text()
         if kind == ARRAY:
-            self._skip_array()
+            self._skip_array(depth)
             return None
         if kind not in NUMBERS:
             raise ValueError(f"value type {kind}")
         return self._number(NUMBERS[kind])
 
-    def _skip_array(self) -> None:
+    def _skip_array(self, depth: int) -> None:
+        if depth > GGUF_DEPTH:
+            raise ValueError(f"arrays nested more than {GGUF_DEPTH} deep")
         kind, length = self._integer("I"), self._integer("Q")
         if kind in NUMBERS:
             self._bytes(length * struct.calcsize(f"<{NUMBERS[kind]}"))
         else:
+            self.items += length
+            if self.items > GGUF_ITEMS:
+                raise ValueError(f"arrays of more than {GGUF_ITEMS:,} texts")
             for _ in range(length):
-                self._bytes(self._integer("Q")) if kind == TEXT else self._value(kind)
+                self._bytes(self._integer("Q")) if kind == TEXT else self._value(kind, depth + 1)
 
     def _tensor(self) -> int:
         """Return the number of elements of the next tensor."""
         self._text()
         dimensions = self._integer("I")
+        if dimensions > DIMENSIONS:
+            raise ValueError(f"a tensor of {dimensions:,} dimensions, more than {DIMENSIONS}")
         shape = [self._integer("Q") for _ in range(dimensions)]
         self._bytes(4 + 8)  # type and offset
         return math.prod(shape)

@@ -6,18 +6,24 @@ Attention is eager by default: `sdpa` has no soft cap and Gemma 2 refuses it (Ge
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject
+from gemma2.core.foreign.code_keys import refuse_code
+from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
 from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer
@@ -44,18 +50,10 @@ def default_device() -> torch.device:
 
 def read_config(path: Path) -> JsonObject:
     """Read config.json of a model directory. Raises InputError for a model that cannot or must not be loaded."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} holds no config.json", "give a model directory") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}/config.json is not readable JSON ({error})", "restore the file") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}/config.json is not a JSON object", "restore the file")
-    if "auto_map" in config:
-        raise InputError(
-            f"{path}/config.json asks to run its own code (auto_map)", "use a model that transformers supports"
-        )
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} holds no config.json", "give a model directory")
+    config = read_json(path / "config.json")
+    refuse_code(path)
     shards = weight_files(path)
     if not shards:
         raise InputError(f"{path} holds no *.safetensors", "convert the weights to safetensors first")
@@ -71,8 +69,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     require_tokenizer(path)
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        refuse_code(path)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(
             f"no tokenizer can be loaded from {path}", "copy the tokenizer files next to the weights"
         ) from error
@@ -111,20 +112,25 @@ def _load(
     """Load a model with transformers. Raises InputError for missing and unknown tensors, except `allowed_missing`."""
     read_config(path)
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
+        config._attn_implementation = attention  # the file's choice would win over the argument
         model, report = factory.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
-            **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, AttributeError, KeyError) as error:
         detail = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path} cannot be loaded as a model: {detail}", "check config.json and the weights"
         ) from error
+    if model.config._attn_implementation != attention:
+        raise RuntimeError(f"{path} was loaded with {model.config._attn_implementation} in place of {attention}")
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(allowed_missing or ("\0",)))
     for kind, keys in (("lacks", missing), ("has the unknown", sorted(report["unexpected_keys"]))):
         if keys:

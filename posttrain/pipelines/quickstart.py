@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma2.configs import recipes
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.reports.headline import PolicyRow, rows_of
 from gemma2.posttrain.reports.plots.gains import scale_of
@@ -68,7 +68,7 @@ def _summary(out: Path) -> JsonObject:
 
     front = out / "warp" / "front"
     points = read_front(front, "front")["points"]
-    picked = json.loads((out / "warp" / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
+    picked = load_json(out / "warp" / "model" / "gemma2.json")["summary"]
     rows = rows_of([point for point in points if point["kind"] != "trajectory"], picked)
     samples = [json.loads(line) for line in (front / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     return {

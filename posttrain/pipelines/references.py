@@ -27,7 +27,8 @@ class _Null:
 NULL = _Null()
 
 REFERENCE = re.compile(r"(?<!\$)\$\{([^{}]*)\}")
-CONDITION = re.compile(r"^\s*(?P<left>.+?)\s*(?P<sign>==|!=|<=|>=|<|>)\s*(?P<right>.+?)\s*$")
+LONGEST = 200  # characters of a condition in an error
+SIGN = re.compile(r"==|!=|<=|>=|<|>")
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": lambda a, b: bool(a == b),
     "!=": lambda a, b: bool(a != b),
@@ -128,10 +129,14 @@ def _there(value: object, key: str) -> str:
 
 def parse_condition(text: str) -> tuple[str, str, str]:
     """(left, sign, right) of `LEFT < RIGHT`. Raises UsageError for anything else."""
-    found = CONDITION.match(text)
-    if found is None:
-        raise UsageError(f"when: {text!r} is not a comparison", "write for instance ${front.summary.flat} < 1")
-    return found["left"], found["sign"], found["right"]
+    whole = text.strip()
+    found = SIGN.search(whole, 1)  # one pass: an expression with `.+?` and blanks around it would try every split
+    left, right = (whole[: found.start()].strip(), whole[found.end() :].strip()) if found else ("", "")
+    if found is None or not left or not right:
+        raise UsageError(
+            f"when: {text[:LONGEST]!r} is not a comparison", "write for instance ${front.summary.flat} < 1"
+        )
+    return left, found[0], right
 
 
 def condition_holds(text: str, of: Callable[[str], object]) -> bool:

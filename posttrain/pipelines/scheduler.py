@@ -16,6 +16,7 @@ from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, read_manifest
 from gemma2.core.outputs.staging import partial_path
+from gemma2.core.permissions import permissions
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on
 from gemma2.posttrain.runs.commands import output_hash, spell
@@ -206,6 +207,7 @@ class Scheduler:
             folder=os.getcwd(),
             modules=tuple(sys.path),
             cpus=self.executor.cpus(stage.resources.cpus),
+            permissions=permissions(),
         )
         why = "; ".join([*(["goes on where it was"] if resume else map(str, found.why)), *found.notes])
         self.observer.started(stage, spell(stage.command, found.config, stage.out), why)

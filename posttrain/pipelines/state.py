@@ -12,13 +12,12 @@ The status of a stage: waiting, running, complete, failed, interrupted, blocked 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.outputs.manifest import SCHEMA_VERSION
 
 from .compile import Pipeline
@@ -32,7 +31,7 @@ def read_state(root: Path) -> JsonObject | None:
     """The state of a pipeline's folder; None if it is missing. Raises InputError when it cannot be read."""
     path = root / STATE_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -68,7 +67,8 @@ def is_running(root: Path) -> bool:
     """Whether a process holds the folder: a killed process leaves a state that says `running`."""
     place = root.resolve()
     try:
-        descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDONLY)
+        lock = place.with_name(f".{place.name}.lock")
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

@@ -8,10 +8,9 @@ part. `resume` continues at the interrupted stage, and inside an RL run at its l
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.posttrain.reports.headline import SINGLE, rows_of
@@ -62,7 +61,7 @@ def summarise(root: Path) -> JsonObject:
     from gemma2.posttrain.evaluation.front_files import read_front
 
     points = read_front(root / "front", "front")["points"]
-    chosen = json.loads((root / "model" / "gemma2.json").read_text(encoding="utf-8"))["summary"]
+    chosen = load_json(root / "model" / "gemma2.json")["summary"]
     moved = differ(points)
     best = next((row.point for row in rows_of(points, None) if row.role == SINGLE), None) if moved else None
     single = {f"single_{key}": best[key] for key in ("label", *FIGURES)} if best else {}

@@ -147,7 +147,8 @@ def _flags_of_this_command() -> Iterator[None]:
         hint = error.hint
         for theirs, ours in names.items():
             hint = hint.replace(theirs, ours)
-        raise type(error)(error.what, hint) from error
+        what = error.what.replace("--base-url", "--judge-url").replace("--api-key-env", "--judge-key-env")
+        raise type(error)(what, hint) from error
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ nothing that decides the result differs (origin.py). Files are read again only i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.manifest import STATE, Manifest, read_manifest
 from gemma2.core.outputs.staging import partial_path
@@ -105,7 +104,7 @@ def _against(before: JsonMapping, command: str, config: Config, unknown: Collect
 def _interrupted(partial: Path) -> JsonObject | None:
     """Return the record of an interrupted run; None without one that a resume can use."""
     try:
-        found = json.loads((partial / STATE).read_text(encoding="utf-8"))
+        found = load_json(partial / STATE)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -7,7 +7,6 @@ each, and never exceptions: a report matters most after a failed run.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import MANIFEST, STATE, read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
@@ -188,7 +187,7 @@ def find_stages(root: Path, gaps: list[str]) -> Iterator[RecordedStage]:
             if MANIFEST in files:
                 yield RecordedStage(name, path, read_manifest(path) or {}, own_weights(path))
             elif STATE in files and PARTIAL.search(path.name):
-                state = json.loads((path / STATE).read_text(encoding="utf-8"))
+                state = load_json(path / STATE)
                 yield RecordedStage(name, path, {**state, "status": "unfinished"} if isinstance(state, dict) else {})
         except (InputError, OSError, ValueError) as error:
             gaps.append(f"{name} cannot be read ({error})")
@@ -211,7 +210,7 @@ def latest(stages: Iterator[RecordedStage]) -> dict[str, RecordedStage]:
 def read_records(root: Path, gaps: list[str]) -> Mapping[str, JsonMapping]:
     """The stages of pipeline.json by name; empty if the file is missing or unreadable."""
     try:
-        stages = json.loads((root / PIPELINE).read_text(encoding="utf-8"))["stages"]
+        stages = load_json(root / PIPELINE)["stages"]
         return {str(name): record for name, record in stages.items() if isinstance(record, Mapping)}
     except FileNotFoundError:
         return {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.posttrain.provenance.recorded_files import changed_files, remake
 
 from .plots.point_kinds import KINDS
@@ -51,7 +51,7 @@ def read_front(name: str, directory: Path, gaps: list[str]) -> Front:
         gaps.append(f"{place} was changed after it was measured and is not shown; {remake('pareto', directory)}")
         return Front(name, directory)
     try:
-        front = json.loads((directory / "front.json").read_text(encoding="utf-8"))
+        front = load_json(directory / "front.json")
         points = [usable(point) for point in front["points"]]
     except FileNotFoundError:
         return Front(name, directory)  # an unfinished measurement, which is already among the gaps

@@ -7,14 +7,13 @@ sources of that output. Files that no manifest describes, hub models and directo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.core.outputs.digests import digest_input, digest_weights
 from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
@@ -123,7 +122,7 @@ def inside(directory: Path, name: str) -> Path | None:
 def read_json(path: Path) -> JsonObject | None:
     """The JSON object in a file, or None if it is missing. Raises InputError if the file cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:

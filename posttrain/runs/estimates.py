@@ -8,7 +8,6 @@ Time is floating-point work over this machine's measured matrix product rate (CP
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.schemas import (
@@ -138,7 +137,7 @@ class Sources:
         made = self.promise(path)
         if made:
             return _known(made.shape[1]) if made.shape else math.nan
-        return float(json.loads((path / "config.json").read_text(encoding="utf-8")).get("hidden_size", 0))
+        return float(load_json(path / "config.json").get("hidden_size", 0))
 
 
 def _known(value: float | None) -> float:

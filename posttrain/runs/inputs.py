@@ -18,6 +18,7 @@ from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.schemas.config import Config
 
 from .run_directory import Parent, check_parents
+from .servers import check_servers
 
 __all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name", "paths_of"]
 
@@ -78,6 +79,7 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
         check_reward_terms(config)
     if isinstance(config, PairsConfig):
         check_judge(config, promised)
+    check_servers(config)
     cache = getattr(config, "teacher_cache", None)
     if cache is not None and not is_promised(cache) and (read_manifest(cache) or {}).get("status") != "complete":
         raise InputError(f"--teacher-cache {cache} is not a finished cache", "make one with gemma2 distill cache")

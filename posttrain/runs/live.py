@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.core.outputs.safetensors_header import printable
 
 __all__ = ["LiveRecord", "ask_to_end", "clear_live", "read_live", "take_alert"]
@@ -104,7 +104,7 @@ def clear_live(folder: Path) -> None:
 
 def _read(path: Path) -> JsonObject:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, finite, load_json, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -270,8 +270,10 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
 def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
     options = start.options
+    if partial.is_symlink():  # rmtree would leave it, and the run would go where it points
+        raise OutputError(f"{partial} is a link, not a run of ours", "remove it")
     if options.resume and (partial / STATE).is_file():
-        before = json.loads((partial / STATE).read_text(encoding="utf-8"))
+        before = load_json(partial / STATE)
         check_unchanged(before, start, partial)
         origin["started"] = before["started"]
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -164,6 +165,9 @@ class LoraOutputFields(LoraFields):
         return self
 
 
+LIKE_A_KEY = re.compile(r"(sk|pk|rk|gsk|hf|xai|key|api|ghp|nvapi|AKIA|AIza)[-_A-Za-z0-9]*\d[-_A-Za-z0-9]{12,}$")
+
+
 def check_address(url: str, option: str = "--base-url") -> None:
     """Raise ValueError for a server address with credentials, which outputs would record, or one that no server has."""
     try:
@@ -172,9 +176,9 @@ def check_address(url: str, option: str = "--base-url") -> None:
     except ValueError as error:  # its text may repeat a password
         what = "a port that is not a number from 1 to 65535" if "port" in str(error).lower() else "a malformed host"
         raise ValueError(f"{option} has {what}; give an address like http://localhost:8000/v1") from error
-    if "@" in parts.netloc or parts.query:
-        raise ValueError(f"{option} holds credentials or a query; keep keys in the environment")
+    if "@" in parts.netloc or parts.query or parts.fragment or any(map(LIKE_A_KEY.match, parts.path.split("/"))):
+        raise ValueError(f"{option} holds credentials, a query or a fragment; keep keys in the environment")
     if parts.scheme not in ("http", "https") or not parts.hostname or any(char.isspace() for char in url):
-        raise ValueError(f"{option} {url!r} is not an http address; begin it with http:// or https://")
+        raise ValueError(f"{option} is not an http address; begin it with http:// or https:// and a host")
     if port == 0:
         raise ValueError(f"{option} has the port 0; give the port that the server listens to")

@@ -10,7 +10,6 @@ untrained model is not a candidate; if its loss is lower, a warning is shown.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -27,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from gemma2.core.errors import GuardStop, InputError
-from gemma2.core.json_files import JsonObject, write_json
+from gemma2.core.json_files import JsonObject, load_json, write_json
 from gemma2.core.progress import Progress
 from gemma2.core.sizes import apart
 from gemma2.posttrain.data.examples import Example
@@ -159,7 +158,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
 
     def _restore(self, checkpoint: Path) -> None:
         try:
-            self.record = Record(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+            self.record = Record(**load_json(checkpoint / STATE_FILE))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"the checkpoint {checkpoint} has no {STATE_FILE}", "start over with --force") from error
         if (checkpoint / BEST_FILE).exists():

@@ -28,7 +28,7 @@ from typing import Protocol
 
 from gemma2.core.errors import UsageError
 from gemma2.core.interrupts import allow
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.posttrain.runs.run_directory import Run
 
 __all__ = ["check_tracking", "tracked"]
@@ -113,7 +113,7 @@ class Remote:
         self.cursor = run.checkpoints / CURSOR
         self.send = send
         self.finish = finish
-        self.sent = int(json.loads(self.cursor.read_text())) if self.cursor.exists() else -1
+        self.sent = int(load_json(self.cursor)) if self.cursor.exists() else -1
         self.cursor.parent.mkdir(parents=True, exist_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -11,18 +11,19 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2.core.errors import AlertStop, GuardStop, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.errors import AlertStop, GuardStop, InputError, UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
@@ -112,7 +113,7 @@ def mark_complete(checkpoint: Path) -> None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint has its mark and every file has the recorded digest."""
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+        files = load_json(checkpoint / COMPLETE)["files"]
         return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
@@ -290,6 +291,18 @@ class PeriodicEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers
             self.measure(state.global_step)
 
 
+@contextmanager
+def readable_state(checkpoint: Path | None) -> Iterator[None]:
+    """Raise InputError for a file of a checkpoint that holds more than numbers: torch refuses to run what is in it."""
+    try:
+        yield
+    except UnpicklingError as error:
+        if checkpoint is None:
+            raise
+        what = f"a file of the checkpoint {checkpoint} holds other things than tensors and numbers"
+        raise InputError(what, "remove that checkpoint: --resume then goes on from the one before it") from error
+
+
 def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
     """Run a Trainer to its end, from the latest complete checkpoint if the run is resumed."""
     trainer.remove_callback(PrinterCallback)
@@ -299,6 +312,7 @@ def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
     try:
         with tracked(run), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+            with readable_state(found[0] if found else None):
+                trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
     finally:
         callback.close()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, load_json
 from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.posttrain.runs.live import read_live
 
@@ -89,7 +88,7 @@ class RunWatch:
         if not self._record:
             for name in (MANIFEST, STATE):
                 try:
-                    found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                    found = load_json(self.folder / name)
                 except (OSError, ValueError, RecursionError):
                     continue
                 if isinstance(found, dict):

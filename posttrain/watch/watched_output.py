@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, load_json
 from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.yaml_files import closest
@@ -83,7 +82,7 @@ def _is_complete(folder: Path) -> bool:
 def read_object(path: Path) -> JsonMapping:
     """Return the JSON object of a file; empty if it is missing, or cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

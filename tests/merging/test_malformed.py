@@ -59,11 +59,11 @@ MALFORMED = {
     ),
     "endless number in a configuration": (
         lambda root: (root / "rl-2/config.json").write_text(f'{{"a": {DIGITS}}}'),
-        "rl-2/config.json is not readable JSON (ValueError)",
+        "rl-2/config.json is not readable JSON (JSONDecodeError)",
     ),
     "endless number in a manifest": (
         lambda root: (root / "rl-2/gemma2.json").write_text(f'{{"a": {DIGITS}}}'),
-        "rl-2/gemma2.json is not readable JSON (ValueError)",
+        "rl-2/gemma2.json is not readable JSON (JSONDecodeError)",
     ),
     "deep header": (
         lambda root: change_header(root / "rl-2/model.safetensors", lambda text: b'{"a":' + b"[" * 100_000),
@@ -71,7 +71,7 @@ MALFORMED = {
     ),
     "deep manifest": (
         lambda root: (root / "rl-2/gemma2.json").write_text("[" * 100_000),
-        "rl-2/gemma2.json is not readable JSON (RecursionError)",
+        "rl-2/gemma2.json is not readable JSON (JSONDecodeError)",
     ),
     "half a character in the name of a tensor": (
         lambda root: change_header(

@@ -141,6 +141,29 @@ def test_the_same_tokenizer_in_another_spelling_is_accepted(root):
 # --- directories that are not usable models ---
 
 
+def test_a_companion_that_links_out_of_its_model(root, tmp_path_factory):
+    """The output would take in a private file, under a name that people upload."""
+    private = tmp_path_factory.mktemp("private") / "keys.json"
+    private.write_text('{"secret": "s3cret"}')
+    for name in ("generation_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        link = root / "base" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(private)
+        refused(root, InputError, f"base/{name} is a link to a file elsewhere")
+        link.unlink()
+
+
+def test_companions_of_the_hub_cache_are_links_to_its_blobs(root):
+    cache = root / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    (root / "rl-1").rename(cache / "snapshots" / "0a1b")
+    for path in list((cache / "snapshots" / "0a1b").iterdir()):
+        path.rename(cache / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    merge(MergeRequest(method="linear", models=(cache / "snapshots" / "0a1b", root / "rl-2")), out=root / "out")
+
+
 def test_a_missing_directory(root):
     refused(root, InputError, f"base {root / 'nowhere'} is not a directory", base=root / "nowhere")
 

@@ -10,7 +10,6 @@ The caller gets the names of what is left aside; a set of shards with a gap, and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import load_json
 from gemma2.core.outputs.manifest import MANIFEST, require_complete
 
 __all__ = ["COMPRESSED", "SUFFIXES", "FolderFiles", "all_files_inside", "files_inside", "format_of"]
@@ -124,7 +124,7 @@ def _saved(folder: Path) -> list[Path]:
 
 def _state(path: Path, key: str) -> Sequence[object]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[key]
+        found = load_json(path)[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not the state of a saved data set", "save the data set again") from error
     return list(found) if isinstance(found, list) else []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.yaml_files import closest, place_of
 from gemma2.posttrain.foreign.counterparts import is_off
 
@@ -279,7 +278,7 @@ def _dataset_info(account: KeyAccount) -> tuple[JsonObject, Path]:
         path = place / "dataset_info.json"
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text(encoding="utf-8"))), _short(place)
+                return dict(load_json(path)), _short(place)
             except (ValueError, TypeError) as error:
                 raise InputError(f"{path} is not a JSON object ({error})", "correct the file") from error
     raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import get_args, get_origin
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.yaml_files import place_of, read_documents, to_yaml
 from gemma2.posttrain.foreign.counterparts import RUN_FLAGS, converted, is_off
 from gemma2.posttrain.foreign.names import NAMES
@@ -141,7 +140,7 @@ def import_file(path: Path, form: Format | None = None, kind: Kind | None = None
 def _read(path: Path) -> JsonObject:
     if path.suffix == ".json":
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = load_json(path)
         except OSError as error:
             raise InputError(f"cannot read {path} ({error.strerror})", "give a file that you may read") from error
         except ValueError as error:

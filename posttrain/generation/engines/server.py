@@ -22,18 +22,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
-from importlib import import_module
-from typing import Any
 from urllib.parse import urlsplit
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.core.permissions import check_host, check_key, is_local
 from gemma2.core.progress import Progress
 from gemma2.posttrain.schemas.fields import check_address
 from gemma2.posttrain.schemas.generate import GenerateConfig
 
 from .base import Completion, Key, Message, Request
+from .http_client import HEADERS, guarded_client, http_library
 from .reply import AGAIN as FAILED
 from .reply import MOST_BYTES, Answer, ServerError, Unreadable, read_reply
 from .retry import Backoff, retry_after
@@ -48,6 +48,7 @@ TOO_LONG = ("context_length_exceeded", "maximum context length", "context size",
 FILTERED = "content_filter"  # also the code of a prompt that a server's filter does not let through
 OF_A_PROMPT = (400, 413, 422)  # refusals that may be of one prompt alone
 MALFORMED, REFUSED = "malformed", "refused"  # reasons of dropped completions that we give
+DEFAULT_ADDRESS = "https://api.openai.com/v1"
 PATH = "/chat/completions"
 LONG_WAIT = 20.0  # seconds of a pause that is shown to the user
 CONNECT = 30.0  # seconds until an address is taken for one that nobody answers at
@@ -92,17 +93,25 @@ class ServerEngine:
         try:
             if address is not None:
                 check_address(address)
+            if config.base_url is not None:
+                check_host(config.base_url, "--base-url")
             self.client = openai.AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=address,
                 timeout=openai.Timeout(config.timeout, connect=min(config.timeout, CONNECT)),
                 max_retries=0,
+                default_headers=HEADERS,
+                http_client=guarded_client(address or DEFAULT_ADDRESS, MOST_BYTES),
             )
             check_address(str(self.client.base_url))
-        except (ValueError, OSError, ImportError, _library().InvalidURL) as error:
+        except Gemma2Error:
+            raise
+        except (ValueError, OSError, ImportError, http_library().InvalidURL) as error:
             what = self._said(f"no client for the server's address: {error}")
             raise UsageError(what, f"see --base-url, and {ENVIRONMENT} in the environment") from error
         self.address = str(self.client.base_url).rstrip("/")
+        if not is_local(urlsplit(self.address).hostname or ""):
+            progress.note(f"prompts are sent to {self.address}")
         self.chunk = WAVES * config.concurrency
         self.backoff = Backoff()
         self.runner = asyncio.Runner()
@@ -190,7 +199,15 @@ class ServerEngine:
             return self._refused(request, error.status_code, error.body, error.response.headers)
         except openai.APITimeoutError as error:
             raise _Failed(f"no answer in time ({self._cause(error)})", connected=False) from error
-        except (openai.APIConnectionError, _library().HTTPError, *NO_ADDRESS) as error:
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, InputError):  # a redirect to another server
+                raise error.__cause__ from error
+            if isinstance(error.__cause__, Unreadable):
+                raise self._malformed(error.__cause__) from error
+            raise _Failed(self._cause(error), connected=False) from error
+        except Unreadable as error:
+            raise self._malformed(error) from error
+        except (http_library().HTTPError, *NO_ADDRESS) as error:
             raise _Failed(self._cause(error), connected=False) from error
         self.reached = True
         try:
@@ -198,7 +215,10 @@ class ServerEngine:
         except ServerError as error:
             return self._refused(request, error.status, error.error, {})
         except Unreadable as error:
-            raise _Failed(self._said(f"an answer that is not a completion ({error})"), dropped=MALFORMED) from error
+            raise self._malformed(error) from error
+
+    def _malformed(self, error: Unreadable) -> _Failed:
+        return _Failed(self._said(f"an answer that is not a completion ({error})"), dropped=MALFORMED)
 
     async def _body(self, request: Request) -> tuple[bytes, str]:
         """The bytes of an answer, and the address that they came from. Raises _Failed for more than `MOST_BYTES`."""
@@ -334,15 +354,9 @@ def _key(config: GenerateConfig) -> str | None:
         )
     if not key.isascii() or not key.isprintable():
         raise UsageError(f"the key in {config.api_key_env} holds characters that no key has", "export it again")
+    if key:
+        check_key(config.api_key_env, "--api-key-env")
     return key or None
-
-
-def _library() -> Any:  # noqa: ANN401
-    """The HTTP library that openai is built on, which differs by its version."""
-    import openai
-
-    names = [base.__module__.partition(".")[0] for base in openai.DefaultAsyncHttpxClient.__mro__]
-    return import_module(next(name for name in names if name != "openai"))
 
 
 async def _first(

@@ -12,15 +12,16 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.permissions import allow_again
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -47,6 +48,7 @@ class Job:
     folder: str
     modules: tuple[str, ...]  # sys.path of the caller: where reward functions are found
     cpus: int
+    permissions: Mapping[str, str] = field(default_factory=dict)  # hosts and keys that the caller allowed
     gpus: tuple[str, ...] | None = None  # of CUDA_VISIBLE_DEVICES; None leaves it as it is
 
 
@@ -155,6 +157,7 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
 def _settle(job: Job) -> None:
     """Working folder, modules, threads and devices of this process."""
     os.chdir(job.folder)
+    allow_again(job.permissions)
     sys.path[:] = [*job.modules, *(path for path in sys.path if path not in job.modules)]
     if job.gpus is not None:  # before the first call of CUDA, which reads it once
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)

@@ -12,8 +12,10 @@ idle workers, one for each CPU of a node; the memory of a stage is gone with its
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -111,13 +113,29 @@ def drive(descriptor: int, address: str | None, commands: Sequence[str]) -> None
     driver.run()
 
 
+LOOPBACK = "127.0.0.1"  # of our own cluster: whoever reaches Ray's ports may run code
+
+
+def _close_to_others() -> None:
+    """Make the cluster that this process starts one of this machine and this user: loopback, and a secret token.
+
+    Ray 2.60 replaces a loopback address of the node by one that other machines reach, and has no switch against that.
+    """
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read at its import
+    services: Any = importlib.import_module("ray._private.services")
+    services.resolve_ip_for_localhost = lambda host: host
+
+
 class Driver:
     """Hands jobs to Ray and passes on what they say."""
 
     def __init__(self, control: Connection, address: str | None, commands: Sequence[str]) -> None:
+        if not address:
+            _close_to_others()
         import ray
 
         local: dict[str, Any] = {
+            "_node_ip_address": LOOPBACK,
             "num_cpus": os.cpu_count(),
             "include_dashboard": False,
             "object_store_memory": OBJECTS,

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 from model_files import CONFIG, random_arrays, read_model, write_model
 
 from gemma2.core.errors import InputError
+from gemma2.core.outputs import hub
 from gemma2.core.outputs.hub import is_hub_id, locate_model
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 
@@ -145,3 +147,15 @@ def test_a_directory_needs_no_network_library(tmp_path):
         f"locate_model({str(tmp_path)!r}, 'base'); assert 'huggingface_hub' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.pkl", "tokenizer.bin", "tokenizer.py", "tokenizer_code.py", "tokenizer", "model.bin", "a.pt"]
+)
+def test_neither_pickles_nor_code_are_fetched(name):
+    assert not any(fnmatch(name, pattern) for pattern in hub.FETCHED)
+
+
+def test_the_files_of_a_tokenizer_are_fetched():
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "merges.txt"):
+        assert any(fnmatch(name, pattern) for pattern in hub.FETCHED), name

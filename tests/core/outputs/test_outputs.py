@@ -225,6 +225,19 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("planted", ["a link", "a dangling link", "a pipe", "a folder", "data"])
+def test_a_planted_lock_is_neither_followed_nor_waited_for_nor_removed(tmp_path, planted):
+    lock, elsewhere = tmp_path / ".out.lock", tmp_path / "elsewhere"
+    if planted == "a link":
+        elsewhere.write_text("precious")
+    made = {"a pipe": lambda: os.mkfifo(lock), "a folder": lock.mkdir, "data": lambda: lock.write_text("precious")}
+    made.get(planted, lambda: lock.symlink_to(elsewhere))()
+    with pytest.raises(OutputError, match=r"\.out\.lock is not a lock of ours.*remove it"), locked(tmp_path / "out"):
+        raise AssertionError
+    assert lock.is_symlink() or lock.exists()
+    assert elsewhere.exists() == (planted == "a link")
+
+
 def test_a_lock_is_free_after_an_exception(tmp_path):
     with pytest.raises(RuntimeError), locked(tmp_path / "out"):
         raise RuntimeError

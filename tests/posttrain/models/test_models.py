@@ -1,11 +1,13 @@
 """Loading with the checks that transformers leaves to a warning, and saving what loads again."""
 
+import ast
 import json
 import os
 import stat
 
 import pytest
 import torch
+from processes import ROOT
 from safetensors.torch import load_file, save_file
 
 from gemma2.core.errors import InputError
@@ -69,6 +71,28 @@ def test_a_policy_loads_with_its_weights_in_eager_attention_and_eval_mode(policy
     assert tokenizer.pad_token_id == 0
 
 
+def test_the_attention_is_the_one_that_is_asked_for_whatever_the_file_says(broken):
+    directory = broken()
+    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        change_config(directory, **{key: "sdpa"})
+        assert load_policy(directory)[0].config._attn_implementation == "eager"
+
+
+def test_every_loader_of_foreign_models_refuses_remote_code_in_words():
+    """`trust_remote_code` left out asks at the terminal, or is what a later version makes of it."""
+    calls = []
+    for path in (file for layer in ("cli", "core", "merging", "posttrain") for file in (ROOT / layer).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                of = ast.unparse(node.func)
+                if node.func.attr == "from_pretrained" and of != "GenerationConfig.from_pretrained":
+                    calls.append(
+                        (f"{path}:{node.lineno}", {word.arg: ast.unparse(word.value) for word in node.keywords})
+                    )
+    assert len(calls) >= 7
+    assert not [place for place, words in calls if words.get("trust_remote_code") != "False"]
+
+
 def test_a_policy_loads_in_the_requested_dtype(policy):
     assert load_policy(policy, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
@@ -102,7 +126,13 @@ def test_the_head_of_a_fresh_reward_model_follows_the_seed_and_its_body_the_poli
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
         (lambda d: (d / "model.safetensors").unlink(), r"holds no \*\.safetensors; convert"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), r"holds no \*\.safetensors"),
-        (lambda d: change_config(d, auto_map={"AutoModel": "code.Model"}), "asks to run its own code"),
+        (lambda d: change_config(d, auto_map={"AutoModel": "code.Model"}), r"requires its own code \(auto_map\)"),
+        (lambda d: change_config(d, _attn_implementation="org/repo"), "chooses the implementation org/repo"),
+        (lambda d: change_config(d, attn_implementation={"": "org/repo:f"}), "chooses the implementation org/repo:f"),
+        (lambda d: change_config(d, text_config={"_attn_implementation": "o/r"}), "chooses the implementation o/r"),
+        (lambda d: change_config(d, _experts_implementation="o/r"), "chooses the implementation o/r"),
+        (lambda d: change_config(d, use_kernels=True), "asks for kernels of others"),
+        (lambda d: (d / "tokenizer_config.json").write_text('{"auto_map": ["x.T", null]}'), "requires its own code"),
         (lambda d: change_config(d, model_type="nonsense"), "cannot be loaded as a model"),
         (lambda d: change_config(d, hidden_size=24), "cannot be loaded as a model"),
         (lambda d: os.truncate(d / "model.safetensors", 5000), r"model\.safetensors: the file is truncated"),

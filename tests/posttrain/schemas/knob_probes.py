@@ -266,7 +266,7 @@ def paired(config: Any, room: Room) -> object:
 
     loaded: list[object] = []
     with (
-        patch.dict("os.environ", {"OPENAI_API_KEY": KEY, "OTHER_KEY": "sk-other", "OPENAI_BASE_URL": room.url}),
+        patch.dict("os.environ", {"OPENAI_API_KEY": KEY, "VLLM_API_KEY": "sk-other", "OPENAI_BASE_URL": room.url}),
         light_runs(pairs, room),
         patch.object(pairs.SamplerEngine, "load", lambda *given: (loaded.append(seen(given)), Engine())[1]),
     ):
@@ -294,7 +294,7 @@ def generated(config: Any, room: Room) -> object:
     from gemma2.posttrain.generation import generate
 
     with (
-        patch.dict("os.environ", {"OPENAI_API_KEY": KEY, "OTHER_KEY": "sk-other", "OPENAI_BASE_URL": room.url}),
+        patch.dict("os.environ", {"OPENAI_API_KEY": KEY, "VLLM_API_KEY": "sk-other", "OPENAI_BASE_URL": room.url}),
         light_runs(generate, room),
     ):
         made = outcome(lambda: written(generate.run_generate(config, room.out())))

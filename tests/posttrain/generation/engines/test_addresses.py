@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from asking import ask, requests_of
 from bad_answers import redirect
 from chat_server import KEY, Server, serving, text
 
-from gemma2.core.errors import Gemma2Error, UsageError
+from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.generation.engines import retry, server
@@ -38,6 +40,9 @@ def test_a_key_is_needed_but_for_a_server_of_ones_own(monkeypatch):
     ask(fake, 1)  # a server of one's own may need none
     assert KEY not in fake.requests[0][1]["authorization"]
     monkeypatch.setenv("MY_KEY", "another")
+    with pytest.raises(UsageError, match="--allow-key MY_KEY"):
+        ask(fake, 1, api_key_env="MY_KEY")
+    monkeypatch.setenv("GEMMA2_ALLOW_KEYS", "MY_KEY")
     ask(fake, 1, api_key_env="MY_KEY")
     assert fake.requests[1][1]["authorization"] == "Bearer another"
 
@@ -119,7 +124,7 @@ def test_another_model_and_another_address_are_recorded_and_warned_of_once(tmp_p
 
 def test_warnings_have_an_end():
     heard = Listening()
-    engine = server.ServerEngine(GenerateConfig(teacher="m", prompts="p", base_url="http://h/v1"), heard)
+    engine = server.ServerEngine(GenerateConfig(teacher="m", prompts="p", base_url="http://localhost:1/v1"), heard)
     for i in range(100):
         engine._warn("prompts", f"prompt {i}")
     engine._warn("models", "another model")
@@ -127,12 +132,43 @@ def test_warnings_have_an_end():
     assert len(heard.warnings) == server.MOST_NAMES + 1
 
 
-def test_the_key_does_not_follow_a_redirect_to_another_server():
+def test_nothing_follows_a_redirect_to_another_server():
+    """Neither the key nor the prompts: 307 and 308 would send the body again."""
     other = Server()
-    with serving(other) as elsewhere:
-        ask(Server(lambda number, body: redirect(f"{elsewhere}/chat/completions")), 1)
-    (headers,) = [headers for _, headers, _ in other.requests]
-    assert KEY not in str(headers)
+    with serving(other) as elsewhere, pytest.raises(InputError, match=r"redirects to .*, which would read the prompts"):
+        ask(Server(lambda number, body: redirect(f"{elsewhere}/chat/completions")), 1, retries=5)
+    assert not other.requests
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_compressed_answer_is_refused_before_it_is_unpacked(status):
+    """One that was not asked for: a megabyte would become gigabytes, in an error too."""
+
+    def packed(handler, _):
+        handler.send_response(status)
+        handler.send_header("Content-Encoding", "gzip, gzip")
+        handler.send_header("Content-Length", "10")
+        handler.end_headers()
+        handler.wfile.write(b"x" * 10)
+
+    fake = Server(lambda number, body: packed)
+    with pytest.raises(InputError, match="encoding gzip, gzip, which was not requested"):
+        ask(fake, 1, retries=0)
+    assert fake.requests[0][1]["accept-encoding"] == "identity"
+
+
+def test_an_error_without_end_is_not_read_whole(monkeypatch):
+    def endless(handler, _):
+        handler.send_response(400)
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b"x" * 10_000)
+        handler.close_connection = True
+
+    monkeypatch.setattr(server, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="it has more than 0 MiB"):
+        ask(Server(lambda number, body: endless), 1, retries=0)
 
 
 @pytest.mark.parametrize(

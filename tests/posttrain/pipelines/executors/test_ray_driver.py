@@ -55,6 +55,27 @@ def gpus(tmp_path, monkeypatch):
         ray_driver._warm = None
 
 
+def test_a_cluster_of_our_own_listens_on_this_machine_alone(monkeypatch):
+    given = {}
+    ray = types.SimpleNamespace(
+        init=lambda **words: given.update(words),
+        get_runtime_context=lambda: types.SimpleNamespace(get_node_id=lambda: "node"),
+        remote=lambda **words: lambda function: function,
+    )
+    services = types.SimpleNamespace(resolve_ip_for_localhost=lambda host: "192.0.2.1")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray._private.services", services)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    ray_driver.Driver(None, None, [])
+    assert given["_node_ip_address"] == "127.0.0.1" and given["include_dashboard"] is False
+    assert services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
+    assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    given.clear()
+    ray_driver.Driver(None, "10.0.0.1:6379", [])
+    assert given["address"] == "10.0.0.1:6379" and "_node_ip_address" not in given
+
+
 def job(place, stage="a") -> Job:
     return Job(stage, "filter", {}, f"out/{stage}", f"out/logs/{stage}.log", False, False, str(place), (), 1)
 

@@ -1,0 +1,1 @@
+"""What files of others may not do: choose code, lead elsewhere. Bounds of their size are in `core/limits.py`."""
