@@ -22,6 +22,7 @@ from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
 from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.runs.finished import publish_finished
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.runs.run_directory import RunOptions
 
@@ -137,7 +138,8 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         config = located(command.schema.model_validate(dict(job.options)))
         check_inputs(config)
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
-        result = command.run(config, RunOptions(Path(job.out), job.resume, job.force), Reporter(send))
+        options = RunOptions(Path(job.out), job.resume, job.force)
+        result = publish_finished(config, options) or command.run(config, options, Reporter(send))
         return Outcome(0, dict(result.summary))
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))

@@ -268,10 +268,10 @@ def test_a_resumed_run_goes_on_in_the_same_directory_and_keeps_its_start(place, 
 
 
 def test_a_kill_while_the_manifest_is_written_loses_no_checkpoint(place, monkeypatch):
-    def killed(directory):
+    def killed(*arguments):
         raise Stop
 
-    monkeypatch.setattr(run_directory, "fsync_tree", killed)
+    monkeypatch.setattr(run_directory, "publish", killed)
     with pytest.raises(Stop), opened(place) as run:
         (run.checkpoints / "checkpoint-2").mkdir(parents=True)
         run.finish({})
