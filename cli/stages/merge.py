@@ -17,6 +17,7 @@ from gemma2.cli.tools.extract_lora import extract_lora
 from gemma2.cli.tools.replace_tokenizer import replace_tokenizer
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.promise import promise
 from gemma2.core.sizes import size
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.table import METHODS
@@ -160,6 +161,7 @@ def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
         show_plan(console, plan, named=out is not None)
         return
+    promise(required_out(out))
     result = merge(request, out=out, force=given["force"], verify=given["verify"], progress=console)
     show(console, result)
 
@@ -182,6 +184,8 @@ def run_file(given: JsonMapping) -> None:
     out = required_out(given["out"])
     from gemma2.merging.recipes.run_recipe import merge_recipe
 
+    for step in recipe.steps:
+        promise(out / step.name if step.name else out)
     results = merge_recipe(recipe, out=out, force=given["force"], verify=given["verify"], progress=console)
     if console.as_json and len(results) > 1:
         names = [step.name for step in recipe.steps]

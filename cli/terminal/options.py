@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.core.outputs.promise import promise
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -315,6 +316,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     if given["dry_run"]:
         _show_plan(config, options, console)
         return
+    promise(options.out)
     checks = CommandChecks(isolated=False)
     models = checks.inputs(config)
     finished = publish_finished(config, options)

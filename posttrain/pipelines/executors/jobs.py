@@ -21,6 +21,7 @@ from typing import Any
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.streams import settle_streams
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.finished import publish_finished
 from gemma2.posttrain.runs.inputs import check_inputs, located
@@ -121,6 +122,7 @@ def execute(job: Job, send: Callable[[Event], None]) -> Outcome:
     signals.install()
     try:
         with _logged(Path(job.folder, job.log)):
+            settle_streams()
             outcome = _run(job, send)
         signals.ended = True
     except Interrupted:
@@ -143,8 +145,10 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         return Outcome(0, dict(result.summary))
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))
+    except SystemExit as error:
+        return Outcome(1, error=f"code that the stage called ended it: sys.exit({error.code!r}); take that out")
     except Exception as error:
-        line = refusal(error) if isinstance(error, OSError) else None
+        line = refusal(error)
         if line is not None:
             return Outcome(1, error=line)
         # A bug of the stage is shown by whoever started it, with its traceback.
