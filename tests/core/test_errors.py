@@ -6,11 +6,14 @@ import pickle
 import re
 import resource
 import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 from gemma2.core.errors import Gemma2Error, refusal
 
@@ -55,10 +58,14 @@ def test_the_classes_of_the_parametrized_test_are_all_subclasses():
 
 
 @pytest.fixture
-def no_room():
-    """No file can grow beyond a kilobyte, as on a full disk, but with another number of error."""
+def no_room(monkeypatch):
+    """No file can grow beyond a kilobyte, as on a full disk, but with another number of error.
+
+    Nothing is imported meanwhile: Python would cut its cache of bytecode.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -66,8 +73,6 @@ def no_room():
 
 
 def by_safetensors(path):
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(4096)}, path)
 
 
@@ -76,8 +81,6 @@ def by_torch(path):
 
 
 def by_tokenizers(path):
-    from tokenizers import Tokenizer, models
-
     Tokenizer(models.WordLevel({f"word{number}": number for number in range(999)}, "word0")).save(str(path))
 
 
