@@ -76,7 +76,7 @@ def _interrupted(number: int) -> int:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; bugs propagate."""
     from gemma2.core.errors import Gemma2Error, refusal
-    from gemma2.core.outputs.promise import check_promised, forget_promised
+    from gemma2.core.promise import check_promised, forget_promised
 
     opening.show(arguments)
     forget_promised()
@@ -86,6 +86,7 @@ def run(arguments: list[str]) -> int:
         code = invoke(arguments)
         if code == 0:
             check_promised()
+        _say_kept()
         sys.stdout.flush()  # here, where a full disk behind it is an error like any other
         return code
     except Gemma2Error as error:
@@ -135,13 +136,20 @@ def _end_unread() -> int:
     Not so where the command had an output to write and had not come to that.
     """
     from gemma2.core.errors import OutputError
-    from gemma2.core.outputs.promise import check_promised
+    from gemma2.core.promise import check_promised
 
     try:
         check_promised()
     except OutputError as error:
         return _fail(f"nobody reads stdout any more; {error.what}; start it again, without the pipe", 1)
     return 0
+
+
+def _say_kept() -> None:
+    """Name the files of others that an output replaced."""
+    staging = sys.modules.get("gemma2.core.outputs.staging")
+    for note in staging.take_notes() if staging is not None else ():
+        sys.stderr.write(f"note: {note}\n")
 
 
 def _say_bug(arguments: Sequence[str], error: Exception) -> None:

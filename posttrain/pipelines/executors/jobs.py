@@ -21,6 +21,7 @@ from typing import Any
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.outputs.staging import take_notes
 from gemma2.core.streams import settle_streams
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.finished import publish_finished
@@ -142,6 +143,8 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         options = RunOptions(Path(job.out), job.resume, job.force)
         result = publish_finished(config, options) or command.run(config, options, Reporter(send))
+        for note in take_notes():
+            Reporter(send).note(note)
         return Outcome(0, dict(result.summary))
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))

@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.ranks import is_main
-
-from .manifest import read_manifest
 
 __all__ = ["check_promised", "fault_of", "forget_promised", "promise"]
 
