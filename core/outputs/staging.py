@@ -57,7 +57,8 @@ def check_output(
             raise OutputError(f"--out {out} and the {role} {path} overlap", "choose another --out")
     if out.is_symlink():  # replacing the link would leave its target as it is, and writing through it is a surprise
         raise OutputError(
-            f"--out {out} is a symbolic link to {os.readlink(out)}", "remove the link, or choose another --out"
+            f"--out {out} is not a directory but a symbolic link to {os.readlink(out)}",
+            "remove the link, or choose another --out",
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} exists and is not a directory", "choose another --out")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +95,21 @@ def test_a_kill_while_an_output_is_replaced_keeps_files_of_others(tmp_path, monk
     found = files(tmp_path)
     assert found["out/model.safetensors"] == "new"
     assert [text for name, text in found.items() if name.endswith("notes.txt")] == ["precious"]
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "gone"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_symbolic_link_is_refused_and_its_target_stays(tmp_path, target, force):
+    make(tmp_path / "elsewhere", "theirs")
+    before = files(tmp_path)
+    (tmp_path / "out").symlink_to(target)
+    with pytest.raises(OutputError, match=rf"is not a directory but a symbolic link to {target}; remove the link"):
+        make(tmp_path / "out", force=force)
+    (tmp_path / "out").unlink()
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/1/x", "/proc/x/y", "/sys/x"])
+def test_a_place_where_nothing_can_be_created_is_an_error_in_one_line(out):
+    with pytest.raises(OutputError, match=r"cannot write --out \S+ .*; choose another --out"):
+        make(Path(out))
