@@ -76,16 +76,15 @@ def _interrupted(number: int) -> int:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; bugs propagate."""
     from gemma2.core.errors import Gemma2Error, refusal
-    from gemma2.core.promise import check_promised, forget_promised
 
     opening.show(arguments)
-    forget_promised()
+    _staging("forget_promised")
     try:
         from .app import invoke
 
         code = invoke(arguments)
         if code == 0:
-            check_promised()
+            _staging("check_promised")
         _say_kept()
         sys.stdout.flush()  # here, where a full disk behind it is an error like any other
         return code
@@ -136,19 +135,24 @@ def _end_unread() -> int:
     Not so where the command had an output to write and had not come to that.
     """
     from gemma2.core.errors import OutputError
-    from gemma2.core.promise import check_promised
 
     try:
-        check_promised()
+        _staging("check_promised")
     except OutputError as error:
         return _fail(f"nobody reads stdout any more; {error.what}; start it again, without the pipe", 1)
     return 0
 
 
+def _staging(function: str) -> list[str]:
+    """Call a function of core.outputs.staging where a command has loaded it; many write nothing and need not."""
+    staging = sys.modules.get("gemma2.core.outputs.staging")
+    found: list[str] | None = getattr(staging, function)() if staging is not None else None
+    return found or []
+
+
 def _say_kept() -> None:
     """Name the files of others that an output replaced."""
-    staging = sys.modules.get("gemma2.core.outputs.staging")
-    for note in staging.take_notes() if staging is not None else ():
+    for note in _staging("take_notes"):
         sys.stderr.write(f"note: {note}\n")
 
 

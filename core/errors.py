@@ -73,7 +73,7 @@ class AlertStop(Gemma2Error, RuntimeError):
 def refusal(error: BaseException) -> str | None:
     """Return the error line for a failure of the operating system (full disk, missing permission); None for a bug.
 
-    safetensors, tokenizers and torch write in other languages: they raise types of their own, which are known by the
+    safetensors, tokenizers and torch write in other languages and raise other types, which are known by the
     number or the words of the failure in their texts, or by the OSError that they name as their cause.
     """
     seen: set[int] = set()

@@ -186,7 +186,10 @@ FACES = {
     "cli": {"app", "main"},
     "posttrain": set(),
     "merging": {"engine"},
-    "core": {"errors", "interrupts", "progress", "yaml_files", "json_files", "ranks", "rounding", "seeds", "sizes"},
+    "core": {
+        *("errors", "interrupts", "progress", "yaml_files", "json_files", "ranks", "rounding", "seeds", "sizes"),
+        "streams",
+    },
     "configs": set(),
 }
 
