@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gemma2.core.interrupts import Signals
+from gemma2.core.streams import drop_unread, settle_streams
 
 from .terminal import opening
 
@@ -81,31 +82,82 @@ def run(arguments: list[str]) -> int:
     from gemma2.core.errors import Gemma2Error, refusal
 
     opening.show(arguments)
+    _staging("forget_promised")
     try:
         from .app import invoke
 
         code = invoke(arguments)
+        if code == 0:
+            _staging("check_promised")
+        _say_kept()
         sys.stdout.flush()  # here, where a full disk behind it is an error like any other
         return code
     except Gemma2Error as error:
         kind = next(name for base, name in KINDS.items() if base in {one.__name__ for one in type(error).__mro__})
         _say_as_json(arguments, kind, error.exit_code, error.what, error.hint, error.where)
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
+    except SystemExit as error:
+        if _is_ours(error):
+            raise
+        what, fix = f"code that the command called ended it: sys.exit({error.code!r}){_place(error)}", "take that out"
+        _say_as_json(arguments, "input", 1, what, fix)
+        return _fail(f"{what}; {fix}", 1)
+    except BrokenPipeError as error:
+        if drop_unread():
+            return _end_unread()
+        _say_bug(arguments, error)
         raise
-    except OSError as error:
+    except Exception as error:
         line = refusal(error)
         if line is None:
             _say_bug(arguments, error)
             raise
         what, _, fix = line.partition("; ")
-        _say_as_json(arguments, "system", 1, what, fix, str(error.filename or ""))
+        _say_as_json(arguments, "system", 1, what, fix, str(getattr(error, "filename", None) or ""))
         return _fail(line, 1)
-    except Exception as error:
-        _say_bug(arguments, error)
-        raise
     finally:
         opening.clear()
+
+
+def _is_ours(error: SystemExit) -> bool:
+    """Whether an end of the process was meant: of a rank whose rank 0 has said why, or of a shell's completion."""
+    from gemma2.core.ranks import RankEnd
+
+    return isinstance(error, RankEnd) or "_GEMMA2_COMPLETE" in os.environ
+
+
+def _place(error: BaseException) -> str:
+    import traceback
+
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return "".join(f" ({frame.filename}:{frame.lineno})" for frame in last)
+
+
+def _end_unread() -> int:
+    """The exit code where nobody reads stdout any more (`gemma2 ... | head`): the reader has what it wanted.
+
+    Not so where the command had an output to write and had not come to that.
+    """
+    from gemma2.core.errors import OutputError
+
+    try:
+        _staging("check_promised")
+    except OutputError as error:
+        return _fail(f"nobody reads stdout any more; {error.what}; start it again, without the pipe", 1)
+    return 0
+
+
+def _staging(function: str) -> list[str]:
+    """Call a function of core.outputs.staging where a command has loaded it; many write nothing and need not."""
+    staging = sys.modules.get("gemma2.core.outputs.staging")
+    found: list[str] | None = getattr(staging, function)() if staging is not None else None
+    return found or []
+
+
+def _say_kept() -> None:
+    """Name the files of others that an output replaced."""
+    for note in _staging("take_notes"):
+        sys.stderr.write(f"note: {note}\n")
 
 
 def _say_bug(arguments: Sequence[str], error: Exception) -> None:
@@ -116,16 +168,12 @@ def _say_bug(arguments: Sequence[str], error: Exception) -> None:
 
 def main() -> None:
     """The console script `gemma2`."""
+    settle_streams()  # before anything opens a file
     signals = Signals()
     signals.install()
     try:
-        try:
-            _environment()
-            code = run(sys.argv[1:])
-        except BrokenPipeError:
-            # `gemma2 ... | head`: the reader has what it wanted.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
+        _environment()
+        code = run(sys.argv[1:])
         signals.end()
         if code and signals.caught is not None:  # a library made an expected failure out of the interrupt
             code = _interrupted(signals.caught)

@@ -13,11 +13,17 @@ Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 
 __all__ = ["AlertStop", "Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
 
 # Failures of the operating system that any read or write may meet: they are not bugs, so they show no traceback.
-REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
+REFUSALS = {
+    *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS),
+}
+# torch writes in C++ and keeps no reason.
+TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostream error", "inline_container.cc")
+HINT = "check its place and permissions"
 
 
 class Gemma2Error(Exception):
@@ -64,8 +70,32 @@ class AlertStop(Gemma2Error, RuntimeError):
     exit_code = 4
 
 
-def refusal(error: OSError) -> str | None:
-    """Return the error line for a failure of the operating system (full disk, missing permission); None for a bug."""
-    if error.errno not in REFUSALS:
+def refusal(error: BaseException) -> str | None:
+    """Return the error line for a failure of the operating system (full disk, missing permission); None for a bug.
+
+    safetensors, tokenizers and torch write in other languages and raise other types, which are known by the
+    number or the words of the failure in their texts, or by the OSError that they name as their cause.
+    """
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        found = _refused(one)
+        if found:
+            return found
+        one = one.__cause__
+    return None
+
+
+def _refused(error: BaseException) -> str | None:
+    if isinstance(error, OSError):
+        if error.errno in REFUSALS:
+            return f"{error.strerror}: {error.filename or 'the output'}; {HINT}"
         return None
-    return f"{error.strerror}: {error.filename or 'the output'}; check its place and permissions"
+    text = " ".join(str(error).split())
+    for number in sorted(REFUSALS):
+        if f"(os error {number})" in text:  # Rust
+            return f"{os.strerror(number)}: the output ({type(error).__name__}: {text[:200]}); {HINT}"
+    if isinstance(error, RuntimeError) and any(words in text for words in TORCH_WRITES):
+        return f"torch could not write a file ({text[:200]}); see whether the disk is full"
+    return None

@@ -31,6 +31,10 @@ def announced() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+class RankEnd(SystemExit):
+    """Ends a process whose rank 0 has said why; the only SystemExit that this package raises inside a command."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the processes of its job."""
@@ -58,7 +62,7 @@ class Ranks:
         if failure is not None:
             raise failure
         if code:
-            raise SystemExit(code)
+            raise RankEnd(code)
         return cast("T", value)
 
     def gather(self, value: T) -> list[T]:

@@ -10,6 +10,7 @@ import typer
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet, required_out
+from gemma2.core.outputs.staging import promise
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -58,5 +59,6 @@ def convert(
     if dry_run:
         console.result(plan_convert(config, options))
         return
+    promise(options.out)
     result = run_convert(config, options, console)
     console.result(result.summary, result.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from gemma2.cli.tools.extract_lora import extract_lora
 from gemma2.cli.tools.replace_tokenizer import replace_tokenizer
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.staging import promise
 from gemma2.core.sizes import size
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.request import FILES
@@ -27,6 +29,7 @@ from .merge_methods import CHOICES, ENDING, MODELS, STREAM, THREADS, flags_of, r
 
 if TYPE_CHECKING:
     from gemma2.merging import MergePlan, MergeResult
+    from gemma2.merging.methods.request import MergeRequest
     from gemma2.merging.recipes.step import Recipe
 
 __all__ = ["app"]
@@ -161,8 +164,18 @@ def run_method(method: str, models: list[Path], given: JsonMapping) -> None:
         plan = plan_merge(request, out or SOMEWHERE, given["force"] or out is None)
         show_plan(console, plan, named=out is not None)
         return
+    _promise(request, required_out(out))
     result = merge(request, out=out, force=given["force"], verify=given["verify"], progress=console)
     show(console, result)
+
+
+def _promise(request: MergeRequest, out: Path) -> None:
+    """Note the outputs of a merge. What is wrong with the request is said by its plan."""
+    from gemma2.merging.plan.merge_plan import output_paths
+
+    with suppress(UsageError):
+        for path in output_paths(request, out):
+            promise(path)
 
 
 def run_file(given: JsonMapping) -> None:
@@ -184,6 +197,8 @@ def run_file(given: JsonMapping) -> None:
     out = required_out(given["out"])
     from gemma2.merging.recipes.run_recipe import merge_recipe
 
+    for step in recipe.steps:
+        _promise(step.request, out / step.name if step.name else out)
     results = merge_recipe(recipe, out=out, force=given["force"], verify=given["verify"], progress=console)
     if console.as_json and len(results) > 1:
         names = [step.name for step in recipe.steps]

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST, STATE
-from gemma2.core.outputs.staging import check_output, partial_path
+from gemma2.core.outputs.staging import check_output, partial_path, promise
 from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -335,12 +335,19 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.checks.of_command import CommandChecks
     from gemma2.posttrain.checks.plan import disk_problem
     from gemma2.posttrain.runs.estimates import estimate
+    from gemma2.posttrain.runs.finished import publish_finished
 
     if given["dry_run"]:
         _show_plan(config, options, console)
         return
+    promise(options.out)
     checks = CommandChecks(isolated=False)
     models = checks.inputs(config)
+    finished = publish_finished(config, options)
+    if finished is not None:
+        console.note("the run was complete when it was killed: nothing is computed again")
+        console.result(finished.summary, finished.out)
+        return
     if not options.resume:
         check_output(options.out, options.force)
     checks.contents(config, models)

@@ -16,6 +16,7 @@ from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_o
 from gemma2.configs import recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.core.outputs.staging import promise
 from gemma2.posttrain.foreign.settings.account import KeyRow, shown
 from gemma2.posttrain.schemas.config import load_yaml, to_yaml
 
@@ -110,7 +111,7 @@ def import_settings(
         keys = ", ".join(row.key for row in found.deciding)
         raise InputError(f"{file}: no counterpart for {keys}", "take them out of the file, or drop --strict")
     if out is not None:
-        write_text(out, found.recipe())
+        write_text(promise(out, file=True), found.recipe())
     elif not as_json:
         console.text(found.recipe())
 

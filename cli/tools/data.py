@@ -14,6 +14,7 @@ from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_o
 from gemma2.cli.terminal.schema_flags import field_option, split_lists
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.outputs.staging import promise
 from gemma2.posttrain.schemas.config import resolve
 from gemma2.posttrain.schemas.fields import RowFields
 
@@ -131,6 +132,7 @@ def convert(
         raise UsageError("--out is missing", "give the file to write: --out rows.jsonl")
     options = _options(columns=columns, ignore_keys=ignore_keys, on_bad_row=on_bad_row)
     parsed = [name.strip() for name in (parse_json or "").split(",") if name.strip()]
+    promise(out, file=True)
     found, reading = convert_rows(path, out, options, to, parsed, force)
     console = Console(as_json=as_json, quiet=quiet)
     console.result(found | reading.report(console, carried=True), out)

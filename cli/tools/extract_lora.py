@@ -9,6 +9,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet, required_out
+from gemma2.core.outputs.staging import promise
 from gemma2.core.sizes import size
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def extract_lora(
     if dry_run:
         console.result(plan_extract(request, out or SOMEWHERE, force or out is None).describe())
         return
-    show(console, extract(request, out=required_out(out), force=force, progress=console))
+    show(console, extract(request, out=promise(required_out(out)), force=force, progress=console))
 
 
 def _names(text: str | None) -> tuple[str, ...]:

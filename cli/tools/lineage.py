@@ -13,6 +13,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Form, Quiet, file_option
 from gemma2.core.errors import OutputError, UsageError
+from gemma2.core.outputs.staging import promise
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,7 +58,7 @@ def lineage(
     if as_json:
         console.json(found.document())
     elif out is not None:
-        console.result({}, write_text(out, rendered(found, form)))
+        console.result({}, write_text(promise(out, file=True), rendered(found, form)))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
         console.text(rendered(found, form, width))

@@ -35,7 +35,7 @@ from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.home import text_at_home
-from gemma2.core.outputs.staging import partial_path
+from gemma2.core.outputs.staging import partial_path, promise
 from gemma2.core.permissions import allow
 from gemma2.core.yaml_files import closest
 
@@ -251,10 +251,14 @@ def run(
         check_executor(compiled, place)
         show_plan(console, compiled, check_pipeline(compiled, choice))
         return
+    if choice.within is None:
+        promise(compiled.root)
     started = time.monotonic()
     announcer = Announcer(console, len(compiled.stages))
     with kept_for_later(console, compiled.root):
         result = run_pipeline(compiled, place, choice=choice, observer=announcer, progress=console)
+    for name in result.ran:
+        promise(compiled.stages[name].out)
     counts = {status: list(result.status.values()).count(status) for status in ("complete", "not needed")}
     console.result(
         {"stages": len(compiled.stages), "ran": len(result.ran), **{k: v for k, v in counts.items() if v},

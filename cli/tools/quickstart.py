@@ -26,6 +26,7 @@ from gemma2.cli.terminal.options import (
 from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.core.errors import OutputError
 from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.staging import promise
 
 from .pipeline import Announcer, jobs_option, kept_for_later
 
@@ -90,6 +91,7 @@ def quickstart(
         end_plan(plan.problems, console)
         return
     _refuse_another(pipeline)
+    promise(out)
     started = time.monotonic()
     announcer = Announcer(console, len(pipeline.stages))
     with kept_for_later(console, out):

@@ -8,6 +8,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet, required_out
+from gemma2.core.outputs.staging import promise
 
 __all__ = ["replace_tokenizer"]
 
@@ -57,6 +58,6 @@ def replace_tokenizer(
         plan = plan_replacement(model, tokenizer, out or SOMEWHERE, force or out is None)
         console.result({"plan": f"replace-tokenizer {model} by {tokenizer}, nothing was written", **plan.summary()})
         return
-    done = replace(model, tokenizer, out=required_out(out), force=force, progress=console)
+    done = replace(model, tokenizer, out=promise(required_out(out)), force=force, progress=console)
     shown = done.summary() if as_json else {k: v for k, v in done.summary().items() if k not in ("notes", "tables")}
     console.result(shown, done.out)

@@ -10,6 +10,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 from gemma2.core.errors import OutputError
+from gemma2.core.outputs.staging import promise
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -47,4 +48,4 @@ def report(
         plan = {"plan": f"report {directory} -> {out}, nothing was written", **plan_report(directory)}
         Console(as_json=as_json, quiet=quiet).result(plan)
         return
-    Console(as_json=as_json, quiet=quiet).result({}, write_report(directory, out))
+    Console(as_json=as_json, quiet=quiet).result({}, write_report(directory, promise(out, file=True)))

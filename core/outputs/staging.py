@@ -17,18 +17,38 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gemma2.core.errors import OutputError
+from gemma2.core.errors import InputError, OutputError
+from gemma2.core.ranks import is_main
 from gemma2.core.sizes import sizes_apart
 
-__all__ = ["check_output", "check_space", "fsync_tree", "locked", "publish", "staged_output"]
+from .manifest import CHECKPOINTS, MANIFEST, STATE, read_manifest
+
+__all__ = [
+    "check_output",
+    "check_promised",
+    "check_space",
+    "fault_of",
+    "forget_promised",
+    "fsync_tree",
+    "locked",
+    "promise",
+    "publish",
+    "staged_output",
+    "take_notes",
+]
 
 
 # Whoever asks whether an output is being written (`pipeline status`, `watch`) holds its lock for some microseconds.
 LOOKS, PAUSE = 5, 0.02  # seconds
+# Of an output, though its manifest does not list them.
+OURS = (MANIFEST, STATE, CHECKPOINTS, ".live.json", ".alert.json")
+SHOWN = 5  # names in a note
+_notes: list[str] = []
+_promised: dict[Path, bool] = {}  # outputs of the command that runs; whether each is a single file
 
 
 def partial_path(out: Path) -> Path:
@@ -36,8 +56,13 @@ def partial_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = None) -> None:
-    """Refuse an output that exists (without `force`), or that is, contains or is inside one of the inputs."""
+def check_output(
+    out: Path, force: bool, inputs: Mapping[str, Path] | None = None, marks: Sequence[str] = (MANIFEST,)
+) -> None:
+    """Refuse an output that exists (without `force`), or that is, contains or is inside one of the inputs.
+
+    marks  files of which an existing output has one; a folder without them is not ours, and `force` does not replace it
+    """
     if out.name in ("", "..") or "\0" in out.name:
         raise OutputError(f"--out {out} does not name a directory", "give the name of a new directory")
     target = out.resolve()
@@ -45,8 +70,14 @@ def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = Non
         source = path.resolve()
         if target == source or source in target.parents or target in source.parents:
             raise OutputError(f"--out {out} and the {role} {path} overlap", "choose another --out")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():  # replacing the link would leave its target as it is, and writing through it is a surprise
+        raise OutputError(
+            f"--out {out} is not a directory but a symbolic link to {os.readlink(out)}",
+            "remove the link, or choose another --out",
+        )
+    if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} exists and is not a directory", "choose another --out")
+    _require_ours(out, marks)
     if out.exists() and not force and any(out.iterdir()):
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
     parent = out.parent
@@ -54,6 +85,14 @@ def check_output(out: Path, force: bool, inputs: Mapping[str, Path] | None = Non
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write --out {out}: {parent} is not a writable directory", "choose another --out")
+
+
+def _require_ours(out: Path, marks: Sequence[str]) -> None:
+    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in marks):
+        raise OutputError(
+            f"--out {out} exists and holds something else than an output of gemma2: it has no {marks[0]}",
+            "choose another --out",
+        )
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -73,12 +112,13 @@ def check_space(out: Path, needed: int) -> None:
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the lock on writing `out`; a second process fails at once instead of waiting. Raises OutputError."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f".{out.name}.lock")
     descriptors: list[int] = []
     try:
-        while not descriptors or not _take(descriptors[-1], path):
-            descriptors.append(_open_lock(path))
+        with _written(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            while not descriptors or not _take(descriptors[-1], path):
+                descriptors.append(_open_lock(path))
         yield
     except BlockingIOError as error:
         raise OutputError(f"another gemma2 process is writing {out}", "wait for it, or choose another --out") from error
@@ -103,6 +143,17 @@ def _open_lock(path: Path) -> int:
         return descriptor
     os.close(descriptor)
     raise OutputError(f"{path} is not a lock of ours: it belongs to another user, or holds data", "remove it")
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """A place where nothing can be created, /proc for one, is an error of the command line, whatever its number."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write --out {out} ({error.strerror})", "choose another --out") from error
 
 
 def _take(descriptor: int, path: Path) -> bool:
@@ -160,6 +211,60 @@ def exchange(new: Path, old: Path) -> bool:
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
 
 
+# --- files of others: moved to `OUT.kept` before an output is replaced, so that a kill loses nothing ---
+
+
+def take_notes() -> list[str]:
+    """Return the lines about what was kept aside since the last call."""
+    found = _notes[:]
+    _notes.clear()
+    return found
+
+
+def keep_aside(out: Path) -> None:
+    """Move the files below `out` that no manifest lists to a new folder next to it."""
+    found = [*_unlisted(out)]
+    if not found:
+        return
+    place = _free_name(out)
+    for path in found:
+        target = place / path.relative_to(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    names = [str(path.relative_to(out)) for path in found]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    _notes.append(f"{out} held files of others, which are now in {place}: {', '.join(names[:SHOWN])}{more}")
+
+
+def _unlisted(directory: Path) -> Iterator[Path]:
+    """The files, links and empty folders below an output that its manifest, or that of an output in it, lacks."""
+    try:
+        listed = (read_manifest(directory) or {}).get("files", {})
+    except InputError:  # cut or overwritten: nothing says which files are ours
+        listed = {}
+    yield from _unlisted_below(directory, directory, {os.path.normpath(name) for name in listed})
+
+
+def _unlisted_below(root: Path, folder: Path, listed: set[str]) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if (folder == root and path.name in OURS) or str(path.relative_to(root)) in listed:
+            continue
+        if path.is_symlink() or not path.is_dir():
+            yield path
+        elif (path / MANIFEST).is_file():
+            yield from _unlisted(path)
+        elif any(path.iterdir()):
+            yield from _unlisted_below(root, path, listed)
+
+
+def _free_name(out: Path) -> Path:
+    number, place = 1, out.with_name(f"{out.name}.kept")
+    while os.path.lexists(place):
+        number += 1
+        place = out.with_name(f"{out.name}.kept-{number}")
+    return place
+
+
 def publish(partial: Path, out: Path, force: bool) -> None:
     """Move a finished directory to its final path, which never holds a mixture of old and new.
 
@@ -172,6 +277,8 @@ def publish(partial: Path, out: Path, force: bool) -> None:
     if out.exists():
         if any(out.iterdir()) and not force:
             raise OutputError(f"--out {out} appeared while the command ran", "choose another --out, or use --force")
+        _require_ours(out, (MANIFEST,))
+        keep_aside(out)
         if exchange(partial, out):
             shutil.rmtree(partial)
         else:
@@ -215,3 +322,51 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             raise
+
+
+# --- exit code 0 says that the output is there: no early return and no foreign code makes a success of nothing ---
+
+
+def promise(out: Path, file: bool = False) -> Path:
+    """Note that the command ends with exit code 0 only if `out` is complete; return it.
+
+    file  `out` is a single file, without a manifest
+    """
+    _promised[Path(os.path.abspath(out))] = file  # user code may change the working folder
+    return out
+
+
+def forget_promised() -> None:
+    """Begin another command."""
+    _promised.clear()
+
+
+def check_promised() -> None:
+    """Raise OutputError for a promised output that is missing or not complete. With several processes, rank 0 does."""
+    for out, file in _promised.items() if is_main() else ():
+        fault = ("" if out.is_file() else "is not there") if file else fault_of(out)
+        if fault:
+            raise OutputError(
+                f"the command came to its end, and --out {out} {fault}",
+                "start it again; see that no other program removes the output, and no code that it calls ends it early",
+            )
+
+
+def fault_of(out: Path) -> str:
+    """What is wrong with a directory that should be a complete output; empty if nothing is."""
+    try:
+        manifest = read_manifest(out)
+    except InputError as error:
+        return f"is not complete ({error.what})"
+    if manifest is None:
+        return "is not there, or has no manifest"
+    if manifest.get("status") != "complete":
+        return "is not complete"
+    for name, record in manifest.get("files", {}).items():
+        try:
+            right = (out / name).stat().st_size == record.get("size")
+        except OSError:
+            right = False
+        if not right:
+            return f"is not complete: {name} is missing or has another size"
+    return ""

@@ -39,7 +39,7 @@ from gemma2.merging.tokenizers.vocabulary import Vocabulary, choose_vocabulary
 from .groups import Part, check_shapes, find_groups, group_of, one_to_one, read_through, stacked
 from .places import common_parent, seeks_base
 
-__all__ = ["NO_BASE", "NO_BASE_FIX", "MergePlan", "group_of", "plan_merge"]
+__all__ = ["NO_BASE", "NO_BASE_FIX", "MergePlan", "group_of", "output_paths", "plan_merge"]
 
 NO_BASE = "no --base, and the models record no common parent: SLERP of the weights themselves"
 NO_BASE_FIX = "for policies of one init that is LERP in effect, name the init with --base"
@@ -176,7 +176,7 @@ def _plan(request: MergeRequest, out: Path, force: bool, arrivals: Arrivals) -> 
         groups=find_groups(request.granularity, base is not None, parts),
         parts=parts,
         layout=layout,
-        outputs=_outputs(request, out),
+        outputs=output_paths(request, out),
         config=config,
         vocabulary=vocabulary,
         template=template,
@@ -230,7 +230,7 @@ def _layout(request: MergeRequest, parts: Mapping[str, Part], based: bool) -> di
     return {name: (dtype or source.tensor.dtype, source.shape) for name, source in sources.items()}
 
 
-def _outputs(request: MergeRequest, out: Path) -> tuple[Path, ...]:
+def output_paths(request: MergeRequest, out: Path) -> tuple[Path, ...]:
     """Return the paths of the outputs: `out`, or with several etas one directory per eta in it."""
     if len(request.etas) < 2:
         return (out,)

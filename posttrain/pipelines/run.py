@@ -144,10 +144,7 @@ def check_executor(pipeline: Pipeline, executor: Executor) -> None:
 
 def check_place(root: Path) -> None:
     """Refuse a folder that holds something else: a pipeline grows in the open and would mix with it."""
-    check_output(root, force=True)
-    ours = (STATE_FILE, MANIFEST, FILE)
-    if root.exists() and any(root.iterdir()) and not any((root / name).exists() for name in ours):
-        raise OutputError(f"--out {root} holds something else", "choose another --out")
+    check_output(root, force=True, marks=(MANIFEST, STATE_FILE, FILE))
     if (_manifest_of(root) or {}).get("command", "pipeline") != "pipeline":
         raise OutputError(f"--out {root} is the output of another command", "choose another --out")
 

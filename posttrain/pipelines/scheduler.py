@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, read_manifest
-from gemma2.core.outputs.staging import partial_path
+from gemma2.core.outputs.staging import fault_of, partial_path
 from gemma2.core.permissions import permissions
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on
@@ -237,6 +237,9 @@ class Scheduler:
             self.state.set(stage.name, status="waiting")
             self.waiting[stage.name] = found
             return
+        fault = fault_of(stage.out) if outcome.code == 0 else ""
+        if fault:  # whatever its process says
+            outcome = Outcome(1, error=f"it came to its end, and its output {stage.out} {fault}; run it again")
         self.outcomes[stage.name] = outcome
         record = {"ended": now(), "seconds": round(seconds, 2), "exit_code": outcome.code}
         if outcome.code == 0:

@@ -65,10 +65,10 @@ def load_function(name: str, option: str) -> RewardFunction:
         raise UsageError(
             f"{option} {name!r}: {error}", "check the name, and that the module is on PYTHONPATH"
         ) from error
-    except Exception as error:  # the user's code: any exception is an error of theirs, not a bug of the suite
-        detail = " ".join(f"{type(error).__name__}: {error}".split())
+    except (Exception, SystemExit) as error:  # the user's code: an error of theirs, not a bug of the suite
         raise InputError(
-            f"{option} {name!r}: importing {module_name} failed with {detail}{_line_of(error)}", "fix the module"
+            f"{option} {name!r}: importing {module_name} failed with {_detail(error)}{_line_of(error)}",
+            "fix the module",
         ) from error
     try:
         function = getattr(module, attribute)
@@ -83,7 +83,13 @@ def load_function(name: str, option: str) -> RewardFunction:
     return cast(RewardFunction, function)
 
 
-def _line_of(error: Exception) -> str:
+def _detail(error: BaseException) -> str:
+    """What user code raised. SystemExit too: it would end the command with a code that says nothing, or 0."""
+    called = f"a call of sys.exit({error.code!r})" if isinstance(error, SystemExit) else ""
+    return called or " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _line_of(error: BaseException) -> str:
     """The place of the user's line that raised, as far as it is known."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return "" if isinstance(error, SyntaxError) else f" ({last.filename}:{last.lineno})"
@@ -106,8 +112,8 @@ def function_score(name: str, option: str, column: str, abstains: bool = False) 
     def score(sampled: Sampled) -> dict[str, list[float]]:
         try:
             values = list(function(**_arguments(sampled)))
-        except Exception as error:  # the user's code: any exception is an error of theirs, not a bug of the suite
-            detail = " ".join(f"{type(error).__name__}: {error}".split())
+        except (Exception, SystemExit) as error:  # the user's code: an error of theirs, not a bug of the suite
+            detail = _detail(error)
             unexpected = isinstance(error, TypeError) and "unexpected keyword argument" in detail
             hint = "let it accept **kwargs, like TRL's reward functions" if unexpected else "fix the function"
             raise InputError(f"{source} failed with {detail}", hint) from error

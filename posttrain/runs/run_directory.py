@@ -30,7 +30,7 @@ from gemma2.core.outputs.manifest import (
     write_manifest,
 )
 from gemma2.core.outputs.safetensors_header import weight_files
-from gemma2.core.outputs.staging import check_output, fsync_tree, locked, partial_path, publish
+from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
@@ -41,10 +41,11 @@ from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live
 
-__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"]
+__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state"]
 
-# A checkpoint, finished rows, a finished stage of WARP, an interrupted stage, or the log of a failed one.
-KEPT = (f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
+# A complete run that was not moved yet, a checkpoint, finished rows, a finished stage of WARP, an interrupted stage,
+# or the log of a failed one.
+KEPT = (MANIFEST, f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ class Run:
                 aside.replace(path)
 
     def finish(self, summary: JsonMapping) -> RunResult:
-        """Write the manifest, remove the resume state and move the directory to its place.
+        """Write the manifest, move the directory to its place and remove the resume state.
 
-        The state is removed last: hashing and flushing large weights takes a while, and a kill then must lose nothing.
+        The state is removed after the move: a kill before it is followed by a resume, or by a start that publishes what
+        is complete (finished.py).
         """
         self.ranks.on_main(lambda: self._publish(summary))
         self.result = RunResult(self.options.out, dict(summary))
@@ -148,12 +150,16 @@ class Run:
             from gemma2.core.outputs.ancestry import write_card  # imports numpy, which commands without a run need not
 
             write_card(self.path, manifest, self.options.out)
-        write_manifest(self.path, manifest)
-        fsync_tree(self.path)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        (self.path / STATE).unlink(missing_ok=True)
         clear_live(self.path)
+        write_manifest(self.path, manifest)
         publish(self.path, self.options.out, self.options.force)
+        remove_resume_state(self.options.out)
+
+
+def remove_resume_state(directory: Path) -> None:
+    """Remove what an output needed until it was complete. The record goes last: with it the rest is found again."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    (directory / STATE).unlink(missing_ok=True)
 
 
 def _step_of(line: bytes) -> float:
@@ -291,8 +297,8 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
 
 
 def _sweep(partial: Path) -> None:
-    """Remove the partial directory of a run that did not get far. A finished one has moved to its place."""
-    if not _worth_keeping(partial):
+    """Remove the partial directory of a run that did not get far, or the output that a finished one has replaced."""
+    if not ((partial / STATE).is_file() and _worth_keeping(partial)):
         shutil.rmtree(partial, ignore_errors=True)
 
 

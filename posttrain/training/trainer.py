@@ -22,11 +22,12 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2.core.errors import AlertStop, GuardStop, InputError, UsageError
+from gemma2.core.errors import AlertStop, GuardStop, InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
+from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.live import LiveRecord, take_alert
 from gemma2.posttrain.runs.run_directory import Run
@@ -97,7 +98,7 @@ def configured(schema: type[C], config: TrainingFields, arguments: JsonMapping) 
     """Build a TRL config from `trainer_arguments`. Raises UsageError if it refuses a value of the user's `trainer:`."""
     try:
         return schema(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError, LookupError, AttributeError, RuntimeError) as error:
         if not config.trainer:  # only arguments of the suite: a bug
             raise
         detail = " ".join(str(error).split())[:200]
@@ -117,6 +118,28 @@ def is_complete(checkpoint: Path) -> bool:
         return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def checkpoint_bytes(directory: str, model: Network, optimizer: object) -> int:
+    """The size of the next checkpoint: that of one before it, else of the trained weights and the optimizer's state."""
+    for path in Path(directory).glob(f"checkpoint-*/{COMPLETE}"):
+        return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
+    states = getattr(optimizer, "state", None) or {}
+    held = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*held, *trained))
+
+
+def check_room(directory: Path, needed: int, step: int) -> None:
+    """Raise OutputError, before anything is written, for a checkpoint that the disk has no room for."""
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        texts = sizes_apart(needed, free)
+        raise OutputError(
+            f"step {step}: its checkpoint needs {texts[0]}, {directory} has {texts[1]} free",
+            "free some space, then " + ("continue with --resume" if any(directory.iterdir()) else "start again"),
+        )
 
 
 def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
@@ -229,6 +252,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     ) -> None:
         # Figures since the last line are not part of a checkpoint: with a line before each, none is lost on resume.
         control.should_log = control.should_log or control.should_save
+        if control.should_save:
+            needed = checkpoint_bytes(args.output_dir, cast(Network, kwargs["model"]), kwargs.get("optimizer"))
+            self.run.ranks.on_main(lambda: check_room(Path(args.output_dir), needed, state.global_step))
         if self.task is not None:
             self.task.advance(1, **self.live)
         if self.record is not None:

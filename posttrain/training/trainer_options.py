@@ -26,7 +26,9 @@ from gemma2.posttrain.schemas.config import Config, closest
 __all__ = ["EVERYWHERE", "OPTIONS", "TrlOptions", "check_trainer_options", "refuse_options"]
 
 # Options of transformers that would break a guarantee of the suite.
+SPLIT = "weights that are split among processes are not supported; torchrun alone gives each a whole model"
 BREAKS = {
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), SPLIT),
     "save_only_model": "a resumed run would start with a fresh optimizer",
     "ignore_data_skip": "a resumed run would train on its first rows again",
     "logging_strategy": "metrics.jsonl is always written; --log-every sets how often",

@@ -297,6 +297,7 @@ def test_an_interrupt_before_any_line_of_the_staging_leaves_the_old_state_or_the
         if force:
             (root / "out").mkdir()
             (root / "out" / "old.txt").write_text("old")
+            (root / "out" / "gemma2.json").write_text('{"files": {"old.txt": {}}}')
         before = snapshot(root)
         with pytest.raises(Interrupt):
             interrupted_at(number, run)

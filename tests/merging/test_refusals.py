@@ -345,13 +345,14 @@ def test_an_output_that_is_an_input_through_a_link(root):
 
 def test_an_existing_output(root):
     (root / "out").mkdir()
-    (root / "out/kept.txt").write_text("mine")
+    (root / "out/gemma2.json").write_text("{}")
     refused(root, OutputError, "exists; choose another --out, or replace it with --force")
 
 
 def test_force_replaces_an_existing_output(root):
     (root / "out").mkdir()
     (root / "out/old.txt").write_text("old")
+    (root / "out/gemma2.json").write_text('{"files": {"old.txt": {}}}')
     request = MergeRequest(method="linear", models=(root / "rl-1", root / "rl-2"))
     merge(request, out=root / "out", force=True)
     assert not (root / "out/old.txt").exists()

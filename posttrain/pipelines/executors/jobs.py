@@ -21,8 +21,11 @@ from typing import Any
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
 from gemma2.core.json_files import JsonMapping
+from gemma2.core.outputs.staging import take_notes
 from gemma2.core.permissions import allow_again
+from gemma2.core.streams import settle_streams
 from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.runs.finished import publish_finished
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.runs.run_directory import RunOptions
 
@@ -122,6 +125,7 @@ def execute(job: Job, send: Callable[[Event], None]) -> Outcome:
     signals.install()
     try:
         with _logged(Path(job.folder, job.log)):
+            settle_streams()
             outcome = _run(job, send)
         signals.ended = True
     except Interrupted:
@@ -139,12 +143,17 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         config = located(command.schema.model_validate(dict(job.options)))
         check_inputs(config)
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
-        result = command.run(config, RunOptions(Path(job.out), job.resume, job.force), Reporter(send))
+        options = RunOptions(Path(job.out), job.resume, job.force)
+        result = publish_finished(config, options) or command.run(config, options, Reporter(send))
+        for note in take_notes():
+            Reporter(send).note(note)
         return Outcome(0, dict(result.summary))
     except Gemma2Error as error:
         return Outcome(error.exit_code, error=str(error))
+    except SystemExit as error:
+        return Outcome(1, error=f"code that the stage called ended it: sys.exit({error.code!r}); take that out")
     except Exception as error:
-        line = refusal(error) if isinstance(error, OSError) else None
+        line = refusal(error)
         if line is not None:
             return Outcome(1, error=line)
         # A bug of the stage is shown by whoever started it, with its traceback.

@@ -131,7 +131,7 @@ def test_force_replaces_everything_in_one_exchange(tmp_path, monkeypatch):
     make(out, "new", force=True)
     assert seen == ["old", "new"]
     assert names(out) == ["gemma2.json", "model.safetensors"]
-    assert names(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out", "out.kept"]
 
 
 def test_force_works_where_the_system_cannot_exchange(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gemma2.posttrain.pipelines.executors.jobs import Outcome
 from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.pipelines.state import read_state
 from gemma2.posttrain.runs.commands import COMMANDS, output_hash
-from gemma2.posttrain.runs.run_directory import open_run
+from gemma2.posttrain.runs.run_directory import RunResult, open_run
 
 
 def stage(**keys):
@@ -230,6 +231,16 @@ def test_a_lost_process_is_tried_again_as_often_as_the_stage_says(tmp_path):
     assert executor.started == ["a"] * 3
     with pytest.raises(StageFailed, match="SIGKILL"):
         run(compiled(stages, tmp_path / "y"), Inline(lost={"a": 3}))
+
+
+def test_a_stage_whose_output_is_not_there_is_not_complete_whatever_its_process_says(tmp_path, monkeypatch):
+    def body(config, options, progress):
+        return RunResult(options.out)
+
+    monkeypatch.setitem(COMMANDS, "make", replace(COMMANDS["make"], body=body))
+    with pytest.raises(StageFailed, match="is not there, or has no manifest; run it again"):
+        run(compiled({"a": stage(value=1)}, tmp_path))
+    assert read_state(tmp_path)["stages"]["a"]["status"] == "failed"
 
 
 def test_a_clear_error_is_not_tried_again(tmp_path):

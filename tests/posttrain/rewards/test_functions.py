@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -79,6 +80,10 @@ def broken(completions, **_):
     raise KeyError("answer\nis gone")
 
 
+def leaving(completions, **_):
+    sys.exit(0)
+
+
 @pytest.fixture
 def sampled():
     rows = [
@@ -127,6 +132,7 @@ def test_none_means_no_opinion_only_if_abstaining_is_allowed(sampled):
         ("words", "is not a number for 'judge': '5'"),
         ("nothing", "failed with TypeError: 'NoneType' object is not iterable"),
         ("uneven", "different keys"),
+        ("leaving", r"failed with a call of sys.exit\(0\); fix the function"),
         ("broken", r"failed with KeyError: .answer\\nis gone"),
         ("strict", r"unexpected keyword argument.*accept \*\*kwargs"),
     ],
@@ -143,6 +149,13 @@ def test_a_function_that_fails_or_returns_nonsense_is_named_in_a_one_line_error(
 def test_a_missing_function_is_a_usage_error(name):
     with pytest.raises(UsageError, match="--judge-fn"):
         load_function(name, "--judge-fn")
+
+
+def test_a_module_that_ends_python_is_an_error_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"a call of sys.exit\(0\) \(.*leaves_at_once.py:2\); fix the module"):
+        load_function("leaves_at_once:f", "--reward-fn")
 
 
 @pytest.mark.parametrize("name", ["later", "later_object", "later_part"])

@@ -1,15 +1,23 @@
 """What the training steps share: options by name, checkpoints that prove themselves, the NaN guard, an exact resume."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lines import STEPS, Bars, Line, fit, metrics_of, opened, rows
 from trl import SFTConfig
 
-from gemma2.core.errors import AlertStop, GuardStop, UsageError
+from gemma2.core.errors import AlertStop, GuardStop, OutputError, UsageError
 from gemma2.posttrain.runs.live import ask_to_end, read_live
-from gemma2.posttrain.training.trainer import is_complete, latest_checkpoint, mark_complete, trainer_arguments
+from gemma2.posttrain.training import trainer
+from gemma2.posttrain.training.trainer import (
+    configured,
+    is_complete,
+    latest_checkpoint,
+    mark_complete,
+    trainer_arguments,
+)
 
 # --- trainer options --------------------------------------------------------------------------------------------------
 
@@ -39,8 +47,19 @@ def test_further_options_are_passed_on_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "value", [{"accelerator_config": "gone.json"}, {"debug": "x"}, {"accelerator_config": {"a": 1}}]
+)
+def test_a_value_that_the_library_refuses_is_named_in_one_line(tmp_path, value):
+    with opened(tmp_path, trainer=value) as (config, run), pytest.raises(UsageError, match=next(iter(value))) as caught:
+        configured(SFTConfig, config, trainer_arguments(SFTConfig, config, run, max_steps=9))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("option", "said"),
     [
+        ("fsdp", r"'trainer\.fsdp' is not accepted: weights that are split"),
+        ("deepspeed", r"'trainer\.deepspeed' is not accepted: weights that are split"),
         ("adam_beta", r"unknown key 'trainer\.adam_beta'; did you mean 'adam_beta[12]'"),
         ("gradient_checkpointing", r"unknown key 'trainer\.gradient_checkpointing'"),
         ("report_to", r"'trainer\.report_to' is set by an option of this command"),
@@ -165,6 +184,36 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, whole, stop):
     assert torch.equal(weights, whole[0])
     assert metrics == whole[1]
     assert again.reported[1] == ((stop - 1) // 2 * 2, {}), "the bar begins at the checkpoint"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_refused_before_it_is_written(tmp_path, whole, monkeypatch, step):
+    asked = []
+
+    def usage(directory):
+        asked.append(directory)
+        return SimpleNamespace(free=0 if len(asked) == step // 2 else 10**9)
+
+    monkeypatch.setattr(trainer.shutil, "disk_usage", usage)
+    then = "start again" if step == 2 else "continue with --resume"
+    message = rf"step {step}: its checkpoint needs .* has 0 B free; free some space, then {then}"
+    with pytest.raises(OutputError, match=message), opened(tmp_path) as (config, run):
+        fit(config, run)
+    kept = tmp_path / ".out.partial" / "checkpoints"
+    left = [path.name for path in kept.iterdir()] if kept.exists() else []
+    assert left == (["checkpoint-2"] if step == 4 else [])
+    with opened(tmp_path, resume=bool(left)) as (config, run):
+        assert torch.equal(fit(config, run), whole[0])
+
+
+def test_the_size_of_the_first_checkpoint_is_a_lower_bound(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "check_room", lambda directory, needed, step: seen.append(needed))
+    with opened(tmp_path) as (config, run):
+        fit(config, run)
+        written = sum(path.stat().st_size for path in (run.checkpoints / "checkpoint-4").iterdir())
+    assert 3 * 4 <= seen[0] <= written
+    assert seen[1] == pytest.approx(written, rel=0.2)
 
 
 def test_a_resume_ignores_a_torn_checkpoint(tmp_path, whole):

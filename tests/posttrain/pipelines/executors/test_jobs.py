@@ -87,6 +87,14 @@ def test_a_full_disk_is_one_line_and_no_bug(place, monkeypatch, number, error):
     assert bool(outcome.traceback) == (not error)
 
 
+@pytest.mark.parametrize("value", [0, None, 3])
+def test_code_that_ends_the_process_of_a_stage_is_one_line(place, monkeypatch, value):
+    monkeypatch.setitem(COMMANDS, "make", replace(MAKE, body=lambda *_: sys.exit(value)))
+    outcome = execute(job(place), lambda event: None)
+    assert (outcome.code, outcome.traceback) == (1, "")
+    assert f"sys.exit({value!r})" in outcome.error
+
+
 @pytest.mark.parametrize("swallowed", [BaseException, ()], ids=["swallowed", ""])
 def test_a_stage_that_is_stopped_says_so_and_leaves_no_trace_in_its_process(place, monkeypatch, swallowed):
     def body(config, options, progress):
