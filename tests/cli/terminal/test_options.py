@@ -222,7 +222,7 @@ def test_a_step_gets_configuration_and_options_and_its_summary_is_the_result(pla
         return RunResult(run_options.out, {"loss": 0.25})
 
     (place / "o").mkdir()
-    (place / "o" / "file").write_text("x")
+    (place / "o" / "gemma2.json").write_text("{}")
     options.execute(config_of(), given(resume=True), run, options.Console())
     options.execute(config_of(), given(force=True), run, options.Console(as_json=True))
     assert seen == [
