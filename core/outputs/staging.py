@@ -150,7 +150,7 @@ def _written(out: Path) -> Iterator[None]:
     """A place where nothing can be created, /proc for one, is an error of the command line, whatever its number."""
     try:
         yield
-    except BlockingIOError:
+    except (BlockingIOError, OutputError):
         raise
     except OSError as error:
         raise OutputError(f"cannot write --out {out} ({error.strerror})", "choose another --out") from error

@@ -8,6 +8,7 @@ import pytest
 from model_files import added, random_arrays, read_model, write_model
 
 from gemma2.core.errors import Gemma2Error
+from gemma2.core.outputs.manifest import write_manifest
 from gemma2.core.progress import SILENT
 from gemma2.merging.recipes.recipe import read_recipe
 from gemma2.merging.recipes.run_recipe import merge_recipe, plan_recipe
@@ -117,6 +118,9 @@ def test_an_output_that_exists_is_kept_without_force(place):
     with pytest.raises(Gemma2Error, match="out/pulled exists"):
         merge_recipe(recipe(CHAIN), out=Path("out"))
     assert not Path("out/mean").exists()
+    with pytest.raises(Gemma2Error, match=r"it has no gemma2\.json"):
+        merge_recipe(recipe(CHAIN), out=Path("out"), force=True)
+    write_manifest(place / "out" / "pulled", {"status": "complete"})
     merge_recipe(recipe(CHAIN), out=Path("out"), force=True)
     assert Path("out/pulled/gemma2.json").is_file()
 

@@ -95,6 +95,9 @@ def test_a_plan_refuses_what_the_run_would_refuse(place):
     (place / "out" / "file").write_text("x")
     with pytest.raises(OutputError, match="exists"):
         planned(place, sft(place))
+    with pytest.raises(OutputError, match=r"it has no gemma2\.json"):
+        planned(place, sft(place), force=True)
+    write_manifest(place / "out", {"status": "complete"})
     planned(place, sft(place), force=True)
     (place / "rows.jsonl").write_text("")
     with pytest.raises(InputError, match="has no rows"):
