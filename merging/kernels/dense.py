@@ -25,7 +25,7 @@ U1 = np.uint32(1)
 CONTRACT = {"contract"}  # a * b + c may round once
 
 
-@compiled(inner=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def based_products(base: Stored, x: Stored, y: Stored) -> tuple[np.float32, np.float32, np.float32, np.float32]:
     """Return |base|^2, <u, u>, <u, v>, <v, v> of u = x - base, v = y - base over one block, summed in fp32."""
     square, first, both, second = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -39,7 +39,7 @@ def based_products(base: Stored, x: Stored, y: Stored) -> tuple[np.float32, np.f
     return square, first, both, second
 
 
-@compiled(inner=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def plain_products(x: Stored, y: Stored) -> tuple[np.float32, np.float32, np.float32]:
     """Return <x, x>, <x, y>, <y, y> over one block, summed in fp32."""
     first, both, second = np.float32(0), np.float32(0), np.float32(0)
@@ -51,7 +51,7 @@ def plain_products(x: Stored, y: Stored) -> tuple[np.float32, np.float32, np.flo
     return first, both, second
 
 
-@compiled(inner=True)
+@compiled()
 def precise_product(base: Stored, x: Stored, y: Stored, based: bool) -> tuple[float, float]:
     """Return |base|^2 and <u, v> in fp64, for blocks whose squares overflow fp32; finite if the operands are."""
     square, both = 0.0, 0.0
@@ -62,7 +62,7 @@ def precise_product(base: Stored, x: Stored, y: Stored, based: bool) -> tuple[fl
     return square, both
 
 
-@compiled(inner=True)
+@compiled()
 def gram_block(stored: Stored, begin: int, end: int, based: bool, out: Doubles) -> None:
     """Inner products of columns [begin, end) into `out` (1 + pairs,), see `gram`."""
     start = 1 if based else 0
@@ -82,7 +82,7 @@ def gram_block(stored: Stored, begin: int, end: int, based: bool, out: Doubles) 
             out[1 + b * vectors - b * (b - 1) // 2] = second
 
 
-@compiled(inner=True)
+@compiled()
 def gram_block_precise(stored: Stored, begin: int, end: int, based: bool, out: Doubles) -> None:
     """`gram_block` in fp64."""
     start = 1 if based else 0
@@ -94,7 +94,7 @@ def gram_block_precise(stored: Stored, begin: int, end: int, based: bool, out: D
             column += 1
 
 
-@compiled(inner=True)
+@compiled()
 def not_finite(numbers: Doubles) -> bool:
     """Whether a number is Inf or NaN."""
     found = False
@@ -119,14 +119,14 @@ def gram(stored: Stored, count: int, based: bool, out: Doubles) -> None:
             gram_block_precise(stored, begin, end, based, out[block])
 
 
-@compiled(inner=True, fastmath=CONTRACT)
+@compiled(fastmath=CONTRACT)
 def add_one(total: Floats, x: Stored, around: Stored, weight: np.float32) -> None:
     """`total += weight * (x - around)`"""
     for i in range(total.size):
         total[i] += weight * (value(x[i]) - value(around[i]))
 
 
-@compiled(inner=True, fastmath=CONTRACT)
+@compiled(fastmath=CONTRACT)
 def add_two(total: Floats, x: Stored, y: Stored, around: Stored, weights: tuple[np.float32, np.float32]) -> None:
     """`total += weights[0] * (x - around) + weights[1] * (y - around)`"""
     first, second = weights
@@ -135,7 +135,7 @@ def add_two(total: Floats, x: Stored, y: Stored, around: Stored, weights: tuple[
         total[i] += first * (value(x[i]) - middle) + second * (value(y[i]) - middle)
 
 
-@compiled(inner=True, fastmath=CONTRACT)
+@compiled(fastmath=CONTRACT)
 def add_scaled(total: Floats, around: Stored, scale: np.float32) -> None:
     """`total = scale * around + total`; a total of 0 is not added, since -0.0 + 0.0 loses the sign."""
     for i in range(total.size):
@@ -143,7 +143,7 @@ def add_scaled(total: Floats, around: Stored, scale: np.float32) -> None:
         total[i] = scaled + total[i] if total[i] != np.float32(0) else scaled
 
 
-@compiled(inner=True, fastmath=CONTRACT)
+@compiled(fastmath=CONTRACT)
 def blend_two(
     x: Stored, y: Stored, around: Stored, weights: tuple[np.float32, np.float32, np.float32], total: Floats
 ) -> None:
@@ -159,7 +159,7 @@ def blend_two(
         total[i] = scaled + change if change != np.float32(0) else scaled
 
 
-@compiled(inner=True)
+@compiled()
 def combine_block(stored: Stored, begin: int, weights: Doubles, total: Floats) -> None:
     """One output of one block: the sum of weighted rows, taken around the row of the largest weight."""
     end = begin + total.size
@@ -223,7 +223,7 @@ def combine(stored: Stored, count: int, weights: Doubles, total: Floats, out: Ou
     return finite
 
 
-@compiled(inner=True)
+@compiled()
 def check_edge(data: Bytes, place: int) -> np.uint64:
     """`check_sum` byte by byte, for the ends of a piece that do not fill a word."""
     total = np.uint64(0)

@@ -27,13 +27,13 @@ class HasDtype(Protocol):
 U1, U16, U7FFF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 
 
-@compiled(inner=True)
+@compiled()
 def float_bits(number: np.float32) -> np.uint32:
     """Return the bit pattern of an fp32."""
     return np.float32(number).view(np.uint32)
 
 
-@compiled(inner=True)
+@compiled()
 def bits_float(bits: np.uint32 | np.int64) -> np.float32:
     """Return the fp32 with a bit pattern."""
     return np.uint32(bits).view(np.float32)
@@ -51,7 +51,7 @@ def _value(stored: object) -> Callable[..., object]:
     return lambda stored: stored
 
 
-@compiled(inner=True)
+@compiled()
 def half_to_float(half: np.int64) -> np.float32:
     """Convert fp16 bits to fp32, exactly."""
     magnitude = (half & 0x7FFF) << 13
@@ -62,7 +62,7 @@ def half_to_float(half: np.int64) -> np.float32:
     return bits_float(widened | ((half & 0x8000) << 16))
 
 
-@compiled(inner=True)
+@compiled()
 def float_to_half(bits: np.int64) -> np.int64:
     """Convert fp32 bits to fp16 bits, to nearest even."""
     magnitude = bits & 0x7FFFFFFF
@@ -92,7 +92,7 @@ def widen(raw: Bytes, kind: int, out: Floats) -> None:
             out[i] = singles[i]
 
 
-@compiled(inner=True)
+@compiled()
 def to_bf16(values: Floats, halves: NDArray[np.uint16]) -> np.bool_:
     """Convert fp32 (n,) to bf16 bits (n,), to nearest even. False if a stored value is Inf or NaN."""
     # The bit pattern of the largest magnitude reveals Inf and NaN. It has a separate loop: inside the rounding loop it
@@ -104,7 +104,7 @@ def to_bf16(values: Floats, halves: NDArray[np.uint16]) -> np.bool_:
     return _largest(halves) < 0x7F80
 
 
-@compiled(inner=True)
+@compiled()
 def to_fp16(values: Floats, halves: NDArray[np.uint16]) -> np.bool_:
     """Convert fp32 (n,) to fp16 bits (n,), to nearest even. False if a stored value is Inf or NaN."""
     for i in range(values.size):
@@ -112,7 +112,7 @@ def to_fp16(values: Floats, halves: NDArray[np.uint16]) -> np.bool_:
     return _largest(halves) < 0x7C00
 
 
-@compiled(inner=True)
+@compiled()
 def to_fp32(values: Floats, singles: Floats) -> np.bool_:
     """Copy fp32 (n,). False if a stored value is Inf or NaN."""
     largest = np.uint32(0)
@@ -144,7 +144,7 @@ def _store(values: object, out: HasDtype) -> Callable[..., object]:
     return lambda values, out: kernel(values, out)
 
 
-@compiled(inner=True)
+@compiled()
 def _largest(halves: NDArray[np.uint16]) -> np.uint16:
     """Return the bits of the largest magnitude among 16-bit floats."""
     largest = np.uint16(0)

@@ -42,7 +42,7 @@ def scratch(models: int) -> Scratch:
     return np.empty((models, CHUNK)), np.empty((3, CHUNK)), bits, changed
 
 
-@compiled(inner=True)
+@compiled()
 def take_deltas(stored: Stored, begin: int, size: int, deltas: Doubles) -> None:
     """`deltas = models - base` of elements [begin, begin + size), (M, >= size)."""
     base = stored[0, begin : begin + size]
@@ -52,7 +52,7 @@ def take_deltas(stored: Stored, begin: int, size: int, deltas: Doubles) -> None:
             out[i] = np.float64(value(x[i])) - np.float64(value(base[i]))
 
 
-@compiled(inner=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def dot(x: Doubles, y: Doubles) -> float:
     """Return the inner product."""
     total = 0.0
@@ -61,7 +61,7 @@ def dot(x: Doubles, y: Doubles) -> float:
     return total
 
 
-@compiled(inner=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def square_of(x: Stored) -> float:
     """Return the squared norm of stored elements."""
     total = 0.0
@@ -73,7 +73,7 @@ def square_of(x: Stored) -> float:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-@compiled(inner=True)
+@compiled()
 def scores(kind: int, deltas: Doubles, factor: float, space: Doubles, out: Bits) -> None:
     """Bits of the scores of a chunk. `space` (2, >= n)."""
     if kind == SCE:
@@ -82,7 +82,7 @@ def scores(kind: int, deltas: Doubles, factor: float, space: Doubles, out: Bits)
         importances(deltas, factor, out)
 
 
-@compiled(inner=True)
+@compiled()
 def count_bits(bits: Bits, bins: Longs, counts: Longs) -> None:
     """Count the upper halves; with bins, the lower halves of those whose upper half is one."""
     if len(bins) == 0:
@@ -127,14 +127,14 @@ def count_scores(
 # --- sums over a group ------------------------------------------------------------------------------------------------
 
 
-@compiled(inner=True)
+@compiled()
 def keep_where(bits: Bits, limit: np.uint32, own: Doubles) -> None:
     """Clear the elements whose score is below a limit."""
     for i in range(bits.size):
         own[i] = own[i] if bits[i] >= limit else 0.0
 
 
-@compiled(inner=True)
+@compiled()
 def select(deltas: Doubles, least: float, work: Doubles, bits: Bits) -> None:
     """SCE: clear the elements whose variance is below `least`; all stay where it is negative."""
     if least < 0.0:
@@ -145,7 +145,7 @@ def select(deltas: Doubles, least: float, work: Doubles, bits: Bits) -> None:
         keep_where(bits, limit, deltas[m, : bits.size])
 
 
-@compiled(inner=True)
+@compiled()
 def count_changed(deltas: Doubles, threshold: float, changed: NDArray[np.int32]) -> None:
     """How many models changed each element."""
     for i in range(changed.size):
@@ -156,7 +156,7 @@ def count_changed(deltas: Doubles, threshold: float, changed: NDArray[np.int32])
             changed[i] += np.int32(abs(own[i]) > threshold)
 
 
-@compiled(inner=True)
+@compiled()
 def count_own(own: Doubles, threshold: float, changed: NDArray[np.int32]) -> tuple[np.int32, np.int32]:
     """How many elements a model changed with others, and alone."""
     shared, alone = np.int32(0), np.int32(0)
@@ -199,14 +199,14 @@ def sum_elements(
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-@compiled(inner=True)
+@compiled()
 def clear(row: Doubles) -> None:
     """Fill a row with zeros."""
     for i in range(row.size):
         row[i] = 0.0
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def merge_sce_of_two(x: Doubles, y: Doubles, weights: tuple[float, float], merged: Doubles) -> None:
     """`merge_sce` of two models in one loop."""
     one, two = weights
@@ -219,7 +219,7 @@ def merge_sce_of_two(x: Doubles, y: Doubles, weights: tuple[float, float], merge
         merged[i] = (left * a + right * b) / (share if share > 0.0 else 1.0)
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def merge_sce(deltas: Doubles, numbers: Doubles, work: Doubles, merged: Doubles) -> None:
     """The mean of the selected deltas that agree with the sign of their sum, by their weights."""
     if len(deltas) == 2:
@@ -243,7 +243,7 @@ def merge_sce(deltas: Doubles, numbers: Doubles, work: Doubles, merged: Doubles)
         merged[i] = merged[i] / (shares[i] if shares[i] > 0.0 else 1.0)
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def merge_ram(deltas: Doubles, numbers: Doubles, changed: NDArray[np.int32], merged: Doubles) -> None:
     """The mean of the deltas that count as changed; of one alone, its multiple."""
     count_changed(deltas, numbers[0], changed)
@@ -257,7 +257,7 @@ def merge_ram(deltas: Doubles, numbers: Doubles, changed: NDArray[np.int32], mer
         merged[i] = merged[i] / np.float64(max(changed[i], 1))
 
 
-@compiled(inner=True)
+@compiled()
 def merge_one(kind: int, own: Doubles, numbers: Doubles, bits: Bits, merged: Doubles) -> None:
     """NEARSWAP: the delta within its limits. ARCEE: the delta where its score is above the limit."""
     if kind == NEARSWAP:
@@ -269,7 +269,7 @@ def merge_one(kind: int, own: Doubles, numbers: Doubles, bits: Bits, merged: Dou
         merged[i] = own[i] if bits[i] > limit else 0.0
 
 
-@compiled(inner=True)
+@compiled()
 def add_to_base(base: Stored, merged: Doubles, out: Floats) -> None:
     """`out = base + merged`; the base itself where `merged` is 0, since -0.0 + 0.0 loses the sign."""
     for i in range(out.size):
@@ -277,7 +277,7 @@ def add_to_base(base: Stored, merged: Doubles, out: Floats) -> None:
         out[i] = np.float32(np.float64(origin) + merged[i]) if merged[i] != 0.0 else origin
 
 
-@compiled(inner=True)
+@compiled()
 def measure_chunk(base: Stored, deltas: Doubles, sums: Doubles) -> None:
     """Add |base|^2 and <d_i, d_j> for i <= j to (1 + pairs,)."""
     sums[0] += square_of(base)

@@ -21,7 +21,7 @@ RETRIES = 3  # a signal may interrupt a call
 pread = External("pread", "intp", ("intc", "voidptr", "uintp", "int64"))
 
 
-@compiled(inner=True)
+@compiled()
 def read_all(descriptor: int, offset: int, into: Bytes) -> bool:
     """Fill `into` from a file. False if the file ends before, or an error persists."""
     done = 0

@@ -47,10 +47,9 @@ _FORMS: list[tuple[Callable[..., object], Callable[..., object], dict[str, objec
 class Kernel(Generic[P, R]):
     """A function that runs as machine code. It takes C-contiguous arrays, numbers and tuples, and returns a number."""
 
-    def __init__(self, function: Callable[P, R], inner: bool, options: dict[str, object]) -> None:
+    def __init__(self, function: Callable[P, R], options: dict[str, object]) -> None:
         update_wrapper(self, function)
         self.function = function
-        self.inner = inner
         self.options = options
         self._entries: dict[str, Entry | None] = {}
 
@@ -102,14 +101,14 @@ class Kernel(Generic[P, R]):
 AnyKernel = Kernel[Any, Any]
 
 
-def compiled(inner: bool = False, **options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator that makes a function a kernel. Kernels that are `inner` are called by other kernels only.
+def compiled(**options: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that makes a function a kernel, which Python and other kernels can call.
 
     options  of `numba.njit`
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        return Kernel(function, inner, options)
+        return Kernel(function, options)
 
     return decorate
 

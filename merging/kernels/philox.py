@@ -37,13 +37,13 @@ def stream_key(seed: int, tensor: str, model: int) -> Words:
     return np.frombuffer(digest, "<u4").astype(np.uint64)
 
 
-@compiled(inner=True, inline="always")
+@compiled(inline="always")
 def _round(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64) -> Four:
     left, right = M0 * (c0 & WORD), M1 * (c2 & WORD)
     return (right >> U32) ^ c1 ^ k0, right & WORD, (left >> U32) ^ c3 ^ k1, left & WORD
 
 
-@compiled(inner=True, inline="always")
+@compiled(inline="always")
 def _five_rounds(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64) -> Four:
     # Written out: with a loop over rounds the compiler does not vectorise over counters (six times slower).
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 & WORD, k1 & WORD)
@@ -60,14 +60,14 @@ def philox(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.ui
     return _five_rounds(c0, c1, c2, c3, k0 + W0 * U5, k1 + W1 * U5)
 
 
-@compiled(inner=True)
+@compiled()
 def attainable(probability: float) -> np.float32:
     """Return the nearest multiple of 1 / STEPS, exact in fp32; never 0, so that it can be a divisor."""
     steps = np.int32(probability * STEPS + 0.5)
     return np.float32(steps if steps > 1 else np.int32(1)) * STEP
 
 
-@compiled(inner=True)
+@compiled()
 def fill(key: Words, counter: np.uint64, out: NDArray[np.uint32]) -> None:
     """Fill `out` (4 n,) with the words of n counters, beginning at `counter`."""
     k0, k1 = key[0], key[1]

@@ -24,7 +24,7 @@ SMALLEST = -700.0  # exp of what is below counts as exp of this: 1e-304
 Bits = NDArray[np.uint32]
 
 
-@compiled(inner=True)
+@compiled()
 def variances_of_two(x: Doubles, y: Doubles, out: Bits) -> None:
     """`variances` of two models, the most common merge, in one loop."""
     for i in range(out.size):
@@ -33,7 +33,7 @@ def variances_of_two(x: Doubles, y: Doubles, out: Bits) -> None:
         out[i] = float_bits(np.float32(total * 0.5))
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def variances(deltas: Doubles, mean: Doubles, total: Doubles, out: Bits) -> None:
     """Bits of the variance over the models, as fp32; `mean` and `total` are work space."""
     models = np.float64(len(deltas))
@@ -56,7 +56,7 @@ def variances(deltas: Doubles, mean: Doubles, total: Doubles, out: Bits) -> None
         out[i] = float_bits(np.float32(total[i] / models))
 
 
-@compiled(inner=True, fastmath=CONTRACT)
+@compiled(fastmath=CONTRACT)
 def exponentials(x: Stored, largest: float, out: Doubles) -> None:
     """`out = exp(x - largest)`, right to the last bits: x - largest = n log 2 + r, and a polynomial of r."""
     for i in range(out.size):
@@ -79,7 +79,7 @@ def exponentials(x: Stored, largest: float, out: Doubles) -> None:
         out[i] = np.int64(bits).view(np.float64)
 
 
-@compiled(inner=True, fastmath={"nnan", "nsz", "reassoc"})
+@compiled(fastmath={"nnan", "nsz", "reassoc"})
 def largest_of(x: Stored) -> np.float32:
     """Return the largest element; of a row with NaN, which is refused later, any."""
     largest = np.float32(-np.inf)
@@ -89,7 +89,7 @@ def largest_of(x: Stored) -> np.float32:
     return largest
 
 
-@compiled(inner=True)
+@compiled()
 def take_gaps(x: Stored, y: Stored, tops: tuple[float, float], out: Doubles) -> None:
     """`out = (x - top of x) - (y - top of y)`; in this order, since the numbers may be of any size."""
     first, second = tops
@@ -97,7 +97,7 @@ def take_gaps(x: Stored, y: Stored, tops: tuple[float, float], out: Doubles) -> 
         out[i] = (np.float64(value(x[i])) - first) - (np.float64(value(y[i])) - second)
 
 
-@compiled(inner=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def add_shares(gaps: Doubles, own: Doubles, other: Doubles) -> tuple[float, float, float]:
     """Return the sums of own, of other, and of own * gaps."""
     first, second, both = 0.0, 0.0, 0.0
@@ -108,7 +108,7 @@ def add_shares(gaps: Doubles, own: Doubles, other: Doubles) -> tuple[float, floa
     return first, second, both
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def divergence(model: Stored, base: Stored, work: Doubles) -> float:
     """Return KL(softmax(model) | softmax(base)) of a row, at least 0. `work` (3, CHUNK)."""
     tops = np.float64(largest_of(model)), np.float64(largest_of(base))
@@ -125,7 +125,7 @@ def divergence(model: Stored, base: Stored, work: Doubles) -> float:
     return max(both / first - math.log(first) + math.log(second), 0.0)
 
 
-@compiled(inner=True)
+@compiled()
 def importances(deltas: Doubles, factor: float, out: Bits) -> None:
     """Bits of |d| * factor, as fp32."""
     own = deltas[0, : out.size]

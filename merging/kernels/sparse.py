@@ -45,7 +45,7 @@ LAST_BUCKET = np.uint32(ROW_BUCKETS - 1)
 U18 = np.uint32(18)
 
 
-@compiled(inner=True)
+@compiled()
 def largest_bits(x: Stored, base: Stored) -> np.uint32:
     """Return the bit pattern of the largest |x - base|."""
     largest = np.uint32(0)
@@ -55,7 +55,7 @@ def largest_bits(x: Stored, base: Stored) -> np.uint32:
     return largest
 
 
-@compiled(inner=True)
+@compiled()
 def rank_buckets(x: Stored, base: Stored, largest: np.uint32, out: NDArray[np.uint16]) -> None:
     """The bucket of each |x - base|; 0 holds the largest."""
     for i in range(x.size):
@@ -63,7 +63,7 @@ def rank_buckets(x: Stored, base: Stored, largest: np.uint32, out: NDArray[np.ui
         out[i] = below if below < LAST_BUCKET else LAST_BUCKET
 
 
-@compiled(inner=True)
+@compiled()
 def count_buckets(buckets: NDArray[np.uint16], counts: NDArray[np.int32]) -> None:
     """Elements of each bucket, as the sum of four rows: neighbours are often equal, and would wait for one counter."""
     first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
@@ -77,7 +77,7 @@ def count_buckets(buckets: NDArray[np.uint16], counts: NDArray[np.int32]) -> Non
         first[buckets[i]] += 1
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def rank_row(
     x: Stored, base: Stored, setting: Doubles, buckets: NDArray[np.uint16], counts: NDArray[np.int32], chances: Floats
 ) -> None:
@@ -108,7 +108,7 @@ def rank_row(
         chances[bucket] = attainable(keep + slope * np.int32(length - second[bucket]))
 
 
-@compiled(inner=True)
+@compiled()
 def trim(x: Stored, base: Stored, setting: Doubles, terms: Floats) -> None:
     """`term = weight * delta` where low <= |delta| <= high, else 0."""
     low, high, weight = np.float32(setting[LOW]), np.float32(setting[HIGH]), np.float32(setting[WEIGHT])
@@ -119,7 +119,7 @@ def trim(x: Stored, base: Stored, setting: Doubles, terms: Floats) -> None:
         terms[i] = term
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def keep_at_random(x: Stored, base: Stored, draw: Draws, setting: Doubles, terms: Floats) -> None:
     """DARE: `term = weight * delta / p` with probability p, else 0; divided only when rescaling."""
     chance, weight = attainable(setting[KEEP]), setting[WEIGHT]
@@ -131,14 +131,14 @@ def keep_at_random(x: Stored, base: Stored, draw: Draws, setting: Doubles, terms
         terms[i] = term
 
 
-@compiled(inner=True)
+@compiled()
 def chances_of(buckets: NDArray[np.uint16], chances: Floats, out: Floats) -> None:
     """The keep probability of each element's bucket."""
     for i in range(out.size):
         out[i] = chances[buckets[i]]
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def keep_by_rank(x: Stored, base: Stored, draw: Draws, chance: Floats, setting: Doubles, terms: Floats) -> None:
     """DELLA: like `keep_at_random`, with a probability for each element."""
     weight, rescale = np.float32(setting[WEIGHT]), setting[RESCALE] != 0.0
@@ -148,7 +148,7 @@ def keep_by_rank(x: Stored, base: Stored, draw: Draws, chance: Floats, setting: 
         terms[i] = term if np.float32(draw[i]) < chance[i] * np.float32(STEPS) else np.float32(0)
 
 
-@compiled(inner=True)
+@compiled()
 def add_agreeing(terms: Floats, weight: np.float32, total: Floats, kept: Floats, share: Floats) -> None:
     """Where a term has the sign of the total: `kept += term; share += weight`."""
     for i in range(total.size):
@@ -157,14 +157,14 @@ def add_agreeing(terms: Floats, weight: np.float32, total: Floats, kept: Floats,
         share[i] += weight if agrees else np.float32(0)
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def divide(kept: Floats, share: Floats) -> None:
     """`kept /= share` where the share is not 0."""
     for i in range(kept.size):
         kept[i] = kept[i] / (share[i] if share[i] != 0 else np.float32(1))
 
 
-@compiled(inner=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def square(vector: Floats) -> np.float64:
     """Return the squared norm of one chunk: summed in fp32, or in fp64 if that overflows."""
     total = np.float32(0)
@@ -178,7 +178,7 @@ def square(vector: Floats) -> np.float64:
     return precise
 
 
-@compiled(inner=True)
+@compiled()
 def add_base(base: Stored, merged: Floats, scale: np.float32, out: Floats) -> None:
     """`out = base + scale * merged`; the base itself where `merged` is 0, since -0.0 + 0.0 loses the sign."""
     for i in range(out.size):
@@ -186,14 +186,14 @@ def add_base(base: Stored, merged: Floats, scale: np.float32, out: Floats) -> No
         out[i] = origin + scale * merged[i] if merged[i] != 0 else origin
 
 
-@compiled(inner=True)
+@compiled()
 def clear(row: Floats) -> None:
     """Fill a row with zeros."""
     for i in range(row.size):
         row[i] = np.float32(0)
 
 
-@compiled(inner=True, error_model="numpy")
+@compiled(error_model="numpy")
 def mean_of_two(
     first: Floats, second: Floats, weights: tuple[np.float32, np.float32], base: Stored, merged: Floats
 ) -> None:
@@ -209,7 +209,7 @@ def mean_of_two(
         merged[i] = kept / (share if share != 0 else np.float32(1))
 
 
-@compiled(inner=True)
+@compiled()
 def elect(terms: Floats, table: Doubles, consensus: int, merged: Floats, total: Floats, share: Floats) -> None:
     """The consensus of the terms (M, >= n) of any number of models; `total` and `share` are work space."""
     clear(total)
@@ -224,7 +224,7 @@ def elect(terms: Floats, table: Doubles, consensus: int, merged: Floats, total: 
         divide(merged, share)
 
 
-@compiled(inner=True)
+@compiled()
 def merge_chunk(
     terms: Floats, base: Stored, table: Doubles, consensus: int, space: tuple[Floats, Floats, Floats], out: Out
 ) -> tuple[bool, np.float64]:

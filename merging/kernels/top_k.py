@@ -108,7 +108,7 @@ def place_of_rank(counts: Counts, above: int, rank: int) -> int | None:
     return len(counts) - 1 - int(np.searchsorted(cumulated, rank - above))
 
 
-@compiled(inner=True)
+@compiled()
 def delta_bits(x: Stored, base: Stored, out: Bits) -> None:
     """Bit patterns of |x - base|."""
     for i in range(out.size):
@@ -136,7 +136,7 @@ def sample(files: Longs, places: Longs, count: int, stored: Stored, out: Bits) -
     return DONE
 
 
-@compiled(inner=True)
+@compiled()
 def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, inside: Bytes) -> np.int64:
     """The bin of each pattern in a window that begins at `low`, and whether it is inside; returns the number above."""
     above = np.uint32(0)
@@ -150,7 +150,7 @@ def offsets_of(bits: Bits, low: np.uint32, shift: np.uint32, offsets: Bits, insi
     return np.int64(above)
 
 
-@compiled(inner=True)
+@compiled()
 def count_inside(bits: Bits, shift: np.uint32, offsets: Bits, inside: NDArray[np.uint64], counts: Counts) -> None:
     """Count the elements inside; they are few, so `inside` is tested eight at a time: (n / 8,) uint64.
 

@@ -51,7 +51,7 @@ def link_bands(keys: Bands) -> NDArray[np.int32]:
     return links
 
 
-@compiled(inner=True)
+@compiled()
 def similarity(a: Shingles, b: Shingles, fewest: int) -> float:
     """Return the Jaccard similarity of two sorted arrays of distinct numbers.
 

@@ -13,7 +13,7 @@ from gemma2.merging.kernels.machine_code import MachineCode
 from gemma2.merging.kernels.native import Kernel, announced, compiled
 
 
-@compiled(inner=True)
+@compiled()
 def twice(number: float) -> float:
     """A kernel that another one calls."""
     return number * 2.0
