@@ -59,6 +59,8 @@ def read_recipe(
     if changes and len(documents) > 1:
         raise UsageError(f"--set is for one YAML document, {path} holds {len(documents)}", "change the file")
     documents = [apply_sets(document, changes) for document in documents]
+    if "stages" in documents[0]:
+        raise Place(path, sets=changes).at("stages").wrong("is a key of pipelines", f"gemma2 pipeline run {path}")
     if any(is_mergekit(document) for document in documents):
         steps = mergekit_steps(documents, Place(path, sets=changes))
     elif len(documents) > 1:

@@ -249,3 +249,10 @@ def test_a_wrong_slice_is_named(read, old, new, said):
     with pytest.raises(UsageError) as caught:
         read(SLICED.replace(old, new, 1))
     assert said in str(caught.value)
+
+
+def test_a_pipeline_is_named_as_that(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("vars: {seed: 1}\nstages:\n  data: {command: generate}\n")
+    with pytest.raises(UsageError, match=r"stages is a key of pipelines in .*; gemma2 pipeline run .*p\.yaml"):
+        read_recipe(path)
