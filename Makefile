@@ -58,8 +58,10 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started here
 	@$(BIN)/python -m pytest -m ray --timeout 1800 tests/posttrain/pipelines/executors
 
-torture: setup-dev ## Kills, full disks and malformed inputs, with figures
-	@$(BIN)/python -m pytest -m torture --timeout 1800 -s
+torture: setup-dev ## Kills, full disks, malformed inputs and silent faults, with figures for docs/reliability.md: 30 minutes
+	@mkdir -p build && rm -f build/torture.jsonl
+	@GEMMA2_TORTURE_LEDGER="$(CURDIR)/build/torture.jsonl" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --numprocesses 2 --dist loadfile --timeout 1800 -s
+	@$(BIN)/python tests/torture/ledger.py build/torture.jsonl docs/reliability.md
 
 lint: setup-dev ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -5,11 +5,10 @@ The default counts are the documented ones. GEMMA2_TORTURE_SHARE=0.1 runs a tent
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import sys
+import time
 from collections import Counter
 
 import pytest
@@ -24,6 +23,7 @@ from faults import (
     weights,
     write_models,
 )
+from ledger import record, times
 from model_files import CONFIG
 from processes import MAIN, finish, start
 from waiting import pause, seconds_of, wait_for
@@ -45,14 +45,14 @@ LARGER = {
 }
 
 
-def times(count):
-    """The promised number, or the share of it that the environment asks for."""
-    return max(round(count * float(os.environ.get("GEMMA2_TORTURE_SHARE", "1"))), 1)
-
-
 def report(title, counts):
-    """Print figures for the user of `make torture`."""
-    sys.stdout.write(f"\n{title}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}\n")
+    """Keep figures for the user of `make torture`, with the seconds since the part before."""
+    global _since
+    record(title, dict(sorted(counts.items())), time.monotonic() - _since)
+    _since = time.monotonic()
+
+
+_since = time.monotonic()
 
 
 @pytest.fixture
