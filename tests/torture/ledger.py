@@ -1,4 +1,4 @@
-"""The figures of `make torture`: each part prints what it counted and keeps it; the last step writes docs/reliability.md.
+"""The figures of `make torture`: each part prints and keeps what it counted; the last step writes docs/reliability.md.
 
 python tests/torture/ledger.py LEDGER docs/reliability.md     the table between its two marks, from a ledger
 """
