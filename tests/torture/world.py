@@ -1,0 +1,138 @@
+"""Small jobs of every command that writes an output, each a second from a zygote, with the right bytes to expect."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from zygote import Zygote
+
+from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
+
+JUDGE = """def judge(prompts, completions, **columns):
+    return [float(sum(map(ord, text)) % 17) / 17 for text in completions]
+"""
+PIPELINE = """name: torture
+stages:
+  sft:
+    command: sft
+    options: {model: MODEL, data: [sft.jsonl], max_steps: 3, batch_size: 2, save_every: 1, learning_rate: 1e-3}
+  rl:
+    command: rlhf
+    options: {policy: "${sft.out}", prompts: prompts.jsonl, reward_fn: ["judge:judge"], steps: 2, prompts_per_step: 2,
+              n: 3, max_new_tokens: 16, save_every: 1, eval_prompts: 6, warmup_steps: 0}
+  merged:
+    command: merge slerp
+    options: {models: ["${sft.out}", "${rl.out}"]}
+"""
+# What differs between two runs with the same result: times, places.
+VARYING = frozenset({MANIFEST, "report.html", "pipeline.json", "README.md", "commands.sh"})
+
+
+@dataclass
+class Job:
+    """One command without --out.
+
+    words      the command line
+    resumes    whether an interrupted run continues with --resume
+    """
+
+    words: tuple[str, ...]
+    resumes: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class World:
+    """A folder with two small models, a reward model and data; and the jobs that run on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        _write(root)
+        learn = ("--learning-rate", "1e-3", "--warmup-steps", "0", "--save-every", "1", "--quiet")
+        short = ("--max-new-tokens", "16", "--temperature", "1")
+        judged = ("--reward-fn", "judge:judge")
+        rl = ("--prompts", "prompts.jsonl", *judged, "--prompts-per-step", "2", "--n", "3", "--eval-prompts", "6")
+        lines = {
+            "sft": ("sft", "--model", "policy", "--data", "sft.jsonl", "--max-steps", "4", "--batch-size", "2", *learn),
+            "distill": (
+                *("distill", "--model", "policy", "--teacher", "other", "--prompts", "prompts.jsonl", "--steps", "3"),
+                *("--batch-size", "2", "--eval-prompts", "2", *short, *learn),
+            ),
+            "reward": (
+                *("reward", "--model", "policy", "--data", "pairs.jsonl", "--max-steps", "4", "--batch-size", "2"),
+                *learn,
+            ),
+            "rlhf": ("rlhf", "--policy", "policy", *rl, "--steps", "3", "--mu", "0.3", *short, *learn),
+            "rlhf lora": (
+                *("rlhf", "--policy", "policy", *rl, "--steps", "3", "--mu", "0.3", "--lora-rank", "2", *short),
+                *learn,
+            ),
+            "generate": (
+                *("generate", "--teacher", "policy", "--prompts", "prompts.jsonl", "--batch-size", "4", *short),
+                *("--shard-rows", "5", "--keep-truncated", "--quiet"),
+            ),
+            "filter": ("filter", "sft.jsonl", "--set", "min_words=1", "--quiet"),
+            "merge": ("merge", "slerp", "policy", "other", "--base", "base", "--quiet"),
+            "pareto": (
+                *("pareto", "--policies", "policy,other", "--sft", "base", "--prompts", "prompts.jsonl", *judged),
+                *(*short, "--limit", "4", "--quiet"),
+            ),
+            "warp": (
+                *("warp", "--sft", "policy", *rl, "--heldout", "prompts.jsonl", "--policies", "2", "--iterations", "1"),
+                *("--steps", "2", "--etas", "0.5,1", "--eval-limit", "4", *short, *learn),
+            ),
+        }
+        self.jobs = {name: Job(words, resumes=name not in ("merge", "pareto")) for name, words in lines.items()}
+        for job in self.jobs.values():
+            job.environment["PYTHONPATH"] = str(root)
+        self._expected: dict[str, dict[str, bytes]] = {}
+
+    def line(self, name: str, out: Path, *more: object) -> list[str]:
+        """The words of a job that writes to `out`."""
+        return [*self.jobs[name].words, "--out", str(out), *map(str, more)]
+
+    def expected(self, zygote: Zygote, name: str) -> dict[str, bytes]:
+        """The files of an undisturbed run, by `files_of`; made once."""
+        if name not in self._expected:
+            out = self.root / "expected" / name.replace(" ", "-")
+            code, _, err = zygote.run(*self.line(name, out), folder=self.root, environment=self.jobs[name].environment)
+            assert code == 0, err
+            self._expected[name] = files_of(out)
+        return self._expected[name]
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The files of an output that have the same bytes in every run: not the manifest, the card, the page."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in VARYING
+    }
+
+
+def hidden(root: Path) -> list[str]:
+    """What runs left behind: hidden files and folders directly below the root."""
+    return sorted(path.name for path in root.glob(".*"))
+
+
+def _write(root: Path) -> None:
+    policy = random_model()
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[107] *= 16  # it ends its turns often enough to be sampled from
+    policy.save_pretrained(root / "policy")
+    tiny_tokenizer().save_pretrained(root / "policy")
+    for seed, name in ((1, "base"), (2, "other")):
+        save_random(root / name, seed)
+    questions = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
+    rows = {
+        "prompts": [{"prompt": text} for text in questions],
+        "sft": [{"prompt": text, "completion": f"It is {text[8]}."} for text in questions],
+        "pairs": [{"prompt": text, "chosen": "It is 3.", "rejected": f"No {text[8]}"} for text in questions],
+    }
+    for name, values in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
+    (root / "judge.py").write_text(JUDGE, encoding="utf-8")
+    (root / "pipeline.yaml").write_text(PIPELINE.replace("MODEL", "policy"), encoding="utf-8")

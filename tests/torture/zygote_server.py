@@ -1,0 +1,121 @@
+"""The parent process of zygote.py: imports everything once, then forks a process for each request on a socket."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from typing import Any
+
+PRELOADED = ("torch", "transformers.models.gemma2.modeling_gemma2", "trl", "peft", "datasets", "gemma2.merging")
+
+
+def preload() -> None:
+    """Import what the commands import, so that their processes share it."""
+    import importlib
+
+    from gemma2.cli.app import COMMANDS, load
+
+    for name in COMMANDS:
+        load(name)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from gemma2.posttrain.runs import commands
+
+    for command in commands.COMMANDS.values():
+        assert command.run
+    import torch
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def child(request: dict[str, Any]) -> None:
+    """Become the command of a request; never returns."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{request['streams']}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
+        path = request["environment"].get("PYTHONPATH", "")
+        sys.path[:0] = [entry for entry in path.split(os.pathsep) if entry]
+        sys.argv = ["gemma2", *request["words"]]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        if request["before"]:
+            exec(compile(request["before"], "<planted>", "exec"), {"__name__": "planted"})
+        if request["fault"] is not None:
+            root, number, how, log = request["fault"]
+            arm = ctypes.CDLL(None).gemma2_torture_arm
+            arm(os.fsencode(root), ctypes.c_long(number), ctypes.c_int(how), os.fsencode(log))
+        from gemma2.cli.main import main
+
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # as Python does at the end of a process
+    finally:
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code & 0xFF)
+
+
+def serve(address: str) -> None:
+    """Fork for each request; answer with the process's id, and with its exit code when it ends."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(address + ".new")
+    server.listen(64)
+    os.rename(address + ".new", address)  # it appears when it listens
+    waker, woken = socket.socketpair()
+    for end in (waker, woken):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(woken.fileno())
+    selector = selectors.DefaultSelector()
+    selector.register(server, selectors.EVENT_READ)
+    selector.register(waker, selectors.EVENT_READ)
+    running: dict[int, socket.socket] = {}
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is waker:
+                waker.recv(4096)
+                continue
+            connection, _ = server.accept()
+            request = json.loads(connection.makefile("rb").readline())
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for end in (server, waker, woken, connection, *running.values()):
+                    end.close()
+                child(request)
+            running[pid] = connection
+            connection.sendall(f"{pid}\n".encode())
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid in running:
+                connection = running.pop(pid)
+                connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                connection.close()
+
+
+if __name__ == "__main__":
+    preload()
+    serve(sys.argv[2])
