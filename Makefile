@@ -61,7 +61,7 @@ test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started h
 torture: setup-dev ## Kills, full disks, malformed inputs and silent faults, with figures for docs/reliability.md: 30 minutes
 	@mkdir -p build && rm -f build/torture.jsonl
 	@GEMMA2_TORTURE_LEDGER="$(CURDIR)/build/torture.jsonl" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --numprocesses 2 --dist loadfile --timeout 1800 -s
-	@$(BIN)/python tests/torture/ledger.py build/torture.jsonl docs/reliability.md
+	@PYTHONPATH=tests $(BIN)/python tests/torture/ledger.py build/torture.jsonl docs/reliability.md
 
 lint: setup-dev ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -74,7 +74,7 @@ type: setup-dev ## mypy, strict
 check: lint type test ## Everything that must be clean before a commit
 
 bench: setup-dev ## Ratios against a floor or a peer in the same run
-	@for script in bench/merge.py bench/stream.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/checks.py bench/pipeline.py bench/verify.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in bench/merge.py bench/stream.py bench/memory.py bench/mergekit.py bench/rlhf.py bench/reward.py bench/sampling.py bench/sft.py bench/distill.py bench/filter.py bench/startup.py bench/checks.py bench/doctor.py bench/pipeline.py bench/verify.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # Other libraries to compare with; they do not enter the environment of gemma2.
 $(VENV)/peers/.installed: $(VENV)/.installed-dev

@@ -33,6 +33,7 @@ class CommandEntry:
 
 
 COMMANDS = {
+    "doctor": CommandEntry("tools.doctor", "Check this machine or a model, and name what is wrong.", "Start here"),
     "quickstart": CommandEntry(
         "tools.quickstart",
         "Run every stage on the embedded models, from data to an aligned, merged model.",

@@ -44,3 +44,8 @@ def until_kept(path: Path) -> None:
     late = path.stat().st_ctime_ns + TICK
     wait_for(lambda: probe.write_text("") == 0 and probe.stat().st_ctime_ns > late)
     probe.unlink()
+
+
+def clock() -> float:
+    """Seconds, for the figures that `make torture` prints; never for an assertion."""
+    return time.monotonic()

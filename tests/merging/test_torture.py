@@ -8,7 +8,6 @@ import math
 import random
 import shutil
 import signal
-import time
 from collections import Counter
 
 import pytest
@@ -26,7 +25,7 @@ from faults import (
 from ledger import record, times
 from model_files import CONFIG
 from processes import MAIN, finish, start
-from waiting import pause, seconds_of, wait_for
+from waiting import clock, pause, seconds_of, wait_for
 
 from gemma2.core.outputs import manifest
 from gemma2.core.outputs.manifest import write_manifest
@@ -48,11 +47,11 @@ LARGER = {
 def report(title, counts):
     """Keep figures for the user of `make torture`, with the seconds since the part before."""
     global _since
-    record(title, dict(sorted(counts.items())), time.monotonic() - _since)
-    _since = time.monotonic()
+    record(title, dict(sorted(counts.items())), clock() - _since)
+    _since = clock()
 
 
-_since = time.monotonic()
+_since = clock()
 
 
 @pytest.fixture

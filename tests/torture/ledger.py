@@ -11,10 +11,11 @@ import os
 import platform
 import re
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from waiting import clock
 
 BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
@@ -43,9 +44,9 @@ def record(part: str, figures: Mapping[str, int | float], seconds: float) -> Non
 def recorded(part: str) -> Iterator[dict[str, int]]:
     """Count into the dictionary that this yields; it is recorded when the block ends without an exception."""
     figures: dict[str, int] = {}
-    begin = time.monotonic()
+    begin = clock()
     yield figures
-    record(part, figures, time.monotonic() - begin)
+    record(part, figures, clock() - begin)
 
 
 def _shown(figures: Mapping[str, int | float]) -> str:
