@@ -92,7 +92,8 @@ def layer_masks(config: ModelConfig, mask: Tensor) -> Masks:
 def windowed(mask: Tensor, window: int) -> Tensor:
     """Return the mask of a local layer: a query sees its own column and the window - 1 before it.
 
-    One query: the last `window` columns, the same that `KvLayer` returns. Several: all columns, the far ones masked.
+    One query: the last `window` columns, the same that `KvLayer` returns. Several, which are those of the last columns:
+    all columns, the far ones masked.
     """
     queries, columns = mask.shape[-2:]
     if queries == 1:
@@ -100,7 +101,7 @@ def windowed(mask: Tensor, window: int) -> Tensor:
     if columns <= window:
         return mask
     column = torch.arange(columns, device=mask.device)
-    far = column <= column[:, None] - window  # (K, K), row = query
+    far = column <= column[-queries:, None] - window  # (Q, K), row = query
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
 
 
@@ -125,7 +126,8 @@ def empty_cache(config: ModelConfig) -> Cache:
 class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """Keys and values of one layer, (B, heads, capacity, head_dim), grown in blocks and written in place.
 
-    A local layer keeps all columns and returns the last `window` of them.
+    A local layer keeps all columns and returns the last `window` of them to one query; to several it returns all, of
+    which `windowed` masks the far ones.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -154,8 +156,12 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typ
             self.keys, self.values = _grown(self.keys, start), _grown(self.values, start)
         self.keys.narrow(2, start, self.length - start).copy_(key_states)
         self.values.narrow(2, start, self.length - start).copy_(value_states)
-        first = max(0, self.length - self.window) if self.window is not None else 0
+        first = max(0, self.length - self.window) if self.window is not None and key_states.shape[2] == 1 else 0
         return self.keys.narrow(2, first, self.length - first), self.values.narrow(2, first, self.length - first)
+
+    def keep_columns(self, length: int) -> None:
+        """Forget all columns but the first `length`."""
+        self.length = min(self.length, length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
