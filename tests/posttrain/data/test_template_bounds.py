@@ -111,6 +111,4 @@ def test_limits_are_as_before_after_a_rendering(tmp_path):
 def test_what_templates_compute_is_as_jinja_computes_it(text):
     import jinja2
 
-    assert (
-        BoundedEnvironment().from_string(expression).render() == jinja2.Environment().from_string(expression).render()
-    )
+    assert BoundedEnvironment().from_string(text).render() == jinja2.Environment().from_string(text).render()
