@@ -105,7 +105,7 @@ def test_limits_are_as_before_after_a_rendering(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "expression",
+    "text",
     ["{{ '  ' * 3 }}", "{{ 7 // 2 }}{{ 7 % 4 }}{{ 6 / 4 }}", "{{ '%s-%d' % ('a', 3) }}", "{{ 2.5 | round }}"],
 )
 def test_what_templates_compute_is_as_jinja_computes_it(text):
