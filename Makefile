@@ -16,22 +16,48 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture docs ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture docs ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# LOCK= on the command line installs the same versions without their hashes: for an index with builds of its own.
+LOCK   ?= requirements.lock
+PIP    := $(BIN)/python -m pip install --quiet
+LOCKED := $(PIP) --require-hashes --no-deps --only-binary :all:
+# The build of torch that pip would take: 2.13.0 from PyPI, 2.13.0+cpu from an index of PyTorch's.
+TORCH  := $(BIN)/python -m pip install --dry-run --quiet --ignore-installed --no-deps --report - "$$(grep ^torch== constraints.txt)" \
+	| $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])'
+
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock requirements-torch.lock
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "Installing gemma2 into $(VENV) (two minutes or so, once)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+ifeq ($(LOCK),)
+	@$(PIP) --constraint constraints.txt --editable .
+else
+	@$(LOCKED) --requirement requirements.lock
+	@torch=$$($(TORCH)) || exit 1; case "$$torch" in \
+	  *+*) echo "torch $$torch is a build of your package index: it has no hash in the lock"; $(PIP) --constraint constraints.txt "torch==$$torch" ;; \
+	  *) $(LOCKED) --requirement requirements-torch.lock ;; \
+	esac
+	@$(PIP) --no-deps --no-build-isolation --editable .
+endif
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
 	@echo "Installing the development tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+ifeq ($(LOCK),)
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+else
+	@$(LOCKED) --requirement requirements-dev.lock
+endif
 	@touch $@
+
+# pip checks hashes, but does not collect those of all platforms; uv does.
+lock: ## Write requirements*.lock anew from pyproject.toml and constraints.txt
+	@test -x build/uv/bin/uv || { "$(PYTHON)" -m venv build/uv && build/uv/bin/python -m pip install --quiet uv==0.13.9; }
+	@"$(PYTHON)" .ci/lock.py build/uv/bin/uv
 
 setup: $(VENV)/.installed ## Make .venv with gemma2 in it
 setup-dev: $(VENV)/.installed-dev ## The same with the development tools

@@ -5,7 +5,8 @@ YAML             YAML_BYTES, YAML_NODES (every alias and `<<` counted with all t
 JSON             JSON_BYTES, JSON_ITEMS, Python's own depth
 safetensors      the format's 100 MB, TENSORS, DIMENSIONS; one pass over the names
 GGUF             GGUF_ENTRIES, GGUF_ITEMS, GGUF_DEPTH, TENSORS, DIMENSIONS
-chat templates   TEMPLATE_BYTES, TEMPLATE_SECONDS of computing for one conversation
+chat templates   TEMPLATE_BYTES, and for one conversation TEMPLATE_SECONDS of computing, TEMPLATE_MEMORY, TEMPLATE_TEXT
+                 that comes out; integers of TEMPLATE_BITS
 answers          `generation/engines/reply.py` MOST_BYTES, not compressed; one attempt ends after --timeout
 files            regular files only: a pipe or a device would be waited for
 
@@ -28,8 +29,11 @@ __all__ = [
     "GGUF_ITEMS",
     "JSON_BYTES",
     "JSON_ITEMS",
+    "TEMPLATE_BITS",
     "TEMPLATE_BYTES",
+    "TEMPLATE_MEMORY",
     "TEMPLATE_SECONDS",
+    "TEMPLATE_TEXT",
     "TENSORS",
     "YAML_BYTES",
     "YAML_DEPTH",
@@ -50,6 +54,9 @@ GGUF_ITEMS = 8_000_000  # texts of arrays; a vocabulary and its merges have unde
 GGUF_DEPTH = 4  # arrays of arrays
 TEMPLATE_BYTES = 2**20
 TEMPLATE_SECONDS = 5.0
+TEMPLATE_MEMORY = 512 * 2**20  # above what the process has
+TEMPLATE_TEXT = 16 * 2**20  # characters, without those of the messages
+TEMPLATE_BITS = 4096  # of an integer
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from gemma2.core.secret_text import masked
+
 __all__ = ["visible", "visible_json"]
 
 KEPT = "\n\t"
@@ -15,18 +17,19 @@ STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud
 
 
 def visible(text: str) -> str:
-    """Return text with every character escaped that steers a terminal; line ends and tabs stay.
+    """Return text with secrets masked and every character escaped that steers a terminal; line ends and tabs stay.
 
     It is applied once, where text leaves for the terminal (`cli/terminal/console.py`, `cli/main.py`).
     """
+    text = masked(text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in KEPT or _is_blank(char) else _escaped(char) for char in text)
 
 
 def visible_json(text: str) -> str:
-    """Return a JSON text with the characters escaped, as JSON does, that it may hold and that steer a terminal."""
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Return a JSON text with secrets masked and the characters escaped, as JSON does, that steer a terminal."""
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", masked(text))
 
 
 def _is_blank(char: str) -> bool:

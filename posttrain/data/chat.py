@@ -28,7 +28,7 @@ from jinja2.exceptions import TemplateError
 from gemma2.core.errors import InputError
 
 from .shapes.turns import ROLES, SKIP_HINT, Message, TurnError, check_order, fold_system
-from .template_time import TemplateOutOfBounds, bounded_rendering
+from .template_time import TemplateOutOfBounds, bounded_rendering, check_rendered
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig  # imports torch
@@ -207,16 +207,17 @@ class ChatFormat:
         words = [f"Qzx{str(i).translate(str.maketrans(_DIGITS, _LETTERS))}xzQ" for i in range(len(turns))]
         stand_ins = [{"role": turn["role"], "content": word} for turn, word in zip(turns, words, strict=True)]
         try:
-            with bounded_rendering(self.tokenizer.chat_template):
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        stand_ins, tokenize=False, add_generation_prompt=generation_prompt
-                    )
-                )
+            return self._rendered(stand_ins, generation_prompt)
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             hint = "let user and assistant alternate, beginning with user"
             raise InputError(f"the chat template refuses the turns {roles}: {error}", hint) from error
+
+    def _rendered(self, messages: list[Message], generation_prompt: bool) -> str:
+        """What the template makes of short messages, within the bounds of `core/limits.py`."""
+        with bounded_rendering(self.tokenizer.chat_template):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return check_rendered(str(text))
 
     def _split_controls(self, text: str) -> Iterator[_Piece]:
         start = 0
@@ -286,11 +287,9 @@ class ChatFormat:
         return headers
 
     def _check_against_the_template(self) -> None:
-        with bounded_rendering(self.tokenizer.chat_template):
-            expected = self.tokenizer.apply_chat_template(_PROBE, tokenize=True, return_dict=True)["input_ids"]
-            prompt = self.tokenizer.apply_chat_template(
-                _PROBE[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
-            )["input_ids"]
+        # As `apply_chat_template(tokenize=True)`, whose tokenizer would run within the bounds of the template.
+        texts = [self._rendered(_PROBE, False), self._rendered(_PROBE[:-1], True)]
+        expected, prompt = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
         rendered = self.conversation_ids(_PROBE)
         if rendered != expected or self.prompt_ids(_PROBE[:-1]) != prompt or rendered[: len(prompt)] != prompt:
             raise self._unusable("has a template that writes a model turn otherwise than its generation prompt")

@@ -15,6 +15,7 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.home import at_home, text_at_home
 from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.core.secret_text import secret_in
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
 from .messages import ValueSource, explained
@@ -120,7 +121,12 @@ def resolve(
 
 
 def validated(schema: type[C], values: JsonMapping, source: ValueSource | None = None) -> C:
-    """Return the frozen configuration of these values. Raises UsageError like `resolve`."""
+    """Return the frozen configuration of these values. Raises UsageError like `resolve`, and for a secret in them."""
+    if found := secret_in(values):
+        raise UsageError(
+            f"'{found[0]}' is not accepted: {found[1]}, and outputs record settings",
+            "keep it in the environment, and name the variable with --api-key-env or --judge-key-env",
+        )
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
 from gemma2.core.json_files import JsonObject
+from gemma2.core.secret_text import LIKE_A_KEY
 
 from .config import Config
 
@@ -163,9 +163,6 @@ class LoraOutputFields(LoraFields):
         if self.lora_output == "adapter" and self.lora_rank == 0:
             raise ValueError("lora_output=adapter needs an adapter; give lora_rank as well")
         return self
-
-
-LIKE_A_KEY = re.compile(r"(sk|pk|rk|gsk|hf|xai|key|api|ghp|nvapi|AKIA|AIza)[-_A-Za-z0-9]*\d[-_A-Za-z0-9]{12,}$")
 
 
 def check_address(url: str, option: str = "--base-url") -> None:

@@ -29,6 +29,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.permissions import check_host, check_key, is_local
 from gemma2.core.progress import Progress
+from gemma2.core.secret_text import MASK, known_forms, masked
 from gemma2.posttrain.schemas.fields import check_address
 from gemma2.posttrain.schemas.generate import GenerateConfig
 
@@ -211,11 +212,17 @@ class ServerEngine:
             raise _Failed(self._cause(error), connected=False) from error
         self.reached = True
         try:
-            return self._completion(request, read_reply(body), address)
+            return self._completion(request, read_reply(self._without_keys(body)), address)
         except ServerError as error:
             return self._refused(request, error.status, error.error, {})
         except Unreadable as error:
             raise self._malformed(error) from error
+
+    def _without_keys(self, body: bytes) -> bytes:
+        """A body in which the server does not repeat a key: an answer is recorded, and so is the name of a model."""
+        for form in known_forms(self.key):
+            body = body.replace(form.encode(), MASK.encode())
+        return body
 
     def _malformed(self, error: Unreadable) -> _Failed:
         return _Failed(self._said(f"an answer that is not a completion ({error})"), dropped=MALFORMED)
@@ -327,7 +334,10 @@ class ServerEngine:
         return printable(" ".join(self._redacted(text).split()), LONGEST_MESSAGE)
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
+        """Without the key, known from wherever, and without others of this user: servers may repeat them."""
+        for form in known_forms(self.key):
+            text = text.replace(form, MASK)
+        return masked(text)
 
     def facts(self) -> JsonObject:
         """The origin of the answers."""
