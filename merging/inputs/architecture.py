@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.safetensors_header import Tensor, printable
 
-__all__ = ["LM_HEAD", "ONE_KIND", "difference", "head_of", "stated"]
+__all__ = ["LM_HEAD", "ONE_KIND", "check_sizes", "check_types", "classifies", "difference", "head_of", "stated"]
 
 # Only these keys are compared: others differ between versions of transformers, and between a pre-trained model and its
 # fine-tuned child (eos ids, cache, names).
@@ -15,6 +19,8 @@ KEYS = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "tie_word_embeddings"),
     *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "rms_norm_eps", "rope_theta"),
 )
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+EMBEDDING, LAYER = "embed_tokens.weight", re.compile(r"^(?:model\.|language_model\.)*layers\.(\d{1,9})\.")
 LM_HEAD = "lm_head.weight"
 HEADS = {"SequenceClassification": "a reward model", "CausalLM": "a policy"}
 ONE_KIND = "merge policies with policies, and reward models with reward models"
@@ -53,3 +59,40 @@ def difference(
 def head_of(architecture: str) -> str | None:
     """The kind of model in words, by the end of its architecture; None for another head."""
     return next((words for end, words in HEADS.items() if architecture.endswith(end)), None)
+
+
+def check_types(path: Path, config: JsonMapping) -> None:
+    """Raise InputError for a config.json at `path` whose sizes are no sizes, or whose architectures are no names.
+
+    The libraries that read it report this in their own ways, without the file.
+    """
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path}: architectures is {printable(str(names))}, not a list of names", "restore the file")
+    for key in SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{path}: {key} is {printable(str(value))}, not a positive integer", "restore the file")
+
+
+def classifies(config: JsonMapping) -> bool:
+    """Whether a configuration is that of a sequence classifier, as reward models are."""
+    return any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
+
+
+def check_sizes(path: Path, config: JsonMapping, tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a config.json at `path` that states other sizes than the tensors have.
+
+    The libraries that load such a model say so late, or take only some of its layers.
+    """
+    said, restore = stated(config), "configuration and weights do not belong together; restore both"
+    for name, tensor in tensors.items():
+        if name.endswith(EMBEDDING) and len(tensor.shape) == 2:
+            for key, size in zip(("vocab_size", "hidden_size"), tensor.shape, strict=True):
+                if said.get(key, size) != size:
+                    shown = f"{printable(name)} is {list(tensor.shape)}"
+                    raise InputError(f"{path}: {key} is {printable(str(said[key]))}, but {shown}", restore)
+    layers = max((int(found[1]) + 1 for found in map(LAYER.match, tensors) if found), default=0)
+    if layers and said.get("num_hidden_layers", layers) != layers:
+        shown = printable(str(said["num_hidden_layers"]))
+        raise InputError(f"{path}: num_hidden_layers is {shown}, but the tensors have {layers} layers", restore)

@@ -184,6 +184,11 @@ def check_parents(parents: Sequence[Parent]) -> None:
                 f"--{parent.role} {parent.path} is a LoRA adapter, not a model",
                 f"make one with gemma2 merge linear {parent.path} --out MODEL",
             )
+        if (parent.path / "adapter_model.safetensors").is_file() and not (parent.path / "config.json").is_file():
+            raise InputError(
+                f"--{parent.role} {parent.path} holds the weights of an adapter, without its adapter_config.json",
+                "give the path of a model directory",
+            )
         if not (parent.path / "config.json").is_file():
             raise InputError(
                 f"--{parent.role} {parent.path} holds no config.json",
