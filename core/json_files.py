@@ -64,8 +64,8 @@ def load_json(path: Path) -> Any:  # noqa: ANN401
     return parse_json(read_text(path, JSON_BYTES), unique)
 
 
-def read_json(path: Path) -> JsonObject:
-    """Return the JSON object in a file. Raises InputError naming the file."""
+def read_json(path: Path, fix: str = "restore the file") -> JsonObject:
+    """Return the JSON object in a file. Raises InputError naming the file, with `fix` for what is no JSON object."""
     try:
         value = load_json(path)
     except FileNotFoundError as error:
@@ -75,9 +75,9 @@ def read_json(path: Path) -> JsonObject:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "restore the file") from error
+        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", fix) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object", "restore the file")
+        raise InputError(f"{path} is not a JSON object", fix)
     return value
 
 

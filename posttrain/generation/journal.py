@@ -6,13 +6,12 @@ file is cut behind the last whole record. Torch-free.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, parse_json
 from gemma2.posttrain.data.sources import to_line
 
 __all__ = ["Journal"]
@@ -50,7 +49,7 @@ class Journal:
             while left > 0:
                 line = file.readline()
                 left -= len(line)
-                yield json.loads(line)
+                yield parse_json(line)
 
     def close(self) -> None:
         """Close the file; all is on disk already."""
@@ -81,7 +80,7 @@ def _whole(path: Path) -> int:
 
 def _is_record(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
 

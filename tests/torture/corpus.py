@@ -54,12 +54,16 @@ Damage = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One malformed input: what is done to the world, the command line, and what its error line must say."""
+    """One malformed input: what is done to the world, the command line, and what its error line must say.
+
+    reports  the command exists to find such faults, and shows them on stdout
+    """
 
     damage: Damage
     words: str
     says: tuple[str, ...]
     code: int | None = None  # None: 1 or 2
+    reports: bool = False
 
 
 # --- the world --------------------------------------------------------------------------------------------------------
@@ -347,6 +351,8 @@ def judge(case: Case, ended: Ended, changes: list[str]) -> list[str]:
         faults.append(f"exit code {ended.code}")
     if "Traceback" in ended.err:
         faults.append("a traceback")
+    if case.reports:
+        return faults + [f"{part!r} is missing in: {ended.out}" for part in case.says if part not in ended.out]
     lines = ended.err.rstrip("\n").split("\n")
     errors = [line for line in lines if line.startswith("error: ")]
     if len(errors) != 1 or lines[-1] != errors[0]:

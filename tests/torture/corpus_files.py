@@ -144,13 +144,12 @@ MANIFESTS = {
         text("base/gemma2.json", "[" * 100_000), "sft --model base --data chats.jsonl --out out", ("base/gemma2.json",)
     ),
     "lineage: no JSON": Case(text(MANIFEST, "{"), "lineage rl-2", (MANIFEST,)),
-    "lineage: no manifest": Case(nothing, "lineage base", ("base",)),
     "lineage: missing": Case(nothing, "lineage gone", ("gone",)),
-    "verify: no JSON": Case(text(MANIFEST, "{"), "verify rl-2", (MANIFEST,)),
+    "verify: no JSON": Case(text(MANIFEST, "{"), "verify rl-2", ("rl-2", "JSON"), 1, True),
     "verify: a changed file": Case(
-        edited("rl-2/config.json", lambda data: data + b" "), "verify rl-2", ("rl-2", "config.json"), 1
+        edited("rl-2/config.json", lambda data: data + b" "), "verify rl-2", ("rl-2", "config.json"), 1, True
     ),
-    "verify: a missing file": Case(removed("rl-2/config.json"), "verify rl-2", ("rl-2", "config.json"), 1),
+    "verify: a missing file": Case(removed("rl-2/config.json"), "verify rl-2", ("rl-2", "config.json"), 1, True),
     "verify: nothing recorded": Case(nothing, "verify base", ("base",)),
     "report: no JSON": Case(text(MANIFEST, "{"), "report rl-2", (MANIFEST,)),
     "report: missing": Case(nothing, "report gone", ("gone",)),
@@ -193,11 +192,11 @@ MANIFESTS = {
     ),
     "not resumed: a begun run": Case(begun("{}"), RESUME.removesuffix(" --resume"), ("out", "--resume")),
     "a teacher's cache that is no cache": Case(
-        nothing, "distill --model base --teacher-cache rl-2 --data chats.jsonl --out out", ("rl-2",)
+        nothing, "distill --model base --teacher-cache rl-2 --out out", ("rl-2",)
     ),
     "a teacher's cache without an index": Case(
         text("cache/gemma2.json", json.dumps({"status": "complete", "command": "distill cache", "files": {}})),
-        "distill --model base --teacher-cache cache --data chats.jsonl --out out",
+        "distill --model base --teacher-cache cache --out out",
         ("cache",),
     ),
 }
@@ -212,14 +211,14 @@ OUTPUTS = {
     "of others, forced": Case(text("out/notes.txt", "precious"), f"{MERGED} --force", ("out", "something else")),
     "a file": Case(text("out", "precious"), MERGED, ("out", "not a directory")),
     "a file, forced": Case(text("out", "precious"), f"{MERGED} --force", ("out", "not a directory")),
-    "a link": Case(linked("out", "base"), MERGED, ("out", "overlap")),
+    "a link": Case(linked("out", "base"), MERGED, ("out", "link")),
     "a link to another folder": Case(
         both(lambda root: (root / "aside").mkdir(), linked("out", "aside")), f"{MERGED} --force", ("out", "link")
     ),
     "a link to nothing": Case(linked("out", "gone"), MERGED, ("out", "link")),
     "an input": Case(nothing, "merge linear rl-1 rl-2 --out rl-1 --force", ("rl-1", "overlap")),
     "inside an input": Case(nothing, "merge linear rl-1 rl-2 --out rl-1/out", ("rl-1", "overlap")),
-    "around an input": Case(nothing, "merge linear rl-1 rl-2 --out . --force", ("overlap",)),
+    "around an input": Case(nothing, "merge linear rl-1 rl-2 --out . --force", ("--out .",)),
     "under a file": Case(nothing, "merge linear rl-1 rl-2 --out recipe.yaml/out", ("recipe.yaml",)),
     "in /proc": Case(nothing, "merge linear rl-1 rl-2 --out /proc/out", ("/proc",)),
     "with a name too long": Case(nothing, f"merge linear rl-1 rl-2 --out {'x' * 300}", ("xxx",)),
@@ -234,7 +233,7 @@ OUTPUTS = {
         "sft --model base --data chats.jsonl --out out --force",
         ("out", "something else"),
     ),
-    "sft: an input": Case(nothing, "sft --model base --data chats.jsonl --out base --force", ("base", "overlap")),
+    "sft: an input": Case(nothing, "sft --model rl-2 --data chats.jsonl --out rl-2 --force", ("rl-2", "overlap")),
     "sft: in /proc": Case(nothing, "sft --model base --data chats.jsonl --out /proc/out", ("/proc",)),
     "filter: a file": Case(text("out", "precious"), "filter chats.jsonl --out out", ("out", "not a directory")),
     "data convert: exists": Case(
