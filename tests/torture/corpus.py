@@ -24,8 +24,8 @@ from light_model import write_tokenizer
 from model_files import added, entries, from_bytes, random_arrays, safetensors_bytes, write_model
 
 from gemma2.cli.main import run as run_command
-from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import write_manifest
+from gemma2.core.outputs.model_identity import identity_of, parent_record
 from gemma2.posttrain.checks.tokenizers import chat_of
 
 SECONDS = 10  # a bound on a hang, not on a duration
@@ -118,7 +118,7 @@ def write_world(root: Path) -> Path:
     (root / "lora").mkdir()
     (root / "lora/adapter_model.safetensors").write_bytes(safetensors_bytes(entries(pair, "F32")))
     (root / "lora/adapter_config.json").write_text(json.dumps(LORA))
-    parent = {"role": "policy", "path": "../base", "weights": digest_weights(root / "base"), "files": {}}
+    parent = parent_record("policy", root / "base", identity_of(root / "base"), root / "rl-2")
     write_manifest(
         root / "rl-2",
         {"status": "complete", "command": "sft", "config": {}, "parents": [parent], "data": [], "versions": {}},
