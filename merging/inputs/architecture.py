@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import Tensor, printable
+
+from .config_defaults import filled
 
 __all__ = ["LM_HEAD", "ONE_KIND", "check_sizes", "check_types", "classifies", "difference", "head_of", "stated"]
 
@@ -21,6 +23,7 @@ KEYS = (
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 EMBEDDING, LAYER = "embed_tokens.weight", re.compile(r"^(?:model\.|language_model\.)*layers\.(\d{1,9})\.")
+HEADS_OF = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
 LM_HEAD = "lm_head.weight"
 HEADS = {"SequenceClassification": "a reward model", "CausalLM": "a policy"}
 ONE_KIND = "merge policies with policies, and reward models with reward models"
@@ -81,18 +84,39 @@ def classifies(config: JsonMapping) -> bool:
 
 
 def check_sizes(path: Path, config: JsonMapping, tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError for a config.json at `path` that states other sizes than the tensors have.
+    """Raise InputError for a config.json at `path` that states other sizes than the tensors have, or leaves them to
+    defaults that the tensors do not have.
 
     The libraries that load such a model say so late, or take only some of its layers.
     """
-    said, restore = stated(config), "configuration and weights do not belong together; restore both"
+    said, whole = stated(config), stated(filled(config))
+    for key, size, where in _sizes_of(tensors, said):
+        if whole.get(key, size) != size:
+            shown = f"{printable(str(whole[key]))}{'' if key in said else ' by default'}"
+            raise InputError(
+                f"{path}: {key} is {shown}, but {where}",
+                "configuration and weights do not belong together; restore both",
+            )
+
+
+def _sizes_of(tensors: Mapping[str, Tensor], said: JsonMapping) -> Iterator[tuple[str, int, str]]:
+    """Yield key, size, and where it is seen, for the sizes that the shapes of a decoder's tensors show."""
+    layers = 0
     for name, tensor in tensors.items():
-        if name.endswith(EMBEDDING) and len(tensor.shape) == 2:
-            for key, size in zip(("vocab_size", "hidden_size"), tensor.shape, strict=True):
-                if said.get(key, size) != size:
-                    shown = f"{printable(name)} is {list(tensor.shape)}"
-                    raise InputError(f"{path}: {key} is {printable(str(said[key]))}, but {shown}", restore)
-    layers = max((int(found[1]) + 1 for found in map(LAYER.match, tensors) if found), default=0)
-    if layers and said.get("num_hidden_layers", layers) != layers:
-        shown = printable(str(said["num_hidden_layers"]))
-        raise InputError(f"{path}: num_hidden_layers is {shown}, but the tensors have {layers} layers", restore)
+        layer, shape = LAYER.match(name), tensor.shape
+        where = f"{printable(name)} is {list(shape)}"
+        if len(shape) == 2 and name.endswith(EMBEDDING):
+            yield "vocab_size", shape[0], where
+            yield "hidden_size", shape[1], where
+        if layer is None:
+            continue
+        layers = max(layers, int(layer[1]) + 1)
+        kind = name[layer.end() :]
+        if kind == "mlp.up_proj.weight" and "intermediate_size" in said:
+            yield "intermediate_size", shape[0], where
+        heads = HEADS_OF.get(kind)
+        per_head = said.get("head_dim")
+        if heads in said and type(per_head) is int and per_head > 0 and len(shape) == 2 and not shape[0] % per_head:
+            yield str(heads), shape[0] // per_head, where
+    if layers:
+        yield "num_hidden_layers", layers, f"the tensors have {layers} layers"

@@ -83,9 +83,12 @@ def write(one: Checkpoint, root: Path) -> list[dict[str, np.ndarray]]:
 
 def _write_model(path: Path, arrays: dict[str, np.ndarray], dtypes: dict[str, str], shards: int, padding: int) -> None:
     path.mkdir()
-    embedding = {name: array for name, array in arrays.items() if name.endswith("embed_tokens.weight")}
-    config = {**CONFIG, **sizes_of(embedding)}
-    del config["num_hidden_layers"]  # layers that have names here begin and end anywhere
+    config = {
+        **CONFIG,
+        **sizes_of({name: array for name, array in arrays.items() if name.endswith("embed_tokens.weight")}),
+    }
+    layers = [int(name.split(".")[2]) for name in arrays if name.startswith("model.layers.")]
+    config["num_hidden_layers"] = max(layers, default=0) + 1
     (path / "config.json").write_text(json.dumps(config))
     items = {name: (dtypes[name], list(array.shape), to_bytes(array, dtypes[name])) for name, array in arrays.items()}
     weight_map = {}
