@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,19 @@ JsonObject = dict[str, Any]
 JsonMapping = Mapping[str, Any]
 
 
-def parse_json(text: str | bytes) -> Any:  # noqa: ANN401
-    """Return the value of a JSON text of others. Raises JSONDecodeError, a ValueError, also for one out of bounds."""
+Pairs = list[tuple[str, Any]]
+
+
+def parse_json(text: str | bytes, of_pairs: Callable[[Pairs], object] | None = None) -> Any:  # noqa: ANN401
+    """Return the value of a JSON text of others. Raises JSONDecodeError, a ValueError, also for one out of bounds.
+
+    of_pairs  makes the value of each object, from its keys and values
+    """
     if len(text) > JSON_ITEMS and _items(text) > JSON_ITEMS:
         raise json.JSONDecodeError(f"more than {JSON_ITEMS:,} items", "", 0)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return json.loads(text, object_pairs_hook=of_pairs)
+    except (json.JSONDecodeError, InputError):
         raise
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", "", 0) from error
@@ -41,12 +48,24 @@ def _items(text: str | bytes) -> int:
 
 
 def load_json(path: Path) -> Any:  # noqa: ANN401
-    """Return the value in a JSON file of others. Raises OSError, or ValueError for what is no JSON or out of bounds."""
-    return parse_json(read_text(path, JSON_BYTES))
+    """Return the value in a JSON file of others. Raises OSError, or ValueError for what is no JSON or out of bounds.
+
+    Raises InputError, also a ValueError, for an object with a key twice: readers differ in which value counts.
+    """
+
+    def unique(pairs: Pairs) -> JsonObject:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
+            raise InputError(f"{path} has the key {twice[:120]!r} twice", "keep the one that is meant")
+        return found
+
+    return parse_json(read_text(path, JSON_BYTES), unique)
 
 
-def read_json(path: Path) -> JsonObject:
-    """Return the JSON object in a file. Raises InputError naming the file."""
+def read_json(path: Path, fix: str = "restore the file") -> JsonObject:
+    """Return the JSON object in a file. Raises InputError naming the file, with `fix` for what is no JSON object."""
     try:
         value = load_json(path)
     except FileNotFoundError as error:
@@ -56,9 +75,9 @@ def read_json(path: Path) -> JsonObject:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "restore the file") from error
+        raise InputError(f"{path} is not readable JSON ({type(error).__name__})", fix) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object", "restore the file")
+        raise InputError(f"{path} is not a JSON object", fix)
     return value
 
 

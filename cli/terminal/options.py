@@ -157,6 +157,8 @@ def recipe_path(name: str | None, command: str = "") -> Path | None:
         return None
     path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
     found = path if path.is_file() else recipe(name)
+    if found is None and path.exists():
+        raise InputError(f"--config {name} is not a regular file", "give a YAML file")
     if found is None:
         raise InputError(
             f"--config {name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"

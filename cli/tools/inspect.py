@@ -24,7 +24,7 @@ def _overview(found: JsonObject) -> JsonObject:
         "dtypes": found["dtypes"],
         "megabytes": found["bytes"] / 1e6,
         "made by": lineage.get("command"),
-        "made from": [f"{parent['role']} {parent['path']}" for parent in lineage.get("parents", ())] or None,
+        "made from": [f"{parent.get('role')} {parent.get('path')}" for parent in lineage.get("parents") or ()] or None,
         "finished": lineage.get("ended"),
     }
 
@@ -76,6 +76,8 @@ def inspect(
     if as_json:
         console.json(found)
         return
+    for line in found.get("warnings", ()):
+        console.warn(line)
     console.result(_overview(found))
     console.text("")
     console.table(found["tensors"] if tensors else found["groups" if found["kind"] == "model" else "updates"])

@@ -147,6 +147,8 @@ def indexed_tensors(index: Path) -> Mapping[str, str]:
         found = load_json(index)["weight_map"]
     except FileNotFoundError:
         return {}
+    except InputError:  # a pipe, a key twice
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is not an index of shards ({type(error).__name__})", "restore the file") from error
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonObject, load_json, write_json
+from gemma2.core.json_files import JsonObject, load_json, read_json, write_json
 
 from .hashing import digest_file
 
@@ -24,6 +24,7 @@ __all__ = [
     "ParentRecord",
     "now",
     "read_manifest",
+    "read_state",
     "require_complete",
     "versions",
     "write_manifest",
@@ -109,6 +110,14 @@ class Manifest(TypedDict, total=False):
     files: dict[str, FileRecord]
 
 
+# The kinds of values that every reader of a record relies on; what they hold is checked where it is read.
+CONTAINERS: Mapping[str, type] = {
+    **dict.fromkeys(("config", "code", "versions", "summary", "files"), dict),
+    **dict.fromkeys(("parents", "data"), list),
+}
+OF_RECORDS = ("files", "code", "parents", "data")  # whose values are objects themselves
+
+
 def now() -> str:
     """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -135,7 +144,7 @@ def _versions() -> dict[str, str]:
 def read_manifest(directory: Path) -> Manifest | None:
     """Return the manifest of a directory, or None if it is missing.
 
-    The types of its values are checked by their readers: the file may have been edited.
+    The types of single values are checked by their readers: the file may have been edited.
     Raises InputError if the file exists and is not a manifest.
     """
     path = directory / MANIFEST
@@ -149,10 +158,36 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise
     except ValueError as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
         raise InputError(f"{path} is not readable JSON ({type(error).__name__})", "make the output again") from error
-    files = manifest.get("files", {}) if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise InputError(f"{path} is not a gemma2 manifest", "make the output again")
+    fault = _fault_of(manifest)
+    if fault:
+        raise InputError(f"{path} is not a gemma2 manifest: {fault}", "make the output again")
     return cast("Manifest", manifest)
+
+
+def read_state(partial: Path) -> JsonObject:
+    """Return the record of an interrupted run (`run.json`). Raises InputError for one that no resume can use."""
+    path = partial / STATE
+    found = read_json(path, "start over with --force")
+    fault = _fault_of(found)
+    if fault:
+        raise InputError(f"{path} is not the record of a run: {fault}", "start over with --force")
+    return found
+
+
+def _fault_of(record: object) -> str:
+    """What is wrong with the kinds of a record's values; empty if nothing is."""
+    if not isinstance(record, dict):
+        return "it is not an object"
+    for key, kind in CONTAINERS.items():
+        value = record.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            return f"{key} is not {'an object' if kind is dict else 'a list'}"
+        entries = value if kind is list else value.values()
+        if key in OF_RECORDS and not all(isinstance(entry, dict) for entry in entries):
+            return f"{key} holds something else than objects"
+    return ""
 
 
 def require_complete(directory: Path, role: str) -> None:

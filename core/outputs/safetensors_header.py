@@ -93,17 +93,19 @@ def _read_entries(path: Path, stored: Path, size: int) -> tuple[JsonObject, int]
         raise InputError(f"{path} cannot be read ({error.strerror})", "check its permissions") from error
     if length > JSON_ITEMS and text.count(b",") + text.count(b"[") + text.count(b"{") > JSON_ITEMS:
         raise _broken(path, f"the header holds more than {JSON_ITEMS:,} values")
+    if not text.startswith(b"{"):  # the format's own rule; other readers take blanks, or another encoding of JSON
+        raise _broken(path, "the header does not begin with {")
     try:
-        entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
+        entries: JsonObject = json.loads(text.decode(), object_pairs_hook=lambda pairs: _unique(path, pairs))
     except InputError:  # a duplicate key
         raise
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise _broken(path, f"the header is not JSON ({type(error).__name__})") from error
-    if not isinstance(entries, dict):
-        raise _broken(path, "the header is not a JSON object")
     if len(entries) > TENSORS:
         raise _broken(path, f"the header names more than {TENSORS:,} tensors")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "its __metadata__ does not map texts to texts")
     return entries, 8 + length
 
 

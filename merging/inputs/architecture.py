@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.outputs.safetensors_header import Tensor, printable
 
-__all__ = ["LM_HEAD", "ONE_KIND", "difference", "head_of", "stated"]
+from .config_defaults import filled
+
+__all__ = ["LM_HEAD", "ONE_KIND", "check_sizes", "check_types", "classifies", "difference", "head_of", "stated"]
 
 # Only these keys are compared: others differ between versions of transformers, and between a pre-trained model and its
 # fine-tuned child (eos ids, cache, names).
@@ -15,6 +21,9 @@ KEYS = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "tie_word_embeddings"),
     *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "rms_norm_eps", "rope_theta"),
 )
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+EMBEDDING, LAYER = "embed_tokens.weight", re.compile(r"^(?:model\.|language_model\.)*layers\.(\d{1,9})\.")
+HEADS_OF = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
 LM_HEAD = "lm_head.weight"
 HEADS = {"SequenceClassification": "a reward model", "CausalLM": "a policy"}
 ONE_KIND = "merge policies with policies, and reward models with reward models"
@@ -53,3 +62,61 @@ def difference(
 def head_of(architecture: str) -> str | None:
     """The kind of model in words, by the end of its architecture; None for another head."""
     return next((words for end, words in HEADS.items() if architecture.endswith(end)), None)
+
+
+def check_types(path: Path, config: JsonMapping) -> None:
+    """Raise InputError for a config.json at `path` whose sizes are no sizes, or whose architectures are no names.
+
+    The libraries that read it report this in their own ways, without the file.
+    """
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path}: architectures is {printable(str(names))}, not a list of names", "restore the file")
+    for key in SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{path}: {key} is {printable(str(value))}, not a positive integer", "restore the file")
+
+
+def classifies(config: JsonMapping) -> bool:
+    """Whether a configuration is that of a sequence classifier, as reward models are."""
+    return any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
+
+
+def check_sizes(path: Path, config: JsonMapping, tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a config.json at `path` that states other sizes than the tensors have, or leaves them to
+    defaults that the tensors do not have.
+
+    The libraries that load such a model say so late, or take only some of its layers.
+    """
+    said, whole = stated(config), stated(filled(config))
+    for key, size, where in _sizes_of(tensors, said):
+        if whole.get(key, size) != size:
+            shown = f"{printable(str(whole[key]))}{'' if key in said else ' by default'}"
+            raise InputError(
+                f"{path}: {key} is {shown}, but {where}",
+                "configuration and weights do not belong together; restore both",
+            )
+
+
+def _sizes_of(tensors: Mapping[str, Tensor], said: JsonMapping) -> Iterator[tuple[str, int, str]]:
+    """Yield key, size, and where it is seen, for the sizes that the shapes of a decoder's tensors show."""
+    layers = 0
+    for name, tensor in tensors.items():
+        layer, shape = LAYER.match(name), tensor.shape
+        where = f"{printable(name)} is {list(shape)}"
+        if len(shape) == 2 and name.endswith(EMBEDDING):
+            yield "vocab_size", shape[0], where
+            yield "hidden_size", shape[1], where
+        if layer is None:
+            continue
+        layers = max(layers, int(layer[1]) + 1)
+        kind = name[layer.end() :]
+        if kind == "mlp.up_proj.weight" and "intermediate_size" in said:
+            yield "intermediate_size", shape[0], where
+        heads = HEADS_OF.get(kind)
+        per_head = said.get("head_dim")
+        if heads in said and type(per_head) is int and per_head > 0 and len(shape) == 2 and not shape[0] % per_head:
+            yield str(heads), shape[0] // per_head, where
+    if layers:
+        yield "num_hidden_layers", layers, f"the tensors have {layers} layers"

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, read_json
-from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable, read_header
+from gemma2.core.outputs.safetensors_header import ITEM_BYTES, Tensor, printable
 from gemma2.merging.remote.arrivals import ON_DISK, Arrivals
 
 from .low_rank import LowRank
-from .weight_files import COMPANIONS, INDEX, WEIGHTS, find_weights
+from .weight_files import COMPANIONS, INDEX, WEIGHTS, find_weights, natural_order, stored_tensors, wrong_size
 
 __all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "Checkpoint", "Reader", "natural_order", "open_checkpoint"]
 
@@ -35,6 +35,7 @@ class Checkpoint:
     origin   the directory of configuration and tokenizer; of an adapted model that of the model
     updates  low-rank updates of an adapted model, by tensor
     copies   stored copies of a tied embedding, dropped from its tensors, with the embedding
+    doubts   what is wrong with its files and decides no value, as warnings
     has_own_head  its adapter separates the head from the embedding that its configuration ties it to
     """
 
@@ -46,6 +47,7 @@ class Checkpoint:
     updates: Mapping[str, LowRank] = field(default_factory=dict)
     copies: tuple[tuple[Tensor, Tensor], ...] = ()
     has_own_head: bool = False
+    doubts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.role} {self.path}"
@@ -63,33 +65,15 @@ class Checkpoint:
         return sorted({tensor.file for tensor in self.tensors.values()} | factors | checked)
 
 
-def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Return a sort key that puts layer 2 before layer 10."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in name.split("."))
-
-
 def open_checkpoint(path: Path, role: str, arrivals: Arrivals = ON_DISK) -> Checkpoint:
     """Read the configuration and every header of a model directory; no tensor data, which may not have arrived yet.
 
     Raises InputError if it is not a model directory, is unfinished, or stores weights in another format.
     """
     shards = find_weights(path, role, arrivals)
-    return Checkpoint(role, path, read_json(path / "config.json"), _tensors(path, shards, arrivals), path)
-
-
-def _tensors(path: Path, shards: Mapping[str, list[str]] | None, arrivals: Arrivals) -> dict[str, Tensor]:
-    """Return all tensors in natural order; index and shards must agree exactly."""
-    if shards is None:
-        found = read_header(path / WEIGHTS, arrivals.stored(path / WEIGHTS))
-    else:
-        found = {}
-        for file, names in sorted(shards.items()):
-            held = read_header(path / file, arrivals.stored(path / file))
-            for name in sorted(set(names) ^ set(held)):
-                where = f"in the index but not in {file}" if name in names else f"in {file} but not in the index"
-                raise InputError(f"{path}: {printable(name)} is {where}", "restore both: they do not belong together")
-            found |= held
-    return {name: found[name] for name in sorted(found, key=natural_order)}
+    tensors = stored_tensors(path, shards, arrivals)
+    doubts = () if shards is None else wrong_size(path / INDEX, tensors)
+    return Checkpoint(role, path, read_json(path / "config.json"), tensors, path, doubts=doubts)
 
 
 class Reader:

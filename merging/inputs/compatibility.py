@@ -16,7 +16,7 @@ from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.merging.kernels.number_formats import KINDS
 
-from .architecture import ONE_KIND, head_of
+from .architecture import ONE_KIND, check_sizes, head_of
 from .checkpoint import COMPANIONS, Checkpoint
 from .config_keys import SHAPES, ConfigDifference, config_differences, is_allowed
 from .families import check_family
@@ -47,6 +47,7 @@ def check_model(model: Checkpoint) -> None:
                     f"{path} {reason} ({key})", "use a model that transformers supports, in bf16, fp16 or fp32"
                 )
     check_family(_architecture(model), model)
+    check_sizes(model.origin / "config.json", model.config, model.tensors)
     for tensor in model.tensors.values():
         if tensor.dtype not in KINDS:
             raise InputError(

@@ -42,6 +42,7 @@ TOWER = re.compile(r"^(?:model\.)?(vision_tower|multi_modal_projector)\.")
 def check_family(architecture: str, model: Checkpoint) -> None:
     """Refuse an architecture that is not in the table. Raises InputError naming what is missing."""
     if architecture in ARCHITECTURES:
+        _check_type(architecture, model)
         return
     shown = f"{model}: architecture {printable(architecture)}"
     if model.config.get("is_encoder_decoder") is True:
@@ -65,6 +66,17 @@ def check_family(architecture: str, model: Checkpoint) -> None:
         f"{shown} is not supported by merges: no test shows that it loads after one",
         "use Gemma 2 or another family in docs/merging.md",
     )
+
+
+def _check_type(architecture: str, model: Checkpoint) -> None:
+    """Refuse a model type of another family: transformers loads the class of the type, not the architecture."""
+    stated = model.config.get("model_type")
+    family = architecture[: max(architecture.rfind("For"), architecture.rfind("LMHead"))].lower()
+    if stated is not None and re.sub(r"[_-]|(_text)$", "", str(stated)) != family.removesuffix("text"):
+        raise InputError(
+            f"{model.origin}/config.json: architecture {architecture} and model_type {printable(str(stated))} differ",
+            "restore the file",
+        )
 
 
 def is_decoder(model: Checkpoint) -> bool:

@@ -33,7 +33,8 @@ def open_input(name: Path, role: str, base: Path | None = None, arrivals: Arriva
     if not is_adapter(path, arrivals):
         return without_copy(open_checkpoint(path, role, arrivals))
     found = open_adapter(path, role, arrivals)
-    return _adapted(found, open_checkpoint(model_of(found, base, arrivals), f"the model of {role}", arrivals))
+    model = model_of(found, base, arrivals)
+    return _adapted(found, open_checkpoint(model, f"the model of the adapter {path}", arrivals))
 
 
 def model_of(adapter: Adapter, base: Path | None, arrivals: Arrivals = ON_DISK) -> Path:
@@ -44,7 +45,7 @@ def model_of(adapter: Adapter, base: Path | None, arrivals: Arrivals = ON_DISK) 
             if place.is_dir():
                 return place
         if base is None and is_hub_id(recorded):
-            return arrivals.locate(Path(recorded), f"the model of {adapter.role}")
+            return arrivals.locate(Path(recorded), f"the model of the adapter {adapter.path}")
     if base is None:
         raise InputError(
             f"{adapter} is an adapter, and its model {printable(recorded or '(not recorded)')} was not found",

@@ -45,6 +45,7 @@ def _model(path: Path) -> JsonObject:
         "shards": [{"file": file.name, "bytes": file.stat().st_size} for file in model.files],
         "groups": _groups(tensors),
         "lineage": _lineage(path),
+        "warnings": list(model.doubts),
         "tensors": _listed(model.tensors.values()),
     }
 

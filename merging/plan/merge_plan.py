@@ -183,7 +183,10 @@ def _plan(request: MergeRequest, out: Path, force: bool, arrivals: Arrivals) -> 
         asking=asking,
         carried=carried,
         arrivals=arrivals,
-        warnings=tuple(differing_files(request, models, vocabulary)),
+        warnings=(
+            *dict.fromkeys(line for model in inputs for line in model.doubts),
+            *differing_files(request, models, vocabulary),
+        ),
         notes=(
             *notes,
             *tower_note(models[0]),

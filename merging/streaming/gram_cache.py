@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma2.core.json_files import parse_json
 from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK
@@ -43,7 +44,7 @@ class Products:
         with suppress(OSError, ValueError, TypeError):  # missing or malformed: computed again
             digest, _, text = self._file.read_text(encoding="utf-8").partition("\n")
             if digest == _digest(text):
-                self._sums = {name: np.array(values, np.float64) for name, values in json.loads(text).items()}
+                self._sums = {name: np.array(values, np.float64) for name, values in parse_json(text).items()}
                 self._known = set(self._sums) == set(plan.parts)
 
     def known(self, group: Group) -> dict[str, Doubles] | None:

@@ -206,10 +206,11 @@ def _kind(task: RowsToRead) -> Kind | Literal["rows"]:
     return "conversations" if kind == "prompts" else kind  # which says that the answer is missing
 
 
-def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> RowsFound:
+def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None], vocabulary: int | None = None) -> RowsFound:
     """Read rows of one data set.
 
-    chat  the chat format of a model directory; None where it cannot be had without torch
+    chat        the chat format of a model directory; None where it cannot be had without torch
+    vocabulary  rows of the embedding of the model that reads them, if known
 
     Raises InputError for a row that the command would refuse, UsageError for a wrong `--columns`.
     """
@@ -226,7 +227,9 @@ def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> Ro
     else:
         for row in islice(rows_of_kind(path, kind, reading), most):
             with reading.usable(row):
-                found.add(_ids(row, formatted, task.limits), formatted)
+                ids = _ids(row, formatted, task.limits)
+                _check_ids(ids, vocabulary, task, formatted)
+                found.add(ids, formatted)
     found.skipped = len(reading.skipped)
     found.unread = tuple(reading.tallies[path].unread)
     if sample is None:
@@ -258,6 +261,17 @@ def _ids(row: Prompt | Conversation | Pair, chat: ChatFormat | None, limits: Lim
         refuse_overlong(row, len(ids), limits)
         return [ids]
     return [chat.example(row.messages, "eot", row.truncated, row.unlearned)[0]]
+
+
+def _check_ids(ids: list[list[int]], vocabulary: int | None, task: RowsToRead, chat: ChatFormat | None) -> None:
+    """Refuse a token that the embedding has no row for. A tokenizer may have some, as long as no row uses them."""
+    largest = max((max(one, default=0) for one in ids), default=0)
+    if vocabulary is not None and chat is not None and largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {task.model} has the token {chat.token_text(largest)!r} with id {largest}, "
+            f"its config.json a vocab_size of {vocabulary}",
+            "give the model the tokenizer that it was trained with",
+        )
 
 
 def _require_some(found: RowsFound, reading: Reading, task: RowsToRead) -> None:

@@ -13,8 +13,17 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, load_json, read_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable, read_header, weight_files
-from gemma2.merging.inputs.architecture import LM_HEAD, ONE_KIND, difference, stated
+from gemma2.merging.inputs.architecture import (
+    LM_HEAD,
+    ONE_KIND,
+    check_sizes,
+    check_types,
+    classifies,
+    difference,
+    stated,
+)
 from gemma2.merging.inputs.config_defaults import filled, is_tied
+from gemma2.merging.inputs.weight_files import indexed_tensors
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.runs.inputs import paths_of
@@ -78,14 +87,20 @@ def look_at(path: Path) -> Promise | None:
     made = COMMANDS[manifest["command"]].makes if manifest and manifest.get("command") in COMMANDS else None
     try:
         config = load_json(path / "config.json")
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):  # a pipe, a key twice
+            raise
         if (path / "adapter_config.json").is_file():
             return _adapter(path)
         return Promise(made) if made in (DATA, FRONT, CACHE) else None
     if not isinstance(config, dict) or not weight_files(path):
         return None
-    classifier = any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
-    tensors = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
+    check_types(path / "config.json", config)
+    classifier = classifies(config)
+    tensors = indexed_tensors(path)
+    if tensors is None:
+        tensors = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
+    check_sizes(path / "config.json", config, tensors)
     return Promise(
         REWARD if classifier else POLICY,
         parameters=sum(tensor.count for tensor in tensors.values()),

@@ -66,11 +66,16 @@ class CommandChecks:
             place = tokenizers.get(path, path)
             return chat_of(place) if place.is_dir() else None
 
-        return [self._rows(task, chat) for task in rows_to_read(config) if self.sources.promise(task.path) is None]
+        sizes = {path: found.vocabulary for _, path, found in models}
+        return [
+            self._rows(task, chat, sizes.get(task.model) if task.model else None)
+            for task in rows_to_read(config)
+            if self.sources.promise(task.path) is None
+        ]
 
-    def _rows(self, task: RowsToRead, chat: Callable[[Path], ChatFormat | None]) -> RowsFound:
+    def _rows(self, task: RowsToRead, chat: Callable[[Path], ChatFormat | None], vocabulary: int | None) -> RowsFound:
         if task not in self._read:
-            self._read[task] = found = read_rows(task, chat)
+            self._read[task] = found = read_rows(task, chat, vocabulary)
             self.sources.counted[found.path] = found.rows
             if found.lengths:
                 self.sources.tokens[found.path] = found.mean

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Literal
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
 
 from gemma2.core.errors import InputError
 
@@ -87,6 +87,17 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, generation_config: GenerationConfig | None = None) -> None:
         self.tokenizer = tokenizer
         self._controls = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        try:
+            self._learn_the_template(generation_config)
+        except InputError as error:
+            if tokenizer.name_or_path in error.what:
+                raise
+            raise type(error)(f"{tokenizer.name_or_path}: {error.what}", error.hint) from error
+
+    def _learn_the_template(self, generation_config: GenerationConfig | None) -> None:
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template == "":
+            raise self._unusable("has an empty chat template")
         if not tokenizer.chat_template:
             if not {"<start_of_turn>", "<end_of_turn>"} <= self._controls.keys():
                 raise self._unusable("has no chat template")
@@ -208,6 +219,9 @@ class ChatFormat:
         stand_ins = [{"role": turn["role"], "content": word} for turn, word in zip(turns, words, strict=True)]
         try:
             return self._rendered(stand_ins, generation_prompt)
+        except (TemplateSyntaxError, UndefinedError, SecurityError) as error:  # not one of `raise_exception`
+            what = f"the chat template fails: {type(error).__name__}: {error}"
+            raise InputError(what, "correct the template, or give another with the tokenizer") from error
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             hint = "let user and assistant alternate, beginning with user"

@@ -10,17 +10,21 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.foreign.code_keys import refuse_code
+from gemma2.core.foreign.links import refuse_irregular
 from gemma2.core.json_files import load_json
 
 from .tokenizer import Tokenizer
 
 __all__ = ["load_light_tokenizer", "require_tokenizer"]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def require_tokenizer(path: Path) -> None:
     """Raise InputError for a model directory without the files of a tokenizer: transformers would make one up."""
+    refuse_irregular(path, TOKENIZER_FILES)
     if not any((path / name).is_file() for name in VOCABULARIES):
         raise InputError(f"{path} holds no tokenizer", "copy the tokenizer files next to the weights")
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
 from gemma2.core.errors import InputError, OutputError
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, parse_json
 from gemma2.core.outputs.text_file import write_text
 
 from .reading import Reading, RowOptions
 from .rows import Conversation, Pair, Prompt, conversation_of, prompt_of
 from .shapes.recognise import LISTS, conversation_shape, present, prompt_shape
-from .sources import ColumnNames, Row, to_line
+from .sources import ColumnNames, Row, data_files, to_line
 
 __all__ = ["Kind", "convert_rows", "kind_of_rows", "own_form", "rows_of_kind"]
 
@@ -100,6 +99,8 @@ def convert_rows(
     """
     if out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    if any(out.resolve() == file.resolve() for file in data_files(path)):
+        raise OutputError(f"--out {out} and the data {path} overlap", "choose another --out")
     if out.suffix != ".jsonl":
         raise InputError(f"--out {out} is not a .jsonl file", f"write to {out.with_suffix('.jsonl')}")
     theirs = ColumnNames(options.columns).theirs
@@ -134,7 +135,7 @@ def _with_values(row: Row, names: Collection[str]) -> Row:
         if not isinstance(text, str):
             continue
         try:
-            columns[name] = json.loads(text)
+            columns[name] = parse_json(text)
         except ValueError:
             try:
                 columns[name] = ast.literal_eval(text)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, parse_json, write_json
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.posttrain.provenance.recorded_files import check_recorded, remake
@@ -186,7 +186,7 @@ def _objects(path: Path, lines: bool) -> list[JsonObject]:
     """The JSON object that a file is, or those on its lines. Raises InputError if they are not."""
     try:
         text = path.read_text(encoding="utf-8")
-        documents = [json.loads(part) for part in (text.splitlines() if lines else [text])]
+        documents = [parse_json(part) for part in (text.splitlines() if lines else [text])]
     except (OSError, ValueError) as error:
         cause = type(error).__name__
         raise InputError(f"{path} cannot be read ({cause})", "measure it again with gemma2 pareto") from error

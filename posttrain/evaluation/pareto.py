@@ -26,7 +26,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ, still_points
-from gemma2.merging.inputs.architecture import LM_HEAD
+from gemma2.merging.inputs.architecture import LM_HEAD, classifies
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.data.chat import ChatFormat
@@ -218,7 +218,7 @@ def check_policies(parents: Sequence[Parent]) -> None:
     for parent in policies:
         named = f"--{parent.role} {parent.path}"
         config = read_config(parent.path)
-        if any("SequenceClassification" in name for name in config.get("architectures") or ()):
+        if classifies(config):
             raise InputError(f"{named} is a reward model, not a language model", "name it as --reward")
         sizes = config.get("vocab_size"), first.config.get("vocab_size")
         if sizes[0] != sizes[1]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, parse_json
 from gemma2.core.outputs.hashing import digest_file, digest_name, hasher
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.model_identity import digest_model
@@ -91,4 +91,4 @@ def _rows(file: Path) -> Sequence[JsonObject]:
     """The lines of a JSONL file; none without it."""
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

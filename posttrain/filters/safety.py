@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.foreign.code_keys import refuse_code
+from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.sources import Row
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config
@@ -76,9 +77,8 @@ class SafetyModel:
     def load(cls, config: FilterConfig) -> SafetyModel:
         """Load `config.safety_model`, a classifier or a causal LM according to its config.json."""
         assert config.safety_model is not None
-        names = read_config(config.safety_model).get("architectures") or ()
-        classifies = any("ForSequenceClassification" in name for name in names)
-        return cls(_Classifier(config) if classifies else _PolicyJudge(config), config.safety_threshold)
+        is_classifier = classifies(read_config(config.safety_model))
+        return cls(_Classifier(config) if is_classifier else _PolicyJudge(config), config.safety_threshold)
 
     def drop_unsafe(self, chunk: Sequence[Row], findings: Findings) -> None:
         """Drop rows that passed the other filters but have an unsafe answer."""

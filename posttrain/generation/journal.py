@@ -1,21 +1,28 @@
 """An append-only file of JSON records that survives a kill: finished records stay, a torn end is dropped.
 
 Every `append` ends with fsync. A kill, or a power cut, can only damage what was being appended: at the next opening the
-file is cut behind the last whole record. Torch-free.
+file is cut behind the last whole record. Every line ends with the CRC-32 of its record: one that rotted in front of
+others is an error, since what comes after it was paid for, and one whose text changed is not taken for an answer.
+Torch-free.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.errors import InputError
+from gemma2.core.json_files import JsonMapping, JsonObject, parse_json
 from gemma2.posttrain.data.sources import to_line
 
 __all__ = ["Journal"]
+
+SUM = "crc32"
+END = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n')
 
 
 class Journal:
@@ -30,7 +37,7 @@ class Journal:
 
     def append(self, records: Iterable[JsonMapping]) -> None:
         """Write records and wait until the disk has them."""
-        lines = b"".join(map(to_line, records))
+        lines = b"".join(_summed(to_line(record)) for record in records)
         if not lines:
             return
         if self._file is None:
@@ -50,7 +57,9 @@ class Journal:
             while left > 0:
                 line = file.readline()
                 left -= len(line)
-                yield json.loads(line)
+                record: JsonObject = parse_json(line)
+                del record[SUM]
+                yield record
 
     def close(self) -> None:
         """Close the file; all is on disk already."""
@@ -68,20 +77,37 @@ class Journal:
 
 
 def _whole(path: Path) -> int:
-    """Bytes up to the first line that is not a record."""
-    size = 0
+    """Bytes up to the first line that is not a record. Raises InputError if records follow it."""
+    size, broken, others = 0, 0, False
     if path.exists():
         with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n") or not _is_record(line):
-                    break
-                size += len(line)
+            for number, line in enumerate(file, start=1):
+                if not _is_record(line):
+                    broken = broken or number
+                    others = others or _is_object(line)
+                elif broken:
+                    raise InputError(f"{path}:{broken} is damaged, and records follow it", "start over with --force")
+                else:
+                    size += len(line)
+    if size == 0 and others:
+        raise InputError(f"{path} holds no record with its check sum", "start over with --force")
     return size
 
 
+def _summed(line: bytes) -> bytes:
+    """A line of JSON with the check sum of its object as last key."""
+    body = line.rstrip(b"\n")
+    return body[:-1] + f', "{SUM}": "{zlib.crc32(body):08x}"}}\n'.encode()
+
+
 def _is_record(line: bytes) -> bool:
+    found = END.search(line, max(len(line) - 24, 0))
+    return found is not None and zlib.crc32(line[: found.start()] + b"}") == int(found[1], 16) and _is_object(line)
+
+
+def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return line.endswith(b"\n") and isinstance(parse_json(line), dict)
     except ValueError:
         return False
 

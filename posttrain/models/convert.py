@@ -28,6 +28,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
+from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
@@ -168,8 +169,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> Loaded:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise InputError(f"{path} is quantised ({method})", "give the unquantised model, or its GGUF file")
-    is_reward = any("SequenceClassification" in name for name in config.get("architectures") or ())
-    return load_reward_model(path, dtype, CPU) if is_reward else load_policy(path, dtype, CPU)
+    return load_reward_model(path, dtype, CPU) if classifies(config) else load_policy(path, dtype, CPU)
 
 
 def check_finite(model: Network, config: ConvertConfig) -> None:

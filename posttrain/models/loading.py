@@ -25,6 +25,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
+from gemma2.merging.inputs.architecture import check_types, classifies
 from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ def read_config(path: Path) -> JsonObject:
     if not (path / "config.json").exists():
         raise InputError(f"{path} holds no config.json", "give a model directory")
     config = read_json(path / "config.json")
+    check_types(path / "config.json", config)
     refuse_code(path)
     shards = weight_files(path)
     if not shards:
@@ -124,7 +126,9 @@ def _load(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError, AttributeError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises whatever its parsers and validators raise
         detail = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path} cannot be loaded as a model: {detail}", "check config.json and the weights"
@@ -138,7 +142,21 @@ def _load(
                 f"{path} {kind} tensor {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""),
                 f"check that the weights belong to {type(model).__name__}",
             )
+    _check_weights(path, model)
     return model
+
+
+def _check_weights(path: Path, model: PreTrainedModel) -> None:
+    """Raise InputError for weights that no training can begin with: NaN, infinity, an embedding of zeros."""
+    for name, weight in model.named_parameters():
+        # One pass without a second tensor; finite values whose sum overflows are looked at again.
+        if not torch.isfinite(weight.detach().sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+            raise InputError(f"{path}: {name} holds NaN or Inf", "the model is broken; use an earlier checkpoint")
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and not embedding.weight.any():
+        raise InputError(
+            f"{path}: every element of the embedding is 0", "was it saved while its weights were elsewhere?"
+        )
 
 
 def load_policy(
@@ -149,7 +167,7 @@ def load_policy(
     Raises InputError if the directory is not a model, or tensors are missing, unknown or of the wrong shape.
     """
     config = read_config(path)
-    if any("SequenceClassification" in name for name in config.get("architectures") or ()):
+    if classifies(config):
         raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
     model = _load(AutoModelForCausalLM, path, dtype, attention=attention)
     return model.to(device or default_device()).eval(), load_tokenizer(path)
@@ -160,7 +178,7 @@ def load_reward_model(
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Load a reward model, a sequence classifier with one output, in eval mode, and its tokenizer."""
     config = read_config(path)
-    if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
+    if not classifies(config):
         raise InputError(f"{path} is not a reward model", "train one with gemma2 reward")
     model = _load(AutoModelForSequenceClassification, path, dtype)
     if model.config.num_labels != 1:

@@ -19,6 +19,7 @@ from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
+from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
@@ -51,7 +52,7 @@ def starting_model(
 
 def is_classifier(path: Path) -> bool:
     """Whether a model directory contains a sequence classifier."""
-    return any("SequenceClassification" in name for name in read_config(path).get("architectures") or ())
+    return classifies(read_config(path))
 
 
 def check_outputs(path: Path, option: str) -> None:

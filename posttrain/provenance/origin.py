@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonMapping, JsonObject, parse_json
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.hashing import digest_name, hasher
 from gemma2.core.outputs.manifest import SCHEMA_VERSION, DataRecord
@@ -270,7 +270,7 @@ def _in_file(called: str, was: str | None, now: str | None) -> list[Change]:
 def _values(recorded: str | None) -> JsonObject | None:
     """The settings that a record holds by their values; None for a digest, or for nothing."""
     try:
-        found = json.loads(recorded or "")
+        found = parse_json(recorded or "")
     except (ValueError, TypeError):  # also of a record that was edited
         return None
     return found if isinstance(found, dict) else None

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject, load_json
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input
-from gemma2.core.outputs.manifest import STATE, Manifest, read_manifest
+from gemma2.core.outputs.manifest import Manifest, read_manifest, read_state
 from gemma2.core.outputs.staging import partial_path
 from gemma2.posttrain.schemas.config import Config
 
@@ -104,10 +104,9 @@ def _against(before: JsonMapping, command: str, config: Config, unknown: Collect
 def _interrupted(partial: Path) -> JsonObject | None:
     """Return the record of an interrupted run; None without one that a resume can use."""
     try:
-        found = load_json(partial / STATE)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return read_state(partial)
+    except InputError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def is_complete(out: Path) -> bool:

@@ -136,7 +136,10 @@ def collect(directory: Path) -> Collected:
     found = with_records(root, latest(find_stages(root, gaps)), records)
     stages = sorted(found, key=lambda stage: order(stage, place))
     if not stages:
-        raise InputError(f"{directory} holds no output of a gemma2 command", "give the output of a command or pipeline")
+        why = f": {gaps[0]}" if gaps else ""
+        raise InputError(
+            f"{directory} holds no output of a gemma2 command{why}", "give the output of a command or pipeline"
+        )
     gaps += incomplete(stages)
     measured = [stage for stage in stages if stage.command == "pareto" or (stage.path / "front.json").is_file()]
     every = [read_front(stage.name, stage.path, gaps) for stage in measured if stage.manifest]

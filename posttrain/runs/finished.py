@@ -9,12 +9,10 @@ With several processes a resume goes on from the last checkpoint instead, and en
 
 from __future__ import annotations
 
-import json
 import shutil
 
-from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.manifest import STATE, read_manifest
+from gemma2.core.outputs.manifest import STATE, read_manifest, read_state
 from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
 from gemma2.core.ranks import announced
 from gemma2.posttrain.provenance.origin import changes
@@ -40,9 +38,9 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
     check_output(out, options.force or moved)
     with locked(out):
         try:
-            state = json.loads((found / STATE).read_text(encoding="utf-8"))
+            state = read_state(found)
             manifest = read_manifest(found)
-        except (InputError, OSError, ValueError):
+        except (OSError, ValueError):
             return None
         if manifest is None or manifest.get("status") != "complete" or not _is_of(state, config):
             return None
@@ -56,11 +54,8 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
     return RunResult(out, dict(manifest.get("summary") or {}))
 
 
-def _is_of(state: object, config: Config) -> bool:
+def _is_of(record: JsonObject, config: Config) -> bool:
     """Whether the state of a run is that of this configuration, with the same inputs."""
-    if not isinstance(state, dict):
-        return False
-    record: JsonObject = state
     command = str(record.get("command"))
     known = COMMANDS.get(command)
     return known is not None and known.schema is type(config) and not changes(record, command, config)

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, finite, load_json, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, finite, parse_json, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
     MANIFEST,
     STATE,
     now,
     read_manifest,
+    read_state,
     require_complete,
     versions,
     write_manifest,
@@ -164,7 +165,7 @@ def remove_resume_state(directory: Path) -> None:
 
 def _step_of(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
@@ -183,6 +184,11 @@ def check_parents(parents: Sequence[Parent]) -> None:
             raise InputError(
                 f"--{parent.role} {parent.path} is a LoRA adapter, not a model",
                 f"make one with gemma2 merge linear {parent.path} --out MODEL",
+            )
+        if (parent.path / "adapter_model.safetensors").is_file() and not (parent.path / "config.json").is_file():
+            raise InputError(
+                f"--{parent.role} {parent.path} holds the weights of an adapter, without its adapter_config.json",
+                "give the path of a model directory",
             )
         if not (parent.path / "config.json").is_file():
             raise InputError(
@@ -279,9 +285,9 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     if partial.is_symlink():  # rmtree would leave it, and the run would go where it points
         raise OutputError(f"{partial} is a link, not a run of ours", "remove it")
     if options.resume and (partial / STATE).is_file():
-        before = load_json(partial / STATE)
+        before = read_state(partial)
         check_unchanged(before, start, partial)
-        origin["started"] = before["started"]
+        origin["started"] = before.get("started")
         return True
     if options.resume:
         raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma2.core.errors import AlertStop, GuardStop, InputError, OutputError, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
+from gemma2.core.json_files import JsonMapping, JsonObject, read_json, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
@@ -114,9 +114,11 @@ def mark_complete(checkpoint: Path) -> None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint has its mark and every file has the recorded digest."""
     try:
-        files = load_json(checkpoint / COMPLETE)["files"]
+        files = read_json(checkpoint / COMPLETE).get("files")
+        if not isinstance(files, dict) or not files:
+            return False
         return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return False
 
 

@@ -67,6 +67,16 @@ def entries(arrays: dict[str, np.ndarray], dtype: str | dict[str, str]) -> dict[
     return {name: (kinds[name], list(a.shape), to_bytes(a, kinds[name])) for name, a in arrays.items()}
 
 
+def sizes_of(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    """What a config.json says of the sizes of these tensors."""
+    found = {}
+    for name, array in arrays.items():
+        if name.endswith("embed_tokens.weight") and array.ndim == 2:
+            found |= {"vocab_size": len(array), "hidden_size": array.shape[1]}
+    layers = {int(name.split(".")[2]) for name in arrays if name.startswith("model.layers.")}
+    return found | ({"num_hidden_layers": max(layers) + 1} if layers else {})
+
+
 def write_model(
     path: Path,
     arrays: dict[str, np.ndarray],
@@ -77,7 +87,7 @@ def write_model(
 ) -> Path:
     """A model directory of one file, or of several with an index, to which tensors are assigned in turn."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    (path / "config.json").write_text(json.dumps({**CONFIG, **sizes_of(arrays), **(config or {})}))
     items = entries(arrays, dtype)
     if shards == 1:
         (path / "model.safetensors").write_bytes(safetensors_bytes(items))

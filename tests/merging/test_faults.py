@@ -33,6 +33,7 @@ from processes import finish, start
 
 from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.outputs import manifest, staging
+from gemma2.core.outputs.safetensors_header import read_header
 from gemma2.merging import engine, merge
 from gemma2.merging.inputs import checkpoint
 from gemma2.merging.streaming import dense_stream, read_back, writer
@@ -200,7 +201,7 @@ def test_one_flipped_bit_of_a_tensor_is_found_and_named(root, monkeypatch, reque
     )
 
     def damage(directory):
-        tensor = checkpoint.read_header(directory / "model.safetensors")[name]
+        tensor = read_header(directory / "model.safetensors")[name]
         offset = {"first": 0, "middle": tensor.nbytes // 2 + 1, "last": tensor.nbytes - 1}[place]
         corrupt(directory / "model.safetensors", tensor.offset + offset)
 

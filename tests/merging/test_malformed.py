@@ -101,7 +101,7 @@ MALFORMED = {
     ),
     "control characters in a configuration": (
         lambda root: put(root / "rl-2/config.json", {"hidden_size": "\x1b[2J"}),
-        r"hidden_size differs: 8 in model 1",
+        r"hidden_size is \x1b[2J, but",
     ),
     "status that is a book": (
         lambda root: put(root / "rl-2/gemma2.json", {"status": "x" * 100_000}),

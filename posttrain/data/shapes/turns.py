@@ -10,13 +10,12 @@ value: files of columns fill the keys of all messages.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, parse_json
 from gemma2.posttrain.data.files.row import kind
 
 __all__ = [
@@ -263,7 +262,7 @@ def _is_a_list_in_a_text(text: str) -> bool:
     if not text.lstrip().startswith("[{"):
         return False
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return "'role'" in text[:64] or "'from'" in text[:64] or "'content'" in text[:64]
     return all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from gemma2.core.errors import InputError
 from gemma2.posttrain.generation.journal import Journal
 
 RECORDS = [{"key": [i, 0, 0], "text": "ä\u2028\n" * i} for i in range(5)]
@@ -43,6 +44,29 @@ def test_what_a_power_cut_leaves_at_the_end_is_dropped(path, damage):
     with Journal(path) as journal:
         assert list(journal.records()) == RECORDS
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("old, new", [(b"\xc3\xa4", b"\xc3\xa5"), (b'"text"', b'"tixt"'), (b"}", b"]"), (b"\n", b" ")])
+def test_a_record_that_rotted_in_front_of_others_is_an_error(path, old, new):
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(old, new, 1))
+    with pytest.raises(InputError, match=r"j\.jsonl:[12] is damaged, and records follow it; start over with --force"):
+        Journal(path)
+    assert path.read_bytes() == whole.replace(old, new, 1)
+
+
+def test_a_last_record_that_rotted_is_written_again(path):
+    whole = path.read_bytes()
+    last = whole.rindex(b'{"key"')
+    path.write_bytes(whole[:last] + whole[last:].replace(b"text", b"tixt"))
+    with Journal(path) as journal:
+        assert list(journal.records()) == RECORDS[:-1]
+
+
+def test_a_journal_without_check_sums_is_refused(path):
+    path.write_bytes(b'{"key": [0, 0, 0], "text": ""}\n')
+    with pytest.raises(InputError, match="no record with its check sum"):
+        Journal(path)
 
 
 def test_records_that_are_appended_meanwhile_do_not_appear(path):
