@@ -26,22 +26,29 @@ from gemma2.core.outputs.manifest import (
     now,
     read_manifest,
     require_complete,
-    versions,
     write_manifest,
 )
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
+from gemma2.core.permissions import versions_allowed
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
 from gemma2.posttrain.provenance.origin import changes, origin_of
 from gemma2.posttrain.provenance.recorded_files import check_weights
-from gemma2.posttrain.provenance.version_rule import other_versions
+from gemma2.posttrain.provenance.version_rule import (
+    continued,
+    deciding_changes,
+    goes_on_with,
+    made_with,
+    other_versions,
+    way_on,
+)
 from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live
 
-__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state"]
+__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
 # A complete run that was not moved yet, a checkpoint, finished rows, a finished stage of WARP, an interrupted stage,
 # or the log of a failed one.
@@ -202,12 +209,21 @@ def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     processes = before.get("processes", 1)
     if processes != start.processes:
         changed.append(Change("processes", processes, start.processes, by_value=True))
-    changed += other_versions(start.command, before.get("versions") or {})
-    if changed:
+    versions = [] if versions_allowed() else deciding_changes(start.command, before)
+    if changed or versions:
         raise InputError(
-            f"cannot resume {partial}: changed since it began: {', '.join(map(str, changed))}",
-            "restore that, or start over with --force",
+            f"cannot resume {partial}: changed since it began: {', '.join(map(str, [*changed, *versions]))}",
+            "restore that, or start over with --force" if changed else way_on("--force"),
         )
+
+
+def resumed_with(out: Path) -> str:
+    """Return a line about the versions with which an interrupted run may go on; empty where nothing has changed."""
+    try:
+        before = load_json(partial_path(out) / STATE)
+    except (OSError, ValueError):
+        return ""
+    return goes_on_with(str(before.get("command")), before)
 
 
 @contextmanager
@@ -262,7 +278,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     origin = {
         **origin_of(start.command, config, options.out, os.cpu_count() or 1),
         "processes": start.processes,
-        "versions": versions(),
+        **made_with(start.command),
         "hardware": hardware(),
         "started": now(),
     }
@@ -281,7 +297,9 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     if options.resume and (partial / STATE).is_file():
         before = load_json(partial / STATE)
         check_unchanged(before, start, partial)
-        origin["started"] = before["started"]
+        origin |= {"started": before["started"], **continued(start.command, before)}
+        if other_versions(start.command, before):
+            write_json(partial / STATE, origin)  # from here it is a run of these versions
         return True
     if options.resume:
         raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
