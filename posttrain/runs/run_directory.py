@@ -47,6 +47,7 @@ from gemma2.posttrain.provenance.version_rule import (
 from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live
+from .memory_shortage import out_of_memory
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -99,6 +100,7 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
+        self.phase = ""  # for an error that no step names: "step 7 of RL"
         self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called for every line of metrics.jsonl
 
     @property
@@ -246,7 +248,14 @@ def open_run(
     with ExitStack() as held:
         start = Start(command, config, options, ranks.size)
         origin, resumed = ranks.on_main(lambda: _open(start, held))
-        yield Run(command, partial, options, origin, resumed, ranks)
+        run = Run(command, partial, options, origin, resumed, ranks)
+        try:
+            yield run
+        except Exception as error:
+            short = out_of_memory(error, config, run.phase or command, _worth_keeping(partial))
+            if short is None:
+                raise
+            raise short from error
 
 
 @dataclass(frozen=True)

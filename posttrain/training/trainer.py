@@ -190,6 +190,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        self.run.phase = f"step {state.global_step + 1} of {self.label}"
         self.run.ranks.on_main(lambda: self._hear(state.global_step + 1))  # one rank looks: all stop at the same step
 
     def _hear(self, step: int) -> None:
