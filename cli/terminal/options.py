@@ -355,8 +355,9 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     models = checks.inputs(config)
     finished = publish_finished(config, options)
     if finished is not None:
-        console.note("the run was complete when it was killed: nothing is computed again")
-        console.result(finished.summary, finished.out)
+        if is_main():
+            console.note("the run was complete when it was killed: nothing is computed again")
+            console.result(finished.summary, finished.out)
         return
     if options.resume:
         if (line := resumed_with(options.out)) and is_main():
