@@ -112,7 +112,7 @@ AllowKey = typer.Option(
 AllowVersions = typer.Option(
     False,
     "--allow-versions",
-    help="Continue an interrupted run though the versions of torch or other packages that compute have changed.",
+    help="Continue an interrupted run though packages that compute, or the code of your functions, have changed.",
     rich_help_panel=COMMON,
 )
 
@@ -360,7 +360,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
             console.result(finished.summary, finished.out)
         return
     if options.resume:
-        if (line := resumed_with(options.out)) and is_main():
+        if (line := resumed_with(config, options.out)) and is_main():
             console.note(line)
     else:
         check_output(options.out, options.force)

@@ -243,7 +243,7 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
     state = output_state(stage.command, config, stage.out, found.unknown)
     action, why, notes = ACTIONS[state.state], state.why, state.notes
     source = None
-    if state.state == "interrupted" and found.needed and stage.name not in choice.force:
+    if state.state == "interrupted" and stage.name not in choice.force:
         _check_versions(state, stage)
     if stage.name in choice.force:
         action, why, notes = "again", (Change("--force"),), ()

@@ -23,7 +23,7 @@ from gemma2.posttrain.schemas.config import Config
 from .change import Change
 from .named_inputs import EVALUATIONS
 from .origin import changes, derived_changes
-from .version_rule import deciding_changes, other_versions
+from .version_rule import kept_apart, noted_changes, other_versions
 
 __all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
 
@@ -42,7 +42,7 @@ class OutputState:
               missing: there is nothing
     why       the differences
     notes     what is worth knowing and changes nothing: other versions, a lost picture
-    versions  what had another version when a complete output was made; of an interrupted run, what decides its bytes
+    versions  what had another version when a complete output was made; of an interrupted run, what the user may allow
     """
 
     state: Literal["complete", "interrupted", "changed", "missing"]
@@ -84,12 +84,13 @@ def _not_complete(command: str, config: Config, out: Path, unknown: Collection[s
     before = _interrupted(partial_path(out))
     if before is None:
         return OutputState("changed" if out.exists() and why else "missing", (*why,))
-    against = changes(before, command, config, unknown)
+    against, allowed = kept_apart(command, config, before, unknown)
     if not against:
-        others = other_versions(command, before)
+        if is_complete(partial_path(out)):  # only its move is missing
+            return OutputState("interrupted", (*why,))
+        others = [*allowed, *noted_changes(command, before)]
         named = f"begun with other versions: {', '.join(map(str, others))}"
-        deciding = (*deciding_changes(command, before),)
-        return OutputState("interrupted", (*why,), (named,) if others else (), deciding)
+        return OutputState("interrupted", (*why,), (named,) if others else (), (*allowed,))
     notes = (f"an interrupted run is started again: {', '.join(map(str, against))}",)
     return OutputState("changed" if out.exists() and why else "missing", (*why,), notes)
 
@@ -97,9 +98,10 @@ def _not_complete(command: str, config: Config, out: Path, unknown: Collection[s
 def can_go_on(command: str, config: Config, out: Path) -> bool:
     """Whether an interrupted run of this configuration is there and can be continued."""
     before = _interrupted(partial_path(out))
-    if before is None or changes(before, command, config):
+    if before is None:
         return False
-    return versions_allowed() or not deciding_changes(command, before)
+    against, allowed = kept_apart(command, config, before)
+    return not against and (versions_allowed() or not allowed or is_complete(partial_path(out)))
 
 
 def _interrupted(partial: Path) -> JsonObject | None:

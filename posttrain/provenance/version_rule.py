@@ -4,26 +4,29 @@
     are noted  gemma2 itself, and the packages that only read, write or render (`NOTED`)
 
 A finished output is kept. Plan, status and run name what it was made with.
-An interrupted run goes on where only noted versions differ, and says so. Where one differs that decides, it would not
-end with the same bytes: it is kept, and refused by name, until the user says `--allow-versions` or starts over.
-Either way the record of the run says with what its parts were made.
+An interrupted run goes on where only noted versions differ, and says so. Where one differs that decides, or the code of
+a function that the user has mended, it would not end with the same bytes: it is kept, and refused by name, until the
+user says `--allow-versions` or starts over. Either way its record says with what its parts were made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, versions
 from gemma2.core.permissions import versions_allowed
+from gemma2.posttrain.schemas.config import Config
 
 from .change import Change
+from .origin import changes, code_changes
 
 __all__ = [
     "arithmetic_of",
     "continued",
     "deciding_changes",
     "goes_on_with",
+    "kept_apart",
     "made_with",
     "noted_changes",
     "other_versions",
@@ -68,21 +71,31 @@ def other_versions(command: str, record: JsonMapping) -> Sequence[Change]:
 
 def way_on(start_over: str) -> str:
     """Return what to do about an interrupted run that other versions began. start_over: the flag that begins again."""
-    return f"install those again, continue all the same with --allow-versions, or start over with {start_over}"
+    return f"restore those, continue all the same with --allow-versions, or start over with {start_over}"
 
 
-def goes_on_with(command: str, record: JsonMapping) -> str:
+def kept_apart(
+    command: str, config: Config, record: JsonMapping, unknown: Collection[str] = ()
+) -> tuple[list[Change], list[Change]]:
+    """Return what stands against going on with a run: what is another run, and what the user may allow."""
+    code = code_changes(record, config)
+    others = [change for change in changes(record, command, config, unknown) if change not in code]
+    return others, [*code, *deciding_changes(command, record)]
+
+
+def goes_on_with(command: str, config: Config, record: JsonMapping) -> str:
     """Return a line about the other versions with which a run goes on; empty if nothing changed, or it may not."""
-    if deciding_changes(command, record) and not versions_allowed():
+    others, allowed = kept_apart(command, config, record)
+    if others or (allowed and not versions_allowed()):
         return ""
-    found = other_versions(command, record)
+    found = [*allowed, *noted_changes(command, record)]
     return f"the run goes on with other versions: {', '.join(map(str, found))}" if found else ""
 
 
-def continued(command: str, record: JsonMapping) -> JsonObject:
+def continued(command: str, config: Config, record: JsonMapping) -> JsonObject:
     """Return what the record of a run says about versions once it goes on: those of now, and of its parts before."""
     before: list[JsonObject] = list(record.get("continued") or [])
-    changed = other_versions(command, record)
+    changed = [*code_changes(record, config), *other_versions(command, record)]
     if changed:
         before.append({"at": now(), "changed": {change.what: [change.was, change.now] for change in changed}})
     return {**made_with(command), **({"continued": before} if before else {})}

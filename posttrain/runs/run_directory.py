@@ -34,14 +34,13 @@ from gemma2.core.permissions import versions_allowed
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
-from gemma2.posttrain.provenance.origin import changes, origin_of
+from gemma2.posttrain.provenance.origin import origin_of
 from gemma2.posttrain.provenance.recorded_files import check_weights
 from gemma2.posttrain.provenance.version_rule import (
     continued,
-    deciding_changes,
     goes_on_with,
+    kept_apart,
     made_with,
-    other_versions,
     way_on,
 )
 from gemma2.posttrain.schemas.config import Config
@@ -207,11 +206,11 @@ def check_parents(parents: Sequence[Parent]) -> None:
 
 def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
-    changed = [*changes(before, start.command, start.config)]
+    changed, allowed = kept_apart(start.command, start.config, before)
     processes = before.get("processes", 1)
     if processes != start.processes:
         changed.append(Change("processes", processes, start.processes, by_value=True))
-    versions = [] if versions_allowed() else deciding_changes(start.command, before)
+    versions = [] if versions_allowed() else allowed
     if changed or versions:
         raise InputError(
             f"cannot resume {partial}: changed since it began: {', '.join(map(str, [*changed, *versions]))}",
@@ -219,13 +218,13 @@ def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
         )
 
 
-def resumed_with(out: Path) -> str:
+def resumed_with(config: Config, out: Path) -> str:
     """Return a line about the versions with which an interrupted run may go on; empty where nothing has changed."""
     try:
         before = load_json(partial_path(out) / STATE)
     except (OSError, ValueError):
         return ""
-    return goes_on_with(str(before.get("command")), before)
+    return goes_on_with(str(before.get("command")), config, before)
 
 
 @contextmanager
@@ -306,8 +305,8 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     if options.resume and (partial / STATE).is_file():
         before = load_json(partial / STATE)
         check_unchanged(before, start, partial)
-        origin |= {"started": before["started"], **continued(start.command, before)}
-        if other_versions(start.command, before):
+        origin |= {"started": before["started"], **continued(start.command, start.config, before)}
+        if "continued" in origin:
             write_json(partial / STATE, origin)  # from here it is a run of these versions
         return True
     if options.resume:

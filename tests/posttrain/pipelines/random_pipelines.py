@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import invalidate_caches
@@ -110,7 +110,6 @@ class World:
     random: Random
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"gemma2": "1", "numpy": "1", "jinja2": "1"})
-    go_on: bool = True  # --allow-versions
     did: list[str] = field(default_factory=list)
 
     @property
@@ -351,9 +350,9 @@ def check_case(place: Path, seed: int) -> list[str]:
 
 
 def world_versions(world: World) -> Any:
-    """Every part of the suite sees the versions of the world, and may go on with others; models need no tokenizer."""
+    """Every part of the suite sees the versions of the world, and allows no others; models need no tokenizer."""
     stack = ExitStack()
-    stack.enter_context(patch.dict(os.environ, {ALLOWED_VERSIONS: "1" if world.go_on else ""}))
+    stack.enter_context(patch.dict(os.environ, {ALLOWED_VERSIONS: ""}))
     stack.enter_context(patch.object(CommandChecks, "inputs", lambda self, config: []))
     stack.enter_context(patch.object(version_rule, "versions", lambda: dict(world.versions)))
     return stack
@@ -367,8 +366,7 @@ def differences_of(world: World) -> list[str]:
     pipeline = world.pipeline()
     names = [*pipeline.stages]
     force = frozenset(name for name in names if world.random.random() < 0.1)
-    choice = Choice(force=force)
-    checked = check_pipeline(pipeline, choice, contents=False).stages
+    choice, checked = _checked(pipeline, force)
     plan = {name: one.action for name, one in checked.items()}
     status = {name: one.action for name, one in look_at_pipeline(pipeline, choice).items()}
     found = [f"plan {plan} is not status {status}"] if plan != status else []
@@ -388,6 +386,19 @@ def differences_of(world: World) -> list[str]:
         if partial_path(world.root / name).exists() and result[name] == "complete":
             found.append(f"{name} left its partial directory")
     return found
+
+
+def _checked(pipeline: Pipeline, force: frozenset[str]) -> tuple[Choice, Mapping[str, Checked]]:
+    """The plan. An interrupted run that other versions began is refused: it is started over, as the error says."""
+    while True:
+        choice = Choice(force=force)
+        try:
+            return choice, check_pipeline(pipeline, choice, contents=False).stages
+        except InputError as error:
+            _, advised, name = str(error).partition("or start over with --force ")
+            if not advised or name in force:
+                raise
+            force |= {name}
 
 
 def _against(planned: Checked, executor: Recording, status: str) -> str:

@@ -9,7 +9,9 @@ from gemma2.core.errors import InputError
 from gemma2.core.outputs.manifest import RECORDED_PACKAGES, read_manifest
 from gemma2.core.permissions import ALLOWED_VERSIONS, allow
 from gemma2.posttrain.provenance import version_rule
+from gemma2.posttrain.provenance.output_state import can_go_on, output_state
 from gemma2.posttrain.provenance.version_rule import NOTED, deciding_changes, noted_changes, other_versions
+from gemma2.posttrain.runs import run_directory
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.run_directory import RunOptions, open_run, resumed_with
 from gemma2.posttrain.schemas.config import Config
@@ -45,6 +47,10 @@ def place(tmp_path, here):
     return tmp_path
 
 
+def said(place):
+    return resumed_with(Settings(data=place / "data.jsonl"), place / "out")
+
+
 def run(place, stop=False, command="sft", **options):
     config = Settings(data=place / "data.jsonl")
     with open_run(command, config, RunOptions(place / "out", **options)) as opened:
@@ -68,16 +74,16 @@ def test_a_package_that_computes_stands_against_a_resume_in_every_version(here, 
 @pytest.mark.parametrize("package", NOTED)
 def test_a_package_that_computes_nothing_is_named_and_the_run_goes_on(place, here, package):
     here[package] = "9"
-    assert resumed_with(place / "out") == f"the run goes on with other versions: {package} (1.2.3 -> 9)"
+    assert said(place) == f"the run goes on with other versions: {package} (1.2.3 -> 9)"
     manifest = run(place, resume=True)
     assert manifest["versions"] == here
     assert [one["changed"] for one in manifest["continued"]] == [{package: ["1.2.3", "9"]}]
 
 
 def test_without_a_change_the_record_says_nothing(place):
-    assert resumed_with(place / "out") == ""
+    assert said(place) == ""
     assert "continued" not in run(place, resume=True)
-    assert resumed_with(place / "out") == ""
+    assert said(place) == ""
 
 
 @pytest.mark.parametrize("by", ["package", "arithmetic"])
@@ -86,15 +92,15 @@ def test_what_computes_is_refused_and_kept_and_every_way_on_leads_to_an_output(p
         here["torch"] = "1.2.4"
     else:
         monkeypatch.setattr(version_rule, "ARITHMETIC", {"sft": 2})
-    assert resumed_with(place / "out") == "", "the error names them"
+    assert said(place) == "", "the error names them"
     with pytest.raises(InputError) as caught:
         run(place, resume=True)
     named = "torch (1.2.3 -> 1.2.4)" if by == "package" else "the arithmetic of gemma2 (1 -> 2)"
-    assert f"changed since it began: {named}; install those again, " in str(caught.value)
+    assert f"changed since it began: {named}; restore those, " in str(caught.value)
     assert "continue all the same with --allow-versions, or start over with --force" in str(caught.value)
     assert (place / ".out.partial" / "checkpoints" / "checkpoint-2").is_dir()
     allow(versions=True)
-    assert resumed_with(place / "out") == f"the run goes on with other versions: {named}"
+    assert said(place) == f"the run goes on with other versions: {named}"
     manifest = run(place, resume=True)
     assert [[*one["changed"]] for one in manifest["continued"]] == [[named.partition(" (")[0]]]
     monkeypatch.setenv(ALLOWED_VERSIONS, "")
@@ -117,6 +123,59 @@ def test_a_run_that_went_on_once_needs_no_word_the_next_time_and_keeps_its_whole
     here["jinja2"] = "2"
     changed = [one["changed"] for one in run(place, resume=True)["continued"]]
     assert changed == [{"torch": ["1.2.3", "2"]}, {"jinja2": ["1.2.3", "2"]}]
+
+
+REWARDS = "def score(completions, **columns):\n    return [{}] * len(completions)\n"
+
+
+class Rewarded(Settings):
+    reward_fn: tuple[str, ...] = ("mended_rewards:score",)
+
+
+def test_a_function_that_was_mended_is_refused_and_kept_until_the_user_allows_it(tmp_path, here, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "mended_rewards.py").write_text(REWARDS.format(0))
+    config = Rewarded(data=tmp_path / "data.jsonl")
+
+    def rewarded(stop=False, **options):
+        with open_run("rlhf", config, RunOptions(tmp_path / "out", **options)) as opened:
+            (opened.checkpoints / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+            if stop:
+                raise Stop
+            write_text_model(opened.path, "result")
+            opened.finish({})
+
+    with pytest.raises(Stop):
+        rewarded(stop=True)
+    (tmp_path / "mended_rewards.py").write_text(REWARDS.format(1))
+    with pytest.raises(
+        InputError, match=r"changed since it began: the code of mended_rewards; restore .*--allow-versions"
+    ):
+        rewarded(resume=True)
+    assert (tmp_path / ".out.partial" / "checkpoints" / "checkpoint-2").is_dir()
+    allow(versions=True)
+    assert resumed_with(config, tmp_path / "out") == "the run goes on with other versions: the code of mended_rewards"
+    with pytest.raises(Stop):
+        rewarded(stop=True, resume=True)
+    monkeypatch.setenv(ALLOWED_VERSIONS, "")
+    rewarded(resume=True)
+    (part,) = read_manifest(tmp_path / "out")["continued"]
+    assert [*part["changed"]] == ["the code of mended_rewards"]
+
+
+def test_a_run_that_only_lacks_its_move_is_not_refused(place, here, monkeypatch):
+    def killed(*arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(run_directory, "publish", killed)
+        run(place, resume=True)
+    here["torch"] = "2"
+    config = Settings(data=place / "data.jsonl")
+    state = output_state("sft", config, place / "out")
+    assert (state.state, state.versions) == ("interrupted", ())
+    assert can_go_on("sft", config, place / "out")
 
 
 def test_a_changed_setting_is_refused_whatever_is_allowed_about_versions(place, here):
