@@ -26,6 +26,7 @@ KINDS = {
     "UsageError": "usage",
     "InputError": "input",
     "OutputError": "output",
+    "OutOfMemory": "system",
     "GuardStop": "guard",
     "AlertStop": "alert",
     "Gemma2Error": "error",

@@ -4,6 +4,7 @@ Gemma2Error            exit code 1   a clear error
 ├── UsageError         exit code 2   wrong option, key or configuration
 ├── InputError         exit code 1   a file, model or data set that cannot be used
 ├── OutputError        exit code 1   the output exists, is locked or does not fit
+├── OutOfMemory    exit code 1   memory is exhausted, of the machine or of an accelerator
 ├── GuardStop          exit code 3   a guard stopped the run (KL limit, NaN, no signal)
 └── AlertStop          exit code 4   an alert of `gemma2 watch` ended the run
 
@@ -14,8 +15,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterator
 
-__all__ = ["AlertStop", "Gemma2Error", "GuardStop", "InputError", "OutputError", "UsageError", "refusal"]
+__all__ = [
+    "AlertStop",
+    "Gemma2Error",
+    "GuardStop",
+    "InputError",
+    "OutOfMemory",
+    "OutputError",
+    "UsageError",
+    "memory_asked",
+    "refusal",
+]
 
 # Failures of the operating system that any read or write may meet: they are not bugs, so they show no traceback.
 REFUSALS = {
@@ -24,6 +37,9 @@ REFUSALS = {
 # torch writes in C++ and keeps no reason.
 TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostream error", "inline_container.cc")
 HINT = "check its place and permissions"
+# numpy and Python raise MemoryError; torch, its back ends and Rust tell by their words.
+NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory|os error 12\b", re.I)
+ASKED = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTP]i?B))\b", re.I)
 
 
 class Gemma2Error(Exception):
@@ -58,6 +74,10 @@ class OutputError(Gemma2Error, OSError):
         return f"{self.what}; {self.hint}" if self.hint else self.what
 
 
+class OutOfMemory(Gemma2Error, MemoryError):
+    """There is not enough memory for the next step; the last checkpoint is kept."""
+
+
 class GuardStop(Gemma2Error, RuntimeError):
     """A guard ended the run before it could do harm; the last good checkpoint is kept."""
 
@@ -76,15 +96,31 @@ def refusal(error: BaseException) -> str | None:
     safetensors, tokenizers and torch write in other languages and raise other types, which are known by the
     number or the words of the failure in their texts, or by the OSError that they name as their cause.
     """
+    asked = memory_asked(error)
+    if asked is not None:
+        return f"memory is exhausted ({asked}); close other programs, or use smaller batches or a smaller model"
+    return next(filter(None, map(_refused, _causes(error))), None)
+
+
+def memory_asked(error: BaseException) -> str | None:
+    """Return what was asked for when memory was exhausted ("2.00 GiB more were asked for"); None for another error."""
+    for one in _causes(error):
+        text = " ".join(str(one).split())
+        by_words = isinstance(one, RuntimeError | OSError) or type(one).__name__ == "SafetensorError"
+        if isinstance(one, MemoryError) or (by_words and NO_MEMORY.search(text)):
+            found = ASKED.search(text)
+            return f"{found[1]} more were asked for" if found else "the amount asked for is not known"
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it names as its cause, and so on."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
         seen.add(id(one))
-        found = _refused(one)
-        if found:
-            return found
+        yield one
         one = one.__cause__
-    return None
 
 
 def _refused(error: BaseException) -> str | None:

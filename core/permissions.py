@@ -1,9 +1,10 @@
-"""Hosts that may be sent prompts and environment variables that may be sent as keys.
+"""What the user allowed for this process and those that it starts: hosts, keys, other versions.
 
 A recipe, a pipeline or the manifest of an output can name a server and the variable of its key, and may come from
 somebody else. So a host that a file names must be allowed outside the file: with `--allow-host`, by the command line
-that names it, or in GEMMA2_ALLOW_HOSTS. Variables are those of `KEY_NAMES`, or allowed in the same three ways. The
-permissions are kept in the environment, so that the processes of a pipeline's stages have them too.
+that names it, or in GEMMA2_ALLOW_HOSTS. Variables are those of `KEY_NAMES`, or allowed in the same three ways. With
+`--allow-versions` an interrupted run may go on with other versions of what computes.
+The permissions are kept in the environment, so that the processes of a pipeline's stages have them too.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ __all__ = [
     "check_key",
     "is_local",
     "permissions",
+    "versions_allowed",
 ]
 
 ALLOWED_HOSTS, ALLOWED_KEYS = "GEMMA2_ALLOW_HOSTS", "GEMMA2_ALLOW_KEYS"
+ALLOWED_VERSIONS = "GEMMA2_ALLOW_VERSIONS"  # 1: an interrupted run goes on with other versions
+PERMISSIONS = (ALLOWED_HOSTS, ALLOWED_KEYS, ALLOWED_VERSIONS)
 DEFAULT_SERVER = ("https", "api.openai.com", 443)
 PORTS = {"http": 80, "https": 443}
 # Variables that hold the key of a model server, and nothing else. A name like GITHUB_TOKEN is not among them.
@@ -39,21 +43,31 @@ KEY_NAMES = (
 
 def permissions() -> dict[str, str]:
     """Return what is allowed, for `allow_again` in another process."""
-    return {name: os.environ.get(name, "") for name in (ALLOWED_HOSTS, ALLOWED_KEYS)}
+    return {name: os.environ.get(name, "") for name in PERMISSIONS}
 
 
 def allow_again(given: Mapping[str, str]) -> None:
     """Allow what `permissions` returned in the process that started this one."""
-    for name in (ALLOWED_HOSTS, ALLOWED_KEYS):
+    for name in PERMISSIONS:
         os.environ[name] = given.get(name, "")
 
 
-def allow(hosts: Iterable[str] = (), keys: Iterable[str] = ()) -> None:
-    """Allow hosts (`HOST`, `HOST:PORT` or an address) and variables for this process and those that it starts."""
+def allow(hosts: Iterable[str] = (), keys: Iterable[str] = (), versions: bool = False) -> None:
+    """Allow hosts (`HOST`, `HOST:PORT` or an address) and variables for this process and those that it starts.
+
+    versions  an interrupted run may go on with other versions of what computes
+    """
+    if versions:
+        os.environ[ALLOWED_VERSIONS] = "1"
     for name, more in ((ALLOWED_HOSTS, hosts), (ALLOWED_KEYS, keys)):
         added = [item.strip() for item in more if item.strip()]
         if added:
             os.environ[name] = ",".join(dict.fromkeys([*_listed(name), *added]))
+
+
+def versions_allowed() -> bool:
+    """Whether an interrupted run may go on with other versions of what computes."""
+    return os.environ.get(ALLOWED_VERSIONS) == "1"
 
 
 def check_host(address: str, option: str) -> None:

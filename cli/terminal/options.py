@@ -23,7 +23,7 @@ from gemma2.core.outputs.manifest import MANIFEST, STATE
 from gemma2.core.outputs.staging import check_output, partial_path, promise
 from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
-from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions, resumed_with
 from gemma2.posttrain.runs.servers import allow_given, names_servers
 from gemma2.posttrain.schemas.config import Config, ValueSource, closest, is_given, load_yaml, resolve
 
@@ -39,6 +39,7 @@ __all__ = [
     "COMMON",
     "AllowHost",
     "AllowKey",
+    "AllowVersions",
     "AsJson",
     "DryRun",
     "Force",
@@ -105,6 +106,13 @@ AllowKey = typer.Option(
     "--allow-key",
     metavar="NAME",
     help="Allow an environment variable that a file names to be sent to its server as the key; repeatable.",
+    rich_help_panel=COMMON,
+)
+
+AllowVersions = typer.Option(
+    False,
+    "--allow-versions",
+    help="Continue an interrupted run though packages that compute, or the code of your functions, have changed.",
     rich_help_panel=COMMON,
 )
 
@@ -304,6 +312,7 @@ def make_command(
         common |= {
             "out": (Path | None, Out),
             "resume": (bool, Resume),
+            "allow_versions": (bool, AllowVersions),
             "force": (bool, Force),
         }
     if with_servers:
@@ -333,6 +342,7 @@ def _show_plan(config: Config, options: RunOptions | None, console: Console) -> 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
     """Run a command that writes an output, or with --dry-run print its plan."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
+    allow(versions=given["allow_versions"])
     from gemma2.posttrain.checks.machine import free_disk
     from gemma2.posttrain.checks.of_command import CommandChecks
     from gemma2.posttrain.checks.plan import disk_problem
@@ -347,10 +357,14 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     models = checks.inputs(config)
     finished = publish_finished(config, options)
     if finished is not None:
-        console.note("the run was complete when it was killed: nothing is computed again")
-        console.result(finished.summary, finished.out)
+        if is_main():
+            console.note("the run was complete when it was killed: nothing is computed again")
+            console.result(finished.summary, finished.out)
         return
-    if not options.resume:
+    if options.resume:
+        if (line := resumed_with(config, options.out)) and is_main():
+            console.note(line)
+    else:
         check_output(options.out, options.force)
     checks.contents(config, models)
     work = estimate(config, checks.sources)

@@ -21,6 +21,7 @@ from gemma2.cli.terminal.options import (
     HELP_NAMES,
     AllowHost,
     AllowKey,
+    AllowVersions,
     AsJson,
     DryRun,
     Force,
@@ -219,6 +220,7 @@ def run(
     reuse: list[str] | None = Reuse,
     allow_host: list[str] | None = AllowHost,
     allow_key: list[str] | None = AllowKey,
+    allow_versions: bool = AllowVersions,
     keep_going: bool = typer.Option(
         False,
         "--keep-going",
@@ -242,7 +244,7 @@ def run(
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
     console = Console(as_json=as_json, quiet=quiet)
-    allow(allow_host or (), allow_key or ())
+    allow(allow_host or (), allow_key or (), allow_versions)
     compiled = open_pipeline(file, out, set_)
     choice = replace(choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=shelf_of(reuse or ()))
     place = executor_of(executor, jobs or 1, ray_address)

@@ -14,6 +14,7 @@ from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import (
     HELP_NAMES,
+    AllowVersions,
     AsJson,
     ConfigFile,
     DryRun,
@@ -27,6 +28,7 @@ from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.core.errors import OutputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.staging import promise
+from gemma2.core.permissions import allow
 
 from .pipeline import Announcer, jobs_option, kept_for_later
 
@@ -59,6 +61,7 @@ def quickstart(
     out: Path | None = Out,
     config: str | None = ConfigFile,
     set_: list[str] | None = Set,
+    allow_versions: bool = AllowVersions,
     dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
@@ -72,6 +75,7 @@ def quickstart(
       gemma2 quickstart --out quickstart
     """
     out = required_out(out)
+    allow(versions=allow_versions)
     console = Console(as_json=as_json, quiet=quiet)
     from gemma2.posttrain.pipelines.quickstart import quickstart_pipeline, run_quickstart
     from gemma2.posttrain.runs.commands import spell

@@ -86,6 +86,8 @@ class Manifest(TypedDict, total=False):
                and of those of the user that it imports
     processes  number of processes of the job
     versions   of the packages that decide the bytes of the result
+    arithmetic number of this package's own arithmetic in the command (posttrain/provenance/version_rule.py)
+    continued  where a run went on with other versions: when, and package -> [before, after]
     started    UTC, ISO 8601, as `ended`
     status     "complete"
     summary    figures of the result, by name
@@ -102,6 +104,8 @@ class Manifest(TypedDict, total=False):
     seed: int | None
     processes: int
     versions: dict[str, str]
+    arithmetic: int
+    continued: list[JsonObject]
     hardware: JsonObject
     started: str
     ended: str

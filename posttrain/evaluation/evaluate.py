@@ -317,7 +317,7 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
     """The reward and, where `judge_fn` is given, the second score."""
     scores = [reward_score(config, chat, config.batch_size)]
     if config.judge_fn is not None:
-        scores.append(function_score(config.judge_fn, "--judge-fn", "judge"))
+        scores.append(function_score(config.judge_fn, "--judge-fn", "judge", seconds=config.reward_timeout))
     return scores
 
 

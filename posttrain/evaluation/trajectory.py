@@ -22,7 +22,7 @@ from gemma2.posttrain.provenance.code import code_of
 from gemma2.posttrain.provenance.recorded_files import changed_files
 from gemma2.posttrain.runs.run_directory import EVALUATIONS
 from gemma2.posttrain.schemas import ParetoConfig, RewardFields, RlhfConfig
-from gemma2.posttrain.schemas.fields import RowFields
+from gemma2.posttrain.schemas.fields import CallFields, RowFields
 
 __all__ = ["procedure", "trajectory"]
 
@@ -31,7 +31,8 @@ Measuring = ParetoConfig | RlhfConfig
 METRICS = "metrics.jsonl"
 COLUMNS = ("reward", "kl", "length", "truncated")
 PARTS = ("", "_se", "_low", "_high")
-SETTINGS = {*RewardFields.model_fields, *RowFields.model_fields} - {"reward"}  # rewards are files: their digests
+# Without the rewards, which are files (their digests count), and without what decides nothing.
+SETTINGS = {*RewardFields.model_fields, *RowFields.model_fields} - {"reward", *CallFields.model_fields}
 
 
 def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, half: bool = False) -> str:

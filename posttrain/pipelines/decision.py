@@ -22,11 +22,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.core.permissions import versions_allowed
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.output_state import OutputState, is_complete, output_state
+from gemma2.posttrain.provenance.version_rule import way_on
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.schemas.config import Config
 
@@ -224,7 +226,8 @@ def _configured(stage: Stage, known: JsonObject, deferred: Collection[str]) -> C
 def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[str, str]) -> Decision:
     """Return what becomes of a stage.
 
-    Raises InputError for an input that is not there, or for a foreign directory in the place of the output.
+    Raises InputError for an input that is not there, for a foreign directory in the place of the output, and for an
+    interrupted run of other versions.
     """
     stage = found.stage
     if choice.within is not None and stage.name not in choice.within:
@@ -240,6 +243,8 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
     state = output_state(stage.command, config, stage.out, found.unknown)
     action, why, notes = ACTIONS[state.state], state.why, state.notes
     source = None
+    if state.state == "interrupted" and stage.name not in choice.force:
+        _check_versions(state, stage)
     if stage.name in choice.force:
         action, why, notes = "again", (Change("--force"),), ()
     elif action != "skip" and not found.unknown and found.needed:
@@ -254,6 +259,15 @@ def decide(found: Prospect, pipeline: Pipeline, choice: Choice, status: Mapping[
     if found.needed is None:
         action = "perhaps"
     return Decision(stage, action, why, notes, found.options, config, state, found.needed, source)
+
+
+def _check_versions(state: OutputState, stage: Stage) -> None:
+    """Raise InputError for an interrupted run that other versions began, unless the user allows that."""
+    if state.versions and not versions_allowed():
+        raise InputError(
+            f"the interrupted run of {stage.name} was begun with other versions: {', '.join(map(str, state.versions))}",
+            way_on(f"--force {stage.name}"),
+        )
 
 
 def _after(waits: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Outputs of other pipelines that a stage need not make again (`--reuse DIR`): found by their hash, linked, not copied.
 
-An output can stand for a stage if it was made from the same (equal hashes, see provenance/origin.py) with the same
-versions, and is whole. Its files are hard links where the disk allows that, else copies; its manifest gets the places
-of this pipeline's inputs, and says where it comes from.
+An output can stand for a stage if it was made from the same (equal hashes, see provenance/origin.py) by the same
+arithmetic (provenance/version_rule.py), and is whole. Its files are hard links where the disk allows that, else copies;
+its manifest gets the places of this pipeline's inputs, and says where it comes from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma2.core.outputs.manifest import CHECKPOINTS, MANIFEST, SCHEMA_VERSION, 
 from gemma2.core.outputs.staging import staged_output
 from gemma2.posttrain.provenance.origin import hash_of, origin_of
 from gemma2.posttrain.provenance.output_state import broken_files
-from gemma2.posttrain.provenance.version_rule import other_versions
+from gemma2.posttrain.provenance.version_rule import deciding_changes
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.schemas.config import Config
 
@@ -47,7 +47,7 @@ class Shelf:
         return found
 
     def output_for(self, command: str, config: Config, out: Path) -> Path | None:
-        """Return a whole output of the same work by the same versions, other than `out`; None without one."""
+        """Return a whole output of the same work by the same arithmetic, other than `out`; None without one."""
         if not self.directories:
             return None
         wanted = hash_of(origin_of(command, config, out), type(config))
@@ -89,12 +89,12 @@ def _is_inside(name: str) -> bool:
 
 
 def _is_whole(path: Path, command: str) -> bool:
-    """Whether an output is all there by the versions of now, and its manifest lists all of it.
+    """Whether an output is all there by the arithmetic of now, and its manifest lists all of it.
 
     One that holds other outputs (those of `tiny` and `warp`) does not list them, and is made again.
     """
     manifest = read_manifest(path)
-    if manifest is None or any(path.glob(f"*/{MANIFEST}")) or other_versions(command, manifest.get("versions") or {}):
+    if manifest is None or any(path.glob(f"*/{MANIFEST}")) or deciding_changes(command, {**manifest}):
         return False
     return next(iter(broken_files(manifest, path)), None) is None
 

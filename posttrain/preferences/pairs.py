@@ -85,7 +85,7 @@ def _function_of(config: PairsConfig) -> Score | None:
     check_judge(config)
     if config.judge_model is not None or Path(config.judge).is_dir():
         return None
-    return function_score(config.judge, "--judge", "reward")
+    return function_score(config.judge, "--judge", "reward", seconds=config.reward_timeout)
 
 
 def choose(scores: Sequence[float], select: str, min_margin: float, draw: Random) -> list[tuple[int, int]]:

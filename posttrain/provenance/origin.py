@@ -31,6 +31,7 @@ from .named_inputs import Named, named_inputs, names_a_path, paths_of
 
 __all__ = [
     "changes",
+    "code_changes",
     "data_records",
     "derived_changes",
     "hash_of",
@@ -141,8 +142,13 @@ def changes(recorded: JsonMapping, command: str, config: Config, unknown: Collec
     return [
         *_changed_settings(recorded, config, unknown),
         *_changed_inputs(recorded, config, unknown),
-        *_changed_code(recorded.get("code") or {}, code_of(config)),
+        *code_changes(recorded, config),
     ]
+
+
+def code_changes(recorded: JsonMapping, config: Config) -> list[Change]:
+    """Return the modules of the user's functions that are not those of a record."""
+    return _changed_code(recorded.get("code") or {}, code_of(config))
 
 
 def _changed_settings(recorded: JsonMapping, config: Config, unknown: Collection[str]) -> list[Change]:

@@ -17,12 +17,13 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.digests import digest_input
 from gemma2.core.outputs.manifest import Manifest, read_manifest, read_state
 from gemma2.core.outputs.staging import partial_path
+from gemma2.core.permissions import versions_allowed
 from gemma2.posttrain.schemas.config import Config
 
 from .change import Change
 from .named_inputs import EVALUATIONS
 from .origin import changes, derived_changes
-from .version_rule import other_versions
+from .version_rule import kept_apart, noted_changes, other_versions
 
 __all__ = ["OutputState", "broken_files", "can_go_on", "is_complete", "is_for_people", "output_state"]
 
@@ -41,7 +42,7 @@ class OutputState:
               missing: there is nothing
     why       the differences
     notes     what is worth knowing and changes nothing: other versions, a lost picture
-    versions  the packages that had other versions when a complete output was made
+    versions  what had another version when a complete output was made; of an interrupted run, what the user may allow
     """
 
     state: Literal["complete", "interrupted", "changed", "missing"]
@@ -73,7 +74,7 @@ def output_state(command: str, config: Config, out: Path, unknown: Collection[st
         why = derived_changes(recorded, config, out)
     if why:
         return _not_complete(command, config, out, unknown, why)
-    others = tuple(other_versions(command, recorded.get("versions") or {}))
+    others = tuple(other_versions(command, recorded))
     notes = [f"made with other versions: {', '.join(map(str, others))}"] if others else []
     return OutputState("complete", (), (*notes, *_lost_for_people(manifest, out)), others)
 
@@ -83,9 +84,13 @@ def _not_complete(command: str, config: Config, out: Path, unknown: Collection[s
     before = _interrupted(partial_path(out))
     if before is None:
         return OutputState("changed" if out.exists() and why else "missing", (*why,))
-    against = _against(before, command, config, unknown)
+    against, allowed = kept_apart(command, config, before, unknown)
     if not against:
-        return OutputState("interrupted", (*why,))
+        if is_complete(partial_path(out)):  # only its move is missing
+            return OutputState("interrupted", (*why,))
+        others = [*allowed, *noted_changes(command, before)]
+        named = f"begun with other versions: {', '.join(map(str, others))}"
+        return OutputState("interrupted", (*why,), (named,) if others else (), (*allowed,))
     notes = (f"an interrupted run is started again: {', '.join(map(str, against))}",)
     return OutputState("changed" if out.exists() and why else "missing", (*why,), notes)
 
@@ -93,12 +98,10 @@ def _not_complete(command: str, config: Config, out: Path, unknown: Collection[s
 def can_go_on(command: str, config: Config, out: Path) -> bool:
     """Whether an interrupted run of this configuration is there and can be continued."""
     before = _interrupted(partial_path(out))
-    return before is not None and not _against(before, command, config, ())
-
-
-def _against(before: JsonMapping, command: str, config: Config, unknown: Collection[str]) -> list[Change]:
-    """What stands against continuing a run: other inputs or settings, or other versions."""
-    return [*changes(before, command, config, unknown), *other_versions(command, before.get("versions") or {})]
+    if before is None:
+        return False
+    against, allowed = kept_apart(command, config, before)
+    return not against and (versions_allowed() or not allowed or is_complete(partial_path(out)))
 
 
 def _interrupted(partial: Path) -> JsonObject | None:

@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import SupportsFloat, cast
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.core.yaml_files import closest
 from gemma2.posttrain.data.rows import Prompt
+
+from .call_limit import limited
 
 __all__ = ["Sampled", "Score", "function_score", "load_function"]
 
@@ -101,17 +103,20 @@ def _is_async(function: Callable[..., object]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def function_score(name: str, option: str, column: str, abstains: bool = False) -> Score:
+def function_score(name: str, option: str, column: str, abstains: bool = False, seconds: float | None = None) -> Score:
     """Return a score from `module:function`. Plain values go to `column`; mappings give one column per key.
 
-    With `abstains` None becomes NaN, else it is refused like every value that is not a finite number.
+    With `abstains` None becomes NaN, else it is refused like every value that is not a finite number. A call that takes
+    longer than `seconds` is a GuardStop.
     """
     function = load_function(name, option)
     source = f"{option} {name!r}"
 
     def score(sampled: Sampled) -> dict[str, list[float]]:
         try:
-            values = list(function(**_arguments(sampled)))
+            values = limited(lambda: list(function(**_arguments(sampled))), seconds, source)
+        except GuardStop:
+            raise
         except (Exception, SystemExit) as error:  # the user's code: an error of theirs, not a bug of the suite
             detail = _detail(error)
             unexpected = isinstance(error, TypeError) and "unexpected keyword argument" in detail

@@ -118,7 +118,10 @@ def column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, float | No
 
 def _terms(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Term]:
     """Load functions, then models: a misspelt function fails early. The terms are in the order of the weights."""
-    functions = [function_score(name, "--reward-fn", REWARD, abstains=True) for name in config.reward_fn]
+    functions = [
+        function_score(name, "--reward-fn", REWARD, abstains=True, seconds=config.reward_timeout)
+        for name in config.reward_fn
+    ]
     scores = [*_model_scores(config, chat, batch_size), *functions]
     models = ["ensemble"] if config.reward_ensemble else [model_name(path) for path in config.reward]
     names = _distinct([*models, *(name.partition(":")[2] for name in config.reward_fn)])

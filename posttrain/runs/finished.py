@@ -4,7 +4,7 @@ A run writes its manifest, moves its directory to `--out`, and removes its resum
 of these steps leaves the state (`run.json`) next to a complete manifest, before or after the move. Nothing is computed
 again then. The digests of the files are read, since a kill may have come before they were flushed.
 
-With several processes a resume goes on from the last checkpoint instead, and ends with the same bytes.
+Of several processes rank 0 looks and publishes, and the others hear of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import shutil
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest, read_state
 from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
-from gemma2.core.ranks import announced
+from gemma2.core.ranks import announced, join
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import broken_files
+from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .commands import COMMANDS
@@ -30,10 +31,18 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
 
     Raises OutputError for an `--out` that cannot be written or that another process writes.
     """
+    if announced() == 1:
+        return _published(config, options)
+    if not isinstance(config, RlhfConfig):  # refused by `open_run`: the processes need not meet
+        return None
+    return join("rlhf").on_main(lambda: _published(config, options))
+
+
+def _published(config: Config, options: RunOptions) -> RunResult | None:
     out, partial = options.out, partial_path(options.out)
     moved = (out / STATE).is_file()
     found = out if moved else partial
-    if announced() > 1 or not (found / STATE).is_file():
+    if not (found / STATE).is_file():
         return None
     check_output(out, options.force or moved)
     with locked(out):

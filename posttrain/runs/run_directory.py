@@ -27,22 +27,29 @@ from gemma2.core.outputs.manifest import (
     read_manifest,
     read_state,
     require_complete,
-    versions,
     write_manifest,
 )
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
+from gemma2.core.permissions import versions_allowed
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
-from gemma2.posttrain.provenance.origin import changes, origin_of
+from gemma2.posttrain.provenance.origin import origin_of
 from gemma2.posttrain.provenance.recorded_files import check_weights
-from gemma2.posttrain.provenance.version_rule import other_versions
+from gemma2.posttrain.provenance.version_rule import (
+    continued,
+    goes_on_with,
+    kept_apart,
+    made_with,
+    way_on,
+)
 from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live
+from .memory_shortage import out_of_memory
 
-__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state"]
+__all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
 # A complete run that was not moved yet, a checkpoint, finished rows, a finished stage of WARP, an interrupted stage,
 # or the log of a failed one.
@@ -93,6 +100,7 @@ class Run:
         self.origin = origin
         self.resumed = resumed
         self.result: RunResult | None = None
+        self.phase = ""  # for an error that no step names: "step 7 of RL"
         self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called for every line of metrics.jsonl
 
     @property
@@ -204,16 +212,25 @@ def check_parents(parents: Sequence[Parent]) -> None:
 
 def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
-    changed = [*changes(before, start.command, start.config)]
+    changed, allowed = kept_apart(start.command, start.config, before)
     processes = before.get("processes", 1)
     if processes != start.processes:
         changed.append(Change("processes", processes, start.processes, by_value=True))
-    changed += other_versions(start.command, before.get("versions") or {})
-    if changed:
+    versions = [] if versions_allowed() else allowed
+    if changed or versions:
         raise InputError(
-            f"cannot resume {partial}: changed since it began: {', '.join(map(str, changed))}",
-            "restore that, or start over with --force",
+            f"cannot resume {partial}: changed since it began: {', '.join(map(str, [*changed, *versions]))}",
+            "restore that, or start over with --force" if changed else way_on("--force"),
         )
+
+
+def resumed_with(config: Config, out: Path) -> str:
+    """Return a line about the versions with which an interrupted run may go on; empty where nothing has changed."""
+    try:
+        before = load_json(partial_path(out) / STATE)
+    except (OSError, ValueError):
+        return ""
+    return goes_on_with(str(before.get("command")), config, before)
 
 
 @contextmanager
@@ -236,7 +253,14 @@ def open_run(
     with ExitStack() as held:
         start = Start(command, config, options, ranks.size)
         origin, resumed = ranks.on_main(lambda: _open(start, held))
-        yield Run(command, partial, options, origin, resumed, ranks)
+        run = Run(command, partial, options, origin, resumed, ranks)
+        try:
+            yield run
+        except Exception as error:
+            short = out_of_memory(error, config, run.phase or command, _worth_keeping(partial))
+            if short is None:
+                raise
+            raise short from error
 
 
 @dataclass(frozen=True)
@@ -268,7 +292,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     origin = {
         **origin_of(start.command, config, options.out, os.cpu_count() or 1),
         "processes": start.processes,
-        "versions": versions(),
+        **made_with(start.command),
         "hardware": hardware(),
         "started": now(),
     }
@@ -287,7 +311,9 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     if options.resume and (partial / STATE).is_file():
         before = read_state(partial)
         check_unchanged(before, start, partial)
-        origin["started"] = before.get("started")
+        origin |= {"started": before.get("started"), **continued(start.command, start.config, before)}
+        if "continued" in origin:
+            write_json(partial / STATE, origin)  # from here it is a run of these versions
         return True
     if options.resume:
         raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")

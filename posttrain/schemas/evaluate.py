@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .config import Config
-from .fields import Bounds, Data, Model, Pick, RowFields, SamplingFields, Seed
+from .fields import Bounds, CallFields, Data, Model, Pick, RowFields, SamplingFields, Seed
 from .rlhf import RewardFields
 
 
@@ -63,8 +63,9 @@ class PickConfig(Config):
     pick: Pick = "best-reward"
 
 
+REWARD = sorted(RewardFields.model_fields.keys() - CallFields.model_fields.keys())
 # What a measurement depends on besides files; `reward` names files.
-MEASURED_WITH = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *sorted(RewardFields.model_fields))
+MEASURED_WITH = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *REWARD)
 
 
 def measured_settings(config: ParetoConfig) -> JsonObject:

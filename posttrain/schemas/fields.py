@@ -83,6 +83,16 @@ class SamplingFields(Config):
     batch_size: int = Field(32, ge=1, description="sequences generated or scored at once")
 
 
+class CallFields(Config):
+    """A limit for functions of the user's."""
+
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"reward_timeout"})
+
+    reward_timeout: float | None = Field(
+        1800.0, gt=0, le=1e7, description="seconds that a call of a reward or judge function may take; null: no limit"
+    )
+
+
 class TrainingFields(Config):
     """Settings of every training command."""
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .fields import Data, LoraFields, Model, RowFields, SamplingFields, Seed, TrainingFields, check_address
+from .fields import CallFields, Data, LoraFields, Model, RowFields, SamplingFields, Seed, TrainingFields, check_address
 from .generate import check_key_variable
 
 Centring = Field(
@@ -106,7 +106,7 @@ class RewardEvalConfig(RowFields):
     limit: int | None = Field(None, ge=1, description="use only the first pairs")
 
 
-class PairsConfig(SamplingFields, RowFields):
+class PairsConfig(SamplingFields, CallFields, RowFields):
     """Preference pairs: n samples per prompt of a model, ranked by a judge."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"judge_concurrency", "judge_key_env"})

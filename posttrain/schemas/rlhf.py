@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from .config import Config
-from .fields import Data, LoraFields, LoraOutputFields, Model, RowFields, TrainingFields, check_address
+from .fields import CallFields, Data, LoraFields, LoraOutputFields, Model, RowFields, TrainingFields, check_address
 
 
-class RewardFields(Config):
+class RewardFields(CallFields):
     """The reward of a completion: the weighted sum of reward models and functions, minus the penalties."""
 
     REWARD_NEEDED: ClassVar[bool] = True

@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 COMPLETE = "complete.json"
+LOWER = "lower --learning-rate; --resume continues from the last checkpoint"
 # Name of a metric in transformers -> name in metrics.jsonl and on the bar.
 RENAMED = {"grad_norm": "gradient_norm"}
 C = TypeVar("C")
@@ -192,6 +193,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        self.run.phase = f"step {state.global_step + 1} of {self.label}"
         self.run.ranks.on_main(lambda: self._hear(state.global_step + 1))  # one rank looks: all stop at the same step
 
     def _hear(self, step: int) -> None:
@@ -228,7 +230,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         if not math.isfinite(norm):
             raise GuardStop(
                 f"step {state.global_step + 1} of {self.label}: the gradient is NaN or infinite, nothing was updated",
-                "lower --learning-rate; --resume continues from the last checkpoint",
+                LOWER,
             )
         self.steps = state.global_step + 1
         self.clipped += args.max_grad_norm > 0 and norm >= CLIPPED * args.max_grad_norm
@@ -254,6 +256,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     ) -> None:
         # Figures since the last line are not part of a checkpoint: with a line before each, none is lost on resume.
         control.should_log = control.should_log or control.should_save
+        if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
+            self._check_weights(state.global_step, cast(Network, kwargs["model"]))
         if control.should_save:
             needed = checkpoint_bytes(args.output_dir, cast(Network, kwargs["model"]), kwargs.get("optimizer"))
             self.run.ranks.on_main(lambda: check_room(Path(args.output_dir), needed, state.global_step))
@@ -261,6 +265,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
             self.task.advance(1, **self.live)
         if self.record is not None:
             self.record.advance(state.global_step)
+
+    def _check_weights(self, step: int, model: Network) -> None:
+        """Stop before weights are saved that are NaN or infinite: the update itself may make them so."""
+        largest = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad], math.inf)
+        if not torch.stack([value.float() for value in largest]).isfinite().all():
+            raise GuardStop(f"step {step} of {self.label}: a weight is NaN or infinite, nothing was saved", LOWER)
 
     def on_log(
         self,
@@ -275,6 +285,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
             for key, value in (logs or {}).items()
             if isinstance(value, int | float) and not any(part in key for part in DROPPED)
         }
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise GuardStop(f"step {state.global_step} of {self.label}: the loss is {metrics['loss']}", LOWER)
         self.live = {short: metrics[name] for name, short in self.shown.items() if name in metrics} or self.live
         if "train_loss" not in metrics:
             if "gradient_norm" in metrics and self.steps:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import invalidate_caches
@@ -27,6 +27,7 @@ from text_model import text_of, write_text_model
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.staging import partial_path
+from gemma2.core.permissions import ALLOWED_VERSIONS
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.pipelines.check import Checked, check_pipeline, look_at_pipeline
@@ -35,7 +36,6 @@ from gemma2.posttrain.pipelines.decision import GOES_ON_IF, Choice
 from gemma2.posttrain.pipelines.run import Watcher, run_stages
 from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.provenance import version_rule
-from gemma2.posttrain.runs import run_directory
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.config import Config
@@ -109,7 +109,7 @@ class World:
     place: Path
     random: Random
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: {"gemma2": "1", "numpy": "1"})
+    versions: dict[str, str] = field(default_factory=lambda: {"gemma2": "1", "numpy": "1", "jinja2": "1"})
     did: list[str] = field(default_factory=list)
 
     @property
@@ -273,7 +273,7 @@ def copy_the_folder(world: World) -> bool:
 
 
 def other_version(world: World) -> bool:
-    world.versions["numpy"] = str(world.random.randint(1, 2))
+    world.versions[world.random.choice(("gemma2", "numpy"))] = str(world.random.randint(1, 2))
     return True
 
 
@@ -350,11 +350,11 @@ def check_case(place: Path, seed: int) -> list[str]:
 
 
 def world_versions(world: World) -> Any:
-    """Every part of the suite sees the versions of the world; models without a tokenizer pass the checks."""
+    """Every part of the suite sees the versions of the world, and allows no others; models need no tokenizer."""
     stack = ExitStack()
+    stack.enter_context(patch.dict(os.environ, {ALLOWED_VERSIONS: ""}))
     stack.enter_context(patch.object(CommandChecks, "inputs", lambda self, config: []))
-    for module in (version_rule, run_directory):
-        stack.enter_context(patch.object(module, "versions", lambda: dict(world.versions)))
+    stack.enter_context(patch.object(version_rule, "versions", lambda: dict(world.versions)))
     return stack
 
 
@@ -366,8 +366,7 @@ def differences_of(world: World) -> list[str]:
     pipeline = world.pipeline()
     names = [*pipeline.stages]
     force = frozenset(name for name in names if world.random.random() < 0.1)
-    choice = Choice(force=force)
-    checked = check_pipeline(pipeline, choice, contents=False).stages
+    choice, checked = _checked(pipeline, force)
     plan = {name: one.action for name, one in checked.items()}
     status = {name: one.action for name, one in look_at_pipeline(pipeline, choice).items()}
     found = [f"plan {plan} is not status {status}"] if plan != status else []
@@ -387,6 +386,19 @@ def differences_of(world: World) -> list[str]:
         if partial_path(world.root / name).exists() and result[name] == "complete":
             found.append(f"{name} left its partial directory")
     return found
+
+
+def _checked(pipeline: Pipeline, force: frozenset[str]) -> tuple[Choice, Mapping[str, Checked]]:
+    """The plan. An interrupted run that other versions began is refused: it is started over, as the error says."""
+    while True:
+        choice = Choice(force=force)
+        try:
+            return choice, check_pipeline(pipeline, choice, contents=False).stages
+        except InputError as error:
+            _, advised, name = str(error).partition("or start over with --force ")
+            if not advised or name in force:
+                raise
+            force |= {name}
 
 
 def _against(planned: Checked, executor: Recording, status: str) -> str:

@@ -7,19 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from random_pipelines import MIX, Recording, interrupt_one, world_versions
+from random_pipelines import MIX, Recording, contents, interrupt_one, world_versions
 from random_pipelines import World as RandomWorld
 from stages import compiled
 from text_model import write_text_model
 
+from gemma2.core.errors import InputError
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import encode_header
+from gemma2.core.outputs.staging import partial_path
+from gemma2.core.permissions import allow
 from gemma2.posttrain.pipelines.check import check_pipeline, look_at_pipeline
 from gemma2.posttrain.pipelines.decision import Choice
 from gemma2.posttrain.pipelines.run import Watcher, run_stages, status_rows
 from gemma2.posttrain.runs.commands import COMMANDS
 
 ROOT = Path(__file__).parents[3]
-ROW = re.compile(r"^\| (?P<event>.+) \| (?P<outcome>(?:is skipped|runs|starts again|goes on).*) \|$", re.MULTILINE)
+OUTCOME = "(?:is skipped|is refused|runs|starts again|goes on).*"
+ROW = re.compile(rf"^\| (?P<event>.+) \| (?P<outcome>{OUTCOME}) \|$", re.MULTILINE)
 TABLE = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8").partition("## What counts as the same")[2]
 ROWS = [(found["event"], found["outcome"]) for found in ROW.finditer(TABLE.partition("\n## ")[0])]
 ACTIONS = {"is skipped": "skip", "runs again": "again", "starts again": "run", "goes on": "continue", "runs": "run"}
@@ -161,8 +166,20 @@ EVENTS = {
     "the `gemma2.json` of its output is cut": [lambda w: (w.made / "gemma2.json").write_text('{"status": "comp')],
     "its output is touched, copied, moved, or gets another mode": [copy_and_move_output],
     "another version of gemma2 or of a library is installed": [lambda w: w.versions.update(numpy="2")],
-    "another version is installed, and its run was interrupted": [
-        lambda w: (interrupt(w), w.versions.update(numpy="2"))
+    "gemma2 or a library that computes nothing has another version, and its run was interrupted": [
+        lambda w: (interrupt(w), w.versions.update(gemma2="2")),
+        lambda w: (interrupt(w), w.versions.update(jinja2="2")),
+    ],
+    "a library that computes has another version, and its run was interrupted": [
+        lambda w: (interrupt(w), w.versions.update(numpy="2")),
+        lambda w: (interrupt(w), w.versions.update(numpy="1.0.1")),
+    ],
+    "the module of a reward function is edited, and its run was interrupted": [
+        lambda w: (interrupt(w), (w.place / "userfn.py").write_text(REWARDS + "# mended\n"))
+    ],
+    "the same, with `--allow-versions`": [
+        lambda w: (interrupt(w), w.versions.update(numpy="2"), allow(versions=True)),
+        lambda w: (interrupt(w), (w.place / "userfn.py").write_text(REWARDS + "# mended\n"), allow(versions=True)),
     ],
     "its settings are changed, and its run was interrupted": [lambda w: (interrupt(w), w.options.update(value=2))],
     "its run was interrupted": [interrupt],
@@ -174,7 +191,7 @@ EVENTS = {
 NAMED = {
     "is skipped, and the loss is named": "README.md",
     "is skipped, and the versions are named": "numpy (1 -> 2)",
-    "starts again: it could not end with the same bytes": "numpy (1 -> 2)",
+    "goes on, and the versions are named": "begun with other versions: ",
 }
 
 
@@ -193,10 +210,32 @@ CASES = [
 ]
 
 
+def assert_refused(world):
+    """Plan and run refuse, status says why, nothing is lost; each way on that the error names leads to an output."""
+    pipeline, partial = compiled(world.stages, world.root), partial_path(world.made)
+    kept = contents(partial)
+    refused = "the interrupted run of s was begun with other versions: "
+    for refuses in (lambda: check_pipeline(pipeline, contents=False), lambda: run(world)):
+        with pytest.raises(InputError, match=rf"stages\.s: {refused}.*--allow-versions, or start over with --force s"):
+            refuses()
+    assert [refused in row["note"] for row in status_rows(pipeline)] == [True]
+    assert kept and contents(partial) == kept
+    assert check_pipeline(pipeline, Choice(force=frozenset("s")), contents=False).stages["s"].action == "again"
+    allow(versions=True)
+    executor = run(world)
+    assert executor.resumed == {"s": True}
+    record = read_manifest(world.made)
+    assert [[*one["changed"]] for one in record["continued"]] in ([["numpy"]], [["the code of userfn"]])
+    assert record["versions"] == world.versions
+
+
 @pytest.mark.parametrize(("outcome", "happen"), CASES)
 def test_the_stage_does_what_the_table_says(world, outcome, happen):
     run(world)
     happen(world)
+    if outcome.startswith("is refused"):
+        assert_refused(world)
+        return
     expected = next(action for word, action in ACTIONS.items() if outcome.startswith(word))
     name = next(iter(world.stages))
     pipeline = compiled(world.stages, world.root)

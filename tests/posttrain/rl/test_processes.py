@@ -1,6 +1,7 @@
 """RL in several processes is RL in one: the same prompts, draws, gradients, anchor and figures."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,31 @@ def test_two_processes_are_one_and_resume_bit_for_bit(job):
     assert code == 0, err
     for file in ("model.safetensors", "ema/model.safetensors", "metrics.jsonl", "samples.jsonl"):
         assert (job / "again" / file).read_bytes() == (job / "two" / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def whole(job):
+    """A complete run."""
+    code, _, err = finish(start(MAIN, *command(job, "whole"), env=environment(job)))
+    assert code == 0, err
+    return job / "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moved", "how"), [(False, "--force"), (False, "--resume"), (True, "--force")])
+def test_two_processes_publish_what_was_complete_when_they_were_killed(job, whole, moved, how):
+    name = f"finished-{moved}{how}"
+    wanted = {file.name: file.read_bytes() for file in whole.iterdir() if file.is_file()}
+    found = shutil.copytree(whole, job / (name if moved else f".{name}.partial"))
+    (found / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    (found / "run.json").write_bytes(wanted["gemma2.json"])
+    code, out, err = finish(torchrun(job, name, how))
+    assert code == 0, err
+    assert err.count("nothing is computed again") == 1
+    assert json.loads(out)["steps"] == 5
+    assert {file.name: file.read_bytes() for file in (job / name).iterdir() if file.is_file()} == wanted
+    assert not (job / name / "checkpoints").exists()
+    assert not list(job.glob(f".{name}.partial"))
 
 
 @pytest.mark.slow
