@@ -84,7 +84,7 @@ def _agree(found: Tensor, expected: Tensor, what: str) -> None:
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not difference <= TOLERANCE:
         raise GuardStop(
-            f"{what} computes another model: soft cap or window are not those of Gemma 2 (off by {difference:.1g})", HINT
+            f"{what} computes another model, by {difference:.1g}: soft cap or window are not those of Gemma 2", HINT
         )
 
 

@@ -45,6 +45,7 @@ from gemma2.posttrain.training.trainer import (
     trainer_arguments,
 )
 from gemma2.posttrain.training.trainer_options import RL
+from gemma2.posttrain.training.witness import measuring
 
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
@@ -203,7 +204,8 @@ class PolicyEvaluation(PeriodicEvaluation):
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
         settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
-        with self.trainer.accelerator.autocast():
+        seen = measuring(self.trainer.model, f"step {step}: the policy on held-out prompts")
+        with seen, self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)

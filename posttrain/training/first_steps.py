@@ -3,7 +3,7 @@
 A training that learns nothing, or something else, often ends without an error. Each of these ends the run instead,
 before its third step (after a resume the same again):
 
-    start      a resume that is not at its checkpoint; weights that no optimizer holds; trained weights that are not fp32
+    start      a resume that is not at its checkpoint; weights that no optimizer holds, or that are not fp32
     gradient   none reaches the trained weights, or none reaches the adapters
     update     a learning rate of 0 in both steps; no weight changed; no adapter changed; a frozen weight changed
 
@@ -83,7 +83,9 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     ) -> None:
         if not self.left:
             return
-        self.rates.append(max(float(group["lr"]) for group in cast(torch.optim.Optimizer, kwargs["optimizer"]).param_groups))
+        self.rates.append(
+            max(float(group["lr"]) for group in cast(torch.optim.Optimizer, kwargs["optimizer"]).param_groups)
+        )
         if not self.has_signal():
             return
         self.signals += 1

@@ -40,7 +40,9 @@ def check_recipe(config: TrainingFields, built: TrainingArguments) -> None:
     asked |= {(f"trainer.{option}", option): value for option, value in config.trainer.items()}
     for (field, option), value in asked.items():
         if value is not None and not _same(value, getattr(built, option, None)):
-            raise GuardStop(f"{field} is {value!r} in the recipe, the trainer has {getattr(built, option, None)!r}", HINT)
+            raise GuardStop(
+                f"{field} is {value!r} in the recipe, the trainer has {getattr(built, option, None)!r}", HINT
+            )
     rows = _rows_per_step(config)
     built_rows = built.per_device_train_batch_size * built.gradient_accumulation_steps * built.world_size
     if rows is not None and rows != built_rows:

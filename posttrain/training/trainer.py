@@ -20,7 +20,15 @@ from typing import TypeVar, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from gemma2.core.errors import AlertStop, GuardStop, InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
@@ -347,7 +355,8 @@ def train(trainer: Trainer, run: Run, callback: RunCallback, has_signal: Callabl
     """
     trainer.remove_callback(PrinterCallback)
     found = run.ranks.on_main(lambda: latest_checkpoint(run)) if run.resumed else None
-    check_forward(plain_model(trainer.model))
+    if isinstance(plain := plain_model(trainer.model), PreTrainedModel):
+        check_forward(plain)
     trainer.add_callback(FirstSteps(callback.label, run.ranks.on_main(lambda: newest_step(run)), has_signal))
     run.rewind(found[1] if found else -1)
     callback.start = Movement(trainer.model)  # a resumed run gets the weights of its checkpoint later
