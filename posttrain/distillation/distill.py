@@ -76,7 +76,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         evaluation = StudentEvaluation(run, config, setup, trainer)
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
-        train(trainer, run, callback)
+        train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
         model = merged(trainer.model)
         model.generation_config.eos_token_id = setup.material.chat.stop_ids

@@ -29,8 +29,10 @@ from trl.models.utils import _ForwardRedirection
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.training.first_steps import STEPS
 
 from .ema import EmaAnchor
+from .first_rollouts import check_loss
 from .guards import Guards
 from .objective import loss_parts, policy_loss
 from .rollout import Rollout
@@ -103,6 +105,8 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
         self.anchor = anchor
         self.guards = guards
         self.redirect = _ForwardRedirection()
+        self.rollouts, self.checks_loss = 0, False
+        self.has_signal = True  # whether the samples of the step differ in what they are worth
         self._entropy = torch.zeros(2)  # sum, nats, and number of tokens since the last line of metrics
 
     def follow(self, anchor: EmaAnchor, mu: float) -> None:
@@ -116,6 +120,8 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
         with self.accelerator.autocast():
             batch, metrics = self.rollout(indices)
         self.guards.observe(self.state.global_step + 1, metrics)
+        self.has_signal = bool(batch.advantages.any())
+        self.checks_loss, self.rollouts = self.rollouts < STEPS, self.rollouts + 1
         for name, value in metrics.items():
             if value is not None:
                 self._metrics["train"][name].append(value)
@@ -124,6 +130,7 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
             "ids": batch.ids.to(device),
             "mask": batch.mask.to(device),
             "advantages": batch.advantages.to(device),
+            "sampled": batch.sampled.to(device),
         }
 
     def _compute_loss(self, model: CausalLM, inputs: dict[str, Tensor]) -> Tensor:
@@ -142,6 +149,10 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
                 passes.append(policy_loss(self.rollout.policy, *part, self.temperature))
         losses, entropies, counts = zip(*passes, strict=True)
         loss = losses[-1] + sum(value.detach() for value in losses[:-1])
+        if self.checks_loss:
+            arguments = (inputs["advantages"], inputs["sampled"], inputs["mask"])
+            with self.accelerator.autocast():  # its rounding
+                check_loss(self.rollout.policy, loss.detach(), *arguments)
         entropy, tokens = sum(entropies, torch.zeros_like(loss)), sum(counts)
         everyone = self.accelerator.gather(torch.stack([entropy.detach().float(), entropy.new_tensor(tokens).float()]))
         self._entropy += everyone.view(-1, 2).sum(0).cpu()
