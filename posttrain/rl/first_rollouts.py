@@ -11,6 +11,7 @@ anchor     an element moves by mu (theta - anchor), in fp32; the SFT policy neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,6 +123,8 @@ def check_batch(seen: Seen, beta: float, n: int) -> None:
             raise GuardStop("what is learned of a row is not its completion", HINT)
     objective = (seen.rewards.double() - beta * seen.log_ratios.double()).view(-1, n)
     expected = (objective - objective.mean(1, keepdim=True)) * n / (n - 1)
+    if not (expected.isfinite().all() and seen.advantages.isfinite().all()):
+        return  # the gradient's guard stops the step
     difference = (expected.flatten() - seen.advantages.double()).abs().max()
     if not float(difference) <= TOLERANCE / 10 * max(1.0, float(objective.abs().max())):
         raise GuardStop(
@@ -137,7 +140,7 @@ def check_loss(policy: CausalLM, loss: Tensor, advantages: Tensor, sampled: Tens
     """
     expected = float(-(advantages * sampled).mean())
     limit = tolerance(policy) * float((advantages.abs() * mask.sum(1)).mean()) + 1e-5
-    if not abs(float(loss) - expected) <= limit:
+    if math.isfinite(float(loss)) and not abs(float(loss) - expected) <= limit:
         raise GuardStop(
             f"the loss is {float(loss):.6g}, and {expected:.6g} with the log-probs of the sampler: the policy that is "
             "updated is not the one that was sampled",

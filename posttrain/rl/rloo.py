@@ -136,6 +136,11 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
     def _compute_loss(self, model: CausalLM, inputs: dict[str, Tensor]) -> Tensor:
         # Through the forward of the wrapper: DistributedDataParallel reduces only the gradients of that.
         result: Tensor = self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
+        if self.checks_loss:
+            with self.accelerator.autocast():  # its rounding
+                check_loss(
+                    self.rollout.policy, result.detach(), inputs["advantages"], inputs["sampled"], inputs["mask"]
+                )
         return result
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -149,10 +154,6 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
                 passes.append(policy_loss(self.rollout.policy, *part, self.temperature))
         losses, entropies, counts = zip(*passes, strict=True)
         loss = losses[-1] + sum(value.detach() for value in losses[:-1])
-        if self.checks_loss:
-            arguments = (inputs["advantages"], inputs["sampled"], inputs["mask"])
-            with self.accelerator.autocast():  # its rounding
-                check_loss(self.rollout.policy, loss.detach(), *arguments)
         entropy, tokens = sum(entropies, torch.zeros_like(loss)), sum(counts)
         everyone = self.accelerator.gather(torch.stack([entropy.detach().float(), entropy.new_tensor(tokens).float()]))
         self._entropy += everyone.view(-1, 2).sum(0).cpu()
