@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ from gemma2.posttrain.training.trainer import (
     trainer_arguments,
 )
 from gemma2.posttrain.training.trainer_options import DISTILL
+from gemma2.posttrain.training.witness import measuring
 
 from .divergence import Divergence, divergence_loss, head_of
 from .gkd import GkdTrainer, Loss, Material, draw, schedule
@@ -74,7 +76,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         evaluation = StudentEvaluation(run, config, setup, trainer)
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
-        train(trainer, run, callback)
+        train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
         model = merged(trainer.model)
         model.generation_config.eos_token_id = setup.material.chat.stop_ids
@@ -178,7 +180,10 @@ class StudentEvaluation(PeriodicEvaluation):
     def measure(self, step: int) -> None:
         """Log one evaluation and stop a run that has gone wrong."""
         found: dict[str, float | None] = {}
-        with evaluating(self.trainer.model), self.trainer.accelerator.autocast():
+        model = self.trainer.model
+        something = self.setup.heldout or self.setup.heldout_prompts
+        seen = measuring(model, f"step {step}: the divergence") if something else nullcontext()
+        with seen, evaluating(model), self.trainer.accelerator.autocast():
             if self.setup.heldout_prompts:
                 found |= self.on_prompts(step)
             if self.setup.heldout:

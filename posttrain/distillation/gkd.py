@@ -41,6 +41,7 @@ from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
 from gemma2.posttrain.rl.rloo import prompt_order
+from gemma2.posttrain.training.one_row import check_bos
 
 from .divergence import divergence_loss, head_of
 from .responses import as_examples, collate, response_states
@@ -49,6 +50,7 @@ from .teacher import Teacher
 __all__ = ["GkdTrainer", "Loss", "Material", "draw", "schedule"]
 
 CUT_STEPS = 3
+SAME = 1e-6  # nats; rounding of a divergence in fp32 is 1e-7
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Material:
         if index not in self.encoded:
             with located(self.prompts[index].where):
                 self.encoded[index] = self.chat.prompt_ids(self.prompts[index].messages)
+            check_bos(self.chat, self.encoded[index])
         return self.encoded[index]
 
 
@@ -142,6 +145,8 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
         self.material = material
         self.progress = progress
         self.cut_steps = 0  # in a row
+        self.warned = False
+        self.teaches = False  # whether the teacher ever differed from the student
 
     def _generate_and_score_completions(self, inputs: list[JsonObject]) -> dict[str, Tensor]:
         indices = [row["prompt"] for row in inputs]
@@ -181,6 +186,16 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
                 "raise --max-new-tokens"
             )
 
+    def _see_teaching(self, largest: float) -> None:
+        """Say, at the first step, that the teacher is the student, or a copy of it."""
+        self.teaches = largest > SAME
+        if not self.teaches and self.state.global_step == 0 and not self.warned:
+            self.warned = True
+            self.progress.warn(
+                "the teacher gives the distributions of the student itself: there is nothing to learn; "
+                "check --teacher and --model"
+            )
+
     def _compute_loss(
         self, unwrapped_student: CausalLM, inputs: dict[str, Tensor], num_items_in_batch: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,6 +207,8 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
             target = self.loss.teacher.target(ids, mask, inputs["rows"])
             head = head_of(model, self.loss.temperature, self.loss.vocabulary)
             measured = divergence_loss(hidden, head, target, 1 / num_items_in_batch.item())
+        if not self.teaches:
+            self._see_teaching(float(measured.values.detach().abs().max()))
         # TRL logs the mean of sum / count over micro-batches: with this count it is the mean over the batch's tokens.
         share = num_items_in_batch / self.args.gradient_accumulation_steps
         return measured.loss, measured.entropies.sum(), share

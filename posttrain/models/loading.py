@@ -29,6 +29,7 @@ from gemma2.merging.inputs.architecture import check_types, classifies
 from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer
 
+from .as_written import check_loaded
 from .protocols import CausalLM, Network, RewardNetwork
 
 __all__ = [
@@ -112,7 +113,7 @@ def _load(
     **options: object,
 ) -> PreTrainedModel:
     """Load a model with transformers. Raises InputError for missing and unknown tensors, except `allowed_missing`."""
-    read_config(path)
+    written = read_config(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
         config._attn_implementation = attention  # the file's choice would win over the argument
@@ -143,6 +144,7 @@ def _load(
                 f"check that the weights belong to {type(model).__name__}",
             )
     _check_weights(path, model)
+    check_loaded(model, path, written, dtype, weight_files(path))
     return model
 
 

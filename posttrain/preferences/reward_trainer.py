@@ -19,6 +19,7 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py compares t
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -34,8 +35,10 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.causal_attention import can_be_blockwise
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import RewardNetwork
+from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.training.one_row import agree, same_tokens, shortest
 from gemma2.posttrain.training.trainer import configured, trainer_arguments
 from gemma2.posttrain.training.trainer_options import REWARD
 from gemma2.posttrain.training.warmup import check_warmup, total_steps
@@ -143,6 +146,24 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
             metrics["margin"] = [(chosen - rejected).mean().item()]
             self._rewards.clear()
         super().log(logs, start_time)
+
+    @torch.no_grad()
+    def check_one_pair(self, pairs: Sequence[PairIds]) -> None:
+        """Raise GuardStop if batch or loss of the shortest pair are not those that the pair itself gives."""
+        number = shortest(self.train_dataset["length"][:])
+        pair, row = pairs[number], self.train_dataset[number]
+        features = {name: row[name] for name in ("chosen_ids", "rejected_ids", "margin") if name in row}
+        inputs = self._prepare_inputs(self.data_collator([features]))
+        same_tokens("tokens of the chosen side", inputs["input_ids"][0], pair.chosen)
+        same_tokens("tokens of the rejected side", inputs["input_ids"][1], pair.rejected)
+        with evaluating(self.model), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, inputs, num_items_in_batch=1)
+            sides = [torch.tensor([ids], device=self.model.device) for ids in (pair.chosen, pair.rejected)]
+            chosen, rejected = (float(plain_model(self.model)(input_ids=ids).logits) for ids in sides)
+        self._rewards.clear()
+        difference = chosen - rejected - (pair.margin or 0.0)
+        expected = math.log1p(math.exp(-abs(difference))) + max(-difference, 0.0)
+        agree("the loss of a pair", float(loss), expected + self.centring * (chosen + rejected) ** 2)
 
     def _save_checkpoint(self, model: RewardNetwork, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)

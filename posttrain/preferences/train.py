@@ -31,6 +31,7 @@ from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.sft.sft import accumulation_steps
 from gemma2.posttrain.training.heldout import HeldOut
+from gemma2.posttrain.training.one_row import ROWS, check_bos
 from gemma2.posttrain.training.trainer import RunCallback, train
 
 from .heads import is_classifier, starting_model
@@ -60,6 +61,10 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         if not heldout_pairs and (config.keep == "best" or config.patience is not None):
             raise UsageError("no pairs are held out for --keep best or --patience", "give --eval-fraction")
         trainer = make_trainer(model, tokenizer, pairs, config, run, accumulation)
+        for pair in pairs[:: max(1, len(pairs) // ROWS)]:
+            check_bos(chat, pair.chosen)
+            check_bos(chat, pair.rejected)
+        trainer.check_one_pair(pairs)
         evaluation = HeldOutPairs(run, heldout_pairs, config, tokenizer)
         evaluation.before(trainer.model)
         callback = RunCallback(run, progress, "reward model", {"loss": "loss", "accuracy": "accuracy"})

@@ -24,6 +24,7 @@ from trl import RLOOConfig
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
 from gemma2.posttrain.data.reading import Reading
@@ -45,7 +46,9 @@ from gemma2.posttrain.training.trainer import (
     trainer_arguments,
 )
 from gemma2.posttrain.training.trainer_options import RL
+from gemma2.posttrain.training.witness import measuring
 
+from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
@@ -78,6 +81,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
+        warn_of_other_tokens(config, progress)
         arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
         rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
         tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
@@ -89,15 +93,29 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(callback)
         if config.anchor == "ema":
             trainer.follow(make_anchor(config, setup), config.mu)
+        trainer.add_callback(
+            FirstAnchors(setup.rollout.policy, setup.reference, trainer.anchor, setup.rollout.anchor, config.mu)
+        )
         half = arguments.bf16 or arguments.fp16
         evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
-            train(trainer, run, callback)
+            train(trainer, run, callback, lambda: trainer.has_signal)
         if ranks.is_main:
             save(trainer, setup, config, run)
         figures = callback.summary(trainer.model)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
+
+
+def warn_of_other_tokens(config: RlhfConfig, progress: Progress) -> None:
+    """Say that a reward model cannot read the policy's tokens: of one family, its tokenizer is not the one it had."""
+    for path in config.reward:
+        difference = tokenizer_difference(config.policy, path)
+        if difference:
+            progress.warn(
+                f"--reward {path} has other tokens than --policy {config.policy} ({difference}): completions are "
+                "encoded again for it; if both are of one family, restore the tokenizer that it was trained with"
+            )
 
 
 @contextmanager
@@ -203,7 +221,8 @@ class PolicyEvaluation(PeriodicEvaluation):
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
         settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
-        with self.trainer.accelerator.autocast():
+        seen = measuring(self.trainer.model, f"step {step}: the policy on held-out prompts")
+        with seen, self.trainer.accelerator.autocast():
             measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)

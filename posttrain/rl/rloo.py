@@ -29,8 +29,10 @@ from trl.models.utils import _ForwardRedirection
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.training.first_steps import STEPS
 
 from .ema import EmaAnchor
+from .first_rollouts import check_loss
 from .guards import Guards
 from .objective import loss_parts, policy_loss
 from .rollout import Rollout
@@ -103,6 +105,8 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
         self.anchor = anchor
         self.guards = guards
         self.redirect = _ForwardRedirection()
+        self.rollouts, self.checks_loss = 0, False
+        self.has_signal = True  # whether the samples of the step differ in what they are worth
         self._entropy = torch.zeros(2)  # sum, nats, and number of tokens since the last line of metrics
 
     def follow(self, anchor: EmaAnchor, mu: float) -> None:
@@ -116,6 +120,8 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
         with self.accelerator.autocast():
             batch, metrics = self.rollout(indices)
         self.guards.observe(self.state.global_step + 1, metrics)
+        self.has_signal = bool(batch.advantages.any())
+        self.checks_loss, self.rollouts = self.rollouts < STEPS, self.rollouts + 1
         for name, value in metrics.items():
             if value is not None:
                 self._metrics["train"][name].append(value)
@@ -124,11 +130,17 @@ class AnchoredRlooTrainer(RLOOTrainer):  # type: ignore[misc]  # the library is 
             "ids": batch.ids.to(device),
             "mask": batch.mask.to(device),
             "advantages": batch.advantages.to(device),
+            "sampled": batch.sampled.to(device),
         }
 
     def _compute_loss(self, model: CausalLM, inputs: dict[str, Tensor]) -> Tensor:
         # Through the forward of the wrapper: DistributedDataParallel reduces only the gradients of that.
         result: Tensor = self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
+        if self.checks_loss:
+            with self.accelerator.autocast():  # its rounding
+                check_loss(
+                    self.rollout.policy, result.detach(), inputs["advantages"], inputs["sampled"], inputs["mask"]
+                )
         return result
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ only repeat it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +28,10 @@ from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
+from gemma2.posttrain.training.first_steps import STEPS
+from gemma2.posttrain.training.one_row import check_bos
 
+from .first_rollouts import Seen, alone, check_batch, check_log_probs, check_reward, rows_to_score
 from .step_metrics import ScoredCompletions, batch_metrics, joined
 from .vllm import VllmSampler
 
@@ -48,11 +52,15 @@ def leave_one_out(rewards: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of the loss. ids: (N, T) right-padded; mask: (N, T) True on completions; advantages: (N,) fp32."""
+    """The tensors of the loss. ids: (N, T) right-padded; mask: (N, T) True on completions; advantages: (N,) fp32.
+
+    sampled: (N,) fp32 nats, the summed log-probs of each completion as the sampler gave them.
+    """
 
     ids: Tensor
     mask: Tensor
     advantages: Tensor
+    sampled: Tensor
 
 
 @dataclass
@@ -74,6 +82,7 @@ class Rollout:
     ranks: Ranks = ALONE
     vllm: VllmSampler | None = None  # draws in the place of our sampler
     encoded: dict[int, list[int]] = field(default_factory=dict)  # ids of the prompts met so far
+    unchecked: int = STEPS  # batches that are still computed a second way (first_rollouts.py)
 
     def __call__(self, indices: Sequence[int]) -> tuple[Batch, dict[str, float | None]]:
         """A batch of n completions for each of `prompts[indices]`, and the metrics of all ranks' batches.
@@ -91,7 +100,10 @@ class Rollout:
         rewards = torch.tensor(columns.pop("reward"), dtype=torch.float32)
         log_ratios = self.log_ratios(pairs, drawn)
         objective = anchored_rewards(rewards, log_ratios, self.config.beta)
-        batch = padded(pairs, drawn.ids, leave_one_out(objective, self.config.n))
+        batch = padded(pairs, drawn.ids, leave_one_out(objective, self.config.n), drawn.logps)
+        if self.unchecked:
+            self.unchecked -= 1
+            self.check(Seen(rows, pairs, drawn, rewards, log_ratios, batch.ids, batch.mask, batch.advantages))
         own = ScoredCompletions(drawn.ids, drawn.truncated, rewards, log_ratios, columns)
         scored = joined(self.ranks.gather(own))
         if not scored.rewards.isfinite().all():
@@ -101,9 +113,18 @@ class Rollout:
             metrics["vllm_mismatch"] = self.vllm.mismatch
         return batch, metrics
 
+    def check(self, seen: Seen) -> None:
+        """Raise GuardStop if a batch is not what a second computation gives."""
+        check_log_probs(self.policy, self.anchor, seen, self.config.temperature)
+        check_batch(seen, self.config.beta, self.config.n)
+        for i in () if self.config.reward_fn else rows_to_score(seen):
+            row, prompt, drawn = alone(seen, i)
+            check_reward(float(seen.rewards[i]), self.scores(row, prompt, drawn)["reward"][0], row[0].where)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids. Raises InputError, with file and line, where prompt and completion would leave the context."""
         ids = self.chat.prompt_ids(prompt.messages)
+        check_bos(self.chat, ids)
         context = getattr(self.policy.config, "max_position_embeddings", None)
         if context is not None and len(ids) + self.config.max_new_tokens > context:
             raise InputError(
@@ -147,7 +168,12 @@ class Rollout:
         return torch.stack([(torch.tensor(own) - other).sum() for own, other in zip(drawn.logps, scored, strict=True)])
 
 
-def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], advantages: Tensor) -> Batch:
+def padded(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    advantages: Tensor,
+    logps: Sequence[Sequence[float]] = (),
+) -> Batch:
     """Rows of prompt and completion side by side, padding on the right."""
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -156,4 +182,4 @@ def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor([*prompt, *completion])
         mask[row, len(prompt) : end] = True
-    return Batch(ids, mask, advantages)
+    return Batch(ids, mask, advantages, torch.tensor([math.fsum(row) for row in logps]))

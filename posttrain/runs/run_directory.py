@@ -227,8 +227,8 @@ def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
 def resumed_with(config: Config, out: Path) -> str:
     """Return a line about the versions with which an interrupted run may go on; empty where nothing has changed."""
     try:
-        before = load_json(partial_path(out) / STATE)
-    except (OSError, ValueError):
+        before = read_state(partial_path(out))
+    except InputError:
         return ""
     return goes_on_with(str(before.get("command")), config, before)
 

@@ -31,6 +31,7 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import SftConfig
 from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
+from gemma2.posttrain.training.one_row import check_targets
 from gemma2.posttrain.training.tracking import check_tracking
 from gemma2.posttrain.training.trainer import RunCallback, train
 
@@ -74,6 +75,8 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
             raise UsageError(
                 "no rows are held out for --keep best or --patience", "give --eval-fraction or --eval-data"
             )
+        check_targets(chat, rows.examples)
+        trainer.check_one_row(rows.examples)
         evaluation = HeldOut(run, rows.heldout, config)
         evaluation.before(trainer.model)
         callback = RunCallback(run, progress, "SFT", {"loss": "loss"})

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -24,15 +25,19 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gemma2.core.errors import GuardStop
 from gemma2.posttrain.data.batching import Epochs, GroupedByLength
 from gemma2.posttrain.data.examples import IGNORED, Example, to_dataset
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import last_hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import SftConfig
+from gemma2.posttrain.training.heldout import heldout_loss
+from gemma2.posttrain.training.one_row import agree, same_tokens, shortest
 from gemma2.posttrain.training.trainer import configured, trainer_arguments
 from gemma2.posttrain.training.trainer_options import SFT
 from gemma2.posttrain.training.warmup import check_warmup, total_steps
@@ -47,6 +52,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # TRL is n
 
     epochs: Epochs | None = None
     part_tokens: int | None = None
+    targets: int = 0  # of the micro-batches since the last optimizer step
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
@@ -66,6 +72,7 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # TRL is n
         self, model: CausalLM, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward of one micro-batch, in parts of at most `part_tokens` tokens, padding included."""
+        self._count_targets(inputs["labels"], num_items_in_batch)
         if self.part_tokens is None or num_items_in_batch is None or "attention_mask" not in inputs:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
@@ -74,6 +81,18 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # TRL is n
             for part in parts(inputs, self.part_tokens)
         ]
         return torch.stack(losses).sum()
+
+    def _count_targets(self, labels: Tensor, divisor: Tensor | int | None) -> None:
+        """Raise GuardStop unless the loss is divided by the targets of all micro-batches of the step."""
+        self.targets += int((labels[:, 1:] != IGNORED).sum())
+        if not self.accelerator.sync_gradients:
+            return
+        targets, self.targets = self.targets, 0
+        if divisor is not None and self.accelerator.num_processes == 1 and targets != int(divisor):
+            raise GuardStop(
+                f"step {self.state.global_step + 1}: the loss of {targets} targets is divided by {int(divisor)}",
+                "report it, with the versions of trl and transformers; --micro-batch-size changes the batches",
+            )
 
     def compute_loss(
         self,
@@ -96,6 +115,25 @@ class SftTrainer(GroupedByLength, SFTTrainer):  # type: ignore[misc]  # TRL is n
         accuracy = hits.float().mean().item() if len(hits) else 0.0
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(accuracy)
         return loss
+
+    @torch.no_grad()
+    def check_one_row(self, examples: Sequence[Example]) -> None:
+        """Raise GuardStop if batch or loss of the shortest row are not those that the row itself gives."""
+        if "seq_lengths" in self.train_dataset.column_names or self.padding_free:
+            return  # rows are joined: no row is a batch
+        number = shortest(self.train_dataset["length"][:])
+        example, row = examples[number], self.train_dataset[number]
+        features = {name: row[name] for name in ("input_ids", "labels")}
+        inputs = self._prepare_inputs(self.data_collator([features]))
+        same_tokens("tokens", inputs["input_ids"], example.ids)
+        labels = [i if learned else IGNORED for i, learned in zip(example.ids, example.mask, strict=True)]
+        same_tokens("labels", inputs["labels"], labels)
+        if self.args.loss_type != "nll" or self.label_smoother is not None:
+            return  # asked for: another loss
+        with evaluating(self.model), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(sum(example.mask[1:])))
+            agree("the loss of a row", float(cast(Tensor, loss)), heldout_loss(self.model, [example], 1))
+        self._metrics["eval"].clear()  # what the loss noted; ours are measured elsewhere
 
     def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)

@@ -38,6 +38,8 @@ from gemma2.posttrain.models.scorer import head_logps, hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
 
+from .witness import measuring
+
 __all__ = ["HeldOut", "heldout_loss"]
 
 STATE_FILE = "heldout.json"
@@ -134,7 +136,8 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         return {"heldout_loss": heldout_loss(cast(CausalLM, model), examples, batch_size)}
 
     def _measure(self, step: int, model: Network) -> None:
-        figures = self.figures(model)
+        with measuring(model, f"step {step}: the held-out loss"):
+            figures = self.figures(model)
         loss = figures["heldout_loss"]
         if not math.isfinite(loss):
             raise GuardStop(f"step {step}: the held-out loss is {loss}", "lower --learning-rate")

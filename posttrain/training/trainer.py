@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +20,15 @@ from typing import TypeVar, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from gemma2.core.errors import AlertStop, GuardStop, InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json, write_json
@@ -28,12 +36,16 @@ from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
 from gemma2.core.sizes import sizes_apart
+from gemma2.posttrain.models.forward_check import check_forward
+from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.live import LiveRecord, take_alert
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
+from .first_steps import FirstSteps, always
 from .movement import Movement
+from .recipe import check_recipe
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
 from .warmup import start_above_zero
@@ -98,12 +110,14 @@ def trainer_arguments(
 def configured(schema: type[C], config: TrainingFields, arguments: JsonMapping) -> C:
     """Build a TRL config from `trainer_arguments`. Raises UsageError if it refuses a value of the user's `trainer:`."""
     try:
-        return schema(**arguments)
+        built = schema(**arguments)
     except (ValueError, TypeError, ImportError, OSError, LookupError, AttributeError, RuntimeError) as error:
         if not config.trainer:  # only arguments of the suite: a bug
             raise
         detail = " ".join(str(error).split())[:200]
         raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "fix it, or leave it out") from error
+    check_recipe(config, cast(TrainingArguments, built))
+    return built
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -153,6 +167,11 @@ def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
             return path, int(path.name.rpartition("-")[2])
         shutil.rmtree(path)
     return None
+
+
+def newest_step(run: Run) -> int:
+    """The step of the newest checkpoint on the disk, 0 without any: where a training begins."""
+    return max((int(path.name.rpartition("-")[2]) for path in run.checkpoints.glob("checkpoint-*")), default=0)
 
 
 # A norm that was clipped is the limit, less rounding and the 1e-6 that torch adds to the divisor.
@@ -343,10 +362,16 @@ def readable_state(checkpoint: Path | None) -> Iterator[None]:
         raise InputError(what, "remove that checkpoint: --resume then goes on from the one before it") from error
 
 
-def train(trainer: Trainer, run: Run, callback: RunCallback) -> None:
-    """Run a Trainer to its end, from the latest complete checkpoint if the run is resumed."""
+def train(trainer: Trainer, run: Run, callback: RunCallback, has_signal: Callable[[], bool] = always) -> None:
+    """Run a Trainer to its end, from the latest complete checkpoint if the run is resumed.
+
+    has_signal  whether there is anything to learn from the step that was just computed
+    """
     trainer.remove_callback(PrinterCallback)
     found = run.ranks.on_main(lambda: latest_checkpoint(run)) if run.resumed else None
+    if isinstance(plain := plain_model(trainer.model), PreTrainedModel):
+        check_forward(plain)
+    trainer.add_callback(FirstSteps(callback.label, run.ranks.on_main(lambda: newest_step(run)), has_signal))
     run.rewind(found[1] if found else -1)
     callback.start = Movement(trainer.model)  # a resumed run gets the weights of its checkpoint later
     try:
