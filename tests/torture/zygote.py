@@ -84,8 +84,8 @@ class Run:
 class Zygote:
     """The parent of the commands. Made by `zygote()`."""
 
-    def __init__(self, address: str, scratch: Path) -> None:
-        self._address, self._scratch = address, scratch
+    def __init__(self, address: str, scratch: Path, pid: int) -> None:
+        self._address, self._scratch, self.pid = address, scratch, pid
 
     def start(
         self,
@@ -149,7 +149,7 @@ def zygote(calls: bool = False) -> Iterator[Zygote]:
         try:
             wait_for(lambda: Path(address).exists() or process.poll() is not None)
             assert process.poll() is None, "the zygote did not start"
-            yield Zygote(address, scratch)
+            yield Zygote(address, scratch, process.pid)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -13,7 +13,18 @@ import socket
 import sys
 from typing import Any
 
-PRELOADED = ("torch", "transformers.models.gemma2.modeling_gemma2", "trl", "peft", "datasets", "gemma2.merging")
+SUBREAPER = 36  # of prctl
+PRELOADED = (
+    "torch",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "transformers.models.gemma2.modeling_gemma2",
+    "trl",
+    "peft",
+    "datasets",
+    "gemma2.merging",
+)
 
 
 def preload() -> None:
@@ -77,6 +88,8 @@ def child(request: dict[str, Any]) -> None:
 
 def serve(address: str) -> None:
     """Fork for each request; answer with the process's id, and with its exit code when it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # what a killed command leaves behind becomes ours, and is seen
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(address + ".new")
     server.listen(64)
@@ -117,5 +130,6 @@ def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # planted.py
     preload()
     serve(sys.argv[2])
