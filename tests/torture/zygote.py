@@ -28,7 +28,8 @@ from processes import BARE_CHECKOUT
 from waiting import PATIENCE, wait_for
 
 HERE = Path(__file__).resolve().parent
-FULL, INTERRUPTED, KILL, HALF, COUNT = -4, -3, -2, -1, 0  # as in shim.c; a positive number is the errno of one failure
+# As in shim.c; a positive number is the errno of one failure.
+READ_ONLY, VANISHED, FULL, INTERRUPTED, KILL, HALF, COUNT = -6, -5, -4, -3, -2, -1, 0
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Fault:
     root     folder below which calls count
     number   of the call, from 0
     how      an errno (this call fails), HALF (it does half of its bytes), KILL (SIGKILL before it), INTERRUPTED (EINTR)
-             FULL (it and all later calls that need room fail with ENOSPC), COUNT (nothing fails)
-    log      file that gets a line "number call path" per call
+             FULL (it and all later calls that need room fail with ENOSPC), READ_ONLY (it and all later calls fail with
+             EROFS), VANISHED (before it, `root` is renamed to `root.gone`), COUNT (nothing fails)
+    log      file that gets a line "number call grows path" per call; grows: 1 if a full disk refuses it
     """
 
     root: Path
