@@ -140,7 +140,7 @@ class Place:
         if self.out.exists() and self.name != "pipeline":
             faults.append("" if any(_settled(self.out) == one for one in results) else "the output is mixed")
         kept = _last_checkpoint(made)
-        if code or hidden(self.folder):
+        if code or hidden(self.folder) or (self.out / STATE).exists():
             faults.append(self._go_on(kept))
         faults += [self._judge_result(results[0]), "" if _inputs(self.world.root) == before else "inputs changed"]
         return "; ".join(fault for fault in faults if fault)
