@@ -25,6 +25,7 @@ from gemma2.core.outputs.manifest import (
     STATE,
     now,
     read_manifest,
+    remove_temporaries,
     require_complete,
     versions,
     write_manifest,
@@ -151,6 +152,7 @@ class Run:
 
             write_card(self.path, manifest, self.options.out)
         clear_live(self.path)
+        remove_temporaries(self.path)
         write_manifest(self.path, manifest)
         publish(self.path, self.options.out, self.options.force)
         remove_resume_state(self.options.out)

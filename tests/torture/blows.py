@@ -30,6 +30,7 @@ WRITES = ("write", "pwrite", "pwrite64", "writev", "sendfile", "sendfile64", "co
 ADVICE = {"continue it with --resume": ["--resume"], "drop --resume": []}
 DONE = ("is complete, there is nothing to resume", "exists; choose another --out, or replace it with --force")
 STARTS = 3
+ALL = 10  # a share from which on every call is struck
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class Mode:
 
 MODES = {
     "kill": Mode(KILL, "SIGKILL", lambda call: call.name not in FLUSHES),
-    "full": Mode(FULL, "disk full from here", lambda call: call.grows),
-    "eio": Mode(errno.EIO, "EIO", lambda _: True, 3),
-    "half": Mode(HALF, "half a write", lambda call: call.name in WRITES, 3),
-    "interrupted": Mode(INTERRUPTED, "EINTR", lambda _: True, 3),
-    "read-only": Mode(READ_ONLY, "read-only from here", lambda _: True, 6),
-    "vanished": Mode(VANISHED, "folder of --out moved away", lambda _: True, 6),
+    "full": Mode(FULL, "disk full from here", lambda call: call.grows, 2),
+    "eio": Mode(errno.EIO, "EIO", lambda _: True, 5),
+    "half": Mode(HALF, "half a write", lambda call: call.name in WRITES, 4),
+    "interrupted": Mode(INTERRUPTED, "EINTR", lambda _: True, 6),
+    "read-only": Mode(READ_ONLY, "read-only from here", lambda _: True, 8),
+    "vanished": Mode(VANISHED, "folder of --out moved away", lambda _: True, 8),
 }
 
 
@@ -84,16 +85,19 @@ def read_calls(log: Path) -> list[Call]:
 
 
 def chosen(calls: list[Call], mode: Mode, share: float = 1.0) -> list[Call]:
-    """Of the calls of one kind the first, one in the middle and the last; of all these one of `mode.every`."""
+    """One call of each kind, in turn the first, one in the middle and the last; of all these one of `mode.every`.
+
+    The calls of one kind are those of the same name on the same file of each checkpoint. From share ALL on all are struck.
+    """
     kinds: dict[tuple[str, str], list[Call]] = {}
     for call in calls:
         if mode.fits(call):
             kinds.setdefault(call.kind, []).append(call)
-    picked = sorted(
-        {same[place].number: same[place] for same in kinds.values() for place in (0, len(same) // 2, -1)}.items()
-    )
-    step = mode.every / share
-    return [picked[int(place * step)][1] for place in range(int(len(picked) / step) or 1)] if picked else []
+    if share >= ALL:
+        return [call for same in kinds.values() for call in same]
+    picked = [same[(0, len(same) // 2, -1)[place % 3]] for place, same in enumerate(kinds.values())]
+    step = max(mode.every / share, 1.0)
+    return [picked[int(place * step)] for place in range(max(int(len(picked) / step), 1))] if picked else []
 
 
 class Place:
