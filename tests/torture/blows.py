@@ -14,7 +14,7 @@ import planted
 from world import World, files_of, hidden
 from zygote import COUNT, FULL, HALF, INTERRUPTED, KILL, READ_ONLY, VANISHED, Fault, Zygote
 
-from gemma2.core.outputs.manifest import CHECKPOINTS, STATE
+from gemma2.core.outputs.manifest import CHECKPOINTS, MANIFEST, STATE
 from gemma2.core.outputs.staging import fault_of
 
 # What differs between runs or checkpoints in the name of a file -> how all of them are called here.
@@ -30,6 +30,7 @@ WRITES = ("write", "pwrite", "pwrite64", "writev", "sendfile", "sendfile64", "co
 ADVICE = {"continue it with --resume": ["--resume"], "drop --resume": []}
 DONE = ("is complete, there is nothing to resume", "exists; choose another --out, or replace it with --force")
 STARTS = 3
+SHARE = float(os.environ.get("GEMMA2_TORTURE_SHARE", "1"))
 ALL = 10  # a share from which on every call is struck
 
 
@@ -100,20 +101,33 @@ def chosen(calls: list[Call], mode: Mode, share: float = 1.0) -> list[Call]:
     return [picked[int(place * step)] for place in range(max(int(len(picked) / step), 1))] if picked else []
 
 
+def replacing(calls: list[Call]) -> list[Call]:
+    """The calls of a run with --force from the moment on at which the new output is complete."""
+    return calls[max(place for place, call in enumerate(calls) if call.path.endswith(f"/{MANIFEST}")) :]
+
+
 class Place:
-    """A fresh folder in which one command of the world writes `out`."""
+    """A folder in which one command of the world writes `out`.
+
+    old   an output that is there before
+    """
 
     def __init__(self, zygote: Zygote, world: World, name: str, *more: object, old: Path | None = None) -> None:
-        self.zygote, self.world, self.name, self.more = zygote, world, name, more
+        self.zygote, self.world, self.name, self.more, self.old = zygote, world, name, more, old
         self.folder = world.root / "blow"
         self.gone = world.root / "blow.gone"
+        self.out = self.folder / "out"
+        self.log = world.root / "log"
+        self.before = planted.call("forked_stages") if name in ("pipeline", "warp") else ""
+
+    def afresh(self) -> Place:
+        """Begin again with an empty folder."""
         for path in (self.folder, self.gone):
             shutil.rmtree(path, ignore_errors=True)
         self.folder.mkdir()
-        self.out = self.folder / "out"
-        if old is not None:
-            shutil.copytree(old, self.out)
-        self.log = world.root / "log"
+        if self.old is not None:
+            shutil.copytree(self.old, self.out)
+        return self
 
     def run(self, *more: object, number: int = 0, how: int = COUNT) -> tuple[int, str, list[Call]]:
         """Run the command; its exit code, stderr and the calls that it made."""
@@ -122,7 +136,7 @@ class Place:
             *self.world.line(self.name, self.out, *self.more, *more),
             folder=self.world.root,
             environment=self.world.jobs[self.name].environment,
-            before=planted.call("forked_stages") if self.name in ("pipeline", "warp") else "",
+            before=self.before,
             fault=Fault(self.folder, number, how, self.log),
         )
         return code, err, read_calls(self.log) if self.log.exists() else []
