@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import Any
 
-SUBREAPER = 36  # of prctl
+DEATH_SIGNAL, SUBREAPER = 1, 36  # of prctl
 PRELOADED = (
     "torch",
     "matplotlib.figure",
@@ -89,6 +89,7 @@ def child(request: dict[str, Any]) -> None:
 def serve(address: str) -> None:
     """Fork for each request; answer with the process's id, and with its exit code when it ends."""
     if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)  # when the tests are killed
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # what a killed command leaves behind becomes ours, and is seen
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(address + ".new")
