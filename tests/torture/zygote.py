@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +134,12 @@ def has_compiler() -> bool:
 
 
 @contextmanager
-def zygote(calls: bool = False) -> Iterator[Zygote]:
-    """Start the parent process, and end it with everything that it started. calls: count calls that change files."""
+def zygote(calls: bool = False, commands: Sequence[str] = ()) -> Iterator[Zygote]:
+    """Start the parent process, and end it with everything that it started.
+
+    calls      count calls that change files
+    commands   those whose modules it imports; by default all, and torch
+    """
     with tempfile.TemporaryDirectory(prefix="zygote-") as name:
         scratch = Path(name)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -146,7 +150,7 @@ def zygote(calls: bool = False) -> Iterator[Zygote]:
             environment["LD_PRELOAD"] = str(shim)
         address = str(scratch / "socket")
         here = BARE_CHECKOUT + "import runpy, sys\nrunpy.run_path(sys.argv[1], run_name='__main__')\n"
-        command = [sys.executable, "-c", here, str(HERE / "zygote_server.py"), address]
+        command = [sys.executable, "-c", here, str(HERE / "zygote_server.py"), address, *commands]
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             wait_for(lambda: Path(address).exists() or process.poll() is not None)
