@@ -34,12 +34,15 @@ __all__ = [
 REFUSALS = {
     *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS),
 }
+# The disk itself, or the way to it: a network or a plug.
+DEVICES = {errno.EIO, errno.EINTR, errno.ENODEV, errno.ENOTCONN, errno.ENXIO, errno.ESTALE}
 # torch writes in C++ and keeps no reason.
 TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostream error", "inline_container.cc")
 HINT = "check its place and permissions"
 # numpy and Python raise MemoryError; torch, its back ends and Rust tell by their words.
 NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory|os error 12\b", re.I)
 ASKED = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTP]i?B))\b", re.I)
+DEVICE_HINT = "see whether the disk works, and start the command again"
 
 
 class Gemma2Error(Exception):
@@ -125,13 +128,17 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _refused(error: BaseException) -> str | None:
     if isinstance(error, OSError):
-        if error.errno in REFUSALS:
-            return f"{error.strerror}: {error.filename or 'the output'}; {HINT}"
-        return None
+        hint = _hint(error.errno)
+        return f"{error.strerror}: {error.filename or 'the output'}; {hint}" if hint else None
     text = " ".join(str(error).split())
-    for number in sorted(REFUSALS):
+    for number in sorted(REFUSALS | DEVICES):
         if f"(os error {number})" in text:  # Rust
-            return f"{os.strerror(number)}: the output ({type(error).__name__}: {text[:200]}); {HINT}"
+            return f"{os.strerror(number)}: the output ({type(error).__name__}: {text[:200]}); {_hint(number)}"
     if isinstance(error, RuntimeError) and any(words in text for words in TORCH_WRITES):
         return f"torch could not write a file ({text[:200]}); see whether the disk is full"
     return None
+
+
+def _hint(number: int | None) -> str:
+    """What to do about a failure of the operating system; empty for a number that a bug may have as well."""
+    return HINT if number in REFUSALS else DEVICE_HINT if number in DEVICES else ""

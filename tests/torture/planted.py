@@ -1,91 +1,152 @@
-"""Secrets that are planted where a user has them, and a search for them in every byte that was written.
-
-A secret counts as found in any of its forms: as it is, backwards, URL-encoded, as JSON escapes it, in hex, in base64 at
-each of the three alignments that it can have inside of a longer text. Files that are gzip or zip are searched unpacked.
-"""
+"""What tests plant in a process of the zygote before its command begins: `before=planted.call("ready", marker)`."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import io
-import json
-import zipfile
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
-from urllib.parse import quote, quote_plus
+from types import SimpleNamespace
 
-# By the place where it is planted. The signs in them differ between the forms.
-SECRETS = {
-    "HF_TOKEN": "hf_Pl4nted/aB+cD=f7Q1",
-    "HUGGING_FACE_HUB_TOKEN": "hf_Pl4nted/oLd+tK=n2W",
-    "OPENAI_API_KEY": "sk-Pl4nted/xY+zW=k9R2",
-    "JUDGE_KEY": "sk-Pl4nted/jU+dG=e5T3",
-    "WANDB_API_KEY": "wb-Pl4nted/qE+rT=y3U4",
-    "AWS_SECRET_ACCESS_KEY": "aws-Pl4nted/vB+nM=l8I5",
-    "GITHUB_TOKEN": "ghp-Pl4nted/uI+oP=a1O6",
-    "RAY_AUTH_TOKEN": "ray-Pl4nted/sD+fG=h6P7",
-    "git remote": "Pl4ntedGitRemote-jK-lZ-x4A8",
-    "proxy": "Pl4ntedProxy-mN-bV-c2S9",
-    "user of an address": "Pl4ntedUser-qW-eR-t7D0",
-    "query of an address": "Pl4ntedQuery-aS-dF-g5F1",
-    "path of an address": "sk-Pl4ntedPath-hJ-kL-m3G2",
-    "fragment of an address": "Pl4ntedFragment-zX-cV-b8H3",
-    "--set": "sk-Pl4ntedSet-yU-iO-p1J4",
-    "a recipe": "sk-Pl4ntedRecipe-rE-wQ-t9K5",
-}
-ENVIRONMENT = [name for name in SECRETS if name.isupper()]
+DAY = 86400.0
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGURG, signal.SIGCHLD)
 
 
-def environment() -> dict[str, str]:
-    """The variables that hold secrets, and those that name servers with one inside."""
-    return {
-        **{name: SECRETS[name] for name in ENVIRONMENT},
-        "HF_ENDPOINT": f"http://me:{SECRETS['user of an address']}@127.0.0.1:9/hub",
-        "ALL_PROXY": f"http://me:{SECRETS['proxy']}@127.0.0.1:9",
-        "HTTPS_PROXY": f"http://me:{SECRETS['proxy']}@127.0.0.1:9",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "GEMMA2_ALLOW_KEYS": "JUDGE_KEY",
-    }
+def call(function: str, *arguments: object) -> str:
+    """The source that calls a function of this module."""
+    words = ", ".join(repr(str(one) if isinstance(one, Path) else one) for one in arguments)
+    return f"import planted\nplanted.{function}({words})\n"
 
 
-def forms(secret: str) -> set[bytes]:
-    """The bytes by which a secret can be recognised."""
-    raw = secret.encode()
-    found = {raw, quote(secret, safe="").encode(), quote_plus(secret).encode(), raw.hex().encode(), raw[::-1]}
-    found |= {json.dumps(secret).strip('"').replace("/", "\\/").encode()}
-    for shift in range(3):
-        text = base64.b64encode(bytes(shift) + raw).rstrip(b"=")
-        first = (0, 2, 3)[shift]  # characters that hold bits of what is before
-        inner = text[first:-1]  # the last one may hold bits of what is behind
-        found |= {inner, inner.translate(bytes.maketrans(b"+/", b"-_"))}
-    return found
+def ready(marker: str) -> None:
+    """A file says that the command has its handlers of signals."""
+    from gemma2.core.interrupts import Signals
+
+    first = Signals.install
+
+    def install(self: Signals) -> None:
+        first(self)
+        Path(marker).touch()
+
+    Signals.install = install  # type: ignore[method-assign]
 
 
-FORMS = {place: forms(secret) for place, secret in SECRETS.items()}
+def slow_end(seconds: float) -> None:
+    """An interrupted command takes so long to clean up."""
+    from gemma2.core.outputs import staging
+
+    release = staging._release
+
+    def slowly(descriptors: list[int], path: Path) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        release(descriptors, path)
+
+    staging._release = slowly
 
 
-def found_in(content: bytes, depth: int = 0) -> Iterator[str]:
-    """The places of the secrets that some bytes hold, in whatever form."""
-    for place, texts in FORMS.items():
-        if any(text in content for text in texts):
-            yield place
-    if depth > 3:
-        return
-    if content[:2] == b"\x1f\x8b":
-        yield from found_in(gzip.decompress(content), depth + 1)
-    elif content[:4] == b"PK\x03\x04":
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            for name in archive.namelist():
-                yield from found_in(archive.read(name), depth + 1)
+def kill_at_checkpoint(step: int) -> None:
+    """SIGKILL as soon as the checkpoint of a step is complete."""
+    from gemma2.posttrain.training import trainer
+
+    mark = trainer.mark_complete
+
+    def marked(checkpoint: Path) -> None:
+        mark(checkpoint)
+        if int(checkpoint.name.rpartition("-")[2]) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.mark_complete = marked
 
 
-def search(folder: Path) -> tuple[list[str], int, int]:
-    """(`FILE: PLACE` for each secret that a file below a folder or its name holds, files, bytes)."""
-    found, files, size = [], 0, 0
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        content = path.read_bytes() if path.is_file() else b""
-        files, size = files + path.is_file(), size + len(content)
-        found += [f"{name}: {place}" for place in {*found_in(content), *found_in(name.encode())}]
-    return found, files, size
+def kill_at_records(count: int) -> None:
+    """SIGKILL as soon as a journal has been appended to so often."""
+    from gemma2.posttrain.generation.journal import Journal
+
+    append, done = Journal.append, []
+
+    def appended(self: Journal, records: object) -> None:
+        append(self, records)  # type: ignore[arg-type]
+        done.append(1)
+        if len(done) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.append = appended  # type: ignore[method-assign,assignment]
+
+
+def clock(ahead: float, looks: int) -> None:
+    """The clock is ahead by so many seconds, and is set back by a day after so many looks at it."""
+    from gemma2.core.outputs import manifest
+
+    seconds, nanoseconds, seen = time.time, time.time_ns, []
+
+    def error() -> float:
+        seen.append(1)
+        return ahead - (DAY if len(seen) > looks else 0.0)
+
+    time.time = lambda: seconds() + error()
+    time.time_ns = lambda: nanoseconds() + int(error() * 1e9)
+    moved = lambda zone: datetime.now(zone) + timedelta(seconds=error())  # noqa: E731
+    manifest.datetime = SimpleNamespace(now=moved)  # type: ignore[attr-defined]
+
+
+class _Forked:
+    """What Popen offers, as far as a fork server needs it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+
+    def kill(self) -> None:
+        """End it."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Wait for its end."""
+        until = time.monotonic() + (seconds or float("inf"))
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("server", seconds or 0.0)
+            time.sleep(0.002)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def forked_stages() -> None:
+    """A pipeline forks the server of its stages from itself, in place of a new interpreter that imports for 7 s."""
+    from gemma2.posttrain.pipelines.executors import fork_server
+
+    def launch(module: str, function: str, modules: Sequence[str]) -> tuple[_Forked, Connection]:
+        ours, theirs = multiprocessing.Pipe()
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            return _Forked(pid), ours
+        try:  # as a new interpreter begins: without our signals and files
+            os.setpgid(0, 0)
+            signal.set_wakeup_fd(-1)
+            for number in NUMBERS:
+                signal.signal(number, signal.SIG_DFL)
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.dup2(theirs.fileno(), 3)
+            os.closerange(4, 1024)
+            fork_server.serve(3, modules)
+        finally:
+            os._exit(1)
+
+    fork_server.launch = launch  # type: ignore[assignment]

@@ -8,7 +8,7 @@ import pytest
 from chat_server import Server, refuse, reply, serving
 from every_command import EVERY, git_with_remote, run_all, split, write_inputs
 from ledger import recorded
-from planted import SECRETS, environment, found_in, search
+from planted_secrets import SECRETS, environment, found_in, search
 
 pytest.importorskip("openai")
 

@@ -15,7 +15,7 @@ from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_token
 JUDGE = """def judge(prompts, completions, **columns):
     return [float(sum(map(ord, text)) % 17) / 17 for text in completions]
 """
-PIPELINE = """name: torture
+PIPELINE = """\
 stages:
   sft:
     command: sft
@@ -23,7 +23,7 @@ stages:
   rl:
     command: rlhf
     options: {policy: "${sft.out}", prompts: prompts.jsonl, reward_fn: ["judge:judge"], steps: 2, prompts_per_step: 2,
-              n: 3, max_new_tokens: 16, save_every: 1, eval_prompts: 6, warmup_steps: 0}
+              n: 3, max_new_tokens: 16, save_every: 1, eval_prompts: 6, warmup_steps: 0, learning_rate: 1e-3}
   merged:
     command: merge slerp
     options: {models: ["${sft.out}", "${rl.out}"]}
@@ -37,7 +37,7 @@ class Job:
     """One command without --out.
 
     words      the command line
-    resumes    whether an interrupted run continues with --resume
+    resumes    whether an interrupted run continues with --resume; a pipeline goes on without it
     """
 
     words: tuple[str, ...]
@@ -46,11 +46,16 @@ class Job:
 
 
 class World:
-    """A folder with two small models, a reward model and data; and the jobs that run on them."""
+    """A folder with two small models, a reward model and data; and the jobs that run on them.
 
-    def __init__(self, root: Path) -> None:
+    models   False leaves them out, for commands that read none
+    """
+
+    def __init__(self, root: Path, models: bool = True) -> None:
         self.root = root
         _write(root)
+        if models:
+            _write_models(root)
         learn = ("--learning-rate", "1e-3", "--warmup-steps", "0", "--save-every", "1", "--quiet")
         short = ("--max-new-tokens", "16", "--temperature", "1")
         judged = ("--reward-fn", "judge:judge")
@@ -75,6 +80,7 @@ class World:
                 *("--shard-rows", "5", "--keep-truncated", "--quiet"),
             ),
             "filter": ("filter", "sft.jsonl", "--set", "min_words=1", "--quiet"),
+            "pipeline": ("pipeline", "run", "pipeline.yaml", "--quiet"),
             "merge": ("merge", "slerp", "policy", "other", "--base", "base", "--quiet"),
             "pareto": (
                 *("pareto", "--policies", "policy,other", "--sft", "base", "--prompts", "prompts.jsonl", *judged),
@@ -85,7 +91,9 @@ class World:
                 *("--steps", "2", "--etas", "0.5,1", "--eval-limit", "4", *short, *learn),
             ),
         }
-        self.jobs = {name: Job(words, resumes=name not in ("merge", "pareto")) for name, words in lines.items()}
+        self.jobs = {
+            name: Job(words, resumes=name not in ("merge", "pareto", "pipeline")) for name, words in lines.items()
+        }
         for job in self.jobs.values():
             job.environment["PYTHONPATH"] = str(root)
         self._expected: dict[str, dict[str, bytes]] = {}
@@ -94,22 +102,24 @@ class World:
         """The words of a job that writes to `out`."""
         return [*self.jobs[name].words, "--out", str(out), *map(str, more)]
 
-    def expected(self, zygote: Zygote, name: str) -> dict[str, bytes]:
+    def expected(self, zygote: Zygote, name: str, *more: object, before: str = "") -> dict[str, bytes]:
         """The files of an undisturbed run, by `files_of`; made once."""
-        if name not in self._expected:
-            out = self.root / "expected" / name.replace(" ", "-")
-            code, _, err = zygote.run(*self.line(name, out), folder=self.root, environment=self.jobs[name].environment)
+        key = " ".join([name, *map(str, more)])
+        if key not in self._expected:
+            out = self.root / "expected" / key.replace(" ", "-")
+            run = {"folder": self.root, "environment": self.jobs[name].environment, "before": before}
+            code, _, err = zygote.run(*self.line(name, out, *more), **run)
             assert code == 0, err
-            self._expected[name] = files_of(out)
-        return self._expected[name]
+            self._expected[key] = files_of(out)
+        return self._expected[key]
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """The files of an output that have the same bytes in every run: not the manifest, the card, the page."""
+    """The files of an output that have the same bytes in every run: not the manifest, the card, the page, a log."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in VARYING
+        if path.is_file() and path.name not in VARYING and path.parent != out / "logs"
     }
 
 
@@ -118,7 +128,7 @@ def hidden(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob(".*"))
 
 
-def _write(root: Path) -> None:
+def _write_models(root: Path) -> None:
     policy = random_model()
     with torch.no_grad():
         policy.model.embed_tokens.weight[107] *= 16  # it ends its turns often enough to be sampled from
@@ -126,6 +136,9 @@ def _write(root: Path) -> None:
     tiny_tokenizer().save_pretrained(root / "policy")
     for seed, name in ((1, "base"), (2, "other")):
         save_random(root / name, seed)
+
+
+def _write(root: Path) -> None:
     questions = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
     rows = {
         "prompts": [{"prompt": text} for text in questions],

@@ -13,26 +13,45 @@ import socket
 import sys
 from typing import Any
 
-PRELOADED = ("torch", "transformers.models.gemma2.modeling_gemma2", "trl", "peft", "datasets", "gemma2.merging")
+DEATH_SIGNAL, SUBREAPER = 1, 36  # of prctl
+PRELOADED = (
+    "torch",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "transformers.models.gemma2.modeling_gemma2",
+    "trl",
+    "peft",
+    "datasets",
+    "gemma2.merging",
+)
+WITHOUT_TORCH = (
+    *("blake3", "jinja2", "multiprocessing.pool", "numpy", "rensa", "zipfile", "concurrent.futures", "yaml"),
+    *("gemma2.cli.main", "gemma2.posttrain.checks.of_command", "gemma2.posttrain.filters.runner"),
+    *("gemma2.posttrain.runs.finished", "gemma2.posttrain.runs.inputs", "gemma2.posttrain.data.examples"),
+    *("gemma2.posttrain.data.load_tokenizer", "gemma2.posttrain.rewards.functions"),
+    *("gemma2.merging.kernels.native", "gemma2.posttrain.training.tracking", "gemma2.posttrain.schemas.warp"),
+)
 
 
-def preload() -> None:
-    """Import what the commands import, so that their processes share it."""
+def preload(names: list[str]) -> None:
+    """Import what the commands import, so that their processes share it. names: only these commands, without torch."""
     import importlib
 
     from gemma2.cli.app import COMMANDS, load
 
-    for name in COMMANDS:
+    for name in names or COMMANDS:
         load(name)
-    for name in PRELOADED:
+    for name in WITHOUT_TORCH if names else PRELOADED:
         importlib.import_module(name)
     from gemma2.posttrain.runs import commands
 
-    for command in commands.COMMANDS.values():
-        assert command.run
-    import torch
+    for name, command in commands.COMMANDS.items():
+        assert (names and name not in names) or command.run
+    if not names:
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -77,6 +96,9 @@ def child(request: dict[str, Any]) -> None:
 
 def serve(address: str) -> None:
     """Fork for each request; answer with the process's id, and with its exit code when it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)  # when the tests are killed
+        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # what a killed command leaves behind becomes ours, and is seen
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(address + ".new")
     server.listen(64)
@@ -117,5 +139,6 @@ def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
-    preload()
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # planted.py
+    preload(sys.argv[3:])
     serve(sys.argv[2])
