@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -78,6 +79,11 @@ def kill_at_records(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Journal.append = appended  # type: ignore[method-assign,assignment]
+
+
+def longest_file(size: int) -> None:
+    """Every write beyond this size of a file fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def clock(ahead: float, looks: int) -> None:

@@ -34,10 +34,8 @@ from gemma2.core.outputs.staging import fault_of  # noqa: E402
 
 LEARN = "learning_rate: 1e-3, warmup_steps: 0, save_every: 1"
 SHORT = "max_new_tokens: 16, temperature: 1"
-RL = (
-    f"{{policy: '${{student.out}}', reward: ['${{judge.out}}'], prompts: prompts.jsonl, {LEARN}, {SHORT}, steps: 3, mu: 0.3,\
- prompts_per_step: 2, n: 3, eval_prompts: 4, seed: SEED}}"
-)
+RL = f"""{{policy: "${{student.out}}", reward: ["${{judge.out}}"], prompts: prompts.jsonl, {LEARN}, {SHORT},
+              steps: 3, mu: 0.3, prompts_per_step: 2, n: 3, eval_prompts: 4, seed: SEED}}"""
 PIPELINE = f"""
 resources: {{cpus: 1}}
 stages:
@@ -121,8 +119,7 @@ class Soak:
         different = sorted(name for name in found.keys() | self.expected if found.get(name) != self.expected.get(name))
         assert different == [], f"round {number}: {different}"
         assert fault_of(self.out) == ""
-        left = [str(path) for path in (self.out.parent, *self.out.iterdir()) if path.is_dir() and hidden(path)]
-        assert left == [], left
+        assert hidden(self.out.parent) == []
         shutil.rmtree(self.out.parent)
         self.counts["rounds"] += 1
 
@@ -132,7 +129,7 @@ class Soak:
         if what == "full disks" and has_compiler():
             fault = Fault(self.root, self.chance.randrange(120), FULL)
         elif what == "full disks":
-            before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({self.chance.randrange(1, 200_000)},) * 2)\n"
+            before = planted.call("longest_file", self.chance.randrange(1, 200_000))
         process = self.start(before, fault)
         if what != "full disks":
             pause(self.chance.uniform(0, self.seconds))

@@ -16,7 +16,6 @@ from zygote import Run, Zygote
 
 from gemma2.core.outputs.staging import fault_of
 
-OURS = (".out.partial", ".out.lock")
 # What a start says that finds another state than its words expect, and the word that it advises to add or drop.
 ADVICE = {
     "continue it with --resume": "--resume",
@@ -124,15 +123,11 @@ class Trial:
             flags = [flag for flag in advised[:1] if flag]
         raise AssertionError(f"{self.name}: three starts led to no end: {err}")
 
-    def check(self, expected: Mapping[str, bytes], complete_before: bool = False) -> None:
-        """The output has these bytes, and nothing else is left.
-
-        complete_before  the output was complete when its command was killed: a start that is refused leaves the lock
-        """
+    def check(self, expected: Mapping[str, bytes]) -> None:
+        """The output has these bytes, and nothing else is left."""
         found = files_of(self.out)
         different = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
         assert different == []
         assert fault_of(self.out) == ""
-        left = hidden(self.folder)
-        assert left == [] or (complete_before and left == [".out.lock"]), left
+        assert hidden(self.folder) == []
         self.nothing_runs()
