@@ -22,6 +22,7 @@ BLOCK = re.compile(
     r"^(?:<!-- test: (?P<kind>\w+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL
 )
 SHELL = ("sh", "bash", "shell", "console")
+SMALLER = {"--steps": 2, "--max-new-tokens": 12, "--limit": 16}
 
 
 def text_of(path: Path) -> str:
@@ -116,8 +117,36 @@ def place(tmp_path_factory):
     return root
 
 
-def run_block(text: str, capsys: pytest.CaptureFixture) -> None:
-    for words in commands_in(text, "gemma2"):
+@pytest.fixture
+def untrained(tmp_path):
+    """The same with models that nobody trained, whose completions end, and with few prompts."""
+    import torch
+
+    from gemma2.posttrain.tiny.networks import random_model, tiny_tokenizer
+    from gemma2.posttrain.tiny.tasks import questions
+
+    models = tmp_path / "quickstart" / "models"
+    for seed, name in enumerate(("student", "teacher")):
+        model = random_model(seed)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[107] *= 6
+        model.save_pretrained(models / name)
+        tiny_tokenizer().save_pretrained(models / name)
+    for split, name in (("train", "prompts"), ("heldout", "heldout")):
+        rows = questions(split, 24, seed=0)
+        (models / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def smaller(words: list[str]) -> list[str]:
+    """A command line with the sizes of a test, and with four prompts in each step of RL."""
+    pairs = zip(words, ["", *words[:-1]], strict=True)
+    found = [str(min(SMALLER[before], int(word))) if before in SMALLER else word for word, before in pairs]
+    return found + (["--prompts-per-step", "4", "--warmup-steps", "1"] if "rlhf" in words else [])
+
+
+def run_block(lines: list[list[str]], capsys: pytest.CaptureFixture) -> None:
+    for words in lines:
         assert invoke(words) == 0, words
         _, parameters = parse(words)
         assert parameters.get("out") is None or parameters["out"].exists(), words
@@ -157,10 +186,15 @@ def marked() -> list[str]:
     return [text for kind, text in blocks(ROOT / "README.md") if kind == "tiny"]
 
 
+def test_the_first_marked_block_runs_with_smaller_numbers(untrained, monkeypatch, capsys):
+    monkeypatch.chdir(untrained)
+    run_block([smaller(words) for words in commands_in(marked()[0], "gemma2")], capsys)
+
+
+@pytest.mark.slow
 def test_the_first_marked_block_runs_as_it_stands(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    for text in marked()[:1]:
-        run_block(text, capsys)
+    run_block(commands_in(marked()[0], "gemma2"), capsys)
     check_that_training_trained(place)
 
 
@@ -170,5 +204,5 @@ def test_the_marked_blocks_run_one_after_the_other(place, monkeypatch, capsys):
     (place / "all" / "quickstart").symlink_to(place / "quickstart")
     monkeypatch.chdir(place / "all")
     for text in marked():
-        run_block(text, capsys)
+        run_block(commands_in(text, "gemma2"), capsys)
     assert read_manifest(place / "all" / "warp")["summary"]["differs"]

@@ -1,5 +1,9 @@
 """Methods by elements against independent float64 references, over shapes, dtypes, cuts, threads and shards."""
 
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import pytest
 from model_files import from_bytes, read_model, read_raw, stored, to_bytes, write_model
@@ -19,21 +23,36 @@ SHAPES = {
 }
 
 
-def models(root, seed, dtypes, names=("base", "a", "b", "c"), shards=1):
-    """Model directories, and the values that their files hold, in fp64."""
+def models(root, seed, dtypes, shards=1):
+    """Model directories, and the values that their files hold, in fp64. What was made once is copied."""
+    files, values = _made(seed, dtypes, shards)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text)
+    return {name: dict(arrays) for name, arrays in values.items()}
+
+
+@cache
+def _made(seed, dtypes, shards):
+    """The content of each file by its path, and the values."""
     generator = np.random.default_rng(seed)
     base = {name: generator.standard_normal(shape) for name, shape in SHAPES.items()}
     found = {}
-    for number, name in enumerate(names):
-        kind = dtypes[number % len(dtypes)]
-        sparse = {key: generator.random(shape) < 0.4 for key, shape in SHAPES.items()}  # RL changes few elements
-        arrays = {
-            key: own if name == "base" else own + 0.05 * generator.standard_normal(own.shape) * sparse[key]
-            for key, own in base.items()
-        }
-        write_model(root / name, arrays, kind, shards=shards)
-        found[name] = {key: stored(own, kind) for key, own in arrays.items()}
-    return found
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        for number, name in enumerate(("base", "a", "b", "c")):
+            kind = dtypes[number % len(dtypes)]
+            sparse = {key: generator.random(shape) < 0.4 for key, shape in SHAPES.items()}  # RL changes few elements
+            arrays = {
+                key: own if name == "base" else own + 0.05 * generator.standard_normal(own.shape) * sparse[key]
+                for key, own in base.items()
+            }
+            write_model(root / name, arrays, kind, shards=shards)
+            found[name] = {key: stored(own, kind) for key, own in arrays.items()}
+            for own in found[name].values():
+                own.flags.writeable = False
+        files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return files, found
 
 
 # --- the references: one tensor, written from the formulas ------------------------------------------------------------

@@ -8,7 +8,12 @@ import pytest
 from fake_hub import FakeHub
 from model_files import random_arrays, write_model
 from processes import MAIN, finish, gemma2, start
+from test_stream import point_at
 from waiting import PATIENCE, wait_for
+
+from gemma2.cli.app import invoke
+from gemma2.core.errors import UsageError
+from gemma2.merging import MergeRequest, merge
 
 BIG = {
     "model.embed_tokens.weight": (2048, 1024),
@@ -36,7 +41,14 @@ def arguments(out):
     return ["merge", "linear", "org/a", "org/b", "--stream", "--out", out]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_stream_leaves_nothing_that_counts_as_whole_and_the_next_run_takes_it_up(hub, tmp_path, number, code):
     released = threading.Event()
     held = []
@@ -65,24 +77,24 @@ def test_a_stopped_stream_leaves_nothing_that_counts_as_whole_and_the_next_run_t
     total = sum((folder / "model.safetensors").stat().st_size for folder in hub.models.values())
     assert hub.sent < total
     assert before
-    status, _, error = gemma2("merge", "linear", "a", "b", "--out", "local", cwd=tmp_path, env=env)
-    assert status == 0, error
+    merge(MergeRequest(method="linear", models=(tmp_path / "a", tmp_path / "b")), out=tmp_path / "local")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "local" / "model.safetensors"
     ).read_bytes()
     assert not list((tmp_path / "home").rglob("*.incomplete*"))
 
 
-def test_a_file_and_a_plan_take_the_option_too(hub, tmp_path):
+def test_a_file_and_a_plan_take_the_option_too(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    point_at(hub, tmp_path / "hub", monkeypatch)
     (tmp_path / "one.yaml").write_text("method: linear\nmodels: [org/a, org/b]\nstream: true\n")
-    env = environment(hub, tmp_path)
-    status, _, error = gemma2("merge", "plan", "--config", "one.yaml", cwd=tmp_path, env=env)
-    assert status == 0, error
+    assert invoke(["merge", "plan", "--config", "one.yaml"]) == 0
     assert max(end for _, _, end in hub.ranges) <= 1 << 18
-    status, _, error = gemma2("merge", "plan", "--stream", "linear", "org/a", "org/b", cwd=tmp_path, env=env)
-    assert status == 0, error
+    assert invoke(["merge", "plan", "--stream", "linear", "org/a", "org/b"]) == 0
     assert max(end for _, _, end in hub.ranges) <= 1 << 18
-    status, _, error = gemma2("merge", "--config", "one.yaml", "--out", "out", cwd=tmp_path, env=env)
-    assert status == 0, error
-    assert "weight files arrive while they are merged" in error
-    assert gemma2("merge", "--config", "one.yaml", "--set", "stream=1", "--out", "o", cwd=tmp_path, env=env)[0] == 2
+    capsys.readouterr()
+    assert invoke(["merge", "--config", "one.yaml", "--out", "out"]) == 0
+    assert "weight files arrive while they are merged" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="stream is 1, not true or false"):
+        invoke(["merge", "--config", "one.yaml", "--set", "stream=1", "--out", "o"])

@@ -220,8 +220,8 @@ def server_of(pid: int) -> int:
     return 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_of_the_terminal_while_the_server_imports_is_one_line(place, number, code):
+def interrupt(place, number, code):
+    """Interrupt a run while its server imports; nothing of it is left but one line."""
     process, _ = begin(place, f"interrupted-{number}")
     pause(random.uniform(0.0, 3.0))  # another one every time
     children = children_of(process.pid)
@@ -231,10 +231,21 @@ def test_an_interrupt_of_the_terminal_while_the_server_imports_is_one_line(place
     assert "Traceback" not in err
     assert err.rstrip().endswith("interrupted")
     wait_until_gone(children)
+
+
+def test_ctrl_c_while_the_server_imports_is_one_line(place):
+    interrupt(place, signal.SIGINT, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_interrupted_while_the_server_imported_runs_again(place, number, code):
+    interrupt(place, number, code)
     code, _, err = finish(start(MAIN, "pipeline", "run", "p.yaml", "--out", f"interrupted-{number}", cwd=place))
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_at_any_moment_costs_a_warning_at_most(place):
     process, server = begin(place, "killed")
     pause(random.uniform(0.0, 4.0))
