@@ -88,7 +88,7 @@ def read_calls(log: Path) -> list[Call]:
 def chosen(calls: list[Call], mode: Mode, share: float = 1.0) -> list[Call]:
     """One call of each kind, in turn the first, one in the middle and the last; of all these one of `mode.every`.
 
-    The calls of one kind are those of the same name on the same file of each checkpoint. From share ALL on all are struck.
+    The calls of one kind: those of one name on the same file of each checkpoint. From share ALL on all are struck.
     """
     kinds: dict[tuple[str, str], list[Call]] = {}
     for call in calls:

@@ -1,6 +1,6 @@
 """Single flipped bits in the small files that decide what a model or a run is, and what each reader makes of them.
 
-`FILES` has, for each file, the reader of the product that is called in this process and what its answer means. A flip is
+`FILES` has, for each file, the reader of the product that is called in this process and what it means. A flip is
 refused (Gemma2Error, or a reader's own "not usable"), or accepted with the same meaning, or accepted with another one:
 then only in places that nothing on the disk could contradict, which are listed in `unverified` and counted by name.
 """
