@@ -190,9 +190,9 @@ def _fault_of(record: object) -> str:
         value = record.get(key)
         if value is None:
             continue
-        if not isinstance(value, kind):
+        if not isinstance(value, dict | list) or not isinstance(value, kind):
             return f"{key} is not {'an object' if kind is dict else 'a list'}"
-        entries = value if kind is list else value.values()
+        entries = value if isinstance(value, list) else value.values()
         if key in OF_RECORDS and not all(isinstance(entry, dict) for entry in entries):
             return f"{key} holds something else than objects"
     return ""
