@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,7 +43,10 @@ __all__ = [
     "open_to_readers",
     "quiet_libraries",
     "save_model",
+    "save_tokenizer",
 ]
+
+SENTENCEPIECE = "tokenizer.model"
 
 
 def default_device() -> torch.device:
@@ -202,8 +206,19 @@ def init_reward_model(path: Path, seed: int, dtype: torch.dtype = torch.float32)
 def save_model(model: Network, tokenizer: Tokenizer, directory: Path) -> None:
     """Write config, weights, generation config and tokenizer; files get the modes that the umask gives."""
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the files of a tokenizer, and the SentencePiece model of the directory that it was loaded from.
+
+    transformers does not write that one back, and llama.cpp takes the vocabulary of a Gemma 2 from nothing else.
+    """
+    tokenizer.save_pretrained(directory)
+    source = Path(tokenizer.name_or_path or "") / SENTENCEPIECE
+    if tokenizer.name_or_path and source.is_file() and not (directory / SENTENCEPIECE).exists():
+        shutil.copyfile(source, directory / SENTENCEPIECE)
 
 
 def open_to_readers(directory: Path) -> None:

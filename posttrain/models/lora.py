@@ -19,7 +19,7 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.config import closest
 
-from .loading import open_to_readers
+from .loading import open_to_readers, save_tokenizer
 from .protocols import CausalLM, Network
 
 if TYPE_CHECKING:
@@ -159,6 +159,6 @@ def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
 def save_adapter(model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path) -> None:
     """Write the adapter in peft's layout, and the tokenizer it was trained with."""
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form
