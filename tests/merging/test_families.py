@@ -40,7 +40,11 @@ SPECIAL = {
 }
 SPECIAL |= dict.fromkeys(("Bert", "Roberta", "XLMRoberta", "DebertaV2"), BERT | {"max_position_embeddings": 64})
 EMBEDDING = re.compile("embed_in|embed_tokens|embeddings|wte|wpe")
-SPLIT = [(family, head) for family, heads in FAMILIES.items() for head in heads]
+SPLIT = [
+    pytest.param(family, head, id=family + head, marks=[] if head == heads[0] else pytest.mark.slow)
+    for family, heads in FAMILIES.items()
+    for head in heads
+]
 
 
 def config_of(family, head):
@@ -63,7 +67,7 @@ def save_models(root, family, head, count=2):
     return found
 
 
-@pytest.mark.parametrize(("family", "head"), SPLIT, ids=[family + head for family, head in SPLIT])
+@pytest.mark.parametrize(("family", "head"), SPLIT)
 def test_the_average_of_two_models_loads_in_transformers_and_is_their_average(tmp_path, family, head):
     first, second = save_models(tmp_path, family, head)
     merge(MergeRequest(method="linear", models=(tmp_path / "m0", tmp_path / "m1")), out=tmp_path / "out")

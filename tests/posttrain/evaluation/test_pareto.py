@@ -25,6 +25,8 @@ from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import EvalConfig, ParetoConfig
 from gemma2.posttrain.tiny.networks import random_model, save_random
 
+DRAWN = True
+
 
 def test_names_take_as_many_folders_as_they_need(tmp_path):
     paths = [tmp_path / "iteration-1" / "slerp", tmp_path / "iteration-2" / "slerp"]

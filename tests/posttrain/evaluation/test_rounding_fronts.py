@@ -15,6 +15,8 @@ from gemma2.posttrain.evaluation.pick import run_pick
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import PickConfig
 
+DRAWN = True
+
 
 def moved(source, target, scale):
     """A copy of a model whose weights have moved by `scale` of their norm, in a direction that depends on its name."""

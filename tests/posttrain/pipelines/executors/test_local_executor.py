@@ -11,7 +11,8 @@ import pytest
 from processes import MAIN, alive, children_of, finish, start, wait_until_gone
 from waiting import wait_for
 
-from gemma2.core.errors import UsageError
+from gemma2.cli.app import invoke
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
 from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, visible_gpus
 
@@ -141,16 +142,18 @@ def pipeline(place: Path, *more: str) -> list[str]:
     return ["pipeline", "run", "p.yaml", "--out", "out", *more]
 
 
-def test_a_pipeline_runs_is_skipped_and_tells_where_it_stands(place):
+def test_a_pipeline_runs_is_skipped_and_tells_where_it_stands(place, monkeypatch, capsys):
     code, out, err = finish(start(MAIN, *pipeline(place, "--json"), cwd=place))
     assert code == 0, err
     assert json.loads(out)["ran"] == 2
     assert "$ gemma2 filter --data rows.jsonl --workers 1 --out out/a" in err
-    code, out, _ = finish(start(MAIN, *pipeline(place, "--json"), cwd=place))
-    assert (code, json.loads(out)["ran"]) == (0, 0)
-    code, out, _ = finish(start(MAIN, "pipeline", "status", "out", "--json", cwd=place))
-    assert [one["status"] for one in json.loads(out)["stages"]] == ["complete", "complete"]
-    assert all(one["hash"] for one in json.loads(out)["stages"])
+    monkeypatch.chdir(place)
+    assert invoke(pipeline(place, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["ran"] == 0
+    assert invoke(["pipeline", "status", "out", "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [one["status"] for one in stages] == ["complete", "complete"]
+    assert all(one["hash"] for one in stages)
 
 
 def test_an_error_of_a_stage_is_one_line_with_its_exit_code(place):
@@ -175,7 +178,9 @@ def slow(place):
     process.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_ends_the_stages_and_says_so(place, slow, number, code):
     children = children_of(slow.pid)
     slow.send_signal(number)
@@ -242,20 +247,21 @@ while True:
         end(helper)
 
 
-def statuses(place: Path) -> list[str]:
-    code, out, err = finish(start(MAIN, "pipeline", "status", "out", "--json", cwd=place))
-    assert code == 0, err
-    return [one["status"] for one in json.loads(out)["stages"]]
+def statuses(capsys: pytest.CaptureFixture) -> list[str]:
+    capsys.readouterr()
+    assert invoke(["pipeline", "status", "out", "--json"]) == 0
+    return [one["status"] for one in json.loads(capsys.readouterr().out)["stages"]]
 
 
-def test_what_is_refused_leaves_nothing_behind_and_blocks_nothing(place):
+def test_what_is_refused_leaves_nothing_behind_and_blocks_nothing(place, monkeypatch, capsys):
     asked = pipeline(place)
-    code, out, _ = finish(start(MAIN, *asked, "--set", "b.data=gone.jsonl", cwd=place))
-    assert (code, out) == (1, "")
+    monkeypatch.chdir(place)
+    with pytest.raises(InputError, match=r"gone\.jsonl"):
+        invoke([*asked, "--set", "b.data=gone.jsonl"])
+    assert capsys.readouterr().out == ""
     for more in ([], ["--dry-run"]):
-        code, _, err = finish(start(MAIN, *asked, *more, "--set", "stages.b.resources.gpus=99", cwd=place))
-        assert code == 2, err
-        assert "stages.b.resources.gpus = 99: this machine has" in err
+        with pytest.raises(UsageError, match=r"stages\.b\.resources\.gpus = 99: this machine has"):
+            invoke([*asked, *more, "--set", "stages.b.resources.gpus=99"])
     assert sorted(path.name for path in place.iterdir()) == ["p.yaml", "rows.jsonl"]
     (place / "out").mkdir()
     (place / "out" / "pipeline.yaml").write_text(PIPELINE)  # as a kill leaves it before the first state
@@ -278,13 +284,14 @@ def test_a_command_line_that_cannot_be_is_one_line(place, words, code, said):
     assert len(err.splitlines()) == 1
 
 
-def test_a_killed_run_is_not_told_as_running(place, slow):
+def test_a_killed_run_is_not_told_as_running(place, slow, monkeypatch, capsys):
+    monkeypatch.chdir(place)
     children = children_of(slow.pid)
-    assert statuses(place) == ["running", "to run"]
+    assert statuses(capsys) == ["running", "to run"]
     slow.kill()
     slow.wait()
     wait_until_gone(children)
-    assert statuses(place)[0] in ("interrupted", "to run")
+    assert statuses(capsys)[0] in ("interrupted", "to run")
 
 
 FORKING = """
