@@ -17,8 +17,10 @@ from .tokenizer import Tokenizer
 
 __all__ = ["load_light_tokenizer", "require_tokenizer"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+)
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

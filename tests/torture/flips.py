@@ -18,7 +18,6 @@ from pathlib import Path
 from corpus import bounded
 
 from gemma2.core.errors import Gemma2Error, InputError
-from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest, require_complete
 from gemma2.core.outputs.manifest import read_state as read_run
 from gemma2.core.outputs.model_identity import INCIDENTAL_KEYS
