@@ -187,12 +187,12 @@ def _fault_of(record: object) -> str:
     if not isinstance(record, dict):
         return "it is not an object"
     for key, kind in CONTAINERS.items():
-        value = record.get(key)
+        value: object = record.get(key)
         if value is None:
             continue
         if not isinstance(value, dict | list) or not isinstance(value, kind):
             return f"{key} is not {'an object' if kind is dict else 'a list'}"
-        entries = value if isinstance(value, list) else value.values()
+        entries = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
         if key in OF_RECORDS and not all(isinstance(entry, dict) for entry in entries):
             return f"{key} holds something else than objects"
     return ""

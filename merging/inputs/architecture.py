@@ -65,7 +65,7 @@ def head_of(architecture: str) -> str | None:
 
 
 def check_types(path: Path, config: JsonMapping) -> None:
-    """Raise InputError for a config.json at `path` whose sizes are no sizes, or whose architectures are no names.
+    """Raise InputError for a config.json at `path` whose sizes are not positive integers, or architectures not names.
 
     The libraries that read it report this in their own ways, without the file.
     """

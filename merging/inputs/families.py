@@ -72,7 +72,7 @@ def _check_type(architecture: str, model: Checkpoint) -> None:
     """Refuse a model type of another family: transformers loads the class of the type, not the architecture."""
     stated = model.config.get("model_type")
     family = architecture[: max(architecture.rfind("For"), architecture.rfind("LMHead"))].lower()
-    if stated is not None and re.sub(r"[_-]|(_text)$", "", str(stated)) != family.removesuffix("text"):
+    if stated is not None and re.sub(r"[_-]", "", str(stated)).removesuffix("text") != family.removesuffix("text"):
         raise InputError(
             f"{model.origin}/config.json: architecture {architecture} and model_type {printable(str(stated))} differ",
             "restore the file",

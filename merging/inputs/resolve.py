@@ -33,8 +33,8 @@ def open_input(name: Path, role: str, base: Path | None = None, arrivals: Arriva
     if not is_adapter(path, arrivals):
         return without_copy(open_checkpoint(path, role, arrivals))
     found = open_adapter(path, role, arrivals)
-    of = model_of(found, base, arrivals)
-    return _adapted(found, open_checkpoint(of, f"the model of the adapter {path}", arrivals))
+    place = model_of(found, base, arrivals)
+    return _adapted(found, open_checkpoint(place, f"the model of the adapter {path}", arrivals))
 
 
 def model_of(adapter: Adapter, base: Path | None, arrivals: Arrivals = ON_DISK) -> Path:

@@ -52,7 +52,7 @@ def rewrite(directory: Path, dtype="BF16", **replaced):
 
 
 def test_different_architectures(root):
-    change_config(root / "rl-2", architectures=["LlamaForCausalLM"])
+    change_config(root / "rl-2", architectures=["LlamaForCausalLM"], model_type="llama")
     refused(root, InputError, f"architectures differs: Gemma2ForCausalLM in model 1 {root / 'rl-1'}, LlamaForCausalLM")
 
 
@@ -78,9 +78,30 @@ def test_a_difference_that_is_allowed_is_recorded_and_others_are_still_refused(r
 
 
 def test_a_difference_that_decides_shapes_cannot_be_allowed(root):
-    change_config(root / "rl-2", intermediate_size=24)
-    message = "intermediate_size differs: 9216 in model 1"
-    refused(root, InputError, message, allow_config=("intermediate_size",))
+    change_config(root / "rl-1", num_attention_heads=8)
+    change_config(root / "rl-2", num_attention_heads=4)
+    message = "num_attention_heads differs: 8 in model 1"
+    refused(root, InputError, message, allow_config=("num_attention_heads",))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_size": 16}, "hidden_size is 16, but model.embed_tokens.weight is [16, 8]"),
+        ({"vocab_size": 15}, "vocab_size is 15, but model.embed_tokens.weight is [16, 8]"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, but the tensors have 2 layers"),
+        ({"intermediate_size": 24}, "intermediate_size is 24, but model.layers.0.mlp.up_proj.weight is [12, 8]"),
+        (
+            {"num_attention_heads": 3, "head_dim": 4},
+            "num_attention_heads is 3, but model.layers.0.self_attn.q_proj.weight is [8, 8]",
+        ),
+        ({"model_type": "gemma3_text"}, "architecture Gemma2ForCausalLM and model_type gemma3_text differ"),
+    ],
+)
+def test_a_configuration_that_its_own_tensors_contradict(root, keys, message):
+    for name in ("rl-1", "rl-2"):
+        change_config(root / name, **keys)
+    refused(root, InputError, message)
 
 
 def test_keys_that_versions_and_fine_tuning_change_are_not_compared(root):

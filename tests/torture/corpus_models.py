@@ -262,6 +262,10 @@ DIRECTORIES = {
 }
 
 MEANING = {
+    "no width": Case(keyed(CONFIG, hidden_size=...), MERGE, (CONFIG, "hidden_size is 2304 by default")),
+    "the type of another family": Case(
+        keyed(CONFIG, model_type="gemma"), MERGE, ("rl-2/config.json", "model_type gemma")
+    ),
     "no architecture": Case(keyed(CONFIG, architectures=...), MERGE, ("rl-2/config.json", "one architecture")),
     "two architectures": Case(keyed(CONFIG, architectures=["A", "B"]), MERGE, ("rl-2/config.json", "one architecture")),
     "own code": Case(keyed(CONFIG, auto_map={"AutoModel": "x.Y"}), MERGE, (CONFIG, "auto_map")),

@@ -231,7 +231,7 @@ def test_stages_that_read_the_same_rows_read_them_once(place, monkeypatch):
 
     read = []
     known = of_command.read_rows
-    monkeypatch.setattr(of_command, "read_rows", lambda task, chat: read.append(task.path) or known(task, chat))
+    monkeypatch.setattr(of_command, "read_rows", lambda task, *rest: read.append(task.path) or known(task, *rest))
     checks = CommandChecks()
     for seed in (1, 2):
         checks.of(SftConfig(model=Path("policy"), data=Path("rows.jsonl"), seed=seed))
