@@ -44,3 +44,8 @@ def until_kept(path: Path) -> None:
     late = path.stat().st_ctime_ns + TICK
     wait_for(lambda: probe.write_text("") == 0 and probe.stat().st_ctime_ns > late)
     probe.unlink()
+
+
+def hang() -> None:
+    """What a function does that does not return."""
+    time.sleep(10**6)
