@@ -49,3 +49,8 @@ def until_kept(path: Path) -> None:
 def clock() -> float:
     """Seconds, for the figures that `make torture` prints; never for an assertion."""
     return time.monotonic()
+
+
+def hang() -> None:
+    """What a function does that does not return."""
+    time.sleep(10**6)

@@ -5,7 +5,7 @@
 
 A finished output is kept. Plan, status and run name what it was made with.
 An interrupted run goes on where only noted versions differ, and says so. Where one differs that decides, or the code of
-a function that the user has mended, it would not end with the same bytes: it is kept, and refused by name, until the
+a function that the user has changed, it would not end with the same bytes: it is kept, and refused by name, until the
 user says `--allow-versions` or starts over. Either way its record says with what its parts were made.
 """
 

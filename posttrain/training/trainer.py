@@ -287,7 +287,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
     def _check_weights(self, step: int, model: Network) -> None:
         """Stop before weights are saved that are NaN or infinite: the update itself may make them so."""
-        largest = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad], math.inf)
+        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        largest = torch._foreach_norm(trained, math.inf) if trained else [torch.zeros(())]
         if not torch.stack([value.float() for value in largest]).isfinite().all():
             raise GuardStop(f"step {step} of {self.label}: a weight is NaN or infinite, nothing was saved", LOWER)
 

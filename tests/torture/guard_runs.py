@@ -6,13 +6,13 @@ A run saves a checkpoint at every step: what a fault does to a step must not rea
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from waiting import hang
 
 from gemma2.posttrain.distillation.distill import run_distill
 from gemma2.posttrain.generation.generate import run_generate
@@ -40,7 +40,7 @@ def reward(prompts: object, completions: list[str], **columns: object) -> list[f
     FAULTY["calls"] = int(str(FAULTY.get("calls", 0))) + 1
     kind = FAULTY.get("kind") if int(str(FAULTY["calls"])) >= int(str(FAULTY.get("at", 0))) else None
     if kind == "hang":
-        time.sleep(1000)
+        hang()
     if kind == "raise":
         raise ConnectionError("the reward's server is gone")
     if kind == "exit":

@@ -1,13 +1,16 @@
 """A run that goes on after an upgrade: what stands against that, what does not, and what its record says."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from light_model import light_model
 from text_model import write_text_model
 
-from gemma2.core.errors import InputError
+from gemma2.cli.app import invoke
+from gemma2.core.errors import Gemma2Error, InputError
 from gemma2.core.outputs.manifest import RECORDED_PACKAGES, read_manifest
-from gemma2.core.permissions import ALLOWED_VERSIONS, allow
+from gemma2.core.permissions import ALLOWED_VERSIONS, allow, versions_allowed
 from gemma2.posttrain.provenance import version_rule
 from gemma2.posttrain.provenance.output_state import can_go_on, output_state
 from gemma2.posttrain.provenance.version_rule import NOTED, deciding_changes, noted_changes, other_versions
@@ -200,3 +203,15 @@ def test_a_package_that_was_not_installed_then_decided_nothing(here):
 
 def test_numbers_of_the_arithmetic_are_those_of_commands():
     assert version_rule.ARITHMETIC.keys() <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", ["sft", "pipeline run", "quickstart"])
+@pytest.mark.parametrize("given", [True, False])
+def test_the_flag_is_heard_by_every_command_that_goes_on(place, command, given):
+    (place / "p.yaml").write_text("stages:\n  a: {command: tiny}\n")
+    light_model(place / "model")
+    inputs = {"sft": ["--model", place / "model", "--data", place / "data.jsonl"], "pipeline run": [place / "p.yaml"]}
+    words = [*command.split(), *inputs.get(command, []), "--out", place / "new", "--dry-run", "--quiet", "--json"]
+    with suppress(Gemma2Error):
+        invoke([*map(str, words), *(["--allow-versions"] if given else [])])
+    assert versions_allowed() == given

@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from waiting import hang
 
 from gemma2.core.errors import GuardStop, InputError
 from gemma2.posttrain.data.rows import Prompt
@@ -29,7 +29,7 @@ def spin(**given):
 
 
 def sleep(**given):
-    time.sleep(1000)
+    hang()
 
 
 def match(**given):
@@ -67,7 +67,7 @@ def yield_for_ever(**given):
 def try_again(**given):
     for _ in range(3):
         try:
-            time.sleep(1000)
+            hang()
         except:  # noqa: E722  as users write it
             continue
     return [0.0]
@@ -75,7 +75,7 @@ def try_again(**given):
 
 def make_another_error(**given):
     try:
-        time.sleep(1000)
+        hang()
     except BaseException as error:
         raise ValueError("a server did not answer") from error
 
