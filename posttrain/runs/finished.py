@@ -15,7 +15,7 @@ import shutil
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest
-from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
+from gemma2.core.outputs.staging import check_output, check_partial, locked, partial_path, publish
 from gemma2.core.ranks import announced
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import broken_files
@@ -37,6 +37,7 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
     found = out if moved else partial
     if announced() > 1 or not (found / STATE).is_file():
         return None
+    check_partial(partial)
     check_output(out, options.force or moved)
     with locked(out):
         try:
