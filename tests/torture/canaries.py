@@ -17,9 +17,9 @@ PICKLES = (
     *("rng_state.pth", "adapter_model.bin", "tokenizer.pkl", "vocab.pkl", "dataset.pkl", "state.pkl"),
 )
 TEMPLATE = (
-    "{{% set x = {expression} %}}"
-    "{{{{ bos_token }}}}{{% for m in messages %}}{{{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role'])"
-    " + '\\n' + m['content'] + '<end_of_turn>\\n' }}}}{{% endfor %}}"
+    "{{% set x = {expression} %}}{{{{ bos_token }}}}{{% for m in messages %}}"
+    "{{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}}"
+    "{{{{ '<start_of_turn>' + role + '\\n' + m['content'] + '<end_of_turn>\\n' }}}}{{% endfor %}}"
     "{{% if add_generation_prompt %}}{{{{ '<start_of_turn>model\\n' }}}}{{% endif %}}"
 )
 EXPRESSIONS = (

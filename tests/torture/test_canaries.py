@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from contextlib import suppress
 
 import pytest
 from canaries import PICKLES, Canary, Nest
 from every_command import EVERY, TRAINING, run_all, split, write_inputs
 from ledger import recorded
+from light_model import light_model
+
+from gemma2.core.errors import Gemma2Error
+from gemma2.core.yaml_files import read_documents
+from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.load_tokenizer import load_light_tokenizer
+from gemma2.posttrain.data.sources import iter_rows
 
 
 def test_a_canary_leaves_a_file_where_its_code_runs(tmp_path):
@@ -80,14 +88,43 @@ def test_no_canary_of_an_input_is_run(tmp_path):
         nest.plant(partial)
         (partial.parents[1] / "run.json").write_text(json.dumps({"command": "sft", "config": {}}))
         own = split([line for line in EVERY if not line.startswith(("config", "--version", "pipeline", "watch"))])
-        own = [words for words in own if "out/pipeline" not in words]
+        own = [words for words in own if "out/pipeline" not in words and "judge:judge" not in words]
+        nest.plant(folder)  # the working folder: code only for who names a function in it
         codes, printed = run_all(
             [*own, *refused, [*resumed, "--out", "out/foreign"]], folder, tmp_path / "home", {"PYTHONPATH": ""}
         )
         assert nest.left() == []
+        assert codes[: len(own)] == [0] * len(own), printed
         bugs = [line for line in printed.splitlines() if line.startswith("Traceback")]
         assert "traceback" not in codes and bugs == [], printed[-3000:]
         copied = [path for path in (folder / "out").rglob("*") if path.name in PICKLES and "foreign" not in str(path)]
         assert copied == []  # an output does not bring them to the next
         figures |= {"canaries": nest.planted, "commands": len(codes), "refused": sum(code != 0 for code in codes)}
         figures["ran"] = 0
+
+
+def test_reading_runs_no_canary(tmp_path):
+    """The short form, without torch: configurations, tokenizers, templates, YAML, rows."""
+    nest, model = Nest(tmp_path / "nest"), light_model(tmp_path / "model")
+    nest.plant(model)
+    assert ChatFormat(load_light_tokenizer(model))
+    for number, template in enumerate(nest.templates()):
+        other = light_model(tmp_path / f"template-{number}")
+        settings = json.loads((other / "tokenizer_config.json").read_text())
+        (other / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        with suppress(Gemma2Error):
+            ChatFormat(load_light_tokenizer(other)).prompt_ids([{"role": "user", "content": "p"}])
+    nest.claim(model)
+    with pytest.raises(Gemma2Error, match="requires its own code"):
+        load_light_tokenizer(model)
+    for document in nest.documents():
+        (tmp_path / "tag.yaml").write_text(document)
+        with pytest.raises(Gemma2Error):
+            read_documents(tmp_path / "tag.yaml")
+    (tmp_path / "evil.jsonl").write_text(nest.rows())
+    assert sum(1 for _ in iter_rows(tmp_path / "evil.jsonl")) == 6
+    for name in ("dataset.pkl", "data.py"):
+        (tmp_path / name).write_bytes(pickle.dumps(Canary(nest.new(name))))
+        with pytest.raises(Gemma2Error):
+            list(iter_rows(tmp_path / name))
+    assert nest.planted > 50 and nest.left() == []

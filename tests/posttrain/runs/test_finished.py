@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from text_model import text_of, write_text_model
 
-from gemma2.core.errors import Gemma2Error
+from gemma2.core.errors import Gemma2Error, OutputError
 from gemma2.core.outputs.manifest import CHECKPOINTS, STATE, read_manifest
 from gemma2.posttrain.runs import commands
 from gemma2.posttrain.runs.finished import publish_finished
