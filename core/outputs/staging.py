@@ -30,6 +30,7 @@ from .manifest import CHECKPOINTS, MANIFEST, STATE, read_manifest
 __all__ = [
     "add_note",
     "check_output",
+    "check_partial",
     "check_promised",
     "check_space",
     "fault_of",
@@ -55,6 +56,21 @@ _promised: dict[Path, bool] = {}  # outputs of the command that runs; whether ea
 def partial_path(out: Path) -> Path:
     """Return the path at which an output is built: a hidden sibling, so that the last step is one rename."""
     return out.with_name(f".{out.name}.partial")
+
+
+def check_partial(partial: Path) -> None:
+    """Refuse a link, or a folder of another user, in the place where a run works: it would become our output."""
+    if not _is_own(partial):
+        raise OutputError(f"{partial} is not a run of ours: it is a link, a file, or another user's", "remove it")
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a path is free, or a folder that this user (or root) made."""
+    try:
+        status = os.lstat(folder)
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in (os.geteuid(), 0)
 
 
 def check_output(
@@ -328,7 +344,7 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
     """
     check_output(out, force)
     with locked(out):
-        for stale in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
+        for stale in filter(_is_own, out.parent.glob(f".{glob.escape(out.name)}.tmp-*")):
             shutil.rmtree(stale)
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
         try:

@@ -38,7 +38,9 @@ from trl.import_utils import is_vllm_available
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.core.json_files import JsonObject
+from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.core.secret_text import masked
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM
@@ -249,12 +251,24 @@ class _SeededLLM:
         return self._llm.generate(prompts, sampling_params=each, **options)
 
 
+def _stay(response: Any, **_: object) -> None:  # noqa: ANN401
+    """Refuse a redirect before it is followed."""
+    if response.is_redirect:
+        place = printable(masked(response.headers["location"]))
+        raise InputError(
+            f"--vllm-server-url redirects to {place}, which would read the prompts", "give that address if you trust it"
+        )
+
+
 class _SeededClient:
     """TRL's client of a server, a request per prompt: the k-th of its n completions has the request's seed plus k."""
 
     def __init__(self, client: Any, seeds: _Seeds) -> None:  # noqa: ANN401
         self._client = client
         self._seeds = seeds
+        session = getattr(client, "session", None)
+        if session is not None:  # requests would send prompts and weights again, wherever a 307 or 308 leads
+            session.hooks["response"].append(_stay)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._client, name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest, read_state
-from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
+from gemma2.core.outputs.staging import check_output, check_partial, locked, partial_path, publish
 from gemma2.core.ranks import announced, join
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import broken_files
@@ -51,6 +51,7 @@ def _published(config: Config, options: RunOptions) -> RunResult | None:
     if not (found / STATE).is_file():
         tidy(out)
         return None
+    check_partial(partial)
     check_output(out, options.force or moved)
     with locked(out):
         try:

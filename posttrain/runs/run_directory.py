@@ -31,7 +31,7 @@ from gemma2.core.outputs.manifest import (
     write_manifest,
 )
 from gemma2.core.outputs.safetensors_header import weight_files
-from gemma2.core.outputs.staging import add_note, check_output, locked, partial_path, publish
+from gemma2.core.outputs.staging import add_note, check_output, check_partial, locked, partial_path, publish
 from gemma2.core.permissions import versions_allowed
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
@@ -309,6 +309,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
         "started": now(),
     }
     held.enter_context(locked(options.out))
+    check_partial(partial_path(options.out))
     held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
     resumed = _prepare(partial_path(options.out), start, origin)
     clear_live(partial_path(options.out))  # an alert that nobody has heard is not for this run
@@ -318,8 +319,6 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
 def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
     """Make the partial directory, or check that the existing one may be continued. True if it is continued."""
     options = start.options
-    if partial.is_symlink():  # rmtree would leave it, and the run would go where it points
-        raise OutputError(f"{partial} is a link, not a run of ours", "remove it")
     if options.resume and (partial / STATE).is_file():
         before = read_state(partial)
         check_unchanged(before, start, partial)

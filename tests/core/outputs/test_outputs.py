@@ -13,7 +13,7 @@ from gemma2.core.errors import InputError, OutputError
 from gemma2.core.json_files import write_json
 from gemma2.core.outputs import staging
 from gemma2.core.outputs.manifest import read_manifest, require_complete, write_manifest
-from gemma2.core.outputs.staging import check_output, locked, staged_output
+from gemma2.core.outputs.staging import check_output, check_partial, locked, staged_output
 
 
 def make(out, text="result", force=False):
@@ -236,6 +236,30 @@ def test_a_planted_lock_is_neither_followed_nor_waited_for_nor_removed(tmp_path,
         raise AssertionError
     assert lock.is_symlink() or lock.exists()
     assert elsewhere.exists() == (planted == "a link")
+
+
+@pytest.mark.parametrize("planted", ["lock", "partial"])
+def test_what_another_user_planted_is_refused_and_left(planted, tmp_path, monkeypatch):
+    path = tmp_path / f".out.{planted}"
+    path.mkdir() if planted == "partial" else path.touch()
+    if os.geteuid() == 0:
+        os.chown(path, 4711, 4711)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(OutputError, match=rf"\.out\.{planted} is not a .* of ours.*remove it"):
+        if planted == "partial":
+            check_partial(path)
+        with locked(tmp_path / "out"):
+            raise AssertionError
+    assert path.exists()
+
+
+def test_a_folder_that_looks_left_over_is_swept_only_if_it_is_ours(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "precious").mkdir(parents=True)
+    (tmp_path / ".out.tmp-1-abc").symlink_to(elsewhere)
+    make(tmp_path / "out")
+    assert (elsewhere / "precious").is_dir() and (tmp_path / ".out.tmp-1-abc").is_symlink()
 
 
 def test_a_lock_is_free_after_an_exception(tmp_path):

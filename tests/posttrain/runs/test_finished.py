@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from text_model import text_of, write_text_model
 
-from gemma2.core.errors import Gemma2Error
+from gemma2.core.errors import Gemma2Error, OutputError
 from gemma2.core.outputs.manifest import CHECKPOINTS, STATE, read_manifest
 from gemma2.posttrain.runs import commands
 from gemma2.posttrain.runs.finished import publish_finished
@@ -142,3 +142,20 @@ def test_a_complete_run_of_other_settings_or_with_other_bytes_is_not_published(p
     assert publish_finished(settings(place), options) is None
     assert (place / ".out.partial" / CHECKPOINTS / "checkpoint-4").is_dir()
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("planted", ["a link", "another user"])
+def test_a_complete_run_that_is_not_ours_is_not_published(place, monkeypatch, planted):
+    finished_and_killed(place, monkeypatch)
+    partial = place / ".out.partial"
+    if planted == "a link":
+        partial.rename(place / "elsewhere")
+        partial.symlink_to(place / "elsewhere")
+    elif os.geteuid() == 0:
+        os.chown(partial, 4711, 4711)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    for start in (publish_finished, lambda config, options: train(place, options)):
+        with pytest.raises(OutputError, match=r"\.out\.partial is not a run of ours.*remove it"):
+            start(settings(place), RunOptions(place / "out", resume=True))
+    assert partial.exists() and not (place / "out").exists()
