@@ -21,9 +21,12 @@ __all__ = ["AlertStop", "Gemma2Error", "GuardStop", "InputError", "OutputError",
 REFUSALS = {
     *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS),
 }
+# The disk itself, or the way to it: a network or a plug.
+DEVICES = {errno.EIO, errno.EINTR, errno.ENODEV, errno.ENOTCONN, errno.ENXIO, errno.ESTALE}
 # torch writes in C++ and keeps no reason.
 TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostream error", "inline_container.cc")
 HINT = "check its place and permissions"
+DEVICE_HINT = "see whether the disk works, and start the command again"
 
 
 class Gemma2Error(Exception):
@@ -89,13 +92,17 @@ def refusal(error: BaseException) -> str | None:
 
 def _refused(error: BaseException) -> str | None:
     if isinstance(error, OSError):
-        if error.errno in REFUSALS:
-            return f"{error.strerror}: {error.filename or 'the output'}; {HINT}"
-        return None
+        hint = _hint(error.errno)
+        return f"{error.strerror}: {error.filename or 'the output'}; {hint}" if hint else None
     text = " ".join(str(error).split())
-    for number in sorted(REFUSALS):
+    for number in sorted(REFUSALS | DEVICES):
         if f"(os error {number})" in text:  # Rust
-            return f"{os.strerror(number)}: the output ({type(error).__name__}: {text[:200]}); {HINT}"
+            return f"{os.strerror(number)}: the output ({type(error).__name__}: {text[:200]}); {_hint(number)}"
     if isinstance(error, RuntimeError) and any(words in text for words in TORCH_WRITES):
         return f"torch could not write a file ({text[:200]}); see whether the disk is full"
     return None
+
+
+def _hint(number: int | None) -> str:
+    """What to do about a failure of the operating system; empty for a number that a bug may have as well."""
+    return HINT if number in REFUSALS else DEVICE_HINT if number in DEVICES else ""

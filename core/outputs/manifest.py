@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -24,6 +25,7 @@ __all__ = [
     "ParentRecord",
     "now",
     "read_manifest",
+    "remove_temporaries",
     "require_complete",
     "versions",
     "write_manifest",
@@ -32,6 +34,8 @@ __all__ = [
 MANIFEST = "gemma2.json"
 # A run needs these only until it is complete: they are not part of the output.
 STATE, CHECKPOINTS = "run.json", "checkpoints"
+# Of `write_json` and `write_text`; of safetensors, which writes `.tmpAB12cd` first.
+TEMPORARY = re.compile(r"\..+\.tmp(-\d+)?|\.tmp\w{6}")
 SCHEMA_VERSION = 2  # 2: parents record every file that decides, data the option that names them
 # An allowlist of the packages that identify the arithmetic, so that nothing about the user or the machine leaks.
 RECORDED_PACKAGES = (
@@ -175,6 +179,16 @@ def own_files(directory: Path) -> Iterator[Path]:
                 yield from own_files(path)
         elif path.name != MANIFEST:
             yield path
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove files of an output that a killed process had not renamed yet: ours, and those of safetensors."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path.name != CHECKPOINTS and not path.name.startswith(".") and not (path / MANIFEST).exists():
+                remove_temporaries(path)
+        elif TEMPORARY.fullmatch(path.name):
+            path.unlink()
 
 
 def write_manifest(

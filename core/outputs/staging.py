@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gemma2.core.errors import InputError, OutputError
+from gemma2.core.errors import Gemma2Error, InputError, OutputError
 from gemma2.core.ranks import is_main
 from gemma2.core.sizes import sizes_apart
 
 from .manifest import CHECKPOINTS, MANIFEST, STATE, read_manifest
 
 __all__ = [
+    "add_note",
     "check_output",
     "check_promised",
     "check_space",
@@ -122,6 +123,13 @@ def locked(out: Path) -> Iterator[None]:
         yield
     except BlockingIOError as error:
         raise OutputError(f"another gemma2 process is writing {out}", "wait for it, or choose another --out") from error
+    except Exception as error:
+        if isinstance(error, Gemma2Error) or not descriptors or _is_at(descriptors[-1], path):
+            raise
+        raise OutputError(
+            f"the folder of --out {out} was moved or removed while the command ran ({type(error).__name__}: {error})",
+            "put it back, and start the command again",
+        ) from error
     finally:
         try:
             _release(descriptors, path)
@@ -168,15 +176,22 @@ def _take(descriptor: int, path: Path) -> bool:
 def _hold(descriptor: int, path: Path) -> bool:
     """Lock an open file. False if it is no longer the file at `path`, which the previous holder may have unlinked."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return _is_at(descriptor, path)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.stat(path).st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
 def _release(descriptors: list[int], path: Path) -> None:
-    """Unlink a lock file that we hold, or that we created but could not lock before an interrupt."""
-    with suppress(BlockingIOError):
+    """Unlink a lock file that we hold, or that we created but could not lock before an interrupt.
+
+    One that a broken or read-only disk keeps does no harm: nobody holds it.
+    """
+    with suppress(OSError):
         if descriptors and _hold(descriptors[-1], path):
             path.unlink()
     while descriptors:
@@ -215,10 +230,15 @@ def exchange(new: Path, old: Path) -> bool:
 
 
 def take_notes() -> list[str]:
-    """Return the lines about what was kept aside since the last call."""
+    """Return the lines about what was kept aside, or could not be removed, since the last call."""
     found = _notes[:]
     _notes.clear()
     return found
+
+
+def add_note(text: str) -> None:
+    """Keep a line for the end of the command."""
+    _notes.append(text)
 
 
 def keep_aside(out: Path) -> None:

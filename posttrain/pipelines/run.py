@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 FILE = "pipeline.yaml"
+ASIDE = f".{FILE}.tmp"  # all that a kill leaves before the first stage
 
 
 class Watcher:
@@ -148,7 +149,7 @@ def check_executor(pipeline: Pipeline, executor: Executor) -> None:
 
 def check_place(root: Path) -> None:
     """Refuse a folder that holds something else: a pipeline grows in the open and would mix with it."""
-    check_output(root, force=True, marks=(MANIFEST, STATE_FILE, FILE))
+    check_output(root, force=True, marks=(MANIFEST, STATE_FILE, FILE, ASIDE))
     if (_manifest_of(root) or {}).get("command", "pipeline") != "pipeline":
         raise OutputError(f"--out {root} is the output of another command", "choose another --out")
 
@@ -169,7 +170,7 @@ def recorded_file(pipeline: Pipeline) -> JsonObject:
 def _write_file(pipeline: Pipeline) -> None:
     """The pipeline that runs here, as a file: `gemma2 pipeline status OUT` reads it."""
     path = pipeline.root / FILE
-    aside = path.with_name(f".{FILE}.tmp")
+    aside = path.with_name(ASIDE)
     aside.write_text(to_yaml(recorded_file(pipeline)), encoding="utf-8")
     aside.replace(path)
 

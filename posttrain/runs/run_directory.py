@@ -25,12 +25,13 @@ from gemma2.core.outputs.manifest import (
     STATE,
     now,
     read_manifest,
+    remove_temporaries,
     require_complete,
     versions,
     write_manifest,
 )
 from gemma2.core.outputs.safetensors_header import weight_files
-from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
+from gemma2.core.outputs.staging import add_note, check_output, locked, partial_path, publish
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
@@ -151,15 +152,26 @@ class Run:
 
             write_card(self.path, manifest, self.options.out)
         clear_live(self.path)
+        remove_temporaries(self.path)
         write_manifest(self.path, manifest)
         publish(self.path, self.options.out, self.options.force)
         remove_resume_state(self.options.out)
 
 
 def remove_resume_state(directory: Path) -> None:
-    """Remove what an output needed until it was complete. The record goes last: with it the rest is found again."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    (directory / STATE).unlink(missing_ok=True)
+    """Remove what an output needed until it was complete. The record goes last: with it the rest is found again.
+
+    The output is complete whether this succeeds or not.
+    """
+    try:
+        if (directory / CHECKPOINTS).exists():
+            shutil.rmtree(directory / CHECKPOINTS)
+        (directory / STATE).unlink(missing_ok=True)
+    except OSError as error:
+        add_note(
+            f"{directory} is complete, but {CHECKPOINTS} and {STATE} in it could not be removed ({error.strerror}); "
+            "the same command removes them"
+        )
 
 
 def _step_of(line: bytes) -> float:

@@ -47,11 +47,16 @@ class Job:
 
 
 class World:
-    """A folder with two small models, a reward model and data; and the jobs that run on them."""
+    """A folder with two small models, a reward model and data; and the jobs that run on them.
 
-    def __init__(self, root: Path) -> None:
+    models   False leaves them out, for commands that read none
+    """
+
+    def __init__(self, root: Path, models: bool = True) -> None:
         self.root = root
         _write(root)
+        if models:
+            _write_models(root)
         learn = ("--learning-rate", "1e-3", "--warmup-steps", "0", "--save-every", "1", "--quiet")
         short = ("--max-new-tokens", "16", "--temperature", "1")
         judged = ("--reward-fn", "judge:judge")
@@ -130,7 +135,7 @@ def hidden(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
 
 
-def _write(root: Path) -> None:
+def _write_models(root: Path) -> None:
     policy = random_model()
     with torch.no_grad():
         policy.model.embed_tokens.weight[107] *= 16  # it ends its turns often enough to be sampled from
@@ -138,6 +143,9 @@ def _write(root: Path) -> None:
     tiny_tokenizer().save_pretrained(root / "policy")
     for seed, name in ((1, "base"), (2, "other")):
         save_random(root / name, seed)
+
+
+def _write(root: Path) -> None:
     questions = [f"What is {a} plus {b}?" for a in range(4) for b in range(3)]
     rows = {
         "prompts": [{"prompt": text} for text in questions],

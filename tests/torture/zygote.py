@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from processes import BARE_CHECKOUT
 from waiting import PATIENCE, wait_for
 
 HERE = Path(__file__).resolve().parent
-FULL, INTERRUPTED, KILL, HALF, COUNT = -4, -3, -2, -1, 0  # as in shim.c; a positive number is the errno of one failure
+# As in shim.c; a positive number is the errno of one failure.
+READ_ONLY, VANISHED, FULL, INTERRUPTED, KILL, HALF, COUNT = -6, -5, -4, -3, -2, -1, 0
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Fault:
     root     folder below which calls count
     number   of the call, from 0
     how      an errno (this call fails), HALF (it does half of its bytes), KILL (SIGKILL before it), INTERRUPTED (EINTR)
-             FULL (it and all later calls that need room fail with ENOSPC), COUNT (nothing fails)
-    log      file that gets a line "number call path" per call
+             FULL (it and all later calls that need room fail with ENOSPC), READ_ONLY (it and all later calls fail with
+             EROFS), VANISHED (before it, `root` is renamed to `root.gone`), COUNT (nothing fails)
+    log      file that gets a line "number call grows path" per call; grows: 1 if a full disk refuses it
     """
 
     root: Path
@@ -132,8 +134,12 @@ def has_compiler() -> bool:
 
 
 @contextmanager
-def zygote(calls: bool = False) -> Iterator[Zygote]:
-    """Start the parent process, and end it with everything that it started. calls: count calls that change files."""
+def zygote(calls: bool = False, commands: Sequence[str] = ()) -> Iterator[Zygote]:
+    """Start the parent process, and end it with everything that it started.
+
+    calls      count calls that change files
+    commands   those whose modules it imports; by default all, and torch
+    """
     with tempfile.TemporaryDirectory(prefix="zygote-") as name:
         scratch = Path(name)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -144,7 +150,7 @@ def zygote(calls: bool = False) -> Iterator[Zygote]:
             environment["LD_PRELOAD"] = str(shim)
         address = str(scratch / "socket")
         here = BARE_CHECKOUT + "import runpy, sys\nrunpy.run_path(sys.argv[1], run_name='__main__')\n"
-        command = [sys.executable, "-c", here, str(HERE / "zygote_server.py"), address]
+        command = [sys.executable, "-c", here, str(HERE / "zygote_server.py"), address, *commands]
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             wait_for(lambda: Path(address).exists() or process.poll() is not None)

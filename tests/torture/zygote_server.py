@@ -25,25 +25,33 @@ PRELOADED = (
     "datasets",
     "gemma2.merging",
 )
+WITHOUT_TORCH = (
+    *("blake3", "jinja2", "multiprocessing.pool", "numpy", "rensa", "zipfile", "concurrent.futures", "yaml"),
+    *("gemma2.cli.main", "gemma2.posttrain.checks.of_command", "gemma2.posttrain.filters.runner"),
+    *("gemma2.posttrain.runs.finished", "gemma2.posttrain.runs.inputs", "gemma2.posttrain.data.examples"),
+    *("gemma2.posttrain.data.load_tokenizer", "gemma2.posttrain.rewards.functions"),
+    *("gemma2.merging.kernels.native", "gemma2.posttrain.training.tracking", "gemma2.posttrain.schemas.warp"),
+)
 
 
-def preload() -> None:
-    """Import what the commands import, so that their processes share it."""
+def preload(names: list[str]) -> None:
+    """Import what the commands import, so that their processes share it. names: only these commands, without torch."""
     import importlib
 
     from gemma2.cli.app import COMMANDS, load
 
-    for name in COMMANDS:
+    for name in names or COMMANDS:
         load(name)
-    for name in PRELOADED:
+    for name in WITHOUT_TORCH if names else PRELOADED:
         importlib.import_module(name)
     from gemma2.posttrain.runs import commands
 
-    for command in commands.COMMANDS.values():
-        assert command.run
-    import torch
+    for name, command in commands.COMMANDS.items():
+        assert (names and name not in names) or command.run
+    if not names:
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -132,5 +140,5 @@ def serve(address: str) -> None:
 
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # planted.py
-    preload()
+    preload(sys.argv[3:])
     serve(sys.argv[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -80,11 +81,17 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._paths and error is None:
-            self._next()
-        self._close()
-        for number, path in enumerate(self._paths):
-            if error is None:
+        if error is None:
+            if not self._paths:
+                self._next()
+            self._close()
+            for number, path in enumerate(self._paths):
                 path.replace(self.directory / f"data-{number:05d}-of-{len(self._paths):05d}.jsonl")
-            else:
+            return
+        # The error may be that of a full disk: nothing here may fail in its place, and the last file may not exist.
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        for path in self._paths:
+            with suppress(OSError):
                 path.unlink()
