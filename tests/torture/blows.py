@@ -209,9 +209,7 @@ def _wrong_end(code: int, err: str, how: int) -> str:
 def _settled(out: Path) -> dict[str, bytes]:
     """The files of an output without the resume state, which goes after it has come."""
     return {
-        name: data
-        for name, data in files_of(out).items()
-        if name != STATE and not name.startswith(f"{CHECKPOINTS}/")
+        name: data for name, data in files_of(out).items() if name != STATE and not name.startswith(f"{CHECKPOINTS}/")
     }
 
 
