@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from collections import Counter
 
 import planted
@@ -91,7 +90,7 @@ def test_a_clock_that_is_set_back_changes_nothing(parent, world, name):
     """Inputs from tomorrow; the clock goes back a day in the middle of a run, and between a kill and its resume."""
     expected = world.expected(parent, name, before=PLANTED)
     moments = random.Random()
-    tomorrow = time.time() + planted.DAY
+    tomorrow = (world.root / "prompts.jsonl").stat().st_ctime + planted.DAY
     for path in world.root.rglob("*"):
         if path.is_file() and "expected" not in path.parts:
             os.utime(path, (tomorrow, tomorrow))
