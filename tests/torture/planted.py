@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+from waiting import lasting, pause
+
 DAY = 86400.0
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGURG, signal.SIGCHLD)
 
@@ -44,9 +46,9 @@ def slow_end(seconds: float) -> None:
     release = staging._release
 
     def slowly(descriptors: list[int], path: Path) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            time.sleep(0.01)
+        going = lasting(seconds)
+        while going():
+            pause(0.01)
         release(descriptors, path)
 
     staging._release = slowly
@@ -122,11 +124,11 @@ class _Forked:
 
     def wait(self, seconds: float | None = None) -> int:
         """Wait for its end."""
-        until = time.monotonic() + (seconds or float("inf"))
+        going = lasting(float("inf") if seconds is None else seconds)
         while self.poll() is None:
-            if time.monotonic() > until:
+            if not going():
                 raise subprocess.TimeoutExpired("server", seconds or 0.0)
-            time.sleep(0.002)
+            pause(0.002)
         assert self.returncode is not None
         return self.returncode
 

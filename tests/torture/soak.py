@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ import conftest  # noqa: E402, F401 - makes a bare checkout importable
 import planted  # noqa: E402
 from ledger import recorded  # noqa: E402
 from processes import alive, children_of  # noqa: E402
-from waiting import pause, seconds_of, wait_for  # noqa: E402
+from waiting import lasting, pause, seconds_of, wait_for  # noqa: E402
 from world import World, files_of, hidden  # noqa: E402
 from zygote import FULL, Fault, Run, Zygote, has_compiler, zygote  # noqa: E402
 
@@ -159,7 +158,7 @@ class Soak:
 
 def soak(seconds: float) -> None:
     """Rounds until the time is over; the figures are printed, and kept where a ledger is named."""
-    until = time.monotonic() + seconds
+    going = lasting(seconds)
     seed = random.randrange(10**9)
     sys.stdout.write(f"soak with seed {seed}\n")
     with ExitStack() as held:
@@ -169,7 +168,7 @@ def soak(seconds: float) -> None:
         )
         parent = held.enter_context(zygote(calls=has_compiler()))
         one = Soak(parent, root, random.Random(seed))
-        while not one.counts["rounds"] or time.monotonic() < until:
+        while not one.counts["rounds"] or going():
             one.round(one.counts["rounds"] + 1)
             sys.stdout.write(f"round {one.counts['rounds']}: {one.counts['starts']} starts so far\n")
             sys.stdout.flush()

@@ -22,6 +22,7 @@ ADVICE = {
     "drop --resume": "",
     "no interrupted run exists": "",
 }
+LOSES = ("another gemma2 process is writing", "exists; choose another --out", "an interrupted run of", "appeared while")
 DONE = ("is complete, there is nothing to resume", "exists; choose another --out, or replace it with --force")
 
 
@@ -122,6 +123,17 @@ class Trial:
             assert advised, err
             flags = [flag for flag in advised[:1] if flag]
         raise AssertionError(f"{self.name}: three starts led to no end: {err}")
+
+    def one_wins(self, *started: Run) -> str:
+        """Of processes that were started at once one succeeds; another ends with one line, or succeeds after it."""
+        ends = [process.finish() for process in started]
+        codes = sorted(code for code, _, _ in ends)
+        assert codes[0] == 0 and codes[-1] in (0, 1), ends
+        for code, _, err in ends:
+            assert "Traceback" not in err
+            if code:
+                assert len(err.strip().splitlines()) == 1 and any(text in err for text in LOSES), err
+        return "one was refused" if codes[-1] else "one after the other"
 
     def check(self, expected: Mapping[str, bytes]) -> None:
         """The output has these bytes, and nothing else is left."""
