@@ -20,7 +20,7 @@ JsonObject = dict[str, Any]
 JsonMapping = Mapping[str, Any]
 
 
-Pairs = list[tuple[str, Any]]
+Pairs = list[tuple[str, object]]
 
 
 def parse_json(text: str | bytes, of_pairs: Callable[[Pairs], object] | None = None) -> Any:  # noqa: ANN401

@@ -29,7 +29,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -251,7 +251,14 @@ class _SeededLLM:
         return self._llm.generate(prompts, sampling_params=each, **options)
 
 
-def _stay(response: Any, **_: object) -> None:  # noqa: ANN401
+class _Reply(Protocol):
+    """What is read of an answer of `requests`."""
+
+    is_redirect: bool
+    headers: Mapping[str, str]
+
+
+def _stay(response: _Reply, **_: object) -> None:
     """Refuse a redirect before it is followed."""
     if response.is_redirect:
         place = printable(masked(response.headers["location"]))

@@ -45,7 +45,7 @@ from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
 from .first_steps import FirstSteps, always
 from .movement import Movement
-from .recipe import check_recipe
+from .recipe_match import check_recipe
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
 from .warmup import start_above_zero
