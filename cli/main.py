@@ -83,13 +83,13 @@ def run(arguments: list[str]) -> int:
     from gemma2.core.errors import Gemma2Error, refusal
 
     opening.show(arguments)
-    _staging("forget_promised")
+    _outputs("promised", "forget_promised")
     try:
         from .app import invoke
 
         code = invoke(arguments)
         if code == 0:
-            _staging("check_promised")
+            _outputs("promised", "check_promised")
         _say_kept()
         sys.stdout.flush()  # here, where a full disk behind it is an error like any other
         return code
@@ -142,22 +142,22 @@ def _end_unread() -> int:
     from gemma2.core.errors import OutputError
 
     try:
-        _staging("check_promised")
+        _outputs("promised", "check_promised")
     except OutputError as error:
         return _fail(f"nobody reads stdout any more; {error.what}; start it again, without the pipe", 1)
     return 0
 
 
-def _staging(function: str) -> list[str]:
-    """Call a function of core.outputs.staging where a command has loaded it; many write nothing and need not."""
-    staging = sys.modules.get("gemma2.core.outputs.staging")
-    found: list[str] | None = getattr(staging, function)() if staging is not None else None
+def _outputs(module: str, function: str) -> list[str]:
+    """Call a function of core.outputs where a command has loaded its module; many write nothing and need not."""
+    loaded = sys.modules.get(f"gemma2.core.outputs.{module}")
+    found: list[str] | None = getattr(loaded, function)() if loaded is not None else None
     return found or []
 
 
 def _say_kept() -> None:
     """Name the files of others that an output replaced."""
-    for note in _staging("take_notes"):
+    for note in _outputs("staging", "take_notes"):
         sys.stderr.write(f"note: {note}\n")
 
 

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from gemma2.core.outputs.home import cache_folder
+from gemma2.core.home import cache_folder
 
 __all__ = ["InputLines"]
 

@@ -10,7 +10,7 @@ import typer
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet, required_out
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

@@ -18,7 +18,7 @@ from gemma2.cli.tools.extract_lora import extract_lora
 from gemma2.cli.tools.replace_tokenizer import replace_tokenizer
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 from gemma2.core.sizes import size
 from gemma2.merging.methods.method import Method
 from gemma2.merging.methods.request import FILES

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from gemma2.core.outputs.home import at_home, text_at_home
+from gemma2.core.home import at_home, text_at_home
 
 from . import opening
 from .mistakes import check_words

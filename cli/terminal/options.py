@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST, STATE
-from gemma2.core.outputs.staging import check_output, partial_path, promise
+from gemma2.core.outputs.promised import promise
+from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.runs.run_directory import RunOptions, resumed_with

@@ -16,7 +16,7 @@ from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_o
 from gemma2.configs import recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 from gemma2.posttrain.foreign.settings.account import KeyRow, shown
 from gemma2.posttrain.schemas.config import load_yaml, to_yaml
 

@@ -14,7 +14,7 @@ from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_o
 from gemma2.cli.terminal.schema_flags import field_option, split_lists
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 from gemma2.posttrain.schemas.config import resolve
 from gemma2.posttrain.schemas.fields import RowFields
 

@@ -9,7 +9,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet, required_out
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 from gemma2.core.sizes import size
 
 if TYPE_CHECKING:

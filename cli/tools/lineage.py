@@ -13,7 +13,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Form, Quiet, file_option
 from gemma2.core.errors import OutputError, UsageError
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

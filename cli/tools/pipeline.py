@@ -35,8 +35,9 @@ from gemma2.cli.terminal.options import (
 from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
-from gemma2.core.outputs.home import text_at_home
-from gemma2.core.outputs.staging import partial_path, promise
+from gemma2.core.home import text_at_home
+from gemma2.core.outputs.promised import promise
+from gemma2.core.outputs.staging import partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.yaml_files import closest
 

@@ -27,7 +27,7 @@ from gemma2.cli.terminal.options import (
 from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.core.errors import OutputError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 from gemma2.core.permissions import allow
 
 from .pipeline import Announcer, jobs_option, kept_for_later

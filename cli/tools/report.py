@@ -10,7 +10,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 from gemma2.core.errors import OutputError
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from gemma2.core.home import cache_folder
+
 from .hashing import hasher
-from .home import cache_folder
 
 __all__ = ["DigestReading", "Stamp", "remembered", "stamp_of", "store"]
 

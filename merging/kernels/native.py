@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
-from gemma2.core.outputs.home import cache_folder
+from gemma2.core.home import cache_folder
 
 from .machine_code import Argument, Entry, MachineCode, llvm, load_code, short_digest
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.errors import UsageError
+from gemma2.core.home import text_at_home
 from gemma2.core.json_files import JsonMapping
-from gemma2.core.outputs.home import text_at_home
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.yaml_files import closest, given_by, place_of
 from gemma2.merging.methods.option import Option, OptionValue

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma2.core.home import cache_folder
 from gemma2.core.json_files import parse_json
-from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.merging.kernels.dense import BLOCK
 from gemma2.merging.kernels.number_formats import Doubles

@@ -12,8 +12,9 @@ from pathlib import Path
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.json_files import JsonObject, write_json
 from gemma2.core.outputs.manifest import now, versions, write_manifest
+from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.safetensors_header import PAGE_BYTES, Tensor
-from gemma2.core.outputs.staging import promise, staged_output
+from gemma2.core.outputs.staging import staged_output
 from gemma2.merging.inputs.weight_files import INDEX, WEIGHTS, companions
 from gemma2.posttrain.data.chat import GEMMA_TEMPLATE
 

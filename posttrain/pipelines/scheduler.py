@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import now, read_manifest
-from gemma2.core.outputs.staging import fault_of, partial_path
+from gemma2.core.outputs.promised import fault_of
+from gemma2.core.outputs.staging import partial_path
 from gemma2.core.permissions import permissions
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on

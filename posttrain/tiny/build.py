@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from gemma2.core.home import cache_folder
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.ancestry import write_card
 from gemma2.core.outputs.hashing import digest_file
-from gemma2.core.outputs.home import cache_folder
 from gemma2.core.outputs.manifest import now, read_manifest, versions, write_manifest
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import staged_output

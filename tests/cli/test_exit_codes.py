@@ -12,7 +12,7 @@ from text_model import write_text_model
 
 from gemma2.cli import app, main
 from gemma2.core.outputs.manifest import MANIFEST, write_manifest
-from gemma2.core.outputs.staging import promise
+from gemma2.core.outputs.promised import promise
 from gemma2.core.ranks import RankEnd
 
 

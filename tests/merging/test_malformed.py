@@ -8,8 +8,8 @@ import pytest
 from faults import TOKENIZER, no_hang, snapshot, weights, write_varied_models
 
 from gemma2.core.errors import Gemma2Error
+from gemma2.core.home import cache_folder
 from gemma2.core.outputs import digests, manifest
-from gemma2.core.outputs.home import cache_folder
 from gemma2.merging import MergeRequest, engine, merge
 
 

@@ -15,7 +15,7 @@ from world import World, files_of, hidden
 from zygote import COUNT, FULL, HALF, INTERRUPTED, KILL, READ_ONLY, VANISHED, Fault, Zygote
 
 from gemma2.core.outputs.manifest import CHECKPOINTS, MANIFEST, STATE
-from gemma2.core.outputs.staging import fault_of
+from gemma2.core.outputs.promised import fault_of
 
 # What differs between runs or checkpoints in the name of a file -> how all of them are called here.
 PATTERNS = (

@@ -21,8 +21,8 @@ from gemma2.core.errors import Gemma2Error, InputError
 from gemma2.core.outputs.manifest import STATE, read_manifest, require_complete
 from gemma2.core.outputs.manifest import read_state as read_run
 from gemma2.core.outputs.model_identity import INCIDENTAL_KEYS
+from gemma2.core.outputs.promised import fault_of
 from gemma2.core.outputs.safetensors_header import read_header
-from gemma2.core.outputs.staging import fault_of
 from gemma2.merging.inputs.adapter import open_adapter
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_model

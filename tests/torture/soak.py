@@ -29,7 +29,7 @@ from waiting import lasting, pause, seconds_of, wait_for  # noqa: E402
 from world import World, files_of, hidden  # noqa: E402
 from zygote import FULL, Fault, Run, Zygote, has_compiler, zygote  # noqa: E402
 
-from gemma2.core.outputs.staging import fault_of  # noqa: E402
+from gemma2.core.outputs.promised import fault_of  # noqa: E402
 
 LEARN = "learning_rate: 1e-3, warmup_steps: 0, save_every: 1"
 SHORT = "max_new_tokens: 16, temperature: 1"

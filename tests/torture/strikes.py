@@ -14,7 +14,7 @@ from waiting import pause, seconds_of, wait_for
 from world import World, files_of, hidden
 from zygote import Run, Zygote
 
-from gemma2.core.outputs.staging import fault_of
+from gemma2.core.outputs.promised import fault_of
 
 # What a start says that finds another state than its words expect, and the word that it advises to add or drop.
 ADVICE = {

@@ -14,7 +14,7 @@ from strikes import Trial
 from world import World, files_of
 from zygote import zygote
 
-from gemma2.core.outputs.staging import fault_of
+from gemma2.core.outputs.promised import fault_of
 
 pytestmark = pytest.mark.torture
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.outputs.home import cache_folder
+from gemma2.core.home import cache_folder
 
 from .folders import SUFFIXES, format_of
 

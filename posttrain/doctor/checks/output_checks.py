@@ -8,8 +8,8 @@ from pathlib import Path
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import MANIFEST, Manifest, read_manifest
+from gemma2.core.outputs.promised import fault_of
 from gemma2.core.outputs.safetensors_header import printable
-from gemma2.core.outputs.staging import fault_of
 
 from .finding import Check, Depth, Diagnosis, fine, problem, warning
 from .subject import ADAPTER, OUTPUT, POLICY, REWARD, Subject

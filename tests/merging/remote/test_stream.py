@@ -15,7 +15,7 @@ from tokenizer_models import write_tokenizer
 from waiting import PATIENCE
 
 from gemma2.core.errors import InputError, OutputError
-from gemma2.core.outputs.home import cache_folder
+from gemma2.core.home import cache_folder
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.progress import SILENT
 from gemma2.merging import MergeRequest, merge, plan_merge
