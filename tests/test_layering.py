@@ -199,7 +199,7 @@ FACES = {
             "seeds",
             "sizes",
         ),
-        *("limits", "permissions", "secret_text", "shown", "streams"),
+        *("limits", "permissions", "shown", "streams"),
     },
     "configs": set(),
 }
