@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from gemma2.core.foreign.secret_text import masked
+from gemma2.core.secret_text import masked
 
 __all__ = ["visible", "visible_json"]
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import Sampler
 
-from gemma2.core.seeds import derived_seed
+from .seeds import derived_seed
 
 __all__ = ["GroupedByLength", "LengthSampler", "length_grouped_order"]
 

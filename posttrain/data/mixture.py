@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from gemma2.core.errors import UsageError
-from gemma2.core.seeds import derived_seed
+
+from .seeds import derived_seed
 
 __all__ = ["Mixture", "apportion"]
 

@@ -33,10 +33,10 @@ from trl import DistillationConfig, DistillationTrainer
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.data.seeds import derived_seed
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample

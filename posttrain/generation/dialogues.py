@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.rows import Message, Prompt
+from gemma2.posttrain.data.seeds import derived_seed
 
 from .engines.base import LENGTH, STOP, Completion, Key
 

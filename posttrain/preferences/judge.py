@@ -25,8 +25,8 @@ from string import Formatter
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import Progress
-from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.rows import Message
+from gemma2.posttrain.data.seeds import derived_seed
 from gemma2.posttrain.generation.answers import Answering
 from gemma2.posttrain.generation.dialogues import Dialogue
 from gemma2.posttrain.generation.engines import Completion, Engine, Request

@@ -23,8 +23,8 @@ from random import Random
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.seeds import derived_seed
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.generation.answers import Answering
 from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan

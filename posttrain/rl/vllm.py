@@ -37,10 +37,10 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
-from gemma2.core.foreign.secret_text import masked
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.core.secret_text import masked
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM

@@ -12,10 +12,10 @@ from typing import ClassVar, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from gemma2.core.errors import UsageError
-from gemma2.core.foreign.secret_text import secret_in
 from gemma2.core.home import at_home, text_at_home
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.core.secret_text import secret_in
 from gemma2.core.yaml_files import apply_sets, closest, parse_value, read_documents, to_yaml
 
 from .messages import ValueSource, explained

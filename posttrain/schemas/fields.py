@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
-from gemma2.core.foreign.secret_text import LIKE_A_KEY
 from gemma2.core.json_files import JsonObject
+from gemma2.core.secret_text import LIKE_A_KEY
 
 from .config import Config
 

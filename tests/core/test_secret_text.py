@@ -9,7 +9,7 @@ from chat_server import Server, serving
 from planted import SECRETS, environment, found_in, search
 
 from gemma2.cli.main import run
-from gemma2.core.foreign.secret_text import known_forms, masked, secret_in
+from gemma2.core.secret_text import known_forms, masked, secret_in
 from gemma2.core.shown import visible, visible_json
 
 KEY = SECRETS["OPENAI_API_KEY"]

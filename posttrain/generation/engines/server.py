@@ -25,11 +25,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
-from gemma2.core.foreign.secret_text import MASK, known_forms, masked
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import printable
 from gemma2.core.permissions import check_host, check_key, is_local
 from gemma2.core.progress import Progress
+from gemma2.core.secret_text import MASK, known_forms, masked
 from gemma2.posttrain.schemas.fields import check_address
 from gemma2.posttrain.schemas.generate import GenerateConfig
 

@@ -11,8 +11,8 @@ from row_reading import read_conversations
 from teachers import save_stopping
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
-from gemma2.core.seeds import derived_seed
 from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.data.seeds import derived_seed
 from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.generation.engines import Request, local
 from gemma2.posttrain.generation.generate import run_generate
