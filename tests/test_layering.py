@@ -199,7 +199,7 @@ FACES = {
             "seeds",
             "sizes",
         ),
-        *("limits", "permissions", "shown", "streams"),
+        *("limits", "permissions", "secret_text", "shown", "streams"),
     },
     "configs": set(),
 }
