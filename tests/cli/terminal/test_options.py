@@ -173,7 +173,8 @@ def place(tmp_path, monkeypatch):
 
 
 def given(**changes):
-    return {"out": Path("o"), "resume": False, "force": False, "dry_run": False} | changes
+    flags = dict.fromkeys(("resume", "allow_versions", "force", "dry_run"), False)
+    return {"out": Path("o"), **flags} | changes
 
 
 def never(config, options, progress):
