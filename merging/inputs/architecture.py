@@ -24,6 +24,7 @@ KEYS = (
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 EMBEDDING, LAYER = "embed_tokens.weight", re.compile(r"^(?:model\.|language_model\.)*layers\.(\d{1,9})\.")
 HEADS_OF = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
+THREE = {"vocab_size", "hidden_size", "num_hidden_layers"}
 LM_HEAD = "lm_head.weight"
 HEADS = {"SequenceClassification": "a reward model", "CausalLM": "a policy"}
 ONE_KIND = "merge policies with policies, and reward models with reward models"
@@ -84,12 +85,13 @@ def classifies(config: JsonMapping) -> bool:
 
 
 def check_sizes(path: Path, config: JsonMapping, tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError for a config.json at `path` that states other sizes than the tensors have, or leaves them to
-    defaults that the tensors do not have.
+    """Raise InputError for a config.json at `path` that states other sizes than the tensors have.
 
-    The libraries that load such a model say so late, or take only some of its layers.
+    The libraries that load such a model say so late, or take only some of its layers. Where it states two of three
+    sizes, the third must not be left to a default that the tensors do not have: its key is damaged or misspelt.
     """
-    said, whole = stated(config), stated(filled(config))
+    said = stated(config)
+    whole = stated(filled(config)) if len(THREE & said.keys()) == 2 else said
     for key, size, where in _sizes_of(tensors, said):
         if whole.get(key, size) != size:
             shown = f"{printable(str(whole[key]))}{'' if key in said else ' by default'}"

@@ -1,7 +1,7 @@
 """Single flipped bits in the small files that decide what a model or a run is, and what each reader makes of them.
 
-`FILES` has, for each file, the reader of the product that is called in this process and what it means. A flip is
-refused (Gemma2Error, or a reader's own "not usable"), or accepted with the same meaning, or accepted with another one:
+`FILES` has, for each file, the reader of the product that is called in this process and what its answer means. A flip
+is refused (Gemma2Error, or a reader's own "not usable"), or accepted with the same meaning, or accepted with another:
 then only in places that nothing on the disk could contradict, which are listed in `unverified` and counted by name.
 """
 
@@ -189,24 +189,30 @@ def write_others(root: Path) -> None:
     mark_complete(root / "checkpoint-1")
 
 
-def flips(data: bytes, size: int, count: int, seed: int) -> Iterator[bytes]:
-    """`count` copies of a file with one bit flipped in its first `size` bytes; all of them if there are fewer."""
+def flips(data: bytes, size: int, count: int, others: int, seed: int) -> Iterator[bytes]:
+    """`count` copies of a file with one bit flipped in its first `size` bytes, all of them if there are fewer, and
+    `others` copies with one byte replaced by any other."""
+    dice = random.Random(seed)
     places = range(size * 8)
-    chosen = places if count >= len(places) else sorted(random.Random(seed).sample(places, count))
+    chosen = places if count >= len(places) else sorted(dice.sample(places, count))
     for place in chosen:
         changed = bytearray(data)
         changed[place // 8] ^= 1 << place % 8
         yield bytes(changed)
+    for _ in range(others):
+        changed = bytearray(data)
+        changed[dice.randrange(size)] ^= dice.randrange(1, 256)
+        yield bytes(changed)
 
 
-def try_flips(root: Path, target: Target, count: int, seed: int = 0) -> tuple[Counter[str], list[str]]:
+def try_flips(root: Path, target: Target, count: int, others: int = 0, seed: int = 0) -> tuple[Counter[str], list[str]]:
     """Flip bits of one file; how often each outcome came, and the flips that broke the promise."""
     path = root / target.file
     data = path.read_bytes()
     size = len(data) if target.head is None else target.head(data)
     before, counts, broken = target.read(path), Counter[str](), []
     try:
-        for flipped in flips(data, size, count, seed):
+        for flipped in flips(data, size, count, others, seed):
             path.write_bytes(flipped)
             outcome = _outcome(path, target, before)
             counts[outcome.partition(": ")[0]] += 1

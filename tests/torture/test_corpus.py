@@ -14,7 +14,8 @@ from corpus import Ended as End
 from corpus_data import ROWS, TABLES, TEMPLATES
 from corpus_files import MANIFESTS, OUTPUTS, YAML
 from corpus_good import GOOD
-from corpus_models import ADAPTERS, DIRECTORIES, HEADERS, INDEXES, MEANING, PAIRS, SHARDS
+from corpus_models import DIRECTORIES, HEADERS, INDEXES, MEANING, SHARDS
+from corpus_pairs import ADAPTERS, PAIRS
 from ledger import recorded
 from processes import MAIN, start
 
