@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
-# LOCK= on the command line installs the same versions without their hashes: for an index with builds of its own.
+# LOCK= on the command line installs the same versions without their hashes: for an index with other builds.
 LOCK   ?= requirements.lock
 PIP    := $(BIN)/python -m pip install --quiet
 LOCKED := $(PIP) --require-hashes --no-deps --only-binary :all:

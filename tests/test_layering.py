@@ -188,7 +188,7 @@ FACES = {
     "merging": {"engine"},
     "core": {
         *("errors", "interrupts", "progress", "yaml_files", "json_files", "ranks", "rounding", "seeds", "sizes"),
-        *("limits", "permissions", "shown", "streams"),
+        *("limits", "permissions", "secret_text", "shown", "streams"),
     },
     "configs": set(),
 }

@@ -16,10 +16,9 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -36,11 +35,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**", "//", "%", "/"))
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.filters["round"] = _bounded_round(self.filters["round"])
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         """Refuse integers that are too long. Raises OverflowError."""
         bits = [_bits(left), _bits(right)]
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -54,8 +53,8 @@ def _bits(value: object) -> int:
     return value.bit_length() if isinstance(value, int) else 0
 
 
-def _bounded_round(plain: Any) -> Any:  # noqa: ANN401
-    def rounded(value: float, precision: int = 0, method: str = "common") -> Any:  # noqa: ANN401
+def _bounded_round(plain: Callable[..., object]) -> Callable[..., object]:
+    def rounded(value: float, precision: int = 0, method: str = "common") -> object:
         if abs(precision) > DIGITS:
             raise OverflowError(f"round to {precision} digits")
         return plain(value, precision, method)
