@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 
-from gemma2.core.secret_text import masked
-
 __all__ = ["visible", "visible_json"]
 
 KEPT = "\n\t"
@@ -21,7 +19,7 @@ def visible(text: str) -> str:
 
     It is applied once, where text leaves for the terminal (`cli/terminal/console.py`, `cli/main.py`).
     """
-    text = masked(text)
+    text = _masked(text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in KEPT or _is_blank(char) else _escaped(char) for char in text)
@@ -29,7 +27,13 @@ def visible(text: str) -> str:
 
 def visible_json(text: str) -> str:
     """Return a JSON text with secrets masked and the characters escaped, as JSON does, that steer a terminal."""
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", masked(text))
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", _masked(text))
+
+
+def _masked(text: str) -> str:
+    from gemma2.core.secret_text import masked  # takes 5 ms, which --help must not pay
+
+    return masked(text)
 
 
 def _is_blank(char: str) -> bool:

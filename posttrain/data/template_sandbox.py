@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -36,8 +35,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**", "//", "%", "/"))
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401  # those of jinja2
-        super().__init__(**options)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
         self.filters["round"] = _bounded_round(self.filters["round"])
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:

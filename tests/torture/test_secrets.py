@@ -94,7 +94,7 @@ def refused(address: str) -> list[list[str]]:
 
 
 def write_recipes(folder, address):
-    """Recipes with a key of their own."""
+    """Recipes with a key in them."""
     key = SECRETS["a recipe"]
     plain = {"teacher": "m", "prompts": "rows.jsonl", "engine": "openai", "base_url": address}
     (folder / "bad-0.yaml").write_text(json.dumps(plain | {"api_key": key}))
