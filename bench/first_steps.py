@@ -1,6 +1,6 @@
 """What the checks of the first two steps cost, beside a step, on random Gemma 2 models of 16 M parameters.
 
-    python bench/first_steps.py [--size small] [--steps 5]
+    python bench/first_steps.py [--size small] [--steps 4]
 
 Every check is timed where it is called, in CPU seconds of the same run, so that a busy machine slows both. A step is
 the median of those behind the first two. Printed per command: what a checked step spends on checks, what is spent once
@@ -102,7 +102,7 @@ def jobs(root: Path, steps: int) -> dict[str, Callable[[Path], object]]:
     shared = {"learning_rate": 1e-5, "seed": 0}
     rl = RlhfConfig(
         policy=root / "model", reward=root / "reward", prompts=root / "prompts.jsonl", steps=steps, eval_every=10**6,
-        prompts_per_step=8, max_new_tokens=48, temperature=1.0, eval_prompts=2, warmup_steps=0, **shared,
+        max_new_tokens=48, temperature=1.0, eval_prompts=2, warmup_steps=0, **shared,
     )  # fmt: skip
     rows = SftConfig(model=root / "model", data=root / "rows.jsonl", batch_size=32, max_steps=steps, **shared)
     pairs = RewardConfig(model=root / "model", data=root / "pairs.jsonl", batch_size=32, max_steps=steps, **shared)
@@ -117,7 +117,7 @@ def main() -> None:
     """Measure every job once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
     spent: dict[str, float] = defaultdict(float)
