@@ -59,4 +59,4 @@ def _first_row(tensor: Tensor) -> Tensor:
 
 def _alike(written: Tensor, found: Tensor) -> bool:
     row = _first_row(found[:1])
-    return torch.equal(written.to(row.device, row.dtype), row)
+    return torch.allclose(written.to(row.device, row.dtype), row, rtol=0, atol=0, equal_nan=True)

@@ -2,7 +2,7 @@
 
 sampler    the log-probs of the shortest completion are those that the scorer gives the policy
 KL         its log-ratio is log pi - log anchor, with this sign
-reward     two completions, read alone, get the rewards they got in the batch; not where functions are part of the
+reward     a completion, read alone, gets the reward it got in the first batch; not where functions are part of the
            reward: a call may cost money, or depend on the others of its batch
 batch      what is learned of a row is its completion; r - beta KL, less the mean of the others, is its advantage
 loss       - mean of advantage times log pi, with the log-probs of the sampler (`check_loss`)
@@ -36,11 +36,11 @@ __all__ = [
     "check_log_probs",
     "check_loss",
     "check_reward",
-    "rows_to_score",
+    "row_to_score",
 ]
 
 SAMPLE = 2**10  # elements per tensor
-SCORED = 32  # tokens of a completion that are scored again
+SCORED = 16  # tokens of a completion that are scored again
 # Of a log-prob, nats; of a reward, in its own size. bf16 keeps 8 bits.
 TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2
 ULPS = 8
@@ -78,7 +78,7 @@ def check_log_probs(policy: CausalLM, anchor: CausalLM | None, seen: Seen, tempe
         raise GuardStop(
             f"sampler and policy differ by {difference:.2g} nats for a token: the samples are of another policy", HINT
         )
-    if anchor is None:
+    if anchor is None or not float(seen.log_ratios.abs().max()):
         return
     expected = float((own - token_logps(anchor, prompt, [ids], 1, temperature)[0]).sum())
     if not abs(float(seen.log_ratios[i]) - expected) <= max(tolerance(policy), tolerance(anchor)) / 5 * len(ids):
@@ -94,10 +94,9 @@ def shortest_completion(seen: Seen) -> int:
     return min(range(len(lengths)), key=lengths.__getitem__)
 
 
-def rows_to_score(seen: Seen) -> list[int]:
-    """The numbers of two rows whose rewards are computed again, alone: the shortest, and one with another reward."""
-    i = shortest_completion(seen)
-    return [i, int((seen.rewards - seen.rewards[i]).abs().argmax())]
+def row_to_score(seen: Seen) -> int:
+    """The number of the row whose reward is computed again, alone: the one that is farthest from the mean."""
+    return int((seen.rewards - seen.rewards.mean()).abs().argmax())
 
 
 def alone(seen: Seen, i: int) -> tuple[list[Prompt], list[Sequence[int]], Completions]:

@@ -1,200 +1,30 @@
-"""Trainings on tiny models, and what goes wrong in them without an error: one change of the product each.
-
-A silence is a function that breaks one thing with a monkeypatch; `observe` runs a job and says how it ended.
-"""
+"""What goes wrong in a training without an error: one change of the product each, by a monkeypatch."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import random
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from training_jobs import Job, distilled, resumed, reward, rl, sft, with_fields
 from transformers import Trainer
 from transformers.models.gemma2 import modeling_gemma2
 
-from gemma2.core.errors import Gemma2Error
-from gemma2.core.progress import SILENT
 from gemma2.posttrain.data import examples
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import IGNORED, Example
 from gemma2.posttrain.distillation import distill
-from gemma2.posttrain.distillation.distill import run_distill
 from gemma2.posttrain.models import causal_attention, cross_entropy, loading
 from gemma2.posttrain.preferences import reward_trainer
-from gemma2.posttrain.preferences.train import run_reward
-from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.rl import objective, rlhf, rollout
-from gemma2.posttrain.rl.ema import EmaAnchor
-from gemma2.posttrain.rl.rlhf import run_rlhf
-from gemma2.posttrain.rl.rollout import Rollout
-from gemma2.posttrain.runs.run_directory import RunOptions
-from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig
+from gemma2.posttrain.rl import rlhf
 from gemma2.posttrain.sft import sft_trainer
-from gemma2.posttrain.sft.sft import run_sft
-from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.training import trainer
 from gemma2.posttrain.training.heldout import HeldOut
 
-END_OF_TURN = 107
-WORDS = ("honey", "glass", "wool", "salt", "copper")
 Patch = pytest.MonkeyPatch
-Job = Callable[[Path, Path, object], object]
-
-
-# --- the jobs -----------------------------------------------------------------------------------------------------
-
-
-class Warnings:
-    """A progress that keeps warnings, and interrupts a run once its bar has advanced by more than `after`."""
-
-    def __init__(self, after: int = 10**9) -> None:
-        self.said: list[str] = []
-        self.left = after
-        self.warn, self.note = self.said.append, SILENT.note
-
-    @contextmanager
-    def task(self, label, total, unit):
-        yield self
-
-    def advance(self, amount=1, **fields):
-        self.left -= amount
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
-def judge(prompts, completions, **columns):
-    """A reward that varies with the text."""
-    return [float(sum(map(ord, text)) % 17) / 17 for text in completions]
-
-
-def write_inputs(root: Path) -> Path:
-    """Models, prompts, conversations and pairs for every job."""
-    for name, seed, more in (("model", 0, 8), ("teacher", 1, 8)):
-        model = random_model(seed)
-        with torch.no_grad():
-            model.model.embed_tokens.weight[END_OF_TURN] *= more
-        model.save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    save_random(root / "reward", seed=1, kind="reward")
-    save_random(root / "other", seed=2, kind="reward")
-    draw = random.Random(0)
-    answers = [" ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 6))) for _ in range(24)]
-    rows = {
-        "prompts": [{"prompt": f"What is {i} plus 2?"} for i in range(12)],
-        "rows": [{"prompt": f"What is {i}?", "completion": answer} for i, answer in enumerate(answers)],
-        "pairs": [{"prompt": f"What is {i}?", "chosen": f"{a} please", "rejected": a} for i, a in enumerate(answers)],
-    }
-    for name, lines in rows.items():
-        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return root
-
-
-STEPS = 2
-
-
-def sft(root: Path, out: Path, progress: object, **fields: object) -> object:
-    """Supervised fine-tuning; the last step is measured."""
-    given = {"learning_rate": 3e-3, "batch_size": 8, "eval_fraction": 0.2, "max_steps": STEPS, "save_every": 1}
-    config = SftConfig(model=root / "model", data=root / "rows.jsonl", **(given | fields))
-    return run_sft(config, RunOptions(out), progress)
-
-
-def reward(root: Path, out: Path, progress: object, **fields: object) -> object:
-    """A reward model from pairs."""
-    given = {"learning_rate": 1e-2, "batch_size": 8, "eval_fraction": 0.2, "max_steps": STEPS}
-    config = RewardConfig(model=root / "model", data=root / "pairs.jsonl", **(given | fields))
-    return run_reward(config, RunOptions(out), progress)
-
-
-def distilled(root: Path, out: Path, progress: object, **fields: object) -> object:
-    """On-policy distillation."""
-    given = {"learning_rate": 1e-3, "batch_size": 4, "max_new_tokens": 8, "steps": STEPS, "eval_every": 1}
-    config = DistillConfig(
-        model=root / "model", teacher=root / "teacher", prompts=root / "prompts.jsonl", **(given | fields)
-    )
-    return run_distill(config, RunOptions(out), progress)
-
-
-def rl(root: Path, out: Path, progress: object, **fields: object) -> object:
-    """RL from a reward model, or from a function."""
-    given = {"steps": STEPS, "prompts_per_step": 2, "n": 3, "max_new_tokens": 16, "temperature": 1.0, "mu": 0.3}
-    given |= {"learning_rate": 1e-3, "warmup_steps": 0, "eval_every": 1, "eval_prompts": 12, "save_every": 100}
-    given |= {"heldout": root / "prompts.jsonl"}
-    given |= {} if {"reward", "reward_fn"} & fields.keys() else {"reward": root / "reward"}
-    config = RlhfConfig(policy=root / "model", prompts=root / "prompts.jsonl", **(given | fields))
-    return run_rlhf(config, RunOptions(out), progress)
-
-
-def with_fields(job: Job, **fields: object) -> Job:
-    """A job with other settings."""
-    return lambda root, out, progress: job(root, out, progress, **fields)
-
-
-def both_rewards(root: Path, out: Path, progress: object) -> object:
-    """RL from two reward models and a function."""
-    return rl(root, out, progress, reward=(root / "reward", root / "other"), reward_fn="silences:judge")
-
-
-def resumed(root: Path, out: Path, progress: object) -> object:
-    """SFT that was interrupted behind its first checkpoint, and goes on."""
-    config = SftConfig(
-        model=root / "model", data=root / "rows.jsonl", learning_rate=3e-3, batch_size=8, max_steps=4, save_every=1
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run_sft(config, RunOptions(out), Warnings(after=3))
-    return run_sft(config, RunOptions(out, resume=True), progress)
-
-
-CLEAN: dict[str, Job] = {
-    "sft": sft,
-    "sft, LoRA, micro-batches": with_fields(sft, lora_rank=2, lora_dropout=0.1, micro_batch_size=2),
-    "sft, resumed": resumed,
-    "distill": distilled,
-    "reward": with_fields(reward, dropout=0.1),
-    "reward, LoRA": with_fields(reward, lora_rank=2),
-    "rlhf": rl,
-    "rlhf, LoRA": with_fields(rl, lora_rank=2),
-    "rlhf, LoRA, factors": with_fields(rl, lora_rank=2, lora_anchor="factors"),
-    "rlhf, anchor in host memory": with_fields(rl, anchor_memory="cpu"),
-    "rlhf, no anchor": with_fields(rl, anchor="none", micro_batch_size=3),
-    "rlhf, anchor of SFT": with_fields(rl, anchor="sft"),
-    "rlhf, three rewards": both_rewards,
-    "rlhf, a paper's rate": with_fields(rl, learning_rate=1e-6, mu=0.01, warmup_steps=1),
-}
-
-
-@dataclass
-class Outcome:
-    """How a run ended: with an error of ours, or complete; and what it warned of."""
-
-    error: Gemma2Error | None
-    warnings: list[str]
-
-    @property
-    def text(self) -> str:
-        """All that was said."""
-        return "\n".join([str(self.error or ""), *self.warnings])
-
-
-def observe(job: Job, root: Path, out: Path) -> Outcome:
-    """Run a job to its end. Errors that are none of ours pass."""
-    progress = Warnings()
-    try:
-        job(root, out, progress)
-    except Gemma2Error as error:
-        return Outcome(error, progress.said)
-    return Outcome(None, progress.said)
-
-
-# --- the silences ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -490,126 +320,3 @@ def teacher_is_student(patch: Patch) -> None:
         return original(path.with_name("model"), dtype)
 
     wrap(patch, distill, "load_teacher", student)
-
-
-@silence("sampler with stale weights", rl, "the samples are of another policy")
-def stale_sampler(patch: Patch) -> None:
-    copies: list[torch.nn.Module] = []
-
-    def stale(original, policy, *given):
-        copies.append(copy.deepcopy(policy))
-        return original(copies[0], *given)
-
-    wrap(patch, rollout, "sample", stale)
-
-
-@silence("another temperature in the sampler", rl, "the samples are of another policy")
-def other_temperature(patch: Patch) -> None:
-    wrap(patch, rollout, "SamplingParams", lambda original, limit, heat, n: original(limit, 2 * heat, n))
-
-
-@silence("dropout in the loss", rl, "the policy that is updated is not the one that was sampled")
-def dropout_in_the_loss(patch: Patch) -> None:
-    wrap(patch, objective, "last_hidden_states", lambda original, *given: F.dropout(original(*given), 0.2))
-
-
-@silence("prompt in the loss of RL", rl, "not its completion")
-def prompt_in_the_loss(patch: Patch) -> None:
-    def everything(original, *given):
-        batch = original(*given)
-        return dataclasses.replace(batch, mask=batch.ids != 0)
-
-    wrap(patch, rollout, "padded", everything)
-
-
-@silence("shuffled rewards", rl, "in its batch, and")
-def shuffled_rewards(patch: Patch) -> None:
-    wrap(patch, RewardModel, "score", lambda original, *given: original(*given).flip(0))
-
-
-@silence("shuffled rewards, penalties included", with_fields(rl, length_penalty=0.1), "in its batch, and")
-def shuffled_totals(patch: Patch) -> None:
-    def turned(original, *given):
-        return {name: list(column)[::-1] for name, column in original(*given).items()}
-
-    wrap(patch, Rollout, "scores", turned)
-
-
-@silence("advantages all zero", rl, "advantages are not reward - beta KL")
-def no_advantages(patch: Patch) -> None:
-    patch.setattr(rollout, "leave_one_out", lambda rewards, n: torch.zeros_like(rewards))
-
-
-@silence("KL with the wrong sign", with_fields(rl, beta=1.0), "advantages are not reward - beta KL")
-def wrong_sign(patch: Patch) -> None:
-    wrap(patch, rollout, "anchored_rewards", lambda original, rewards, ratios, beta: original(rewards, ratios, -beta))
-
-
-@silence("log-ratio with the wrong sign", rl, "log pi - log anchor of a completion is")
-def wrong_ratio(patch: Patch) -> None:
-    wrap(patch, Rollout, "log_ratios", lambda original, *given: -original(*given))
-
-
-@silence("anchor is never updated", rl, "the anchor did not move by mu")
-def frozen_anchor(patch: Patch) -> None:
-    patch.setattr(EmaAnchor, "update", lambda self, policy, mu: None)
-
-
-@silence("anchor follows the policy at once", rl, "the anchor did not move by mu")
-def anchor_is_policy(patch: Patch) -> None:
-    wrap(patch, EmaAnchor, "update", lambda original, self, policy, mu: original(self, policy, 1.0))
-
-
-@silence("anchor rounded to bf16 in place", with_fields(rl, lora_rank=2), "the anchor did not move by mu")
-def rounded_anchor(patch: Patch) -> None:
-    def rounded(original, self, policy, mu):
-        original(self, policy, mu)
-        for tensor in self.shadow.values():
-            tensor.copy_(tensor.bfloat16())
-
-    wrap(patch, EmaAnchor, "update", rounded)
-
-
-@silence("anchor kept in bf16", with_fields(rl, anchor_memory="cpu"), "the anchor is kept in torch.bfloat16")
-def anchor_in_bf16(patch: Patch) -> None:
-    def halved(original, self, *given):
-        original(self, *given)
-        self.shadow = {name: tensor.bfloat16() for name, tensor in self.shadow.items()}
-
-    wrap(patch, EmaAnchor, "_begin", halved)
-
-
-@silence("the copy that scores is not refreshed", with_fields(rl, anchor_memory="cpu"), "is not its average")
-def stale_copy(patch: Patch) -> None:
-    patch.setattr(EmaAnchor, "_refresh", lambda self: None)
-
-
-@silence("SFT policy that moves with the policy", rl, "the SFT policy changed")
-def moving_reference(patch: Patch) -> None:
-    def shared(original, *given):
-        setup = original(*given)
-        for own, other in zip(setup.reference.parameters(), setup.rollout.policy.parameters(), strict=True):
-            own.data = other.data
-        return setup
-
-    wrap(patch, rlhf, "prepare", shared)
-
-
-@silence("tokenizer of a sibling", rl, "has other tokens than --policy")
-def sibling_tokenizer(patch: Patch) -> None:
-    def sibling(original, config, progress):
-        other = config.reward[0].with_name("sibling")
-        if not other.is_dir():
-            write_sibling(config.reward[0], other)
-        original(config.model_copy(update={"reward": (other,)}), progress)
-
-    wrap(patch, rlhf, "warn_of_other_tokens", sibling)
-
-
-def write_sibling(reward: Path, other: Path) -> None:
-    """The same reward model with a tokenizer in which two pieces exchanged their ids."""
-    other.mkdir()
-    tokenizer = json.loads((reward / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
