@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= quickstart
 BASE   ?= HEAD~1
+HOURS  ?= 2
 # GSM8K where it is stored next to the checkout, else the project's own prompts.
 GSM8K  := $(wildcard ../shared/data/gsm8k/train.jsonl)
 QUESTIONS ?= $(if $(GSM8K),--prompts $(GSM8K) --prompt-column question)
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture docs ranges clean
+.PHONY: help setup setup-dev quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture soak docs ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -62,6 +63,9 @@ torture: setup-dev ## Kills, full disks, malformed inputs and silent faults, wit
 	@mkdir -p build && rm -f build/torture.jsonl
 	@GEMMA2_TORTURE_LEDGER="$(CURDIR)/build/torture.jsonl" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --numprocesses 2 --dist loadfile --timeout 1800 -s
 	@$(BIN)/python tests/torture/ledger.py build/torture.jsonl docs/reliability.md
+
+soak: setup-dev ## A pipeline under random kills, signals and full disks for HOURS (default 2), compared with a quiet run
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/torture/soak.py $(HOURS)
 
 lint: setup-dev ## ruff: rules and format
 	@$(BIN)/ruff check .

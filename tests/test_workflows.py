@@ -69,7 +69,7 @@ def test_every_slow_suite_is_a_nightly_job():
     assert triggers("nightly").keys() == {"schedule", "workflow_dispatch"}
     jobs = WORKFLOWS["nightly"]["jobs"].values()
     assert [target for job in jobs for target in make_targets(commands(job))] == [
-        "test-slow", "torture", "test-browser", "test-ray", "setup-dev",
+        "test-slow", "torture", "soak", "test-browser", "test-ray", "setup-dev",
     ]  # fmt: skip
 
 

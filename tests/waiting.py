@@ -31,6 +31,12 @@ def pause(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def lasting(seconds: float) -> Callable[[], bool]:
+    """True until so many seconds have passed: how long disturbances or a planted delay go on, never a result."""
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() < until
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """How long some work takes: the range for random moments, never a result."""
     began = time.monotonic()

@@ -18,7 +18,7 @@ from .digest_cache import remembered
 from .digests import digest_input, digest_weights
 from .hashing import digest_name, hasher
 from .hub import SNAPSHOT
-from .manifest import MANIFEST, ParentRecord
+from .manifest import MANIFEST, STATE, ParentRecord
 from .safetensors_header import weight_files
 
 __all__ = [
@@ -39,7 +39,7 @@ FOR_PEOPLE = (
     *("*.png", "*.svg", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.csv"),
     *("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "skipped.jsonl", "dropped.jsonl"),
     *("training_args.*", "trainer_state.json", "optimizer.*", "scheduler.*", "rng_state*", "*_results.json"),
-    *("events.out.tfevents*", "mergekit_config.y*ml", "merge.yaml", MANIFEST),
+    *("events.out.tfevents*", "mergekit_config.y*ml", "merge.yaml", MANIFEST, STATE),
 )
 # Where tensors are, which counts with the tensors.
 LAYOUT = ("*.safetensors", "*.safetensors.index.json")

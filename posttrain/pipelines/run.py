@@ -20,6 +20,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import MANIFEST, SCHEMA_VERSION, Manifest, now, read_manifest, versions
 from gemma2.core.outputs.staging import check_output, locked
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.runs.finished import tidy
 from gemma2.posttrain.schemas.config import to_yaml
 
 from .check import Checked, PipelinePlan, check_pipeline, look_at_pipeline
@@ -102,6 +103,9 @@ def run_pipeline(
         if plan.is_done and same_file and pipeline.stages.keys() <= recorded_stages(root).keys():
             for note in plan.kept_with_other_versions():
                 progress.note(note)
+            for name, stage in pipeline.stages.items():
+                if plan.stages[name].action == "skip":
+                    tidy(stage.out)
             words = {"skip": "complete", "not needed": "not needed"}
             return PipelineResult({name: words[one.action] for name, one in plan.stages.items()}, ())
         root.mkdir(exist_ok=True)

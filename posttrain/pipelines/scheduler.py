@@ -20,6 +20,7 @@ from gemma2.core.permissions import permissions
 from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on
 from gemma2.posttrain.runs.commands import output_hash, spell
+from gemma2.posttrain.runs.finished import tidy
 
 from .compile import Pipeline, Stage, with_method
 from .decision import Choice, Decision, decide, outside, prospect
@@ -161,6 +162,7 @@ class Scheduler:
             self._settle(stage, "not needed")
             return True
         if found.action == "skip":
+            tidy(stage.out)
             self._settle(stage, "complete", hash=_hash_of(stage))
             return True
         if found.action == "reuse":

@@ -5,14 +5,19 @@ of these steps leaves the state (`run.json`) next to a complete manifest, before
 again then. The digests of the files are read, since a kill may have come before they were flushed.
 
 With several processes a resume goes on from the last checkpoint instead, and ends with the same bytes.
+
+A pipeline passes over an output that is complete; it removes what a kill has left there (`tidy`).
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
-from gemma2.core.errors import InputError
+from gemma2.core.errors import Gemma2Error, InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest
 from gemma2.core.outputs.staging import check_output, locked, partial_path, publish
@@ -24,7 +29,7 @@ from gemma2.posttrain.schemas.config import Config
 from .commands import COMMANDS
 from .run_directory import RunOptions, RunResult, remove_resume_state
 
-__all__ = ["publish_finished"]
+__all__ = ["publish_finished", "tidy"]
 
 
 def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
@@ -35,7 +40,10 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
     out, partial = options.out, partial_path(options.out)
     moved = (out / STATE).is_file()
     found = out if moved else partial
-    if announced() > 1 or not (found / STATE).is_file():
+    if announced() > 1:
+        return None
+    if not (found / STATE).is_file():
+        tidy(out)
         return None
     check_output(out, options.force or moved)
     with locked(out):
@@ -50,10 +58,32 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
             return None
         if not moved:
             publish(partial, out, options.force)
-        elif partial.exists() and not (partial / STATE).exists():  # the output that this one has replaced
-            shutil.rmtree(partial)
-        remove_resume_state(out)
+        _tidy(out)
     return RunResult(out, dict(manifest.get("summary") or {}))
+
+
+def tidy(out: Path) -> None:
+    """Remove what a kill has left in and next to a complete output, unless another process writes there."""
+    if not ((out / STATE).exists() or _beside(out)):
+        return
+    with suppress(Gemma2Error, OSError):
+        if (read_manifest(out) or {}).get("status") == "complete":
+            with locked(out):
+                _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    """Remove resume state and hidden siblings of a complete output that we hold; an interrupted run stays."""
+    for path in _beside(out):
+        if path.is_dir() and not path.is_symlink() and not (path / STATE).exists():  # what this output has replaced
+            shutil.rmtree(path)
+    remove_resume_state(out)
+
+
+def _beside(out: Path) -> list[Path]:
+    """The hidden siblings of an output: its lock, partial and temporary folders."""
+    names = ("lock", "partial", "partial-old", "tmp-*")
+    return [path for name in names for path in out.parent.glob(f".{glob.escape(out.name)}.{name}")]
 
 
 def _is_of(state: object, config: Config) -> bool:

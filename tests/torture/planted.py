@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ from datetime import datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+
+from waiting import lasting, pause
 
 DAY = 86400.0
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGURG, signal.SIGCHLD)
@@ -43,9 +46,9 @@ def slow_end(seconds: float) -> None:
     release = staging._release
 
     def slowly(descriptors: list[int], path: Path) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            time.sleep(0.01)
+        going = lasting(seconds)
+        while going():
+            pause(0.01)
         release(descriptors, path)
 
     staging._release = slowly
@@ -78,6 +81,11 @@ def kill_at_records(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Journal.append = appended  # type: ignore[method-assign,assignment]
+
+
+def longest_file(size: int) -> None:
+    """Every write beyond this size of a file fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def clock(ahead: float, looks: int) -> None:
@@ -116,11 +124,11 @@ class _Forked:
 
     def wait(self, seconds: float | None = None) -> int:
         """Wait for its end."""
-        until = time.monotonic() + (seconds or float("inf"))
+        going = lasting(float("inf") if seconds is None else seconds)
         while self.poll() is None:
-            if time.monotonic() > until:
+            if not going():
                 raise subprocess.TimeoutExpired("server", seconds or 0.0)
-            time.sleep(0.002)
+            pause(0.002)
         assert self.returncode is not None
         return self.returncode
 

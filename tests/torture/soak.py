@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ import conftest  # noqa: E402, F401 - makes a bare checkout importable
 import planted  # noqa: E402
 from ledger import recorded  # noqa: E402
 from processes import alive, children_of  # noqa: E402
-from waiting import pause, seconds_of, wait_for  # noqa: E402
+from waiting import lasting, pause, seconds_of, wait_for  # noqa: E402
 from world import World, files_of, hidden  # noqa: E402
 from zygote import FULL, Fault, Run, Zygote, has_compiler, zygote  # noqa: E402
 
@@ -34,10 +33,8 @@ from gemma2.core.outputs.staging import fault_of  # noqa: E402
 
 LEARN = "learning_rate: 1e-3, warmup_steps: 0, save_every: 1"
 SHORT = "max_new_tokens: 16, temperature: 1"
-RL = (
-    f"{{policy: '${{student.out}}', reward: ['${{judge.out}}'], prompts: prompts.jsonl, {LEARN}, {SHORT}, steps: 3, mu: 0.3,\
- prompts_per_step: 2, n: 3, eval_prompts: 4, seed: SEED}}"
-)
+RL = f"""{{policy: "${{student.out}}", reward: ["${{judge.out}}"], prompts: prompts.jsonl, {LEARN}, {SHORT},
+              steps: 3, mu: 0.3, prompts_per_step: 2, n: 3, eval_prompts: 4, seed: SEED}}"""
 PIPELINE = f"""
 resources: {{cpus: 1}}
 stages:
@@ -121,8 +118,7 @@ class Soak:
         different = sorted(name for name in found.keys() | self.expected if found.get(name) != self.expected.get(name))
         assert different == [], f"round {number}: {different}"
         assert fault_of(self.out) == ""
-        left = [str(path) for path in (self.out.parent, *self.out.iterdir()) if path.is_dir() and hidden(path)]
-        assert left == [], left
+        assert hidden(self.out.parent) == []
         shutil.rmtree(self.out.parent)
         self.counts["rounds"] += 1
 
@@ -132,7 +128,7 @@ class Soak:
         if what == "full disks" and has_compiler():
             fault = Fault(self.root, self.chance.randrange(120), FULL)
         elif what == "full disks":
-            before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({self.chance.randrange(1, 200_000)},) * 2)\n"
+            before = planted.call("longest_file", self.chance.randrange(1, 200_000))
         process = self.start(before, fault)
         if what != "full disks":
             pause(self.chance.uniform(0, self.seconds))
@@ -162,7 +158,7 @@ class Soak:
 
 def soak(seconds: float) -> None:
     """Rounds until the time is over; the figures are printed, and kept where a ledger is named."""
-    until = time.monotonic() + seconds
+    going = lasting(seconds)
     seed = random.randrange(10**9)
     sys.stdout.write(f"soak with seed {seed}\n")
     with ExitStack() as held:
@@ -172,7 +168,7 @@ def soak(seconds: float) -> None:
         )
         parent = held.enter_context(zygote(calls=has_compiler()))
         one = Soak(parent, root, random.Random(seed))
-        while not one.counts["rounds"] or time.monotonic() < until:
+        while not one.counts["rounds"] or going():
             one.round(one.counts["rounds"] + 1)
             sys.stdout.write(f"round {one.counts['rounds']}: {one.counts['starts']} starts so far\n")
             sys.stdout.flush()

@@ -16,13 +16,13 @@ from zygote import Run, Zygote
 
 from gemma2.core.outputs.staging import fault_of
 
-OURS = (".out.partial", ".out.lock")
 # What a start says that finds another state than its words expect, and the word that it advises to add or drop.
 ADVICE = {
     "continue it with --resume": "--resume",
     "drop --resume": "",
     "no interrupted run exists": "",
 }
+LOSES = ("another gemma2 process is writing", "exists; choose another --out", "an interrupted run of", "appeared while")
 DONE = ("is complete, there is nothing to resume", "exists; choose another --out, or replace it with --force")
 
 
@@ -124,15 +124,22 @@ class Trial:
             flags = [flag for flag in advised[:1] if flag]
         raise AssertionError(f"{self.name}: three starts led to no end: {err}")
 
-    def check(self, expected: Mapping[str, bytes], complete_before: bool = False) -> None:
-        """The output has these bytes, and nothing else is left.
+    def one_wins(self, *started: Run) -> str:
+        """Of processes that were started at once one succeeds; another ends with one line, or succeeds after it."""
+        ends = [process.finish() for process in started]
+        codes = sorted(code for code, _, _ in ends)
+        assert codes[0] == 0 and codes[-1] in (0, 1), ends
+        for code, _, err in ends:
+            assert "Traceback" not in err
+            if code:
+                assert len(err.strip().splitlines()) == 1 and any(text in err for text in LOSES), err
+        return "one was refused" if codes[-1] else "one after the other"
 
-        complete_before  the output was complete when its command was killed: a start that is refused leaves the lock
-        """
+    def check(self, expected: Mapping[str, bytes]) -> None:
+        """The output has these bytes, and nothing else is left."""
         found = files_of(self.out)
         different = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
         assert different == []
         assert fault_of(self.out) == ""
-        left = hidden(self.folder)
-        assert left == [] or (complete_before and left == [".out.lock"]), left
+        assert hidden(self.folder) == []
         self.nothing_runs()

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from zygote import Zygote
 
-from gemma2.core.outputs.manifest import MANIFEST
+from gemma2.core.outputs.manifest import MANIFEST, read_manifest
+from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
 
 JUDGE = """def judge(prompts, completions, **columns):
@@ -115,17 +116,23 @@ class World:
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """The files of an output that have the same bytes in every run: not the manifest, the card, the page, a log."""
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in VARYING and path.parent != out / "logs"
-    }
+    """The files of an output that have the same bytes in every run; of a manifest, what the output was made from.
+
+    Without the card, the page, the state of a pipeline and its logs.
+    """
+    found: dict[str, bytes] = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.name == MANIFEST and (manifest := read_manifest(path.parent)):
+            found[name] = output_hash({**manifest}).encode() if manifest.get("files") else b"a pipeline"
+        elif path.is_file() and path.name not in VARYING and path.parent != out / "logs":
+            found[name] = path.read_bytes()
+    return found
 
 
 def hidden(root: Path) -> list[str]:
-    """What runs left behind: hidden files and folders directly below the root."""
-    return sorted(path.name for path in root.glob(".*"))
+    """What runs left behind: hidden files and folders below the root, however deep."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
 
 
 def _write_models(root: Path) -> None:

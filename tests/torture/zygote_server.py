@@ -139,6 +139,7 @@ def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # planted.py
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path += [here, os.path.dirname(here)]  # planted.py, waiting.py
     preload(sys.argv[3:])
     serve(sys.argv[2])
