@@ -71,12 +71,12 @@ class Mode:
 
 MODES = {
     "kill": Mode(KILL, "SIGKILL", lambda call: call.name not in FLUSHES),
-    "full": Mode(FULL, "disk full from here", lambda call: call.grows, 2),
-    "eio": Mode(errno.EIO, "EIO", lambda _: True, 5),
+    "full": Mode(FULL, "disk full from here", lambda call: call.grows, 3),
+    "eio": Mode(errno.EIO, "EIO", lambda _: True, 8),
     "half": Mode(HALF, "half a write", lambda call: call.name in WRITES, 4),
-    "interrupted": Mode(INTERRUPTED, "EINTR", lambda _: True, 6),
-    "read-only": Mode(READ_ONLY, "read-only from here", lambda _: True, 8),
-    "vanished": Mode(VANISHED, "folder of --out moved away", lambda _: True, 8),
+    "interrupted": Mode(INTERRUPTED, "EINTR", lambda _: True, 10),
+    "read-only": Mode(READ_ONLY, "read-only from here", lambda _: True, 12),
+    "vanished": Mode(VANISHED, "folder of --out moved away", lambda _: True, 12),
 }
 
 

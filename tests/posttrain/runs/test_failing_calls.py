@@ -16,7 +16,7 @@ from gemma2.posttrain.data.files.shards import ShardWriter
 from gemma2.posttrain.pipelines.run import check_place
 from gemma2.posttrain.runs.run_directory import remove_resume_state
 
-STRIKES = {"kill": 0.2, "full": 0.2, "eio": 0.3, "interrupted": 0.2, "read-only": 0.2, "vanished": 0.4}
+STRIKES = {"kill": 0.2, "full": 0.4, "eio": 0.5, "interrupted": 0.4, "read-only": 0.5, "vanished": 0.8}
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs Linux and a C compiler")
