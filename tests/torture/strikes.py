@@ -88,7 +88,7 @@ class Trial:
         state = self.state()
         if code == 128 + number:
             lines = [line for line in err.splitlines() if line.strip()]
-            notes = ("work done so far is kept", "interrupted; cleaning up")
+            notes = ("work done so far is kept", "interrupted; cleaning up", "warning: ", "note: ")
             assert [line for line in lines if not any(note in line for note in notes)] == ["interrupted"], err
         elif code == -number and number != signal.SIGKILL:
             assert state == "complete" or how == "late" or (how == "twice" and "interrupted" in err), (state, err)

@@ -28,6 +28,7 @@ SIGNALS = {
     **{"warp": 3, "pipeline": 7},
 }
 PLANTED = planted.call("forked_stages")
+SECONDS: dict[str, float] = {}  # that each takes
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +42,25 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("kills"))
 
 
+def moment_of(parent, world, name, moments, share=1.0):
+    """A random moment in the first share of the time that a command takes when nothing disturbs it."""
+    if name not in SECONDS:
+        world.expected(parent, name, before=PLANTED)
+        SECONDS[name] = Trial(parent, world, name).seconds()
+    return moments.uniform(0, share * SECONDS[name])
+
+
 def disturbed(parent, world, name, number, how, moments):
     """One disturbance of a command, and its repair: what the trial counted."""
     expected = world.expected(parent, name, before=PLANTED)
+    moment = moment_of(parent, world, name, moments)
     trial = Trial(parent, world, name)
-    code, err = trial.strike(number, moments.uniform(0, SECONDS[name]), how=how)
+    code, err = trial.strike(number, moment, how=how)
     state = trial.judge(number, code, err, how)
     counts = Counter({"ended before it": code == 0, f"{state} then": 1})
     counts["further starts"] += trial.go_on(moments.random() < 0.5)
     trial.check(expected)
     return counts
-
-
-SECONDS: dict[str, float] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _measured(parent, world):
-    """How long each command takes when nothing disturbs it."""
-    for name in KILLS:
-        world.expected(parent, name, before=PLANTED)
-        SECONDS[name] = Trial(parent, world, name).seconds()
 
 
 def test_after_kill_9_the_same_command_ends_with_the_same_bytes(parent, world):
@@ -94,8 +93,8 @@ def test_a_second_ctrl_c_ends_a_command_that_cleans_up_for_long(parent, world):
         figures["signals"] = 0
         for name in ("sft", "rlhf", "generate", "filter") * times(2):
             expected = world.expected(parent, name, before=PLANTED)
+            moment = moment_of(parent, world, name, moments, 0.5)
             trial = Trial(parent, world, name)
-            moment = moments.uniform(0, SECONDS[name] / 2)
             code, err = trial.strike(signal.SIGINT, moment, how="late", before=planted.call("slow_end", 30))
             trial.judge(signal.SIGINT, code, err, "late")
             figures["signals"] += 1
@@ -113,9 +112,10 @@ def test_a_killed_replacement_leaves_old_or_new(parent, world):
             old = world.expected(parent, name, *other)
             assert old != new
             for _ in range(times(count)):
+                moment = moment_of(parent, world, name, moments, 1.1)
                 trial = Trial(parent, world, name)
                 shutil.copytree(world.root / "expected" / f"{name}---seed-7", trial.out)
-                code, err = trial.strike(signal.SIGKILL, moments.uniform(0, SECONDS[name] * 1.1), "--force")
+                code, err = trial.strike(signal.SIGKILL, moment, "--force")
                 assert code in (0, -9) and "Traceback" not in err
                 found = {k: v for k, v in files_of(trial.out).items() if not k.startswith(("checkpoints", "run.json"))}
                 assert found in (old, new) and fault_of(trial.out) == ""
