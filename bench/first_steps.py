@@ -1,4 +1,4 @@
-"""What the checks of the first two steps cost, beside a step, on random Gemma 2 models of 16 M parameters.
+"""What the checks of the first two steps cost, against a step, on random Gemma 2 models of 16 M parameters.
 
     python bench/first_steps.py [--size small] [--steps 4]
 

@@ -42,7 +42,7 @@ __all__ = [
 SAMPLE = 2**10  # elements per tensor
 SCORED = 16  # tokens of a completion that are scored again
 # Of a log-prob, nats; of a reward, in its own size. bf16 keeps 8 bits.
-TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2
+TOLERANCE, TOLERANCE_HALF = 3e-4, 5e-2
 ULPS = 8
 HINT = "nothing more was trained; check the versions of torch and transformers, or report it"
 
@@ -81,7 +81,7 @@ def check_log_probs(policy: CausalLM, anchor: CausalLM | None, seen: Seen, tempe
     if anchor is None or not float(seen.log_ratios.abs().max()):
         return
     expected = float((own - token_logps(anchor, prompt, [ids], 1, temperature)[0]).sum())
-    if not abs(float(seen.log_ratios[i]) - expected) <= max(tolerance(policy), tolerance(anchor)) / 5 * len(ids):
+    if not abs(float(seen.log_ratios[i]) - expected) <= max(tolerance(policy), tolerance(anchor)) / 3 * len(ids):
         raise GuardStop(
             f"log pi - log anchor of a completion is {seen.log_ratios[i]:.3g} in the reward, {expected:.3g} by itself",
             HINT,

@@ -43,9 +43,9 @@ from gemma2.posttrain.runs.live import LiveRecord, take_alert
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
+from .as_asked import check_recipe
 from .first_steps import FirstSteps, always
 from .movement import Movement
-from .recipe_match import check_recipe
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
 from .warmup import start_above_zero

@@ -18,7 +18,7 @@ from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.rollout import Rollout
 
 
-@silence("sampler with stale weights", rl, "the samples are of another policy")
+@silence("sampler with stale weights", rl, "the samples are of another policy|not the one that was sampled")
 def stale_sampler(patch: Patch) -> None:
     copies: list[torch.nn.Module] = []
 

@@ -29,7 +29,7 @@ Patch = pytest.MonkeyPatch
 
 @dataclass(frozen=True)
 class Silence:
-    """One change of the product, the job that meets it, and words of the line that names it."""
+    """One change of the product, the job that meets it, and words of the line that names it (alternatives: `|`)."""
 
     name: str
     job: Job

@@ -8,7 +8,8 @@ from ledger import recorded, times
 from silences import SILENCES
 from training_jobs import CLEAN, observe, write_inputs
 
-EXPECTED = "less than rounding"  # two steps at the rate of the paper
+# True of two steps on random models, and said before these checks: no silence.
+EXPECTED = ("less than rounding", "the held-out loss rose")
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def check_silence(one, inputs, out):
     with pytest.MonkeyPatch.context() as patch:
         one.inject(patch)
         outcome = observe(one.job, inputs, out)
-    assert one.words in outcome.text, (one.name, outcome)
+    assert any(words in outcome.text for words in one.words.split("|")), (one.name, outcome)
     assert outcome.error is None or outcome.error.exit_code in (1, 3)
     assert "\n" not in str(outcome.error)
 
 
 def check_clean(job, inputs, out):
     outcome = observe(job, inputs, out)
-    unexpected = [text for text in outcome.warnings if EXPECTED not in text]
+    unexpected = [text for text in outcome.warnings if not any(words in text for words in EXPECTED)]
     assert (outcome.error, unexpected) == (None, [])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import ssl
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -505,7 +505,7 @@ def rl_run(config: Any, room: Room) -> object:
         return lambda *given, **named: (calls.append([name, [known(item) for item in given]]), result)[1]
 
     network = SimpleNamespace(generation_config=None, requires_grad_=lambda flag: network, named_modules=lambda: [])
-    trainer = SimpleNamespace(add_callback=lambda callback: None, follow=note("follow", None))
+    trainer = SimpleNamespace(add_callback=lambda callback: None, follow=note("follow", None), anchor=None)
     with (
         patch.object(rlhf, "open_run", note("parents", nothing(open_run(room)))),
         patch.object(setup, "load_policy", note("load", (network, None))),
@@ -514,7 +514,7 @@ def rl_run(config: Any, room: Room) -> object:
         patch.object(setup, "check_same_vocabulary"),
         patch.object(setup, "ChatFormat", lambda *_: CHAT),
         patch.object(setup, "reward_score", note("reward", None)),
-        patch.object(setup, "Rollout", note("rollout", SimpleNamespace(policy=network, chat=CHAT))),
+        patch.object(setup, "Rollout", note("rollout", SimpleNamespace(policy=network, chat=CHAT, anchor=None))),
         patch.object(setup, "EmaAnchor", note("dense", None)),
         patch.object(setup, "LoraAnchor", note("products", None)),
         patch.object(setup, "FactorAnchor", note("factors", None)),
@@ -563,10 +563,12 @@ def trained(config: Any, room: Room, *, module: str, trainer: str) -> object:
     from gemma2.posttrain.data.examples import Example
 
     home: Any = import_module(f"gemma2.posttrain.{module}")
+    options_of = import_module("gemma2.posttrain.training.trainer")
     made: Any = SimpleNamespace(scores_targets_only=True, padding_free=False)
     with (
         patch.object(home, trainer, return_value=made) as built,
         patch.object(home, "check_targets"),
+        patch.object(options_of, "check_recipe"),  # a batch that its micro-batches do not divide is refused before
         patch.object(home, "to_dataset", lambda rows: "plain"),
         patch.object(home, "total_steps", lambda trainer, rows: 100),
     ):
@@ -606,6 +608,7 @@ def plan_of_heldout(config: Any, room: Room) -> object:
     found: list[object] = []
     with (
         patch.object(heldout, "heldout_loss", lambda model, rows, size: (batches.add(size), next(losses))[1]),
+        patch.object(heldout, "measuring", lambda model, what: nullcontext()),
         patch.object(heldout.HeldOut, "_save_best", lambda self, model: found.append("saved")),
     ):
         for step in range(1, 11):
