@@ -60,7 +60,7 @@ def test_a_refusal_of_the_operating_system_is_one_line(command, capsys, number):
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: /some/file; check its place and permissions\n"
 
 
-@pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("k"), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("k"), OSError(errno.EBADF, "Input/output error")])
 def test_a_bug_is_not_reported_as_an_expected_error(command, bug):
     with pytest.raises(type(bug)):
         command(bug)

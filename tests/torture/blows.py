@@ -19,6 +19,7 @@ from gemma2.core.outputs.staging import fault_of
 
 # What differs between runs or checkpoints in the name of a file -> how all of them are called here.
 PATTERNS = (
+    (r"^\.out\.(partial|tmp-\d+-\w+)\b", ".out.#"),
     (r"\.tmp-\d+-\w+", ".tmp-#"),
     (r"\.tmp\w{6}$", ".tmp#"),
     (r"(checkpoint|data|point|chunk)-\d+", r"\1-#"),
@@ -70,12 +71,12 @@ class Mode:
 
 MODES = {
     "kill": Mode(KILL, "SIGKILL", lambda call: call.name not in FLUSHES),
-    "full": Mode(FULL, "disk full from here", lambda call: call.grows, 2),
-    "eio": Mode(errno.EIO, "EIO", lambda _: True, 5),
+    "full": Mode(FULL, "disk full from here", lambda call: call.grows, 3),
+    "eio": Mode(errno.EIO, "EIO", lambda _: True, 8),
     "half": Mode(HALF, "half a write", lambda call: call.name in WRITES, 4),
-    "interrupted": Mode(INTERRUPTED, "EINTR", lambda _: True, 6),
-    "read-only": Mode(READ_ONLY, "read-only from here", lambda _: True, 8),
-    "vanished": Mode(VANISHED, "folder of --out moved away", lambda _: True, 8),
+    "interrupted": Mode(INTERRUPTED, "EINTR", lambda _: True, 10),
+    "read-only": Mode(READ_ONLY, "read-only from here", lambda _: True, 12),
+    "vanished": Mode(VANISHED, "folder of --out moved away", lambda _: True, 12),
 }
 
 
@@ -88,7 +89,7 @@ def read_calls(log: Path) -> list[Call]:
 def chosen(calls: list[Call], mode: Mode, share: float = 1.0) -> list[Call]:
     """One call of each kind, in turn the first, one in the middle and the last; of all these one of `mode.every`.
 
-    The calls of one kind are those of the same name on the same file of each checkpoint. From share ALL on all are struck.
+    The calls of one kind are those of the same name on the same file of each checkpoint. From share ALL on, every call.
     """
     kinds: dict[tuple[str, str], list[Call]] = {}
     for call in calls:
@@ -103,7 +104,8 @@ def chosen(calls: list[Call], mode: Mode, share: float = 1.0) -> list[Call]:
 
 def replacing(calls: list[Call]) -> list[Call]:
     """The calls of a run with --force from the moment on at which the new output is complete."""
-    return calls[max(place for place, call in enumerate(calls) if call.path.endswith(f"/{MANIFEST}")) :]
+    complete = [place for place, call in enumerate(calls) if call.kind == ("rename", f".out.#/{MANIFEST}")]
+    return calls[complete[-1] :]
 
 
 class Place:

@@ -15,10 +15,11 @@ from zygote import has_compiler, zygote
 # Of commands that write their checkpoints with the same code a part is struck. A pipeline's and warp's own calls are
 # those of the scheduler: their stages are the other commands.
 SHARES = {
-    **{"merge": 1, "generate": 1, "filter": 1, "pareto": 1, "pipeline": 1, "warp": 0.4},
-    **{"sft": 1, "distill": 0.25, "reward": 0.25, "rlhf": 0.4, "rlhf lora": 0.4},
+    **{"merge": 1, "generate": 1, "filter": 1, "pareto": 0.6, "pipeline": 1, "warp": 0.3},
+    **{"sft": 1, "distill": 0.25, "reward": 0.25, "rlhf": 0.3, "rlhf lora": 0.3},
 }
 REPLACED = {"merge": "filter", "generate": "merge", "sft": "merge"}  # by --force: a command -> what is there before
+EXCHANGED = {"kill": 1, "eio": 3}
 
 pytestmark = [
     pytest.mark.torture,
@@ -75,9 +76,5 @@ def test_force_leaves_the_old_output_or_the_new_at_every_call_of_its_exchange(pa
     with recorded(f"calls of the exchange of `{name} --force`") as figures:
         exchange = replacing(calls)
         figures["calls found"] = len(exchange)
-        picked = {
-            word: chosen(exchange, replace(mode, every=1), SHARE)
-            for word, mode in MODES.items()
-            if word in ("kill", "eio")
-        }
+        picked = {word: chosen(exchange, replace(MODES[word], every=every), SHARE) for word, every in EXCHANGED.items()}
         struck(place, picked, [expected, old], figures)

@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,4 +158,3 @@ def zygote(calls: bool = False, commands: Sequence[str] = ()) -> Iterator[Zygote
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            time.sleep(0.01)
