@@ -338,6 +338,7 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
     """
     check_output(out, force)
     with locked(out):
+        check_output(out, force)  # again: another process may have published it just before
         for stale in filter(_is_own, out.parent.glob(f".{glob.escape(out.name)}.tmp-*")):
             shutil.rmtree(stale)
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")

@@ -310,6 +310,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     }
     held.enter_context(locked(options.out))
     check_partial(partial_path(options.out))
+    check_output(options.out, options.force)  # again: another process may have published it just before
     held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
     resumed = _prepare(partial_path(options.out), start, origin)
     clear_live(partial_path(options.out))  # an alert that nobody has heard is not for this run

@@ -139,7 +139,7 @@ class Trial:
         """The output has these bytes, and nothing else is left."""
         found = files_of(self.out)
         different = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
-        assert different == []
+        assert different == [], different
         assert fault_of(self.out) == ""
-        assert hidden(self.folder) == []
+        assert hidden(self.folder) == [], hidden(self.folder)
         self.nothing_runs()

@@ -465,3 +465,19 @@ def test_nothing_of_the_environment_is_recorded(place, monkeypatch):
     complete(place)
     written = b"".join(path.read_bytes() for path in (place / "out").iterdir())
     assert b"planted" not in written
+
+
+def test_an_output_that_appears_just_before_the_lock_is_refused_before_any_work(place, monkeypatch):
+    """Two starts: one publishes and lets go of the lock between the check and the lock of the other."""
+    take = run_directory.locked
+
+    def after_another(out):
+        monkeypatch.setattr(run_directory, "locked", take)
+        complete(place)
+        return take(out)
+
+    monkeypatch.setattr(run_directory, "locked", after_another)
+    with pytest.raises(OutputError, match="exists; choose another --out"), opened(place):
+        pytest.fail("it has begun to work")
+    assert text_of(place / "out") == "result"
+    assert list(place.glob(".*")) == []
