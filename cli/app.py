@@ -84,7 +84,7 @@ COMMANDS = {
     "pick": CommandEntry(
         "stages.pick", "Write a point of a finished front as a model directory, with its card.", "Evaluation"
     ),
-    "chat": CommandEntry("chat.command", "Talk to a model, or to two side by side; vote for pairs.", "Evaluation"),
+    "chat": CommandEntry("chat.chat_command", "Talk to a model, or to two side by side; vote for pairs.", "Evaluation"),
     "lineage": CommandEntry(
         "tools.lineage", "Show what an output was made from: a tree from base to result, with hashes.", "Evaluation"
     ),

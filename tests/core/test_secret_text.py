@@ -6,7 +6,7 @@ import json
 
 import pytest
 from chat_server import Server, serving
-from planted import SECRETS, environment, found_in, search
+from planted_secrets import SECRETS, environment, found_in, search
 
 from gemma2.cli.main import run
 from gemma2.core.secret_text import known_forms, masked, secret_in

@@ -117,7 +117,7 @@ def test_every_command_has_an_example_that_it_parses(name):
 def test_every_entry_of_the_command_table_has_a_summary_and_the_module_of_its_name():
     for name, entry in COMMANDS.items():
         assert entry.summary.endswith(".")
-        assert entry.module.partition(".")[2].removesuffix("_page") == name
+        assert entry.module.partition(".")[2].removesuffix("_page").removesuffix("_command") == name
 
 
 def test_the_page_of_all_commands_is_up_to_date():

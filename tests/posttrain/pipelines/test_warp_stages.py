@@ -15,7 +15,7 @@ from gemma2.posttrain.runs.run_directory import RunResult, open_run
 from gemma2.posttrain.schemas import ParetoConfig, RlhfConfig
 
 SHAPES = {
-    "model.embed_tokens.weight": (16, 8),
+    "model.embed_tokens.weight": (128, 8),
     "model.layers.0.mlp.up_proj.weight": (12, 8),
     "model.layers.0.self_attn.q_proj.weight": (8, 8),
     "model.layers.1.mlp.up_proj.weight": (12, 8),
@@ -23,7 +23,7 @@ SHAPES = {
 }
 CONFIG = {
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 8, "num_hidden_layers": 2,
-    "vocab_size": 16, "tie_word_embeddings": True, "dtype": "float32",
+    "vocab_size": 128, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
 I, M, T, ETA, MU, RATE, MOMENTUM = 2, 3, 4, 0.3, 0.25, 0.1, 0.5  # noqa: E741 - the paper's names
 

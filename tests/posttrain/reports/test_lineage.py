@@ -178,11 +178,18 @@ def test_a_model_without_a_manifest_is_a_root(tmp_path):
     assert [origin.kind for origin in read_lineage(tmp_path / "plain").origins] == ["model"]
 
 
-@pytest.mark.parametrize("parents", [3, ["x"], [{}], [{"role": 3, "path": ["x"], "weights": None}], {"a": 1}])
+@pytest.mark.parametrize("parents", [[{}], [{"role": 3, "path": ["x"], "weights": None}]])
 def test_malformed_parents_in_a_manifest_are_left_out(run, parents):
-    manifest = json.loads((run / "slerp/gemma2.json").read_text()) | {"parents": parents, "data": parents, "config": 1}
+    manifest = json.loads((run / "slerp/gemma2.json").read_text()) | {"parents": parents, "data": parents}
     write_json(run / "slerp/gemma2.json", manifest)
     assert lineage_text(read_lineage(run / "slerp"))
+
+
+@pytest.mark.parametrize("part", [{"parents": 3}, {"parents": ["x"]}, {"data": {"a": 1}}, {"config": 1}])
+def test_a_record_of_another_kind_is_refused_by_name(run, part):
+    write_json(run / "slerp/gemma2.json", json.loads((run / "slerp/gemma2.json").read_text()) | part)
+    with pytest.raises(InputError, match=r"slerp/gemma2.json is not a gemma2 manifest"):
+        read_lineage(run / "slerp")
 
 
 def test_a_cycle_of_parents_ends(run):

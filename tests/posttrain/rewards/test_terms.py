@@ -237,7 +237,7 @@ def test_rewards_depend_on_neither_batch_nor_order(models, chat, sampled, how):
 def test_a_reward_model_that_gives_nan_stops_the_run(tmp_path, chat, sampled):
     model = random_reward_model()
     with torch.no_grad():
-        model.score.weight.fill_(math.nan)
+        model.score.weight.fill_(3e38)  # finite; its products are not
     model.save_pretrained(tmp_path / "rm")
     tiny_tokenizer().save_pretrained(tmp_path / "rm")
     with pytest.raises(GuardStop, match=r"rm is NaN or infinite"):

@@ -21,7 +21,7 @@ from gemma2.posttrain.data.sources import iter_rows, to_line
 from gemma2.posttrain.generation.engines import Completion, retry, server
 from gemma2.posttrain.generation.generate import run_generate
 from gemma2.posttrain.generation.journal import Journal
-from gemma2.posttrain.runs import run_directory
+from gemma2.posttrain.provenance import version_rule
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import GenerateConfig
 
@@ -33,14 +33,14 @@ RETRIES = 1
 
 
 # The same for every run, and most of its time: the versions of the packages, and the certificates of a TLS client.
-known_versions = functools.cache(run_directory.versions)
+known_versions = functools.cache(version_rule.versions)
 one_context = functools.cache(ssl.create_default_context)
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setattr(ssl, "create_default_context", one_context)
-    monkeypatch.setattr(run_directory, "versions", known_versions)
+    monkeypatch.setattr(version_rule, "versions", known_versions)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(retry, "FIRST", 0.001)
