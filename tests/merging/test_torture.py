@@ -215,7 +215,8 @@ def test_every_call_fails_once(tmp_path, monkeypatch, method, code, force):
         with monkeypatch.context() as patch:
             root = write_models(tmp_path / str(direct))
             totals += judge_each_call(root, Faults(patch, root), code, method, force)
-    report(f"each call of merge {method}{' --force' * force} fails, {code}", totals)
+    how = {NO_SPACE: "ENOSPC", BROKEN: "EIO", None: "half done"}[code]
+    report(f"each call of a merge fails, in process (5 methods, with and without --force): {how}", totals)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ import os
 import platform
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from waiting import clock
 
@@ -54,8 +56,12 @@ def _shown(figures: Mapping[str, int | float]) -> str:
 
 
 def table(lines: list[str]) -> str:
-    """The rows of a ledger as Markdown; of a part that ran twice, the last."""
-    entries = {entry["part"]: entry for entry in map(json.loads, lines)}
+    """The rows of a ledger as Markdown; what was recorded under one part several times is added up."""
+    entries: dict[str, dict[str, Any]] = {}
+    for entry in map(json.loads, lines):
+        held = entries.setdefault(entry["part"], entry | {"figures": Counter(), "seconds": 0.0})
+        held["figures"].update(entry["figures"])
+        held["seconds"] += entry["seconds"]
     rows = [
         f"| {part} | {_shown(entry['figures'])} | {entry['seconds']:.0f} | `{entry['test']}` |"
         for part, entry in entries.items()
