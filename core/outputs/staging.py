@@ -270,8 +270,10 @@ def _unlisted(directory: Path) -> Iterator[Path]:
     """The files, links and empty folders below an output that its manifest, or that of an output in it, lacks."""
     try:
         listed = (read_manifest(directory) or {}).get("files", {})
-    except InputError:  # cut or overwritten: nothing says which files are ours
-        listed = {}
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):  # the disk fails: nothing says that files are those of others
+            raise
+        listed = {}  # cut or overwritten: nothing says which files are ours
     yield from _unlisted_below(directory, directory, {os.path.normpath(name) for name in listed})
 
 

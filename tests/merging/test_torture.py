@@ -252,7 +252,8 @@ print(json.dumps(peak))
 def write_sparse(path, shapes):
     """Zeros that use no disk space, one tensor per file."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    layers = 1 + max(int(name.split(".")[2]) for name in shapes)
+    (path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
     weight_map = {}
     for number, (name, shape) in enumerate(shapes.items()):
         file = f"model-{number + 1:05d}-of-{len(shapes):05d}.safetensors"

@@ -159,7 +159,8 @@ class Place:
         faults.append("exit code 0 without an output" if code == 0 and not complete else "")
         if self.out.exists() and self.name != "pipeline":
             faults.append("" if any(_settled(self.out) == one for one in results) else "the output is mixed")
-        kept = _last_checkpoint(made)
+        new = complete and _settled(self.out) == results[0]  # then a start with --force begins anew, as it should
+        kept = 0 if new and "--force" in self.more else _last_checkpoint(made)
         if code or hidden(self.folder) or (self.out / STATE).exists():
             faults.append(self._go_on(kept))
         faults += [self._judge_result(results[0]), "" if _inputs(self.world.root) == before else "inputs changed"]

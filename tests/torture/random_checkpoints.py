@@ -146,7 +146,17 @@ def _merged(one: Checkpoint, base: np.ndarray, values: list[np.ndarray]) -> tupl
     if one.method == "nearswap":
         difference = values[0] - base
         return base + np.clip(difference, -one.share, one.share), size
-    return base + _slerp(one.share, values[0] - base, values[1] - base), size
+    left, right = values[0] - base, values[1] - base
+    return base + _slerp(one.share, left, right), size * _condition(left, right)
+
+
+def _condition(left: np.ndarray, right: np.ndarray) -> float:
+    """By how much slerp enlarges rounding: its coefficients divide by the sine of the angle."""
+    norms = float(np.linalg.norm(left)), float(np.linalg.norm(right))
+    if 0.0 in norms or left.size == 0:
+        return 1.0
+    cosine = float((left / norms[0]).ravel() @ (right / norms[1]).ravel())
+    return 1.0 / max(float(np.sqrt(max(1.0 - cosine**2, 0.0))), 1e-3) ** 2
 
 
 def _slerp(t: float, left: np.ndarray, right: np.ndarray) -> np.ndarray:

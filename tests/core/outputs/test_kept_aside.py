@@ -1,12 +1,13 @@
 """`--force` replaces outputs of gemma2 only, and no file in them that is not ours."""
 
+import errno
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from gemma2.core.errors import OutputError
+from gemma2.core.errors import InputError, OutputError
 from gemma2.core.outputs import staging
 from gemma2.core.outputs.manifest import write_manifest
 from gemma2.core.outputs.staging import staged_output, take_notes
@@ -113,3 +114,17 @@ def test_a_symbolic_link_is_refused_and_its_target_stays(tmp_path, target, force
 def test_a_place_where_nothing_can_be_created_is_an_error_in_one_line(out):
     with pytest.raises(OutputError, match=r"cannot write --out \S+ .*; choose another --out"):
         make(Path(out))
+
+
+def test_a_manifest_that_the_disk_does_not_give_moves_nothing(tmp_path, monkeypatch):
+    """Else every file of the old output would count as one of others, and leave it."""
+    make(tmp_path / "out", "old")
+    before = files(tmp_path)
+
+    def failing(directory):
+        raise InputError(f"{directory}/gemma2.json cannot be read", "") from OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot be read"):
+        patch.setattr(staging, "read_manifest", failing)
+        make(tmp_path / "out", "new", force=True)
+    assert files(tmp_path) == before
