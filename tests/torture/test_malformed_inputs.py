@@ -151,7 +151,7 @@ SPOT = (
 def test_processes_end_in_the_same_way_within_their_memory(template, tmp_path):
     """What a test in this process cannot see: the interpreter's own end, and how much memory it took."""
     wrong, most = {}, 0
-    with recorded("malformed inputs in processes of their own") as figures:
+    with recorded("malformed inputs, each in a process") as figures:
         for number, name in enumerate(SPOT):
             case, place = CASES[name], tmp_path / str(number)
             shutil.copytree(template, place, symlinks=True)
