@@ -10,7 +10,7 @@ from .subject import POLICY, Subject, listed_ids
 __all__ = ["CHECKS", "turn_ids"]
 
 FILE = "generation_config.json"
-FIX = "gemma2 doctor --fix writes it"
+FIX = "gemma2 doctor MODEL --fix DIR writes it"
 
 
 def turn_ids(subject: Subject) -> dict[str, int]:

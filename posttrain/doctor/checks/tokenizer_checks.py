@@ -16,7 +16,7 @@ from .subject import Subject, listed_ids
 __all__ = ["bos", "ids", "loads", "max_length", "pad", "rows", "system", "template"]
 
 RESTORE = "copy the tokenizer files of the model that this was made from"
-PUT_RIGHT = "gemma2 doctor --fix puts it right"
+PUT_RIGHT = "gemma2 doctor MODEL --fix DIR puts it right"
 IDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 106, "<end_of_turn>": 107}  # of every Gemma 2
 SYSTEM = "Diagnosis in one word."
 Turns = Sequence[dict[str, str]]

@@ -21,6 +21,7 @@ WEIGHED = MODELS | {ADAPTER}
 LFS = b"version https://git-lfs"
 FETCH = "fetch the weight files again: git lfs pull, or hf download"
 FLOATS = ("BF16", "F16", "F32", "F64")
+AGAIN = "write it again: gemma2 doctor MODEL --fix DIR"
 NAMED = 3  # tensors in a message
 
 
@@ -57,13 +58,11 @@ def _index(subject: Subject) -> Iterator[Diagnosis]:
         yield problem(f"both {WEIGHTS} and {INDEX}: which is meant is a guess", "remove the one that is not meant")
         return
     if fault := subject.fault(INDEX):
-        yield problem(fault, "write the index again: gemma2 doctor --fix")
+        yield problem(fault, AGAIN)
         return
     if not index:
         if subject.weights and not single:
-            yield problem(
-                f"{len(subject.weights)} weight files without {INDEX}", "write the index: gemma2 doctor --fix"
-            )
+            yield problem(f"{len(subject.weights)} weight files without {INDEX}", AGAIN)
         elif subject.weights:
             yield fine("one file")
         return
@@ -76,14 +75,15 @@ def _index(subject: Subject) -> Iterator[Diagnosis]:
     wrong = [name for name in places.keys() | subject.tensors.keys() if places.get(name) != _file_of(subject, name)]
     if wrong:
         yield problem(
-            f"index and shards disagree on {_some(sorted(wrong))}", "write the index again: gemma2 doctor --fix"
+            f"index and shards disagree on {_some(sorted(wrong))}",
+            AGAIN,
         )
         return
     total = subject.json(INDEX).get("metadata")
     stated = total.get("total_size") if isinstance(total, dict) else None
     size = sum(tensor.nbytes for tensor in subject.tensors.values())
     if stated is not None and stated != size:
-        yield warning(f"the index says {stated} bytes, the tensors have {size}", "write it again: gemma2 doctor --fix")
+        yield warning(f"the index says {stated} bytes, the tensors have {size}", AGAIN)
     else:
         yield fine(f"{len(places)} tensors in {len(subject.weights)} shards")
 
@@ -158,7 +158,7 @@ def _format(subject: Subject) -> Iterator[Diagnosis]:
     if lacking:
         yield warning(
             f"{_some(lacking)} does not say format pt: some versions of transformers refuse it",
-            "write the header again: gemma2 doctor --fix",
+            AGAIN,
         )
     elif subject.weights:
         yield fine("format pt")
