@@ -1,0 +1,1 @@
+"""`gemma2 eval`: its forms, and what each prints."""

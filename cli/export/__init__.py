@@ -1,0 +1,1 @@
+"""`gemma2 export` and `gemma2 serve`."""

@@ -1,0 +1,1 @@
+"""`gemma2 plan COMMAND`, and the tables of a plan."""

@@ -1,0 +1,1 @@
+"""Measures that need no extra: perplexity, answers, choices, win rates."""

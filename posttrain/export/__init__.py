@@ -1,0 +1,1 @@
+"""An output as others take it: dtype, shards, GGUF, the hub, endpoints, servers."""

@@ -1,0 +1,1 @@
+"""Schemas of the forms of `gemma2 eval`."""
