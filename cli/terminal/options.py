@@ -337,7 +337,7 @@ def _show_plan(config: Config, options: RunOptions | None, console: Console) -> 
 
     from .plan_view import show_plan
 
-    show_plan(plan_step(config, options), console)
+    show_plan(plan_step(config, options).document, console)
 
 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:

@@ -276,9 +276,8 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
 
     rows, memory = plan.rows(), free_memory()
     problems = [*plan.problems, *plan.without_memory(memory)]
-    total = sum(row["cpu_seconds_at_least"] or 0.0 for row in rows)
     facts = {
-        "to_run": len(plan.to_run), "stages": len(rows), "cpu_seconds_at_least": total,
+        "to_run": len(plan.to_run), "stages": len(rows),
         "memory_free_gib": memory.free / 2**30, "memory_of": memory.where,
         "disk_gib": plan.disk / 2**30, "disk_free_gib": plan.disk_free / 2**30,
     }  # fmt: skip

@@ -72,7 +72,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Job:
+class MemoryQuestion:
     """A configuration, and what is known of its models and rows: all that its memory follows from."""
 
     config: Config
@@ -101,7 +101,7 @@ class Job:
 
 def judge(config: Config, sizes: Sizes, place: Place, lengths: Lengths | None = None) -> Verdict | None:
     """Return whether a command fits into a place, or what would make it fit; None for a command without a model."""
-    job = Job(config, sizes, place, lengths or Lengths())
+    job = MemoryQuestion(config, sizes, place, lengths or Lengths())
     plan = job.plan()
     if plan is None:
         return None
@@ -145,7 +145,7 @@ def _rows_of_step(config: Config) -> int:
     return int(getattr(config, "batch_size", 1))
 
 
-def _largest(job: Job, update: dict[str, object]) -> int | None:
+def _largest(job: MemoryQuestion, update: dict[str, object]) -> int | None:
     """Return the largest micro-batch that fits with some fields changed: memory grows with it."""
     name, sizes = micro_batch_field(job.config), job.micro
     low, high = 0, len(sizes)  # sizes[:low] fit
@@ -164,10 +164,7 @@ def _largest(job: Job, update: dict[str, object]) -> int | None:
 def _changes(config: Config, place: Place) -> Iterator[dict[str, object]]:
     """Yield combinations of changes, the one that touches least first, beginning with none."""
     choices = [choice(config, place) for choice in CHOICES]
-    combined = sorted(
-        product(*(one for one in choices if len(one) > 1)), key=lambda some: sum(cost for cost, _ in some)
-    )
-    for some in combined or [()]:
+    for some in sorted(product(*choices), key=lambda some: sum(cost for cost, _ in some)):
         yield {name: value for _, update in some for name, value in update.items()}
 
 
