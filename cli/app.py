@@ -67,6 +67,11 @@ COMMANDS = {
         "Run the stages of a file, show their status and graph, compare two runs.",
         "Post-training",
     ),
+    "plan": CommandEntry(
+        "planning.plan_command",
+        "Show what a command needs before it runs: memory by part, GPUs, disk, time.",
+        "Start here",
+    ),
     "watch": CommandEntry(
         "tools.watch",
         "Follow a running pipeline or run, in the terminal or as a page; end it on alerts.",

@@ -15,7 +15,16 @@ from gemma2.configs import recipe, recipes
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.home import text_at_home
 
-__all__ = ["begun", "every_recipe", "items_of", "merge_methods", "pipelines", "recipes_of_command", "stages"]
+__all__ = [
+    "begun",
+    "every_recipe",
+    "items_of",
+    "merge_methods",
+    "pipelines",
+    "plannable",
+    "recipes_of_command",
+    "stages",
+]
 
 
 def _recipes_for(command: str) -> list[str]:
@@ -68,6 +77,13 @@ def merge_methods(ctx: typer.Context, incomplete: str) -> list[str]:
     from gemma2.merging.methods.table import METHODS
 
     return [] if ctx.params.get("words") else begun(METHODS, incomplete)
+
+
+def plannable(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The commands, for the first word after `plan`."""
+    from gemma2.cli.app import COMMANDS
+
+    return [] if ctx.params.get("words") else begun((name for name in COMMANDS if name != "plan"), incomplete)
 
 
 def items_of(choices: Sequence[str]) -> Callable[[str], list[str]]:

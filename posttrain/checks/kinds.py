@@ -5,7 +5,7 @@ An input is on disk, or promised: an earlier stage of a pipeline will make it (`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +55,7 @@ __all__ = [
     "found_at",
     "look_at",
     "merged_kind",
+    "wanted_kind",
 ]
 
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
@@ -124,6 +125,12 @@ def _adapter(path: Path) -> Promise:
     model = next((look_at(place) for place in places if place.is_dir()), None) or Promise(ADAPTER)
     of = model.kind if model.kind in MODELS else TASKS.get(str(settings.get("task_type")))
     return replace(model, kind=ADAPTER, of=of)
+
+
+def wanted_kind(config: Config) -> Callable[[str], str]:
+    """A function from a field of a command to the kind of model that it takes: a reward model, else a policy."""
+    wanted = FIELDS | OF_COMMANDS.get(type(config), {})
+    return lambda name: REWARD if POLICY not in wanted.get(name, {POLICY}) else POLICY
 
 
 def check_kinds(config: Config, known: Mapping[Path, Promise]) -> list[Input]:

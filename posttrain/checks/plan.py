@@ -78,7 +78,7 @@ def look(config: Config, options: RunOptions | None, named: NamedModels = NOTHIN
     batch = batches(config, rows)
     sizes, lengths = sizes_of(named, checks.sources), lengths_of(rows)
     work = estimate(config, checks.sources)
-    steps = batch.get("batch", {}).get("steps") if rows or not isinstance(config, SftConfig | RewardConfig) else None
+    steps = batch.get("batch", {}).get("steps")
     document |= batch
     document |= needs(config, work, sizes, lengths, options.out if options else None)
     document |= duration(config, work.tokens, steps) if work else {}
@@ -112,15 +112,15 @@ def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out
     memory = free_memory()
     verdict = judge(config, sizes, place_of(memory), lengths)
     problems: list[str | None] = []
-    if verdict is not None:
+    if verdict is not None and math.isfinite(verdict.needed):
         found |= {"memory_gib": round(verdict.needed / GIB, 3), "memory_peak": verdict.phase}
         problems.append(memory_problem(verdict, memory))
     elif work is not None:
         found["memory_gib"] = round(work.memory / GIB, 3)
     if found.get("memory_gib") is not None:
         found |= {"memory_free_gib": round(memory.free / GIB, 1), "memory_of": memory.where}
-    if work is not None:
-        found["disk_gib"] = round(work.disk / GIB, 3)
+    if work is not None and work.disk:
+        found["disk_gib"] = None if math.isnan(work.disk) else round(work.disk / GIB, 3)
         if out is not None:
             disk = free_disk(out)
             found["disk_free_gib"] = round(disk / GIB, 1)
@@ -178,8 +178,10 @@ def _supervised(config: SftConfig | RewardConfig, rows: Sequence[RowsFound]) -> 
     steps = config.max_steps or max(1, math.ceil(of_epochs))
     sides = 2 if isinstance(config, RewardConfig) else 1
     total = sum(found.rows for found in training)
-    mean = sum(found.rows * found.mean for found in training) / total if total else math.nan
     micro = config.micro_batch_size or config.batch_size
+    if not total:  # nothing is known of the rows
+        return {"batch": {"sequences_per_step": config.batch_size, "micro_batch": micro}}
+    mean = sum(found.rows * found.mean for found in training) / total if total else math.nan
     found: JsonObject = {"sequences_per_step": config.batch_size, "micro_batch": micro}
     if not math.isnan(mean):
         found["tokens_per_step_about"] = round(mean * sides * config.batch_size)

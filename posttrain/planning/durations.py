@@ -27,6 +27,7 @@ from gemma2.posttrain.schemas.config import Config
 __all__ = ["UNKNOWN", "Trial", "duration"]
 
 UNKNOWN = "not known: gemma2 plan takes --throughput TOKENS/S, or tries three steps with --measure"
+NO_ROWS = "not known: there are no rows to count tokens of"
 TRAINED = (SftConfig, RewardConfig)
 READ = (DistillCacheConfig, ProbeConfig, RewardScoreConfig, RewardEvalConfig)
 
@@ -53,7 +54,7 @@ def duration(
     verb = "trained" if isinstance(config, TRAINED) else "read" if isinstance(config, READ) else "drawn"
     known = not math.isnan(tokens)
     name = f"tokens_{verb}_{'at_most' if verb == 'drawn' else 'about'}"
-    found: JsonObject = {name: round(tokens) if known else "not known: there are no rows to count"}
+    found: JsonObject = {name: round(tokens) if known else None}
     if trial is not None:
         found |= {"seconds_per_step": float(f"{trial.seconds:.3g}"), "steps_tried": trial.steps}
         found |= {"measured_peak_gib": round(trial.peak / 2**30, 3)}
@@ -61,4 +62,4 @@ def duration(
     if throughput is None:
         return found | {"time": UNKNOWN}
     found["throughput"] = throughput
-    return found | ({"hours": float(f"{tokens / throughput / 3600:.3g}")} if known else {})
+    return found | ({"hours": float(f"{tokens / throughput / 3600:.3g}")} if known else {"time": NO_ROWS})

@@ -29,10 +29,10 @@ from gemma2.posttrain.schemas.config import Config
 from .learning import Sizes
 from .shapes import SIZES, ModelShape, shape_of, shape_of_config, shape_of_parameters
 
-__all__ = ["NOTHING", "NamedModels", "name_models", "sizes_of"]
+__all__ = ["NOTHING", "NO_ROWS", "NamedModels", "name_models", "sizes_of"]
 
 POLICY, REWARD = "policy", "reward model"
-REWARDS = ("reward", "from_head")  # fields that take reward models
+NO_ROWS = Path("rows that are not given")  # stands for data of which nothing is known (stand_ins.py)
 
 C = TypeVar("C", bound=Config)
 
@@ -60,6 +60,7 @@ def name_models(config: C, kinds: Callable[[str], str]) -> tuple[C, NamedModels]
     """
     found = NamedModels()
     changed: dict[str, Path | tuple[Path, ...]] = {}
+    found.promised[NO_ROWS] = Promise("data")
     remote = getattr(config, "engine", None) == "openai"
     for name in MODELS:
         value = getattr(config, name, None)

@@ -19,6 +19,7 @@ from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
+    EvalConfig,
     FilterConfig,
     GenerateConfig,
     MergeConfig,
@@ -27,6 +28,7 @@ from gemma2.posttrain.schemas import (
     PickConfig,
     ProbeConfig,
     RewardConfig,
+    RewardEvalConfig,
     RewardScoreConfig,
     RlhfConfig,
     SftConfig,
@@ -41,6 +43,7 @@ __all__ = ["GIB", "Promise", "Sources", "Work", "estimate"]
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
 LORA_SHARE = 0.05  # an adapter has a few per cent of the gradients and moments
+CONTEXT = 8192  # tokens of Gemma 2
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, layers, as config.json has them
@@ -287,6 +290,22 @@ def _pareto(config: ParetoConfig, sources: Sources) -> Work:
     return Work(memory=n * 16.0, disk=1e6, tokens=tokens)
 
 
+def _eval(config: EvalConfig, sources: Sources) -> Work:
+    """The policy, the SFT policy and a reward model; every prompt is answered n times."""
+    rows = min(sources.rows(config.prompts), config.limit or 10**12)
+    n = sources.parameters(config.model)
+    return Work(memory=n * 12.0, disk=0.0, tokens=rows * config.n * config.max_new_tokens)
+
+
+def _reward_eval(config: RewardEvalConfig, sources: Sources) -> Work:
+    """One reward model after the other reads both sides of every pair."""
+    rows = min(sources.rows(config.data), config.limit or 10**12)
+    limit = config.max_length or CONTEXT
+    n = max(sources.parameters(path) for path in config.models)
+    tokens = len(config.models) * rows * sources.mean_tokens(config.data, 2 * limit)
+    return Work(memory=4.0 * n, disk=0.0, tokens=tokens)
+
+
 def _merge(config: MergeConfig, sources: Sources) -> Work:
     """A stream: blocks of a few megabytes per model; its time depends on the disk, not on the processor."""
     n = sources.parameters(config.models[0])
@@ -311,6 +330,8 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     RlhfConfig: _rlhf,
     WarpConfig: _warp,
     ParetoConfig: _pareto,
+    EvalConfig: _eval,
+    RewardEvalConfig: _reward_eval,
     MergeConfig: _merge,
     PickConfig: _pick,
 }
