@@ -148,9 +148,10 @@ def _promise(config: JsonMapping, shape: ModelShape, folder: Path) -> Promise:
 
 def _remote_parameters(name: str, role: str, folder: Path) -> tuple[float | None, str]:
     """Elements of all tensors of a hub id, from the headers of its files; None where these cannot be had."""
+    unable: tuple[type[Exception], ...] = (NoRanges, *hub_errors())
     try:
         return float(sum(remote_elements(remote) for remote in remote_files(name, role, folder))), "headers of the hub"
-    except (NoRanges, *hub_errors()) as error:
+    except unable as error:
         if isinstance(error, Gemma2Error):
             raise
         return None, f"config.json alone, the headers could not be read ({type(error).__name__})"

@@ -185,8 +185,8 @@ def _anchor(config: Config, place: Place) -> list[Option]:
 
 def _jobs(config: Config, place: Place) -> list[Option]:
     del place
-    several = isinstance(config, WarpConfig) and config.jobs > 1
-    return [(0, {}), *([(1, {"jobs": 1})] if several else [])]
+    several: list[Option] = [(1, {"jobs": 1})] if isinstance(config, WarpConfig) and config.jobs > 1 else []
+    return [(0, {}), *several]
 
 
 def _lora(config: Config, place: Place) -> list[Option]:

@@ -19,6 +19,7 @@ WITHOUT = {
     "merge plan": "merge plan slerp model b --base model",
     "pipeline status": "pipeline status pipeline.yaml --out runs",
     "pipeline diff": "pipeline diff run run",
+    "plan": "plan sft --model 9b",
     "watch": "watch run --once",
 }
 WRITING = {"--force", "--fix", "--plot", "--write"}
