@@ -43,7 +43,7 @@ WIDE = 16384  # tokens from which a vocabulary counts as wide
 class StepDecoder:
     """Decodes with one model from a prefilled cache while its weights do not change. `length`: columns at most."""
 
-    def __init__(self, model: CausalLM, length: int) -> None:
+    def __init__(self, model: Gemma2ForCausalLM | LlamaForCausalLM, length: int) -> None:
         self.model = model
         self.config = model.config
         self.layers = [Layer(layer, _activation(model.config)) for layer in model.model.layers]

@@ -24,8 +24,8 @@ from .attention import KvLayer
 from .lora import bias_of, weight_of
 
 if TYPE_CHECKING:
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 __all__ = ["ACTIVATIONS", "Layer", "Norm"]
 
@@ -44,7 +44,7 @@ class Norm:
     The mean square is in fp32. Gemma also scales in fp32; the others round to the dtype of the input first.
     """
 
-    def __init__(self, norm: nn.Module, centred: bool) -> None:
+    def __init__(self, norm: Gemma2RMSNorm | LlamaRMSNorm, centred: bool) -> None:
         weight: Tensor = norm.weight.detach()
         size = weight.shape[0]
         eps = norm.eps if centred else norm.variance_epsilon

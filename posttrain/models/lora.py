@@ -113,8 +113,10 @@ def weight_of(linear: nn.Linear) -> Tensor:
 
 def bias_of(linear: nn.Linear) -> Tensor | None:
     """Return the bias of a linear layer, with or without an adapter."""
-    base = linear.get_base_layer() if hasattr(linear, "lora_A") else linear
-    bias: Tensor | None = base.bias
+    if not hasattr(linear, "lora_A"):
+        return linear.bias
+    adapted: LoraLayer = linear
+    bias: Tensor | None = adapted.get_base_layer().bias
     return bias
 
 
