@@ -12,7 +12,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.plan_view import show_plan
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.planning.answers import Question
-from gemma2.posttrain.planning.stand_ins import with_stand_ins
+from gemma2.posttrain.planning.named_models import with_stand_ins
 from gemma2.posttrain.schemas.config import Config
 
 if TYPE_CHECKING:

@@ -115,6 +115,7 @@ def _command(words: list[str]) -> tuple[str, Command, list[str]]:
     if name not in COMMANDS:
         raise UsageError(f"there is no command '{name}' to plan", closest(name, COMMANDS))
     command = load(name)
+    rest = getattr(command, "routed", list)(rest)  # the forms of eval
     if isinstance(command, TyperGroup) and rest and rest[0] in command.commands:
         name, command, rest = f"{name} {rest[0]}", command.commands[rest[0]], rest[1:]
     if not any("--dry-run" in part.opts for part in command.params):

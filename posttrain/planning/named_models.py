@@ -1,8 +1,9 @@
-"""The models that a plan is about: directories, sizes with nothing on disk, hub ids of which only headers are read.
+"""The inputs that a plan is about: models on disk, sizes with nothing there, hub ids by their headers; rows or none.
 
     2b, 9b, 27b     the shapes of Gemma 2 (shapes.py)
     owner/name      configuration, tokenizer and headers from the hub; the weights stay there
     a directory     as every command reads it
+    no rows         a plan without data has no tokens and no time; memory is that of the longest rows that it allows
 
 Torch-free.
 """
@@ -10,29 +11,32 @@ Torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from gemma2.core.errors import Gemma2Error, InputError
-from gemma2.core.json_files import JsonMapping, read_json
+from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.hub import fetch_snapshot, hub_errors, is_hub_id
 from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.yaml_files import apply_sets
 from gemma2.merging.inputs.architecture import classifies, stated
 from gemma2.merging.inputs.config_defaults import filled
 from gemma2.merging.remote.hub_requests import NoRanges, remote_elements, remote_files
 from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.runs.inputs import LISTS_OF_MODELS, MODELS
-from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas import DistillConfig
+from gemma2.posttrain.schemas.config import Config, load_yaml
 
 from .learning import Sizes
 from .shapes import SIZES, ModelShape, shape_of, shape_of_config, shape_of_parameters
 
-__all__ = ["NOTHING", "NO_ROWS", "NamedModels", "name_models", "sizes_of"]
+__all__ = ["NOTHING", "NO_ROWS", "NamedModels", "name_models", "sizes_of", "with_stand_ins"]
 
 POLICY, REWARD = "policy", "reward model"
-NO_ROWS = Path("rows that are not given")  # stands for data of which nothing is known (stand_ins.py)
+NO_ROWS = Path("rows that are not given")  # stands for data of which nothing is known
+ROWS = ("data", "prompts", "heldout")
 
 C = TypeVar("C", bound=Config)
 
@@ -155,3 +159,14 @@ def _remote_parameters(name: str, role: str, folder: Path) -> tuple[float | None
         if isinstance(error, Gemma2Error):
             raise
         return None, f"config.json alone, the headers could not be read ({type(error).__name__})"
+
+
+def with_stand_ins(
+    schema: type[Config], flags: JsonMapping, file: Path | None = None, sets: Sequence[str] = ()
+) -> JsonObject:
+    """Return the flags of a command, with stand-ins for data that it needs and that nothing gives."""
+    given = apply_sets(load_yaml(file) if file else {}, sets) | {k: v for k, v in flags.items() if v is not None}
+    needed = {name for name, field in schema.model_fields.items() if name in ROWS and field.is_required()}
+    if schema is DistillConfig and not given.keys() & {"prompts", "data", "teacher_cache"}:
+        needed.add("prompts")
+    return {**flags, **{name: NO_ROWS for name in needed - given.keys()}}
