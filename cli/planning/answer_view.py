@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.plan_view import show_plan
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.posttrain.planning.answers import Question
 from gemma2.posttrain.planning.named_models import with_stand_ins
+from gemma2.posttrain.planning.plan_answers import PlanQuestion
 from gemma2.posttrain.schemas.config import Config
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 # What a dry run says of this machine alone; the answers say it of every place.
 INSIDE = re.compile(r"memory_\w+|disk_gib|problems|time|tokens_(trained|read|drawn)_\w+")
 
-__all__ = ["Asked"]
+__all__ = ["AskedPlan"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedPlan:
     """A question about a command, which its own command line is parsed for (`cli/terminal/options.py`)."""
 
-    question: Question
+    question: PlanQuestion
 
     def complete(self, schema: type[Config], flags: JsonMapping, file: Path | None, sets: Sequence[str]) -> JsonObject:
         """Return the flags of a command, with stand-ins for data that is not given."""
@@ -39,11 +39,11 @@ class Asked:
         show_planned(self.question, config, planned, console)
 
 
-def show_planned(question: Question, config: Config, planned: Planned, console: Console) -> None:
+def show_planned(question: PlanQuestion, config: Config, planned: Planned, console: Console) -> None:
     """Print the plan of a command with the answers to what was asked; with --json one document."""
     from gemma2.posttrain.checks.machine import free_memory
     from gemma2.posttrain.checks.plan import place_of
-    from gemma2.posttrain.planning.answers import Facts, answer
+    from gemma2.posttrain.planning.plan_answers import PlanFacts, answer
 
     trial = None
     if question.measure:
@@ -52,7 +52,7 @@ def show_planned(question: Question, config: Config, planned: Planned, console: 
         console.note("trying three steps")
         trial = try_steps(config)
     tokens = planned.work.tokens if planned.work is not None else 0.0
-    facts = Facts(config, planned.sizes, planned.lengths, tokens, planned.steps, place_of(free_memory()))
+    facts = PlanFacts(config, planned.sizes, planned.lengths, tokens, planned.steps, place_of(free_memory()))
     found = answer(facts, question, trial)
     document = {key: value for key, value in planned.document.items() if not INSIDE.fullmatch(key)} | found
     if console.as_json:

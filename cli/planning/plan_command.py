@@ -10,19 +10,27 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from gemma2.cli.terminal.completion import plannable
+from gemma2.cli.terminal.completion import begun
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, QUESTION
 from gemma2.core.errors import UsageError
 from gemma2.core.yaml_files import closest
-from gemma2.posttrain.planning.answers import Question, gpu_bytes
+from gemma2.posttrain.planning.plan_answers import PlanQuestion, gpu_bytes
 
-from .answer_view import Asked
+from .answer_view import AskedPlan
 
 if TYPE_CHECKING:
     from typer._click import Command
 
 PANEL = "Plan"
+
+
+def plannable(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The commands, for the first word after `plan`."""
+    from gemma2.cli.app import COMMANDS
+
+    return [] if ctx.params.get("words") else begun((name for name in COMMANDS if name != "plan"), incomplete)
+
 
 Words = typer.Argument(
     None,
@@ -100,9 +108,9 @@ def plan(
     with asked.make_context(name, rest, parent=ctx.parent) as inner:
         own = {key: inner.params.pop(key) for key in OURS}
         question = _question({key: given[key] if own[key] in (None, False) else own[key] for key in OURS})
-        if question != Question() and not _has_answers(name):
+        if question != PlanQuestion() and not _has_answers(name):
             raise UsageError(f"gemma2 {name} runs no model", f"leave out --{_first(question)}")
-        inner.meta[QUESTION] = Asked(question)
+        inner.meta[QUESTION] = AskedPlan(question)
         inner.params["dry_run"] = True
         command.invoke(inner)
 
@@ -130,8 +138,8 @@ def _has_answers(name: str) -> bool:
     return name.split()[0] in ("eval", "reward") or (name in COMMANDS and COMMANDS[name].accelerated and name != "tiny")
 
 
-def _first(question: Question) -> str:
-    return next(name for name in OURS if getattr(question, name) != getattr(Question(), name))
+def _first(question: PlanQuestion) -> str:
+    return next(name for name in OURS if getattr(question, name) != getattr(PlanQuestion(), name))
 
 
 def _asking(name: str, command: Command) -> Command:
@@ -149,6 +157,6 @@ def _only(function: Callable[..., None]) -> typer.Typer:
     return one
 
 
-def _question(given: dict[str, Any]) -> Question:
+def _question(given: dict[str, Any]) -> PlanQuestion:
     gpu = None if given["gpu"] is None else gpu_bytes(given["gpu"])
-    return Question(gpu, given["devices"] or 1, given["throughput"], bool(given["measure"]))
+    return PlanQuestion(gpu, given["devices"] or 1, given["throughput"], bool(given["measure"]))

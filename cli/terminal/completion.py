@@ -21,7 +21,6 @@ __all__ = [
     "items_of",
     "merge_methods",
     "pipelines",
-    "plannable",
     "recipes_of_command",
     "stages",
 ]
@@ -77,13 +76,6 @@ def merge_methods(ctx: typer.Context, incomplete: str) -> list[str]:
     from gemma2.merging.methods.table import METHODS
 
     return [] if ctx.params.get("words") else begun(METHODS, incomplete)
-
-
-def plannable(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The commands, for the first word after `plan`."""
-    from gemma2.cli.app import COMMANDS
-
-    return [] if ctx.params.get("words") else begun((name for name in COMMANDS if name != "plan"), incomplete)
 
 
 def items_of(choices: Sequence[str]) -> Callable[[str], list[str]]:

@@ -10,10 +10,12 @@ is; what no flag can do (a split over devices) is only shown as a sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import cast
 
 from pydantic import ValidationError
@@ -25,6 +27,7 @@ from gemma2.posttrain.schemas.config import Config
 from .learning import Sizes
 from .memory import memory_of
 from .parts import Lengths, MemoryPlan, Phase, Place
+from .shapes import ModelShape
 
 __all__ = ["CARDS", "GB", "Verdict", "judge", "micro_batch_field", "micro_batches"]
 
@@ -76,9 +79,21 @@ class MemoryQuestion:
     """A configuration, and what is known of its models and rows: all that its memory follows from."""
 
     config: Config
-    sizes: Sizes
+    shapes: Sizes
     place: Place
     lengths: Lengths
+    seen: dict[Path, ModelShape] = field(default_factory=dict)
+
+    def sizes(self, path: Path) -> ModelShape:
+        """Return the shape of a model, read once."""
+        if path not in self.seen:
+            self.seen[path] = self.shapes(path)
+        return self.seen[path]
+
+    @property
+    def unknown(self) -> bool:
+        """Whether a model that was asked for is of unknown size."""
+        return any(math.isnan(shape.parameters) for shape in self.seen.values())
 
     def plan(self, update: dict[str, object] | None = None) -> MemoryPlan | None:
         """Return its memory with some fields changed."""
@@ -100,10 +115,13 @@ class MemoryQuestion:
 
 
 def judge(config: Config, sizes: Sizes, place: Place, lengths: Lengths | None = None) -> Verdict | None:
-    """Return whether a command fits into a place, or what would make it fit; None for a command without a model."""
+    """Return whether a command fits into a place, or what would make it fit.
+
+    None for a command without a model, and for one with a model of unknown size.
+    """
     job = MemoryQuestion(config, sizes, place, lengths or Lengths())
     plan = job.plan()
-    if plan is None:
+    if plan is None or job.unknown:
         return None
     found = Verdict(place, plan.peak.bytes, plan.peak.name)
     if found.fits:

@@ -122,10 +122,10 @@ def test_the_models_of_a_plan_are_checked_as_those_of_a_run(place):
 
 
 def test_a_person_sees_parts_phases_verdicts_and_flags(place, capsys):
-    assert invoke(["plan", "rlhf", "--policy", "2b", "--reward", "2b", "--gpu", "80GB"]) == 0
+    assert invoke(["plan", "rlhf", "--policy", "2b", "--reward", "2b", "--gpu", "48GB"]) == 0
     shown = capsys.readouterr().out
     assert "the peak is train" in shown and "train (peak)" in shown
     for part in ("weights", "gradients", "optimizer", "EMA anchor", "reference", "reward models", "KV cache", "logits"):
         assert part in shown
-    assert "does not fit" in shown and "add --anchor-memory cpu --micro-batch-size" in shown
+    assert "does not fit" in shown and "GPU of 48 GB: add --" in shown
     assert "not known: gemma2 plan takes --throughput" in shown

@@ -10,6 +10,7 @@ from gemma2.merging.methods.table import METHODS
 
 # Commands without the flag: they print, from small files, and write nothing.
 WITHOUT = {
+    "eval": "a group",
     "config": "a group",
     "data": "a group",
     "pipeline": "a group",
@@ -50,7 +51,7 @@ LINES = {
     "merge slerp": "merge slerp model b --base model --out merged",
     "diff": "diff model b --plot angles.svg",
     "inspect": "inspect model",
-    "eval": f"eval --model b --sft model {RL}",
+    "eval policy": f"eval --model b --sft model {RL}",
     "pareto": f"pareto --sft model --policies b {RL} --out front",
     "chat": "chat model --against b -p hello",
     "lineage": "lineage run --out family.svg",
@@ -59,6 +60,7 @@ LINES = {
     "convert": "convert model --out converted",
     "config import": "config import trl.yaml --out recipe.yaml",
 }
+# Those need results; the forms of eval that are not above have tests of their own rooms.
 UNTRIED = {"pick": "needs a measured front: tests/posttrain/evaluation/test_pick.py"}
 SCRIPT = """
 import shlex
@@ -96,7 +98,8 @@ def test_every_command_that_runs_a_model_or_writes_a_file_has_the_flag():
     without = {name for name, own in flags.items() if "--dry-run" not in own}
     assert without == set(WITHOUT)
     assert {name for name in without if flags[name] & WRITING} == set()
-    assert set(LINES) | set(UNTRIED) | {f"merge {method}" for method in METHODS} == set(flags) - without
+    untried = set(flags) - without - set(LINES) - {f"merge {method}" for method in METHODS}
+    assert {name for name in untried if not name.startswith("eval ")} == set(UNTRIED)
 
 
 def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(place, monkeypatch):

@@ -17,7 +17,7 @@ from .learning import Sizes
 from .memory import Lengths, MemoryPlan, Place, memory_of
 from .verdicts import CARDS, GB, Verdict, judge
 
-__all__ = ["Facts", "Question", "answer", "gpu_bytes"]
+__all__ = ["PlanFacts", "PlanQuestion", "answer", "gpu_bytes"]
 
 GIB = 2.0**30
 SPLIT = "a sum only: no command splits a model over devices yet, torchrun gives each a whole one"
@@ -25,7 +25,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanQuestion:
     """What a plan is asked beside the command: a GPU in bytes, how many of them, a rate of tokens."""
 
     gpu: float | None = None
@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Facts:
+class PlanFacts:
     """What is known of a command: its models, its longest rows, its tokens and steps, and this machine."""
 
     config: Config
@@ -54,26 +54,27 @@ def gpu_bytes(text: str) -> float:
     return float(found[1]) * (GIB if (found[2] or "").lower() == "gib" else GB)
 
 
-def answer(facts: Facts, question: Question, trial: Trial | None = None) -> JsonObject:
+def answer(facts: PlanFacts, question: PlanQuestion, trial: Trial | None = None) -> JsonObject:
     """Return memory, verdicts, disk and time of a command; of one that runs no model its tokens alone."""
     found: JsonObject = {}
     place = _asked(question) if question.gpu is not None else facts.here
-    memory = memory_of(facts.config, facts.sizes, place, facts.lengths)
-    if memory is not None and math.isfinite(memory.peak.bytes):
+    verdicts = [_row(verdict) for verdict in _verdicts(facts, question)]
+    memory = memory_of(facts.config, facts.sizes, place, facts.lengths) if verdicts else None
+    if memory is not None:
         found["memory"] = {"place": named(place), **_memory(memory)}
-        found["verdicts"] = [_row(verdict) for verdict in _verdicts(facts, question)]
+        found["verdicts"] = verdicts
     parts = disk_of(facts.config, facts.sizes)
     if parts and all(math.isfinite(part.bytes) for part in parts):
         found["disk"] = {part.name: _gib(part.bytes) for part in parts}
     return found | {"time": duration(facts.config, facts.tokens, facts.steps, question.throughput, trial)}
 
 
-def _asked(question: Question, gpu: float | None = None, split: bool = False) -> Place:
+def _asked(question: PlanQuestion, gpu: float | None = None, split: bool = False) -> Place:
     capacity = question.gpu if gpu is None else gpu
     return Place("accelerator", question.devices, split, math.inf if capacity is None else capacity)
 
 
-def _verdicts(facts: Facts, question: Question) -> Iterator[Verdict]:
+def _verdicts(facts: PlanFacts, question: PlanQuestion) -> Iterator[Verdict]:
     """This machine, then the GPU that was asked about or the usual ones; with several devices whole and split."""
     cards: Sequence[float] = [question.gpu] if question.gpu is not None else [size * GB for size in CARDS]
     places = [] if question.gpu is not None else [facts.here]
