@@ -41,7 +41,7 @@ from .dialogues import EMPTY, Dialogue, DialoguePlan
 from .engines import load_engine
 from .engines.base import LENGTH, OVERLONG, STOP
 from .journal import Journal
-from .plan_answers import Answering
+from .answers import Answering
 from .scoring import Scored, scored
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from gemma2.posttrain.rewards.functions import Sampled, Score
 
 from .dialogues import Dialogue
 from .journal import Journal
-from .plan_answers import Answering
+from .answers import Answering
 
 if TYPE_CHECKING:
     from gemma2.posttrain.data.chat import ChatFormat
