@@ -67,6 +67,8 @@ def show_answer(found: JsonMapping, console: Console) -> None:
     if "memory" in found:
         _show_memory(found["memory"], console)
         _show_verdicts(found["verdicts"], console)
+    if "memory_note" in found:
+        console.text(f"\nmemory: {found['memory_note']}")
     if "disk" in found:
         console.text("")
         rows = [{"disk": name, "GiB": _gib(value)} for name, value in found["disk"].items()]

@@ -37,11 +37,11 @@ from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import GenerateConfig
 
+from .answers import Answering
 from .dialogues import EMPTY, Dialogue, DialoguePlan
 from .engines import load_engine
 from .engines.base import LENGTH, OVERLONG, STOP
 from .journal import Journal
-from .answers import Answering
 from .scoring import Scored, scored
 
 if TYPE_CHECKING:

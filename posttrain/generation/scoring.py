@@ -14,9 +14,9 @@ from gemma2.core.errors import InputError
 from gemma2.core.progress import Progress
 from gemma2.posttrain.rewards.functions import Sampled, Score
 
+from .answers import Answering
 from .dialogues import Dialogue
 from .journal import Journal
-from .answers import Answering
 
 if TYPE_CHECKING:
     from gemma2.posttrain.data.chat import ChatFormat

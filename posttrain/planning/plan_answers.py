@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
+from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .disk import disk_of
@@ -20,7 +21,10 @@ from .verdicts import CARDS, GB, Verdict, judge
 __all__ = ["PlanFacts", "PlanQuestion", "answer", "gpu_bytes"]
 
 GIB = 2.0**30
-SPLIT = "a sum only: no command splits a model over devices yet, torchrun gives each a whole one"
+SPLIT = (
+    "a sum only: no command splits a model over GPUs yet; rlhf gives each process of torchrun a whole one, "
+    "the others run on one GPU"
+)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", re.IGNORECASE)
 
 
@@ -57,21 +61,28 @@ def gpu_bytes(text: str) -> float:
 def answer(facts: PlanFacts, question: PlanQuestion, trial: Trial | None = None) -> JsonObject:
     """Return memory, verdicts, disk and time of a command; of one that runs no model its tokens alone."""
     found: JsonObject = {}
-    place = _asked(question) if question.gpu is not None else facts.here
+    place = _asked(question, _devices(facts, question)) if question.gpu is not None else facts.here
     verdicts = [_row(verdict) for verdict in _verdicts(facts, question)]
     memory = memory_of(facts.config, facts.sizes, place, facts.lengths) if verdicts else None
     if memory is not None:
         found["memory"] = {"place": named(place), **_memory(memory)}
         found["verdicts"] = verdicts
+    elif question != PlanQuestion():
+        found["memory_note"] = "not computed: the command runs no model, or one of unknown size"
     parts = disk_of(facts.config, facts.sizes)
     if parts and all(math.isfinite(part.bytes) for part in parts):
         found["disk"] = {part.name: _gib(part.bytes) for part in parts}
     return found | {"time": duration(facts.config, facts.tokens, facts.steps, question.throughput, trial)}
 
 
-def _asked(question: PlanQuestion, gpu: float | None = None, split: bool = False) -> Place:
+def _devices(facts: PlanFacts, question: PlanQuestion) -> int:
+    """The GPUs that a command uses today, each with a whole model."""
+    return question.devices if isinstance(facts.config, RlhfConfig) else 1
+
+
+def _asked(question: PlanQuestion, devices: int, gpu: float | None = None, split: bool = False) -> Place:
     capacity = question.gpu if gpu is None else gpu
-    return Place("accelerator", question.devices, split, math.inf if capacity is None else capacity)
+    return Place("accelerator", devices, split, math.inf if capacity is None else capacity)
 
 
 def _verdicts(facts: PlanFacts, question: PlanQuestion) -> Iterator[Verdict]:
@@ -79,7 +90,9 @@ def _verdicts(facts: PlanFacts, question: PlanQuestion) -> Iterator[Verdict]:
     cards: Sequence[float] = [question.gpu] if question.gpu is not None else [size * GB for size in CARDS]
     places = [] if question.gpu is not None else [facts.here]
     for card in cards:
-        places += [_asked(question, card, split) for split in ((False, True) if question.devices > 1 else (False,))]
+        places.append(_asked(question, _devices(facts, question), card))
+        if question.devices > 1:
+            places.append(_asked(question, question.devices, card, split=True))
     for place in places:
         verdict = judge(facts.config, facts.sizes, place, facts.lengths)
         if verdict is not None:

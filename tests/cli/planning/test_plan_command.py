@@ -55,7 +55,7 @@ def test_flags_of_plan_are_taken_before_the_command_and_among_its_own(planned):
     assert documents[0] == documents[1] == documents[2]
     whole, split = documents[0]["verdicts"]
     assert split["needs_gib"] < whole["needs_gib"]
-    assert "no command splits a model" in split["note"]
+    assert "no command splits a model" in split["note"] and "whole" not in whole["place"]
     assert split["flags"] is None  # no flag of ours splits
 
 
