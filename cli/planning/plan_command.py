@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from typer.core import TyperGroup
@@ -14,8 +14,10 @@ from gemma2.cli.terminal.completion import begun
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, QUESTION
 from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonMapping
 from gemma2.core.yaml_files import closest
 from gemma2.posttrain.planning.plan_answers import PlanQuestion, gpu_bytes
+from gemma2.posttrain.schemas.config import is_given
 
 from .answer_view import AskedPlan
 
@@ -107,7 +109,7 @@ def plan(
     assert ctx.parent is not None
     with asked.make_context(name, rest, parent=ctx.parent) as inner:
         own = {key: inner.params.pop(key) for key in OURS}
-        question = _question({key: given[key] if own[key] in (None, False) else own[key] for key in OURS})
+        question = _question({key: own[key] if is_given(own[key]) else given[key] for key in OURS})
         if question != PlanQuestion() and not _has_answers(name):
             raise UsageError(f"gemma2 {name} runs no model", f"leave out --{_first(question)}")
         inner.meta[QUESTION] = AskedPlan(question)
@@ -157,6 +159,6 @@ def _only(function: Callable[..., None]) -> typer.Typer:
     return one
 
 
-def _question(given: dict[str, Any]) -> PlanQuestion:
+def _question(given: JsonMapping) -> PlanQuestion:
     gpu = None if given["gpu"] is None else gpu_bytes(given["gpu"])
     return PlanQuestion(gpu, given["devices"] or 1, given["throughput"], bool(given["measure"]))
