@@ -18,16 +18,17 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.merging.methods.request import file_named, is_input
+from gemma2.posttrain.checks.kinds import wanted_kind
 from gemma2.posttrain.checks.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.checks.of_command import CommandChecks
-from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of
+from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of, work_of
 from gemma2.posttrain.planning.learning import Sizes
 from gemma2.posttrain.planning.memory import Place
-from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
+from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, name_models, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
-from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate
+from gemma2.posttrain.runs.estimates import Promise, Sources, Work
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
@@ -166,18 +167,21 @@ def _row(one: Checked, verdict: Verdict | None) -> JsonObject:
 
 
 def check_pipeline(
-    pipeline: Pipeline, choice: Choice = ALL, contents: bool = True, named: NamedModels = NOTHING
+    pipeline: Pipeline, choice: Choice = ALL, contents: bool = True, named: NamedModels | None = None
 ) -> PipelinePlan:
     """Check every stage and say what a run would do.
 
     contents  also read rows and import the functions of the stages that will run
-    named     models that are not on this disk
+    named     for a plan that nothing follows: models that are not on this disk, to which those of the stages are added;
+              without it, models of the hub are fetched
 
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
     """
-    promised: dict[Path, Promise] = {**named.promised}
-    places = [*(stage.out for stage in pipeline.stages.values()), *named.promised]
+    promised: dict[Path, Promise] = {}
+    places = [stage.out for stage in pipeline.stages.values()]
     sources = Sources(promised, places)
+    known = NamedModels() if named is None else named
+    _promise(known, promised, places)
     checks = CommandChecks(sources)
     status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
@@ -191,18 +195,31 @@ def check_pipeline(
                 promised[stage.out] = Promise(stage.kind.makes)
                 decision, work = decide(ahead, pipeline, choice, status), None
             else:
-                config = located(ahead.config, places)
+                if named is None:
+                    config = located(ahead.config, places)
+                else:
+                    config, more = name_models(ahead.config, wanted_kind(ahead.config), places)
+                    known.add(more)
+                    _promise(more, promised, places)
+                    if not (stage.out.exists() or partial_path(stage.out).exists()):  # nothing to compare weights with
+                        ahead = replace(ahead, config=config)
                 check_merge(config, places)
                 models = checks.inputs(config)
                 promised |= dict(promised_by(stage, config, sources))
                 decision = decide(ahead, pipeline, choice, status)
                 if contents and decision.action not in IDLE:
                     checks.contents(config, models)
-                work = estimate(config, sources)
+                work = work_of(config, sources, sizes_of(known, sources))
         status[stage.name] = status_after(decision)
         reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, work, _hash(decision))
-    return PipelinePlan(found, sizes_of(named, sources), free_disk(pipeline.root))
+    return PipelinePlan(found, sizes_of(known, sources), free_disk(pipeline.root))
+
+
+def _promise(models: NamedModels, promised: dict[Path, Promise], places: list[Path]) -> None:
+    """Count models that are not on this disk among those that other stages make."""
+    promised |= models.promised
+    places += [path for path in models.promised if path not in places]
 
 
 def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Checked]:
@@ -280,6 +297,6 @@ def plan_step(config: Config, options: RunOptions | None, named: NamedModels = N
         return planned
     stages = PipelineFile(stages=warp_stages(config))
     out = options.out if options is not None else Path("out")
-    rows = check_pipeline(compile_pipeline(stages, partial_path(out)), named=named).rows()
+    rows = check_pipeline(compile_pipeline(stages, partial_path(out)), named=named.copy()).rows()
     more = {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
     return replace(planned, document=planned.document | more)
