@@ -38,10 +38,11 @@ from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.models.head import head_logits
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
-from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
+from gemma2.posttrain.models.scorer import CHUNK, hidden_states, mean_and_error
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping
-
-from .protocols import Network
+from gemma2.posttrain.models.protocols import Network
 
 __all__ = ["check_loaded", "check_weights_of"]
 
