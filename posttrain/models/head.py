@@ -10,7 +10,7 @@ accelerator, and nothing else.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -112,18 +112,27 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
+class _Context(Protocol):
+    """What the forward pass keeps for the backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _WideLinear(torch.autograd.Function):
     """hidden (N, d) @ weight.T of half precision, the result in fp32; gradients are products of half precision."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: _Context, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         slabs = weight.split(SLAB) if weight.dtype != hidden.dtype else (weight,)
         return torch.cat([wide_product(hidden, slab.to(hidden.dtype).t()) for slab in slabs], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
         narrow = gradient.to(hidden.dtype)
         of_hidden = wide_product(narrow, weight.to(hidden.dtype)).to(hidden.dtype) if ctx.needs_input_grad[0] else None

@@ -30,7 +30,7 @@ from gemma2.merging.inputs.architecture import check_types, classifies
 from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer
 
-from .as_loaded.as_written import check_loaded
+from .as_written import check_loaded
 from .protocols import CausalLM, Network, RewardNetwork
 
 __all__ = [

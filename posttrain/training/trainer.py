@@ -36,7 +36,6 @@ from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.models.as_loaded.forward_check import check_forward
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.live import LiveRecord, take_alert
@@ -45,6 +44,7 @@ from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
 from .as_asked import check_recipe
 from .first_steps import FirstSteps, always
+from .forward_check import check_forward
 from .movement import Movement
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping
-from gemma2.posttrain.models.protocols import Network
+
+from .protocols import Network
 
 __all__ = ["check_loaded", "check_weights_of"]
 
