@@ -25,12 +25,12 @@ from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
 from .encoding import Encoder, Request, chat_text, hash_of
-from .engines import SuiteEngine, check_engine, open_engine
+from .engines import SuiteEngine, open_engine
 from .grading import grade_choices, grade_text
 from .prompts import Asked, asked_of
 from .results import VERSION, task_result, write_results
-from .task import tasks_of
-from .task_rows import TaskRows, read_rows
+from .suite_plan import check_engine, check_model, tables_of
+from .task_rows import TaskRows
 
 __all__ = ["run_suite"]
 
@@ -41,10 +41,11 @@ SAMPLES = "samples"
 def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Measure `config.model`; results and samples in `options.out`.
 
-    Raises InputError for rows that do not fit their task, UsageError for an engine that is not installed.
+    Raises InputError for rows that do not fit their task and for a broken model, UsageError for a missing engine.
     """
     check_engine(config)
-    tables = [read_rows(config.data, task, config.limit) for task in tasks_of(config.suite, config.tasks)]
+    check_model(config)
+    tables = tables_of(config)
     quiet_libraries()
     with open_run("eval suite", config, options) as run:
         run.checkpoints.mkdir(exist_ok=True)
