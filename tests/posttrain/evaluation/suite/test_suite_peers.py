@@ -75,7 +75,10 @@ def of_lm_eval(model, folder, hub, **options):
 
 def ours(model, data, out, **options):
     run_suite(SuiteConfig(model=model, data=data, **options), RunOptions(out))
-    samples = {path.stem: [json.loads(line) for line in path.read_bytes().splitlines()] for path in (out / "samples").glob("*.jsonl")}
+    samples = {
+        path.stem: [json.loads(line) for line in path.read_bytes().splitlines()]
+        for path in (out / "samples").glob("*.jsonl")
+    }
     return read_results(out), samples
 
 
