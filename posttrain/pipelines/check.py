@@ -22,6 +22,7 @@ from gemma2.posttrain.checks.kinds import wanted_kind
 from gemma2.posttrain.checks.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of, work_of
+from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
 from gemma2.posttrain.planning.learning import Sizes
 from gemma2.posttrain.planning.memory import Place
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, name_models, sizes_of
@@ -39,6 +40,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .compile import Pipeline, Stage, compile_pipeline
 from .decision import COMPLETE, LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
@@ -209,6 +211,7 @@ def check_pipeline(
                 decision = decide(ahead, pipeline, choice, status)
                 if contents and decision.action not in IDLE:
                     checks.contents(config, models)
+                    check_suite(config, places)
                 work = work_of(config, sources, sizes_of(known, sources))
         status[stage.name] = status_after(decision)
         reused |= {stage.name: decision.source} if decision.source else {}
@@ -243,6 +246,14 @@ def _hash(decision: Decision) -> str | None:
         return None
     manifest = read_manifest(decision.stage.out)
     return output_hash(manifest) if manifest else None
+
+
+def check_suite(config: Config, promised: Sequence[Path]) -> None:
+    """Refuse rows of the suite that do not fit their tasks, if no earlier stage writes them."""
+    if isinstance(config, SuiteConfig):
+        check_engine(config)
+        if not any(config.data.is_relative_to(place) for place in promised):
+            tables_of(config)
 
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:
@@ -293,6 +304,10 @@ def plan_step(config: Config, options: RunOptions | None, named: NamedModels = N
     named  models that are not on this disk
     """
     planned = look(config, options, named)
+    if isinstance(config, SuiteConfig):
+        if named.promised.keys() & {config.model, config.data}:  # nothing to read
+            return planned
+        return replace(planned, document=planned.document | plan_suite(config))
     if not isinstance(config, WarpConfig):
         return planned
     stages = PipelineFile(stages=warp_stages(config))

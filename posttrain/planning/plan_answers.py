@@ -68,7 +68,7 @@ def answer(facts: PlanFacts, question: PlanQuestion, trial: Trial | None = None)
         found["memory"] = {"place": named(place), **_memory(memory)}
         found["verdicts"] = verdicts
     else:
-        found["memory_note"] = "not computed: the command runs no model, or one of unknown size"
+        found["memory_note"] = "not computed for this command, or for a model of unknown size"
     parts = disk_of(facts.config, facts.sizes)
     if parts and all(math.isfinite(part.bytes) for part in parts):
         found["disk"] = {part.name: _gib(part.bytes) for part in parts}
