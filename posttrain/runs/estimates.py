@@ -321,7 +321,7 @@ def _suite(config: SuiteConfig, sources: Sources) -> Work:
     """The model, and samples with their prompts; the plan of the suite adds its tokens."""
     width = 2.0 if config.dtype == "bfloat16" else 4.0
     disk = 30.0 * sources.size(config.data)  # a prompt repeats its examples
-    return Work(memory=width * sources.parameters(config.model), disk=disk, operations=0.0)
+    return Work(memory=width * sources.parameters(config.model), disk=disk, tokens=0.0)
 
 
 # Any: each function takes the configuration of its key.
