@@ -144,7 +144,7 @@ def training(
     forward: Sum = [
         *always,
         ("gradients", head + (one.gradients if accumulates else Bytes())),
-        ("activations", network.saved_bytes(batch) + states),
+        ("activations", network.saved_bytes(batch) + network.working_bytes(batch) + states),
         ("logits", logits),
     ]
     last = replace(network, checkpointing=False).block_bytes(batch, True)
