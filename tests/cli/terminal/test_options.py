@@ -14,11 +14,13 @@ from gemma2.cli.terminal import options
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.posttrain import schemas
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.schemas import measures
 
 SCHEMA_OF = {
     "distill": schemas.DistillConfig,
     "distill cache": schemas.DistillCacheConfig,
-    "eval": schemas.EvalConfig,
+    "eval policy": schemas.EvalConfig,
+    "eval suite": measures.SuiteConfig,
     "filter": schemas.FilterConfig,
     "generate": schemas.GenerateConfig,
     "pareto": schemas.ParetoConfig,
@@ -209,7 +211,7 @@ def test_inputs_and_output_are_checked_before_the_step_imports_torch(place, dry_
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(place, capsys):
     before = sorted(place.rglob("*"))
-    options.execute(config_of(), given(dry_run=True), never, options.Console(as_json=True))
+    assert invoke(["sft", "--model", "m", "--data", "d", "--out", "o", "--dry-run", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["config"]["epochs"] == 1.0
     assert sorted(place.rglob("*")) == before
