@@ -77,6 +77,13 @@ def test_of_a_hub_id_the_headers_are_read_and_no_weights(hub, tmp_path, capsys, 
     assert list((tmp_path / "hub").rglob("*.safetensors")) == []
 
 
+def test_dry_runs_of_what_reads_whole_models_fetch_no_weights(hub, tmp_path, capsys):
+    for line in ("doctor org/a", "inspect org/a", "chat org/a -p hello"):
+        assert invoke([*line.split(), "--dry-run"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert list((tmp_path / "hub").rglob("*.safetensors")) == []
+
+
 def test_the_plan_of_a_pipeline_fetches_no_weights_either(hub, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n' * 4)
     (tmp_path / "p.yaml").write_text("""
