@@ -51,7 +51,7 @@ MODELS = {
     "wide": size(256, 1024, 6, 256_000),
 }
 # Tokens of every row, of every prompt, of every completion; micro-batches of a batch of eight.
-ROW, PROMPT, NEW, BATCH = 256, 32, 160, 8
+ROW, PROMPT, NEW, BATCH = 256, 32, 64, 8
 SCHEMAS = {"sft": SftConfig, "distill": DistillConfig, "reward": RewardConfig, "rlhf": RlhfConfig}
 
 

@@ -16,11 +16,11 @@ from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
+from gemma2.posttrain.planning.estimates import GIB, Sources, Work, estimate
 from gemma2.posttrain.planning.learning import Sizes
 from gemma2.posttrain.planning.memory import Lengths, Place
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
-from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate
 from gemma2.posttrain.runs.inputs import inputs_of
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
@@ -123,7 +123,7 @@ def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out
     if verdict is not None and math.isfinite(verdict.needed):
         found |= {"memory_gib": round(verdict.needed / GIB, 3), "memory_peak": verdict.phase}
         problems.append(memory_problem(verdict, memory))
-    elif work is not None:
+    elif work is not None and work.memory is not None:
         found["memory_gib"] = round(work.memory / GIB, 3)
     if found.get("memory_gib") is not None:
         found |= {"memory_free_gib": round(memory.free / GIB, 1), "memory_of": memory.where}

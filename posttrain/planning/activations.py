@@ -37,13 +37,13 @@ MIXED_NORMS, MIXED_MLP, MIXED_HEADS, MIXED_SCORES = 42, 8, 10, 16
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch: rows, and tokens of each, padding included."""
+    """A batch: rows, and tokens of each, padding included. A part may have a share of a row, where rows differ."""
 
-    rows: int
+    rows: float
     tokens: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> float:
         """Tokens of all rows."""
         return self.rows * self.tokens
 
@@ -153,8 +153,11 @@ def _blocks(tokens: int, window: int | None) -> Iterator[tuple[int, int, int]]:
 
 
 def cpu_parts(batch: Rows, tokens: int) -> Rows:
-    """Return the largest part that a CPU trainer cuts a micro-batch into: at most `tokens` tokens, or one row."""
-    return Rows(max(1, min(batch.rows, tokens // max(1, batch.tokens))), batch.tokens)
+    """Return the largest part that a CPU trainer cuts a micro-batch into: at most `tokens` tokens, or one row.
+
+    Rows that are shorter than the longest fill a part up to the limit.
+    """
+    return Rows(max(1, min(batch.rows, tokens / max(1, batch.tokens))), batch.tokens)
 
 
 def decode_bytes(shape: ModelShape, rows: int, prompt: int, new: int, item: int) -> Bytes:

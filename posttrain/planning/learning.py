@@ -119,7 +119,7 @@ def resident(shape: ModelShape, item: float) -> Bytes:
     return Bytes(shape.parameters * item)
 
 
-def chunk_logits(vocabulary: int, rows: int, learns: bool, mixed: bool) -> Bytes:
+def chunk_logits(vocabulary: int, rows: float, learns: bool, mixed: bool) -> Bytes:
     """Memory of the logits of a chunk of `rows` targets, and what is computed next to them."""
     if not vocabulary:
         return Bytes()
@@ -153,8 +153,8 @@ def training(
         ("gradients", one.gradients + one.embedding * (one.tied + accumulates)),
         ("activations", last + network.working_bytes(batch)),
     ]
-    # Before the first step decoding is compared with the forward pass (forward_check.py).
-    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4, adapted=network.rank > 0)
+    # Before the first step decoding is compared with the forward pass (forward_check.py); new adapters add nothing yet.
+    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4)
     start: Sum = [
         *base,
         ("weights", Bytes(one.weights)),
@@ -233,10 +233,12 @@ def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Mom
     """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights."""
     shape, item = one.network.shape, 2 if one.network.mixed else 4
     prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(Rows(rows, prompt))
+    # Under autocast every matrix is converted once; the products of adapters are added to copies.
+    copies = decoding_copies(shape, item, every=one.network.mixed or not one.network.trained)
     parts: Sum = [
         *base,
         *one.state(),
-        ("copies of weights for decoding", decoding_copies(shape, 4, adapted=not one.network.trained)),
+        ("copies of weights for decoding", copies),
         ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
         ("logits", sampler_logits(shape, rows, True)),
         ("activations", prefill),
@@ -244,12 +246,12 @@ def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Mom
     return Moment("generate", parts)
 
 
-def decoding_copies(shape: ModelShape, item: int, adapted: bool = False) -> Bytes:
-    """Memory of the weights that decoding joins, those of queries, keys and values; all of them with adapters in."""
+def decoding_copies(shape: ModelShape, item: int, every: bool = False) -> Bytes:
+    """Memory of the weights that decoding joins, those of queries, keys and values; of all of them if `every`."""
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
     found = blocks(float(item) * shape.hidden * (queries + 2 * keys), shape.layers)
     others = [size for name, size in shape.linear_layers().items() if name[0] not in "qkv"]
-    for inputs, outputs in others if adapted else []:
+    for inputs, outputs in others if every else []:
         found += blocks(float(item) * inputs * outputs, shape.layers)
     return found
 

@@ -28,6 +28,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from . import learning, reading, reinforcing
 from .learning import Sizes
@@ -50,6 +51,7 @@ OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, Place, Lengths], list[Momen
     GenerateConfig: reading.of_generate,
     EvalConfig: reading.of_eval,
     ParetoConfig: reading.of_pareto,
+    SuiteConfig: reading.of_suite,
 }
 
 

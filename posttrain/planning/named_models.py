@@ -24,11 +24,11 @@ from gemma2.core.yaml_files import apply_sets
 from gemma2.merging.inputs.architecture import classifies, stated
 from gemma2.merging.inputs.config_defaults import filled
 from gemma2.merging.remote.hub_requests import NoRanges, remote_elements, remote_files
-from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.runs.inputs import LISTS_OF_MODELS, MODELS
 from gemma2.posttrain.schemas import DistillConfig
 from gemma2.posttrain.schemas.config import Config, load_yaml
 
+from .estimates import Promise, Sources
 from .learning import Sizes
 from .shapes import SIZES, ModelShape, shape_of, shape_of_config, shape_of_parameters
 

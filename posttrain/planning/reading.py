@@ -19,9 +19,10 @@ from gemma2.posttrain.schemas import (
     RewardEvalConfig,
     RewardScoreConfig,
 )
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .activations import Network, Rows, decode_bytes, sampler_logits
-from .learning import CHUNK, PROMPT, Sizes, decoding_copies, dtype_bytes, resident
+from .learning import CHUNK, PROMPT, Sizes, chunk_logits, decoding_copies, dtype_bytes, resident
 from .parts import Bytes, Lengths, Moment, Place, Sum, blocks
 from .reinforcing import reading, reward_models, scoring
 from .shapes import ModelShape
@@ -36,7 +37,10 @@ __all__ = [
     "of_pareto",
     "of_probe",
     "of_score",
+    "of_suite",
 ]
+
+SHOTS = 2048  # tokens of a row of the suite with its examples, where nothing is known of the data
 
 
 def answering(shape: ModelShape, base: Sum, rows: int, prompt: int, new: int, item: int, whole: bool) -> Moment:
@@ -153,6 +157,18 @@ def of_cache(config: DistillCacheConfig, sizes: Sizes, place: Place, lengths: Le
     chunk = min(rows.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
     parts: Sum = [("teacher", resident(shape, item)), ("activations", network.forward_bytes(rows))]
     return [Moment("score", [*parts, ("logits", blocks(chunk, 3))])]
+
+
+def of_suite(config: SuiteConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 eval --suite`: rows with their examples are read, then answers are written."""
+    shape, item = sizes(config.model), int(dtype_bytes(config.dtype, place))
+    prompt = min(lengths.prompt or SHOTS, shape.context)
+    held: Sum = [("weights", resident(shape, item))]
+    network = Network(shape, "eager", mixed=item == 2)
+    rows = Rows(config.batch_size, prompt)
+    logits = chunk_logits(shape.vocabulary, rows.count, False, item == 2)
+    read = Moment("score", [*held, ("activations", network.forward_bytes(rows)), ("logits", logits)])
+    return [read, answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, True)]
 
 
 def of_chat(shapes: Sequence[ModelShape], tokens: int, place: Place) -> list[Moment]:

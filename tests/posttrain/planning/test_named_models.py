@@ -11,9 +11,9 @@ from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
 from gemma2.merging.remote import hub_requests
 from gemma2.posttrain.checks.kinds import wanted_kind
+from gemma2.posttrain.planning.estimates import Sources
 from gemma2.posttrain.planning.named_models import name_models, sizes_of
 from gemma2.posttrain.planning.shapes import SIZES
-from gemma2.posttrain.runs.estimates import Sources
 from gemma2.posttrain.schemas import RlhfConfig, SftConfig
 
 

@@ -76,7 +76,7 @@ def test_every_kind_of_verdict_is_among_them():
     found = [judge(config, shape_of, place) for config in CONFIGS.values() for place in PLACES]
     assert {(one.fits, bool(one.flags)) for one in found} == {(True, False), (False, True), (False, False)}
     flags = {flag for one in found for flag in one.flags[::2]}
-    assert flags >= {"--micro-batch-size", "--batch-size", "--lora-rank", "--anchor-memory"}
+    assert flags >= {"--micro-batch-size", "--batch-size", "--lora-rank"}
 
 
 def test_the_change_that_touches_least_comes_first():
