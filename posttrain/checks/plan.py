@@ -116,7 +116,7 @@ def lengths_of(rows: Sequence[RowsFound]) -> Lengths:
 
 def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out: Path | None) -> JsonObject:
     """Memory and disk of a step, next to what is free here; `problems` says what does not fit."""
-    found: JsonObject = {**work.facts} if work else {}
+    found: JsonObject = {name: value for name, value in work.facts.items() if not _is_nan(value)} if work else {}
     memory = free_memory()
     verdict = judge(config, sizes, place_of(memory), lengths)
     problems: list[str | None] = []
@@ -135,6 +135,10 @@ def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out
             problems.append(disk_problem(work, out, disk))
     named = [problem for problem in problems if problem]
     return found | ({"problems": named} if named else {})
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def place_of(memory: Memory) -> Place:

@@ -135,3 +135,35 @@ def test_a_person_sees_parts_phases_verdicts_and_flags(place, capsys):
         assert part in shown
     assert "does not fit" in shown and "GPU of 48 GB: add --" in shown
     assert "not known: gemma2 plan takes --throughput" in shown
+
+
+BARE = (
+    "sft --model 2b",
+    "distill --model 2b --teacher 9b",
+    "distill cache --teacher 9b",
+    "reward --model 2b",
+    "reward probe --model 2b",
+    "reward pairs --model 2b --judge math:fsum",
+    "reward score 2b",
+    "reward eval 2b 9b",
+    "rlhf --policy 2b --reward 2b",
+    "warp --sft 2b --reward 2b",
+    "generate --teacher 27b",
+    "eval --model 2b --sft 2b --reward 2b",
+    "eval suite 2b",
+    "pareto --sft 2b --policies 2b,9b --reward 2b",
+    "filter",
+)
+
+
+def refused(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("line", BARE)
+def test_every_command_has_a_plan_without_a_file(place, line, capsys):
+    assert invoke(["plan", *line.split(), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=refused)
+    assert "time" in document
+    assert ("verdicts" in document) == (line != "filter")
+    assert not [name for name, value in document.items() if value != value], "no NaN"
