@@ -2,6 +2,7 @@
 
 docs/commands.md      the --help pages
 docs/merging.md       the methods, from their table
+docs/plan.svg         a plan as a terminal shows it
 docs/your-gemma2.md   the memory of each step on a GPU, as gemma2 plan computes it
 """
 
@@ -13,6 +14,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from gemma2.cli.app import COMMANDS, invoke, load
@@ -42,6 +45,8 @@ BASES = {
     "given": "optional",
     "none": "not taken",
 }
+PICTURE = Path(__file__).with_name("plan.svg")
+PLANNED = "plan rlhf --policy 2b --reward 2b --gpu 48GB"
 COLUMNS = "100"  # the width of a page, whatever terminal this runs in
 HEAD = """\
 # Commands
@@ -183,7 +188,32 @@ def your_page() -> str:
     return f"{before}{begin}\n\n{memory()}\n\n{end}{after}"
 
 
+class Terminal(io.StringIO):
+    """A terminal that keeps what is printed."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def picture() -> str:
+    """docs/plan.svg: a plan that is the same on every machine."""
+    before = dict(os.environ)
+    os.environ |= {"COLUMNS": COLUMNS, "TERM": "xterm-256color"}
+    os.environ.pop("NO_COLOR", None)
+    out = Terminal()
+    try:
+        with contextlib.redirect_stdout(out):
+            invoke(PLANNED.split())
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    console = Console(record=True, file=io.StringIO(), width=int(COLUMNS))
+    console.print(Text.from_ansi(f"$ gemma2 {PLANNED}\n\n{out.getvalue()}"))
+    return console.export_svg(title="gemma2 plan", unique_id="plan")
+
+
 if __name__ == "__main__":
+    PICTURE.write_text(picture(), encoding="utf-8")
     TARGET.write_text(render(), encoding="utf-8")
     MERGING.write_text(merging_page(), encoding="utf-8")
     YOURS.write_text(your_page(), encoding="utf-8")

@@ -200,7 +200,7 @@ def check_pipeline(
                 if named is None:
                     config = located(ahead.config, places)
                 else:
-                    config, more = name_models(ahead.config, wanted_kind(ahead.config), places)
+                    config, more = name_models(ahead.config, wanted_kind(ahead.config), places, bool(known.sizes))
                     known.add(more)
                     _promise(more, promised, places)
                     if not (stage.out.exists() or partial_path(stage.out).exists()):  # nothing to compare weights with
