@@ -74,6 +74,8 @@ def test_verdicts_agree_with_the_sums(name):
 
 def test_every_kind_of_verdict_is_among_them():
     found = [judge(config, shape_of, place) for config in CONFIGS.values() for place in PLACES]
+    short = needed(CONFIGS["rlhf"], Place("accelerator"), micro_batch_size=1) - 1
+    found.append(judge(CONFIGS["rlhf"], shape_of, Place("accelerator", capacity=short)))
     assert {(one.fits, bool(one.flags)) for one in found} == {(True, False), (False, True), (False, False)}
     flags = {flag for one in found for flag in one.flags[::2]}
     assert flags >= {"--micro-batch-size", "--batch-size", "--lora-rank"}
