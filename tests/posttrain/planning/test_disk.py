@@ -18,7 +18,7 @@ RL = {"policy": "2b", "reward": "2b", "prompts": "p"}
     [
         (SftConfig(model="2b", data="d"), {"output": 4 * N, "3 checkpoints": 3 * 12 * N}),
         (
-            SftConfig(model="2b", data="d", keep="best"),
+            SftConfig(model="2b", data="d", keep="best", eval_every=9),
             {"output": 4 * N, "3 checkpoints": 36 * N, "best weights": 4 * N},
         ),
         (SftConfig(model="2b", data="d", lora_rank=8), {"output": 4 * N, "3 checkpoints": 36 * ADAPTER}),
