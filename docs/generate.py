@@ -22,7 +22,7 @@ from gemma2.cli.app import COMMANDS, invoke, load
 from gemma2.merging.methods.option import OPTIONS
 from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.planning.estimates import Promise, Sources, estimate
-from gemma2.posttrain.planning.memory import Lengths, Place, memory_of
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import SIZES, ModelShape
 from gemma2.posttrain.schemas import GenerateConfig, MergeConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
@@ -165,7 +165,7 @@ def memory() -> str:
     for name, config in jobs().items():
         work = estimate(config, Sources(promised))
         assert work is not None, name
-        plan = memory_of(config, size_of, Place("accelerator"), LENGTHS)
+        plan = memory_of(config, size_of, MemoryPlace("accelerator"), LENGTHS)
         needed = (plan.peak.bytes if plan else work.memory or 0.0) / 1e9
         fits = ["yes" if needed <= size else "no" for size in CARDS.values()]
         if isinstance(config, MergeConfig):

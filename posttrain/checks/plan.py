@@ -18,7 +18,7 @@ from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
 from gemma2.posttrain.planning.estimates import GIB, Sources, Work, estimate
 from gemma2.posttrain.planning.learning import Sizes
-from gemma2.posttrain.planning.memory import Lengths, Place
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.runs.inputs import inputs_of
@@ -141,9 +141,9 @@ def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def place_of(memory: Memory) -> Place:
+def place_of(memory: Memory) -> MemoryPlace:
     """This machine as a place for a command."""
-    return Place("cpu" if memory.where == MAIN else "accelerator", capacity=memory.free)
+    return MemoryPlace("cpu" if memory.where == MAIN else "accelerator", capacity=memory.free)
 
 
 def memory_problem(verdict: Verdict, memory: Memory) -> str | None:

@@ -25,7 +25,7 @@ from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of
 from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
 from gemma2.posttrain.planning.estimates import Promise, Sources, Work
 from gemma2.posttrain.planning.learning import Sizes
-from gemma2.posttrain.planning.memory import Place
+from gemma2.posttrain.planning.memory import MemoryPlace
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, name_models, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.provenance.output_state import broken_files
@@ -123,7 +123,7 @@ class PipelinePlan:
         problems = [(name, memory_problem(verdict, memory)) for name, verdict in found if verdict is not None]
         return [f"stages.{name}: {problem}" for name, problem in problems if problem]
 
-    def _verdict(self, one: Checked, place: Place) -> Verdict | None:
+    def _verdict(self, one: Checked, place: MemoryPlace) -> Verdict | None:
         return judge(one.decision.config, self.sizes, place) if one.decision.config is not None else None
 
     @property

@@ -7,7 +7,7 @@ from light_model import light_model
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
-from gemma2.posttrain.planning.memory import Lengths, Place, memory_of
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import shape_of
 from gemma2.posttrain.planning.verdicts import CARDS, GB
 from gemma2.posttrain.schemas import SftConfig
@@ -42,7 +42,7 @@ def test_a_size_needs_nothing_on_disk_and_every_card_has_a_verdict(planned):
     document = planned("sft --model 9b")
     assert document["model"] == "9b (9,241,705,984 parameters: Gemma 2 of this size, nothing on disk)"
     assert [one["has_gib"] for one in document["verdicts"][1:]] == [float(f"{size * GB / GIB:.5g}") for size in CARDS]
-    sums = memory_of(SftConfig(model="9b", data="x"), shape_of, Place("accelerator"), Lengths())
+    sums = memory_of(SftConfig(model="9b", data="x"), shape_of, MemoryPlace("accelerator"), Lengths())
     assert {one["needs_gib"] for one in document["verdicts"][1:]} == {float(f"{sums.peak.bytes / GIB:.5g}")}
     parts = {part.name: part.bytes / GIB for part in sums.peak.parts}
     gpu = planned("sft --model 9b --gpu 24GB")["memory"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma2.posttrain.planning.activations import Network, Rows, cpu_parts
-from gemma2.posttrain.planning.memory import OF_COMMAND, Lengths, MemoryPlan, Place, memory_of
+from gemma2.posttrain.planning.activations import NetworkInUse, RowBatch, cpu_parts
+from gemma2.posttrain.planning.answering import of_chat
+from gemma2.posttrain.planning.memory import OF_COMMAND, Lengths, MemoryPlace, MemoryPlan, memory_of
 from gemma2.posttrain.planning.parts import GAPS, GIVEN_BACK, Bytes, Moment, blocks, settled
-from gemma2.posttrain.planning.reading import of_chat
 from gemma2.posttrain.planning.shapes import SIZES, ModelShape, shape_of, shape_of_config, shape_of_parameters
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -30,7 +30,7 @@ from gemma2.posttrain.schemas.measures import SuiteConfig
 
 GIB = 2.0**30
 MODEL, ROWS = Path("2b"), Path("rows")
-CPU, GPU = Place("cpu"), Place("accelerator")
+CPU, GPU = MemoryPlace("cpu"), MemoryPlace("accelerator")
 # docs/science.md has the shapes; sums by hand, GiB: 2B, 9B, 27B.
 WEIGHTS = (9.74, 34.43, 101.43)
 TRAINING = (38.96, 137.71, 405.72)
@@ -38,7 +38,7 @@ CACHE_WINDOW, CACHE = (0.609, 1.969, 2.156), (0.812, 2.625, 2.875)
 SCORES = (2.00, 4.00, 8.00)
 
 
-def planned(config: Config, place: Place = CPU, lengths: Lengths | None = None) -> MemoryPlan:
+def planned(config: Config, place: MemoryPlace = CPU, lengths: Lengths | None = None) -> MemoryPlan:
     plan = memory_of(config, shape_of, place, lengths)
     assert plan is not None
     return plan
@@ -140,31 +140,33 @@ def test_a_tied_embedding_of_a_wide_vocabulary_has_two_gradients():
 
 
 def test_a_pass_on_a_cpu_is_cut_into_parts_of_whole_rows():
-    assert cpu_parts(Rows(16, 256), 2048) == Rows(8, 256)
-    assert cpu_parts(Rows(2, 300), 2048) == Rows(2, 300)
-    assert cpu_parts(Rows(16, 5000), 2048) == Rows(1, 5000)
+    assert cpu_parts(RowBatch(16, 256), 2048) == RowBatch(8, 256)
+    assert cpu_parts(RowBatch(2, 300), 2048) == RowBatch(2, 300)
+    assert cpu_parts(RowBatch(16, 5000), 2048) == RowBatch(1, 5000)
 
 
 def test_one_block_keeps_what_was_counted_with_hooks():
     """torch's saved tensors of one layer, 2 rows of 64 tokens: 837 elements a token, with adapters of rank 4 737."""
     shape = ModelShape(0, 32, 80, 1, 4, 2, 16, 64, 4096, 1)
-    batch = Rows(2, 64)
+    batch = RowBatch(2, 64)
     scores = 2 * 2 * 4 * 64 * 64 * 4
-    full = Network(shape, "blockwise").block_bytes(batch, True).total - scores
+    full = NetworkInUse(shape, "blockwise").block_bytes(batch, True).total - scores
     assert full / 4 / batch.count == pytest.approx(837, rel=0.005)
-    adapters = Network(shape, "blockwise", trained=False, rank=4, adapted=7).block_bytes(batch, True).total - scores
+    adapters = (
+        NetworkInUse(shape, "blockwise", trained=False, rank=4, adapted=7).block_bytes(batch, True).total - scores
+    )
     assert adapters / 4 / batch.count == pytest.approx(737, rel=0.005)
 
 
 def test_eager_attention_keeps_all_scores_and_blocks_about_half():
     shape = SIZES["2b"]
-    batch = Rows(1, 2048)
-    eager = Network(shape, "eager").scores(batch, False)
+    batch = RowBatch(1, 2048)
+    eager = NetworkInUse(shape, "eager").scores(batch, False)
     assert eager == 8 * 2048 * 2048
-    assert 0.5 < Network(shape, "blockwise").scores(batch, False) / eager < 0.53
-    assert Network(shape, "flash").scores(batch, False) == 0
-    far = Rows(1, 8192)  # the window is 4096
-    assert Network(shape, "blockwise").scores(far, True) < Network(shape, "blockwise").scores(far, False)
+    assert 0.5 < NetworkInUse(shape, "blockwise").scores(batch, False) / eager < 0.53
+    assert NetworkInUse(shape, "flash").scores(batch, False) == 0
+    far = RowBatch(1, 8192)  # the window is 4096
+    assert NetworkInUse(shape, "blockwise").scores(far, True) < NetworkInUse(shape, "blockwise").scores(far, False)
 
 
 def test_checkpointing_keeps_the_edges_of_blocks():
@@ -200,7 +202,9 @@ def test_longer_rows_and_larger_batches_never_need_less(config, place):
 
 @pytest.mark.parametrize("config", COMMANDS, ids=NAMES)
 def test_more_devices_that_share_the_weights_never_need_more_each(config):
-    sizes = [planned(config, Place("accelerator", n, full_shard=True), Lengths(64, 64)).peak.bytes for n in (2, 4, 8)]
+    sizes = [
+        planned(config, MemoryPlace("accelerator", n, full_shard=True), Lengths(64, 64)).peak.bytes for n in (2, 4, 8)
+    ]
     assert sizes == sorted(sizes, reverse=True)
     assert all(size > 0 for size in sizes)
 
@@ -255,6 +259,6 @@ def test_a_configuration_gives_the_shape_of_its_size():
 
 
 def test_a_model_of_which_only_the_size_is_known_has_its_weights():
-    plan = memory_of(COMMANDS[0], lambda _: shape_of_parameters(1e9), Place(baseline=0.0))
+    plan = memory_of(COMMANDS[0], lambda _: shape_of_parameters(1e9), MemoryPlace(baseline=0.0))
     assert plan is not None
     assert plan.peak.bytes >= 16e9
