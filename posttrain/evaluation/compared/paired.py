@@ -1,17 +1,17 @@
 """Whether one model answers the same rows better than another: paired tests on plain arrays. Pure, numpy only.
 
-Both models answer the same rows, so the difference is taken row by row: a hard row is hard for both. An unpaired z of the
-two accuracies throws this away and needs several times as many rows.
+Both models answer the same rows, so the difference is taken row by row: a hard row is hard for both. An unpaired z of
+the two accuracies throws this away and needs several times as many rows.
 
-    right or wrong   p: exact McNemar (the rows flipped one way, b, against binomial(b + c, 1/2), two-sided, doubled tail)
-                     interval: Tango's score interval for paired proportions (1998, doi:10.1002/(SICI)1097-0258(19980430)
-                     17:8<891::AID-SIM780>3.0.CO;2-B), which has a width also where no row flipped
+    right or wrong   p: exact McNemar: the rows flipped one way, b, against binomial(b + c, 1/2); two-sided, tail doubled
+                     interval: Tango's score interval for paired proportions (Statistics in Medicine 17, 1998,
+                     pages 891 to 908), which has a width also where no row flipped
     any other value  p and interval: bootstrap over the rows, basic interval; a weighted mean is a ratio of sums, both
                      resampled (perplexity per token: values per token, weights tokens)
 
 Rows of one cluster (a subject of MMLU) are not independent. The standard error is then that of the cluster totals
 (Miller 2024, arXiv 2411.00640, with the correction G / (G - 1)), the interval Student's t over G - 1, and the bootstrap
-draws clusters. McNemar's p knows no clusters; so a difference counts as found only if p < 0.05 AND the interval excludes 0.
+draws clusters. McNemar's p ignores clusters, so a difference is found only if p < 0.05 AND the interval excludes 0.
 
 `rows_needed`: rows at which the observed difference would be found four times of five (power 0.8 at 0.05), with the
 spread observed here. `detectable`: the difference that the rows at hand find with that power.
@@ -199,8 +199,9 @@ def _clustered_error(deviations: Floats, clusters: NDArray[np.int64]) -> float:
 def _bootstrap(sums: Floats, weights: Floats, clusters: NDArray[np.int64], mean: float) -> tuple[float, float, float]:
     """(p, low, high) of a ratio of sums over resampled clusters.
 
-    p: share of the replicates at least as far from the mean as the mean is from 0, the observed one counted; never below
-    the least p of a test that flips the signs of the clusters, 2 / 2^clusters: a few rows that agree prove nothing.
+    p: share of the replicates at least as far from the mean as the mean is from 0, the observed one counted; never
+    below the least p of a test that flips the signs of the clusters, 2 / 2^clusters: a few rows that agree prove
+    nothing.
     """
     tops, bottoms = np.bincount(clusters, weights=sums), np.bincount(clusters, weights=weights)
     count = len(tops)
