@@ -1,0 +1,115 @@
+"""The rows of the suite's tasks as files hold them, from the columns of the published data sets. Pure.
+
+    mmlu           id, split (dev, test), subject, question, choices, answer
+    arc_challenge  id, split (train, validation, test), question, choices, answer
+    hellaswag      id, split (train, validation), question, choices, answer
+    winogrande     id, split (train, validation), question (a sentence with one _), choices (of the _), answer
+    gsm8k          id, split (train, test), question, answer (the solution, which ends in `#### NUMBER`)
+
+`answer` of a multiple choice is the index of the right one in `choices`. HellaSwag's texts are cleaned as lm-eval cleans
+them, so that the prompts are equal: `[title]` becomes a full stop, other words in brackets and doubled blanks go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gemma2.core.json_files import JsonMapping, JsonObject
+
+__all__ = ["COUNTS", "SPLITS", "TASKS", "DataRow", "arc_row", "gsm8k_row", "hellaswag_row", "mmlu_row", "winogrande_row"]
+
+TASKS = ("mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag")
+DataRow = JsonObject
+
+# Rows of every split in the published data sets.
+COUNTS: Mapping[tuple[str, str], int] = {
+    ("mmlu", "dev"): 285,
+    ("mmlu", "test"): 14042,
+    ("arc_challenge", "train"): 1119,
+    ("arc_challenge", "validation"): 299,
+    ("arc_challenge", "test"): 1172,
+    ("gsm8k", "train"): 7473,
+    ("gsm8k", "test"): 1319,
+    ("winogrande", "train"): 40398,
+    ("winogrande", "validation"): 1267,
+    ("hellaswag", "train"): 39905,
+    ("hellaswag", "validation"): 10042,
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a task: `asked` holds the questions, `shown` the few-shot examples."""
+
+    asked: str
+    shown: str
+
+
+SPLITS = {
+    "mmlu": Splits("test", "dev"),
+    "arc_challenge": Splits("test", "train"),
+    "gsm8k": Splits("test", "train"),
+    "winogrande": Splits("validation", "train"),
+    "hellaswag": Splits("validation", "train"),
+}
+
+
+def mmlu_row(row: JsonMapping, split: str, number: int) -> DataRow:
+    """From `cais/mmlu` and `hails/mmlu_no_train`; `number` counts within the subject."""
+    subject = str(row["subject"])
+    return {
+        "id": f"{subject}/{split}/{number}",
+        "split": split,
+        "subject": subject,
+        "question": row["question"],
+        "choices": list(row["choices"]),
+        "answer": int(row["answer"]),
+    }
+
+
+def arc_row(row: JsonMapping, split: str, number: int) -> DataRow:
+    """From `allenai/ai2_arc`; the labels are A, B, ... or 1, 2, ..."""
+    choices = row["choices"]
+    return {
+        "id": f"{split}/{number}/{row['id']}",
+        "split": split,
+        "question": row["question"],
+        "choices": list(choices["text"]),
+        "answer": list(choices["label"]).index(row["answerKey"]),
+    }
+
+
+def hellaswag_row(row: JsonMapping, split: str, number: int) -> DataRow:
+    """From `Rowan/hellaswag`."""
+    context = f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}"
+    return {
+        "id": f"{split}/{number}",
+        "split": split,
+        "question": cleaned(context),
+        "choices": [cleaned(text) for text in row["endings"]],
+        "answer": int(row["label"]),
+    }
+
+
+def cleaned(text: str) -> str:
+    """A text of HellaSwag without the marks of WikiHow, as lm-eval's task `hellaswag` has it."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def winogrande_row(row: JsonMapping, split: str, number: int) -> DataRow:
+    """From `allenai/winogrande`, configuration winogrande_xl."""
+    return {
+        "id": f"{split}/{number}",
+        "split": split,
+        "question": row["sentence"],
+        "choices": [row["option1"], row["option2"]],
+        "answer": int(row["answer"]) - 1,
+    }
+
+
+def gsm8k_row(row: JsonMapping, split: str, number: int) -> DataRow:
+    """From `openai/gsm8k`, configuration main."""
+    return {"id": f"{split}/{number}", "split": split, "question": row["question"], "answer": row["answer"]}
