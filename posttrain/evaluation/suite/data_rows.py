@@ -2,23 +2,32 @@
 
     mmlu           id, split (dev, test), subject, question, choices, answer
     arc_challenge  id, split (train, validation, test), question, choices, answer
-    hellaswag      id, split (train, validation), question, choices, answer
-    winogrande     id, split (train, validation), question (a sentence with one _), choices (of the _), answer
+    hellaswag      id, split (train, validation), context, choices, answer
+    winogrande     id, split (train, validation), sentence (with one _), choices (for the _), answer
     gsm8k          id, split (train, test), question, answer (the solution, which ends in `#### NUMBER`)
 
-`answer` of a multiple choice is the index of the right one in `choices`. HellaSwag's texts are cleaned as lm-eval cleans
-them, so that the prompts are equal: `[title]` becomes a full stop, other words in brackets and doubled blanks go.
+`answer` of a multiple choice is the index of the right one in `choices`. HellaSwag's context is "ACTIVITY: A B", its
+second part capitalised, as lm-eval joins them; the marks of WikiHow stay in, the task takes them out.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
-__all__ = ["COUNTS", "SPLITS", "TASKS", "DataRow", "arc_row", "gsm8k_row", "hellaswag_row", "mmlu_row", "winogrande_row"]
+__all__ = [
+    "COUNTS",
+    "SPLITS",
+    "TASKS",
+    "DataRow",
+    "arc_row",
+    "gsm8k_row",
+    "hellaswag_row",
+    "mmlu_row",
+    "winogrande_row",
+]
 
 TASKS = ("mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag")
 DataRow = JsonObject
@@ -83,20 +92,13 @@ def arc_row(row: JsonMapping, split: str, number: int) -> DataRow:
 
 def hellaswag_row(row: JsonMapping, split: str, number: int) -> DataRow:
     """From `Rowan/hellaswag`."""
-    context = f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}"
     return {
         "id": f"{split}/{number}",
         "split": split,
-        "question": cleaned(context),
-        "choices": [cleaned(text) for text in row["endings"]],
+        "context": f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}",
+        "choices": list(row["endings"]),
         "answer": int(row["label"]),
     }
-
-
-def cleaned(text: str) -> str:
-    """A text of HellaSwag without the marks of WikiHow, as lm-eval's task `hellaswag` has it."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def winogrande_row(row: JsonMapping, split: str, number: int) -> DataRow:
@@ -104,7 +106,7 @@ def winogrande_row(row: JsonMapping, split: str, number: int) -> DataRow:
     return {
         "id": f"{split}/{number}",
         "split": split,
-        "question": row["sentence"],
+        "sentence": row["sentence"],
         "choices": [row["option1"], row["option2"]],
         "answer": int(row["answer"]) - 1,
     }

