@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gemma2.core.json_files import JsonObject, read_json
+from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 
-__all__ = ["DEFAULT", "SOURCES", "Beside", "PublishedValue", "beside", "published_values", "task_label"]
+__all__ = ["DEFAULT", "SOURCES", "Beside", "PublishedValue", "beside", "published_values", "size_of", "task_label"]
 
 FILE = Path(__file__).parent.parent / "published.json"
 SOURCES = ("v3", "blog", "card")
@@ -26,6 +26,7 @@ DEFAULT = "v3"
 NAMED = {"v3": "report v3", "blog": "blog of June 2024", "card": "model card"}
 OURS = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 TUNED = "-it"
+ELSEWHERE = "*"  # mark of a value that the source asked for does not state
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,18 @@ class Beside:
 
     columns  id -> heading of each model, Gemma 2 first
     cells    (task, id) -> the value
-    notes    footnotes in order; a value's marks are their numbers, from 1
+    marks    (task, id) -> the marks of the value's footnotes
+    notes    mark -> footnote: one for each model with something to say, and * for values of another source
+    further  a sentence without a mark
     """
 
     source: str
     tuned: bool
     columns: Mapping[str, str]
     cells: Mapping[tuple[str, str], PublishedValue]
-    marks: Mapping[tuple[str, str], tuple[int, ...]]
-    notes: tuple[str, ...]
+    marks: Mapping[tuple[str, str], tuple[str, ...]]
+    notes: Mapping[str, str]
+    further: tuple[str, ...] = ()
 
 
 @cache
@@ -87,20 +91,39 @@ def beside(tasks: Sequence[str], tuned: bool = False, source: str = DEFAULT, siz
     found = {(task, model): _chosen(model, task, tuned, source) for task in tasks for model in ids}
     cells = {place: value for place, value in found.items() if value is not None}
     shown = [model for model in ids if any(place[1] == model for place in cells)]
-    notes: list[str] = []
-    marks: dict[tuple[str, str], tuple[int, ...]] = {}
-    for place, value in cells.items():
-        for text in _notes(value, source):
-            if text not in notes:
-                notes.append(text)
-            marks[place] = (*marks.get(place, ()), notes.index(text) + 1)
+    marks: dict[tuple[str, str], tuple[str, ...]] = {}
+    notes: dict[str, str] = {}
+    for model in shown:
+        said: list[str] = []
+        for place, value in cells.items():
+            if place[1] != model:
+                continue
+            own = list(_notes(value))
+            said += [text for text in own if text not in said]
+            elsewhere = (ELSEWHERE,) if value.source != source else ()
+            marks[place] = (*((str(len(notes) + 1),) if own else ()), *elsewhere)
+        if said:
+            notes[str(len(notes) + 1)] = f"{heading(model, tuned)}: {'; '.join(said)}."
+    if any(ELSEWHERE in found for found in marks.values()):
+        notes[ELSEWHERE] = f"Of the {NAMED[DEFAULT]}: the {NAMED[source]} is not recorded to state it."
+    return Beside(
+        source,
+        tuned,
+        {model: heading(model, tuned) for model in shown},
+        cells,
+        {place: found for place, found in marks.items() if found},
+        notes,
+        tuple(_without_peers(tasks, cells)) if tuned else (),
+    )
+
+
+def _without_peers(tasks: Sequence[str], cells: Mapping[tuple[str, str], PublishedValue]) -> Iterator[str]:
     without = [task_label(task) for task in tasks if not any(place[0] == task for place in cells)]
-    if without and tuned:
-        notes.append(
+    if without:
+        yield (
             f"No few-shot row of an instruction-tuned Gemma 2 is published for {', '.join(without)}; rows of "
             "pre-trained models are not its peers and are left out."
         )
-    return Beside(source, tuned, {model: heading(model, tuned) for model in shown}, cells, marks, tuple(notes))
 
 
 def heading(model: str, tuned: bool) -> str:
@@ -118,15 +141,21 @@ def _chosen(model: str, task: str, tuned: bool, source: str) -> PublishedValue |
     return found.get(source) or found.get(DEFAULT)
 
 
-def _notes(value: PublishedValue, source: str) -> Iterator[str]:
-    """The footnotes of a value: its own, where it is from if not from the source asked for, what other sources say."""
-    name, label = heading(value.model, value.tuned), task_label(value.task)
+def _notes(value: PublishedValue) -> Iterator[str]:
+    """What is to be said of a value: that sources disagree, and the notes of the values that are named."""
+    label = task_label(value.task)
     found = _of(value.model, value.task, value.tuned)
-    if value.source != source:
-        yield f"Not stated in the {NAMED[source]} as far as recorded here; the value is of the {NAMED[DEFAULT]}."
-    if len({one.value for one in found.values()}) > 1:
-        said = ", ".join(f"{NAMED[key]} {found[key].value:.1f}" for key in SOURCES if key in found)
-        yield f"Sources disagree on {label} of {name}: {said}."
+    differ = len({one.value for one in found.values()}) > 1
+    if differ:
+        yield f"{label} {', '.join(f'{found[key].value:.1f} in the {NAMED[key]}' for key in SOURCES if key in found)}"
     for one in found.values():
-        if one.note and (one is value or one.value != value.value):
-            yield f"{name}{f', {label}' if one.source != DEFAULT else ''} ({NAMED[one.source]}): {one.note}."
+        if one.note and (one is value or differ):
+            yield f"{f'{label} in the {NAMED[one.source]}: ' if one.source != DEFAULT else ''}{one.note}"
+
+
+def size_of(config: JsonMapping) -> str:
+    """ "2B", "9B" or "27B" by a model's config.json; "" for any other size."""
+    from gemma2.posttrain.doctor.checks.config_checks import SIZES
+
+    shape = config.get("hidden_size"), config.get("num_hidden_layers")
+    return next((name for name, one in SIZES.items() if (one.hidden_size, one.num_hidden_layers) == shape), "")
