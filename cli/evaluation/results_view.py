@@ -10,7 +10,7 @@ from gemma2.core.json_files import JsonMapping
 
 if TYPE_CHECKING:
     from gemma2.posttrain.evaluation.compared.published import Beside
-    from gemma2.posttrain.evaluation.compared.table import Line
+    from gemma2.posttrain.evaluation.compared.result_table import Line
 
 __all__ = ["show_results"]
 
@@ -21,7 +21,7 @@ WIDEST = 200
 
 def show_results(document: JsonMapping, source: str, console: Console) -> None:
     """Print the table of results.json, its footnotes, and how it compares."""
-    from gemma2.posttrain.evaluation.compared.table import result_table
+    from gemma2.posttrain.evaluation.compared.result_table import result_table
 
     table = result_table(document, source)
     shown = list(_fitting(table.published, console.width(WIDEST)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.reports.plots.figures import HUES, INK, PAPER, new_figure, styled, write_figure
 
-from .table import Line, Table, is_tuned, result_table
+from .result_table import Line, Table, is_tuned, result_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
