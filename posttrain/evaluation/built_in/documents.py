@@ -1,7 +1,7 @@
 """The documents of a perplexity: a text file is one, a row with `text` is one. Torch-free.
 
-Files of rows are JSONL, JSON, CSV, TSV, parquet and arrow, packed or not, folders and hub data sets; the column may have
-another name (`--columns text=content`). Any other file is read as UTF-8 text, with its line ends and blanks as they are.
+Files of rows are JSONL, JSON, CSV, TSV, parquet and arrow, packed or not, folders and hub data sets; the column may
+have another name (`--columns text=content`). Any other file is read as UTF-8 text, line ends and blanks as they are.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ VERDICT_LINE = re.compile(
 class SideBySide(Judge):
     """The questions to a judge about two answers, and the scores that follow from its replies.
 
-    verdicts  for each prompt the verdicts in both orders, positive for the answer that was shown first; None: unreadable
+    verdicts  for each prompt the verdicts in both orders, positive for the answer shown first; None: unreadable
     """
 
     verdicts: list[tuple[float | None, float | None]] = field(default_factory=list)
