@@ -33,7 +33,7 @@ from gemma2.posttrain.generation.engines import Completion, Engine, Request
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.generation.scoring import Scored
 from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
-from gemma2.posttrain.schemas.measures.built_in import WinRateConfig
+from gemma2.posttrain.schemas.measures import WinRateConfig
 
 __all__ = ["PLACES", "Answered", "Judge", "judge_engine", "judged", "read_template", "template_of"]
 

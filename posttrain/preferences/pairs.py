@@ -82,7 +82,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
 
 def _function_of(config: PairsConfig) -> Score | None:
     """Return the judge if it is a Python function. Raises UsageError for an unknown kind of judge."""
-    check_judge(config)
+    check_judge(config.judge)
     if config.judge_model is not None or Path(config.judge).is_dir():
         return None
     return function_score(config.judge, "--judge", "reward", seconds=config.reward_timeout)

@@ -17,7 +17,7 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.data.shapes.recognise import columns_hint, present
 from gemma2.posttrain.data.sources import Row, kind
 
-__all__ = ["documents_of", "is_one_text"]
+__all__ = ["documents_of", "each_document", "is_one_text"]
 
 ROWS = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
 
@@ -27,13 +27,20 @@ def is_one_text(path: Path) -> bool:
     return path.is_file() and format_of(path) not in ROWS
 
 
-def documents_of(path: Path, reading: Reading, limit: int | None = None) -> Iterator[str]:
-    """The texts of a path, streamed. Raises InputError for a file that is not UTF-8, and for a row without a text."""
+def each_document(path: Path, reading: Reading, limit: int | None = None) -> Iterator[Prompt]:
+    """The documents of a path, streamed, each as one message.
+
+    Raises InputError for a file that is not UTF-8, and for a row without a text.
+    """
     if is_one_text(path):
-        yield _whole_text(path)
+        yield Prompt(str(path), [{"role": "user", "content": _whole_text(path)}], shape="text")
         return
-    for row in islice(reading.each(path, _text_row), limit):
-        yield row.messages[0]["content"]
+    yield from islice(reading.each(path, _text_row), limit)
+
+
+def documents_of(path: Path, reading: Reading, limit: int | None = None) -> Iterator[str]:
+    """The texts of `each_document`."""
+    return (row.messages[0]["content"] for row in each_document(path, reading, limit))
 
 
 def _whole_text(path: Path) -> str:

@@ -36,7 +36,7 @@ DIGITS = 6  # of nats, after the point
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChoiceQuestion:
     """A question and its choices as token ids; `cut`: how many tokens the beginning of the question lost."""
 
     context: list[int]
@@ -64,7 +64,9 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
         return as_document(kept, config, outcomes, reading, progress)
 
 
-def _asked(rows: Sequence[Prompt], number: int, asking: Asking, config: ChoicesConfig, most: int | None) -> Asked:
+def _asked(
+    rows: Sequence[Prompt], number: int, asking: Asking, config: ChoicesConfig, most: int | None
+) -> ChoiceQuestion:
     shots = [
         (shot, choices_of(shot)[right_choice(shot)]) for shot in drawn_shots(rows, number, config.shots, config.seed)
     ]
@@ -75,11 +77,11 @@ def _asked(rows: Sequence[Prompt], number: int, asking: Asking, config: ChoicesC
         if most is not None and longest > most - 2:
             raise InputError(f"a choice of {longest} tokens does not fit into the model's context", "shorten it")
     context = cut_left(whole, None if most is None else most - longest)
-    return Asked(context, choices, len(whole) - len(context))
+    return ChoiceQuestion(context, choices, len(whole) - len(context))
 
 
 def _score(
-    kept: Kept, number: int, model: CausalLM, asked: Sequence[Asked], batch_size: int, progress: Progress
+    kept: Kept, number: int, model: CausalLM, asked: Sequence[ChoiceQuestion], batch_size: int, progress: Progress
 ) -> None:
     """Keep the log-probs of the choices of every row, a part at a time."""
     part = PART * batch_size
@@ -93,7 +95,7 @@ def _score(
             bar.advance(len(chunk))
 
 
-def _log_probs(model: CausalLM, asked: Sequence[Asked], batch_size: int) -> list[list[float]]:
+def _log_probs(model: CausalLM, asked: Sequence[ChoiceQuestion], batch_size: int) -> list[list[float]]:
     contexts = [row.context for row in asked for _ in row.choices]
     choices = [ids for row in asked for ids in row.choices]
     sums = iter([float(logps.double().sum()) for logps in token_logps(model, contexts, choices, batch_size)])
@@ -115,7 +117,7 @@ def _outcome(
     number: int,
     name: str,
     rows: Sequence[Prompt],
-    asked: Sequence[Asked],
+    asked: Sequence[ChoiceQuestion],
     asking: Asking,
     progress: Progress,
 ) -> Outcome:

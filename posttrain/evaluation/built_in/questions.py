@@ -54,23 +54,28 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlainQuestion:
     """A question as token ids; `cut`: how many tokens its beginning lost."""
 
     ids: list[int]
     cut: int
 
 
-def _asked(rows: Sequence[Prompt], number: int, asking: Asking, config: QaConfig, most: int | None) -> Asked:
+def _asked(rows: Sequence[Prompt], number: int, asking: Asking, config: QaConfig, most: int | None) -> PlainQuestion:
     shots = [(shot, the_answers(shot)[0]) for shot in drawn_shots(rows, number, config.shots, config.seed)]
     with located(rows[number].where):
         whole = asking.ids(rows[number], shots)
     ids = cut_left(whole, most)
-    return Asked(ids, len(whole) - len(ids))
+    return PlainQuestion(ids, len(whole) - len(ids))
 
 
 def _answer(
-    kept: Kept, number: int, engine: SamplerEngine, rows: Sequence[Prompt], asked: Sequence[Asked], progress: Progress
+    kept: Kept,
+    number: int,
+    engine: SamplerEngine,
+    rows: Sequence[Prompt],
+    asked: Sequence[PlainQuestion],
+    progress: Progress,
 ) -> None:
     """Draw the answers that are not known yet, a part at a time."""
     part = BATCHES * engine.batch_size
@@ -101,7 +106,7 @@ def _outcome(
     number: int,
     name: str,
     rows: Sequence[Prompt],
-    asked: Sequence[Asked],
+    asked: Sequence[PlainQuestion],
     asking: Asking,
     progress: Progress,
 ) -> Outcome:
