@@ -33,8 +33,8 @@ Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", 
 # tokenizer        a directory with a tokenizer: its files of settings
 KIND_OF_OPTION: dict[str, Kind] = {
     **dict.fromkeys(("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head"), "model"),
-    **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge"), "model"),
-    **dict.fromkeys(("data", "prompts", "heldout", "eval_data"), "rows"),
+    **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge", "against", "win_rate"), "model"),
+    **dict.fromkeys(("data", "prompts", "heldout", "eval_data", "perplexity", "qa", "choices"), "rows"),
     "decontaminate": "evaluation rows",
     "front": "front",
     **dict.fromkeys(("fronts", "teacher_cache"), "output"),

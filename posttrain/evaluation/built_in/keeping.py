@@ -1,0 +1,186 @@
+"""What a measure keeps: a record per row while it runs, and its results at the end.
+
+    results.json          version, model and its digest, settings, figures by task
+    results.csv           one line per task and metric
+    samples/TASK.jsonl    one line per row; of a second model (--against) in samples/against/TASK.jsonl
+
+Rows are computed in parts that depend on the data and the settings only. Each part is in a journal before the next one
+begins, so a killed run continues with the same rows in the same batches, and its files have the same bytes. Without
+`--out` nothing is written. Torch-free.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
+from gemma2.core.outputs.model_identity import digest_model
+from gemma2.core.progress import Progress
+from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.generation.journal import Journal
+from gemma2.posttrain.runs.inputs import model_name
+from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.schemas.config import Config
+
+__all__ = ["AGAINST", "FORMAT", "NOWHERE", "Kept", "Outcome", "as_document", "keeping", "task_names"]
+
+FORMAT = 1  # of results.json
+NOWHERE = Path()  # the `out` of a run that writes nothing
+AGAINST = "against"
+RESULTS, TABLE, SAMPLES = "results.json", "results.csv", "samples"
+
+Key = tuple[object, ...]
+
+
+@dataclass
+class Outcome:
+    """What a measure found.
+
+    tasks    name -> {"n", "metrics", "stderr", "low", "high", ...}
+    samples  name -> rows
+    """
+
+    tasks: dict[str, JsonObject]
+    samples: dict[str, list[JsonObject]] = field(default_factory=dict)
+    more: JsonObject = field(default_factory=dict)  # further entries of the result
+
+
+class Kept:
+    """The records of a measure by key, those of an interrupted run included."""
+
+    def __init__(self, run: Run | None, stack: ExitStack) -> None:
+        self.run = run
+        self._stack = stack
+        self._folder: Path | None = None  # of the journals
+        self._journal = None if run is None else self.journal("rows.jsonl")
+        self._known: dict[Key, JsonObject] = {}
+        if self._journal is not None:
+            self._known = {_key(record): record for record in self._journal.records()}
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files of the output go; None where nothing is written."""
+        return None if self.run is None else self.run.path
+
+    def journal(self, name: str) -> Journal:
+        """A journal of this measure, closed at its end; where nothing is written it is in a temporary folder."""
+        if self._folder is None:
+            if self.run is None:
+                self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="gemma2-eval-")))
+            else:
+                self._folder = self.run.checkpoints
+                self._folder.mkdir(exist_ok=True)
+        return self._stack.enter_context(Journal(self._folder / name))
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: Key) -> JsonObject:
+        return self._known[key]
+
+    def add(self, records: Iterable[JsonObject]) -> None:
+        """Keep the records of one part, each with its `key`."""
+        found = list(records)
+        if self._journal is not None:
+            self._journal.append(found)
+        self._known |= {_key(record): record for record in found}
+
+
+def _key(record: JsonMapping) -> Key:
+    return tuple(record["key"])
+
+
+@contextmanager
+def keeping(command: str, config: Config, options: RunOptions) -> Iterator[Kept]:
+    """Open the output of a measure, or nothing where `options.out` is NOWHERE. End the block with `as_document`."""
+    with ExitStack() as stack:
+        run = None
+        if options.out != NOWHERE:
+            run = stack.enter_context(open_run(command, config, options))
+        yield Kept(run, stack)
+
+
+def as_document(
+    kept: Kept, config: Config, outcomes: Sequence[Outcome], reading: Reading, progress: Progress
+) -> RunResult:
+    """Write the results, and return them for the screen. outcomes: of the model, and of the one it is compared with."""
+    counts = reading.report(progress, kept.folder)
+    models = {name: getattr(config, name, None) for name in ("model", AGAINST, "win_rate")}
+    found: JsonObject = {
+        "version": FORMAT,
+        **{name: _described(path) for name, path in models.items() if isinstance(path, Path)},
+        "settings": _settings(config),
+        "tasks": outcomes[0].tasks,
+        **({f"tasks_{AGAINST}": outcomes[1].tasks} if len(outcomes) > 1 else {}),
+        **outcomes[0].more,
+        **counts,
+    }
+    document: JsonObject = finite(found)
+    if kept.run is None:
+        return RunResult(NOWHERE, document)
+    folder = kept.run.path
+    write_json(folder / RESULTS, document)
+    _write_table(folder / TABLE, [outcome.tasks for outcome in outcomes])
+    for place, outcome in zip((folder / SAMPLES, folder / SAMPLES / AGAINST), outcomes, strict=False):
+        for name, rows in outcome.samples.items():
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{name}.jsonl").write_bytes(b"".join(to_line(finite(row)) for row in rows))
+    return kept.run.finish(document)
+
+
+def _described(path: Path) -> JsonObject:
+    return {"name": model_name(path), "digest": digest_model(path)}
+
+
+def _settings(config: Config) -> JsonObject:
+    """The settings without paths, which differ from machine to machine: the manifest has those."""
+    found = {}
+    for name, value in config.recorded().items():
+        if value in ([], {}, None) or _holds_a_path(getattr(config, name)):
+            continue
+        is_path = name in config.PATHS_AS_TEXT and Path(str(value)).is_dir()
+        found[name] = model_name(Path(str(value))) if is_path else value
+    return found
+
+
+def _holds_a_path(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, tuple) and any(isinstance(item, Path) for item in value))
+
+
+def _write_table(path: Path, outcomes: Sequence[dict[str, JsonObject]]) -> None:
+    """One line per model, task and metric."""
+    rows = [
+        {
+            "of": of,
+            "task": task,
+            "metric": metric,
+            "value": value,
+            **{column: found.get(column, {}).get(metric, "") for column in ("stderr", "low", "high")},
+            "n": found["n"],
+        }
+        for of, tasks in zip(("model", AGAINST), outcomes, strict=False)
+        for task, found in tasks.items()
+        for metric, value in found["metrics"].items()
+    ]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["of", "task", "metric", "value", "stderr", "low", "high", "n"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def task_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each file: its own, and a number behind names that occur before. No name leaves the folder."""
+    found: list[str] = []
+    for path in paths:
+        plain = "".join(char if char.isalnum() or char in "._-" else "_" for char in path.name).lstrip(".") or "data"
+        name, number = plain, 2
+        while name in found:
+            name, number = f"{plain}-{number}", number + 1
+        found.append(name)
+    return found
