@@ -51,6 +51,7 @@ class SuiteTask(Config):
     num_fewshot: int
     fewshot_splits: tuple[str, ...]
     test_splits: tuple[str, ...]
+    spare_shot: bool = False  # one example more is drawn, and the last one left out
     sampler: Literal["default", "first_n"] = "default"
     output_type: Literal["multiple_choice", "generate_until"] = "multiple_choice"
     description: str = ""
