@@ -11,7 +11,7 @@ from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.runs.run_directory import RunResult
 
 if TYPE_CHECKING:
-    from gemma2.posttrain.evaluation.compared.published import Beside
+    from gemma2.posttrain.evaluation.compared.published import PublishedColumns
     from gemma2.posttrain.evaluation.compared.result_table import Line
 
 __all__ = ["show_results"]
@@ -80,7 +80,7 @@ def compared_lines(document: JsonMapping) -> Iterator[str]:
         yield f"  only in one of the two: {', '.join(document['not_compared'])}"
 
 
-def _fitting(published: Beside, width: int) -> Iterator[str]:
+def _fitting(published: PublishedColumns, width: int) -> Iterator[str]:
     """The columns that fit, in order; the first always."""
     used = FIXED
     for key, name in published.columns.items():
@@ -90,7 +90,7 @@ def _fitting(published: Beside, width: int) -> Iterator[str]:
         yield key
 
 
-def _row(line: Line, published: Beside, shown: list[str], model: str) -> dict[str, str]:
+def _row(line: Line, published: PublishedColumns, shown: list[str], model: str) -> dict[str, str]:
     ends = "" if line.low is None or line.high is None else f" ({line.low:.1f} to {line.high:.1f})"
     row = {"task": line.title, "metric": line.metric, "rows": f"{line.rows:,}", model: f"{line.value:.1f}{ends}"}
     for key in shown:

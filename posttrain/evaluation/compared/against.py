@@ -50,7 +50,7 @@ class Scored:
 def compare_scored(
     ours: Scored, theirs: Scored, what: str = "task", weights: Mapping[str, float] | None = None
 ) -> JsonObject:
-    """The comparison of the rows that both have, as JSON. Raises InputError if there are none.
+    """The comparison of the rows that both have, as JSON. Raises InputError without one.
 
     weights: of the rows in the mean, by id; None: equal
     """

@@ -13,6 +13,7 @@ from gemma2.posttrain.evaluation.compared.kept_results import compare_results
 from gemma2.posttrain.evaluation.compared.result_table import result_table
 
 ROWS = 40
+DRAWN = True
 
 
 def task(title, value, **more):
