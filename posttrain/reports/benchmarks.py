@@ -23,7 +23,7 @@ COLUMNS = 4  # of published models; a page is as wide as that
 
 def benchmarks(found: Collected, gaps: list[str]) -> list[JsonObject]:
     """One entry per finished result, in the order of the stages; a result that cannot be shown becomes a gap."""
-    entries = []
+    entries: list[JsonObject] = []
     for stage in found.stages:
         if not stage.command.startswith("eval ") or stage.status != "complete" or not is_result(stage.path):
             continue
