@@ -48,6 +48,9 @@ FORMS: dict[str, Form] = {
     "qa": Form("qa_form", "Questions with known answers: exact match, and match of the last number."),
     "choices": Form("choices_form", "Multiple choice: accuracy by log-probability, and by that per byte."),
     "win-rate": Form("win_rate_form", "Answers of two models side by side, by a reward or by a judge."),
+    "data": Form(
+        "data_command", "The data sets of --suite as JSON lines, from the hub or the package index.", has_flag=False
+    ),
 }
 
 

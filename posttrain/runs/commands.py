@@ -39,7 +39,7 @@ from gemma2.posttrain.schemas import (
 )
 from gemma2.posttrain.schemas.config import Config, parse_value
 from gemma2.posttrain.schemas.fields import REPEATED
-from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, WinRateConfig
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 from .run_directory import RunOptions, RunResult
 
@@ -167,6 +167,13 @@ COMMANDS: dict[str, Command] = {
         "run_pareto",
         "measures policies and the line from SFT to the merge on the same held-out prompts",
         makes="front",
+    ),
+    "eval suite": Command(
+        SuiteConfig,
+        "evaluation.suite.run_suite",
+        "run_suite",
+        "measures few-shot benchmarks as Gemma 2's report does",
+        makes="results",
     ),
     "eval perplexity": Command(
         PerplexityConfig,

@@ -20,9 +20,7 @@ class SuiteConfig(Config):
     """
 
     model: Model
-    data: Path | None = Field(
-        None, description="directory with TASK.jsonl files (gemma2 eval data writes them); default: the hub's data sets"
-    )
+    data: Path = Field(description="directory with a file TASK.jsonl for each task; gemma2 eval data writes them")
     suite: Literal["gemma2"] = Field("gemma2", description="which tasks, with their shots and metrics")
     tasks: tuple[TaskName, ...] = Field((), description="tasks of the suite to run; default: all")
     engine: Literal["gemma2", "hf", "vllm"] = Field(
