@@ -9,9 +9,11 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunResult
 
+from .results_view import compared_lines
+
 __all__ = ["shown"]
 
-FIGURES = ("metrics", "stderr", "low", "high", "rows_of_metric")
+FIGURES = ("metrics", "stderr", "low", "high", "rows_of_metric", "n", "metric")
 
 
 def shown(result: RunResult, progress: Progress) -> RunResult:
@@ -23,6 +25,8 @@ def shown(result: RunResult, progress: Progress) -> RunResult:
     for name, task in document["tasks"].items():
         said = "  ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in _settings(task))
         progress.text(f"{name}: {said}")
+    for line in compared_lines(document):
+        progress.text(line)
     return RunResult(result.out, {})
 
 
@@ -44,7 +48,7 @@ def _lines(document: JsonMapping) -> Iterator[dict[str, object]]:
 
 def _settings(task: JsonObject) -> Iterator[tuple[str, object]]:
     for key, value in task.items():
-        if key not in (*FIGURES, "n") and value not in (None, 0, "") and not isinstance(value, Mapping):
+        if key not in FIGURES and value not in (None, 0, "") and not isinstance(value, Mapping):
             yield key, value
 
 

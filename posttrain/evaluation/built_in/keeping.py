@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
 from gemma2.core.outputs.model_identity import digest_model
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.evaluation.compared.kept_results import task_comparison
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -117,7 +119,7 @@ def as_document(
         **{name: _described(path) for name, path in models.items() if isinstance(path, Path)},
         "settings": _settings(config),
         "tasks": outcomes[0].tasks,
-        **({f"tasks_{AGAINST}": outcomes[1].tasks} if len(outcomes) > 1 else {}),
+        **(_comparison(*outcomes, progress) if len(outcomes) > 1 else {}),
         **outcomes[0].more,
         **counts,
     }
@@ -132,6 +134,17 @@ def as_document(
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{name}.jsonl").write_bytes(b"".join(to_line(finite(row)) for row in rows))
     return kept.run.finish(document)
+
+
+def _comparison(ours: Outcome, theirs: Outcome, progress: Progress) -> JsonObject:
+    """The figures of the second model, and how the two differ row by row (`compared/`)."""
+    found: JsonObject = {}
+    for name, rows in ours.samples.items():
+        try:
+            found[name] = task_comparison(name, ours.tasks[name], rows, theirs.samples[name])
+        except InputError as error:  # of two tokenizers, for example: the figures stand as they are
+            progress.warn(f"{error.what}; {error.hint}")
+    return {f"tasks_{AGAINST}": theirs.tasks, "compared": found}
 
 
 def _described(path: Path) -> JsonObject:

@@ -127,7 +127,7 @@ def test_two_models_have_separate_figures_over_the_same_windows(inputs, tmp_path
     alone = measured(inputs, "one.txt", model=inputs / "other")
     assert found["tasks_against"] == alone["tasks"]
     ours, theirs = (
-        [json.loads(line)["ids_hash"] for line in (tmp_path / "out" / place).read_text().splitlines()]
+        [json.loads(line)["prompt_ids_hash"] for line in (tmp_path / "out" / place).read_text().splitlines()]
         for place in ("samples/one.txt.jsonl", "samples/against/one.txt.jsonl")
     )
     assert ours == theirs
