@@ -51,6 +51,9 @@ FORMS: dict[str, Form] = {
     "data": Form(
         "data_command", "The data sets of --suite as JSON lines, from the hub or the package index.", has_flag=False
     ),
+    "show": Form(
+        "show_command", "A finished result next to published rows, or two results row by row.", has_flag=False
+    ),
 }
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.cli.terminal.console import Console
 from gemma2.core.json_files import JsonMapping
+from gemma2.posttrain.runs.run_directory import RunResult
 
 if TYPE_CHECKING:
     from gemma2.posttrain.evaluation.compared.published import Beside
@@ -20,7 +22,18 @@ WIDEST = 200
 
 
 def show_results(document: JsonMapping, source: str, console: Console) -> None:
-    """Print the table of results.json, its footnotes, and how it compares."""
+    """Print the table of results.json, of a suite with published rows and footnotes, and how it compares."""
+    if "suite" in document:
+        _show_suite(document, source, console)
+    else:
+        from .measure_view import shown
+
+        shown(RunResult(Path(), dict(document)), console)
+    for line in compared_lines(document):
+        console.text(line)
+
+
+def _show_suite(document: JsonMapping, source: str, console: Console) -> None:
     from gemma2.posttrain.evaluation.compared.result_table import result_table
 
     table = result_table(document, source)
@@ -35,8 +48,6 @@ def show_results(document: JsonMapping, source: str, console: Console) -> None:
             console.text(f"[{mark}] {note}")
     for note in table.notes:
         console.text(note)
-    for line in compared_lines(document):
-        console.text(line)
 
 
 def compared_lines(document: JsonMapping) -> Iterator[str]:
@@ -50,10 +61,11 @@ def compared_lines(document: JsonMapping) -> Iterator[str]:
     for name, found in compared.items():
         title = document["tasks"].get(name, {}).get("title", name)
         clusters = f", {found['clusters']} subjects" if found["clusters"] < found["n"] else ""
-        yield f"  {title} ({found['metric']}{clusters}): {sentence(found)}"
+        unit, scale = ("points", 100.0) if found["higher_is_better"] else ("nats per token", 1.0)
+        yield f"  {title} ({found['metric']}{clusters}): {sentence(found, unit, scale, found['higher_is_better'])}"
         if mean := found.get("by_groups"):
-            ends = f"95 %: {100 * mean['low']:+.1f} to {100 * mean['high']:+.1f}" if mean["low"] is not None else ""
-            yield f"    mean of the subjects: {100 * mean['difference']:+.1f} points ({ends})"
+            ends = f" (95 %: {100 * mean['low']:+.1f} to {100 * mean['high']:+.1f})" if mean["low"] is not None else ""
+            yield f"    mean of the subjects: {100 * mean['difference']:+.1f} points{ends}"
         for word, key in (("up", "first_gained"), ("down", "first_lost")):
             if found[key]:
                 yield f"    first {word}: {', '.join(found[key])}"
@@ -64,6 +76,8 @@ def compared_lines(document: JsonMapping) -> Iterator[str]:
         ):
             if found[key]:
                 yield f"    {found[key]:,} {words}"
+    if document.get("not_compared"):
+        yield f"  only in one of the two: {', '.join(document['not_compared'])}"
 
 
 def _fitting(published: Beside, width: int) -> Iterator[str]:

@@ -34,16 +34,16 @@ class Scored:
 
     @classmethod
     def of(cls, samples: Iterable[JsonMapping], metric: str) -> Scored:
-        """From the lines of samples/TASK.jsonl: `id`, `group`, `prompt_ids_hash`, `correct` by metric."""
+        """From the lines of samples/TASK.jsonl: `id`, perhaps `group`, the metric itself or in `correct`, a digest."""
         found = cls()
         for sample in samples:
-            value = sample["correct"].get(metric)
+            value = sample.get("correct", sample).get(metric)
             if value is None:
                 continue
             name = str(sample["id"])
             found.values[name] = float(value)
             found.groups[name] = str(sample.get("group") or "")
-            found.prompts[name] = str(sample.get("prompt_ids_hash", ""))
+            found.prompts[name] = str(sample.get("prompt_ids_hash") or sample.get("ids_hash") or "")
         return found
 
 
