@@ -6,28 +6,18 @@ from collections.abc import Iterator, Mapping
 
 from gemma2.cli.terminal.console import Console
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.progress import Progress
-from gemma2.posttrain.runs.run_directory import RunResult
 
-from .results_view import compared_lines
-
-__all__ = ["shown"]
+__all__ = ["show_measure"]
 
 FIGURES = ("metrics", "stderr", "low", "high", "rows_of_metric", "n", "metric")
 
 
-def shown(result: RunResult, progress: Progress) -> RunResult:
-    """Print a result for people; with --json, or for another reader, it stays as it is."""
-    if not isinstance(progress, Console) or progress.as_json:
-        return result
-    document = result.summary
-    progress.table(list(_lines(document)))
+def show_measure(document: JsonMapping, console: Console) -> None:
+    """Print the figures of a measure, and for each task what it was measured with."""
+    console.table(list(_lines(document)))
     for name, task in document["tasks"].items():
         said = "  ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in _settings(task))
-        progress.text(f"{name}: {said}")
-    for line in compared_lines(document):
-        progress.text(line)
-    return RunResult(result.out, {})
+        console.text(f"{name}: {said}")
 
 
 def _lines(document: JsonMapping) -> Iterator[dict[str, object]]:

@@ -209,7 +209,8 @@ class Judge:
 class AnswersToJudge(Protocol):
     """Prompts with n answers each, in chunks of `rows` prompts."""
 
-    rows: int
+    @property
+    def rows(self) -> int: ...
 
     @property
     def plan(self) -> DialoguePlan: ...

@@ -30,7 +30,7 @@ from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.config import Config
 
-__all__ = ["AGAINST", "FORMAT", "NOWHERE", "Kept", "Outcome", "as_document", "keeping", "task_names"]
+__all__ = ["AGAINST", "FORMAT", "NOWHERE", "Kept", "MeasureOutcome", "as_document", "keeping", "task_names"]
 
 FORMAT = 1  # of results.json
 NOWHERE = Path()  # the `out` of a run that writes nothing
@@ -41,7 +41,7 @@ Key = tuple[object, ...]
 
 
 @dataclass
-class Outcome:
+class MeasureOutcome:
     """What a measure found.
 
     tasks    name -> {"n", "metrics", "stderr", "low", "high", ...}
@@ -109,7 +109,7 @@ def keeping(command: str, config: Config, options: RunOptions) -> Iterator[Kept]
 
 
 def as_document(
-    kept: Kept, config: Config, outcomes: Sequence[Outcome], reading: Reading, progress: Progress
+    kept: Kept, config: Config, outcomes: Sequence[MeasureOutcome], reading: Reading, progress: Progress
 ) -> RunResult:
     """Write the results, and return them for the screen. outcomes: of the model, and of the one it is compared with."""
     counts = reading.report(progress, kept.folder)
@@ -119,11 +119,11 @@ def as_document(
         **{name: _described(path) for name, path in models.items() if isinstance(path, Path)},
         "settings": _settings(config),
         "tasks": outcomes[0].tasks,
-        **(_comparison(*outcomes, progress) if len(outcomes) > 1 else {}),
+        **(_comparison(outcomes[0], outcomes[1], progress) if len(outcomes) > 1 else {}),
         **outcomes[0].more,
         **counts,
     }
-    document: JsonObject = finite(found)
+    document = _plain(found)
     if kept.run is None:
         return RunResult(NOWHERE, document)
     folder = kept.run.path
@@ -132,11 +132,18 @@ def as_document(
     for place, outcome in zip((folder / SAMPLES, folder / SAMPLES / AGAINST), outcomes, strict=False):
         for name, rows in outcome.samples.items():
             place.mkdir(parents=True, exist_ok=True)
-            (place / f"{name}.jsonl").write_bytes(b"".join(to_line(finite(row)) for row in rows))
+            (place / f"{name}.jsonl").write_bytes(b"".join(to_line(_plain(row)) for row in rows))
     return kept.run.finish(document)
 
 
-def _comparison(ours: Outcome, theirs: Outcome, progress: Progress) -> JsonObject:
+def _plain(document: JsonObject) -> JsonObject:
+    """A document without NaN and infinity."""
+    found = finite(document)
+    assert isinstance(found, dict)
+    return found
+
+
+def _comparison(ours: MeasureOutcome, theirs: MeasureOutcome, progress: Progress) -> JsonObject:
     """The figures of the second model, and how the two differ row by row (`compared/`)."""
     found: JsonObject = {}
     for name, rows in ours.samples.items():

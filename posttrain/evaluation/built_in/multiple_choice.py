@@ -25,11 +25,11 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import ChoicesConfig
 
-from .figures import row_figures
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import context_of, loaded, models_of
 from .prompting import QuestionForm, asking_of, cut_left, drawn_shots, ids_hash
 from .question_rows import choices_of, each_choice_row, right_choice
+from .row_means import row_figures
 
 __all__ = ["best", "run_choices"]
 
@@ -122,7 +122,7 @@ def _outcome(
     asked: Sequence[ChoiceQuestion],
     asking: QuestionForm,
     progress: Progress,
-) -> Outcome:
+) -> MeasureOutcome:
     samples: list[JsonObject] = []
     for i, (row, question) in enumerate(zip(rows, asked, strict=True)):
         logprobs, choices, right = kept[number, i]["logprobs"], choices_of(row), right_choice(row)
@@ -153,4 +153,4 @@ def _outcome(
         "chat": asking.chat is not None,
         "cut_questions": cut,
     }
-    return Outcome({name: task}, {name: samples})
+    return MeasureOutcome({name: task}, {name: samples})

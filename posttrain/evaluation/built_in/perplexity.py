@@ -18,7 +18,7 @@ from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import PerplexityConfig
 
 from .documents import documents_of
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import context_of, loaded, models_of
 from .prompting import bos_of, ids_hash, text_ids
 from .windows import Span, Totals, perplexity_figures, windows_of
@@ -148,14 +148,14 @@ def _nats(model: CausalLM, windows: Sequence[TextWindow], batch_size: int) -> li
     return [round(value, DIGITS) for value in found]
 
 
-def _outcome(found: dict[str, FileWindows], size: int, overlap: int) -> Outcome:
+def _outcome(found: dict[str, FileWindows], size: int, overlap: int) -> MeasureOutcome:
     if len(found) > 1:
         every = found.values()
         totals = Totals(sum(f.totals.words for f in every), sum(f.totals.bytes for f in every))
         rows = [row for f in every for row in f.rows]
         found = found | {ALL: FileWindows(rows, totals, sum(f.documents for f in every))}
     tasks = {name: _task(measured, size, overlap) for name, measured in found.items()}
-    return Outcome(tasks, {name: found[name].rows for name in found if name != ALL or len(found) == 1})
+    return MeasureOutcome(tasks, {name: found[name].rows for name in found if name != ALL or len(found) == 1})
 
 
 def _task(measured: FileWindows, size: int, overlap: int) -> JsonObject:

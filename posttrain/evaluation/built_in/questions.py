@@ -17,12 +17,12 @@ from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import QaConfig
 
-from .figures import row_figures
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import loaded, models_of
 from .matching import exact, extracted, numeric
 from .prompting import STOPS, QuestionForm, asking_of, cut_left, drawn_shots, ids_hash
 from .question_rows import each_question, the_answers
+from .row_means import row_figures
 
 __all__ = ["run_qa"]
 
@@ -111,7 +111,7 @@ def _outcome(
     asked: Sequence[PlainQuestion],
     asking: QuestionForm,
     progress: Progress,
-) -> Outcome:
+) -> MeasureOutcome:
     samples: list[JsonObject] = []
     for i, (row, question) in enumerate(zip(rows, asked, strict=True)):
         drawn = kept[number, i]
@@ -146,7 +146,7 @@ def _outcome(
         "cut_questions": cut,
         "no_answer_found": sum(row["answer"] is None for row in samples),
     }
-    return Outcome({name: task}, {name: samples})
+    return MeasureOutcome({name: task}, {name: samples})
 
 
 def _as_number(value: bool | None) -> float | None:

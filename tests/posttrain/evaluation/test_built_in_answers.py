@@ -13,7 +13,6 @@ from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.evaluation.built_in.figures import wilson
 from gemma2.posttrain.evaluation.built_in.keeping import NOWHERE
 from gemma2.posttrain.evaluation.built_in.matching import exact, extracted, normalised, number_in, numeric
 from gemma2.posttrain.evaluation.built_in.multiple_choice import run_choices
@@ -26,6 +25,7 @@ from gemma2.posttrain.evaluation.built_in.question_rows import (
     the_answers,
 )
 from gemma2.posttrain.evaluation.built_in.questions import run_qa
+from gemma2.posttrain.evaluation.built_in.row_means import wilson
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.measures import ChoicesConfig, QaConfig
