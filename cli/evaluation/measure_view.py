@@ -17,7 +17,8 @@ def show_measure(document: JsonMapping, console: Console) -> None:
     console.table(list(_lines(document)))
     for name, task in document["tasks"].items():
         said = "  ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in _settings(task))
-        console.text(f"{name}: {said}")
+        if said:
+            console.text(f"{name}: {said}")
 
 
 def _lines(document: JsonMapping) -> Iterator[dict[str, object]]:
@@ -38,7 +39,7 @@ def _lines(document: JsonMapping) -> Iterator[dict[str, object]]:
 
 def _settings(task: JsonObject) -> Iterator[tuple[str, object]]:
     for key, value in task.items():
-        if key not in FIGURES and value not in (None, 0, "") and not isinstance(value, Mapping):
+        if key not in FIGURES and value not in (None, "") and not isinstance(value, Mapping):
             yield key, value
 
 
