@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import stage
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
@@ -9,9 +10,19 @@ from gemma2.posttrain.schemas.measures import SuiteConfig
 
 
 def run(config: SuiteConfig, options: RunOptions, progress: Progress) -> RunResult:
+    from gemma2.posttrain.evaluation.compared.kept_results import read_result
     from gemma2.posttrain.evaluation.suite.run_suite import run_suite
 
-    return run_suite(config, options, progress)
+    from .results_view import show_results
+
+    result = run_suite(config, options, progress)
+    if not isinstance(progress, Console):
+        return result
+    document = read_result(result.out)
+    if progress.as_json:
+        return RunResult(result.out, document)
+    show_results(document, config.published, progress)
+    return RunResult(result.out, {})
 
 
 app = stage(
@@ -19,6 +30,7 @@ app = stage(
     run,
     examples="""
     gemma2 eval MODEL --suite gemma2 --data tasks --out results
+    gemma2 eval MODEL --suite gemma2 --data tasks --against PARENT --out results
     gemma2 eval MODEL --suite gemma2 --tasks arc_challenge,gsm8k --limit 100 --data tasks --out results
     """,
     positional="model",

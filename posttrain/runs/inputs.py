@@ -13,7 +13,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id, locate_model
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION
+from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION, holds_results
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.measures import WinRateConfig
@@ -54,8 +54,9 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
-    """Return the models that a configuration names, by field, without a teacher on a server, which is only a name.
+    """Return the models that a configuration names, by field.
 
+    Left out: a teacher on a server, which is only a name, and a result of `gemma2 eval` in the place of a model.
     The second of several reward models is `reward-2`.
     """
     remote = {"teacher"} if getattr(config, "engine", None) == "openai" else set()
@@ -63,7 +64,10 @@ def inputs_of(config: Config) -> dict[str, Path]:
     rewards = getattr(config, "reward", ())
     if isinstance(rewards, tuple):
         found |= {f"reward-{i}" if i > 1 else "reward": path for i, path in enumerate(rewards, start=1)}
-    return {name: path for name, path in found.items() if isinstance(path, Path)}
+    models = {name: path for name, path in found.items() if isinstance(path, Path)}
+    if "against" in models and holds_results(models["against"]):
+        del models["against"]
+    return models
 
 
 def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.manifest import read_manifest
+from gemma2.posttrain.provenance.named_inputs import holds_results
 
 from .against import Scored, compare_scored
 
@@ -27,7 +28,7 @@ MADE_BY = "give an --out of gemma2 eval"
 
 def is_result(path: Path) -> bool:
     """Whether a path is a directory with results of `gemma2 eval`."""
-    return (path / RESULTS).is_file()
+    return holds_results(path)
 
 
 def read_result(directory: Path) -> JsonObject:
