@@ -13,7 +13,12 @@ __all__ = ["shown"]
 
 def shown(result: RunResult, progress: Progress) -> RunResult:
     """Print a result for people; with --json, or for another reader, it stays as it is."""
-    if not isinstance(progress, Console) or progress.as_json:
+    if not isinstance(progress, Console):
         return result
-    show_results(result.summary, "", progress)
+    from gemma2.posttrain.evaluation.compared.kept_results import is_result, read_result
+
+    document = read_result(result.out) if is_result(result.out) else result.summary
+    if progress.as_json:
+        return RunResult(result.out, document)
+    show_results(document, "", progress)
     return RunResult(result.out)

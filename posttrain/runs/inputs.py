@@ -79,12 +79,6 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
     # Without the number of a reward model, which is not part of the flag.
     roles = [(name.partition("-")[0].replace("_", "-"), path) for name, path in inputs_of(config).items()]
     roles += [(name, path) for name in ("policies", "compare") for path in paths_of(config, name)]
-    against = getattr(config, "against", None)
-    if isinstance(against, Path) and (against / "results.json").is_file() and not (against / "config.json").is_file():
-        raise InputError(
-            f"--against {against} is a result, and a model belongs there",
-            f"compare two results: gemma2 eval show RESULT --against {against}",
-        )
     check_parents([Parent(role, path) for role, path in roles if not is_promised(path)])
     if isinstance(config, RewardFields) and config.REWARD_NEEDED:
         check_reward_terms(config)

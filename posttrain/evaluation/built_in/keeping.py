@@ -24,7 +24,7 @@ from gemma2.core.outputs.model_identity import digest_model
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.evaluation.compared.kept_results import task_comparison
+from gemma2.posttrain.evaluation.compared.kept_results import read_result, samples_of, task_comparison
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -50,7 +50,6 @@ class MeasureOutcome:
 
     tasks: dict[str, JsonObject]
     samples: dict[str, list[JsonObject]] = field(default_factory=dict)
-    more: JsonObject = field(default_factory=dict)  # further entries of the result
 
 
 class Kept:
@@ -113,14 +112,13 @@ def as_document(
 ) -> RunResult:
     """Write the results, and return them for the screen. outcomes: of the model, and of the one it is compared with."""
     counts = reading.report(progress, kept.folder)
-    models = {name: getattr(config, name, None) for name in ("model", AGAINST, "win_rate")}
+    models = {name: getattr(config, name, None) for name in ("model", "win_rate")}
     found: JsonObject = {
         "version": FORMAT,
         **{name: _described(path) for name, path in models.items() if isinstance(path, Path)},
         "settings": _settings(config),
         "tasks": outcomes[0].tasks,
-        **(_comparison(outcomes[0], outcomes[1], progress) if len(outcomes) > 1 else {}),
-        **outcomes[0].more,
+        **_comparison(getattr(config, AGAINST, None), outcomes, progress),
         **counts,
     }
     document = _plain(found)
@@ -133,7 +131,17 @@ def as_document(
         for name, rows in outcome.samples.items():
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{name}.jsonl").write_bytes(b"".join(to_line(_plain(row)) for row in rows))
-    return kept.run.finish(document)
+    return kept.run.finish(_summary(outcomes[0].tasks))
+
+
+def _summary(tasks: dict[str, JsonObject]) -> JsonObject:
+    """The figures for the manifest and the last line of a stage: the first two of each task."""
+    several = len(tasks) > 1
+    return {
+        f"{name} {metric}" if several else metric: value
+        for name, found in tasks.items()
+        for metric, value in list(found["metrics"].items())[:2]
+    }
 
 
 def _plain(document: JsonObject) -> JsonObject:
@@ -143,15 +151,25 @@ def _plain(document: JsonObject) -> JsonObject:
     return found
 
 
-def _comparison(ours: MeasureOutcome, theirs: MeasureOutcome, progress: Progress) -> JsonObject:
-    """The figures of the second model, and how the two differ row by row (`compared/`)."""
+def _comparison(against: Path | None, outcomes: Sequence[MeasureOutcome], progress: Progress) -> JsonObject:
+    """How the model differs from another one, or from a result of before, row by row (`compared/`)."""
+    if against is None:
+        return {}
+    ours, other = outcomes[0], outcomes[1] if len(outcomes) > 1 else None
+    before = read_result(against) if other is None else {}
+    theirs = before["tasks"] if other is None else other.tasks
     found: JsonObject = {}
     for name, rows in ours.samples.items():
+        if name not in theirs:
+            progress.warn(f"--against {against} has no task {name}: it has {', '.join(theirs)}")
+            continue
         try:
-            found[name] = task_comparison(name, ours.tasks[name], rows, theirs.samples[name])
+            samples = list(samples_of(against, name)) if other is None else other.samples[name]
+            found[name] = task_comparison(name, ours.tasks[name], rows, samples)
         except InputError as error:  # of two tokenizers, for example: the figures stand as they are
             progress.warn(f"{error.what}; {error.hint}")
-    return {f"tasks_{AGAINST}": theirs.tasks, "compared": found}
+    described = before["model"] if other is None else _described(against)
+    return {AGAINST: described, f"tasks_{AGAINST}": theirs, "compared": found}
 
 
 def _described(path: Path) -> JsonObject:

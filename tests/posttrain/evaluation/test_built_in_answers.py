@@ -259,7 +259,8 @@ def by_hand(inputs, chat):
 @pytest.mark.parametrize("chat", ["on", "off"])
 def test_the_choice_with_the_largest_log_prob_and_the_largest_per_byte_are_the_answers(inputs, tmp_path, chat):
     config = ChoicesConfig(model=inputs / "model", choices=inputs / "choices.jsonl", chat=chat)
-    found = run_choices(config, RunOptions(tmp_path / "out")).summary["tasks"]["choices.jsonl"]
+    run_choices(config, RunOptions(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["choices.jsonl"]
     lines = (tmp_path / "out" / "samples" / "choices.jsonl.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
 
