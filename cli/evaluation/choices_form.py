@@ -7,7 +7,7 @@ from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures import ChoicesConfig
 
-from .measure_view import shown
+from .form_result import shown
 
 
 def run(config: ChoicesConfig, options: RunOptions, progress: Progress) -> RunResult:

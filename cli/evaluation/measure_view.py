@@ -6,24 +6,19 @@ from collections.abc import Iterator, Mapping
 
 from gemma2.cli.terminal.console import Console
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.progress import Progress
-from gemma2.posttrain.runs.run_directory import RunResult
 
-__all__ = ["shown"]
+__all__ = ["show_measure"]
 
-FIGURES = ("metrics", "stderr", "low", "high", "rows_of_metric")
+FIGURES = ("metrics", "stderr", "low", "high", "rows_of_metric", "n", "metric")
 
 
-def shown(result: RunResult, progress: Progress) -> RunResult:
-    """Print a result for people; with --json, or for another reader, it stays as it is."""
-    if not isinstance(progress, Console) or progress.as_json:
-        return result
-    document = result.summary
-    progress.table(list(_lines(document)))
+def show_measure(document: JsonMapping, console: Console) -> None:
+    """Print the figures of a measure, and for each task what it was measured with."""
+    console.table(list(_lines(document)))
     for name, task in document["tasks"].items():
         said = "  ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in _settings(task))
-        progress.text(f"{name}: {said}")
-    return RunResult(result.out, {})
+        if said:
+            console.text(f"{name}: {said}")
 
 
 def _lines(document: JsonMapping) -> Iterator[dict[str, object]]:
@@ -44,7 +39,7 @@ def _lines(document: JsonMapping) -> Iterator[dict[str, object]]:
 
 def _settings(task: JsonObject) -> Iterator[tuple[str, object]]:
     for key, value in task.items():
-        if key not in (*FIGURES, "n") and value not in (None, 0, "") and not isinstance(value, Mapping):
+        if key not in FIGURES and value not in (None, "") and not isinstance(value, Mapping):
             yield key, value
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.cli.terminal.console import Console
 from gemma2.core.json_files import JsonMapping
-from gemma2.posttrain.runs.run_directory import RunResult
+
+from .measure_view import show_measure
 
 if TYPE_CHECKING:
     from gemma2.posttrain.evaluation.compared.published import PublishedColumns
@@ -28,9 +28,7 @@ def show_results(document: JsonMapping, source: str, console: Console) -> None:
     if "suite" in document:
         _show_suite(document, source, console)
     else:
-        from .measure_view import shown
-
-        shown(RunResult(Path(), dict(document)), console)
+        show_measure(document, console)
     for line in comparison_lines(document):
         console.text(line)
 

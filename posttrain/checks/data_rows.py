@@ -219,6 +219,12 @@ def _kind(task: RowsToRead) -> Kind | Measured | Literal["rows"]:
     return "conversations" if kind == "prompts" else kind  # which says that the answer is missing
 
 
+def _read_as(kind: Kind | Measured, path: Path, reading: Reading) -> Iterator[Prompt | Conversation | Pair]:
+    if kind == "questions" or kind == "choices" or kind == "documents":
+        return MEASURED[kind](path, reading)
+    return rows_of_kind(path, kind, reading)
+
+
 def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None], vocabulary: int | None = None) -> RowsFound:
     """Read rows of one data set.
 
@@ -238,8 +244,7 @@ def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None], vocab
         for _ in islice(reading.rows(path), most):
             pass
     else:
-        rows = MEASURED[kind](path, reading) if kind in MEASURED else rows_of_kind(path, kind, reading)
-        for row in islice(rows, most):
+        for row in islice(_read_as(kind, path, reading), most):
             with reading.usable(row):
                 ids = _ids(row, formatted, task.limits)
                 _check_ids(ids, vocabulary, task, formatted)

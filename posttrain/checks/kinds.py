@@ -41,7 +41,7 @@ from gemma2.posttrain.schemas import (
     RewardScoreConfig,
 )
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.measures import SuiteConfig, WinRateConfig
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 __all__ = [
     "ADAPTER",
@@ -79,7 +79,7 @@ OF_COMMANDS: dict[type[Config], dict[str, set[str]]] = {
     MergeConfig: {"models": {POLICY, REWARD, ADAPTER}, "base": {POLICY, REWARD}},
     PairsConfig: {"judge": {REWARD}},
     WinRateConfig: {"judge": {REWARD}},
-    SuiteConfig: {"against": {POLICY, RESULTS}},
+    **{form: {"against": {POLICY, RESULTS}} for form in (SuiteConfig, PerplexityConfig, QaConfig, ChoicesConfig)},
     ExtractLoraConfig: {"model": {POLICY, REWARD}, "base": {POLICY, REWARD}},
 }
 # Fields whose models must have one vocabulary: their distributions are compared, or their weights mixed.

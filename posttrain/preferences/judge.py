@@ -35,7 +35,7 @@ from gemma2.posttrain.generation.scoring import Scored
 from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
 from gemma2.posttrain.schemas.measures import WinRateConfig
 
-__all__ = ["PLACES", "Answered", "Judge", "judge_engine", "judged", "read_template", "template_of"]
+__all__ = ["PLACES", "AnswersToJudge", "Judge", "judge_engine", "judged", "read_template", "template_of"]
 
 LOWEST, HIGHEST = 1.0, 10.0
 SCORE_PROMPT = """\
@@ -206,10 +206,11 @@ class Judge:
         return {f"judge_{name}": self.tally[name] for name in names}
 
 
-class Answered(Protocol):
+class AnswersToJudge(Protocol):
     """Prompts with n answers each, in chunks of `rows` prompts."""
 
-    rows: int
+    @property
+    def rows(self) -> int: ...
 
     @property
     def plan(self) -> DialoguePlan: ...
@@ -220,7 +221,7 @@ class Answered(Protocol):
 
 
 def judged(
-    answering: Answered, journal: Journal, engine: Engine, judge: Judge, prompts: int, progress: Progress
+    answering: AnswersToJudge, journal: Journal, engine: Engine, judge: Judge, prompts: int, progress: Progress
 ) -> Iterator[Scored]:
     """Yield the chunks of a finished job with the judge's scores. Raises InputError if no reply can be read."""
     n = answering.plan.n

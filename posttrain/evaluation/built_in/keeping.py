@@ -18,17 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
 from gemma2.core.outputs.model_identity import digest_model
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.evaluation.compared.kept_results import read_result, samples_of, task_comparison
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.config import Config
 
-__all__ = ["AGAINST", "FORMAT", "NOWHERE", "Kept", "Outcome", "as_document", "keeping", "task_names"]
+__all__ = ["AGAINST", "FORMAT", "NOWHERE", "Kept", "MeasureOutcome", "as_document", "keeping", "task_names"]
 
 FORMAT = 1  # of results.json
 NOWHERE = Path()  # the `out` of a run that writes nothing
@@ -39,7 +41,7 @@ Key = tuple[object, ...]
 
 
 @dataclass
-class Outcome:
+class MeasureOutcome:
     """What a measure found.
 
     tasks    name -> {"n", "metrics", "stderr", "low", "high", ...}
@@ -48,7 +50,6 @@ class Outcome:
 
     tasks: dict[str, JsonObject]
     samples: dict[str, list[JsonObject]] = field(default_factory=dict)
-    more: JsonObject = field(default_factory=dict)  # further entries of the result
 
 
 class Kept:
@@ -107,21 +108,20 @@ def keeping(command: str, config: Config, options: RunOptions) -> Iterator[Kept]
 
 
 def as_document(
-    kept: Kept, config: Config, outcomes: Sequence[Outcome], reading: Reading, progress: Progress
+    kept: Kept, config: Config, outcomes: Sequence[MeasureOutcome], reading: Reading, progress: Progress
 ) -> RunResult:
     """Write the results, and return them for the screen. outcomes: of the model, and of the one it is compared with."""
     counts = reading.report(progress, kept.folder)
-    models = {name: getattr(config, name, None) for name in ("model", AGAINST, "win_rate")}
+    models = {name: getattr(config, name, None) for name in ("model", "win_rate")}
     found: JsonObject = {
         "version": FORMAT,
         **{name: _described(path) for name, path in models.items() if isinstance(path, Path)},
         "settings": _settings(config),
         "tasks": outcomes[0].tasks,
-        **({f"tasks_{AGAINST}": outcomes[1].tasks} if len(outcomes) > 1 else {}),
-        **outcomes[0].more,
+        **_comparison(getattr(config, AGAINST, None), outcomes, progress),
         **counts,
     }
-    document: JsonObject = finite(found)
+    document = _plain(found)
     if kept.run is None:
         return RunResult(NOWHERE, document)
     folder = kept.run.path
@@ -130,8 +130,46 @@ def as_document(
     for place, outcome in zip((folder / SAMPLES, folder / SAMPLES / AGAINST), outcomes, strict=False):
         for name, rows in outcome.samples.items():
             place.mkdir(parents=True, exist_ok=True)
-            (place / f"{name}.jsonl").write_bytes(b"".join(to_line(finite(row)) for row in rows))
-    return kept.run.finish(document)
+            (place / f"{name}.jsonl").write_bytes(b"".join(to_line(_plain(row)) for row in rows))
+    return kept.run.finish(_summary(outcomes[0].tasks))
+
+
+def _summary(tasks: dict[str, JsonObject]) -> JsonObject:
+    """The figures for the manifest and the last line of a stage: the first two of each task."""
+    several = len(tasks) > 1
+    return {
+        f"{name} {metric}" if several else metric: value
+        for name, found in tasks.items()
+        for metric, value in list(found["metrics"].items())[:2]
+    }
+
+
+def _plain(document: JsonObject) -> JsonObject:
+    """A document without NaN and infinity."""
+    found = finite(document)
+    assert isinstance(found, dict)
+    return found
+
+
+def _comparison(against: Path | None, outcomes: Sequence[MeasureOutcome], progress: Progress) -> JsonObject:
+    """How the model differs from another one, or from a result of before, row by row (`compared/`)."""
+    if against is None:
+        return {}
+    ours, other = outcomes[0], outcomes[1] if len(outcomes) > 1 else None
+    before = read_result(against) if other is None else {}
+    theirs = before["tasks"] if other is None else other.tasks
+    found: JsonObject = {}
+    for name, rows in ours.samples.items():
+        if name not in theirs:
+            progress.warn(f"--against {against} has no task {name}: it has {', '.join(theirs)}")
+            continue
+        try:
+            samples = list(samples_of(against, name)) if other is None else other.samples[name]
+            found[name] = task_comparison(name, ours.tasks[name], rows, samples)
+        except InputError as error:  # of two tokenizers, for example: the figures stand as they are
+            progress.warn(f"{error.what}; {error.hint}")
+    described = before["model"] if other is None else _described(against)
+    return {AGAINST: described, f"tasks_{AGAINST}": theirs, "compared": found}
 
 
 def _described(path: Path) -> JsonObject:

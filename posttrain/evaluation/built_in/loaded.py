@@ -11,6 +11,7 @@ import torch
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, load_policy
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.provenance.named_inputs import holds_results
 
 __all__ = ["Dtype", "context_of", "loaded", "models_of"]
 
@@ -29,7 +30,8 @@ class TwoModels(Protocol):
 
 def models_of(config: TwoModels) -> Sequence[Path]:
     """The models to measure, the one that the command is about first."""
-    return [config.model] if config.against is None else [config.model, config.against]
+    other = config.against
+    return [config.model] if other is None or holds_results(other) else [config.model, other]
 
 
 def loaded(path: Path, dtype: Dtype) -> tuple[CausalLM, Tokenizer]:

@@ -9,6 +9,7 @@ letter: `choices` of {"A", "B"} and the texts in the question give the other for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,17 +18,18 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.evaluation.suite.encoding import Request
+from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import ChoicesConfig
 
-from .figures import row_figures
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import context_of, loaded, models_of
-from .prompting import Asking, asking_of, cut_left, drawn_shots, ids_hash
+from .prompting import QuestionForm, asking_of, cut_left, drawn_shots, ids_hash
 from .question_rows import choices_of, each_choice_row, right_choice
+from .row_means import row_figures
 
 __all__ = ["best", "run_choices"]
 
@@ -65,7 +67,7 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
 
 
 def _asked(
-    rows: Sequence[Prompt], number: int, asking: Asking, config: ChoicesConfig, most: int | None
+    rows: Sequence[Prompt], number: int, asking: QuestionForm, config: ChoicesConfig, most: int | None
 ) -> ChoiceQuestion:
     shots = [
         (shot, choices_of(shot)[right_choice(shot)]) for shot in drawn_shots(rows, number, config.shots, config.seed)
@@ -96,11 +98,11 @@ def _score(
 
 
 def _log_probs(model: CausalLM, asked: Sequence[ChoiceQuestion], batch_size: int) -> list[list[float]]:
-    contexts = [row.context for row in asked for _ in row.choices]
-    choices = [ids for row in asked for ids in row.choices]
-    sums = iter([float(logps.double().sum()) for logps in token_logps(model, contexts, choices, batch_size)])
-    found = [[round(next(sums), DIGITS) for _ in row.choices] for row in asked]
-    wrong = next((value for values in found for value in values if not abs(value) < float("inf")), None)
+    """Log-probs of the choices of each row; what they have in common runs once (`suite/shared_scoring.py`)."""
+    rows = [[Request([*row.context, *ids], len(ids)) for ids in row.choices] for row in asked]
+    batches = SharedScorer(model, batch_size).group(rows)
+    found = [[round(value, DIGITS) for value in values] for _, batch in batches for values in batch]
+    wrong = next((value for values in found for value in values if not math.isfinite(value)), None)
     if wrong is not None:
         raise GuardStop(f"the log-probability of a choice is {wrong}", "check the weights: gemma2 doctor MODEL")
     return found
@@ -118,9 +120,9 @@ def _outcome(
     name: str,
     rows: Sequence[Prompt],
     asked: Sequence[ChoiceQuestion],
-    asking: Asking,
+    asking: QuestionForm,
     progress: Progress,
-) -> Outcome:
+) -> MeasureOutcome:
     samples: list[JsonObject] = []
     for i, (row, question) in enumerate(zip(rows, asked, strict=True)):
         logprobs, choices, right = kept[number, i]["logprobs"], choices_of(row), right_choice(row)
@@ -129,7 +131,7 @@ def _outcome(
             {
                 "id": i,
                 "prompt": row.messages,
-                "ids_hash": ids_hash(question.context),
+                "prompt_ids_hash": ids_hash(question.context),
                 "choices": choices,
                 "logprobs": logprobs,
                 "answer": best(logprobs),
@@ -144,10 +146,11 @@ def _outcome(
     if cut:
         progress.warn(f"{cut} of {len(asked)} questions are longer than the model's context and lost their beginning")
     task |= {
+        "metric": "acc",
         "chance": sum(1 / len(choices_of(row)) for row in rows) / len(rows),
         "shots": config.shots,
         "fewshot_from": "other rows of the same file" if config.shots else None,
         "chat": asking.chat is not None,
         "cut_questions": cut,
     }
-    return Outcome({name: task}, {name: samples})
+    return MeasureOutcome({name: task}, {name: samples})

@@ -18,7 +18,7 @@ from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import PerplexityConfig
 
 from .documents import documents_of
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import context_of, loaded, models_of
 from .prompting import bos_of, ids_hash, text_ids
 from .windows import Span, Totals, perplexity_figures, windows_of
@@ -31,7 +31,7 @@ ALL = "all"  # the task of several files together
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenisedText:
     """A document as tokens."""
 
     ids: list[int]
@@ -39,7 +39,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Window:
+class TextWindow:
     """One window of a document, as the model reads it: `given` and then the tokens that are counted."""
 
     document: int
@@ -49,7 +49,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Measured:
+class FileWindows:
     """The windows of one file, and the size of its text."""
 
     rows: list[JsonObject]
@@ -99,14 +99,14 @@ class _Measure:
     number: int  # 0: the model, 1: the one that it is compared with
     size: int
 
-    def file(self, name: str, path: Path, model: CausalLM, tokenizer: Tokenizer, progress: Progress) -> Measured:
+    def file(self, name: str, path: Path, model: CausalLM, tokenizer: Tokenizer, progress: Progress) -> FileWindows:
         """The windows of one file, those of an interrupted run taken from its journal."""
         texts = [_text(tokenizer, text) for text in documents_of(path, self.reading, self.config.limit)]
         if not texts:
             raise InputError(f"{path} has no rows", "write one JSON object per line")
         bos = bos_of(tokenizer)
         windows = [
-            Window(i, span, [bos, *text.ids[span.context : span.start]], text.ids[span.start : span.end])
+            TextWindow(i, span, [bos, *text.ids[span.context : span.start]], text.ids[span.start : span.end])
             for i, text in enumerate(texts)
             for span in windows_of(len(text.ids), self.size, self.config.overlap)
         ]
@@ -126,19 +126,19 @@ class _Measure:
                 "first_token": window.span.start,
                 "tokens": len(window.counted),
                 "nats": self.kept[self.number, name, i]["nats"],
-                "ids_hash": ids_hash([*window.given, *window.counted]),
+                "prompt_ids_hash": ids_hash([*window.given, *window.counted]),
             }
             for i, window in enumerate(windows)
         ]
         totals = Totals(sum(text.totals.words for text in texts), sum(text.totals.bytes for text in texts))
-        return Measured(rows, totals, len(texts))
+        return FileWindows(rows, totals, len(texts))
 
 
-def _text(tokenizer: Tokenizer, text: str) -> Text:
-    return Text(text_ids(tokenizer, text), Totals(len(text.split()), len(text.encode())))
+def _text(tokenizer: Tokenizer, text: str) -> TokenisedText:
+    return TokenisedText(text_ids(tokenizer, text), Totals(len(text.split()), len(text.encode())))
 
 
-def _nats(model: CausalLM, windows: Sequence[Window], batch_size: int) -> list[float]:
+def _nats(model: CausalLM, windows: Sequence[TextWindow], batch_size: int) -> list[float]:
     """Minus the log-prob of what each window counts."""
     given, counted = [window.given for window in windows], [window.counted for window in windows]
     found = [-float(logps.double().sum()) for logps in token_logps(model, given, counted, batch_size)]
@@ -148,17 +148,17 @@ def _nats(model: CausalLM, windows: Sequence[Window], batch_size: int) -> list[f
     return [round(value, DIGITS) for value in found]
 
 
-def _outcome(found: dict[str, Measured], size: int, overlap: int) -> Outcome:
+def _outcome(found: dict[str, FileWindows], size: int, overlap: int) -> MeasureOutcome:
     if len(found) > 1:
         every = found.values()
         totals = Totals(sum(f.totals.words for f in every), sum(f.totals.bytes for f in every))
         rows = [row for f in every for row in f.rows]
-        found = found | {ALL: Measured(rows, totals, sum(f.documents for f in every))}
+        found = found | {ALL: FileWindows(rows, totals, sum(f.documents for f in every))}
     tasks = {name: _task(measured, size, overlap) for name, measured in found.items()}
-    return Outcome(tasks, {name: found[name].rows for name in found if name != ALL or len(found) == 1})
+    return MeasureOutcome(tasks, {name: found[name].rows for name in found if name != ALL or len(found) == 1})
 
 
-def _task(measured: Measured, size: int, overlap: int) -> JsonObject:
+def _task(measured: FileWindows, size: int, overlap: int) -> JsonObject:
     nats = [row["nats"] for row in measured.rows]
     tokens = [row["tokens"] for row in measured.rows]
     figures = perplexity_figures(nats, tokens, measured.totals)

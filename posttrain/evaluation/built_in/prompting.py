@@ -23,7 +23,7 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import GenerationConfig  # imports torch
 
-__all__ = ["STOPS", "Asking", "asking_of", "bos_of", "cut_left", "drawn_shots", "ids_hash", "text_ids"]
+__all__ = ["STOPS", "QuestionForm", "asking_of", "bos_of", "cut_left", "drawn_shots", "ids_hash", "text_ids"]
 
 STOPS = ("\n\n", "\nQuestion:")  # what ends a plain answer
 
@@ -64,7 +64,7 @@ def drawn_shots(rows: Sequence[Prompt], number: int, shots: int, seed: int) -> l
 
 
 @dataclass(frozen=True)
-class Asking:
+class QuestionForm:
     """The form of the questions of one model. `chat` None: plain text."""
 
     tokenizer: Tokenizer
@@ -98,14 +98,14 @@ class Asking:
 
 def asking_of(
     tokenizer: Tokenizer, generation: GenerationConfig | None, chat: str, system: str | None
-) -> tuple[Asking, ChatFormat]:
+) -> tuple[QuestionForm, ChatFormat]:
     """The form of the questions of a model, and its chat format, which also decodes and stops plain answers.
 
     chat  auto, on or off; auto is on for a tokenizer that comes with a chat template: a pre-trained model has none
     """
     turns = chat == "on" or (chat == "auto" and bool(tokenizer.chat_template))
     formatted = ChatFormat(tokenizer, generation)
-    return Asking(tokenizer, formatted if turns else None, system), formatted
+    return QuestionForm(tokenizer, formatted if turns else None, system), formatted
 
 
 def _text(messages: Sequence[Message]) -> str:

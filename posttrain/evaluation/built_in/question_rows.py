@@ -121,11 +121,10 @@ def _choices(row: Row, columns: JsonMapping) -> tuple[str, list[str], list[str]]
             hint = f"name the column: --columns choices={lists[0] if len(lists) == 1 else 'NAME'}"
             raise InputError(f"{row.where}: no 'choices'", hint)
         return "A", _texts(row.where, "A", [columns[letter] for letter in letters]), letters
-    value = columns[name]
-    labels: object = []
-    if isinstance(value, Mapping):
-        value, labels = value.get("text"), value.get("label") or []
-    texts = _texts(row.where, name, value)
+    given = columns[name]
+    labelled = isinstance(given, Mapping)
+    labels = (given.get("label") or []) if labelled else []
+    texts = _texts(row.where, name, given.get("text") if labelled else given)
     if not isinstance(labels, list) or (labels and len(labels) != len(texts)):
         raise InputError(f"{row.where}: '{name}' has {len(texts)} texts and other labels", "give a label for each")
     return name, texts, [str(label) for label in labels]

@@ -17,12 +17,12 @@ from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import QaConfig
 
-from .figures import row_figures
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import loaded, models_of
 from .matching import exact, extracted, numeric
-from .prompting import STOPS, Asking, asking_of, cut_left, drawn_shots, ids_hash
+from .prompting import STOPS, QuestionForm, asking_of, cut_left, drawn_shots, ids_hash
 from .question_rows import each_question, the_answers
+from .row_means import row_figures
 
 __all__ = ["run_qa"]
 
@@ -61,7 +61,9 @@ class PlainQuestion:
     cut: int
 
 
-def _asked(rows: Sequence[Prompt], number: int, asking: Asking, config: QaConfig, most: int | None) -> PlainQuestion:
+def _asked(
+    rows: Sequence[Prompt], number: int, asking: QuestionForm, config: QaConfig, most: int | None
+) -> PlainQuestion:
     shots = [(shot, the_answers(shot)[0]) for shot in drawn_shots(rows, number, config.shots, config.seed)]
     with located(rows[number].where):
         whole = asking.ids(rows[number], shots)
@@ -107,9 +109,9 @@ def _outcome(
     name: str,
     rows: Sequence[Prompt],
     asked: Sequence[PlainQuestion],
-    asking: Asking,
+    asking: QuestionForm,
     progress: Progress,
-) -> Outcome:
+) -> MeasureOutcome:
     samples: list[JsonObject] = []
     for i, (row, question) in enumerate(zip(rows, asked, strict=True)):
         drawn = kept[number, i]
@@ -119,7 +121,7 @@ def _outcome(
             {
                 "id": i,
                 "prompt": row.messages,
-                "ids_hash": ids_hash(question.ids),
+                "prompt_ids_hash": ids_hash(question.ids),
                 "text": drawn["text"],
                 "answer": reply,
                 "target": answers,
@@ -137,13 +139,14 @@ def _outcome(
     if config.extract is not None and not any(row["answer"] is not None for row in samples):
         progress.warn("--extract matches none of the replies; the first is " + repr(samples[0]["text"][:120]))
     task |= {
+        "metric": "exact" if None in columns["numeric"] else "numeric",
         "shots": config.shots,
         "fewshot_from": "other rows of the same file" if config.shots else None,
         "chat": asking.chat is not None,
         "cut_questions": cut,
         "no_answer_found": sum(row["answer"] is None for row in samples),
     }
-    return Outcome({name: task}, {name: samples})
+    return MeasureOutcome({name: task}, {name: samples})
 
 
 def _as_number(value: bool | None) -> float | None:

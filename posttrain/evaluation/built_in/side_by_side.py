@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gemma2.core.json_files import JsonObject
-from gemma2.posttrain.evaluation.built_in.figures import mean_and_se
+from gemma2.posttrain.evaluation.built_in.row_means import mean_and_se
 from gemma2.posttrain.preferences.judge import Judge
 
 __all__ = ["LARGEST", "SIDE_PROMPT", "SideBySide", "by_reward", "order_figures"]

@@ -33,8 +33,8 @@ from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import RewardFields
 from gemma2.posttrain.schemas.measures.built_in import WinRateConfig
 
-from .figures import row_figures
-from .keeping import Kept, Outcome, as_document, keeping, task_names
+from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
+from .row_means import row_figures
 from .side_by_side import LARGEST, SIDE_PROMPT, SideBySide, by_reward, order_figures
 
 __all__ = ["run_win_rate"]
@@ -93,7 +93,7 @@ def run_win_rate(config: WinRateConfig, options: RunOptions, progress: Progress 
         else:
             samples = _by_reward(config, kept, sides, progress)
         name = task_names([config.prompts])[0]
-        outcome = Outcome({name: _figures(samples) | more}, {name: samples})
+        outcome = MeasureOutcome({name: _figures(samples) | more}, {name: samples})
         return as_document(kept, config, [outcome], reading, progress)
 
 

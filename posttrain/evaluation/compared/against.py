@@ -111,13 +111,18 @@ def as_json(comparison: Comparison) -> JsonObject:
 
 def sentence(found: JsonMapping, unit: str = "points", scale: float = 100.0, higher_is_better: bool = True) -> str:
     """A comparison in one line: better, worse, or no difference found with the rows that would be needed."""
+    digits = 1 if scale > 1 else 3
     difference = scale * found["difference"]
-    ends = "" if found["low"] is None else f"95 %: {scale * found['low']:+.1f} to {scale * found['high']:+.1f}; "
+    ends = (
+        ""
+        if found["low"] is None
+        else f"95 %: {scale * found['low']:+.{digits}f} to {scale * found['high']:+.{digits}f}; "
+    )
     p = f"p {'< ' if found['p'] < SMALL_P else '= '}{max(found['p'], SMALL_P):.{4 if found['p'] < 0.001 else 3}f}"
     flipped = f"{found['gained']:,} rows up, {found['lost']:,} down of {found['n']:,}"
     if found["found"]:
         verdict = "better" if (difference > 0) == higher_is_better else "worse"
-        return f"{verdict} by {abs(difference):.1f} {unit} ({ends}{p}; {flipped})"
+        return f"{verdict} by {abs(difference):.{digits}f} {unit} ({ends}{p}; {flipped})"
     if difference == 0 and not (found["gained"] or found["lost"]):
         return f"equal on all {found['n']:,} rows"
     needed = (
@@ -126,8 +131,8 @@ def sentence(found: JsonMapping, unit: str = "points", scale: float = 100.0, hig
         else f"; {_about(found['rows_needed'])} rows would be needed for this difference"
     )
     reach = scale * found["detectable"]
-    least = f"; these find {reach:.1f} {unit} or more" if reach else ""
-    return f"no difference found: {difference:+.1f} {unit} ({ends}{p}; {flipped}){needed}{least}"
+    least = f"; these find {reach:.{digits}f} {unit} or more" if reach else ""
+    return f"no difference found: {difference:+.{digits}f} {unit} ({ends}{p}; {flipped}){needed}{least}"
 
 
 def comparison_lines(document: JsonMapping) -> Iterator[str]:

@@ -23,7 +23,7 @@ class MeasureFields(RowFields):
 
     model: Model
     against: Path | None = Field(
-        None, description="a second model that is measured in the same way, and compared row by row"
+        None, description="compare row by row with a second model, measured in the same way, or with an earlier result"
     )
     batch_size: int = Field(32, ge=1, description="sequences generated or scored at once")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -13,7 +13,6 @@ from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
-from gemma2.posttrain.evaluation.built_in.figures import wilson
 from gemma2.posttrain.evaluation.built_in.keeping import NOWHERE
 from gemma2.posttrain.evaluation.built_in.matching import exact, extracted, normalised, number_in, numeric
 from gemma2.posttrain.evaluation.built_in.multiple_choice import run_choices
@@ -26,6 +25,7 @@ from gemma2.posttrain.evaluation.built_in.question_rows import (
     the_answers,
 )
 from gemma2.posttrain.evaluation.built_in.questions import run_qa
+from gemma2.posttrain.evaluation.built_in.row_means import wilson
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.measures import ChoicesConfig, QaConfig
@@ -259,7 +259,8 @@ def by_hand(inputs, chat):
 @pytest.mark.parametrize("chat", ["on", "off"])
 def test_the_choice_with_the_largest_log_prob_and_the_largest_per_byte_are_the_answers(inputs, tmp_path, chat):
     config = ChoicesConfig(model=inputs / "model", choices=inputs / "choices.jsonl", chat=chat)
-    found = run_choices(config, RunOptions(tmp_path / "out")).summary["tasks"]["choices.jsonl"]
+    run_choices(config, RunOptions(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["choices.jsonl"]
     lines = (tmp_path / "out" / "samples" / "choices.jsonl.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
 

@@ -39,7 +39,8 @@ def measured(inputs, *names, out=None, progress=SILENT, **fields):
     files = tuple(inputs / name for name in names)
     config = PerplexityConfig(**{"model": inputs / "model", "perplexity": files, "window": 24, **fields})
     options = RunOptions(NOWHERE if out is None else out)
-    return run_perplexity(config, options, progress).summary
+    result = run_perplexity(config, options, progress)
+    return json.loads((out / "results.json").read_text()) if out is not None else result.summary
 
 
 def test_every_token_is_counted_once_with_the_overlap_before_it():
@@ -126,11 +127,25 @@ def test_two_models_have_separate_figures_over_the_same_windows(inputs, tmp_path
     found = measured(inputs, "one.txt", against=inputs / "other", out=tmp_path / "out")
     alone = measured(inputs, "one.txt", model=inputs / "other")
     assert found["tasks_against"] == alone["tasks"]
+    compared = found["compared"]["one.txt"]
+    rates = [math.log(tasks["one.txt"]["metrics"]["perplexity"]) for tasks in (found["tasks"], alone["tasks"])]
+    assert compared["difference"] == pytest.approx(rates[0] - rates[1], abs=1e-6)
+    assert compared["gained"] + compared["lost"] == compared["n"] == found["tasks"]["one.txt"]["n"]
     ours, theirs = (
-        [json.loads(line)["ids_hash"] for line in (tmp_path / "out" / place).read_text().splitlines()]
+        [json.loads(line)["prompt_ids_hash"] for line in (tmp_path / "out" / place).read_text().splitlines()]
         for place in ("samples/one.txt.jsonl", "samples/against/one.txt.jsonl")
     )
     assert ours == theirs
+
+
+def test_an_earlier_result_stands_for_the_model_that_it_is_of(inputs, tmp_path):
+    measured(inputs, "one.txt", model=inputs / "other", out=tmp_path / "before")
+    by_result = measured(inputs, "one.txt", against=tmp_path / "before")
+    by_model = measured(inputs, "one.txt", against=inputs / "other")
+    assert by_result["compared"] == by_model["compared"]
+    assert by_result["against"] == by_model["against"]
+    itself = measured(inputs, "one.txt", against=inputs / "model")["compared"]["one.txt"]
+    assert (itself["difference"], itself["p"], itself["found"]) == (0, 1, False)
 
 
 def test_an_interrupted_measure_goes_on_to_the_same_bytes(inputs, tmp_path, interrupting):

@@ -65,7 +65,9 @@ def longer_is_better(text):
 def compared(inputs, out=NOWHERE, progress=SILENT, resume=False, **fields):
     given = {"model": inputs / "model", "win_rate": inputs / "other", "temperature": 2.0, "max_new_tokens": 12} | fields
     config = WinRateConfig(prompts=inputs / "prompts.jsonl", **given)
-    (task,) = run_win_rate(config, RunOptions(out, resume=resume), progress).summary["tasks"].values()
+    result = run_win_rate(config, RunOptions(out, resume=resume), progress)
+    document = result.summary if out == NOWHERE else json.loads((out / "results.json").read_text())
+    (task,) = document["tasks"].values()
     return task
 
 

@@ -78,7 +78,7 @@ def test_texts_are_compared_per_token_and_less_is_better(tmp_path):
     compared = compare_results(tmp_path / "a", tmp_path / "b")["compared"]["mmlu"]
     assert compared["difference"] == pytest.approx(-0.5)
     assert not compared["higher_is_better"]
-    assert sentence(compared, "nats per token", 1.0, False).startswith("better by 0.5 nats per token")
+    assert sentence(compared, "nats per token", 1.0, False).startswith("better by 0.500 nats per token")
 
 
 @pytest.mark.parametrize(
