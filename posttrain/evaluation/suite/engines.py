@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
 
-from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer
@@ -28,11 +26,10 @@ from .encoding import Encoder, Request
 from .prompts import Asked
 from .shared_scoring import SharedScorer
 
-__all__ = ["SuiteEngine", "check_engine", "open_engine"]
+__all__ = ["SuiteEngine", "open_engine"]
 
 TAIL = 24  # tokens at the end of an answer in which a text of `until` is looked for
 CLASSES = {"hf": ("lm_eval.models.huggingface", "HFLM"), "vllm": ("lm_eval.models.vllm_causallms", "VLLM")}
-EXTRA = "pip install 'gemma2[eval]', or leave --engine out: gemma2's own engine needs no extra"
 
 
 class SuiteEngine(Protocol):
@@ -53,19 +50,8 @@ class SuiteEngine(Protocol):
         ...
 
 
-def check_engine(config: SuiteConfig) -> None:
-    """Raise UsageError for an engine that is not installed. Imports nothing."""
-    needed = {"hf": ("lm_eval",), "vllm": ("lm_eval", "vllm")}.get(config.engine, ())
-    for module in needed:
-        if find_spec(module) is None:
-            name = module.replace("_", "-")
-            hint = EXTRA if module == "lm_eval" else "pip install 'gemma2[vllm]', or leave --engine out"
-            raise UsageError(f"--engine {config.engine} needs the package {name}, which is not installed", hint)
-
-
 def open_engine(config: SuiteConfig) -> tuple[SuiteEngine, Encoder, JsonObject]:
     """Load the model; return its engine, the encoder of its requests, and its generation settings."""
-    check_engine(config)
     dtype = _dtype(config)
     if config.engine == "gemma2":
         own = OwnEngine(config, dtype)

@@ -29,12 +29,12 @@ from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
 from .encoding import Encoder, Request, chat_text, hash_of
-from .engines import SuiteEngine, check_engine, open_engine
+from .engines import SuiteEngine, open_engine
 from .grading import grade_choices, grade_text
 from .prompts import Asked, asked_of
 from .results import VERSION, task_result, write_results
-from .task import tasks_of
-from .task_rows import TaskRows, read_rows
+from .suite_plan import check_engine, check_model, tables_of
+from .task_rows import TaskRows
 
 __all__ = ["run_suite"]
 
@@ -46,22 +46,24 @@ AGAINST = "against"
 def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Measure `config.model`, and `config.against` if it is a model; results and samples in `options.out`.
 
-    Raises InputError for rows that do not fit their task, UsageError for an engine that is not installed.
+    Raises InputError for rows that do not fit their task and for a broken model, UsageError for a missing engine.
     """
     check_engine(config)
-    tables = [read_rows(config.data, task, config.limit) for task in tasks_of(config.suite, config.tasks)]
-    earlier = read_result(config.against) if config.against is not None and is_result(config.against) else None
+    check_model(config)
+    tables = tables_of(config)
+    other = config.against
+    earlier = read_result(other) if other is not None and is_result(other) else None
+    if other is not None and earlier is None:
+        check_model(config.model_copy(update={"model": other}))
     quiet_libraries()
     with open_run("eval suite", config, options) as run:
         document, samples = _measured(run, config, "model", tables, progress)
-        if earlier is not None:
-            names = [name for name in document["tasks"] if name in earlier["tasks"]]
-            assert config.against is not None
-            theirs = {name: [*samples_of(config.against, name)] for name in names}
+        if other is not None and earlier is not None:
+            theirs = {name: [*samples_of(other, name)] for name in document["tasks"] if name in earlier["tasks"]}
             document |= {"against": earlier["model"], "compared": _compared(document, samples, theirs)}
-        elif config.against is not None:
-            other, theirs = _measured(run, config, AGAINST, tables, progress)
-            document |= {"against": other["model"], "tasks_against": other["tasks"]}
+        elif other is not None:
+            second, theirs = _measured(run, config, AGAINST, tables, progress)
+            document |= {"against": second["model"], "tasks_against": second["tasks"]}
             document["compared"] = _compared(document, samples, theirs)
         write_results(run.path, with_card_rows(document))
         write_figures(run.path, document, config.published)

@@ -75,7 +75,10 @@ def of_lm_eval(model, folder, hub, **options):
 
 def ours(model, data, out, **options):
     run_suite(SuiteConfig(model=model, data=data, **options), RunOptions(out))
-    samples = {path.stem: [json.loads(line) for line in path.open()] for path in (out / "samples").glob("*.jsonl")}
+    samples = {
+        path.stem: [json.loads(line) for line in path.read_bytes().splitlines()]
+        for path in (out / "samples").glob("*.jsonl")
+    }
     return read_results(out), samples
 
 
@@ -84,7 +87,9 @@ def ours(model, data, out, **options):
 @pytest.mark.parametrize("chat", ["off", "turns", "one turn"])
 def test_log_likelihoods_answers_and_metrics_are_those_of_lm_eval(model, tmp_path, train, chat):
     made = Miniature(train=train)
-    hub = made.hub if train else {task: rows for task, rows in made.hub.items() if task != "mmlu"}
+    # lm-eval drops MMLU's description where the chat template has no system role; here it begins the first turn.
+    same = train and chat == "off"
+    hub = made.hub if same else {task: rows for task, rows in made.hub.items() if task != "mmlu"}
     theirs = of_lm_eval(model, tmp_path, hub, apply_chat_template=chat != "off", fewshot_as_multiturn=chat == "turns")
     results, samples = ours(
         model,
