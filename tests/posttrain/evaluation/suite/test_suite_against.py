@@ -7,6 +7,7 @@ from miniature_tasks import Miniature
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
+from gemma2.posttrain.evaluation.suite import run_suite as run_suite_module
 from gemma2.posttrain.evaluation.suite.run_suite import run_suite
 from gemma2.posttrain.pipelines.check import plan_step
 from gemma2.posttrain.runs.inputs import check_inputs
@@ -81,8 +82,11 @@ def test_an_unfinished_result_is_refused_before_the_model_is_loaded(world, monke
     half = world / "half"
     half.mkdir()
     (half / "results.json").write_text("{}")
+    monkeypatch.setattr(run_suite_module, "open_engine", None)
     with pytest.raises(InputError, match="not a finished result"):
-        run_suite(config(world, "no-such-model", against=half), RunOptions(world / "never"))
+        check_inputs(config(world, "ours", against=half))
+    with pytest.raises(InputError, match="not a finished result"):
+        run_suite(config(world, "ours", against=half), RunOptions(world / "never"))
 
 
 def test_the_command_prints_the_table(world, capsys):
