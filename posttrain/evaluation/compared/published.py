@@ -166,7 +166,5 @@ def _notes(value: PublishedValue) -> Iterator[str]:
 
 def size_of(config: JsonMapping) -> str:
     """ "2B", "9B" or "27B" by a model's config.json; "" for any other size."""
-    from gemma2.posttrain.doctor.checks.config_checks import SIZES
-
-    shape = config.get("hidden_size"), config.get("num_hidden_layers")
-    return next((name for name, one in SIZES.items() if (one.hidden_size, one.num_hidden_layers) == shape), "")
+    shape = [config.get("hidden_size"), config.get("num_hidden_layers")]
+    return next((str(name) for name, one in _file()["shapes"].items() if one == shape), "")

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from gemma2.posttrain.evaluation.compared.published import SOURCES, published_columns, published_values, task_label
+from gemma2.posttrain.doctor.checks.config_checks import SIZES
+from gemma2.posttrain.evaluation.compared.published import (
+    SOURCES,
+    published_columns,
+    published_values,
+    size_of,
+    task_label,
+)
 
 TASKS = ("mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag")
 # Report 2408.00118v3: Table 13 (pre-trained), the last two columns Table 12.
@@ -130,3 +137,10 @@ def test_the_sampling_error_of_a_2b_is_a_point_or_so(task, rows, points):
     share = next(v.value for v in published_values() if (v.model, v.task, v.source) == ("gemma-2-2b", task, "v3")) / 100
     assert 100 * math.sqrt(share * (1 - share) / rows) == pytest.approx(points, abs=0.006)
     assert task_label(task) != task
+
+
+def test_the_size_of_a_model_is_that_of_its_shape():
+    for name, size in SIZES.items():
+        config = {"hidden_size": size.hidden_size, "num_hidden_layers": size.num_hidden_layers}
+        assert size_of(config) == name
+        assert size_of(config | {"num_hidden_layers": 2}) == ""
