@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -22,12 +22,13 @@ from gemma2.posttrain.models.loading import load_policy, load_tokenizer
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
-from .encoding import Encoder, Request
+from .encoding import Encoder, TokenRequest
 from .prompts import Asked
 from .shared_scoring import SharedScorer
 
 __all__ = ["SuiteEngine", "open_engine"]
 
+R = TypeVar("R")
 TAIL = 24  # tokens at the end of an answer in which a text of `until` is looked for
 CLASSES = {"hf": ("lm_eval.models.huggingface", "HFLM"), "vllm": ("lm_eval.models.vllm_causallms", "VLLM")}
 
@@ -38,13 +39,13 @@ class SuiteEngine(Protocol):
     facts: JsonObject
 
     def score(
-        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[list[float]]]]:
         """Yield (number of a row, log-likelihoods of the choices of that row and the next ones)."""
         ...
 
     def answer(
-        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+        self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield (number of a row, answers of that row and the next ones)."""
         ...
@@ -85,12 +86,12 @@ class OwnEngine:
         }
 
     def score(
-        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[list[float]]]]:
         return self.scorer.group(requests, done)
 
     def answer(
-        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+        self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         params = SamplingParams(self.config.max_new_tokens, temperature=0.0)
         for start, batch in _batches(prompts, self.config.batch_size, done):
@@ -123,14 +124,13 @@ class LmEvalEngine:
         if config.engine == "hf":
             settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
             settings["attn_implementation"] = "eager"
-        # Any: the class is an extra, and not typed.
-        self.model: Any = getattr(import_module(module), name)(**settings)
-        self.instance: Any = import_module("lm_eval.api.instance").Instance
+        self.model = getattr(import_module(module), name)(**settings)
+        self.instance = import_module("lm_eval.api.instance").Instance
         self.encoder = Encoder(self.tokenizer, int(self.model.max_length))
         self.facts: JsonObject = {"engine": config.engine, "dtype": kind, "lm_eval": version("lm_eval")}
 
     def score(
-        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[list[float]]]]:
         for start, batch in _batches(asked, self.config.batch_size, done):
             pairs = [(self.encoder.with_bos(context), ending) for row in batch for context, ending in row.pairs]
@@ -138,7 +138,7 @@ class LmEvalEngine:
             yield start, [[float(next(found)[0]) for _ in row.continuations] for row in batch]
 
     def answer(
-        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+        self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         settings = {"until": [*until], "max_gen_toks": self.config.max_new_tokens, "do_sample": False}
         for start, batch in _batches(asked, self.config.batch_size, done):
@@ -156,7 +156,7 @@ def _cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
-def _batches(rows: Sequence[Any], size: int, done: int) -> Iterator[tuple[int, list[Any]]]:
+def _batches(rows: Sequence[R], size: int, done: int) -> Iterator[tuple[int, list[R]]]:
     """(number of its first row, rows) of each batch that is not known."""
     for start in range(done - done % size, len(rows), size):
         yield start, list(islice(rows, start, start + size))

@@ -28,7 +28,7 @@ from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
-from .encoding import Encoder, Request, chat_text, hash_of
+from .encoding import Encoder, TokenRequest, chat_text, hash_of
 from .engines import SuiteEngine, open_engine
 from .grading import grade_choices, grade_text
 from .prompts import Asked, asked_of
@@ -165,13 +165,13 @@ class _TaskRun:
         """Deviations from the published way of this task."""
         return []
 
-    def _requests(self, block: Sequence[Asked]) -> list[list[Request]]:
+    def _requests(self, block: Sequence[Asked]) -> list[list[TokenRequest]]:
         if self.rows.task.generates:
             return [[prompt] for prompt in self.encoder.prompts(block, self.config.max_new_tokens)]
         return self.encoder.choices(block)
 
     def _samples(
-        self, block: Sequence[Asked], requests: Sequence[list[Request]], done: int
+        self, block: Sequence[Asked], requests: Sequence[list[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[JsonObject]]]:
         task = self.rows.task
         if task.generates:
@@ -207,7 +207,7 @@ class _TaskRun:
             )
 
 
-def _asked(row: Asked, requests: Sequence[Request]) -> JsonObject:
+def _asked(row: Asked, requests: Sequence[TokenRequest]) -> JsonObject:
     cut = max(request.cut for request in requests)
     return {
         "id": row.id,
@@ -232,7 +232,7 @@ def _blocks(asked: Iterator[Asked]) -> Iterator[list[Asked]]:
 
 
 def _check_known(
-    known: Sequence[tuple[str, str]], block: Sequence[Asked], requests: Sequence[list[Request]], path: Path
+    known: Sequence[tuple[str, str]], block: Sequence[Asked], requests: Sequence[list[TokenRequest]], path: Path
 ) -> None:
     """Refuse samples of other rows or prompts. A resume compares model, data and settings before; this is the proof."""
     for (name, digest), row, ids in zip(known, block, requests, strict=False):

@@ -47,7 +47,7 @@ class SuiteTask(Config):
     title: str
     dataset_path: str
     columns: dict[str, str | int]
-    group: str | None = None  # column whose values are evaluated one by one, with examples of their own
+    group: str | None = None  # column whose values are evaluated one by one, each with its examples
     num_fewshot: int
     fewshot_splits: tuple[str, ...]
     test_splits: tuple[str, ...]

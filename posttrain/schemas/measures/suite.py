@@ -39,7 +39,7 @@ class SuiteConfig(Config):
         "auto", description="write prompts as chat turns; auto: if the model has a chat template and answers chats"
     )
     fewshot_as_multiturn: bool = Field(
-        True, description="with chat: examples as turns of their own, or all in one user turn"
+        True, description="with chat: every example as two turns, or all examples in the one user turn"
     )
     limit: int | None = Field(None, ge=1, description="use only the first rows of each task, in MMLU of each subject")
     max_new_tokens: int = Field(256, ge=1, description="limit of a written answer (GSM8K), tokens")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemma2.posttrain.evaluation.suite import shared_scoring
-from gemma2.posttrain.evaluation.suite.encoding import Request
+from gemma2.posttrain.evaluation.suite.encoding import TokenRequest
 from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.tiny.networks import random_model
@@ -31,14 +31,14 @@ def rows_of(kind):
     for number in range(7):
         stem = [2, *group, *ids(random, 3 if number == 2 else random.randint(5, 40))]
         if kind == "equal":  # one token each: the last token is no input, so a row is its stem alone
-            rows.append([Request([*stem, token], 1) for token in (7, 9, 11)])
+            rows.append([TokenRequest([*stem, token], 1) for token in (7, 9, 11)])
         elif kind == "contexts":  # the choice is inside the context, the ending is the same
             ending = ids(random, 4)
-            rows.append([Request([*stem, *ids(random, n), *ending], 4) for n in (1, 2)])
+            rows.append([TokenRequest([*stem, *ids(random, n), *ending], 4) for n in (1, 2)])
         else:
             endings = [ids(random, n) for n in (1, 6, 3, 1)]
             endings[3] = [*endings[2], 8]  # begins like another choice
-            rows.append([Request([*stem, *ending], len(ending)) for ending in endings])
+            rows.append([TokenRequest([*stem, *ending], len(ending)) for ending in endings])
     return rows
 
 
