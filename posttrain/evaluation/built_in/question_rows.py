@@ -141,7 +141,7 @@ def _texts(where: str, name: str, value: object) -> list[str]:
 
 
 def _index(where: str, name: str, value: object, texts: Sequence[str], labels: Sequence[str]) -> int:
-    """The index of the right choice. Raises InputError for an answer that is none of the choices, or two of them."""
+    """The index of the right choice. Raises InputError for an answer that could be no choice, or two of them."""
     count = len(texts)
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value < count:
@@ -163,7 +163,7 @@ def _index(where: str, name: str, value: object, texts: Sequence[str], labels: S
             "write the index as a number",
         )
     if not found:
-        raise InputError(f"{where}: '{name}' {text!r} is none of the {count} choices", "write the index from 0")
+        raise InputError(f"{where}: '{name}' {text!r} is not one of the {count} choices", "write the index from 0")
     return found.pop()
 
 

@@ -106,6 +106,9 @@ class WinRateConfig(SamplingFields, RewardFields, JudgeFields, RowFields):
     model: Model
     win_rate: Path = Field(description="the other model: directory or hub id")
     prompts: Annotated[Path, Field(description="prompts: rows as for gemma2 generate")]
+    judge_prompt: Path | None = Field(
+        None, description="openai: file with the judge's prompt; default: the text in docs/measures.md"
+    )
     temperature: float = Field(0.0, ge=0.0, le=5.0, description="sampling temperature; 0 is greedy")
     margin: float = Field(0.0, ge=0, description="rewards that differ by no more than this are a tie")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")

@@ -151,7 +151,7 @@ def test_choices_are_read_in_the_shapes_of_known_sets(tmp_path, row, texts, righ
         ({"question": "q", "answer": ""}, each_question, "'answer' is empty"),
         ({"question": "q", "answer": True}, each_question, "holds true or false"),
         ({"question": "q", "choices": ["w", "x"], "answer": 2}, each_choice_row, "is 2, and the choices are 0 to 1"),
-        ({"question": "q", "choices": ["w", "x"], "answer": "C"}, each_choice_row, "none of the 2 choices"),
+        ({"question": "q", "choices": ["w", "x"], "answer": "C"}, each_choice_row, "is not one of the 2 choices"),
         ({"question": "q", "choices": ["1", "0"], "answer": "1"}, each_choice_row, "could be choice 0 or 1"),
         ({"question": "q", "choices": ["w"], "answer": 0}, each_choice_row, "two or more texts"),
         ({"question": "q", "choices": ["w", " "], "answer": 0}, each_choice_row, "an empty choice"),

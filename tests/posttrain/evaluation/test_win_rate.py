@@ -8,6 +8,7 @@ import re
 
 import pytest
 from chat_server import KEY, Server, serving
+from processes import ROOT
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import SILENT
@@ -193,3 +194,7 @@ def test_a_comparison_without_one_referee_is_refused(inputs, fields, said):
     with pytest.raises(UsageError) as caught:
         check_inputs(validated(WinRateConfig, given))
     assert said in str(caught.value)
+
+
+def test_the_page_of_the_measures_has_the_prompt_of_the_judge():
+    assert SIDE_PROMPT in (ROOT / "docs" / "measures.md").read_text(encoding="utf-8")
