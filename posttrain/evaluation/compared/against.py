@@ -140,7 +140,7 @@ def comparison_lines(document: JsonMapping) -> Iterator[str]:
     compared: Mapping[str, JsonMapping] = document.get("compared", {})
     if not compared:
         return
-    yield f"Against {document['against']['name']}, row by row:"
+    yield f"Against {document['against']['name']}{_other_size(document)}, row by row:"
     for name, found in compared.items():
         title = document["tasks"].get(name, {}).get("title", name)
         clusters = f", {found['clusters']} subjects" if found["clusters"] < found["n"] else ""
@@ -161,6 +161,18 @@ def comparison_lines(document: JsonMapping) -> Iterator[str]:
                 yield f"    {found[key]:,} {words}"
     if document.get("not_compared"):
         yield f"  only in one of the two: {', '.join(document['not_compared'])}"
+
+
+def _other_size(document: JsonMapping) -> str:
+    """That the other model has another shape, in words; nothing where it has the same, or one is unknown."""
+    ours, theirs = (document.get(key, {}).get("shape") for key in ("model", "against"))
+    if not ours or not theirs or ours == theirs:
+        return ""
+    here, there = (
+        document[key].get("size") or f"hidden {shape[0]}, {shape[1]} layers"
+        for key, shape in (("model", ours), ("against", theirs))
+    )
+    return f" (another size: {there}, here {here})"
 
 
 def _about(rows: int) -> str:

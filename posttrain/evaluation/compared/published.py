@@ -25,7 +25,7 @@ __all__ = [
     "PublishedValue",
     "published_columns",
     "published_values",
-    "size_of",
+    "shape_of",
     "task_label",
 ]
 
@@ -164,7 +164,8 @@ def _notes(value: PublishedValue) -> Iterator[str]:
             yield f"{f'{label} in the {NAMED[one.source]}: ' if one.source != DEFAULT else ''}{one.note}"
 
 
-def size_of(config: JsonMapping) -> str:
-    """ "2B", "9B" or "27B" by a model's config.json; "" for any other size."""
+def shape_of(config: JsonMapping) -> JsonObject:
+    """`shape`: hidden size and layers by a model's config.json; `size`: "2B", "9B" or "27B" if it is one of them."""
     shape = [config.get("hidden_size"), config.get("num_hidden_layers")]
-    return next((str(name) for name, one in _file()["shapes"].items() if one == shape), "")
+    size = next((str(name) for name, one in _file()["shapes"].items() if one == shape), "")
+    return {"shape": shape, **({"size": size} if size else {})}

@@ -20,7 +20,7 @@ from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.evaluation.compared.card_rows import with_card_rows
 from gemma2.posttrain.evaluation.compared.figure import write_figures
 from gemma2.posttrain.evaluation.compared.kept_results import is_result, read_result, samples_of, task_comparison
-from gemma2.posttrain.evaluation.compared.published import size_of
+from gemma2.posttrain.evaluation.compared.published import shape_of
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.runs.inputs import model_name
@@ -117,8 +117,12 @@ def _compared(document: JsonObject, ours: Samples, theirs: Samples) -> JsonObjec
 def _model(run: Run, role: str, path: Path, facts: JsonObject) -> JsonObject:
     weights = next(parent["weights"] for parent in run.origin["parents"] if parent["role"] == role)
     config = path / "config.json"
-    size = size_of(read_json(config)) if config.is_file() else ""
-    return {"name": model_name(path), "weights": weights, **({"size": size} if size else {}), **facts}
+    return {
+        "name": model_name(path),
+        "weights": weights,
+        **(shape_of(read_json(config)) if config.is_file() else {}),
+        **facts,
+    }
 
 
 def _settings(config: SuiteConfig, with_chat: bool) -> JsonObject:

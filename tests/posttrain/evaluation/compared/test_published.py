@@ -9,7 +9,7 @@ from gemma2.posttrain.evaluation.compared.published import (
     SOURCES,
     published_columns,
     published_values,
-    size_of,
+    shape_of,
     task_label,
 )
 
@@ -142,5 +142,5 @@ def test_the_sampling_error_of_a_2b_is_a_point_or_so(task, rows, points):
 def test_the_size_of_a_model_is_that_of_its_shape():
     for name, size in SIZES.items():
         config = {"hidden_size": size.hidden_size, "num_hidden_layers": size.num_hidden_layers}
-        assert size_of(config) == name
-        assert size_of(config | {"num_hidden_layers": 2}) == ""
+        assert shape_of(config) == {"shape": [size.hidden_size, size.num_hidden_layers], "size": name}
+        assert "size" not in shape_of(config | {"num_hidden_layers": 2})
