@@ -39,6 +39,7 @@ from gemma2.posttrain.schemas import (
 )
 from gemma2.posttrain.schemas.config import Config, parse_value
 from gemma2.posttrain.schemas.fields import REPEATED
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 from .run_directory import RunOptions, RunResult
 
@@ -54,7 +55,7 @@ class Command:
 
     module, function  the function that runs it, below `gemma2.posttrain`
     why               its purpose in one line
-    makes             kind of its output: policy, reward model, adapter, data, front, cache
+    makes             kind of its output: policy, reward model, adapter, data, front, cache, results
     accelerated       whether it runs a network, and so uses a GPU if there is one
     """
 
@@ -166,6 +167,41 @@ COMMANDS: dict[str, Command] = {
         "run_pareto",
         "measures policies and the line from SFT to the merge on the same held-out prompts",
         makes="front",
+    ),
+    "eval suite": Command(
+        SuiteConfig,
+        "evaluation.suite.run_suite",
+        "run_suite",
+        "measures few-shot benchmarks as Gemma 2's report does",
+        makes="results",
+    ),
+    "eval perplexity": Command(
+        PerplexityConfig,
+        "evaluation.built_in.perplexity",
+        "run_perplexity",
+        "measures the perplexity of texts",
+        makes="results",
+    ),
+    "eval qa": Command(
+        QaConfig,
+        "evaluation.built_in.questions",
+        "run_qa",
+        "asks questions with known answers, and counts the right ones",
+        makes="results",
+    ),
+    "eval choices": Command(
+        ChoicesConfig,
+        "evaluation.built_in.multiple_choice",
+        "run_choices",
+        "scores the choices of questions, and counts the right ones",
+        makes="results",
+    ),
+    "eval win-rate": Command(
+        WinRateConfig,
+        "evaluation.built_in.win_rate",
+        "run_win_rate",
+        "compares the answers of two models side by side",
+        makes="results",
     ),
     "pick": Command(
         PickConfig, "evaluation.pick", "run_pick", "writes the chosen point of a front as a model", accelerated=False
