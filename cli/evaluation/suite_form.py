@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import stage
 from gemma2.core.progress import Progress
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
+from .form_result import shown
+
 
 def run(config: SuiteConfig, options: RunOptions, progress: Progress) -> RunResult:
-    from gemma2.posttrain.evaluation.compared.kept_results import read_result
     from gemma2.posttrain.evaluation.suite.run_suite import run_suite
 
-    from .results_view import show_results
-
-    result = run_suite(config, options, progress)
-    if not isinstance(progress, Console):
-        return result
-    document = read_result(result.out)
-    if progress.as_json:
-        return RunResult(result.out, document)
-    show_results(document, config.published, progress)
-    return RunResult(result.out, {})
+    return shown(run_suite(config, options, progress), progress, config.published)
 
 
 app = stage(

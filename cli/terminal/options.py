@@ -359,11 +359,11 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     """Run a command that writes an output, or with --dry-run print its plan."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
     allow(versions=given["allow_versions"])
-    from gemma2.posttrain.checks.machine import free_disk
     from gemma2.posttrain.checks.of_command import CommandChecks
     from gemma2.posttrain.checks.plan import disk_problem
     from gemma2.posttrain.runs.estimates import estimate
     from gemma2.posttrain.runs.finished import publish_finished
+    from gemma2.posttrain.runs.machine import free_disk
 
     if given["dry_run"]:
         _show_plan(config, options, console)

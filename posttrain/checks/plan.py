@@ -17,12 +17,12 @@ from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import inputs_of
+from gemma2.posttrain.runs.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .data_rows import RowsFound
-from .machine import Memory, free_disk, free_memory
 from .of_command import CommandChecks
 
 WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between two words of a schema's name

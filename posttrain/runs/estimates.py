@@ -18,6 +18,7 @@ from typing import Any
 from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.sources import count_rows, data_files
+from gemma2.posttrain.provenance.named_inputs import holds_results
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
@@ -35,7 +36,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, WinRateConfig
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 from .generation_budget import generate_budget
 
@@ -349,6 +350,15 @@ def _forward(model: Path, other: Path | None, tokens: float, facts: JsonObject, 
     return Work(4.0 * max(sizes), tokens * 6.0 * len(sizes), 2.0 * sum(sizes) * tokens, facts)
 
 
+def _suite(config: SuiteConfig, sources: Sources) -> Work:
+    """The model, and samples with their prompts; the plan of the suite adds its tokens."""
+    width = 2.0 if config.dtype == "bfloat16" else 4.0
+    other = config.against if config.against is not None and not holds_results(config.against) else None
+    sizes = [sources.parameters(path) for path in (config.model, other) if path is not None]
+    disk = 30.0 * sources.size(config.data) * len(sizes)  # a prompt repeats its examples
+    return Work(memory=width * max(sizes), disk=disk, operations=0.0)
+
+
 # Any: each function takes the configuration of its key.
 ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     SftConfig: _sft,
@@ -369,6 +379,7 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     QaConfig: _questions,
     ChoicesConfig: _questions,
     WinRateConfig: _win_rate,
+    SuiteConfig: _suite,
 }
 
 

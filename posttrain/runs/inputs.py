@@ -91,6 +91,9 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
     for option, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
         if not is_promised(path) and (read_manifest(path) or {}).get("status") != "complete":
             raise InputError(f"--{option} {path} is not a finished front", "make one with gemma2 pareto")
+    for path in paths_of(config, "against"):
+        if not is_promised(path) and holds_results(path) and (read_manifest(path) or {}).get("status") != "complete":
+            raise InputError(f"--against {path} is not a finished result", "make one with gemma2 eval, or give a model")
     for path in (path for name in ROWS for path in paths_of(config, name)):
         if not is_promised(path):
             data_files(path)

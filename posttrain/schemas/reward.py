@@ -10,7 +10,18 @@ from pydantic import Field, model_validator
 from gemma2.core.json_files import JsonObject
 
 from .config import Config
-from .fields import CallFields, Data, LoraFields, Model, RowFields, SamplingFields, Seed, TrainingFields, check_address
+from .fields import (
+    CallFields,
+    Data,
+    LoraFields,
+    Model,
+    PrecisionFields,
+    RowFields,
+    SamplingFields,
+    Seed,
+    TrainingFields,
+    check_address,
+)
 from .generate import check_key_variable
 
 Centring = Field(
@@ -72,7 +83,7 @@ class ProbeConfig(RowFields):
     seed: Seed = 0
 
 
-class RewardScoreConfig(RowFields):
+class RewardScoreConfig(PrecisionFields, RowFields):
     """Add a score to every row of a data set: prompts and completions, conversations, or preference pairs."""
 
     INCIDENTAL = frozenset({"batch_size"})
@@ -94,7 +105,7 @@ class RewardScoreConfig(RowFields):
         return self
 
 
-class RewardEvalConfig(RowFields):
+class RewardEvalConfig(PrecisionFields, RowFields):
     """Measure how well reward models order preference pairs: accuracy, calibration, and the influence of length."""
 
     models: tuple[Path, ...] = Field(min_length=1, description="reward models; several are compared side by side")
@@ -150,7 +161,7 @@ class JudgeFields(Config):
         return self
 
 
-class PairsConfig(SamplingFields, CallFields, JudgeFields, RowFields):
+class PairsConfig(SamplingFields, CallFields, PrecisionFields, JudgeFields, RowFields):
     """Preference pairs: n samples per prompt of a model, ranked by a judge."""
 
     model: Model

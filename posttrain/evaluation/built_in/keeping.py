@@ -24,6 +24,7 @@ from gemma2.core.outputs.model_identity import digest_model
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.evaluation.compared.card_rows import with_card_rows
 from gemma2.posttrain.evaluation.compared.kept_results import read_result, samples_of, task_comparison
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.runs.inputs import model_name
@@ -125,7 +126,7 @@ def as_document(
     if kept.run is None:
         return RunResult(NOWHERE, document)
     folder = kept.run.path
-    write_json(folder / RESULTS, document)
+    write_json(folder / RESULTS, with_card_rows(document))
     _write_table(folder / TABLE, [outcome.tasks for outcome in outcomes])
     for place, outcome in zip((folder / SAMPLES, folder / SAMPLES / AGAINST), outcomes, strict=False):
         for name, rows in outcome.samples.items():

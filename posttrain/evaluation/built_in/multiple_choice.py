@@ -18,7 +18,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
-from gemma2.posttrain.evaluation.suite.encoding import Request
+from gemma2.posttrain.evaluation.suite.encoding import TokenRequest
 from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
@@ -99,7 +99,7 @@ def _score(
 
 def _log_probs(model: CausalLM, asked: Sequence[ChoiceQuestion], batch_size: int) -> list[list[float]]:
     """Log-probs of the choices of each row; what they have in common runs once (`suite/shared_scoring.py`)."""
-    rows = [[Request([*row.context, *ids], len(ids)) for ids in row.choices] for row in asked]
+    rows = [[TokenRequest([*row.context, *ids], len(ids)) for ids in row.choices] for row in asked]
     batches = SharedScorer(model, batch_size).group(rows)
     found = [[round(value, DIGITS) for value in values] for _, batch in batches for values in batch]
     wrong = next((value for values in found for value in values if not math.isfinite(value)), None)

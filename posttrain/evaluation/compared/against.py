@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from gemma2.core.errors import InputError
@@ -16,7 +16,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .paired import Comparison, Pairs, compare
 
-__all__ = ["Scored", "as_json", "compare_scored", "sentence"]
+__all__ = ["Scored", "as_json", "compare_scored", "comparison_lines", "sentence"]
 
 SMALL_P = 0.0001
 
@@ -50,7 +50,7 @@ class Scored:
 def compare_scored(
     ours: Scored, theirs: Scored, what: str = "task", weights: Mapping[str, float] | None = None
 ) -> JsonObject:
-    """The comparison of the rows that both have, as JSON. Raises InputError if there are none.
+    """The comparison of the rows that both have, as JSON. Raises InputError without one.
 
     weights: of the rows in the mean, by id; None: equal
     """
@@ -133,6 +133,46 @@ def sentence(found: JsonMapping, unit: str = "points", scale: float = 100.0, hig
     reach = scale * found["detectable"]
     least = f"; these find {reach:.{digits}f} {unit} or more" if reach else ""
     return f"no difference found: {difference:+.{digits}f} {unit} ({ends}{p}; {flipped}){needed}{least}"
+
+
+def comparison_lines(document: JsonMapping) -> Iterator[str]:
+    """A comparison of results in words: a line per task, the flipped rows, the rows that only one result has."""
+    compared: Mapping[str, JsonMapping] = document.get("compared", {})
+    if not compared:
+        return
+    yield f"Against {document['against']['name']}{_other_size(document)}, row by row:"
+    for name, found in compared.items():
+        title = document["tasks"].get(name, {}).get("title", name)
+        clusters = f", {found['clusters']} subjects" if found["clusters"] < found["n"] else ""
+        unit, scale = ("points", 100.0) if found["higher_is_better"] else ("nats per token", 1.0)
+        yield f"  {title} ({found['metric']}{clusters}): {sentence(found, unit, scale, found['higher_is_better'])}"
+        if mean := found.get("by_groups"):
+            ends = f" (95 %: {100 * mean['low']:+.1f} to {100 * mean['high']:+.1f})" if mean["low"] is not None else ""
+            yield f"    mean of the subjects: {100 * mean['difference']:+.1f} points{ends}"
+        for word, key in (("up", "first_gained"), ("down", "first_lost")):
+            if found[key]:
+                yield f"    first {word}: {', '.join(found[key])}"
+        for key, words in (
+            ("only_ours", "rows only here"),
+            ("only_theirs", "rows only there"),
+            ("other_prompts", "rows with another prompt there"),
+        ):
+            if found[key]:
+                yield f"    {found[key]:,} {words}"
+    if document.get("not_compared"):
+        yield f"  only in one of the two: {', '.join(document['not_compared'])}"
+
+
+def _other_size(document: JsonMapping) -> str:
+    """That the other model has another shape, in words; nothing where it has the same, or one is unknown."""
+    ours, theirs = (document.get(key, {}).get("shape") for key in ("model", "against"))
+    if not ours or not theirs or ours == theirs:
+        return ""
+    here, there = (
+        document[key].get("size") or f"hidden {shape[0]}, {shape[1]} layers"
+        for key, shape in (("model", ours), ("against", theirs))
+    )
+    return f" (another size: {there}, here {here})"
 
 
 def _about(rows: int) -> str:

@@ -22,10 +22,13 @@ NAMES = {
     "acc_by_size": "accuracy, all rows alike",
     "strict-match": "exact match, strict",
     "flexible-extract": "exact match, flexible",
-    "exact_match": "exact match",
-    "numeric_match": "numeric match",
+    "exact": "exact match",
+    "numeric": "numeric match",
 }
-TYPES = {"strict-match": "exact_match", "flexible-extract": "exact_match", "acc_by_size": "acc"}
+TYPES = {
+    **dict.fromkeys(("strict-match", "flexible-extract", "exact", "numeric"), "exact_match"),
+    "acc_by_size": "acc",
+}
 DATA_SETS = {
     "mmlu": ("cais/mmlu", "all"),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),

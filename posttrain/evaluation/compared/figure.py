@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.core.json_files import JsonMapping
-from gemma2.posttrain.reports.plots.figures import HUES, INK, PAPER, new_figure, styled, write_figure
+from gemma2.posttrain.reports.plots.figures import HUES, INK, PAPER, new_figure, styled
 
 from .result_table import Line, Table, is_tuned, result_table
 
@@ -28,6 +28,8 @@ OUR_LINE, THEIR_LINE = 0.0, 0.24  # of a task: where our value is drawn, and the
 
 def write_figures(directory: Path, document: JsonMapping, source: str) -> None:
     """Write the figure of results.json as PNG and SVG."""
+    from gemma2.posttrain.reports.plots.figures import write_figure
+
     figure = results_figure(result_table(document, source), is_tuned(document))
     for name in FIGURES:
         write_figure(figure, directory / name)

@@ -18,7 +18,16 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 
-__all__ = ["DEFAULT", "SOURCES", "Beside", "PublishedValue", "beside", "published_values", "size_of", "task_label"]
+__all__ = [
+    "DEFAULT",
+    "SOURCES",
+    "PublishedColumns",
+    "PublishedValue",
+    "published_columns",
+    "published_values",
+    "shape_of",
+    "task_label",
+]
 
 FILE = Path(__file__).parent.parent / "published.json"
 SOURCES = ("v3", "blog", "card")
@@ -45,7 +54,7 @@ class PublishedValue:
 
 
 @dataclass(frozen=True)
-class Beside:
+class PublishedColumns:
     """The published part of a table of results.
 
     columns  id -> heading of each model, Gemma 2 first
@@ -80,7 +89,9 @@ def task_label(task: str) -> str:
     return str(_file()["tasks"].get(task, task))
 
 
-def beside(tasks: Sequence[str], tuned: bool = False, source: str = DEFAULT, size: str = "") -> Beside:
+def published_columns(
+    tasks: Sequence[str], tuned: bool = False, source: str = DEFAULT, size: str = ""
+) -> PublishedColumns:
     """The published columns for these tasks, with footnotes.
 
     tuned: whether our model is instruction-tuned. size: "2B", "9B" or "27B" moves that Gemma 2 to the front.
@@ -106,7 +117,7 @@ def beside(tasks: Sequence[str], tuned: bool = False, source: str = DEFAULT, siz
             notes[str(len(notes) + 1)] = f"{heading(model, tuned)}: {'; '.join(said)}."
     if any(ELSEWHERE in found for found in marks.values()):
         notes[ELSEWHERE] = f"Of the {NAMED[DEFAULT]}: the {NAMED[source]} is not recorded to state it."
-    return Beside(
+    return PublishedColumns(
         source,
         tuned,
         {model: heading(model, tuned) for model in shown},
@@ -153,9 +164,8 @@ def _notes(value: PublishedValue) -> Iterator[str]:
             yield f"{f'{label} in the {NAMED[one.source]}: ' if one.source != DEFAULT else ''}{one.note}"
 
 
-def size_of(config: JsonMapping) -> str:
-    """ "2B", "9B" or "27B" by a model's config.json; "" for any other size."""
-    from gemma2.posttrain.doctor.checks.config_checks import SIZES
-
-    shape = config.get("hidden_size"), config.get("num_hidden_layers")
-    return next((name for name, one in SIZES.items() if (one.hidden_size, one.num_hidden_layers) == shape), "")
+def shape_of(config: JsonMapping) -> JsonObject:
+    """`shape`: hidden size and layers by a model's config.json; `size`: "2B", "9B" or "27B" if it is one of them."""
+    shape = [config.get("hidden_size"), config.get("num_hidden_layers")]
+    size = next((str(name) for name, one in _file()["shapes"].items() if one == shape), "")
+    return {"shape": shape, **({"size": size} if size else {})}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gemma2.core.json_files import JsonMapping
 from gemma2.posttrain.evaluation.intervals import confidence_interval
 
-from .published import DEFAULT, Beside, beside
+from .published import DEFAULT, PublishedColumns, published_columns
 
 __all__ = ["Line", "Table", "is_tuned", "result_table"]
 
@@ -57,7 +57,7 @@ class Table:
 
     model: str
     lines: tuple[Line, ...]
-    published: Beside
+    published: PublishedColumns
     notes: tuple[str, ...]
 
 
@@ -72,7 +72,7 @@ def result_table(document: JsonMapping, source: str = DEFAULT) -> Table:
     tasks = document["tasks"]
     known = [name for name in tasks if name in STATED]
     model = document["model"]
-    part = beside(known, is_tuned(document), source, str(model.get("size", "")))
+    part = published_columns(known, is_tuned(document), source, str(model.get("size", "")))
     lines = [line for name, found in tasks.items() for line in _lines(name, found)]
     return Table(str(model["name"]), tuple(lines), part, (*part.further, *_notes(document, known)))
 

@@ -20,7 +20,7 @@ from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.evaluation.compared.card_rows import with_card_rows
 from gemma2.posttrain.evaluation.compared.figure import write_figures
 from gemma2.posttrain.evaluation.compared.kept_results import is_result, read_result, samples_of, task_comparison
-from gemma2.posttrain.evaluation.compared.published import size_of
+from gemma2.posttrain.evaluation.compared.published import shape_of
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.runs.inputs import model_name
@@ -28,13 +28,13 @@ from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
-from .encoding import Encoder, Request, chat_text, hash_of
-from .engines import SuiteEngine, check_engine, open_engine
+from .encoding import Encoder, TokenRequest, chat_text, hash_of
+from .engines import SuiteEngine, open_engine
 from .grading import grade_choices, grade_text
 from .prompts import Asked, asked_of
 from .results import VERSION, task_result, write_results
-from .task import tasks_of
-from .task_rows import TaskRows, read_rows
+from .suite_plan import check_engine, check_model, tables_of
+from .task_rows import TaskRows
 
 __all__ = ["run_suite"]
 
@@ -46,22 +46,24 @@ AGAINST = "against"
 def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Measure `config.model`, and `config.against` if it is a model; results and samples in `options.out`.
 
-    Raises InputError for rows that do not fit their task, UsageError for an engine that is not installed.
+    Raises InputError for rows that do not fit their task and for a broken model, UsageError for a missing engine.
     """
     check_engine(config)
-    tables = [read_rows(config.data, task, config.limit) for task in tasks_of(config.suite, config.tasks)]
-    earlier = read_result(config.against) if config.against is not None and is_result(config.against) else None
+    check_model(config)
+    tables = tables_of(config)
+    other = config.against
+    earlier = read_result(other) if other is not None and is_result(other) else None
+    if other is not None and earlier is None:
+        check_model(config.model_copy(update={"model": other}))
     quiet_libraries()
     with open_run("eval suite", config, options) as run:
         document, samples = _measured(run, config, "model", tables, progress)
-        if earlier is not None:
-            names = [name for name in document["tasks"] if name in earlier["tasks"]]
-            assert config.against is not None
-            theirs = {name: [*samples_of(config.against, name)] for name in names}
+        if other is not None and earlier is not None:
+            theirs = {name: [*samples_of(other, name)] for name in document["tasks"] if name in earlier["tasks"]}
             document |= {"against": earlier["model"], "compared": _compared(document, samples, theirs)}
-        elif config.against is not None:
-            other, theirs = _measured(run, config, AGAINST, tables, progress)
-            document |= {"against": other["model"], "tasks_against": other["tasks"]}
+        elif other is not None:
+            second, theirs = _measured(run, config, AGAINST, tables, progress)
+            document |= {"against": second["model"], "tasks_against": second["tasks"]}
             document["compared"] = _compared(document, samples, theirs)
         write_results(run.path, with_card_rows(document))
         write_figures(run.path, document, config.published)
@@ -115,8 +117,12 @@ def _compared(document: JsonObject, ours: Samples, theirs: Samples) -> JsonObjec
 def _model(run: Run, role: str, path: Path, facts: JsonObject) -> JsonObject:
     weights = next(parent["weights"] for parent in run.origin["parents"] if parent["role"] == role)
     config = path / "config.json"
-    size = size_of(read_json(config)) if config.is_file() else ""
-    return {"name": model_name(path), "weights": weights, **({"size": size} if size else {}), **facts}
+    return {
+        "name": model_name(path),
+        "weights": weights,
+        **(shape_of(read_json(config)) if config.is_file() else {}),
+        **facts,
+    }
 
 
 def _settings(config: SuiteConfig, with_chat: bool) -> JsonObject:
@@ -163,13 +169,13 @@ class _TaskRun:
         """Deviations from the published way of this task."""
         return []
 
-    def _requests(self, block: Sequence[Asked]) -> list[list[Request]]:
+    def _requests(self, block: Sequence[Asked]) -> list[list[TokenRequest]]:
         if self.rows.task.generates:
             return [[prompt] for prompt in self.encoder.prompts(block, self.config.max_new_tokens)]
         return self.encoder.choices(block)
 
     def _samples(
-        self, block: Sequence[Asked], requests: Sequence[list[Request]], done: int
+        self, block: Sequence[Asked], requests: Sequence[list[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[JsonObject]]]:
         task = self.rows.task
         if task.generates:
@@ -205,7 +211,7 @@ class _TaskRun:
             )
 
 
-def _asked(row: Asked, requests: Sequence[Request]) -> JsonObject:
+def _asked(row: Asked, requests: Sequence[TokenRequest]) -> JsonObject:
     cut = max(request.cut for request in requests)
     return {
         "id": row.id,
@@ -230,7 +236,7 @@ def _blocks(asked: Iterator[Asked]) -> Iterator[list[Asked]]:
 
 
 def _check_known(
-    known: Sequence[tuple[str, str]], block: Sequence[Asked], requests: Sequence[list[Request]], path: Path
+    known: Sequence[tuple[str, str]], block: Sequence[Asked], requests: Sequence[list[TokenRequest]], path: Path
 ) -> None:
     """Refuse samples of other rows or prompts. A resume compares model, data and settings before; this is the proof."""
     for (name, digest), row, ids in zip(known, block, requests, strict=False):

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from gemma2.posttrain.evaluation.compared.published import SOURCES, beside, published_values, task_label
+from gemma2.posttrain.doctor.checks.config_checks import SIZES
+from gemma2.posttrain.evaluation.compared.published import (
+    SOURCES,
+    published_columns,
+    published_values,
+    shape_of,
+    task_label,
+)
 
 TASKS = ("mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag")
 # Report 2408.00118v3: Table 13 (pre-trained), the last two columns Table 12.
@@ -82,7 +89,7 @@ def test_each_value_says_where_it_is_from():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_table_takes_one_source_and_says_where_the_others_differ(source):
-    shown = beside([*TASKS, "drop"], source=source)
+    shown = published_columns([*TASKS, "drop"], source=source)
     for (model, task), values in OTHERS.items():
         assert shown.cells[task, model].value == values.get(source, values["v3"])
         marks = shown.marks.get((task, model), ())
@@ -94,14 +101,14 @@ def test_a_table_takes_one_source_and_says_where_the_others_differ(source):
 
 
 def test_values_that_need_an_explanation_have_one():
-    notes = " ".join(beside(TASKS, source="blog").notes.values())
+    notes = " ".join(published_columns(TASKS, source="blog").notes.values())
     for words in ("equal to the cell of Mistral 7B", "called Gemma (8B) there", "Qwen1.5 34B", "Meta's blog post"):
         assert words in notes
-    assert "partial score" in " ".join(beside(TASKS, source="card").notes.values())
+    assert "partial score" in " ".join(published_columns(TASKS, source="card").notes.values())
 
 
 def test_a_tuned_model_is_compared_with_tuned_rows_only():
-    shown = beside(TASKS, tuned=True, size="9B")
+    shown = published_columns(TASKS, tuned=True, size="9B")
     assert list(shown.columns) == ["gemma-2-9b", "gemma-2-2b", "gemma-2-27b"]
     assert next(iter(shown.columns.values())) == "Gemma 2 9B-it"
     assert {place: value.value for place, value in shown.cells.items()} == {
@@ -110,12 +117,12 @@ def test_a_tuned_model_is_compared_with_tuned_rows_only():
         ("mmlu", "gemma-2-27b"): 76.2,
     }
     assert any("ARC-c, GSM8K, Winogrande, HellaSwag" in note for note in shown.further)
-    assert all(not value.tuned for value in beside(TASKS).cells.values())
+    assert all(not value.tuned for value in published_columns(TASKS).cells.values())
 
 
 def test_the_own_size_comes_first():
-    assert next(iter(beside(TASKS, size="27B").columns)) == "gemma-2-27b"
-    assert next(iter(beside(TASKS).columns)) == "gemma-2-2b"
+    assert next(iter(published_columns(TASKS, size="27B").columns)) == "gemma-2-27b"
+    assert next(iter(published_columns(TASKS).columns)) == "gemma-2-2b"
 
 
 @pytest.mark.parametrize(
@@ -130,3 +137,10 @@ def test_the_sampling_error_of_a_2b_is_a_point_or_so(task, rows, points):
     share = next(v.value for v in published_values() if (v.model, v.task, v.source) == ("gemma-2-2b", task, "v3")) / 100
     assert 100 * math.sqrt(share * (1 - share) / rows) == pytest.approx(points, abs=0.006)
     assert task_label(task) != task
+
+
+def test_the_size_of_a_model_is_that_of_its_shape():
+    for name, size in SIZES.items():
+        config = {"hidden_size": size.hidden_size, "num_hidden_layers": size.num_hidden_layers}
+        assert shape_of(config) == {"shape": [size.hidden_size, size.num_hidden_layers], "size": name}
+        assert "size" not in shape_of(config | {"num_hidden_layers": 2})

@@ -6,13 +6,14 @@ import pytest
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
-from gemma2.posttrain.evaluation.compared.against import sentence
+from gemma2.posttrain.evaluation.compared.against import comparison_lines, sentence
 from gemma2.posttrain.evaluation.compared.card_rows import model_index
 from gemma2.posttrain.evaluation.compared.figure import results_figure
 from gemma2.posttrain.evaluation.compared.kept_results import compare_results
 from gemma2.posttrain.evaluation.compared.result_table import result_table
 
 ROWS = 40
+DRAWN = True
 
 
 def task(title, value, **more):
@@ -113,6 +114,14 @@ def test_a_difference_is_said_with_its_interval_and_noise_with_the_rows_it_needs
     said = sentence(compare_results(little, near)["compared"]["mmlu"])
     assert said.startswith("no difference found: +2.5 points")
     assert "rows would be needed for this difference; these find" in said
+
+
+def test_another_size_is_allowed_and_said(tmp_path):
+    found = compare_results(kept(tmp_path / "a", 20), kept(tmp_path / "b", 20))
+    small, large = {"name": "a", "shape": [96, 4]}, {"name": "b", "shape": [2304, 26], "size": "2B"}
+    said = next(comparison_lines({"model": small, "tasks": {}, **found, "against": large}))
+    assert said == "Against b (another size: 2B, here hidden 96, 4 layers), row by row:"
+    assert next(comparison_lines({"model": small, "tasks": {}, **found, "against": small})) == "Against a, row by row:"
 
 
 def test_the_table_puts_published_values_next_to_the_metric_that_they_are_of():
