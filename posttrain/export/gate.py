@@ -18,9 +18,7 @@ OF_THE_MACHINE = ("attention",)
 
 def problems_of(paths: Sequence[Path], depth: Depth, skip: Collection[str] = OF_THE_MACHINE) -> list[Finding]:
     """Return the problems that doctor finds in each model by itself."""
-    return [
-        found for path in paths for found in examine([path], depth, skip=skip) if found.status == "problem"
-    ]
+    return [found for path in paths for found in examine([path], depth, skip=skip) if found.status == "problem"]
 
 
 def refuse_broken(paths: Sequence[Path], depth: Depth, anyway: bool, progress: Progress) -> None:
@@ -30,10 +28,10 @@ def refuse_broken(paths: Sequence[Path], depth: Depth, anyway: bool, progress: P
         return
     first = found[0]
     rest = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    what = f"{first.subject} is broken by gemma2 doctor: {first.name}: {first.message}{rest}"
+    what = f"{first.subject} has a problem ({first.name}): {first.message}{rest}"
     if anyway:
         progress.warn(f"{what}; exported anyway")
         return
     raise InputError(
-        what, f"gemma2 doctor {first.subject} names all, --fix mends what needs no judgement; or --anyway"
+        what, f"gemma2 doctor {first.subject} names all, --fix DIR puts right what needs no judgement; or --anyway"
     )

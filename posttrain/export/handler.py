@@ -5,12 +5,13 @@ The endpoint's toolkit imports it and calls `EndpointHandler(path)` once, and th
     {"inputs": X}  ->  [{"score": 1.25}, ...]      one for each conversation
 
 X is a conversation, or a list of them. A conversation is a list of messages ({"role": "user" or "assistant",
-"content": text}) that ends with the answer to be scored. The text is rendered as in training: with the chat template,
-up to the end of the last turn.
+"content": text}) that ends with the answer to be scored. It becomes tokens as in training: by the chat template, up to
+the end of the last turn; a control token in the text of a message is text; a system text begins the first message.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class EndpointHandler:
             path, dtype="auto" if accelerated else torch.float32, attn_implementation=EAGER
         )
         self.model.to(self.device).eval()
+        controls = sorted(
+            (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special), key=len
+        )
+        self.controls = re.compile("(" + "|".join(re.escape(token) for token in reversed(controls)) + ")")
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, float]]:
         """Return the score of each conversation in `data["inputs"]`. Raises ValueError for what is not one."""
@@ -45,8 +50,29 @@ class EndpointHandler:
         return [{"score": scores[number]} for number in range(len(rows))]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a conversation. Answers are encoded by themselves, as they are when a policy writes them."""
+        turns = folded([{**one, "content": one["content"].strip()} for one in messages])
+        words = [f"Qzx{'x' * number}xzQ" for number in range(len(turns))]
+        stand_ins = [{**turn, "content": word} for turn, word in zip(turns, words, strict=True)]
+        text = self.tokenizer.apply_chat_template(stand_ins, tokenize=False).rstrip("\n")
+        runs = [""]  # text, or one control token, in turn
+        for part in re.split("(Qzxx*xzQ)", text):
+            if part in words:
+                turn = turns[words.index(part)]
+                if turn["role"] == "user":
+                    runs[-1] += turn["content"]
+                else:
+                    runs += ["", turn["content"]]
+            else:
+                first, *rest = self.controls.split(part)
+                runs[-1] += first
+                runs += rest
+        ids: list[int] = []
+        for number, run in enumerate(runs):
+            if number % 2:
+                ids += [self.tokenizer.convert_tokens_to_ids(run)] if run else []
+            elif run:
+                ids += self.tokenizer(run, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     @torch.no_grad()
@@ -71,6 +97,14 @@ def conversations(inputs: object) -> list[list[dict[str, str]]]:
         if one[-1]["role"] not in ("assistant", "model"):
             raise ValueError("a conversation must end with the answer to be scored, a message of the assistant")
     return many
+
+
+def folded(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the turns with a system text at the beginning of the first one: Gemma 2 has no role for it."""
+    if messages[0]["role"] != "system" or len(messages) == 1:
+        return messages
+    system, first, *rest = messages
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def _is_message(value: object) -> bool:

@@ -14,11 +14,14 @@ import yaml
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.ancestry import CARD, card_facts
+from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.model_card import GEMMA, Facts, metadata, model_card
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
-__all__ = ["hub_card"]
+from .sources import ADAPTER_CONFIG
+
+__all__ = ["base_of_adapter", "hub_card"]
 
 # Width, layers and tokens of the published sizes (Gemma 2 report, Table 1): a model of this shape is one, or made of one.
 SHAPES = {(2304, 26): "2B", (3584, 42): "9B", (4608, 46): "27B"}
@@ -35,6 +38,11 @@ def hub_card(config: ExportConfig, directory: Path) -> tuple[str, JsonObject, li
         front["license"] = GEMMA
     if any(directory.glob("*.gguf")):
         front |= {"library_name": "gguf", "base_model_relation": "quantized"}
+    adapted = base_of_adapter(directory)
+    if adapted is not None:
+        front["base_model_relation"] = "adapter"
+        if is_hub_id(adapted):
+            front.setdefault("base_model", adapted)
     if config.base_model:
         front["base_model"] = config.base_model
         front.setdefault("base_model_relation", "finetune")
@@ -48,6 +56,15 @@ def hub_card(config: ExportConfig, directory: Path) -> tuple[str, JsonObject, li
         body = _split_text(model_card(facts))[1] if facts is not None else f"\n# {directory.resolve().name}\n"
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, default_flow_style=False)
     return f"---\n{head}---\n{body}", front, list(_notes(front, directory))
+
+
+def base_of_adapter(directory: Path) -> str | None:
+    """The base that an adapter records, by its name on the hub if it is from there; None for a model."""
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    recorded = str(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    snapshot = SNAPSHOT.search(recorded)
+    return f"{snapshot['owner']}/{snapshot['name']}" if snapshot else recorded
 
 
 def _facts(directory: Path) -> Facts | None:
@@ -72,7 +89,9 @@ def _split(card: Path) -> tuple[JsonObject, str]:
     try:
         return _split_text(card.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{card} has metadata that is not YAML", "correct the part between the two --- lines") from error
+        raise InputError(
+            f"{card} has metadata that is not YAML", "correct the part between the two --- lines"
+        ) from error
 
 
 def _split_text(text: str) -> tuple[JsonObject, str]:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject, read_json
-from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id
+from gemma2.core.outputs.hub import is_hub_id
 from gemma2.core.outputs.model_card import GEMMA
-from gemma2.core.outputs.safetensors_header import weight_files
+from gemma2.core.outputs.safetensors_header import printable, weight_files
 from gemma2.core.sizes import size
 from gemma2.merging.inputs.weight_files import companions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
 from .endpoint_files import ENDPOINT_FILES
-from .hub_card import hub_card
+from .hub_card import base_of_adapter, hub_card
 from .sources import ADAPTER_CONFIG
 
 __all__ = ["Pushed", "pushed_files"]
@@ -91,13 +91,10 @@ def _taken(directory: Path, card: str) -> Iterator[Path]:
 def _adapter_config(config: ExportConfig, directory: Path) -> bytes:
     """adapter_config.json with the hub's name of the base: a path of this machine leads nowhere, and tells of it."""
     found = read_json(directory / ADAPTER_CONFIG)
-    recorded = str(found.get("base_model_name_or_path") or "")
-    snapshot = SNAPSHOT.search(recorded)
-    name = f"{snapshot['owner']}/{snapshot['name']}" if snapshot else recorded
-    base = config.base_model or name
+    base = config.base_model or base_of_adapter(directory) or ""
     if not is_hub_id(base):
         raise InputError(
-            f"the base of the adapter {directory} is {recorded or 'not recorded'}, which is not on the hub",
+            f"the base of the adapter {directory} is {printable(base) or 'not recorded'}, which is not on the hub",
             "name it as the hub does: --base-model ORG/NAME; or merge the adapter: --out DIR without --keep-adapter",
         )
     return (json.dumps({**found, "base_model_name_or_path": base}, indent=2) + "\n").encode()

@@ -24,7 +24,7 @@ from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
 from .endpoint_files import ENDPOINT_FILES
-from .sources import ADAPTER_CONFIG, SENTENCEPIECE, Source, sentencepiece_of
+from .sources import ADAPTER_CONFIG, Source, sentencepiece_of
 
 __all__ = ["manifest_of", "plan_of_model", "write_adapter", "write_model"]
 
