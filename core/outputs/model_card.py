@@ -178,7 +178,7 @@ def metadata(facts: Facts) -> JsonObject:
 
 
 def _carried(facts: Facts) -> tuple[str, tuple[Ancestor, ...]]:
-    """The command that made what the model is, and the models that it took: commands that only write it again count not."""
+    """The command that made what the model is, and its models: commands that only write a model again do not count."""
     command, sources = facts.command, facts.sources
     while command in CARRIERS and len(sources) == 1 and sources[0].command and not sources[0].hub:
         command, sources = sources[0].command, _before(sources[0])

@@ -12,6 +12,7 @@ from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.doctor.checks.finding import Depth
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
 from .gate import refuse_broken
@@ -61,8 +62,6 @@ def export(
     With `resume` an `out` that this export has finished is kept, and only the upload goes on.
     Raises UsageError, InputError, OutputError.
     """
-    from gemma2.posttrain.runs.run_directory import RunOptions
-
     check_destination(config, out, source := source_of(config.model))
     depth = Depth.QUICK if config.push is None else Depth.FULL
     refuse_broken(source.parts, depth, config.anyway, progress)
@@ -99,8 +98,8 @@ def check_destination(config: ExportConfig, out: Path | None, source: Source) ->
         raise UsageError("nothing says where to export to", "give --out DIR, --push ORG/NAME, or both")
     if out is not None:
         return
-    given = {"--dtype": config.dtype, "--shard-size": config.shard_size, "--gguf": config.gguf}
-    given |= {"--endpoint": config.endpoint}
+    given: JsonObject = {"--dtype": config.dtype, "--shard-size": config.shard_size, "--gguf": config.gguf}
+    given["--endpoint"] = config.endpoint
     for flag, value in given.items():
         if value:
             raise UsageError(f"{flag} makes another model, which has to be written first", "give --out DIR too")

@@ -90,7 +90,7 @@ class EndpointHandler:
 
 def conversations(inputs: object) -> list[list[dict[str, str]]]:
     """Return the conversations of a request. Raises ValueError."""
-    many = inputs if isinstance(inputs, list) and inputs and isinstance(inputs[0], list) else [inputs]
+    many: list[Any] = inputs if isinstance(inputs, list) and inputs and isinstance(inputs[0], list) else [inputs]
     for one in many:
         if not isinstance(one, list) or not one or not all(map(_is_message, one)):
             raise ValueError('"inputs" must be a list of messages with role and content, or a list of such lists')

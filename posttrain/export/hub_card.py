@@ -23,8 +23,8 @@ from .sources import ADAPTER_CONFIG
 
 __all__ = ["base_of_adapter", "hub_card"]
 
-# Width, layers and tokens of the published sizes (Gemma 2 report, Table 1): a model of this shape is one, or made of one.
-SHAPES = {(2304, 26): "2B", (3584, 42): "9B", (4608, 46): "27B"}
+# Width and layers of the published sizes (Gemma 2 report, Table 1): a model of this shape is probably made from one.
+SHAPES: dict[object, str] = {(2304, 26): "2B", (3584, 42): "9B", (4608, 46): "27B"}
 TOKENS = 256000
 
 

@@ -6,6 +6,7 @@ hf_xet by piece). The token is that of HF_TOKEN or of `hf auth login`; it is in 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,18 +113,18 @@ def send(api: Api, name: str, pushed: Pushed, there: list[str], progress: Progre
 @contextmanager
 def quiet_hub() -> Iterator[None]:
     """Without the hub's own bars and warnings: progress is shown by this command."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown = not utils.are_progress_bars_disabled()
-    level = utils.logging.get_verbosity()
-    utils.logging.set_verbosity_error()
-    utils.disable_progress_bars()
+    library = logging.getLogger("huggingface_hub")
+    level, shown = library.level, not are_progress_bars_disabled()
+    library.setLevel(logging.ERROR)
+    disable_progress_bars()
     try:
         yield
     finally:
-        utils.logging.set_verbosity(level)
+        library.setLevel(level)
         if shown:
-            utils.enable_progress_bars()
+            enable_progress_bars()
 
 
 @contextmanager
@@ -133,7 +134,9 @@ def reported(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (*hub_errors(), RuntimeError) as error:  # RuntimeError: of a file, its cause is the request's error
+    except Exception as error:
+        if not isinstance(error, (*hub_errors(), RuntimeError)):  # RuntimeError: of a file, caused by the request's
+            raise
         raise failure(name, error) from None  # the library's errors may quote headers
 
 
