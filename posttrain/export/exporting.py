@@ -15,15 +15,15 @@ from gemma2.posttrain.doctor.checks.finding import Depth
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
+from .exported_model import ExportedModel, exported_model
 from .gate import refuse_broken
-from .sources import Source, source_of
 
 __all__ = ["export", "plan_export"]
 
 
 def plan_export(config: ExportConfig, out: Path | None, force: bool = False, resume: bool = False) -> JsonObject:
     """Return what `export` would write and upload: files and bytes. Raises its errors about arguments and inputs."""
-    check_destination(config, out, source := source_of(config.model))
+    check_destination(config, out, source := exported_model(config.model))
     refuse_broken(source.parts, Depth.QUICK, config.anyway, SILENT)
     plan: JsonObject = {"plan": f"export {source.given}, nothing was written or uploaded"}
     if out is not None and not (resume and finished(config, out)):
@@ -41,7 +41,7 @@ def plan_export(config: ExportConfig, out: Path | None, force: bool = False, res
     return plan
 
 
-def _plan_of_directory(config: ExportConfig, source: Source, out: Path, force: bool) -> JsonObject:
+def _plan_of_directory(config: ExportConfig, source: ExportedModel, out: Path, force: bool) -> JsonObject:
     from .writing import check_kind, plan_of_model
 
     check_kind(config, source)
@@ -62,7 +62,7 @@ def export(
     With `resume` an `out` that this export has finished is kept, and only the upload goes on.
     Raises UsageError, InputError, OutputError.
     """
-    check_destination(config, out, source := source_of(config.model))
+    check_destination(config, out, source := exported_model(config.model))
     depth = Depth.QUICK if config.push is None else Depth.FULL
     refuse_broken(source.parts, depth, config.anyway, progress)
     done: JsonObject = {}
@@ -76,7 +76,7 @@ def export(
     return done
 
 
-def _written(config: ExportConfig, source: Source, options: RunOptions, progress: Progress) -> JsonObject:
+def _written(config: ExportConfig, source: ExportedModel, options: RunOptions, progress: Progress) -> JsonObject:
     from .writing import check_kind, write_adapter, write_model
 
     check_kind(config, source)
@@ -92,7 +92,7 @@ def _written(config: ExportConfig, source: Source, options: RunOptions, progress
     return {"dtype": config.dtype or "unchanged", "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
 
 
-def check_destination(config: ExportConfig, out: Path | None, source: Source) -> None:
+def check_destination(config: ExportConfig, out: Path | None, source: ExportedModel) -> None:
     """Require a place to write to, and --out for an upload of something that has to be written first."""
     if out is None and config.push is None:
         raise UsageError("nothing says where to export to", "give --out DIR, --push ORG/NAME, or both")
@@ -119,6 +119,6 @@ def finished(config: ExportConfig, out: Path) -> bool:
     recorded, asked = dict(found.get("config") or {}), config.recorded()
     same = found.get("command") == "export" and all(recorded.get(key) == asked.get(key) for key in kept)
     parts = {str(parent.get("weights")) for parent in found.get("parents") or []}
-    if same and {digest_weights(path) for path in source_of(config.model).parts} <= parts:
+    if same and {digest_weights(path) for path in exported_model(config.model).parts} <= parts:
         return True
     raise OutputError(f"{out} is not an export of {config.model} with these settings", "give another --out, or --force")

@@ -27,7 +27,7 @@ from gemma2.merging.inputs.weight_files import companions
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
-from .sources import SENTENCEPIECE, Source, sentencepiece_of
+from .exported_model import SENTENCEPIECE, ExportedModel, sentencepiece_of
 from .writing import manifest_of
 
 __all__ = ["plan_gguf", "write_gguf"]
@@ -38,7 +38,7 @@ MISSING = re.compile(r"No module named '([\w.]+)'")
 LONGEST = 200  # characters of the converter's last line
 
 
-def plan_gguf(config: ExportConfig, source: Source, out: Path, force: bool) -> JsonObject:
+def plan_gguf(config: ExportConfig, source: ExportedModel, out: Path, force: bool) -> JsonObject:
     """Return what `write_gguf` would write. Raises InputError without a converter or a vocabulary for it."""
     check_output(out, force, {"model": source.path})
     converter_of(config)
@@ -52,7 +52,7 @@ def plan_gguf(config: ExportConfig, source: Source, out: Path, force: bool) -> J
     }
 
 
-def write_gguf(config: ExportConfig, source: Source, options: RunOptions, progress: Progress) -> JsonObject:
+def write_gguf(config: ExportConfig, source: ExportedModel, options: RunOptions, progress: Progress) -> JsonObject:
     """Write `options.out`/NAME-TYPE.gguf with its manifest, and return the figures of it."""
     check_output(options.out, options.force, {"model": source.path})
     converter, vocabulary = converter_of(config), vocabulary_of(source)
@@ -67,7 +67,7 @@ def write_gguf(config: ExportConfig, source: Source, options: RunOptions, progre
     return summary
 
 
-def file_name(source: Source, config: ExportConfig) -> str:
+def file_name(source: ExportedModel, config: ExportConfig) -> str:
     """The name of the GGUF file."""
     found = SNAPSHOT.search(source.path.resolve().as_posix())
     name = found["name"] if found else source.path.resolve().name
@@ -85,7 +85,7 @@ def converter_of(config: ExportConfig) -> Path:
     return found
 
 
-def vocabulary_of(source: Source) -> Path:
+def vocabulary_of(source: ExportedModel) -> Path:
     """The SentencePiece file of a model. Raises InputError that says where to take it from."""
     found = sentencepiece_of(source.parts[0]) or sentencepiece_of(source.path)
     if found is not None:
@@ -99,7 +99,7 @@ def vocabulary_of(source: Source) -> Path:
 
 
 @contextmanager
-def plain_model(source: Source, vocabulary: Path, room: Path, progress: Progress) -> Iterator[Path]:
+def plain_model(source: ExportedModel, vocabulary: Path, room: Path, progress: Progress) -> Iterator[Path]:
     """A directory that holds the whole model and its vocabulary: links to its files, or the adapter merged."""
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=room) as folder:
         place = Path(folder) / source.path.resolve().name

@@ -19,7 +19,7 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.model_card import GEMMA, Facts, metadata, model_card
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
-from .sources import ADAPTER_CONFIG
+from .exported_model import ADAPTER_CONFIG
 
 __all__ = ["base_of_adapter", "hub_card"]
 

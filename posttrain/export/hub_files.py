@@ -22,8 +22,8 @@ from gemma2.merging.inputs.weight_files import companions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
 from .endpoint_files import ENDPOINT_FILES
+from .exported_model import ADAPTER_CONFIG
 from .hub_card import base_of_adapter, hub_card
-from .sources import ADAPTER_CONFIG
 
 __all__ = ["Pushed", "pushed_files"]
 

@@ -24,7 +24,7 @@ from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
 from .endpoint_files import ENDPOINT_FILES
-from .sources import ADAPTER_CONFIG, Source, sentencepiece_of
+from .exported_model import ADAPTER_CONFIG, ExportedModel, sentencepiece_of
 
 __all__ = ["manifest_of", "plan_of_model", "write_adapter", "write_model"]
 
@@ -36,7 +36,7 @@ def request_of(config: ExportConfig) -> MergeRequest:
     return MergeRequest(method="passthrough", models=(config.model,), dtype=config.dtype)
 
 
-def check_kind(config: ExportConfig, source: Source) -> None:
+def check_kind(config: ExportConfig, source: ExportedModel) -> None:
     """Refuse options that the kind of model has no use for. Raises UsageError."""
     if config.keep_adapter and (source.adapter is None or len(source.parts) > 1):
         raise UsageError(f"--keep-adapter: {source.given} is not an adapter alone", "leave it out, or give an adapter")
@@ -61,7 +61,7 @@ def plan_of_model(config: ExportConfig, out: Path, force: bool) -> JsonObject:
     }
 
 
-def write_model(config: ExportConfig, source: Source, options: RunOptions, progress: Progress) -> None:
+def write_model(config: ExportConfig, source: ExportedModel, options: RunOptions, progress: Progress) -> None:
     """Write the model with its configuration and tokenizer; for --endpoint also the handler."""
     found = sentencepiece_of(source.parts[0])
     more = (found,) if found is not None else ()
@@ -81,7 +81,7 @@ def write_model(config: ExportConfig, source: Source, options: RunOptions, progr
     )
 
 
-def write_adapter(config: ExportConfig, source: Source, options: RunOptions) -> None:
+def write_adapter(config: ExportConfig, source: ExportedModel, options: RunOptions) -> None:
     """Copy an adapter with its tokenizer, if it has one."""
     check_output(options.out, options.force, {"model": source.path})
     files = [source.path / ADAPTER_CONFIG, *weight_files(source.path), *companions(source.path)]
@@ -94,7 +94,7 @@ def write_adapter(config: ExportConfig, source: Source, options: RunOptions) -> 
         write_manifest(partial, {**manifest})
 
 
-def manifest_of(config: ExportConfig, source: Source, out: Path, started: str, summary: JsonObject) -> Manifest:
+def manifest_of(config: ExportConfig, source: ExportedModel, out: Path, started: str, summary: JsonObject) -> Manifest:
     """Return the manifest of an output that the merge engine did not write."""
     roles = ("base", "input") if len(source.parts) > 1 else ("input",)
     return {

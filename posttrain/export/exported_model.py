@@ -11,14 +11,14 @@ from gemma2.core.outputs.ancestry import ancestor_paths
 from gemma2.core.outputs.hub import locate_model
 from gemma2.core.outputs.manifest import require_complete
 
-__all__ = ["SENTENCEPIECE", "Source", "sentencepiece_of", "source_of"]
+__all__ = ["ADAPTER_CONFIG", "SENTENCEPIECE", "ExportedModel", "exported_model", "sentencepiece_of"]
 
 SENTENCEPIECE = "tokenizer.model"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedModel:
     """The model to export.
 
     given     as the user named it; MODEL+ADAPTER too
@@ -49,17 +49,17 @@ class Source:
         return named or self.config.get("task_type") == "SEQ_CLS"
 
 
-def source_of(model: Path) -> Source:
+def exported_model(model: Path) -> ExportedModel:
     """Return the model that a name stands for; hub ids are fetched. Raises InputError."""
     base, plus, adapter = str(model).rpartition("+")
     if plus and base and adapter and not model.exists():
         parts = tuple(_directory(Path(name)) for name in (base, adapter))
         if not (parts[1] / ADAPTER_CONFIG).is_file():
             raise InputError(f"{parts[1]} is not an adapter", "give MODEL+ADAPTER")
-        return Source(model, parts, parts[1])
+        return ExportedModel(model, parts, parts[1])
     path = _directory(model)
     is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
-    return Source(model, (path,), path if is_adapter else None)
+    return ExportedModel(model, (path,), path if is_adapter else None)
 
 
 def _directory(name: Path) -> Path:
