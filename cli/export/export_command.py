@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,7 +11,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import AsJson, DryRun, Force, Out, Quiet, Resume
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
-from .schema_command import Flags, schema_command
+from .schema_command import Flags, TypeForm, schema_command
 
 if TYPE_CHECKING:
     from gemma2.core.json_files import JsonObject
@@ -46,7 +46,7 @@ def show_plan(plan: JsonObject, console: Console) -> None:
         console.table(plan["files"])
 
 
-COMMON: dict[str, tuple[Any, object]] = {
+COMMON: dict[str, tuple[TypeForm, object]] = {
     "out": (Path | None, Out),
     "resume": (bool, Resume),
     "force": (bool, Force),

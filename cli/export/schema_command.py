@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import typer
 
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES
-from gemma2.cli.terminal.schema_flags import Flags, flags_of, split_lists
+from gemma2.cli.terminal.schema_flags import Flags, TypeForm, flags_of, split_lists
 from gemma2.posttrain.schemas.config import Config, resolve
 
-__all__ = ["Flags", "schema_command"]
+__all__ = ["Flags", "TypeForm", "schema_command"]
 
 C = TypeVar("C", bound=Config)
 MODEL = "model"
@@ -24,7 +24,7 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 def schema_command(
     schema: type[C],
     run: Callable[[C, Flags], None],
-    common: Mapping[str, tuple[Any, object]],
+    common: Mapping[str, tuple[TypeForm, object]],
     examples: str,
     context: Mapping[str, object] | None = None,
 ) -> typer.Typer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
 
 from gemma2.cli.terminal.console import Console
@@ -11,7 +9,7 @@ from gemma2.cli.terminal.options import COMMON as PANEL
 from gemma2.cli.terminal.options import Quiet
 from gemma2.posttrain.schemas.delivery.serve import ServeConfig
 
-from .schema_command import Flags, schema_command
+from .schema_command import Flags, TypeForm, schema_command
 
 EXAMPLES = """
 gemma2 serve merged
@@ -39,7 +37,7 @@ def run(config: ServeConfig, given: Flags) -> None:
     serve(config, more, console)
 
 
-COMMON: dict[str, tuple[Any, object]] = {
+COMMON: dict[str, tuple[TypeForm, object]] = {
     "more": (list[str] | None, More),
     "shown": (bool, Print),
     "quiet": (bool, Quiet),

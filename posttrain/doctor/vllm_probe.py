@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ def _references(network: Gemma2ForCausalLM, tokens: Tensor) -> dict[str, Tensor]
 def _logps_of_vllm(vllm: ModuleType, folder: str, ids: list[int]) -> Tensor:
     """Log-probs (T - 1, rows) of every token after each prefix, by vLLM's offline interface."""
     try:
-        llm: Any = vllm.LLM(
+        llm = vllm.LLM(
             model=folder,
             skip_tokenizer_init=True,
             dtype="bfloat16",

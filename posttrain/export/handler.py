@@ -12,7 +12,6 @@ the end of the last turn; a control token in the text of a message is text; a sy
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -38,7 +37,7 @@ class EndpointHandler:
         )
         self.controls = re.compile("(" + "|".join(re.escape(token) for token in reversed(controls)) + ")")
 
-    def __call__(self, data: dict[str, Any]) -> list[dict[str, float]]:
+    def __call__(self, data: dict[str, object]) -> list[dict[str, float]]:
         """Return the score of each conversation in `data["inputs"]`. Raises ValueError for what is not one."""
         rows = [self._ids(one) for one in conversations(data.get("inputs"))]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # rows of similar length together
@@ -90,13 +89,15 @@ class EndpointHandler:
 
 def conversations(inputs: object) -> list[list[dict[str, str]]]:
     """Return the conversations of a request. Raises ValueError."""
-    many: list[Any] = inputs if isinstance(inputs, list) and inputs and isinstance(inputs[0], list) else [inputs]
+    found: list[list[dict[str, str]]] = []
+    many: list[object] = inputs if isinstance(inputs, list) and inputs and isinstance(inputs[0], list) else [inputs]
     for one in many:
         if not isinstance(one, list) or not one or not all(map(_is_message, one)):
             raise ValueError('"inputs" must be a list of messages with role and content, or a list of such lists')
         if one[-1]["role"] not in ("assistant", "model"):
             raise ValueError("a conversation must end with the answer to be scored, a message of the assistant")
-    return many
+        found.append(one)
+    return found
 
 
 def folded(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
@@ -24,15 +24,13 @@ from gemma2.posttrain.schemas.delivery.export import ExportConfig
 from .gate import refuse_broken
 from .hub_files import Pushed, pushed_files
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 __all__ = ["push"]
 
-Api = Any  # huggingface_hub.HfApi; the library is imported when something is uploaded
-
-STALE = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".gguf",
-)  # weights of an earlier upload that are no part of this one
+# Weights of an earlier upload, where this one has no file of that name.
+STALE = (".safetensors", ".safetensors.index.json", ".gguf")
 MESSAGE = "Upload by gemma2 export"
 SHOWN = 200  # characters of what the hub says
 AGAIN = "start the same command again: what has arrived is kept"
@@ -61,7 +59,7 @@ def push(config: ExportConfig, directory: Path, progress: Progress) -> JsonObjec
     }
 
 
-def connected(name: str) -> Api:
+def connected(name: str) -> HfApi:
     """The hub's client with the user's token. Raises InputError without one, or offline."""
     from huggingface_hub import HfApi, constants, get_token
 
@@ -72,7 +70,7 @@ def connected(name: str) -> Api:
     return HfApi(endpoint=constants.ENDPOINT)
 
 
-def prepare(api: Api, name: str, public: bool, progress: Progress) -> list[str]:
+def prepare(api: HfApi, name: str, public: bool, progress: Progress) -> list[str]:
     """Make the repository, or check the one that exists; return the files in it. Raises InputError."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -92,11 +90,11 @@ def prepare(api: Api, name: str, public: bool, progress: Progress) -> list[str]:
     return [one.rfilename for one in found.siblings or ()]
 
 
-def send(api: Api, name: str, pushed: Pushed, there: list[str], progress: Progress) -> str:
+def send(api: HfApi, name: str, pushed: Pushed, there: list[str], progress: Progress) -> str:
     """Send every file, then commit all of them at once and remove weights of an earlier upload; return the commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[Any] = []
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
     with progress.task(f"upload to {name}", total=pushed.bytes, unit="bytes") as task:
         for file, count in pushed.sizes.items():
             addition = CommitOperationAdd(file, pushed.texts.get(file) or str(pushed.paths[file]))
