@@ -75,7 +75,7 @@ def prepare(api: HfApi, name: str, public: bool, progress: Progress) -> list[str
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        found = api.repo_info(name)
+        found = api.model_info(name)
     except RepositoryNotFoundError:
         api.create_repo(name, private=not public)
         progress.note(f"made {name}, {'public' if public else 'private'}")
