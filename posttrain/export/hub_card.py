@@ -14,9 +14,11 @@ import yaml
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json
 from gemma2.core.outputs.ancestry import CARD, card_facts
+from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.core.outputs.model_card import GEMMA, Facts, metadata, model_card
+from gemma2.core.outputs.model_card import CARRIERS, GEMMA, Facts, metadata, model_card
+from gemma2.core.outputs.safetensors_header import printable, weight_files
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
 from .exported_model import ADAPTER_CONFIG
@@ -49,7 +51,7 @@ def hub_card(config: ExportConfig, directory: Path) -> tuple[str, JsonObject, li
     if config.license:
         front["license"] = config.license
     if config.results is not None:
-        front["model-index"] = [{"name": directory.resolve().name, "results": list(_rows(config.results))}]
+        front["model-index"] = [{"name": directory.resolve().name, "results": list(_rows(config.results, directory))}]
     if not front.get("base_model"):
         front.pop("base_model_relation", None)
     if not body:
@@ -104,13 +106,28 @@ def _split_text(text: str) -> tuple[JsonObject, str]:
     return found, body
 
 
-def _rows(results: Path) -> Sequence[JsonMapping]:
-    """The rows of model-index that an evaluation keeps."""
+def _rows(results: Path, directory: Path) -> Sequence[JsonMapping]:
+    """The rows of model-index that an evaluation of this model keeps. Raises InputError for those of another one."""
     file = results / "results.json" if results.is_dir() else results
-    rows = read_json(file).get("model_index")
+    document = read_json(file)
+    rows, measured = document.get("model_index"), document.get("model") or {}
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{file} holds no rows for a model card", "give the --out of gemma2 eval MODEL --suite gemma2")
+    weights, name = (measured.get("weights"), measured.get("name")) if isinstance(measured, dict) else (None, None)
+    if weights is not None and weights not in _digests(directory):
+        raise InputError(
+            f"{file} measured {printable(str(name))}, a model with other weights than {directory}",
+            "measure this one, or leave out --results",
+        )
     return rows
+
+
+def _digests(directory: Path) -> set[str]:
+    """Digests of the weights of a model, and of the model that it was written from again."""
+    manifest = read_manifest(directory) or {}
+    again = manifest.get("parents") or [] if manifest.get("command") in CARRIERS else []
+    own = {digest_weights(directory)} if weight_files(directory) else set()
+    return own | {str(parent.get("weights")) for parent in again}
 
 
 def _notes(front: JsonMapping, directory: Path) -> list[str]:

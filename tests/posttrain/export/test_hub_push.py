@@ -8,6 +8,7 @@ from upload_hub import TOKEN
 
 from gemma2.cli import main
 from gemma2.core.errors import InputError, UsageError
+from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.manifest import write_manifest
 from gemma2.posttrain.export.exporting import export, plan_export
 from gemma2.posttrain.schemas.config import resolve
@@ -145,10 +146,13 @@ def test_an_adapter_goes_up_with_the_hub_s_name_of_its_base(hub, models, capsys)
 def test_figures_of_an_evaluation_are_the_card_s_model_index(hub, models, tmp_path, capsys):
     row = {"task": {"type": "text-generation"}, "dataset": {"name": "MMLU", "type": "mmlu"},
            "metrics": [{"type": "acc", "value": 52.2}]}  # fmt: skip
-    (tmp_path / "results.json").write_text(json.dumps({"model_index": [row]}))
+    measured = {"name": "policy", "weights": digest_weights(models / "policy")}
+    (tmp_path / "results.json").write_text(json.dumps({"model_index": [row], "model": measured}))
     assert run(capsys, models / "policy", "--push", "org/name", "--results", tmp_path)[0] == 0
     front = front_of(hub.repositories["org/name"].files["README.md"])
     assert front["model-index"] == [{"name": "policy", "results": [row]}]
+    with pytest.raises(InputError, match="measured policy, a model with other weights"):
+        plan_export(config(models / "reward", push="org/name", results=tmp_path), None)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(InputError, match="no rows for a model card"):
         plan_export(config(models / "policy", push="org/name", results=tmp_path), None)
@@ -165,3 +169,17 @@ def test_a_finished_export_is_only_uploaded_with_resume(hub, models, tmp_path, c
     other = config(models / "policy", dtype="float16", push="org/name")
     with pytest.raises(OSError, match="not an export"):
         export(other, tmp_path / "out", resume=True)
+
+
+def test_a_gguf_file_goes_up_as_a_quantised_form_of_its_ancestor(hub, policy, tmp_path, capsys):
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\npathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('GGUF')\n"
+    )
+    (policy / "tokenizer.model").write_text("pieces")
+    words = ("--gguf", "q8_0", "--llama-cpp", tmp_path, "--out", tmp_path / "gguf", "--push", "org/gguf")
+    assert run(capsys, policy, *words)[0] == 0
+    files = hub.repositories["org/gguf"].files
+    assert sorted(files) == ["NOTICE", "README.md", "release-q8_0.gguf"]
+    front = front_of(files["README.md"])
+    found = (front["base_model"], front["base_model_relation"], front["license"], front["library_name"])
+    assert found == ("google/gemma-2-2b", "quantized", "gemma", "gguf")
