@@ -45,7 +45,7 @@ def convert(
       gemma2 convert model.Q8_0.gguf --out model
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
-    from gemma2.posttrain.models.gguf import find_gguf
+    from gemma2.posttrain.conversion.gguf import find_gguf
     from gemma2.posttrain.runs.run_directory import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
     from gemma2.posttrain.schemas.config import resolve
@@ -54,7 +54,7 @@ def convert(
     config = resolve(ConvertConfig, flags={"source": source, "dtype": dtype})
     options = RunOptions(required_out(out), force=force)
     find_gguf(config.source)
-    from gemma2.posttrain.models.convert import plan_convert, run_convert
+    from gemma2.posttrain.conversion.convert import plan_convert, run_convert
 
     if dry_run:
         console.result(plan_convert(config, options))
