@@ -31,6 +31,7 @@ CARD, NOTICE = "README.md", "NOTICE"
 # Gemma's terms ask every distribution of a model derived from one for a file of this name with this sentence.
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 PICTURES = re.compile(r"!\[[^\]]*\]\(([^)/:\s]+\.(?:svg|png|jpg|jpeg|webp))\)")
+NAMES = ("_name_or_path", "name_or_path")  # keys of settings
 RECORDS = ("*.index.json", "*.gguf", "LICENSE*", "NOTICE*")
 
 
@@ -73,6 +74,7 @@ def pushed_files(config: ExportConfig, directory: Path) -> Pushed:
         texts[NOTICE] = GEMMA_NOTICE.encode()
     if (directory / ADAPTER_CONFIG).is_file():
         texts[ADAPTER_CONFIG] = _adapter_config(config, directory)
+    texts |= _without_paths(directory)
     paths = {path.name: path for path in _taken(directory, card) if path.name not in texts}
     here = {path.name + ("/" if path.is_dir() else "") for path in directory.iterdir()}
     left_out = sorted(name for name in here if name not in paths and name not in texts)
@@ -86,6 +88,21 @@ def _taken(directory: Path, card: str) -> Iterator[Path]:
         yield from sorted(directory.glob(pattern))
     names = [*PICTURES.findall(card), *(file.name for file in ENDPOINT_FILES)]
     yield from (directory / name for name in names if (directory / name).is_file())
+
+
+def _without_paths(directory: Path) -> dict[str, bytes]:
+    """Settings that name the directory which a model was once loaded from, without that: it tells of this machine."""
+    texts = {}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        found = read_json(directory / name) if (directory / name).is_file() else {}
+        left = {key: value for key, value in found.items() if key not in NAMES or not _is_path(value)}
+        if left != found:
+            texts[name] = (json.dumps(left, indent=2, ensure_ascii=False) + "\n").encode()
+    return texts
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and not is_hub_id(value)
 
 
 def _adapter_config(config: ExportConfig, directory: Path) -> bytes:

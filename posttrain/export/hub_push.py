@@ -47,11 +47,11 @@ def push(config: ExportConfig, directory: Path, progress: Progress) -> JsonObjec
     began = time.monotonic()
     with quiet_hub(), reported(name):
         api = connected(name)
-        there = prepare(api, name, config.public, progress)
+        there, private = prepare(api, name, config.public, progress)
         commit = send(api, name, pushed, there, progress)
     return {
         "repository": f"{api.endpoint}/{name}",
-        "visibility": "public" if config.public else "private",
+        "visibility": "private" if private else "public",
         "uploaded_files": len(pushed.sizes),
         "uploaded_bytes": pushed.bytes,
         "commit": commit,
@@ -70,8 +70,11 @@ def connected(name: str) -> HfApi:
     return HfApi(endpoint=constants.ENDPOINT)
 
 
-def prepare(api: HfApi, name: str, public: bool, progress: Progress) -> list[str]:
-    """Make the repository, or check the one that exists; return the files in it. Raises InputError."""
+def prepare(api: HfApi, name: str, public: bool, progress: Progress) -> tuple[list[str], bool]:
+    """Make the repository, or check the one that exists; return its files and whether it is private.
+
+    Raises InputError for a public one that was not asked for.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -79,7 +82,7 @@ def prepare(api: HfApi, name: str, public: bool, progress: Progress) -> list[str
     except RepositoryNotFoundError:
         api.create_repo(name, private=not public)
         progress.note(f"made {name}, {'public' if public else 'private'}")
-        return []
+        return [], not public
     if not found.private and not public:
         raise InputError(
             f"{name} exists and is public: everybody would see the upload",
@@ -87,7 +90,7 @@ def prepare(api: HfApi, name: str, public: bool, progress: Progress) -> list[str
         )
     if found.private and public:
         progress.warn(f"{name} exists and is private; it stays so: its settings page changes that")
-    return [one.rfilename for one in found.siblings or ()]
+    return [one.rfilename for one in found.siblings or ()], bool(found.private)
 
 
 def send(api: HfApi, name: str, pushed: Pushed, there: list[str], progress: Progress) -> str:

@@ -23,6 +23,8 @@ def policy(models, tmp_path):
     """A policy in three shards with a parent on the hub, and files that are nobody else's business."""
     out = tmp_path / "release"
     export(config(models / "policy", shard_size="15kB"), out)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps({**settings, "name_or_path": str(models)}))
     (out / "samples.jsonl").write_text('{"prompt": "private"}\n')
     manifest = json.loads((out / "gemma2.json").read_text())
     manifest["parents"][0]["hub"] = "google/gemma-2-2b@0123"
@@ -45,7 +47,7 @@ def run(capsys, *words):
     return code, captured
 
 
-def test_the_model_and_its_card_go_up_in_one_commit_to_a_private_repository(hub, policy, capsys):
+def test_the_model_and_its_card_go_up_in_one_commit_to_a_private_repository(hub, policy, models, capsys):
     code, _ = run(capsys, policy, "--push", "org/name")
     made = hub.repositories["org/name"]
     assert (code, made.private, made.commits) == (0, True, 1)
@@ -58,7 +60,8 @@ def test_the_model_and_its_card_go_up_in_one_commit_to_a_private_repository(hub,
         "google/gemma-2-2b", "finetune", "gemma",
     )  # fmt: skip
     assert b"Gemma Terms of Use" in made.files["NOTICE"]
-    assert all(TOKEN.encode() not in data for data in made.files.values())
+    for secret in (TOKEN, str(policy.parent), str(models)):
+        assert all(secret.encode() not in data for data in made.files.values())
     assert all(TOKEN not in file.read_text(errors="replace") for file in policy.iterdir())
 
 
@@ -97,6 +100,10 @@ def test_a_token_that_may_not_write_is_one_line_without_the_token(hub, models, c
     hub.token = "another"
     code, captured = run(capsys, models / "policy", "--push", "org/name")
     assert code == 1 and "does not let this token write" in captured.err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, captured = run(capsys, models / "policy", "--push", "org/name")
+    assert code == 1 and "HF_HUB_OFFLINE" in captured.err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere")
     code, captured = run(capsys, models / "policy", "--push", "org/name")
