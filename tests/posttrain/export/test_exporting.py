@@ -127,6 +127,8 @@ def test_the_converter_sees_a_model_with_the_vocabulary_of_an_ancestor(models, l
     assert (tmp_path / "child" / "tokenizer.model").read_text() == "pieces"
     (tmp_path / "child" / "tokenizer.model").unlink()
     write_manifest(tmp_path / "child", read_manifest(tmp_path / "child"))  # an output of a version that dropped it
+    export(config(tmp_path / "child"), tmp_path / "grandchild")
+    assert (tmp_path / "grandchild" / "tokenizer.model").read_text() == "pieces"
     done = export(config(tmp_path / "child", gguf="q8_0", llama_cpp=llama_cpp), tmp_path / "gguf")
     kind, seen, pieces = json.loads((tmp_path / "gguf" / "child-q8_0.gguf").read_text())
     assert (kind, pieces, done["file"]) == ("q8_0", "pieces", "child-q8_0.gguf")
