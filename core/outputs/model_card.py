@@ -21,9 +21,11 @@ from .manifest import DataRecord
 from .markdown import code, escaped, fenced, shown, table, without_paths
 from .safetensors_header import printable
 
-__all__ = ["CARRIERS", "GEMMA", "Account", "Ancestor", "Facts", "metadata", "model_card"]
+__all__ = ["CARRIERS", "GEMMA", "GEMMAS", "Account", "Ancestor", "Facts", "metadata", "model_card"]
 
-MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are part of the result
+ADAPTED = "adapter-base"  # role of the model below a merged adapter (merging/plan/places.py)
+# Roles whose weights are part of the result.
+MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source", ADAPTED)
 
 WHAT = {
     "sft": "A language model, fine-tuned on prompts and completions (supervised fine-tuning).",
@@ -32,7 +34,7 @@ WHAT = {
     "reward probe": "A reward model: a linear head, fitted to pairs of answers, on an unchanged language model.",
     "rlhf": "A language model, trained by reinforcement learning from a reward, held near an anchor by a KL penalty.",
     "convert": "A model, imported as plain safetensors.",
-    "export": "A model, written again for other programs: its dtype, files or form may differ, its weights do not.",
+    "export": "A model, written again for other programs: in another dtype or other files, or with its adapter merged.",
     "pick": "A language model, chosen from a post-training run's front of reward over KL.",
     "merge extract-lora": "A LoRA adapter: the difference between a model and its base, as factors of low rank.",
     "merge replace-tokenizer": "A model with another tokenizer; the rows of its tokens come from the old ones.",
@@ -45,7 +47,9 @@ TAGS = {
 TREE_LINES = 60
 # Commands that write a model again: what it is, is what the model before them was.
 CARRIERS = ("export", "doctor --fix", "convert")
-GEMMA = "gemma"  # the licence; the hub's owner of Gemma models, and how their names begin
+GEMMA = "gemma"  # the licence
+# Google's models under it, by how their names begin; Gemma 4 has another one.
+GEMMAS = tuple(f"google/gemma-{name}" for name in ("2", "7b", "1.1", "3"))
 TRAINED = ("sft", "distill", "reward", "reward probe", "rlhf")
 
 
@@ -160,8 +164,9 @@ def metadata(facts: Facts) -> JsonObject:
     of = tuple(parent for parent in facts.parents if parent.role == "base") if facts.is_adapter else facts.sources
     command, sources = _carried(facts)
     bases = list(dict.fromkeys(_base_names(of or facts.sources)))
-    merged = ((command.startswith("merge") and not facts.is_adapter) or command == "pick") and len(sources) > 1
-    relation = "merge" if merged else "finetune" if command in TRAINED else None
+    merged = ((command.startswith("merge") and not facts.is_adapter) or command == "pick") and len(_plain(sources)) > 1
+    tuned = command in TRAINED or len(_plain(sources)) < len(sources)
+    relation = "merge" if merged else "finetune" if tuned else None
     relation = "adapter" if facts.is_adapter else "quantized" if facts.is_quantised else relation
     tags = ["gemma2", *(["merge"] if merged else []), *_tags(facts.command)]
     for ancestor in _all(facts.sources):
@@ -180,9 +185,14 @@ def metadata(facts: Facts) -> JsonObject:
 def _carried(facts: Facts) -> tuple[str, tuple[Ancestor, ...]]:
     """The command that made what the model is, and its models: commands that only write a model again do not count."""
     command, sources = facts.command, facts.sources
-    while command in CARRIERS and len(sources) == 1 and sources[0].command and not sources[0].hub:
-        command, sources = sources[0].command, _before(sources[0])
+    while command in CARRIERS and len(own := _plain(sources)) == 1 and own[0].command and not own[0].hub:
+        command, sources = own[0].command, _before(own[0])
     return command, sources
+
+
+def _plain(sources: Sequence[Ancestor]) -> tuple[Ancestor, ...]:
+    """The models without those that are below an adapter among them."""
+    return tuple(source for source in sources if source.role != ADAPTED)
 
 
 def _licence(sources: Sequence[Ancestor]) -> JsonObject:
@@ -197,7 +207,7 @@ def _licence(sources: Sequence[Ancestor]) -> JsonObject:
 
 def _is_gemma(ancestor: Ancestor) -> bool:
     """Whether a model is one of Google's Gemma models, or says that Gemma's terms hold for it."""
-    return ancestor.metadata.get("license") == GEMMA or ancestor.hub.startswith(f"google/{GEMMA}")
+    return ancestor.metadata.get("license") == GEMMA or ancestor.hub.startswith(GEMMAS)
 
 
 def _tags(command: str) -> tuple[str, ...]:

@@ -37,7 +37,12 @@ def plan_export(config: ExportConfig, out: Path | None, force: bool = False, res
         if written:
             plan |= {"upload": "the files of --out"}
         else:
-            plan |= {"upload_bytes": pushed.bytes, "files": pushed.rows(), "left_out": list(pushed.left_out)}
+            plan |= {
+                "notes_on_card": pushed.notes,
+                "upload_bytes": pushed.bytes,
+                "files": pushed.rows(),
+                "left_out": list(pushed.left_out),
+            }
     return plan
 
 

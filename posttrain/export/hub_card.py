@@ -17,7 +17,7 @@ from gemma2.core.outputs.ancestry import CARD, card_facts
 from gemma2.core.outputs.digests import digest_weights
 from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.core.outputs.model_card import CARRIERS, GEMMA, Facts, metadata, model_card
+from gemma2.core.outputs.model_card import CARRIERS, GEMMA, GEMMAS, Facts, metadata, model_card
 from gemma2.core.outputs.safetensors_header import printable, weight_files
 from gemma2.posttrain.schemas.delivery.export import ExportConfig
 
@@ -48,6 +48,9 @@ def hub_card(config: ExportConfig, directory: Path) -> tuple[str, JsonObject, li
     if config.base_model:
         front["base_model"] = config.base_model
         front.setdefault("base_model_relation", "finetune")
+    bases = front.get("base_model")
+    if any(str(base).startswith(GEMMAS) for base in (bases if isinstance(bases, list) else [bases])):
+        front["license"] = GEMMA
     if config.license:
         front["license"] = config.license
     if config.results is not None:

@@ -90,6 +90,16 @@ def test_gemma_s_licence_holds_for_all_that_a_gemma_is_in(gemma):
     assert found["license"] == "gemma"
 
 
+@pytest.mark.parametrize("command", ["export", "merge linear"])
+def test_a_merged_adapter_is_a_fine_tuned_form_of_the_model_below_it(command):
+    below = ancestor("adapter-base", "base", "google/gemma-2-2b@1", license="gemma")
+    found = metadata(facts(command, [ancestor("input", "adapter"), below]))
+    expected = ("google/gemma-2-2b", "finetune", "gemma")
+    assert (found["base_model"], found["base_model_relation"], found["license"]) == expected
+    two = [ancestor("input", "one"), below, ancestor("input", "two"), below]
+    assert metadata(facts("merge linear", two))["base_model_relation"] == "merge"
+
+
 def test_a_model_that_was_only_written_again_is_still_what_it_was():
     parts = [ancestor("input", name, f"org/{name}@1") for name in "ab"]
     merged = ancestor("input", "merged", command="merge slerp", parents=parts)

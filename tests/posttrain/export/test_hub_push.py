@@ -139,12 +139,13 @@ def test_what_doctor_calls_broken_is_refused_unless_the_user_insists(hub, policy
 def test_an_adapter_goes_up_with_the_hub_s_name_of_its_base(hub, models, capsys):
     code, captured = run(capsys, models / "adapter", "--push", "org/lora", "--keep-adapter")
     assert code == 1 and "--base-model" in captured.err
-    code, _ = run(capsys, models / "adapter", "--push", "org/lora", "--keep-adapter", "--base-model", "org/base")
+    base = "google/gemma-2-2b-it"
+    code, _ = run(capsys, models / "adapter", "--push", "org/lora", "--keep-adapter", "--base-model", base)
     files = hub.repositories["org/lora"].files
     assert code == 0
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == base
     front = front_of(files["README.md"])
-    assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")
+    assert (front["base_model"], front["base_model_relation"], front["license"]) == (base, "adapter", "gemma")
     assert all(str(models).encode() not in data for data in files.values())
     with pytest.raises(UsageError, match="merged into its base"):
         plan_export(config(models / "adapter", push="org/lora"), None)
