@@ -128,7 +128,9 @@ class LLM:
     def _read(self, ids, count):
         """Log-probs of the `count` most probable tokens, and of the prompt's, after each prefix; in bf16."""
         assert count <= self.kwargs["max_logprobs"]
-        logps = self.model.bfloat16()(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logps = (
+            self.model.to(getattr(torch, self.kwargs["dtype"]))(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        )
         best = [row.topk(count).indices.tolist() for row in logps]
         pairs = zip(logps, best, ids[1:], strict=False)
         return [None, *({i: Logprob(float(row[i])) for i in {*top, token}} for row, top, token in pairs)]

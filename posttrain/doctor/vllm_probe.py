@@ -64,17 +64,21 @@ def _second(item: tuple[str, float]) -> float:
     return item[1]
 
 
-def refuse_wrong_attention(path: Path, vllm: ModuleType, progress: Progress | None = None) -> None:
-    """Raise InputError if vLLM drops a part of a Gemma 2's attention; `path` is the model's directory."""
+def refuse_wrong_attention(path: Path, vllm: ModuleType, progress: Progress | None = None, dtype: str = "auto") -> None:
+    """Raise InputError if vLLM drops a part of a Gemma 2's attention; `path` is the model's directory.
+
+    dtype  that vLLM will run the model in; auto is bfloat16
+    """
     subject = Subject(path)
     if not subject.is_gemma2:
         return
-    known = _remembered(subject, vllm)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    known = _remembered(subject, vllm, dtype)
     if known.is_file():
         return
     if progress is not None:
         progress.note(f"comparing the attention of vLLM {vllm.__version__} with eager attention, once")
-    found = vllm_attention(subject, vllm)
+    found = vllm_attention(subject, vllm, dtype)
     if not found.right:
         raise InputError(
             f"vLLM {vllm.__version__} computes this model {found.name}: log-probs are {found.figures()}",
@@ -85,7 +89,7 @@ def refuse_wrong_attention(path: Path, vllm: ModuleType, progress: Progress | No
         known.write_text(json.dumps(dict(found.distances)) + "\n", encoding="utf-8")
 
 
-def vllm_attention(subject: Subject, vllm: ModuleType) -> NearestReference:
+def vllm_attention(subject: Subject, vllm: ModuleType, dtype: str = "bfloat16") -> NearestReference:
     """Run the probe of a model's settings in vLLM. Raises InputError if vLLM cannot run it."""
     settings = subject.settings
     scale = max(round(settings.get("query_pre_attn_scalar") or 256), 1)
@@ -98,7 +102,7 @@ def vllm_attention(subject: Subject, vllm: ModuleType) -> NearestReference:
     tokens = probe_tokens()
     with TemporaryDirectory() as folder:
         network.save_pretrained(folder)
-        got = _logps_of_vllm(vllm, folder, tokens[0].tolist())
+        got = _logps_of_vllm(vllm, folder, tokens[0].tolist(), dtype)
     distances = {
         name: float((reference[0, :-1].log_softmax(-1) - got).abs().mean())
         for name, reference in _references(network, tokens).items()
@@ -129,13 +133,13 @@ def _references(network: Gemma2ForCausalLM, tokens: Tensor) -> dict[str, Tensor]
     return found
 
 
-def _logps_of_vllm(vllm: ModuleType, folder: str, ids: list[int]) -> Tensor:
+def _logps_of_vllm(vllm: ModuleType, folder: str, ids: list[int], dtype: str) -> Tensor:
     """Log-probs (T - 1, rows) of every token after each prefix, by vLLM's offline interface."""
     try:
         llm = vllm.LLM(
             model=folder,
             skip_tokenizer_init=True,
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=LENGTH,
             max_logprobs=ROWS,
             gpu_memory_utilization=MEMORY,
@@ -160,11 +164,11 @@ def _logps_of_vllm(vllm: ModuleType, folder: str, ids: list[int]) -> Tensor:
     return got
 
 
-def _remembered(subject: Subject, vllm: ModuleType) -> Path:
+def _remembered(subject: Subject, vllm: ModuleType, dtype: str) -> Path:
     """The file that stands for a right answer."""
     keys = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "head_dim")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     chosen = os.environ.get("VLLM_ATTENTION_BACKEND", "")
     digest = hasher()
-    digest.update(json.dumps([vllm.__version__, device, chosen, *map(subject.settings.get, keys)]).encode())
+    digest.update(json.dumps([vllm.__version__, dtype, device, chosen, *map(subject.settings.get, keys)]).encode())
     return cache_folder("attention") / f"{digest_name(digest).rpartition(':')[2][:32]}.json"

@@ -80,7 +80,7 @@ def check_serving(config: ServeConfig, progress: Progress) -> None:
 
     from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
 
-    refuse_wrong_attention(base, vllm, progress)
+    refuse_wrong_attention(base, vllm, progress, config.dtype)
 
 
 def serve(config: ServeConfig, more: Sequence[str], progress: Progress) -> NoReturn:

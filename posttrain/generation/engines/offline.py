@@ -50,7 +50,7 @@ class VllmEngine:
             ) from error
         read_config(config.teacher)  # refuses models with code and damaged files, with our messages
         tokenizer = load_tokenizer(config.teacher)
-        refuse_wrong_attention(config.teacher, vllm)
+        refuse_wrong_attention(config.teacher, vllm, dtype=config.dtype)
         try:
             llm = vllm.LLM(
                 model=str(config.teacher),

@@ -50,6 +50,10 @@ def test_a_right_one_is_asked_once_and_is_near_although_it_computes_in_bf16(soun
     for _ in range(2):
         refuse_wrong_attention(sound / "policy", vllm)
     assert len(fake_vllm.LLM.made) == made + 1
+    refuse_wrong_attention(sound / "policy", vllm, dtype="float32")  # and another precision is another one
+    assert len(fake_vllm.LLM.made) == made + 2
+    exact = vllm_attention(Subject(sound / "policy"), vllm, "float32").distances
+    assert exact[found.name] < 1e-5 < found.distances[found.name]
     vllm.__version__ = "0.31.0"  # another vLLM is another answer
     monkeypatch.setattr(fake_vllm.LLM, "drops", staticmethod(without_cap))
     with pytest.raises(InputError, match=r"0\.31\.0"):
