@@ -126,7 +126,7 @@ class LLM:
 
     @torch.no_grad()
     def _read(self, ids, count):
-        """Log-probs of the `count` most probable tokens, and of the prompt's, after each prefix; in bf16."""
+        """Log-probs of the `count` most probable tokens, and of the prompt's, after each prefix."""
         assert count <= self.kwargs["max_logprobs"]
         logps = (
             self.model.to(getattr(torch, self.kwargs["dtype"]))(torch.tensor([ids])).logits[0].float().log_softmax(-1)
