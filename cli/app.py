@@ -78,7 +78,7 @@ COMMANDS = {
         "tools.inspect", "Show tensors, parameters, tied weights and lineage of a model directory.", "Merging"
     ),
     "eval": CommandEntry(
-        "evaluation.eval_command", "Measure reward, KL to the SFT policy and length of one policy.", "Evaluation"
+        "evaluation.eval_group", "Measure a model: reward and KL of a policy, few-shot benchmarks.", "Evaluation"
     ),
     "pareto": CommandEntry(
         "stages.pareto", "Measure the KL-reward front of policies and of the line between init and merge.", "Evaluation"

@@ -58,11 +58,12 @@ __all__ = [
 ]
 
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
+RESULTS = "results"
 MODELS = (POLICY, REWARD)
 TASKS = {"CAUSAL_LM": POLICY, "SEQ_CLS": REWARD}  # of peft
 SEPARATE_HEAD = "separate head"  # a fact of a policy: whether its files hold an output head besides the embedding
 NAMES = {POLICY: "a policy", REWARD: "a reward model", ADAPTER: "a LoRA adapter", DATA: "a data set"}
-NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher"}
+NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher", RESULTS: "a result of gemma2 eval"}
 # The kind of input that each field takes, by its name, and by command where commands differ.
 FIELDS = {name: {POLICY} for name in ("policy", "sft", "teacher", "init", "merged", "policies", "compare", "model")}
 FIELDS |= {"reward": {REWARD}, "from_head": {REWARD}, "front": {FRONT}, "fronts": {FRONT}, "teacher_cache": {CACHE}}
@@ -92,7 +93,7 @@ def look_at(path: Path) -> Promise | None:
             raise
         if (path / "adapter_config.json").is_file():
             return _adapter(path)
-        return Promise(made) if made in (DATA, FRONT, CACHE) else None
+        return Promise(made) if made in (DATA, FRONT, CACHE, RESULTS) else None
     if not isinstance(config, dict) or not weight_files(path):
         return None
     check_types(path / "config.json", config)

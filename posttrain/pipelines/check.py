@@ -21,6 +21,7 @@ from gemma2.merging.methods.request import file_named, is_input
 from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import memory_problem, plan
+from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
 from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
@@ -34,6 +35,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .compile import Pipeline, Stage, compile_pipeline
 from .decision import COMPLETE, LEFT_OUT, Choice, Decision, decide, outside, prospect, status_after
@@ -189,6 +191,7 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
                 decision = decide(ahead, pipeline, choice, status)
                 if contents and decision.action not in IDLE:
                     checks.contents(config, models)
+                    check_suite(config, places)
                 work = estimate(config, sources)
         status[stage.name] = status_after(decision)
         reused |= {stage.name: decision.source} if decision.source else {}
@@ -217,6 +220,14 @@ def _hash(decision: Decision) -> str | None:
         return None
     manifest = read_manifest(decision.stage.out)
     return output_hash(manifest) if manifest else None
+
+
+def check_suite(config: Config, promised: Sequence[Path]) -> None:
+    """Refuse rows of the suite that do not fit their tasks, if no earlier stage writes them."""
+    if isinstance(config, SuiteConfig):
+        check_engine(config)
+        if not any(config.data.is_relative_to(place) for place in promised):
+            tables_of(config)
 
 
 def check_merge(config: Config, promised: Sequence[Path]) -> None:
@@ -264,6 +275,8 @@ def _check_taken(stage: Stage, status: Mapping[str, str], pipeline: Pipeline, wi
 def plan_step(config: Config, options: RunOptions | None) -> JsonObject:
     """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP."""
     document = plan(config, options)
+    if isinstance(config, SuiteConfig):
+        return document | plan_suite(config)
     if not isinstance(config, WarpConfig) or options is None:
         return document
     stages = PipelineFile(stages=warp_stages(config))

@@ -1,11 +1,16 @@
 """vLLM's attention against eager attention, on a stand-in for vLLM that may drop a part of it."""
 
+import sys
+
 import fake_vllm
 import pytest
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.doctor.checks.subject import Subject
 from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention, vllm_attention
+from gemma2.posttrain.evaluation.suite.engines import open_engine
+from gemma2.posttrain.schemas.config import resolve
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +72,11 @@ def test_a_vllm_that_cannot_run_the_probe_is_one_line(sound, monkeypatch):
     monkeypatch.setattr(fake_vllm.LLM, "drops", staticmethod(fails))
     with pytest.raises(InputError, match="probe: no kernel for this GPU"):
         refuse_wrong_attention(sound / "policy", fake_vllm.module())
+
+
+def test_an_evaluation_by_vllm_is_refused_before_it_begins(sound, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
+    monkeypatch.setattr(fake_vllm.LLM, "drops", staticmethod(without_cap))
+    config = resolve(SuiteConfig, flags={"model": sound / "policy", "engine": "vllm", "data": sound})
+    with pytest.raises(InputError, match="without the soft cap of attention"):
+        open_engine(config)
