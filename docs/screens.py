@@ -27,6 +27,7 @@ TARGET = Path(__file__).with_name("screens")
 PROMPT = "$ "
 LONGEST = 180.0  # seconds that a command may take
 PAUSE = 0.2
+RULES = "def reward(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n"
 
 
 @dataclass(frozen=True)
