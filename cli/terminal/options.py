@@ -212,14 +212,15 @@ def stage(
     writes: bool = True,
     positional: str | None = None,
     look: Look | None = None,
+    prints: bool = False,
 ) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
-    With `writes` the command takes --out, --resume and --force. `positional` names a field that may be given as an
-    argument too.
+    With `writes` the command takes --out, --resume and --force; if it `prints` too, it runs without --out, and writes
+    nothing then. `positional` names a field that may be given as an argument too.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    command = make_command(schema, run, writes, positional, look)
+    command = make_command(schema, run, writes, positional, look, prints)
     _describe(command, schema, examples)
     app.command(cls=HelpCommand, context_settings=HELP_NAMES)(command)
     return app
@@ -271,7 +272,12 @@ def _with_argument(name: str, value: object, flags: Flags) -> Flags:
 
 
 def make_command(
-    schema: type[Config], run: Runner, writes: bool, positional: str | None = None, look: Look | None = None
+    schema: type[Config],
+    run: Runner,
+    writes: bool,
+    positional: str | None = None,
+    look: Look | None = None,
+    prints: bool = False,
 ) -> Callable[..., None]:
     """The function that typer calls for a command, with one keyword per flag in its signature."""
     flags = flags_of(schema)
@@ -308,7 +314,7 @@ def make_command(
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
-                elif writes:
+                elif writes and not (prints and _is_for_the_screen(given)):
                     execute(config, given, run, console)
                 else:
                     from gemma2.posttrain.checks.of_command import CommandChecks
@@ -338,6 +344,15 @@ def make_command(
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _is_for_the_screen(given: Flags) -> bool:
+    """Whether a command that prints has no --out. Raises UsageError for flags that then mean nothing."""
+    if given["out"] is not None:
+        return False
+    if name := next((name for name in ("resume", "force") if given[name]), None):
+        raise UsageError(f"--{name} is given without --out", f"give --out, or drop --{name}")
+    return True
 
 
 def _plan_only(config: Config, given: Flags, console: Console, asked: PlanAsked | None) -> None:
