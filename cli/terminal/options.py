@@ -308,7 +308,12 @@ def make_command(
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 if given["dry_run"]:
-                    _plan_only(config, given, console, asked)
+                    from .plan_view import plan_only
+
+                    needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))
+                    out = required_out(given["out"]) if needs_out else given.get("out")
+                    options = None if out is None else RunOptions(out, given["resume"], given["force"])
+                    plan_only(config, options, console, asked)
                     return
                 config = located(config)
                 if look is not None and given[look.name] is not None:
@@ -353,24 +358,6 @@ def _is_for_the_screen(given: Flags) -> bool:
     if name := next((name for name in ("resume", "force") if given[name]), None):
         raise UsageError(f"--{name} is given without --out", f"give --out, or drop --{name}")
     return True
-
-
-def _plan_only(config: Config, given: Flags, console: Console, asked: PlanAsked | None) -> None:
-    """Print the plan of a command, which `gemma2 plan` shows in its own way, also without --out."""
-    from gemma2.posttrain.checks.kinds import wanted_kind
-    from gemma2.posttrain.pipelines.check import plan_step
-    from gemma2.posttrain.planning.named_models import name_models
-
-    from .plan_view import show_plan
-
-    out = given.get("out") if asked is not None or "out" not in given else required_out(given["out"])
-    options = None if out is None else RunOptions(out, given["resume"], given["force"])
-    config, named = name_models(config, wanted_kind(config), sizes=asked is not None)
-    planned = plan_step(config, options, named)
-    if asked is not None:
-        asked.show(config, planned, console)
-    else:
-        show_plan(planned.document, console)
 
 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
