@@ -9,7 +9,7 @@ follow from that, so the search ends there.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gemma2.merging.methods.request_check import check_chosen
 
 from .place import Place, PlaceError
 from .recipe import merges_of, read_recipe
+from .step import Step
 
 __all__ = ["faults_of"]
 
@@ -40,7 +41,7 @@ def faults_of(path: Path) -> list[UsageError]:
     removed: list[tuple[int, tuple[str | int, ...]]] = []
     while len(found) < MOST:
         try:
-            merges_of(rest, Place(path))
+            steps = merges_of(rest, Place(path))
         except PlaceError as error:
             keys = error.keys
             if any(document == error.document and keys == taken[: len(keys)] for document, taken in removed):
@@ -55,23 +56,24 @@ def faults_of(path: Path) -> list[UsageError]:
         except UsageError as error:
             return [*found, error]
         else:
+            found += _between_keys(steps)
             break
-    return found or _of_the_whole(path)
-
-
-def _of_the_whole(path: Path) -> list[UsageError]:
-    """What is wrong between keys that are each right by themselves."""
-    try:
-        recipe = read_recipe(path)
-    except UsageError as error:
-        return [error]
-    found: list[UsageError] = []
-    for step in recipe.steps:
+    if not found:
         try:
-            step.checked(check_chosen(step.request))
+            read_recipe(path)  # also the order of its steps
         except UsageError as error:
-            found.append(error)
+            return [error]
     return found
+
+
+def _between_keys(steps: Sequence[Step]) -> Iterator[UsageError]:
+    """What is wrong with the merges whose keys are each right by themselves."""
+    for step in steps:
+        try:
+            step.checked(step.request)
+            check_chosen(step.request)
+        except UsageError as error:
+            yield error
 
 
 def _holder(document: Any, keys: Sequence[str | int]) -> tuple[Any, Any]:  # noqa: ANN401

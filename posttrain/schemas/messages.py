@@ -181,9 +181,21 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
 
 
 def explained_each(schema: type[BaseModel], problems: Sequence[Problem], source: ValueSource) -> list[UsageError]:
-    """The errors of all problems of a pydantic report, each without a count of the others."""
+    """The errors of all problems of a pydantic report, each without a count of the others.
+
+    That a key is missing is not said next to a typo of it.
+    """
     typos = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    rest = [problem for problem in problems if problem["type"] != "extra_forbidden"]
+    meant = {
+        (*problem["loc"][:-1], name)
+        for problem in typos
+        for name in re.findall("'(.*)'", closest(str(problem["loc"][-1]), _fields_at(schema, problem["loc"][:-1])))
+    }
+    rest = [
+        problem
+        for problem in problems
+        if problem["type"] != "extra_forbidden" and not (problem["type"] == "missing" and problem["loc"] in meant)
+    ]
     found = [_explained_one(schema, [problem, *typos, *rest], source, "") for problem in (*typos, *rest)]
     # Each part of a union reports the same value.
     return list({str(error): error for error in found}.values())
@@ -209,7 +221,7 @@ def _explained_one(
             hint = _of_another_tool(schema, ordered, source) or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
         return source.wrong(f"unknown key '{name}'{more}", hint, *keys, of_key=True)
     if first["type"] == "missing":
-        option = "" if source.above else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
+        option = "" if source.above or len(keys) > 1 else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
         return source.wrong(f"'{name}' is missing{more}", f"{option}set it in the recipe", *keys[:-1])
     if keys and keys[-1] == "[key]":  # YAML reads 1, on and no as a number and booleans
         what = f"the name '{_spelt((*source.above, *keys[:-1]))}' is read as {_shown(first['input'])}{more}"
