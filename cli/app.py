@@ -80,7 +80,9 @@ COMMANDS = {
     "inspect": CommandEntry(
         "tools.inspect", "Show tensors, parameters, tied weights and lineage of a model directory.", "Merging"
     ),
-    "eval": CommandEntry("evaluation.eval_command", "Measure reward, KL to the SFT policy and length of one policy.", "Evaluation"),
+    "eval": CommandEntry(
+        "evaluation.eval_command", "Measure reward, KL to the SFT policy and length of one policy.", "Evaluation"
+    ),
     "pareto": CommandEntry(
         "stages.pareto", "Measure the KL-reward front of policies and of the line between init and merge.", "Evaluation"
     ),

@@ -1,0 +1,64 @@
+"""How much memory a command needs, by part and by phase, before it runs. Torch-free.
+
+    memory_of(config, shape_of, Place()).peak.bytes
+
+Each command is modelled as it runs: which models are there at once, in which dtype, what a forward pass keeps for the
+backward pass, how logits of a wide vocabulary are cut. Measured against the peak of real runs by bench/plan.py
+(docs/benchmarks.md); accelerators are computed by the same sums and not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gemma2.posttrain.schemas import (
+    DistillCacheConfig,
+    DistillConfig,
+    EvalConfig,
+    GenerateConfig,
+    PairsConfig,
+    ParetoConfig,
+    ProbeConfig,
+    RewardConfig,
+    RewardEvalConfig,
+    RewardScoreConfig,
+    RlhfConfig,
+    SftConfig,
+    WarpConfig,
+)
+from gemma2.posttrain.schemas.config import Config
+
+from . import learning, reading, reinforcing
+from .learning import Sizes
+from .parts import Lengths, MemoryPlan, Part, Phase, Place
+
+__all__ = ["Lengths", "MemoryPlan", "Part", "Phase", "Place", "memory_of"]
+
+# Any: each function takes the configuration of its key.
+OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, Place, Lengths], MemoryPlan]] = {
+    SftConfig: learning.of_sft,
+    DistillConfig: learning.of_distill,
+    DistillCacheConfig: reading.of_cache,
+    RewardConfig: learning.of_reward,
+    ProbeConfig: reading.of_probe,
+    RewardScoreConfig: reading.of_score,
+    RewardEvalConfig: reading.of_score,
+    PairsConfig: reading.of_pairs,
+    RlhfConfig: reinforcing.of_rlhf,
+    WarpConfig: reinforcing.of_warp,
+    GenerateConfig: reading.of_generate,
+    EvalConfig: reading.of_eval,
+    ParetoConfig: reading.of_pareto,
+}
+
+
+def memory_of(config: Config, shapes: Sizes, place: Place, lengths: Lengths | None = None) -> MemoryPlan | None:
+    """Return what a command needs on each device; None for a command that runs no model.
+
+    shapes   the shape of a model that the configuration names, by its path: `shape_of`, or what is known otherwise
+    lengths  of the longest rows; default: the limits of the configuration
+    """
+    found = OF_COMMAND.get(type(config))
+    plan = found(config, shapes, place, lengths or Lengths()) if found else None
+    return plan if plan is not None and plan.phases else None
