@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 setting = partial(typer.Option, show_default=False, rich_help_panel="Settings")
 OutFile = file_option(None, "--out", "-o", help="Recipe to write.")
-
+SchemaFile = file_option(None, "--out", "-o", help="File to write; default: stdout.")
 
 
 def settings_of(incomplete: str) -> list[str]:
@@ -81,8 +81,8 @@ def check(
         for fault in report.faults:
             console.text(f"{fault.where or path}: {fault.what}; {fault.fix}")
         read_as = f"read as {_kind(report.kind)}, by {report.known_by}"
-        count = len(report.faults)
-        console.text(f"{path}: {f'{count} fault{chr(115) * (count > 1)}' if count else 'no faults'} ({read_as})")
+        counted = {0: "no faults", 1: "1 fault"}.get(len(report.faults), f"{len(report.faults)} faults")
+        console.text(f"{path}: {counted} ({read_as})")
     if report.faults:
         raise typer.Exit(1)
 
@@ -96,7 +96,7 @@ def schema(
         rich_help_panel="Inputs",
         autocompletion=settings_of,
     ),
-    out: Path | None = file_option(None, "--out", "-o", help="File to write; default: stdout."),
+    out: Path | None = SchemaFile,
     force: bool = Force,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
@@ -203,4 +203,3 @@ def _end(found: Imported, recipe: str) -> Iterator[str]:
     decide = f", results depend on {len(found.deciding)} of them" if found.lacking else ""
     yield f"{len(found.lacking)} without a counterpart{decide}"
     yield from (f"next: {command}" for command in found.following(recipe))
-

@@ -123,7 +123,10 @@ def _of_another_tool(error: TyperException, context: Context | None, words: Sequ
         new = MOVED.get((context.command_path.rpartition(" ")[2], unknown[1])) if unknown else None
         if unknown and new:
             rest = words[[*words].index(unknown[1]) + 1 :]
-            return f"gemma2 {' '.join(words[:-len(rest) or None])} has moved", f"write {shlex.join(['gemma2', *new.split(), *rest])}"
+            return (
+                f"gemma2 {' '.join(words[: -len(rest) or None])} has moved",
+                f"write {shlex.join(['gemma2', *new.split(), *rest])}",
+            )
         fix = command_here(unknown[1]) if unknown and context.command_path == "gemma2" else None
         return (f"there is no command '{unknown[1]}'", fix) if unknown and fix else None
     options = {flag for part in context.command.params for flag in part.opts if flag.startswith("--")}

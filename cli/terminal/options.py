@@ -169,6 +169,11 @@ def recipe_path(name: str | None, command: str = "") -> Path | None:
     if found is None and path.exists():
         raise InputError(f"--config {name} is not a regular file", "give a YAML file")
     if found is None:
+        from gemma2.posttrain.recipe_files.machines import cell_named, no_recipe
+
+        cell = cell_named(name)
+        if cell is not None:
+            raise no_recipe(cell)
         raise InputError(
             f"--config {name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
         )

@@ -1,1 +1,1 @@
-"""Settings files before a command reads them: their kind, every fault of theirs, their JSON Schema, recipes by machine."""
+"""Settings files before a command reads them: every fault, their JSON Schema, recipes by machine."""

@@ -74,9 +74,10 @@ def _widened(described: JsonObject) -> JsonObject:
 
 def _either(described: JsonObject, other: JsonMapping) -> JsonObject:
     """A description that another form fits as well; meaning and default stay on the outside, where editors look."""
-    outside = {key: described[key] for key in ("description", "default") if key in described}
-    inside = {key: value for key, value in described.items() if key not in outside}
-    return {**outside, "anyOf": [inside, dict(other)]}
+    outside: JsonObject = {key: described[key] for key in ("description", "default") if key in described}
+    inside: JsonObject = {key: value for key, value in described.items() if key not in (*outside, "title")}
+    forms = inside["anyOf"] if inside.keys() == {"anyOf"} else [inside]
+    return {**outside, "anyOf": [*forms, dict(other)]}
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def with_inputs(schema: type[Config], values: JsonMapping) -> JsonObject:
 
 
 def _placeholder(annotation: object) -> object:
-    return ("given",) if str(annotation).startswith("tuple") else Path("given") if "Path" in str(annotation) else "given"
+    return (
+        ("given",) if str(annotation).startswith("tuple") else Path("given") if "Path" in str(annotation) else "given"
+    )
 
 
 def commands_of_keys(keys: set[str]) -> list[str]:

@@ -32,7 +32,7 @@ from gemma2.posttrain.training.trainer_options import check_trainer_options
 
 from .schema_index import commands_of_keys, schema_for, with_inputs
 
-__all__ = ["FileReport", "Fault", "check_file", "command_named_in"]
+__all__ = ["Fault", "FileReport", "check_file", "command_named_in"]
 
 FOR = re.compile(r"# gemma2 ([a-z][a-z -]*[a-z]):")  # begins the first line of a recipe
 GIVEN = "given"  # in the place of what the command line or another stage gives
@@ -75,7 +75,7 @@ def check_file(path: Path, command: str = "") -> FileReport:
     if recorded:
         command, document = command or str(load_json(path).get("command", "")), document["config"]
     named = command_named_in(path)
-    if not command and "stages" in document or command == "pipeline":
+    if (not command and "stages" in document) or command == "pipeline":
         return FileReport("pipeline", "its stages", _sorted(_pipeline_faults(path, document)))
     if command == "merge" or (not command and _is_merge(document, named)):
         return FileReport("merge", "its keys", _sorted(faults_of(path)))
@@ -136,10 +136,11 @@ def _settings_faults(
     errors = explained_each(schema, problems, source)
     foreign = [error for error in errors if "gemma2 config import" in error.hint]
     yield from foreign[:1] or errors
-    trainer = values.get("trainer")
-    for key in trainer if isinstance(trainer, dict) and not foreign else ():
+    trainer = {} if foreign else _mapping(values.get("trainer"))
+    for key, value in trainer.items():
+        fields: JsonObject = {"trainer": {key: value}}
         try:
-            check_trainer_options(schema.model_construct(trainer={key: trainer[key]}))
+            check_trainer_options(schema.model_construct(**fields))
         except UsageError as error:
             yield source.wrong(error.what, error.hint, "trainer", str(key), of_key="unknown key" in error.what)
 
@@ -149,19 +150,18 @@ def _settings_faults(
 
 def _pipeline_faults(path: Path, document: JsonMapping) -> Iterator[Gemma2Error]:
     """The faults of a pipeline file: of each stage by itself, then of what stages say of each other."""
-    source, count = ValueSource(path), 0
+    source = ValueSource(path)
+    found: list[Gemma2Error] = []
     try:
         PipelineFile.model_validate(document)
     except ValidationError as error:
-        for count, one in enumerate(explained_each(PipelineFile, error.errors(), source), start=1):  # noqa: B007
-            yield one
-    stages = document.get("stages")
-    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        found += explained_each(PipelineFile, error.errors(), source)
+    for name, stage in _mapping(document.get("stages")).items():
         if isinstance(stage, dict):
-            for one in (*_stage_faults(str(name), stage, document, source), *_lost(str(name), stage, document, source)):
-                count += 1
-                yield one
-    if count:
+            found += _stage_faults(str(name), stage, document, source)
+            found += _lost(str(name), stage, document, source)
+    yield from found
+    if found:
         return
     try:
         pipeline = compile_pipeline(read_pipeline(path), Path("out"))

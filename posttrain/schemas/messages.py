@@ -201,9 +201,7 @@ def explained_each(schema: type[BaseModel], problems: Sequence[Problem], source:
     return list({str(error): error for error in found}.values())
 
 
-def _explained_one(
-    schema: type[BaseModel], ordered: Sequence[Problem], source: ValueSource, more: str
-) -> UsageError:
+def _explained_one(schema: type[BaseModel], ordered: Sequence[Problem], source: ValueSource, more: str) -> UsageError:
     """The error of the first of these problems."""
     first = ordered[0]
     keys: tuple[Key, ...] = tuple(first["loc"])
