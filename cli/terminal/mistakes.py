@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from typer.core import TyperArgument, TyperOption
 
 from gemma2.core.errors import UsageError
-from gemma2.core.yaml_files import parse_value
+from gemma2.core.yaml_files import closest, parse_value
 from gemma2.posttrain.foreign.counterparts import command_here, hint_for, plain_name
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         )
         if short is not None and len(short) > 2:
             return UsageProblem(f"No such option: {short}", f"write it with two dashes: -{short}", page)
+        typed = str(getattr(error, "option_name", ""))
+        near = closest(typed, [name for name in names if name.startswith("--")])
+        if typed.startswith("--") and near.startswith("did you mean"):
+            return UsageProblem(f"no such option: {typed}", near, page)
     return UsageProblem(text, "", page)
 
 

@@ -108,7 +108,7 @@ def of_rlhf(config: RlhfConfig, sizes: Sizes, place: Place, lengths: Lengths) ->
 
 
 def of_warp(config: WarpConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 warp`: of its largest stages, an RL run from a later init; on a CPU `--jobs` of them."""
+    """Return the memory of `gemma2 warp`: of its largest stages, an RL run from a later init."""
     # A stage that runs a network has a GPU to itself; main memory is shared.
     jobs = 1 if place.kind == "accelerator" else min(config.jobs, config.policies)
     phases = rl_phases(config, config.sft, config.sft, sizes, place, lengths, config.trainer)

@@ -70,7 +70,7 @@ def test_a_bug_is_not_reported_as_an_expected_error(command, bug):
     ("line", "said"),
     [
         (["sfft"], "No such command 'sfft'. Did you mean 'sft'? (see gemma2 --help)"),
-        (["sft", "--modle", "x"], "No such option: --modle (Possible options: --model) (see gemma2 sft --help)"),
+        (["sft", "--modle", "x"], "no such option: --modle; did you mean '--model'?"),
         (["sft", "--epochs", "many"], "--epochs many is not a number; give a number"),
         (["sft", "stray"], "unexpected extra argument"),
         (["sft", "--model"], "Option '--model' requires an argument"),
@@ -156,7 +156,7 @@ WRONG_FOLDERS = [
     "pick . --out o",
     "convert . --out o",
     "data inspect .",
-    "config show gone",
+    "recipes show gone",
     "reward eval . --data gone",
     "eval --model . --sft . --reward . --prompts .",
 ]
