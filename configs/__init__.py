@@ -6,17 +6,15 @@ from pathlib import Path
 
 __all__ = ["machine_recipes", "recipe", "recipes"]
 
-FOLDER = Path(__file__).parent
-
 
 def recipes() -> dict[str, Path]:
     """Name -> path of every recipe that comes with the package."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))} | machine_recipes()
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))} | machine_recipes()
 
 
 def machine_recipes() -> dict[str, Path]:
     """Name -> path of the recipes that are for one command, one size of model and one kind of machine."""
-    return {path.stem: path for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("recipes/*.yaml"))}
 
 
 def recipe(name: str) -> Path | None:

@@ -93,7 +93,7 @@ def schema(
         metavar="COMMAND",
         help="A command (sft, reward pairs), pipeline, or merge.",
         show_default=False,
-        rich_help_panel="Inputs",
+        rich_help_panel="Settings",
         autocompletion=settings_of,
     ),
     out: Path | None = SchemaFile,

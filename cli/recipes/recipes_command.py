@@ -60,7 +60,11 @@ def list_recipes(
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """List the recipes by name, with what each is for and the memory that it needs of one GPU."""
+    """List the recipes by name, with what each is for and the memory that it needs of one GPU.
+
+    \b
+      gemma2 recipes list --size 2b --machine 24gb
+    """  # fmt: skip
     console = Console(as_json=as_json, quiet=quiet)
     rows = [_row(name, path) for name, path in recipes().items()]
     wanted = {"command": command, "size": size, "machine": machine}
@@ -145,8 +149,7 @@ def copy(
     """Copy a recipe into a file of yours, to change it.
 
     \b
-      gemma2 recipes copy sft-9b-80gb
-      gemma2 config check sft-9b-80gb.yaml
+      gemma2 recipes copy sft-9b-80gb --out mine.yaml
     """  # fmt: skip
     from gemma2.core.outputs.text_file import write_text
 

@@ -52,8 +52,10 @@ def _settings(schema: type[Config]) -> JsonObject:
         properties["columns"] = _either(properties["columns"], named)
     if "on_policy_fraction" in properties:
         properties["lambda"] = properties["on_policy_fraction"]
-    for one in properties.values():
+    for key, one in properties.items():
         one.pop("title", None)
+        if key in schema.model_fields and schema.model_fields[key].default_factory is dict:
+            one["default"] = {}
     return found
 
 

@@ -24,7 +24,19 @@ from gemma2.posttrain.schemas.config import Config, resolve
 
 from .schema_index import schema_for
 
-__all__ = ["COMMANDS", "MACHINES", "Cell", "MachinePlan", "cell_named", "no_recipe", "plan_of"]
+__all__ = [
+    "COMMANDS",
+    "MACHINES",
+    "ONE_GPU",
+    "Cell",
+    "MachinePlan",
+    "cell_named",
+    "cells",
+    "least_plan",
+    "no_recipe",
+    "plan_of",
+    "run_line",
+]
 
 FREE = 0.05  # of a GPU, for what a sum does not know
 ONE_GPU = ("sft", "distill", "reward")  # commands that use one GPU only
@@ -218,8 +230,8 @@ def no_recipe(cell: Cell) -> InputError:
     shared = ", and nothing is split among GPUs" if machine.gpus > 1 else ""
     close = f", of which a recipe leaves {FREE:.0%} free" if least.needed <= machine.capacity else ""
     what = (
-        f"there is no recipe {cell.name}: {cell.command} of a {cell.size.upper()} needs {needed} with the least settings "
-        f"({least.parts(3)}), a GPU has {there}{close}{shared}"
+        f"there is no recipe {cell.name}: {cell.command} of a {cell.size.upper()} needs {needed} with the least "
+        f"settings ({least.parts(3)}), a GPU has {there}{close}{shared}"
     )
     found = [f"{one.name} ({plan_of(one).sum})" for one in _next_to(cell)]
     return InputError(what, f"the next that can: {' or '.join(found)}", cell.name)

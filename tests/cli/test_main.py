@@ -365,7 +365,7 @@ def test_a_reader_of_the_progress_that_closes_the_pipe_does_not_stop_the_work(tm
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
 def test_a_full_disk_behind_stdout_is_one_line():
     with open("/dev/full", "w") as full:
-        code, _, err = gemma2("config", "list", "--json", stdout=full)
+        code, _, err = gemma2("recipes", "list", "--json", stdout=full)
     assert code == 1
     assert err.startswith("error: No space left on device")
     assert err.count("\n") == 1
