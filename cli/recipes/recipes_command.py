@@ -96,7 +96,7 @@ def _commands() -> list[str]:
 
 
 def _named(name: str) -> Path:
-    """The file of a recipe. Raises InputError that says why there is none, and names the next that there is."""
+    """The file of a recipe. Raises InputError for a name without a recipe: why, and the next that exists."""
     from gemma2.posttrain.recipe_files.machines import cell_named, cells, no_recipe
 
     known = recipes()

@@ -12,10 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import UsageError
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonObject
 from gemma2.core.yaml_files import read_documents
 from gemma2.merging.methods.request_check import check_chosen
 
@@ -36,7 +35,7 @@ def faults_of(path: Path) -> list[UsageError]:
     documents = read_documents(path)
     if not documents:
         raise UsageError(f"{path} is empty", "see docs/merging.md for what it may hold")
-    rest: list[dict[str, Any]] = deepcopy(documents)
+    rest = deepcopy(documents)
     found: list[UsageError] = []
     removed: list[tuple[int, tuple[str | int, ...]]] = []
     while len(found) < MOST:
@@ -76,37 +75,38 @@ def _between_keys(steps: Sequence[Step]) -> Iterator[UsageError]:
             yield error
 
 
-def _holder(document: Any, keys: Sequence[str | int]) -> tuple[Any, Any]:  # noqa: ANN401
-    """The mapping or list that a value is in, and the value's key there; (None, None) of one that is not found."""
-    inside = document
+def _holder(document: JsonObject, keys: Sequence[str | int]) -> object:
+    """The mapping or list that a value is in; None where it is not found."""
+    inside: object = document
     for key in keys[:-1]:
-        try:
-            inside = inside[key]
-        except (KeyError, IndexError, TypeError):
-            return None, None
-    last = keys[-1]
-    if isinstance(inside, dict):
-        return inside, next((key for key in inside if str(key) == str(last)), None)
-    there = isinstance(inside, list) and isinstance(last, int) and last < len(inside)
-    return (inside, last) if there else (None, None)
+        if isinstance(inside, dict):
+            inside = inside.get(_own(inside, key))
+        else:
+            inside = inside[key] if isinstance(inside, list) and isinstance(key, int) and key < len(inside) else None
+    return inside
 
 
-def _rename(document: JsonMapping, keys: Sequence[str | int], name: str) -> bool:
+def _own(holder: JsonObject, key: str | int) -> str:
+    """A key of a mapping as the mapping has it: YAML reads some names as numbers."""
+    return next((own for own in holder if str(own) == str(key)), str(key))
+
+
+def _rename(document: JsonObject, keys: Sequence[str | int], name: str) -> bool:
     """Give a value another key; False where that key is taken."""
-    holder, key = _holder(document, keys)
-    if not isinstance(holder, dict) or key is None or name in holder:
+    holder = _holder(document, keys)
+    if not isinstance(holder, dict) or name in holder or _own(holder, keys[-1]) not in holder:
         return False
-    holder[name] = holder.pop(key)
+    holder[name] = holder.pop(_own(holder, keys[-1]))
     return True
 
 
-def _take_out(document: JsonMapping, keys: Sequence[str | int]) -> bool:
+def _take_out(document: JsonObject, keys: Sequence[str | int]) -> bool:
     """Remove a value from a nested document; False where it is not found."""
-    holder, key = _holder(document, keys)
-    if isinstance(holder, dict) and key is not None:
-        holder.pop(key)
+    holder, last = _holder(document, keys), keys[-1]
+    if isinstance(holder, dict) and _own(holder, last) in holder:
+        holder.pop(_own(holder, last))
         return True
-    if isinstance(holder, list) and key is not None and holder[key] is not None:
-        holder[key] = None  # the places of the others stay
+    if isinstance(holder, list) and isinstance(last, int) and last < len(holder) and holder[last] is not None:
+        holder[last] = None  # the places of the others stay
         return True
     return False

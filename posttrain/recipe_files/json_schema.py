@@ -10,7 +10,6 @@ Deviation from what the commands accept: what keys say together is not described
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.merging.methods.option import OPTIONS, Option
@@ -215,5 +214,5 @@ def _merge_file() -> JsonObject:
         "required": ["steps"],
         "additionalProperties": False,
     }
-    defs: dict[str, Any] = {"merge": merge, "number": VARIED, "gradient": GRADIENT, "rule": RULE}
+    defs: JsonObject = {"merge": merge, "number": VARIED, "gradient": GRADIENT, "rule": RULE}
     return {"anyOf": [{"$ref": "#/$defs/merge"}, steps], "$defs": defs}

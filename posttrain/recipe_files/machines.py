@@ -92,7 +92,7 @@ class Cell:
 
     @property
     def path(self) -> Path | None:
-        """Its recipe; None where there is none."""
+        """Its recipe; None if it does not exist."""
         return machine_recipes().get(self.name)
 
     @property
@@ -219,7 +219,7 @@ def _config_of(cell: Cell, path: Path) -> Config:
 
 
 def no_recipe(cell: Cell) -> InputError:
-    """Why there is no recipe for a cell, and the next that there is."""
+    """Why there is no recipe for a cell, and the next that exists."""
     machine, least = MACHINES[cell.machine], least_plan(cell)
     single = replace(cell, machine="80gb")
     if machine.gpus > 1 and cell.command in ONE_GPU and single.path is not None:

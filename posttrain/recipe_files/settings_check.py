@@ -32,7 +32,7 @@ from gemma2.posttrain.training.trainer_options import check_trainer_options
 
 from .schema_index import commands_of_keys, schema_for, with_inputs
 
-__all__ = ["Fault", "FileReport", "check_file", "command_named_in"]
+__all__ = ["FileFault", "FileReport", "check_file", "command_named_in"]
 
 FOR = re.compile(r"# gemma2 ([a-z][a-z -]*[a-z]):")  # begins the first line of a recipe
 GIVEN = "given"  # in the place of what the command line or another stage gives
@@ -41,7 +41,7 @@ PLACE = re.compile(r":(\d+):(\d+)$")
 
 
 @dataclass(frozen=True)
-class Fault:
+class FileFault:
     """One fault of a file. where: `FILE:LINE:COLUMN`."""
 
     where: str
@@ -55,7 +55,7 @@ class FileReport:
 
     kind: str
     known_by: str
-    faults: tuple[Fault, ...]
+    faults: tuple[FileFault, ...]
 
     def as_json(self) -> JsonObject:
         """The report as a JSON document."""
@@ -104,17 +104,17 @@ def _is_merge(document: JsonMapping, named: str) -> bool:
     return ours or (is_mergekit(document) and not named)
 
 
-def _sorted(errors: Iterator[Gemma2Error] | list[UsageError]) -> tuple[Fault, ...]:
+def _sorted(errors: Iterator[Gemma2Error] | list[UsageError]) -> tuple[FileFault, ...]:
     """The faults by line and column; those without a place last."""
 
-    def order(fault: Fault) -> tuple[bool, int, int]:
+    def order(fault: FileFault) -> tuple[bool, int, int]:
         found = PLACE.search(fault.where)
         return (found is None, int(found[1]) if found else 0, int(found[2]) if found else 0)
 
     found = {}
     for error in errors:
         what = error.what.replace(f" in {error.where}", "", 1) if error.where else error.what
-        found[what, error.where] = Fault(error.where, what, error.hint)
+        found[what, error.where] = FileFault(error.where, what, error.hint)
     return tuple(sorted(found.values(), key=order))
 
 
