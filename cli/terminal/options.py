@@ -24,7 +24,7 @@ from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
-from gemma2.posttrain.runs.run_directory import RunOptions, resumed_with
+from gemma2.posttrain.runs.run_options import RunOptions
 from gemma2.posttrain.runs.servers import allow_given, names_servers
 from gemma2.posttrain.schemas.config import Config, ValueSource, closest, is_given, load_yaml, resolve
 
@@ -354,6 +354,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.checks.plan import disk_problem
     from gemma2.posttrain.runs.estimates import estimate
     from gemma2.posttrain.runs.finished import publish_finished
+    from gemma2.posttrain.runs.run_directory import resumed_with
 
     if given["dry_run"]:
         _show_plan(config, options, console)
