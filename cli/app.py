@@ -70,6 +70,11 @@ COMMANDS = {
         "Run the stages of a file, show their status and graph, compare two runs.",
         "Post-training",
     ),
+    "plan": CommandEntry(
+        "planning.plan_command",
+        "Show what a command needs before it runs: memory by part, GPUs, disk, time.",
+        "Start here",
+    ),
     "watch": CommandEntry(
         "tools.watch",
         "Follow a running pipeline or run, in the terminal or as a page; end it on alerts.",
@@ -81,7 +86,7 @@ COMMANDS = {
         "tools.inspect", "Show tensors, parameters, tied weights and lineage of a model directory.", "Merging"
     ),
     "eval": CommandEntry(
-        "evaluation.eval_command", "Measure reward, KL to the SFT policy and length of one policy.", "Evaluation"
+        "evaluation.eval_group", "Measure a model: reward and KL of a policy, few-shot benchmarks.", "Evaluation"
     ),
     "pareto": CommandEntry(
         "stages.pareto", "Measure the KL-reward front of policies and of the line between init and merge.", "Evaluation"

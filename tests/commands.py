@@ -7,6 +7,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from gemma2.cli.app import COMMANDS, load
+from gemma2.cli.evaluation.eval_group import EvalGroup
 
 
 @cache
@@ -28,6 +29,8 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     name, *rest = words
     assert name in COMMANDS, f"no command {name}"
     command = load(name)
+    if isinstance(command, EvalGroup):
+        rest = command.routed(rest)
     if isinstance(command, TyperGroup) and rest and rest[0] in command.commands:
         name, command, rest = f"{name} {rest[0]}", command.commands[rest[0]], rest[1:]
     context = command.make_context(name, list(rest))

@@ -26,10 +26,12 @@ def flags() -> Iterator[str]:
 def keys() -> Iterator[str]:
     """`SftConfig.steps = 100`, one line for each key of each schema."""
     from gemma2.posttrain import schemas
+    from gemma2.posttrain.schemas import measures
     from gemma2.posttrain.schemas.config import Config
 
-    for name in sorted(schemas.__all__):
-        schema = getattr(schemas, name)
+    homes = {name: home for home in (schemas, measures) for name in home.__all__}
+    for name, home in sorted(homes.items()):
+        schema = getattr(home, name)
         if isinstance(schema, type) and issubclass(schema, Config):
             for key, field in schema.model_fields.items():
                 default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))

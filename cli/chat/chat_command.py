@@ -10,7 +10,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Quiet
 
 if TYPE_CHECKING:
     from gemma2.posttrain.chat.speaker import Speaker
@@ -109,6 +109,7 @@ def chat(
     seed: int | None = Seed,
     dtype: str | None = Dtype,
     votes: Path = Votes,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -127,17 +128,34 @@ def chat(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype} is unknown", "use float32 or bfloat16")
+    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings = DrawSettings().changed(" ".join(f"{key}={value}" for key, value in given.items() if value is not None))
+    models = [model] if against is None else [model, against]
+    if dry_run:
+        _show_plan(models, dtype, Console(as_json=as_json, quiet=quiet))
+        return
     once = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
     if once is not None and not once.strip():
         raise UsageError("there is no question", "give -p TEXT, or a text on stdin")
     if as_json and once is None:
         raise UsageError("--json answers once", "give -p TEXT, or a text on stdin")
     console = Console(as_json=as_json, quiet=quiet)
-    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    settings = DrawSettings().changed(" ".join(f"{key}={value}" for key, value in given.items() if value is not None))
-    speakers = _loaded([model] if against is None else [model, against], dtype, console)
+    speakers = _loaded(models, dtype, console)
     talk = Talk([one.name for one in speakers], system, settings=settings, votes=votes)
     _converse(speakers, talk, once, console)
+
+
+def _show_plan(paths: list[Path], dtype: str | None, console: Console) -> None:
+    """The models that would be loaded, from their headers."""
+    from gemma2.core.outputs.hub import locate_model
+    from gemma2.core.outputs.safetensors_header import parameter_count
+
+    places = [locate_model(path, "model") for path in paths]
+    _check_policies(places)
+    facts = {
+        f"model {number}": f"{place} ({parameter_count(place):,} parameters)" for number, place in enumerate(places, 1)
+    }
+    console.result({"plan": "chat, nothing was loaded", **facts, "dtype": dtype})
 
 
 def _loaded(paths: list[Path], dtype: str | None, console: Console) -> list[Speaker]:

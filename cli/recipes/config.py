@@ -13,7 +13,7 @@ import typer
 from gemma2.cli.terminal.completion import begun, every_recipe
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option, recipe_path
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option, recipe_path
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.outputs.promised import promise
 from gemma2.posttrain.foreign.settings.account import KeyRow, shown
@@ -148,6 +148,7 @@ def import_settings(
     ),
     out: Path | None = OutFile,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -176,7 +177,9 @@ def import_settings(
     if failed:
         keys = ", ".join(row.key for row in found.deciding)
         raise InputError(f"{file}: no counterpart for {keys}", "take them out of the file, or drop --strict")
-    if out is not None:
+    if dry_run:
+        console.note(f"nothing was written{f' to {out}' if out else ''}")
+    elif out is not None:
         write_text(promise(out, file=True), found.recipe())
     elif not as_json:
         console.text(found.recipe())

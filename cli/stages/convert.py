@@ -54,11 +54,13 @@ def convert(
     config = resolve(ConvertConfig, flags={"source": source, "dtype": dtype})
     options = RunOptions(required_out(out), force=force)
     find_gguf(config.source)
-    from gemma2.posttrain.models.convert import plan_convert, run_convert
-
     if dry_run:
+        from gemma2.posttrain.checks.convert_plan import plan_convert
+
         console.result(plan_convert(config, options))
         return
+    from gemma2.posttrain.models.convert import run_convert
+
     promise(options.out)
     result = run_convert(config, options, console)
     console.result(result.summary, result.out)

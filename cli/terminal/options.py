@@ -36,8 +36,11 @@ from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
 if TYPE_CHECKING:
     from gemma2.posttrain.runs.commands import Runner
 
+    from .plan_view import PlanAsked
+
 __all__ = [
     "COMMON",
+    "QUESTION",
     "AllowHost",
     "AllowKey",
     "AllowVersions",
@@ -57,6 +60,7 @@ __all__ = [
 ]
 
 COMMON = "Output and control"
+QUESTION = "gemma2.plan"  # key of what `gemma2 plan` asks, in the meta of a context
 ARGUMENT = "argument"  # parameter name of a field that may be given without its flag
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -289,9 +293,12 @@ def make_command(
         else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
             settings = split_lists(schema, {name: given[name] for name in flags})
+            asked: PlanAsked | None = ctx.meta.get(QUESTION)
             if positional and given.get(ARGUMENT):
                 settings = _with_argument(positional, given[ARGUMENT], settings)
             file = recipe_path(given["config"], ctx.command_path.partition(" ")[2])
+            if asked is not None:
+                settings = asked.complete(schema, settings, file, given["set"] or ())
             config = resolve(schema, file=file, sets=given["set"] or (), flags=settings)
             from gemma2.posttrain.runs.inputs import check_inputs, located
 
@@ -299,14 +306,15 @@ def make_command(
                 allow(given["allow_host"] or (), given["allow_key"] or ())
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
+                if given["dry_run"]:
+                    _plan_only(config, given, console, asked)
+                    return
                 config = located(config)
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
                 elif writes:
                     execute(config, given, run, console)
-                elif given["dry_run"]:
-                    _show_plan(config, None, console)
                 else:
                     from gemma2.posttrain.checks.of_command import CommandChecks
 
@@ -337,16 +345,26 @@ def make_command(
     return command
 
 
-def _show_plan(config: Config, options: RunOptions | None, console: Console) -> None:
+def _plan_only(config: Config, given: Flags, console: Console, asked: PlanAsked | None) -> None:
+    """Print the plan of a command, which `gemma2 plan` shows in its own way, also without --out."""
+    from gemma2.posttrain.checks.kinds import wanted_kind
     from gemma2.posttrain.pipelines.check import plan_step
+    from gemma2.posttrain.planning.named_models import name_models
 
     from .plan_view import show_plan
 
-    show_plan(plan_step(config, options), console)
+    out = given.get("out") if asked is not None or "out" not in given else required_out(given["out"])
+    options = None if out is None else RunOptions(out, given["resume"], given["force"])
+    config, named = name_models(config, wanted_kind(config))
+    planned = plan_step(config, options, named)
+    if asked is not None:
+        asked.show(config, planned, console)
+    else:
+        show_plan(planned.document, console)
 
 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
-    """Run a command that writes an output, or with --dry-run print its plan."""
+    """Run a command that writes an output."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
     allow(versions=given["allow_versions"])
     from gemma2.posttrain.checks.machine import free_disk
@@ -356,9 +374,6 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.runs.finished import publish_finished
     from gemma2.posttrain.runs.run_directory import resumed_with
 
-    if given["dry_run"]:
-        _show_plan(config, options, console)
-        return
     promise(options.out)
     checks = CommandChecks(isolated=False)
     models = checks.inputs(config)

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.posttrain.schemas.config import Config
 
 from .console import Console
 
-__all__ = ["end_plan", "show_plan"]
+if TYPE_CHECKING:
+    from gemma2.posttrain.checks.plan import Planned
+
+__all__ = ["PlanAsked", "end_plan", "show_plan"]
 
 APART = ("data", "first_row", "stages", "problems", "config", "batch")
+
+
+class PlanAsked(Protocol):
+    """What `gemma2 plan` puts in place of the plan of a dry run."""
+
+    def complete(self, schema: type[Config], flags: JsonMapping, file: Path | None, sets: Sequence[str]) -> JsonObject:
+        """Return the flags of a command, with stand-ins for data that is not given."""
+        ...
+
+    def show(self, config: Config, planned: Planned, console: Console) -> None:
+        """Print the plan."""
+        ...
 
 
 def show_plan(document: JsonMapping, console: Console) -> None:

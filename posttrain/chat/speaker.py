@@ -17,7 +17,7 @@ from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat, Message
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.attention import additive, empty_cache, layer_masks, taking_masks
-from gemma2.posttrain.models.decoder import Gemma2Decoder
+from gemma2.posttrain.models.decoder import StepDecoder
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, draw, random_numbers
@@ -54,7 +54,7 @@ class Speaker:
         self.cache = empty_cache(model.config)
         self.cached: list[int] = []
         self.computed = 0
-        self.decoder = Gemma2Decoder(model, self.context) if Gemma2Decoder.fits(model) else None
+        self.decoder = StepDecoder(model, self.context) if StepDecoder.fits(model) else None
 
     @classmethod
     def load(cls, path: Path, name: str, dtype: torch.dtype | None = None) -> Speaker:

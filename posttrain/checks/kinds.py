@@ -5,7 +5,7 @@ An input is on disk, or promised: an earlier stage of a pipeline will make it (`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,14 +55,16 @@ __all__ = [
     "found_at",
     "look_at",
     "merged_kind",
+    "wanted_kind",
 ]
 
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
+RESULTS = "results"
 MODELS = (POLICY, REWARD)
 TASKS = {"CAUSAL_LM": POLICY, "SEQ_CLS": REWARD}  # of peft
 SEPARATE_HEAD = "separate head"  # a fact of a policy: whether its files hold an output head besides the embedding
 NAMES = {POLICY: "a policy", REWARD: "a reward model", ADAPTER: "a LoRA adapter", DATA: "a data set"}
-NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher"}
+NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher", RESULTS: "a result of gemma2 eval"}
 # The kind of input that each field takes, by its name, and by command where commands differ.
 FIELDS = {name: {POLICY} for name in ("policy", "sft", "teacher", "init", "merged", "policies", "compare", "model")}
 FIELDS |= {"reward": {REWARD}, "from_head": {REWARD}, "front": {FRONT}, "fronts": {FRONT}, "teacher_cache": {CACHE}}
@@ -92,7 +94,7 @@ def look_at(path: Path) -> Promise | None:
             raise
         if (path / "adapter_config.json").is_file():
             return _adapter(path)
-        return Promise(made) if made in (DATA, FRONT, CACHE) else None
+        return Promise(made) if made in (DATA, FRONT, CACHE, RESULTS) else None
     if not isinstance(config, dict) or not weight_files(path):
         return None
     check_types(path / "config.json", config)
@@ -124,6 +126,12 @@ def _adapter(path: Path) -> Promise:
     model = next((look_at(place) for place in places if place.is_dir()), None) or Promise(ADAPTER)
     of = model.kind if model.kind in MODELS else TASKS.get(str(settings.get("task_type")))
     return replace(model, kind=ADAPTER, of=of)
+
+
+def wanted_kind(config: Config) -> Callable[[str], str]:
+    """A function from a field of a command to the kind of model that it takes: a reward model, else a policy."""
+    wanted = FIELDS | OF_COMMANDS.get(type(config), {})
+    return lambda name: REWARD if POLICY not in wanted.get(name, {POLICY}) else POLICY
 
 
 def check_kinds(config: Config, known: Mapping[Path, Promise]) -> list[Input]:

@@ -30,6 +30,7 @@ __all__ = [
     "check_attention",
     "empty_cache",
     "layer_masks",
+    "layer_windows",
     "padded_masks",
     "taking_masks",
 ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "adapted_weights",
     "adapters_are_products",
+    "bias_of",
     "check_targets",
     "lora_config",
     "merged",
@@ -110,6 +111,15 @@ def weight_of(linear: nn.Linear) -> Tensor:
     return _product_added(adapted, adapted.get_base_layer().weight.dtype)
 
 
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    """Return the bias of a linear layer, with or without an adapter."""
+    if not hasattr(linear, "lora_A"):
+        return linear.bias
+    adapted: LoraLayer = linear
+    bias: Tensor | None = adapted.get_base_layer().bias
+    return bias
+
+
 def _product_added(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     (adapter,) = layer.active_adapters
     weight: Tensor = layer.get_base_layer().weight.detach().float()
@@ -130,6 +140,7 @@ def adapters_are_products(model: Network) -> bool:
         and not module.lora_variant  # DoRA and its like
         and not module.disable_adapters
         and not module.merged
+        and not any(module.lora_bias.values())
         for module in adapted
     )
 

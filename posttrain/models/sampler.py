@@ -5,7 +5,7 @@
 Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
 the batch and the cache as soon as they end. Drawing inverts the distribution function on float64 uniforms that are all
 taken from the generator beforehand, one per token slot, so the draws of a row depend on neither the batch size nor
-the other rows. Gemma 2 decodes through `decoder.py`, other architectures through transformers.
+the other rows. Gemma 2 and the Llama family decode through `decoder.py`, other architectures through transformers.
 
 Log-probs belong to the sampled distribution, softmax(logits / temperature) over the full vocabulary. That is the policy
 of the RL objective, so they serve as its log pi without a second forward pass. Under top-k, top-p or min-p they still
@@ -30,7 +30,7 @@ from torch import Tensor
 from gemma2.core.errors import InputError
 
 from .attention import Masks, additive, empty_cache, layer_masks, padded_masks, taking_masks
-from .decoder import Gemma2Decoder
+from .decoder import StepDecoder
 from .protocols import CausalLM, Network
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
@@ -306,7 +306,7 @@ class _Batch:
         self.logits = logits[source]  # (rows, V) fp32
         self.position = (self.length - padding)[source]  # (rows,) of the next token
         self.mask = additive(visible[:, None, None], model.dtype)[source]  # (rows, 1, 1, all columns)
-        self.decoder = Gemma2Decoder(model, len(columns)) if Gemma2Decoder.fits(model) else None
+        self.decoder = StepDecoder(model, len(columns)) if StepDecoder.fits(model) else None
 
     def _forward(self, ids: Tensor, positions: Tensor, masks: Masks) -> Tensor:
         """Return logits (B, V) fp32 after the last of ids (B, Q) at positions (B, Q)."""

@@ -38,6 +38,7 @@ __all__ = [
     "last_hidden_states",
     "mean_and_error",
     "similar_rows",
+    "target_log_probs",
     "token_logps",
 ]
 
@@ -64,7 +65,7 @@ def token_logps(
                 hidden[row, len(prompts[i]) - 1 : len(prompts[i]) + len(completions[i]) - 1]
                 for row, i in enumerate(batch)
             ]
-            logps = _scored(model, torch.cat(states), torch.cat(targets), temperature)
+            logps = target_log_probs(model, torch.cat(states), torch.cat(targets), temperature)
             for i, values in zip(batch, torch.split(logps.cpu(), [len(t) for t in targets]), strict=True):
                 result[i] = values
     return result
@@ -167,8 +168,8 @@ def head_logits(model: CausalLM, hidden: Tensor) -> Tensor:
     return result
 
 
-def _scored(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Return log-probs of `targets` (N,) without gradient, and without entropies, which would need another pass."""
+def target_log_probs(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return log-probs of `targets` (N,) from last hidden states (N, d), without gradient and without entropies."""
     if head_in_one_pass(model, hidden):
         return target_logps(model, hidden, targets, temperature)
     size = _chunk_rows(model)

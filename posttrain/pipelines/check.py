@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
@@ -18,12 +18,16 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.merging.methods.request import file_named, is_input
-from gemma2.posttrain.checks.machine import Memory, free_disk
+from gemma2.posttrain.checks.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.checks.of_command import CommandChecks
-from gemma2.posttrain.checks.plan import memory_problem, plan
+from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of
+from gemma2.posttrain.planning.learning import Sizes
+from gemma2.posttrain.planning.memory import Place
+from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
+from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
-from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
+from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
@@ -52,7 +56,7 @@ MOST_NAMED = 5
 class Checked:
     """One stage in its present state: what a run would do (`decision.py`).
 
-    work  memory, disk, operations; None where nothing is known
+    work  memory, disk, tokens; None where nothing is known
     hash  of what a complete output was made from
     """
 
@@ -92,6 +96,7 @@ class PipelinePlan:
     """The whole pipeline in its present state, in the order of its needs."""
 
     stages: Mapping[str, Checked]
+    sizes: Sizes
     disk_free: float = 0.0
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
@@ -111,12 +116,12 @@ class PipelinePlan:
 
     def without_memory(self, memory: Memory) -> list[str]:
         """The stages to run that need more memory than this, a line each; on a cluster other machines count."""
-        found = [
-            (one.stage.name, memory_problem(one.decision.config, one.work, memory))
-            for one in self.to_run
-            if one.work is not None and one.decision.config is not None
-        ]
-        return [f"stages.{name}: {problem}" for name, problem in found if problem]
+        found = [(one.stage.name, self._verdict(one, place_of(memory))) for one in self.to_run]
+        problems = [(name, memory_problem(verdict, memory)) for name, verdict in found if verdict is not None]
+        return [f"stages.{name}: {problem}" for name, problem in problems if problem]
+
+    def _verdict(self, one: Checked, place: Place) -> Verdict | None:
+        return judge(one.decision.config, self.sizes, place) if one.decision.config is not None else None
 
     @property
     def to_run(self) -> list[Checked]:
@@ -138,12 +143,12 @@ class PipelinePlan:
         return [f"{len(kept)} outputs are kept that other versions made: {names}{more}; --force STAGE makes one again"]
 
     def rows(self) -> list[JsonObject]:
-        """A table: stage, command, what will be done, memory and disk in GiB, CPU seconds at least."""
-        rate = matmul_rate() if any(one.work and one.work.operations for one in self.to_run) else 1.0
-        return [_row(one, rate) for one in self.stages.values()]
+        """A table: stage, command, what will be done, memory and disk in GiB, tokens."""
+        place = place_of(free_memory())
+        return [_row(one, self._verdict(one, place) if one.runs else None) for one in self.stages.values()]
 
 
-def _row(one: Checked, rate: float) -> JsonObject:
+def _row(one: Checked, verdict: Verdict | None) -> JsonObject:
     work = one.work if one.runs else None
 
     def figure(value: float | None, unit: float) -> float | None:
@@ -153,22 +158,26 @@ def _row(one: Checked, rate: float) -> JsonObject:
         "stage": one.stage.name,
         "command": one.stage.command,
         "action": one.action,
-        "memory_gib": figure(work.memory if work else None, 2.0**30),
+        "memory_gib": figure(verdict.needed if verdict else work.memory if work else None, 2.0**30),
         "disk_gib": figure(work.disk if work else None, 2.0**30),
-        "cpu_seconds_at_least": figure(work.operations if work else None, rate),
+        "tokens": figure(work.tokens if work and work.tokens else None, 1.0),
         "why": "; ".join(one.why),
     }
 
 
-def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = True) -> PipelinePlan:
+def check_pipeline(
+    pipeline: Pipeline, choice: Choice = ALL, contents: bool = True, named: NamedModels = NOTHING
+) -> PipelinePlan:
     """Check every stage and say what a run would do.
 
     contents  also read rows and import the functions of the stages that will run
+    named     models that are not on this disk
 
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
     """
-    promised: dict[Path, Promise] = {}
-    sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
+    promised: dict[Path, Promise] = {**named.promised}
+    places = [*(stage.out for stage in pipeline.stages.values()), *named.promised]
+    sources = Sources(promised, places)
     checks = CommandChecks(sources)
     status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
@@ -193,7 +202,7 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
         status[stage.name] = status_after(decision)
         reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, work, _hash(decision))
-    return PipelinePlan(found, free_disk(pipeline.root))
+    return PipelinePlan(found, sizes_of(named, sources), free_disk(pipeline.root))
 
 
 def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Checked]:
@@ -261,11 +270,16 @@ def _check_taken(stage: Stage, status: Mapping[str, str], pipeline: Pipeline, wi
 # --- one command -----------------------------------------------------------------------------------------------------
 
 
-def plan_step(config: Config, options: RunOptions | None) -> JsonObject:
-    """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP."""
-    document = plan(config, options)
-    if not isinstance(config, WarpConfig) or options is None:
-        return document
+def plan_step(config: Config, options: RunOptions | None, named: NamedModels = NOTHING) -> Planned:
+    """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP.
+
+    named  models that are not on this disk
+    """
+    planned = look(config, options, named)
+    if not isinstance(config, WarpConfig):
+        return planned
     stages = PipelineFile(stages=warp_stages(config))
-    rows = check_pipeline(compile_pipeline(stages, partial_path(options.out))).rows()
-    return document | {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
+    out = options.out if options is not None else Path("out")
+    rows = check_pipeline(compile_pipeline(stages, partial_path(out)), named=named).rows()
+    more = {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
+    return replace(planned, document=planned.document | more)

@@ -15,11 +15,11 @@ local layer those of the window; eager attention meets all columns of the row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .parts import Bytes, blocks
 from .shapes import ModelShape
 
 __all__ = ["Attention", "Network", "Rows", "cpu_parts", "decode_bytes", "sampler_logits"]
@@ -78,53 +78,67 @@ class Network:
         """Elements of one copy of the scores of one layer."""
         return batch.rows * self.shape.heads * self.columns(batch.tokens, local)
 
-    def block_bytes(self, batch: Rows, local: bool) -> float:
-        """Bytes that one block keeps for its backward pass."""
+    def block_bytes(self, batch: Rows, local: bool) -> Bytes:
+        """Memory that one block keeps for its backward pass."""
         shape = self.shape
-        heads, groups = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-        around = 4 * heads if self.attention == "eager" else 2 * (heads + groups)
+        queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
         if self.mixed:
-            of_token = MIXED_NORMS * shape.hidden + MIXED_MLP * shape.inner + MIXED_HEADS * heads
-            return batch.count * float(of_token) + MIXED_SCORES * self.scores(batch, local)
-        norms = 10 if self.trained else 6
-        of_token = norms * shape.hidden + 4 * shape.inner + around + NORMS + self.adapted * self.rank
-        kept = 2 if shape.capped else 1
-        return 4.0 * (batch.count * of_token + kept * self.scores(batch, local))
+            of_token = MIXED_NORMS * shape.hidden + MIXED_MLP * shape.inner + MIXED_HEADS * queries
+            return Bytes(batch.count * float(of_token) + MIXED_SCORES * self.scores(batch, local))
+        token = 4.0 * batch.count
+        found = blocks(token * shape.hidden, 10 if self.trained else 6) + blocks(token * shape.inner, 4)
+        if self.attention == "eager":
+            found += blocks(token * queries, 4)
+        else:
+            found += blocks(token * queries, 2) + blocks(token * keys, 2)
+        found += blocks(token, NORMS) + blocks(token * self.rank, self.adapted)
+        return found + self.score_blocks(batch, local) * (2 if shape.capped else 1)
 
-    def saved_bytes(self, batch: Rows) -> float:
-        """Bytes that all blocks keep until the backward pass begins."""
+    def score_blocks(self, batch: Rows, local: bool) -> Bytes:
+        """Memory of one copy of the scores of one layer, in the blocks that attention makes."""
+        heads, tokens = 4.0 * batch.rows * self.shape.heads, batch.tokens
+        if self.attention != "blockwise":
+            return blocks(heads * self.columns(tokens, local))
+        window = self.shape.window if local else None
+        sizes = (heads * (end - start) * (end - first) for start, end, first in _blocks(tokens, window))
+        return sum((blocks(size) for size in sizes), Bytes())
+
+    def saved_bytes(self, batch: Rows) -> Bytes:
+        """Memory that all blocks keep until the backward pass begins."""
         shape, edge = self.shape, 4.0 * batch.count * self.shape.hidden
         if self.checkpointing:
-            return edge * (shape.layers + 2)
+            return blocks(edge, shape.layers + 2)
         local, everywhere = self.block_bytes(batch, True), self.block_bytes(batch, False)
-        return shape.local_layers * local + (shape.layers - shape.local_layers) * everywhere + 3 * edge
+        return local * shape.local_layers + everywhere * (shape.layers - shape.local_layers) + blocks(edge, 3)
 
-    def working_bytes(self, batch: Rows) -> float:
-        """Bytes that the backward pass of one block works with, in addition to what the block has kept."""
+    def working_bytes(self, batch: Rows) -> Bytes:
+        """Memory that the backward pass of one block works with, in addition to what the block has kept."""
         shape = self.shape
         item = 2.0 if self.mixed else 4.0
-        scores = 0.0 if self.attention == "blockwise" else item * 2 * self.scores(batch, False)
-        again = self.block_bytes(batch, False) if self.checkpointing else 0.0
-        return again + item * batch.count * (2 * shape.hidden + 2 * shape.inner) + scores
+        found = blocks(item * batch.count * shape.hidden, 2) + blocks(item * batch.count * shape.inner, 2)
+        if self.attention == "eager":
+            found += blocks(item * self.scores(batch, False), 2)
+        return found + (self.block_bytes(batch, False) if self.checkpointing else Bytes())
 
-    def forward_bytes(self, batch: Rows) -> float:
-        """Bytes of a forward pass without gradients: the widest moment of one block, and the masks."""
+    def forward_bytes(self, batch: Rows) -> Bytes:
+        """Memory of a forward pass without gradients: the widest moment of one block, and the masks."""
         shape = self.shape
         item = 2.0 if self.mixed else 4.0
-        heads = shape.heads * shape.head_dim
-        mlp = batch.count * (3 * shape.inner + 3 * shape.hidden)
-        scores = 3 * self.scores(batch, False) if self.attention == "eager" else 0.0
-        attention = batch.count * (3 * shape.hidden + 4 * heads) + scores
-        if self.attention == "blockwise":
-            attention += 2 * batch.rows * shape.heads * min(BLOCK, batch.tokens) * batch.tokens
-        return item * max(mlp, attention) + self.mask_bytes(batch)
+        width, heads = item * batch.count, shape.heads * shape.head_dim
+        mlp = blocks(width * shape.inner, 3) + blocks(width * shape.hidden, 3)
+        attention = blocks(width * shape.hidden, 3) + blocks(width * heads, 4)
+        if self.attention == "eager":
+            attention += blocks(item * self.scores(batch, False), 3)
+        elif self.attention == "blockwise":
+            attention += blocks(item * batch.rows * shape.heads * min(BLOCK, batch.tokens) * batch.tokens, 2)
+        return max(mlp, attention, key=lambda moment: moment.total) + self.mask_bytes(batch)
 
-    def mask_bytes(self, batch: Rows) -> float:
-        """Bytes of the masks of eager attention: one of global and one of local layers."""
+    def mask_bytes(self, batch: Rows) -> Bytes:
+        """Memory of the masks of eager attention: one of global and one of local layers."""
         if self.attention != "eager":
-            return 0.0
+            return Bytes()
         kinds = 2 if 0 < self.shape.local_layers < self.shape.layers else 1
-        return 4.0 * kinds * batch.tokens * batch.tokens
+        return blocks(4.0 * batch.tokens * batch.tokens, kinds)
 
 
 def _block_columns(tokens: int, window: int | None) -> float:
@@ -142,20 +156,20 @@ def cpu_parts(batch: Rows, tokens: int) -> Rows:
     return Rows(max(1, min(batch.rows, tokens // max(1, batch.tokens))), batch.tokens)
 
 
-def decode_bytes(network: Network, rows: int, prompt: int, new: int, item: int) -> float:
-    """Bytes of the sampler's cache at its largest: all columns of every row, and the layer that is being copied."""
-    shape, columns = network.shape, prompt
+def decode_bytes(shape: ModelShape, rows: int, prompt: int, new: int, item: int) -> Bytes:
+    """Memory of the sampler's cache at its largest: all columns of every row, and the layer that is being copied."""
+    columns = prompt
     while columns < prompt + new:
         columns += max(GROWTH, columns // 4)
-    of_rows = rows * shape.cache_bytes(columns, item)
-    return of_rows * (1 + 1 / max(1, shape.layers))
+    of_tensor = rows * shape.groups * shape.head_dim * float(item) * columns
+    return blocks(of_tensor, 2 * shape.layers + 1)
 
 
-def sampler_logits(shape: ModelShape, rows: int, whole: bool) -> float:
-    """Bytes of the logits of one step: fp32, before and after the soft cap.
+def sampler_logits(shape: ModelShape, rows: int, whole: bool) -> Bytes:
+    """Memory of the logits of one step: fp32, before and after the soft cap.
 
     whole  whether the distribution is left whole: otherwise every row is sorted or cut in fp64
     """
-    tile = min(float(rows), math.ceil(2**22 / max(1, shape.vocabulary))) * shape.vocabulary * 4
-    drawing = tile if whole else rows * shape.vocabulary * 24.0
-    return rows * shape.vocabulary * 8.0 + drawing
+    row = shape.vocabulary * 4.0
+    tile = min(rows, max(1, 2**22 // max(1, shape.vocabulary)))
+    return blocks(rows * row, 2) + (blocks(tile * row) if whole else blocks(2 * rows * row, 3))

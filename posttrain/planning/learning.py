@@ -14,13 +14,27 @@ from pathlib import Path
 from gemma2.posttrain.schemas import DistillConfig, LoraFields, RewardConfig, SftConfig
 
 from .activations import Attention, Network, Rows, cpu_parts, decode_bytes, sampler_logits
-from .parts import Lengths, MemoryPlan, Phase, Place, phase
+from .parts import Bytes, Lengths, Moment, Place, Sum, blocks
 from .shapes import ModelShape
 
-__all__ = ["Sizes", "Trained", "chunk_logits", "of_distill", "of_reward", "of_sft", "resident", "trained", "training"]
+__all__ = [
+    "CHUNK",
+    "PART_TOKENS",
+    "PROMPT",
+    "Sizes",
+    "Trained",
+    "chunk_logits",
+    "dtype_bytes",
+    "generating",
+    "of_distill",
+    "of_reward",
+    "of_sft",
+    "resident",
+    "trained",
+    "training",
+]
 
 Sizes = Callable[[Path], ModelShape]
-Sum = list[tuple[str, float]]
 
 PART_TOKENS = 2048  # per forward pass on a CPU (sft_trainer.py, reward_trainer.py, scorer.py)
 CHUNK, ROWS, TILE = 2**24, 128, 2**22  # logits at once (cross_entropy.py, scorer.py, divergence.py)
@@ -31,32 +45,37 @@ PROMPT = 512  # tokens of the longest prompt where nothing is known of the data
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights that a command trains: bytes per device.
+    """The weights that a command trains, per device.
 
-    weights    all of the model, fp32, adapters included
-    elements   trained elements, on this device
-    embedding  bytes of the gradient of the embedding; 0 if the embedding is frozen
-    tied       whether the output head shares it
-    records    what is kept of the start, to see how far the weights moved
+    weights    bytes of all of the model, fp32, adapters included
+    elements   trained elements
+    gradients  memory of one gradient of every trained tensor
+    embedding  memory of the gradient of the embedding; none if it is frozen
+    tied       whether the output head shares the embedding
+    records    bytes that are kept of the start, to see how far the weights moved
     """
 
     network: Network
     weights: float
     elements: float
-    embedding: float
+    gradients: Bytes
+    embedding: Bytes
     tied: bool
     records: float
 
     def state(self) -> Sum:
         """Weights, the optimizer's moments (Adam, fp32), and the records of the start."""
-        return [("weights", self.weights), ("optimizer", 8 * self.elements), ("records of the start", self.records)]
+        return [
+            ("weights", Bytes(self.weights)),
+            ("optimizer", Bytes(8 * self.elements)),
+            ("records of the start", Bytes(self.records)),
+        ]
 
 
 def trained(config: LoraFields, shape: ModelShape, place: Place, mapping: Mapping[str, object]) -> Trained:
     """Return what training a model of this shape takes. `mapping`: the options under `trainer:`."""
-    rank, shards = config.lora_rank, place.shards
+    rank, share = config.lora_rank, 1 / place.shards
     adapters = shape.adapter_parameters(rank, config.lora_targets) if rank else 0.0
-    elements = (adapters if rank else shape.parameters) / shards
     accelerated = place.kind == "accelerator"
     checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
     attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
@@ -69,10 +88,23 @@ def trained(config: LoraFields, shape: ModelShape, place: Place, mapping: Mappin
         rank=rank,
         adapted=len(shape.adapted(config.lora_targets)) if rank else 0,
     )
-    weights = 4 * (shape.parameters + adapters) / shards
-    records = 0.0 if rank else 8 * _sampled(shape)
-    embedding = 0.0 if rank else 4.0 * shape.embedding / shards
-    return Trained(network, weights, elements, embedding, shape.tied and not shape.outputs, records)
+    embedding = blocks(4.0 * shape.embedding)
+    return Trained(
+        network,
+        weights=4 * (shape.parameters + adapters) * share,
+        elements=(adapters if rank else shape.parameters) * share,
+        gradients=(Bytes(0.0, 4 * adapters) if rank else _gradients(shape)) * share,
+        embedding=Bytes() if rank else embedding * share,
+        tied=shape.tied and not shape.outputs,
+        records=0.0 if rank else 8 * _sampled(shape),
+    )
+
+
+def _gradients(shape: ModelShape) -> Bytes:
+    """Memory of the gradients of all tensors of a model."""
+    sizes = [4.0 * inputs * outputs for inputs, outputs in shape.linear_layers().values()]
+    found = sum((blocks(size, shape.layers) for size in sizes), blocks(4.0 * shape.embedding, 1 if shape.tied else 2))
+    return found + Bytes(0.0, max(0.0, 4 * shape.parameters - found.total))
 
 
 def _sampled(shape: ModelShape) -> float:
@@ -82,76 +114,64 @@ def _sampled(shape: ModelShape) -> float:
     return float(shape.layers * (of_block + norms) + min(shape.embedding, SAMPLE) + shape.hidden)
 
 
-def resident(shape: ModelShape, item: float, place: Place, shared: bool = False) -> float:
-    """Bytes of a model that does not learn, on each device. `shared`: whether FSDP splits it too."""
-    return shape.parameters * item / (place.shards if shared else 1)
+def resident(shape: ModelShape, item: float) -> Bytes:
+    """Memory of a model that does not learn: whole on each device."""
+    return Bytes(shape.parameters * item)
 
 
-def chunk_logits(vocabulary: int, rows: int, learns: bool, mixed: bool) -> float:
-    """Bytes of the logits of a chunk of `rows` targets, and what is computed next to them."""
+def chunk_logits(vocabulary: int, rows: int, learns: bool, mixed: bool) -> Bytes:
+    """Memory of the logits of a chunk of `rows` targets, and what is computed next to them."""
     if not vocabulary:
-        return 0.0
-    if mixed:  # bf16 product, fp32 logits, log-probs, their gradient
-        return min(rows, max(1, CHUNK // vocabulary)) * vocabulary * (14.0 if learns else 10.0)
+        return Bytes()
+    if mixed:  # bf16 product, fp32 logits, log-probs, and their gradient
+        return Bytes(min(rows, max(1, CHUNK // vocabulary)) * vocabulary * (14.0 if learns else 10.0))
     size = min(rows, max(ROWS, CHUNK // vocabulary))
-    return 4.0 * vocabulary * (size + min(size, max(1, TILE // vocabulary)))
+    return blocks(4.0 * vocabulary * size) + blocks(4.0 * vocabulary * min(size, max(1, TILE // vocabulary)))
 
 
 def training(
-    one: Trained, base: Sum, batch: Rows, logits: float, accumulates: bool, place: Place, name: str = "train"
-) -> Phase:
-    """Return the larger moment of a training step on batches of this size.
+    one: Trained, base: Sum, batch: Rows, logits: Bytes, accumulates: bool, place: Place, name: str = "train"
+) -> list[Moment]:
+    """Return the two moments of a training step on batches of this size.
 
     base         what is in memory all the time, apart from `one`
     accumulates  whether gradients of earlier parts or micro-batches are there already
     """
-    network, gradients = one.network, 4 * one.elements
-    head = one.embedding if one.tied else 0.0
+    network = one.network
+    head = one.embedding if one.tied else Bytes()
     always = [*base, *one.state(), *_copies(one, place)]
-    states = ("logits", logits + 4.0 * batch.count * network.shape.hidden * (logits > 0))
-    forward = phase(
-        name,
-        [
-            *always,
-            ("gradients", (gradients if accumulates else 0.0) + head),
-            ("activations", network.saved_bytes(batch)),
-            states,
-        ],
-    )
+    states = blocks(4.0 * batch.count * network.shape.hidden, 2 if logits.total else 0)
+    forward: Sum = [
+        *always,
+        ("gradients", head + (one.gradients if accumulates else Bytes())),
+        ("activations", network.saved_bytes(batch) + states),
+        ("logits", logits),
+    ]
     last = replace(network, checkpointing=False).block_bytes(batch, True)
-    twice = one.embedding * ((1 if one.tied else 0) + (1 if accumulates else 0))
-    backward = phase(
-        name,
-        [
-            *always,
-            ("gradients", gradients + twice),
-            ("activations", last + network.working_bytes(batch)),
-        ],
-    )
-    return max(forward, backward, key=lambda moment: moment.bytes)
+    backward: Sum = [
+        *always,
+        ("gradients", one.gradients + one.embedding * (one.tied + accumulates)),
+        ("activations", last + network.working_bytes(batch)),
+    ]
+    return [Moment(name, forward), Moment(name, backward)]
 
 
 def _copies(one: Trained, place: Place) -> Sum:
     """Under autocast the bf16 copies of trained weights; under data parallelism the buckets of their gradients."""
     found: Sum = []
     if one.network.mixed:
-        found.append(("bf16 copies of weights", 2 * one.elements))
-    if place.full_shard and place.devices > 1:
+        found.append(("bf16 copies of weights", Bytes(2 * one.elements)))
+    if place.devices > 1 and place.full_shard:
         shape = one.network.shape
         largest = max((shape.parameters - shape.embedding) / max(1, shape.layers), float(shape.embedding))
-        found.append(("gathered layer", 4 * largest * 2))
+        found.append(("gathered layer", Bytes(8 * largest)))
     elif place.devices > 1:
-        found.append(("gradient buckets", 4 * one.elements))
+        found.append(("gradient buckets", Bytes(4 * one.elements)))
     return found
 
 
-def common(place: Place) -> Sum:
-    """What every process has: the libraries."""
-    return [("library baseline", place.library_baseline)]
-
-
-def of_sft(config: SftConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 sft`."""
+def of_sft(config: SftConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 sft`."""
     shape = sizes(config.model)
     one = trained(config, shape, place, config.trainer)
     if place.kind == "accelerator" and config.attention != "eager":
@@ -161,12 +181,11 @@ def of_sft(config: SftConfig, sizes: Sizes, place: Place, lengths: Lengths) -> M
     tokens = config.micro_batch_tokens or (PART_TOKENS if one.network.attention == "blockwise" else None)
     batch = cpu_parts(micro, tokens) if tokens else micro
     logits = chunk_logits(shape.vocabulary, batch.count, True, one.network.mixed)
-    accumulates = batch.rows < config.batch_size
-    return MemoryPlan((training(one, common(place), batch, logits, accumulates, place),))
+    return training(one, [], batch, logits, batch.rows < config.batch_size, place)
 
 
-def of_reward(config: RewardConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 reward`. A row is one side of a pair."""
+def of_reward(config: RewardConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 reward`. A row is one side of a pair."""
     shape = replace(sizes(config.model), outputs=1)
     one = trained(config, shape, place, config.trainer)
     width = min(config.max_length, lengths.row or config.max_length)
@@ -174,65 +193,57 @@ def of_reward(config: RewardConfig, sizes: Sizes, place: Place, lengths: Lengths
     batch = Rows(2 * pairs, width)
     if one.network.attention == "blockwise":
         batch = Rows(2 * cpu_parts(Rows(pairs, 2 * width), PART_TOKENS).rows, width)
-    accumulates = batch.rows < 2 * config.batch_size
-    return MemoryPlan((training(one, common(place), batch, 0.0, accumulates, place),))
+    return training(one, [], batch, Bytes(), batch.rows < 2 * config.batch_size, place)
 
 
-def of_distill(config: DistillConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 distill`: the student answers, then both models read the answers."""
+def of_distill(config: DistillConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
     shape = sizes(config.model)
     one = trained(config, shape, place, config.trainer)
     one = replace(one, network=replace(one.network, attention="eager"))
-    base = common(place)
+    base: Sum = []
     if config.teacher is not None:
-        item = dtype_bytes(config.teacher_dtype, place)
-        base.append(("teacher", resident(sizes(config.teacher), item, place)))
-    answers = config.prompts is not None
+        base.append(("teacher", resident(sizes(config.teacher), dtype_bytes(config.teacher_dtype, place))))
     prompt, width = lengths.prompt or PROMPT, min(config.max_length, lengths.row or config.max_length)
-    if answers:
+    if config.prompts is not None:
         width = max(prompt + config.max_new_tokens, width if config.data is not None else 0)
     micro = config.micro_batch_size or config.batch_size
     batch = Rows(micro, width)
     chunk = min(batch.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
-    logits = chunk * DIVERGENCE_COPIES[config.divergence]
-    phases = [training(one, base, batch, logits, micro < config.batch_size, place)]
+    logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
+    moments = training(one, base, batch, logits, micro < config.batch_size, place)
     if config.teacher is not None:
         reading = Network(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
-        phases[0] = max(phases[0], reads(one, base, batch, reading, place), key=lambda moment: moment.bytes)
-    if answers:
-        rows = config.batch_size
-        phases.insert(0, generating(one, base, rows, Lengths(None, prompt), config.max_new_tokens, True))
-    return MemoryPlan(tuple(phases))
+        kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
+        moments.append(Moment("train", [*base, *one.state(), *_copies(one, place), ("activations", kept)]))
+    if config.prompts is not None:
+        moments.insert(0, generating(one, base, config.batch_size, prompt, config.max_new_tokens))
+    return moments
 
 
-def reads(one: Trained, base: Sum, batch: Rows, reading: Network, place: Place) -> Phase:
-    """Return the moment at which the teacher reads a batch, when the student has kept its activations."""
-    kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
-    return phase("train", [*base, *one.state(), *_copies(one, place), ("activations", kept)])
-
-
-def generating(
-    one: Trained, base: Sum, rows: int, lengths: Lengths, new: int, whole: bool, name: str = "generate"
-) -> Phase:
-    """Return the phase in which a model in training answers prompts: its cache, logits, and copies of its weights."""
-    shape, mixed = one.network.shape, one.network.mixed
-    prompt = lengths.prompt or PROMPT
-    item = 2 if mixed else 4
+def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Moment:
+    """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights."""
+    shape, item = one.network.shape, 2 if one.network.mixed else 4
     prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(Rows(rows, prompt))
+    parts: Sum = [
+        *base,
+        *one.state(),
+        ("copies of weights for decoding", decoding_copies(shape, 4, adapted=not one.network.trained)),
+        ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
+        ("logits", sampler_logits(shape, rows, True)),
+        ("activations", prefill),
+    ]
+    return Moment("generate", parts)
+
+
+def decoding_copies(shape: ModelShape, item: int, adapted: bool = False) -> Bytes:
+    """Memory of the weights that decoding joins, those of queries, keys and values; all of them with adapters in."""
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    joined = float(shape.layers * shape.hidden * (queries + 2 * keys))
-    copies = joined if one.network.trained else float(shape.parameters - shape.embedding) + joined
-    return phase(
-        name,
-        [
-            *base,
-            *one.state(),
-            ("copies of weights for decoding", 4.0 * copies),
-            ("KV cache", decode_bytes(one.network, rows, prompt, new, item)),
-            ("logits", sampler_logits(shape, rows, whole)),
-            ("activations", prefill),
-        ],
-    )
+    found = blocks(float(item) * shape.hidden * (queries + 2 * keys), shape.layers)
+    others = [size for name, size in shape.linear_layers().items() if name[0] not in "qkv"]
+    for inputs, outputs in others if adapted else []:
+        found += blocks(float(item) * inputs * outputs, shape.layers)
+    return found
 
 
 def dtype_bytes(name: str, place: Place) -> float:

@@ -31,12 +31,12 @@ from gemma2.posttrain.schemas.config import Config
 
 from . import learning, reading, reinforcing
 from .learning import Sizes
-from .parts import Lengths, MemoryPlan, Part, Phase, Place
+from .parts import Lengths, MemoryPlan, Moment, Part, Phase, Place, settled
 
 __all__ = ["Lengths", "MemoryPlan", "Part", "Phase", "Place", "memory_of"]
 
 # Any: each function takes the configuration of its key.
-OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, Place, Lengths], MemoryPlan]] = {
+OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, Place, Lengths], list[Moment]]] = {
     SftConfig: learning.of_sft,
     DistillConfig: learning.of_distill,
     DistillCacheConfig: reading.of_cache,
@@ -60,5 +60,5 @@ def memory_of(config: Config, shapes: Sizes, place: Place, lengths: Lengths | No
     lengths  of the longest rows; default: the limits of the configuration
     """
     found = OF_COMMAND.get(type(config))
-    plan = found(config, shapes, place, lengths or Lengths()) if found else None
-    return plan if plan is not None and plan.phases else None
+    moments = found(config, shapes, place, lengths or Lengths()) if found else []
+    return settled(moments, place) if moments else None

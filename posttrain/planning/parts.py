@@ -1,19 +1,41 @@
-"""What a plan of memory is made of: parts in phases, and the place that they have to fit into. Pure."""
+"""What a plan of memory is made of: parts in phases, and the place that they have to fit into. Pure.
+
+On a CPU the allocator of the C library gives blocks of 32 MiB and more back to the system when they are freed, and
+keeps smaller ones for later use (mallopt(3), M_MMAP_THRESHOLD). So a process holds the most that its small blocks ever
+took, at every later moment: what of it is not in use is the part `allocator slack`. The caching allocator of an
+accelerator keeps everything, in blocks that it cuts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BASELINES", "Lengths", "MemoryPlan", "Part", "Phase", "Place", "phase"]
+__all__ = [
+    "BASELINES",
+    "Bytes",
+    "Lengths",
+    "MemoryPlan",
+    "Moment",
+    "Part",
+    "Phase",
+    "Place",
+    "Sum",
+    "blocks",
+    "settled",
+]
 
 Kind = Literal["cpu", "accelerator"]
 
-# Bytes that a process needs before it has a model, by kind of place. CPU: measured by bench/plan.py, by training a model
-# of a few thousand weights with torch, transformers and trl. Accelerator: CUDA context and workspaces, not measured.
-BASELINES: dict[Kind, float] = {"cpu": 0.60 * 2**30, "accelerator": 0.80 * 2**30}
+GIVEN_BACK = 2**25  # bytes: blocks of this size and more are given back when they are freed
+# Of an accelerator's memory that comes and goes, the share that lies in pieces too small to use. Not measured.
+CUT = 0.05
+PASSING = frozenset({"activations", "logits", "KV cache", "gradients", "copies of weights for decoding"})
+# Bytes that a process needs before it has a model. CPU: measured by bench/plan.py, by training a tiny model
+# with torch, transformers and trl. Accelerator: CUDA context and workspaces, not measured.
+BASELINES: dict[Kind, float] = {"cpu": 0.50 * 2**30, "accelerator": 0.80 * 2**30}
 
 
 @dataclass(frozen=True)
@@ -89,9 +111,74 @@ class Lengths:
     prompt: int | None = None
 
 
-def phase(name: str, parts: Iterable[tuple[str, float]]) -> Phase:
-    """Return a phase of the parts that are not empty; parts of one name are added up."""
-    sums: dict[str, float] = {}
-    for part, size in parts:
-        sums[part] = sums.get(part, 0.0) + size
-    return Phase(name, tuple(Part(part, size) for part, size in sums.items() if size != 0))
+@dataclass(frozen=True)
+class Bytes:
+    """Memory in use: in blocks that are given back when they are freed, and in small blocks, which are kept."""
+
+    large: float = 0.0
+    small: float = 0.0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.large + other.large, self.small + other.small)
+
+    def __mul__(self, factor: float) -> Bytes:
+        return Bytes(self.large * factor, self.small * factor)
+
+    @property
+    def total(self) -> float:
+        """Bytes of all blocks."""
+        return self.large + self.small
+
+
+Sum = list[tuple[str, Bytes]]
+
+
+def blocks(size: float, count: float = 1.0) -> Bytes:
+    """Return `count` blocks of `size` bytes."""
+    return Bytes(size * count) if size >= GIVEN_BACK else Bytes(0.0, size * count)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is in memory at one moment of a phase; amounts of one name are added up."""
+
+    phase: str
+    parts: Sequence[tuple[str, Bytes]]
+
+    def sums(self) -> dict[str, Bytes]:
+        """The amounts by name."""
+        found: dict[str, Bytes] = {}
+        for name, amount in self.parts:
+            found[name] = found.get(name, Bytes()) + amount
+        return found
+
+    @property
+    def whole(self) -> Bytes:
+        """The sum of all parts."""
+        return sum((amount for _, amount in self.parts), Bytes())
+
+
+def settled(moments: Iterable[Moment], place: Place) -> MemoryPlan:
+    """Return the phases of these moments, of each the largest one, with what the allocator keeps."""
+    found = list(moments)
+    kept = max((moment.whole.small for moment in found), default=0.0) if place.kind == "cpu" else 0.0
+    largest: dict[str, Moment] = {}
+    for moment in found:
+        before = largest.get(moment.phase)
+        if before is None or _size(moment, kept) > _size(before, kept):
+            largest[moment.phase] = moment
+    return MemoryPlan(tuple(_phase(moment, kept, place) for moment in largest.values()))
+
+
+def _size(moment: Moment, kept: float) -> float:
+    return moment.whole.large + max(kept, moment.whole.small)
+
+
+def _phase(moment: Moment, kept: float, place: Place) -> Phase:
+    parts = [Part(name, amount.total) for name, amount in moment.sums().items()]
+    if place.kind == "cpu":
+        slack = max(0.0, kept - moment.whole.small)
+    else:
+        slack = CUT * math.fsum(part.bytes for part in parts if part.name in PASSING)
+    parts.append(Part("allocator slack", slack))
+    return Phase(moment.phase, (Part("library baseline", place.library_baseline), *(p for p in parts if p.bytes > 0)))

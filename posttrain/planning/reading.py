@@ -21,9 +21,9 @@ from gemma2.posttrain.schemas import (
 )
 
 from .activations import Network, Rows, decode_bytes, sampler_logits
-from .learning import CHUNK, PROMPT, Sizes, Sum, common, dtype_bytes, resident
-from .parts import Lengths, MemoryPlan, Phase, Place, phase
-from .reinforcing import reading, reward_models, score_phase
+from .learning import CHUNK, PROMPT, Sizes, decoding_copies, dtype_bytes, resident
+from .parts import Bytes, Lengths, Moment, Place, Sum, blocks
+from .reinforcing import reading, reward_models, scoring
 from .shapes import ModelShape
 
 __all__ = [
@@ -39,128 +39,126 @@ __all__ = [
 ]
 
 
-def answering(shape: ModelShape, base: Sum, rows: int, prompt: int, new: int, item: int, whole: bool) -> Phase:
-    """Return the phase in which a model that is in `base` answers prompts; decoding joins queries, keys and values."""
+def answering(shape: ModelShape, base: Sum, rows: int, prompt: int, new: int, item: int, whole: bool) -> Moment:
+    """Return the moment in which a model that is in `base` answers prompts."""
     network = Network(shape, "eager", mixed=item == 2)
-    queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    return phase(
-        "generate",
-        [
-            *base,
-            ("copies of weights for decoding", float(item * shape.layers * shape.hidden * (queries + 2 * keys))),
-            ("KV cache", decode_bytes(network, rows, prompt, new, item)),
-            ("logits", sampler_logits(shape, rows, whole)),
-            ("activations", network.forward_bytes(Rows(rows, prompt))),
-        ],
-    )
+    parts: Sum = [
+        *base,
+        ("copies of weights for decoding", decoding_copies(shape, item)),
+        ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
+        ("logits", sampler_logits(shape, rows, whole)),
+        ("activations", network.forward_bytes(Rows(rows, prompt))),
+    ]
+    return Moment("generate", parts)
 
 
-def of_generate(config: GenerateConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 generate`: the teacher is gone before a reward model is loaded."""
-    base, phases = common(place), []
+def of_generate(config: GenerateConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 generate`: the teacher is gone before a reward model is loaded."""
+    moments: list[Moment] = []
     prompt = lengths.prompt or PROMPT
     if config.engine == "transformers":
         shape = sizes(config.teacher)
         item = 2 if place.kind == "accelerator" else 4
         whole = config.top_k == 0 and config.top_p == 1 and config.min_p == 0
-        held = [*base, ("weights", resident(shape, item, place))]
-        phases.append(answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, whole))
+        held: Sum = [("weights", resident(shape, item))]
+        moments.append(answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, whole))
     elif config.engine == "vllm":
         shape = sizes(config.teacher)
-        cache = config.batch_size * shape.cache_bytes(prompt + config.max_new_tokens, 2, windowed=True)
-        phases.append(phase("generate", [*base, ("weights", resident(shape, 2, place)), ("KV cache", cache)]))
+        cache = Bytes(config.batch_size * shape.cache_bytes(prompt + config.max_new_tokens, 2, windowed=True))
+        moments.append(Moment("generate", [("weights", resident(shape, 2)), ("KV cache", cache)]))
     if config.reward:
         batch = Rows(config.batch_size, prompt + config.max_new_tokens)
         networks = [reading(path, sizes, place) for path in config.reward]
-        phases.append(score_phase("score", base + reward_models(config, sizes, place), networks, batch, place))
-    return MemoryPlan(tuple(phases))
+        moments.append(scoring(reward_models(config, sizes), networks, batch, place))
+    return moments
 
 
-def of_pairs(config: PairsConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 reward pairs`."""
+def of_pairs(config: PairsConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 reward pairs`."""
     shape, prompt = sizes(config.model), lengths.prompt or PROMPT
     item = 2 if place.kind == "accelerator" else 4
-    held = [*common(place), ("weights", resident(shape, item, place))]
-    phases = [answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, True)]
+    held: Sum = [("weights", resident(shape, item))]
+    moments = [answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, True)]
     judge = Path(config.judge)
     if ":" not in config.judge:
         batch = Rows(config.batch_size, prompt + config.max_new_tokens)
-        base = [*common(place), ("reward models", resident(sizes(judge), 4.0, place))]
-        phases.append(score_phase("score", base, [reading(judge, sizes, place)], batch, place))
-    return MemoryPlan(tuple(phases))
+        base: Sum = [("reward models", resident(sizes(judge), 4.0))]
+        moments.append(scoring(base, [reading(judge, sizes, place)], batch, place))
+    return moments
 
 
 def _measured(
     config: DistributionConfig, held: Sum, policies: Sequence[Path], sizes: Sizes, place: Place, lengths: Lengths
-) -> MemoryPlan:
+) -> list[Moment]:
     """Phases of a measurement of policies next to the reference: drawn, then scored by all models."""
     prompt = lengths.prompt or PROMPT
-    base = [*common(place), *held, *reward_models(config, sizes, place)]
+    base = [*held, *reward_models(config, sizes)]
     shape = sizes(config.sft)
     drawn = max(config.n, config.batch_size // config.n * config.n)
     generate = answering(shape, base, drawn, prompt, config.max_new_tokens, 4, True)
     networks = [reading(path, sizes, place) for path in (*config.reward, config.sft, *policies)]
     batch = Rows(config.batch_size, prompt + config.max_new_tokens)
-    return MemoryPlan((generate, score_phase("score", base, networks, batch, place, both=bool(policies))))
+    return [generate, scoring(base, networks, batch, place, both=bool(policies))]
 
 
-def of_eval(config: EvalConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 eval`: the policy, the SFT policy and the reward models, in fp32."""
-    held: Sum = [("reference", resident(sizes(config.sft), 4.0, place))]
+def of_eval(config: EvalConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 eval`: the policy, the SFT policy and the reward models, in fp32."""
+    held: Sum = [("reference", resident(sizes(config.sft), 4.0))]
     others = [] if config.model == config.sft else [config.model]
-    held += [("weights", resident(sizes(path), 4.0, place)) for path in others]
+    held += [("weights", resident(sizes(path), 4.0)) for path in others]
     return _measured(config, held, others, sizes, place, lengths)
 
 
-def of_pareto(config: ParetoConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 pareto`: a line has both its ends and a model to write into in memory."""
-    held: Sum = [("reference", resident(sizes(config.sft), 4.0, place))]
+def of_pareto(config: ParetoConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 pareto`: a line has both its ends and a model to write into in memory."""
+    held: Sum = [("reference", resident(sizes(config.sft), 4.0))]
     ends = 0
     if config.merged is not None:
         ends = 2 + (config.init not in (None, config.sft))
     count = max(ends + bool(config.policies and ends), bool(config.policies))
     if count:
-        held.append(("weights", count * resident(sizes(config.sft), 4.0, place)))
+        held.append(("weights", resident(sizes(config.sft), 4.0) * count))
     return _measured(config, held, list(config.policies[:1]) or [config.sft], sizes, place, lengths)
 
 
-def of_score(config: RewardScoreConfig | RewardEvalConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 reward score` and `reward eval`: one reward model at a time."""
+def of_score(
+    config: RewardScoreConfig | RewardEvalConfig, sizes: Sizes, place: Place, lengths: Lengths
+) -> list[Moment]:
+    """Return the moments of `gemma2 reward score` and `reward eval`: one reward model at a time."""
     models = (config.model,) if isinstance(config, RewardScoreConfig) else config.models
-    phases = []
+    moments = []
     for path in models:
         shape = sizes(path)
         width = lengths.row or config.max_length or shape.context
-        base = [*common(place), ("reward models", resident(shape, 4.0, place))]
+        base: Sum = [("reward models", resident(shape, 4.0))]
         rows = Rows(config.batch_size, min(width, config.max_length or width))
-        phases.append(score_phase("score", base, [reading(path, sizes, place)], rows, place))
-    return MemoryPlan(tuple(phases))
+        moments.append(scoring(base, [reading(path, sizes, place)], rows, place))
+    return moments
 
 
-def of_probe(config: ProbeConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 reward probe`, apart from the states of the pairs, which grow with the data."""
+def of_probe(config: ProbeConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 reward probe`, apart from the states of the pairs, which grow with the data."""
     shape = sizes(config.model)
-    base = [*common(place), ("weights", resident(shape, 4.0, place))]
+    base: Sum = [("weights", resident(shape, 4.0))]
     rows = Rows(config.batch_size, min(config.max_length, lengths.row or config.max_length))
-    return MemoryPlan((score_phase("score", base, [reading(config.model, sizes, place)], rows, place),))
+    return [scoring(base, [reading(config.model, sizes, place)], rows, place)]
 
 
-def of_cache(config: DistillCacheConfig, sizes: Sizes, place: Place, lengths: Lengths) -> MemoryPlan:
-    """Return the memory of `gemma2 distill cache`: the teacher reads whole batches with eager attention."""
+def of_cache(config: DistillCacheConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 distill cache`: the teacher reads whole batches with eager attention."""
     shape = sizes(config.teacher)
     item = dtype_bytes(config.teacher_dtype, place)
     network = Network(shape, "eager", mixed=item == 2)
     rows = Rows(config.batch_size, min(config.max_length, lengths.row or config.max_length))
     chunk = min(rows.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
-    parts = [*common(place), ("teacher", resident(shape, item, place)), ("activations", network.forward_bytes(rows))]
-    return MemoryPlan((phase("score", [*parts, ("logits", 3 * chunk)]),))
+    parts: Sum = [("teacher", resident(shape, item)), ("activations", network.forward_bytes(rows))]
+    return [Moment("score", [*parts, ("logits", blocks(chunk, 3))])]
 
 
-def of_chat(shapes: Sequence[ModelShape], tokens: int, place: Place) -> MemoryPlan:
-    """Return the memory of `gemma2 chat` with one or two models, when a conversation has `tokens` tokens."""
+def of_chat(shapes: Sequence[ModelShape], tokens: int, place: Place) -> list[Moment]:
+    """Return the moments of `gemma2 chat` with one or two models, when a conversation has `tokens` tokens."""
     item = 2 if place.kind == "accelerator" else 4
-    held = [*common(place), *(("weights", resident(shape, item, place)) for shape in shapes)]
-    for shape in shapes[1:]:
-        held.append(("KV cache", decode_bytes(Network(shape, "eager"), 1, tokens, 0, item)))
+    held: Sum = [("weights", resident(shape, item)) for shape in shapes]
+    held += [("KV cache", decode_bytes(shape, 1, tokens, 0, item)) for shape in shapes[1:]]
     widest = max(shapes, key=lambda shape: shape.parameters)
-    return MemoryPlan((answering(widest, held, 1, tokens, 0, item, False),))
+    return [answering(widest, held, 1, tokens, 0, item, False)]

@@ -39,6 +39,7 @@ from gemma2.posttrain.schemas import (
 )
 from gemma2.posttrain.schemas.config import Config, parse_value
 from gemma2.posttrain.schemas.fields import REPEATED
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .run_directory import RunOptions, RunResult
 
@@ -54,7 +55,7 @@ class Command:
 
     module, function  the function that runs it, below `gemma2.posttrain`
     why               its purpose in one line
-    makes             kind of its output: policy, reward model, adapter, data, front, cache
+    makes             kind of its output: policy, reward model, adapter, data, front, cache, results
     accelerated       whether it runs a network, and so uses a GPU if there is one
     """
 
@@ -166,6 +167,13 @@ COMMANDS: dict[str, Command] = {
         "run_pareto",
         "measures policies and the line from SFT to the merge on the same held-out prompts",
         makes="front",
+    ),
+    "eval suite": Command(
+        SuiteConfig,
+        "evaluation.suite.run_suite",
+        "run_suite",
+        "measures few-shot benchmarks as Gemma 2's report does",
+        makes="results",
     ),
     "pick": Command(
         PickConfig, "evaluation.pick", "run_pick", "writes the chosen point of a front as a model", accelerated=False

@@ -1,15 +1,13 @@
-"""Estimates memory, disk and time of a step from the headers of its inputs. Torch-free; nothing is written.
+"""Estimates memory, disk and tokens of a step from the headers of its inputs. Torch-free; nothing is written.
 
 Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
 RLHF 4 more, the policy that the KL is measured to another 4. Activations and the memory of vLLM are not counted.
-Time is floating-point work over this machine's measured matrix product rate (CPU; a lower bound):
-6 N per trained token, 2 N per token scored or generated (N parameters).
+Time does not follow from them: it needs a rate of tokens that was measured (posttrain/planning/durations.py).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
+    EvalConfig,
     FilterConfig,
     GenerateConfig,
     MergeConfig,
@@ -29,6 +28,7 @@ from gemma2.posttrain.schemas import (
     PickConfig,
     ProbeConfig,
     RewardConfig,
+    RewardEvalConfig,
     RewardScoreConfig,
     RlhfConfig,
     SftConfig,
@@ -38,11 +38,12 @@ from gemma2.posttrain.schemas.config import Config
 
 from .generation_budget import generate_budget
 
-__all__ = ["GIB", "Promise", "Sources", "Work", "estimate", "matmul_rate"]
+__all__ = ["GIB", "Promise", "Sources", "Work", "estimate"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
 LORA_SHARE = 0.05  # an adapter has a few per cent of the gradients and moments
+CONTEXT = 8192  # tokens of Gemma 2
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, layers, as config.json has them
@@ -50,11 +51,14 @@ Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, la
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of memory and disk, floating-point operations, and further figures for a plan."""
+    """Bytes of memory and disk, tokens, and further figures for a plan.
+
+    tokens  that are trained on, read or drawn; drawn ones at most
+    """
 
     memory: float
     disk: float
-    operations: float
+    tokens: float
     facts: JsonObject = field(default_factory=dict)
 
 
@@ -144,23 +148,10 @@ def _known(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def matmul_rate(size: int = 1024) -> float:
-    """Floating-point operations per second of a fp32 matrix product on this CPU."""
-    import numpy as np
-
-    a = np.ones((size, size), dtype=np.float32)
-    np.dot(a, a)
-    started = time.perf_counter()
-    np.dot(a, a)
-    return 2 * size**3 / (time.perf_counter() - started)
-
-
 def _train(n: float, tokens: float, lora: int) -> Work:
     state = LORA_SHARE if lora else 1.0
     checkpoint = 12.0 * state  # trained weights and their moments
-    return Work(
-        memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), operations=6.0 * n * tokens
-    )
+    return Work(memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), tokens=tokens)
 
 
 def _sft(config: SftConfig, sources: Sources) -> Work:
@@ -180,11 +171,7 @@ def _distill(config: DistillConfig, sources: Sources) -> Work:
     n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
     student = _train(n, tokens, config.lora_rank)
     width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
-    return Work(
-        student.memory + teacher * width,
-        student.disk,
-        student.operations + 2.0 * tokens * (teacher + n * config.fraction),
-    )
+    return Work(student.memory + teacher * width, student.disk, tokens)
 
 
 def _distill_cache(config: DistillCacheConfig, sources: Sources) -> Work:
@@ -192,7 +179,7 @@ def _distill_cache(config: DistillCacheConfig, sources: Sources) -> Work:
     tokens = rows * sources.mean_tokens(config.data, config.max_length)
     n = sources.parameters(config.teacher)
     width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
-    return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), operations=2.0 * n * tokens)
+    return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), tokens=tokens)
 
 
 def _reward(config: RewardConfig, sources: Sources) -> Work:
@@ -209,7 +196,7 @@ def _generate(config: GenerateConfig, sources: Sources) -> Work:
     drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
     tokens = facts.get("drawn_tokens_at_most", drawn)
     n = 0.0 if config.engine == "openai" else sources.parameters(config.teacher)
-    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
+    return Work(memory=4.0 * n, disk=tokens * 6.0, tokens=tokens, facts=facts)
 
 
 def _filter(config: FilterConfig, sources: Sources) -> Work:
@@ -219,9 +206,7 @@ def _filter(config: FilterConfig, sources: Sources) -> Work:
         sources.rows(path)
     # The results of the scan are on disk next to the output; comparing rows takes 250 bytes of memory per row.
     minutes = rows * FILTER_SECONDS / 60
-    return Work(
-        memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0, facts={"cpu_minutes_about": round(minutes, 1)}
-    )
+    return Work(memory=rows * 250.0 + 4e8, disk=size * 2.0, tokens=0.0, facts={"cpu_minutes_about": round(minutes, 1)})
 
 
 def _probe(config: ProbeConfig, sources: Sources) -> Work:
@@ -229,14 +214,14 @@ def _probe(config: ProbeConfig, sources: Sources) -> Work:
     pairs, n = sources.rows(config.data), sources.parameters(config.model)
     width = sources.hidden_size(config.model)
     tokens = pairs * sources.mean_tokens(config.data, 2 * config.max_length)
-    return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, operations=2.0 * n * tokens)
+    return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, tokens=tokens)
 
 
 def _score(config: RewardScoreConfig, sources: Sources) -> Work:
     rows, size = sources.rows(config.data), sources.size(config.data)
     share = min(rows, config.limit or rows) / rows
     n = sources.parameters(config.model)
-    return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), operations=2.0 * n * share * size / 4)
+    return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), tokens=share * size / 4)
 
 
 def _pairs(config: PairsConfig, sources: Sources) -> Work:
@@ -247,7 +232,7 @@ def _pairs(config: PairsConfig, sources: Sources) -> Work:
     if config.judge_model is not None:
         asked = prompts * config.n * (config.n - 1 if config.judge_style == "compare" else 1)
         facts = {"judge_requests": asked, "judge_tokens_at_most": asked * config.judge_tokens}
-    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
+    return Work(memory=4.0 * n, disk=tokens * 6.0, tokens=tokens, facts=facts)
 
 
 def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | WarpConfig) -> Work:
@@ -265,7 +250,7 @@ def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | Warp
     return Work(
         memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
         disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
-        operations=tokens * (n * (2 + 2 + 6) + judge * 2.0),
+        tokens=tokens,
     )
 
 
@@ -293,7 +278,7 @@ def _warp(config: WarpConfig, sources: Sources) -> Work:
     return Work(
         memory=all_iterations.memory,
         disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE,
-        operations=all_iterations.operations * config.policies,
+        tokens=all_iterations.tokens * config.policies,
     )
 
 
@@ -302,17 +287,33 @@ def _pareto(config: ParetoConfig, sources: Sources) -> Work:
     n = sources.parameters(config.sft)
     points = len(config.policies) + (len(config.etas) if config.merged else 0) + 1
     tokens = points * rows * config.n * config.max_new_tokens
-    return Work(memory=n * 16.0, disk=1e6, operations=tokens * n * 6.0)
+    return Work(memory=n * 16.0, disk=1e6, tokens=tokens)
+
+
+def _eval(config: EvalConfig, sources: Sources) -> Work:
+    """The policy, the SFT policy and a reward model; every prompt is answered n times."""
+    rows = min(sources.rows(config.prompts), config.limit or 10**12)
+    n = sources.parameters(config.model)
+    return Work(memory=n * 12.0, disk=0.0, tokens=rows * config.n * config.max_new_tokens)
+
+
+def _reward_eval(config: RewardEvalConfig, sources: Sources) -> Work:
+    """One reward model after the other reads both sides of every pair."""
+    rows = min(sources.rows(config.data), config.limit or 10**12)
+    limit = config.max_length or CONTEXT
+    n = max(sources.parameters(path) for path in config.models)
+    tokens = len(config.models) * rows * sources.mean_tokens(config.data, 2 * limit)
+    return Work(memory=4.0 * n, disk=0.0, tokens=tokens)
 
 
 def _merge(config: MergeConfig, sources: Sources) -> Work:
     """A stream: blocks of a few megabytes per model; its time depends on the disk, not on the processor."""
     n = sources.parameters(config.models[0])
-    return Work(memory=2.0e8, disk=4.0 * n, operations=0.0)
+    return Work(memory=2.0e8, disk=4.0 * n, tokens=0.0)
 
 
 def _pick(config: PickConfig, sources: Sources) -> Work:
-    return Work(memory=2.0e8, disk=math.nan, operations=0.0)
+    return Work(memory=2.0e8, disk=math.nan, tokens=0.0)
 
 
 # Any: each function takes the configuration of its key.
@@ -329,6 +330,8 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     RlhfConfig: _rlhf,
     WarpConfig: _warp,
     ParetoConfig: _pareto,
+    EvalConfig: _eval,
+    RewardEvalConfig: _reward_eval,
     MergeConfig: _merge,
     PickConfig: _pick,
 }

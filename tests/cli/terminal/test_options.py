@@ -14,11 +14,13 @@ from gemma2.cli.terminal import options
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.posttrain import schemas
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.schemas import measures
 
 SCHEMA_OF = {
     "distill": schemas.DistillConfig,
     "distill cache": schemas.DistillCacheConfig,
-    "eval": schemas.EvalConfig,
+    "eval policy": schemas.EvalConfig,
+    "eval suite": measures.SuiteConfig,
     "filter": schemas.FilterConfig,
     "generate": schemas.GenerateConfig,
     "pareto": schemas.ParetoConfig,

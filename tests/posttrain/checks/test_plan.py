@@ -17,8 +17,7 @@ from gemma2.posttrain.schemas import RewardConfig, RlhfConfig, SftConfig, TinyCo
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(plans, "matmul_rate", lambda: 1e9)
+def place(tmp_path):
     light_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n' * 18 + LONG * 2)
     return tmp_path
@@ -59,11 +58,11 @@ def test_rows_that_are_skipped_are_not_counted_as_trained(place):
     assert document["batch"]["steps"] == 15
 
 
-def test_time_is_that_of_the_tokens_that_were_counted(place):
-    config = sft(place, max_length=64, max_steps=10, batch_size=4, eval_fraction=0)
-    tokens = 10 * 4 * SHORT_TOKENS
-    n = 300 * 8 + 8
-    assert planned(place, config)["cpu_hours_at_least"] == float(f"{6 * n * tokens / 1e9 / 3600:.2g}")
+def test_tokens_are_counted_and_time_is_not_guessed(place):
+    document = planned(place, sft(place, max_length=64, max_steps=10, batch_size=4, eval_fraction=0))
+    assert document["tokens_trained_about"] == 10 * 4 * SHORT_TOKENS
+    assert "hours" not in document
+    assert document["time"].startswith("not known: ")
 
 
 def test_a_plan_of_rl_says_how_many_sequences_a_step_has(place):
@@ -118,7 +117,7 @@ def test_what_does_not_fit_is_a_line_of_the_plan_and_not_its_end(place, monkeypa
     assert document["data"][0]["rows"] == 20
     memory, disk = document["problems"]
     assert "2.00 kB of main memory are free" in memory
-    assert memory.endswith("give --lora-rank 16, or use a smaller model")
+    assert memory.endswith("use a smaller model, or a machine with more")
     assert "free some space, or choose another disk" in disk
     assert err.count("warning: ") == 2
     assert not (place / "out").exists()

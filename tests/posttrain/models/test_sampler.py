@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MinPLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -17,8 +14,7 @@ from transformers import (
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.models import sampler
-from gemma2.posttrain.models.attention import additive, empty_cache, layer_masks, padded_masks
-from gemma2.posttrain.models.decoder import Gemma2Decoder
+from gemma2.posttrain.models.decoder import StepDecoder
 from gemma2.posttrain.models.sampler import SamplingParams, decode, draw, sample, truncated_mass
 
 WINDOW = 8
@@ -90,25 +86,6 @@ def test_the_greedy_comparison_would_notice_a_missing_feature(model, feature):
             layer.self_attn.attn_logit_softcapping = None
     params = SamplingParams(24, temperature=0.0)
     assert sample(other, prompts, params, [STOP], PAD).ids != sample(model, prompts, params, [STOP], PAD).ids
-
-
-def test_greedy_equals_generate_on_another_architecture():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).eval()
-    prompts = prompts_of([9, 4, 6])
-    ours = sample(model, prompts, SamplingParams(20, temperature=0.0), [STOP], PAD)
-    assert ours.ids == generate(model, prompts, 20)
 
 
 def chi_square(counts, probs):
@@ -323,7 +300,7 @@ def test_a_row_ends_where_it_is_said_to_and_the_others_do_not_notice(model):
 
 def test_each_prompt_is_prefilled_once_and_ended_rows_leave_the_batch(model, monkeypatch):
     prefilled, stepped = [], []
-    forward, step = type(model).forward, Gemma2Decoder.step
+    forward, step = type(model).forward, StepDecoder.step
 
     def spy_forward(self, **inputs):
         prefilled.append(tuple(inputs["input_ids"].shape))
@@ -334,73 +311,11 @@ def test_each_prompt_is_prefilled_once_and_ended_rows_leave_the_batch(model, mon
         return step(self, cache, tokens, positions, mask)
 
     monkeypatch.setattr(type(model), "forward", spy_forward)
-    monkeypatch.setattr(Gemma2Decoder, "step", spy_step)
+    monkeypatch.setattr(StepDecoder, "step", spy_step)
     out = sample(model, prompts_of([6, 4]), SamplingParams(40, n=8), [STOP, 7], PAD, torch.Generator().manual_seed(2))
     assert prefilled == [(2, 6)]
     # Every token but the last of each row is fed once, and nothing after a row's end.
     assert sum(stepped) == sum(len(ids) - 1 for ids in out.ids)
-
-
-def test_the_decoder_gives_the_logits_of_transformers(model):
-    """Both decode the same tokens through the same kind of cache, past the window, with padding on the left."""
-    lengths, steps = [11, 3, 7], 20
-    width = max(lengths)
-    ids = torch.randint(3, VOCAB, (3, width + steps), generator=torch.Generator().manual_seed(0))
-    padding = width - torch.tensor(lengths)
-    present = torch.arange(width + steps) >= padding[:, None]
-    positions = (torch.arange(width + steps) - padding[:, None]).clamp(min=0)
-    mask = additive(present[:, None, None], torch.float32)
-    ours, theirs = empty_cache(model.config), empty_cache(model.config)
-    decoder = Gemma2Decoder(model, width + steps)
-    with torch.no_grad():
-        for cache in (ours, theirs):
-            prefill = {"attention_mask": padded_masks(model, present[:, :width]), "past_key_values": cache}
-            model(ids[:, :width], position_ids=positions[:, :width], **prefill)
-        for t in range(width, width + steps):
-            seen = mask[..., : t + 1]
-            expected = model(
-                ids[:, t : t + 1],
-                position_ids=positions[:, t : t + 1],
-                attention_mask=layer_masks(model.config, seen),
-                past_key_values=theirs,
-            ).logits[:, -1]
-            logits = decoder.step(ours, ids[:, t], positions[:, t], seen)
-            assert torch.allclose(logits, expected, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
-def test_the_decoder_declines_models_that_it_does_not_support():
-    assert Gemma2Decoder.fits(gemma())
-    assert not Gemma2Decoder.fits(gemma(attention_bias=True))
-    assert not Gemma2Decoder.fits(gemma(hidden_activation="silu"))
-    for fields in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "use_dora": True}):
-        assert not Gemma2Decoder.fits(get_peft_model(gemma(), LoraConfig(**fields)).get_base_model())
-    adapted = get_peft_model(gemma(), LoraConfig(target_modules=["q_proj"]))
-    with adapted.disable_adapter():
-        assert not Gemma2Decoder.fits(adapted.get_base_model())
-    assert Gemma2Decoder.fits(adapted.get_base_model())
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_policy_with_adapters_is_decoded_with_their_products():
-    """Greedy text of transformers' generate, whose layers add the adapters' outputs; and log-probs of a forward."""
-    adapted = get_peft_model(gemma(), LoraConfig(r=3, lora_alpha=9, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    policy = adapted.get_base_model()
-    prompts = prompts_of([5, 3, 11])
-    assert Gemma2Decoder.fits(policy)
-    expected = generate(policy, prompts, 24)
-    assert sample(policy, prompts, SamplingParams(24, temperature=0.0), [STOP], PAD).ids == expected
-    with adapted.disable_adapter():
-        assert generate(policy, prompts, 24) != expected
-    drawn = sample(policy, prompts, SamplingParams(12), [STOP], PAD, torch.Generator().manual_seed(0))
-    for prompt, ids, logps in zip(prompts, drawn.ids, drawn.logps, strict=True):
-        with torch.no_grad():
-            scored = torch.log_softmax(policy(torch.tensor([[*prompt, *ids]])).logits[0].float(), -1)
-        reference = scored[range(len(prompt) - 1, len(prompt) + len(ids) - 1), ids]
-        assert torch.allclose(torch.tensor(logps), reference, atol=1e-5)
 
 
 def test_training_mode_is_restored(model):

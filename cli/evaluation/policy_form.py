@@ -1,4 +1,4 @@
-"""`gemma2 eval`"""
+"""`gemma2 eval policy`: the form without a flag of its own"""
 
 from __future__ import annotations
 
@@ -19,4 +19,5 @@ app = stage(
     run,
     examples="gemma2 eval --model policy --sft sft --reward reward --prompts heldout.jsonl",
     writes=False,
+    positional="model",
 )

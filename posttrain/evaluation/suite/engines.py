@@ -1,0 +1,176 @@
+"""What computes log-likelihoods and answers: our scorer and sampler, or lm-eval's model classes.
+
+Every engine gets the same texts and gives the same kinds of results, so tasks, metrics, samples and resume are the same
+for all. lm-eval encodes by itself: it is given texts that begin with <bos>, to which it adds none.
+
+Our answers are greedy and end at a stop id or at a text of `until`, which is cut off, as in lm-eval's `hf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+
+from gemma2.core.errors import UsageError
+from gemma2.core.json_files import JsonObject
+from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.models.loading import load_policy, load_tokenizer
+from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating
+from gemma2.posttrain.schemas.measures import SuiteConfig
+
+from .encoding import Encoder, Request
+from .prompts import Asked
+from .shared_scoring import SharedScorer
+
+__all__ = ["SuiteEngine", "check_engine", "open_engine"]
+
+TAIL = 24  # tokens at the end of an answer in which a text of `until` is looked for
+CLASSES = {"hf": ("lm_eval.models.huggingface", "HFLM"), "vllm": ("lm_eval.models.vllm_causallms", "VLLM")}
+EXTRA = "pip install 'gemma2[eval]', or leave --engine out: gemma2's own engine needs no extra"
+
+
+class SuiteEngine(Protocol):
+    """Scores choices and writes answers, batch by batch."""
+
+    facts: JsonObject
+
+    def score(
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+    ) -> Iterator[tuple[int, list[list[float]]]]:
+        """Yield (number of a row, log-likelihoods of the choices of that row and the next ones)."""
+        ...
+
+    def answer(
+        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Yield (number of a row, answers of that row and the next ones)."""
+        ...
+
+
+def check_engine(config: SuiteConfig) -> None:
+    """Raise UsageError for an engine that is not installed. Imports nothing."""
+    needed = {"hf": ("lm_eval",), "vllm": ("lm_eval", "vllm")}.get(config.engine, ())
+    for module in needed:
+        if find_spec(module) is None:
+            name = module.replace("_", "-")
+            hint = EXTRA if module == "lm_eval" else "pip install 'gemma2[vllm]', or leave --engine out"
+            raise UsageError(f"--engine {config.engine} needs the package {name}, which is not installed", hint)
+
+
+def open_engine(config: SuiteConfig) -> tuple[SuiteEngine, Encoder, JsonObject]:
+    """Load the model; return its engine, the encoder of its requests, and its generation settings."""
+    check_engine(config)
+    dtype = _dtype(config)
+    if config.engine == "gemma2":
+        own = OwnEngine(config, dtype)
+        return own, own.encoder, own.facts
+    theirs = LmEvalEngine(config, dtype)
+    return theirs, theirs.encoder, theirs.facts
+
+
+def _dtype(config: SuiteConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+class OwnEngine:
+    """The scorer and the sampler of this package."""
+
+    def __init__(self, config: SuiteConfig, dtype: torch.dtype) -> None:
+        self.config = config
+        self.model, self.tokenizer = load_policy(config.model, dtype=dtype)
+        self.encoder = Encoder(self.tokenizer, int(getattr(self.model.config, "max_position_embeddings", 8192)))
+        self.scorer = SharedScorer(self.model, config.batch_size)
+        ends = self.model.generation_config.eos_token_id
+        listed = ends if isinstance(ends, list) else [ends]
+        self.stop_ids = sorted({i for i in (self.tokenizer.eos_token_id, *listed) if i is not None})
+        self.facts: JsonObject = {
+            "engine": "gemma2",
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "attention": self.model.config._attn_implementation,
+        }
+
+    def score(
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+    ) -> Iterator[tuple[int, list[list[float]]]]:
+        return self.scorer.group(requests, done)
+
+    def answer(
+        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+    ) -> Iterator[tuple[int, list[str]]]:
+        params = SamplingParams(self.config.max_new_tokens, temperature=0.0)
+        for start, batch in _batches(prompts, self.config.batch_size, done):
+            numbers = torch.zeros(len(batch), params.max_new_tokens, dtype=torch.float64)
+            with evaluating(self.model):
+                drawn = decode(
+                    self.model,
+                    [prompt.ids for prompt in batch],
+                    params,
+                    self.stop_ids,
+                    self.tokenizer.pad_token_id or 0,
+                    numbers,
+                    lambda ids: any(text in self._text(ids[-TAIL:]) for text in until),
+                )
+            yield start, [_cut(self._text(ids), until) for ids, _, _ in drawn]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class LmEvalEngine:
+    """A model class of lm-eval, behind texts that begin with <bos>."""
+
+    def __init__(self, config: SuiteConfig, dtype: torch.dtype) -> None:
+        self.config = config
+        self.tokenizer: Tokenizer = load_tokenizer(config.model)
+        module, name = CLASSES[config.engine]
+        kind = str(dtype).removeprefix("torch.")
+        settings: dict[str, object] = {"pretrained": str(config.model), "dtype": kind, "batch_size": config.batch_size}
+        if config.engine == "hf":
+            settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+            settings["attn_implementation"] = "eager"
+        # Any: the class is an extra, and not typed.
+        self.model: Any = getattr(import_module(module), name)(**settings)
+        self.instance: Any = import_module("lm_eval.api.instance").Instance
+        self.encoder = Encoder(self.tokenizer, int(self.model.max_length))
+        self.facts: JsonObject = {"engine": config.engine, "dtype": kind, "lm_eval": version("lm_eval")}
+
+    def score(
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+    ) -> Iterator[tuple[int, list[list[float]]]]:
+        for start, batch in _batches(asked, self.config.batch_size, done):
+            pairs = [(self.encoder.with_bos(context), ending) for row in batch for context, ending in row.pairs]
+            found = iter(self.model.loglikelihood([self._instance("loglikelihood", pair) for pair in pairs], True))
+            yield start, [[float(next(found)[0]) for _ in row.continuations] for row in batch]
+
+    def answer(
+        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+    ) -> Iterator[tuple[int, list[str]]]:
+        settings = {"until": [*until], "max_gen_toks": self.config.max_new_tokens, "do_sample": False}
+        for start, batch in _batches(asked, self.config.batch_size, done):
+            texts = [self.encoder.with_bos(row.contexts[0]) for row in batch]
+            asks = [self._instance("generate_until", (text, {**settings, "until": [*until]})) for text in texts]
+            yield start, [str(text) for text in self.model.generate_until(asks, True)]
+
+    def _instance(self, kind: str, arguments: tuple[object, ...]) -> object:
+        return self.instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for end in until:
+        text = text.split(end)[0]
+    return text
+
+
+def _batches(rows: Sequence[Any], size: int, done: int) -> Iterator[tuple[int, list[Any]]]:
+    """(number of its first row, rows) of each batch that is not known."""
+    for start in range(done - done % size, len(rows), size):
+        yield start, list(islice(rows, start, start + size))

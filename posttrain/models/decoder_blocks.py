@@ -1,0 +1,136 @@
+"""The blocks of `decoder.py`: norms and layers of Gemma 2 and of the Llama family, on one token per row.
+
+    Gemma 2:        x <- x + norm(attention(norm(x)));  x <- x + norm(mlp(norm(x)))      norm(x) = x / rms(x) * (1 + w)
+    Llama, Mistral, Qwen 2 and 3:
+                    x <- x + attention(norm(x));        x <- x + mlp(norm(x))            norm(x) = x / rms(x) * w
+    attention       softmax(cap * tanh(q k / (sqrt(s) cap)) + mask) v; without a cap softmax(q k / sqrt(s) + mask) v
+    mlp             down(activation(gate x) * up x)
+
+Queries and keys of Qwen 3 are normalised per head before they are rotated. Linear layers may have biases (Qwen 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import KvLayer
+from .lora import bias_of, weight_of
+
+if TYPE_CHECKING:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+__all__ = ["ACTIVATIONS", "Layer", "Norm"]
+
+# Names of `hidden_act` and `hidden_activation` in config.json -> the function.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+class Norm:
+    """RMSNorm of the last axis; `centred`: the scale is 1 + w, as in Gemma.
+
+    The mean square is in fp32. Gemma also scales in fp32; the others round to the dtype of the input first.
+    """
+
+    def __init__(self, norm: Gemma2RMSNorm | LlamaRMSNorm, centred: bool) -> None:
+        weight: Tensor = norm.weight.detach()
+        size = weight.shape[0]
+        eps = norm.eps if centred else norm.variance_epsilon
+        # x / sqrt(mean(x^2) + eps) w = x / sqrt(|x|^2 + d eps) sqrt(d) w: one reduction and no division.
+        root = math.sqrt(size)
+        self.floor = weight.new_tensor(eps * size, dtype=torch.float32)
+        self.root = root
+        self.scale = root * (weight.float() + 1.0 if centred else weight.float())
+        self.weight = weight
+        self.rounds_first = not centred and weight.dtype != torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x (..., d), normalised."""
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        shrink = torch.addcmul(self.floor, length, length).rsqrt_()
+        if self.rounds_first:
+            return (wide * shrink.mul_(self.root)).to(x.dtype) * self.weight
+        return (wide * shrink).mul_(self.scale).to(x.dtype)
+
+
+class Layer:
+    """One block: q, k and v weights concatenated, the other weights from the module; products of adapters are added."""
+
+    def __init__(self, layer: Gemma2DecoderLayer | LlamaDecoderLayer, activation: str) -> None:
+        self.attention, mlp = layer.self_attn, layer.mlp
+        qkv = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
+        self.qkv, self.qkv_bias = torch.cat([weight_of(linear) for linear in qkv]), _biases(qkv)
+        self.out, self.out_bias = weight_of(self.attention.o_proj), bias_of(self.attention.o_proj)
+        self.gate, self.up, self.down = (weight_of(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.gate_bias, self.up_bias, self.down_bias = (bias_of(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.activation = ACTIVATIONS[activation]
+        after = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 also normalises what a sublayer returns
+        self.before_attention = Norm(layer.input_layernorm, after)
+        self.before_mlp = Norm(layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm, after)
+        self.after_attention = Norm(layer.post_attention_layernorm, True) if after else None
+        self.after_mlp = Norm(layer.post_feedforward_layernorm, True) if after else None
+        of_heads = hasattr(self.attention, "q_norm")
+        self.of_queries = Norm(self.attention.q_norm, False) if of_heads else None
+        self.of_keys = Norm(self.attention.k_norm, False) if of_heads else None
+        self.cap: float | None = getattr(self.attention, "attn_logit_softcapping", None)
+        self.groups: int = self.attention.num_key_value_groups
+        self.kv_heads = self.attention.k_proj.out_features // self.attention.head_dim
+
+    def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
+        """Return the block's output (B, d) and append to `kv`.
+
+        hidden: (B, d); cos, sin: (B, 1, head_dim); mask: (B, 1, 1, K).
+        """
+        attended = self._attend(self.before_attention(hidden), cos, sin, mask, kv)
+        hidden = hidden + (attended if self.after_attention is None else self.after_attention(attended))
+        inner = self.before_mlp(hidden)
+        gate = self.activation(F.linear(inner, self.gate, self.gate_bias))
+        down = F.linear(gate.mul_(F.linear(inner, self.up, self.up_bias)), self.down, self.down_bias)
+        return hidden + (down if self.after_mlp is None else self.after_mlp(down))
+
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
+        rows, head_dim, kv_heads = x.shape[0], self.attention.head_dim, self.kv_heads
+        heads = F.linear(x, self.qkv, self.qkv_bias).view(rows, -1, head_dim)  # (B, heads + 2 kv_heads, head_dim)
+        rotating = heads[:, :-kv_heads]
+        if self.of_queries is not None and self.of_keys is not None:
+            query, key = rotating[:, :-kv_heads], rotating[:, -kv_heads:]
+            rotating = torch.cat((self.of_queries(query), self.of_keys(key)), 1)
+        low, high = rotating.chunk(2, -1)
+        rotated = torch.addcmul(rotating * cos, torch.cat((high, low), -1), sin)
+        query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:, None]
+        keys, values = kv.update(key, heads[:, -kv_heads:, None])  # (B, kv_heads, K, head_dim)
+        # Query heads j * groups .. (j + 1) * groups - 1 read KV head j.
+        grouped = query.reshape(rows, kv_heads, self.groups, head_dim)
+        weights = torch.matmul(grouped, keys.transpose(2, 3))  # (B, kv_heads, groups, K)
+        if self.cap is None:
+            weights = torch.add(mask, weights, alpha=self.attention.scaling)
+        else:
+            weights = weights.mul_(self.attention.scaling / self.cap).tanh_().mul_(self.cap).add_(mask)
+        weights = torch.softmax(weights, -1, dtype=torch.float32).to(values.dtype)
+        return F.linear(torch.matmul(weights, values).view(rows, -1), self.out, self.out_bias)
+
+
+def _biases(linears: list[nn.Linear]) -> Tensor | None:
+    """The biases of layers whose weights are concatenated; None if none of them has one."""
+    found = [bias_of(linear) for linear in linears]
+    if all(bias is None for bias in found):
+        return None
+    return torch.cat(
+        [
+            weight_of(linear).new_zeros(linear.out_features) if bias is None else bias
+            for linear, bias in zip(linears, found, strict=True)
+        ]
+    )

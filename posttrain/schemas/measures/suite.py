@@ -1,0 +1,41 @@
+"""`gemma2 eval suite`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.fields import Model
+
+TaskName = Literal["mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag"]
+
+
+class SuiteConfig(Config):
+    """Few-shot benchmarks with the shots and metrics of Gemma 2's report: accuracy or exact match for each task.
+
+    MMLU 5-shot, ARC-challenge 25, GSM8K 5, Winogrande 5, HellaSwag 10: prompts and metrics are those of lm-eval 0.4.13.
+    """
+
+    model: Model
+    data: Path = Field(description="directory with a file TASK.jsonl for each task; gemma2 eval data writes them")
+    suite: Literal["gemma2"] = Field("gemma2", description="which tasks, with their shots and metrics")
+    tasks: tuple[TaskName, ...] = Field((), description="tasks of the suite to run; default: all")
+    engine: Literal["gemma2", "hf", "vllm"] = Field(
+        "gemma2", description="what computes log-probs and answers: gemma2's own code, or lm-eval's hf or vllm"
+    )
+    chat: Literal["auto", "on", "off"] = Field(
+        "auto", description="write prompts as chat turns; auto: if the model has a chat template and answers chats"
+    )
+    fewshot_as_multiturn: bool = Field(
+        True, description="with chat: examples as turns of their own, or all in one user turn"
+    )
+    limit: int | None = Field(None, ge=1, description="use only the first rows of each task, in MMLU of each subject")
+    max_new_tokens: int = Field(256, ge=1, description="limit of a written answer (GSM8K), tokens")
+    batch_size: int = Field(16, ge=1, description="rows that are scored or answered at once")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of weights and arithmetic; auto: bfloat16 on an accelerator, else float32"
+    )
+    seed: Annotated[int, Field(ge=0, description="seed of the few-shot examples; 1234 is lm-eval's")] = 1234
