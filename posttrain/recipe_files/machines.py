@@ -38,7 +38,7 @@ __all__ = [
     "run_line",
 ]
 
-FREE = 0.05  # of a GPU, for what a sum does not know
+FREE = 0.05  # of 24e9 or 80e9 bytes, for what a sum does not know; such GPUs have 3 to 7 % more than these
 ONE_GPU = ("sft", "distill", "reward")  # commands that use one GPU only
 RUN = re.compile(r"^# Run: (.*)$", re.MULTILINE)
 HUB_SIZE = re.compile(r"gemma-2-(2b|9b|27b)\b")
