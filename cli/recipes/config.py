@@ -13,10 +13,11 @@ import typer
 from gemma2.cli.terminal.completion import begun, every_recipe
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option, recipe_path
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.outputs.promised import promise
 from gemma2.posttrain.foreign.settings.account import KeyRow, shown
+from gemma2.posttrain.recipe_files.named_recipe import recipe_path
 
 if TYPE_CHECKING:
     from gemma2.posttrain.foreign.settings.imports import Imported

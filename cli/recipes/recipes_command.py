@@ -12,12 +12,13 @@ import typer
 from gemma2.cli.terminal.completion import begun, every_recipe
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option, recipe_path
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 from gemma2.configs import machine_recipes, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.outputs.promised import promise
 from gemma2.core.yaml_files import closest
+from gemma2.posttrain.recipe_files.named_recipe import recipe_path
 from gemma2.posttrain.schemas.config import load_yaml, to_yaml
 
 setting = partial(typer.Option, show_default=False, rich_help_panel="Settings")
