@@ -72,7 +72,7 @@ def check(
     """  # fmt: skip
     from gemma2.posttrain.recipe_files.settings_check import check_file
 
-    path = recipe_path(str(file))
+    path = recipe_path(str(file), flag="")
     assert path is not None  # a name was given
     report = check_file(path, command)
     console = Console(as_json=as_json, quiet=quiet)

@@ -102,7 +102,7 @@ def _named(name: str) -> Path:
 
     known = recipes()
     if name in known or Path(name).exists():
-        path = recipe_path(name)
+        path = recipe_path(name, flag="")
         assert path is not None  # a name was given
         return path
     cell = cell_named(name.lower())
@@ -193,7 +193,7 @@ def plan(
 
     cell = cell_named(path.stem)
     if cell is None or cell.path != path:
-        raise UsageError(f"{name} is for no certain machine", "see the plan of a command: add --dry-run to it")
+        raise UsageError(f"{name} is for no certain machine", "give its command to gemma2 plan, or add --dry-run to it")
     found = plan_of(cell)
     console = Console(as_json=as_json, quiet=quiet)
     if as_json:

@@ -12,8 +12,10 @@ from gemma2.core.yaml_files import closest
 __all__ = ["recipe_path"]
 
 
-def recipe_path(name: str | None, command: str = "") -> Path | None:
+def recipe_path(name: str | None, command: str = "", flag: str = "--config ") -> Path | None:
     """The file that `--config` means: a path, the configuration that an output records, or a recipe by name.
+
+    flag  how messages begin; "" where the name is an argument
 
     Raises UsageError for a recipe of ours that is for another command than `command`.
     """
@@ -22,7 +24,7 @@ def recipe_path(name: str | None, command: str = "") -> Path | None:
     path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
     found = path if path.is_file() else recipe(name)
     if found is None and path.exists():
-        raise InputError(f"--config {name} is not a regular file", "give a YAML file")
+        raise InputError(f"{flag}{name} is not a regular file", "give a YAML file")
     if found is None:
         from .machines import cell_named, no_recipe
 
@@ -30,7 +32,7 @@ def recipe_path(name: str | None, command: str = "") -> Path | None:
         if cell is not None:
             raise no_recipe(cell)
         raise InputError(
-            f"--config {name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
+            f"{flag}{name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
         )
     if command and not path.is_file():
         with found.open(encoding="utf-8") as lines:

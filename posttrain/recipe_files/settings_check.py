@@ -175,7 +175,7 @@ def _pipeline_faults(path: Path, document: JsonMapping) -> Iterator[Gemma2Error]
 def _stage_faults(name: str, stage: JsonMapping, document: JsonMapping, source: ValueSource) -> Iterator[Gemma2Error]:
     """The faults of the command and the options of a stage."""
     command, options, matrix = (stage.get(key) for key in ("command", "options", "matrix"))
-    if not isinstance(command, str):
+    if not isinstance(command, str) or not isinstance(options or {}, dict):
         return
     if command not in COMMANDS:
         fix = command_here(command) or closest(command, COMMANDS)
@@ -238,7 +238,7 @@ def _lost(name: str, stage: JsonMapping, document: JsonMapping, source: ValueSou
                 if what:
                     yield source.wrong(f"stages.{name}.{place}: {what}", fix, *keys)
     after = stage.get("after")
-    for number, other in enumerate(after if isinstance(after, list) else [after] if after else []):
+    for number, other in enumerate(after if isinstance(after, list) else []):
         if not is_stage(str(other)):
             what = f"stages.{name}.after: there is no stage '{other}'"
             yield source.wrong(what, closest(str(other), named), "stages", name, "after", number)
