@@ -146,16 +146,30 @@ def chat(
 
 
 def _show_plan(paths: list[Path], dtype: str | None, console: Console) -> None:
-    """The models that would be loaded, from their headers."""
-    from gemma2.core.outputs.hub import locate_model
-    from gemma2.core.outputs.safetensors_header import parameter_count
+    """The models that would be loaded, from their headers, and the memory of a conversation that fills the context."""
+    from gemma2.posttrain.checks.machine import free_memory
+    from gemma2.posttrain.checks.plan import place_of
+    from gemma2.posttrain.planning.named_models import named_shape
+    from gemma2.posttrain.planning.parts import settled
+    from gemma2.posttrain.planning.reading import of_chat
 
-    places = [locate_model(path, "model") for path in paths]
-    _check_policies(places)
-    facts = {
-        f"model {number}": f"{place} ({parameter_count(place):,} parameters)" for number, place in enumerate(places, 1)
+    found = [named_shape(path, "model") for path in paths]
+    _check_policies([place for place, _, note in found if not note])
+    shapes = [shape for _, shape, _ in found]
+    memory = free_memory()
+    context = min(shape.context for shape in shapes)
+    peak = settled(of_chat(shapes, context, place_of(memory)), place_of(memory)).peak
+    models = {
+        f"model {number}": f"{place} ({shape.parameters:,.0f} parameters{f': {note}' if note else ''})"
+        for number, (place, shape, note) in enumerate(found, 1)
     }
-    console.result({"plan": "chat, nothing was loaded", **facts, "dtype": dtype})
+    needs = {
+        "context": context,
+        "memory_gib": round(peak.bytes / 2**30, 3),
+        "memory_free_gib": round(memory.free / 2**30, 1),
+        "memory_of": memory.where,
+    }
+    console.result({"plan": "chat, nothing was loaded", **models, "dtype": dtype, **needs})
 
 
 def _loaded(paths: list[Path], dtype: str | None, console: Console) -> list[Speaker]:

@@ -1,4 +1,4 @@
-"""`gemma2 eval policy`: the form without a flag of its own"""
+"""`gemma2 eval policy`: the form that no flag selects"""
 
 from __future__ import annotations
 

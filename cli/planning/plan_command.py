@@ -16,13 +16,12 @@ from gemma2.cli.terminal.options import HELP_NAMES, QUESTION
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.yaml_files import closest
-from gemma2.posttrain.planning.plan_answers import PlanQuestion, gpu_bytes
 from gemma2.posttrain.schemas.config import is_given
-
-from .answer_view import AskedPlan
 
 if TYPE_CHECKING:
     from typer._click import Command
+
+    from gemma2.posttrain.planning.plan_answers import PlanQuestion
 
 PANEL = "Plan"
 
@@ -36,7 +35,7 @@ def plannable(ctx: typer.Context, incomplete: str) -> list[str]:
 
 Words = typer.Argument(
     None,
-    metavar="COMMAND ...",
+    metavar="COMMAND",
     help="The command as it would be run; --out may be left out, and a model may be a size: 2b, 9b, 27b.",
     show_default=False,
     autocompletion=plannable,
@@ -104,14 +103,16 @@ def plan(
     if not words:
         typer.echo(ctx.get_help())
         return
+    from .answer_view import AskedPlan
+
     name, command, rest = _command(words)
     asked = _asking(name, command)
     assert ctx.parent is not None
     with asked.make_context(name, rest, parent=ctx.parent) as inner:
         own = {key: inner.params.pop(key) for key in OURS}
         question = _question({key: own[key] if is_given(own[key]) else given[key] for key in OURS})
-        if question != PlanQuestion() and not _has_answers(name):
-            raise UsageError(f"gemma2 {name} runs no model", f"leave out --{_first(question)}")
+        if (flag := _given(question)) and not _has_answers(name):
+            raise UsageError(f"gemma2 {name} runs no model", f"leave out --{flag}")
         inner.meta[QUESTION] = AskedPlan(question)
         inner.params["dry_run"] = True
         command.invoke(inner)
@@ -140,8 +141,10 @@ def _has_answers(name: str) -> bool:
     return name.split()[0] in ("eval", "reward") or (name in COMMANDS and COMMANDS[name].accelerated and name != "tiny")
 
 
-def _first(question: PlanQuestion) -> str:
-    return next(name for name in OURS if getattr(question, name) != getattr(PlanQuestion(), name))
+def _given(question: PlanQuestion) -> str:
+    """The first flag of plan that was given, or nothing."""
+    values = {name: getattr(question, name) for name in OURS}
+    return next((name for name, value in values.items() if value != getattr(type(question)(), name)), "")
 
 
 def _asking(name: str, command: Command) -> Command:
@@ -160,5 +163,7 @@ def _only(function: Callable[..., None]) -> typer.Typer:
 
 
 def _question(given: JsonMapping) -> PlanQuestion:
+    from gemma2.posttrain.planning.plan_answers import PlanQuestion, gpu_bytes
+
     gpu = None if given["gpu"] is None else gpu_bytes(given["gpu"])
     return PlanQuestion(gpu, given["devices"] or 1, given["throughput"], bool(given["measure"]))

@@ -45,7 +45,7 @@ def convert(
       gemma2 convert model.Q8_0.gguf --out model
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
-    from gemma2.posttrain.models.gguf import find_gguf
+    from gemma2.posttrain.conversion.gguf import find_gguf
     from gemma2.posttrain.runs.run_options import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
     from gemma2.posttrain.schemas.config import resolve
@@ -59,7 +59,7 @@ def convert(
 
         console.result(plan_convert(config, options))
         return
-    from gemma2.posttrain.models.convert import run_convert
+    from gemma2.posttrain.conversion.convert import run_convert
 
     promise(options.out)
     result = run_convert(config, options, console)

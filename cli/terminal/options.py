@@ -336,10 +336,8 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     """Run a command that writes an output."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
     allow(versions=given["allow_versions"])
-    from gemma2.posttrain.checks.machine import free_disk
     from gemma2.posttrain.checks.of_command import CommandChecks
-    from gemma2.posttrain.checks.plan import disk_problem
-    from gemma2.posttrain.runs.estimates import estimate
+    from gemma2.posttrain.checks.plan import shortages
     from gemma2.posttrain.runs.finished import publish_finished
     from gemma2.posttrain.runs.run_directory import resumed_with
 
@@ -357,11 +355,10 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
             console.note(line)
     else:
         check_output(options.out, options.force)
-    checks.contents(config, models)
-    work = estimate(config, checks.sources)
-    problem = disk_problem(work, options.out, free_disk(options.out)) if work is not None else None
-    if problem and is_main():
-        console.warn(problem)  # an estimate: the run may need less
+    rows = checks.contents(config, models)
+    if is_main():
+        for problem in shortages(config, checks.sources, rows, options.out):
+            console.warn(problem)  # an estimate: the run may need less
     result = None
     try:
         result = run(config, options, console)

@@ -241,6 +241,7 @@ def run(
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
     from gemma2.posttrain.pipelines.run import check_executor, check_place, executor_of, run_pipeline
+    from gemma2.posttrain.planning.named_models import NamedModels
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
@@ -252,7 +253,7 @@ def run(
     if dry_run:
         check_place(compiled.root)
         check_executor(compiled, place)
-        show_plan(console, compiled, check_pipeline(compiled, choice))
+        show_plan(console, compiled, check_pipeline(compiled, choice, named=NamedModels()))
         return
     if choice.within is None:
         promise(compiled.root)

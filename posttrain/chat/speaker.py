@@ -18,7 +18,9 @@ from gemma2.posttrain.data.chat import ChatFormat, Message
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.attention import additive, empty_cache, layer_masks, taking_masks
 from gemma2.posttrain.models.decoder import StepDecoder
+from gemma2.posttrain.models.head import last_logits
 from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, draw, random_numbers
 
@@ -59,9 +61,7 @@ class Speaker:
     @classmethod
     def load(cls, path: Path, name: str, dtype: torch.dtype | None = None) -> Speaker:
         """Load a model directory; by default in bf16 on an accelerator, in fp32 on a CPU."""
-        if dtype is None:
-            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        model, tokenizer = load_policy(path, dtype=dtype)
+        model, tokenizer = load_policy(path, dtype=frozen_dtype("auto") if dtype is None else dtype)
         return cls(model, tokenizer, name)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -135,13 +135,4 @@ class Speaker:
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         self.computed += ids.shape[1]
-        output = self.model(
-            input_ids=ids,
-            attention_mask=layer_masks(self.model.config, mask),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        return last_logits(self.model, self.cache, ids, positions, layer_masks(self.model.config, mask))

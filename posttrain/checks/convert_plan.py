@@ -9,7 +9,7 @@ from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count, weight_files
 from gemma2.core.outputs.staging import check_output
-from gemma2.posttrain.models.gguf import find_gguf, read_header
+from gemma2.posttrain.conversion.gguf import find_gguf, read_header
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ConvertConfig
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
+from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
 from gemma2.posttrain.planning.learning import Sizes
 from gemma2.posttrain.planning.memory import Lengths, Place
@@ -29,7 +30,7 @@ from .data_rows import RowsFound
 from .machine import MAIN, Memory, free_disk, free_memory
 from .of_command import CommandChecks
 
-__all__ = ["Planned", "disk_problem", "look", "memory_problem", "plan"]
+__all__ = ["Planned", "disk_problem", "look", "memory_problem", "plan", "shortages", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,19 @@ def look(config: Config, options: RunOptions | None, named: NamedModels = NOTHIN
     document |= {"first_row": {"data": str(shown.path), "text": shown.first}} if shown else {}
     batch = batches(config, rows)
     sizes, lengths = sizes_of(named, checks.sources), lengths_of(rows)
-    work = estimate(config, checks.sources)
+    work = work_of(config, checks.sources, sizes)
     steps = batch.get("batch", {}).get("steps")
     document |= batch
     document |= needs(config, work, sizes, lengths, options.out if options else None)
     document |= duration(config, work.tokens, steps) if work else {}
     return Planned(document | {"config": config.model_dump(mode="json")}, sizes, lengths, work, steps)
+
+
+def work_of(config: Config, sources: Sources, sizes: Sizes | None = None) -> Work | None:
+    """Disk and tokens of a command; the disk of a training by its parts, as `gemma2 plan` shows them."""
+    work = estimate(config, sources)
+    parts = disk_of(config, sizes or sizes_of(NOTHING, sources)) if work is not None else ()
+    return replace(work, disk=sum(part.bytes for part in parts)) if work is not None and parts else work
 
 
 def _described(path: Path, sources: Sources, named: NamedModels) -> str:
@@ -141,6 +149,17 @@ def memory_problem(verdict: Verdict, memory: Memory) -> str | None:
     needed, free = sizes_apart(verdict.needed, memory.free)
     what = f"memory: about {needed} are needed ({verdict.phase}), {free} of {memory.where} are free"
     return f"{what}; {verdict.advice}"
+
+
+def shortages(config: Config, sources: Sources, rows: Sequence[RowsFound], out: Path) -> list[str]:
+    """What a run that is about to begin may lack here: disk, memory; a line each. These are estimates."""
+    sizes, memory = sizes_of(NOTHING, sources), free_memory()
+    work, verdict = work_of(config, sources, sizes), judge(config, sizes, place_of(memory), lengths_of(rows))
+    found = [
+        disk_problem(work, out, free_disk(out)) if work is not None else None,
+        memory_problem(verdict, memory) if verdict is not None else None,
+    ]
+    return [problem for problem in found if problem]
 
 
 def disk_problem(work: Work, out: Path, disk: float) -> str | None:

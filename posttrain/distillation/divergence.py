@@ -23,12 +23,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from gemma2.posttrain.models.head import SLAB, states_of_head, wide_product
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.scorer import CHUNK
 
 __all__ = ["Divergence", "FullTarget", "Head", "Measured", "Target", "TopkTarget", "divergence_loss", "head_of"]
-
-SLAB = 2**14  # rows of a head or its gradient handled at once where dtypes differ
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         target: Target,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        states = _states(hidden.detach())
+        states = states_of_head(hidden.detach())
         head = Head(weight.detach().to(states.dtype), head.cap, head.temperature)
         wide = states.dtype if states.dtype == torch.float64 else torch.float32
         of_hidden = states.new_empty(hidden.shape, dtype=wide) if ctx.needs_input_grad[0] else None
@@ -222,20 +221,12 @@ def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _states(hidden: Tensor) -> Tensor:
-    """Hidden states in the dtype of the products: autocast's where it is on, and no half precision on the CPU."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    return hidden.float() if device == "cpu" and hidden.dtype in (torch.float16, torch.bfloat16) else hidden
-
-
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden @ weight.T, (K, V), in fp32 or better; a weight of another dtype is converted a slab at a time."""
-    hidden = _states(hidden)
+    hidden = states_of_head(hidden)
     if weight.dtype == hidden.dtype:
-        return _wide(hidden, weight.t())
-    return torch.cat([_wide(hidden, slab.to(hidden.dtype).t()) for slab in weight.split(SLAB)], -1)
+        return wide_product(hidden, weight.t())
+    return torch.cat([wide_product(hidden, slab.to(hidden.dtype).t()) for slab in weight.split(SLAB)], -1)
 
 
 def _accumulate(
@@ -243,18 +234,11 @@ def _accumulate(
 ) -> None:
     """Carry d/d(hidden @ weight.T) of a chunk (K, V) on to the hidden states and the head."""
     if of_hidden is not None:
-        of_hidden[rows] = _wide(gradient, weight)
+        of_hidden[rows] = wide_product(gradient, weight)
     if of_weight is None:
         return
     if gradient.dtype == of_weight.dtype:
         of_weight.addmm_(gradient.t(), states[rows])
     else:  # a product of half precision would be rounded before it is added
         for part, slab in zip(of_weight.split(SLAB), gradient.split(SLAB, -1), strict=True):
-            part.add_(_wide(slab.t(), states[rows]))
-
-
-def _wide(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, kept in fp32 where the factors are in half precision."""
-    if left.dtype in (torch.float32, torch.float64):
-        return left @ right
-    return torch.mm(left, right, out_dtype=torch.float32)
+            part.add_(wide_product(slab.t(), states[rows]))

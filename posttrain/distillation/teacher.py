@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.models.loading import default_device, load_policy
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.schemas.distill import Dtype
+from gemma2.posttrain.schemas.fields import Dtype
 
 from .divergence import Divergence, FullTarget, Target, head_of
 from .responses import response_states
@@ -65,9 +66,7 @@ class LiveTeacher:
 
 def load_teacher(path: Path, dtype: Dtype) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """A frozen teacher and its tokenizer. Raises InputError for a head that is more than a product and a soft cap."""
-    if dtype == "auto":
-        dtype = "float32" if default_device().type == "cpu" else "bfloat16"
-    model, tokenizer = load_policy(path, getattr(torch, dtype))
+    model, tokenizer = load_policy(path, frozen_dtype(dtype))
     check_head(model, f"--teacher {path}")
     return model.requires_grad_(False), tokenizer
 

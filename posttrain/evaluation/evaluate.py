@@ -38,10 +38,12 @@ from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.models.head import head_logits
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
-from gemma2.posttrain.models.scorer import CHUNK, head_logits, hidden_states, mean_and_error
+from gemma2.posttrain.models.scorer import CHUNK, hidden_states, mean_and_error
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
@@ -326,13 +328,14 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     quiet_libraries()
     reading = Reading(config)
     rows = reading.prompts(config.prompts, config.limit)
-    reference, tokenizer = load_policy(config.sft)
+    dtype = frozen_dtype(config.dtype)
+    reference, tokenizer = load_policy(config.sft, dtype)
     chat = ChatFormat(tokenizer, reference.generation_config)
     rows = reading.renderable(rows, chat)
     reading.report(progress)
     scores = scores_of(config, chat)
     same = config.model.resolve() == config.sft.resolve()
-    model = reference if same else load_policy(config.model)[0]
+    model = reference if same else load_policy(config.model, dtype)[0]
     check_same_vocabulary(model, reference, str(config.model), str(config.sft))
     note_other_temperature(config, progress)
     measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")

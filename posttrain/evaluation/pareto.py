@@ -33,6 +33,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.reports.plots.values import label_of
 from gemma2.posttrain.rewards.functions import Score
@@ -75,7 +76,8 @@ class Bench:
         self.progress = progress
         reading = Reading(config)
         rows = reading.prompts(config.prompts, config.limit)
-        self.reference, tokenizer = load_policy(config.sft)
+        self.dtype = frozen_dtype(config.dtype)
+        self.reference, tokenizer = load_policy(config.sft, self.dtype)
         self.chat = ChatFormat(tokenizer, self.reference.generation_config)
         self.rows: list[Prompt] = reading.renderable(rows, self.chat)
         reading.report(progress)
@@ -115,17 +117,27 @@ class Bench:
         if path.resolve() == self.config.sft.resolve():
             result: CausalLM = self.reference
             return result
-        model, _ = load_policy(path)
+        model, _ = load_policy(path, self.dtype)
         check_same_vocabulary(model, self.reference, str(path), str(self.config.sft))
         found: CausalLM = model
         return found
 
     def _line_models(self) -> tuple[CausalLM, JsonObject, JsonObject]:
-        """(a model to write into, init, merged): the SFT policy serves as init without a copy."""
+        """(a model to write into, init, merged): the SFT policy serves as init without a copy.
+
+        In half precision the ends stay in fp32 on the host: a point is rounded once, as a merge would be.
+        """
         if self._line is None:
-            init = dict(self._load(self.config.init or self.config.sft).named_parameters())
-            model, _ = load_policy(Path(str(self.config.merged)))
-            merged = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            start, end = self.config.init or self.config.sft, Path(str(self.config.merged))
+            model, _ = load_policy(end, self.dtype)
+            init: JsonObject
+            merged: JsonObject
+            if self.dtype == torch.float32:
+                init = dict(self._load(start).named_parameters())
+                merged = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            else:
+                host = torch.device("cpu")
+                init, merged = ({**load_policy(path, device=host)[0].state_dict()} for path in (start, end))
             self._line = model, init, merged
         return self._line
 

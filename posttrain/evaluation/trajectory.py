@@ -41,6 +41,8 @@ def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, ha
     half: whether the arithmetic is rounded to 16 bits (autocast).
     """
     settings = config.model_dump(mode="json", include=SETTINGS)
+    if settings["dtype"] == "auto":
+        del settings["dtype"]  # digests from before the setting existed stay what they are
     content = {
         **settings,
         "temperature": config.temperature,

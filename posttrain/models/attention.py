@@ -119,9 +119,9 @@ def padded_masks(model: Network, present: Tensor) -> Masks:
     return layer_masks(model.config, additive(present[:, None, None] & past, model.dtype))
 
 
-def empty_cache(config: ModelConfig) -> Cache:
-    """Return a cache for decoding, one `KvLayer` per layer."""
-    return Cache(layers=[KvLayer(window) for window in layer_windows(config)])
+def empty_cache(config: ModelConfig, dtype: torch.dtype | None = None) -> Cache:
+    """Return a cache for decoding, one `KvLayer` per layer. dtype: of what is kept; None: as it comes."""
+    return Cache(layers=[KvLayer(window, dtype) for window in layer_windows(config)])
 
 
 class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -131,17 +131,21 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typ
     which `windowed` masks the far ones.
     """
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.stored = window, dtype
         self.is_sliding = window is not None
         self.length = 0
         self.keys: Tensor
         self.values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store the keys and values of the prefill, without a copy."""
-        self.keys, self.values = key_states, value_states
+        """Store the keys and values of the prefill, without a copy if they have the dtype of the cache.
+
+        Under autocast rotated keys come in fp32 and values in bf16.
+        """
+        self.keys = key_states if self.stored is None else key_states.to(self.stored)
+        self.values = value_states if self.stored is None else value_states.to(self.stored)
         self.length = key_states.shape[2]
         self.is_initialized = True
 

@@ -23,20 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from .protocols import CausalLM
 
-__all__ = ["plain_head", "summed_cross_entropy", "target_logps", "weighted_cross_entropy"]
+__all__ = ["summed_cross_entropy", "target_logps", "weighted_cross_entropy"]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32,
 ROWS = 128  # but no fewer rows: each chunk reads W and writes its gradient once
 TILE = 2**22  # logits processed at once between two products: 16 MiB
-# Factors that other architectures apply to their logits besides a soft cap. Without effect at 1.
-SCALINGS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def plain_head(model: CausalLM) -> bool:
-    """Whether the logits of a causal LM are exactly `c(W h)`: no bias, no further scaling, no adapter."""
-    head = model.get_output_embeddings()
-    scaled = any(getattr(model.config, name, None) not in (None, 1) for name in SCALINGS)
-    return isinstance(head, torch.nn.Linear) and head.bias is None and not scaled
 
 
 def summed_cross_entropy(

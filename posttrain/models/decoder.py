@@ -1,10 +1,10 @@
 """One decoding step in a third of transformers' operations, for the sampler; same weights, same numbers.
 
-A step of decoding is bound by the number of operations, not by arithmetic: on small models and on GPUs the modules cost
-several times as much as the matrices. Here each query is one row (no length axis), q, k and v are one product, keys are
-shared by the query heads of their group without being repeated, and rotations come from a table. Norms and softmax are
-in fp32, as in transformers. No operation records a gradient; prefill, training and every architecture that is not in
-`FAMILIES` use transformers.
+A step of decoding is bound by the number of operations, not by arithmetic: on small models and on GPUs the modules
+cost several times as much as the matrices. Here each query is one row (no length axis), q, k and v are one product,
+keys are shared by the query heads of their group without being repeated, and rotations come from a table. Norms and
+softmax are in fp32, as in transformers; so is the head (`head.py`), which in transformers is not. No operation records
+a gradient; prefill, training and every architecture that is not in `FAMILIES` use transformers.
 
 Source of the architectures: Gemma 2 report (2408.00118), section 2; Llama, Mistral, Qwen 2 and 3 as in transformers.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     Gemma2ForCausalLM,
@@ -27,17 +26,19 @@ from transformers.cache_utils import Cache
 
 from .attention import layer_masks
 from .decoder_blocks import ACTIVATIONS, Layer, Norm
+from .head import HALF, states_of_head, wide_linear
 from .lora import adapters_are_products
 from .protocols import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["StepDecoder"]
+__all__ = ["StepDecoder", "precision"]
 
 FAMILIES = (Gemma2ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # kinds of rope whose angles do not depend on the length
 WIDE = 16384  # tokens from which a vocabulary counts as wide
+WIDENED = 2**27  # elements of a head of half precision, up to which a CPU keeps a copy of it in fp32: 512 MiB
 
 
 class StepDecoder:
@@ -46,10 +47,14 @@ class StepDecoder:
     def __init__(self, model: Gemma2ForCausalLM | LlamaForCausalLM, length: int) -> None:
         self.model = model
         self.config = model.config
-        self.layers = [Layer(layer, _activation(model.config)) for layer in model.model.layers]
+        dtype = precision(model)
+        self.layers = [Layer(layer, _activation(model.config), dtype) for layer in model.model.layers]
         self.kinds = getattr(model.config, "layer_types", None) or [""] * len(self.layers)
         self.norm = Norm(model.model.norm, isinstance(model, Gemma2ForCausalLM))
         self.cos, self.sin = self._rotations(length)
+        weight = model.lm_head.weight
+        widens = weight.device.type == "cpu" and weight.dtype in HALF and weight.numel() <= WIDENED
+        self.head = weight.float() if widens else weight  # else for every token again
 
     @staticmethod
     def fits(model: CausalLM) -> bool:
@@ -82,13 +87,21 @@ class StepDecoder:
         tokens: (B,); positions: (B,), counted without padding; mask: (B, 1, 1, K) additive, K includes the new column.
         """
         masks = layer_masks(self.config, mask)
-        cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, head_dim)
-        hidden = self.model.model.embed_tokens(tokens)  # (B, d)
-        for layer, kind, kv in zip(self.layers, self.kinds, cache.layers, strict=True):
-            hidden = layer.step(hidden, cos, sin, masks[kind] if isinstance(masks, dict) else masks, kv)
-        logits = _head(self.norm(hidden), self.model.lm_head.weight)
+        with torch.autocast(mask.device.type, enabled=False):  # the weights have the precision that it asks for
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, head_dim)
+            hidden = self.model.model.embed_tokens(tokens)  # (B, d)
+            for layer, kind, kv in zip(self.layers, self.kinds, cache.layers, strict=True):
+                hidden = layer.step(hidden, cos, sin, masks[kind] if isinstance(masks, dict) else masks, kv)
+            logits = _head(self.norm(hidden), self.head)
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return (logits if cap is None else logits.div_(cap).tanh_().mul_(cap)).float()
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def precision(model: CausalLM) -> torch.dtype:
+    """The dtype of a model's products: that of its weights, or the one that autocast asks for."""
+    device = model.device.type
+    asked: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return asked
 
 
 def _activation(config: PreTrainedConfig) -> str:
@@ -98,10 +111,11 @@ def _activation(config: PreTrainedConfig) -> str:
 
 
 def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return hidden (B, d) times weight (V, d) transposed.
+    """Return hidden (B, d) times weight (V, d) transposed, in fp32.
 
     For few rows and a wide vocabulary the other order is up to twice as fast on a CPU (4 to 15 rows, measured).
     """
-    if hidden.device.type == "cpu" and 4 <= len(hidden) < 16 and len(weight) >= WIDE and hidden.dtype == weight.dtype:
-        return torch.mm(weight, hidden.T).T.contiguous()
-    return F.linear(hidden, weight)
+    states = states_of_head(hidden)
+    if states.device.type == "cpu" and 4 <= len(states) < 16 and len(weight) >= WIDE and states.dtype == weight.dtype:
+        return torch.mm(weight, states.T).T.contiguous()
+    return wide_linear(states, weight)

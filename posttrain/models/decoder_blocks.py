@@ -67,15 +67,21 @@ class Norm:
 
 
 class Layer:
-    """One block: q, k and v weights concatenated, the other weights from the module; products of adapters are added."""
+    """One block: q, k and v weights concatenated, the other weights from the module; products of adapters are added.
 
-    def __init__(self, layer: Gemma2DecoderLayer | LlamaDecoderLayer, activation: str) -> None:
+    dtype: of the products. Where that is narrower than the model, a copy of the weights is kept: the residual stream
+    stays as wide as the model, as under autocast, which would convert all weights again for every token.
+    """
+
+    def __init__(self, layer: Gemma2DecoderLayer | LlamaDecoderLayer, activation: str, dtype: torch.dtype) -> None:
         self.attention, mlp = layer.self_attn, layer.mlp
+        self.dtype = dtype
         qkv = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
-        self.qkv, self.qkv_bias = torch.cat([weight_of(linear) for linear in qkv]), _biases(qkv)
-        self.out, self.out_bias = weight_of(self.attention.o_proj), bias_of(self.attention.o_proj)
-        self.gate, self.up, self.down = (weight_of(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.gate_bias, self.up_bias, self.down_bias = (bias_of(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.qkv, self.qkv_bias = torch.cat([weight_of(linear).to(dtype) for linear in qkv]), _biases(qkv, dtype)
+        self.out, self.out_bias = _of(self.attention.o_proj, dtype)
+        self.gate, self.gate_bias = _of(mlp.gate_proj, dtype)
+        self.up, self.up_bias = _of(mlp.up_proj, dtype)
+        self.down, self.down_bias = _of(mlp.down_proj, dtype)
         self.activation = ACTIVATIONS[activation]
         after = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 also normalises what a sublayer returns
         self.before_attention = Norm(layer.input_layernorm, after)
@@ -94,9 +100,9 @@ class Layer:
 
         hidden: (B, d); cos, sin: (B, 1, head_dim); mask: (B, 1, 1, K).
         """
-        attended = self._attend(self.before_attention(hidden), cos, sin, mask, kv)
+        attended = self._attend(self.before_attention(hidden).to(self.dtype), cos, sin, mask, kv)
         hidden = hidden + (attended if self.after_attention is None else self.after_attention(attended))
-        inner = self.before_mlp(hidden)
+        inner = self.before_mlp(hidden).to(self.dtype)
         gate = self.activation(F.linear(inner, self.gate, self.gate_bias))
         down = F.linear(gate.mul_(F.linear(inner, self.up, self.up_bias)), self.down, self.down_bias)
         return hidden + (down if self.after_mlp is None else self.after_mlp(down))
@@ -113,24 +119,26 @@ class Layer:
         query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:, None]
         keys, values = kv.update(key, heads[:, -kv_heads:, None])  # (B, kv_heads, K, head_dim)
         # Query heads j * groups .. (j + 1) * groups - 1 read KV head j.
-        grouped = query.reshape(rows, kv_heads, self.groups, head_dim)
+        grouped = query.reshape(rows, kv_heads, self.groups, head_dim).to(keys.dtype)
         weights = torch.matmul(grouped, keys.transpose(2, 3))  # (B, kv_heads, groups, K)
         if self.cap is None:
             weights = torch.add(mask, weights, alpha=self.attention.scaling)
         else:
             weights = weights.mul_(self.attention.scaling / self.cap).tanh_().mul_(self.cap).add_(mask)
         weights = torch.softmax(weights, -1, dtype=torch.float32).to(values.dtype)
-        return F.linear(torch.matmul(weights, values).view(rows, -1), self.out, self.out_bias)
+        return F.linear(torch.matmul(weights, values).view(rows, -1).to(self.dtype), self.out, self.out_bias)
 
 
-def _biases(linears: list[nn.Linear]) -> Tensor | None:
+def _of(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer in a dtype."""
+    bias = bias_of(linear)
+    return weight_of(linear).to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _biases(linears: list[nn.Linear], dtype: torch.dtype) -> Tensor | None:
     """The biases of layers whose weights are concatenated; None if none of them has one."""
     found = [bias_of(linear) for linear in linears]
     if all(bias is None for bias in found):
         return None
-    return torch.cat(
-        [
-            weight_of(linear).new_zeros(linear.out_features) if bias is None else bias
-            for linear, bias in zip(linears, found, strict=True)
-        ]
-    )
+    zeros = (weight_of(linear).new_zeros(linear.out_features) for linear in linears)
+    return torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, found, strict=True)]).to(dtype)

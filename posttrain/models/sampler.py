@@ -29,8 +29,9 @@ from torch import Tensor
 
 from gemma2.core.errors import InputError
 
-from .attention import Masks, additive, empty_cache, layer_masks, padded_masks, taking_masks
-from .decoder import StepDecoder
+from .attention import additive, empty_cache, layer_masks, padded_masks, taking_masks
+from .decoder import StepDecoder, precision
+from .head import last_logits
 from .protocols import CausalLM, Network
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
@@ -290,7 +291,7 @@ class _Batch:
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
         self.model = model
-        self.cache = empty_cache(model.config)
+        self.cache = empty_cache(model.config, precision(model))
         groups = dict.fromkeys(map(tuple, prompts))
         number = {prompt: index for index, prompt in enumerate(groups)}
         source = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)  # (rows,) in 0..P-1
@@ -300,26 +301,13 @@ class _Batch:
         columns = torch.arange(self.length + params.max_new_tokens, device=model.device)
         visible = columns >= padding[:, None]  # (P, all columns)
         positions = (columns[: self.length] - padding[:, None]).clamp_(min=0)
-        logits = self._forward(ids, positions, padded_masks(model, visible[:, : self.length]))
+        logits = last_logits(model, self.cache, ids, positions, padded_masks(model, visible[:, : self.length]))
         if len(groups) < len(prompts):
             self.cache.batch_select_indices(source)
         self.logits = logits[source]  # (rows, V) fp32
         self.position = (self.length - padding)[source]  # (rows,) of the next token
         self.mask = additive(visible[:, None, None], model.dtype)[source]  # (rows, 1, 1, all columns)
         self.decoder = StepDecoder(model, len(columns)) if StepDecoder.fits(model) else None
-
-    def _forward(self, ids: Tensor, positions: Tensor, masks: Masks) -> Tensor:
-        """Return logits (B, V) fp32 after the last of ids (B, Q) at positions (B, Q)."""
-        output = self.model(
-            input_ids=ids,
-            attention_mask=masks,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits
-        return logits[:, -1].float()
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token (B,) to every row."""
@@ -329,7 +317,7 @@ class _Batch:
             self.logits = self.decoder.step(self.cache, tokens, self.position, mask)
         else:
             masks = layer_masks(self.model.config, mask)
-            self.logits = self._forward(tokens[:, None], self.position[:, None], masks)
+            self.logits = last_logits(self.model, self.cache, tokens[:, None], self.position[:, None], masks)
         self.position = self.position + 1
 
     def keep(self, rows: Tensor) -> None:

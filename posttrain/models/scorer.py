@@ -21,18 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gemma2.core.errors import InputError
-
 from .attention import causal_masks
 from .causal_attention import blockwise, can_be_blockwise
-from .cross_entropy import SCALINGS, plain_head, target_logps
+from .cross_entropy import target_logps
+from .head import head_logits, plain_head
 from .protocols import CausalLM, Network
 from .sampler import evaluating, length_batches
 
 __all__ = [
     "correlation",
     "head_in_one_pass",
-    "head_logits",
     "head_logps",
     "hidden_states",
     "last_hidden_states",
@@ -126,13 +124,13 @@ def last_hidden_states(model: Network, ids: Tensor) -> Tensor:
 
 
 def head_in_one_pass(model: CausalLM, hidden: Tensor) -> bool:
-    """Whether `cross_entropy.py` serves these states (N, d): a plain head, on a CPU, states and weights of one dtype.
+    """Whether `cross_entropy.py` serves these states (N, d): a plain head, on a CPU, no half precision.
 
     On an accelerator a gradient of the head in fp32 next to bf16 states would cost too much memory for the time saved.
     """
-    return (
-        hidden.device.type == "cpu" and plain_head(model) and hidden.dtype == model.get_output_embeddings().weight.dtype
-    )
+    weight = model.get_output_embeddings().weight
+    wide = weight.dtype in (torch.float32, torch.float64)
+    return hidden.device.type == "cpu" and plain_head(model) and wide and hidden.dtype == weight.dtype
 
 
 def head_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -149,23 +147,6 @@ def head_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: fl
         for states, tokens in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
     return torch.cat([logps for logps, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
-
-
-def head_logits(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Return logits (N, V) fp32 of last hidden states (N, d), soft cap included (Gemma 2 report, section 2).
-
-    Raises InputError for a model that scales its logits in any other way.
-    """
-    for name in SCALINGS:
-        if getattr(model.config, name, None) not in (None, 1):
-            raise InputError(
-                f"a model of type {model.config.model_type} scales its logits ({name}), which is not supported",
-                "use a Gemma, Llama, Mistral or Qwen model",
-            )
-    logits: Tensor = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    result: Tensor = logits if cap is None else torch.tanh(logits / cap) * cap
-    return result
 
 
 def target_log_probs(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

@@ -32,7 +32,7 @@ from gemma2.posttrain.schemas.config import Config, load_yaml
 from .learning import Sizes
 from .shapes import SIZES, ModelShape, shape_of, shape_of_config, shape_of_parameters
 
-__all__ = ["NOTHING", "NO_ROWS", "NamedModels", "name_models", "sizes_of", "with_stand_ins"]
+__all__ = ["NOTHING", "NO_ROWS", "NamedModels", "name_models", "named_shape", "sizes_of", "with_stand_ins"]
 
 POLICY, REWARD = "policy", "reward model"
 NO_ROWS = Path("rows that are not given")  # stands for data of which nothing is known
@@ -52,29 +52,52 @@ class NamedModels:
     promised: dict[Path, Promise] = field(default_factory=dict)
     notes: dict[Path, str] = field(default_factory=dict)
 
+    def add(self, more: NamedModels) -> None:
+        """Take what is known of further models."""
+        self.shapes |= more.shapes
+        self.promised |= more.promised
+        self.notes |= more.notes
+
+    def copy(self) -> NamedModels:
+        """Return what is known, to add to."""
+        return NamedModels({**self.shapes}, {**self.promised}, {**self.notes})
+
 
 NOTHING = NamedModels()
 
 
-def name_models(config: C, kinds: Callable[[str], str]) -> tuple[C, NamedModels]:
+def name_models(config: C, kinds: Callable[[str], str], promised: Sequence[Path] = ()) -> tuple[C, NamedModels]:
     """Return a configuration whose models can be planned with, and what is known of those not on this disk.
 
-    kinds  field -> kind of model that it takes
+    kinds     field -> kind of model that it takes
+    promised  directories that other stages make: no path in them is an id or a size
     Raises InputError for a hub id whose configuration cannot be read.
     """
     found = NamedModels()
+
+    def named_one(path: Path, name: str) -> Path:
+        made = any(path.is_relative_to(place) for place in promised)
+        return path if made else _named(path, name, kinds(name), found)
+
     changed: dict[str, Path | tuple[Path, ...]] = {}
     found.promised[NO_ROWS] = Promise("data")
     remote = getattr(config, "engine", None) == "openai"
     for name in MODELS:
         value = getattr(config, name, None)
         if isinstance(value, Path) and not (remote and name == "teacher"):
-            changed[name] = _named(value, name, kinds(name), found)
+            changed[name] = named_one(value, name)
     for name in LISTS_OF_MODELS:
         value = getattr(config, name, None)
         if isinstance(value, tuple):
-            changed[name] = tuple(_named(path, name, kinds(name), found) for path in value)
+            changed[name] = tuple(named_one(path, name) for path in value)
     return config.model_copy(update=changed), found
+
+
+def named_shape(path: Path, role: str) -> tuple[Path, ModelShape, str]:
+    """Return the place of a policy, its shape, and a note where it is not on this disk. Raises like `name_models`."""
+    found = NamedModels()
+    place = _named(path, role, POLICY, found)
+    return place, found.shapes.get(place) or shape_of(place), found.notes.get(place, "")
 
 
 def sizes_of(models: NamedModels, sources: Sources) -> Sizes:
@@ -113,7 +136,7 @@ def _named(path: Path, field: str, kind: str, found: NamedModels) -> Path:
 
 
 def _of_size(name: str, shape: ModelShape, kind: str, found: NamedModels) -> Path:
-    """A Gemma 2 of which nothing is on disk; a reward model has a path of its own, as it is another kind of model."""
+    """A Gemma 2 of which nothing is on disk; a reward model has a separate path, as it is another kind of model."""
     path = Path(name if kind == POLICY else f"{name} {kind}")
     found.shapes[path] = shape
     found.notes[path] = "Gemma 2 of this size, nothing on disk"

@@ -30,7 +30,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class PlanQuestion:
-    """What a plan is asked beside the command: a GPU in bytes, how many of them, a rate of tokens."""
+    """What a plan is asked besides the command: a GPU in bytes, how many of them, a rate of tokens."""
 
     gpu: float | None = None
     devices: int = 1
@@ -67,8 +67,8 @@ def answer(facts: PlanFacts, question: PlanQuestion, trial: Trial | None = None)
     if memory is not None:
         found["memory"] = {"place": named(place), **_memory(memory)}
         found["verdicts"] = verdicts
-    elif question != PlanQuestion():
-        found["memory_note"] = "not computed: the command runs no model, or one of unknown size"
+    else:
+        found["memory_note"] = "not computed for this command, or for a model of unknown size"
     parts = disk_of(facts.config, facts.sizes)
     if parts and all(math.isfinite(part.bytes) for part in parts):
         found["disk"] = {part.name: _gib(part.bytes) for part in parts}

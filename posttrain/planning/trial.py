@@ -1,4 +1,4 @@
-"""Three steps of a training as a process of its own, timed: `gemma2 plan COMMAND --measure`. Torch-free here.
+"""Three steps of a training as a separate process, timed: `gemma2 plan COMMAND --measure`. Torch-free here.
 
 The command line is that of the run, with three steps and an output that is removed. The time of a step is that between
 two lines of its metrics; the first step, which warms up, does not count.

@@ -59,7 +59,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         server = stack.enter_context(closing(judge_engine(config, progress))) if template else None
         journal = stack.enter_context(Journal(run.checkpoints / "answers.jsonl"))
         params = SamplingParams(config.max_new_tokens, config.temperature)
-        with closing(SamplerEngine.load(config.model, params, config.batch_size)) as engine:
+        with closing(SamplerEngine.load(config.model, params, config.batch_size, config.dtype)) as engine:
             reading = Reading(config)
             source, plan = (
                 PromptSource(config.prompts, reading, config.limit),

@@ -16,6 +16,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Pair
 from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, check_parents
 from gemma2.posttrain.schemas import RewardEvalConfig
@@ -51,7 +52,7 @@ def evaluate(
     path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, reading: Reading, progress: Progress
 ) -> JsonObject:
     """Return the figures of one reward model on the pairs."""
-    model = RewardModel.from_dir(path)
+    model = RewardModel.from_dir(path, frozen_dtype(config.dtype))
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest, reading)
     report_dropped(dropped, len(pairs), longest, progress)

@@ -29,6 +29,7 @@ from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_o
 from gemma2.posttrain.data.sources import Row, ShardWriter
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
@@ -143,7 +144,7 @@ def _fill(config: RewardScoreConfig, reading: Reading, journal: Journal, bar: Ta
     done = sum(len(record["scores"]) for record in journal.records())
     bar.advance(done)
     rows = islice(_rows(config, reading), done, None)
-    model = RewardModel.from_dir(config.model)
+    model = RewardModel.from_dir(config.model, frozen_dtype(config.dtype))
     chat = ChatFormat(model.tokenizer)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     while chunk := list(islice(rows, CHUNK)):

@@ -31,9 +31,7 @@ def recipe_path(name: str | None, command: str = "", flag: str = "--config ") ->
         cell = cell_named(name)
         if cell is not None:
             raise no_recipe(cell)
-        raise InputError(
-            f"{flag}{name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
-        )
+        raise InputError(f"{flag}{name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})")
     if command and not path.is_file():
         with found.open(encoding="utf-8") as lines:
             begins, _, rest = lines.readline().partition("# gemma2 ")

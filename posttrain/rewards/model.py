@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gemma2.posttrain.data.chat import ChatFormat, Message
 from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.models.head import wide_linear
 from gemma2.posttrain.models.loading import load_reward_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
@@ -50,7 +51,7 @@ class RewardModel:
             for batch, hidden in hidden_states(self.model, prompts, completions, batch_size):
                 last = torch.tensor([len(prompts[i]) + len(completions[i]) - 1 for i in batch], device=hidden.device)
                 states = hidden[torch.arange(len(batch), device=hidden.device), last]  # (B, d)
-                rewards[batch] = self.model.score(states).squeeze(-1).float().cpu()
+                rewards[batch] = wide_linear(states, self.model.score.weight).squeeze(-1).cpu()
         return rewards
 
     def score_text(

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gemma2.core.errors import GuardStop, InputError
 from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.runs.inputs import check_reward_terms, model_name
 from gemma2.posttrain.schemas import RewardFields
 
@@ -130,9 +131,10 @@ def _terms(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Term
 
 
 def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Score]:
+    dtype = frozen_dtype(config.dtype)
     if config.reward_ensemble == "warm":
-        return [_model_score(averaged_reward_model(config.reward), "the average", chat, batch_size)]
-    members = [_model_score(RewardModel.from_dir(path), str(path), chat, batch_size) for path in config.reward]
+        return [_model_score(averaged_reward_model(config.reward, dtype), "the average", chat, batch_size)]
+    members = [_model_score(RewardModel.from_dir(path, dtype), str(path), chat, batch_size) for path in config.reward]
     return [_ensemble_score(members, config.reward_ensemble)] if config.reward_ensemble else members
 
 

@@ -27,8 +27,8 @@ __all__ = ["averaged_reward_model"]
 
 
 @torch.no_grad()
-def averaged_reward_model(paths: Sequence[Path]) -> RewardModel:
-    """Return the average of reward models, in fp32.
+def averaged_reward_model(paths: Sequence[Path], dtype: torch.dtype = torch.float32) -> RewardModel:
+    """Return the average of reward models, formed in fp32 and rounded to `dtype`.
 
     Raises InputError for models that cannot be averaged, naming the first difference.
     """
@@ -48,7 +48,7 @@ def averaged_reward_model(paths: Sequence[Path]) -> RewardModel:
         del other
     for summed in total.values():
         summed /= len(paths)
-    return RewardModel(model.to(default_device()), tokenizer)
+    return RewardModel((model.bfloat16() if dtype == torch.bfloat16 else model).to(default_device()), tokenizer)
 
 
 def check_averageable(paths: Sequence[Path]) -> None:

@@ -78,7 +78,7 @@ COMMANDS: dict[str, Command] = {
         TinyConfig, "tiny.build", "run_tiny", "pre-trains a small Gemma 2 student and a larger teacher from scratch"
     ),
     "convert": Command(
-        ConvertConfig, "models.convert", "run_convert", "imports a model as plain safetensors", accelerated=False
+        ConvertConfig, "conversion.convert", "run_convert", "imports a model as plain safetensors", accelerated=False
     ),
     "generate": Command(
         GenerateConfig,

@@ -35,6 +35,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .generation_budget import generate_budget
 
@@ -316,6 +317,13 @@ def _pick(config: PickConfig, sources: Sources) -> Work:
     return Work(memory=2.0e8, disk=math.nan, tokens=0.0)
 
 
+def _suite(config: SuiteConfig, sources: Sources) -> Work:
+    """The model, and samples with their prompts; the plan of the suite adds its tokens."""
+    width = 2.0 if config.dtype == "bfloat16" else 4.0
+    disk = 30.0 * sources.size(config.data)  # a prompt repeats its examples
+    return Work(memory=width * sources.parameters(config.model), disk=disk, tokens=0.0)
+
+
 # Any: each function takes the configuration of its key.
 ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     SftConfig: _sft,
@@ -334,6 +342,7 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     RewardEvalConfig: _reward_eval,
     MergeConfig: _merge,
     PickConfig: _pick,
+    SuiteConfig: _suite,
 }
 
 

@@ -7,9 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Data, LoraFields, Model, RowFields, Seed, TrainingFields
-
-Dtype = Literal["auto", "float32", "bfloat16"]
+from .fields import Data, Dtype, LoraFields, Model, RowFields, Seed, TrainingFields
 
 
 class FixedDataFields(RowFields):

@@ -66,6 +66,7 @@ class PickConfig(Config):
 REWARD = sorted(RewardFields.model_fields.keys() - CallFields.model_fields.keys())
 # What a measurement depends on besides files; `reward` names files.
 MEASURED_WITH = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *REWARD)
+BEFORE = {"dtype": "auto"}  # of fronts from before a setting existed
 
 
 def measured_settings(config: ParetoConfig) -> JsonObject:
@@ -79,5 +80,5 @@ def unlike_settings(theirs: JsonMapping, ours: JsonMapping) -> list[str]:
     return [
         f"{name} {theirs.get(name)!r}, here {ours[name]!r}"
         for name in MEASURED_WITH
-        if name != "reward" and theirs.get(name) != ours[name]
+        if name != "reward" and theirs.get(name, BEFORE.get(name)) != ours[name]
     ]

@@ -17,6 +17,7 @@ Model = Annotated[Path, Field(description="model directory or hub id")]
 Data = Annotated[
     Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")
 ]
+Dtype = Literal["auto", "float32", "bfloat16"]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 
@@ -81,6 +82,15 @@ class SamplingFields(Config):
     temperature: float = Field(1.0, ge=0.0, le=5.0, description="sampling temperature; 0 is greedy")
     max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
     batch_size: int = Field(32, ge=1, description="sequences generated or scored at once")
+
+
+class PrecisionFields(Config):
+    """The precision of models that are not trained."""
+
+    dtype: Dtype = Field(
+        "auto",
+        description="precision of models that are not trained; auto: bfloat16 on an accelerator, float32 on the CPU",
+    )
 
 
 class CallFields(Config):

@@ -79,6 +79,8 @@ class GenerateConfig(SamplingFields, RewardFields, RowFields):
             raise ValueError(f"--best {self.best} of --n {self.n} completions cannot be kept")
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("give both --price-in and --price-out")
+        if self.engine == "openai" and self.dtype != "auto" and not self.reward:
+            raise ValueError(f"--dtype {self.dtype} has no effect with --engine openai: the server decides")
         if self.base_url is not None:
             check_address(self.base_url)
         check_key_variable(self.api_key_env)

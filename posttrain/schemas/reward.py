@@ -9,7 +9,18 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .fields import CallFields, Data, LoraFields, Model, RowFields, SamplingFields, Seed, TrainingFields, check_address
+from .fields import (
+    CallFields,
+    Data,
+    LoraFields,
+    Model,
+    PrecisionFields,
+    RowFields,
+    SamplingFields,
+    Seed,
+    TrainingFields,
+    check_address,
+)
 from .generate import check_key_variable
 
 Centring = Field(
@@ -71,7 +82,7 @@ class ProbeConfig(RowFields):
     seed: Seed = 0
 
 
-class RewardScoreConfig(RowFields):
+class RewardScoreConfig(PrecisionFields, RowFields):
     """Add a score to every row of a data set: prompts and completions, conversations, or preference pairs."""
 
     INCIDENTAL = frozenset({"batch_size"})
@@ -93,7 +104,7 @@ class RewardScoreConfig(RowFields):
         return self
 
 
-class RewardEvalConfig(RowFields):
+class RewardEvalConfig(PrecisionFields, RowFields):
     """Measure how well reward models order preference pairs: accuracy, calibration, and the influence of length."""
 
     models: tuple[Path, ...] = Field(min_length=1, description="reward models; several are compared side by side")
@@ -106,7 +117,7 @@ class RewardEvalConfig(RowFields):
     limit: int | None = Field(None, ge=1, description="use only the first pairs")
 
 
-class PairsConfig(SamplingFields, CallFields, RowFields):
+class PairsConfig(SamplingFields, CallFields, PrecisionFields, RowFields):
     """Preference pairs: n samples per prompt of a model, ranked by a judge."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"judge_concurrency", "judge_key_env"})

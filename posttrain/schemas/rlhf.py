@@ -8,10 +8,20 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from .config import Config
-from .fields import CallFields, Data, LoraFields, LoraOutputFields, Model, RowFields, TrainingFields, check_address
+from .fields import (
+    CallFields,
+    Data,
+    LoraFields,
+    LoraOutputFields,
+    Model,
+    PrecisionFields,
+    RowFields,
+    TrainingFields,
+    check_address,
+)
 
 
-class RewardFields(CallFields):
+class RewardFields(CallFields, PrecisionFields):
     """The reward of a completion: the weighted sum of reward models and functions, minus the penalties."""
 
     REWARD_NEEDED: ClassVar[bool] = True

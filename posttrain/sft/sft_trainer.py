@@ -29,7 +29,8 @@ from gemma2.core.errors import GuardStop
 from gemma2.posttrain.data.batching import Epochs, GroupedByLength
 from gemma2.posttrain.data.examples import IGNORED, Example, to_dataset
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
+from gemma2.posttrain.models.cross_entropy import summed_cross_entropy
+from gemma2.posttrain.models.head import plain_head
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import evaluating

@@ -26,7 +26,7 @@ from transformers import Gemma2ForCausalLM
 
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.models.attention import causal_masks
-from gemma2.posttrain.models.scorer import head_logits
+from gemma2.posttrain.models.head import head_logits
 
 from .networks import tiny_config, tiny_tokenizer, with_generation_config
 from .tasks import GOOD_STYLES, MIXED_STYLES, dialogues, prose

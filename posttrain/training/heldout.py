@@ -30,7 +30,8 @@ from gemma2.core.json_files import JsonObject, load_json, write_json
 from gemma2.core.progress import Progress
 from gemma2.core.sizes import apart
 from gemma2.posttrain.data.examples import Example
-from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy
+from gemma2.posttrain.models.cross_entropy import summed_cross_entropy
+from gemma2.posttrain.models.head import plain_head
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM, Network
 from gemma2.posttrain.models.sampler import evaluating, length_batches

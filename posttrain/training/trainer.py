@@ -36,7 +36,6 @@ from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.models.forward_check import check_forward
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.live import LiveRecord, take_alert
@@ -45,6 +44,7 @@ from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
 from .as_asked import check_recipe
 from .first_steps import FirstSteps, always
+from .forward_check import check_forward
 from .movement import Movement
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
@@ -117,6 +117,9 @@ def configured(schema: type[C], config: TrainingFields, arguments: JsonMapping) 
         detail = " ".join(str(error).split())[:200]
         raise UsageError(f"'trainer' ({', '.join(config.trainer)}): {detail}", "fix it, or leave it out") from error
     check_recipe(config, cast(TrainingArguments, built))
+    found = cast(TrainingArguments, built)
+    if found.n_gpu > 1:  # one process: the Trainer would take nn.DataParallel, in which no loss of ours runs
+        found._n_gpu = 1
     return built
 
 
@@ -203,6 +206,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     ) -> None:
         start_above_zero(cast("LRScheduler | None", kwargs.get("lr_scheduler")), args.get_warmup_steps(state.max_steps))
         self.steps, self.clipped = state.global_step, self._clipped_before(state.global_step)
+        visible = torch.cuda.device_count()
+        if visible > 1 and args.world_size == 1:
+            self.progress.note(f"{visible} GPUs are visible, one is used; CUDA_VISIBLE_DEVICES chooses which")
         self._bar = self.progress.task(self.label, total=state.max_steps, unit="steps")
         self.task = self._bar.__enter__()
         self.task.advance(state.global_step)

@@ -46,5 +46,5 @@ def _ends(model: Path) -> list[int]:
         except (OSError, ValueError):
             continue
         ends = found.get("eos_token_id")
-        return ends if isinstance(ends, list) else [ends]
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
     return []

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from gemma2.posttrain.data.chat import ChatFormat
     from gemma2.posttrain.data.tokenizer import Tokenizer
 
-__all__ = ["Encoder", "Request", "chat_text", "hash_of"]
+__all__ = ["Encoder", "TokenRequest", "chat_text", "hash_of"]
 
 
 @dataclass(frozen=True)
-class Request:
+class TokenRequest:
     """Token ids, of which the last `targets` are scored; `cut`: tokens left out on the left."""
 
     ids: list[int]
@@ -55,7 +55,7 @@ class Encoder:
             return found
         return [ids if ids[:1] == [self.bos] else [self.bos, *ids] for ids in found]
 
-    def choices(self, asked: Sequence[Asked]) -> list[list[Request]]:
+    def choices(self, asked: Sequence[Asked]) -> list[list[TokenRequest]]:
         """The requests of rows with choices: one list for each row."""
         pairs = [self._moved(*pair) for row in asked for pair in row.pairs]
         contexts = list(dict.fromkeys(context for context, _ in pairs))
@@ -63,7 +63,7 @@ class Encoder:
         wholes = iter(zip(pairs, self.encode([context + ending for context, ending in pairs]), strict=True))
         return [[self._request(row, lengths, *next(wholes)) for _ in row.continuations] for row in asked]
 
-    def prompts(self, asked: Sequence[Asked], max_new_tokens: int) -> list[Request]:
+    def prompts(self, asked: Sequence[Asked], max_new_tokens: int) -> list[TokenRequest]:
         """The prompts of rows whose answers are written, with room for `max_new_tokens`."""
         room = self.length - max_new_tokens
         if room < 2:
@@ -80,13 +80,13 @@ class Encoder:
         kept = context.rstrip() or context
         return kept, context[len(kept) :] + continuation
 
-    def _request(self, row: Asked, lengths: dict[str, int], pair: tuple[str, str], ids: list[int]) -> Request:
+    def _request(self, row: Asked, lengths: dict[str, int], pair: tuple[str, str], ids: list[int]) -> TokenRequest:
         targets = len(ids) - lengths[pair[0]]
         if targets < 1:
             raise InputError(f"row {row.id}: a choice has no tokens after its question", "correct the choices")
         return self._cut(row, ids, targets, self.length + 1)
 
-    def _cut(self, row: Asked, ids: list[int], targets: int, room: int) -> Request:
+    def _cut(self, row: Asked, ids: list[int], targets: int, room: int) -> TokenRequest:
         cut = len(ids) - room
         kept = 0 if self.bos is None else 1
         if targets > room - 2:
@@ -99,10 +99,10 @@ class Encoder:
                 f"row {row.id}: its prompt has {short.count(self.bos)} <bos> tokens, and one belongs there",
                 f"take {self.tokenizer.bos_token} out of the row's text",
             )
-        return Request(short, targets, max(cut, 0))
+        return TokenRequest(short, targets, max(cut, 0))
 
 
-def hash_of(requests: Sequence[Request]) -> str:
+def hash_of(requests: Sequence[TokenRequest]) -> str:
     """A digest of the token ids of a row."""
     digest = blake2b(digest_size=16)
     for request in requests:

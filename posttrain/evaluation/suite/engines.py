@@ -11,28 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
-from .encoding import Encoder, Request
+from .encoding import Encoder, TokenRequest
 from .prompts import Asked
 from .shared_scoring import SharedScorer
 
-__all__ = ["SuiteEngine", "check_engine", "open_engine"]
+__all__ = ["SuiteEngine", "open_engine"]
 
+R = TypeVar("R")
 TAIL = 24  # tokens at the end of an answer in which a text of `until` is looked for
 CLASSES = {"hf": ("lm_eval.models.huggingface", "HFLM"), "vllm": ("lm_eval.models.vllm_causallms", "VLLM")}
-EXTRA = "pip install 'gemma2[eval]', or leave --engine out: gemma2's own engine needs no extra"
 
 
 class SuiteEngine(Protocol):
@@ -41,31 +39,20 @@ class SuiteEngine(Protocol):
     facts: JsonObject
 
     def score(
-        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[list[float]]]]:
         """Yield (number of a row, log-likelihoods of the choices of that row and the next ones)."""
         ...
 
     def answer(
-        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+        self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield (number of a row, answers of that row and the next ones)."""
         ...
 
 
-def check_engine(config: SuiteConfig) -> None:
-    """Raise UsageError for an engine that is not installed. Imports nothing."""
-    needed = {"hf": ("lm_eval",), "vllm": ("lm_eval", "vllm")}.get(config.engine, ())
-    for module in needed:
-        if find_spec(module) is None:
-            name = module.replace("_", "-")
-            hint = EXTRA if module == "lm_eval" else "pip install 'gemma2[vllm]', or leave --engine out"
-            raise UsageError(f"--engine {config.engine} needs the package {name}, which is not installed", hint)
-
-
 def open_engine(config: SuiteConfig) -> tuple[SuiteEngine, Encoder, JsonObject]:
     """Load the model; return its engine, the encoder of its requests, and its generation settings."""
-    check_engine(config)
     dtype = _dtype(config)
     if config.engine == "gemma2":
         own = OwnEngine(config, dtype)
@@ -99,12 +86,12 @@ class OwnEngine:
         }
 
     def score(
-        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[list[float]]]]:
         return self.scorer.group(requests, done)
 
     def answer(
-        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+        self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         params = SamplingParams(self.config.max_new_tokens, temperature=0.0)
         for start, batch in _batches(prompts, self.config.batch_size, done):
@@ -137,14 +124,13 @@ class LmEvalEngine:
         if config.engine == "hf":
             settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
             settings["attn_implementation"] = "eager"
-        # Any: the class is an extra, and not typed.
-        self.model: Any = getattr(import_module(module), name)(**settings)
-        self.instance: Any = import_module("lm_eval.api.instance").Instance
+        self.model = getattr(import_module(module), name)(**settings)
+        self.instance = import_module("lm_eval.api.instance").Instance
         self.encoder = Encoder(self.tokenizer, int(self.model.max_length))
         self.facts: JsonObject = {"engine": config.engine, "dtype": kind, "lm_eval": version("lm_eval")}
 
     def score(
-        self, asked: Sequence[Asked], requests: Sequence[Sequence[Request]], done: int
+        self, asked: Sequence[Asked], requests: Sequence[Sequence[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[list[float]]]]:
         for start, batch in _batches(asked, self.config.batch_size, done):
             pairs = [(self.encoder.with_bos(context), ending) for row in batch for context, ending in row.pairs]
@@ -152,7 +138,7 @@ class LmEvalEngine:
             yield start, [[float(next(found)[0]) for _ in row.continuations] for row in batch]
 
     def answer(
-        self, asked: Sequence[Asked], prompts: Sequence[Request], until: Sequence[str], done: int
+        self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         settings = {"until": [*until], "max_gen_toks": self.config.max_new_tokens, "do_sample": False}
         for start, batch in _batches(asked, self.config.batch_size, done):
@@ -170,7 +156,7 @@ def _cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
-def _batches(rows: Sequence[Any], size: int, done: int) -> Iterator[tuple[int, list[Any]]]:
+def _batches(rows: Sequence[R], size: int, done: int) -> Iterator[tuple[int, list[R]]]:
     """(number of its first row, rows) of each batch that is not known."""
     for start in range(done - done % size, len(rows), size):
         yield start, list(islice(rows, start, start + size))

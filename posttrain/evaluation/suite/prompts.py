@@ -72,7 +72,7 @@ def _shots(rows: TaskRows, doc: Doc, drawn: Random) -> list[Doc]:
     task, pool = rows.task, rows.examples[rows.task.group_of(doc)]
     if task.sampler == "first_n":
         return [row for row in pool if row is not doc][: task.num_fewshot]
-    if not rows.shares_rows:
+    if not rows.shares_rows and not task.spare_shot:
         return drawn.sample(pool, task.num_fewshot)
     return [row for row in drawn.sample(pool, task.num_fewshot + 1) if row is not doc][: task.num_fewshot]
 

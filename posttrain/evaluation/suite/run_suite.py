@@ -24,13 +24,13 @@ from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
-from .encoding import Encoder, Request, chat_text, hash_of
-from .engines import SuiteEngine, check_engine, open_engine
+from .encoding import Encoder, TokenRequest, chat_text, hash_of
+from .engines import SuiteEngine, open_engine
 from .grading import grade_choices, grade_text
 from .prompts import Asked, asked_of
 from .results import VERSION, task_result, write_results
-from .task import tasks_of
-from .task_rows import TaskRows, read_rows
+from .suite_plan import check_engine, check_model, tables_of
+from .task_rows import TaskRows
 
 __all__ = ["run_suite"]
 
@@ -41,10 +41,11 @@ SAMPLES = "samples"
 def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Measure `config.model`; results and samples in `options.out`.
 
-    Raises InputError for rows that do not fit their task, UsageError for an engine that is not installed.
+    Raises InputError for rows that do not fit their task and for a broken model, UsageError for a missing engine.
     """
     check_engine(config)
-    tables = [read_rows(config.data, task, config.limit) for task in tasks_of(config.suite, config.tasks)]
+    check_model(config)
+    tables = tables_of(config)
     quiet_libraries()
     with open_run("eval suite", config, options) as run:
         run.checkpoints.mkdir(exist_ok=True)
@@ -123,13 +124,13 @@ class _TaskRun:
         """Deviations from the published way of this task."""
         return []
 
-    def _requests(self, block: Sequence[Asked]) -> list[list[Request]]:
+    def _requests(self, block: Sequence[Asked]) -> list[list[TokenRequest]]:
         if self.rows.task.generates:
             return [[prompt] for prompt in self.encoder.prompts(block, self.config.max_new_tokens)]
         return self.encoder.choices(block)
 
     def _samples(
-        self, block: Sequence[Asked], requests: Sequence[list[Request]], done: int
+        self, block: Sequence[Asked], requests: Sequence[list[TokenRequest]], done: int
     ) -> Iterator[tuple[int, list[JsonObject]]]:
         task = self.rows.task
         if task.generates:
@@ -165,7 +166,7 @@ class _TaskRun:
             )
 
 
-def _asked(row: Asked, requests: Sequence[Request]) -> JsonObject:
+def _asked(row: Asked, requests: Sequence[TokenRequest]) -> JsonObject:
     cut = max(request.cut for request in requests)
     return {
         "id": row.id,
@@ -190,7 +191,7 @@ def _blocks(asked: Iterator[Asked]) -> Iterator[list[Asked]]:
 
 
 def _check_known(
-    known: Sequence[tuple[str, str]], block: Sequence[Asked], requests: Sequence[list[Request]], path: Path
+    known: Sequence[tuple[str, str]], block: Sequence[Asked], requests: Sequence[list[TokenRequest]], path: Path
 ) -> None:
     """Refuse samples of other rows or prompts. A resume compares model, data and settings before; this is the proof."""
     for (name, digest), row, ids in zip(known, block, requests, strict=False):

@@ -25,14 +25,14 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import last_hidden_states, target_log_probs
 
-from .encoding import Request
+from .encoding import TokenRequest
 
 __all__ = ["SharedScorer"]
 
 WORTH_KEEPING = 32  # tokens that a group has in common, below which they are run with each row
 MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # of one forward pass; a layer's activations fit a CPU's caches
 MOST_SCORES = 2**27  # query-key pairs of one pass: 8 GiB of fp32 scores with 16 heads
-Row = Sequence[Request]
+Row = Sequence[TokenRequest]
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,13 @@ class SharedScorer:
             hidden = self._run(ids, positions, self._masks(positions, branches, shared), cache)
         states = torch.cat([hidden[number, row.states] for number, row in enumerate(rows)])
         targets = torch.tensor([token for row in rows for token in row.targets], device=device)
-        values = iter(target_log_probs(self.model, states, targets).double().cpu().tolist())
+        of_targets = target_log_probs(self.model, states, targets).double().cpu().tolist()
+        logps: Iterator[float] = iter(of_targets)
         found = []
         for row in rows:
             sums = [0.0] * (max(row.owners) + 1)
             for owner in row.owners:
-                sums[owner] += next(values)
+                sums[owner] += next(logps)
             found.append(sums)
         return found
 
@@ -162,7 +163,7 @@ class SharedScorer:
         }
 
 
-def _common(lists: Sequence[Sequence[int]]) -> int:
+def _common(lists: Sequence[list[int]]) -> int:
     """Length of the longest common beginning."""
     first, last = min(lists), max(lists)  # all others are between these two
     shortest = min(len(first), len(last))

@@ -47,10 +47,11 @@ class SuiteTask(Config):
     title: str
     dataset_path: str
     columns: dict[str, str | int]
-    group: str | None = None  # column whose values are evaluated one by one, with examples of their own
+    group: str | None = None  # column whose values are evaluated one by one, each with its examples
     num_fewshot: int
     fewshot_splits: tuple[str, ...]
     test_splits: tuple[str, ...]
+    spare_shot: bool = False  # one example more is drawn, and the last one left out
     sampler: Literal["default", "first_n"] = "default"
     output_type: Literal["multiple_choice", "generate_until"] = "multiple_choice"
     description: str = ""

@@ -83,10 +83,11 @@ def _arranged(
     examples = _grouped(task, by_split[source])
     for name, docs in groups.items():
         have = len(examples.get(name, ())) - (split == source)
-        if have < task.num_fewshot:
+        needed = task.num_fewshot + task.spare_shot * (split != source)
+        if have < needed:
             of_group = f" of {name!r}" if name else ""
             raise InputError(
-                f"{path}: {task.num_fewshot} examples are needed, {source}{of_group} has {max(have, 0)} other rows",
+                f"{path}: {needed} examples are needed, {source}{of_group} has {max(have, 0)} other rows",
                 f'add rows with "split": "{task.fewshot_splits[0]}"',
             )
         assert docs

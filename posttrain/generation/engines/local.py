@@ -15,10 +15,12 @@ import torch
 
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.models.loading import default_device, load_policy
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import ModelConfig
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
 from gemma2.posttrain.schemas import GenerateConfig
+from gemma2.posttrain.schemas.fields import Dtype
 
 from .base import LENGTH, STOP, Completion, Key, Message, Request
 from .stops import stops_at, text_completion
@@ -48,10 +50,11 @@ class SamplerEngine:
         self.chunk = BATCHES * batch_size
 
     @classmethod
-    def load(cls, path: Path, params: SamplingParams, batch_size: int, stops: Sequence[str] = ()) -> SamplerEngine:
-        """Load a model that only generates: bf16 on an accelerator, fp32 on the CPU."""
-        dtype = torch.float32 if default_device().type == "cpu" else torch.bfloat16
-        model, tokenizer = load_policy(path, dtype)
+    def load(
+        cls, path: Path, params: SamplingParams, batch_size: int, dtype: Dtype = "auto", stops: Sequence[str] = ()
+    ) -> SamplerEngine:
+        """Load a model that only generates."""
+        model, tokenizer = load_policy(path, frozen_dtype(dtype))
         return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size, stops)
 
     @classmethod
@@ -60,7 +63,7 @@ class SamplerEngine:
         params = SamplingParams(
             config.max_new_tokens, config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
         )
-        return cls.load(config.teacher, params, config.batch_size, config.stop)
+        return cls.load(config.teacher, params, config.batch_size, config.dtype, config.stop)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Token ids of a prompt."""

@@ -47,7 +47,13 @@ class VllmEngine:
         read_config(config.teacher)  # refuses models with code and damaged files, with our messages
         tokenizer = load_tokenizer(config.teacher)
         try:
-            llm = vllm.LLM(model=str(config.teacher), seed=config.seed, disable_log_stats=True, trust_remote_code=False)
+            llm = vllm.LLM(
+                model=str(config.teacher),
+                dtype=config.dtype,
+                seed=config.seed,
+                disable_log_stats=True,
+                trust_remote_code=False,
+            )
         except (ValueError, RuntimeError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise InputError(f"vLLM cannot load {config.teacher}: {detail}", "see vLLM's own log above") from error

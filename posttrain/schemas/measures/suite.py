@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class SuiteConfig(Config):
     MMLU 5-shot, ARC-challenge 25, GSM8K 5, Winogrande 5, HellaSwag 10: prompts and metrics are those of lm-eval 0.4.13.
     """
 
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"doctor"})
+
     model: Model
     data: Path = Field(description="directory with a file TASK.jsonl for each task; gemma2 eval data writes them")
     suite: Literal["gemma2"] = Field("gemma2", description="which tasks, with their shots and metrics")
@@ -30,7 +32,7 @@ class SuiteConfig(Config):
         "auto", description="write prompts as chat turns; auto: if the model has a chat template and answers chats"
     )
     fewshot_as_multiturn: bool = Field(
-        True, description="with chat: examples as turns of their own, or all in one user turn"
+        True, description="with chat: every example as two turns, or all examples in the one user turn"
     )
     limit: int | None = Field(None, ge=1, description="use only the first rows of each task, in MMLU of each subject")
     max_new_tokens: int = Field(256, ge=1, description="limit of a written answer (GSM8K), tokens")
@@ -38,4 +40,5 @@ class SuiteConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of weights and arithmetic; auto: bfloat16 on an accelerator, else float32"
     )
+    doctor: bool = Field(True, description="refuse a model that gemma2 doctor --quick calls broken")
     seed: Annotated[int, Field(ge=0, description="seed of the few-shot examples; 1234 is lm-eval's")] = 1234

@@ -211,7 +211,7 @@ def test_inputs_and_output_are_checked_before_the_step_imports_torch(place, dry_
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(place, capsys):
     before = sorted(place.rglob("*"))
-    options.execute(config_of(), given(dry_run=True), never, options.Console(as_json=True))
+    assert invoke(["sft", "--model", "m", "--data", "d", "--out", "o", "--dry-run", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["config"]["epochs"] == 1.0
     assert sorted(place.rglob("*")) == before

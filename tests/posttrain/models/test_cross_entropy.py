@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gemma2.posttrain.models import cross_entropy as module
-from gemma2.posttrain.models.cross_entropy import plain_head, summed_cross_entropy, target_logps, weighted_cross_entropy
+from gemma2.posttrain.models.cross_entropy import summed_cross_entropy, target_logps, weighted_cross_entropy
+from gemma2.posttrain.models.head import plain_head
 from gemma2.posttrain.tiny.networks import random_model
 
 

@@ -300,7 +300,8 @@ def test_a_row_ends_where_it_is_said_to_and_the_others_do_not_notice(model):
 
 def test_each_prompt_is_prefilled_once_and_ended_rows_leave_the_batch(model, monkeypatch):
     prefilled, stepped = [], []
-    forward, step = type(model).forward, StepDecoder.step
+    network = type(model.base_model)
+    forward, step = network.forward, StepDecoder.step
 
     def spy_forward(self, **inputs):
         prefilled.append(tuple(inputs["input_ids"].shape))
@@ -310,7 +311,7 @@ def test_each_prompt_is_prefilled_once_and_ended_rows_leave_the_batch(model, mon
         stepped.append(len(tokens))
         return step(self, cache, tokens, positions, mask)
 
-    monkeypatch.setattr(type(model), "forward", spy_forward)
+    monkeypatch.setattr(network, "forward", spy_forward)
     monkeypatch.setattr(StepDecoder, "step", spy_step)
     out = sample(model, prompts_of([6, 4]), SamplingParams(40, n=8), [STOP, 7], PAD, torch.Generator().manual_seed(2))
     assert prefilled == [(2, 6)]

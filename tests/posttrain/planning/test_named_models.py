@@ -66,6 +66,20 @@ def test_of_a_hub_id_the_headers_are_read_and_no_weights(hub, tmp_path, capsys, 
     assert list((tmp_path / "hub").rglob("*.safetensors")) == []
 
 
+def test_the_plan_of_a_pipeline_fetches_no_weights_either(hub, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n' * 4)
+    (tmp_path / "p.yaml").write_text("""
+stages:
+  sft: {command: sft, options: {model: org/a, data: [rows.jsonl]}}
+  two: {command: sft, options: {model: "${sft.out}", data: [rows.jsonl]}}
+  nine: {command: sft, options: {model: 9b, data: [rows.jsonl]}}
+""")
+    invoke(["pipeline", "run", "p.yaml", "--out", "out/runs", "--dry-run", "--json"])
+    first, second, nine = json.loads(capsys.readouterr().out)["plan"]
+    assert first["memory_gib"] == second["memory_gib"] < nine["memory_gib"]
+    assert list((tmp_path / "hub").rglob("*.safetensors")) == []
+
+
 def test_without_headers_the_configuration_counts_and_it_says_so(hub, tmp_path, capsys):
     hub.fault = lambda name, first, end: 500
     assert invoke(["plan", "sft", "--model", "org/a", "--json"]) == 0

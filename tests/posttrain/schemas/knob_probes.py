@@ -381,8 +381,8 @@ def reward_models() -> Iterator[None]:
     """Reward models that are not read: one that is named 'a/b' gives a score of its own."""
     from gemma2.posttrain.rewards import terms
 
-    def model(path: object, kind: str = "") -> object:
-        given = sum(map(ord, str(path)))
+    def model(path: object, dtype: object) -> object:
+        given = sum(map(ord, f"{path} {dtype}"))
 
         def score(prompts: object, completions: list[list[int]], batch_size: int) -> Any:
             import torch
@@ -393,7 +393,7 @@ def reward_models() -> Iterator[None]:
 
     with (
         patch.object(terms.RewardModel, "from_dir", model),
-        patch.object(terms, "averaged_reward_model", lambda paths: model(paths, "average")),
+        patch.object(terms, "averaged_reward_model", lambda paths, dtype: model([*paths, "average"], dtype)),
     ):
         yield
 
@@ -424,8 +424,8 @@ def evaluated(config: Any, room: Room) -> object:
 
     loaded: list[object] = []
 
-    def load(path: Path) -> tuple[Any, None]:
-        loaded.append(str(path))
+    def load(path: Path, dtype: object) -> tuple[Any, None]:
+        loaded.append((str(path), dtype))
         return SimpleNamespace(name=str(path), generation_config=None), None
 
     with (
@@ -446,8 +446,8 @@ def bench(config: Any, room: Room) -> object:
     """The prompts, models and settings of `gemma2 pareto`."""
     from gemma2.posttrain.evaluation import candidates, pareto
 
-    def load(path: Path) -> tuple[Any, None]:
-        return SimpleNamespace(name=str(path), generation_config=None), None
+    def load(path: Path, dtype: object) -> tuple[Any, None]:
+        return SimpleNamespace(name=f"{path} {dtype}", generation_config=None), None
 
     with (
         patch.object(pareto, "load_policy", load),
@@ -697,8 +697,8 @@ def scored_rows(config: Any, room: Room) -> object:
         given.append([model.name, longest, batch_size])  # type: ignore[attr-defined]
         return [[0.5] * len(one.columns) for one in chunk]
 
-    def load(path: Path) -> object:
-        return SimpleNamespace(name=str(path), tokenizer=None, model=SimpleNamespace(config=SimpleNamespace()))
+    def load(path: Path, dtype: object) -> object:
+        return SimpleNamespace(name=f"{path} {dtype}", tokenizer=None, model=SimpleNamespace(config=SimpleNamespace()))
 
     with (
         patch.object(score.RewardModel, "from_dir", load),

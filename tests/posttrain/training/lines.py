@@ -40,8 +40,8 @@ class Bars:
 
     def __init__(self, stop=10**9):
         self.stop, self.done, self.reported, self.open = stop, 0, [], 0
-        self.note, self.warnings = SILENT.note, []
-        self.warn = self.warnings.append
+        self.notes, self.warnings = [], []
+        self.note, self.warn = self.notes.append, self.warnings.append
 
     def task(self, label, total, unit):
         self.reported.append((label, total, unit))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gemma2.core.errors import GuardStop
-
-from .protocols import CausalLM, Network
-from .sampler import SamplingParams, evaluating, sample
-from .scorer import head_logits, last_hidden_states, token_logps
+from gemma2.posttrain.models.head import head_logits
+from gemma2.posttrain.models.protocols import CausalLM, Network
+from gemma2.posttrain.models.sampler import SamplingParams, evaluating, sample
+from gemma2.posttrain.models.scorer import last_hidden_states, token_logps
 
 __all__ = ["check_forward"]
 

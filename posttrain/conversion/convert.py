@@ -30,12 +30,12 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.models.loading import load_policy, load_reward_model, quiet_libraries, read_config, save_model
+from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import ConvertConfig
 
 from .gguf import find_gguf, read_header
-from .loading import load_policy, load_reward_model, quiet_libraries, read_config, save_model
-from .protocols import Network
 
 __all__ = ["gemma2_settings", "run_convert"]
 

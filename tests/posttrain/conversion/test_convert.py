@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
-from gemma2.posttrain.models import convert
-from gemma2.posttrain.models.convert import find_gguf, gemma2_settings, run_convert
-from gemma2.posttrain.models.gguf import read_header
+from gemma2.posttrain.conversion import convert
+from gemma2.posttrain.conversion.convert import find_gguf, gemma2_settings, run_convert
+from gemma2.posttrain.conversion.gguf import read_header
 from gemma2.posttrain.models.loading import load_policy, load_reward_model, save_model
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import ConvertConfig

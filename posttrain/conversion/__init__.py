@@ -1,0 +1,1 @@
+"""`gemma2 convert`: models from GGUF files and other directories, as plain safetensors."""

@@ -1,0 +1,27 @@
+"""In which precision a model computes, stated once.
+
+trained         weights, gradients, moments and the EMA anchor in fp32; products in bf16 on an accelerator (autocast)
+not trained     policies that are measured or sampled from, reward models, teachers, judges: `--dtype`, by default bf16
+                on an accelerator and fp32 on a CPU. bf16 halves the memory; on a CPU it is faster only with AMX
+                (docs/benchmarks.md)
+heads           logits, log-probs, softmax and the KL in fp32 everywhere (`head.py`)
+
+Under autocast the reference of a KL stays in fp32 like the policy: both are rounded in the same way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gemma2.posttrain.schemas.fields import Dtype
+
+from .loading import default_device
+
+__all__ = ["frozen_dtype"]
+
+
+def frozen_dtype(asked: Dtype) -> torch.dtype:
+    """The dtype of a model that is not trained, by what `--dtype` says."""
+    if asked == "auto":
+        return torch.float32 if default_device().type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
