@@ -2,19 +2,22 @@
 
     python bench/plan.py [--models embedded 70m wide] [--commands sft distill reward rlhf] [--lora 0 8] [--micro ...]
 
-Every run is a process of its own; its peak is VmHWM of /proc, so a busy machine does not change it. The baseline is the
-peak of the same command on a model of a few thousand weights and rows of a few tokens. Weights are random, so lengths
-are set by the rows and by --max-new-tokens. Two steps: at the second the moments of Adam are there.
+Every run is a fork of a process that has run the same command on a model of a few thousand weights: what it adds is the
+peak of the fork (VmHWM of /proc), less what it began with. A busy machine does not change it. Weights are random, so
+lengths are set by the rows and by --max-new-tokens. Two steps: at the second the moments of Adam are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
+import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +106,66 @@ def lengths_of(command: str, config: Any) -> Lengths:
     return Lengths(longest.get("data"), longest.get("prompts"))
 
 
-def run(command: str, config: Any, out: Path) -> None:
-    """Run a command in this process and print its peak."""
-    import torch
-    from stopwatch import peak_mib
-
+def run(command: str, config: Any) -> None:
+    """Run a command in this process; random weights seldom end a completion, which the guards of RL would refuse."""
+    from gemma2.posttrain.rl.guards import Guards
     from gemma2.posttrain.runs.commands import COMMANDS
 
-    torch.set_num_threads(2)
-    COMMANDS[command].run(config, RunOptions(out), SILENT)
-    print(json.dumps({"peak": peak_mib() * 2**20}))
+    Guards.measured = lambda *_: None  # type: ignore[method-assign]
+    Guards.observe = lambda *_: None  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as name:
+        COMMANDS[command].run(config, RunOptions(Path(name) / "out"), SILENT)
 
 
-def measured(command: str, root: Path, model: str, rank: int, micro: int) -> float:
-    """Peak of a process of its own, bytes."""
-    with tempfile.TemporaryDirectory(dir=root) as name:
-        words = [sys.executable, __file__, "--child", command, str(root), model, str(rank), str(micro), name]
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        return float(json.loads(done.stdout.splitlines()[-1])["peak"])
+def warm(command: str, root: Path, rank: int) -> None:
+    """Load the libraries that a command uses, by running it on a model of nothing; give back what that left."""
+    import torch
+
+    torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
+    run(command, configuration(command, root, "nothing", rank, 1))
+    gc.collect()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def measured(command: str, config: Any) -> float:
+    """Bytes that a run adds to a process that has the libraries: the peak of a fork, less what it began with."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            before = status("RssAnon")
+            run(command, config)
+            # A fork has its parent's memory, but maps the files of the libraries anew, as it touches them.
+            os.write(writing, str(status("VmHWM") - before - library_pages()).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as result:
+        text = result.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise SystemExit(f"{command} failed")
+    return float(text)
+
+
+def library_pages() -> float:
+    """Bytes of mapped files that are resident, weights apart: those of a model may be mapped, and belong to it."""
+    total, counts = 0.0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the head of a mapping: addresses, modes, offset, device, inode, path
+            counts = len(words) > 5 and words[5].startswith("/") and not words[5].endswith(".safetensors")
+        elif counts and words[0] in ("Rss:", "Anonymous:"):
+            total += int(words[1]) * 1024 * (1 if words[0] == "Rss:" else -1)
+    return total
+
+
+def status(name: str) -> float:
+    """A figure of /proc/self/status, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith(name))
 
 
 def predicted(command: str, root: Path, model: str, rank: int, micro: int) -> MemoryPlan:
@@ -140,12 +183,8 @@ def main() -> None:
     parser.add_argument("--micro", nargs="*", type=int, default=[2, BATCH])
     parser.add_argument("--root", type=Path, default=None, help="keep models and rows here")
     parser.add_argument("--parts", action="store_true", help="also show the parts of the peak")
-    parser.add_argument("--child", nargs=6, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        command, root, model, rank, micro, out = options.child
-        run(command, configuration(command, Path(root), model, int(rank), int(micro)), Path(out) / "out")
-        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
         root = options.root or Path(name)
         if not (root / "long").exists():
@@ -153,22 +192,21 @@ def main() -> None:
             prepare(root, list(MODELS))
         print("| command | model | LoRA rank | micro-batch | predicted GiB | measured GiB | difference | peak phase |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for command in options.commands:
-            baseline = measured(command, root, "nothing", 0, 1)
-            for model in options.models:
-                for rank in options.lora:
-                    for micro in options.micro:
-                        peak = measured(command, root, model, rank, micro) - baseline
-                        plan = predicted(command, root, model, rank, micro).peak
-                        off = plan.bytes / peak - 1
-                        print(
-                            f"| {command} | {model} | {rank} | {micro} | {plan.bytes / GIB:.3f} | {peak / GIB:.3f} | "
-                            f"{off:+.0%} | {plan.name} |",
-                            flush=True,
-                        )
-                        if options.parts:
-                            print("   ", {part.name: round(part.bytes / 2**20) for part in plan.parts}, flush=True)
-            print(f"baseline of {command}: {baseline / GIB:.3f} GiB", flush=True)
+        for command, rank in itertools.product(options.commands, options.lora):
+            warm(command, root, rank)
+            for model, micro in itertools.product(options.models, options.micro):
+                row(command, root, model, rank, micro, options.parts)
+            print(f"with the libraries of {command}: {status('VmRSS') / GIB:.3f} GiB", flush=True)
+
+
+def row(command: str, root: Path, model: str, rank: int, micro: int, parts: bool) -> None:
+    """Measure one run and print it next to its plan."""
+    peak = measured(command, configuration(command, root, model, rank, micro))
+    plan = predicted(command, root, model, rank, micro).peak
+    figures = f"{plan.bytes / GIB:.3f} | {peak / GIB:.3f} | {plan.bytes / peak - 1:+.0%}"
+    print(f"| {command} | {model} | {rank} | {micro} | {figures} | {plan.name} |", flush=True)
+    if parts:
+        print("   ", {part.name: round(part.bytes / 2**20) for part in plan.parts}, flush=True)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ class Network:
         """Memory that the backward pass of one block works with, in addition to what the block has kept."""
         shape = self.shape
         item = 2.0 if self.mixed else 4.0
-        found = blocks(item * batch.count * shape.hidden, 2) + blocks(item * batch.count * shape.inner, 2)
+        wide = 5 if self.rank else 3  # an adapter adds its own path to every product and its gradient
+        found = blocks(item * batch.count * shape.hidden, 3) + blocks(item * batch.count * shape.inner, wide)
         if self.attention == "eager":
             found += blocks(item * self.scores(batch, False), 2)
         return found + (self.block_bytes(batch, False) if self.checkpointing else Bytes())

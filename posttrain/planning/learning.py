@@ -132,7 +132,7 @@ def chunk_logits(vocabulary: int, rows: int, learns: bool, mixed: bool) -> Bytes
 def training(
     one: Trained, base: Sum, batch: Rows, logits: Bytes, accumulates: bool, place: Place, name: str = "train"
 ) -> list[Moment]:
-    """Return the two moments of a training step on batches of this size.
+    """Return the start of a training, and the two moments of a step on batches of this size.
 
     base         what is in memory all the time, apart from `one`
     accumulates  whether gradients of earlier parts or micro-batches are there already
@@ -144,7 +144,7 @@ def training(
     forward: Sum = [
         *always,
         ("gradients", head + (one.gradients if accumulates else Bytes())),
-        ("activations", network.saved_bytes(batch) + states),
+        ("activations", network.saved_bytes(batch) + network.working_bytes(batch) + states),
         ("logits", logits),
     ]
     last = replace(network, checkpointing=False).block_bytes(batch, True)
@@ -153,7 +153,15 @@ def training(
         ("gradients", one.gradients + one.embedding * (one.tied + accumulates)),
         ("activations", last + network.working_bytes(batch)),
     ]
-    return [Moment(name, forward), Moment(name, backward)]
+    # Before the first step decoding is compared with the forward pass (forward_check.py).
+    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4, adapted=network.rank > 0)
+    start: Sum = [
+        *base,
+        ("weights", Bytes(one.weights)),
+        ("records of the start", Bytes(one.records)),
+        ("copies of weights for decoding", copies),
+    ]
+    return [Moment("start", start), Moment(name, forward), Moment(name, backward)]
 
 
 def _copies(one: Trained, place: Place) -> Sum:

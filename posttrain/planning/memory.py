@@ -61,4 +61,4 @@ def memory_of(config: Config, shapes: Sizes, place: Place, lengths: Lengths | No
     """
     found = OF_COMMAND.get(type(config))
     moments = found(config, shapes, place, lengths or Lengths()) if found else []
-    return settled(moments, place) if moments else None
+    return settled(moments, place, bool(getattr(config, "lora_rank", 0))) if moments else None

@@ -2,8 +2,8 @@
 
 On a CPU the allocator of the C library gives blocks of 32 MiB and more back to the system when they are freed, and
 keeps smaller ones for later use (mallopt(3), M_MMAP_THRESHOLD). So a process holds the most that its small blocks ever
-took, at every later moment: what of it is not in use is the part `allocator slack`. The caching allocator of an
-accelerator keeps everything, in blocks that it cuts.
+took, at every later moment, and a share for the gaps between them: what of it is not in use is the part `allocator
+slack`. The caching allocator of an accelerator keeps everything, in blocks that it cuts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ __all__ = [
 
 Kind = Literal["cpu", "accelerator"]
 
+RECORDS = 5 * 2**20  # bytes of rows, metrics and the trainer's own objects in a short run, measured with it
 GIVEN_BACK = 2**25  # bytes: blocks of this size and more are given back when they are freed
+# Gaps in what the C library keeps, as a share of it, from mallinfo2 at the peak of runs of bench/plan.py: 0.10 to 0.25
+# where all weights are trained. With adapters 0.4 to 0.9: their gradients and moments, small, stay in between.
+GAPS, GAPS_OF_ADAPTERS = 0.15, 0.60
 # Of an accelerator's memory that comes and goes, the share that lies in pieces too small to use. Not measured.
 CUT = 0.05
 PASSING = frozenset({"activations", "logits", "KV cache", "gradients", "copies of weights for decoding"})
@@ -158,10 +162,14 @@ class Moment:
         return sum((amount for _, amount in self.parts), Bytes())
 
 
-def settled(moments: Iterable[Moment], place: Place) -> MemoryPlan:
-    """Return the phases of these moments, of each the largest one, with what the allocator keeps."""
+def settled(moments: Iterable[Moment], place: Place, adapters: bool = False) -> MemoryPlan:
+    """Return the phases of these moments, of each the largest one, with what the allocator keeps.
+
+    adapters  whether adapters are trained
+    """
     found = list(moments)
-    kept = max((moment.whole.small for moment in found), default=0.0) if place.kind == "cpu" else 0.0
+    gaps = 1 + (GAPS_OF_ADAPTERS if adapters else GAPS)
+    kept = gaps * max((moment.whole.small for moment in found), default=0.0) if place.kind == "cpu" else 0.0
     largest: dict[str, Moment] = {}
     for moment in found:
         before = largest.get(moment.phase)
@@ -180,5 +188,5 @@ def _phase(moment: Moment, kept: float, place: Place) -> Phase:
         slack = max(0.0, kept - moment.whole.small)
     else:
         slack = CUT * math.fsum(part.bytes for part in parts if part.name in PASSING)
-    parts.append(Part("allocator slack", slack))
+    parts += [Part("allocator slack", slack), Part("rows and records", RECORDS)]
     return Phase(moment.phase, (Part("library baseline", place.library_baseline), *(p for p in parts if p.bytes > 0)))
