@@ -10,6 +10,7 @@ from gemma2.configs import recipes
 from gemma2.core.errors import Gemma2Error, UsageError
 from gemma2.core.yaml_files import closest
 from gemma2.merging.methods.option import OPTIONS
+from gemma2.posttrain.foreign.counterparts import is_foreign
 from gemma2.posttrain.recipe_files.schema_index import commands_with_settings, schema_for, with_inputs
 from gemma2.posttrain.recipe_files.settings_check import check_file
 from gemma2.posttrain.schemas import MergeConfig, PipelineFile, Resources, StageFile
@@ -27,13 +28,19 @@ def slips(key: str) -> set[str]:
 
 
 def typos_of(schema: type) -> Iterator[tuple[str, str]]:
-    """(typo, key) of each key. Left out: a typo that is a key, is one of another key too, or has no letter left."""
+    """(typo, key) of each key.
+
+    Left out: a typo that is a key, is one of another key too, is an option of another tool (which has an answer of its
+    kind), or has no letter left.
+    """
     made: dict[str, set[str]] = {}
     for key in schema.model_fields:
-        for typo in slips(key):
+        for typo in sorted(slips(key)):
             made.setdefault(typo, set()).add(key)
     yield from (
-        (typo, *keys) for typo, keys in made.items() if typo and typo not in schema.model_fields and len(keys) == 1
+        (typo, *keys)
+        for typo, keys in made.items()
+        if typo and typo not in schema.model_fields and len(keys) == 1 and not is_foreign(typo)
     )
 
 
