@@ -224,7 +224,7 @@ def no_recipe(cell: Cell) -> InputError:
     single = replace(cell, machine="80gb")
     if machine.gpus > 1 and cell.command in ONE_GPU and single.path is not None:
         what = f"there is no recipe {cell.name}: {cell.command} uses one GPU"
-        hint = f"take {single.name} ({plan_of(single).sum}), with CUDA_VISIBLE_DEVICES=0"
+        hint = f"take {single.name} ({plan_of(single).sum}); the others stay free for other runs"
         return InputError(what, hint, cell.name)
     needed, there = sizes_apart(least.needed, machine.capacity)
     shared = ", and nothing is split among GPUs" if machine.gpus > 1 else ""
