@@ -99,6 +99,7 @@ def schema(
     ),
     out: Path | None = SchemaFile,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -122,6 +123,9 @@ def schema(
         return
     if out.exists() and not force:
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    if dry_run:
+        console.result({"would write": str(out)})
+        return
     write_text(promise(out, file=True), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     console.result({}, out)
 
