@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.core.progress import SILENT
-from gemma2.posttrain.planning.memory import Lengths, MemoryPlan, Place, memory_of
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, MemoryPlan, memory_of
 from gemma2.posttrain.planning.shapes import shape_of
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig
@@ -51,7 +51,7 @@ MODELS = {
     "wide": size(256, 1024, 6, 256_000),
 }
 # Tokens of every row, of every prompt, of every completion; micro-batches of a batch of eight.
-ROW, PROMPT, NEW, BATCH = 256, 32, 160, 8
+ROW, PROMPT, NEW, BATCH = 256, 32, 64, 8
 SCHEMAS = {"sft": SftConfig, "distill": DistillConfig, "reward": RewardConfig, "rlhf": RlhfConfig}
 
 
@@ -170,7 +170,7 @@ def status(name: str) -> float:
 
 def predicted(command: str, root: Path, model: str, rank: int, micro: int) -> MemoryPlan:
     config = configuration(command, root, model, rank, micro)
-    plan = memory_of(config, shape_of, Place(baseline=0.0), lengths_of(command, config))
+    plan = memory_of(config, shape_of, MemoryPlace(baseline=0.0), lengths_of(command, config))
     assert plan is not None
     return plan
 

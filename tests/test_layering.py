@@ -32,7 +32,7 @@ TORCH_FREE = (
     "posttrain.schemas.config",
     "posttrain.schemas",
     "posttrain.runs.run_directory",
-    "posttrain.runs.estimates",
+    "posttrain.planning.estimates",
     "posttrain.runs.commands",
     "posttrain.pipelines.run",
     "posttrain.recipe_files.machines",

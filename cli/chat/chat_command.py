@@ -10,7 +10,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, QUESTION, AsJson, DryRun, Quiet
 
 if TYPE_CHECKING:
     from gemma2.posttrain.chat.speaker import Speaker
@@ -99,6 +99,7 @@ Votes = typer.Option(
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def chat(
+    ctx: typer.Context,
     model: Path = Model,
     against: Path | None = Against,
     prompt: str | None = Prompt,
@@ -132,7 +133,7 @@ def chat(
     settings = DrawSettings().changed(" ".join(f"{key}={value}" for key, value in given.items() if value is not None))
     models = [model] if against is None else [model, against]
     if dry_run:
-        _show_plan(models, dtype, Console(as_json=as_json, quiet=quiet))
+        _show_plan(models, dtype, QUESTION in ctx.meta, Console(as_json=as_json, quiet=quiet))
         return
     once = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
     if once is not None and not once.strip():
@@ -145,15 +146,15 @@ def chat(
     _converse(speakers, talk, once, console)
 
 
-def _show_plan(paths: list[Path], dtype: str | None, console: Console) -> None:
+def _show_plan(paths: list[Path], dtype: str | None, sizes: bool, console: Console) -> None:
     """The models that would be loaded, from their headers, and the memory of a conversation that fills the context."""
     from gemma2.posttrain.checks.machine import free_memory
     from gemma2.posttrain.checks.plan import place_of
+    from gemma2.posttrain.planning.answering import of_chat
     from gemma2.posttrain.planning.named_models import named_shape
     from gemma2.posttrain.planning.parts import settled
-    from gemma2.posttrain.planning.reading import of_chat
 
-    found = [named_shape(path, "model") for path in paths]
+    found = [named_shape(path, "model", sizes) for path in paths]
     _check_policies([place for place, _, note in found if not note])
     shapes = [shape for _, shape, _ in found]
     memory = free_memory()

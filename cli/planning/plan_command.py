@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from gemma2.cli.terminal.completion import begun
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, QUESTION
+from gemma2.cli.terminal.options import HELP_NAMES, QUESTION, AsJson, Quiet
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.yaml_files import closest
@@ -88,6 +88,8 @@ def plan(
     devices: int | None = Devices,
     throughput: float | None = Throughput,
     measure: bool = Measure,
+    as_json: bool = AsJson,
+    quiet: bool = Quiet,
 ) -> None:
     """Show what a command needs before it runs: memory by part and phase, which GPUs are large enough, disk, time.
 
@@ -112,9 +114,10 @@ def plan(
         own = {key: inner.params.pop(key) for key in OURS}
         question = _question({key: own[key] if is_given(own[key]) else given[key] for key in OURS})
         if (flag := _given(question)) and not _has_answers(name):
-            raise UsageError(f"gemma2 {name} runs no model", f"leave out --{flag}")
+            raise UsageError(*_no_answer(name, flag))
         inner.meta[QUESTION] = AskedPlan(question)
-        inner.params["dry_run"] = True
+        inner.params |= {"dry_run": True}
+        inner.params |= {key: True for key, on in (("as_json", as_json), ("quiet", quiet)) if on}
         command.invoke(inner)
 
 
@@ -139,6 +142,13 @@ def _has_answers(name: str) -> bool:
     from gemma2.posttrain.runs.commands import COMMANDS
 
     return name.split()[0] in ("eval", "reward") or (name in COMMANDS and COMMANDS[name].accelerated and name != "tiny")
+
+
+def _no_answer(name: str, flag: str) -> tuple[str, str]:
+    """What is wrong with a flag of plan for a command, and what to do."""
+    if name.split()[0] in ("pipeline", "quickstart"):
+        return f"the stages of gemma2 {name} are planned for this machine", f"leave out --{flag}, or plan one stage"
+    return f"gemma2 {name} runs no model of yours", f"leave out --{flag}"
 
 
 def _given(question: PlanQuestion) -> str:

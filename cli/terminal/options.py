@@ -324,7 +324,7 @@ def _plan_only(config: Config, given: Flags, console: Console, asked: PlanAsked 
 
     out = given.get("out") if asked is not None or "out" not in given else required_out(given["out"])
     options = None if out is None else RunOptions(out, given["resume"], given["force"])
-    config, named = name_models(config, wanted_kind(config))
+    config, named = name_models(config, wanted_kind(config), sizes=asked is not None)
     planned = plan_step(config, options, named)
     if asked is not None:
         asked.show(config, planned, console)

@@ -1,6 +1,6 @@
 """The kind of every input: a policy where a policy belongs, a reward model where a reward model belongs. Torch-free.
 
-An input is on disk, or promised: an earlier stage of a pipeline will make it (`runs/estimates.py`).
+An input is on disk, or promised: an earlier stage of a pipeline will make it (`planning/estimates.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from gemma2.merging.inputs.architecture import (
 )
 from gemma2.merging.inputs.config_defaults import filled, is_tied
 from gemma2.merging.inputs.weight_files import indexed_tensors
+from gemma2.posttrain.planning.estimates import Promise
 from gemma2.posttrain.runs.commands import COMMANDS
-from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.runs.inputs import paths_of
 from gemma2.posttrain.schemas import (
     ConvertConfig,

@@ -16,11 +16,11 @@ from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
+from gemma2.posttrain.planning.estimates import GIB, Sources, Work, estimate
 from gemma2.posttrain.planning.learning import Sizes
-from gemma2.posttrain.planning.memory import Lengths, Place
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
-from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate
 from gemma2.posttrain.runs.inputs import inputs_of
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
@@ -116,14 +116,14 @@ def lengths_of(rows: Sequence[RowsFound]) -> Lengths:
 
 def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out: Path | None) -> JsonObject:
     """Memory and disk of a step, next to what is free here; `problems` says what does not fit."""
-    found: JsonObject = {**work.facts} if work else {}
+    found: JsonObject = {name: value for name, value in work.facts.items() if not _is_nan(value)} if work else {}
     memory = free_memory()
     verdict = judge(config, sizes, place_of(memory), lengths)
     problems: list[str | None] = []
     if verdict is not None and math.isfinite(verdict.needed):
         found |= {"memory_gib": round(verdict.needed / GIB, 3), "memory_peak": verdict.phase}
         problems.append(memory_problem(verdict, memory))
-    elif work is not None:
+    elif work is not None and work.memory is not None:
         found["memory_gib"] = round(work.memory / GIB, 3)
     if found.get("memory_gib") is not None:
         found |= {"memory_free_gib": round(memory.free / GIB, 1), "memory_of": memory.where}
@@ -137,9 +137,13 @@ def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out
     return found | ({"problems": named} if named else {})
 
 
-def place_of(memory: Memory) -> Place:
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def place_of(memory: Memory) -> MemoryPlace:
     """This machine as a place for a command."""
-    return Place("cpu" if memory.where == MAIN else "accelerator", capacity=memory.free)
+    return MemoryPlace("cpu" if memory.where == MAIN else "accelerator", capacity=memory.free)
 
 
 def memory_problem(verdict: Verdict, memory: Memory) -> str | None:

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.hub import locate_model
+from gemma2.core.outputs.hub import fetch_snapshot, is_hub_id, locate_model
 
 from .checks import adapter_checks, config_checks, output_checks, reward_model_checks, stop_checks, weight_file_checks
 from .checks.finding import Check, Depth, Diagnosis, Finding
@@ -135,7 +135,7 @@ def plan_examination(
             for name, (_, least, _) in MACHINE_CHECKS.items()
             if wanted(name) and least <= depth
         ]
-    subjects = [Subject(_directory(path)) for path in paths]
+    subjects = [Subject(_directory(path, weights=False)) for path in paths]
     rows = [
         {"subject": str(subject), "check": check.name, "reads": READS[check.depth]}
         for subject in subjects
@@ -162,8 +162,10 @@ def _applies(check: Check, subject: Subject) -> bool:
     return subject.kind in check.applies and (subject.is_gemma2 or not check.gemma2)
 
 
-def _directory(path: Path) -> Path:
-    found = locate_model(path, "model")
+def _directory(path: Path, weights: bool = True) -> Path:
+    """The directory of a model; of a hub id, on demand without its weights."""
+    by_id = is_hub_id(path) and not weights
+    found = fetch_snapshot(str(path), "model", weights=False) if by_id else locate_model(path, "model")
     if not found.is_dir():
         what = "is a file" if found.exists() else "does not exist"
         raise InputError(f"{path} {what}", "give a model directory, an adapter, an output or a hub id")

@@ -23,13 +23,13 @@ from gemma2.posttrain.checks.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of, work_of
 from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
+from gemma2.posttrain.planning.estimates import Promise, Sources, Work
 from gemma2.posttrain.planning.learning import Sizes
-from gemma2.posttrain.planning.memory import Place
+from gemma2.posttrain.planning.memory import MemoryPlace
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, name_models, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
-from gemma2.posttrain.runs.estimates import Promise, Sources, Work
 from gemma2.posttrain.runs.inputs import located
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
@@ -123,7 +123,7 @@ class PipelinePlan:
         problems = [(name, memory_problem(verdict, memory)) for name, verdict in found if verdict is not None]
         return [f"stages.{name}: {problem}" for name, problem in problems if problem]
 
-    def _verdict(self, one: Checked, place: Place) -> Verdict | None:
+    def _verdict(self, one: Checked, place: MemoryPlace) -> Verdict | None:
         return judge(one.decision.config, self.sizes, place) if one.decision.config is not None else None
 
     @property
@@ -200,7 +200,7 @@ def check_pipeline(
                 if named is None:
                     config = located(ahead.config, places)
                 else:
-                    config, more = name_models(ahead.config, wanted_kind(ahead.config), places)
+                    config, more = name_models(ahead.config, wanted_kind(ahead.config), places, bool(known.sizes))
                     known.add(more)
                     _promise(more, promised, places)
                     if not (stage.out.exists() or partial_path(stage.out).exists()):  # nothing to compare weights with

@@ -22,7 +22,7 @@ from typing import Literal
 from .parts import Bytes, blocks
 from .shapes import ModelShape
 
-__all__ = ["Attention", "Network", "Rows", "cpu_parts", "decode_bytes", "sampler_logits"]
+__all__ = ["Attention", "NetworkInUse", "RowBatch", "cpu_parts", "decode_bytes", "sampler_logits"]
 
 Attention = Literal["blockwise", "eager", "flash"]
 
@@ -36,20 +36,20 @@ MIXED_NORMS, MIXED_MLP, MIXED_HEADS, MIXED_SCORES = 42, 8, 10, 16
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A batch: rows, and tokens of each, padding included."""
+class RowBatch:
+    """A batch: rows, and tokens of each, padding included. A part may have a share of a row, where rows differ."""
 
-    rows: int
+    rows: float
     tokens: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> float:
         """Tokens of all rows."""
         return self.rows * self.tokens
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkInUse:
     """A model in use: its shape, how it attends and in which precision.
 
     attention      blockwise: this project's, on a CPU; eager: all scores at once; flash: no scores in memory
@@ -74,11 +74,11 @@ class Network:
         window = self.shape.window if local else None
         return float(tokens * tokens) if self.attention == "eager" else _block_columns(tokens, window)
 
-    def scores(self, batch: Rows, local: bool) -> float:
+    def scores(self, batch: RowBatch, local: bool) -> float:
         """Elements of one copy of the scores of one layer."""
         return batch.rows * self.shape.heads * self.columns(batch.tokens, local)
 
-    def block_bytes(self, batch: Rows, local: bool) -> Bytes:
+    def block_bytes(self, batch: RowBatch, local: bool) -> Bytes:
         """Memory that one block keeps for its backward pass."""
         shape = self.shape
         queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
@@ -94,7 +94,7 @@ class Network:
         found += blocks(token, NORMS) + blocks(token * self.rank, self.adapted)
         return found + self.score_blocks(batch, local) * (2 if shape.capped else 1)
 
-    def score_blocks(self, batch: Rows, local: bool) -> Bytes:
+    def score_blocks(self, batch: RowBatch, local: bool) -> Bytes:
         """Memory of one copy of the scores of one layer, in the blocks that attention makes."""
         heads, tokens = 4.0 * batch.rows * self.shape.heads, batch.tokens
         if self.attention != "blockwise":
@@ -103,7 +103,7 @@ class Network:
         sizes = (heads * (end - start) * (end - first) for start, end, first in _blocks(tokens, window))
         return sum((blocks(size) for size in sizes), Bytes())
 
-    def saved_bytes(self, batch: Rows) -> Bytes:
+    def saved_bytes(self, batch: RowBatch) -> Bytes:
         """Memory that all blocks keep until the backward pass begins."""
         shape, edge = self.shape, 4.0 * batch.count * self.shape.hidden
         if self.checkpointing:
@@ -111,7 +111,7 @@ class Network:
         local, everywhere = self.block_bytes(batch, True), self.block_bytes(batch, False)
         return local * shape.local_layers + everywhere * (shape.layers - shape.local_layers) + blocks(edge, 3)
 
-    def working_bytes(self, batch: Rows) -> Bytes:
+    def working_bytes(self, batch: RowBatch) -> Bytes:
         """Memory that the backward pass of one block works with, in addition to what the block has kept."""
         shape = self.shape
         item = 2.0 if self.mixed else 4.0
@@ -121,7 +121,7 @@ class Network:
             found += blocks(item * self.scores(batch, False), 2)
         return found + (self.block_bytes(batch, False) if self.checkpointing else Bytes())
 
-    def forward_bytes(self, batch: Rows) -> Bytes:
+    def forward_bytes(self, batch: RowBatch) -> Bytes:
         """Memory of a forward pass without gradients: the widest moment of one block, and the masks."""
         shape = self.shape
         item = 2.0 if self.mixed else 4.0
@@ -134,7 +134,7 @@ class Network:
             attention += blocks(item * batch.rows * shape.heads * min(BLOCK, batch.tokens) * batch.tokens, 2)
         return max(mlp, attention, key=lambda moment: moment.total) + self.mask_bytes(batch)
 
-    def mask_bytes(self, batch: Rows) -> Bytes:
+    def mask_bytes(self, batch: RowBatch) -> Bytes:
         """Memory of the masks of eager attention: one of global and one of local layers."""
         if self.attention != "eager":
             return Bytes()
@@ -152,9 +152,12 @@ def _blocks(tokens: int, window: int | None) -> Iterator[tuple[int, int, int]]:
         yield start, min(start + BLOCK, tokens), 0 if window is None else max(0, start - window + 1)
 
 
-def cpu_parts(batch: Rows, tokens: int) -> Rows:
-    """Return the largest part that a CPU trainer cuts a micro-batch into: at most `tokens` tokens, or one row."""
-    return Rows(max(1, min(batch.rows, tokens // max(1, batch.tokens))), batch.tokens)
+def cpu_parts(batch: RowBatch, tokens: int) -> RowBatch:
+    """Return the largest part that a CPU trainer cuts a micro-batch into: at most `tokens` tokens, or one row.
+
+    RowBatch that are shorter than the longest fill a part up to the limit.
+    """
+    return RowBatch(max(1, min(batch.rows, tokens / max(1, batch.tokens))), batch.tokens)
 
 
 def decode_bytes(shape: ModelShape, rows: int, prompt: int, new: int, item: int) -> Bytes:

@@ -12,7 +12,7 @@ from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlFields, Rlhf
 from gemma2.posttrain.schemas.config import Config
 
 from .learning import Sizes
-from .parts import Part
+from .parts import MemoryPart
 from .shapes import ModelShape
 
 __all__ = ["CHECKPOINTS", "disk_of"]
@@ -21,7 +21,7 @@ CHECKPOINTS = 3  # two are kept while the next one is written
 TRAINING = (SftConfig, DistillConfig, RewardConfig, RlhfConfig)
 
 
-def disk_of(config: Config, sizes: Sizes) -> tuple[Part, ...]:
+def disk_of(config: Config, sizes: Sizes) -> tuple[MemoryPart, ...]:
     """Return what a training writes, at most at one time; () for a command that does not train."""
     if isinstance(config, WarpConfig):
         return _of_warp(config, sizes(config.sft))
@@ -32,27 +32,27 @@ def disk_of(config: Config, sizes: Sizes) -> tuple[Part, ...]:
     adapter = getattr(config, "lora_output", "merged") == "adapter"
     average = anchor_bytes(config, shape) if isinstance(config, RlhfConfig) else 0.0
     parts = [
-        Part("output", 4.0 * (elements if adapter else shape.parameters)),
-        Part("anchor, next to the output", 4.0 * shape.parameters if average else 0.0),
-        Part(f"{CHECKPOINTS} checkpoints", CHECKPOINTS * (12.0 * elements + average)),
-        Part("best weights", 4.0 * elements if getattr(config, "keep", "last") == "best" else 0.0),
+        MemoryPart("output", 4.0 * (elements if adapter else shape.parameters)),
+        MemoryPart("anchor, next to the output", 4.0 * shape.parameters if average else 0.0),
+        MemoryPart(f"{CHECKPOINTS} checkpoints", CHECKPOINTS * (12.0 * elements + average)),
+        MemoryPart("best weights", 4.0 * elements if getattr(config, "keep", "last") == "best" else 0.0),
     ]
     return tuple(part for part in parts if part.bytes != 0)
 
 
-def _of_warp(config: WarpConfig, shape: ModelShape) -> tuple[Part, ...]:
+def _of_warp(config: WarpConfig, shape: ModelShape) -> tuple[MemoryPart, ...]:
     """Every policy with its anchor, every merge and init, the chosen model; checkpoints of the runs at one time."""
     model, runs = 4.0 * shape.parameters, config.iterations * config.policies
     elements = shape.adapter_parameters(config.lora_rank, config.lora_targets) if config.lora_rank else shape.parameters
     average = anchor_bytes(config, shape)
     at_once = min(config.jobs, config.policies)
     parts = [
-        Part(f"{runs} policies", runs * model),
-        Part(f"{runs} anchors next to them", runs * model if average else 0.0),
-        Part(f"{config.iterations} merges", config.iterations * model if config.policies > 1 else 0.0),
-        Part(f"{config.iterations} inits", config.iterations * model),
-        Part("chosen model", model),
-        Part(f"checkpoints of {at_once} at a time", at_once * CHECKPOINTS * (12.0 * elements + average)),
+        MemoryPart(f"{runs} policies", runs * model),
+        MemoryPart(f"{runs} anchors next to them", runs * model if average else 0.0),
+        MemoryPart(f"{config.iterations} merges", config.iterations * model if config.policies > 1 else 0.0),
+        MemoryPart(f"{config.iterations} inits", config.iterations * model),
+        MemoryPart("chosen model", model),
+        MemoryPart(f"checkpoints of {at_once} at a time", at_once * CHECKPOINTS * (12.0 * elements + average)),
     ]
     return tuple(part for part in parts if part.bytes != 0)
 

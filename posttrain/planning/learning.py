@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gemma2.posttrain.schemas import DistillConfig, LoraFields, RewardConfig, SftConfig
 
-from .activations import Attention, Network, Rows, cpu_parts, decode_bytes, sampler_logits
-from .parts import Bytes, Lengths, Moment, Place, Sum, blocks
+from .activations import Attention, NetworkInUse, RowBatch, cpu_parts, decode_bytes, sampler_logits
+from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
 from .shapes import ModelShape
 
 __all__ = [
@@ -55,7 +55,7 @@ class Trained:
     records    bytes that are kept of the start, to see how far the weights moved
     """
 
-    network: Network
+    network: NetworkInUse
     weights: float
     elements: float
     gradients: Bytes
@@ -72,14 +72,14 @@ class Trained:
         ]
 
 
-def trained(config: LoraFields, shape: ModelShape, place: Place, mapping: Mapping[str, object]) -> Trained:
+def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object]) -> Trained:
     """Return what training a model of this shape takes. `mapping`: the options under `trainer:`."""
     rank, share = config.lora_rank, 1 / place.shards
     adapters = shape.adapter_parameters(rank, config.lora_targets) if rank else 0.0
     accelerated = place.kind == "accelerator"
     checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
     attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
-    network = Network(
+    network = NetworkInUse(
         shape,
         attention,
         mixed=accelerated and bool(mapping.get("bf16", True)),
@@ -119,7 +119,7 @@ def resident(shape: ModelShape, item: float) -> Bytes:
     return Bytes(shape.parameters * item)
 
 
-def chunk_logits(vocabulary: int, rows: int, learns: bool, mixed: bool) -> Bytes:
+def chunk_logits(vocabulary: int, rows: float, learns: bool, mixed: bool) -> Bytes:
     """Memory of the logits of a chunk of `rows` targets, and what is computed next to them."""
     if not vocabulary:
         return Bytes()
@@ -130,7 +130,7 @@ def chunk_logits(vocabulary: int, rows: int, learns: bool, mixed: bool) -> Bytes
 
 
 def training(
-    one: Trained, base: Sum, batch: Rows, logits: Bytes, accumulates: bool, place: Place, name: str = "train"
+    one: Trained, base: Sum, batch: RowBatch, logits: Bytes, accumulates: bool, place: MemoryPlace, name: str = "train"
 ) -> list[Moment]:
     """Return the start of a training, and the two moments of a step on batches of this size.
 
@@ -153,8 +153,8 @@ def training(
         ("gradients", one.gradients + one.embedding * (one.tied + accumulates)),
         ("activations", last + network.working_bytes(batch)),
     ]
-    # Before the first step decoding is compared with the forward pass (forward_check.py).
-    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4, adapted=network.rank > 0)
+    # Before the first step decoding is compared with the forward pass (forward_check.py); new adapters add nothing yet.
+    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4)
     start: Sum = [
         *base,
         ("weights", Bytes(one.weights)),
@@ -164,7 +164,7 @@ def training(
     return [Moment("start", start), Moment(name, forward), Moment(name, backward)]
 
 
-def _copies(one: Trained, place: Place) -> Sum:
+def _copies(one: Trained, place: MemoryPlace) -> Sum:
     """Under autocast the bf16 copies of trained weights; under data parallelism the buckets of their gradients."""
     found: Sum = []
     if one.network.mixed:
@@ -178,33 +178,33 @@ def _copies(one: Trained, place: Place) -> Sum:
     return found
 
 
-def of_sft(config: SftConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 sft`."""
     shape = sizes(config.model)
     one = trained(config, shape, place, config.trainer)
     if place.kind == "accelerator" and config.attention != "eager":
         one = replace(one, network=replace(one.network, attention="flash"))
     width = min(config.max_length, lengths.row or config.max_length)
-    micro = Rows(config.micro_batch_size or config.batch_size, config.max_length if config.packing else width)
+    micro = RowBatch(config.micro_batch_size or config.batch_size, config.max_length if config.packing else width)
     tokens = config.micro_batch_tokens or (PART_TOKENS if one.network.attention == "blockwise" else None)
     batch = cpu_parts(micro, tokens) if tokens else micro
     logits = chunk_logits(shape.vocabulary, batch.count, True, one.network.mixed)
     return training(one, [], batch, logits, batch.rows < config.batch_size, place)
 
 
-def of_reward(config: RewardConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward`. A row is one side of a pair."""
     shape = replace(sizes(config.model), outputs=1)
     one = trained(config, shape, place, config.trainer)
     width = min(config.max_length, lengths.row or config.max_length)
     pairs = config.micro_batch_size or config.batch_size
-    batch = Rows(2 * pairs, width)
+    batch = RowBatch(2 * pairs, width)
     if one.network.attention == "blockwise":
-        batch = Rows(2 * cpu_parts(Rows(pairs, 2 * width), PART_TOKENS).rows, width)
+        batch = RowBatch(2 * cpu_parts(RowBatch(pairs, 2 * width), PART_TOKENS).rows, width)
     return training(one, [], batch, Bytes(), batch.rows < 2 * config.batch_size, place)
 
 
-def of_distill(config: DistillConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
     shape = sizes(config.model)
     one = trained(config, shape, place, config.trainer)
@@ -216,12 +216,12 @@ def of_distill(config: DistillConfig, sizes: Sizes, place: Place, lengths: Lengt
     if config.prompts is not None:
         width = max(prompt + config.max_new_tokens, width if config.data is not None else 0)
     micro = config.micro_batch_size or config.batch_size
-    batch = Rows(micro, width)
+    batch = RowBatch(micro, width)
     chunk = min(batch.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
     logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
     moments = training(one, base, batch, logits, micro < config.batch_size, place)
     if config.teacher is not None:
-        reading = Network(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
+        reading = NetworkInUse(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
         kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
         moments.append(Moment("train", [*base, *one.state(), *_copies(one, place), ("activations", kept)]))
     if config.prompts is not None:
@@ -232,11 +232,13 @@ def of_distill(config: DistillConfig, sizes: Sizes, place: Place, lengths: Lengt
 def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Moment:
     """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights."""
     shape, item = one.network.shape, 2 if one.network.mixed else 4
-    prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(Rows(rows, prompt))
+    prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(RowBatch(rows, prompt))
+    # Under autocast every matrix is converted once; the products of adapters are added to copies.
+    copies = decoding_copies(shape, item, every=one.network.mixed or not one.network.trained)
     parts: Sum = [
         *base,
         *one.state(),
-        ("copies of weights for decoding", decoding_copies(shape, 4, adapted=not one.network.trained)),
+        ("copies of weights for decoding", copies),
         ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
         ("logits", sampler_logits(shape, rows, True)),
         ("activations", prefill),
@@ -244,17 +246,17 @@ def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Mom
     return Moment("generate", parts)
 
 
-def decoding_copies(shape: ModelShape, item: int, adapted: bool = False) -> Bytes:
-    """Memory of the weights that decoding joins, those of queries, keys and values; all of them with adapters in."""
+def decoding_copies(shape: ModelShape, item: int, every: bool = False) -> Bytes:
+    """Memory of the weights that decoding joins, those of queries, keys and values; of all of them if `every`."""
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
     found = blocks(float(item) * shape.hidden * (queries + 2 * keys), shape.layers)
     others = [size for name, size in shape.linear_layers().items() if name[0] not in "qkv"]
-    for inputs, outputs in others if adapted else []:
+    for inputs, outputs in others if every else []:
         found += blocks(float(item) * inputs * outputs, shape.layers)
     return found
 
 
-def dtype_bytes(name: str, place: Place) -> float:
+def dtype_bytes(name: str, place: MemoryPlace) -> float:
     """Return the bytes of an element of a model of this dtype. auto: bf16 on an accelerator, fp32 on a CPU."""
     half = name in ("bfloat16", "float16") or (name == "auto" and place.kind == "accelerator")
     return 2.0 if half else 4.0

@@ -1,6 +1,6 @@
 """How much memory a command needs, by part and by phase, before it runs. Torch-free.
 
-    memory_of(config, shape_of, Place()).peak.bytes
+    memory_of(config, shape_of, MemoryPlace()).peak.bytes
 
 Each command is modelled as it runs: which models are there at once, in which dtype, what a forward pass keeps for the
 backward pass, how logits of a wide vocabulary are cut. Measured against the peak of real runs by bench/plan.py
@@ -28,32 +28,34 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
-from . import learning, reading, reinforcing
+from . import answering, learning, reinforcing
 from .learning import Sizes
-from .parts import Lengths, MemoryPlan, Moment, Part, Phase, Place, settled
+from .parts import Lengths, MemoryPart, MemoryPlace, MemoryPlan, Moment, Phase, settled
 
-__all__ = ["Lengths", "MemoryPlan", "Part", "Phase", "Place", "memory_of"]
+__all__ = ["Lengths", "MemoryPart", "MemoryPlace", "MemoryPlan", "Phase", "memory_of"]
 
 # Any: each function takes the configuration of its key.
-OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, Place, Lengths], list[Moment]]] = {
+OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, MemoryPlace, Lengths], list[Moment]]] = {
     SftConfig: learning.of_sft,
     DistillConfig: learning.of_distill,
-    DistillCacheConfig: reading.of_cache,
+    DistillCacheConfig: answering.of_cache,
     RewardConfig: learning.of_reward,
-    ProbeConfig: reading.of_probe,
-    RewardScoreConfig: reading.of_score,
-    RewardEvalConfig: reading.of_score,
-    PairsConfig: reading.of_pairs,
+    ProbeConfig: answering.of_probe,
+    RewardScoreConfig: answering.of_score,
+    RewardEvalConfig: answering.of_score,
+    PairsConfig: answering.of_pairs,
     RlhfConfig: reinforcing.of_rlhf,
     WarpConfig: reinforcing.of_warp,
-    GenerateConfig: reading.of_generate,
-    EvalConfig: reading.of_eval,
-    ParetoConfig: reading.of_pareto,
+    GenerateConfig: answering.of_generate,
+    EvalConfig: answering.of_eval,
+    ParetoConfig: answering.of_pareto,
+    SuiteConfig: answering.of_suite,
 }
 
 
-def memory_of(config: Config, shapes: Sizes, place: Place, lengths: Lengths | None = None) -> MemoryPlan | None:
+def memory_of(config: Config, shapes: Sizes, place: MemoryPlace, lengths: Lengths | None = None) -> MemoryPlan | None:
     """Return what a command needs on each device; None for a command that runs no model.
 
     shapes   the shape of a model that the configuration names, by its path: `shape_of`, or what is known otherwise

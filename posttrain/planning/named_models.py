@@ -11,7 +11,7 @@ Torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,11 +24,11 @@ from gemma2.core.yaml_files import apply_sets
 from gemma2.merging.inputs.architecture import classifies, stated
 from gemma2.merging.inputs.config_defaults import filled
 from gemma2.merging.remote.hub_requests import NoRanges, remote_elements, remote_files
-from gemma2.posttrain.runs.estimates import Promise, Sources
 from gemma2.posttrain.runs.inputs import LISTS_OF_MODELS, MODELS
 from gemma2.posttrain.schemas import DistillConfig
 from gemma2.posttrain.schemas.config import Config, load_yaml
 
+from .estimates import Promise, Sources
 from .learning import Sizes
 from .shapes import SIZES, ModelShape, shape_of, shape_of_config, shape_of_parameters
 
@@ -46,11 +46,13 @@ class NamedModels:
     """What is known of models that are not on this disk, by the path that the configuration has for them.
 
     notes  where the figures of each are from
+    sizes  names that stand for a model of a size
     """
 
     shapes: dict[Path, ModelShape] = field(default_factory=dict)
     promised: dict[Path, Promise] = field(default_factory=dict)
     notes: dict[Path, str] = field(default_factory=dict)
+    sizes: Mapping[str, ModelShape] = field(default_factory=dict)
 
     def add(self, more: NamedModels) -> None:
         """Take what is known of further models."""
@@ -60,20 +62,23 @@ class NamedModels:
 
     def copy(self) -> NamedModels:
         """Return what is known, to add to."""
-        return NamedModels({**self.shapes}, {**self.promised}, {**self.notes})
+        return NamedModels({**self.shapes}, {**self.promised}, {**self.notes}, self.sizes)
 
 
 NOTHING = NamedModels()
 
 
-def name_models(config: C, kinds: Callable[[str], str], promised: Sequence[Path] = ()) -> tuple[C, NamedModels]:
+def name_models(
+    config: C, kinds: Callable[[str], str], promised: Sequence[Path] = (), sizes: bool = False
+) -> tuple[C, NamedModels]:
     """Return a configuration whose models can be planned with, and what is known of those not on this disk.
 
     kinds     field -> kind of model that it takes
     promised  directories that other stages make: no path in them is an id or a size
+    sizes     whether a name such as 9b is a model of this size; a run needs one on the disk, and so does its dry run
     Raises InputError for a hub id whose configuration cannot be read.
     """
-    found = NamedModels()
+    found = NamedModels(sizes=SIZES if sizes else {})
 
     def named_one(path: Path, name: str) -> Path:
         made = any(path.is_relative_to(place) for place in promised)
@@ -93,9 +98,9 @@ def name_models(config: C, kinds: Callable[[str], str], promised: Sequence[Path]
     return config.model_copy(update=changed), found
 
 
-def named_shape(path: Path, role: str) -> tuple[Path, ModelShape, str]:
+def named_shape(path: Path, role: str, sizes: bool) -> tuple[Path, ModelShape, str]:
     """Return the place of a policy, its shape, and a note where it is not on this disk. Raises like `name_models`."""
-    found = NamedModels()
+    found = NamedModels(sizes=SIZES if sizes else {})
     place = _named(path, role, POLICY, found)
     return place, found.shapes.get(place) or shape_of(place), found.notes.get(place, "")
 
@@ -129,7 +134,7 @@ def _promised_shape(made: Promise) -> ModelShape:
 def _named(path: Path, field: str, kind: str, found: NamedModels) -> Path:
     if path.exists():
         return path
-    size = SIZES.get(str(path).lower())
+    size = found.sizes.get(str(path).lower())
     if size is not None:
         return _of_size(str(path).lower(), size, kind, found)
     return _of_hub(str(path), field.replace("_", "-"), found) if is_hub_id(path) else path
@@ -150,7 +155,9 @@ def _of_hub(name: str, role: str, found: NamedModels) -> Path:
     try:
         folder = fetch_snapshot(name, f"--{role}", weights=False)
     except InputError as error:
-        sizes = ", ".join(SIZES)
+        if not found.sizes:
+            raise
+        sizes = ", ".join(found.sizes)
         raise InputError(error.what, f"{error.hint}, or plan with a size: --{role} {sizes}") from error
     if weight_files(folder):
         return folder

@@ -17,11 +17,11 @@ __all__ = [
     "BASELINES",
     "Bytes",
     "Lengths",
+    "MemoryPart",
+    "MemoryPlace",
     "MemoryPlan",
     "Moment",
-    "Part",
     "Phase",
-    "Place",
     "Sum",
     "blocks",
     "settled",
@@ -34,7 +34,7 @@ GIVEN_BACK = 2**25  # bytes: blocks of this size and more are given back when th
 # Gaps in what the C library keeps, as a share of it, from mallinfo2 at the peak of runs of bench/plan.py: 0.10 to 0.25
 # where all weights are trained. With adapters 0.4 to 0.9: their gradients and moments, small, stay in between.
 GAPS, GAPS_OF_ADAPTERS = 0.15, 0.60
-# Of an accelerator's memory that comes and goes, the share that lies in pieces too small to use. Not measured.
+# Of an accelerator's memory that comes and goes, the share in pieces too small to use. Not measured.
 CUT = 0.05
 PASSING = frozenset({"activations", "logits", "KV cache", "gradients", "copies of weights for decoding"})
 # Bytes that a process needs before it has a model. CPU: measured by bench/plan.py, by training a tiny model
@@ -43,7 +43,7 @@ BASELINES: dict[Kind, float] = {"cpu": 0.50 * 2**30, "accelerator": 0.80 * 2**30
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """One use of memory: its name, and bytes on each device."""
 
     name: str
@@ -55,7 +55,7 @@ class Phase:
     """What is in memory at the same time, at the peak of one phase of a command."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
 
     @property
     def bytes(self) -> float:
@@ -76,7 +76,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Place:
+class MemoryPlace:
     """Where a command runs.
 
     kind        what holds the models: main memory or accelerators
@@ -162,7 +162,7 @@ class Moment:
         return sum((amount for _, amount in self.parts), Bytes())
 
 
-def settled(moments: Iterable[Moment], place: Place, adapters: bool = False) -> MemoryPlan:
+def settled(moments: Iterable[Moment], place: MemoryPlace, adapters: bool = False) -> MemoryPlan:
     """Return the phases of these moments, of each the largest one, with what the allocator keeps.
 
     adapters  whether adapters are trained
@@ -182,11 +182,13 @@ def _size(moment: Moment, kept: float) -> float:
     return moment.whole.large + max(kept, moment.whole.small)
 
 
-def _phase(moment: Moment, kept: float, place: Place) -> Phase:
-    parts = [Part(name, amount.total) for name, amount in moment.sums().items()]
+def _phase(moment: Moment, kept: float, place: MemoryPlace) -> Phase:
+    parts = [MemoryPart(name, amount.total) for name, amount in moment.sums().items()]
     if place.kind == "cpu":
         slack = max(0.0, kept - moment.whole.small)
     else:
         slack = CUT * math.fsum(part.bytes for part in parts if part.name in PASSING)
-    parts += [Part("allocator slack", slack), Part("rows and records", RECORDS)]
-    return Phase(moment.phase, (Part("library baseline", place.library_baseline), *(p for p in parts if p.bytes > 0)))
+    parts += [MemoryPart("allocator slack", slack), MemoryPart("rows and records", RECORDS)]
+    return Phase(
+        moment.phase, (MemoryPart("library baseline", place.library_baseline), *(p for p in parts if p.bytes > 0))
+    )

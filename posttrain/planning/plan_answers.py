@@ -15,7 +15,7 @@ from gemma2.posttrain.schemas.config import Config
 from .disk import disk_of
 from .durations import Trial, duration
 from .learning import Sizes
-from .memory import Lengths, MemoryPlan, Place, memory_of
+from .memory import Lengths, MemoryPlace, MemoryPlan, memory_of
 from .verdicts import CARDS, GB, Verdict, judge
 
 __all__ = ["PlanFacts", "PlanQuestion", "answer", "gpu_bytes"]
@@ -47,7 +47,7 @@ class PlanFacts:
     lengths: Lengths
     tokens: float
     steps: int | None
-    here: Place
+    here: MemoryPlace
 
 
 def gpu_bytes(text: str) -> float:
@@ -80,9 +80,9 @@ def _devices(facts: PlanFacts, question: PlanQuestion) -> int:
     return question.devices if isinstance(facts.config, RlhfConfig) else 1
 
 
-def _asked(question: PlanQuestion, devices: int, gpu: float | None = None, split: bool = False) -> Place:
+def _asked(question: PlanQuestion, devices: int, gpu: float | None = None, split: bool = False) -> MemoryPlace:
     capacity = question.gpu if gpu is None else gpu
-    return Place("accelerator", devices, split, math.inf if capacity is None else capacity)
+    return MemoryPlace("accelerator", devices, split, math.inf if capacity is None else capacity)
 
 
 def _verdicts(facts: PlanFacts, question: PlanQuestion) -> Iterator[Verdict]:
@@ -99,7 +99,7 @@ def _verdicts(facts: PlanFacts, question: PlanQuestion) -> Iterator[Verdict]:
             yield replace(verdict, flags=()) if place.full_shard else verdict
 
 
-def named(place: Place) -> str:
+def named(place: MemoryPlace) -> str:
     """Return a place in words."""
     if place.kind == "cpu":
         return "this machine, main memory"

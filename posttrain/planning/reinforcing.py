@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemma2.posttrain.schemas import RewardFields, RlFields, RlhfConfig, WarpConfig
 
-from .activations import Network, Rows, cpu_parts
+from .activations import NetworkInUse, RowBatch, cpu_parts
 from .learning import (
     CHUNK,
     PART_TOKENS,
@@ -20,7 +20,7 @@ from .learning import (
     trained,
     training,
 )
-from .parts import Bytes, Lengths, Moment, Place, Sum, blocks
+from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
 
 __all__ = ["of_rlhf", "of_warp", "reading", "reward_models", "scoring"]
 
@@ -33,12 +33,12 @@ def reward_models(config: RewardFields, sizes: Sizes) -> Sum:
     return [("reward models", resident(sizes(path), 4.0)) for path in paths]
 
 
-def reading(path: Path, sizes: Sizes, place: Place, mixed: bool = False) -> Network:
+def reading(path: Path, sizes: Sizes, place: MemoryPlace, mixed: bool = False) -> NetworkInUse:
     """Return a frozen model that scores rows, as `models/scorer.py` runs it."""
-    return Network(sizes(path), "blockwise" if place.kind == "cpu" else "eager", mixed=mixed)
+    return NetworkInUse(sizes(path), "blockwise" if place.kind == "cpu" else "eager", mixed=mixed)
 
 
-def scoring(base: Sum, networks: list[Network], batch: Rows, place: Place, both: bool = False) -> Moment:
+def scoring(base: Sum, networks: list[NetworkInUse], batch: RowBatch, place: MemoryPlace, both: bool = False) -> Moment:
     """Return the moment in which frozen models read rows, one after the other.
 
     both  whether the distributions of two models are compared: then the states of both, and their logits, are there
@@ -56,7 +56,7 @@ def scoring(base: Sum, networks: list[Network], batch: Rows, place: Place, both:
     return Moment("score", [*base, ("activations", widest), ("logits", logits)])
 
 
-def _anchor(config: RlFields, one: Trained, place: Place) -> Sum:
+def _anchor(config: RlFields, one: Trained, place: MemoryPlace) -> Sum:
     """The moving average: a second model in fp32; with adapters of the weights that they are added to, or of factors.
 
     Its copy in the memory of the host leaves a bf16 copy on the device.
@@ -77,7 +77,7 @@ def rl_moments(
     policy: Path,
     reference: Path | None,
     sizes: Sizes,
-    place: Place,
+    place: MemoryPlace,
     lengths: Lengths,
     trainer: dict[str, object],
 ) -> list[Moment]:
@@ -103,19 +103,21 @@ def rl_moments(
         generate = Moment("generate", [*base, *one.state(), ("vLLM", held)])
     scorers = [reading(path, sizes, place, network.mixed) for path in config.reward]
     scorers.append(replace(network, attention="blockwise" if place.kind == "cpu" else "eager"))
-    score = scoring([*base, *one.state()], scorers, Rows(micro, width), place, both=True)
-    batch = cpu_parts(Rows(micro, width), PART_TOKENS) if network.attention == "blockwise" else Rows(micro, width)
+    score = scoring([*base, *one.state()], scorers, RowBatch(micro, width), place, both=True)
+    batch = (
+        cpu_parts(RowBatch(micro, width), PART_TOKENS) if network.attention == "blockwise" else RowBatch(micro, width)
+    )
     logits = chunk_logits(shape.vocabulary, batch.rows * config.max_new_tokens, True, network.mixed)
     return [generate, score, *training(one, base, batch, logits, batch.rows < rows, place)]
 
 
-def of_rlhf(config: RlhfConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_rlhf(config: RlhfConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 rlhf`."""
     reference = None if config.sft in (None, config.policy) else config.sft
     return rl_moments(config, config.policy, reference, sizes, place, lengths, config.trainer)
 
 
-def of_warp(config: WarpConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_warp(config: WarpConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 warp`: of its largest stages, RL from a later init, `--jobs` at a time."""
     # A stage that runs a network has a GPU to itself; main memory is shared.
     jobs = 1 if place.kind == "accelerator" else min(config.jobs, config.policies)

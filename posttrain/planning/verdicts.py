@@ -26,7 +26,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .learning import Sizes
 from .memory import memory_of
-from .parts import Lengths, MemoryPlan, Phase, Place
+from .parts import Lengths, MemoryPlace, MemoryPlan, Phase
 from .shapes import ModelShape
 
 __all__ = ["CARDS", "GB", "Verdict", "judge", "micro_batch_field", "micro_batches"]
@@ -51,7 +51,7 @@ class Verdict:
     needed_then  bytes with these flags; where nothing helps, the least that any flags come to
     """
 
-    place: Place
+    place: MemoryPlace
     needed: float
     phase: str
     micro_batch: int | None = None
@@ -80,7 +80,7 @@ class MemoryQuestion:
 
     config: Config
     shapes: Sizes
-    place: Place
+    place: MemoryPlace
     lengths: Lengths
     seen: dict[Path, ModelShape] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class MemoryQuestion:
         return micro_batches(self.config)
 
 
-def judge(config: Config, sizes: Sizes, place: Place, lengths: Lengths | None = None) -> Verdict | None:
+def judge(config: Config, sizes: Sizes, place: MemoryPlace, lengths: Lengths | None = None) -> Verdict | None:
     """Return whether a command fits into a place, or what would make it fit.
 
     None for a command without a model, and for one with a model of unknown size.
@@ -179,14 +179,14 @@ def _largest(job: MemoryQuestion, update: dict[str, object]) -> int | None:
 # --- changes ----------------------------------------------------------------------------------------------------------
 
 
-def _changes(config: Config, place: Place) -> Iterator[dict[str, object]]:
+def _changes(config: Config, place: MemoryPlace) -> Iterator[dict[str, object]]:
     """Yield combinations of changes, the one that touches least first, beginning with none."""
     choices = [choice(config, place) for choice in CHOICES]
     for some in sorted(product(*choices), key=lambda some: sum(cost for cost, _ in some)):
         yield {name: value for _, update in some for name, value in update.items()}
 
 
-def _teacher(config: Config, place: Place) -> list[Option]:
+def _teacher(config: Config, place: MemoryPlace) -> list[Option]:
     options: list[Option] = [(0, {})]
     wide = getattr(config, "teacher_dtype", None) == "float32" or place.kind == "cpu"
     if wide and getattr(config, "teacher", None) is not None and hasattr(config, "teacher_dtype"):
@@ -194,20 +194,20 @@ def _teacher(config: Config, place: Place) -> list[Option]:
     return options
 
 
-def _anchor(config: Config, place: Place) -> list[Option]:
+def _anchor(config: Config, place: MemoryPlace) -> list[Option]:
     options: list[Option] = [(0, {})]
     if isinstance(config, RlFields) and config.anchor == "ema" and config.anchor_memory == "gpu":
         options += [(1, {"anchor_memory": "cpu"})] if place.kind == "accelerator" else []
     return options
 
 
-def _jobs(config: Config, place: Place) -> list[Option]:
+def _jobs(config: Config, place: MemoryPlace) -> list[Option]:
     del place
     several: list[Option] = [(1, {"jobs": 1})] if isinstance(config, WarpConfig) and config.jobs > 1 else []
     return [(0, {}), *several]
 
 
-def _lora(config: Config, place: Place) -> list[Option]:
+def _lora(config: Config, place: MemoryPlace) -> list[Option]:
     del place
     if not isinstance(config, LoraFields):
         return [(0, {})]
@@ -219,7 +219,7 @@ def _lora(config: Config, place: Place) -> list[Option]:
     return [(0, {}), (10, adapters), *((10 + cost, adapters | more) for cost, more in factors)]
 
 
-def _lengths(config: Config, place: Place) -> list[Option]:
+def _lengths(config: Config, place: MemoryPlace) -> list[Option]:
     """Shorter rows and answers, all by the same factor."""
     del place
     named = [name for name in ("max_length", "max_new_tokens") if isinstance(getattr(config, name, None), int)]
@@ -233,7 +233,7 @@ def _lengths(config: Config, place: Place) -> list[Option]:
     return options
 
 
-CHOICES: Sequence[Callable[[Config, Place], list[Option]]] = (_teacher, _anchor, _jobs, _lora, _lengths)
+CHOICES: Sequence[Callable[[Config, MemoryPlace], list[Option]]] = (_teacher, _anchor, _jobs, _lora, _lengths)
 
 
 def _is_valid(config: Config, update: dict[str, object]) -> bool:

@@ -18,7 +18,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.pipelines.compile import read_pipeline
 from gemma2.posttrain.pipelines.references import lookup, replaced
-from gemma2.posttrain.planning.memory import MemoryPlan, Place, memory_of
+from gemma2.posttrain.planning.memory import MemoryPlace, MemoryPlan, memory_of
 from gemma2.posttrain.planning.shapes import SIZES, ModelShape
 from gemma2.posttrain.schemas.config import Config, resolve
 
@@ -96,10 +96,10 @@ class Cell:
         return machine_recipes().get(self.name)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> MemoryPlace:
         """The GPUs that one process of the command sees."""
         machine = MACHINES[self.machine]
-        return Place("accelerator", machine.gpus if self.command == "rlhf" else 1, capacity=machine.capacity)
+        return MemoryPlace("accelerator", machine.gpus if self.command == "rlhf" else 1, capacity=machine.capacity)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gemma2.posttrain.models.causal_attention import blockwise
+from gemma2.posttrain.models.loading import default_device
 
 from .finding import Diagnosis, fine, problem, warning
 from .subject import Subject
@@ -157,7 +158,7 @@ def probe(
     subject: Subject, found: dict[str, Backend] | None = None, device: torch.device | None = None
 ) -> list[Deviation]:
     """Compare back ends with eager on the probe of a model's settings. Differences in logits, not in probabilities."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     settings = subject.settings
     cap, final = settings.get("attn_logit_softcapping"), settings.get("final_logit_softcapping")
     scale = settings.get("query_pre_attn_scalar") or 256

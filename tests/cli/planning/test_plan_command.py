@@ -7,7 +7,7 @@ from light_model import light_model
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
-from gemma2.posttrain.planning.memory import Lengths, Place, memory_of
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import shape_of
 from gemma2.posttrain.planning.verdicts import CARDS, GB
 from gemma2.posttrain.schemas import SftConfig
@@ -24,6 +24,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_json_may_stand_in_front(place, capsys):
+    assert invoke(["plan", "--json", "sft", "--model", "2b"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdicts"]
+
+
 @pytest.fixture
 def planned(place, capsys):
     def run(line: str):
@@ -37,12 +42,13 @@ def test_a_size_needs_nothing_on_disk_and_every_card_has_a_verdict(planned):
     document = planned("sft --model 9b")
     assert document["model"] == "9b (9,241,705,984 parameters: Gemma 2 of this size, nothing on disk)"
     assert [one["has_gib"] for one in document["verdicts"][1:]] == [float(f"{size * GB / GIB:.5g}") for size in CARDS]
-    sums = memory_of(SftConfig(model="9b", data="x"), shape_of, Place("accelerator"), Lengths())
+    sums = memory_of(SftConfig(model="9b", data="x"), shape_of, MemoryPlace("accelerator"), Lengths())
     assert {one["needs_gib"] for one in document["verdicts"][1:]} == {float(f"{sums.peak.bytes / GIB:.5g}")}
     parts = {part.name: part.bytes / GIB for part in sums.peak.parts}
     gpu = planned("sft --model 9b --gpu 24GB")["memory"]
-    assert (gpu["peak"], gpu["phases"][0]["parts"].keys()) == ("train", parts.keys())
-    assert gpu["phases"][0]["parts"]["optimizer"] == pytest.approx(parts["optimizer"], rel=1e-4)
+    [train] = [one["parts"] for one in gpu["phases"] if one["phase"] == gpu["peak"] == "train"]
+    assert train.keys() == parts.keys()
+    assert train["optimizer"] == pytest.approx(parts["optimizer"], rel=1e-4)
 
 
 def test_flags_of_plan_are_taken_before_the_command_and_among_its_own(planned):
@@ -92,7 +98,7 @@ def test_commands_without_a_model_are_planned_as_by_their_dry_run(place, capsys)
         first = capsys.readouterr().out
         assert invoke([*line.split(), "--dry-run"]) == 0
         assert capsys.readouterr().out == first
-    with pytest.raises(UsageError, match="merge slerp runs no model; leave out --gpu"):
+    with pytest.raises(UsageError, match="merge slerp runs no model of yours; leave out --gpu"):
         invoke(["plan", "merge", "slerp", "model", "b", "--base", "model", "--gpu", "24GB"])
 
 
@@ -129,3 +135,35 @@ def test_a_person_sees_parts_phases_verdicts_and_flags(place, capsys):
         assert part in shown
     assert "does not fit" in shown and "GPU of 48 GB: add --" in shown
     assert "not known: gemma2 plan takes --throughput" in shown
+
+
+BARE = (
+    "sft --model 2b",
+    "distill --model 2b --teacher 9b",
+    "distill cache --teacher 9b",
+    "reward --model 2b",
+    "reward probe --model 2b",
+    "reward pairs --model 2b --judge math:fsum",
+    "reward score 2b",
+    "reward eval 2b 9b",
+    "rlhf --policy 2b --reward 2b",
+    "warp --sft 2b --reward 2b",
+    "generate --teacher 27b",
+    "eval --model 2b --sft 2b --reward 2b",
+    "eval suite 2b",
+    "pareto --sft 2b --policies 2b,9b --reward 2b",
+    "filter",
+)
+
+
+def refused(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("line", BARE)
+def test_every_command_has_a_plan_without_a_file(place, line, capsys):
+    assert invoke(["plan", *line.split(), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=refused)
+    assert "time" in document
+    assert ("verdicts" in document) == (line != "filter")
+    assert not [name for name, value in document.items() if value != value], "no NaN"

@@ -133,6 +133,7 @@ def test_the_page_of_all_commands_is_up_to_date():
     written = generate.TARGET.read_text(encoding="utf-8")
     assert written == generate.render(), "run `make docs`"
     assert generate.MERGING.read_text(encoding="utf-8") == generate.merging_page(), "run `make docs`"
+    assert generate.PICTURE.read_text(encoding="utf-8") == generate.picture(), "run `make docs`"
     assert generate.YOURS.read_text(encoding="utf-8") == generate.your_page(), "run `make docs`"
     assert generate.RECIPES.read_text(encoding="utf-8") == generate.recipes_page(), "run `make docs`"
     assert all(f"\n## gemma2 {name}\n" in written for name in ALL)

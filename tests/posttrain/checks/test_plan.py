@@ -1,6 +1,7 @@
 """The plan of one command: figures by hand, what does not fit, and what is refused before anything is written."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from light_model import light_model
@@ -12,7 +13,7 @@ from gemma2.posttrain.checks import machine
 from gemma2.posttrain.checks import plan as plans
 from gemma2.posttrain.checks.machine import Memory
 from gemma2.posttrain.checks.plan import GIB, plan
-from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas import RewardConfig, RlhfConfig, SftConfig, TinyConfig
 
 
@@ -132,6 +133,17 @@ stages:
     assert problem.startswith("stages.sft: memory: about ")
     monkeypatch.undo()
     assert invoke([*words, "--dry-run", "--json"]) == 0
+
+
+def test_a_run_that_may_lack_memory_warns_and_begins(place, monkeypatch, capsys):
+    monkeypatch.setattr(plans, "free_memory", lambda: Memory(2000.0, "main memory"))
+    begun = []
+    monkeypatch.setattr("gemma2.posttrain.sft.sft.run_sft", lambda *given: begun.append(given) or RunResult(place))
+    words = ["sft", "--model", str(place / "model"), "--data", str(place / "rows.jsonl"), "--out", str(place / "out")]
+    with suppress(OutputError):  # the output that is not written
+        invoke([*words])
+    assert len(begun) == 1
+    assert "warning: memory: about" in capsys.readouterr().err
 
 
 def test_pairs_have_two_sides(place):

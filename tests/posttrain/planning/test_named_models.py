@@ -11,9 +11,9 @@ from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
 from gemma2.merging.remote import hub_requests
 from gemma2.posttrain.checks.kinds import wanted_kind
+from gemma2.posttrain.planning.estimates import Sources
 from gemma2.posttrain.planning.named_models import name_models, sizes_of
 from gemma2.posttrain.planning.shapes import SIZES
-from gemma2.posttrain.runs.estimates import Sources
 from gemma2.posttrain.schemas import RlhfConfig, SftConfig
 
 
@@ -36,7 +36,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_size_is_a_policy_or_a_reward_model_where_one_is_wanted():
     config = RlhfConfig(policy="2B", reward=("2b", "9b"), sft="2b", prompts="p")
-    found, named = name_models(config, wanted_kind(config))
+    found, named = name_models(config, wanted_kind(config), sizes=True)
     sizes = sizes_of(named, Sources(named.promised))
     assert sizes(found.policy) == sizes(found.sft) == SIZES["2b"]
     assert [sizes(path) for path in found.reward] == [SIZES["2b"], SIZES["9b"]]
@@ -48,9 +48,20 @@ def test_a_directory_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     light_model(Path("9b"))
     config = SftConfig(model="9b", data="rows")
-    found, named = name_models(config, wanted_kind(config))
+    found, named = name_models(config, wanted_kind(config), sizes=True)
     assert found.model == Path("9b")
     assert sizes_of(named, Sources(named.promised))(found.model).parameters == 300 * 8 + 8
+
+
+def test_a_size_is_for_plan_alone_as_a_run_needs_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n' * 4)
+    (tmp_path / "p.yaml").write_text("stages: {one: {command: sft, options: {model: 9b, data: [rows.jsonl]}}}\n")
+    for line in ("sft --model 9b --data rows.jsonl --out out", "chat 9b", "pipeline run p.yaml --out runs"):
+        with pytest.raises(InputError, match="9b"):
+            invoke([*line.split(), "--dry-run"])
+    assert invoke(["plan", "sft", "--model", "9b", "--data", "rows.jsonl"]) == 0
+    assert invoke(["plan", "chat", "9b"]) == 0
 
 
 def test_of_a_hub_id_the_headers_are_read_and_no_weights(hub, tmp_path, capsys, monkeypatch):
@@ -66,17 +77,23 @@ def test_of_a_hub_id_the_headers_are_read_and_no_weights(hub, tmp_path, capsys, 
     assert list((tmp_path / "hub").rglob("*.safetensors")) == []
 
 
+def test_dry_runs_of_what_reads_whole_models_fetch_no_weights(hub, tmp_path, capsys):
+    for line in ("doctor org/a", "inspect org/a", "chat org/a -p hello"):
+        assert invoke([*line.split(), "--dry-run"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert list((tmp_path / "hub").rglob("*.safetensors")) == []
+
+
 def test_the_plan_of_a_pipeline_fetches_no_weights_either(hub, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n' * 4)
     (tmp_path / "p.yaml").write_text("""
 stages:
   sft: {command: sft, options: {model: org/a, data: [rows.jsonl]}}
   two: {command: sft, options: {model: "${sft.out}", data: [rows.jsonl]}}
-  nine: {command: sft, options: {model: 9b, data: [rows.jsonl]}}
 """)
     invoke(["pipeline", "run", "p.yaml", "--out", "out/runs", "--dry-run", "--json"])
-    first, second, nine = json.loads(capsys.readouterr().out)["plan"]
-    assert first["memory_gib"] == second["memory_gib"] < nine["memory_gib"]
+    first, second = json.loads(capsys.readouterr().out)["plan"]
+    assert first["memory_gib"] == second["memory_gib"]
     assert list((tmp_path / "hub").rglob("*.safetensors")) == []
 
 

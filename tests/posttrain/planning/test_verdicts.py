@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from gemma2.cli.app import invoke
-from gemma2.posttrain.planning.memory import Lengths, Place, memory_of
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import shape_of
 from gemma2.posttrain.planning.verdicts import CARDS, GB, judge, micro_batch_field, micro_batches
 from gemma2.posttrain.schemas import (
@@ -36,7 +36,7 @@ CONFIGS = {
     "score": RewardScoreConfig(model="2b", data="rows"),
     "eval": EvalConfig(model="9b", sft="9b", reward="2b", prompts="prompts"),
 }
-PLACES = [*(Place("accelerator", capacity=size * GB) for size in CARDS), Place("cpu", capacity=20 * 2**30)]
+PLACES = [*(MemoryPlace("accelerator", capacity=size * GB) for size in CARDS), MemoryPlace("cpu", capacity=20 * 2**30)]
 
 
 def needed(config, place, **changes):
@@ -74,19 +74,25 @@ def test_verdicts_agree_with_the_sums(name):
 
 def test_every_kind_of_verdict_is_among_them():
     found = [judge(config, shape_of, place) for config in CONFIGS.values() for place in PLACES]
+    short = needed(CONFIGS["rlhf"], MemoryPlace("accelerator"), micro_batch_size=1) - 1
+    found.append(judge(CONFIGS["rlhf"], shape_of, MemoryPlace("accelerator", capacity=short)))
     assert {(one.fits, bool(one.flags)) for one in found} == {(True, False), (False, True), (False, False)}
     flags = {flag for one in found for flag in one.flags[::2]}
-    assert flags >= {"--micro-batch-size", "--batch-size", "--lora-rank", "--anchor-memory"}
+    assert flags >= {"--micro-batch-size", "--batch-size", "--lora-rank"}
 
 
 def test_the_change_that_touches_least_comes_first():
     rlhf = CONFIGS["rlhf"]
-    whole = judge(rlhf, shape_of, Place("accelerator"))
-    step = judge(rlhf, shape_of, Place("accelerator", capacity=needed(rlhf, Place("accelerator"), micro_batch_size=8)))
+    whole = judge(rlhf, shape_of, MemoryPlace("accelerator"))
+    step = judge(
+        rlhf,
+        shape_of,
+        MemoryPlace("accelerator", capacity=needed(rlhf, MemoryPlace("accelerator"), micro_batch_size=8)),
+    )
     assert whole.micro_batch == 64
     assert step.flags == ("--micro-batch-size", "8")  # no number changes but rounding
-    least = needed(rlhf, Place("accelerator"), micro_batch_size=1)
-    beyond = judge(rlhf, shape_of, Place("accelerator", capacity=least - 1))
+    least = needed(rlhf, MemoryPlace("accelerator"), micro_batch_size=1)
+    beyond = judge(rlhf, shape_of, MemoryPlace("accelerator", capacity=least - 1))
     assert beyond.flags[:2] == ("--anchor-memory", "cpu")  # before LoRA, which trains other weights
 
 

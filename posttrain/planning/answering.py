@@ -19,10 +19,11 @@ from gemma2.posttrain.schemas import (
     RewardEvalConfig,
     RewardScoreConfig,
 )
+from gemma2.posttrain.schemas.measures import SuiteConfig
 
-from .activations import Network, Rows, decode_bytes, sampler_logits
-from .learning import CHUNK, PROMPT, Sizes, decoding_copies, dtype_bytes, resident
-from .parts import Bytes, Lengths, Moment, Place, Sum, blocks
+from .activations import NetworkInUse, RowBatch, decode_bytes, sampler_logits
+from .learning import CHUNK, PROMPT, Sizes, chunk_logits, decoding_copies, dtype_bytes, resident
+from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
 from .reinforcing import reading, reward_models, scoring
 from .shapes import ModelShape
 
@@ -36,23 +37,26 @@ __all__ = [
     "of_pareto",
     "of_probe",
     "of_score",
+    "of_suite",
 ]
+
+SHOTS = 2048  # tokens of a row of the suite with its examples, where nothing is known of the data
 
 
 def answering(shape: ModelShape, base: Sum, rows: int, prompt: int, new: int, item: int, whole: bool) -> Moment:
     """Return the moment in which a model that is in `base` answers prompts."""
-    network = Network(shape, "eager", mixed=item == 2)
+    network = NetworkInUse(shape, "eager", mixed=item == 2)
     parts: Sum = [
         *base,
         ("copies of weights for decoding", decoding_copies(shape, item)),
         ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
         ("logits", sampler_logits(shape, rows, whole)),
-        ("activations", network.forward_bytes(Rows(rows, prompt))),
+        ("activations", network.forward_bytes(RowBatch(rows, prompt))),
     ]
     return Moment("generate", parts)
 
 
-def of_generate(config: GenerateConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_generate(config: GenerateConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 generate`: the teacher is gone before a reward model is loaded."""
     moments: list[Moment] = []
     prompt = lengths.prompt or PROMPT
@@ -67,13 +71,13 @@ def of_generate(config: GenerateConfig, sizes: Sizes, place: Place, lengths: Len
         cache = Bytes(config.batch_size * shape.cache_bytes(prompt + config.max_new_tokens, 2, windowed=True))
         moments.append(Moment("generate", [("weights", resident(shape, 2)), ("KV cache", cache)]))
     if config.reward:
-        batch = Rows(config.batch_size, prompt + config.max_new_tokens)
+        batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
         networks = [reading(path, sizes, place) for path in config.reward]
         moments.append(scoring(reward_models(config, sizes), networks, batch, place))
     return moments
 
 
-def of_pairs(config: PairsConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_pairs(config: PairsConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward pairs`."""
     shape, prompt = sizes(config.model), lengths.prompt or PROMPT
     item = 2 if place.kind == "accelerator" else 4
@@ -81,14 +85,14 @@ def of_pairs(config: PairsConfig, sizes: Sizes, place: Place, lengths: Lengths) 
     moments = [answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, True)]
     judge = Path(config.judge)
     if ":" not in config.judge:
-        batch = Rows(config.batch_size, prompt + config.max_new_tokens)
+        batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
         base: Sum = [("reward models", resident(sizes(judge), 4.0))]
         moments.append(scoring(base, [reading(judge, sizes, place)], batch, place))
     return moments
 
 
 def _measured(
-    config: DistributionConfig, held: Sum, policies: Sequence[Path], sizes: Sizes, place: Place, lengths: Lengths
+    config: DistributionConfig, held: Sum, policies: Sequence[Path], sizes: Sizes, place: MemoryPlace, lengths: Lengths
 ) -> list[Moment]:
     """Phases of a measurement of policies next to the reference: drawn, then scored by all models."""
     prompt = lengths.prompt or PROMPT
@@ -97,11 +101,11 @@ def _measured(
     drawn = max(config.n, config.batch_size // config.n * config.n)
     generate = answering(shape, base, drawn, prompt, config.max_new_tokens, 4, True)
     networks = [reading(path, sizes, place) for path in (*config.reward, config.sft, *policies)]
-    batch = Rows(config.batch_size, prompt + config.max_new_tokens)
+    batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
     return [generate, scoring(base, networks, batch, place, both=bool(policies))]
 
 
-def of_eval(config: EvalConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_eval(config: EvalConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 eval`: the policy, the SFT policy and the reward models, in fp32."""
     held: Sum = [("reference", resident(sizes(config.sft), 4.0))]
     others = [] if config.model == config.sft else [config.model]
@@ -109,7 +113,7 @@ def of_eval(config: EvalConfig, sizes: Sizes, place: Place, lengths: Lengths) ->
     return _measured(config, held, others, sizes, place, lengths)
 
 
-def of_pareto(config: ParetoConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_pareto(config: ParetoConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 pareto`: a line has both its ends and a model to write into in memory."""
     held: Sum = [("reference", resident(sizes(config.sft), 4.0))]
     ends = 0
@@ -122,7 +126,7 @@ def of_pareto(config: ParetoConfig, sizes: Sizes, place: Place, lengths: Lengths
 
 
 def of_score(
-    config: RewardScoreConfig | RewardEvalConfig, sizes: Sizes, place: Place, lengths: Lengths
+    config: RewardScoreConfig | RewardEvalConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths
 ) -> list[Moment]:
     """Return the moments of `gemma2 reward score` and `reward eval`: one reward model at a time."""
     models = (config.model,) if isinstance(config, RewardScoreConfig) else config.models
@@ -131,31 +135,43 @@ def of_score(
         shape = sizes(path)
         width = lengths.row or config.max_length or shape.context
         base: Sum = [("reward models", resident(shape, 4.0))]
-        rows = Rows(config.batch_size, min(width, config.max_length or width))
+        rows = RowBatch(config.batch_size, min(width, config.max_length or width))
         moments.append(scoring(base, [reading(path, sizes, place)], rows, place))
     return moments
 
 
-def of_probe(config: ProbeConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_probe(config: ProbeConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward probe`, apart from the states of the pairs, which grow with the data."""
     shape = sizes(config.model)
     base: Sum = [("weights", resident(shape, 4.0))]
-    rows = Rows(config.batch_size, min(config.max_length, lengths.row or config.max_length))
+    rows = RowBatch(config.batch_size, min(config.max_length, lengths.row or config.max_length))
     return [scoring(base, [reading(config.model, sizes, place)], rows, place)]
 
 
-def of_cache(config: DistillCacheConfig, sizes: Sizes, place: Place, lengths: Lengths) -> list[Moment]:
+def of_cache(config: DistillCacheConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 distill cache`: the teacher reads whole batches with eager attention."""
     shape = sizes(config.teacher)
     item = dtype_bytes(config.teacher_dtype, place)
-    network = Network(shape, "eager", mixed=item == 2)
-    rows = Rows(config.batch_size, min(config.max_length, lengths.row or config.max_length))
+    network = NetworkInUse(shape, "eager", mixed=item == 2)
+    rows = RowBatch(config.batch_size, min(config.max_length, lengths.row or config.max_length))
     chunk = min(rows.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
     parts: Sum = [("teacher", resident(shape, item)), ("activations", network.forward_bytes(rows))]
     return [Moment("score", [*parts, ("logits", blocks(chunk, 3))])]
 
 
-def of_chat(shapes: Sequence[ModelShape], tokens: int, place: Place) -> list[Moment]:
+def of_suite(config: SuiteConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 eval --suite`: rows with their examples are read, then answers are written."""
+    shape, item = sizes(config.model), int(dtype_bytes(config.dtype, place))
+    prompt = min(lengths.prompt or SHOTS, shape.context)
+    held: Sum = [("weights", resident(shape, item))]
+    network = NetworkInUse(shape, "eager", mixed=item == 2)
+    rows = RowBatch(config.batch_size, prompt)
+    logits = chunk_logits(shape.vocabulary, rows.count, False, item == 2)
+    read = Moment("score", [*held, ("activations", network.forward_bytes(rows)), ("logits", logits)])
+    return [read, answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, True)]
+
+
+def of_chat(shapes: Sequence[ModelShape], tokens: int, place: MemoryPlace) -> list[Moment]:
     """Return the moments of `gemma2 chat` with one or two models, when a conversation has `tokens` tokens."""
     item = 2 if place.kind == "accelerator" else 4
     held: Sum = [("weights", resident(shape, item)) for shape in shapes]

@@ -1,8 +1,7 @@
-"""Estimates memory, disk and tokens of a step from the headers of its inputs. Torch-free; nothing is written.
+"""Estimates disk and tokens of a step from the headers of its inputs. Torch-free; nothing is written.
 
-Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
-RLHF 4 more, the policy that the KL is measured to another 4. Activations and the memory of vLLM are not counted.
-Time does not follow from them: it needs a rate of tokens that was measured (posttrain/planning/durations.py).
+The memory of a command that runs a model is in memory.py; here is that of the others. Time does not follow from tokens:
+it needs a rate that was measured (durations.py).
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.core.json_files import JsonObject, load_json
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.sources import count_rows, data_files
+from gemma2.posttrain.runs.generation_budget import generate_budget
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
@@ -37,8 +37,6 @@ from gemma2.posttrain.schemas import (
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
-from .generation_budget import generate_budget
-
 __all__ = ["GIB", "Promise", "Sources", "Work", "estimate"]
 
 GIB = 2.0**30
@@ -52,14 +50,15 @@ Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, la
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of memory and disk, tokens, and further figures for a plan.
+    """Bytes of disk, tokens, and further figures for a plan.
 
+    memory  bytes, of a command that runs no model; None: `memory_of` has it
     tokens  that are trained on, read or drawn; drawn ones at most
     """
 
-    memory: float
     disk: float
     tokens: float
+    memory: float | None = None
     facts: JsonObject = field(default_factory=dict)
 
 
@@ -137,13 +136,6 @@ class Sources:
             return limit
         return min(self.size(path) / max(1.0, self.rows(path)) / 4, limit)
 
-    def hidden_size(self, path: Path) -> float:
-        """Hidden size of a model."""
-        made = self.promise(path)
-        if made:
-            return _known(made.shape[1]) if made.shape else math.nan
-        return float(load_json(path / "config.json").get("hidden_size", 0))
-
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else float(value)
@@ -152,7 +144,7 @@ def _known(value: float | None) -> float:
 def _train(n: float, tokens: float, lora: int) -> Work:
     state = LORA_SHARE if lora else 1.0
     checkpoint = 12.0 * state  # trained weights and their moments
-    return Work(memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), tokens=tokens)
+    return Work(disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), tokens=tokens)
 
 
 def _sft(config: SftConfig, sources: Sources) -> Work:
@@ -169,18 +161,13 @@ def _sft(config: SftConfig, sources: Sources) -> Work:
 def _distill(config: DistillConfig, sources: Sources) -> Work:
     """Student in training, and its teacher: the teacher scores every token, the student also generates its own."""
     tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
-    n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
-    student = _train(n, tokens, config.lora_rank)
-    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
-    return Work(student.memory + teacher * width, student.disk, tokens)
+    return _train(sources.parameters(config.model), tokens, config.lora_rank)
 
 
 def _distill_cache(config: DistillCacheConfig, sources: Sources) -> Work:
     rows = min(sources.rows(config.data), config.limit or 10**12)
     tokens = rows * sources.mean_tokens(config.data, config.max_length)
-    n = sources.parameters(config.teacher)
-    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
-    return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), tokens=tokens)
+    return Work(disk=tokens * (6.0 * config.top_k + 7), tokens=tokens)
 
 
 def _reward(config: RewardConfig, sources: Sources) -> Work:
@@ -196,8 +183,7 @@ def _generate(config: GenerateConfig, sources: Sources) -> Work:
     facts = generate_budget(config) if rows is None else {}
     drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
     tokens = facts.get("drawn_tokens_at_most", drawn)
-    n = 0.0 if config.engine == "openai" else sources.parameters(config.teacher)
-    return Work(memory=4.0 * n, disk=tokens * 6.0, tokens=tokens, facts=facts)
+    return Work(disk=tokens * 6.0, tokens=tokens, facts=facts)
 
 
 def _filter(config: FilterConfig, sources: Sources) -> Work:
@@ -211,48 +197,35 @@ def _filter(config: FilterConfig, sources: Sources) -> Work:
 
 
 def _probe(config: ProbeConfig, sources: Sources) -> Work:
-    """One forward pass; the last hidden states of both sides are in memory, in fp32 and float64."""
     pairs, n = sources.rows(config.data), sources.parameters(config.model)
-    width = sources.hidden_size(config.model)
     tokens = pairs * sources.mean_tokens(config.data, 2 * config.max_length)
-    return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, tokens=tokens)
+    return Work(disk=4.0 * n, tokens=tokens)
 
 
 def _score(config: RewardScoreConfig, sources: Sources) -> Work:
     rows, size = sources.rows(config.data), sources.size(config.data)
     share = min(rows, config.limit or rows) / rows
-    n = sources.parameters(config.model)
-    return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), tokens=share * size / 4)
+    return Work(disk=share * (size + 40.0 * rows), tokens=share * size / 4)
 
 
 def _pairs(config: PairsConfig, sources: Sources) -> Work:
     prompts = min(sources.rows(config.prompts), config.limit or 10**12)
     tokens = prompts * config.n * config.max_new_tokens
-    n = sources.parameters(config.model)
     facts = {}
     if config.judge_model is not None:
         asked = prompts * config.n * (config.n - 1 if config.judge_style == "compare" else 1)
         facts = {"judge_requests": asked, "judge_tokens_at_most": asked * config.judge_tokens}
-    return Work(memory=4.0 * n, disk=tokens * 6.0, tokens=tokens, facts=facts)
+    return Work(disk=tokens * 6.0, tokens=tokens, facts=facts)
 
 
-def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | WarpConfig) -> Work:
-    """Policy, gradients, moments, anchor and the SFT reference; every token is generated, scored and trained on.
-
-    A LoRA policy shares its frozen weights with the reference. On disk: the policy and its anchor, and in every
-    checkpoint both and the moments.
+def _rl(n: float, steps: int, config: RlhfConfig | WarpConfig) -> Work:
+    """Every token is generated, scored and trained on. On disk: the policy and its anchor, and in every checkpoint both
+    and the moments.
     """
-    judge = sum(judges[: 1 if config.reward_ensemble == "warm" else None])
     tokens = steps * config.prompts_per_step * config.n * config.max_new_tokens
     adapter = LORA_SHARE if config.lora_rank else 1.0
-    shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
-    kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
-    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy of the average
-    return Work(
-        memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
-        disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
-        tokens=tokens,
-    )
+    kept = _anchor_bytes(config)
+    return Work(disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE), tokens=tokens)
 
 
 def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
@@ -264,20 +237,17 @@ def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
 
 def _rlhf(config: RlhfConfig, sources: Sources) -> Work:
     sources.rows(config.prompts)
-    judges = [sources.parameters(reward) for reward in config.reward]
-    return _rl(sources.parameters(config.policy), judges, config.steps, config)
+    return _rl(sources.parameters(config.policy), config.steps, config)
 
 
 def _warp(config: WarpConfig, sources: Sources) -> Work:
     sources.rows(config.prompts)
     sources.rows(config.heldout)
     n = sources.parameters(config.sft)
-    judges = [sources.parameters(reward) for reward in config.reward]
     steps = sum(config.steps_of(i) for i in range(1, config.iterations + 1))
-    all_iterations = _rl(n, judges, steps, config)
+    all_iterations = _rl(n, steps, config)
     kept = config.iterations * (2 * config.policies + 2) * n * 4.0 + n * 4.0
     return Work(
-        memory=all_iterations.memory,
         disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE,
         tokens=all_iterations.tokens * config.policies,
     )
@@ -285,26 +255,23 @@ def _warp(config: WarpConfig, sources: Sources) -> Work:
 
 def _pareto(config: ParetoConfig, sources: Sources) -> Work:
     rows = min(sources.rows(config.prompts), config.limit or 10**12)
-    n = sources.parameters(config.sft)
     points = len(config.policies) + (len(config.etas) if config.merged else 0) + 1
     tokens = points * rows * config.n * config.max_new_tokens
-    return Work(memory=n * 16.0, disk=1e6, tokens=tokens)
+    return Work(disk=1e6, tokens=tokens)
 
 
 def _eval(config: EvalConfig, sources: Sources) -> Work:
-    """The policy, the SFT policy and a reward model; every prompt is answered n times."""
+    """Every prompt is answered n times."""
     rows = min(sources.rows(config.prompts), config.limit or 10**12)
-    n = sources.parameters(config.model)
-    return Work(memory=n * 12.0, disk=0.0, tokens=rows * config.n * config.max_new_tokens)
+    return Work(disk=0.0, tokens=rows * config.n * config.max_new_tokens)
 
 
 def _reward_eval(config: RewardEvalConfig, sources: Sources) -> Work:
     """One reward model after the other reads both sides of every pair."""
     rows = min(sources.rows(config.data), config.limit or 10**12)
     limit = config.max_length or CONTEXT
-    n = max(sources.parameters(path) for path in config.models)
     tokens = len(config.models) * rows * sources.mean_tokens(config.data, 2 * limit)
-    return Work(memory=4.0 * n, disk=0.0, tokens=tokens)
+    return Work(disk=0.0, tokens=tokens)
 
 
 def _merge(config: MergeConfig, sources: Sources) -> Work:
@@ -319,9 +286,8 @@ def _pick(config: PickConfig, sources: Sources) -> Work:
 
 def _suite(config: SuiteConfig, sources: Sources) -> Work:
     """The model, and samples with their prompts; the plan of the suite adds its tokens."""
-    width = 2.0 if config.dtype == "bfloat16" else 4.0
     disk = 30.0 * sources.size(config.data)  # a prompt repeats its examples
-    return Work(memory=width * sources.parameters(config.model), disk=disk, tokens=0.0)
+    return Work(disk=disk, tokens=0.0)
 
 
 # Any: each function takes the configuration of its key.
