@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture soak docs recipes ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs recipes screens ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -85,6 +85,15 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started here
 	@$(BIN)/python -m pytest -m ray --timeout 1800 tests/posttrain/pipelines/executors
 
+$(VENV)/.installed-eval: $(VENV)/.installed-dev
+	@echo "Installing lm-eval into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]' lm-eval==0.4.13
+	@touch $@
+
+test-peers: $(VENV)/.installed-eval ## The suite next to lm-eval's own tasks and engine: four minutes on two cores
+	@$(BIN)/python -m pytest -m peers --timeout 1800 tests/posttrain/evaluation/suite
+	@$(BIN)/python bench/eval.py
+
 torture: setup-dev ## Kills, full disks, malformed inputs and silent faults, with figures for docs/reliability.md: 30 minutes
 	@mkdir -p build && rm -f build/torture.jsonl
 	@GEMMA2_TORTURE_LEDGER="$(CURDIR)/build/torture.jsonl" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --numprocesses 2 --dist loadfile --timeout 1800 -s
@@ -141,6 +150,9 @@ real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M
 
 docs: setup-dev ## Regenerate docs/commands.md and the tables of docs/merging.md
 	@$(BIN)/python docs/generate.py
+
+screens: setup-dev ## The pictures of the terminal in docs/screens, from the models of `make quickstart`; needs tmux
+	@$(BIN)/python docs/screens.py quickstart
 
 clean: ## Remove what make built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

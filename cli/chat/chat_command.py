@@ -148,11 +148,11 @@ def chat(
 
 def _show_plan(paths: list[Path], dtype: str | None, sizes: bool, console: Console) -> None:
     """The models that would be loaded, from their headers, and the memory of a conversation that fills the context."""
-    from gemma2.posttrain.checks.machine import free_memory
     from gemma2.posttrain.checks.plan import place_of
     from gemma2.posttrain.planning.answering import of_chat
     from gemma2.posttrain.planning.named_models import named_shape
     from gemma2.posttrain.planning.parts import settled
+    from gemma2.posttrain.runs.machine import free_memory
 
     found = [named_shape(path, "model", sizes) for path in paths]
     _check_policies([place for place, _, note in found if not note])

@@ -41,9 +41,9 @@ class AskedPlan:
 
 def show_planned(question: PlanQuestion, config: Config, planned: Planned, console: Console) -> None:
     """Print the plan of a command with the answers to what was asked; with --json one document."""
-    from gemma2.posttrain.checks.machine import free_memory
     from gemma2.posttrain.checks.plan import place_of
     from gemma2.posttrain.planning.plan_answers import PlanFacts, answer
+    from gemma2.posttrain.runs.machine import free_memory
 
     trial = None
     if question.measure:

@@ -186,14 +186,15 @@ def stage(
     writes: bool = True,
     positional: str | None = None,
     look: Look | None = None,
+    prints: bool = False,
 ) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
-    With `writes` the command takes --out, --resume and --force. `positional` names a field that may be given as an
-    argument too.
+    With `writes` the command takes --out, --resume and --force; if it `prints` too, it runs without --out, and writes
+    nothing then. `positional` names a field that may be given as an argument too.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    command = make_command(schema, run, writes, positional, look)
+    command = make_command(schema, run, writes, positional, look, prints)
     _describe(command, schema, examples)
     app.command(cls=HelpCommand, context_settings=HELP_NAMES)(command)
     return app
@@ -245,7 +246,12 @@ def _with_argument(name: str, value: object, flags: Flags) -> Flags:
 
 
 def make_command(
-    schema: type[Config], run: Runner, writes: bool, positional: str | None = None, look: Look | None = None
+    schema: type[Config],
+    run: Runner,
+    writes: bool,
+    positional: str | None = None,
+    look: Look | None = None,
+    prints: bool = False,
 ) -> Callable[..., None]:
     """The function that typer calls for a command, with one keyword per flag in its signature."""
     flags = flags_of(schema)
@@ -276,13 +282,18 @@ def make_command(
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 if given["dry_run"]:
-                    _plan_only(config, given, console, asked)
+                    from .plan_view import plan_only
+
+                    needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))
+                    out = required_out(given["out"]) if needs_out else given.get("out")
+                    options = None if out is None else RunOptions(out, given["resume"], given["force"])
+                    plan_only(config, options, console, asked)
                     return
                 config = located(config)
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
-                elif writes:
+                elif writes and not (prints and _is_for_the_screen(given)):
                     execute(config, given, run, console)
                 else:
                     from gemma2.posttrain.checks.of_command import CommandChecks
@@ -314,22 +325,13 @@ def make_command(
     return command
 
 
-def _plan_only(config: Config, given: Flags, console: Console, asked: PlanAsked | None) -> None:
-    """Print the plan of a command, which `gemma2 plan` shows in its own way, also without --out."""
-    from gemma2.posttrain.checks.kinds import wanted_kind
-    from gemma2.posttrain.pipelines.check import plan_step
-    from gemma2.posttrain.planning.named_models import name_models
-
-    from .plan_view import show_plan
-
-    out = given.get("out") if asked is not None or "out" not in given else required_out(given["out"])
-    options = None if out is None else RunOptions(out, given["resume"], given["force"])
-    config, named = name_models(config, wanted_kind(config), sizes=asked is not None)
-    planned = plan_step(config, options, named)
-    if asked is not None:
-        asked.show(config, planned, console)
-    else:
-        show_plan(planned.document, console)
+def _is_for_the_screen(given: Flags) -> bool:
+    """Whether a command that prints has no --out. Raises UsageError for flags that then mean nothing."""
+    if given["out"] is not None:
+        return False
+    if name := next((name for name in ("resume", "force") if given[name]), None):
+        raise UsageError(f"--{name} is given without --out", f"give --out, or drop --{name}")
+    return True
 
 
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:

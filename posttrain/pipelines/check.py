@@ -19,7 +19,6 @@ from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.merging.methods.request import file_named, is_input
 from gemma2.posttrain.checks.kinds import wanted_kind
-from gemma2.posttrain.checks.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of, work_of
 from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
@@ -31,6 +30,7 @@ from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.inputs import located
+from gemma2.posttrain.runs.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
     ExtractLoraConfig,

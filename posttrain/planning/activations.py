@@ -56,6 +56,7 @@ class NetworkInUse:
     mixed          whether it runs under bf16 autocast, on an accelerator
     checkpointing  whether the backward pass computes each block again, from its input
     trained        whether all weights are trained, as opposed to adapters or none
+    last_only      whether the last block runs at the last token of each row only, as for a reward (states.py)
     rank, adapted  rank of the adapters, and how many linear layers of a block have one
     """
 
@@ -64,6 +65,7 @@ class NetworkInUse:
     mixed: bool = False
     checkpointing: bool = False
     trained: bool = True
+    last_only: bool = False
     rank: int = 0
     adapted: int = 0
 
@@ -109,7 +111,12 @@ class NetworkInUse:
         if self.checkpointing:
             return blocks(edge, shape.layers + 2)
         local, everywhere = self.block_bytes(batch, True), self.block_bytes(batch, False)
-        return local * shape.local_layers + everywhere * (shape.layers - shape.local_layers) + blocks(edge, 3)
+        found = local * shape.local_layers + everywhere * (shape.layers - shape.local_layers) + blocks(edge, 3)
+        if not self.last_only or shape.layers < 2:
+            return found
+        last = everywhere if shape.layers > shape.local_layers else local
+        keys = blocks(4.0 * batch.count * shape.groups * shape.head_dim, 3)
+        return found + last * -1.0 + blocks(edge, 3) + keys
 
     def working_bytes(self, batch: RowBatch) -> Bytes:
         """Memory that the backward pass of one block works with, in addition to what the block has kept."""

@@ -15,6 +15,7 @@ from typing import Any
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.sources import count_rows, data_files
+from gemma2.posttrain.provenance.named_inputs import holds_results
 from gemma2.posttrain.runs.generation_budget import generate_budget
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -35,7 +36,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.measures import SuiteConfig
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 __all__ = ["GIB", "Promise", "Sources", "Work", "estimate"]
 
@@ -284,10 +285,44 @@ def _pick(config: PickConfig, sources: Sources) -> Work:
     return Work(memory=2.0e8, disk=math.nan, tokens=0.0)
 
 
+def _perplexity(config: PerplexityConfig, sources: Sources) -> Work:
+    size = sum(sources.size(path) for path in config.perplexity)
+    return _forward(config.model, config.against, size / 4, {"tokens_about": round(size / 4)}, sources)
+
+
+def _questions(config: QaConfig | ChoicesConfig, sources: Sources) -> Work:
+    """Every shot is about as long as a question; the choices of one are about as long as the question."""
+    path = config.qa if isinstance(config, QaConfig) else config.choices
+    total = sources.rows(path)
+    rows = min(total, config.limit or total)
+    tokens = sources.size(path) / 4 * rows / max(total, 1) * (1 + config.shots)
+    facts: JsonObject = {"questions": rows, "prompt_tokens_about": round(tokens)}
+    if isinstance(config, QaConfig):
+        facts["drawn_tokens_at_most"] = rows * config.max_new_tokens
+        tokens += rows * config.max_new_tokens
+    return _forward(config.model, config.against, tokens, facts, sources)
+
+
+def _win_rate(config: WinRateConfig, sources: Sources) -> Work:
+    total = sources.rows(config.prompts)
+    rows = min(total, config.limit or total)
+    facts: JsonObject = {"prompts": rows, "drawn_tokens_at_most": 2 * rows * config.max_new_tokens}
+    if config.judge_model is not None:
+        facts |= {"judge_requests": 2 * rows, "judge_tokens_at_most": 2 * rows * config.judge_tokens}
+    return _forward(config.model, config.win_rate, rows * config.max_new_tokens, facts, sources)
+
+
+def _forward(model: Path, other: Path | None, tokens: float, facts: JsonObject, sources: Sources) -> Work:
+    """Two models, one after the other; samples of about six bytes a token on disk."""
+    sizes = [sources.parameters(path) for path in (model, other) if path is not None]
+    return Work(tokens * 6.0 * len(sizes), tokens * len(sizes), 4.0 * max(sizes), facts)
+
+
 def _suite(config: SuiteConfig, sources: Sources) -> Work:
     """The model, and samples with their prompts; the plan of the suite adds its tokens."""
-    disk = 30.0 * sources.size(config.data)  # a prompt repeats its examples
-    return Work(disk=disk, tokens=0.0)
+    other = config.against if config.against is not None and not holds_results(config.against) else None
+    models = 1 if other is None else 2
+    return Work(disk=30.0 * sources.size(config.data) * models, tokens=0.0)  # a prompt repeats its examples
 
 
 # Any: each function takes the configuration of its key.
@@ -308,6 +343,10 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     RewardEvalConfig: _reward_eval,
     MergeConfig: _merge,
     PickConfig: _pick,
+    PerplexityConfig: _perplexity,
+    QaConfig: _questions,
+    ChoicesConfig: _questions,
+    WinRateConfig: _win_rate,
     SuiteConfig: _suite,
 }
 

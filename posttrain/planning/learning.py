@@ -93,7 +93,7 @@ def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: 
         network,
         weights=4 * (shape.parameters + adapters) * share,
         elements=(adapters if rank else shape.parameters) * share,
-        gradients=(Bytes(0.0, 4 * adapters) if rank else _gradients(shape)) * share,
+        gradients=(Bytes(0.0, 4 * adapters, 4 * adapters) if rank else _gradients(shape)) * share,
         embedding=Bytes() if rank else embedding * share,
         tied=shape.tied and not shape.outputs,
         records=0.0 if rank else 8 * _sampled(shape),
@@ -200,6 +200,7 @@ def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: L
     pairs = config.micro_batch_size or config.batch_size
     batch = RowBatch(2 * pairs, width)
     if one.network.attention == "blockwise":
+        one = replace(one, network=replace(one.network, last_only=shape.model_type == "gemma2"))
         batch = RowBatch(2 * cpu_parts(RowBatch(pairs, 2 * width), PART_TOKENS).rows, width)
     return training(one, [], batch, Bytes(), batch.rows < 2 * config.batch_size, place)
 

@@ -10,7 +10,6 @@ backward pass, how logits of a wide vocabulary are cut. Measured against the pea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -36,8 +35,8 @@ from .parts import Lengths, MemoryPart, MemoryPlace, MemoryPlan, Moment, Phase, 
 
 __all__ = ["Lengths", "MemoryPart", "MemoryPlace", "MemoryPlan", "Phase", "memory_of"]
 
-# Any: each function takes the configuration of its key.
-OF_COMMAND: dict[type[Config], Callable[[Any, Sizes, MemoryPlace, Lengths], list[Moment]]] = {
+# Each function takes a configuration of its key, the sizes of models, the place and the lengths of rows.
+OF_COMMAND: dict[type[Config], Callable[..., list[Moment]]] = {
     SftConfig: learning.of_sft,
     DistillConfig: learning.of_distill,
     DistillCacheConfig: answering.of_cache,

@@ -31,9 +31,10 @@ Kind = Literal["cpu", "accelerator"]
 
 RECORDS = 5 * 2**20  # bytes of rows, metrics and the trainer's own objects in a short run, measured with it
 GIVEN_BACK = 2**25  # bytes: blocks of this size and more are given back when they are freed
+FINE = 2**22  # bytes: blocks below this size
 # Gaps in what the C library keeps, as a share of it, from mallinfo2 at the peak of runs of bench/plan.py: 0.10 to 0.25
-# where all weights are trained. With adapters 0.4 to 0.9: their gradients and moments, small, stay in between.
-GAPS, GAPS_OF_ADAPTERS = 0.15, 0.60
+# where all weights are trained. With adapters 0.4 to 0.9, if blocks are fine: gradients and moments stay between them.
+GAPS, GAPS_OF_ADAPTERS = 0.15, 0.35
 # Of an accelerator's memory that comes and goes, the share in pieces too small to use. Not measured.
 CUT = 0.05
 PASSING = frozenset({"activations", "logits", "KV cache", "gradients", "copies of weights for decoding"})
@@ -65,7 +66,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The phases of a command in the order in which they run. Without a model there is none."""
+    """The phases of a command, in the order in which they run."""
 
     phases: tuple[Phase, ...]
 
@@ -117,16 +118,20 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Memory in use: in blocks that are given back when they are freed, and in small blocks, which are kept."""
+    """Memory in use: in blocks that are given back when they are freed, and in small blocks, which are kept.
+
+    fine  of the small blocks those below 4 MiB
+    """
 
     large: float = 0.0
     small: float = 0.0
+    fine: float = 0.0
 
     def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.large + other.large, self.small + other.small)
+        return Bytes(self.large + other.large, self.small + other.small, self.fine + other.fine)
 
     def __mul__(self, factor: float) -> Bytes:
-        return Bytes(self.large * factor, self.small * factor)
+        return Bytes(self.large * factor, self.small * factor, self.fine * factor)
 
     @property
     def total(self) -> float:
@@ -139,7 +144,7 @@ Sum = list[tuple[str, Bytes]]
 
 def blocks(size: float, count: float = 1.0) -> Bytes:
     """Return `count` blocks of `size` bytes."""
-    return Bytes(size * count) if size >= GIVEN_BACK else Bytes(0.0, size * count)
+    return Bytes(size * count) if size >= GIVEN_BACK else Bytes(0.0, size * count, size * count * (size < FINE))
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,9 @@ def settled(moments: Iterable[Moment], place: MemoryPlace, adapters: bool = Fals
     adapters  whether adapters are trained
     """
     found = list(moments)
-    gaps = 1 + (GAPS_OF_ADAPTERS if adapters else GAPS)
-    kept = gaps * max((moment.whole.small for moment in found), default=0.0) if place.kind == "cpu" else 0.0
+    more = GAPS_OF_ADAPTERS if adapters else 0.0
+    kept = max(((1 + GAPS) * one.whole.small + more * one.whole.fine for one in found), default=0.0)
+    kept *= place.kind == "cpu"
     largest: dict[str, Moment] = {}
     for moment in found:
         before = largest.get(moment.phase)
