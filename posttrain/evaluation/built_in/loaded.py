@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
-
-import torch
+from typing import Protocol
 
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import default_device, load_policy
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.provenance.named_inputs import holds_results
+from gemma2.posttrain.schemas.fields import Dtype
 
-__all__ = ["Dtype", "context_of", "loaded", "models_of"]
-
-Dtype = Literal["auto", "float32", "bfloat16"]
+__all__ = ["context_of", "loaded", "models_of"]
 
 
 class TwoModels(Protocol):
@@ -35,9 +33,8 @@ def models_of(config: TwoModels) -> Sequence[Path]:
 
 
 def loaded(path: Path, dtype: Dtype) -> tuple[CausalLM, Tokenizer]:
-    """A model that only computes forward. `auto`: bfloat16 on an accelerator, float32 on a CPU."""
-    auto = torch.float32 if default_device().type == "cpu" else torch.bfloat16
-    return load_policy(path, auto if dtype == "auto" else getattr(torch, dtype))
+    """A model that only computes forward, and its tokenizer."""
+    return load_policy(path, frozen_dtype(dtype))
 
 
 def context_of(model: CausalLM) -> int | None:

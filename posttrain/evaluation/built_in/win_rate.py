@@ -103,7 +103,7 @@ def _answered(config: WinRateConfig, kept: Kept, source: PromptSource, progress:
     plan = DialoguePlan(1, config.seed, empty_counts=True)
     sides, prompts = Sides([], [], config.seed), 0
     for number, path in enumerate((config.model, config.win_rate)):
-        with closing(SamplerEngine.load(path, params, config.batch_size)) as engine:
+        with closing(SamplerEngine.load(path, params, config.batch_size, config.dtype)) as engine:
             job = Answering(source, plan, kept.journal(f"answers-{number}.jsonl"), engine.chunk, keep_ids=True)
             prompts = job.check(engine, progress)
             job.run(engine, prompts, progress)
@@ -115,7 +115,7 @@ def _answered(config: WinRateConfig, kept: Kept, source: PromptSource, progress:
 def _by_reward(config: WinRateConfig, kept: Kept, sides: Sides, progress: Progress) -> list[JsonObject]:
     """The rows with the rewards of both answers; a reward model that judges gives its expected verdict too."""
     judges = config.judge is not None
-    terms = RewardFields(reward=(Path(str(config.judge)),)) if judges else config
+    terms = RewardFields(reward=(Path(str(config.judge)),), dtype=config.dtype) if judges else config
     rewards: list[list[float | None]] = []
     score: Score | None = None
     for number, (job, chat) in enumerate(zip(sides.jobs, sides.chats, strict=True)):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.fields import Model, RowFields, SamplingFields, Seed
+from gemma2.posttrain.schemas.fields import Model, PrecisionFields, RowFields, SamplingFields, Seed
 from gemma2.posttrain.schemas.reward import JudgeFields
 from gemma2.posttrain.schemas.rlhf import RewardFields
 
@@ -18,7 +18,7 @@ __all__ = ["ChoicesConfig", "PerplexityConfig", "QaConfig", "ShotFields", "WinRa
 Rows = Annotated[Path, Field(description="rows: JSONL, JSON, CSV or parquet file, directory, or hub data set")]
 
 
-class MeasureFields(RowFields):
+class MeasureFields(PrecisionFields, RowFields):
     """Settings of every measure."""
 
     model: Model
@@ -26,9 +26,6 @@ class MeasureFields(RowFields):
         None, description="compare row by row with a second model, measured in the same way, or with an earlier result"
     )
     batch_size: int = Field(32, ge=1, description="sequences generated or scored at once")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of weights and arithmetic; auto: bfloat16 on an accelerator, else float32"
-    )
 
 
 class PerplexityConfig(MeasureFields):

@@ -25,7 +25,8 @@ from gemma2.posttrain.evaluation.built_in.question_rows import (
     the_answers,
 )
 from gemma2.posttrain.evaluation.built_in.questions import run_qa
-from gemma2.posttrain.evaluation.built_in.row_means import wilson
+from gemma2.posttrain.evaluation.built_in.row_means import row_figures, wilson
+from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas.measures import ChoicesConfig, QaConfig
@@ -151,6 +152,7 @@ def test_choices_are_read_in_the_shapes_of_known_sets(tmp_path, row, texts, righ
         ({"question": "q", "answer": ""}, each_question, "'answer' is empty"),
         ({"question": "q", "answer": True}, each_question, "holds true or false"),
         ({"question": "q", "choices": ["w", "x"], "answer": 2}, each_choice_row, "is 2, and the choices are 0 to 1"),
+        ({"question": "q", "choices": ["w", "x"], "answer": -1}, each_choice_row, "is -1, and the choices are 0 to 1"),
         ({"question": "q", "choices": ["w", "x"], "answer": "C"}, each_choice_row, "is not one of the 2 choices"),
         ({"question": "q", "choices": ["1", "0"], "answer": "1"}, each_choice_row, "could be choice 0 or 1"),
         ({"question": "q", "choices": ["w"], "answer": 0}, each_choice_row, "two or more texts"),
@@ -284,7 +286,13 @@ def test_choices_resume_to_the_same_bytes(inputs, tmp_path, interrupting, monkey
     run_choices(config, RunOptions(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         run_choices(config, RunOptions(tmp_path / "cut"), interrupting(4))
+    scored = []
+    monkeypatch.setattr(
+        "gemma2.posttrain.evaluation.built_in.multiple_choice.SharedScorer.group",
+        lambda self, rows, whole=SharedScorer.group: scored.append(rows) or whole(self, rows),
+    )
     run_choices(config, RunOptions(tmp_path / "cut", resume=True))
+    assert len(scored) == 1  # of six rows, two models with three each, five were known
     for name in ("results.json", "samples/choices.jsonl.jsonl", "samples/against/choices.jsonl.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -306,6 +314,14 @@ def test_no_rows_are_refused(tmp_path, inputs):
     ):
         with pytest.raises(InputError, match="has no rows"):
             run(config, RunOptions(NOWHERE), SILENT)
+
+
+def test_figures_of_rows_by_hand():
+    found = row_figures({"right": [0.0, 1.0, 1.0, 1.0], "some": [None, 2.0, 4.0, None]}, {"some": (0.0, 9.0)})
+    assert found["metrics"] == {"right": 0.75, "some": 3.0}
+    assert found["stderr"] == pytest.approx({"right": (0.75 * 0.25 / 3) ** 0.5, "some": 1.0})
+    assert (found["low"]["some"], found["high"]["some"]) == (0.0, 9.0)  # Student's t with one degree: cut
+    assert (found["n"], found["rows_of_metric"]) == (4, {"some": 2})
 
 
 def test_the_interval_of_a_share_is_wilsons():

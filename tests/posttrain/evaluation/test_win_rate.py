@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import pytest
 from chat_server import KEY, Server, serving
@@ -106,6 +107,33 @@ def test_a_model_ties_with_itself_exactly(inputs):
     task = compared(inputs, win_rate=inputs / "model", judge=str(inputs / "rm"), batch_size=1)
     assert (task["metrics"]["win_rate"], task["metrics"]["tie"]) == (0.5, 1)
     assert task["metrics"]["reward_difference"] == task["metrics"]["side_by_side"] == 0
+
+
+def test_equal_answers_tie_though_their_sums_are_rounded_otherwise(inputs, monkeypatch):
+    def rounded(config, chat, batch_size, made=[]):  # noqa: B006 - counts the calls
+        return lambda sampled: made.append(1) or {"reward": [1.0 + 1e-6 * len(made)] * len(sampled.texts)}
+
+    monkeypatch.setattr("gemma2.posttrain.evaluation.built_in.win_rate.reward_score", rounded)
+    task = compared(inputs, win_rate=inputs / "model", reward_fn=("a:b",))
+    assert task["metrics"]["tie"] == 1
+    assert task["metrics"]["reward_difference"] == 0 != task["metrics"]["reward"] - task["metrics"]["reward_other"]
+
+
+def test_a_reward_model_reads_each_model_in_its_own_chat_format(inputs, tmp_path, monkeypatch):
+    shutil.copytree(inputs / "other", tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("loop.index0 % 2 == 0", "loop.index0 % 2 != 1"))
+    chats = []
+
+    def watched(config, chat, batch_size):
+        chats.append(chat.tokenizer.chat_template)
+        return lambda sampled: {"reward": [0.0] * len(sampled.texts)}
+
+    monkeypatch.setattr("gemma2.posttrain.evaluation.built_in.win_rate.reward_score", watched)
+    compared(inputs, reward_fn=("a:b",))
+    assert len(chats) == 1  # one is loaded for both
+    compared(inputs, win_rate=tmp_path / "other", reward_fn=("a:b",))
+    assert chats[1] != chats[2] == template.read_text()
 
 
 def test_a_reward_model_as_judge_gives_the_expected_verdict_of_bradley_and_terry(inputs, tmp_path):
