@@ -68,7 +68,7 @@ def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SIL
                     work.run(journal, bar)
                 samples = [*journal.records()]
             _write_samples(run.path / SAMPLES / f"{rows.task.task}.jsonl", samples)
-            document["tasks"][rows.task.task] = found = task_result(rows, samples, work.notes())
+            document["tasks"][rows.task.task] = found = task_result(rows, samples)
             for note in found["notes"]:
                 progress.note(f"{rows.task.title}: {note}")
         write_results(run.path, document)
@@ -87,11 +87,7 @@ def _settings(config: SuiteConfig, with_chat: bool) -> JsonObject:
 
 
 def _summary(document: JsonObject) -> JsonObject:
-    return {
-        name: round(found["metrics"][metric], 4) if metric == found["metric"] else None
-        for name, found in document["tasks"].items()
-        for metric in (found["metric"],)
-    }
+    return {name: round(found["metrics"][found["metric"]], 4) for name, found in document["tasks"].items()}
 
 
 class _TaskRun:
@@ -119,10 +115,6 @@ class _TaskRun:
                     journal.append(new)
                     bar.advance(len(new))
             first += len(block)
-
-    def notes(self) -> list[str]:
-        """Deviations from the published way of this task."""
-        return []
 
     def _requests(self, block: Sequence[Asked]) -> list[list[TokenRequest]]:
         if self.rows.task.generates:
