@@ -17,7 +17,6 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json, write_json
 
-from .task import SuiteTask
 from .task_rows import TaskRows
 
 __all__ = ["VERSION", "read_results", "task_result", "write_results"]
