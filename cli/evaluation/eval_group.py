@@ -44,6 +44,16 @@ FORMS: dict[str, Form] = {
         has_flag=False,
     ),
     "suite": Form("suite_form", "Few-shot benchmarks: MMLU, ARC-c, GSM8K, Winogrande, HellaSwag as Gemma 2 reports."),
+    "perplexity": Form("perplexity_form", "Perplexity of texts: per token, per word, and as bits per byte."),
+    "qa": Form("qa_form", "Questions with known answers: exact match, and match of the last number."),
+    "choices": Form("choices_form", "Multiple choice: accuracy by log-probability, and by that per byte."),
+    "win-rate": Form("win_rate_form", "Answers of two models side by side, by a reward or by a judge."),
+    "data": Form(
+        "data_command", "The data sets of --suite as JSON lines, from the hub or the package index.", has_flag=False
+    ),
+    "show": Form(
+        "show_command", "A finished result next to published rows, or two results row by row.", has_flag=False
+    ),
 }
 
 

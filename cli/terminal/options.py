@@ -208,14 +208,15 @@ def stage(
     writes: bool = True,
     positional: str | None = None,
     look: Look | None = None,
+    prints: bool = False,
 ) -> typer.Typer:
     """A command of one schema: flags, recipe and --set -> configuration -> `run` -> result.
 
-    With `writes` the command takes --out, --resume and --force. `positional` names a field that may be given as an
-    argument too.
+    With `writes` the command takes --out, --resume and --force; if it `prints` too, it runs without --out, and writes
+    nothing then. `positional` names a field that may be given as an argument too.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    command = make_command(schema, run, writes, positional, look)
+    command = make_command(schema, run, writes, positional, look, prints)
     _describe(command, schema, examples)
     app.command(cls=HelpCommand, context_settings=HELP_NAMES)(command)
     return app
@@ -267,7 +268,12 @@ def _with_argument(name: str, value: object, flags: Flags) -> Flags:
 
 
 def make_command(
-    schema: type[Config], run: Runner, writes: bool, positional: str | None = None, look: Look | None = None
+    schema: type[Config],
+    run: Runner,
+    writes: bool,
+    positional: str | None = None,
+    look: Look | None = None,
+    prints: bool = False,
 ) -> Callable[..., None]:
     """The function that typer calls for a command, with one keyword per flag in its signature."""
     flags = flags_of(schema)
@@ -298,7 +304,7 @@ def make_command(
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
-                elif writes:
+                elif writes and not (prints and _is_for_the_screen(given)):
                     execute(config, given, run, console)
                 elif given["dry_run"]:
                     _show_plan(config, None, console)
@@ -332,6 +338,15 @@ def make_command(
     return command
 
 
+def _is_for_the_screen(given: Flags) -> bool:
+    """Whether a command that prints has no --out. Raises UsageError for flags that then mean nothing."""
+    if given["out"] is not None:
+        return False
+    if name := next((name for name in ("resume", "force") if given[name]), None):
+        raise UsageError(f"--{name} is given without --out", f"give --out, or drop --{name}")
+    return True
+
+
 def _show_plan(config: Config, options: RunOptions | None, console: Console) -> None:
     from gemma2.posttrain.pipelines.check import plan_step
 
@@ -344,11 +359,11 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     """Run a command that writes an output, or with --dry-run print its plan."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
     allow(versions=given["allow_versions"])
-    from gemma2.posttrain.checks.machine import free_disk
     from gemma2.posttrain.checks.of_command import CommandChecks
     from gemma2.posttrain.checks.plan import disk_problem
     from gemma2.posttrain.runs.estimates import estimate
     from gemma2.posttrain.runs.finished import publish_finished
+    from gemma2.posttrain.runs.machine import free_disk
 
     if given["dry_run"]:
         _show_plan(config, options, console)

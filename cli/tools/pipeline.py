@@ -272,7 +272,7 @@ def run(
 
 def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
     """Print what a run would do."""
-    from gemma2.posttrain.checks.machine import free_memory
+    from gemma2.posttrain.runs.machine import free_memory
 
     rows, memory = plan.rows(), free_memory()
     problems = [*plan.problems, *plan.without_memory(memory)]

@@ -7,7 +7,7 @@ A row that the command would refuse is refused here, with its file and line.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,8 @@ from gemma2.posttrain.data.own_form import Kind, kind_of_rows, rows_of_kind
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, Pair, Prompt
 from gemma2.posttrain.data.sources import RowSample, count_rows, data_files
+from gemma2.posttrain.evaluation.built_in.documents import each_document, is_one_text
+from gemma2.posttrain.evaluation.built_in.question_rows import each_choice_row, each_question
 from gemma2.posttrain.runs.inputs import paths_of
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
@@ -41,13 +43,15 @@ from gemma2.posttrain.schemas import (
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.distill import FixedDataFields
 from gemma2.posttrain.schemas.fields import RowFields
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, WinRateConfig
 
 __all__ = ["RowsFound", "RowsToRead", "read_rows", "rows_to_read"]
 
 FIRST, DRAWN = 500, 2500  # rows of one data set
 SHOWN = 160  # tokens of the row that a plan shows
 # Field -> what its rows are read as; "any": pairs or conversations, whichever they are; "rows": as they stand.
-Read = Literal["conversations", "pairs", "prompts", "any", "rows"]
+Measured = Literal["questions", "choices", "documents"]
+Read = Literal["conversations", "pairs", "prompts", "any", "rows"] | Measured
 PROMPTS: Mapping[str, Read] = {"prompts": "prompts", "heldout": "prompts"}
 LEARNED: Mapping[str, Read] = {"data": "conversations", "eval_data": "conversations"}
 PAIRS: Mapping[str, Read] = {"data": "pairs"}
@@ -67,6 +71,15 @@ FIELDS: dict[type[Config], tuple[Mapping[str, Read], str]] = {
     WarpConfig: (PROMPTS, "sft"),
     EvalConfig: (PROMPTS, "sft"),
     ParetoConfig: (PROMPTS, "sft"),
+    PerplexityConfig: ({"perplexity": "documents"}, ""),
+    QaConfig: ({"qa": "questions"}, "model"),
+    ChoicesConfig: ({"choices": "choices"}, "model"),
+    WinRateConfig: (PROMPTS, "model"),
+}
+MEASURED: dict[str, Callable[[Path, Reading], Iterator[Prompt]]] = {
+    "questions": each_question,
+    "choices": each_choice_row,
+    "documents": each_document,
 }
 # Any: the three kinds of rows.
 Render = Callable[[Any], list[int]]
@@ -199,11 +212,17 @@ def _most_rows(config: Config, name: str) -> int | None:
     return limit if isinstance(limit, int) and not isinstance(config, WarpConfig) else None
 
 
-def _kind(task: RowsToRead) -> Kind | Literal["rows"]:
+def _kind(task: RowsToRead) -> Kind | Measured | Literal["rows"]:
     if task.read != "any":
         return task.read
     kind = kind_of_rows(task.path, Reading(task))
     return "conversations" if kind == "prompts" else kind  # which says that the answer is missing
+
+
+def _read_as(kind: Kind | Measured, path: Path, reading: Reading) -> Iterator[Prompt | Conversation | Pair]:
+    if kind == "questions" or kind == "choices" or kind == "documents":
+        return MEASURED[kind](path, reading)
+    return rows_of_kind(path, kind, reading)
 
 
 def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None], vocabulary: int | None = None) -> RowsFound:
@@ -225,12 +244,15 @@ def read_rows(task: RowsToRead, chat: Callable[[Path], ChatFormat | None], vocab
         for _ in islice(reading.rows(path), most):
             pass
     else:
-        for row in islice(rows_of_kind(path, kind, reading), most):
+        for row in islice(_read_as(kind, path, reading), most):
             with reading.usable(row):
                 ids = _ids(row, formatted, task.limits)
                 _check_ids(ids, vocabulary, task, formatted)
                 found.add(ids, formatted)
     found.skipped = len(reading.skipped)
+    if kind == "documents" and is_one_text(path):
+        found.rows = found.checked = 1
+        return found
     found.unread = tuple(reading.tallies[path].unread)
     if sample is None:
         found.rows = min(task.most or 0, count_rows(path))

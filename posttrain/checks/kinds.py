@@ -41,6 +41,7 @@ from gemma2.posttrain.schemas import (
     RewardScoreConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 __all__ = [
     "ADAPTER",
@@ -66,8 +67,10 @@ NAMES = {POLICY: "a policy", REWARD: "a reward model", ADAPTER: "a LoRA adapter"
 NAMES |= {FRONT: "a front", CACHE: "a cache of a teacher", RESULTS: "a result of gemma2 eval"}
 # The kind of input that each field takes, by its name, and by command where commands differ.
 FIELDS = {name: {POLICY} for name in ("policy", "sft", "teacher", "init", "merged", "policies", "compare", "model")}
+FIELDS |= {name: {POLICY} for name in ("against", "win_rate")}
 FIELDS |= {"reward": {REWARD}, "from_head": {REWARD}, "front": {FRONT}, "fronts": {FRONT}, "teacher_cache": {CACHE}}
 FIELDS |= {name: {DATA} for name in ("data", "prompts", "heldout", "eval_data", "decontaminate")}
+FIELDS |= {name: {DATA} for name in ("perplexity", "qa", "choices")}
 OF_COMMANDS: dict[type[Config], dict[str, set[str]]] = {
     RewardScoreConfig: {"model": {REWARD}},
     RewardEvalConfig: {"models": {REWARD}},
@@ -75,6 +78,8 @@ OF_COMMANDS: dict[type[Config], dict[str, set[str]]] = {
     ProbeConfig: {"model": {POLICY, REWARD}},
     MergeConfig: {"models": {POLICY, REWARD, ADAPTER}, "base": {POLICY, REWARD}},
     PairsConfig: {"judge": {REWARD}},
+    WinRateConfig: {"judge": {REWARD}},
+    **{form: {"against": {POLICY, RESULTS}} for form in (SuiteConfig, PerplexityConfig, QaConfig, ChoicesConfig)},
     ExtractLoraConfig: {"model": {POLICY, REWARD}, "base": {POLICY, REWARD}},
 }
 # Fields whose models must have one vocabulary: their distributions are compared, or their weights mixed.

@@ -6,6 +6,7 @@ A plan is always printed: memory or a disk that is too small is a line of it (`p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import inputs_of
+from gemma2.posttrain.runs.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .data_rows import RowsFound
-from .machine import Memory, free_disk, free_memory
 from .of_command import CommandChecks
+
+WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between two words of a schema's name
 
 __all__ = ["disk_problem", "memory_problem", "needs", "plan"]
 
@@ -40,7 +43,7 @@ def plan(config: Config, options: RunOptions | None) -> JsonObject:
     if options is not None:
         check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
     rows = checks.contents(config, together)
-    name = type(config).__name__.removesuffix("Config").lower()
+    name = WORD.sub(" ", type(config).__name__.removesuffix("Config")).lower()
     if options is None:
         document: JsonObject = {"plan": f"{name}, nothing was loaded"}
     else:

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gemma2.core.outputs.manifest import RECORDED_PACKAGES
-from gemma2.posttrain.checks.machine import free_disk, free_memory
+from gemma2.posttrain.runs.machine import free_disk, free_memory
 
 from .checks.finding import Depth, Diagnosis, fine, problem, warning
 

@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from .intervals import LEVEL
 
 __all__ = [
+    "CELLS",
     "RESAMPLES",
+    "SEED",
     "Answers",
     "central",
     "chosen_elsewhere",

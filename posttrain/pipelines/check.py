@@ -18,7 +18,6 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.merging.methods.request import file_named, is_input
-from gemma2.posttrain.checks.machine import Memory, free_disk
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import memory_problem, plan
 from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
@@ -26,6 +25,7 @@ from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
 from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
+from gemma2.posttrain.runs.machine import Memory, free_disk
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
     ExtractLoraConfig,

@@ -22,19 +22,20 @@ from dataclasses import dataclass, field
 from itertools import groupby, permutations
 from pathlib import Path
 from string import Formatter
+from typing import Protocol
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import Progress
 from gemma2.posttrain.data.rows import Message
 from gemma2.posttrain.data.seeds import derived_seed
-from gemma2.posttrain.generation.answers import Answering
-from gemma2.posttrain.generation.dialogues import Dialogue
+from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines import Completion, Engine, Request
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.generation.scoring import Scored
 from gemma2.posttrain.schemas import GenerateConfig, PairsConfig
+from gemma2.posttrain.schemas.measures import WinRateConfig
 
-__all__ = ["Judge", "judge_engine", "judged", "read_template"]
+__all__ = ["PLACES", "AnswersToJudge", "Judge", "judge_engine", "judged", "read_template", "template_of"]
 
 LOWEST, HIGHEST = 1.0, 10.0
 SCORE_PROMPT = """\
@@ -83,35 +84,37 @@ BETTER_LINE = re.compile(
 SHOWN = 120  # characters of a reply that could not be read
 
 
-def read_template(config: PairsConfig) -> str:
-    """Return the judge's prompt. Raises UsageError for a file without the places that its style fills."""
-    if config.judge_prompt is None:
-        return SCORE_PROMPT if config.judge_style == "score" else COMPARE_PROMPT
-    places = PLACES[config.judge_style]
+def read_template(file: Path | None, default: str, places: set[str], filler: str) -> str:
+    """Return the judge's prompt: of `--judge-prompt`, else `default`.
+
+    Raises UsageError for a file without the `places` that `filler`, an option or a command, fills.
+    """
+    if file is None:
+        return default
     named = ", ".join(f"{{{name}}}" for name in sorted(places))
     try:
-        text = config.judge_prompt.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
         found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
     except FileNotFoundError as error:
-        raise UsageError(f"--judge-prompt {config.judge_prompt} does not exist", "give a text file") from error
+        raise UsageError(f"--judge-prompt {file} does not exist", "give a text file") from error
     except OSError as error:  # for example a directory
-        raise UsageError(
-            f"--judge-prompt {config.judge_prompt} cannot be read: {error.strerror}", "give a text file"
-        ) from error
+        raise UsageError(f"--judge-prompt {file} cannot be read: {error.strerror}", "give a text file") from error
     except ValueError as error:  # not UTF-8, or a single brace
-        raise UsageError(
-            f"--judge-prompt {config.judge_prompt}: {error}", "write {{ and }} for braces, in UTF-8"
-        ) from error
+        raise UsageError(f"--judge-prompt {file}: {error}", "write {{ and }} for braces, in UTF-8") from error
     if found != places:
         has = ", ".join(f"{{{name}}}" for name in sorted(found)) or "none"
-        raise UsageError(
-            f"--judge-prompt {config.judge_prompt} has the places {has}",
-            f"--judge-style {config.judge_style} fills {named}",
-        )
+        raise UsageError(f"--judge-prompt {file} has the places {has}", f"{filler} fills {named}")
     return text
 
 
-def judge_engine(config: PairsConfig, progress: Progress) -> Engine:
+def template_of(config: PairsConfig) -> str:
+    """Return the judge's prompt of `gemma2 reward pairs`."""
+    style = config.judge_style
+    default = SCORE_PROMPT if style == "score" else COMPARE_PROMPT
+    return read_template(config.judge_prompt, default, PLACES[style], f"--judge-style {style}")
+
+
+def judge_engine(config: PairsConfig | WinRateConfig, progress: Progress) -> Engine:
     """Return the client of the judge's server, the same as that of `gemma2 generate`, with greedy decoding."""
     from gemma2.posttrain.generation.engines.server import ServerEngine
 
@@ -203,8 +206,22 @@ class Judge:
         return {f"judge_{name}": self.tally[name] for name in names}
 
 
+class AnswersToJudge(Protocol):
+    """Prompts with n answers each, in chunks of `rows` prompts."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def plan(self) -> DialoguePlan: ...
+
+    def dialogues(self) -> Iterator[list[Dialogue]]:
+        """The answers of each chunk, prompt by prompt."""
+        ...
+
+
 def judged(
-    answering: Answering, journal: Journal, engine: Engine, judge: Judge, prompts: int, progress: Progress
+    answering: AnswersToJudge, journal: Journal, engine: Engine, judge: Judge, prompts: int, progress: Progress
 ) -> Iterator[Scored]:
     """Yield the chunks of a finished job with the judge's scores. Raises InputError if no reply can be read."""
     n = answering.plan.n

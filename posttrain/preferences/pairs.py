@@ -40,7 +40,7 @@ from gemma2.posttrain.runs.inputs import check_judge
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 
-from .judge import Judge, judge_engine, judged, read_template
+from .judge import Judge, judge_engine, judged, template_of
 
 __all__ = ["choose", "run_pairs"]
 
@@ -53,7 +53,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
     quiet_libraries()
     score = _function_of(config)
     judge_model = Path(config.judge) if score is None and config.judge_model is None else None
-    template = read_template(config) if config.judge_model is not None else ""
+    template = template_of(config) if config.judge_model is not None else ""
     with open_run("reward pairs", config, options) as run, ExitStack() as stack:
         run.checkpoints.mkdir(exist_ok=True)
         server = stack.enter_context(closing(judge_engine(config, progress))) if template else None
@@ -82,7 +82,7 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
 
 def _function_of(config: PairsConfig) -> Score | None:
     """Return the judge if it is a Python function. Raises UsageError for an unknown kind of judge."""
-    check_judge(config)
+    check_judge(config.judge)
     if config.judge_model is not None or Path(config.judge).is_dir():
         return None
     return function_score(config.judge, "--judge", "reward", seconds=config.reward_timeout)

@@ -19,7 +19,7 @@ from gemma2.posttrain.data.sources import data_files, evaluation_files
 from gemma2.posttrain.schemas import ExtractLoraConfig, MergeConfig
 from gemma2.posttrain.schemas.config import Config
 
-__all__ = ["EVALUATIONS", "KIND_OF_OPTION", "Named", "named_inputs", "names_a_path", "paths_of"]
+__all__ = ["EVALUATIONS", "KIND_OF_OPTION", "Named", "holds_results", "named_inputs", "names_a_path", "paths_of"]
 
 Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", "file", "tokenizer"]
 
@@ -33,8 +33,8 @@ Kind = Literal["model", "rows", "evaluation rows", "front", "output", "source", 
 # tokenizer        a directory with a tokenizer: its files of settings
 KIND_OF_OPTION: dict[str, Kind] = {
     **dict.fromkeys(("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head"), "model"),
-    **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge"), "model"),
-    **dict.fromkeys(("data", "prompts", "heldout", "eval_data"), "rows"),
+    **dict.fromkeys(("policies", "compare", "reward", "models", "base", "judge", "against", "win_rate"), "model"),
+    **dict.fromkeys(("data", "prompts", "heldout", "eval_data", "perplexity", "qa", "choices"), "rows"),
     "decontaminate": "evaluation rows",
     "front": "front",
     **dict.fromkeys(("fronts", "teacher_cache"), "output"),
@@ -109,8 +109,16 @@ def names_a_path(annotation: object) -> bool:
     return annotation is Path or any(names_a_path(part) for part in get_args(annotation))
 
 
+def holds_results(path: Path) -> bool:
+    """Whether a path is a result of `gemma2 eval`, which may stand where it measures another model."""
+    return (path / "results.json").is_file()
+
+
 def _model(option: str, path: Path) -> Iterator[Named]:
-    yield Named(option, option.replace("_", "-"), path, True)
+    if option == "against" and holds_results(path):
+        yield from _output(option, path)
+    else:
+        yield Named(option, option.replace("_", "-"), path, True)
 
 
 def _rows(option: str, path: Path) -> Iterator[Named]:

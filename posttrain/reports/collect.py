@@ -145,7 +145,8 @@ def collect(directory: Path) -> Collected:
     every = [read_front(stage.name, stage.path, gaps) for stage in measured if stage.manifest]
     fronts = [front for front in every if front.points]
     front = choose_front(fronts)
-    if not front.points and (len(stages) > 1 or measured):
+    benchmarked = any(stage.command.startswith("eval ") for stage in stages)
+    if not front.points and (measured or (len(stages) > 1 and not benchmarked)):
         gaps.append("there is no front: no policy was measured (gemma2 pareto)")
     return Collected(
         root=root,

@@ -14,6 +14,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.text_file import write_text
 
 from . import family, headline, sections
+from .benchmarks import benchmarks as benchmarks_of
 from .collect import Collected, collect
 from .plots.gains import CHOICE_NOTE
 from .plots.values import duration, number, short_hash
@@ -62,11 +63,14 @@ def _template() -> jinja2.Template:
 def render(found: Collected) -> str:
     """The page as HTML."""
     rows = headline.headline_rows(found)
+    gaps = list(found.gaps)
+    benchmarks = benchmarks_of(found, gaps)
     return _template().render(
         css=(HERE / "report.css").read_text(encoding="utf-8"),
         title=found.title,
         facts=headline.facts(found),
-        gaps=found.gaps,
+        gaps=gaps,
+        benchmarks=benchmarks,
         verdict=headline.verdict(rows),
         same=headline.same_as_start(found.front),
         table=headline.table(rows),

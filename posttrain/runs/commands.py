@@ -39,7 +39,7 @@ from gemma2.posttrain.schemas import (
 )
 from gemma2.posttrain.schemas.config import Config, parse_value
 from gemma2.posttrain.schemas.fields import REPEATED
-from gemma2.posttrain.schemas.measures import SuiteConfig
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 from .run_directory import RunOptions, RunResult
 
@@ -173,6 +173,34 @@ COMMANDS: dict[str, Command] = {
         "evaluation.suite.run_suite",
         "run_suite",
         "measures few-shot benchmarks as Gemma 2's report does",
+        makes="results",
+    ),
+    "eval perplexity": Command(
+        PerplexityConfig,
+        "evaluation.built_in.perplexity",
+        "run_perplexity",
+        "measures the perplexity of texts",
+        makes="results",
+    ),
+    "eval qa": Command(
+        QaConfig,
+        "evaluation.built_in.questions",
+        "run_qa",
+        "asks questions with known answers, and counts the right ones",
+        makes="results",
+    ),
+    "eval choices": Command(
+        ChoicesConfig,
+        "evaluation.built_in.multiple_choice",
+        "run_choices",
+        "scores the choices of questions, and counts the right ones",
+        makes="results",
+    ),
+    "eval win-rate": Command(
+        WinRateConfig,
+        "evaluation.built_in.win_rate",
+        "run_win_rate",
+        "compares the answers of two models side by side",
         makes="results",
     ),
     "pick": Command(

@@ -18,6 +18,7 @@ from typing import Any
 from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.sources import count_rows, data_files
+from gemma2.posttrain.provenance.named_inputs import holds_results
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
@@ -35,7 +36,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.measures import SuiteConfig
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
 from .generation_budget import generate_budget
 
@@ -316,11 +317,46 @@ def _pick(config: PickConfig, sources: Sources) -> Work:
     return Work(memory=2.0e8, disk=math.nan, operations=0.0)
 
 
+def _perplexity(config: PerplexityConfig, sources: Sources) -> Work:
+    size = sum(sources.size(path) for path in config.perplexity)
+    return _forward(config.model, config.against, size / 4, {"tokens_about": round(size / 4)}, sources)
+
+
+def _questions(config: QaConfig | ChoicesConfig, sources: Sources) -> Work:
+    """Every shot is about as long as a question; the choices of one are about as long as the question."""
+    path = config.qa if isinstance(config, QaConfig) else config.choices
+    total = sources.rows(path)
+    rows = min(total, config.limit or total)
+    tokens = sources.size(path) / 4 * rows / max(total, 1) * (1 + config.shots)
+    facts: JsonObject = {"questions": rows, "prompt_tokens_about": round(tokens)}
+    if isinstance(config, QaConfig):
+        facts["drawn_tokens_at_most"] = rows * config.max_new_tokens
+        tokens += rows * config.max_new_tokens
+    return _forward(config.model, config.against, tokens, facts, sources)
+
+
+def _win_rate(config: WinRateConfig, sources: Sources) -> Work:
+    total = sources.rows(config.prompts)
+    rows = min(total, config.limit or total)
+    facts: JsonObject = {"prompts": rows, "drawn_tokens_at_most": 2 * rows * config.max_new_tokens}
+    if config.judge_model is not None:
+        facts |= {"judge_requests": 2 * rows, "judge_tokens_at_most": 2 * rows * config.judge_tokens}
+    return _forward(config.model, config.win_rate, rows * config.max_new_tokens, facts, sources)
+
+
+def _forward(model: Path, other: Path | None, tokens: float, facts: JsonObject, sources: Sources) -> Work:
+    """Two models, one after the other; samples of about six bytes a token on disk."""
+    sizes = [sources.parameters(path) for path in (model, other) if path is not None]
+    return Work(4.0 * max(sizes), tokens * 6.0 * len(sizes), 2.0 * sum(sizes) * tokens, facts)
+
+
 def _suite(config: SuiteConfig, sources: Sources) -> Work:
     """The model, and samples with their prompts; the plan of the suite adds its tokens."""
     width = 2.0 if config.dtype == "bfloat16" else 4.0
-    disk = 30.0 * sources.size(config.data)  # a prompt repeats its examples
-    return Work(memory=width * sources.parameters(config.model), disk=disk, operations=0.0)
+    other = config.against if config.against is not None and not holds_results(config.against) else None
+    sizes = [sources.parameters(path) for path in (config.model, other) if path is not None]
+    disk = 30.0 * sources.size(config.data) * len(sizes)  # a prompt repeats its examples
+    return Work(memory=width * max(sizes), disk=disk, operations=0.0)
 
 
 # Any: each function takes the configuration of its key.
@@ -339,6 +375,10 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     ParetoConfig: _pareto,
     MergeConfig: _merge,
     PickConfig: _pick,
+    PerplexityConfig: _perplexity,
+    QaConfig: _questions,
+    ChoicesConfig: _questions,
+    WinRateConfig: _win_rate,
     SuiteConfig: _suite,
 }
 

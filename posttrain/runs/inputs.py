@@ -13,16 +13,17 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.hub import SNAPSHOT, is_hub_id, locate_model
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.data.sources import data_files
-from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION
+from gemma2.posttrain.provenance.named_inputs import KIND_OF_OPTION, holds_results
 from gemma2.posttrain.schemas import PairsConfig, RewardFields
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import WinRateConfig
 
 from .run_directory import Parent, check_parents
 from .servers import check_servers
 
 __all__ = ["check_inputs", "check_judge", "check_reward_terms", "inputs_of", "located", "model_name", "paths_of"]
 
-MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head")
+MODELS = ("model", "teacher", "policy", "sft", "init", "merged", "safety_model", "from_head", "against", "win_rate")
 LISTS_OF_MODELS = ("policies", "compare", "reward", "models")
 FRONTS = ("front", "fronts")
 ROWS = tuple(name for name, kind in KIND_OF_OPTION.items() if kind in ("rows", "evaluation rows"))
@@ -41,7 +42,7 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
         return is_hub_id(path) and not any(path.is_relative_to(place) for place in promised)
 
     found: dict[str, Path | tuple[Path, ...]] = {
-        name: locate_model(path, f"--{name}")
+        name: locate_model(path, f"--{name.replace('_', '-')}")
         for name, path in inputs_of(config).items()
         if name in MODELS and is_id(path)
     }
@@ -53,8 +54,9 @@ def located(config: C, promised: Sequence[Path] = ()) -> C:
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
-    """Return the models that a configuration names, by field, without a teacher on a server, which is only a name.
+    """Return the models that a configuration names, by field.
 
+    Left out: a teacher on a server, which is only a name, and a result of `gemma2 eval` in the place of a model.
     The second of several reward models is `reward-2`.
     """
     remote = {"teacher"} if getattr(config, "engine", None) == "openai" else set()
@@ -62,7 +64,10 @@ def inputs_of(config: Config) -> dict[str, Path]:
     rewards = getattr(config, "reward", ())
     if isinstance(rewards, tuple):
         found |= {f"reward-{i}" if i > 1 else "reward": path for i, path in enumerate(rewards, start=1)}
-    return {name: path for name, path in found.items() if isinstance(path, Path)}
+    models = {name: path for name, path in found.items() if isinstance(path, Path)}
+    if "against" in models and holds_results(models["against"]):
+        del models["against"]
+    return models
 
 
 def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
@@ -77,8 +82,8 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
     check_parents([Parent(role, path) for role, path in roles if not is_promised(path)])
     if isinstance(config, RewardFields) and config.REWARD_NEEDED:
         check_reward_terms(config)
-    if isinstance(config, PairsConfig):
-        check_judge(config, promised)
+    if isinstance(config, PairsConfig | WinRateConfig) and config.judge is not None:
+        check_judge(config.judge, promised, isinstance(config, PairsConfig))
     check_servers(config)
     cache = getattr(config, "teacher_cache", None)
     if cache is not None and not is_promised(cache) and (read_manifest(cache) or {}).get("status") != "complete":
@@ -86,6 +91,9 @@ def check_inputs(config: Config, promised: Sequence[Path] = ()) -> None:
     for option, path in ((name, path) for name in FRONTS for path in paths_of(config, name)):
         if not is_promised(path) and (read_manifest(path) or {}).get("status") != "complete":
             raise InputError(f"--{option} {path} is not a finished front", "make one with gemma2 pareto")
+    for path in paths_of(config, "against"):
+        if not is_promised(path) and holds_results(path) and (read_manifest(path) or {}).get("status") != "complete":
+            raise InputError(f"--against {path} is not a finished result", "make one with gemma2 eval, or give a model")
     for path in (path for name in ROWS for path in paths_of(config, name)):
         if not is_promised(path):
             data_files(path)
@@ -103,16 +111,23 @@ def check_reward_terms(config: RewardFields) -> None:
         raise UsageError("no reward is given", "give --reward RM, --reward-fn module:function, or both")
 
 
-def check_judge(config: PairsConfig, promised: Sequence[Path] = ()) -> None:
-    """Raise UsageError for an unknown kind of judge. A missing function is reported when its module is imported."""
-    judge = Path(config.judge)
-    if config.judge_model is not None or any(judge.is_relative_to(place) for place in promised):
+def check_judge(judge: str, promised: Sequence[Path] = (), functions: bool = True) -> None:
+    """Raise UsageError for an unknown kind of judge. A missing function is reported when its module is imported.
+
+    functions  whether module:function is a judge here
+    """
+    if judge.startswith("openai:") or any(Path(judge).is_relative_to(place) for place in promised):
         return
-    if judge.is_dir():
-        check_parents([Parent("judge", judge)])
-    elif ":" not in config.judge:
+    if Path(judge).is_dir():
+        check_parents([Parent("judge", Path(judge))])
+    elif not functions:
         raise UsageError(
-            f"--judge {config.judge!r} is neither a directory nor module:function",
+            f"--judge {judge!r} is not a directory",
+            "name a reward model, or openai:MODEL; a function is given with --reward-fn",
+        )
+    elif ":" not in judge:
+        raise UsageError(
+            f"--judge {judge!r} is neither a directory nor module:function",
             "name a reward model, a function, or openai:MODEL",
         )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
+from .config import Config
 from .fields import (
     CallFields,
     Data,
@@ -117,22 +118,15 @@ class RewardEvalConfig(PrecisionFields, RowFields):
     limit: int | None = Field(None, ge=1, description="use only the first pairs")
 
 
-class PairsConfig(SamplingFields, CallFields, PrecisionFields, RowFields):
-    """Preference pairs: n samples per prompt of a model, ranked by a judge."""
+class JudgeFields(Config):
+    """A judge of answers: a reward model, or a language model on a server."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"judge_concurrency", "judge_key_env"})
     PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset({"judge"})
 
-    model: Model
-    prompts: Data
-    judge: str = Field(
-        description="reward model directory, reward function as module:function, or openai:MODEL on a server"
-    )
+    judge: str | None = Field(None, description="reward model directory, or openai:MODEL on a server")
     judge_prompt: Path | None = Field(
         None, description="openai: file with the judge's prompt; default: the text in docs/reward-models.md"
-    )
-    judge_style: Literal["score", "compare"] = Field(
-        "score", description="openai: score each answer, or compare every two answers in both orders"
     )
     judge_url: str | None = Field(None, description="openai: address of the server, including /v1")
     judge_tokens: int = Field(512, ge=1, description="openai: longest reply of the judge, tokens")
@@ -143,21 +137,14 @@ class PairsConfig(SamplingFields, CallFields, PrecisionFields, RowFields):
     judge_request: JsonObject = Field(
         default_factory=dict, description="openai: further fields of each request; null removes a default field"
     )
-    n: int = Field(4, ge=2, description="samples per prompt")
-    select: Literal["extremes", "random", "all"] = Field(
-        "extremes", description="pairs to write: the best and the worst sample, any two that differ, or all that differ"
-    )
-    min_margin: float = Field(0.0, ge=0, description="the scores of a pair must differ by more than this")
-    limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
-    seed: Seed = 0
 
     @property
     def judge_model(self) -> str | None:
         """The judge's model name on its server; None for other judges."""
-        return self.judge.removeprefix("openai:") if self.judge.startswith("openai:") else None
+        return self.judge.removeprefix("openai:") if self.judge and self.judge.startswith("openai:") else None
 
     @model_validator(mode="after")
-    def _judge_options_belong_to_a_server(self) -> PairsConfig:
+    def _judge_options_belong_to_a_server(self) -> Self:
         given = sorted(name for name in self.model_fields_set if name.startswith("judge_"))
         differ = [
             name
@@ -172,3 +159,23 @@ class PairsConfig(SamplingFields, CallFields, PrecisionFields, RowFields):
             check_address(self.judge_url, "--judge-url")
         check_key_variable(self.judge_key_env, "--judge-key-env")
         return self
+
+
+class PairsConfig(SamplingFields, CallFields, PrecisionFields, JudgeFields, RowFields):
+    """Preference pairs: n samples per prompt of a model, ranked by a judge."""
+
+    model: Model
+    prompts: Data
+    judge: str = Field(
+        description="reward model directory, reward function as module:function, or openai:MODEL on a server"
+    )
+    judge_style: Literal["score", "compare"] = Field(
+        "score", description="openai: score each answer, or compare every two answers in both orders"
+    )
+    n: int = Field(4, ge=2, description="samples per prompt")
+    select: Literal["extremes", "random", "all"] = Field(
+        "extremes", description="pairs to write: the best and the worst sample, any two that differ, or all that differ"
+    )
+    min_margin: float = Field(0.0, ge=0, description="the scores of a pair must differ by more than this")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
+    seed: Seed = 0

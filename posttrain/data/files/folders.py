@@ -18,13 +18,14 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import load_json
-from gemma2.core.outputs.manifest import MANIFEST, require_complete
+from gemma2.core.outputs.manifest import MANIFEST, read_manifest, require_complete
 
 __all__ = ["COMPRESSED", "SUFFIXES", "FolderFiles", "all_files_inside", "files_inside", "format_of"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst")
 OUTPUTS = ("data-*.jsonl", "data.jsonl", "pairs.jsonl")
+TASKS_WRITER = "eval data"  # the command whose output has a file for each task
 SHARD = re.compile(r"(?P<set>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?:-[0-9a-f]+)?")
 SPLIT = re.compile(r"train(?:ing)?(?:[-_.\d].*)?", re.IGNORECASE)  # names of training splits, as train_sft
 # Descriptions of a data set, which hold no rows.
@@ -88,7 +89,8 @@ def all_files_inside(folder: Path) -> list[Path]:
 def _of_an_output(folder: Path, split: str | None) -> list[Path]:
     if split is not None:
         raise InputError(f"{folder} is an output, which has no splits", f"leave out @{split}")
-    found = next((sorted(folder.glob(name)) for name in OUTPUTS if any(folder.glob(name))), [])
+    names = ("*.jsonl",) if (read_manifest(folder) or {}).get("command") == TASKS_WRITER else OUTPUTS
+    found = next((sorted(folder.glob(name)) for name in names if any(folder.glob(name))), [])
     if not found:
         hint = "give the output of generate, filter or reward pairs, or name the file"
         raise InputError(f"{folder} is a directory without data", hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ SENTENCES = (
     "Birds can fly, but most dogs cannot.",
 )
 QUESTIONS = ("What is 2 plus 3?", "Say hello.", "What color is the sky?", "Name one animal.")
+PLAIN_WORDS = frozenset(re.findall(r"[a-z]+", " ".join((*SENTENCES, *QUESTIONS)).lower()))
+WORD_SHARE = 0.25  # of an answer's words: an embedded model's own have 0.6 and more, another tokenizer's 0
 STOP_SHARE = 0.01  # probability of a stop token after a finished answer that a tuned model exceeds
 
 
@@ -54,12 +57,22 @@ class OwnAnswers:
 
     ended  how many of them ended within the limit
     stop   the largest probability of a stop token at any position
-    loss   nats a token of their texts, tokenised again: large where tokens and weights do not belong together
+    loss   nats a token of their texts, tokenised again
+    words  share of their words that are plain English
+
+    A large loss shows tokens that do not belong to the weights, but a small one shows nothing: whatever tokens a model
+    writes, most tokenizers read their text back as the same tokens. Then only the words tell.
     """
 
     ended: int
     stop: float
     loss: float
+    words: float
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the model says something in words, and finds it likely: it is trained, in these tokens."""
+        return self.ended > 0 and self.words >= WORD_SHARE
 
 
 def loss(subject: Subject) -> Iterator[Diagnosis]:
@@ -80,7 +93,7 @@ def loss(subject: Subject) -> Iterator[Diagnosis]:
         yield problem(f"the loss is {plain}", "use the checkpoint before it")
     elif plain < uniform:
         yield fine(figures)
-    elif answers is not None and answers.ended and answers.loss < uniform / 2:
+    elif answers is not None and answers.in_words and answers.loss < uniform / 2:
         yield warning(
             f"{figures}, its own answers {answers.loss:.2f}: trained on little but one kind of text",
             "nothing, if that was meant; else train with a smaller learning rate, or merge towards the init",
@@ -111,7 +124,9 @@ def _answers(model: CausalLM, tokenizer: Tokenizer) -> OwnAnswers | None:
     with torch.no_grad():
         stops = [_stop_probability(model, *pair, form.stop_ids) for pair in zip(prompts, done.ids, strict=True)]
     again_loss = _loss(model, [prompt for prompt, _ in pairs], [ids for _, ids in pairs]) if pairs else math.inf
-    return OwnAnswers(sum(not cut for cut in done.truncated), max(stops), again_loss)
+    said = re.findall(r"\S+", " ".join(form.decode(ids) for ids in done.ids).lower())
+    words = sum(word.strip(".,;:!?\"'()") in PLAIN_WORDS for word in said) / max(1, len(said))
+    return OwnAnswers(sum(not cut for cut in done.truncated), max(stops), again_loss, words)
 
 
 def _ends(answers: OwnAnswers) -> Iterator[Diagnosis]:

@@ -11,12 +11,16 @@ from itertools import groupby
 from pathlib import Path
 
 from gemma2.core.errors import InputError
-from gemma2.core.json_files import JsonObject
+from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.progress import Task as Bar
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.evaluation.compared.card_rows import with_card_rows
+from gemma2.posttrain.evaluation.compared.figure import write_figures
+from gemma2.posttrain.evaluation.compared.kept_results import is_result, read_result, samples_of, task_comparison
+from gemma2.posttrain.evaluation.compared.published import shape_of
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.runs.inputs import model_name
@@ -36,48 +40,89 @@ __all__ = ["run_suite"]
 
 BLOCK = 256  # rows of a group that are encoded at once, and share what they begin with
 SAMPLES = "samples"
+AGAINST = "against"
 
 
 def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
-    """Measure `config.model`; results and samples in `options.out`.
+    """Measure `config.model`, and `config.against` if it is a model; results and samples in `options.out`.
 
     Raises InputError for rows that do not fit their task and for a broken model, UsageError for a missing engine.
     """
     check_engine(config)
     check_model(config)
     tables = tables_of(config)
+    other = config.against
+    earlier = read_result(other) if other is not None and is_result(other) else None
+    if other is not None and earlier is None:
+        check_model(config.model_copy(update={"model": other}))
     quiet_libraries()
     with open_run("eval suite", config, options) as run:
-        run.checkpoints.mkdir(exist_ok=True)
-        with_chat = uses_chat(config.model, config.chat)
-        run.phase = "loading of the model"
-        engine, encoder, facts = open_engine(config)
-        document: JsonObject = {
-            "version": VERSION,
-            "gemma2": metadata_version(),
-            "model": _model(run, config, facts),
-            "suite": config.suite,
-            "settings": _settings(config, with_chat),
-            "tasks": {},
-        }
-        for rows in tables:
-            run.phase = rows.task.task
-            work = _TaskRun(config, rows, engine, encoder, with_chat)
-            with Journal(run.checkpoints / f"{rows.task.task}.jsonl") as journal:
-                with progress.task(rows.task.title, len(rows.evaluated), "rows") as bar:
-                    work.run(journal, bar)
-                samples = [*journal.records()]
-            _write_samples(run.path / SAMPLES / f"{rows.task.task}.jsonl", samples)
-            document["tasks"][rows.task.task] = found = task_result(rows, samples)
-            for note in found["notes"]:
-                progress.note(f"{rows.task.title}: {note}")
-        write_results(run.path, document)
+        document, samples = _measured(run, config, "model", tables, progress)
+        if other is not None and earlier is not None:
+            theirs = {name: [*samples_of(other, name)] for name in document["tasks"] if name in earlier["tasks"]}
+            document |= {"against": earlier["model"], "compared": _compared(document, samples, theirs)}
+        elif other is not None:
+            second, theirs = _measured(run, config, AGAINST, tables, progress)
+            document |= {"against": second["model"], "tasks_against": second["tasks"]}
+            document["compared"] = _compared(document, samples, theirs)
+        write_results(run.path, with_card_rows(document))
+        write_figures(run.path, document, config.published)
         return run.finish(_summary(document))
 
 
-def _model(run: Run, config: SuiteConfig, facts: JsonObject) -> JsonObject:
-    weights = next(parent["weights"] for parent in run.origin["parents"] if parent["role"] == "model")
-    return {"name": model_name(config.model), "weights": weights, **facts}
+Samples = dict[str, list[JsonObject]]
+
+
+def _measured(
+    run: Run, config: SuiteConfig, role: str, tables: Sequence[TaskRows], progress: Progress
+) -> tuple[JsonObject, Samples]:
+    """Run the tasks with one of the two models: its figures, and its samples, which are in the output then."""
+    path = config.model if role == "model" else config.against
+    assert path is not None
+    own = config.model_copy(update={"model": path})
+    inside = "" if role == "model" else role
+    journals = run.checkpoints / inside
+    journals.mkdir(parents=True, exist_ok=True)
+    with_chat = uses_chat(path, config.chat)
+    run.phase = f"loading of {'the model' if role == 'model' else '--against'}"
+    engine, encoder, facts = open_engine(own)
+    document: JsonObject = {
+        "version": VERSION,
+        "gemma2": metadata_version(),
+        "model": _model(run, role, path, facts),
+        "suite": config.suite,
+        "settings": _settings(config, with_chat),
+        "tasks": {},
+    }
+    kept: Samples = {}
+    for rows in tables:
+        name = rows.task.task
+        run.phase = name
+        work = _TaskRun(own, rows, engine, encoder, with_chat)
+        with Journal(journals / f"{name}.jsonl") as journal:
+            with progress.task(f"{rows.task.title} {inside}".rstrip(), len(rows.evaluated), "rows") as bar:
+                work.run(journal, bar)
+            kept[name] = [*journal.records()]
+        _write_samples(run.path / SAMPLES / inside / f"{name}.jsonl", kept[name])
+        document["tasks"][name] = found = task_result(rows, kept[name])
+        for note in found["notes"]:
+            progress.note(f"{rows.task.title}: {note}")
+    return document, kept
+
+
+def _compared(document: JsonObject, ours: Samples, theirs: Samples) -> JsonObject:
+    return {name: task_comparison(name, document["tasks"][name], ours[name], rows) for name, rows in theirs.items()}
+
+
+def _model(run: Run, role: str, path: Path, facts: JsonObject) -> JsonObject:
+    weights = next(parent["weights"] for parent in run.origin["parents"] if parent["role"] == role)
+    config = path / "config.json"
+    return {
+        "name": model_name(path),
+        "weights": weights,
+        **(shape_of(read_json(config)) if config.is_file() else {}),
+        **facts,
+    }
 
 
 def _settings(config: SuiteConfig, with_chat: bool) -> JsonObject:

@@ -22,6 +22,13 @@ class SuiteConfig(PrecisionFields):
 
     model: Model
     data: Path = Field(description="directory with a file TASK.jsonl for each task; gemma2 eval data writes them")
+    against: Path | None = Field(
+        None,
+        description="another model, measured in the same way, or the result of one; compared row by row",
+    )
+    published: Literal["v3", "blog", "card"] = Field(
+        "v3", description="source of the published rows: report v3, blog post of June 2024, or model cards"
+    )
     suite: Literal["gemma2"] = Field("gemma2", description="which tasks, with their shots and metrics")
     tasks: tuple[TaskName, ...] = Field((), description="tasks of the suite to run; default: all")
     engine: Literal["gemma2", "hf", "vllm"] = Field(

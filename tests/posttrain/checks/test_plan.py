@@ -8,10 +8,10 @@ from light_model import light_model
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.outputs.manifest import write_manifest
-from gemma2.posttrain.checks import machine
 from gemma2.posttrain.checks import plan as plans
-from gemma2.posttrain.checks.machine import Memory
 from gemma2.posttrain.checks.plan import GIB, plan
+from gemma2.posttrain.runs import machine
+from gemma2.posttrain.runs.machine import Memory
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import RewardConfig, RlhfConfig, SftConfig, TinyConfig
 

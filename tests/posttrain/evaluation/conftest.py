@@ -3,6 +3,7 @@
 import pytest
 from policies import pareto_config, two_iterations
 
+from gemma2.posttrain.evaluation.compared import figure
 from gemma2.posttrain.evaluation.pareto import run_pareto
 from gemma2.posttrain.reports.plots import figures
 from gemma2.posttrain.runs.run_directory import RunOptions
@@ -24,5 +25,6 @@ def _figures_are_left_out(request):
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "DRAWN", False):
             patch.setattr(figures, "front_figure", lambda points: None)
+            patch.setattr(figure, "results_figure", lambda *_: None)
             patch.setattr(figures, "write_figure", lambda figure, path: path.write_text("not drawn\n"))
         yield

@@ -1,0 +1,43 @@
+"""The models of a measure, loaded one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import frozen_dtype
+from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.provenance.named_inputs import holds_results
+from gemma2.posttrain.schemas.fields import Dtype
+
+__all__ = ["context_of", "loaded", "models_of"]
+
+
+class TwoModels(Protocol):
+    """A configuration with a model and perhaps a second one."""
+
+    @property
+    def model(self) -> Path: ...
+
+    @property
+    def against(self) -> Path | None: ...
+
+
+def models_of(config: TwoModels) -> Sequence[Path]:
+    """The models to measure, the one that the command is about first."""
+    other = config.against
+    return [config.model] if other is None or holds_results(other) else [config.model, other]
+
+
+def loaded(path: Path, dtype: Dtype) -> tuple[CausalLM, Tokenizer]:
+    """A model that only computes forward, and its tokenizer."""
+    return load_policy(path, frozen_dtype(dtype))
+
+
+def context_of(model: CausalLM) -> int | None:
+    """The longest sequence of a model, in tokens; None where it states none."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return None if found is None else int(found)
