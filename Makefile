@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray lint type check bench bench-filters compare real science torture soak docs ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -84,6 +84,15 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 
 test-ray: $(VENV)/.installed-ray ## Pipelines on a Ray cluster that is started here
 	@$(BIN)/python -m pytest -m ray --timeout 1800 tests/posttrain/pipelines/executors
+
+$(VENV)/.installed-eval: $(VENV)/.installed-dev
+	@echo "Installing lm-eval into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]' lm-eval==0.4.13
+	@touch $@
+
+test-peers: $(VENV)/.installed-eval ## The suite next to lm-eval's own tasks and engine: four minutes on two cores
+	@$(BIN)/python -m pytest -m peers --timeout 1800 tests/posttrain/evaluation/suite
+	@$(BIN)/python bench/eval.py
 
 torture: setup-dev ## Kills, full disks, malformed inputs and silent faults, with figures for docs/reliability.md: 30 minutes
 	@mkdir -p build && rm -f build/torture.jsonl

@@ -150,10 +150,7 @@ def head_logps(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: fl
 
 
 def target_log_probs(model: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return log-probs of `targets` (N,) from last hidden states (N, d), without gradient and without entropies.
-
-    Entropies would need another pass.
-    """
+    """Return log-probs of `targets` (N,) from last hidden states (N, d), without gradient and without entropies."""
     if head_in_one_pass(model, hidden):
         return target_logps(model, hidden, targets, temperature)
     size = _chunk_rows(model)

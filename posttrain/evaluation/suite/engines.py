@@ -19,6 +19,7 @@ import torch
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
@@ -53,18 +54,12 @@ class SuiteEngine(Protocol):
 
 def open_engine(config: SuiteConfig) -> tuple[SuiteEngine, Encoder, JsonObject]:
     """Load the model; return its engine, the encoder of its requests, and its generation settings."""
-    dtype = _dtype(config)
+    dtype = frozen_dtype(config.dtype)
     if config.engine == "gemma2":
         own = OwnEngine(config, dtype)
         return own, own.encoder, own.facts
     theirs = LmEvalEngine(config, dtype)
     return theirs, theirs.encoder, theirs.facts
-
-
-def _dtype(config: SuiteConfig) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 class OwnEngine:

@@ -7,13 +7,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.fields import Model
+from gemma2.posttrain.schemas.fields import Model, PrecisionFields
 
 TaskName = Literal["mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag"]
 
 
-class SuiteConfig(Config):
+class SuiteConfig(PrecisionFields):
     """Few-shot benchmarks with the shots and metrics of Gemma 2's report: accuracy or exact match for each task.
 
     MMLU 5-shot, ARC-challenge 25, GSM8K 5, Winogrande 5, HellaSwag 10: prompts and metrics are those of lm-eval 0.4.13.
@@ -44,8 +43,5 @@ class SuiteConfig(Config):
     limit: int | None = Field(None, ge=1, description="use only the first rows of each task, in MMLU of each subject")
     max_new_tokens: int = Field(256, ge=1, description="limit of a written answer (GSM8K), tokens")
     batch_size: int = Field(16, ge=1, description="rows that are scored or answered at once")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of weights and arithmetic; auto: bfloat16 on an accelerator, else float32"
-    )
     doctor: bool = Field(True, description="refuse a model that gemma2 doctor --quick calls broken")
     seed: Annotated[int, Field(ge=0, description="seed of the few-shot examples; 1234 is lm-eval's")] = 1234
