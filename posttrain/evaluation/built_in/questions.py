@@ -10,6 +10,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
 from gemma2.posttrain.generation.engines.base import Request
 from gemma2.posttrain.generation.engines.local import BATCHES, SamplerEngine
 from gemma2.posttrain.models.loading import quiet_libraries
@@ -39,7 +40,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
         outcomes = []
         for number, path in enumerate(models_of(config)):
             model, tokenizer = loaded(path, config.dtype)
-            asking, chat = asking_of(tokenizer, model.generation_config, config.chat, config.system)
+            asking, chat = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             params = SamplingParams(config.max_new_tokens, temperature=0.0)
             stops = () if asking.chat is not None else STOPS
             engine = SamplerEngine(model, chat, params, config.batch_size, stops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from decimal import Decimal
 
 import pytest
@@ -198,11 +199,11 @@ def asked(tmp_path, chat, shots, system=None):
 
 
 def test_a_question_and_its_shots_as_the_model_reads_them(tmp_path):
-    text, (one, two) = asked(tmp_path, "off", 2, "Be short.")
+    text, (one, two) = asked(tmp_path, False, 2, "Be short.")
     assert text == f"<bos>Be short.\n\nQuestion: Q{one}\nAnswer: A{one}\n\nQuestion: Q{two}\nAnswer: A{two}\n\n" + (
         "Question: Q0\nAnswer:"
     )
-    text, (one,) = asked(tmp_path, "auto", 1)
+    text, (one,) = asked(tmp_path, True, 1)
     assert text == (
         f"<bos><start_of_turn>user\nQ{one}<end_of_turn>\n<start_of_turn>model\nA{one}<end_of_turn>\n"
         "<start_of_turn>user\nQ0<end_of_turn>\n<start_of_turn>model\n"
@@ -321,6 +322,17 @@ def test_questions_over_the_context_are_counted_and_said(inputs, interrupting, m
     task = run_choices(config, RunOptions(NOWHERE), heard).summary["tasks"]["choices.jsonl"]
     assert task["cut_questions"] >= 1
     assert any("longer than the model's context" in line for line in heard.warnings)
+
+
+def test_a_model_that_doctor_calls_broken_is_not_measured_in_silence(inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"attn_logit_softcapping": None}))
+    fields = {"model": tmp_path / "model", "choices": inputs / "choices.jsonl"}
+    with pytest.raises(InputError) as caught:
+        run_choices(ChoicesConfig(**fields), RunOptions(NOWHERE))
+    assert "doctor calls" in str(caught.value) and "--no-doctor" in str(caught.value)
+    assert run_choices(ChoicesConfig(**fields, doctor=False), RunOptions(NOWHERE)).summary["tasks"]
 
 
 def test_no_rows_are_refused(tmp_path, inputs):
