@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs screens ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -146,6 +146,9 @@ real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M
 
 docs: setup-dev ## Regenerate docs/commands.md and the tables of docs/merging.md
 	@$(BIN)/python docs/generate.py
+
+screens: setup-dev ## The pictures of the terminal in docs/screens, from the models of `make quickstart`; needs tmux
+	@$(BIN)/python docs/screens.py quickstart
 
 clean: ## Remove what make built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

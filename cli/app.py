@@ -97,6 +97,10 @@ COMMANDS = {
     "convert": CommandEntry(
         "stages.convert", "Import a model from a GGUF file or another directory as plain safetensors.", "Tools"
     ),
+    "export": CommandEntry(
+        "export.export_command", "Write a model for others: dtype, shards, GGUF, the hub, endpoints.", "Tools"
+    ),
+    "serve": CommandEntry("export.serve_command", "Serve a model with vLLM, checked first.", "Tools"),
     "config": CommandEntry(
         "tools.config", "List and show recipes, import settings of TRL, axolotl or LLaMA-Factory.", "Tools"
     ),

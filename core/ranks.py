@@ -107,7 +107,7 @@ def join(command: str) -> Ranks:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     if state.num_processes != expected:
         raise UsageError(
             f"{command}: WORLD_SIZE is {expected}, but {state.num_processes} process(es) have connected",

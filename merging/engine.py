@@ -99,13 +99,14 @@ def merge(
     progress: Progress = SILENT,
     cut: int | None = None,
     account: Account | None = None,
+    shard_bytes: int | None = None,
 ) -> MergeResult:
     """Merge models into `out`, or with several etas into one directory per eta inside `out`.
 
     Each output is a model directory that appears complete or not at all. With `verify` it is read back from the disk
     before it appears; without, its manifest has no digests of the weights. `cut` is the number of elements per read, a
     multiple of 4096 (None: by the method); it does not change the result. `account` replaces entries of the manifest
-    and the card for another command that merges.
+    and the card for another command that merges. `shard_bytes` bounds each file of weights (None: 5 GB).
     Raises UsageError, InputError or OutputError, if possible before any work.
     """
     with system_refusals(out), arrivals_of(request.stream, progress.note) as arrivals:
@@ -114,11 +115,17 @@ def merge(
             progress.note(line)
         for line in plan.warnings:
             progress.warn(line)
-        return _merge(plan, force, verify, progress, cut, account)
+        return _merge(plan, force, verify, progress, cut, account, shard_bytes)
 
 
 def _merge(
-    plan: MergePlan, force: bool, verify: bool, progress: Progress, cut: int | None, account: Account | None
+    plan: MergePlan,
+    force: bool,
+    verify: bool,
+    progress: Progress,
+    cut: int | None,
+    account: Account | None,
+    shard_bytes: int | None,
 ) -> MergeResult:
     started = now()
     with ExitStack() as stack:
@@ -135,7 +142,7 @@ def _merge(
         arrives = plan.arrivals.pending
         if plan.request.recorded and not arrives:
             _check_recorded(plan)
-        result, digests, weights = _stream(plan, directories, verify, progress, cut)
+        result, digests, weights = _stream(plan, directories, verify, progress, cut, shard_bytes)
         if plan.request.recorded and arrives:  # the digests are those of whole models
             _check_recorded(plan)
         parents = _identified(plan, weights)
@@ -163,7 +170,12 @@ def _config_changes(plan: MergePlan) -> JsonObject:
 
 
 def _stream(
-    plan: MergePlan, directories: list[Path], verify: bool, progress: Progress, cut: int | None
+    plan: MergePlan,
+    directories: list[Path],
+    verify: bool,
+    progress: Progress,
+    cut: int | None,
+    shard_bytes: int | None,
 ) -> tuple[MergeResult, list[dict[str, str]], dict[Path, str]]:
     """Read, merge and write all weights; return the digests of the inputs' tensors, by directory.
 
@@ -179,7 +191,7 @@ def _stream(
         plan.arrivals.start(read_order(plan) if plan.arrivals.pending else ())
         for model in plan.inputs:
             check_copies(model, reader)
-        writers = [stack.enter_context(Writer.create(directory, plan.layout)) for directory in directories]
+        writers = [stack.enter_context(Writer.create(directory, plan.layout, shard_bytes)) for directory in directories]
         followers = [stack.enter_context(ReadBack(directory, task)) for directory in directories if verify]
         for follower in followers:
             follower.start()

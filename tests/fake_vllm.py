@@ -9,11 +9,13 @@ through the engine, as TRL does it. `Client` stands for TRL's client of a server
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Gemma2ForCausalLM
 
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.sampler import SamplingParams as Ours
@@ -35,6 +37,7 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     max_tokens: int | None = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     detokenize: bool = True
 
 
@@ -56,6 +59,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = True
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass
@@ -67,20 +71,26 @@ class Logprob:
 KWARGS = {
     *("disable_log_stats", "dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs"),
     *("enable_sleep_mode", "model_impl", "distributed_executor_backend", "max_num_batched_tokens", "logprobs_mode"),
-    *("quantization", "trust_remote_code"),
+    *("quantization", "trust_remote_code", "skip_tokenizer_init", "max_logprobs", "enforce_eager"),
 }
+Change = Callable[[torch.nn.Module], object]
 
 
 class LLM:
     calls: list[list[SamplingParams]] = []  # noqa: RUF012 - what the tests look at
     made: list[LLM] = []  # noqa: RUF012
+    drops: Change = staticmethod(lambda network: None)  # what is wrong with this vLLM's attention
 
     def __init__(self, model: str, *, seed: int = 0, **kwargs: Any) -> None:
         assert set(kwargs) <= KWARGS
         if not (Path(model) / "config.json").is_file():
             raise OSError(f"{model} is no model")
         self.kwargs = kwargs
-        self.model, self.tokenizer = load_policy(Path(model))
+        if kwargs.get("skip_tokenizer_init"):
+            self.model, self.tokenizer = Gemma2ForCausalLM.from_pretrained(model, attn_implementation="eager"), None
+        else:
+            self.model, self.tokenizer = load_policy(Path(model))
+        type(self).drops(self.model)
         self.off_by = 0.0  # nats: what is added to every log-prob that is told
         length = self.model.config.max_position_embeddings
         runner = types.SimpleNamespace(model=types.SimpleNamespace(load_weights=self.load_weights))
@@ -109,8 +119,21 @@ class LLM:
         return [self._one(i, prompt["prompt_token_ids"], params) for i, (prompt, params) in pairs]
 
     def _one(self, number, ids, given):
+        if given.prompt_logprobs is not None:
+            return RequestOutput(str(number), None, ids, prompt_logprobs=self._read(ids, given.prompt_logprobs))
         outputs = [self._drawn(k, ids, given) for k in range(given.n)]
         return RequestOutput(str(number), None, ids, outputs)
+
+    @torch.no_grad()
+    def _read(self, ids, count):
+        """Log-probs of the `count` most probable tokens, and of the prompt's, after each prefix."""
+        assert count <= self.kwargs["max_logprobs"]
+        logps = (
+            self.model.to(getattr(torch, self.kwargs["dtype"]))(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        )
+        best = [row.topk(count).indices.tolist() for row in logps]
+        pairs = zip(logps, best, ids[1:], strict=False)
+        return [None, *({i: Logprob(float(row[i])) for i in {*top, token}} for row, top, token in pairs)]
 
     def _drawn(self, k, ids, given):
         params = Ours(given.max_tokens, given.temperature, 1, given.top_p, max(0, given.top_k), given.min_p)

@@ -11,6 +11,7 @@ from commands import all_commands, parse
 from processes import ROOT
 
 from gemma2.cli.app import invoke
+from gemma2.cli.evaluation.eval_group import EvalGroup
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.rounding import STILL
 from gemma2.merging.inspect.difference import diff_models
@@ -83,6 +84,8 @@ def test_every_command_and_flag_named_in_a_sentence_exists(path):
     known = dict(all_commands())
     for line in re.findall(r"`gemma2 ([a-z][^`]*)`", text_of(path)):
         words = line.split()
+        if words[0] == "eval":
+            words = ["eval", *EvalGroup.routed(words[1:])]
         name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
         assert name in known, line
         flags = {flag for parameter in known[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}

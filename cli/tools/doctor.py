@@ -115,12 +115,14 @@ def _show(finding: Finding, console: Console, before: Finding | None) -> None:
 
 def _end(found: list[Finding], changed: list[str] | None, fix: Path | None, console: Console, as_json: bool) -> None:
     counts = {status: sum(one.status == status for one in found) for status in ("problem", "warning", "ok")}
+    counts["finding"] = len(found)
     if as_json:
         document: dict[str, object] = {"ok": not counts["problem"], "checks": [vars(one) for one in found]}
         console.json(document | ({} if changed is None else {"fixed": str(fix), "changed": changed}))
         return
     console.text("")
-    problems, warnings = (f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in ("problem", "warning"))
-    console.text(f"{len(found)} findings: {problems}, {warnings}")
+    kinds = ("finding", "problem", "warning")
+    findings, problems, warnings = (f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in kinds)
+    console.text(f"{findings}: {problems}, {warnings}")
     if changed is not None:
         console.text(f"{fix}: {'; '.join(changed) or 'nothing to change'}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gemma2.core.errors import InputError
@@ -19,7 +19,7 @@ from .hub import SNAPSHOT
 from .manifest import read_manifest
 from .model_card import Account, Ancestor, Facts, model_card
 
-__all__ = ["CARD", "ancestors_of", "write_card"]
+__all__ = ["CARD", "ancestor_paths", "ancestors_of", "card_facts", "write_card"]
 
 CARD = "README.md"
 CARD_BYTES = 1 << 16  # most bytes read of a parent's card
@@ -31,23 +31,43 @@ def write_card(directory: Path, manifest: JsonMapping, out: Path, account: Accou
 
     out  final path of the output, to which the paths of the manifest's parents are relative
     """
-    pictures = account.pictures if account else ()
-    config = directory / "config.json"
-    for picture in pictures:
-        shutil.copyfile(picture, directory / picture.name)
-    card = model_card(
-        Facts(
-            name=name_of(out.resolve()),
-            manifest=manifest,
-            config=read_json(config if config.is_file() else directory / "adapter_config.json"),
-            chat=_chat(directory),
-            parents=ancestors_of(manifest, out),
-            sections=account.sections if account else (),
-            pictures=tuple(picture.name for picture in pictures),
-            recipe=_recipe(directory / "merge.yaml"),
-        )
-    )
+    for file in (*account.pictures, *account.files) if account else ():
+        shutil.copyfile(file, directory / file.name)
+    card = model_card(card_facts(directory, manifest, out, account))
     (directory / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def card_facts(directory: Path, manifest: JsonMapping, out: Path, account: Account | None = None) -> Facts:
+    """Return what the card of the model in `directory` is made from; `out` as for `write_card`."""
+    config = directory / "config.json"
+    adapter = directory / "adapter_config.json"
+    return Facts(
+        name=name_of(out.resolve()),
+        manifest=manifest,
+        config=read_json(adapter if adapter.is_file() and not config.is_file() else config),
+        chat=_chat(directory),
+        parents=ancestors_of(manifest, out),
+        sections=account.sections if account else (),
+        pictures=tuple(picture.name for picture in account.pictures) if account else (),
+        recipe=_recipe(directory / "merge.yaml"),
+    )
+
+
+def ancestor_paths(directory: Path) -> Iterator[Path]:
+    """Yield the directories of a model's ancestors by its manifests, the nearest first, as far as they exist."""
+    waiting, seen = [directory], {directory.resolve()}
+    while waiting:
+        place = waiting.pop(0)
+        try:
+            parents = (read_manifest(place) or {}).get("parents") or []
+        except InputError:
+            continue
+        for parent in parents:
+            found = Path(os.path.normpath(place.resolve() / str(parent.get("path", ""))))
+            if found.is_dir() and found not in seen:
+                seen.add(found)
+                waiting.append(found)
+                yield found
 
 
 def _recipe(path: Path) -> JsonObject:

@@ -21,9 +21,11 @@ from .manifest import DataRecord
 from .markdown import code, escaped, fenced, shown, table, without_paths
 from .safetensors_header import printable
 
-__all__ = ["Account", "Ancestor", "Facts", "model_card"]
+__all__ = ["CARRIERS", "GEMMA", "GEMMAS", "Account", "Ancestor", "Facts", "metadata", "model_card"]
 
-MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source")  # roles whose weights are part of the result
+ADAPTED = "adapter-base"  # role of the model below a merged adapter (merging/plan/places.py)
+# Roles whose weights are part of the result.
+MADE_FROM = ("base", "input", "policy-init", "policy", "model", "source", ADAPTED)
 
 WHAT = {
     "sft": "A language model, fine-tuned on prompts and completions (supervised fine-tuning).",
@@ -32,6 +34,7 @@ WHAT = {
     "reward probe": "A reward model: a linear head, fitted to pairs of answers, on an unchanged language model.",
     "rlhf": "A language model, trained by reinforcement learning from a reward, held near an anchor by a KL penalty.",
     "convert": "A model, imported as plain safetensors.",
+    "export": "A model, written again for other programs: in another dtype or other files, or with its adapter merged.",
     "pick": "A language model, chosen from a post-training run's front of reward over KL.",
     "merge extract-lora": "A LoRA adapter: the difference between a model and its base, as factors of low rank.",
     "merge replace-tokenizer": "A model with another tokenizer; the rows of its tokens come from the old ones.",
@@ -42,6 +45,11 @@ TAGS = {
     **{"reward": ("reward-model",), "reward probe": ("reward-model",), "pick": ("warp",), "merge warp": ("warp",)},
 }
 TREE_LINES = 60
+# Commands that write a model again: what it is, is what the model before them was.
+CARRIERS = ("export", "doctor --fix", "convert")
+GEMMA = "gemma"  # the licence
+# Google's models under it, by how their names begin; Gemma 4 has another one.
+GEMMAS = tuple(f"google/gemma-{name}" for name in ("2", "7b", "1.1", "3"))
 TRAINED = ("sft", "distill", "reward", "reward probe", "rlhf")
 
 
@@ -70,6 +78,7 @@ class Account:
 
     sections  of the card: (title, Markdown), instead of the table of the summary
     pictures  files that are copied next to the card and shown in it
+    files     further files that are copied into the output
     """
 
     command: str
@@ -78,6 +87,7 @@ class Account:
     summary: JsonMapping = field(default_factory=dict)
     sections: tuple[tuple[str, str], ...] = ()
     pictures: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,11 @@ class Facts:
         if self.is_adapter:
             return self.config.get("task_type") == "SEQ_CLS"
         return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its weights are quantised."""
+        return bool(self.config.get("quantization_config"))
 
     @property
     def is_adapter(self) -> bool:
@@ -147,11 +162,13 @@ def model_card(facts: Facts) -> str:
 def metadata(facts: Facts) -> JsonObject:
     """Return the front matter, without unknown entries."""
     of = tuple(parent for parent in facts.parents if parent.role == "base") if facts.is_adapter else facts.sources
-    bases = list(dict.fromkeys(_base_names(of)))
-    merged = (facts.command.startswith("merge") and not facts.is_adapter) or facts.command == "pick"
-    relation = "merge" if merged and len(facts.sources) > 1 else "finetune" if facts.command in TRAINED else None
-    relation = "adapter" if facts.is_adapter else relation
-    tags = ["gemma2", *(["merge"] if merged and len(facts.sources) > 1 else []), *_tags(facts.command)]
+    command, sources = _carried(facts)
+    bases = list(dict.fromkeys(_base_names(of or facts.sources)))
+    merged = ((command.startswith("merge") and not facts.is_adapter) or command == "pick") and len(_plain(sources)) > 1
+    tuned = command in TRAINED or len(_plain(sources)) < len(sources)
+    relation = "merge" if merged else "finetune" if tuned else None
+    relation = "adapter" if facts.is_adapter else "quantized" if facts.is_quantised else relation
+    tags = ["gemma2", *(["merge"] if merged else []), *_tags(facts.command)]
     for ancestor in _all(facts.sources):
         tags += _tags(ancestor.command)
     return {
@@ -160,9 +177,37 @@ def metadata(facts: Facts) -> JsonObject:
         "library_name": "peft" if facts.is_adapter else "transformers",
         "pipeline_tag": "text-classification" if facts.is_reward else "text-generation",
         "tags": list(dict.fromkeys(tags)),
-        **_inherited(facts.sources, ("license", "license_name", "license_link")),
+        **_licence(facts.sources),
         **_inherited(facts.sources, ("language",)),
     }
+
+
+def _carried(facts: Facts) -> tuple[str, tuple[Ancestor, ...]]:
+    """The command that made what the model is, and its models: commands that only write a model again do not count."""
+    command, sources = facts.command, facts.sources
+    while command in CARRIERS and len(own := _plain(sources)) == 1 and own[0].command and not own[0].hub:
+        command, sources = own[0].command, _before(own[0])
+    return command, sources
+
+
+def _plain(sources: Sequence[Ancestor]) -> tuple[Ancestor, ...]:
+    """The models without those that are below an adapter among them."""
+    return tuple(source for source in sources if source.role != ADAPTED)
+
+
+def _licence(sources: Sequence[Ancestor]) -> JsonObject:
+    """The licence of a model: Gemma's if a Gemma is among its ancestors, else the one that all of them state.
+
+    Gemma's terms hold for every model derived from one, whatever else it is made from.
+    """
+    if any(_is_gemma(ancestor) for ancestor in _all(sources)):
+        return {"license": GEMMA}
+    return _inherited(sources, ("license", "license_name", "license_link"))
+
+
+def _is_gemma(ancestor: Ancestor) -> bool:
+    """Whether a model is one of Google's Gemma models, or says that Gemma's terms hold for it."""
+    return ancestor.metadata.get("license") == GEMMA or ancestor.hub.startswith(GEMMAS)
 
 
 def _tags(command: str) -> tuple[str, ...]:
@@ -340,7 +385,7 @@ def _limits(facts: Facts) -> str:
         lines.append(
             "- The reward is the score of a reward model or function, which RL learns to please; it is not the truth."
         )
-    licence = _inherited(facts.sources, ("license",)).get("license")
+    licence = _licence(facts.sources).get("license")
     if licence is None:
         why = (
             "the cards of the models that it was made from state none, or different ones"
@@ -349,5 +394,5 @@ def _limits(facts: Facts) -> str:
         )
         lines.append(f"- Licence: unknown; {why}.")
     else:
-        lines.append(f"- Licence: {code(str(licence))}, as stated by the cards of the models that it was made from.")
+        lines.append(f"- Licence: {code(str(licence))}, that of the models that it was made from.")
     return "\n".join(lines)

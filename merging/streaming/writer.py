@@ -71,12 +71,13 @@ class Writer:
 
     @classmethod
     @contextmanager
-    def create(cls, directory: Path, tensors: Layout) -> Iterator[Writer]:
-        """Allocate files of at most MAX_SHARD_BYTES (or one tensor) and write their headers. Raises OutputError.
+    def create(cls, directory: Path, tensors: Layout, shard_bytes: int | None = None) -> Iterator[Writer]:
+        """Allocate files of at most `shard_bytes` (or one tensor) and write their headers. Raises OutputError.
 
-        The division into files depends only on the layout, so equal merges give equal files.
+        The division into files depends only on the layout and that size, so equal merges give equal files.
+        shard_bytes  None: MAX_SHARD_BYTES
         """
-        shards = [_pages_first(shard) for shard in _divide(tensors, MAX_SHARD_BYTES)]
+        shards = [_pages_first(shard) for shard in _divide(tensors, shard_bytes or MAX_SHARD_BYTES)]
         names = shard_names(len(shards))
         direct = sum(_nbytes(*entry) for entry in tensors.values()) >= DIRECT_BYTES
         places: dict[str, WritePlace] = {}

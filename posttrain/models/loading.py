@@ -47,11 +47,16 @@ __all__ = [
 ]
 
 SENTENCEPIECE = "tokenizer.model"
+LACKING = ("mps",)  # accelerators without float64
 
 
 def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the accelerator if there is one, else the CPU: CUDA, ROCm, XPU, or what a plug-in of torch registers.
+
+    Apple's MPS is left out: it has no float64, in which draws and the KL are summed.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None or found.type in LACKING else torch.device(found.type)
 
 
 def read_config(path: Path) -> JsonObject:
@@ -101,7 +106,7 @@ def check_attention(name: str) -> None:
     found = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     if name == "eager":
         return
-    if not torch.cuda.is_available():
+    if default_device().type == "cpu":
         raise UsageError(f"--attention {name} needs a GPU, but no GPU was found", "use eager")
     if name in found and not found[name]():
         package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[name]

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gemma2.core.errors import GuardStop
 from gemma2.posttrain.data.rows import Prompt
+from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
@@ -63,7 +64,11 @@ class Seen:
 
 def tolerance(model: CausalLM) -> float:
     """The rounding of a model's log-probs, as it runs now."""
-    half = model.dtype != torch.float32 or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    half = (
+        model.dtype != torch.float32
+        or torch.is_autocast_enabled(default_device().type)
+        or torch.is_autocast_enabled("cpu")
+    )
     return TOLERANCE_HALF if half else TOLERANCE
 
 

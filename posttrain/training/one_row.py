@@ -16,6 +16,7 @@ from torch import Tensor
 from gemma2.core.errors import GuardStop
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
+from gemma2.posttrain.models.loading import default_device
 
 __all__ = ["ROWS", "agree", "check_bos", "check_targets", "same_tokens", "shortest"]
 
@@ -86,7 +87,7 @@ def same_tokens(what: str, batch: Tensor, row: Sequence[int]) -> None:
 
 def agree(what: str, found: float, expected: float) -> None:
     """Raise GuardStop if two implementations of one loss differ by more than rounding."""
-    half = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    half = any(torch.is_autocast_enabled(device) for device in {"cpu", default_device().type})
     limit = TOLERANCE_HALF if half else TOLERANCE
     if not abs(found - expected) <= limit * max(1.0, abs(expected)):
         raise GuardStop(f"{what} is {found:.6g} in the trainer and {expected:.6g} by another implementation", REPORT)

@@ -36,6 +36,7 @@ from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
 from gemma2.core.sizes import sizes_apart
+from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.live import LiveRecord, take_alert
@@ -80,7 +81,7 @@ def trainer_arguments(
     Raises UsageError for an option that TRL does not have, that a flag of the command sets, or that is among `unused`
     and so would have no effect; and for a tracker that is not installed.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = default_device().type != "cpu"
     arguments = {
         "output_dir": str(run.checkpoints),
         "learning_rate": config.learning_rate,
@@ -206,7 +207,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
     ) -> None:
         start_above_zero(cast("LRScheduler | None", kwargs.get("lr_scheduler")), args.get_warmup_steps(state.max_steps))
         self.steps, self.clipped = state.global_step, self._clipped_before(state.global_step)
-        visible = torch.cuda.device_count()
+        visible = 0 if args.device.type == "cpu" else torch.accelerator.device_count()
         if visible > 1 and args.world_size == 1:
             self.progress.note(f"{visible} GPUs are visible, one is used; CUDA_VISIBLE_DEVICES chooses which")
         self._bar = self.progress.task(self.label, total=state.max_steps, unit="steps")

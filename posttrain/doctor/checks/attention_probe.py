@@ -18,11 +18,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from gemma2.posttrain.models.causal_attention import blockwise
+from gemma2.posttrain.models.loading import default_device
 
 from .finding import Diagnosis, fine, problem, warning
 from .subject import Subject
 
-__all__ = ["Deviation", "probe", "probe_attention"]
+__all__ = ["ROWS", "WINDOW", "Deviation", "probe", "probe_attention", "probe_network", "probe_tokens"]
 
 ROWS, WINDOW, LENGTH, WIDE = 128, 16, 48, 64  # vocabulary, window, tokens, hidden size of the probe
 OVER = 3.0  # how far the largest logit exceeds the cap
@@ -83,7 +84,7 @@ def _scale_queries(network: Gemma2ForCausalLM, wanted: float) -> None:
     for layer in network.model.layers:
         largest: list[float] = []
         hook = layer.self_attn.register_forward_hook(partial(_keep_largest, largest), with_kwargs=True)
-        network(_tokens())
+        network(probe_tokens())
         hook.remove()
         layer.self_attn.q_proj.weight.mul_(wanted / largest[0])
 
@@ -103,7 +104,8 @@ def _keep_largest(
     into.append(float((query @ key.transpose(2, 3) * module.scaling).abs().max()))
 
 
-def _tokens() -> Tensor:
+def probe_tokens() -> Tensor:
+    """The tokens (1, T) that the probe reads."""
     return torch.arange(LENGTH)[None] * 37 % ROWS
 
 
@@ -157,14 +159,14 @@ def probe(
     subject: Subject, found: dict[str, Backend] | None = None, device: torch.device | None = None
 ) -> list[Deviation]:
     """Compare back ends with eager on the probe of a model's settings. Differences in logits, not in probabilities."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     settings = subject.settings
     cap, final = settings.get("attn_logit_softcapping"), settings.get("final_logit_softcapping")
     scale = settings.get("query_pre_attn_scalar") or 256
     results = []
     for name, run in (backends(device) if found is None else found).items():
         network = probe_network(cap, final, max(round(scale), 1), subject.number("head_dim") or 256).to(device)
-        tokens = _tokens().to(device)
+        tokens = probe_tokens().to(device)
         wanted = network(tokens).logits.float()
         got = run(network, tokens)
         same = (got.argmax(-1) == wanted.argmax(-1)).float().mean()

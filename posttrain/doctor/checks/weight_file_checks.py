@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.limits import JSON_BYTES
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.core.sizes import size as bytes_of
 from gemma2.merging.inputs.architecture import LM_HEAD
 from gemma2.merging.inputs.config_defaults import is_tied
 from gemma2.merging.inputs.weight_files import INDEX, PICKLES, WEIGHTS
@@ -41,7 +42,8 @@ def _headers(subject: Subject) -> Iterator[Diagnosis]:
             yield problem("there are not any safetensors files", FETCH)
     else:
         size = sum(tensor.nbytes for tensor in subject.tensors.values())
-        yield fine(f"{len(subject.tensors)} tensors in {len(subject.weights)} files, {size / 1e9:.3g} GB")
+        files = "1 file" if len(subject.weights) == 1 else f"{len(subject.weights)} files"
+        yield fine(f"{len(subject.tensors)} tensors in {files}, {bytes_of(size)}")
 
 
 def _starts_with(file: object, begin: bytes) -> bool:

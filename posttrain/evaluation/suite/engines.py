@@ -18,6 +18,7 @@ import torch
 
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating
@@ -119,6 +120,8 @@ class LmEvalEngine:
         if config.engine == "hf":
             settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
             settings["attn_implementation"] = "eager"
+        else:
+            refuse_wrong_attention(config.model, import_module("vllm"), dtype=kind)
         self.model = getattr(import_module(module), name)(**settings)
         self.instance = import_module("lm_eval.api.instance").Instance
         self.encoder = Encoder(self.tokenizer, int(self.model.max_length))

@@ -14,6 +14,7 @@ from typing import Any
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
 from gemma2.posttrain.models.loading import load_tokenizer, read_config
 from gemma2.posttrain.schemas import GenerateConfig
 
@@ -37,7 +38,10 @@ class VllmEngine:
 
     @classmethod
     def load(cls, config: GenerateConfig) -> VllmEngine:
-        """Start vLLM on the teacher. Raises UsageError without the package, InputError when it refuses the model."""
+        """Start vLLM on the teacher. Raises UsageError without the package.
+
+        Raises InputError when it refuses the model, or drops a part of its attention (doctor's probe, run once).
+        """
         try:
             import vllm
         except ImportError as error:
@@ -46,6 +50,7 @@ class VllmEngine:
             ) from error
         read_config(config.teacher)  # refuses models with code and damaged files, with our messages
         tokenizer = load_tokenizer(config.teacher)
+        refuse_wrong_attention(config.teacher, vllm, dtype=config.dtype)
         try:
             llm = vllm.LLM(
                 model=str(config.teacher),

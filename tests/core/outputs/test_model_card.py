@@ -78,9 +78,37 @@ def test_a_teacher_or_a_reward_model_is_not_a_base():
 
 @pytest.mark.parametrize("other", [{"license": "apache-2.0"}, {}])
 def test_a_licence_that_not_all_parents_state_is_left_out(other):
-    models = [ancestor("input", "a", license="gemma"), ancestor("input", "b", **other)]
+    models = [ancestor("input", "a", license="mit"), ancestor("input", "b", **other)]
     assert "license" not in metadata(facts("merge linear", models))
     assert "Licence: unknown" in model_card(facts("merge linear", models))
+
+
+@pytest.mark.parametrize("gemma", [{"license": "gemma"}, {"hub": "google/gemma-2-9b@1"}])
+def test_gemma_s_licence_holds_for_all_that_a_gemma_is_in(gemma):
+    below = ancestor("base", "sft", command="sft", parents=[ancestor("model", "a", **gemma)])
+    found = metadata(facts("merge linear", [ancestor("input", "b", license="mit"), below]))
+    assert found["license"] == "gemma"
+
+
+@pytest.mark.parametrize("command", ["export", "merge linear"])
+def test_a_merged_adapter_is_a_fine_tuned_form_of_the_model_below_it(command):
+    below = ancestor("adapter-base", "base", "google/gemma-2-2b@1", license="gemma")
+    found = metadata(facts(command, [ancestor("input", "adapter"), below]))
+    expected = ("google/gemma-2-2b", "finetune", "gemma")
+    assert (found["base_model"], found["base_model_relation"], found["license"]) == expected
+    two = [ancestor("input", "one"), below, ancestor("input", "two"), below]
+    assert metadata(facts("merge linear", two))["base_model_relation"] == "merge"
+
+
+def test_a_model_that_was_only_written_again_is_still_what_it_was():
+    parts = [ancestor("input", name, f"org/{name}@1") for name in "ab"]
+    merged = ancestor("input", "merged", command="merge slerp", parents=parts)
+    again = ancestor("input", "again", command="export", parents=[merged])
+    found = metadata(facts("export", [again]))
+    assert (found["base_model"], found["base_model_relation"]) == (["org/a", "org/b"], "merge")
+    assert metadata(facts("export", [SFT]))["base_model_relation"] == "finetune"
+    packed = {**CAUSAL, "quantization_config": {"quant_method": "gptq"}}
+    assert metadata(facts("export", [SFT], packed))["base_model_relation"] == "quantized"
 
 
 def test_a_reward_model_is_a_classifier():
@@ -161,7 +189,7 @@ def test_the_limits_name_missing_measurements_and_the_licence():
     assert "Nothing was measured" not in model_card(facts("rlhf", summary={"reward": 3.0}))
     assert "which RL learns to please" in model_card(facts("rlhf"))
     assert "Licence: unknown; none is stated." in model_card(facts("tiny"))
-    assert "Licence: `gemma`, as stated by the cards" in model_card(facts("sft", [HUB]))
+    assert "Licence: `gemma`, that of the models" in model_card(facts("sft", [HUB]))
 
 
 def test_the_lineage_lists_each_model_once_and_stays_short():

@@ -52,9 +52,10 @@ def alone(model, row):
 @pytest.mark.parametrize("kind", ["stem", "group", "equal", "contexts"])
 def test_each_choice_has_the_log_likelihood_of_its_whole_sequence(model, kind):
     rows = rows_of(kind)
-    found = [values for _, batch in SharedScorer(model, 4).group(rows) for values in batch]
-    for row, values in zip(rows, found, strict=True):
-        assert values == pytest.approx(alone(model, row), abs=1e-4)
+    for batch_size in (1, 4):
+        found = [values for _, batch in SharedScorer(model, batch_size).group(rows) for values in batch]
+        for row, values in zip(rows, found, strict=True):
+            assert values == pytest.approx(alone(model, row), abs=1e-4)
 
 
 def test_windows_count_positions_not_columns(model):

@@ -1,0 +1,99 @@
+"""Every command that runs a model, on an accelerator that is simulated: no tensor is left on the wrong device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rl_job import write_job
+
+from gemma2.posttrain.tiny.networks import save_random
+
+pytestmark = pytest.mark.long
+
+HERE = Path(__file__).parent
+DRAWN = "--max-new-tokens 8"
+TRAINED = "--max-steps 2 --batch-size 4 --warmup-steps 0"
+ROLLED = (
+    "--prompts prompts.jsonl --reward rm --steps 2 --prompts-per-step 2 --n 2 --max-new-tokens 16 --warmup-steps 0 "
+    "--eval-prompts 4 --learning-rate 1e-3"
+)
+COMMANDS = {
+    "generate": f"generate --teacher policy --prompts prompts.jsonl --keep-truncated --out data {DRAWN}",
+    "sft": f"sft --model policy --data rows.jsonl --out sft {TRAINED}",
+    "sft, LoRA": f"sft --model policy --data rows.jsonl --out sft-lora --lora-rank 2 {TRAINED}",
+    "distill": f"distill --model policy --teacher b --prompts prompts.jsonl --steps 2 --batch-size 2 --warmup-steps 0 "
+    f"{DRAWN} --out distilled",
+    "distill cache": "distill cache --teacher b --data rows.jsonl --out cache",
+    "distill, cached": "distill --model policy --teacher-cache cache --divergence forward-kl --steps 2 --batch-size 2 "
+    "--warmup-steps 0 --out distilled-cache",
+    "reward pairs": f"reward pairs --model policy --prompts prompts.jsonl --judge judge:judge --n 3 {DRAWN} --out p",
+    "reward": f"reward --model policy --data pairs.jsonl --out reward {TRAINED}",
+    "reward probe": "reward probe --model policy --data pairs.jsonl --out probe",
+    "reward score": "reward score rm --data pairs.jsonl --out scored",
+    "reward eval": "reward eval rm --data pairs.jsonl",
+    "rlhf": f"rlhf --policy policy {ROLLED} --out rl",
+    "rlhf, anchor on the host": f"rlhf --policy policy {ROLLED} --anchor-memory cpu --out rl-host",
+    "rlhf, fixed anchor": f"rlhf --policy policy {ROLLED} --anchor sft --out rl-fixed",
+    "rlhf, LoRA": f"rlhf --policy policy {ROLLED} --lora-rank 2 --out rl-lora",
+    "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors --out rl-factors",
+    "eval": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm {DRAWN}",
+    "eval, fp32": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm --dtype float32 {DRAWN}",
+    "pareto": f"pareto --sft policy --policies b --merged b --etas 0.5 --prompts prompts.jsonl --reward rm {DRAWN} "
+    "--out front",
+    "chat": "chat policy -p hello --seed 0",
+    "doctor": "doctor --deep policy --only loss",  # `attention` would compile its back ends for the device
+}
+
+
+def run(world, lines, **environment):
+    """What became of command lines in one process with a simulated accelerator."""
+    given = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{world}", "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(
+        [sys.executable, str(HERE / "run_commands.py")],
+        input=json.dumps({name: line.split() for name, line in lines.items()}),
+        capture_output=True,
+        text=True,
+        cwd=world,
+        env=given,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = write_job(tmp_path_factory.mktemp("simulated"))
+    save_random(root / "rm", 2, "reward")
+    save_random(root / "b", 1)
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(12)]
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in rows]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(world):
+    return run(world, COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_runs_on_an_accelerator(name, found):
+    assert found[name]["code"] == (1 if name == "doctor" else 0), found[name]["said"]  # it sees untrained weights
+    assert found[name]["operations"] > 300  # it was the device that computed
+
+
+def test_one_of_two_devices_is_used_and_said(found):
+    assert "2 GPUs are visible, one is used" in found["sft"]["said"]
+    assert "GPUs are visible" not in found["eval"]["said"]
+
+
+def test_a_tensor_that_was_left_on_the_host_is_noticed(world):
+    line = f"generate --teacher policy --prompts prompts.jsonl --keep-truncated --out planted {DRAWN}"
+    planted = run(world, {"planted": line}, GEMMA2_PLANTED="1")["planted"]
+    assert planted["code"] == -1
+    assert "Expected all tensors to be on the same device" in planted["said"]
