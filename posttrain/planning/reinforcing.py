@@ -26,6 +26,7 @@ from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
 
 __all__ = ["frozen_bytes", "of_rlhf", "of_warp", "reading", "reward_models", "scoring"]
 
+FP32 = 4.0  # bytes of an element
 KL_COPIES = 8  # of a chunk of logits: those of two models, their log-probs, their difference (evaluate.py)
 
 
@@ -94,9 +95,9 @@ def rl_moments(
     network = one.network
     base: Sum = []
     if reference is not None:
-        base.append(("reference", resident(sizes(reference), frozen_bytes(config, place))))
+        base.append(("reference", resident(sizes(reference), FP32)))  # as the policy is (models/precision.py)
     elif not config.lora_rank:
-        base.append(("reference", resident(shape, frozen_bytes(config, place))))
+        base.append(("reference", resident(shape, FP32)))
     base += reward_models(config, sizes, place) + _anchor(config, one, place)
     rows = max(1, config.prompts_per_step // place.devices) * config.n
     micro = min(config.micro_batch_size or rows, rows)
