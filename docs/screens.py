@@ -44,9 +44,9 @@ SCENES = (
     Scene("doctor", ("gemma2 doctor warp/model",)),
     Scene(
         "plan",
-        ("gemma2 plan rlhf --policy 9b --reward-fn rules:reward --prompts models/prompts.jsonl --gpu 80GB",),
+        ("gemma2 plan rlhf --policy 2b --reward 2b --gpu 48GB",),
     ),
-    Scene("eval", ("gemma2 eval warp/model --qa questions.jsonl --against sft --quiet",)),
+    Scene("eval", ("gemma2 eval warp/model --qa questions.jsonl --against models/student --quiet",)),
     Scene(
         "chat",
         ("gemma2 chat warp/model --against sft --seed 0", "What is 2 plus 3?", "/vote a", "/quit"),
