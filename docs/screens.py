@@ -42,10 +42,6 @@ class Scene:
 
 SCENES = (
     Scene("doctor", ("gemma2 doctor warp/model",)),
-    Scene(
-        "plan",
-        ("gemma2 plan rlhf --policy 2b --reward 2b --gpu 48GB",),
-    ),
     Scene("eval", ("gemma2 eval warp/model --qa questions.jsonl --against models/student --quiet",)),
     Scene(
         "chat",
