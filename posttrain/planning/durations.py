@@ -23,13 +23,17 @@ from gemma2.posttrain.schemas import (
     SftConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig
 
 __all__ = ["UNKNOWN", "Trial", "duration"]
 
 UNKNOWN = "not known: gemma2 plan takes --throughput TOKENS/S, or tries three steps with --measure"
 NO_ROWS = "not known: there are no rows to count tokens of"
 TRAINED = (SftConfig, RewardConfig)
-READ = (DistillCacheConfig, ProbeConfig, RewardScoreConfig, RewardEvalConfig)
+READ = (
+    *(DistillCacheConfig, ProbeConfig, RewardScoreConfig, RewardEvalConfig),
+    *(ChoicesConfig, PerplexityConfig, QaConfig),
+)
 
 
 @dataclass(frozen=True)
