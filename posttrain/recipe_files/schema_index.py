@@ -18,6 +18,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.measures.built_in import WinRateConfig
 
 __all__ = ["FILE_KINDS", "commands_of_keys", "commands_with_settings", "schema_for", "with_inputs"]
 
@@ -27,15 +28,15 @@ FILE_KINDS = ("pipeline", "merge")  # files that are not the recipe of one comma
 # Inputs that no schema can require, because another one may stand for them: what a recipe leaves to the command line.
 ALTERNATIVES: dict[type[Config], JsonMapping] = {
     DistillConfig: {"teacher": "given", "prompts": "given", "data": "given"},
-    **{schema: {"reward": ("given",)} for schema in (EvalConfig, ParetoConfig, RlhfConfig, WarpConfig)},
+    **{schema: {"reward": ("given",)} for schema in (EvalConfig, ParetoConfig, RlhfConfig, WarpConfig, WinRateConfig)},
 }
 # What is given instead of them.
-STANDS_FOR = {"teacher_cache": ("teacher", "prompts", "data"), "reward_fn": ("reward",)}
+STANDS_FOR = {"teacher_cache": ("teacher", "prompts", "data"), "reward_fn": ("reward",), "judge": ("reward",)}
 
 
 @cache
 def commands_with_settings() -> dict[str, type[Config]]:
-    """Command -> its schema; merge methods have another kind of file."""
+    """Command -> its schema; merges have another kind of file."""
     found = {name: command.schema for name, command in COMMANDS.items() if not _is_method(name)}
     return found | {"reward eval": RewardEvalConfig, "eval": EvalConfig}
 
