@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from screens import own_fonts
 from typer.core import TyperGroup
 
 from gemma2.cli.app import COMMANDS, invoke, load
@@ -241,7 +242,7 @@ def picture() -> str:
         os.environ |= before
     console = Console(record=True, file=io.StringIO(), width=int(COLUMNS))
     console.print(Text.from_ansi(f"$ gemma2 {PLANNED}\n\n{out.getvalue()}"))
-    return console.export_svg(title="gemma2 plan", unique_id="plan")
+    return console.export_svg(title="gemma2 plan", unique_id="plan", code_format=own_fonts())
 
 
 if __name__ == "__main__":

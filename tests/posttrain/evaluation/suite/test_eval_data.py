@@ -13,6 +13,7 @@ import pytest
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
+from gemma2.posttrain.data.sources import data_files
 from gemma2.posttrain.evaluation.suite import data_package, data_write
 from gemma2.posttrain.evaluation.suite.data_write import DataRequest, plan_data, write_data
 
@@ -98,6 +99,7 @@ def wheels(tmp_path, monkeypatch):
 
 def test_the_wheels_give_the_rows_of_every_task(wheels, tmp_path):
     found = write_data(tmp_path / "out", DataRequest(source="package", wheels=wheels))
+    assert [path.stem for path in data_files(tmp_path / "out")] == sorted(ROWS)  # an output that other commands read
     ids = {task: [row["id"] for row in rows_of(tmp_path / "out", task)] for task in ROWS}
     assert ids == {
         "mmlu": ["zoology/dev/0", "art/test/0", "zoology/test/0", "zoology/test/1"],
