@@ -30,7 +30,7 @@ def data(
         "--out",
         "-o",
         metavar="DIR",
-        help="Directory to write: TASK.jsonl for each task.",
+        help="Output directory: TASK.jsonl for each task.",
         show_default=False,
         rich_help_panel=COMMON,
     ),
