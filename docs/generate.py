@@ -2,7 +2,9 @@
 
 docs/commands.md      the --help pages
 docs/merging.md       the methods, from their table
-docs/your-gemma2.md   the memory of each step, from the estimates of --dry-run
+docs/plan.svg         a plan as a terminal shows it
+docs/your-gemma2.md   the memory of each step on a GPU, as gemma2 plan computes it
+docs/recipes.md       the recipe of each command, size and machine, with its memory, from the planner
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from gemma2.cli.app import COMMANDS, invoke, load
 from gemma2.merging.methods.option import OPTIONS
 from gemma2.merging.methods.table import METHODS
-from gemma2.posttrain.runs.estimates import Promise, Sources, estimate
+from gemma2.posttrain.planning.estimates import Promise, Sources, estimate
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
+from gemma2.posttrain.planning.shapes import SIZES, ModelShape
+from gemma2.posttrain.recipe_files.machines import MACHINES, ONE_GPU, Cell, cells, least_plan, plan_of
 from gemma2.posttrain.schemas import GenerateConfig, MergeConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -27,12 +34,14 @@ MERGING = Path(__file__).with_name("merging.md")
 BEGIN, END = "<!-- methods: written by make docs from merging/methods -->", "<!-- end of methods -->"
 YOURS = Path(__file__).with_name("your-gemma2.md")
 MEMORY, END_OF_MEMORY = (
-    "<!-- memory: written by make docs from posttrain/runs/estimates.py -->",
+    "<!-- memory: written by make docs from posttrain/planning/memory.py -->",
     "<!-- end of memory -->",
 )
+RECIPES = Path(__file__).with_name("recipes.md")
+PLANS, END_OF_PLANS = "<!-- recipes: written by make docs from the planner -->", "<!-- end of recipes -->"
 PARAMETERS = 2_614_341_888  # of Gemma 2 2B
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
-LEFT_FREE = 0.15  # of a card, for activations and samples
+LENGTHS = Lengths(row=1024, prompt=256)  # of the longest rows
 BASES = {
     "required": "required",
     "sought": "named, or recorded by all models",
@@ -40,6 +49,8 @@ BASES = {
     "given": "optional",
     "none": "not taken",
 }
+PICTURE = Path(__file__).with_name("plan.svg")
+PLANNED = "plan rlhf --policy 2b --reward 2b --gpu 48GB"
 COLUMNS = "100"  # the width of a page, whatever terminal this runs in
 HEAD = """\
 # Commands
@@ -132,13 +143,14 @@ def merging_page() -> str:
 def jobs() -> dict[str, Config]:
     """Steps on a 2B, with the options that their memory depends on."""
     model, rows = Path("model"), Path("rows")
-    rl = {"policy": model, "prompts": rows, "reward": (model,)}
+    one = {"micro_batch_size": 1}
+    rl = {"policy": model, "prompts": rows, "reward": (model,), **one}
     return {
         "`generate`, `reward score`": GenerateConfig(teacher=model, prompts=rows),
-        "`sft --lora-rank 16`": SftConfig(model=model, data=(rows,), lora_rank=16),
-        "`sft`, all weights": SftConfig(model=model, data=(rows,)),
-        "`reward --lora-rank 16`": RewardConfig(model=model, data=rows, lora_rank=16),
-        "`reward`, all weights": RewardConfig(model=model, data=rows),
+        "`sft --lora-rank 16`": SftConfig(model=model, data=(rows,), **one, lora_rank=16),
+        "`sft`, all weights": SftConfig(model=model, data=(rows,), **one),
+        "`reward --lora-rank 16`": RewardConfig(model=model, data=rows, **one, lora_rank=16),
+        "`reward`, all weights": RewardConfig(model=model, data=rows, **one),
         "`rlhf --lora-rank 16 --lora-anchor factors`": RlhfConfig(**rl, lora_rank=16, lora_anchor="factors"),
         "`rlhf --lora-rank 16`": RlhfConfig(**rl, lora_rank=16),
         "`rlhf`, all weights": RlhfConfig(**rl),
@@ -157,12 +169,18 @@ def memory() -> str:
     for name, config in jobs().items():
         work = estimate(config, Sources(promised))
         assert work is not None, name
-        needed = work.memory / 1e9
-        fits = ["yes" if needed <= size * (1 - LEFT_FREE) else "no" for size in CARDS.values()]
+        plan = memory_of(config, size_of, MemoryPlace("accelerator"), LENGTHS)
+        needed = (plan.peak.bytes if plan else work.memory or 0.0) / 1e9
+        fits = ["yes" if needed <= size else "no" for size in CARDS.values()]
         if isinstance(config, MergeConfig):
             fits = ["no GPU"] * len(CARDS)
         rows.append(f"| {name} | {needed:.1f} | {work.disk / 1e9:.3g} | {' | '.join(fits)} |")
     return "\n".join(rows)
+
+
+def size_of(path: Path) -> ModelShape:
+    """The shape of every model of `jobs`."""
+    return SIZES["2b"]
 
 
 def your_page() -> str:
@@ -174,7 +192,61 @@ def your_page() -> str:
     return f"{before}{begin}\n\n{memory()}\n\n{end}{after}"
 
 
+def plans() -> str:
+    """A table: the recipe of every command and size on each machine with its memory, or the memory that it lacks."""
+    head = ["command, model", *MACHINES]
+    rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for command, size in dict.fromkeys((cell.command, cell.size) for cell in cells()):
+        row = [f"{command}, {size.upper()}"]
+        for machine in MACHINES:
+            cell = Cell(command, size, machine)
+            single = Cell(command, size, "80gb")
+            if cell.path is not None:
+                row.append(f"{plan_of(cell).needed / 1e9:.0f} GB")
+            elif command in ONE_GPU and MACHINES[machine].gpus > 1 and single.path is not None:
+                row.append("one GPU: as 80gb")
+            else:
+                row.append(f"no: {least_plan(cell).needed / 1e9:.0f} GB")
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
+def recipes_page() -> str:
+    """docs/recipes.md with its table between the marks."""
+    before, begin, rest = RECIPES.read_text(encoding="utf-8").partition(PLANS)
+    _, end, after = rest.partition(END_OF_PLANS)
+    if not begin or not end:
+        raise ValueError(f"{RECIPES} has no marks for its table")
+    return f"{before}{begin}\n\n{plans()}\n\n{end}{after}"
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what is printed."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def picture() -> str:
+    """docs/plan.svg: a plan that is the same on every machine."""
+    before = dict(os.environ)
+    os.environ |= {"COLUMNS": COLUMNS, "TERM": "xterm-256color"}
+    os.environ.pop("NO_COLOR", None)
+    out = Terminal()
+    try:
+        with contextlib.redirect_stdout(out):
+            invoke(PLANNED.split())
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    console = Console(record=True, file=io.StringIO(), width=int(COLUMNS))
+    console.print(Text.from_ansi(f"$ gemma2 {PLANNED}\n\n{out.getvalue()}"))
+    return console.export_svg(title="gemma2 plan", unique_id="plan")
+
+
 if __name__ == "__main__":
+    PICTURE.write_text(picture(), encoding="utf-8")
     TARGET.write_text(render(), encoding="utf-8")
     MERGING.write_text(merging_page(), encoding="utf-8")
     YOURS.write_text(your_page(), encoding="utf-8")
+    RECIPES.write_text(recipes_page(), encoding="utf-8")

@@ -10,7 +10,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, QUESTION, AsJson, DryRun, Quiet
 
 if TYPE_CHECKING:
     from gemma2.posttrain.chat.speaker import Speaker
@@ -99,6 +99,7 @@ Votes = typer.Option(
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
 def chat(
+    ctx: typer.Context,
     model: Path = Model,
     against: Path | None = Against,
     prompt: str | None = Prompt,
@@ -109,6 +110,7 @@ def chat(
     seed: int | None = Seed,
     dtype: str | None = Dtype,
     votes: Path = Votes,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -127,17 +129,48 @@ def chat(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype} is unknown", "use float32 or bfloat16")
+    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings = DrawSettings().changed(" ".join(f"{key}={value}" for key, value in given.items() if value is not None))
+    models = [model] if against is None else [model, against]
+    if dry_run:
+        _show_plan(models, dtype, QUESTION in ctx.meta, Console(as_json=as_json, quiet=quiet))
+        return
     once = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
     if once is not None and not once.strip():
         raise UsageError("there is no question", "give -p TEXT, or a text on stdin")
     if as_json and once is None:
         raise UsageError("--json answers once", "give -p TEXT, or a text on stdin")
     console = Console(as_json=as_json, quiet=quiet)
-    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    settings = DrawSettings().changed(" ".join(f"{key}={value}" for key, value in given.items() if value is not None))
-    speakers = _loaded([model] if against is None else [model, against], dtype, console)
+    speakers = _loaded(models, dtype, console)
     talk = Talk([one.name for one in speakers], system, settings=settings, votes=votes)
     _converse(speakers, talk, once, console)
+
+
+def _show_plan(paths: list[Path], dtype: str | None, sizes: bool, console: Console) -> None:
+    """The models that would be loaded, from their headers, and the memory of a conversation that fills the context."""
+    from gemma2.posttrain.checks.plan import place_of
+    from gemma2.posttrain.planning.answering import of_chat
+    from gemma2.posttrain.planning.named_models import named_shape
+    from gemma2.posttrain.planning.parts import settled
+    from gemma2.posttrain.runs.machine import free_memory
+
+    found = [named_shape(path, "model", sizes) for path in paths]
+    _check_policies([place for place, _, note in found if not note])
+    shapes = [shape for _, shape, _ in found]
+    memory = free_memory()
+    context = min(shape.context for shape in shapes)
+    peak = settled(of_chat(shapes, context, place_of(memory)), place_of(memory)).peak
+    models = {
+        f"model {number}": f"{place} ({shape.parameters:,.0f} parameters{f': {note}' if note else ''})"
+        for number, (place, shape, note) in enumerate(found, 1)
+    }
+    needs = {
+        "context": context,
+        "memory_gib": round(peak.bytes / 2**30, 3),
+        "memory_free_gib": round(memory.free / 2**30, 1),
+        "memory_of": memory.where,
+    }
+    console.result({"plan": "chat, nothing was loaded", **models, "dtype": dtype, **needs})
 
 
 def _loaded(paths: list[Path], dtype: str | None, console: Console) -> list[Speaker]:

@@ -46,7 +46,7 @@ def convert(
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
     from gemma2.posttrain.conversion.gguf import find_gguf
-    from gemma2.posttrain.runs.run_directory import RunOptions
+    from gemma2.posttrain.runs.run_options import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
     from gemma2.posttrain.schemas.config import resolve
 
@@ -54,11 +54,13 @@ def convert(
     config = resolve(ConvertConfig, flags={"source": source, "dtype": dtype})
     options = RunOptions(required_out(out), force=force)
     find_gguf(config.source)
-    from gemma2.posttrain.conversion.convert import plan_convert, run_convert
-
     if dry_run:
+        from gemma2.posttrain.checks.convert_plan import plan_convert
+
         console.result(plan_convert(config, options))
         return
+    from gemma2.posttrain.conversion.convert import run_convert
+
     promise(options.out)
     result = run_convert(config, options, console)
     console.result(result.summary, result.out)

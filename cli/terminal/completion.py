@@ -15,7 +15,15 @@ from gemma2.configs import recipe, recipes
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.home import text_at_home
 
-__all__ = ["begun", "every_recipe", "items_of", "merge_methods", "pipelines", "recipes_of_command", "stages"]
+__all__ = [
+    "begun",
+    "every_recipe",
+    "items_of",
+    "merge_methods",
+    "pipelines",
+    "recipes_of_command",
+    "stages",
+]
 
 
 def _recipes_for(command: str) -> list[str]:

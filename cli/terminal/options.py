@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.core.outputs.manifest import STATE
 from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
-from gemma2.posttrain.runs.run_directory import RunOptions, resumed_with
+from gemma2.posttrain.recipe_files.named_recipe import recipe_path
+from gemma2.posttrain.runs.run_options import RunOptions
 from gemma2.posttrain.runs.servers import allow_given, names_servers
-from gemma2.posttrain.schemas.config import Config, ValueSource, closest, is_given, load_yaml, resolve
+from gemma2.posttrain.schemas.config import Config, ValueSource, is_given, load_yaml, resolve
 
 from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
+from .plan_view import PlanAsked, plan_only
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMMON",
+    "QUESTION",
     "AllowHost",
     "AllowKey",
     "AllowVersions",
@@ -50,13 +52,13 @@ __all__ = [
     "Resume",
     "add_stage",
     "file_option",
-    "recipe_path",
     "required_out",
     "stage",
     "stage_group",
 ]
 
 COMMON = "Output and control"
+QUESTION = "gemma2.plan"  # key of what `gemma2 plan` asks, in the meta of a context
 ARGUMENT = "argument"  # parameter name of a field that may be given without its flag
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -155,31 +157,6 @@ def placed(file: Path | None, sets: Sequence[str], flags: Flags) -> Iterator[Non
         if not where.startswith("--set ") and (file is None or keys[0] not in load_yaml(file)):
             raise
         raise type(error)(f"{error.what} in {where}", error.hint, where) from error
-
-
-def recipe_path(name: str | None, command: str = "") -> Path | None:
-    """The file that `--config` means: a path, the configuration that an output records, or a recipe by name.
-
-    Raises UsageError for a recipe of ours that is for another command than `command`.
-    """
-    if name is None:
-        return None
-    path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
-    found = path if path.is_file() else recipe(name)
-    if found is None and path.exists():
-        raise InputError(f"--config {name} is not a regular file", "give a YAML file")
-    if found is None:
-        raise InputError(
-            f"--config {name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
-        )
-    if command and not path.is_file():
-        with found.open(encoding="utf-8") as lines:
-            begins, _, rest = lines.readline().partition("# gemma2 ")
-        purpose = rest.partition(":")[0]
-        if not begins and purpose not in ("", command):
-            how = "pipeline run " + name if purpose == "pipeline" else f"{purpose} --config {name}"
-            raise UsageError(f"--config {name} is a recipe for gemma2 {purpose}", f"use it with gemma2 {how}")
-    return found
 
 
 # --- commands of a schema ---------------------------------------------------------------------------------------------
@@ -290,9 +267,12 @@ def make_command(
         else:
             console = Console(as_json=given["as_json"], quiet=given["quiet"] or not is_main())
             settings = split_lists(schema, {name: given[name] for name in flags})
+            asked: PlanAsked | None = ctx.meta.get(QUESTION)
             if positional and given.get(ARGUMENT):
                 settings = _with_argument(positional, given[ARGUMENT], settings)
             file = recipe_path(given["config"], ctx.command_path.partition(" ")[2])
+            if asked is not None:
+                settings = asked.complete(schema, settings, file, given["set"] or ())
             config = resolve(schema, file=file, sets=given["set"] or (), flags=settings)
             from gemma2.posttrain.runs.inputs import check_inputs, located
 
@@ -300,14 +280,18 @@ def make_command(
                 allow(given["allow_host"] or (), given["allow_key"] or ())
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
+                if given["dry_run"]:
+                    needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))
+                    out = required_out(given["out"]) if needs_out else given.get("out")
+                    options = None if out is None else RunOptions(out, given["resume"], given["force"])
+                    plan_only(config, options, console, asked)
+                    return
                 config = located(config)
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
                 elif writes and not (prints and _is_for_the_screen(given)):
                     execute(config, given, run, console)
-                elif given["dry_run"]:
-                    _show_plan(config, None, console)
                 else:
                     from gemma2.posttrain.checks.of_command import CommandChecks
 
@@ -347,27 +331,15 @@ def _is_for_the_screen(given: Flags) -> bool:
     return True
 
 
-def _show_plan(config: Config, options: RunOptions | None, console: Console) -> None:
-    from gemma2.posttrain.pipelines.check import plan_step
-
-    from .plan_view import show_plan
-
-    show_plan(plan_step(config, options), console)
-
-
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
-    """Run a command that writes an output, or with --dry-run print its plan."""
+    """Run a command that writes an output."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
     allow(versions=given["allow_versions"])
     from gemma2.posttrain.checks.of_command import CommandChecks
-    from gemma2.posttrain.checks.plan import disk_problem
-    from gemma2.posttrain.runs.estimates import estimate
+    from gemma2.posttrain.checks.plan import shortages
     from gemma2.posttrain.runs.finished import publish_finished
-    from gemma2.posttrain.runs.machine import free_disk
+    from gemma2.posttrain.runs.run_directory import resumed_with
 
-    if given["dry_run"]:
-        _show_plan(config, options, console)
-        return
     promise(options.out)
     checks = CommandChecks(isolated=False)
     models = checks.inputs(config)
@@ -382,11 +354,10 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
             console.note(line)
     else:
         check_output(options.out, options.force)
-    checks.contents(config, models)
-    work = estimate(config, checks.sources)
-    problem = disk_problem(work, options.out, free_disk(options.out)) if work is not None else None
-    if problem and is_main():
-        console.warn(problem)  # an estimate: the run may need less
+    rows = checks.contents(config, models)
+    if is_main():
+        for problem in shortages(config, checks.sources, rows, options.out):
+            console.warn(problem)  # an estimate: the run may need less
     result = None
     try:
         result = run(config, options, console)

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from gemma2.core.json_files import JsonMapping
+from gemma2.core.json_files import JsonMapping, JsonObject
+from gemma2.posttrain.schemas.config import Config
 
 from .console import Console
 
-__all__ = ["end_plan", "show_plan"]
+if TYPE_CHECKING:
+    from gemma2.posttrain.checks.plan import Planned
+    from gemma2.posttrain.runs.run_directory import RunOptions
+
+__all__ = ["PlanAsked", "end_plan", "plan_only", "show_plan"]
 
 APART = ("data", "first_row", "stages", "problems", "config", "batch")
+
+
+class PlanAsked(Protocol):
+    """What `gemma2 plan` puts in place of the plan of a dry run."""
+
+    def complete(self, schema: type[Config], flags: JsonMapping, file: Path | None, sets: Sequence[str]) -> JsonObject:
+        """Return the flags of a command, with stand-ins for data that is not given."""
+        ...
+
+    def show(self, config: Config, planned: Planned, console: Console) -> None:
+        """Print the plan."""
+        ...
+
+
+def plan_only(config: Config, options: RunOptions | None, console: Console, asked: PlanAsked | None) -> None:
+    """Print the plan of a command, which `gemma2 plan` shows in its own way. options: where it writes, if it does."""
+    from gemma2.posttrain.checks.kinds import wanted_kind
+    from gemma2.posttrain.pipelines.check import plan_step
+    from gemma2.posttrain.planning.named_models import name_models
+
+    config, named = name_models(config, wanted_kind(config), sizes=asked is not None)
+    planned = plan_step(config, options, named)
+    if asked is not None:
+        asked.show(config, planned, console)
+    else:
+        show_plan(planned.document, console)
 
 
 def show_plan(document: JsonMapping, console: Console) -> None:

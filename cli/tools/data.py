@@ -10,7 +10,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet, file_option
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 from gemma2.cli.terminal.schema_flags import field_option, split_lists
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonMapping
@@ -20,6 +20,7 @@ from gemma2.posttrain.schemas.fields import RowFields
 
 if TYPE_CHECKING:
     from gemma2.posttrain.data.chat import ChatFormat
+    from gemma2.posttrain.data.own_form import Kind
 
 app = typer.Typer(
     cls=HelpGroup,
@@ -59,6 +60,7 @@ def inspect(
     rows: int = setting(3, "--rows", min=0, metavar="N", help="Rows to show [default 3]."),
     columns: str | None = Columns,
     ignore_keys: str | None = IgnoreKeys,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -71,6 +73,9 @@ def inspect(
     from gemma2.posttrain.data.survey import survey
 
     options = _options(columns=columns, ignore_keys=ignore_keys, on_bad_row="skip")
+    if dry_run:
+        _plan(f"data inspect {path}, nothing was rendered", path, options, read_as, as_json)
+        return
     found = survey(path, options, _chat_of(model), read_as, rows)
     console = Console(as_json=as_json, quiet=quiet)
     if as_json:
@@ -117,6 +122,7 @@ def convert(
     ),
     out: Path | None = OutFile,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -126,16 +132,26 @@ def convert(
       gemma2 data convert alpaca.json --out rows.jsonl
       gemma2 data convert chats.csv --parse-json messages --out rows.jsonl
     """  # fmt: skip
-    from gemma2.posttrain.data.own_form import convert_rows
+    from gemma2.posttrain.data.own_form import check_converted, convert_rows
 
     if out is None:
         raise UsageError("--out is missing", "give the file to write: --out rows.jsonl")
     options = _options(columns=columns, ignore_keys=ignore_keys, on_bad_row=on_bad_row)
     parsed = [name.strip() for name in (parse_json or "").split(",") if name.strip()]
+    if dry_run:
+        check_converted(path, out, force)
+        _plan(f"data convert {path} -> {out}, nothing was written", path, options, to, as_json)
+        return
     promise(out, file=True)
     found, reading = convert_rows(path, out, options, to, parsed, force)
     console = Console(as_json=as_json, quiet=quiet)
     console.result(found | reading.report(console, carried=True), out)
+
+
+def _plan(title: str, path: Path, options: RowFields, kind: Kind | None, as_json: bool) -> None:
+    from gemma2.posttrain.data.own_form import plan_reading
+
+    Console(as_json=as_json, quiet=True).result({"plan": title, **plan_reading(path, options, kind)})
 
 
 def _options(**flags: str | None) -> RowFields:

@@ -9,7 +9,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet
 
 if TYPE_CHECKING:
     from gemma2.posttrain.doctor.checks.finding import Finding
@@ -54,6 +54,7 @@ def doctor(
         rich_help_panel="Settings",
     ),
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -70,7 +71,7 @@ def doctor(
     """  # fmt: skip
     from gemma2.core.errors import UsageError
     from gemma2.posttrain.doctor.checks.finding import Depth
-    from gemma2.posttrain.doctor.examination import check_names, examine
+    from gemma2.posttrain.doctor.examination import check_names, examine, plan_examination
 
     console = Console(as_json=as_json, quiet=quiet)
     given = paths or []
@@ -83,6 +84,10 @@ def doctor(
     if fix is not None and len(given) != 1:
         raise UsageError(f"--fix takes one model, but {len(given)} were given", "name one PATH")
     depth = Depth.QUICK if quick else Depth.DEEP if deep else Depth.FULL
+    if dry_run:
+        checks = plan_examination(given, depth, _names(only), _names(skip))
+        _show_plan(checks, fix, console)
+        return
     found = []
     for finding in examine(given, depth, _names(only), _names(skip)):
         found.append(finding)
@@ -93,6 +98,17 @@ def doctor(
     counted = [one.status for one in found]
     if "problem" in counted or (strict and "warning" in counted):
         raise typer.Exit(1)
+
+
+def _show_plan(checks: list[dict[str, str]], fix: Path | None, console: Console) -> None:
+    """The checks that would run, a line each."""
+    plan = f"doctor, {len(checks)} checks, none was made" + (f"; a copy would be written to {fix}" if fix else "")
+    if console.as_json:
+        console.json({"plan": plan, "checks": checks})
+        return
+    console.result({"plan": plan})
+    if checks:
+        console.table(checks)
 
 
 def _repaired(path: Path, out: Path, force: bool) -> list[str]:

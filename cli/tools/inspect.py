@@ -8,7 +8,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Quiet
 from gemma2.core.json_files import JsonObject
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -56,6 +56,7 @@ def inspect(
         metavar="DIR", help="A model or adapter directory, or a hub id.", show_default=False, rich_help_panel="Inputs"
     ),
     tensors: bool = typer.Option(False, "--tensors", help="List every tensor.", rich_help_panel="Settings"),
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -69,10 +70,15 @@ def inspect(
     from gemma2.merging.inputs.weight_files import check_folders
 
     check_folders({"model": directory})
+    console = Console(as_json=as_json, quiet=quiet)
+    if dry_run:
+        from gemma2.merging.inspect.inspection import plan_inspection
+
+        console.result({"plan": f"inspect {directory}, nothing was read but file names", **plan_inspection(directory)})
+        return
     from gemma2.merging import inspect_model
 
     found = inspect_model(directory)
-    console = Console(as_json=as_json, quiet=quiet)
     if as_json:
         console.json(found)
         return

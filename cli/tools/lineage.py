@@ -11,7 +11,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Force, Form, Quiet, file_option
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Form, Quiet, file_option
 from gemma2.core.errors import OutputError, UsageError
 from gemma2.core.outputs.promised import promise
 
@@ -33,6 +33,7 @@ def lineage(
     form: Literal["text", "mermaid", "svg"] = Form,
     out: Path | None = OutFile,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -55,6 +56,10 @@ def lineage(
         raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
     found = read_lineage(directory)
     console = Console(as_json=as_json, quiet=quiet)
+    if dry_run:
+        where = out or "stdout"
+        console.result({"plan": f"lineage {directory} -> {where}, nothing was written", "nodes": len(found.origins)})
+        return
     if as_json:
         console.json(found.document())
     elif out is not None:

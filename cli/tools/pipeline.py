@@ -241,6 +241,7 @@ def run(
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
     from gemma2.posttrain.pipelines.run import check_executor, check_place, executor_of, run_pipeline
+    from gemma2.posttrain.planning.named_models import NamedModels
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
@@ -252,7 +253,7 @@ def run(
     if dry_run:
         check_place(compiled.root)
         check_executor(compiled, place)
-        show_plan(console, compiled, check_pipeline(compiled, choice))
+        show_plan(console, compiled, check_pipeline(compiled, choice, named=NamedModels()))
         return
     if choice.within is None:
         promise(compiled.root)
@@ -276,9 +277,8 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
 
     rows, memory = plan.rows(), free_memory()
     problems = [*plan.problems, *plan.without_memory(memory)]
-    total = sum(row["cpu_seconds_at_least"] or 0.0 for row in rows)
     facts = {
-        "to_run": len(plan.to_run), "stages": len(rows), "cpu_seconds_at_least": total,
+        "to_run": len(plan.to_run), "stages": len(rows),
         "memory_free_gib": memory.free / 2**30, "memory_of": memory.where,
         "disk_gib": plan.disk / 2**30, "disk_free_gib": plan.disk_free / 2**30,
     }  # fmt: skip
@@ -358,6 +358,7 @@ def graph(
     form: Literal["text", "mermaid", "svg"] = Form,
     write: Path | None = Write,
     force: bool = Force,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -385,12 +386,14 @@ def graph(
     ]
     edges = [Edge(need, name) for name, stage in compiled.stages.items() for need in stage.needs]
     draw = {"text": dag_text, "mermaid": dag_mermaid, "svg": dag_svg}[form]
-    text = draw(nodes, edges)
-    if write is None:
-        console.text(text)
-        return
-    if write.exists() and not force:
+    if write is not None and write.exists() and not force:
         raise OutputError(f"--write {write} exists", "choose another file, or replace it with --force")
-    if not write.parent.is_dir():
+    if write is not None and not write.parent.is_dir():
         raise OutputError(f"cannot write --write {write}: {write.parent} is not a directory", "create it first")
-    console.result({}, write_text(write, text))
+    if dry_run:
+        plan = f"pipeline graph {file} -> {write or 'stdout'}, nothing was written"
+        console.result({"plan": plan, "stages": len(nodes), "arrows": len(edges)})
+    elif write is None:
+        console.text(draw(nodes, edges))
+    else:
+        console.result({}, write_text(write, draw(nodes, edges)))

@@ -11,7 +11,7 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
-from gemma2.cli.terminal.options import HELP_NAMES, AsJson, Quiet
+from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Quiet
 from gemma2.core.sizes import size, sizes_apart
 
 from .pipeline import Announcer, jobs_option, open_pipeline
@@ -48,6 +48,7 @@ def verify(
         rich_help_panel="Settings",
     ),
     jobs: int | None = Jobs,
+    dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,
 ) -> None:
@@ -61,10 +62,14 @@ def verify(
       gemma2 verify merged --fix
     """  # fmt: skip
     from gemma2.posttrain.audit.disk_reading import DEFAULT_THREADS
+    from gemma2.posttrain.audit.verification import plan_verify
     from gemma2.posttrain.audit.verification import verify as verify_outputs
 
     threads = threads or DEFAULT_THREADS
     console = Console(as_json=as_json, quiet=quiet)
+    if dry_run:
+        console.result({"plan": f"verify {' '.join(map(str, paths))}, no file was read", **plan_verify(paths)})
+        return
     found = verify_outputs(paths, threads=threads, progress=console)
     before = found
     remade: Sequence[Remade] = ()

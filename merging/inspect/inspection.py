@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.core.outputs.hub import locate_model
+from gemma2.core.outputs.hub import is_hub_id, locate_model
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.core.outputs.safetensors_header import Tensor
+from gemma2.core.outputs.safetensors_header import Tensor, weight_files
 from gemma2.merging.inputs.adapter import is_adapter, open_adapter
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.output_heads import tied_copies
 from gemma2.merging.plan.merge_plan import group_of
 
-__all__ = ["inspect_model"]
+__all__ = ["inspect_model", "plan_inspection"]
+
+LENGTH = 8  # bytes at the start of a file of weights that state the length of its header
 
 
 def inspect_model(path: str | Path) -> JsonObject:
@@ -27,6 +29,23 @@ def inspect_model(path: str | Path) -> JsonObject:
     """
     found = locate_model(path, "model")
     return _adapter(found) if is_adapter(found) else _model(found)
+
+
+def plan_inspection(path: str | Path) -> JsonObject:
+    """What `inspect_model` would read of a model or adapter: its files of weights, and the bytes of their headers.
+
+    Of a hub id that is not in the cache nothing is known before it is fetched, which this does not do.
+    """
+    if is_hub_id(path):
+        return {"files": [], "fetched": f"{path}, from the hub if it is not in its cache"}
+    found = locate_model(path, "model")
+    files = weight_files(found)
+    return {"files": [file.name for file in files], "header_bytes": sum(_header_bytes(file) for file in files)}
+
+
+def _header_bytes(file: Path) -> int:
+    with file.open("rb") as opened:
+        return LENGTH + int.from_bytes(opened.read(LENGTH), "little")
 
 
 def _model(path: Path) -> JsonObject:

@@ -6,6 +6,8 @@ answer is compared with the first one.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -20,9 +22,11 @@ from .partial_file import RemoteFile
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["NoRanges", "is_passing", "read_range", "remote_files"]
+__all__ = ["NoRanges", "is_passing", "read_range", "remote_elements", "remote_files"]
 
 PIECE = 1 << 20  # bytes that are written at once
+HEAD = 1 << 18  # bytes of the first request for a header; most are shorter
+LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # answers that another try may not get
 ETAG = re.compile(r"\w[\w.-]*", re.ASCII)  # becomes the name of a file
 LINKED_ETAG = "x-linked-etag"
@@ -64,6 +68,21 @@ def read_range(remote: RemoteFile, first: int, end: int) -> Iterator[bytes]:
         if response.headers.get("content-range") != f"bytes {first}-{end - 1}/{remote.size}":
             raise _changed(remote, f"it is sent as {response.headers.get('content-range')}, its size was {remote.size}")
         yield from response.iter_bytes(PIECE)
+
+
+def remote_elements(remote: RemoteFile) -> int:
+    """Return the number of elements of all tensors of a file, from its header alone. Raises like `read_range`."""
+    start = b"".join(read_range(remote, 0, min(HEAD, remote.size)))
+    length = 8 + int.from_bytes(start[:8], "little")
+    if not 8 < length <= min(8 + LONGEST_HEADER, remote.size):
+        raise InputError(f"{remote}: its header does not fit a file of {remote.size} bytes", "choose another revision")
+    if length > len(start):
+        start += b"".join(read_range(remote, len(start), length))
+    try:
+        entries = json.loads(start[8:length])
+        return sum(math.prod(one["shape"]) for name, one in entries.items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{remote}: its header is not that of safetensors", "choose another revision") from error
 
 
 def _check_unchanged(remote: RemoteFile, answers: Sequence[Mapping[str, str]]) -> None:

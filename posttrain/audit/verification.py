@@ -24,7 +24,7 @@ from gemma2.core.progress import SILENT, Progress
 from .disk_reading import DEFAULT_THREADS, FileRead, read_files, store_model, weights_of
 from .recorded import PIPELINE, Gathered, RecordedOutput, Use, gather
 
-__all__ = ["Fault", "Remark", "Verification", "verify"]
+__all__ = ["Fault", "Remark", "Verification", "plan_verify", "verify"]
 
 FaultKind = Literal["damaged", "gone", "manifest unreadable", "input changed"]
 RemarkKind = Literal["not recorded", "without a digest", "input not on disk", "unfinished", "other record"]
@@ -130,6 +130,16 @@ def verify(
     return Verification(
         gathered, (*comparison.faults,), (*comparison.remarks,), len(whole), sum(whole.values()), seconds
     )
+
+
+def plan_verify(paths: Iterable[Path]) -> JsonObject:
+    """What `verify` would read: outputs, files, bytes. Raises InputError like it."""
+    gathered = gather(paths)
+    wanted = dict.fromkeys(path for part in (_own(gathered), _used(gathered)) for path in part)
+    sizes = {
+        (found.st_dev, found.st_ino): found.st_size for path in wanted if path.is_file() for found in [path.stat()]
+    }
+    return {"outputs": len(gathered.outputs), "files": len(sizes), "bytes_to_read": sum(sizes.values())}
 
 
 def _correct_memory(faults: Iterable[Fault], done: Collection[Path], threads: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, load_json
+from gemma2.posttrain.planning.estimates import Promise
 from gemma2.posttrain.provenance.recorded_files import check_recorded, remake
-from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.schemas import ParetoConfig, PickConfig
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.evaluate import measured_settings, unlike_settings

@@ -1,11 +1,11 @@
 """The kind of every input: a policy where a policy belongs, a reward model where a reward model belongs. Torch-free.
 
-An input is on disk, or promised: an earlier stage of a pipeline will make it (`runs/estimates.py`).
+An input is on disk, or promised: an earlier stage of a pipeline will make it (`planning/estimates.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from gemma2.merging.inputs.architecture import (
 )
 from gemma2.merging.inputs.config_defaults import filled, is_tied
 from gemma2.merging.inputs.weight_files import indexed_tensors
+from gemma2.posttrain.planning.estimates import Promise
 from gemma2.posttrain.runs.commands import COMMANDS
-from gemma2.posttrain.runs.estimates import Promise
 from gemma2.posttrain.runs.inputs import paths_of
 from gemma2.posttrain.schemas import (
     ConvertConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "found_at",
     "look_at",
     "merged_kind",
+    "wanted_kind",
 ]
 
 POLICY, REWARD, ADAPTER, DATA, FRONT, CACHE = "policy", "reward model", "adapter", "data", "front", "cache"
@@ -130,6 +131,12 @@ def _adapter(path: Path) -> Promise:
     model = next((look_at(place) for place in places if place.is_dir()), None) or Promise(ADAPTER)
     of = model.kind if model.kind in MODELS else TASKS.get(str(settings.get("task_type")))
     return replace(model, kind=ADAPTER, of=of)
+
+
+def wanted_kind(config: Config) -> Callable[[str], str]:
+    """A function from a field of a command to the kind of model that it takes: a reward model, else a policy."""
+    wanted = FIELDS | OF_COMMANDS.get(type(config), {})
+    return lambda name: REWARD if POLICY not in wanted.get(name, {POLICY}) else POLICY
 
 
 def check_kinds(config: Config, known: Mapping[Path, Promise]) -> list[Input]:

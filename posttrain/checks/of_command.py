@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.runs.estimates import Sources
+from gemma2.posttrain.planning.estimates import Sources
 from gemma2.posttrain.runs.inputs import check_inputs
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.training.tracking import check_tracking

@@ -8,16 +8,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.core.outputs.staging import check_output
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.runs.estimates import GIB, Sources, Work, estimate, matmul_rate
+from gemma2.posttrain.planning.disk import disk_of
+from gemma2.posttrain.planning.durations import duration
+from gemma2.posttrain.planning.estimates import GIB, Sources, Work, estimate
+from gemma2.posttrain.planning.learning import Sizes
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace
+from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
+from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.runs.inputs import inputs_of
-from gemma2.posttrain.runs.machine import Memory, free_disk, free_memory
+from gemma2.posttrain.runs.machine import MAIN, Memory, free_disk, free_memory
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
@@ -27,18 +33,39 @@ from .of_command import CommandChecks
 
 WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between two words of a schema's name
 
-__all__ = ["disk_problem", "memory_problem", "needs", "plan"]
+__all__ = ["Planned", "disk_problem", "look", "memory_problem", "plan", "shortages", "work_of"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan of one command, and what its figures follow from.
+
+    lengths  of the rows that were read
+    steps    of a training, where they are known
+    """
+
+    document: JsonObject
+    sizes: Sizes
+    lengths: Lengths
+    work: Work | None
+    steps: int | None
 
 
 def plan(config: Config, options: RunOptions | None) -> JsonObject:
+    """The resolved configuration of a step, what it reads, and its needs; see `look`."""
+    return look(config, options).document
+
+
+def look(config: Config, options: RunOptions | None, named: NamedModels = NOTHING) -> Planned:
     """The resolved configuration of a step, what it reads, and its needs.
 
-    options  where it writes; None for a command that only prints
+    options  where it writes; None for a command that only prints, or that has no --out yet
+    named    models that are not on this disk
 
     Raises what the step itself would raise before it begins.
     """
     models = inputs_of(config)
-    checks = CommandChecks()
+    checks = CommandChecks(Sources(named.promised, list(named.promised)))
     together = checks.inputs(config)
     if options is not None:
         check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
@@ -48,45 +75,98 @@ def plan(config: Config, options: RunOptions | None) -> JsonObject:
         document: JsonObject = {"plan": f"{name}, nothing was loaded"}
     else:
         document = {"plan": f"{name} -> {options.out}, nothing was written"}
-    document |= {role: f"{path} ({parameter_count(path):,} parameters)" for role, path in models.items()}
+    document |= {role: _described(path, checks.sources, named) for role, path in models.items()}
     document |= {"data": [found.row() for found in rows]} if rows else {}
     shown = next((found for found in rows if found.first), None)
     document |= {"first_row": {"data": str(shown.path), "text": shown.first}} if shown else {}
-    document |= batches(config, rows)
-    document |= needs(config, checks.sources, options.out if options else None)
-    return document | {"config": config.model_dump(mode="json")}
+    batch = batches(config, rows)
+    sizes, lengths = sizes_of(named, checks.sources), lengths_of(rows)
+    work = work_of(config, checks.sources, sizes)
+    steps = batch.get("batch", {}).get("steps")
+    document |= batch
+    document |= needs(config, work, sizes, lengths, options.out if options else None)
+    document |= duration(config, work.tokens, steps) if work else {}
+    return Planned(document | {"config": config.model_dump(mode="json")}, sizes, lengths, work, steps)
 
 
-def needs(config: Config, sources: Sources, out: Path | None) -> JsonObject:
-    """Memory, disk and time of a step, next to what is free here; `problems` says what does not fit."""
+def work_of(config: Config, sources: Sources, sizes: Sizes | None = None) -> Work | None:
+    """Disk and tokens of a command; the disk of a training by its parts, as `gemma2 plan` shows them."""
     work = estimate(config, sources)
-    if work is None:
-        return {}
-    memory = free_memory()
-    found: JsonObject = {
-        **work.facts,
-        "memory_gib": round(work.memory / GIB, 3),
-        "memory_free_gib": round(memory.free / GIB, 1),
-        "memory_of": memory.where,
+    parts = disk_of(config, sizes or sizes_of(NOTHING, sources)) if work is not None else ()
+    return replace(work, disk=sum(part.bytes for part in parts)) if work is not None and parts else work
+
+
+def _described(path: Path, sources: Sources, named: NamedModels) -> str:
+    note = f": {named.notes[path]}" if path in named.notes else ""
+    return f"{path} ({sources.parameters(path):,.0f} parameters{note})"
+
+
+def lengths_of(rows: Sequence[RowsFound]) -> Lengths:
+    """The longest rows and prompts, of data sets that were read whole; the limits count for others."""
+    longest = {
+        found.flag: min(max(found.lengths), found.limit or max(found.lengths))
+        for found in rows
+        if found.lengths and found.is_whole
     }
-    problems = [memory_problem(config, work, memory)]
-    if out is not None:
-        disk = free_disk(out)
-        found |= {"disk_gib": round(work.disk / GIB, 3), "disk_free_gib": round(disk / GIB, 1)}
-        problems.append(disk_problem(work, out, disk))
-    if work.operations:
-        found["cpu_hours_at_least"] = float(f"{work.operations / matmul_rate() / 3600:.2g}")
+    unread = {found.flag for found in rows} - longest.keys()
+    learned = [longest[flag] for flag in ("data", "eval_data") if flag in longest]
+    asked = [longest[flag] for flag in ("prompts", "heldout") if flag in longest]
+    return Lengths(
+        max(learned) if learned and unread.isdisjoint({"data", "eval_data"}) else None,
+        max(asked) if asked and unread.isdisjoint({"prompts", "heldout"}) else None,
+    )
+
+
+def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out: Path | None) -> JsonObject:
+    """Memory and disk of a step, next to what is free here; `problems` says what does not fit."""
+    found: JsonObject = {name: value for name, value in work.facts.items() if not _is_nan(value)} if work else {}
+    memory = free_memory()
+    verdict = judge(config, sizes, place_of(memory), lengths)
+    problems: list[str | None] = []
+    if verdict is not None and math.isfinite(verdict.needed):
+        found |= {"memory_gib": round(verdict.needed / GIB, 3), "memory_peak": verdict.phase}
+        problems.append(memory_problem(verdict, memory))
+    elif work is not None and work.memory is not None:
+        found["memory_gib"] = round(work.memory / GIB, 3)
+    if found.get("memory_gib") is not None:
+        found |= {"memory_free_gib": round(memory.free / GIB, 1), "memory_of": memory.where}
+    if work is not None and work.disk:
+        found["disk_gib"] = None if math.isnan(work.disk) else round(work.disk / GIB, 3)
+        if out is not None:
+            disk = free_disk(out)
+            found["disk_free_gib"] = round(disk / GIB, 1)
+            problems.append(disk_problem(work, out, disk))
     named = [problem for problem in problems if problem]
     return found | ({"problems": named} if named else {})
 
 
-def memory_problem(config: Config, work: Work, memory: Memory) -> str | None:
-    """One line, as "what; fix", if the weights and what belongs to them do not fit."""
-    if not work.memory > memory.free:
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def place_of(memory: Memory) -> MemoryPlace:
+    """This machine as a place for a command."""
+    return MemoryPlace("cpu" if memory.where == MAIN else "accelerator", capacity=memory.free)
+
+
+def memory_problem(verdict: Verdict, memory: Memory) -> str | None:
+    """One line, as "what; fix", if the largest phase does not fit."""
+    if not verdict.needed > memory.free:
         return None
-    needed, free = sizes_apart(work.memory, memory.free)
-    what = f"memory: about {needed} are needed before activations, {free} of {memory.where} are free"
-    return f"{what}; {_advice(config)}"
+    needed, free = sizes_apart(verdict.needed, memory.free)
+    what = f"memory: about {needed} are needed ({verdict.phase}), {free} of {memory.where} are free"
+    return f"{what}; {verdict.advice}"
+
+
+def shortages(config: Config, sources: Sources, rows: Sequence[RowsFound], out: Path) -> list[str]:
+    """What a run that is about to begin may lack here: disk, memory; a line each. These are estimates."""
+    sizes, memory = sizes_of(NOTHING, sources), free_memory()
+    work, verdict = work_of(config, sources, sizes), judge(config, sizes, place_of(memory), lengths_of(rows))
+    found = [
+        disk_problem(work, out, free_disk(out)) if work is not None else None,
+        memory_problem(verdict, memory) if verdict is not None else None,
+    ]
+    return [problem for problem in found if problem]
 
 
 def disk_problem(work: Work, out: Path, disk: float) -> str | None:
@@ -95,12 +175,6 @@ def disk_problem(work: Work, out: Path, disk: float) -> str | None:
         return None
     needed, free = sizes_apart(work.disk, disk)
     return f"disk: --out {out} needs about {needed}, {free} are free; free some space, or choose another disk"
-
-
-def _advice(config: Config) -> str:
-    if getattr(config, "lora_rank", None) == 0:
-        return "give --lora-rank 16, or use a smaller model"
-    return "use a smaller model, or a machine with more"
 
 
 def batches(config: Config, rows: Sequence[RowsFound]) -> JsonObject:
@@ -130,8 +204,10 @@ def _supervised(config: SftConfig | RewardConfig, rows: Sequence[RowsFound]) -> 
     steps = config.max_steps or max(1, math.ceil(of_epochs))
     sides = 2 if isinstance(config, RewardConfig) else 1
     total = sum(found.rows for found in training)
-    mean = sum(found.rows * found.mean for found in training) / total if total else math.nan
     micro = config.micro_batch_size or config.batch_size
+    if not total:  # nothing is known of the rows
+        return {"batch": {"sequences_per_step": config.batch_size, "micro_batch": micro}}
+    mean = sum(found.rows * found.mean for found in training) / total if total else math.nan
     found: JsonObject = {"sequences_per_step": config.batch_size, "micro_batch": micro}
     if not math.isnan(mean):
         found["tokens_per_step_about"] = round(mean * sides * config.batch_size)

@@ -26,7 +26,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeli
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
-from gemma2.core.outputs.staging import check_output
 from gemma2.core.progress import SILENT, Progress
 from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.chat import ChatFormat
@@ -38,7 +37,7 @@ from gemma2.posttrain.schemas import ConvertConfig
 
 from .gguf import find_gguf, read_header
 
-__all__ = ["gemma2_settings", "plan_convert", "run_convert"]
+__all__ = ["gemma2_settings", "run_convert"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYERS_27B = 46
@@ -73,24 +72,6 @@ def run_convert(config: ConvertConfig, options: RunOptions, progress: Progress =
                 "pad_token": tokenizer.pad_token,
             }
         )
-
-
-def plan_convert(config: ConvertConfig, options: RunOptions) -> JsonObject:
-    """Return what `run_convert` would read and write. Raises the same errors about its arguments."""
-    gguf = find_gguf(config.source)
-    check_output(options.out, options.force, {} if gguf else {"source": config.source})
-    if gguf is None:
-        read_config(config.source)
-        parameters = parameter_count(config.source)
-    else:
-        parameters = read_header(gguf).parameters
-    return {
-        "plan": f"convert {gguf or config.source} -> {options.out}, nothing was written",
-        "format": "GGUF" if gguf else "safetensors",
-        "parameters": parameters,
-        "disk_gib": parameters * DTYPES[config.dtype].itemsize / 2**30,
-        "config": config.model_dump(mode="json"),
-    }
 
 
 def load_gguf(path: Path, dtype: torch.dtype, progress: Progress) -> Loaded:

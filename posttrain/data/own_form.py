@@ -16,7 +16,7 @@ from .rows import Conversation, Pair, Prompt, conversation_of, prompt_of
 from .shapes.recognise import LISTS, conversation_shape, present, prompt_shape
 from .sources import ColumnNames, Row, data_files, to_line
 
-__all__ = ["Kind", "convert_rows", "kind_of_rows", "own_form", "rows_of_kind"]
+__all__ = ["Kind", "check_converted", "convert_rows", "kind_of_rows", "own_form", "plan_reading", "rows_of_kind"]
 
 Kind = Literal["conversations", "pairs", "prompts"]
 
@@ -82,6 +82,30 @@ def _conversation(row: Conversation) -> JsonObject:
     return {"messages": messages} | cut
 
 
+def check_converted(path: Path, out: Path, force: bool = False) -> None:
+    """Raise OutputError for an `out` that exists or is read, InputError for one that is not a JSON lines file."""
+    if out.exists() and not force:
+        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
+    if any(out.resolve() == file.resolve() for file in data_files(path)):
+        raise OutputError(f"--out {out} and the data {path} overlap", "choose another --out")
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out} is not a .jsonl file", f"write to {out.with_suffix('.jsonl')}")
+
+
+def plan_reading(path: Path, options: RowOptions, kind: Kind | None = None) -> JsonObject:
+    """What reading a data path takes: its files, their bytes, and what its first row is taken for.
+
+    Raises InputError for a path without rows.
+    """
+    files = data_files(path)
+    bytes_to_read = sum(file.stat().st_size for file in files)
+    return {
+        "files": len(files),
+        "bytes_to_read": bytes_to_read,
+        "read_as": kind or kind_of_rows(path, Reading(options)),
+    }
+
+
 def convert_rows(
     path: Path,
     out: Path,
@@ -97,12 +121,7 @@ def convert_rows(
 
     Raises InputError at the first bad row, unless it is skipped; OutputError for an `out` that exists.
     """
-    if out.exists() and not force:
-        raise OutputError(f"--out {out} exists", "choose another --out, or replace it with --force")
-    if any(out.resolve() == file.resolve() for file in data_files(path)):
-        raise OutputError(f"--out {out} and the data {path} overlap", "choose another --out")
-    if out.suffix != ".jsonl":
-        raise InputError(f"--out {out} is not a .jsonl file", f"write to {out.with_suffix('.jsonl')}")
+    check_converted(path, out, force)
     theirs = ColumnNames(options.columns).theirs
     parsed = {*parse_json, *(ours for ours, name in theirs.items() if name in parse_json)}
     reading = Reading(options, lambda row: _with_values(row, parsed))

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.hub import locate_model
+from gemma2.core.outputs.hub import fetch_snapshot, is_hub_id, locate_model
 
 from .checks import adapter_checks, config_checks, output_checks, reward_model_checks, stop_checks, weight_file_checks
 from .checks.finding import Check, Depth, Diagnosis, Finding
@@ -16,9 +16,14 @@ from .checks.subject import POLICY, REWARD, Subject
 from .machine_checks import MACHINE_CHECKS
 from .pair_checks import PAIR_CHECKS, check_pair
 
-__all__ = ["MODEL_CHECKS", "check_names", "examine"]
+__all__ = ["MODEL_CHECKS", "check_names", "examine", "plan_examination"]
 
 MACHINE = "machine"
+READS = {
+    Depth.QUICK: "headers and JSON files",
+    Depth.FULL: "whole files",
+    Depth.DEEP: "whole files, and runs the model",
+}
 
 
 def _later(module: str, function: str) -> Callable[[Subject], Iterator[Diagnosis]]:
@@ -104,13 +109,7 @@ def examine(
     only, skip  names of checks
     Raises UsageError for an unknown name, InputError for a path that is not a directory.
     """
-    for name in (*only, *skip):
-        if name not in check_names():
-            raise UsageError(f"unknown check '{name}'", _closest(name))
-
-    def wanted(name: str) -> bool:
-        return (not only or name in only) and name not in skip
-
+    wanted = _chosen(only, skip)
     if not paths:
         for name, (_, least, run) in MACHINE_CHECKS.items():
             if wanted(name) and least <= depth:
@@ -125,8 +124,48 @@ def examine(
                 yield from _named(name, f"{first} and {other}", check_pair(name, first, other, depth))
 
 
-def _directory(path: Path) -> Path:
-    found = locate_model(path, "model")
+def plan_examination(
+    paths: Sequence[Path], depth: Depth = Depth.FULL, only: Collection[str] = (), skip: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """The checks that `examine` would make, in its order: subject, check, and what it reads. Raises like it."""
+    wanted = _chosen(only, skip)
+    if not paths:
+        return [
+            {"subject": MACHINE, "check": name, "reads": READS[least]}
+            for name, (_, least, _) in MACHINE_CHECKS.items()
+            if wanted(name) and least <= depth
+        ]
+    subjects = [Subject(_directory(path, weights=False)) for path in paths]
+    rows = [
+        {"subject": str(subject), "check": check.name, "reads": READS[check.depth]}
+        for subject in subjects
+        for check in MODEL_CHECKS
+        if _applies(check, subject) and check.depth <= depth and wanted(check.name)
+    ]
+    pairs = [f"{first} and {other}" for first, other in combinations(subjects, 2)]
+    return rows + [
+        {"subject": pair, "check": name, "reads": READS[depth]}
+        for pair in pairs
+        for name in PAIR_CHECKS
+        if wanted(name)
+    ]
+
+
+def _chosen(only: Collection[str], skip: Collection[str]) -> Callable[[str], bool]:
+    for name in (*only, *skip):
+        if name not in check_names():
+            raise UsageError(f"unknown check '{name}'", _closest(name))
+    return lambda name: (not only or name in only) and name not in skip
+
+
+def _applies(check: Check, subject: Subject) -> bool:
+    return subject.kind in check.applies and (subject.is_gemma2 or not check.gemma2)
+
+
+def _directory(path: Path, weights: bool = True) -> Path:
+    """The directory of a model; of a hub id, on demand without its weights."""
+    by_id = is_hub_id(path) and not weights
+    found = fetch_snapshot(str(path), "model", weights=False) if by_id else locate_model(path, "model")
     if not found.is_dir():
         what = "is a file" if found.exists() else "does not exist"
         raise InputError(f"{path} {what}", "give a model directory, an adapter, an output or a hub id")
@@ -137,8 +176,7 @@ def _directory(path: Path) -> Path:
 
 def _of_model(subject: Subject, depth: Depth, wanted: Callable[[str], bool]) -> Iterator[Finding]:
     for check in MODEL_CHECKS:
-        applies = subject.kind in check.applies and (subject.is_gemma2 or not check.gemma2)
-        if applies and check.depth <= depth and wanted(check.name):
+        if _applies(check, subject) and check.depth <= depth and wanted(check.name):
             found = list(_named(check.name, str(subject), check.run(subject)))
             yield from found
             if check.name in ("headers", "config") and any(one.status == "problem" for one in found):

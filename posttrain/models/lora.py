@@ -104,11 +104,17 @@ def adapted_weights(model: Network) -> Iterator[tuple[str, Tensor]]:
 
 
 def weight_of(linear: nn.Linear) -> Tensor:
-    """Return the weight of a linear layer, with the product of its adapter added if it has one, in the same dtype."""
+    """Return the weight of a linear layer, with the product of its adapter added if it has one, in the same dtype.
+
+    An adapter whose B is still 0 adds nothing: the weight itself is returned, so that the check before the first step
+    does not copy the whole model.
+    """
     if not hasattr(linear, "lora_A"):
         return linear.weight
     adapted: LoraLayer = linear
-    return _product_added(adapted, adapted.get_base_layer().weight.dtype)
+    weight: Tensor = adapted.get_base_layer().weight
+    (adapter,) = adapted.active_adapters
+    return _product_added(adapted, weight.dtype) if adapted.lora_B[adapter].weight.any() else weight
 
 
 def bias_of(linear: nn.Linear) -> Tensor | None:

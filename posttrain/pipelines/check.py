@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
@@ -18,14 +18,19 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.merging.methods.request import file_named, is_input
+from gemma2.posttrain.checks.kinds import wanted_kind
 from gemma2.posttrain.checks.of_command import CommandChecks
-from gemma2.posttrain.checks.plan import memory_problem, plan
+from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of, work_of
 from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
+from gemma2.posttrain.planning.estimates import Promise, Sources, Work
+from gemma2.posttrain.planning.learning import Sizes
+from gemma2.posttrain.planning.memory import MemoryPlace
+from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, name_models, sizes_of
+from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.provenance.output_state import broken_files
 from gemma2.posttrain.runs.commands import output_hash
-from gemma2.posttrain.runs.estimates import Promise, Sources, Work, estimate, matmul_rate
 from gemma2.posttrain.runs.inputs import located
-from gemma2.posttrain.runs.machine import Memory, free_disk
+from gemma2.posttrain.runs.machine import Memory, free_disk, free_memory
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.schemas import (
     ExtractLoraConfig,
@@ -54,7 +59,7 @@ MOST_NAMED = 5
 class Checked:
     """One stage in its present state: what a run would do (`decision.py`).
 
-    work  memory, disk, operations; None where nothing is known
+    work  memory, disk, tokens; None where nothing is known
     hash  of what a complete output was made from
     """
 
@@ -94,6 +99,7 @@ class PipelinePlan:
     """The whole pipeline in its present state, in the order of its needs."""
 
     stages: Mapping[str, Checked]
+    sizes: Sizes
     disk_free: float = 0.0
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
@@ -113,12 +119,12 @@ class PipelinePlan:
 
     def without_memory(self, memory: Memory) -> list[str]:
         """The stages to run that need more memory than this, a line each; on a cluster other machines count."""
-        found = [
-            (one.stage.name, memory_problem(one.decision.config, one.work, memory))
-            for one in self.to_run
-            if one.work is not None and one.decision.config is not None
-        ]
-        return [f"stages.{name}: {problem}" for name, problem in found if problem]
+        found = [(one.stage.name, self._verdict(one, place_of(memory))) for one in self.to_run]
+        problems = [(name, memory_problem(verdict, memory)) for name, verdict in found if verdict is not None]
+        return [f"stages.{name}: {problem}" for name, problem in problems if problem]
+
+    def _verdict(self, one: Checked, place: MemoryPlace) -> Verdict | None:
+        return judge(one.decision.config, self.sizes, place) if one.decision.config is not None else None
 
     @property
     def to_run(self) -> list[Checked]:
@@ -140,12 +146,12 @@ class PipelinePlan:
         return [f"{len(kept)} outputs are kept that other versions made: {names}{more}; --force STAGE makes one again"]
 
     def rows(self) -> list[JsonObject]:
-        """A table: stage, command, what will be done, memory and disk in GiB, CPU seconds at least."""
-        rate = matmul_rate() if any(one.work and one.work.operations for one in self.to_run) else 1.0
-        return [_row(one, rate) for one in self.stages.values()]
+        """A table: stage, command, what will be done, memory and disk in GiB, tokens."""
+        place = place_of(free_memory())
+        return [_row(one, self._verdict(one, place) if one.runs else None) for one in self.stages.values()]
 
 
-def _row(one: Checked, rate: float) -> JsonObject:
+def _row(one: Checked, verdict: Verdict | None) -> JsonObject:
     work = one.work if one.runs else None
 
     def figure(value: float | None, unit: float) -> float | None:
@@ -155,22 +161,29 @@ def _row(one: Checked, rate: float) -> JsonObject:
         "stage": one.stage.name,
         "command": one.stage.command,
         "action": one.action,
-        "memory_gib": figure(work.memory if work else None, 2.0**30),
+        "memory_gib": figure(verdict.needed if verdict else work.memory if work else None, 2.0**30),
         "disk_gib": figure(work.disk if work else None, 2.0**30),
-        "cpu_seconds_at_least": figure(work.operations if work else None, rate),
+        "tokens": figure(work.tokens if work and work.tokens else None, 1.0),
         "why": "; ".join(one.why),
     }
 
 
-def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = True) -> PipelinePlan:
+def check_pipeline(
+    pipeline: Pipeline, choice: Choice = ALL, contents: bool = True, named: NamedModels | None = None
+) -> PipelinePlan:
     """Check every stage and say what a run would do.
 
     contents  also read rows and import the functions of the stages that will run
+    named     for a plan that nothing follows: models that are not on this disk, to which those of the stages are added;
+              without it, models of the hub are fetched
 
     Raises UsageError or InputError naming stage and key for anything that would fail later and can be known before.
     """
     promised: dict[Path, Promise] = {}
-    sources = Sources(promised, places := [stage.out for stage in pipeline.stages.values()])
+    places = [stage.out for stage in pipeline.stages.values()]
+    sources = Sources(promised, places)
+    known = NamedModels() if named is None else named
+    _promise(known, promised, places)
     checks = CommandChecks(sources)
     status = outside(pipeline, choice, recorded_stages(pipeline.root))
     found: dict[str, Checked] = {}
@@ -184,7 +197,14 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
                 promised[stage.out] = Promise(stage.kind.makes)
                 decision, work = decide(ahead, pipeline, choice, status), None
             else:
-                config = located(ahead.config, places)
+                if named is None:
+                    config = located(ahead.config, places)
+                else:
+                    config, more = name_models(ahead.config, wanted_kind(ahead.config), places, bool(known.sizes))
+                    known.add(more)
+                    _promise(more, promised, places)
+                    if not (stage.out.exists() or partial_path(stage.out).exists()):  # nothing to compare weights with
+                        ahead = replace(ahead, config=config)
                 check_merge(config, places)
                 models = checks.inputs(config)
                 promised |= dict(promised_by(stage, config, sources))
@@ -192,11 +212,17 @@ def check_pipeline(pipeline: Pipeline, choice: Choice = ALL, contents: bool = Tr
                 if contents and decision.action not in IDLE:
                     checks.contents(config, models)
                     check_suite(config, places)
-                work = estimate(config, sources)
+                work = work_of(config, sources, sizes_of(known, sources))
         status[stage.name] = status_after(decision)
         reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, work, _hash(decision))
-    return PipelinePlan(found, free_disk(pipeline.root))
+    return PipelinePlan(found, sizes_of(known, sources), free_disk(pipeline.root))
+
+
+def _promise(models: NamedModels, promised: dict[Path, Promise], places: list[Path]) -> None:
+    """Count models that are not on this disk among those that other stages make."""
+    promised |= models.promised
+    places += [path for path in models.promised if path not in places]
 
 
 def look_at_pipeline(pipeline: Pipeline, choice: Choice = ALL) -> dict[str, Checked]:
@@ -272,13 +298,20 @@ def _check_taken(stage: Stage, status: Mapping[str, str], pipeline: Pipeline, wi
 # --- one command -----------------------------------------------------------------------------------------------------
 
 
-def plan_step(config: Config, options: RunOptions | None) -> JsonObject:
-    """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP."""
-    document = plan(config, options)
+def plan_step(config: Config, options: RunOptions | None, named: NamedModels = NOTHING) -> Planned:
+    """The plan of one command. Raises what its run would raise before it begins, also about the stages of WARP.
+
+    named  models that are not on this disk
+    """
+    planned = look(config, options, named)
     if isinstance(config, SuiteConfig):
-        return document | plan_suite(config)
-    if not isinstance(config, WarpConfig) or options is None:
-        return document
+        if named.promised.keys() & {config.model, config.data}:  # nothing to read
+            return planned
+        return replace(planned, document=planned.document | plan_suite(config))
+    if not isinstance(config, WarpConfig):
+        return planned
     stages = PipelineFile(stages=warp_stages(config))
-    rows = check_pipeline(compile_pipeline(stages, partial_path(options.out))).rows()
-    return document | {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
+    out = options.out if options is not None else Path("out")
+    rows = check_pipeline(compile_pipeline(stages, partial_path(out)), named=named.copy()).rows()
+    more = {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
+    return replace(planned, document=planned.document | more)

@@ -23,7 +23,7 @@ from gemma2.posttrain.checks.kinds import (
     look_at,
     merged_kind,
 )
-from gemma2.posttrain.runs.estimates import Promise, Sources
+from gemma2.posttrain.planning.estimates import Promise, Sources
 from gemma2.posttrain.schemas import (
     DistillConfig,
     ExtractLoraConfig,

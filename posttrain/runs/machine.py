@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "free_disk", "free_memory"]
+__all__ = ["MAIN", "Memory", "free_disk", "free_memory"]
 
+MAIN = "main memory"
 CGROUP = Path("/sys/fs/cgroup")
 QUERY = ("--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
 PATIENCE = 5.0  # seconds that the driver may take
@@ -30,7 +31,7 @@ def free_memory() -> Memory:
         return max(gpus, key=lambda gpu: gpu.free)
     import psutil  # type: ignore[import-untyped]
 
-    return Memory(min(float(psutil.virtual_memory().available), _container_limit()), "main memory")
+    return Memory(min(float(psutil.virtual_memory().available), _container_limit()), MAIN)
 
 
 def free_disk(place: Path) -> float:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.load_tokenizer import load_light_tokenizer
 from gemma2.posttrain.doctor.checks.finding import Depth
 from gemma2.posttrain.doctor.examination import examine
-from gemma2.posttrain.runs.estimates import matmul_rate
+from gemma2.posttrain.planning.durations import UNKNOWN
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
@@ -20,7 +20,7 @@ from .prompts import Asked, asked_of
 from .task import tasks_of
 from .task_rows import TaskRows, read_rows
 
-__all__ = ["check_engine", "check_model", "plan_suite", "tables_of"]
+__all__ = ["check_engine", "check_model", "plan_suite", "refuse_broken", "tables_of"]
 
 LOOKED_AT = 16  # rows of a task whose prompts are encoded for the plan
 CONTEXT = 8192  # of Gemma 2, where config.json does not state one
@@ -37,13 +37,17 @@ def check_engine(config: SuiteConfig) -> None:
 
 
 def check_model(config: SuiteConfig) -> None:
+    """Raise InputError for a model that doctor calls broken, unless `--no-doctor`."""
+    if config.doctor:
+        refuse_broken(config.model)
+
+
+def refuse_broken(model: Path) -> None:
     """Raise InputError for a model that `gemma2 doctor --quick` calls broken: its figures would say nothing."""
-    if not config.doctor:
-        return
-    for finding in examine([config.model], Depth.QUICK):
+    for finding in examine([model], Depth.QUICK):
         if finding.status == "problem":
             raise InputError(
-                f"gemma2 doctor calls {config.model} broken: {finding.name}: {finding.message}",
+                f"gemma2 doctor calls {model} broken: {finding.name}: {finding.message}",
                 f"{finding.fix or 'gemma2 doctor shows all'}; --no-doctor measures it as it is",
             )
 
@@ -54,14 +58,14 @@ def tables_of(config: SuiteConfig) -> list[TaskRows]:
 
 
 def plan_suite(config: SuiteConfig) -> JsonObject:
-    """Rows, prompts and tokens of every task, and the arithmetic that they need. Raises what the run would."""
+    """Rows, prompts and tokens of every task. Raises what the run would."""
     check_engine(config)
     check_model(config)
     tables = tables_of(config)
     tokenizer = load_light_tokenizer(config.model)
     with_chat = uses_chat(config.model, config.chat)
     encoder = None if tokenizer is None else Encoder(tokenizer, CONTEXT)
-    rows, operations = [], 0.0
+    rows = []
     for table in tables:
         row: JsonObject = {
             "task": table.task.task,
@@ -77,12 +81,10 @@ def plan_suite(config: SuiteConfig) -> JsonObject:
             asked = [*asked_of(first, config.seed, chat, config.fewshot_as_multiturn)]
             mean = _tokens(encoder, asked, config) / len(asked)
             row |= {"tokens_about": round(mean * len(table.evaluated))}
-            operations += 2.0 * parameter_count(config.model) * row["tokens_about"]
         rows.append(row)
     found: JsonObject = {"chat": with_chat, "tasks": rows, "rows": sum(row["rows"] for row in rows)}
-    if operations:
-        found["cpu_hours_at_least"] = float(f"{operations / matmul_rate() / 3600:.2g}")
-    return found
+    tokens = sum(row.get("tokens_about", 0) for row in rows)
+    return found | ({"tokens_read_about": tokens, "time": UNKNOWN} if tokens else {})
 
 
 def _tokens(encoder: Encoder, asked: list[Asked], config: SuiteConfig) -> int:

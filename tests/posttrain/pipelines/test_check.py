@@ -130,13 +130,9 @@ def test_outputs_of_stages_stand_for_what_they_will_be(place):
         m=stage("merge slerp", models=["${rl.out}", "${sft.out}"], base=f"{place}/sft"),
         anchor=stage("merge linear", models=["${rl.out}/ema", "${rl.out}"]),
     )
-    n = 300 * 8 + 8
     assert [one.action for one in plan.stages.values()] == ["run"] * 6
-    # full fine-tuning in fp32: 16 bytes a parameter (planner.py), for a policy whose size is the SFT model's
-    assert plan.stages["sft"].work.memory == 16 * n
-    assert plan.stages["sft"].work.operations == 6 * n * (2 * 4 * 8)  # steps x rows x tokens, 6 N each
-    # weights, gradients and moments 16, the reference 4, the EMA 4; the reward model 4 more
-    assert plan.stages["rl"].work.memory == 24 * n + 4 * n
+    assert plan.stages["sft"].work.tokens == 2 * 4 * 8  # steps x rows x tokens
+    assert all(row["memory_gib"] > 0 for row in plan.rows() if row["command"] in ("sft", "reward", "rlhf"))
     assert plan.disk > 0
 
 
@@ -206,8 +202,8 @@ def test_a_place_in_an_output_that_nobody_promised_is_not_known_and_no_error(pla
         sft=stage("sft", model=f"{place}/sft", data=["${data.out}/data.jsonl"]),
         clean=stage("filter", data="${data.out}/data.jsonl"),
     )
-    assert math.isnan(plan.stages["sft"].work.operations)
-    assert all(row["cpu_seconds_at_least"] is None or row["stage"] != "sft" for row in plan.rows())
+    assert math.isnan(plan.stages["sft"].work.tokens)
+    assert all(row["tokens"] is None or row["stage"] != "sft" for row in plan.rows())
 
 
 def test_a_bad_row_is_located_at_the_option_that_names_its_file(place):

@@ -24,7 +24,7 @@ from gemma2.posttrain.schemas.config import Config
 SCHEMAS: dict[str, type[Config]] = {name: getattr(schemas, name) for name in schemas.__all__}
 KNOBS = [f"{name}.{key}" for name, schema in SCHEMAS.items() for key in schema.model_fields]
 # Reads here are about a configuration, they do not act on it: estimates, checks of inputs, messages, the manifest.
-BOOKKEEPING = ("cli", "posttrain.runs.estimates", "posttrain.runs.inputs", "posttrain.provenance")
+BOOKKEEPING = ("cli", "posttrain.planning.estimates", "posttrain.runs.inputs", "posttrain.provenance")
 BOOKKEEPING += ("posttrain.pipelines.expected_outputs", "posttrain.pipelines.check", "posttrain.runs.commands")
 # Fields that nothing reads but the manifest.
 UNREAD = {"DistillCacheConfig.seed"}

@@ -1,27 +1,26 @@
-"""Estimates memory, disk and time of a step from the headers of its inputs. Torch-free; nothing is written.
+"""Estimates disk and tokens of a step from the headers of its inputs. Torch-free; nothing is written.
 
-Memory of a full fine-tune in fp32 (bytes per parameter): weights 4, gradients 4, Adam moments 8; the EMA anchor of
-RLHF 4 more, the policy that the KL is measured to another 4. Activations and the memory of vLLM are not counted.
-Time is floating-point work over this machine's measured matrix product rate (CPU; a lower bound):
-6 N per trained token, 2 N per token scored or generated (N parameters).
+The memory of a command that runs a model is in memory.py; here is that of the others. Time does not follow from tokens:
+it needs a rate that was measured (durations.py).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.core.json_files import JsonObject, load_json
+from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import parameter_count
 from gemma2.posttrain.data.sources import count_rows, data_files
 from gemma2.posttrain.provenance.named_inputs import holds_results
+from gemma2.posttrain.runs.generation_budget import generate_budget
 from gemma2.posttrain.schemas import (
     DistillCacheConfig,
     DistillConfig,
+    EvalConfig,
     FilterConfig,
     GenerateConfig,
     MergeConfig,
@@ -30,6 +29,7 @@ from gemma2.posttrain.schemas import (
     PickConfig,
     ProbeConfig,
     RewardConfig,
+    RewardEvalConfig,
     RewardScoreConfig,
     RlhfConfig,
     SftConfig,
@@ -38,13 +38,12 @@ from gemma2.posttrain.schemas import (
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
-from .generation_budget import generate_budget
-
-__all__ = ["GIB", "Promise", "Sources", "Work", "estimate", "matmul_rate"]
+__all__ = ["GIB", "Promise", "Sources", "Work", "estimate"]
 
 GIB = 2.0**30
 FILTER_SECONDS = 7e-4  # CPU time of a row of 120 words, default filters (bench/filter.py)
 LORA_SHARE = 0.05  # an adapter has a few per cent of the gradients and moments
+CONTEXT = 8192  # tokens of Gemma 2
 CHECKPOINTS_AT_ONCE = 3  # two are kept while the next one is written
 
 Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, layers, as config.json has them
@@ -52,11 +51,15 @@ Shape = tuple[str | None, int | None, int | None]  # model type, hidden size, la
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of memory and disk, floating-point operations, and further figures for a plan."""
+    """Bytes of disk, tokens, and further figures for a plan.
 
-    memory: float
+    memory  bytes, of a command that runs no model; None: `memory_of` has it
+    tokens  that are trained on, read or drawn; drawn ones at most
+    """
+
     disk: float
-    operations: float
+    tokens: float
+    memory: float | None = None
     facts: JsonObject = field(default_factory=dict)
 
 
@@ -134,35 +137,15 @@ class Sources:
             return limit
         return min(self.size(path) / max(1.0, self.rows(path)) / 4, limit)
 
-    def hidden_size(self, path: Path) -> float:
-        """Hidden size of a model."""
-        made = self.promise(path)
-        if made:
-            return _known(made.shape[1]) if made.shape else math.nan
-        return float(load_json(path / "config.json").get("hidden_size", 0))
-
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def matmul_rate(size: int = 1024) -> float:
-    """Floating-point operations per second of a fp32 matrix product on this CPU."""
-    import numpy as np
-
-    a = np.ones((size, size), dtype=np.float32)
-    np.dot(a, a)
-    started = time.perf_counter()
-    np.dot(a, a)
-    return 2 * size**3 / (time.perf_counter() - started)
-
-
 def _train(n: float, tokens: float, lora: int) -> Work:
     state = LORA_SHARE if lora else 1.0
     checkpoint = 12.0 * state  # trained weights and their moments
-    return Work(
-        memory=n * (4 + 12 * state), disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), operations=6.0 * n * tokens
-    )
+    return Work(disk=n * (4 + checkpoint * CHECKPOINTS_AT_ONCE), tokens=tokens)
 
 
 def _sft(config: SftConfig, sources: Sources) -> Work:
@@ -179,22 +162,13 @@ def _sft(config: SftConfig, sources: Sources) -> Work:
 def _distill(config: DistillConfig, sources: Sources) -> Work:
     """Student in training, and its teacher: the teacher scores every token, the student also generates its own."""
     tokens = config.steps * config.batch_size * (config.max_new_tokens if config.teacher else config.max_length)
-    n, teacher = sources.parameters(config.model), sources.parameters(config.teacher)
-    student = _train(n, tokens, config.lora_rank)
-    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
-    return Work(
-        student.memory + teacher * width,
-        student.disk,
-        student.operations + 2.0 * tokens * (teacher + n * config.fraction),
-    )
+    return _train(sources.parameters(config.model), tokens, config.lora_rank)
 
 
 def _distill_cache(config: DistillCacheConfig, sources: Sources) -> Work:
     rows = min(sources.rows(config.data), config.limit or 10**12)
     tokens = rows * sources.mean_tokens(config.data, config.max_length)
-    n = sources.parameters(config.teacher)
-    width = 2.0 if config.teacher_dtype == "bfloat16" else 4.0
-    return Work(memory=n * width, disk=tokens * (6.0 * config.top_k + 7), operations=2.0 * n * tokens)
+    return Work(disk=tokens * (6.0 * config.top_k + 7), tokens=tokens)
 
 
 def _reward(config: RewardConfig, sources: Sources) -> Work:
@@ -210,8 +184,7 @@ def _generate(config: GenerateConfig, sources: Sources) -> Work:
     facts = generate_budget(config) if rows is None else {}
     drawn = (rows or 0.0) * config.n * (2 * config.turns - 1) * config.max_new_tokens
     tokens = facts.get("drawn_tokens_at_most", drawn)
-    n = 0.0 if config.engine == "openai" else sources.parameters(config.teacher)
-    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
+    return Work(disk=tokens * 6.0, tokens=tokens, facts=facts)
 
 
 def _filter(config: FilterConfig, sources: Sources) -> Work:
@@ -221,54 +194,39 @@ def _filter(config: FilterConfig, sources: Sources) -> Work:
         sources.rows(path)
     # The results of the scan are on disk next to the output; comparing rows takes 250 bytes of memory per row.
     minutes = rows * FILTER_SECONDS / 60
-    return Work(
-        memory=rows * 250.0 + 4e8, disk=size * 2.0, operations=0.0, facts={"cpu_minutes_about": round(minutes, 1)}
-    )
+    return Work(memory=rows * 250.0 + 4e8, disk=size * 2.0, tokens=0.0, facts={"cpu_minutes_about": round(minutes, 1)})
 
 
 def _probe(config: ProbeConfig, sources: Sources) -> Work:
-    """One forward pass; the last hidden states of both sides are in memory, in fp32 and float64."""
     pairs, n = sources.rows(config.data), sources.parameters(config.model)
-    width = sources.hidden_size(config.model)
     tokens = pairs * sources.mean_tokens(config.data, 2 * config.max_length)
-    return Work(memory=4.0 * n + pairs * width * 40.0, disk=4.0 * n, operations=2.0 * n * tokens)
+    return Work(disk=4.0 * n, tokens=tokens)
 
 
 def _score(config: RewardScoreConfig, sources: Sources) -> Work:
     rows, size = sources.rows(config.data), sources.size(config.data)
     share = min(rows, config.limit or rows) / rows
-    n = sources.parameters(config.model)
-    return Work(memory=4.0 * n, disk=share * (size + 40.0 * rows), operations=2.0 * n * share * size / 4)
+    return Work(disk=share * (size + 40.0 * rows), tokens=share * size / 4)
 
 
 def _pairs(config: PairsConfig, sources: Sources) -> Work:
     prompts = min(sources.rows(config.prompts), config.limit or 10**12)
     tokens = prompts * config.n * config.max_new_tokens
-    n = sources.parameters(config.model)
     facts = {}
     if config.judge_model is not None:
         asked = prompts * config.n * (config.n - 1 if config.judge_style == "compare" else 1)
         facts = {"judge_requests": asked, "judge_tokens_at_most": asked * config.judge_tokens}
-    return Work(memory=4.0 * n, disk=tokens * 6.0, operations=2.0 * n * tokens, facts=facts)
+    return Work(disk=tokens * 6.0, tokens=tokens, facts=facts)
 
 
-def _rl(n: float, judges: Sequence[float], steps: int, config: RlhfConfig | WarpConfig) -> Work:
-    """Policy, gradients, moments, anchor and the SFT reference; every token is generated, scored and trained on.
-
-    A LoRA policy shares its frozen weights with the reference. On disk: the policy and its anchor, and in every
-    checkpoint both and the moments.
+def _rl(n: float, steps: int, config: RlhfConfig | WarpConfig) -> Work:
+    """Every token is generated, scored and trained on. On disk: the policy and its anchor, and in every checkpoint both
+    and the moments.
     """
-    judge = sum(judges[: 1 if config.reward_ensemble == "warm" else None])
     tokens = steps * config.prompts_per_step * config.n * config.max_new_tokens
     adapter = LORA_SHARE if config.lora_rank else 1.0
-    shared = config.lora_rank > 0 and isinstance(config, RlhfConfig) and config.sft is None
-    kept, reference = _anchor_bytes(config), 0.0 if shared else 4.0
-    scoring = 2.0 if config.anchor_memory == "cpu" else 0.0  # the bf16 copy of the average
-    return Work(
-        memory=n * (4.0 + 12.0 * adapter + reference + kept + scoring) + judge * 4.0,
-        disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE),
-        operations=tokens * (n * (2 + 2 + 6) + judge * 2.0),
-    )
+    kept = _anchor_bytes(config)
+    return Work(disk=n * (4.0 + kept + (12.0 * adapter + kept) * CHECKPOINTS_AT_ONCE), tokens=tokens)
 
 
 def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
@@ -280,41 +238,51 @@ def _anchor_bytes(config: RlhfConfig | WarpConfig) -> float:
 
 def _rlhf(config: RlhfConfig, sources: Sources) -> Work:
     sources.rows(config.prompts)
-    judges = [sources.parameters(reward) for reward in config.reward]
-    return _rl(sources.parameters(config.policy), judges, config.steps, config)
+    return _rl(sources.parameters(config.policy), config.steps, config)
 
 
 def _warp(config: WarpConfig, sources: Sources) -> Work:
     sources.rows(config.prompts)
     sources.rows(config.heldout)
     n = sources.parameters(config.sft)
-    judges = [sources.parameters(reward) for reward in config.reward]
     steps = sum(config.steps_of(i) for i in range(1, config.iterations + 1))
-    all_iterations = _rl(n, judges, steps, config)
+    all_iterations = _rl(n, steps, config)
     kept = config.iterations * (2 * config.policies + 2) * n * 4.0 + n * 4.0
     return Work(
-        memory=all_iterations.memory,
         disk=kept + n * 16.0 * CHECKPOINTS_AT_ONCE,
-        operations=all_iterations.operations * config.policies,
+        tokens=all_iterations.tokens * config.policies,
     )
 
 
 def _pareto(config: ParetoConfig, sources: Sources) -> Work:
     rows = min(sources.rows(config.prompts), config.limit or 10**12)
-    n = sources.parameters(config.sft)
     points = len(config.policies) + (len(config.etas) if config.merged else 0) + 1
     tokens = points * rows * config.n * config.max_new_tokens
-    return Work(memory=n * 16.0, disk=1e6, operations=tokens * n * 6.0)
+    return Work(disk=1e6, tokens=tokens)
+
+
+def _eval(config: EvalConfig, sources: Sources) -> Work:
+    """Every prompt is answered n times."""
+    rows = min(sources.rows(config.prompts), config.limit or 10**12)
+    return Work(disk=0.0, tokens=rows * config.n * config.max_new_tokens)
+
+
+def _reward_eval(config: RewardEvalConfig, sources: Sources) -> Work:
+    """One reward model after the other reads both sides of every pair."""
+    rows = min(sources.rows(config.data), config.limit or 10**12)
+    limit = config.max_length or CONTEXT
+    tokens = len(config.models) * rows * sources.mean_tokens(config.data, 2 * limit)
+    return Work(disk=0.0, tokens=tokens)
 
 
 def _merge(config: MergeConfig, sources: Sources) -> Work:
     """A stream: blocks of a few megabytes per model; its time depends on the disk, not on the processor."""
     n = sources.parameters(config.models[0])
-    return Work(memory=2.0e8, disk=4.0 * n, operations=0.0)
+    return Work(memory=2.0e8, disk=4.0 * n, tokens=0.0)
 
 
 def _pick(config: PickConfig, sources: Sources) -> Work:
-    return Work(memory=2.0e8, disk=math.nan, operations=0.0)
+    return Work(memory=2.0e8, disk=math.nan, tokens=0.0)
 
 
 def _perplexity(config: PerplexityConfig, sources: Sources) -> Work:
@@ -347,16 +315,14 @@ def _win_rate(config: WinRateConfig, sources: Sources) -> Work:
 def _forward(model: Path, other: Path | None, tokens: float, facts: JsonObject, sources: Sources) -> Work:
     """Two models, one after the other; samples of about six bytes a token on disk."""
     sizes = [sources.parameters(path) for path in (model, other) if path is not None]
-    return Work(4.0 * max(sizes), tokens * 6.0 * len(sizes), 2.0 * sum(sizes) * tokens, facts)
+    return Work(tokens * 6.0 * len(sizes), tokens * len(sizes), 4.0 * max(sizes), facts)
 
 
 def _suite(config: SuiteConfig, sources: Sources) -> Work:
     """The model, and samples with their prompts; the plan of the suite adds its tokens."""
-    width = 2.0 if config.dtype == "bfloat16" else 4.0
     other = config.against if config.against is not None and not holds_results(config.against) else None
-    sizes = [sources.parameters(path) for path in (config.model, other) if path is not None]
-    disk = 30.0 * sources.size(config.data) * len(sizes)  # a prompt repeats its examples
-    return Work(memory=width * max(sizes), disk=disk, operations=0.0)
+    models = 1 if other is None else 2
+    return Work(disk=30.0 * sources.size(config.data) * models, tokens=0.0)  # a prompt repeats its examples
 
 
 # Any: each function takes the configuration of its key.
@@ -373,6 +339,8 @@ ESTIMATES: dict[type[Config], Callable[[Any, Sources], Work]] = {
     RlhfConfig: _rlhf,
     WarpConfig: _warp,
     ParetoConfig: _pareto,
+    EvalConfig: _eval,
+    RewardEvalConfig: _reward_eval,
     MergeConfig: _merge,
     PickConfig: _pick,
     PerplexityConfig: _perplexity,

@@ -1,0 +1,263 @@
+"""Memory of the commands that learn from rows: sft, distill and reward. Torch-free.
+
+A training step has two moments that may be the largest: the end of the forward pass, when every block has kept its
+activations, and the end of the backward pass, when every gradient is there. Between them the ones go as the others
+come. An embedding that is also the output head gets two gradients, each as large as the table (V x d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2.posttrain.schemas import DistillConfig, LoraFields, RewardConfig, SftConfig
+
+from .activations import Attention, NetworkInUse, RowBatch, cpu_parts, decode_bytes, sampler_logits
+from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
+from .shapes import ModelShape
+
+__all__ = [
+    "CHUNK",
+    "PART_TOKENS",
+    "PROMPT",
+    "Sizes",
+    "Trained",
+    "chunk_logits",
+    "dtype_bytes",
+    "generating",
+    "of_distill",
+    "of_reward",
+    "of_sft",
+    "resident",
+    "trained",
+    "training",
+]
+
+Sizes = Callable[[Path], ModelShape]
+
+PART_TOKENS = 2048  # per forward pass on a CPU (sft_trainer.py, reward_trainer.py, scorer.py)
+CHUNK, ROWS, TILE = 2**24, 128, 2**22  # logits at once (cross_entropy.py, scorer.py, divergence.py)
+SAMPLE = 2**16  # elements per tensor that are kept in fp64, to see how far the weights move (movement.py)
+DIVERGENCE_COPIES = {"forward-kl": 5, "reverse-kl": 5, "jsd": 8}  # of a chunk of logits
+PROMPT = 512  # tokens of the longest prompt where nothing is known of the data
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The weights that a command trains, per device.
+
+    weights    bytes of all of the model, fp32, adapters included
+    elements   trained elements
+    gradients  memory of one gradient of every trained tensor
+    embedding  memory of the gradient of the embedding; none if it is frozen
+    tied       whether the output head shares the embedding
+    records    bytes that are kept of the start, to see how far the weights moved
+    """
+
+    network: NetworkInUse
+    weights: float
+    elements: float
+    gradients: Bytes
+    embedding: Bytes
+    tied: bool
+    records: float
+
+    def state(self) -> Sum:
+        """Weights, the optimizer's moments (Adam, fp32), and the records of the start."""
+        return [
+            ("weights", Bytes(self.weights)),
+            ("optimizer", Bytes(8 * self.elements)),
+            ("records of the start", Bytes(self.records)),
+        ]
+
+
+def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object]) -> Trained:
+    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`."""
+    rank, share = config.lora_rank, 1 / place.shards
+    adapters = shape.adapter_parameters(rank, config.lora_targets) if rank else 0.0
+    accelerated = place.kind == "accelerator"
+    checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
+    attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
+    network = NetworkInUse(
+        shape,
+        attention,
+        mixed=accelerated and bool(mapping.get("bf16", True)),
+        checkpointing=checkpointing,
+        trained=rank == 0,
+        rank=rank,
+        adapted=len(shape.adapted(config.lora_targets)) if rank else 0,
+    )
+    embedding = blocks(4.0 * shape.embedding)
+    return Trained(
+        network,
+        weights=4 * (shape.parameters + adapters) * share,
+        elements=(adapters if rank else shape.parameters) * share,
+        gradients=(Bytes(0.0, 4 * adapters, 4 * adapters) if rank else _gradients(shape)) * share,
+        embedding=Bytes() if rank else embedding * share,
+        tied=shape.tied and not shape.outputs,
+        records=0.0 if rank else 8 * _sampled(shape),
+    )
+
+
+def _gradients(shape: ModelShape) -> Bytes:
+    """Memory of the gradients of all tensors of a model."""
+    sizes = [4.0 * inputs * outputs for inputs, outputs in shape.linear_layers().values()]
+    found = sum((blocks(size, shape.layers) for size in sizes), blocks(4.0 * shape.embedding, 1 if shape.tied else 2))
+    return found + Bytes(0.0, max(0.0, 4 * shape.parameters - found.total))
+
+
+def _sampled(shape: ModelShape) -> float:
+    """Elements of all tensors, of each at most SAMPLE."""
+    of_block = sum(min(inputs * outputs, SAMPLE) for inputs, outputs in shape.linear_layers().values())
+    norms = 4 * min(shape.hidden, SAMPLE)
+    return float(shape.layers * (of_block + norms) + min(shape.embedding, SAMPLE) + shape.hidden)
+
+
+def resident(shape: ModelShape, item: float) -> Bytes:
+    """Memory of a model that does not learn: whole on each device."""
+    return Bytes(shape.parameters * item)
+
+
+def chunk_logits(vocabulary: int, rows: float, learns: bool, mixed: bool) -> Bytes:
+    """Memory of the logits of a chunk of `rows` targets, and what is computed next to them."""
+    if not vocabulary:
+        return Bytes()
+    if mixed:  # bf16 product, fp32 logits, log-probs, and their gradient
+        return Bytes(min(rows, max(1, CHUNK // vocabulary)) * vocabulary * (14.0 if learns else 10.0))
+    size = min(rows, max(ROWS, CHUNK // vocabulary))
+    return blocks(4.0 * vocabulary * size) + blocks(4.0 * vocabulary * min(size, max(1, TILE // vocabulary)))
+
+
+def training(
+    one: Trained, base: Sum, batch: RowBatch, logits: Bytes, accumulates: bool, place: MemoryPlace, name: str = "train"
+) -> list[Moment]:
+    """Return the start of a training, and the two moments of a step on batches of this size.
+
+    base         what is in memory all the time, apart from `one`
+    accumulates  whether gradients of earlier parts or micro-batches are there already
+    """
+    network = one.network
+    head = one.embedding if one.tied else Bytes()
+    always = [*base, *one.state(), *_copies(one, place)]
+    states = blocks(4.0 * batch.count * network.shape.hidden, 2 if logits.total else 0)
+    forward: Sum = [
+        *always,
+        ("gradients", head + (one.gradients if accumulates else Bytes())),
+        ("activations", network.saved_bytes(batch) + network.working_bytes(batch) + states),
+        ("logits", logits),
+    ]
+    last = replace(network, checkpointing=False).block_bytes(batch, True)
+    backward: Sum = [
+        *always,
+        ("gradients", one.gradients + one.embedding * (one.tied + accumulates)),
+        ("activations", last + network.working_bytes(batch)),
+    ]
+    # Before the first step decoding is compared with the forward pass (forward_check.py); new adapters add nothing yet.
+    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4)
+    start: Sum = [
+        *base,
+        ("weights", Bytes(one.weights)),
+        ("records of the start", Bytes(one.records)),
+        ("copies of weights for decoding", copies),
+    ]
+    return [Moment("start", start), Moment(name, forward), Moment(name, backward)]
+
+
+def _copies(one: Trained, place: MemoryPlace) -> Sum:
+    """Under autocast the bf16 copies of trained weights; under data parallelism the buckets of their gradients."""
+    found: Sum = []
+    if one.network.mixed:
+        found.append(("bf16 copies of weights", Bytes(2 * one.elements)))
+    if place.devices > 1 and place.full_shard:
+        shape = one.network.shape
+        largest = max((shape.parameters - shape.embedding) / max(1, shape.layers), float(shape.embedding))
+        found.append(("gathered layer", Bytes(8 * largest)))
+    elif place.devices > 1:
+        found.append(("gradient buckets", Bytes(4 * one.elements)))
+    return found
+
+
+def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 sft`."""
+    shape = sizes(config.model)
+    one = trained(config, shape, place, config.trainer)
+    if place.kind == "accelerator" and config.attention != "eager":
+        one = replace(one, network=replace(one.network, attention="flash"))
+    width = min(config.max_length, lengths.row or config.max_length)
+    micro = RowBatch(config.micro_batch_size or config.batch_size, config.max_length if config.packing else width)
+    tokens = config.micro_batch_tokens or (PART_TOKENS if one.network.attention == "blockwise" else None)
+    batch = cpu_parts(micro, tokens) if tokens else micro
+    logits = chunk_logits(shape.vocabulary, batch.count, True, one.network.mixed)
+    return training(one, [], batch, logits, batch.rows < config.batch_size, place)
+
+
+def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 reward`. A row is one side of a pair."""
+    shape = replace(sizes(config.model), outputs=1)
+    one = trained(config, shape, place, config.trainer)
+    width = min(config.max_length, lengths.row or config.max_length)
+    pairs = config.micro_batch_size or config.batch_size
+    batch = RowBatch(2 * pairs, width)
+    if one.network.attention == "blockwise":
+        one = replace(one, network=replace(one.network, last_only=shape.model_type == "gemma2"))
+        batch = RowBatch(2 * cpu_parts(RowBatch(pairs, 2 * width), PART_TOKENS).rows, width)
+    return training(one, [], batch, Bytes(), batch.rows < 2 * config.batch_size, place)
+
+
+def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
+    """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
+    shape = sizes(config.model)
+    one = trained(config, shape, place, config.trainer)
+    one = replace(one, network=replace(one.network, attention="eager"))
+    base: Sum = []
+    if config.teacher is not None:
+        base.append(("teacher", resident(sizes(config.teacher), dtype_bytes(config.teacher_dtype, place))))
+    prompt, width = lengths.prompt or PROMPT, min(config.max_length, lengths.row or config.max_length)
+    if config.prompts is not None:
+        width = max(prompt + config.max_new_tokens, width if config.data is not None else 0)
+    micro = config.micro_batch_size or config.batch_size
+    batch = RowBatch(micro, width)
+    chunk = min(batch.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
+    logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
+    moments = training(one, base, batch, logits, micro < config.batch_size, place)
+    if config.teacher is not None:
+        reading = NetworkInUse(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
+        kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
+        moments.append(Moment("train", [*base, *one.state(), *_copies(one, place), ("activations", kept)]))
+    if config.prompts is not None:
+        moments.insert(0, generating(one, base, config.batch_size, prompt, config.max_new_tokens))
+    return moments
+
+
+def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Moment:
+    """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights."""
+    shape, item = one.network.shape, 2 if one.network.mixed else 4
+    prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(RowBatch(rows, prompt))
+    # Under autocast every matrix is converted once; the products of adapters are added to copies.
+    copies = decoding_copies(shape, item, every=one.network.mixed or not one.network.trained)
+    parts: Sum = [
+        *base,
+        *one.state(),
+        ("copies of weights for decoding", copies),
+        ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
+        ("logits", sampler_logits(shape, rows, True)),
+        ("activations", prefill),
+    ]
+    return Moment("generate", parts)
+
+
+def decoding_copies(shape: ModelShape, item: int, every: bool = False) -> Bytes:
+    """Memory of the weights that decoding joins, those of queries, keys and values; of all of them if `every`."""
+    queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    found = blocks(float(item) * shape.hidden * (queries + 2 * keys), shape.layers)
+    others = [size for name, size in shape.linear_layers().items() if name[0] not in "qkv"]
+    for inputs, outputs in others if every else []:
+        found += blocks(float(item) * inputs * outputs, shape.layers)
+    return found
+
+
+def dtype_bytes(name: str, place: MemoryPlace) -> float:
+    """Return the bytes of an element of a model of this dtype. auto: bf16 on an accelerator, fp32 on a CPU."""
+    half = name in ("bfloat16", "float16") or (name == "auto" and place.kind == "accelerator")
+    return 2.0 if half else 4.0
