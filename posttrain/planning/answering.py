@@ -24,7 +24,7 @@ from gemma2.posttrain.schemas.measures import SuiteConfig
 from .activations import NetworkInUse, RowBatch, decode_bytes, sampler_logits
 from .learning import CHUNK, PROMPT, Sizes, chunk_logits, decoding_copies, dtype_bytes, resident
 from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
-from .reinforcing import reading, reward_models, scoring
+from .reinforcing import frozen_bytes, reading, reward_models, scoring
 from .shapes import ModelShape
 
 __all__ = [
@@ -62,7 +62,7 @@ def of_generate(config: GenerateConfig, sizes: Sizes, place: MemoryPlace, length
     prompt = lengths.prompt or PROMPT
     if config.engine == "transformers":
         shape = sizes(config.teacher)
-        item = 2 if place.kind == "accelerator" else 4
+        item = int(frozen_bytes(config, place))
         whole = config.top_k == 0 and config.top_p == 1 and config.min_p == 0
         held: Sum = [("weights", resident(shape, item))]
         moments.append(answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, whole))
@@ -73,20 +73,20 @@ def of_generate(config: GenerateConfig, sizes: Sizes, place: MemoryPlace, length
     if config.reward:
         batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
         networks = [reading(path, sizes, place) for path in config.reward]
-        moments.append(scoring(reward_models(config, sizes), networks, batch, place))
+        moments.append(scoring(reward_models(config, sizes, place), networks, batch, place))
     return moments
 
 
 def of_pairs(config: PairsConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward pairs`."""
     shape, prompt = sizes(config.model), lengths.prompt or PROMPT
-    item = 2 if place.kind == "accelerator" else 4
+    item = int(frozen_bytes(config, place))
     held: Sum = [("weights", resident(shape, item))]
     moments = [answering(shape, held, config.batch_size, prompt, config.max_new_tokens, item, True)]
     judge = Path(config.judge)
     if ":" not in config.judge:
         batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
-        base: Sum = [("reward models", resident(sizes(judge), 4.0))]
+        base: Sum = [("reward models", resident(sizes(judge), frozen_bytes(config, place)))]
         moments.append(scoring(base, [reading(judge, sizes, place)], batch, place))
     return moments
 
@@ -96,7 +96,7 @@ def _measured(
 ) -> list[Moment]:
     """Phases of a measurement of policies next to the reference: drawn, then scored by all models."""
     prompt = lengths.prompt or PROMPT
-    base = [*held, *reward_models(config, sizes)]
+    base = [*held, *reward_models(config, sizes, place)]
     shape = sizes(config.sft)
     drawn = max(config.n, config.batch_size // config.n * config.n)
     generate = answering(shape, base, drawn, prompt, config.max_new_tokens, 4, True)
@@ -107,21 +107,21 @@ def _measured(
 
 def of_eval(config: EvalConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 eval`: the policy, the SFT policy and the reward models, in fp32."""
-    held: Sum = [("reference", resident(sizes(config.sft), 4.0))]
+    held: Sum = [("reference", resident(sizes(config.sft), frozen_bytes(config, place)))]
     others = [] if config.model == config.sft else [config.model]
-    held += [("weights", resident(sizes(path), 4.0)) for path in others]
+    held += [("weights", resident(sizes(path), frozen_bytes(config, place))) for path in others]
     return _measured(config, held, others, sizes, place, lengths)
 
 
 def of_pareto(config: ParetoConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 pareto`: a line has both its ends and a model to write into in memory."""
-    held: Sum = [("reference", resident(sizes(config.sft), 4.0))]
+    held: Sum = [("reference", resident(sizes(config.sft), frozen_bytes(config, place)))]
     ends = 0
     if config.merged is not None:
         ends = 2 + (config.init not in (None, config.sft))
     count = max(ends + bool(config.policies and ends), bool(config.policies))
     if count:
-        held.append(("weights", resident(sizes(config.sft), 4.0) * count))
+        held.append(("weights", resident(sizes(config.sft), frozen_bytes(config, place)) * count))
     return _measured(config, held, list(config.policies[:1]) or [config.sft], sizes, place, lengths)
 
 
@@ -134,7 +134,7 @@ def of_score(
     for path in models:
         shape = sizes(path)
         width = lengths.row or config.max_length or shape.context
-        base: Sum = [("reward models", resident(shape, 4.0))]
+        base: Sum = [("reward models", resident(shape, frozen_bytes(config, place)))]
         rows = RowBatch(config.batch_size, min(width, config.max_length or width))
         moments.append(scoring(base, [reading(path, sizes, place)], rows, place))
     return moments
@@ -143,7 +143,7 @@ def of_score(
 def of_probe(config: ProbeConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward probe`, apart from the states of the pairs, which grow with the data."""
     shape = sizes(config.model)
-    base: Sum = [("weights", resident(shape, 4.0))]
+    base: Sum = [("weights", resident(shape, frozen_bytes(config, place)))]
     rows = RowBatch(config.batch_size, min(config.max_length, lengths.row or config.max_length))
     return [scoring(base, [reading(config.model, sizes, place)], rows, place)]
 

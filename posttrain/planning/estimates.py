@@ -315,15 +315,14 @@ def _win_rate(config: WinRateConfig, sources: Sources) -> Work:
 def _forward(model: Path, other: Path | None, tokens: float, facts: JsonObject, sources: Sources) -> Work:
     """Two models, one after the other; samples of about six bytes a token on disk."""
     sizes = [sources.parameters(path) for path in (model, other) if path is not None]
-    disk, memory = tokens * 6.0 * len(sizes), 4.0 * max(sizes)
-    return Work(disk=disk, tokens=len(sizes) * tokens, memory=memory, facts=facts)
+    return Work(tokens * 6.0 * len(sizes), tokens * len(sizes), 4.0 * max(sizes), facts)
 
 
 def _suite(config: SuiteConfig, sources: Sources) -> Work:
     """The model, and samples with their prompts; the plan of the suite adds its tokens."""
     other = config.against if config.against is not None and not holds_results(config.against) else None
-    disk = 30.0 * sources.size(config.data) * (1 if other is None else 2)  # a prompt repeats its examples
-    return Work(disk=disk, tokens=0.0)
+    models = 1 if other is None else 2
+    return Work(disk=30.0 * sources.size(config.data) * models, tokens=0.0)  # a prompt repeats its examples
 
 
 # Any: each function takes the configuration of its key.

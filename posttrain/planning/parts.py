@@ -35,11 +35,6 @@ FINE = 2**22  # bytes: blocks below this size
 # Gaps in what the C library keeps, as a share of it, from mallinfo2 at the peak of runs of bench/plan.py: 0.10 to 0.25
 # where all weights are trained. With adapters 0.4 to 0.9, if blocks are fine: gradients and moments stay between them.
 GAPS, GAPS_OF_ADAPTERS = 0.15, 0.35
-RECORDS = 5 * 2**20  # bytes of rows, metrics and the trainer's own objects in a short run, measured with it
-GIVEN_BACK = 2**25  # bytes: blocks of this size and more are given back when they are freed
-# Gaps in what the C library keeps, as a share of it, from mallinfo2 at the peak of runs of bench/plan.py: 0.10 to 0.25
-# where all weights are trained. With adapters 0.4 to 0.9: their gradients and moments, small, stay in between.
-GAPS, GAPS_OF_ADAPTERS = 0.15, 0.60
 # Of an accelerator's memory that comes and goes, the share in pieces too small to use. Not measured.
 CUT = 0.05
 PASSING = frozenset({"activations", "logits", "KV cache", "gradients", "copies of weights for decoding"})

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemma2.posttrain.schemas import RewardFields, RlFields, RlhfConfig, WarpConfig
+from gemma2.posttrain.schemas.config import Config
 
 from .activations import NetworkInUse, RowBatch, cpu_parts
 from .learning import (
@@ -15,6 +16,7 @@ from .learning import (
     Sizes,
     Trained,
     chunk_logits,
+    dtype_bytes,
     generating,
     resident,
     trained,
@@ -22,15 +24,20 @@ from .learning import (
 )
 from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
 
-__all__ = ["of_rlhf", "of_warp", "reading", "reward_models", "scoring"]
+__all__ = ["frozen_bytes", "of_rlhf", "of_warp", "reading", "reward_models", "scoring"]
 
 KL_COPIES = 8  # of a chunk of logits: those of two models, their log-probs, their difference (evaluate.py)
 
 
-def reward_models(config: RewardFields, sizes: Sizes) -> Sum:
-    """The reward models of a command, in fp32; a WARM ensemble is one model."""
+def frozen_bytes(config: Config, place: MemoryPlace) -> float:
+    """Return the bytes of an element of models that are not trained: --dtype, where a command has it."""
+    return dtype_bytes(str(getattr(config, "dtype", "auto")), place)
+
+
+def reward_models(config: RewardFields, sizes: Sizes, place: MemoryPlace) -> Sum:
+    """The reward models of a command, a WARM ensemble is one model."""
     paths = config.reward[:1] if config.reward_ensemble == "warm" else config.reward
-    return [("reward models", resident(sizes(path), 4.0)) for path in paths]
+    return [("reward models", resident(sizes(path), frozen_bytes(config, place))) for path in paths]
 
 
 def reading(path: Path, sizes: Sizes, place: MemoryPlace, mixed: bool = False) -> NetworkInUse:
@@ -87,10 +94,10 @@ def rl_moments(
     network = one.network
     base: Sum = []
     if reference is not None:
-        base.append(("reference", resident(sizes(reference), 4.0)))
+        base.append(("reference", resident(sizes(reference), frozen_bytes(config, place))))
     elif not config.lora_rank:
-        base.append(("reference", resident(shape, 4.0)))
-    base += reward_models(config, sizes) + _anchor(config, one, place)
+        base.append(("reference", resident(shape, frozen_bytes(config, place))))
+    base += reward_models(config, sizes, place) + _anchor(config, one, place)
     rows = max(1, config.prompts_per_step // place.devices) * config.n
     micro = min(config.micro_batch_size or rows, rows)
     prompt = lengths.prompt or PROMPT
