@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs screens ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs recipes screens ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -127,6 +127,10 @@ bench-filters: $(VENV)/peers/.installed ## Precision and recall of every filter 
 
 compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): two to five minutes on two cores
 	@$(BIN)/python bench/compare.py $(BASE) . --assert-equal
+
+recipes: setup-dev ## The plan in the head of every recipe, and the table of docs/recipes.md, from the planner
+	@$(BIN)/python -m gemma2.posttrain.recipe_files.recipe_heads
+	@$(BIN)/python docs/generate.py
 
 ranges: setup-dev ## The quickstart over seeds and ways to round, as README's table: 10 to 25 minutes on two cores
 	@$(BIN)/python bench/quickstart_ranges.py --out runs/ranges

@@ -42,6 +42,9 @@ COMMANDS = {
     "tiny": CommandEntry(
         "stages.tiny", "Make the embedded models: a small real Gemma 2 student and its teacher.", "Start here"
     ),
+    "recipes": CommandEntry(
+        "recipes.recipes_command", "List, show, copy and plan recipes for your model and machine.", "Start here"
+    ),
     "data": CommandEntry("tools.data", "Inspect data files before training on them, convert them.", "Post-training"),
     "generate": CommandEntry("stages.generate", "Write teacher completions for a file of prompts.", "Post-training"),
     "filter": CommandEntry("stages.filter", "Drop rows unfit for training, each with its reason.", "Post-training"),
@@ -107,7 +110,9 @@ COMMANDS = {
     ),
     "serve": CommandEntry("export.serve_command", "Serve a model with vLLM, checked first.", "Tools"),
     "config": CommandEntry(
-        "tools.config", "List and show recipes, import settings of TRL, axolotl or LLaMA-Factory.", "Tools"
+        "recipes.config",
+        "Check settings files, print their JSON Schema, import those of TRL, axolotl or LLaMA-Factory.",
+        "Tools",
     ),
     "help": CommandEntry("tools.help_page", "Show the page of a command, as its --help does.", "Tools"),
 }

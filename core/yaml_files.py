@@ -51,12 +51,31 @@ NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 def closest(name: str, valid: Iterable[str]) -> str:
     """Return `"did you mean 'x'?"`; without a close match the valid names, or the nearest five of a long list."""
     names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    slips = [(slip, other) for other in names if (slip := slip_between(name, other)) is not None]
+    likely = [other for slip, other in slips if slip == min(slips)[0]]
+    near = difflib.get_close_matches(name, likely or names, n=1, cutoff=0.0 if likely else 0.6)
     if near:
         return f"did you mean '{near[0]}'?"
     if len(names) > LISTED:
         return f"the nearest of {len(names)}: {', '.join(difflib.get_close_matches(name, names, n=5, cutoff=0.0))}"
     return f"valid: {', '.join(names)}"
+
+
+def slip_between(typed: str, meant: str) -> int | None:
+    """Return which single slip makes `typed` of `meant`, the likelier the lower; None if it takes more than one.
+
+    0 two neighbours swapped, 1 a letter left out, 2 a letter too many, 3 another letter. Of names of two letters or
+    fewer only the first counts: the others would make one of any such name.
+    """
+    shorter, longer = sorted((typed, meant), key=len)
+    start = next((at for at, (a, b) in enumerate(zip(typed, meant, strict=False)) if a != b), len(shorter))
+    if len(typed) == len(meant):
+        if typed[start:] == meant[start + 1 : start + 2] + meant[start : start + 1] + meant[start + 2 :]:
+            return 0 if typed != meant else None
+        return 3 if len(meant) > 2 and typed[start + 1 :] == meant[start + 1 :] and typed != meant else None
+    if len(meant) < 3 or len(longer) - len(shorter) != 1 or shorter[start:] != longer[start + 1 :]:
+        return None
+    return 1 if len(typed) < len(meant) else 2
 
 
 def _with_numbers(resolver: Resolver) -> Resolver:

@@ -4,6 +4,7 @@ docs/commands.md      the --help pages
 docs/merging.md       the methods, from their table
 docs/plan.svg         a plan as a terminal shows it
 docs/your-gemma2.md   the memory of each step on a GPU, as gemma2 plan computes it
+docs/recipes.md       the recipe of each command, size and machine, with its memory, from the planner
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.planning.estimates import Promise, Sources, estimate
 from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import SIZES, ModelShape
+from gemma2.posttrain.recipe_files.machines import MACHINES, ONE_GPU, Cell, cells, least_plan, plan_of
 from gemma2.posttrain.schemas import GenerateConfig, MergeConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -35,6 +37,8 @@ MEMORY, END_OF_MEMORY = (
     "<!-- memory: written by make docs from posttrain/planning/memory.py -->",
     "<!-- end of memory -->",
 )
+RECIPES = Path(__file__).with_name("recipes.md")
+PLANS, END_OF_PLANS = "<!-- recipes: written by make docs from the planner -->", "<!-- end of recipes -->"
 PARAMETERS = 2_614_341_888  # of Gemma 2 2B
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
 LENGTHS = Lengths(row=1024, prompt=256)  # of the longest rows
@@ -188,6 +192,34 @@ def your_page() -> str:
     return f"{before}{begin}\n\n{memory()}\n\n{end}{after}"
 
 
+def plans() -> str:
+    """A table: the recipe of every command and size on each machine with its memory, or the memory that it lacks."""
+    head = ["command, model", *MACHINES]
+    rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for command, size in dict.fromkeys((cell.command, cell.size) for cell in cells()):
+        row = [f"{command}, {size.upper()}"]
+        for machine in MACHINES:
+            cell = Cell(command, size, machine)
+            single = Cell(command, size, "80gb")
+            if cell.path is not None:
+                row.append(f"{plan_of(cell).needed / 1e9:.0f} GB")
+            elif command in ONE_GPU and MACHINES[machine].gpus > 1 and single.path is not None:
+                row.append("one GPU: as 80gb")
+            else:
+                row.append(f"no: {least_plan(cell).needed / 1e9:.0f} GB")
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
+def recipes_page() -> str:
+    """docs/recipes.md with its table between the marks."""
+    before, begin, rest = RECIPES.read_text(encoding="utf-8").partition(PLANS)
+    _, end, after = rest.partition(END_OF_PLANS)
+    if not begin or not end:
+        raise ValueError(f"{RECIPES} has no marks for its table")
+    return f"{before}{begin}\n\n{plans()}\n\n{end}{after}"
+
+
 class Terminal(io.StringIO):
     """A terminal that keeps what is printed."""
 
@@ -217,3 +249,4 @@ if __name__ == "__main__":
     TARGET.write_text(render(), encoding="utf-8")
     MERGING.write_text(merging_page(), encoding="utf-8")
     YOURS.write_text(your_page(), encoding="utf-8")
+    RECIPES.write_text(recipes_page(), encoding="utf-8")

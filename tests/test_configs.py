@@ -7,6 +7,7 @@ import pytest
 from gemma2.configs import recipes
 from gemma2.posttrain import schemas
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+from gemma2.posttrain.recipe_files.schema_index import with_inputs
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.schemas import EvalConfig
 from gemma2.posttrain.schemas.config import Config, load_yaml, resolve
@@ -25,14 +26,10 @@ def schema_of(command: str) -> type[Config]:
     return EvalConfig if command == "eval" else COMMANDS[command].schema
 
 
-def required_of(schema: type[Config]) -> dict[str, str]:
-    """The inputs that a recipe leaves to the flags."""
-    return {name: "given/by/flag" for name, field in schema.model_fields.items() if field.is_required()}
-
-
 def test_the_folder_holds_only_recipes():
-    names = {path.name for path in Path(schemas.__file__).parents[2].joinpath("configs").iterdir()}
-    assert names - {"__init__.py", "__pycache__", "py.typed"} == {path.name for path in RECIPES.values()}
+    names = {path.name for path in Path(schemas.__file__).parents[2].joinpath("configs").rglob("*") if path.is_file()}
+    kept = {name for name in names if not name.endswith(".pyc")} - {"__init__.py", "py.typed"}
+    assert kept == {path.name for path in RECIPES.values()}
 
 
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if command_of(path) != "pipeline"])
@@ -40,7 +37,7 @@ def test_a_recipe_resolves_with_the_schema_of_its_command(name):
     schema = schema_of(command_of(RECIPES[name]))
     given = load_yaml(RECIPES[name])
     assert given, "a recipe that sets nothing"
-    missing = {key: value for key, value in required_of(schema).items() if key not in given}
+    missing = {key: value for key, value in with_inputs(schema, given).items() if key not in given}
     resolved = resolve(schema, file=RECIPES[name], flags=missing)
     for key, value in given.items():
         assert resolved.model_dump(mode="json")[key] == value, f"{name}: {key}"

@@ -35,6 +35,9 @@ TORCH_FREE = (
     "posttrain.planning.estimates",
     "posttrain.runs.commands",
     "posttrain.pipelines.run",
+    "posttrain.recipe_files.machines",
+    "posttrain.recipe_files.settings_check",
+    "posttrain.recipe_files.json_schema",
     "posttrain.watch.following",
     "posttrain.watch.page_server",
 )
@@ -300,7 +303,7 @@ def heavy_after(script: str, *arguments: str) -> list[str]:
 
 
 def test_no_help_page_imports_a_heavy_library():
-    assert heavy_after(PAGES, "", *COMMANDS, "merge slerp", "reward pairs", "config list") == []
+    assert heavy_after(PAGES, "", *COMMANDS, "merge slerp", "reward pairs", "recipes list", "config check") == []
 
 
 def test_the_modules_that_start_up_needs_are_torch_free():

@@ -131,7 +131,11 @@ script.load()()
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--version"], f"gemma2 {PROJECT['project']['version']}"), (["config", "list"], None), (["sft", "-h"], "Usage:")],
+    [
+        (["--version"], f"gemma2 {PROJECT['project']['version']}"),
+        (["recipes", "list"], None),
+        (["sft", "-h"], "Usage:"),
+    ],
 )
 def test_the_installed_wheel_runs_without_the_source_tree(wheel, tmp_path, words, said):
     zipfile.ZipFile(wheel).extractall(tmp_path)
@@ -216,7 +220,7 @@ def test_a_clone_installs_as_the_readme_says_and_the_command_runs_elsewhere(sdis
     shutil.rmtree(tree)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for words in (["--help"], ["quickstart", "--help"], ["config", "show", "align"], ["help", "sft"]):
+    for words in (["--help"], ["quickstart", "--help"], ["recipes", "show", "align"], ["help", "sft"]):
         command = [str(place / "bin" / "gemma2"), *words]
         done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), words

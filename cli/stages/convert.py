@@ -46,7 +46,7 @@ def convert(
       gemma2 convert model --dtype bfloat16 --out model-bf16
     """
     from gemma2.posttrain.conversion.gguf import find_gguf
-    from gemma2.posttrain.runs.run_directory import RunOptions
+    from gemma2.posttrain.runs.run_options import RunOptions
     from gemma2.posttrain.schemas import ConvertConfig
     from gemma2.posttrain.schemas.config import resolve
 

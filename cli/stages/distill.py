@@ -6,7 +6,7 @@ import inspect
 
 from gemma2.cli.terminal.options import add_stage, stage_group
 from gemma2.core.progress import Progress
-from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.runs.run_options import RunOptions, RunResult
 from gemma2.posttrain.schemas import DistillCacheConfig, DistillConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma2.cli.terminal.options import stage
 from gemma2.core.progress import Progress
-from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.runs.run_options import RunOptions, RunResult
 from gemma2.posttrain.schemas import GenerateConfig
 
 

@@ -7,7 +7,7 @@ from gemma2.cli.terminal.gain_lines import show_gains
 from gemma2.cli.terminal.options import stage
 from gemma2.core.json_files import load_json
 from gemma2.core.progress import Progress
-from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.runs.run_options import RunOptions, RunResult
 from gemma2.posttrain.schemas import PickConfig
 
 

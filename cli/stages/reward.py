@@ -9,7 +9,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import add_stage, stage_group
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import Progress
-from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
+from gemma2.posttrain.runs.run_options import RunOptions, RunResult
 from gemma2.posttrain.schemas import PairsConfig, ProbeConfig, RewardConfig, RewardEvalConfig, RewardScoreConfig
 
 NOT_SHOWN = ("model", "reliability", "by", "accuracy_error")  # shown in separate tables, or next to the accuracy

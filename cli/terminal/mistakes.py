@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from typer.core import TyperArgument, TyperOption
 
 from gemma2.core.errors import UsageError
-from gemma2.core.yaml_files import parse_value
+from gemma2.core.yaml_files import closest, parse_value
 from gemma2.posttrain.foreign.counterparts import command_here, hint_for, plain_name
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["UsageProblem", "check_words", "explain"]
 
 ITEMS = "A,B,..."  # metavar of a flag that takes several values, separated by commas
+# Sub-commands that have another place by now.
+MOVED = {("config", "list"): "recipes list", ("config", "show"): "recipes show"}
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?,?")
 
 
@@ -73,6 +75,10 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         )
         if short is not None and len(short) > 2:
             return UsageProblem(f"No such option: {short}", f"write it with two dashes: -{short}", page)
+        typed = str(getattr(error, "option_name", ""))
+        near = closest(typed, [name for name in names if name.startswith("--")])
+        if typed.startswith("--") and near.startswith("did you mean"):
+            return UsageProblem(f"no such option: {typed}", near, page)
     return UsageProblem(text, "", page)
 
 
@@ -118,6 +124,13 @@ def _of_another_tool(error: TyperException, context: Context | None, words: Sequ
         return None
     if name is None:
         unknown = re.search(r"No such command '([^']*)'", error.format_message())
+        new = MOVED.get((context.command_path.rpartition(" ")[2], unknown[1])) if unknown else None
+        if unknown and new:
+            rest = words[[*words].index(unknown[1]) + 1 :]
+            return (
+                f"gemma2 {' '.join(words[: -len(rest) or None])} has moved",
+                f"write {shlex.join(['gemma2', *new.split(), *rest])}",
+            )
         fix = command_here(unknown[1]) if unknown and context.command_path == "gemma2" else None
         return (f"there is no command '{unknown[1]}'", fix) if unknown and fix else None
     options = {flag for part in context.command.params for flag in part.opts if flag.startswith("--")}

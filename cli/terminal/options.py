@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.core.outputs.manifest import STATE
 from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.ranks import is_main
-from gemma2.posttrain.runs.run_directory import RunOptions, resumed_with
+from gemma2.posttrain.recipe_files.named_recipe import recipe_path
+from gemma2.posttrain.runs.run_options import RunOptions
 from gemma2.posttrain.runs.servers import allow_given, names_servers
-from gemma2.posttrain.schemas.config import Config, ValueSource, closest, is_given, load_yaml, resolve
+from gemma2.posttrain.schemas.config import Config, ValueSource, is_given, load_yaml, resolve
 
 from .completion import recipes_of_command
 from .console import Console
@@ -53,7 +53,6 @@ __all__ = [
     "Resume",
     "add_stage",
     "file_option",
-    "recipe_path",
     "required_out",
     "stage",
     "stage_group",
@@ -159,31 +158,6 @@ def placed(file: Path | None, sets: Sequence[str], flags: Flags) -> Iterator[Non
         if not where.startswith("--set ") and (file is None or keys[0] not in load_yaml(file)):
             raise
         raise type(error)(f"{error.what} in {where}", error.hint, where) from error
-
-
-def recipe_path(name: str | None, command: str = "") -> Path | None:
-    """The file that `--config` means: a path, the configuration that an output records, or a recipe by name.
-
-    Raises UsageError for a recipe of ours that is for another command than `command`.
-    """
-    if name is None:
-        return None
-    path = Path(name, MANIFEST) if Path(name).is_dir() else Path(name)
-    found = path if path.is_file() else recipe(name)
-    if found is None and path.exists():
-        raise InputError(f"--config {name} is not a regular file", "give a YAML file")
-    if found is None:
-        raise InputError(
-            f"--config {name} does not exist", f"give a YAML file, or a recipe ({closest(name, recipes())})"
-        )
-    if command and not path.is_file():
-        with found.open(encoding="utf-8") as lines:
-            begins, _, rest = lines.readline().partition("# gemma2 ")
-        purpose = rest.partition(":")[0]
-        if not begins and purpose not in ("", command):
-            how = "pipeline run " + name if purpose == "pipeline" else f"{purpose} --config {name}"
-            raise UsageError(f"--config {name} is a recipe for gemma2 {purpose}", f"use it with gemma2 {how}")
-    return found
 
 
 # --- commands of a schema ---------------------------------------------------------------------------------------------
@@ -308,8 +282,6 @@ def make_command(
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 if given["dry_run"]:
-                    from .plan_view import plan_only
-
                     needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))
                     out = required_out(given["out"]) if needs_out else given.get("out")
                     options = None if out is None else RunOptions(out, given["resume"], given["force"])
@@ -367,6 +339,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.checks.of_command import CommandChecks
     from gemma2.posttrain.checks.plan import shortages
     from gemma2.posttrain.runs.finished import publish_finished
+    from gemma2.posttrain.runs.run_directory import resumed_with
 
     promise(options.out)
     checks = CommandChecks(isolated=False)

@@ -21,7 +21,6 @@ from gemma2.cli.terminal.options import (
     Out,
     Quiet,
     Set,
-    recipe_path,
     required_out,
 )
 from gemma2.cli.terminal.plan_view import end_plan
@@ -29,6 +28,7 @@ from gemma2.core.errors import OutputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.promised import promise
 from gemma2.core.permissions import allow
+from gemma2.posttrain.recipe_files.named_recipe import recipe_path
 
 from .pipeline import Announcer, jobs_option, kept_for_later
 

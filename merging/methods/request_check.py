@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gemma2.core.errors import UsageError
+from gemma2.core.yaml_files import closest
 
 from .method import MANY, Method
 from .option import OPTIONS
@@ -18,7 +19,7 @@ __all__ = ["check_chosen", "check_request", "method_named"]
 def method_named(name: str) -> Method:
     """The entry of a method. Raises UsageError for an unknown name."""
     if name not in METHODS:
-        raise UsageError(f"unknown merge method {name!r}", f"choose one of {', '.join(METHODS)}")
+        raise UsageError(f"unknown merge method {name!r}", closest(name, METHODS))
     return METHODS[name]
 
 

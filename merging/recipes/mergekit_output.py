@@ -51,7 +51,7 @@ def read_output(values: JsonMapping, place: Place) -> OutputSpec:
 
 
 def _dtype(value: object, place: Place) -> str | None:
-    if value is not None and value not in DTYPES:
+    if value is not None and (not isinstance(value, str) or value not in DTYPES):
         raise place.wrong(f"is {shown(value)}", f"choose one of {', '.join(DTYPES)}")
     return None if value is None else str(value)
 

@@ -20,6 +20,7 @@ from gemma2.merging.methods.request import TokenSource, VocabularyChoice
 
 __all__ = [
     "Place",
+    "PlaceError",
     "check_name",
     "chosen_file",
     "flag",
@@ -37,6 +38,17 @@ __all__ = [
     "vocabulary",
     "whole_number",
 ]
+
+
+class PlaceError(UsageError):
+    """An error at a spot of a file of merges. `keys` and `document`: the spot, as `Place` has them."""
+
+    def __init__(
+        self, what: str, hint: str = "", where: str = "", keys: tuple[str | int, ...] = (), document: int = 0
+    ) -> None:
+        super().__init__(what, hint, where)
+        self.keys = keys
+        self.document = document
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,18 @@ class Place:
             return f"--set {given}"
         return place_of(self.file, self.keys, self.document, of_key=of_key)
 
-    def wrong(self, what: str, hint: str) -> UsageError:
+    def wrong(self, what: str, hint: str) -> PlaceError:
         """The error of a value at this spot."""
         where = self.where()
-        return UsageError(f"{self.key or 'the file'} {what} in {where}", hint, where)
+        return PlaceError(f"{self.key or 'the file'} {what} in {where}", hint, where, self.keys, self.document)
 
-    def unknown(self, key: object, valid: Iterable[str]) -> UsageError:
+    def unknown(self, key: object, valid: Iterable[str]) -> PlaceError:
         """Error for an unknown key."""
         spot = self.at(printable(str(key)))
-        where = replace(self, keys=(*self.keys, str(key))).where(of_key=True)
-        return UsageError(f"unknown key '{spot.key}' in {where}", closest(str(key), valid), where)
+        keys = (*self.keys, str(key))
+        where = replace(self, keys=keys).where(of_key=True)
+        what = f"unknown key '{spot.key}' in {where}"
+        return PlaceError(what, closest(str(key), valid), where, keys, self.document)
 
     def model(self, value: object) -> Path:
         """A directory, MODEL+ADAPTER, a hub id, or the name of a step."""

@@ -38,7 +38,7 @@ from .place import (
 )
 from .step import Recipe, Step, needs_of
 
-__all__ = ["read_recipe", "read_slices"]
+__all__ = ["merges_of", "read_recipe", "read_slices"]
 
 
 def read_recipe(
@@ -59,19 +59,23 @@ def read_recipe(
     if changes and len(documents) > 1:
         raise UsageError(f"--set is for one YAML document, {path} holds {len(documents)}", "change the file")
     documents = [apply_sets(document, changes) for document in documents]
-    if "stages" in documents[0]:
-        raise Place(path, sets=changes).at("stages").wrong("is a key of pipelines", f"gemma2 pipeline run {path}")
-    if any(is_mergekit(document) for document in documents):
-        steps = mergekit_steps(documents, Place(path, sets=changes))
-    elif len(documents) > 1:
-        raise UsageError(f"{path} holds {len(documents)} YAML documents", "name several merges below 'steps'")
-    else:
-        steps = _own_steps(documents[0], Place(path, sets=changes, near="inputs" in documents[0]))
+    steps = merges_of(documents, Place(path, sets=changes))
     for name, value in (chosen or {}).items():
         steps = [replace(step, request=replace(step.request, **{name: value})) for step in steps]
     if allow_config:
         steps = [_allowing(step, allow_config) for step in steps]
     return Recipe(path=path, steps=_ordered(steps, path))
+
+
+def merges_of(documents: Sequence[JsonMapping], place: Place) -> list[Step]:
+    """The steps of the documents of a file, in the order of the file. Raises PlaceError for the first fault."""
+    if "stages" in documents[0]:
+        raise place.at("stages").wrong("is a key of pipelines", f"gemma2 pipeline run {place.file}")
+    if any(is_mergekit(document) for document in documents):
+        return mergekit_steps(documents, place)
+    if len(documents) > 1:
+        raise UsageError(f"{place.file} holds {len(documents)} YAML documents", "name several merges below 'steps'")
+    return _own_steps(documents[0], replace(place, near="inputs" in documents[0]))
 
 
 def _allowing(step: Step, keys: tuple[str, ...]) -> Step:

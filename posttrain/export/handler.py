@@ -24,10 +24,10 @@ class EndpointHandler:
     """Scores conversations with the reward model in a directory."""
 
     def __init__(self, path: str = "") -> None:
-        accelerated = torch.cuda.is_available()
-        self.device = torch.device("cuda" if accelerated else "cpu")
+        accelerated = torch.accelerator.is_available()
+        self.device = torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        # Without a GPU in fp32: bf16 is slow and less exact there.
+        # Without an accelerator in fp32: bf16 is slow and less exact there.
         self.model = AutoModelForSequenceClassification.from_pretrained(
             path, dtype="auto" if accelerated else torch.float32, attn_implementation=EAGER
         )

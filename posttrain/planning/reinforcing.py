@@ -126,6 +126,7 @@ def of_rlhf(config: RlhfConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengt
 
 def of_warp(config: WarpConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 warp`: of its largest stages, RL from a later init, `--jobs` at a time."""
-    jobs = min(config.jobs, config.policies)
+    # A stage that runs a network has a GPU to itself; main memory is shared.
+    jobs = 1 if place.kind == "accelerator" else min(config.jobs, config.policies)
     moments = rl_moments(config, config.sft, config.sft, sizes, place, lengths, config.trainer)
     return [Moment(one.phase, [(name, amount * jobs) for name, amount in one.parts]) for one in moments]

@@ -14,7 +14,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.core.errors import InputError, OutputError, UsageError
@@ -49,6 +49,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .live import clear_live
 from .memory_shortage import out_of_memory
+from .run_options import RunOptions, RunResult
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -63,23 +64,6 @@ class Parent:
 
     role: str
     path: Path
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a step writes, and what it may do with an existing output."""
-
-    out: Path
-    resume: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of a step: the output directory and the figures for the last line."""
-
-    out: Path
-    summary: JsonObject = field(default_factory=dict)
 
 
 class Run:

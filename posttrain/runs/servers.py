@@ -9,7 +9,6 @@ from gemma2.core.json_files import JsonMapping
 from gemma2.core.permissions import allow, check_host, check_key
 from gemma2.core.yaml_files import given_by
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.reward import JudgeFields
 
 __all__ = ["ADDRESSES", "KEY_VARIABLES", "allow_given", "check_servers", "names_servers"]
 
@@ -35,7 +34,7 @@ def allow_given(config: Config, flags: JsonMapping, sets: Sequence[str]) -> None
 
 def check_servers(config: Config) -> None:
     """Raise UsageError for a server, or a variable that holds a key, that is used and not allowed."""
-    if getattr(config, "engine", None) == "openai" or (isinstance(config, JudgeFields) and config.judge_model):
+    if getattr(config, "engine", None) == "openai" or getattr(config, "judge_model", None):
         for name in KEY_VARIABLES:
             variable = getattr(config, name, None)
             if variable is not None and os.environ.get(variable):

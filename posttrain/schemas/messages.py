@@ -20,7 +20,7 @@ from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.yaml_files import closest, given_by, place_of, text_at
 from gemma2.posttrain.foreign.counterparts import Spelling, hint_for, is_foreign
 
-__all__ = ["ValueSource", "explained", "limits_of", "reworded"]
+__all__ = ["ValueSource", "explained", "explained_each", "limits_of", "reworded"]
 
 Key: TypeAlias = str | int
 # One entry of `ValidationError.errors()`: type, loc, input, ctx, msg.
@@ -176,8 +176,34 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
     """The error of the first problem of a pydantic report, with the number of the others."""
     # A mistyped key also causes a "missing" error: the typo is the cause, so it is named first.
     ordered = sorted(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    first, others = ordered[0], len(ordered) - 1
-    more = f" ({others} more)" if others else ""
+    others = len(ordered) - 1
+    return _explained_one(schema, ordered, source, f" ({others} more)" if others else "")
+
+
+def explained_each(schema: type[BaseModel], problems: Sequence[Problem], source: ValueSource) -> list[UsageError]:
+    """The errors of all problems of a pydantic report, each without a count of the others.
+
+    That a key is missing is not said next to a typo of it.
+    """
+    typos = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    meant = {
+        (*problem["loc"][:-1], name)
+        for problem in typos
+        for name in re.findall("'(.*)'", closest(str(problem["loc"][-1]), _fields_at(schema, problem["loc"][:-1])))
+    }
+    rest = [
+        problem
+        for problem in problems
+        if problem["type"] != "extra_forbidden" and not (problem["type"] == "missing" and problem["loc"] in meant)
+    ]
+    found = [_explained_one(schema, [problem, *typos, *rest], source, "") for problem in (*typos, *rest)]
+    # Each part of a union reports the same value.
+    return list({str(error): error for error in found}.values())
+
+
+def _explained_one(schema: type[BaseModel], ordered: Sequence[Problem], source: ValueSource, more: str) -> UsageError:
+    """The error of the first of these problems."""
+    first = ordered[0]
     keys: tuple[Key, ...] = tuple(first["loc"])
     name = _spelt((*source.above, *keys))
     if first["type"] == "extra_forbidden":
@@ -193,7 +219,7 @@ def explained(schema: type[BaseModel], problems: Sequence[Problem], source: Valu
             hint = _of_another_tool(schema, ordered, source) or closest(str(keys[-1]), _fields_at(schema, keys[:-1]))
         return source.wrong(f"unknown key '{name}'{more}", hint, *keys, of_key=True)
     if first["type"] == "missing":
-        option = "" if source.above else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
+        option = "" if source.above or len(keys) > 1 else f"give {flag_of(str(keys[0]))} or "  # a section has no flags
         return source.wrong(f"'{name}' is missing{more}", f"{option}set it in the recipe", *keys[:-1])
     if keys and keys[-1] == "[key]":  # YAML reads 1, on and no as a number and booleans
         what = f"the name '{_spelt((*source.above, *keys[:-1]))}' is read as {_shown(first['input'])}{more}"

@@ -70,7 +70,7 @@ def test_a_bug_is_not_reported_as_an_expected_error(command, bug):
     ("line", "said"),
     [
         (["sfft"], "No such command 'sfft'. Did you mean 'sft'? (see gemma2 --help)"),
-        (["sft", "--modle", "x"], "No such option: --modle (Possible options: --model) (see gemma2 sft --help)"),
+        (["sft", "--modle", "x"], "no such option: --modle; did you mean '--model'?"),
         (["sft", "--epochs", "many"], "--epochs many is not a number; give a number"),
         (["sft", "stray"], "unexpected extra argument"),
         (["sft", "--model"], "Option '--model' requires an argument"),
@@ -156,7 +156,7 @@ WRONG_FOLDERS = [
     "pick . --out o",
     "convert . --out o",
     "data inspect .",
-    "config show gone",
+    "recipes show gone",
     "reward eval . --data gone",
     "eval --model . --sft . --reward . --prompts .",
 ]
@@ -365,7 +365,7 @@ def test_a_reader_of_the_progress_that_closes_the_pipe_does_not_stop_the_work(tm
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
 def test_a_full_disk_behind_stdout_is_one_line():
     with open("/dev/full", "w") as full:
-        code, _, err = gemma2("config", "list", "--json", stdout=full)
+        code, _, err = gemma2("recipes", "list", "--json", stdout=full)
     assert code == 1
     assert err.startswith("error: No space left on device")
     assert err.count("\n") == 1

@@ -431,7 +431,7 @@ def test_an_interrupt_leaves_nothing(root, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "lerp"}, "unknown merge method 'lerp'; choose one of slerp"),
+        ({"method": "lerp"}, "unknown merge method 'lerp'; did you mean 'slerp'?"),
         ({"models": ()}, "merge slerp takes 2 to 64 models, 0 given"),
         ({"method": "liti"}, "merge liti takes 1 model, 2 given"),
         ({"etas": (0.3,)}, "merge slerp does not take --eta"),

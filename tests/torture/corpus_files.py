@@ -114,7 +114,7 @@ YAML = {
     "pipeline, an unknown stage to force": Case(nothing, f"{RUN} --force gone", ("gone",), 2),
     "settings of axolotl that are a list": Case(text("ax.yaml", "- a\n"), "config import ax.yaml", ("ax.yaml",)),
     "settings of nobody": Case(text("ax.yaml", "a: 1\n"), "config import ax.yaml", ("ax.yaml",)),
-    "an unknown recipe": Case(nothing, "config show gone", ("gone",)),
+    "an unknown recipe": Case(nothing, "recipes show gone", ("gone",)),
 }
 
 

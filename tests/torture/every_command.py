@@ -22,8 +22,11 @@ SHORT = "--max-new-tokens 6"
 TRAINING = "--batch-size 4 --learning-rate 1e-4"
 EVERY = [
     "--version",
-    "config list",
-    "config show align",
+    "recipes list",
+    "recipes show align",
+    "recipes plan sft-2b-24gb",
+    "config check align",
+    "config schema pipeline",
     "inspect a --tensors",
     "diff a b",
     "data inspect rows.jsonl --model a",

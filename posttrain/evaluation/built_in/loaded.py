@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.evaluation.suite.suite_plan import refuse_broken
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
@@ -25,11 +26,18 @@ class TwoModels(Protocol):
     @property
     def against(self) -> Path | None: ...
 
+    @property
+    def doctor(self) -> bool: ...
+
 
 def models_of(config: TwoModels) -> Sequence[Path]:
-    """The models to measure, the one that the command is about first."""
+    """The models to measure, the one that the command is about first. Raises InputError for a broken one."""
     other = config.against
-    return [config.model] if other is None or holds_results(other) else [config.model, other]
+    found = [config.model] if other is None or holds_results(other) else [config.model, other]
+    if config.doctor:
+        for path in found:
+            refuse_broken(path)
+    return found
 
 
 def loaded(path: Path, dtype: Dtype) -> tuple[CausalLM, Tokenizer]:

@@ -2,6 +2,8 @@
 
     exact     the reply equals an accepted answer after both were normalised: NFKC, lower case, without punctuation and
               the articles a, an, the, blanks squeezed (SQuAD's rule: Rajpurkar et al. 2016, 1606.05250)
+    contains  the words of an accepted answer follow each other somewhere in the reply, both normalised: for models that
+              answer in sentences; a reply that names every answer has the right one too
     numeric   the last number in the reply equals the number of an accepted answer; 5, 5.0, $5 and "5." are equal, and
               so are 1,000 and 1000; a fraction 3/4 is two numbers, of which the last counts
 
@@ -17,7 +19,7 @@ import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-__all__ = ["accepted", "exact", "extracted", "normalised", "number_in", "numeric"]
+__all__ = ["accepted", "contains", "exact", "extracted", "normalised", "number_in", "numeric"]
 
 FINAL = "####"  # in GSM8K's answers: what follows is the number
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -59,6 +61,13 @@ def extracted(reply: str, pattern: str | None) -> str | None:
 def exact(reply: str | None, answers: Sequence[str]) -> bool:
     """Whether a reply is one of the accepted answers."""
     return reply is not None and normalised(reply) in {normalised(accepted(answer)) for answer in answers}
+
+
+def contains(reply: str | None, answers: Sequence[str]) -> bool:
+    """Whether an accepted answer occurs in a reply, as whole words. One without words occurs nowhere."""
+    said = f" {normalised(reply or '')} "
+    wanted = [normalised(accepted(answer)) for answer in answers]
+    return any(f" {answer} " in said for answer in wanted if answer)
 
 
 def numeric(reply: str | None, answers: Sequence[str]) -> bool | None:

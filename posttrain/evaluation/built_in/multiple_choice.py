@@ -18,6 +18,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
 from gemma2.posttrain.evaluation.suite.encoding import TokenRequest
 from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
 from gemma2.posttrain.models.loading import quiet_libraries
@@ -58,7 +59,7 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
         outcomes = []
         for number, path in enumerate(models_of(config)):
             model, tokenizer = loaded(path, config.dtype)
-            asking, _ = asking_of(tokenizer, model.generation_config, config.chat, config.system)
+            asking, _ = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             asked = [_asked(rows, i, asking, config, context_of(model)) for i in range(len(rows))]
             _score(kept, number, model, asked, config.batch_size, progress)
             outcomes.append(_outcome(config, kept, number, name, rows, asked, asking, progress))

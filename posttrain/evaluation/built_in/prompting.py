@@ -97,15 +97,14 @@ class QuestionForm:
 
 
 def asking_of(
-    tokenizer: Tokenizer, generation: GenerationConfig | None, chat: str, system: str | None
+    tokenizer: Tokenizer, generation: GenerationConfig | None, chat: bool, system: str | None
 ) -> tuple[QuestionForm, ChatFormat]:
     """The form of the questions of a model, and its chat format, which also decodes and stops plain answers.
 
-    chat  auto, on or off; auto is on for a tokenizer that comes with a chat template: a pre-trained model has none
+    chat  whether questions are turns
     """
-    turns = chat == "on" or (chat == "auto" and bool(tokenizer.chat_template))
     formatted = ChatFormat(tokenizer, generation)
-    return QuestionForm(tokenizer, formatted if turns else None, system), formatted
+    return QuestionForm(tokenizer, formatted if chat else None, system), formatted
 
 
 def _text(messages: Sequence[Message]) -> str:

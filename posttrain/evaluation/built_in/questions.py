@@ -10,6 +10,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
 from gemma2.posttrain.generation.engines.base import Request
 from gemma2.posttrain.generation.engines.local import BATCHES, SamplerEngine
 from gemma2.posttrain.models.loading import quiet_libraries
@@ -19,7 +20,7 @@ from gemma2.posttrain.schemas.measures.built_in import QaConfig
 
 from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
 from .loaded import loaded, models_of
-from .matching import exact, extracted, numeric
+from .matching import contains, exact, extracted, numeric
 from .prompting import STOPS, QuestionForm, asking_of, cut_left, drawn_shots, ids_hash
 from .question_rows import each_question, the_answers
 from .row_means import row_figures
@@ -39,7 +40,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
         outcomes = []
         for number, path in enumerate(models_of(config)):
             model, tokenizer = loaded(path, config.dtype)
-            asking, chat = asking_of(tokenizer, model.generation_config, config.chat, config.system)
+            asking, chat = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             params = SamplingParams(config.max_new_tokens, temperature=0.0)
             stops = () if asking.chat is not None else STOPS
             engine = SamplerEngine(model, chat, params, config.batch_size, stops)
@@ -126,12 +127,13 @@ def _outcome(
                 "answer": reply,
                 "target": answers,
                 "exact": exact(reply, answers),
+                "contains": contains(reply, answers),
                 "numeric": numeric(reply, answers),
                 "truncated": drawn["finish_reason"] == "length",
                 "tokens": drawn["tokens"],
             }
         )
-    columns = {key: [_as_number(row[key]) for row in samples] for key in ("exact", "numeric", "truncated")}
+    columns = {key: [_as_number(row[key]) for row in samples] for key in ("exact", "contains", "numeric", "truncated")}
     task = row_figures(columns)
     cut = sum(question.cut > 0 for question in asked)
     if cut:
@@ -139,7 +141,7 @@ def _outcome(
     if config.extract is not None and not any(row["answer"] is not None for row in samples):
         progress.warn("--extract matches none of the replies; the first is " + repr(samples[0]["text"][:120]))
     task |= {
-        "metric": "exact" if None in columns["numeric"] else "numeric",
+        "metric": _headline(config, asking, columns["numeric"]),
         "shots": config.shots,
         "fewshot_from": "other rows of the same file" if config.shots else None,
         "chat": asking.chat is not None,
@@ -147,6 +149,13 @@ def _outcome(
         "no_answer_found": sum(row["answer"] is None for row in samples),
     }
     return MeasureOutcome({name: task}, {name: samples})
+
+
+def _headline(config: QaConfig, asking: QuestionForm, numbers: Sequence[float | None]) -> str:
+    """The metric that models are compared by: of numbers `numeric`; else `contains` where answers are sentences."""
+    if None not in numbers:
+        return "numeric"
+    return "contains" if asking.chat is not None and config.extract is None else "exact"
 
 
 def _as_number(value: bool | None) -> float | None:

@@ -19,6 +19,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.evaluation.suite.suite_plan import refuse_broken
 from gemma2.posttrain.generation.answers import Answering
 from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
@@ -70,6 +71,9 @@ class Sides:
 def run_win_rate(config: WinRateConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Let `config.model` and `config.win_rate` answer the prompts, and compare the answers."""
     quiet_libraries()
+    if config.doctor:
+        refuse_broken(config.model)
+        refuse_broken(config.win_rate)
     template = ""
     if config.judge_model is not None:
         template = read_template(config.judge_prompt, SIDE_PROMPT, PLACES["compare"], "eval win-rate")

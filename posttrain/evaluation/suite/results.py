@@ -17,7 +17,6 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonMapping, JsonObject, read_json, write_json
 
-from .task import SuiteTask
 from .task_rows import TaskRows
 
 __all__ = ["VERSION", "read_results", "task_result", "write_results"]
@@ -26,7 +25,7 @@ VERSION = 1  # of results.json
 RESULTS, TABLE = "results.json", "results.csv"
 
 
-def task_result(rows: TaskRows, samples: Iterable[JsonMapping], notes: Sequence[str] = ()) -> JsonObject:
+def task_result(rows: TaskRows, samples: Iterable[JsonMapping]) -> JsonObject:
     """The figures of one task."""
     task = rows.task
     by_group: dict[str, list[Mapping[str, int]]] = {}
@@ -49,7 +48,7 @@ def task_result(rows: TaskRows, samples: Iterable[JsonMapping], notes: Sequence[
         "split": rows.split,
         "fewshot_from": rows.fewshot_split,
         "truncated": truncated,
-        "notes": [*_notes(rows, truncated), *notes],
+        "notes": _notes(rows, truncated),
     }
     if task.group:
         name = task.metric
@@ -100,9 +99,3 @@ def write_results(out: Path, document: JsonMapping) -> None:
 def read_results(out: Path) -> JsonObject:
     """results.json of a finished run. Raises InputError."""
     return read_json(out / RESULTS, "give an output of gemma2 eval --suite")
-
-
-def headline(task: SuiteTask, found: JsonMapping) -> str:
-    """`71.3 ± 0.4` in per cent."""
-    value, error = found["metrics"][task.metric], found["stderr"][task.metric]
-    return f"{100 * value:.1f} ± {100 * error:.1f}"

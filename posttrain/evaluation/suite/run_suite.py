@@ -104,7 +104,7 @@ def _measured(
                 work.run(journal, bar)
             kept[name] = [*journal.records()]
         _write_samples(run.path / SAMPLES / inside / f"{name}.jsonl", kept[name])
-        document["tasks"][name] = found = task_result(rows, kept[name], work.notes())
+        document["tasks"][name] = found = task_result(rows, kept[name])
         for note in found["notes"]:
             progress.note(f"{rows.task.title}: {note}")
     return document, kept
@@ -132,11 +132,7 @@ def _settings(config: SuiteConfig, with_chat: bool) -> JsonObject:
 
 
 def _summary(document: JsonObject) -> JsonObject:
-    return {
-        name: round(found["metrics"][metric], 4) if metric == found["metric"] else None
-        for name, found in document["tasks"].items()
-        for metric in (found["metric"],)
-    }
+    return {name: round(found["metrics"][found["metric"]], 4) for name, found in document["tasks"].items()}
 
 
 class _TaskRun:
@@ -164,10 +160,6 @@ class _TaskRun:
                     journal.append(new)
                     bar.advance(len(new))
             first += len(block)
-
-    def notes(self) -> list[str]:
-        """Deviations from the published way of this task."""
-        return []
 
     def _requests(self, block: Sequence[Asked]) -> list[list[TokenRequest]]:
         if self.rows.task.generates:

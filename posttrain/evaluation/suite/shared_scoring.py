@@ -5,7 +5,7 @@
 The choices of a row differ at their ends, so a row is one packed sequence: the common beginning (stem), then the rest
 of each choice (branches), which sees the stem and itself. Position ids continue from the stem in every branch, windows
 count positions, not columns. What all rows of a group begin with (MMLU's examples of a subject) is run once per group,
-and its keys and values are kept. A question with 25 examples and 4 choices takes about a quarter of the tokens; one
+and its keys and values are kept. A question with 25 examples and 4 choices takes about a quarter of the tokens. One
 that fills a batch alone runs its stem in the same way, which on a CPU is attention in blocks: 12 x HFLM's speed, and
 3.3 x without (bench/eval.py).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
@@ -19,7 +20,7 @@ from .prompts import Asked, asked_of
 from .task import tasks_of
 from .task_rows import TaskRows, read_rows
 
-__all__ = ["check_engine", "check_model", "plan_suite", "tables_of"]
+__all__ = ["check_engine", "check_model", "plan_suite", "refuse_broken", "tables_of"]
 
 LOOKED_AT = 16  # rows of a task whose prompts are encoded for the plan
 CONTEXT = 8192  # of Gemma 2, where config.json does not state one
@@ -36,13 +37,17 @@ def check_engine(config: SuiteConfig) -> None:
 
 
 def check_model(config: SuiteConfig) -> None:
+    """Raise InputError for a model that doctor calls broken, unless `--no-doctor`."""
+    if config.doctor:
+        refuse_broken(config.model)
+
+
+def refuse_broken(model: Path) -> None:
     """Raise InputError for a model that `gemma2 doctor --quick` calls broken: its figures would say nothing."""
-    if not config.doctor:
-        return
-    for finding in examine([config.model], Depth.QUICK):
+    for finding in examine([model], Depth.QUICK):
         if finding.status == "problem":
             raise InputError(
-                f"gemma2 doctor calls {config.model} broken: {finding.name}: {finding.message}",
+                f"gemma2 doctor calls {model} broken: {finding.name}: {finding.message}",
                 f"{finding.fix or 'gemma2 doctor shows all'}; --no-doctor measures it as it is",
             )
 

@@ -85,6 +85,13 @@ class ExportConfig(Config):
             raise ValueError(f"--gguf writes one file, of the type that it names; leave out {', '.join(shaped)}")
         if self.keep_adapter and (self.dtype or self.shard_size or self.endpoint):
             raise ValueError("--keep-adapter copies the adapter as it is; leave out --dtype, --shard-size, --endpoint")
-        if self.public and self.push is None:
-            raise ValueError("--public is about a repository; give --push ORG/NAME too")
+        of_the_push = (
+            ("--public", self.public),
+            ("--license", self.license),
+            ("--base-model", self.base_model),
+            ("--results", self.results),
+        )
+        alone = next((name for name, value in of_the_push if value and self.push is None), None)
+        if alone:
+            raise ValueError(f"{alone} is about a repository; give --push ORG/NAME too")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,15 @@ __all__ = ["ChoicesConfig", "PerplexityConfig", "QaConfig", "ShotFields", "WinRa
 Rows = Annotated[Path, Field(description="rows: JSONL, JSON, CSV or parquet file, directory, or hub data set")]
 
 
-class MeasureFields(PrecisionFields, RowFields):
+class DoctorFields(Config):
+    """Whether models are looked at before they are measured."""
+
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"doctor"})
+
+    doctor: bool = Field(True, description="refuse a model that gemma2 doctor --quick calls broken")
+
+
+class MeasureFields(PrecisionFields, DoctorFields, RowFields):
     """Settings of every measure."""
 
     model: Model
@@ -63,7 +71,7 @@ class ShotFields(Config):
 
     shots: int = Field(0, ge=0, le=100, description="solved questions in front of each: other rows, drawn by the seed")
     chat: Literal["auto", "on", "off"] = Field(
-        "auto", description="ask in the chat format; auto: if the model has a chat template"
+        "auto", description="ask in the chat format; auto: if the model has a chat template and answers chats"
     )
     system: str | None = Field(None, min_length=1, description="system text for every question without one")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
@@ -95,7 +103,7 @@ class ChoicesConfig(MeasureFields, ShotFields):
     choices: Rows
 
 
-class WinRateConfig(SamplingFields, RewardFields, JudgeFields, RowFields):
+class WinRateConfig(SamplingFields, RewardFields, JudgeFields, DoctorFields, RowFields):
     """Answers of two models to the same prompts, side by side: by a reward, or on the +-1.5 scale by a judge."""
 
     REWARD_NEEDED = False

@@ -15,8 +15,11 @@ WITHOUT = {
     "config": "a group",
     "data": "a group",
     "pipeline": "a group",
-    "config list": "config list",
-    "config show": "config show align",
+    "config check": "config check align",
+    "recipes": "a group",
+    "recipes list": "recipes list",
+    "recipes show": "recipes show align",
+    "recipes plan": "recipes plan sft-2b-24gb",
     "help": "help sft",
     "merge plan": "merge plan slerp model b --base model",
     "pipeline status": "pipeline status pipeline.yaml --out runs",
@@ -61,6 +64,8 @@ LINES = {
     "verify": "verify run --fix",
     "report": "report run --out report.html",
     "convert": "convert model --out converted",
+    "config schema": "config schema sft --out schema.json",
+    "recipes copy": "recipes copy align --out copied.yaml",
     "config import": "config import trl.yaml --out recipe.yaml",
 }
 # Those need results; the forms of eval that are not above have tests of their own rooms.

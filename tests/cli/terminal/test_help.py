@@ -25,7 +25,7 @@ STANDARD = {
 
 
 # Flags with another meaning: a file instead of a directory, a stage to run again.
-FILES = ("report", "lineage", "data convert", "config import")
+FILES = ("report", "lineage", "data convert", "config import", "config schema", "recipes copy")
 OTHERWISE = {(name, "--out") for name in FILES} | {("pipeline run", "--force")}
 
 
@@ -104,7 +104,10 @@ def examples(name: str) -> list[str]:
     return [line.split("   ")[0] for line in found]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("merge", "config", "pipeline", "data", "eval")])
+WITHOUT_EXAMPLE = ("merge", "config", "recipes", "pipeline", "data", "eval")  # groups: their commands have them
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_EXAMPLE])
 def test_every_command_has_an_example_that_it_parses(name):
     lines = examples(name)
     assert lines or name.startswith("config ")
@@ -132,4 +135,5 @@ def test_the_page_of_all_commands_is_up_to_date():
     assert generate.MERGING.read_text(encoding="utf-8") == generate.merging_page(), "run `make docs`"
     assert generate.PICTURE.read_text(encoding="utf-8") == generate.picture(), "run `make docs`"
     assert generate.YOURS.read_text(encoding="utf-8") == generate.your_page(), "run `make docs`"
+    assert generate.RECIPES.read_text(encoding="utf-8") == generate.recipes_page(), "run `make docs`"
     assert all(f"\n## gemma2 {name}\n" in written for name in ALL)

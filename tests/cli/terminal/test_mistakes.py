@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from gemma2.cli import main
 from gemma2.cli.terminal.mistakes import ITEMS, explain
+from gemma2.core.yaml_files import closest
 
 LEAVES = [(name, command) for name, command in all_commands() if not getattr(command, "commands", None)]
 WORDS_FOLLOW = {(name, "allow_config") for name, _ in LEAVES}  # the next word is one of any number of models
@@ -94,6 +95,27 @@ def test_a_wrong_value_of_any_flag_is_described_in_our_words(name, command):
                 r"input should|valid integer|unable to parse|pydantic|Invalid value", text, re.IGNORECASE
             )
             assert text.startswith(f"{words[-2]} text is not ")
+
+
+@pytest.mark.parametrize(("name", "command"), LEAVES, ids=[name for name, _ in LEAVES])
+def test_a_flag_with_a_slip_is_answered_with_the_flag_that_was_meant(name, command):
+    flags = [flag for part in command.params for flag in part.opts if flag.startswith("--") and len(flag) > 5]
+    for flag in flags:
+        for typo in (flag[:3] + flag[4:], flag[:3] + flag[4] + flag[3] + flag[5:]):
+            if typo not in flags and typo != flag:
+                assert closest(typo, flags) == f"did you mean '{flag}'?"
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        ("sft --leraning-rate 1", "--learning-rate"),
+        ("merge slerp a b --bse c", "--base"),
+        ("chat m --agianst n", "--against"),
+    ],
+)
+def test_the_answer_to_a_slip_is_one_line_with_the_flag(capsys, line, flag):
+    assert refused(capsys, *line.split()).endswith(f"; did you mean '{flag}'?\n")
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

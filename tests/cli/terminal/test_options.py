@@ -245,18 +245,19 @@ def test_recipes_are_listed_with_their_purpose_and_shown_as_they_are(tmp_path, m
     text = "# gemma2 sft: a start\nlearning_rate: 1e-6  # peak\n"
     (tmp_path / "mine.yaml").write_text(text)
     monkeypatch.setattr(configs, "__file__", str(tmp_path / "__init__.py"))
-    invoke(["config", "list", "--json"])
-    assert json.loads(capsys.readouterr().out) == {"mine": "gemma2 sft: a start"}
-    invoke(["config", "show", "mine"])
+    invoke(["recipes", "list", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["recipes"]
+    assert (row["name"], row["command"], row["purpose"]) == ("mine", "sft", "a start")
+    invoke(["recipes", "show", "mine"])
     assert capsys.readouterr().out == text
-    with pytest.raises(InputError, match="does not exist"):
-        invoke(["config", "show", "other"])
+    with pytest.raises(InputError, match="there is no recipe other"):
+        invoke(["recipes", "show", "other"])
 
 
 def test_the_settings_of_an_output_are_shown_as_a_recipe(resolved, tmp_path, capsys):
     recorded = schemas.SftConfig(model="m", data="d", learning_rate=1e-6)
     (tmp_path / "gemma2.json").write_text(json.dumps({"config": recorded.model_dump(mode="json")}))
-    invoke(["config", "show", str(tmp_path)])
+    invoke(["recipes", "show", str(tmp_path)])
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
     assert resolved("sft", "--config", tmp_path / "again.yaml", "--out", "o")[0] == recorded
 

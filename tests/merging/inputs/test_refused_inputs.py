@@ -122,7 +122,7 @@ def test_layers_that_cannot_be_stacked(root):
         ("ties", {"rescale": True}, "merge ties does not take --rescale"),
         ("slerp", {"density": (0.5,)}, "merge slerp does not take --density"),
         ("ties", {"base": None}, "merge ties needs --base"),
-        ("tiess", {}, "unknown merge method 'tiess'; choose one of slerp"),
+        ("tiess", {}, "unknown merge method 'tiess'; did you mean 'ties'?"),
         ("", {}, "unknown merge method ''"),
         ("a\x1b[2J", {}, "unknown merge method"),
     ],

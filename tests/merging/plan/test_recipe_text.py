@@ -143,7 +143,7 @@ def test_the_recipe_names_no_place_of_this_machine_and_is_shown(root, capsys):
     assert document["models"] == ["../rl-1", "../rl-2"]
     assert [one["role"] for one in document["inputs"]] == ["input", "input"]
     assert "Recipe: gemma2 merge --config merge.yaml" in (root / "out/README.md").read_text()
-    assert main.run(["config", "show", str(root / "out")]) == 0
+    assert main.run(["recipes", "show", str(root / "out")]) == 0
     assert capsys.readouterr().out.strip() == text.strip()
     assert main.run(["merge", "--config", str(root / "out"), "--out", str(root / "again")]) == 0
     assert files(root / "out") == files(root / "again")

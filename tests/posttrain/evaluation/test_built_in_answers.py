@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from decimal import Decimal
 
 import pytest
@@ -14,7 +15,7 @@ from gemma2.core.progress import SILENT
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.evaluation.built_in.keeping import NOWHERE
-from gemma2.posttrain.evaluation.built_in.matching import exact, extracted, normalised, number_in, numeric
+from gemma2.posttrain.evaluation.built_in.matching import contains, exact, extracted, normalised, number_in, numeric
 from gemma2.posttrain.evaluation.built_in.multiple_choice import run_choices
 from gemma2.posttrain.evaluation.built_in.prompting import asking_of, cut_left, drawn_shots
 from gemma2.posttrain.evaluation.built_in.question_rows import (
@@ -75,6 +76,21 @@ def read(tmp_path, rows, each=each_question, **options):
 )
 def test_exact_match_compares_what_is_left_without_case_articles_and_punctuation(reply, answers, same):
     assert exact(reply, answers) is same
+
+
+@pytest.mark.parametrize(
+    ("reply", "answers", "inside"),
+    [
+        ("It is the Lune, of course.", ["Lune"], True),
+        ("It is Lunedale.", ["Lune"], False),
+        ("New York City", ["york city"], True),
+        ("York, a city", ["york city"], True),  # articles and punctuation are gone
+        ("anything", ["?!"], False),
+        (None, ["x"], False),
+    ],
+)
+def test_an_answer_is_contained_in_a_reply_as_whole_words(reply, answers, inside):
+    assert contains(reply, answers) is inside
 
 
 @pytest.mark.parametrize(
@@ -183,11 +199,11 @@ def asked(tmp_path, chat, shots, system=None):
 
 
 def test_a_question_and_its_shots_as_the_model_reads_them(tmp_path):
-    text, (one, two) = asked(tmp_path, "off", 2, "Be short.")
+    text, (one, two) = asked(tmp_path, False, 2, "Be short.")
     assert text == f"<bos>Be short.\n\nQuestion: Q{one}\nAnswer: A{one}\n\nQuestion: Q{two}\nAnswer: A{two}\n\n" + (
         "Question: Q0\nAnswer:"
     )
-    text, (one,) = asked(tmp_path, "auto", 1)
+    text, (one,) = asked(tmp_path, True, 1)
     assert text == (
         f"<bos><start_of_turn>user\nQ{one}<end_of_turn>\n<start_of_turn>model\nA{one}<end_of_turn>\n"
         "<start_of_turn>user\nQ0<end_of_turn>\n<start_of_turn>model\n"
@@ -222,7 +238,9 @@ def test_replies_are_counted_right_by_word_and_by_number(inputs, monkeypatch):
     assert task["n"] == 6
     # The prompts are equally long, so that the batches of one are in the order of the file.
     assert task["metrics"]["exact"] == pytest.approx(2 / 6)  # "1", and "#5." without its punctuation
+    assert task["metrics"]["contains"] == pytest.approx(4 / 6)  # "the answer is 2" and "6 7" as well
     assert task["metrics"]["numeric"] == pytest.approx(4 / 6)
+    assert task["metric"] == "numeric"
 
 
 def test_answers_stay_the_same_with_another_batch_size_and_after_an_interrupt(inputs, tmp_path, interrupting):
@@ -306,6 +324,17 @@ def test_questions_over_the_context_are_counted_and_said(inputs, interrupting, m
     assert any("longer than the model's context" in line for line in heard.warnings)
 
 
+def test_a_model_that_doctor_calls_broken_is_not_measured_in_silence(inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"attn_logit_softcapping": None}))
+    fields = {"model": tmp_path / "model", "choices": inputs / "choices.jsonl"}
+    with pytest.raises(InputError) as caught:
+        run_choices(ChoicesConfig(**fields), RunOptions(NOWHERE))
+    assert "doctor calls" in str(caught.value) and "--no-doctor" in str(caught.value)
+    assert run_choices(ChoicesConfig(**fields, doctor=False), RunOptions(NOWHERE)).summary["tasks"]
+
+
 def test_no_rows_are_refused(tmp_path, inputs):
     (tmp_path / "empty.jsonl").write_text("")
     for config, run in (
@@ -326,4 +355,5 @@ def test_figures_of_rows_by_hand():
 
 def test_the_interval_of_a_share_is_wilsons():
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert all(wilson(0.0, n)[0] == 0 and wilson(1.0, n)[1] == 1 for n in range(1, 40))
     assert wilson(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)

@@ -191,3 +191,19 @@ def test_a_gguf_file_goes_up_as_a_quantised_form_of_its_ancestor(hub, policy, tm
     front = front_of(files["README.md"])
     found = (front["base_model"], front["base_model_relation"], front["license"], front["library_name"])
     assert found == ("google/gemma-2-2b", "quantized", "gemma", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"public": True}, "--public"),
+        ({"license": "mit"}, "--license"),
+        ({"base_model": "org/base"}, "--base-model"),
+        ({"results": "results"}, "--results"),
+    ],
+)
+def test_what_is_for_a_repository_is_refused_without_one(given, flag):
+    """Each of these shapes the card of a push; without a push it would be dropped in silence."""
+    with pytest.raises(ValueError, match=f"{flag} is about a repository; give --push ORG/NAME too"):
+        ExportConfig(model="model", **given)
+    assert ExportConfig(model="model", push="org/name", **given)

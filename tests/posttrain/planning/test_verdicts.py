@@ -111,7 +111,7 @@ LINES = {
     "plan rlhf --policy 2b --reward 2b": "80GB",
     "plan warp --sft 2b --reward 2b --jobs 2": "141GB",
     "plan generate --teacher 9b": "24GB",
-    "plan eval --model 2b --sft 2b --reward 2b": "24GB",
+    "plan eval --model 2b --sft 2b --reward 2b": "16GB",
 }
 
 

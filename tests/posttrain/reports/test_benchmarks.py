@@ -7,7 +7,8 @@ import pytest
 from gemma2.posttrain.reports.collect import collect
 from gemma2.posttrain.reports.page import render
 
-TASK = {"title": "MMLU", "n": 100, "metric": "acc", "metrics": {"acc": 0.5}, "stderr": {"acc": 0.05}}
+TASK = {"title": "MMLU", "n": 100, "metric": "acc", "metrics": {"acc": 0.5, "acc_by_size": 0.4}}
+TASK["stderr"] = {"acc": 0.05, "acc_by_size": 0.05}
 TASK |= {"shots": 5, "split": "test", "fewshot_from": "dev", "notes": ["few-shot from <test>"]}
 COMPARED = {"metric": "acc", "higher_is_better": True, "n": 100, "clusters": 100, "ours": 0.5, "theirs": 0.3}
 COMPARED |= {"difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.00001, "found": True, "gained": 25, "lost": 5}
@@ -32,6 +33,7 @@ def test_a_suite_stands_next_to_the_published_rows(tmp_path):
     html = page(tmp_path)
     for words in ("Benchmarks", "50.0", "40.1 to 59.9", "Gemma 2 27B", "75.2", "few-shot from &lt;test&gt;", "<svg"):
         assert words in html
+    assert html.count('<td data-label="Gemma 2 27B">75.2</td>') == 1  # next to the metric that it is of
     assert "Against parent, row by row:" in html
     assert "better by 20.0 points (95 %: +10.0 to +30.0; p &lt; 0.0001; 25 rows up, 5 down of 100)" in html
     assert "there is no front" not in html

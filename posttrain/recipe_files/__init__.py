@@ -1,0 +1,1 @@
+"""Settings files before a command reads them: every fault, their JSON Schema, recipes by machine."""
