@@ -282,6 +282,8 @@ def make_command(
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 if given["dry_run"]:
+                    from .plan_view import plan_only
+
                     needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))
                     out = required_out(given["out"]) if needs_out else given.get("out")
                     options = None if out is None else RunOptions(out, given["resume"], given["force"])
