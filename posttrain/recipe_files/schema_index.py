@@ -35,7 +35,7 @@ STANDS_FOR = {"teacher_cache": ("teacher", "prompts", "data"), "reward_fn": ("re
 
 @cache
 def commands_with_settings() -> dict[str, type[Config]]:
-    """Command -> its schema; merge methods have files of their own kind."""
+    """Command -> its schema; merge methods have other files."""
     found = {name: command.schema for name, command in COMMANDS.items() if not _is_method(name)}
     return found | {"reward eval": RewardEvalConfig, "eval": EvalConfig}
 
