@@ -20,7 +20,7 @@ gemma2 serve merged -- --gpu-memory-utilization 0.8
 More = typer.Argument(
     None, metavar="-- WORDS", help="Words for vllm serve.", show_default=False, rich_help_panel="Inputs"
 )
-Print = typer.Option(False, "--print", help="Show vLLM's command line and end.", rich_help_panel=PANEL)
+Print = typer.Option(False, "--print", "--dry-run", help="Show vLLM's command line and end.", rich_help_panel=PANEL)
 
 
 def run(config: ServeConfig, given: Flags) -> None:

@@ -111,13 +111,15 @@ def plan(
     asked = _asking(name, command)
     assert ctx.parent is not None
     with asked.make_context(name, rest, parent=ctx.parent) as inner:
-        own = {key: inner.params.pop(key) for key in OURS}
+        theirs = {part.name for part in command.params}
+        own = {key: None if key in theirs else inner.params.pop(key) for key in OURS}
         question = _question({key: own[key] if is_given(own[key]) else given[key] for key in OURS})
         if (flag := _given(question)) and not _has_answers(name):
             raise UsageError(*_no_answer(name, flag))
         inner.meta[QUESTION] = AskedPlan(question)
-        inner.params |= {"dry_run": True}
-        inner.params |= {key: True for key, on in (("as_json", as_json), ("quiet", quiet)) if on}
+        dry = next(str(part.name) for part in command.params if "--dry-run" in part.opts)
+        inner.params[dry] = True
+        inner.params |= {key: True for key, on in (("as_json", as_json), ("quiet", quiet)) if on and key in theirs}
         command.invoke(inner)
 
 
@@ -162,7 +164,8 @@ def _asking(name: str, command: Command) -> Command:
     asked = copy(command)
     asked.name = name
     ours = get_command(_only(_flags)).params
-    asked.params = [*command.params, *(part for part in ours if part.name in OURS)]
+    theirs = {part.name for part in command.params}  # `gemma2 serve` has --devices too
+    asked.params = [*command.params, *(part for part in ours if part.name in OURS and part.name not in theirs)]
     return asked
 
 

@@ -31,11 +31,12 @@ from gemma2.posttrain.schemas.config import Config, ValueSource, is_given, load_
 from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
-from .plan_view import PlanAsked, plan_only
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
 
 if TYPE_CHECKING:
     from gemma2.posttrain.runs.commands import Runner
+
+    from .plan_view import PlanAsked
 
 __all__ = [
     "COMMON",
@@ -281,6 +282,8 @@ def make_command(
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 if given["dry_run"]:
+                    from .plan_view import plan_only
+
                     needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))
                     out = required_out(given["out"]) if needs_out else given.get("out")
                     options = None if out is None else RunOptions(out, given["resume"], given["force"])

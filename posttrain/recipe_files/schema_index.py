@@ -36,7 +36,7 @@ STANDS_FOR = {"teacher_cache": ("teacher", "prompts", "data"), "reward_fn": ("re
 
 @cache
 def commands_with_settings() -> dict[str, type[Config]]:
-    """Command -> its schema; merge methods have another kind of file."""
+    """Command -> its schema; merge methods have other files."""
     found = {name: command.schema for name, command in COMMANDS.items() if not _is_method(name)}
     return found | {"reward eval": RewardEvalConfig, "eval": EvalConfig}
 

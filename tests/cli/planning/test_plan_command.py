@@ -105,7 +105,7 @@ def test_commands_without_a_model_are_planned_as_by_their_dry_run(place, capsys)
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("sft --modle 9b", "No such option: --modle"),
+        ("sft --modle 9b", "o such option: --modle"),
         ("sft --model 9b --max-length 2", "--max-length 2 is below 8"),
         ("sft --model 9b --set max_lenght=8", "max_length"),
         ("sft --model 9b --gpu many", "--gpu many is not the memory of a GPU"),

@@ -11,6 +11,7 @@ from gemma2.merging.methods.table import METHODS
 # Commands without the flag: they print, from small files, and write nothing.
 WITHOUT = {
     "eval": "a group",
+    "eval show": "a group",  # prints results, and has its tests with them
     "config": "a group",
     "data": "a group",
     "pipeline": "a group",
@@ -51,6 +52,8 @@ LINES = {
     "merge": "merge --config merge.yaml --out merged",
     "merge extract-lora": "merge extract-lora b --base model --rank 2 --leave-out --out lora",
     "merge replace-tokenizer": "merge replace-tokenizer model --tokenizer b --out replaced",
+    "export": "export model --out exported --anyway",
+    "serve": "serve model",
     "merge slerp": "merge slerp model b --base model --out merged",
     "diff": "diff model b --plot angles.svg",
     "inspect": "inspect model",

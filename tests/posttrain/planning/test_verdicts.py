@@ -109,7 +109,7 @@ LINES = {
     "plan reward score 2b": "24GB",
     "plan distill --model 2b --teacher 9b --teacher-dtype float32": "80GB",
     "plan rlhf --policy 2b --reward 2b": "80GB",
-    "plan warp --sft 2b --reward 2b --jobs 2": "141GB",
+    "plan warp --sft 2b --reward 2b --jobs 2": "80GB",
     "plan generate --teacher 9b": "24GB",
     "plan eval --model 2b --sft 2b --reward 2b": "16GB",
 }
