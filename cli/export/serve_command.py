@@ -6,7 +6,8 @@ import typer
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.options import COMMON as PANEL
-from gemma2.cli.terminal.options import Quiet
+from gemma2.cli.terminal.options import AsJson, Quiet
+from gemma2.core.errors import UsageError
 from gemma2.posttrain.schemas.delivery.serve import ServeConfig
 
 from .schema_command import Flags, TypeForm, schema_command
@@ -18,7 +19,7 @@ gemma2 serve merged --print
 gemma2 serve merged -- --gpu-memory-utilization 0.8
 """
 More = typer.Argument(
-    None, metavar="-- WORDS", help="Words for vllm serve.", show_default=False, rich_help_panel="Inputs"
+    None, metavar="-- WORDS", help="Words for vllm serve.", show_default=False, rich_help_panel="vLLM"
 )
 Print = typer.Option(False, "--print", "--dry-run", help="Show vLLM's command line and end.", rich_help_panel=PANEL)
 
@@ -29,17 +30,24 @@ def run(config: ServeConfig, given: Flags) -> None:
 
     from gemma2.posttrain.export.vllm_command import serve, vllm_words
 
-    console = Console(quiet=given["quiet"])
+    console = Console(as_json=given["as_json"], quiet=given["quiet"])
     more = list(given["more"] or ())
     if given["shown"]:
-        console.text(shlex.join(vllm_words(config, more)))
+        words = vllm_words(config, more)
+        if console.as_json:
+            console.json({"command": words})
+        else:
+            console.text(shlex.join(words))
         return
+    if console.as_json:
+        raise UsageError("--json is given without --print", "the server's output is vLLM's; add --print, or drop it")
     serve(config, more, console)
 
 
 COMMON: dict[str, tuple[TypeForm, object]] = {
     "more": (list[str] | None, More),
     "shown": (bool, Print),
+    "as_json": (bool, AsJson),
     "quiet": (bool, Quiet),
 }
 app: typer.Typer = schema_command(ServeConfig, run, COMMON, EXAMPLES)
