@@ -282,6 +282,7 @@ def make_command(
                 allow_given(config, settings, given["set"] or ())
             with placed(file, given["set"] or (), settings):
                 if given["dry_run"]:
+                    allow(versions=writes and given["allow_versions"])
                     from .plan_view import plan_only
 
                     needs_out = writes and asked is None and not (prints and _is_for_the_screen(given))

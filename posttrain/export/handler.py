@@ -26,10 +26,13 @@ class EndpointHandler:
     def __init__(self, path: str = "") -> None:
         accelerated = torch.accelerator.is_available()
         self.device = torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # Without an accelerator in fp32: bf16 is slow and less exact there.
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype="auto" if accelerated else torch.float32, attn_implementation=EAGER
+            path,
+            dtype="auto" if accelerated else torch.float32,
+            attn_implementation=EAGER,
+            trust_remote_code=False,
         )
         self.model.to(self.device).eval()
         controls = sorted(

@@ -340,7 +340,6 @@ COMMANDS_ELSEWHERE = {
     "gkd": "write gemma2 distill",
     "distillation": "write gemma2 distill",
     "preprocess": "nothing is prepared ahead: gemma2 data inspect PATH shows how rows are read",
-    "export": "an output is a plain model already; gemma2 merge linear ADAPTER --out DIR merges an adapter",
     "api": "serve the output with vLLM: vllm serve DIR",
     "webui": "there is no web page to train from; gemma2 report OUT writes a page about a run",
     "vllm-serve": "start the server with vLLM itself: vllm serve DIR",

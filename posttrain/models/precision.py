@@ -6,7 +6,8 @@ not trained     policies that are measured or sampled from, reward models, teach
                 (docs/benchmarks.md)
 heads           logits, log-probs, softmax and the KL in fp32 everywhere (`head.py`)
 
-Under autocast the reference of a KL stays in fp32 like the policy: both are rounded in the same way.
+The reference of RL is a copy of the policy where RL starts from it, in fp32: their KL begins at 0. Another one is not
+trained, and so loaded as `--dtype` says.
 """
 
 from __future__ import annotations

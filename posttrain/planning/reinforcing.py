@@ -95,9 +95,9 @@ def rl_moments(
     network = one.network
     base: Sum = []
     if reference is not None:
-        base.append(("reference", resident(sizes(reference), FP32)))  # as the policy is (models/precision.py)
+        base.append(("reference", resident(sizes(reference), frozen_bytes(config, place))))
     elif not config.lora_rank:
-        base.append(("reference", resident(shape, FP32)))
+        base.append(("reference", resident(shape, FP32)))  # a copy of the policy
     base += reward_models(config, sizes, place) + _anchor(config, one, place)
     rows = max(1, config.prompts_per_step // place.devices) * config.n
     micro = min(config.micro_batch_size or rows, rows)

@@ -14,7 +14,6 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.text_file import write_text
 
 from . import family, headline, sections
-from .benchmarks import benchmarks as benchmarks_of
 from .collect import Collected, collect
 from .plots.gains import CHOICE_NOTE
 from .plots.values import duration, number, short_hash
@@ -64,6 +63,8 @@ def render(found: Collected) -> str:
     """The page as HTML."""
     rows = headline.headline_rows(found)
     gaps = list(found.gaps)
+    from .benchmarks import benchmarks as benchmarks_of  # imports numpy, which a folder without results need not
+
     benchmarks = benchmarks_of(found, gaps)
     return _template().render(
         css=(HERE / "report.css").read_text(encoding="utf-8"),

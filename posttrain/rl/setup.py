@@ -17,6 +17,7 @@ from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import check_targets, sharing_copy
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.schemas import RlhfConfig
@@ -57,7 +58,7 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
         reference = base if base is not None else copy.deepcopy(policy).requires_grad_(False)
     else:
         assert config.sft is not None
-        reference = load_policy(config.sft)[0].requires_grad_(False)
+        reference = load_policy(config.sft, frozen_dtype(config.dtype))[0].requires_grad_(False)
         check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
     generator = torch.Generator().manual_seed(config.seed)
     score = reward_score(config, chat, micro)

@@ -251,8 +251,8 @@ def run_sft(config, options, progress):
 from gemma2.posttrain.checks.of_command import CommandChecks
 CommandChecks.inputs = lambda self, config: []
 CommandChecks.contents = lambda self, config, models: []
-from gemma2.posttrain.runs import estimates
-estimates.estimate = lambda config, sources: None
+from gemma2.posttrain.checks import plan
+plan.shortages = lambda *args, **kwargs: []
 sys.modules["gemma2.posttrain.sft.sft"] = types.SimpleNamespace(run_sft=run_sft)
 """
 SLEEP = "time.sleep(3600)"

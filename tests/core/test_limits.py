@@ -17,10 +17,10 @@ from gemma2.core.outputs.manifest import MANIFEST, read_manifest
 from gemma2.core.outputs.safetensors_header import read_header
 from gemma2.core.yaml_files import place_of, read_documents
 from gemma2.posttrain.checks.kinds import check_kinds
+from gemma2.posttrain.conversion import gguf
 from gemma2.posttrain.data import template_time
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.load_tokenizer import load_light_tokenizer
-from gemma2.posttrain.models import gguf
 from gemma2.posttrain.pipelines.references import parse_condition
 from gemma2.posttrain.pipelines.state import recorded_stages
 from gemma2.posttrain.schemas import SftConfig

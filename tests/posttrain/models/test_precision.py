@@ -80,9 +80,9 @@ def test_every_command_loads_what_it_does_not_train_in_the_precision_asked_for(n
 
 def test_rlhf_trains_in_fp32_and_judges_in_the_precision_asked_for(world, loaded):
     write_job(world)
-    line = words(world, world / "out", "--steps 1 --prompts-per-step 2 --n 2 --reward rm --dtype bfloat16")
+    line = words(world, world / "out", "--steps 1 --prompts-per-step 2 --n 2 --reward rm --sft a --dtype bfloat16")
     assert invoke(line) == 0
-    assert set(loaded) == {("policy", torch.float32), ("rm", torch.bfloat16)}
+    assert set(loaded) == {("policy", torch.float32), ("rm", torch.bfloat16), ("a", torch.bfloat16)}
 
 
 def test_the_figures_of_bf16_are_those_of_fp32_up_to_its_rounding(world, capsys):
