@@ -60,6 +60,10 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
     if value is not None:
         return UsageProblem(*value, page)
     text = error.format_message()
+    option = getattr(error, "option_name", None)
+    if option and "requires an argument" in text:  # the parser says neither which command's nor how
+        page = f"gemma2 {words[0]} --help" if words and not words[0].startswith("-") else page
+        return UsageProblem(f"{option} needs a value", f"write {option} VALUE; {page} describes it", page)
     if context is not None and "unexpected extra argument" in text:
         switch = _switch_with_value(context.command, words)
         if switch is not None:
