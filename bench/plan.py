@@ -128,8 +128,11 @@ def warm(command: str, root: Path, rank: int) -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def measured(command: str, config: Any) -> float:
-    """Bytes that a run adds to a process that has the libraries: the peak of a fork, less what it began with."""
+def measured(command: str, config: Any) -> float | None:
+    """Bytes that a run adds to a process that has the libraries: the peak of a fork, less what it began with.
+
+    None if it failed: a guard ends RL where random weights give no gradient, all logits being at the soft cap.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -145,9 +148,7 @@ def measured(command: str, config: Any) -> float:
     with os.fdopen(reading) as result:
         text = result.read()
     os.waitpid(child, 0)
-    if not text:
-        raise SystemExit(f"{command} failed")
-    return float(text)
+    return float(text) if text else None
 
 
 def library_pages() -> float:
@@ -202,6 +203,9 @@ def main() -> None:
 def row(command: str, root: Path, model: str, rank: int, micro: int, parts: bool) -> None:
     """Measure one run and print it next to its plan."""
     peak = measured(command, configuration(command, root, model, rank, micro))
+    if peak is None:
+        print(f"| {command} | {model} | {rank} | {micro} | - | not measured: the run failed | - | - |", flush=True)
+        return
     plan = predicted(command, root, model, rank, micro).peak
     figures = f"{plan.bytes / GIB:.3f} | {peak / GIB:.3f} | {plan.bytes / peak - 1:+.0%}"
     print(f"| {command} | {model} | {rank} | {micro} | {figures} | {plan.name} |", flush=True)
