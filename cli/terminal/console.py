@@ -216,12 +216,13 @@ class Console:
     def result(self, document: JsonMapping, out: Path | None = None) -> None:
         """Print the result of a command: a two-column table, or with --json the document itself.
 
-        The table leaves out lists of records; the document has them.
+        The table leaves out lists of records, and what is empty; the document has them.
         """
         if self.as_json:
             self.json({"out": str(out) if out else None, **document} if out else document)
             return
-        shown = {key: value for key, value in document.items() if value is not None and not _is_table(value)}
+        empty = (None, "", [], {})
+        shown = {key: value for key, value in document.items() if value not in empty and not _is_table(value)}
         rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
         if out is not None:
             rows.append(("output", str(out)))

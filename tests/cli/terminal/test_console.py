@@ -49,6 +49,18 @@ def clock(monkeypatch):
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_row_without_a_value_is_left_out_for_people_and_not_for_programs(capsys):
+    document = {"notes": [], "rows": 0, "flat": False, "name": "", "by": {}, "best": None, "loss": 0.5}
+    Console(as_json=False, quiet=True).result(document)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["rows", "0"],
+        ["flat", "no"],
+        ["loss", "0.5"],
+    ]
+    Console(as_json=True, quiet=True).result(document)
+    assert json.loads(capsys.readouterr().out) == document
+
+
 def test_a_result_for_people_is_two_columns(capsys):
     Console().result(
         {
