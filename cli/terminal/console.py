@@ -221,7 +221,7 @@ class Console:
         if self.as_json:
             self.json({"out": str(out) if out else None, **document} if out else document)
             return
-        empty = (None, "", [], {})
+        empty: tuple[object, ...] = (None, "", [], {})
         shown = {key: value for key, value in document.items() if value not in empty and not _is_table(value)}
         rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
         if out is not None:
