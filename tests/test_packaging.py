@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
+# Python before 3.11.4, as Debian 12 has it, knows no filter.
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 PACKAGES = ("cli", "posttrain", "merging", "core", "configs")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -71,7 +73,7 @@ def wheel(sdist, tmp_path_factory):
         return path
     place = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(place, filter="data")
+        archive.extractall(place, **SAFELY)
     (tree,) = place.iterdir()
     return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
 
@@ -204,7 +206,7 @@ def test_a_clone_installs_as_the_readme_says_and_the_command_runs_elsewhere(sdis
     if installer == "uv" and not shutil.which("uv"):
         pytest.skip("uv is not installed")
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **SAFELY)
     (tree,) = (path for path in tmp_path.iterdir() if path.is_dir())
     place = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--copies", str(place)], check=True)
