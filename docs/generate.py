@@ -134,11 +134,16 @@ def methods() -> str:
 
 def merging_page() -> str:
     """docs/merging.md with the tables of methods and options between their marks."""
-    before, begin, rest = MERGING.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{MERGING} has no marks for its tables")
-    return f"{before}{begin}\n\n{methods()}\n\n{end}{after}"
+    return between(MERGING, BEGIN, END, methods())
+
+
+def between(page: Path, begin: str, end: str, text: str) -> str:
+    """A page with `text` between its marks."""
+    before, begins, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, ends, after = rest.partition(end)
+    if not begins or not ends:
+        raise ValueError(f"{page} has no marks for its tables")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def jobs() -> dict[str, Config]:
@@ -186,11 +191,7 @@ def size_of(path: Path) -> ModelShape:
 
 def your_page() -> str:
     """docs/your-gemma2.md with its table of memory between the marks."""
-    before, begin, rest = YOURS.read_text(encoding="utf-8").partition(MEMORY)
-    _, end, after = rest.partition(END_OF_MEMORY)
-    if not begin or not end:
-        raise ValueError(f"{YOURS} has no marks for its table")
-    return f"{before}{begin}\n\n{memory()}\n\n{end}{after}"
+    return between(YOURS, MEMORY, END_OF_MEMORY, memory())
 
 
 def plans() -> str:
@@ -214,11 +215,7 @@ def plans() -> str:
 
 def recipes_page() -> str:
     """docs/recipes.md with its table between the marks."""
-    before, begin, rest = RECIPES.read_text(encoding="utf-8").partition(PLANS)
-    _, end, after = rest.partition(END_OF_PLANS)
-    if not begin or not end:
-        raise ValueError(f"{RECIPES} has no marks for its table")
-    return f"{before}{begin}\n\n{plans()}\n\n{end}{after}"
+    return between(RECIPES, PLANS, END_OF_PLANS, plans())
 
 
 class Terminal(io.StringIO):

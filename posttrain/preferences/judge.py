@@ -52,7 +52,7 @@ Is the answer right, complete, clear and harmless? Do not prefer it for its leng
 sentences. Then end with one line of the form
 Score: N
 where N is a number from 1 (useless) to 10 (could not be better)."""
-COMPARE_PROMPT = """\
+TWO_ANSWERS = """\
 You compare two answers of an assistant.
 
 [conversation]
@@ -68,7 +68,9 @@ You compare two answers of an assistant.
 
 Which answer is better: right, complete, clear and harmless? Do not let the order or the length of the answers decide. \
 First explain your view in a few sentences. Then end with one line of the form
-Better: X
+"""
+COMPARE_PROMPT = f"""\
+{TWO_ANSWERS}Better: X
 where X is A, B or tie."""
 PLACES = {"score": {"prompt", "answer"}, "compare": {"prompt", "answer_a", "answer_b"}}
 SCORE_LINE = re.compile(r"score[^\n:=]{0,20}[:=]\W{0,6}?(-?\d+(?:[.,]\d+)?)", re.IGNORECASE)

@@ -22,28 +22,13 @@ from dataclasses import dataclass, field
 
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.evaluation.built_in.row_means import mean_and_se
-from gemma2.posttrain.preferences.judge import Judge
+from gemma2.posttrain.preferences.judge import TWO_ANSWERS, Judge
 
 __all__ = ["LARGEST", "SIDE_PROMPT", "SideBySide", "by_reward", "order_figures"]
 
 LARGEST = 1.5
-SIDE_PROMPT = """\
-You compare two answers of an assistant.
-
-[conversation]
-{prompt}
-
-[answer A]
-{answer_a}
-[end of answer A]
-
-[answer B]
-{answer_b}
-[end of answer B]
-
-Which answer is better: right, complete, clear and harmless? Do not let the order or the length of the answers decide. \
-First explain your view in a few sentences. Then end with one line of the form
-Verdict: X
+SIDE_PROMPT = f"""\
+{TWO_ANSWERS}Verdict: X
 where X is one of: A is much better, A is better, A is slightly better, about the same, B is slightly better, \
 B is better, B is much better."""
 STEPS = {"much": 1.5, "": 1.0, "slightly": 0.5}
