@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor
 from gemma2.core.ranks import Ranks
 from gemma2.posttrain.models.protocols import Network
 
-__all__ = ["Layout", "gathered", "is_sharded", "layers_of", "layout_of", "local", "plain_class", "shard", "whole"]
+__all__ = ["ShardLayout", "gathered", "is_sharded", "layers_of", "layout_of", "local", "plain_class", "shard", "whole"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """The processes that weights are divided over. mesh: (replicas, shards), or (shards,) on one node."""
 
     mesh: DeviceMesh
@@ -41,7 +41,7 @@ class Layout:
         return int(self.mesh.size(-1))
 
 
-def layout_of(ranks: Ranks, device: torch.device, nodes: int = 1) -> Layout:
+def layout_of(ranks: Ranks, device: torch.device, nodes: int = 1) -> ShardLayout:
     """Divide over the processes of a node, and hold one copy per node: a gather never crosses the slow link.
 
     nodes: 1 divides over all processes, also of several nodes, for models that do not fit one.
@@ -57,7 +57,7 @@ def layout_of(ranks: Ranks, device: torch.device, nodes: int = 1) -> Layout:
         mesh = init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shard",))
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    return Layout(mesh, device)
+    return ShardLayout(mesh, device)
 
 
 def layers_of(model: Network) -> list[nn.Module]:
@@ -72,7 +72,7 @@ def layers_of(model: Network) -> list[nn.Module]:
     return list(found[0])
 
 
-def shard(model: Network, layout: Layout, compute: torch.dtype | None = None) -> None:
+def shard(model: Network, layout: ShardLayout, compute: torch.dtype | None = None) -> None:
     """Divide the weights of a model, in place. compute: dtype of the products; None: that of the weights.
 
     Gradients are reduced in fp32 where the products are in another dtype. Parameters may be on the meta device:

@@ -18,7 +18,7 @@ from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.run_directory import Run
-from gemma2.posttrain.sharding.states import own_files
+from gemma2.posttrain.sharding.distributed_state import own_files
 
 __all__ = ["check_room", "checkpoint_bytes", "is_complete", "latest_checkpoint", "mark_complete", "newest_step"]
 

@@ -26,7 +26,7 @@ from transformers import Trainer
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.models.lora import plain_model
-from gemma2.posttrain.sharding.states import load_state, save_state
+from gemma2.posttrain.sharding.distributed_state import load_state, save_state
 from gemma2.posttrain.sharding.units import is_sharded
 
 __all__ = ["ShardedTrainer", "hand_over"]

@@ -19,14 +19,14 @@ from gemma2.posttrain.models.protocols import Network
 
 from .units import gathered, plain_class
 
-__all__ = ["Planned", "planned_of", "save_sharded", "write_weights"]
+__all__ = ["OutputTensor", "planned_of", "save_sharded", "write_weights"]
 
 FILE_BYTES = 5 * 10**9
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
-class Planned:
+class OutputTensor:
     """A tensor of the output before its values are there."""
 
     name: str
@@ -39,9 +39,9 @@ class Planned:
         return prod(self.shape) * ITEM_BYTES[NAMES[self.dtype]]
 
 
-def planned_of(model: Network) -> list[Planned]:
+def planned_of(model: Network) -> list[OutputTensor]:
     """The tensors of a model without adapters, tied ones once."""
-    return [Planned(name, value.dtype, tuple(value.shape)) for name, value in model.named_parameters()]
+    return [OutputTensor(name, value.dtype, tuple(value.shape)) for name, value in model.named_parameters()]
 
 
 def save_sharded(
@@ -62,7 +62,7 @@ def save_sharded(
 
 
 def write_weights(
-    plan: Sequence[Planned], values: Iterable[tuple[str, Tensor]], directory: Path, is_main: bool
+    plan: Sequence[OutputTensor], values: Iterable[tuple[str, Tensor]], directory: Path, is_main: bool
 ) -> None:
     """Write tensors in the order of `plan` as they come. Every process goes through all `values`; rank 0 writes.
 
@@ -97,9 +97,9 @@ def write_weights(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _files(plan: Sequence[Planned]) -> Iterator[list[Planned]]:
+def _files(plan: Sequence[OutputTensor]) -> Iterator[list[OutputTensor]]:
     """Cut the tensors into files of at most FILE_BYTES, or of one tensor."""
-    group: list[Planned] = []
+    group: list[OutputTensor] = []
     for item in plan:
         if group and sum(other.nbytes for other in group) + item.nbytes > FILE_BYTES:
             yield group

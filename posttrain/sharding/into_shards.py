@@ -37,7 +37,7 @@ from gemma2.posttrain.models.loading import read_config
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 
-from .units import Layout, shard
+from .units import ShardLayout, shard
 
 __all__ = ["divide", "skeleton", "whole_name"]
 
@@ -69,7 +69,7 @@ def skeleton(
 
 
 def divide(
-    model: Network, path: Path, layout: Layout, compute: torch.dtype | None = None, unread: Collection[str] = ()
+    model: Network, path: Path, layout: ShardLayout, compute: torch.dtype | None = None, unread: Collection[str] = ()
 ) -> None:
     """Divide the weights of a `skeleton`, in place, and read them from `path`.
 
