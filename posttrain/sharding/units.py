@@ -76,7 +76,7 @@ def shard(model: Network, layout: ShardLayout, compute: torch.dtype | None = Non
     """Divide the weights of a model, in place. compute: dtype of the products; None: that of the weights.
 
     Gradients are reduced in fp32 where the products are in another dtype. Parameters may be on the meta device:
-    `reading.py` fills their shards.
+    `into_shards.py` fills their shards.
     """
     # Inputs are not cast: the lowest fp32 number of an additive mask would become -inf, and a padded row NaN.
     precision = MixedPrecisionPolicy(compute, compute and torch.float32, cast_forward_inputs=False)
