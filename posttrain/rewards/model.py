@@ -22,6 +22,7 @@ from gemma2.posttrain.models.loading import load_reward_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
+from gemma2.posttrain.sharding.lending import opened
 
 __all__ = ["RewardModel", "shaped_rewards"]
 
@@ -47,7 +48,7 @@ class RewardModel:
     ) -> Tensor:
         """Return rewards (N,) fp32 on the CPU, from the model's own ids, whatever the order, batch size and padding."""
         rewards = torch.zeros(len(prompts))
-        with evaluating(self.model):
+        with evaluating(self.model), opened(self.model):
             for batch, hidden in hidden_states(self.model, prompts, completions, batch_size):
                 last = torch.tensor([len(prompts[i]) + len(completions[i]) - 1 for i in batch], device=hidden.device)
                 states = hidden[torch.arange(len(batch), device=hidden.device), last]  # (B, d)

@@ -20,6 +20,8 @@ from gemma2.core.errors import InputError
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
 from gemma2.posttrain.models.loading import default_device, load_reward_model
+from gemma2.posttrain.sharding.divided_models import lent_average
+from gemma2.posttrain.sharding.units import Layout
 
 from .model import RewardModel
 
@@ -27,12 +29,16 @@ __all__ = ["averaged_reward_model"]
 
 
 @torch.no_grad()
-def averaged_reward_model(paths: Sequence[Path], dtype: torch.dtype = torch.float32) -> RewardModel:
-    """Return the average of reward models, formed in fp32 and rounded to `dtype`.
+def averaged_reward_model(
+    paths: Sequence[Path], dtype: torch.dtype = torch.float32, layout: Layout | None = None
+) -> RewardModel:
+    """Return the average of reward models, formed in fp32 and rounded to `dtype`; divided by a layout if there is one.
 
     Raises InputError for models that cannot be averaged, naming the first difference.
     """
     check_averageable(paths)
+    if layout is not None:
+        return RewardModel(*lent_average(paths, layout, dtype))
     cpu = torch.device("cpu")
     model, tokenizer = load_reward_model(paths[0], device=cpu)
     total: dict[str, Tensor] = dict(model.named_parameters())

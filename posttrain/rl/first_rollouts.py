@@ -25,6 +25,8 @@ from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.sharding.lending import is_lent, opened, product_dtype
+from gemma2.posttrain.sharding.units import local
 from gemma2.posttrain.training.first_steps import STEPS
 
 from .ema import EmaAnchor
@@ -65,7 +67,7 @@ class Seen:
 def tolerance(model: CausalLM) -> float:
     """The rounding of a model's log-probs, as it runs now."""
     half = (
-        model.dtype != torch.float32
+        product_dtype(model) != torch.float32
         or torch.is_autocast_enabled(default_device().type)
         or torch.is_autocast_enabled("cpu")
     )
@@ -77,15 +79,17 @@ def check_log_probs(policy: CausalLM, anchor: CausalLM | None, seen: Seen, tempe
     i = shortest_completion(seen)
     prompt, ids = [seen.prompts[i]], seen.drawn.ids[i]
     own = torch.tensor(seen.drawn.logps[i])
-    again = token_logps(policy, prompt, [ids[:SCORED]], 1, temperature)[0]
+    with opened(policy):
+        again = token_logps(policy, prompt, [ids[:SCORED]], 1, temperature)[0]
     difference = float((own[:SCORED] - again).abs().max())
     if not difference <= tolerance(policy):
         raise GuardStop(
             f"sampler and policy differ by {difference:.2g} nats for a token: the samples are of another policy", HINT
         )
-    if anchor is None or not float(seen.log_ratios.abs().max()):
+    if anchor is None or (not is_lent(anchor) and not float(seen.log_ratios.abs().max())):
         return
-    expected = float((own - token_logps(anchor, prompt, [ids], 1, temperature)[0]).sum())
+    with opened(anchor):  # on every process, whatever its own log-ratios are
+        expected = float((own - token_logps(anchor, prompt, [ids], 1, temperature)[0]).sum())
     if not abs(float(seen.log_ratios[i]) - expected) <= max(tolerance(policy), tolerance(anchor)) / 3 * len(ids):
         raise GuardStop(
             f"log pi - log anchor of a completion is {seen.log_ratios[i]:.3g} in the reward, {expected:.3g} by itself",

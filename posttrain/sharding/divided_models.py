@@ -1,0 +1,117 @@
+"""Policies and reward models that are divided over processes, with the checks that `models/loading.py` makes of whole
+ones.
+
+    trained     `divided_policy`: FSDP2 units (`units.py`)
+    frozen      `lent_policy`, `lent_reward_model`: shards, and a plain model that they are lent to (`lending.py`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from gemma2.core.errors import InputError
+from gemma2.merging.inputs.architecture import classifies
+from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.models.loading import load_tokenizer, read_config
+from gemma2.posttrain.models.protocols import CausalLM, Network, RewardNetwork
+
+from .lending import lend
+from .reading import divide, skeleton
+from .units import Layout, local
+
+__all__ = ["Shards", "divided_policy", "empty_policy", "lent_average", "lent_policy", "lent_reward_model", "read_shards"]
+
+Shards = dict[str, Tensor]  # DTensors by name, tied ones once
+N = TypeVar("N", bound=Network)
+
+
+def empty_policy(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """Return the causal LM of a directory without memory for its weights.
+
+    Raises InputError for a directory that is not a language model.
+    """
+    if classifies(read_config(path)):
+        raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
+    return cast(CausalLM, skeleton(AutoModelForCausalLM, path, dtype))
+
+
+def _empty_reward_model(path: Path, dtype: torch.dtype) -> RewardNetwork:
+    if not classifies(read_config(path)):
+        raise InputError(f"{path} is not a reward model", "train one with gemma2 reward")
+    model = cast(RewardNetwork, skeleton(AutoModelForSequenceClassification, path, dtype))
+    labels = getattr(model.config, "num_labels", 1)
+    if labels != 1:
+        raise InputError(f"{path} has {labels} outputs", "a reward model has one")
+    return model
+
+
+def divided_policy(
+    path: Path,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    adapt: Callable[[CausalLM], object] | None = None,
+) -> CausalLM:
+    """Read a causal LM into the shards of FSDP2 units, for training. A collective.
+
+    dtype: of the shards; compute: of the products, None: that of the shards; adapt: adds adapters to the skeleton.
+    Raises InputError as `load_policy` does.
+    """
+    model = empty_policy(path, dtype)
+    if adapt is not None:
+        adapt(model)
+    divide(model, path, layout, compute)
+    return model
+
+
+def read_shards(model: Network, path: Path, layout: Layout) -> Shards:
+    """Read the weights of a skeleton into shards. A collective. The model itself is used up."""
+    divide(model, path, layout)
+    return {name: value.data for name, value in model.named_parameters()}
+
+
+def lent_policy(
+    path: Path, layout: Layout, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None
+) -> CausalLM:
+    """Return a frozen causal LM that its shards are lent to. A collective.
+
+    dtype: of the shards; compute: of the opened model, None: that of the shards.
+    """
+    shards, shell = read_shards(empty_policy(path, dtype), path, layout), empty_policy(path, dtype)
+    lend(shell, lambda: iter(shards.items()), compute or dtype, layout.device)
+    return shell
+
+
+def lent_reward_model(path: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+    """Return a frozen reward model that its shards are lent to, and its tokenizer. A collective.
+
+    Raises InputError as `load_reward_model` does.
+    """
+    return _lent_reward_model(path, read_shards(_empty_reward_model(path, dtype), path, layout), layout, dtype)
+
+
+@torch.no_grad()
+def lent_average(paths: Sequence[Path], layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+    """Return the uniform average of reward models, formed in fp32 on the shards, to be opened in `dtype`."""
+    total = read_shards(_empty_reward_model(paths[0], torch.float32), paths[0], layout)
+    for path in paths[1:]:
+        other = read_shards(_empty_reward_model(path, torch.float32), path, layout)
+        torch._foreach_add_([local(value) for value in total.values()], [local(other[name]) for name in total])
+    torch._foreach_div_([local(value) for value in total.values()], float(len(paths)))
+    narrow = {name: value.to(dtype) for name, value in total.items()}
+    return _lent_reward_model(paths[0], narrow, layout, dtype)
+
+
+def _lent_reward_model(
+    path: Path, shards: Shards, layout: Layout, dtype: torch.dtype
+) -> tuple[RewardNetwork, Tokenizer]:
+    shell, tokenizer = _empty_reward_model(path, dtype), load_tokenizer(path)
+    shell.config.pad_token_id = tokenizer.pad_token_id
+    lend(shell, lambda: iter(shards.items()), dtype, layout.device)
+    return shell, tokenizer
