@@ -173,9 +173,11 @@ def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
     return plain
 
 
-def save_adapter(model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the adapter in peft's layout, and the tokenizer it was trained with."""
-    model.save_pretrained(directory)
+def save_adapter(
+    model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write the adapter in peft's layout, and the tokenizer it was trained with. state: its values, if not the model's."""
+    model.save_pretrained(directory, **({} if state is None else {"state_dict": state}))
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form

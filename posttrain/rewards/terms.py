@@ -34,7 +34,7 @@ from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.runs.inputs import check_reward_terms, model_name
 from gemma2.posttrain.schemas import RewardFields
 from gemma2.posttrain.sharding.divided_models import lent_reward_model
-from gemma2.posttrain.sharding.units import Layout
+from gemma2.posttrain.sharding.units import ShardLayout
 
 from .functions import Sampled, Score, function_score
 from .model import RewardModel, shaped_rewards
@@ -76,7 +76,7 @@ class Term:
     score: Score
 
 
-def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int, layout: Layout | None = None) -> Score:
+def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None = None) -> Score:
     """Return the reward of a configuration, with a column for each term if there are several.
 
     `batch_size`: sequences that a reward model reads at once. `layout`: the processes that reward models are divided
@@ -120,7 +120,7 @@ def column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, float | No
     return {name: math.fsum(values) / len(values) if values else None for name, values in found.items()}
 
 
-def _terms(config: RewardFields, chat: ChatFormat, batch_size: int, layout: Layout | None) -> list[Term]:
+def _terms(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None) -> list[Term]:
     """Load functions, then models: a misspelt function fails early. The terms are in the order of the weights."""
     functions = [
         function_score(name, "--reward-fn", REWARD, abstains=True, seconds=config.reward_timeout)
@@ -133,7 +133,7 @@ def _terms(config: RewardFields, chat: ChatFormat, batch_size: int, layout: Layo
     return [Term(*parts) for parts in zip(names, weights, scores, strict=True)]
 
 
-def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int, layout: Layout | None) -> list[Score]:
+def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None) -> list[Score]:
     dtype = frozen_dtype(config.dtype)
     if config.reward_ensemble == "warm":
         return [_model_score(averaged_reward_model(config.reward, dtype, layout), "the average", chat, batch_size)]

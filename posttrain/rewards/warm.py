@@ -21,7 +21,7 @@ from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
 from gemma2.posttrain.models.loading import default_device, load_reward_model
 from gemma2.posttrain.sharding.divided_models import lent_average
-from gemma2.posttrain.sharding.units import Layout
+from gemma2.posttrain.sharding.units import ShardLayout
 
 from .model import RewardModel
 
@@ -30,7 +30,7 @@ __all__ = ["averaged_reward_model"]
 
 @torch.no_grad()
 def averaged_reward_model(
-    paths: Sequence[Path], dtype: torch.dtype = torch.float32, layout: Layout | None = None
+    paths: Sequence[Path], dtype: torch.dtype = torch.float32, layout: ShardLayout | None = None
 ) -> RewardModel:
     """Return the average of reward models, formed in fp32 and rounded to `dtype`; divided by a layout if there is one.
 

@@ -159,21 +159,28 @@ def check_loss(policy: CausalLM, loss: Tensor, advantages: Tensor, sampled: Tens
 class FirstAnchors(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Watches the first updates of an anchor, and that the SFT policy stays as it is.
 
-    Must be added after `AnchorUpdate`. anchor: None for one that is fixed; scores: the model that the KL is taken to.
+    Must be added after `AnchorUpdate`. anchor: None for one that is fixed; scores: the model that the KL is taken to;
+    rate: (mu, steps between two updates). Of a sharded run each process looks at its shards.
     """
 
     def __init__(
-        self, policy: CausalLM, reference: CausalLM, anchor: EmaAnchor | None, scores: CausalLM | None, mu: float
+        self,
+        policy: CausalLM,
+        reference: CausalLM,
+        anchor: EmaAnchor | None,
+        scores: CausalLM | None,
+        rate: tuple[float, int],
     ) -> None:
-        self.policy, self.reference, self.anchor, self.scores, self.mu = policy, reference, anchor, scores, mu
-        self.left = STEPS
+        self.policy, self.reference, self.anchor, self.scores = policy, reference, anchor, scores
+        self.mu, self.every = rate
+        self.left, self.updates = STEPS, STEPS
         self.fixed: list[Tensor] = []
         self.averages: dict[str, Tensor] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.fixed = [_sample(parameter) for parameter in self.reference.parameters()]
+        self.fixed = self._reference()
         if self.anchor is None:
             return
         if self.scores is not self.anchor.model:
@@ -187,30 +194,35 @@ class FirstAnchors(TrainerCallback):  # type: ignore[misc]  # transformers is no
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if not self.left:
-            return
-        self.left -= 1
         step = f"step {state.global_step + 1}"
-        now = [_sample(parameter) for parameter in self.reference.parameters()]
-        if not all(map(torch.equal, self.fixed, now)):
+        due = (state.global_step + 1) % self.every == 0
+        if self.left and not all(map(torch.equal, self.fixed, self._reference())):
             raise GuardStop(f"{step}: the SFT policy changed, to which the KL is measured", HINT)
-        if self.anchor is not None:
-            self._check_average(self.anchor, step)
+        if self.anchor is not None and (self.left or (due and self.updates)):
+            self._check_average(self.anchor, step, self.mu if due else 0.0)
+            self.updates -= due
+        self.left = max(0, self.left - 1)
 
-    def _check_average(self, anchor: EmaAnchor, step: str) -> None:
+    def _reference(self) -> list[Tensor]:
+        """A sample of the SFT policy's weights; without any where it is lent the frozen weights of the policy."""
+        return [] if is_lent(self.reference) else [_sample(parameter) for parameter in self.reference.parameters()]
+
+    def _check_average(self, anchor: EmaAnchor, step: str, mu: float) -> None:
         for name, value in anchor.theta(self.policy):
             before, theta = self.averages[name], _sample(value).double()
             after = _sample(anchor.shadow[name]).double()
             size = torch.maximum(before.abs(), theta.to(before.device).abs())
-            wrong = (after - (before + self.mu * (theta.to(before.device) - before))).abs() > ULPS * 2**-24 * size
-            scoring = _sample(anchor.model.get_parameter(name))
+            wrong = (after - (before + mu * (theta.to(before.device) - before))).abs() > ULPS * 2**-24 * size
             if bool(wrong.any()):
-                raise GuardStop(f"{step}: the anchor did not move by mu = {self.mu:g} towards the policy: {name}", HINT)
+                raise GuardStop(f"{step}: the anchor did not move by mu = {mu:g} towards the policy: {name}", HINT)
+            self.averages[name] = after
+            if is_lent(anchor.model):  # it has no other weights than the average
+                continue
+            scoring = _sample(anchor.model.get_parameter(name))
             if not torch.equal(scoring, after.to(scoring.device, scoring.dtype)):
                 raise GuardStop(f"{step}: the anchor that scores is not its average: {name}", HINT)
-            self.averages[name] = after
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = local(tensor.detach()).reshape(-1)
     return flat[:: max(1, -(-flat.numel() // SAMPLE))].clone()

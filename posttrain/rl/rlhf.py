@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from trl import RLOOConfig
 
@@ -31,12 +32,14 @@ from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
 from gemma2.posttrain.evaluation.trajectory import procedure
+from gemma2.posttrain.launch.strategy import strategy_of
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.training.sharded_trainer import hand_over
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
     RunCallback,
@@ -52,6 +55,7 @@ from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
+from .sharded_output import save_shards
 from .vllm import VllmSampler, check_usable
 
 __all__ = ["run_rlhf"]
@@ -75,36 +79,53 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
     with open_run("rlhf", config, options, ranks=ranks) as run:
+        strategy = strategy_of(config, ranks, progress)
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
-        setup = prepare(config, prompts, micro, ranks)
+        setup = prepare(config, prompts, micro, ranks, strategy)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         warn_of_other_tokens(config, progress)
-        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
-        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
+        placed = {} if setup.sharded is None else hand_over(setup.trained)
+        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro) | placed)
+        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu" or computes_in_half(setup)
         tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
         starts_at_anchor = tolerance if setup.starts_at_anchor else None
         guards = Guards(progress, config.max_kl, config.max_dead_steps, starts_at_anchor)
         transformers.set_seed(config.seed)  # of the adapters' first values
-        trainer = AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
+        trainer = make_trainer(config, setup, arguments, guards)
         callback = RunCallback(run, progress, "RL", SHOWN)
         trainer.add_callback(callback)
         if config.anchor == "ema":
-            trainer.follow(make_anchor(config, setup), config.mu)
+            trainer.follow(make_anchor(config, setup), config.mu, config.ema_every)
+        rate = config.mu, config.ema_every
         trainer.add_callback(
-            FirstAnchors(setup.rollout.policy, setup.reference, trainer.anchor, setup.rollout.anchor, config.mu)
+            FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate)
         )
         half = arguments.bf16 or arguments.fp16
         evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
-        if ranks.is_main:
+        if setup.sharded is not None:
+            save_shards(trainer, setup, config, run)
+        elif ranks.is_main:
             save(trainer, setup, config, run)
         figures = callback.summary(trainer.model)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
+
+
+def make_trainer(config: RlhfConfig, setup: RlSetup, arguments: RLOOConfig, guards: Guards) -> AnchoredRlooTrainer:
+    """The trainer of the policy. A sharded one has its adapters already, another gets them here."""
+    if setup.sharded is not None:
+        return AnchoredRlooTrainer(setup.rollout, None, arguments, guards, None, setup.trained)
+    return AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
+
+
+def computes_in_half(setup: RlSetup) -> bool:
+    """Whether the products of a sharded policy are in half precision."""
+    return setup.sharded is not None and setup.sharded.compute != torch.float32
 
 
 def warn_of_other_tokens(config: RlhfConfig, progress: Progress) -> None:
@@ -221,9 +242,11 @@ class PolicyEvaluation(PeriodicEvaluation):
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
         settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
-        seen = measuring(self.trainer.model, f"step {step}: the policy on held-out prompts")
+        parts = self.setup.sharded
+        policy, watched = (rollout.policy, self.trainer.model) if parts is None else (parts.measured, parts.measured)
+        seen = measuring(watched, f"step {step}: the policy on held-out prompts")
         with seen, self.trainer.accelerator.autocast():
-            measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
+            measured = measure(policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma2.core.ranks import Ranks
+from gemma2.posttrain.launch.strategy import Strategy
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
@@ -24,6 +25,7 @@ from gemma2.posttrain.schemas import RlhfConfig
 
 from .ema import EmaAnchor, FactorAnchor, LoraAnchor
 from .rollout import Rollout
+from .sharded_setup import ShardedParts, divided_anchor, divided_models
 
 __all__ = ["RlSetup", "make_anchor", "prepare"]
 
@@ -33,7 +35,8 @@ class RlSetup:
     """The models and prompts that a run starts with.
 
     reference: the SFT policy that the measured KL refers to. base: the policy's weights as they were, shared with it
-    where they are frozen; None if all weights are trained. starts_at_anchor: whether the KL to the anchor is 0 at the
+    where they are frozen; None if all weights are trained. sharded: where the models are divided over processes; the
+    policy of the rollout, the reference and the anchor are then lent their weights, and base is None. starts_at_anchor: whether the KL to the anchor is 0 at the
     first step.
     """
 
@@ -42,18 +45,30 @@ class RlSetup:
     base: CausalLM | None
     starts_at_sft: bool
     starts_at_anchor: bool
+    sharded: ShardedParts | None = None
+
+    @property
+    def trained(self) -> CausalLM:
+        """The policy that the optimizer moves; its layers may hold adapters."""
+        return self.rollout.policy if self.sharded is None else self.sharded.trained
 
 
-def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks) -> RlSetup:
+def prepare(
+    config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks, strategy: Strategy = "one"
+) -> RlSetup:
     """Load policy, SFT policy and reward. An EMA anchor comes later, when the policy has its adapters.
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
     """
+    starts_at_sft = config.sft is None or config.sft.resolve() == config.policy.resolve()
+    starts_at_anchor = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
+    if strategy == "fsdp":
+        rollout, reference, parts = divided_models(config, prompts, micro, ranks, starts_at_sft)
+        return RlSetup(rollout, reference, None, starts_at_sft, starts_at_anchor, parts)
     policy, tokenizer = load_policy(config.policy)
     check_targets(config, policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
     base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None
-    starts_at_sft = config.sft is None or config.sft.resolve() == config.policy.resolve()
     if starts_at_sft:
         reference = base if base is not None else copy.deepcopy(policy).requires_grad_(False)
     else:
@@ -64,12 +79,13 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
     score = reward_score(config, chat, micro)
     anchor = reference if config.anchor == "sft" else None
     rollout = Rollout(policy, anchor, chat, score, config, prompts, generator, micro, ranks)
-    starts_at_anchor = config.anchor == "ema" or (config.anchor == "sft" and starts_at_sft)
     return RlSetup(rollout, reference, base, starts_at_sft, starts_at_anchor)
 
 
 def make_anchor(config: RlhfConfig, setup: RlSetup) -> EmaAnchor:
     """The EMA anchor of a policy that has its adapters, or needs none."""
+    if setup.sharded is not None:
+        return divided_anchor(config, setup.sharded)
     policy = setup.rollout.policy
     if setup.base is None:
         return EmaAnchor(policy, config.anchor_memory)

@@ -20,7 +20,7 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.sharding.adapter_shards import adapted_shards, factors_of, frozen_shards
 from gemma2.posttrain.sharding.divided_models import Shards
 from gemma2.posttrain.sharding.lending import Weights, lend
-from gemma2.posttrain.sharding.units import Layout, local
+from gemma2.posttrain.sharding.units import ShardLayout, local
 
 from .ema import EmaAnchor, Theta
 
@@ -33,10 +33,10 @@ class ShardedAnchor(EmaAnchor):
     shards: fp32, of the policy at its start; shell: a skeleton of it, which scores; dtype: that in which it scores.
     """
 
-    def __init__(self, shards: Shards, shell: CausalLM, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, shards: Shards, shell: CausalLM, layout: ShardLayout, dtype: torch.dtype) -> None:
         self._lend(shards, shell, lambda: iter(self.shadow.items()), layout, dtype)
 
-    def _lend(self, shards: Shards, shell: CausalLM, weights: Weights, layout: Layout, dtype: torch.dtype) -> None:
+    def _lend(self, shards: Shards, shell: CausalLM, weights: Weights, layout: ShardLayout, dtype: torch.dtype) -> None:
         lend(shell, weights, dtype, layout.device)
         self.model, self.memory, self.shadow = shell, "gpu", shards
 
@@ -57,7 +57,7 @@ class ShardedAnchor(EmaAnchor):
 class ShardedLoraAnchor(ShardedAnchor):
     """The exact average of a LoRA policy, of the products. policy: the sharded one, with its adapters."""
 
-    def __init__(self, policy: CausalLM, shell: CausalLM, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, policy: CausalLM, shell: CausalLM, layout: ShardLayout, dtype: torch.dtype) -> None:
         shards = {name: value.clone() for name, value in adapted_shards(policy)}
         self._lend(shards, shell, lambda: chain(_others(policy, shards), shards.items()), layout, dtype)
 
@@ -68,7 +68,7 @@ class ShardedLoraAnchor(ShardedAnchor):
 class ShardedFactorAnchor(ShardedAnchor):
     """The factor-wise approximation: averages of A and of B."""
 
-    def __init__(self, policy: CausalLM, shell: CausalLM, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, policy: CausalLM, shell: CausalLM, layout: ShardLayout, dtype: torch.dtype) -> None:
         shards: Shards = {name: value.detach().clone() for name, value in factors_of(policy).items()}
         adapted = {name for name, _ in adapted_shards(policy)}
         weights = lambda: chain(_others(policy, adapted), adapted_shards(policy, shards))  # noqa: E731

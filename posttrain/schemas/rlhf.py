@@ -119,7 +119,12 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     anchor: Literal["ema", "sft", "none"] = Field(
         "ema", description="reference of the KL penalty: the policy's average, the SFT policy, or no penalty"
     )
-    mu: float = Field(0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step")
+    mu: float = Field(
+        0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step, or per --ema-every of them"
+    )
+    ema_every: int = Field(
+        1, ge=1, description="optimizer steps between updates of the anchor; --mu is then per that many steps"
+    )
     anchor_memory: Literal["gpu", "cpu"] = Field(
         "gpu",
         description="where the fp32 average is kept: on the GPU, or on the host with a bf16 copy for scoring",
@@ -144,6 +149,8 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
             raise ValueError("lora_dropout would train a different policy from the one that sampled; leave it at 0")
         if self.anchor_memory == "cpu" and (self.anchor != "ema" or self.lora_anchor == "factors"):
             raise ValueError("anchor_memory=cpu is for an average of full weights; leave it at gpu")
+        if self.ema_every > 1 and self.anchor != "ema":
+            raise ValueError("ema_every is for anchor=ema; drop it")
         if self.lora_anchor == "factors" and (self.lora_rank == 0 or self.anchor != "ema"):
             raise ValueError("lora_anchor=factors is an EMA of adapters; give lora_rank and anchor=ema, or drop it")
         return self

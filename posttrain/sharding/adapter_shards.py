@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
 from gemma2.posttrain.models.protocols import Network
 
-from .reading import whole_name
+from .into_shards import whole_name
 from .units import gathered
-from .writing import Planned
+from .whole_files import OutputTensor
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -92,7 +92,7 @@ class _OnlyFactors:
 
 
 def changed_values(
-    path: Path, plan: list[Planned], is_main: bool, added: Mapping[str, Formed], put: Mapping[str, Tensor] | None = None
+    path: Path, plan: list[OutputTensor], is_main: bool, added: Mapping[str, Formed], put: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a model's files in fp32 with some changed, in the order of `plan`. A collective.
 

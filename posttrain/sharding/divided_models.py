@@ -22,8 +22,8 @@ from gemma2.posttrain.models.loading import load_tokenizer, read_config
 from gemma2.posttrain.models.protocols import CausalLM, Network, RewardNetwork
 
 from .lending import lend
-from .reading import divide, skeleton
-from .units import Layout, local
+from .into_shards import divide, skeleton
+from .units import ShardLayout, local
 
 __all__ = ["Shards", "divided_policy", "empty_policy", "lent_average", "lent_policy", "lent_reward_model", "read_shards"]
 
@@ -53,7 +53,7 @@ def _empty_reward_model(path: Path, dtype: torch.dtype) -> RewardNetwork:
 
 def divided_policy(
     path: Path,
-    layout: Layout,
+    layout: ShardLayout,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
     adapt: Callable[[CausalLM], object] | None = None,
@@ -70,14 +70,14 @@ def divided_policy(
     return model
 
 
-def read_shards(model: Network, path: Path, layout: Layout) -> Shards:
+def read_shards(model: Network, path: Path, layout: ShardLayout) -> Shards:
     """Read the weights of a skeleton into shards. A collective. The model itself is used up."""
     divide(model, path, layout)
     return {name: value.data for name, value in model.named_parameters()}
 
 
 def lent_policy(
-    path: Path, layout: Layout, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None
+    path: Path, layout: ShardLayout, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None
 ) -> CausalLM:
     """Return a frozen causal LM that its shards are lent to. A collective.
 
@@ -88,7 +88,7 @@ def lent_policy(
     return shell
 
 
-def lent_reward_model(path: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+def lent_reward_model(path: Path, layout: ShardLayout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
     """Return a frozen reward model that its shards are lent to, and its tokenizer. A collective.
 
     Raises InputError as `load_reward_model` does.
@@ -97,7 +97,7 @@ def lent_reward_model(path: Path, layout: Layout, dtype: torch.dtype = torch.flo
 
 
 @torch.no_grad()
-def lent_average(paths: Sequence[Path], layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+def lent_average(paths: Sequence[Path], layout: ShardLayout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
     """Return the uniform average of reward models, formed in fp32 on the shards, to be opened in `dtype`."""
     total = read_shards(_empty_reward_model(paths[0], torch.float32), paths[0], layout)
     for path in paths[1:]:
@@ -109,7 +109,7 @@ def lent_average(paths: Sequence[Path], layout: Layout, dtype: torch.dtype = tor
 
 
 def _lent_reward_model(
-    path: Path, shards: Shards, layout: Layout, dtype: torch.dtype
+    path: Path, shards: Shards, layout: ShardLayout, dtype: torch.dtype
 ) -> tuple[RewardNetwork, Tokenizer]:
     shell, tokenizer = _empty_reward_model(path, dtype), load_tokenizer(path)
     shell.config.pad_token_id = tokenizer.pad_token_id
