@@ -33,9 +33,9 @@ def save_shards(trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig
     assert setup.sharded is not None
     policy, is_main = setup.trained, run.ranks.is_main
     shell = empty_policy(config.policy)
-    shell.generation_config = policy.generation_config
+    if not config.lora_rank:  # as the trainer has left them
+        shell.config, shell.generation_config = policy.config, policy.generation_config
     shell.generation_config.eos_token_id = setup.rollout.chat.stop_ids
-    shell.config = policy.config
     if config.lora_output == "adapter":
         state = adapter_state(policy)
         assert setup.sharded.adapters is not None
