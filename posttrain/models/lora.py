@@ -7,7 +7,7 @@ The output is the plain model with the products added to its weights, or the ada
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -174,10 +174,10 @@ def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
 
 
 def save_adapter(
-    model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path, state: dict[str, Tensor] | None = None
+    model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter in peft's layout, and the tokenizer it was trained with. state: its values, if not the model's."""
-    model.save_pretrained(directory, **({} if state is None else {"state_dict": state}))
+    """Write the adapter in peft's layout, and its tokenizer. state: its tensors by name; default: those of the model."""
+    model.save_pretrained(directory, **({} if state is None else {"state_dict": dict(state)}))
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form
