@@ -15,8 +15,8 @@ import torch
 
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.models.loading import default_device, load_policy
-from gemma2.posttrain.models.precision import frozen_dtype
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import free_cached, frozen_dtype
 from gemma2.posttrain.models.protocols import ModelConfig
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
 from gemma2.posttrain.schemas import GenerateConfig
@@ -106,8 +106,7 @@ class SamplerEngine:
     def close(self) -> None:
         """Release the model, so that the reward model finds the memory free."""
         self.model = None
-        if default_device().type != "cpu":
-            torch.accelerator.empty_cache()
+        free_cached()
 
 
 def _uniforms(seed: int, count: int) -> torch.Tensor:
