@@ -167,6 +167,9 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
         if -one.code in KILLED:
             raise _killed(one)
     for rank, word in sorted(words.items()):
+        if word.kind == "followed":
+            what = f"rank 0, on another machine, has ended the job with exit code {word.code}"
+            raise ProcessEnd(what, "it says why where it runs", word.code)
         if word.kind == "error":
             raise _again(rank, word)
         if word.kind == "bug":
