@@ -50,6 +50,7 @@ from gemma2.posttrain.schemas.config import Config
 from .live import clear_live
 from .memory_shortage import out_of_memory
 from .run_options import RunOptions, RunResult
+from .together import goes_on_with_any_number
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -210,7 +211,7 @@ def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
     changed, allowed = kept_apart(start.command, start.config, before)
     processes = before.get("processes", 1)
-    if processes != start.processes:
+    if processes != start.processes and not goes_on_with_any_number(start.command):
         changed.append(Change("processes", processes, start.processes, by_value=True))
     versions = [] if versions_allowed() else allowed
     if changed or versions:
