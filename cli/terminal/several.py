@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import typer
@@ -12,7 +13,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .console import Console
 
-__all__ = ["check_machines", "start_others"]
+__all__ = ["check_machines", "one_error", "start_others"]
 
 
 def start_others(config: Config, words: Sequence[str] | None, console: Console) -> None:
@@ -37,3 +38,12 @@ def check_machines(config: Config, out: Path | None) -> None:
         from gemma2.posttrain.launch.shared_disk import check_shared_disk
 
         check_shared_disk(type(config).__name__.removesuffix("Config").lower(), out)
+
+
+def one_error(config: Config) -> AbstractContextManager[object]:
+    """A block in which a failure of one process of the job ends all, in one line, where they share a command's rows."""
+    if announced() == 1:
+        return nullcontext()
+    from gemma2.posttrain.runs.together import as_one
+
+    return as_one(config)

@@ -158,7 +158,7 @@ def measure_all(
     entries = []
     run.checkpoints.mkdir(exist_ok=True)
     names = assign_names([*(entry.candidate for entry in known), *candidates])[len(known) :]
-    alike = procedure(config, config.sft, config.prompts, config.n, config.seed)
+    alike = procedure(config, config.sft, config.prompts, config.n, config.seed, frozen_dtype(config.dtype))
     with progress.task("front", total=len(candidates), unit="policies") as task:
         for i, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
             file = run.checkpoints / f"point-{i:03d}.json"

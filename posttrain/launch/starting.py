@@ -92,12 +92,10 @@ def _count(config: LaunchFields, gpus: Sequence[Gpu], progress: Progress) -> int
     if config.gpus is None:
         return len(gpus) if config.nodes > 1 and gpus else _as_needed(config, gpus, progress)
     if not gpus:
-        several = (
-            f"torchrun --nproc-per-node {config.gpus} -m gemma2.cli.main ... runs {config.gpus} processes on the CPU"
-        )
+        line = f"torchrun --nproc-per-node {config.gpus} -m gemma2.cli.main ..."
         raise UsageError(
             f"--gpus {config.gpus}, and this machine has no GPU that torch can use",
-            f"drop --gpus; {several}" if config.gpus > 1 else "drop --gpus",
+            f"drop --gpus; {line} runs {config.gpus} processes on the CPU" if config.gpus > 1 else "drop --gpus",
             "--gpus",
         )
     if config.gpus > len(gpus):

@@ -27,18 +27,19 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
-from gemma2.core.ranks import Ranks, join
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
-from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
+from gemma2.posttrain.evaluation.evaluate import Measurement, MeasureSettings, measure
 from gemma2.posttrain.evaluation.trajectory import procedure
-from gemma2.posttrain.launch.strategy import strategy_of
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
-from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
+from gemma2.posttrain.models.lora import lora_config, merged_copy, plain_model, save_adapter
+from gemma2.posttrain.models.precision import as_loaded, free_cached, frozen_dtype, trained_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.sharding.placement import placed
 from gemma2.posttrain.training.sharded_trainer import hand_over
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
@@ -72,17 +73,15 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    ranks = join("rlhf")
-    if not ranks.is_main:
-        progress = SILENT
+    placement, progress = placed("rlhf", config, progress)
+    ranks = placement.ranks
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
     with open_run("rlhf", config, options, ranks=ranks) as run:
-        strategy = strategy_of(config, ranks, progress)
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
-        setup = prepare(config, prompts, micro, ranks, strategy)
+        setup = prepare(config, prompts, micro, placement)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
@@ -103,8 +102,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(
             FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate)
         )
-        half = arguments.bf16 or arguments.fp16
-        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
+        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
@@ -218,11 +216,13 @@ def seed_of(config: RlhfConfig) -> int:
     return config.seed if config.eval_seed is None else config.eval_seed
 
 
-def alike_of(config: RlhfConfig, half: bool) -> str | None:
+def alike_of(config: RlhfConfig) -> str | None:
     """The procedure of the evaluations; None on a part of the training prompts, which no other command measures on."""
     if config.heldout is None:
         return None
-    return procedure(config, config.sft or config.policy, config.heldout, 1, seed_of(config), half)
+    return procedure(
+        config, config.sft or config.policy, config.heldout, 1, seed_of(config), frozen_dtype(config.dtype)
+    )
 
 
 @dataclass(eq=False)
@@ -239,14 +239,8 @@ class PolicyEvaluation(PeriodicEvaluation):
 
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""
-        rollout, config = self.setup.rollout, self.config
-        params = SamplingParams(config.max_new_tokens, config.temperature)
-        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
-        parts = self.setup.sharded
-        policy, watched = (rollout.policy, self.trainer.model) if parts is None else (parts.measured, parts.measured)
-        seen = measuring(watched, f"step {step}: the policy on held-out prompts")
-        with seen, self.trainer.accelerator.autocast():
-            measured = measure(policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
+        measured = self.measured(step)
+        free_cached()
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
@@ -258,6 +252,30 @@ class PolicyEvaluation(PeriodicEvaluation):
         for row in measured.samples:
             self.run.sample(step, **row)
         self.guards.measured(step, kl, truncated)
+
+    def measured(self, step: int) -> Measurement:
+        """Measure the policy as `eval` and `pareto` would load it; rounded copies of the models end with this call."""
+        rollout, config = self.setup.rollout, self.config
+        params = SamplingParams(config.max_new_tokens, config.temperature)
+        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
+        seen = f"step {step}: the policy on held-out prompts"
+        if (parts := self.setup.sharded) is not None:  # lent the weights in this form
+            with measuring(parts.measured, seen):
+                return measure(
+                    parts.measured, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings
+                )
+        dtype = frozen_dtype(config.dtype)
+        with (
+            trained_weights(rollout.policy, self.setup.base, dtype) as policy,
+            as_loaded(self.setup.reference, dtype) as reference,
+            measuring(self.watched(policy), seen),
+        ):
+            return measure(policy, reference, rollout.chat, self.rows, [rollout.score], settings)
+
+    def watched(self, policy: CausalLM) -> CausalLM:
+        """The network that must run in a measurement: `policy`, the trained one or a rounded copy of it."""
+        trained = plain_model(self.trainer.model)
+        return policy if self.setup.rollout.policy is trained else trained
 
     def summary(self) -> dict[str, float | None]:
         """The last measurement, which may be of the part of the run before a resume."""

@@ -11,7 +11,6 @@ On an accelerator products are bf16, and so are the frozen shards under LoRA.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,11 +20,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
-from gemma2.posttrain.models.loading import default_device, load_tokenizer
+from gemma2.posttrain.models.loading import load_tokenizer
 from gemma2.posttrain.models.lora import check_targets, lora_config
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
@@ -34,7 +32,8 @@ from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.sharding.adapter_shards import adapted_shards, frozen_shards
 from gemma2.posttrain.sharding.divided_models import divided_policy, empty_policy, read_shards
 from gemma2.posttrain.sharding.lending import lend
-from gemma2.posttrain.sharding.units import ShardLayout, layout_of
+from gemma2.posttrain.sharding.placement import Placement
+from gemma2.posttrain.sharding.units import ShardLayout
 
 from .ema import EmaAnchor
 from .rollout import Rollout
@@ -62,15 +61,15 @@ class ShardedParts:
 
 
 def divided_models(
-    config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks, starts_at_sft: bool
+    config: RlhfConfig, prompts: Sequence[Prompt], micro: int, placement: Placement, starts_at_sft: bool
 ) -> tuple[Rollout, CausalLM, ShardedParts]:
     """Read policy, SFT policy and reward into shards: (rollout, reference, parts). A collective.
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
     """
-    device = default_device()
-    layout = layout_of(ranks, device, machines(config, ranks))
-    half = device.type != "cpu" and bool(config.trainer.get("bf16", True))
+    layout = placement.layout
+    assert layout is not None
+    half = layout.device.type != "cpu" and bool(config.trainer.get("bf16", True))
     compute, measured_in = torch.bfloat16 if half else torch.float32, frozen_dtype(config.dtype)
     trained, adapters = _trained_policy(config, layout, compute)
     weights = lambda: current_weights(trained)  # noqa: E731
@@ -94,7 +93,7 @@ def divided_models(
     generator = torch.Generator().manual_seed(config.seed)
     score = reward_score(config, chat, micro, layout)
     scores = anchor if config.anchor == "sft" else None
-    rollout = Rollout(drawing, scores, chat, score, config, prompts, generator, micro, ranks)
+    rollout = Rollout(drawing, scores, chat, score, config, prompts, generator, micro, placement.ranks)
     return rollout, reference, ShardedParts(layout, trained, measured, adapters, compute)
 
 
@@ -122,12 +121,6 @@ def current_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
     adapted = {name for name, module in policy.named_modules() if hasattr(module, "lora_A")}
     plain = ((name, value) for name, value in frozen_shards(policy) if name.removesuffix(".weight") not in adapted)
     return chain(plain, adapted_shards(policy))
-
-
-def machines(config: RlhfConfig, ranks: Ranks) -> int:
-    """The number of copies of the sharded weights: one on each machine, if they share the processes evenly."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.size)))
-    return ranks.size // here if config.nodes > 1 and ranks.size % here == 0 else 1
 
 
 def divided_anchor(config: RlhfConfig, parts: ShardedParts) -> EmaAnchor:

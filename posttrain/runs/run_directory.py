@@ -50,6 +50,7 @@ from gemma2.posttrain.schemas.config import Config
 from .live import clear_live
 from .memory_shortage import out_of_memory
 from .run_options import RunOptions, RunResult
+from .together import goes_on_with_any_number
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -238,7 +239,7 @@ def _spread_otherwise(before: JsonMapping, start: Start) -> list[Change]:
     """What keeps a run from going on with these processes: the state of a sharded one can be read by any number."""
     processes, strategy = before.get("processes", 1), before.get("strategy", start.strategy)
     found = []
-    if processes != start.processes and strategy != SHARDED:
+    if processes != start.processes and strategy != SHARDED and not goes_on_with_any_number(start.command):
         found.append(Change("processes", processes, start.processes, by_value=True))
     if strategy != start.strategy:
         found.append(Change("strategy", strategy, start.strategy, by_value=True))
