@@ -78,7 +78,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
-    with open_run("rlhf", config, options, ranks=ranks) as run:
+    with open_run("rlhf", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
         setup = prepare(config, prompts, micro, placement)
@@ -86,8 +86,8 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         warn_of_other_tokens(config, progress)
-        placed = {} if setup.sharded is None else hand_over(setup.trained)
-        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro) | placed)
+        handed = {} if setup.sharded is None else hand_over(setup.trained)
+        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro) | handed)
         rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu" or computes_in_half(setup)
         tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
         starts_at_anchor = tolerance if setup.starts_at_anchor else None

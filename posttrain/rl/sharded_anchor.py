@@ -13,7 +13,6 @@ from collections.abc import Container
 from itertools import chain
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gemma2.posttrain.models.protocols import CausalLM

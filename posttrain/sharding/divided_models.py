@@ -21,8 +21,8 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import load_tokenizer, read_config
 from gemma2.posttrain.models.protocols import CausalLM, Network, RewardNetwork
 
-from .lending import lend
 from .into_shards import divide, skeleton
+from .lending import lend
 from .units import ShardLayout, local
 
 __all__ = ["Shards", "divided_policy", "empty_policy", "lent_average", "lent_policy", "lent_reward_model", "read_shards"]
