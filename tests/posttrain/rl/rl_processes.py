@@ -1,0 +1,109 @@
+"""Several runs of `gemma2` one after another in the same processes, started by torchrun: a start costs ten seconds."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from processes import BARE_CHECKOUT
+from rl_job import environment, words, write_job
+from safetensors.torch import load_file
+
+from gemma2.posttrain.tiny.networks import save_random
+
+SECONDS = 270
+
+# Every line of a file is a command line; the exit codes of rank 0 go to a file next to it.
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from gemma2.cli.main import main
+if __name__ == "__main__":
+    file, codes = Path(sys.argv[1]), []
+    for line in json.loads(file.read_text()):
+        sys.argv = ["gemma2", *line]
+        try:
+            main()
+            codes.append(0)
+        except SystemExit as end:
+            codes.append(end.code or 0)
+    if os.environ.get("RANK", "0") == "0":
+        file.with_suffix(".codes").write_text(json.dumps(codes))
+"""
+
+# A reward that fails at a step, once: the run is then interrupted after its last checkpoint, on every process.
+JUDGE = """
+from pathlib import Path
+def judge(prompts, completions, **columns):
+    return [float(sum(map(ord, text)) % 17) / 17 for text in completions]
+calls = 0
+def failing(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == 8:
+        raise RuntimeError("interrupted")
+    return judge(prompts, completions)
+"""
+
+
+def write_sharded_job(root: Path) -> Path:
+    """A folder as that of `rl_job`, with reward models and a function that fails once."""
+    write_job(root)
+    (root / "judge.py").write_text(JUDGE, encoding="utf-8")
+    (root / "several.py").write_text(BARE_CHECKOUT + SCRIPT, encoding="utf-8")
+    for seed in (1, 2):
+        save_random(root / f"reward-{seed}", seed, "reward")
+    return root
+
+
+def line(job: Path, out: str, settings: str = "") -> list[str]:
+    """A command line of `rlhf`: five steps, checkpoints after two and four."""
+    shared = "--steps 5 --prompts-per-step 4 --n 3 --save-every 2 --eval-every 3 --quiet"
+    return [*words(job, job / out, f"{shared} {settings}")]
+
+
+def run_lines(job: Path, processes: int, lines: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:
+    """Run command lines one after another in the same processes; the exit code of each. One process without torchrun."""
+    file = job / f"{processes}-{len(list(job.glob('*.codes')))}.json"
+    file.write_text(json.dumps(lines), encoding="utf-8")
+    started = [sys.executable, "-m", "torch.distributed.run", *(launcher or ["--standalone"])]
+    started += ["--nproc-per-node", str(processes), "--"]
+    start = [sys.executable] if processes == 1 and not launcher else started
+    done = subprocess.run(
+        [*start, str(job / "several.py"), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=environment(job),
+        check=False,
+    )
+    assert file.with_suffix(".codes").exists(), done.stderr[-3000:]
+    codes: list[int] = json.loads(file.with_suffix(".codes").read_text(encoding="utf-8"))
+    return codes
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def furthest(one: Path, other: Path, names: Sequence[str]) -> float:
+    """The largest relative difference of these figures between two runs, over all their lines; of a KL in nats."""
+    pairs = list(zip(metrics(one), metrics(other), strict=True))
+    assert pairs and all(left.keys() == right.keys() for left, right in pairs)
+    found = [
+        abs(left[name] - right[name]) / max(abs(left[name]), 1.0 if name == "kl_anchor" else 1e-3)
+        for left, right in pairs
+        for name in names
+        if left.get(name) is not None
+    ]
+    assert found
+    return max(found)
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest relative difference between two tensors of the same name in two files."""
+    left, right = load_file(one), load_file(other)
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).norm() / left[name].norm()) for name in left)
