@@ -21,7 +21,7 @@ MORE = {
     "average": "--reward {job}/reward-1 --reward {job}/reward-2 --reward-ensemble warm",
     "accumulated": "--micro-batch-size 3",
 }
-OUTPUTS = ("model.safetensors", "ema/model.safetensors", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+OUTPUTS = ("model.safetensors", "ema/model.safetensors", "metrics.jsonl", "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
