@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ __all__ = [
     "lora_config",
     "merged",
     "merged_copy",
+    "plain_class",
     "plain_model",
     "save_adapter",
     "sharing_copy",
@@ -91,6 +93,14 @@ def plain_model(model: N) -> N:
     """Return the model inside peft's wrapper; its layers include the adapters."""
     plain: N = model.get_base_model() if hasattr(model, "get_base_model") else model
     return plain
+
+
+def plain_class(model: object) -> type:
+    """The class of a model as it was before its weights were divided, which puts a subclass in its place."""
+    kind = type(model)
+    if not isinstance(model, FSDPModule):
+        return kind
+    return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
 
 
 def adapted_weights(model: Network) -> Iterator[tuple[str, Tensor]]:
@@ -176,7 +186,7 @@ def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
 def save_adapter(
     model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter in peft's layout, and its tokenizer. state: its tensors by name; default: those of the model."""
+    """Write the adapter in peft's layout, and its tokenizer. state: its tensors by name; default: those of `model`."""
     model.save_pretrained(directory, **({} if state is None else {"state_dict": dict(state)}))
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)

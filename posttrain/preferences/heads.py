@@ -37,7 +37,7 @@ def starting_model(
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
-    divided: the weights of the files are read later, into shards; a new head, or another model's, is part of it already.
+    divided: the weights of the files are read later, into shards; a new head, or another model's, is there already.
     Raises InputError for several outputs, and for a head that does not fit.
     """
     check_outputs(path, "--model")

@@ -10,8 +10,8 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py compares t
 3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs if the last
    micro-batch is smaller.
 4. The head reads the last token's state only, in fp32 also under bf16 autocast: differences of rewards are small
-   compared to the rewards. On a CPU attention runs in blocks and the last layer at that token only (`states.py`), in one
-   process on a part of the micro-batch at a time, with long and short rows separate.
+   compared to the rewards. On a CPU attention runs in blocks and the last layer at that token only (`states.py`), in
+   one process on a part of the micro-batch at a time, with long and short rows separate.
 5. Dropout follows `--dropout` and `--lora-dropout`; TRL switches it off.
 6. A checkpoint has no model card; that of a divided model is `sharded_trainer.py`'s.
 7. A tie counts half in `accuracy`, as in an evaluation; TRL counts it as wrong.

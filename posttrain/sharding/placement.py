@@ -9,6 +9,7 @@ One process that was not asked to divide anything takes neither step: its model 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,13 @@ class Placement:
             raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
         return cast(CausalLM, skeleton(AutoModelForCausalLM, path, dtype, attention)), load_tokenizer(path)
 
+    def frozen_policy(self, path: Path, dtype: torch.dtype) -> tuple[CausalLM, Tokenizer]:
+        """Load a causal LM that is not trained, and whose products are in the dtype of its weights. A collective."""
+        model, tokenizer = self.policy(path, dtype)
+        if self.layout is not None:
+            divide(model.requires_grad_(False), path, self.layout)
+        return model.requires_grad_(False), tokenizer
+
     def filled(
         self,
         model: N,
@@ -76,7 +84,10 @@ class Placement:
             from peft import get_peft_model
 
             transformers.set_seed(seed)
-            model = cast(N, get_peft_model(cast(transformers.PreTrainedModel, model), adapters))
+            with warnings.catch_warnings():
+                # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
+                warnings.simplefilter("ignore", FutureWarning)
+                model = cast(N, get_peft_model(cast(transformers.PreTrainedModel, model), adapters))
         compute = None if self.layout.device.type == "cpu" else torch.bfloat16
         divide(model, path, self.layout, compute, unread)
         return model

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gemma2.core.ranks import Ranks
+from gemma2.posttrain.models.lora import plain_class
 from gemma2.posttrain.models.protocols import Network
 
 __all__ = [
@@ -100,14 +101,6 @@ def shard(model: Network, layout: ShardLayout, compute: torch.dtype | None = Non
 def is_sharded(model: object) -> bool:
     """Whether the weights of a model are divided over processes."""
     return isinstance(model, FSDPModule)
-
-
-def plain_class(model: object) -> type:
-    """The class of a model as it was before `shard`, which puts a subclass with another name in its place."""
-    kind = type(model)
-    if not isinstance(model, FSDPModule):
-        return kind
-    return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
 
 
 def local(tensor: Tensor) -> Tensor:

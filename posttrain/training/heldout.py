@@ -4,8 +4,8 @@
 
 It is measured before the first step, after every `eval_every` steps and after the last. The lowest loss, the number of
 measurements since, and (`keep` best) its weights are part of every checkpoint, so that a resumed run continues with the
-same ones. Several processes measure a share of the rows each; the sum of all is the same on every one, and so is what
-follows from it. A run that stops early writes no checkpoint at its last step: a resume makes the same decision by itself. The
+same ones. Several processes measure a share of the rows each; the sum is the same on all, and so is what follows from
+it. A run that stops early writes no checkpoint at its last step: a resume makes the same decision by itself. The
 untrained model is not a candidate; if its loss is lower, a warning is shown.
 """
 
@@ -140,7 +140,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         return {"heldout_loss": heldout_loss(cast(CausalLM, model), examples, batch_size, self.run.ranks)}
 
     def _measure(self, step: int, model: Network) -> None:
-        with measuring(model, f"step {step}: the held-out loss"):
+        with measuring(model, f"step {step}: the held-out loss", self.run.ranks):
             figures = self.figures(model)
         loss = figures["heldout_loss"]
         if not math.isfinite(loss):

@@ -29,7 +29,7 @@ SAMPLE = 2**16  # elements per tensor
 
 
 class Movement:
-    """A sample of a model's trained weights before training. `ranks`: the processes that its weights may be divided over."""
+    """A sample of a model's trained weights before training. `ranks`: the processes that may hold parts of them."""
 
     def __init__(self, model: Network, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks

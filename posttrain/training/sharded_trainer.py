@@ -31,7 +31,7 @@ from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.sharding.distributed_state import load_state, save_state
 from gemma2.posttrain.sharding.units import is_sharded
 
-__all__ = ["ShardedTrainer", "hand_over"]
+__all__ = ["RootRedirection", "ShardedTrainer", "hand_over"]
 
 R = TypeVar("R")
 
@@ -48,6 +48,18 @@ def hand_over(model: object) -> dict[str, object]:
     plain._is_distributed_loading_by_transformers = True  # type: ignore[attr-defined]
     plain._is_fsdp_managed_module = True  # type: ignore[attr-defined]
     return {"save_only_model": True, "bf16": False, "fp16": False}
+
+
+class RootRedirection(_ForwardRedirection):  # type: ignore[misc]  # TRL is not typed
+    """Calls a method inside the forward pass of one module, whatever wrapper it is called for: peft's has no shards."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def __call__(self, wrapper: object, inner: object, method: Callable[..., R], *arguments: object) -> R:
+        """Return what the method returns."""
+        result: R = super().__call__(self.root, self.root, method, *arguments)
+        return result
 
 
 class ShardedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
