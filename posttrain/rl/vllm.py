@@ -47,6 +47,7 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.schemas import RlFields, VllmFields
+from gemma2.posttrain.sharding.lending import is_lent, lent_weights, opened
 
 __all__ = ["VllmSampler"]
 
@@ -78,6 +79,10 @@ class VllmSampler:
         self.batch_size = batch_size
         self.ranks = ranks
         self.mismatch: float | None = None
+        # Gradients of adapters alone are reduced so fast that NCCL still clears its channels when the products of vLLM's
+        # tensor parallelism begin, which hangs (trl#3671). TRL asks for peft's wrapper there, which our policy has not.
+        adapted = any(hasattr(module, "lora_A") for module in policy.modules()) or is_lent(policy)
+        self.drains = generation.mode == "colocate" and generation.tensor_parallel_size > 1 and adapted
         self._synced = False
         self._environment: dict[str, str | None] = {}
         self._seeds = _Seeds()
@@ -100,7 +105,8 @@ class VllmSampler:
     ) -> VllmSampler:
         """Start vLLM next to the policy, or connect to the server.
 
-        policy: the causal LM in training, whole on every process, with adapters in its layers if it has any.
+        policy: the causal LM in training with adapters in its layers if it has any, or the one that a sharded policy
+        lends its weights to.
         generator: the same on every process, and all the state there is.
         Raises UsageError where vLLM or a GPU is missing or the processes do not divide, InputError where vLLM or the
         server refuses.
@@ -146,10 +152,13 @@ class VllmSampler:
         if not self._synced:
             raise RuntimeError("vLLM has not been given the policy's weights: call sync() first")
         slots = [list(prompt) for prompt in prompts for _ in range(n)]
+        if self.drains:
+            torch.distributed.barrier()
         self._seeds.renew(self.generator, self._first_slot(len(slots)))
         _, drawn, theirs, _ = self.generation.generate(prompts=slots, images=None, num_generations=n)
         ids = [list(completion) for completion in drawn]
-        logps = token_logps(self.policy, slots, ids, self.batch_size, self.generation.temperature)
+        with opened(self.policy):
+            logps = token_logps(self.policy, slots, ids, self.batch_size, self.generation.temperature)
         self.mismatch = _mismatch(theirs, logps)
         if self.mismatch is not None and not abs(self.mismatch) < ANOTHER_MODEL:
             raise GuardStop(
@@ -182,13 +191,33 @@ class VllmSampler:
 
 
 class PlainWeights(VLLMGeneration):  # type: ignore[misc]  # the library is not typed
-    """TRL's generation, given the weights of a plain model whether or not the policy has adapters."""
+    """TRL's generation, given the weights of a plain model: of one with adapters, or of one that is divided.
+
+    TRL's own walk through a sharded model takes each parameter for a shard, and ends where a forward pass has left one
+    whole; here `lending.py` gathers them. For a server they are all gathered, into memory of the host of rank 0, before
+    the first is sent: while rank 0 waits for the server, the others would wait for it in the next gather.
+    """
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        if is_lent(self.model):
+            yield from self._gathered()
+            return
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name and not name.endswith(".base_layer.weight"):
                 yield name.replace(".base_layer.", "."), parameter.data
         yield from adapted_weights(self.model)
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        if self.mode == "colocate":
+            yield from lent_weights(self.model)  # each process loads a tensor before the next is gathered
+            return
+        main = self.accelerator.is_main_process
+        held = [(name, value.cpu() if main else value.new_empty(0)) for name, value in lent_weights(self.model)]
+        self.accelerator.wait_for_everyone()
+        device = self.accelerator.device
+        while held:
+            name, value = held.pop(0)
+            yield name, value.to(device) if main else value
 
 
 def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None:
