@@ -75,6 +75,11 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     quiet_libraries()
     placement, progress = placed("rlhf", config, progress)
     ranks = placement.ranks
+    if placement.layout is not None and config.anchor_memory == "cpu":
+        raise UsageError(
+            "--anchor-memory cpu is for an anchor that each GPU holds as a whole; --strategy fsdp divides it over them",
+            "leave --anchor-memory out",
+        )
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)

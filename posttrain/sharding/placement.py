@@ -9,6 +9,7 @@ One process that was not asked to divide anything takes neither step: its model 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks, join
 from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.launch.strategy import Strategy, strategy_of
+from gemma2.posttrain.launch.strategy import SPARE, Strategy, needed_on, strategy_of
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config
 from gemma2.posttrain.models.protocols import CausalLM, Network
+from gemma2.posttrain.runs.machine import free_memory
 from gemma2.posttrain.schemas import StrategyFields
 
 from .into_shards import divide, skeleton
@@ -114,5 +116,25 @@ def placed(command: str, config: StrategyFields, progress: Progress = SILENT) ->
     ranks = join(command)
     progress = progress if ranks.is_main else SILENT
     strategy = strategy_of(config, ranks, progress)
-    layout = layout_of(ranks, default_device()) if strategy == "fsdp" else None
+    layout = layout_of(ranks, default_device(), copies(config, ranks)) if strategy == "fsdp" else None
     return Placement(ranks, strategy, layout), progress
+
+
+def copies(config: StrategyFields, ranks: Ranks) -> int:
+    """The number of copies that divided weights are held in, the same on every process: one on each of the machines.
+
+    Gathers then stay inside a machine. One copy over all of them where a machine has no room for one, or where they
+    have unlike numbers of processes.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.size)))
+    if here == ranks.size or any(other != here for other in ranks.gather(here)):
+        return 1
+    return ranks.on_main(lambda: ranks.size // here if _one_machine_has_room(config, here) else 1)
+
+
+def _one_machine_has_room(config: StrategyFields, processes: int) -> bool:
+    if default_device().type == "cpu":
+        return True
+    capacity = free_memory().free
+    needed = needed_on(config, processes, capacity, sharded=True)
+    return needed is not None and needed <= (1 - SPARE) * capacity

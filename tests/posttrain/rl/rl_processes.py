@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from processes import BARE_CHECKOUT
 from rl_job import environment, words, write_job
 from safetensors.torch import load_file
+from waiting import wait_for
 
 from gemma2.posttrain.tiny.networks import save_random
 
@@ -28,7 +31,7 @@ if __name__ == "__main__":
             codes.append(0)
         except SystemExit as end:
             codes.append(end.code or 0)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         file.with_suffix(".codes").write_text(json.dumps(codes))
 """
 
@@ -52,6 +55,7 @@ def write_sharded_job(root: Path) -> Path:
     write_job(root)
     (root / "judge.py").write_text(JUDGE, encoding="utf-8")
     (root / "several.py").write_text(BARE_CHECKOUT + SCRIPT, encoding="utf-8")
+    save_random(root / "other", 3)
     for seed in (1, 2):
         save_random(root / f"reward-{seed}", seed, "reward")
     return root
@@ -65,7 +69,7 @@ def line(job: Path, out: str, settings: str = "") -> list[str]:
 
 def run_lines(job: Path, processes: int, lines: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:
     """Run command lines one after another in the same processes; the exit code of each. One process without torchrun."""
-    file = job / f"{processes}-{len(list(job.glob('*.codes')))}.json"
+    file = job / f"{processes}-{uuid.uuid4().hex}.json"
     file.write_text(json.dumps(lines), encoding="utf-8")
     started = [sys.executable, "-m", "torch.distributed.run", *(launcher or ["--standalone"])]
     started += ["--nproc-per-node", str(processes), "--"]
@@ -81,6 +85,26 @@ def run_lines(job: Path, processes: int, lines: Sequence[Sequence[str]], launche
     assert file.with_suffix(".codes").exists(), done.stderr[-3000:]
     codes: list[int] = json.loads(file.with_suffix(".codes").read_text(encoding="utf-8"))
     return codes
+
+
+def kill_one(job: Path, processes: int, words: Sequence[str], partial: Path, step: int) -> None:
+    """Start a command line, and end one of its processes by SIGKILL in a step; the launcher ends the others."""
+    file = job / f"killed-{partial.name}.json"
+    file.write_text(json.dumps([words]), encoding="utf-8")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = subprocess.Popen([*line, str(job / "several.py"), str(file)], env=environment(job), **pipes)
+    reached = partial / "metrics.jsonl"
+
+    def there() -> bool:
+        saved = list(partial.glob("checkpoints/checkpoint-*/complete.json"))
+        return bool(saved) and f'"step": {step},' in reached.read_text(encoding="utf-8")
+
+    wait_for(lambda: there() or launcher.poll() is not None)
+    assert launcher.poll() is None
+    children_of_it = psutil.Process(launcher.pid).children(recursive=True)
+    next(child for child in children_of_it if child.environ().get("RANK") == "1").kill()
+    assert launcher.wait(SECONDS) != 0
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
