@@ -127,12 +127,63 @@ def lending(path, layout):
     }  # fmt: skip
 
 
+def drawing_by_vllm(path, layout, ranks, mode):
+    """The engine, or the server, has the weights that the shards hold now, adapters added; it draws from them."""
+    import fake_vllm
+    from accelerate import Accelerator
+    from peft import get_peft_model
+    from trl.generation import vllm_generation
+
+    from gemma2.posttrain.data.chat import ChatFormat
+    from gemma2.posttrain.models.loading import load_tokenizer
+    from gemma2.posttrain.rl.sharded_setup import current_weights
+    from gemma2.posttrain.rl.vllm import PlainWeights, VllmSampler
+
+    for name in ("LLM", "SamplingParams"):
+        setattr(vllm_generation, name, getattr(fake_vllm, name))
+    vllm_generation.VLLMClient, vllm_generation.is_vllm_available = fake_vllm.Client, lambda: True
+    fake_vllm.Client.model = str(path)
+    fake_vllm.LLM.made.clear()
+    settings = lora_config(RlhfConfig(policy=path, prompts=path, lora_rank=2), "CAUSAL_LM")
+    policy = divided_policy(path, layout, adapt=lambda model: get_peft_model(model, settings))
+    shell, tokenizer = empty_policy(path), load_tokenizer(path)
+    lend(shell, lambda: current_weights(policy), torch.float32, layout.device)
+    server = mode == "server"
+    generation = PlainWeights(
+        model=shell,
+        accelerator=Accelerator(cpu=True),
+        processing_class=tokenizer,
+        mode=mode,
+        server_base_url="http://localhost:8000" if server else None,
+        tensor_parallel_size=1,
+        max_num_seqs=4,
+        max_completion_length=6,
+        logprobs=None if server else 0,
+        generation_kwargs={"stop_token_ids": [1, 107]},
+    )
+    chat = ChatFormat(tokenizer, shell.generation_config)
+    sampler = VllmSampler(generation, shell, chat, torch.Generator().manual_seed(1), 4, ranks)
+    found = []
+    for step in range(2):
+        move(policy, step)
+        sampler.sync()
+        drawn = sampler.draw([[2, 9, 8 + ranks.rank]], 2)
+        theirs = ranks.gather([drawn.ids, [len(row) for row in drawn.logps]])
+        expected = whole(current_weights(policy))
+        engines = [dict(made.model.named_parameters()) for made in fake_vllm.LLM.made]
+        same = all(torch.equal(engine[name], value) for engine in engines for name, value in expected.items())
+        found.append({"same": same, "engines": len(engines), "drawn": theirs, "mismatch": sampler.mismatch})
+    return found
+
+
 if __name__ == "__main__":
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     ranks = join("shards")
     layout = layout_of(ranks, torch.device("cpu"), int(sys.argv[3]) if len(sys.argv) > 3 else 1)
     found = {kind: averages(kind, folder / "policy", layout) for kind in ("full", "dense", "factors")}
     found["lending"] = lending(folder / "policy", layout)
+    for mode in ("colocate", "server"):
+        found[mode] = drawing_by_vllm(folder / "policy", layout, ranks, mode)
     every = ranks.gather(found)
     if ranks.is_main:
         out.write_text(json.dumps(every))

@@ -1,10 +1,12 @@
 """The anchor on the shards of several processes is, bit for bit, the average of the gathered weights."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fake_vllm
 import pytest
 import torch
 from processes import BARE_CHECKOUT
@@ -39,7 +41,7 @@ def on_shards(folder, processes, nodes=1):
         capture_output=True,
         text=True,
         timeout=SECONDS,
-        env=environment(folder),
+        env=environment(folder) | {"PYTHONPATH": f"{folder}{os.pathsep}{Path(fake_vllm.__file__).parent}"},
         check=False,
     )
     assert out.exists(), done.stderr[-3000:]
@@ -61,8 +63,25 @@ def check(every, shards):
     assert sum(found["full"]["share"] for found in every) == pytest.approx(len(every) / shards)
 
 
-def test_anchors_on_the_shards_of_two_processes(folder):
-    check(on_shards(folder, 2), 2)
+@pytest.fixture(scope="module")
+def of_two(folder):
+    return on_shards(folder, 2)
+
+
+def test_anchors_on_the_shards_of_two_processes(of_two):
+    check(of_two, 2)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllm_gets_what_the_shards_hold_after_every_step(of_two, mode):
+    for rank, every in enumerate(of_two):
+        for found in every[mode]:
+            assert found["same"]
+            assert found["engines"] == (1 if mode == "colocate" or rank == 0 else 0)
+            own = found["drawn"][rank]
+            assert [len(ids) for ids in own[0]] == own[1] and len(own[0]) == 2
+            if mode == "colocate":
+                assert abs(found["mismatch"]) < 1e-5  # log-probs of the engine against those of the lent policy
 
 
 @pytest.mark.slow
