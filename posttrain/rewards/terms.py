@@ -80,8 +80,8 @@ def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int, layout
     """Return the reward of a configuration, with a column for each term if there are several.
 
     `batch_size`: sequences that a reward model reads at once. `layout`: the processes that reward models are divided
-    over; each of them then calls the score as often as the others, if need be without a completion. Raises UsageError if no term is given or a function does
-    not exist, InputError for an unusable reward model.
+    over; each of them then calls the score as often as the others, if need be without a completion. Raises UsageError
+    if no term is given or a function does not exist, InputError for an unusable reward model.
     """
     check_reward_terms(config)
     terms = _terms(config, chat, batch_size, layout)

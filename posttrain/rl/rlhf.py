@@ -104,9 +104,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         if config.anchor == "ema":
             trainer.follow(make_anchor(config, setup), config.mu, config.ema_every)
         rate = config.mu, config.ema_every
-        trainer.add_callback(
-            FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate)
-        )
+        trainer.add_callback(FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate))
         evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
@@ -266,9 +264,7 @@ class PolicyEvaluation(PeriodicEvaluation):
         seen = f"step {step}: the policy on held-out prompts"
         if (parts := self.setup.sharded) is not None:  # lent the weights in this form
             with measuring(parts.measured, seen):
-                return measure(
-                    parts.measured, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings
-                )
+                return measure(parts.measured, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         dtype = frozen_dtype(config.dtype)
         with (
             trained_weights(rollout.policy, self.setup.base, dtype) as policy,

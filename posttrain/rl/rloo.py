@@ -150,9 +150,7 @@ class AnchoredRlooTrainer(ShardedTrainer, RLOOTrainer):  # type: ignore[misc]  #
             result = self.redirect(model, self.accelerator.unwrap_model(model), self._loss, inputs)
         if self.checks_loss:
             with self.accelerator.autocast():  # its rounding
-                check_loss(
-                    self.trained, result.detach(), inputs["advantages"], inputs["sampled"], inputs["mask"]
-                )
+                check_loss(self.trained, result.detach(), inputs["advantages"], inputs["sampled"], inputs["mask"])
         return result
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -61,7 +61,9 @@ def _average(
     return changed_values(config.policy, planned_of(shell), is_main, {}, anchor.shadow)
 
 
-def _save(shell: CausalLM, setup: RlSetup, directory: Path, is_main: bool, values: Iterator[tuple[str, Tensor]]) -> None:
+def _save(
+    shell: CausalLM, setup: RlSetup, directory: Path, is_main: bool, values: Iterator[tuple[str, Tensor]]
+) -> None:
     if is_main:
         directory.mkdir(exist_ok=True)
     save_sharded(shell, directory, is_main, values)

@@ -79,8 +79,8 @@ class VllmSampler:
         self.batch_size = batch_size
         self.ranks = ranks
         self.mismatch: float | None = None
-        # Gradients of adapters alone are reduced so fast that NCCL still clears its channels when the products of vLLM's
-        # tensor parallelism begin, which hangs (trl#3671). TRL asks for peft's wrapper there, which our policy has not.
+        # Gradients of adapters alone are reduced so fast that NCCL still clears its channels when the products of
+        # vLLM's tensor parallelism begin, which hangs (trl#3671). TRL waits there only for a policy in peft's wrapper.
         adapted = any(hasattr(module, "lora_A") for module in policy.modules()) or is_lent(policy)
         self.drains = generation.mode == "colocate" and generation.tensor_parallel_size > 1 and adapted
         self._synced = False

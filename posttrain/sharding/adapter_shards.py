@@ -1,4 +1,4 @@
-"""The weights of a sharded policy with LoRA adapters, by their names in the plain model: W, s B A and W + s B A in shards.
+"""The weights of a sharded policy with LoRA adapters, by their names in the plain model: W, s B A, W + s B A in shards.
 
 A process forms its rows of a product from its rows of B and all of A: A is gathered, rank x inputs numbers.
 """
@@ -92,7 +92,11 @@ class _OnlyFactors:
 
 
 def changed_values(
-    path: Path, plan: list[OutputTensor], is_main: bool, added: Mapping[str, Formed], put: Mapping[str, Tensor] | None = None
+    path: Path,
+    plan: list[OutputTensor],
+    is_main: bool,
+    added: Mapping[str, Formed],
+    put: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a model's files in fp32 with some changed, in the order of `plan`. A collective.
 

@@ -25,7 +25,15 @@ from .into_shards import divide, skeleton
 from .lending import lend
 from .units import ShardLayout, local
 
-__all__ = ["Shards", "divided_policy", "empty_policy", "lent_average", "lent_policy", "lent_reward_model", "read_shards"]
+__all__ = [
+    "Shards",
+    "divided_policy",
+    "empty_policy",
+    "lent_average",
+    "lent_policy",
+    "lent_reward_model",
+    "read_shards",
+]
 
 Shards = dict[str, Tensor]  # DTensors by name, tied ones once
 N = TypeVar("N", bound=Network)
@@ -88,7 +96,9 @@ def lent_policy(
     return shell
 
 
-def lent_reward_model(path: Path, layout: ShardLayout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+def lent_reward_model(
+    path: Path, layout: ShardLayout, dtype: torch.dtype = torch.float32
+) -> tuple[RewardNetwork, Tokenizer]:
     """Return a frozen reward model that its shards are lent to, and its tokenizer. A collective.
 
     Raises InputError as `load_reward_model` does.
@@ -97,7 +107,9 @@ def lent_reward_model(path: Path, layout: ShardLayout, dtype: torch.dtype = torc
 
 
 @torch.no_grad()
-def lent_average(paths: Sequence[Path], layout: ShardLayout, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+def lent_average(
+    paths: Sequence[Path], layout: ShardLayout, dtype: torch.dtype = torch.float32
+) -> tuple[RewardNetwork, Tokenizer]:
     """Return the uniform average of reward models, formed in fp32 on the shards, to be opened in `dtype`."""
     total = read_shards(_empty_reward_model(paths[0], torch.float32), paths[0], layout)
     for path in paths[1:]:

@@ -1,6 +1,6 @@
 """Plain models without memory of their own: their weights are gathered from shards for as long as they are used.
 
-    lend(shell, weights, dtype, device)    `shell` (`into_shards.skeleton`) gets its weights from `weights()` when it is opened
+    lend(shell, weights, dtype, device)    `shell`, a skeleton, gets its weights from `weights()` when it is opened
     with opened(model):                    it has them, and may run as often as it likes
     with opened_heads(a, b):               it has what is outside the layers: embedding, last norm, head
 

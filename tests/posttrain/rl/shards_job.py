@@ -1,4 +1,4 @@
-"""Run by torchrun: anchors on shards beside the average of the gathered weights; rank 0 writes what it finds as JSON."""
+"""Run by torchrun: anchors on shards and the average of the gathered weights; rank 0 writes what it finds as JSON."""
 
 import json
 import sys

@@ -85,9 +85,7 @@ def alone(job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "strategy"), [(1, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
-)
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_more_processes_and_kinds_compute_what_one_process_does(job, alone, processes, strategy):
     names = {name: f"{name}-{strategy}-{processes}" for name in alone}
     lines = [line(job, names[name], f"{text} --strategy {strategy}") for name, text in alone.items()]
