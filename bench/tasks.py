@@ -20,17 +20,18 @@ from pathlib import Path
 
 __all__ = ["HELD_WORDS", "TRAIN_WORDS", "keywords", "sentence", "write_prompts"]
 
-TRAIN_WORDS = """
+TRAINED = """
 apple anchor basket bell blanket boat bottle bridge broom bucket button camel candle carpet castle chair cherry clock
-cloud coin desk dog dragon drum eagle engine feather fence fiddle flag forest fox garden glove goat guitar hammer harbor
-hat horse island jacket kettle king ladder lamp lemon lion market mirror monkey needle ocean oven paper pencil piano
-pillow pocket queen rabbit river robot rope sailor shoe snow soup spoon teacher
-""".split()  # 70
-HELD_WORDS = """
+cloud coin desk dog dragon drum eagle engine feather fence fiddle flag forest fox garden glove goat guitar hammer
+harbor hat horse island jacket kettle king ladder lamp lemon lion market mirror monkey needle ocean oven paper pencil
+piano pillow pocket queen rabbit river robot rope sailor shoe snow soup spoon teacher
+"""  # 70 words
+HELD_OUT = """
 airport baker ball barn bear bicycle bird book bread brush cake canal cat coat cow doctor door farmer fish flute frog
 hill honey kite knife lake letter moon mountain mouse museum orange painter pear pond road rose sheep ship singer star
 stone sun table tiger tower train tree village window
-""".split()  # 50
+"""  # 50 others
+TRAIN_WORDS, HELD_WORDS = TRAINED.split(), HELD_OUT.split()
 WORDINGS = (
     "Write one short sentence with the words {} and {}.",
     "Make a short sentence that uses both {} and {}.",
