@@ -14,10 +14,11 @@ from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Pair
-from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.loading import default_device, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, check_parents
@@ -46,6 +47,9 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> Js
     with together(config) as ranks:
         progress = progress if ranks.is_main else SILENT
         check_parents([Parent("models", path) for path in config.models])
+        settled = settle_attention(
+            config.attention, config.models, progress, dtype=frozen_dtype(config.dtype), device=default_device()
+        )
         reading = Reading(config)
         pairs = reading.pairs(config.data, config.limit)
         if config.by is not None:
@@ -53,7 +57,7 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> Js
         evaluation = _Evaluation(pairs, config, reading, ranks)
         models = [evaluation.of(path, progress) for path in config.models]
         reading.report(progress)
-    return {"data": str(config.data), "pairs": len(pairs), "models": models}
+    return {"data": str(config.data), "pairs": len(pairs), "models": models, "attention": settled}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class _Evaluation:
     def of(self, path: Path, progress: Progress) -> JsonObject:
         """Return the figures of one reward model."""
         config, pairs = self.config, self.pairs
-        model = RewardModel.from_dir(path, frozen_dtype(config.dtype))
+        model = RewardModel.from_dir(path, frozen_dtype(config.dtype), config.attention)
         longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
         kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest, self.reading)
         report_dropped(dropped, len(pairs), longest, progress)

@@ -50,7 +50,7 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
     """
-    policy, tokenizer = load_policy(config.policy)
+    policy, tokenizer = load_policy(config.policy, attention=config.attention)
     check_targets(config, policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
     base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None
@@ -72,7 +72,7 @@ def reference_of(config: RlhfConfig, policy: CausalLM, starts_at_sft: bool) -> C
             return copy.deepcopy(policy).requires_grad_(False)
         return rounded_copy(policy, frozen_dtype(config.dtype), device)
     assert config.sft is not None
-    reference = load_policy(config.sft, frozen_dtype(config.dtype), device)[0].requires_grad_(False)
+    reference = load_policy(config.sft, frozen_dtype(config.dtype), device, config.attention)[0].requires_grad_(False)
     check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
     return reference
 

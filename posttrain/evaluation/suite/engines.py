@@ -18,6 +18,7 @@ import torch
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer
@@ -72,7 +73,7 @@ class OwnEngine:
 
     def __init__(self, config: SuiteConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
         self.config, self.ranks = config, ranks
-        self.model, self.tokenizer = load_policy(config.model, dtype=dtype)
+        self.model, self.tokenizer = load_policy(config.model, dtype=dtype, attention=drawing_kernel(config.attention))
         self.encoder = Encoder(self.tokenizer, int(getattr(self.model.config, "max_position_embeddings", 8192)))
         self.scorer = SharedScorer(self.model, config.batch_size, ranks)
         ends = self.model.generation_config.eos_token_id
