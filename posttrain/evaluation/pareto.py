@@ -23,19 +23,15 @@ from pathlib import Path
 
 import torch
 
-from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.rounding import SAME_AS_START, differ, still_points
-from gemma2.merging.inputs.architecture import LM_HEAD, classifies
-from gemma2.merging.inputs.checkpoint import open_checkpoint
-from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries, read_config
+from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.reports.plots.values import label_of
@@ -52,6 +48,7 @@ from .comparison import is_gain, with_gains
 from .evaluate import OWN_METRICS, MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
 from .front_files import KEPT, FrontEntry, answers_of, places, read_front, step_name, values_of, write_front
+from .same_family import check_policies
 from .trajectory import procedure, trajectory
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
@@ -268,36 +265,6 @@ def _written(
     warn_of_rounding(front["points"], progress)
     write_front(folder, front, entries, names)
     return summarise(front)
-
-
-def check_policies(parents: Sequence[Parent]) -> None:
-    """Refuse reward models instead of policies, another vocabulary than that of the SFT policy, and a line between two
-    architectures."""
-    policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
-    first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
-    for parent in policies:
-        named = f"--{parent.role} {parent.path}"
-        config = read_config(parent.path)
-        if classifies(config):
-            raise InputError(f"{named} is a reward model, not a language model", "name it as --reward")
-        sizes = config.get("vocab_size"), first.config.get("vocab_size")
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"{named} has a vocabulary of {sizes[0]}, --sft {policies[0].path} one of {sizes[1]}",
-                "compare policies of one family",
-            )
-        try:
-            check_same_tokenizer(first, open_checkpoint(parent.path, f"--{parent.role}"))
-        except InputError as error:
-            raise InputError(error.what, "compare policies of one family") from error
-    ends = {parent.role: open_checkpoint(parent.path, f"--{parent.role}") for parent in policies}
-    if "merged" in ends:
-        shapes = [
-            {name: tensor.shape for name, tensor in end.tensors.items() if name != LM_HEAD}
-            for end in (ends.get("init", ends["sft"]), ends["merged"])
-        ]
-        if shapes[0] != shapes[1]:
-            raise InputError("--init and --merged have different tensors", "give two policies of one architecture")
 
 
 def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:
