@@ -1,4 +1,4 @@
-"""Whether the policies of a front can be compared: language models of one vocabulary, and a line of one architecture."""
+"""Whether the policies of a front can be compared: models of one vocabulary, and a line of one architecture."""
 
 from __future__ import annotations
 

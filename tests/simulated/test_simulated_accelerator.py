@@ -132,6 +132,11 @@ def test_a_trajectory_is_on_the_front_in_the_precision_of_its_points(world, foun
     lines = [json.loads(line) for line in (world / "watched" / "evaluations.jsonl").read_text().splitlines()]
     assert lines[-1]["values"] == {name: values["watched"][name] for name in ("reward", "kl")}
     assert "watched step 1" in values
+    manifest = json.loads((world / "watched" / "gemma2.json").read_text())
+    assert manifest["hardware"]["device"] == "sim"
+    expected = {"trained": "float32", "products": "bfloat16", "frozen": "bfloat16", "heads": "float32"}
+    assert manifest["precision"] == expected
+    assert json.loads((world / "watched-front" / "front.json").read_text())["weights_in"] == "bfloat16"
 
 
 def test_a_tensor_that_was_left_on_the_host_is_noticed(world):
