@@ -164,7 +164,7 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
     if first is not None and first.kind != "lost":
         return first.code
     for one in ended.values():
-        if -one.code in KILLED:
+        if -one.code in KILLED and one.rank not in words:  # with a word it was on its way out
             raise _killed(one)
     for rank, word in sorted(words.items()):
         if word.kind == "followed":
