@@ -26,6 +26,7 @@ __all__ = [
     "chunk_logits",
     "dtype_bytes",
     "generating",
+    "kernel_on",
     "of_distill",
     "of_reward",
     "of_sft",
@@ -72,13 +73,27 @@ class Trained:
         ]
 
 
-def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object]) -> Trained:
-    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`."""
+def kernel_on(place: MemoryPlace, asked: str) -> Attention:
+    """Return how a model attends that reads whole rows: on a CPU in blocks, on an accelerator as `--attention` says.
+
+    auto counts as flex_attention, which it takes unless the check before the start finds it wrong.
+    """
+    if place.kind == "cpu":
+        return "blockwise"
+    return "eager" if asked == "eager" else "flash"
+
+
+def trained(
+    config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object], asked: str
+) -> Trained:
+    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`; asked: --attention."""
     rank, share = config.lora_rank, 1 / place.shards
     adapters = shape.adapter_parameters(rank, config.lora_targets) if rank else 0.0
     accelerated = place.kind == "accelerator"
     checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
-    attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
+    attention = kernel_on(place, asked)
+    if attention == "blockwise" and checkpointing:
+        attention = "eager"
     network = NetworkInUse(
         shape,
         attention,
@@ -181,9 +196,7 @@ def _copies(one: Trained, place: MemoryPlace) -> Sum:
 def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 sft`."""
     shape = sizes(config.model)
-    one = trained(config, shape, place, config.trainer)
-    if place.kind == "accelerator" and config.attention != "eager":
-        one = replace(one, network=replace(one.network, attention="flash"))
+    one = trained(config, shape, place, config.trainer, config.attention)
     width = min(config.max_length, lengths.row or config.max_length)
     micro = RowBatch(config.micro_batch_size or config.batch_size, config.max_length if config.packing else width)
     tokens = config.micro_batch_tokens or (PART_TOKENS if one.network.attention == "blockwise" else None)
@@ -195,7 +208,7 @@ def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths
 def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward`. A row is one side of a pair."""
     shape = replace(sizes(config.model), outputs=1)
-    one = trained(config, shape, place, config.trainer)
+    one = trained(config, shape, place, config.trainer, config.attention)
     width = min(config.max_length, lengths.row or config.max_length)
     pairs = config.micro_batch_size or config.batch_size
     batch = RowBatch(2 * pairs, width)
@@ -208,8 +221,9 @@ def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: L
 def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
     shape = sizes(config.model)
-    one = trained(config, shape, place, config.trainer)
-    one = replace(one, network=replace(one.network, attention="eager"))
+    one = trained(config, shape, place, config.trainer, config.attention)
+    kernel: Attention = "eager" if place.kind == "cpu" else one.network.attention
+    one = replace(one, network=replace(one.network, attention=kernel))
     base: Sum = []
     if config.teacher is not None:
         base.append(("teacher", resident(sizes(config.teacher), dtype_bytes(config.teacher_dtype, place))))
@@ -222,7 +236,7 @@ def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths:
     logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
     moments = training(one, base, batch, logits, micro < config.batch_size, place)
     if config.teacher is not None:
-        reading = NetworkInUse(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
+        reading = NetworkInUse(sizes(config.teacher), kernel, mixed=place.kind == "accelerator")
         kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
         moments.append(Moment("train", [*base, *one.state(), *_copies(one, place), ("activations", kept)]))
     if config.prompts is not None:

@@ -18,6 +18,7 @@ from .learning import (
     chunk_logits,
     dtype_bytes,
     generating,
+    kernel_on,
     resident,
     trained,
     training,
@@ -41,9 +42,9 @@ def reward_models(config: RewardFields, sizes: Sizes, place: MemoryPlace) -> Sum
     return [("reward models", resident(sizes(path), frozen_bytes(config, place))) for path in paths]
 
 
-def reading(path: Path, sizes: Sizes, place: MemoryPlace, mixed: bool = False) -> NetworkInUse:
-    """Return a frozen model that scores rows, as `models/scorer.py` runs it."""
-    return NetworkInUse(sizes(path), "blockwise" if place.kind == "cpu" else "eager", mixed=mixed)
+def reading(path: Path, sizes: Sizes, place: MemoryPlace, asked: str, mixed: bool = False) -> NetworkInUse:
+    """Return a frozen model that scores rows, as `models/scorer.py` runs it. asked: --attention."""
+    return NetworkInUse(sizes(path), kernel_on(place, asked), mixed=mixed)
 
 
 def scoring(base: Sum, networks: list[NetworkInUse], batch: RowBatch, place: MemoryPlace, both: bool = False) -> Moment:
@@ -91,7 +92,7 @@ def rl_moments(
 ) -> list[Moment]:
     """Return the moments of RL. reference: the policy that the KL is measured to, None if it is where RL starts."""
     shape = sizes(policy)
-    one = trained(config, shape, place, trainer)
+    one = trained(config, shape, place, trainer, config.attention)
     network = one.network
     base: Sum = []
     if reference is not None:
@@ -109,8 +110,8 @@ def rl_moments(
     if config.engine == "vllm" and config.vllm_mode == "colocate":
         held = Bytes(config.vllm_memory * place.capacity)
         generate = Moment("generate", [*base, *one.state(), ("vLLM", held)])
-    scorers = [reading(path, sizes, place, network.mixed) for path in config.reward]
-    scorers.append(replace(network, attention="blockwise" if place.kind == "cpu" else "eager"))
+    scorers = [reading(path, sizes, place, config.attention, network.mixed) for path in config.reward]
+    scorers.append(replace(network, attention=kernel_on(place, config.attention)))
     score = scoring([*base, *one.state()], scorers, RowBatch(micro, width), place, both=True)
     batch = (
         cpu_parts(RowBatch(micro, width), PART_TOKENS) if network.attention == "blockwise" else RowBatch(micro, width)
