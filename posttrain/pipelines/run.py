@@ -144,7 +144,7 @@ def run_stages(
 def check_executor(pipeline: Pipeline, executor: Executor) -> None:
     """Refuse resources that the executor can never provide."""
     for stage in pipeline.stages.values():
-        executor.check(stage.name, stage.resources.gpus)
+        executor.check(stage.name, stage.resources)
 
 
 def check_place(root: Path) -> None:

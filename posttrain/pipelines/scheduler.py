@@ -22,6 +22,9 @@ from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on
 from gemma2.posttrain.runs.commands import output_hash, spell
 from gemma2.posttrain.runs.finished import tidy
+from gemma2.posttrain.schemas import Resources
+from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.pipeline import LAUNCHED
 
 from .compile import Pipeline, Stage, with_method
 from .decision import Choice, Decision, decide, outside, prospect
@@ -39,9 +42,9 @@ class Executor(Protocol):
 
     def prepare(self, commands: Sequence[str]) -> None: ...
     def cpus(self, wanted: int | None) -> int: ...
-    def check(self, stage: str, wanted: int | None) -> None: ...
-    def has_room(self, command: str, wanted: int | None) -> bool: ...
-    def start(self, job: Job, wanted: int | None) -> None: ...
+    def check(self, stage: str, wanted: Resources) -> None: ...
+    def has_room(self, command: str, wanted: Resources) -> bool: ...
+    def start(self, job: Job, wanted: Resources) -> None: ...
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...
@@ -168,7 +171,7 @@ class Scheduler:
             return True
         if found.action == "reuse":
             return self._reuse(found)
-        if failing or not self.executor.has_room(stage.command, stage.resources.gpus):
+        if failing or not self.executor.has_room(stage.command, stage.resources):
             return False
         self._start(found)
         return True
@@ -211,12 +214,14 @@ class Scheduler:
             modules=tuple(sys.path),
             cpus=self.executor.cpus(stage.resources.cpus),
             permissions=permissions(),
+            processes=stage.resources.gpus or 1,
+            nodes=stage.resources.nodes or 1,
         )
         why = "; ".join([*(["goes on where it was"] if resume else map(str, found.why)), *found.notes])
-        self.observer.started(stage, spell(stage.command, found.config, stage.out), why)
+        self.observer.started(stage, spell(stage.command, _launched(stage, found.config), stage.out), why)
         self.started[stage.name] = time.monotonic()
         self.state.set(stage.name, status="running", started=now(), ended=None, attempts=attempts, exit_code=None)
-        self.executor.start(job, stage.resources.gpus)
+        self.executor.start(job, stage.resources)
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
@@ -289,6 +294,14 @@ class Scheduler:
         for key in [*self.bars]:
             if stage in (None, key[0]) and number in (None, key[1]):
                 self.bars.pop(key)[0].__exit__(None, None, None)
+
+
+def _launched(stage: Stage, config: Config) -> Config:
+    """The configuration with the GPUs and machines of a gang, as its command line has them."""
+    reserved = stage.resources
+    return config.model_copy(
+        update=reserved.model_dump(include={*LAUNCHED}, exclude_none=True) if reserved.is_gang else {}
+    )
 
 
 class _SomeFailed(Exception):
