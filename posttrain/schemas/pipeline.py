@@ -26,7 +26,7 @@ class Resources(Config):
         None,
         ge=0,
         le=1024,
-        description="GPUs of each machine, a process on each; default: one for a stage that runs a network, if there is any",
+        description="GPUs of each machine, a process on each; default: one where a network runs, if there is any",
     )
     nodes: int | None = Field(None, ge=1, le=1024, description="machines; default: one")
 
