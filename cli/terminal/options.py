@@ -32,6 +32,7 @@ from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
+from .several import check_machines, start_others
 
 if TYPE_CHECKING:
     from gemma2.posttrain.runs.commands import Runner
@@ -291,10 +292,12 @@ def make_command(
                     plan_only(config, options, console, asked)
                     return
                 config = located(config)
+                start_others(config, ctx.obj, console)
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
                 elif writes and not (prints and _is_for_the_screen(given)):
+                    check_machines(config, given["out"])
                     execute(config, given, run, console)
                 else:
                     from gemma2.posttrain.checks.of_command import CommandChecks
