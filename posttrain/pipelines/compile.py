@@ -266,7 +266,7 @@ def _with_warp(
         if any(".summary." in reference for _, text in texts(draft.options) for reference in references(text)):
             what = f"stages.{name}: warp takes no ${{STAGE.summary...}}"
             raise source.wrong(what, "its stages must be known at once", "stages", name, "options")
-        for option in {"jobs", "executor"} & draft.options.keys():
+        for option in sorted({"jobs", "executor", "slurm", "gpus"} & draft.options.keys()):
             what = f"stages.{name}.options.{option} is for a whole pipeline"
             hint = f"drop it; give --{option} to the run"
             raise source.wrong(what, hint, "stages", name, "options", option, of_key=True)

@@ -32,7 +32,7 @@ from .executors.jobs import Event, Job, Outcome
 from .shelf import take
 from .state import State
 
-__all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed"]
+__all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed", "job_of"]
 
 POLL = 0.5  # seconds
 
@@ -201,21 +201,12 @@ class Scheduler:
             self.prepared = True
         attempts = self.tries[stage.name] = self.tries.get(stage.name, 0) + 1
         resume = found.action == "continue"
-        job = Job(
-            stage=stage.name,
-            command=stage.command,
+        job = replace(
+            job_of(stage, self.pipeline, self.executor),
             options=with_method(stage.command, _located_options(found)),
-            out=str(stage.out),
-            log=str(self.pipeline.root / "logs" / f"{stage.name}.log"),
             resume=resume,
             # Leftovers of an interrupted run of something else do not stop this one.
             force=stage.out.exists() or (not resume and partial_path(stage.out).exists()),
-            folder=os.getcwd(),
-            modules=tuple(sys.path),
-            cpus=self.executor.cpus(stage.resources.cpus),
-            permissions=permissions(),
-            processes=stage.resources.gpus or 1,
-            nodes=stage.resources.nodes or 1,
         )
         why = "; ".join([*(["goes on where it was"] if resume else map(str, found.why)), *found.notes])
         self.observer.started(stage, spell(stage.command, _launched(stage, found.config), stage.out), why)
@@ -294,6 +285,25 @@ class Scheduler:
         for key in [*self.bars]:
             if stage in (None, key[0]) and number in (None, key[1]):
                 self.bars.pop(key)[0].__exit__(None, None, None)
+
+
+def job_of(stage: Stage, pipeline: Pipeline, executor: Executor) -> Job:
+    """The job of a stage that begins anew, with its options as the file has them."""
+    return Job(
+        stage=stage.name,
+        command=stage.command,
+        options=stage.options,
+        out=str(stage.out),
+        log=str(pipeline.root / "logs" / f"{stage.name}.log"),
+        resume=False,
+        force=False,
+        folder=os.getcwd(),
+        modules=tuple(sys.path),
+        cpus=executor.cpus(stage.resources.cpus),
+        permissions=permissions(),
+        processes=stage.resources.gpus or 1,
+        nodes=stage.resources.nodes or 1,
+    )
 
 
 def _launched(stage: Stage, config: Config) -> Config:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -75,8 +74,7 @@ class Mailbox:
             found = load_json(self.folder / "outcome.json")
         except FileNotFoundError:
             return None
-        summary: object = found.get("summary")
-        return Outcome(found["code"], summary if isinstance(summary, Mapping) else None, found["error"], found["traceback"])
+        return Outcome(**found)
 
 
 def main(folder: Path) -> int:

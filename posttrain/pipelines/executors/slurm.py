@@ -48,14 +48,17 @@ INCIDENTAL = ("resume", "force", "modules", "permissions", "log")
 
 @dataclass
 class _Submitted:
-    """A job of SLURM. `ended`: when it was first seen to have ended without an outcome; `began`: since when it waits."""
+    """A job of SLURM.
+
+    began  when it was submitted
+    ended  when it was first seen to have ended without an outcome
+    """
 
     box: Mailbox
     number: str
     log: Path
     began: float
     ended: float = 0.0
-    started: bool = False
     warned: bool = False
 
 
@@ -175,7 +178,6 @@ class SlurmExecutor:
             ended, self.refused = self.refused, {}
             for stage, one in self.running.items():
                 found = one.box.events()
-                one.started = one.started or bool(found)
                 events += [(stage, event) for event in found]
                 if (outcome := one.box.outcome()) is not None:
                     events += [(stage, event) for event in one.box.events()]
@@ -195,7 +197,9 @@ class SlurmExecutor:
         self.asked = time.monotonic()
         if states is None:
             if not self.silent:
-                events += [(next(iter(open_)), ("warn", "SLURM does not answer; its jobs go on, and it is asked again"))]
+                events += [
+                    (next(iter(open_)), ("warn", "SLURM does not answer; its jobs go on, and it is asked again"))
+                ]
             self.silent = True
             return
         self.silent = False

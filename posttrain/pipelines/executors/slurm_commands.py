@@ -16,10 +16,10 @@ __all__ = ["GONE", "LIVE", "LOST", "Refused", "cancel", "check_slurm", "has_gpus
 
 PATIENCE = 60.0  # seconds for one call
 GONE = "GONE"  # not listed any more
-LIVE = frozenset(
-    ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "REQUEUED", "REQUEUE_HOLD")
-    + ("REQUEUE_FED", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED")
-)
+LIVE = {
+    *("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "REQUEUED", "REQUEUE_HOLD"),
+    *("REQUEUE_FED", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED"),
+}
 # States in which a job was taken away from the stage: it may be tried again. What to do about each.
 LOST = {
     "NODE_FAIL": "a machine of it failed",
