@@ -68,10 +68,9 @@ def sbatch(words: list[str]) -> int:
     job.mkdir()
     (job / "options.json").write_text(json.dumps({**options, "script": str(script)}))
     set_state(job, "PENDING")
-    if not (place() / "hold").exists():
-        words = [sys.executable, "-I", "-S", __file__, "supervise", str(number)]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.Popen(words, start_new_session=True, **quiet)
+    words = [sys.executable, "-I", "-S", __file__, "supervise", str(number)]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen(words, start_new_session=True, **quiet)
     if (place() / "lost-answer").exists():
         (place() / "lost-answer").unlink()
         return fail("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
@@ -83,6 +82,10 @@ def supervise(words: list[str]) -> int:
     """Run the script of a job, and note its end."""
     job = place() / "jobs" / words[0]
     options = json.loads((job / "options.json").read_text())
+    while (place() / "hold").exists():
+        time.sleep(0.05)
+    if state(job) != "PENDING":
+        return 0
     text = Path(options["script"]).read_text()
     instead = place() / "instead"
     if instead.exists():

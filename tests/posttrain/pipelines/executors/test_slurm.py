@@ -332,9 +332,11 @@ def test_a_plan_prints_the_scripts_and_submits_nothing(cluster, capsys):
 
 @pytest.mark.slow
 def test_a_pipeline_whose_process_is_killed_goes_on_with_its_job(cluster):
-    first = start(MAIN, *words(), start_new_session=True)
     (cluster / "hold").touch()
-    wait_for(lambda: (cluster / "jobs" / "1").exists() or first.poll() is not None)
+    first = start(MAIN, *words(), start_new_session=True)
+    # A kill before that would end the fake sbatch too, whose real one has a daemon behind it.
+    record = Path("out/logs/a.slurm", slurm.SUBMITTED)
+    wait_for(lambda: (record.exists() and '"job"' in record.read_text()) or first.poll() is not None)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     (cluster / "hold").unlink()
