@@ -15,9 +15,8 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ class Processes:
 
     words: Sequence[str]
     keys: Sequence[str]
-    meeting: Meeting = Meeting()
+    meeting: Meeting = field(default_factory=Meeting)
 
     @property
     def first(self) -> int:
@@ -137,21 +136,21 @@ def _settings(processes: Processes, folder: Path) -> LaunchConfig:
 
     meeting, count = processes.meeting, len(processes.keys)
     hidden = {local: Std.ERR for local in range(count) if processes.first + local > 0}
-    place: dict[str, object] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-    if meeting.nodes > 1:
-        place = {"rdzv_backend": "static", "rdzv_endpoint": f"{meeting.head}:{meeting.port}"}
-        place["rdzv_configs"] = {"rank": meeting.node, "timeout": WAIT}
+    alone = meeting.nodes == 1
     return LaunchConfig(
         min_nodes=meeting.nodes,
         max_nodes=meeting.nodes,
         nproc_per_node=count,
-        run_id=f"gemma2-{os.getpid()}-{time.monotonic_ns()}" if meeting.nodes == 1 else "gemma2",
+        run_id=f"gemma2-{os.getpid()}" if alone else "gemma2",
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint="localhost:0" if alone else f"{meeting.head}:{meeting.port}",  # 0: a port that is free
+        rdzv_configs={} if alone else {"rank": meeting.node, "timeout": WAIT},
+        local_addr="localhost" if alone else None,
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=hidden),
         signals_to_handle="",  # ours stay: they raise once, and wait for what cleans up
         shutdown_timeout=END,
-        **place,
     )
 
 
@@ -168,6 +167,9 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
         if -one.code in KILLED:
             raise _killed(one)
     for rank, word in sorted(words.items()):
+        if word.kind == "followed":
+            what = f"rank 0, on another machine, has ended the job with exit code {word.code}"
+            raise ProcessEnd(what, "it says why where it runs", word.code)
         if word.kind == "error":
             raise _again(rank, word)
         if word.kind == "bug":
