@@ -50,7 +50,7 @@ def run_gang(job: Job, send: Callable[[Event], None]) -> Outcome:
 
     An exception of this process (an interrupt) ends the command as SIGTERM does, and is raised again when it has ended.
     """
-    settings = Path(job.log).with_suffix(f".node-{job.node}.yaml" if job.node else ".yaml")
+    settings = Path(job.log).with_suffix(".yaml")
     settings.write_text(to_yaml(dict(job.options)), encoding="utf-8")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed, tempfile.TemporaryFile("w+b") as said:
         process = subprocess.Popen(

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma2.core.json_files import load_json, write_json
 
-from .job_values import Event, Job, Outcome
+from .job_values import Event, Job, Outcome, on_node
 
 __all__ = ["Mailbox", "main"]
 
@@ -84,8 +84,7 @@ def main(folder: Path) -> int:
     box = Mailbox(folder)
     job, node = box.job(), int(os.environ.get(NODE, "0"))
     if node:
-        log = str(Path(job.log).with_suffix(f".node-{node}.log"))
-        return execute(replace(job, node=node, log=log), lambda event: None).code
+        return execute(on_node(job, node), lambda event: None).code
     outcome = execute(job, box.tell)
     box.end(outcome)
     return outcome.code if outcome.code >= 0 else 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from gemma2.core.json_files import JsonMapping
 
-__all__ = ["STOPPED", "Event", "Job", "Outcome"]
+__all__ = ["STOPPED", "Event", "Job", "Outcome", "on_node"]
 
 Event = tuple[
     Any, ...
@@ -58,3 +59,9 @@ class Outcome:
 
 
 STOPPED = Outcome(143, error="stopped")
+
+
+def on_node(job: Job, node: int, head: str = "") -> Job:
+    """The part of a job that machine number `node` does; it has a separate log."""
+    log = str(Path(job.log).with_suffix(f".node-{node}.log")) if node else job.log
+    return replace(job, node=node, head=head, log=log)
