@@ -109,7 +109,7 @@ def reported(uri: str, writing: bool = False) -> Iterator[None]:
 
 
 def _is_theirs(error: Exception) -> bool:
-    """Whether an error is of the other side or its library: a failed call, a type of its own, a value it refuses."""
+    """Whether an error is of the other side or its library: a failed call, one of its own types, a value that it refuses."""
     if isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] not in OURS:
         return True
     frames = traceback.extract_tb(error.__traceback__)
