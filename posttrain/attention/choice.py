@@ -128,7 +128,11 @@ def _choice(asked: Attention, path: Path, use: KernelUse) -> KernelChoice:
 def _explicit(kernel: str, settings: Mapping[str, object], use: KernelUse) -> KernelChoice:
     wide = use.dtype == torch.float32 and not use.learns
     refuse_kernel(kernel, settings, use.device, learns=use.learns, wide=wide)
-    checks = _checked(kernel, settings, use)
+    try:
+        checks = _checked(kernel, settings, use)
+    except Exception as error:  # a kernel raises whatever its compiler raises
+        detail = " ".join(str(error).split())[:200]
+        raise UsageError(f"--attention {kernel} cannot run here: {detail}", "use --attention eager") from error
     for check in checks:
         if not check.right:
             raise UsageError(

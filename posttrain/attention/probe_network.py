@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 __all__ = ["LENGTH", "WINDOW", "ProbeRows", "probe_rows", "scale_queries", "small_network"]
 
-VOCABULARY, WIDE, WINDOW, LENGTH = 128, 64, 144, 320  # rows of the embedding, width, tokens, tokens
+VOCABULARY, WINDOW, LENGTH = 128, 144, 320  # rows of the embedding, tokens, tokens
+WIDTH = 16  # of the network, for each query head
 BORDER = 130  # where the second row of a packed pair begins
 PAD = 60  # tokens of padding
 OVER = 3.0  # how far the largest logit exceeds the cap
@@ -83,12 +84,13 @@ def _small(settings: Mapping[str, object]) -> dict[str, object]:
     heads = cast(int, settings.get("num_attention_heads") or 4)
     keys = cast(int, settings.get("num_key_value_heads") or heads)
     head = settings.get("head_dim") or cast(int, settings.get("hidden_size") or 256) // heads
+    queries = 2 * max(1, heads // keys)
     found: dict[str, object] = {name: settings[name] for name in KEPT if name in settings} | {
         "vocab_size": VOCABULARY,
-        "hidden_size": WIDE,
-        "intermediate_size": 2 * WIDE,
+        "hidden_size": WIDTH * queries,
+        "intermediate_size": 2 * WIDTH * queries,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2 * max(1, heads // keys),
+        "num_attention_heads": queries,
         "num_key_value_heads": 2,
         "head_dim": head,
         "max_position_embeddings": 4 * LENGTH,

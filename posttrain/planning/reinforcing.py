@@ -19,6 +19,7 @@ from .learning import (
     dtype_bytes,
     gathered,
     generating,
+    kernel_on,
     resident,
     trained,
     training,
@@ -43,9 +44,9 @@ def reward_models(config: RewardFields, sizes: Sizes, place: MemoryPlace) -> Sum
     return [("reward models", resident(sizes(path), item, share)) for path in paths]
 
 
-def reading(path: Path, sizes: Sizes, place: MemoryPlace, mixed: bool = False) -> NetworkInUse:
-    """Return a frozen model that scores rows, as `models/scorer.py` runs it."""
-    return NetworkInUse(sizes(path), "blockwise" if place.kind == "cpu" else "eager", mixed=mixed)
+def reading(path: Path, sizes: Sizes, place: MemoryPlace, asked: str, mixed: bool = False) -> NetworkInUse:
+    """Return a frozen model that scores rows, as `models/scorer.py` runs it. asked: --attention."""
+    return NetworkInUse(sizes(path), kernel_on(place, asked), mixed=mixed)
 
 
 def scoring(base: Sum, networks: list[NetworkInUse], batch: RowBatch, place: MemoryPlace, both: bool = False) -> Moment:
@@ -93,14 +94,17 @@ def rl_moments(
 ) -> list[Moment]:
     """Return the moments of RL. reference: the policy that the KL is measured to, None if it is where RL starts."""
     shape = sizes(policy)
-    one = trained(config, shape, place, trainer)
+    one = trained(config, shape, place, trainer, config.attention)
     network = one.network
     base: Sum = []
     item = frozen_bytes(config, place)
     if reference is not None:
         base.append(("reference", resident(sizes(reference), item, 1 / place.shards)))
     elif not config.lora_rank:  # a copy of the policy
-        base.append(("reference", resident(shape, item if place.full_shard else FP32, 1 / place.shards)))
+        base.append(("reference", resident(shape, item, 1 / place.shards)))
+    # On an accelerator a whole reference is in the memory of the host but for the evaluations.
+    measured = base if place.kind == "accelerator" and not place.full_shard else []
+    base = [*([] if measured else base)]
     base += reward_models(config, sizes, place) + _anchor(config, one, place)
     rows = max(1, config.prompts_per_step // place.devices) * config.n
     micro = min(config.micro_batch_size or rows, rows)
@@ -112,11 +116,11 @@ def rl_moments(
     if config.engine == "vllm" and config.vllm_mode == "colocate":
         held = Bytes(config.vllm_memory * place.capacity)
         generate = Moment("generate", [*base, *one.state(), ("vLLM", held)])
-    scorers = [reading(path, sizes, place, network.mixed) for path in config.reward]
-    scorers.append(replace(network, attention="blockwise" if place.kind == "cpu" else "eager"))
+    scorers = [reading(path, sizes, place, config.attention, network.mixed) for path in config.reward]
+    scorers.append(replace(network, attention=kernel_on(place, config.attention)))
     widest = max((one.shape for one in scorers), key=lambda shape: shape.embedding)
     passed = gathered(widest, 2 if network.mixed else 4, place, "forward")
-    score = scoring([*base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)
+    score = scoring([*measured, *base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)
     batch = (
         cpu_parts(RowBatch(micro, width), PART_TOKENS) if network.attention == "blockwise" else RowBatch(micro, width)
     )
