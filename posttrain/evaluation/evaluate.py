@@ -35,17 +35,19 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.head import head_logits
-from gemma2.posttrain.models.loading import load_policy, quiet_libraries
+from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
 from gemma2.posttrain.models.scorer import CHUNK, hidden_states, mean_and_error
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
 from gemma2.posttrain.sharding.lending import is_lent, opened, opened_heads
 
@@ -154,7 +156,8 @@ def measure(
         raise InputError("no held-out prompt is left", "give a file with at least two prompts")
     params = settings.sampling
     generator = torch.Generator().manual_seed(settings.seed)
-    size = max(1, 4 * settings.batch_size // params.n)  # prompts a chunk: enough to sort by length, few enough to watch
+    # Prompts a chunk, of each process: enough to sort by length, few enough to watch.
+    size = max(1, 4 * settings.batch_size // params.n) * settings.ranks.size
     parts: list[Part | None] = []
     with evaluating(model), evaluating(reference), progress.task(label, total=len(rows), unit="prompts") as task:
         for start in range(0, len(rows), size):
@@ -326,10 +329,10 @@ def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(-1).double().clamp_min(0)
 
 
-def settings_of(config: DistributionConfig) -> MeasureSettings:
-    """The part of a command's configuration that decides how completions are drawn."""
+def settings_of(config: DistributionConfig, ranks: Ranks = ALONE) -> MeasureSettings:
+    """The part of a command's configuration that decides how completions are drawn, and the processes that share it."""
     sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, n=config.n)
-    return MeasureSettings(sampling, config.batch_size, config.seed)
+    return MeasureSettings(sampling, config.batch_size, config.seed, ranks=ranks)
 
 
 def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
@@ -341,21 +344,30 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
 
 
 def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
-    """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
+    """Measure one policy. Writes nothing; returns flat columns and sample completions, on every process of a job."""
     quiet_libraries()
+    with together(config) as ranks:
+        return _measured(config, ranks, progress if ranks.is_main else SILENT)
+
+
+def _measured(config: EvalConfig, ranks: Ranks, progress: Progress) -> JsonObject:
     reading = Reading(config)
     rows = reading.prompts(config.prompts, config.limit)
     dtype = frozen_dtype(config.dtype)
-    reference, tokenizer = load_policy(config.sft, dtype)
+    settled = settle_attention(
+        config.attention, [config.sft, config.model, *config.reward], progress, dtype=dtype, device=default_device()
+    )
+    reference, tokenizer = load_policy(config.sft, dtype, attention=config.attention)
     chat = ChatFormat(tokenizer, reference.generation_config)
     rows = reading.renderable(rows, chat)
     reading.report(progress)
     scores = scores_of(config, chat)
     same = config.model.resolve() == config.sft.resolve()
-    model = reference if same else load_policy(config.model, dtype)[0]
+    model = reference if same else load_policy(config.model, dtype, attention=config.attention)[0]
     check_same_vocabulary(model, reference, str(config.model), str(config.sft))
     note_other_temperature(config, progress)
-    measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")
+    settings = settings_of(config, ranks)
+    measured = measure(model, reference, chat, rows, scores, settings, progress, f"eval {config.model.name}")
     return {
         "model": str(config.model),
         **measured.columns(),
@@ -363,6 +375,8 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
         "prompts": len(rows),
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": settled,
         "samples": list(measured.samples),
     }
 

@@ -41,8 +41,10 @@ def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, dt
     dtype: torch's, to which the weights of the policies are rounded (`models/precision.py`).
     """
     settings = config.model_dump(mode="json", include=SETTINGS - {"dtype"})
+    if settings.get("attention") == "auto":
+        del settings["attention"]  # digests from before the setting existed stay what they are
     rounded = str(dtype).removeprefix("torch.")
-    if rounded != "float32":  # digests of fp32 stay what they were before the setting existed
+    if rounded != "float32":  # and those of fp32
         settings["dtype"] = f"weights in {rounded}"  # before, RL measured its policy under autocast
     content = {
         **settings,

@@ -63,7 +63,7 @@ def rounded_copy(model: N, dtype: torch.dtype, device: torch.device) -> N:
         id(weight): nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
         for weight in model.parameters()
     }
-    copied = copy.deepcopy(model, rounded)  # type: ignore[arg-type]  # the memo of a copy is typed for its own entries
+    copied = copy.deepcopy(model, rounded)
     for name in ("forward", "_original_forward"):  # accelerate's, under autocast; they would keep the copy alive too
         vars(copied).pop(name, None)
     result: N = copied.to(device).eval()

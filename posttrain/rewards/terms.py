@@ -134,13 +134,16 @@ def _terms(config: RewardFields, chat: ChatFormat, batch_size: int, layout: Shar
 
 
 def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None) -> list[Score]:
-    dtype = frozen_dtype(config.dtype)
+    dtype, kernel = frozen_dtype(config.dtype), config.attention
     if config.reward_ensemble == "warm":
-        return [_model_score(averaged_reward_model(config.reward, dtype, layout), "the average", chat, batch_size)]
+        average = averaged_reward_model(config.reward, dtype, kernel, layout)
+        return [_model_score(average, "the average", chat, batch_size)]
     members = []
     for path in config.reward:
-        whole = layout is None
-        model = RewardModel.from_dir(path, dtype) if whole else RewardModel(*lent_reward_model(path, layout, dtype))
+        if layout is None:
+            model = RewardModel.from_dir(path, dtype, kernel)
+        else:
+            model = RewardModel(*lent_reward_model(path, layout, dtype, kernel))
         members.append(_model_score(model, str(path), chat, batch_size))
     return [_ensemble_score(members, config.reward_ensemble)] if config.reward_ensemble else members
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from gemma2.core.errors import InputError
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
+from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.models.loading import default_device, load_reward_model
+from gemma2.posttrain.schemas.fields import Attention
 from gemma2.posttrain.sharding.divided_models import lent_average
 from gemma2.posttrain.sharding.units import ShardLayout
 
@@ -30,7 +32,10 @@ __all__ = ["averaged_reward_model"]
 
 @torch.no_grad()
 def averaged_reward_model(
-    paths: Sequence[Path], dtype: torch.dtype = torch.float32, layout: ShardLayout | None = None
+    paths: Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "eager",
+    layout: ShardLayout | None = None,
 ) -> RewardModel:
     """Return the average of reward models, formed in fp32 and rounded to `dtype`; divided by a layout if there is one.
 
@@ -38,7 +43,7 @@ def averaged_reward_model(
     """
     check_averageable(paths)
     if layout is not None:
-        return RewardModel(*lent_average(paths, layout, dtype))
+        return RewardModel(*lent_average(paths, layout, dtype, attention))
     cpu = torch.device("cpu")
     model, tokenizer = load_reward_model(paths[0], device=cpu)
     total: dict[str, Tensor] = dict(model.named_parameters())
@@ -54,6 +59,7 @@ def averaged_reward_model(
         del other
     for summed in total.values():
         summed /= len(paths)
+    model.config._attn_implementation = chosen_kernel(attention, paths[0], dtype, default_device())
     return RewardModel((model.bfloat16() if dtype == torch.bfloat16 else model).to(default_device()), tokenizer)
 
 

@@ -62,7 +62,7 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, placement
     if placement.layout is not None:
         rollout, reference, parts = divided_models(config, prompts, micro, placement, starts_at_sft)
         return RlSetup(rollout, reference, None, starts_at_sft, starts_at_anchor, parts)
-    policy, tokenizer = load_policy(config.policy)
+    policy, tokenizer = load_policy(config.policy, attention=config.attention)
     check_targets(config, policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
     base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None
@@ -82,7 +82,7 @@ def reference_of(config: RlhfConfig, policy: CausalLM, starts_at_sft: bool) -> C
             return copy.deepcopy(policy).requires_grad_(False)
         return rounded_copy(policy, frozen_dtype(config.dtype), device)
     assert config.sft is not None
-    reference = load_policy(config.sft, frozen_dtype(config.dtype), device)[0].requires_grad_(False)
+    reference = load_policy(config.sft, frozen_dtype(config.dtype), device, config.attention)[0].requires_grad_(False)
     check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
     return reference
 

@@ -73,10 +73,10 @@ def divided_models(
     compute, measured_in = torch.bfloat16 if half else torch.float32, frozen_dtype(config.dtype)
     trained, adapters = _trained_policy(config, layout, compute)
     weights = lambda: current_weights(trained)  # noqa: E731
-    drawing, measured = empty_policy(config.policy), empty_policy(config.policy)
+    drawing, measured = (empty_policy(config.policy, attention=config.attention) for _ in range(2))
     lend(drawing, weights, compute, layout.device)
     lend(measured, weights, measured_in, layout.device)
-    reference, anchor = empty_policy(config.sft or config.policy), empty_policy(config.sft or config.policy)
+    reference, anchor = (empty_policy(config.sft or config.policy, attention=config.attention) for _ in range(2))
     if config.lora_rank and starts_at_sft:
         before = lambda: frozen_shards(trained)  # noqa: E731
     else:
@@ -112,7 +112,7 @@ def _trained_policy(config: RlhfConfig, layout: ShardLayout, compute: torch.dtyp
 
     stored = compute if config.lora_rank else torch.float32  # what is frozen is never updated
     mixed = compute if compute != torch.float32 else None
-    policy = divided_policy(config.policy, layout, stored, mixed, adapt)
+    policy = divided_policy(config.policy, layout, stored, mixed, adapt, config.attention)
     return policy, wrapped[0] if wrapped else None
 
 
@@ -125,7 +125,7 @@ def current_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 def divided_anchor(config: RlhfConfig, parts: ShardedParts) -> EmaAnchor:
     """The EMA anchor of a sharded policy, at its start."""
-    shell, layout, compute = empty_policy(config.policy), parts.layout, parts.compute
+    shell, layout, compute = empty_policy(config.policy, attention=config.attention), parts.layout, parts.compute
     if config.lora_rank == 0:
         shards = read_shards(empty_policy(config.policy), config.policy, layout)
         return ShardedAnchor(shards, shell, layout, compute)

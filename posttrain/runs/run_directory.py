@@ -47,6 +47,7 @@ from gemma2.posttrain.provenance.version_rule import (
 )
 from gemma2.posttrain.schemas.config import Config
 
+from .accelerator import accelerator_stack, precision_of
 from .live import clear_live
 from .memory_shortage import out_of_memory
 from .run_options import RunOptions, RunResult
@@ -188,9 +189,10 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def hardware() -> JsonObject:
-    """The kind of machine, without anything that identifies it."""
-    return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+def hardware(config: Config) -> JsonObject:
+    """The kind of machine and its accelerator, without anything that identifies it."""
+    machine = {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+    return {**machine, **accelerator_stack(config)}
 
 
 def check_parents(parents: Sequence[Parent]) -> None:
@@ -330,7 +332,8 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
         "processes": start.processes,
         **({"strategy": start.strategy} if start.strategy else {}),
         **made_with(start.command),
-        "hardware": hardware(),
+        "hardware": hardware(config),
+        **({"precision": precision} if (precision := precision_of(config)) else {}),
         "started": now(),
     }
     held.enter_context(locked(options.out))

@@ -18,7 +18,7 @@ DRAWN = "--max-new-tokens 8"
 TRAINED = "--max-steps 2 --batch-size 4 --warmup-steps 0"
 ROLLED = (
     "--prompts prompts.jsonl --reward rm --steps 2 --prompts-per-step 2 --n 2 --max-new-tokens 24 --warmup-steps 0 "
-    "--eval-prompts 12 --learning-rate 1e-3"
+    "--eval-prompts 12 --learning-rate 1e-4"
 )
 SEEN = """import gc, json, torch
 from transformers import Gemma2ForCausalLM
@@ -132,6 +132,11 @@ def test_a_trajectory_is_on_the_front_in_the_precision_of_its_points(world, foun
     lines = [json.loads(line) for line in (world / "watched" / "evaluations.jsonl").read_text().splitlines()]
     assert lines[-1]["values"] == {name: values["watched"][name] for name in ("reward", "kl")}
     assert "watched step 1" in values
+    manifest = json.loads((world / "watched" / "gemma2.json").read_text())
+    assert manifest["hardware"]["device"] == "sim"
+    expected = {"trained": "float32", "products": "bfloat16", "frozen": "bfloat16", "heads": "float32"}
+    assert manifest["precision"] == expected
+    assert json.loads((world / "watched-front" / "front.json").read_text())["weights_in"] == "bfloat16"
 
 
 def test_a_tensor_that_was_left_on_the_host_is_noticed(world):

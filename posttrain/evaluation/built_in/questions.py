@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
 from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
@@ -32,6 +33,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
     """Ask `config.model`, and `config.against`, every question of `config.qa`."""
     quiet_libraries()
     with keeping("eval qa", config, options) as kept:
+        progress = progress if kept.ranks.is_main else SILENT
         reading = Reading(config)
         rows = list(each_question(config.qa, reading, config.limit))
         if not rows:
@@ -39,11 +41,11 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
         name = task_names([config.qa])[0]
         outcomes = []
         for number, path in enumerate(models_of(config)):
-            model, tokenizer = loaded(path, config.dtype)
+            model, tokenizer = loaded(path, config.dtype, drawing_kernel(config.attention))
             asking, chat = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             params = SamplingParams(config.max_new_tokens, temperature=0.0)
             stops = () if asking.chat is not None else STOPS
-            engine = SamplerEngine(model, chat, params, config.batch_size, stops)
+            engine = SamplerEngine(model, chat, params, config.batch_size, stops, kept.ranks)
             if engine.window is not None and engine.window < 2:
                 raise UsageError("--max-new-tokens fills the model's context alone", "lower it")
             asked = [_asked(rows, i, asking, config, engine.window) for i in range(len(rows))]
