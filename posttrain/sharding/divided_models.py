@@ -32,7 +32,6 @@ __all__ = [
     "divided_policy",
     "empty_policy",
     "lent_average",
-    "lent_policy",
     "lent_reward_model",
     "read_shards",
 ]
