@@ -53,7 +53,7 @@ from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
-from .vllm import VllmSampler, check_usable
+from .vllm import VllmSampler, check_usable, compare_attention
 
 __all__ = ["run_rlhf"]
 
@@ -75,6 +75,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
+        compare_attention(config, ranks, progress)
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
