@@ -108,6 +108,12 @@ COMMANDS = {
     "export": CommandEntry(
         "export.export_command", "Write a model for others: dtype, shards, GGUF, the hub, endpoints.", "Tools"
     ),
+    "push": CommandEntry(
+        "tools.push", "Copy outputs to another disk or an object store, verified there by their digests.", "Tools"
+    ),
+    "pull": CommandEntry(
+        "tools.pull", "Fetch an output from another disk or an object store, verified by its digests.", "Tools"
+    ),
     "serve": CommandEntry("export.serve_command", "Serve a model with vLLM, checked first.", "Tools"),
     "config": CommandEntry(
         "recipes.config",
@@ -177,7 +183,7 @@ def invoke(arguments: list[str]) -> int:
     """Parse and run one command line; returns the exit code. Raises UsageProblem if it cannot be parsed."""
     command = get_command(app)
     try:
-        code = command.main(arguments, prog_name="gemma2", standalone_mode=False)
+        code = command.main(arguments, prog_name="gemma2", standalone_mode=False, obj=arguments)
     except TyperException as error:
         raise explain(error, arguments) from error
     except SystemExit as error:

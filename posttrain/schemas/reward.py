@@ -14,12 +14,14 @@ from .fields import (
     AttentionFields,
     CallFields,
     Data,
+    LaunchFields,
     LoraFields,
     Model,
     PrecisionFields,
     RowFields,
     SamplingFields,
     Seed,
+    StrategyFields,
     TrainingFields,
     check_address,
     refuse_kernel_of_sampler,
@@ -35,7 +37,7 @@ Heldout = Field(0.1, ge=0, lt=1, description="share of prompts whose pairs are h
 CONVERSATION = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "finish_reason", "truncated"})
 
 
-class RewardConfig(TrainingFields, LoraFields, RowFields, AttentionFields):
+class RewardConfig(TrainingFields, LoraFields, StrategyFields, RowFields, AttentionFields):
     """A Bradley-Terry reward model from preference pairs."""
 
     model: Model
@@ -85,7 +87,7 @@ class ProbeConfig(RowFields, AttentionFields):
     seed: Seed = 0
 
 
-class RewardScoreConfig(PrecisionFields, RowFields):
+class RewardScoreConfig(PrecisionFields, LaunchFields, RowFields):
     """Add a score to every row of a data set: prompts and completions, conversations, or preference pairs."""
 
     INCIDENTAL = frozenset({"batch_size"})
@@ -107,7 +109,7 @@ class RewardScoreConfig(PrecisionFields, RowFields):
         return self
 
 
-class RewardEvalConfig(PrecisionFields, RowFields):
+class RewardEvalConfig(PrecisionFields, LaunchFields, RowFields):
     """Measure how well reward models order preference pairs: accuracy, calibration, and the influence of length."""
 
     models: tuple[Path, ...] = Field(min_length=1, description="reward models; several are compared side by side")

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import AttentionFields, LoraOutputFields, Model, RowFields, TrainingFields
+from .fields import AttentionFields, LoraOutputFields, Model, RowFields, StrategyFields, TrainingFields
 
 
-class SftConfig(TrainingFields, LoraOutputFields, RowFields, AttentionFields):
+class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields, AttentionFields):
     """Supervised fine-tuning on prompts and completions, or on conversations."""
 
     model: Model

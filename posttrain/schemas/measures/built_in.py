@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.fields import (
+    LaunchFields,
     Model,
     PrecisionFields,
     RowFields,
@@ -33,7 +34,7 @@ class DoctorFields(Config):
     doctor: bool = Field(True, description="refuse a model that gemma2 doctor --quick calls broken")
 
 
-class MeasureFields(PrecisionFields, DoctorFields, RowFields):
+class MeasureFields(PrecisionFields, DoctorFields, LaunchFields, RowFields):
     """Settings of every measure."""
 
     model: Model
@@ -116,7 +117,7 @@ class ChoicesConfig(MeasureFields, ShotFields):
     choices: Rows
 
 
-class WinRateConfig(SamplingFields, RewardFields, JudgeFields, DoctorFields, RowFields):
+class WinRateConfig(SamplingFields, RewardFields, JudgeFields, DoctorFields, LaunchFields, RowFields):
     """Answers of two models to the same prompts, side by side: by a reward, or on the +-1.5 scale by a judge."""
 
     REWARD_NEEDED = False
