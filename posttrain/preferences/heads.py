@@ -31,7 +31,7 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress, attention: Attention
+    path: Path, seed: int, from_head: Path | None, progress: Progress, attention: Attention = "eager"
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
