@@ -58,7 +58,7 @@ from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
 from .sharded_output import save_shards
-from .vllm import VllmSampler, check_usable
+from .vllm import VllmSampler, check_usable, compare_attention
 
 __all__ = ["run_rlhf"]
 
@@ -84,6 +84,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
+        compare_attention(config, ranks, progress)
     with open_run("rlhf", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
