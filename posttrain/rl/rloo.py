@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import _ForwardRedirection
@@ -178,7 +178,7 @@ class AnchoredRlooTrainer(ShardedTrainer, RLOOTrainer):  # type: ignore[misc]  #
             self._entropy.zero_()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
@@ -188,7 +188,7 @@ class AnchoredRlooTrainer(ShardedTrainer, RLOOTrainer):  # type: ignore[misc]  #
         state = {"generator": self.rollout.generator.get_state(), "guards": self.guards.state()}
         torch.save(state, folder / STATE_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: CausalLM | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         if self.anchor is not None and not self.sharded:  # else with weights and moments

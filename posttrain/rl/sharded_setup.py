@@ -108,7 +108,7 @@ def _trained_policy(config: RlhfConfig, layout: ShardLayout, compute: torch.dtyp
             from peft import get_peft_model
 
             transformers.set_seed(config.seed)
-            wrapped.append(get_peft_model(model, settings))  # type: ignore[arg-type]  # a model of transformers
+            wrapped.append(get_peft_model(model, settings))
 
     stored = compute if config.lora_rank else torch.float32  # what is frozen is never updated
     mixed = compute if compute != torch.float32 else None

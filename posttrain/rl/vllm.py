@@ -12,9 +12,10 @@ from pi. TRL's RLOOTrainer does the same and leaves it there; its GRPOTrainer we
 (vllm_importance_sampling_correction). We do not correct it either, but show it: `mismatch`, mean log mu - log pi per
 token, an estimate of KL(mu || pi). A run stops if it is far above rounding, because vLLM then computes another model.
 
-Deviations from TRL: (1) every completion has its own seed, from the run's generator, so that runs of different
-seeds differ, a resumed run goes on with the seeds it would have had, and no two completions share random numbers. TRL
-sends none; one seed for all would give the n colocated samples of a prompt the same text. vLLM repeats itself only
+Deviations from TRL: (1) samples are drawn from the run's generator: runs of different seeds differ, and a resumed run
+goes on with the seeds it would have had. TRL sends none. `--vllm-seeds batch` seeds torch before all samples of a step
+are drawn in this process; `request` gives each completion its own seed, for which vLLM draws row by row. One seed for
+all requests would give the n samples of a prompt the same text. A server gets a seed for each request. vLLM repeats itself only
 approximately, since a row's last bits depend on its neighbours: with it a resumed run is no longer bit-exact. (2) LoRA
 products are added to weights on their way to vLLM and not in the policy: taken off again there, they would leave
 rounding in weights that are frozen, and that the reference and the anchor share.
@@ -45,6 +46,7 @@ from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.secret_text import masked
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
+from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
@@ -74,6 +76,7 @@ class VllmSampler:
         generator: torch.Generator,
         batch_size: int,
         ranks: Ranks = ALONE,
+        each_request: bool = True,
     ) -> None:
         self.generation = generation
         self.policy = policy
@@ -93,7 +96,8 @@ class VllmSampler:
             if ranks.is_main:
                 generation.vllm_client = _SeededClient(generation.vllm_client, self._seeds)
         else:
-            generation.llm = _SeededLLM(generation.llm, self._seeds)
+            kind = _SeededLLM if each_request else _BatchSeededLLM
+            generation.llm = kind(generation.llm, self._seeds)
 
     @classmethod
     def start(
@@ -140,7 +144,8 @@ class VllmSampler:
             _restore(environment)
             detail = " ".join(str(error).split())[:200]
             raise InputError(f"--engine vllm does not start: {detail}", "see vLLM's own log above") from error
-        sampler = cls(generation, policy, chat, generator, batch_size, ranks)
+        each = config.vllm_seeds == "request"
+        sampler = cls(generation, policy, chat, generator, batch_size, ranks, each)
         sampler._environment = environment
         return sampler
 
@@ -281,6 +286,28 @@ class _Seeds:
     def renew(self, generator: torch.Generator, skipped: int) -> None:
         """Draw new seeds; the first `skipped` belong to other processes."""
         self.first = int(torch.randint(2**62, (), generator=generator)) + skipped
+
+
+class _BatchSeededLLM:
+    """vLLM's LLM in this process, torch's random numbers seeded before each batch and put back after it.
+
+    Processes that hold one copy of the policy together get the same seed, as vLLM needs it.
+    """
+
+    def __init__(self, llm: Any, seeds: _Seeds) -> None:  # noqa: ANN401
+        self._llm = llm
+        self._seeds = seeds
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._llm, name)
+
+    def generate(self, prompts: Sequence[object], **options: object) -> Any:  # noqa: ANN401
+        device = default_device()
+        on_cpu = device.type == "cpu"
+        places = [] if on_cpu else [torch.accelerator.current_device_index()]
+        with torch.random.fork_rng(places, device_type="cuda" if on_cpu else device.type):
+            torch.manual_seed(self._seeds.first)
+            return self._llm.generate(prompts, **options)
 
 
 class _SeededLLM:
