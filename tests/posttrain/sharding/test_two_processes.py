@@ -43,7 +43,7 @@ def root(tmp_path_factory):
         job("stopped", "sft", sharded, resume=True),
         job("fewer", "sft", sharded, stop=5),
         job("fewer-ddp", "sft", whole, stop=5),
-        job("nan", "sft", {"strategy": "fsdp", "learning_rate": 1e30}),
+        job("nan", "sft", {"strategy": "fsdp"}, poison=3),
         job("seven", "sft", {"strategy": "fsdp", "batch_size": 7}),
         job("tokens", "sft", {"strategy": "fsdp", "micro_batch_tokens": 64}),
     ]
@@ -166,7 +166,7 @@ def test_a_run_with_whole_weights_stays_on_its_number_of_processes(root):
 def test_processes_end_with_the_same_error(root):
     first, second = outcomes(root, 0), outcomes(root, 1)
     for name, said in (
-        ("nan", "NaN or infinite"),
+        ("nan", "step 4 of SFT: the gradient is NaN or infinite, nothing was updated"),
         ("seven", "--batch-size 7 is not a multiple of the 2 processes; give --batch-size 8, or --batch-size 6"),
         ("tokens", "--micro-batch-tokens is for one process, there are 2; give --micro-batch-size instead"),
     ):
