@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
@@ -67,7 +67,7 @@ def _without_weights(path: Path, seed: int) -> tuple[RewardNetwork, Tokenizer]:
     if not is_classifier(path):
         head = torch.empty(model.get_parameter(HEAD).shape)
         torch.manual_seed(seed)
-        nn.init.normal_(head, 0.0, float(model.config.initializer_range))
+        nn.init.normal_(head, 0.0, float(cast(PreTrainedConfig, model.config).initializer_range))
         model.score.weight = nn.Parameter(head)
     return model, tokenizer
 
