@@ -103,6 +103,7 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except SystemExit as error:
         if _is_ours(error):
+            leave_word(LastWord("followed", int(error.code or 0)))
             raise
         what, fix = f"code that the command called ended it: sys.exit({error.code!r}){_place(error)}", "take that out"
         leave_word(LastWord("error", 1, "InputError", what, fix))

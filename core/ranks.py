@@ -48,11 +48,12 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 class LastWord:
     """How a process ended, for the command that started it.
 
-    kind   error: a clear error, by `name` of its class; bug: with a traceback; lost: another process was gone
+    kind   error: a clear error, by `name` of its class; bug: with a traceback; lost: another process was gone;
+           followed: rank 0 had ended the job
     code   exit code
     """
 
-    kind: Literal["error", "bug", "lost"]
+    kind: Literal["error", "bug", "lost", "followed"]
     code: int
     name: str = ""
     what: str = ""

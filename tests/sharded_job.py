@@ -36,7 +36,10 @@ def write_material(root: Path) -> Path:
         for a in range(5)
         for b in range(5)
     ]
-    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "No" * (i % 4 + 1)} for i, row in enumerate(rows)]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "No" * (i % 4 + 1)}
+        for i, row in enumerate(rows)
+    ]
     for name, lines in (("rows", rows), ("pairs", pairs)):
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return root
@@ -44,7 +47,12 @@ def write_material(root: Path) -> Path:
 
 def settings(root: Path, command: str, **more: object) -> dict[str, object]:
     """The settings of a short training; its last batch of an epoch is not full."""
-    shared: dict[str, object] = {"model": str(root / "policy"), "learning_rate": 1e-3, "warmup_steps": 0, "log_every": 1}
+    shared: dict[str, object] = {
+        "model": str(root / "policy"),
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "log_every": 1,
+    }
     shared |= {"save_every": 2, "eval_every": 2, "batch_size": 8, "seed": 3, "lora_rank": 0}
     if command == "sft":
         shared |= {"data": [str(root / "rows.jsonl")], "epochs": 2, "eval_fraction": 0.2}
@@ -148,7 +156,15 @@ def start_jobs(root: Path, jobs: list[dict], processes: int, *launcher: str) -> 
     script = root / "sharded_script.py"
     script.write_text(BARE_CHECKOUT + "from sharded_job import main\nmain()\n", encoding="utf-8")
     how = launcher or ("--standalone",)
-    words = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc-per-node={processes}", str(script), str(root)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *how,
+        f"--nproc-per-node={processes}",
+        str(script),
+        str(root),
+    ]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
 
 

@@ -15,9 +15,8 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ class Processes:
 
     words: Sequence[str]
     keys: Sequence[str]
-    meeting: Meeting = Meeting()
+    meeting: Meeting = field(default_factory=Meeting)
 
     @property
     def first(self) -> int:
@@ -85,13 +84,12 @@ def check_torch() -> None:
 
     if not torch.distributed.is_available():
         raise InputError("this torch is built without torch.distributed", "install a build of torch that has it")
-    if torch.version.cuda is None and torch.version.hip is None:
-        if not torch.accelerator.is_available():
-            raise InputError(
-                f"torch {torch.__version__} is built without support for the GPUs of this machine",
-                "install the build for them, see pytorch.org",
-            )
-    elif not torch.distributed.is_nccl_available():
+    if not torch.accelerator.is_available():
+        raise InputError(
+            f"torch {torch.__version__} sees no GPU, and the driver lists some",
+            "install the build of torch for these GPUs and this driver, see pytorch.org",
+        )
+    if (torch.version.cuda or torch.version.hip) and not torch.distributed.is_nccl_available():
         raise InputError(
             f"torch {torch.__version__} is built without NCCL, which joins several GPUs",
             "install a build of torch that has it, or give --gpus 1",
@@ -137,21 +135,21 @@ def _settings(processes: Processes, folder: Path) -> LaunchConfig:
 
     meeting, count = processes.meeting, len(processes.keys)
     hidden = {local: Std.ERR for local in range(count) if processes.first + local > 0}
-    place: dict[str, object] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-    if meeting.nodes > 1:
-        place = {"rdzv_backend": "static", "rdzv_endpoint": f"{meeting.head}:{meeting.port}"}
-        place["rdzv_configs"] = {"rank": meeting.node, "timeout": WAIT}
+    alone = meeting.nodes == 1
     return LaunchConfig(
         min_nodes=meeting.nodes,
         max_nodes=meeting.nodes,
         nproc_per_node=count,
-        run_id=f"gemma2-{os.getpid()}-{time.monotonic_ns()}" if meeting.nodes == 1 else "gemma2",
+        run_id=f"gemma2-{os.getpid()}" if alone else "gemma2",
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint="localhost:0" if alone else f"{meeting.head}:{meeting.port}",  # 0: a port that is free
+        rdzv_configs={} if alone else {"rank": meeting.node, "timeout": WAIT},
+        local_addr="localhost" if alone else None,
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=hidden),
         signals_to_handle="",  # ours stay: they raise once, and wait for what cleans up
         shutdown_timeout=END,
-        **place,
     )
 
 
@@ -165,9 +163,12 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
     if first is not None and first.kind != "lost":
         return first.code
     for one in ended.values():
-        if -one.code in KILLED:
+        if -one.code in KILLED and one.rank not in words:  # with a word it was on its way out
             raise _killed(one)
     for rank, word in sorted(words.items()):
+        if word.kind == "followed":
+            what = f"rank 0, on another machine, has ended the job with exit code {word.code}"
+            raise ProcessEnd(what, "it says why where it runs", word.code)
         if word.kind == "error":
             raise _again(rank, word)
         if word.kind == "bug":

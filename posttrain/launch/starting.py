@@ -4,7 +4,7 @@
     no flag           one GPU; all that are visible if the models that are trained do not fit one, by the plan
     under torchrun    nothing is started: the flags only have to say what torchrun was asked for
 
-A process that works alone sees one GPU: libraries that find several would use them in ways of their own.
+A process that works alone sees one GPU: libraries that find several would use all of them, each as it thinks best.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gemma2.posttrain.schemas.config import Config
 from .agreement import check_shares, check_world, divides
 from .launcher import Processes, run_processes
 from .nodes import meeting_of
-from .strategy import needed_on
+from .strategy import needed_on_one
 
 __all__ = ["devices", "started"]
 
@@ -36,8 +36,8 @@ COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerat
 def devices(asked: bool) -> tuple[Gpu, ...]:
     """Return the GPUs that a command may use.
 
-    asked  whether a flag asks for some: then torch, in a process of its own, is asked about accelerators that no
-           driver's tool has named
+    asked  whether a flag asks for some: then a separate process asks torch about accelerators that no driver's
+           tool has named
     """
     found = visible_devices()
     if found or not asked:
@@ -92,12 +92,10 @@ def _count(config: LaunchFields, gpus: Sequence[Gpu], progress: Progress) -> int
     if config.gpus is None:
         return len(gpus) if config.nodes > 1 and gpus else _as_needed(config, gpus, progress)
     if not gpus:
-        several = (
-            f"torchrun --nproc-per-node {config.gpus} -m gemma2.cli.main ... runs {config.gpus} processes on the CPU"
-        )
+        line = f"torchrun --nproc-per-node {config.gpus} -m gemma2.cli.main ..."
         raise UsageError(
             f"--gpus {config.gpus}, and this machine has no GPU that torch can use",
-            f"drop --gpus; {several}" if config.gpus > 1 else "drop --gpus",
+            f"drop --gpus; {line} runs {config.gpus} processes on the CPU" if config.gpus > 1 else "drop --gpus",
             "--gpus",
         )
     if config.gpus > len(gpus):
@@ -115,11 +113,11 @@ def _as_needed(config: LaunchFields, gpus: Sequence[Gpu], progress: Progress) ->
     if len(gpus) < 2:
         return 1
     largest = max((gpu.memory.free for gpu in gpus if not math.isnan(gpu.memory.free)), default=math.nan)
-    needed = None
+    needed = math.nan
     if isinstance(config, StrategyFields):
         with suppress(Gemma2Error):  # of a model that cannot be read: the checks of the command say it
-            needed = needed_on(config, 1, largest)
-    if needed is None or not needed > largest:
+            needed = needed_on_one(config, largest)
+    if not needed > largest:
         progress.note(f"{len(gpus)} GPUs are visible, one is used; --gpus {len(gpus)} uses all")
         return 1
     count = next(number for number in range(len(gpus), 0, -1) if divides(config, number))

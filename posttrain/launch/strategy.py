@@ -7,38 +7,39 @@ Rank 0 decides, since the free memory of machines differs, and the others hear o
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.estimates import Sources
-from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
+from gemma2.posttrain.planning.memory import SPARE, Lengths, MemoryPlace, memory_of, place_for
 from gemma2.posttrain.planning.named_models import NOTHING, sizes_of
 from gemma2.posttrain.runs.machine import MAIN, free_memory
 from gemma2.posttrain.schemas import StrategyFields
 
-__all__ = ["SPARE", "Strategy", "needed_on", "strategy_of"]
+__all__ = ["Strategy", "needed_on", "needed_on_one", "strategy_of"]
 
 Strategy = Literal["one", "ddp", "fsdp"]
-SPARE = 0.15  # of a device, left free by ddp: a plan is an estimate
 
 
-def needed_on(config: StrategyFields, processes: int, capacity: float, sharded: bool | None = None) -> float | None:
-    """Return the bytes that a command needs on each of several GPUs; None where the plan does not know its models.
+def needed_on_one(config: StrategyFields, capacity: float) -> float:
+    """Return the bytes that a command needs on one GPU, NaN for a model of unknown size.
 
-    capacity  bytes of one, for engines that take a share of it
-    sharded   fsdp or not; default: as `--strategy` says
+    capacity  bytes of the GPU, for engines that take a share of it
     """
-    split = config.strategy == "fsdp" if sharded is None else sharded
-    place = MemoryPlace("accelerator", processes, split, capacity)
-    return _needed(config, place)
+    return needed_on(config, 1, capacity, config.strategy == "fsdp")
 
 
-def _needed(config: StrategyFields, place: MemoryPlace) -> float | None:
+def needed_on(config: StrategyFields, processes: int, capacity: float, sharded: bool) -> float:
+    """Return the bytes that a command needs on each of several GPUs, NaN for a model of unknown size."""
+    return _needed(config, MemoryPlace("accelerator", processes, sharded, capacity))
+
+
+def _needed(config: StrategyFields, place: MemoryPlace) -> float:
     plan = memory_of(config, sizes_of(NOTHING, Sources()), place, Lengths())
-    return None if plan is None or math.isnan(plan.peak.bytes) else plan.peak.bytes
+    assert plan is not None, "a training runs a model"
+    return plan.peak.bytes
 
 
 def strategy_of(config: StrategyFields, ranks: Ranks, progress: Progress = SILENT) -> Strategy:
@@ -57,20 +58,19 @@ def strategy_of(config: StrategyFields, ranks: Ranks, progress: Progress = SILEN
 
 def _decided(config: StrategyFields, processes: int, progress: Progress) -> Strategy:
     memory = free_memory()
-    if memory.where == MAIN:  # the processes of torchrun share it
-        place = MemoryPlace("cpu", processes, capacity=memory.free / processes)
+    on_cpu = memory.where == MAIN  # which the processes of torchrun share
+    capacity = memory.free / processes if on_cpu else memory.free
+    kind: Literal["cpu", "accelerator"] = "cpu" if on_cpu else "accelerator"
+    place = place_for(config, sizes_of(NOTHING, Sources()), Lengths(), kind, capacity, processes)
+    whole = _needed(config, MemoryPlace(kind, processes, False, capacity))
+    strategy: Strategy = "fsdp" if place.full_shard else "ddp"
+    there = f"strategy: {strategy} on {processes} processes"
+    if whole != whole:  # NaN
+        progress.note(f"{there}, since the size of a model is not known")
+        return strategy
+    needed, free = sizes_apart(whole, capacity)
+    if strategy == "ddp":
+        progress.note(f"{there}: {needed} are needed on each, {free} are free")
     else:
-        place = MemoryPlace("accelerator", processes, capacity=memory.free)
-    needed, most = _needed(config, place), (1 - SPARE) * place.capacity
-    if needed is None:
-        progress.note(f"strategy: fsdp on {processes} processes, the size of a model is not known")
-        return "fsdp"
-    texts = sizes_apart(needed, place.capacity)
-    if needed <= most:
-        progress.note(f"strategy: ddp on {processes} processes: {texts[0]} are needed on each, {texts[1]} are free")
-        return "ddp"
-    progress.note(
-        f"strategy: fsdp on {processes} processes: ddp would need {texts[0]} on each, {texts[1]} are free, "
-        f"and {SPARE:.0%} stay free"
-    )
-    return "fsdp"
+        progress.note(f"{there}: ddp would need {needed} on each, of {free} that are free, and leaves {SPARE:.0%}")
+    return strategy

@@ -93,7 +93,8 @@ def files(root: Path) -> dict:
             (out / name).read_text() == (root / "expected" / name).read_text()
             for name in ("config.json", "generation_config.json")
         ],
-        "config": json.loads((out / "config.json").read_text()) == json.loads((root / "expected/config.json").read_text()),
+        "config": json.loads((out / "config.json").read_text())
+        == json.loads((root / "expected/config.json").read_text()),
     }
 
 

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_job import outcomes, run_job, settings, start_jobs, write_material
 from shard_probes import PROBES
+from sharded_job import outcomes, run_job, settings, start_jobs, write_material
 
 pytestmark = pytest.mark.long
 
