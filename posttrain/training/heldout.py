@@ -187,8 +187,8 @@ def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int, 
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     with evaluating(model), whole_head(model):
-        rows = [example.ids for example in examples]
-        for batch, hidden in _batches(model, rows, batch_size, pace_of(model, ranks)):
+        texts = [example.ids for example in examples]
+        for batch, hidden in _batches(model, texts, batch_size, pace_of(model, ranks)):
             places = [(row, t) for row, i in enumerate(batch) for t, learned in enumerate(examples[i].mask) if learned]
             rows, positions = torch.tensor(places, device=hidden.device).reshape(-1, 2).unbind(1)
             ids = [examples[batch[row]].ids[t] for row, t in places]
