@@ -1,6 +1,6 @@
 """Trainings on several processes: `python sharded_job.py ROOT`, started by torchrun, runs what ROOT/jobs.json lists.
 
-A job is {name, command, config, resume, stop}: its output is ROOT/name; `stop`: the step before which every process ends
+A job is {name, command, config, resume, stop}: its output is ROOT/name; `stop`: the steps after which every process ends
 as if it had been killed. {name, tear} cuts a file in the middle, {name, probe} runs a function of shard_probes.py. What
 each job came to is in ROOT/outcomes-RANK.json.
 """
@@ -98,7 +98,7 @@ def run_job(root: Path, job: dict) -> object:
     }[job["command"]]
     options = RunOptions(root / job["name"], resume=job.get("resume", False))
     try:
-        with stopping(job.get("stop")):
+        with stopping(job.get("stop"), job.get("poison")):
             run(schema(**job["config"]), options)
     except Stopped:
         return "stopped"
@@ -114,20 +114,24 @@ class Stopped(Exception):
 
 
 class stopping:
-    """Raise Stopped before the step after `step`, while open."""
+    """Raise Stopped after `stop` steps, while open; after `poison` steps a weight of the last process becomes NaN."""
 
-    def __init__(self, step: int | None) -> None:
-        self.step = step
+    def __init__(self, stop: int | None, poison: int | None = None) -> None:
+        self.stop, self.poison = stop, poison
 
     def __enter__(self) -> None:
+        from gemma2.posttrain.sharding.units import local
         from gemma2.posttrain.training.trainer import RunCallback
 
         self.before = RunCallback.on_step_begin
-        step, before = self.step, self.before
+        stop, poison, before = self.stop, self.poison, self.before
 
         def begin(callback, args, state, control, **kwargs):
-            if state.global_step == step:
+            if state.global_step == stop:
                 raise Stopped
+            if state.global_step == poison and args.process_index == args.world_size - 1:
+                trained = next(value for value in kwargs["model"].parameters() if value.requires_grad)
+                local(trained.data).view(-1)[0] = float("nan")
             before(callback, args, state, control, **kwargs)
 
         RunCallback.on_step_begin = begin
@@ -171,7 +175,10 @@ def outcomes(root: Path, rank: int = 0) -> dict[str, list]:
 
 def main() -> None:
     """Run the jobs of a root as one of several processes."""
+    from gemma2.core.ranks import join
+
     torch.set_num_threads(1)
+    join("the tests")
     root = Path(sys.argv[1])
     found = run_jobs(root, json.loads((root / "jobs.json").read_text(encoding="utf-8")))
     (root / f"outcomes-{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")

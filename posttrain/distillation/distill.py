@@ -23,12 +23,13 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located, split
 from gemma2.posttrain.launch.agreement import check_shares
-from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, evaluating, length_batches
@@ -75,6 +76,10 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
     with open_run("distill", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
+        named = [config.model] if config.teacher is None else [config.model, config.teacher]
+        run.origin["attention"] = settle_attention(
+            config.attention, named, progress, device=default_device(), learns=True
+        )
         setup = prepare(config, cache, reading, progress, placement)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         given = distillation_arguments(config, run, micro, ranks.size)
@@ -131,7 +136,7 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
-    student, tokenizer = placement.policy(config.model)
+    student, tokenizer = placement.policy(config.model, attention=config.attention)
     check_targets(config, student)
     student = placement.filled(student, config.model, lora_config(config, "CAUSAL_LM"), config.seed)
     plain = plain_model(student)
@@ -147,7 +152,7 @@ def prepare(
         loss = Loss(teacher, config.distill_temperature, None)
         return DistillSetup(student, loss, material, [], [cache.examples[i] for i in others], others)
     assert config.teacher is not None
-    model, _ = load_teacher(config.teacher, config.teacher_dtype, placement)
+    model, _ = load_teacher(config.teacher, config.teacher_dtype, config.attention, placement)
     rows = common_vocabulary(
         int(model.get_output_embeddings().weight.shape[0]), size, max(tokenizer.get_vocab().values()) + 1
     )

@@ -21,7 +21,7 @@ from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.schemas.fields import Dtype
+from gemma2.posttrain.schemas.fields import Attention, Dtype
 from gemma2.posttrain.sharding.placement import WHOLE, Placement
 from gemma2.posttrain.sharding.units import is_sharded, plain_class, whole_head
 
@@ -84,9 +84,11 @@ class LiveTeacher:
         return FullTarget(hidden, head_of(self.model, self.temperature, self.vocabulary), self.divergence)
 
 
-def load_teacher(path: Path, dtype: Dtype, placement: Placement = WHOLE) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+def load_teacher(
+    path: Path, dtype: Dtype, attention: Attention = "eager", placement: Placement = WHOLE
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """A frozen teacher and its tokenizer. Raises InputError for a head that is more than a product and a soft cap."""
-    model, tokenizer = placement.frozen_policy(path, frozen_dtype(dtype))
+    model, tokenizer = placement.frozen_policy(path, frozen_dtype(dtype), attention)
     check_head(model, f"--teacher {path}")
     return model, tokenizer
 

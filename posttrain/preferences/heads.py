@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
@@ -25,7 +25,8 @@ from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, load_tokenizer, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
-from gemma2.posttrain.sharding.into_shards import skeleton
+from gemma2.posttrain.schemas.fields import Attention
+from gemma2.posttrain.sharding.placement import WHOLE, Placement
 
 __all__ = ["HEAD", "starting_model"]
 
@@ -33,41 +34,48 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress, divided: bool = False
+    path: Path,
+    seed: int,
+    from_head: Path | None,
+    progress: Progress,
+    attention: Attention,
+    placement: Placement = WHOLE,
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
-    divided: the weights of the files are read later, into shards; a new head, or another model's, is there already.
+    Of a model that `placement` divides, the weights of the files are read later; a head from elsewhere is there already.
     Raises InputError for several outputs, and for a head that does not fit.
     """
     check_outputs(path, "--model")
-    if divided:
-        model, tokenizer = _without_weights(path, seed)
+    if placement.divides:
+        model, tokenizer = _without_weights(path, seed, placement, attention)
     elif is_classifier(path):
-        model, tokenizer = load_reward_model(path)
+        model, tokenizer = load_reward_model(path, attention=attention)
     else:
-        model, tokenizer = init_reward_model(path, seed)
+        model, tokenizer = init_reward_model(path, seed, attention=attention)
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)
         values = _head_of(from_head, model.get_parameter(HEAD).shape)
         with torch.no_grad():
-            if divided:
+            if placement.divides:
                 model.score.weight = nn.Parameter(values)
             else:
                 model.get_parameter(HEAD).copy_(values)
     return model, tokenizer
 
 
-def _without_weights(path: Path, seed: int) -> tuple[RewardNetwork, Tokenizer]:
+def _without_weights(
+    path: Path, seed: int, placement: Placement, attention: Attention
+) -> tuple[RewardNetwork, Tokenizer]:
     """Return a model whose weights are to be read into shards, with the head that `init_reward_model` draws."""
     tokenizer = load_tokenizer(path)
-    model = cast(RewardNetwork, skeleton(AutoModelForSequenceClassification, path, num_labels=1))
+    model = cast(RewardNetwork, placement.skeleton(AutoModelForSequenceClassification, path, attention, num_labels=1))
     model.config.pad_token_id = tokenizer.pad_token_id
     if not is_classifier(path):
         head = torch.empty(model.get_parameter(HEAD).shape)
         torch.manual_seed(seed)
-        nn.init.normal_(head, 0.0, float(model.config.initializer_range))
+        nn.init.normal_(head, 0.0, float(cast(PreTrainedConfig, model.config).initializer_range))
         model.score.weight = nn.Parameter(head)
     return model, tokenizer
 

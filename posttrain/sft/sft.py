@@ -20,6 +20,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
 from gemma2.posttrain.data.mixture import Mixture
@@ -27,7 +28,7 @@ from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, located, split
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.launch.agreement import check_shares
-from gemma2.posttrain.models.loading import check_attention, load_tokenizer, quiet_libraries
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -66,9 +67,11 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     placement, progress = placed("sft", config, progress)
     ranks = placement.ranks
     accumulation = accumulation_steps(config, ranks)
-    check_attention(config.attention)
     check_tracking(config.report_to)
     with open_run("sft", config, options, ranks=ranks, strategy=placement.strategy) as run:
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
+        )
         model, tokenizer = placement.policy(config.model, attention=config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)

@@ -24,6 +24,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks, join
 from gemma2.merging.inputs.architecture import classifies
+from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.launch.strategy import Strategy, needed_on, strategy_of
 from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, read_config
@@ -31,8 +32,9 @@ from gemma2.posttrain.models.protocols import CausalLM, Network
 from gemma2.posttrain.planning.memory import SPARE
 from gemma2.posttrain.runs.machine import free_memory
 from gemma2.posttrain.schemas import StrategyFields
+from gemma2.posttrain.schemas.fields import Attention
 
-from .into_shards import divide, skeleton
+from .into_shards import Factory, divide, skeleton
 from .units import ShardLayout, layout_of
 
 if TYPE_CHECKING:
@@ -52,18 +54,32 @@ class Placement:
     layout: ShardLayout | None = None
 
     def policy(
-        self, path: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"
+        self, path: Path, dtype: torch.dtype = torch.float32, attention: Attention = "eager"
     ) -> tuple[CausalLM, Tokenizer]:
         """Load a causal LM as `load_policy` does; a divided one has no weights before `filled`."""
         if self.layout is None:
             return load_policy(path, dtype, attention=attention)
         if classifies(read_config(path)):
             raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
-        return cast(CausalLM, skeleton(AutoModelForCausalLM, path, dtype, attention)), load_tokenizer(path)
+        return cast(CausalLM, self.skeleton(AutoModelForCausalLM, path, attention, dtype)), load_tokenizer(path)
 
-    def frozen_policy(self, path: Path, dtype: torch.dtype) -> tuple[CausalLM, Tokenizer]:
+    def skeleton(
+        self,
+        factory: Factory,
+        path: Path,
+        attention: Attention,
+        dtype: torch.dtype = torch.float32,
+        **options: object,
+    ) -> transformers.PreTrainedModel:
+        """Return a model without weights, with the attention kernel that a whole one would be loaded with."""
+        kernel = chosen_kernel(attention, path, dtype, default_device())
+        return skeleton(factory, path, dtype, kernel, **options)
+
+    def frozen_policy(
+        self, path: Path, dtype: torch.dtype, attention: Attention = "eager"
+    ) -> tuple[CausalLM, Tokenizer]:
         """Load a causal LM that is not trained, and whose products are in the dtype of its weights. A collective."""
-        model, tokenizer = self.policy(path, dtype)
+        model, tokenizer = self.policy(path, dtype, attention)
         if self.layout is not None:
             divide(model.requires_grad_(False), path, self.layout)
         return model.requires_grad_(False), tokenizer

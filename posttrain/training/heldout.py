@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -35,7 +34,7 @@ from gemma2.posttrain.models.cross_entropy import summed_cross_entropy
 from gemma2.posttrain.models.head import plain_head
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM, Network
-from gemma2.posttrain.models.sampler import evaluating, length_batches
+from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import Pace, head_logps, hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
@@ -188,8 +187,8 @@ def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int, 
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     with evaluating(model), whole_head(model):
-        rows = [example.ids for example in examples]
-        for batch, hidden in _batches(model, rows, batch_size, pace_of(model, ranks)):
+        texts = [example.ids for example in examples]
+        for batch, hidden in _batches(model, texts, batch_size, pace_of(model, ranks)):
             places = [(row, t) for row, i in enumerate(batch) for t, learned in enumerate(examples[i].mask) if learned]
             rows, positions = torch.tensor(places, device=hidden.device).reshape(-1, 2).unbind(1)
             ids = [examples[batch[row]].ids[t] for row, t in places]
@@ -212,18 +211,5 @@ def _batches(
     model: CausalLM, rows: Sequence[list[int]], batch_size: int, pace: Pace
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (indices, last hidden states (B, T, d) fp32) in batches of similar length."""
-    if model.config._attn_implementation == "eager":
-        yield from hidden_states(model, rows, [[]] * len(rows), batch_size, pace)
-        return
-    half = model.config._attn_implementation.startswith("flash")  # flash attention does not accept fp32
-    precision = torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
-    for found in pace(list(length_batches([len(row) for row in rows], batch_size))):
-        own = [[0]] if found is None else [rows[i] for i in found]
-        width = max(map(len, own))
-        padded = [row + [0] * (width - len(row)) for row in own]
-        present = [[1] * len(row) + [0] * (width - len(row)) for row in own]
-        ids, mask = torch.tensor(padded, device=model.device), torch.tensor(present, device=model.device)
-        with precision:
-            output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        if found is not None:
-            yield found, output.last_hidden_state.float()
+    for batch, states in hidden_states(model, rows, [[]] * len(rows), batch_size, pace):
+        yield batch, states.float()
