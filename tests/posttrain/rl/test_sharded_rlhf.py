@@ -21,8 +21,8 @@ MORE = {
     "adapter": f"{LORA} --lora-output adapter",
     "sft": "--anchor sft --sft {job}/other",
     "none": "--anchor none",
-    "ensemble": "--reward {job}/reward-1 --reward {job}/reward-2 --reward-ensemble mean",
-    "average": "--reward {job}/reward-1 --reward {job}/reward-2 --reward-ensemble warm",
+    "ensemble": "--reward {job}/reward-1,{job}/reward-2 --reward-ensemble mean",
+    "average": "--reward {job}/reward-1,{job}/reward-2 --reward-ensemble warm",
     "accumulated": "--micro-batch-size 3",
 }
 WIDE = "--prompts-per-step 12 --n 2"
