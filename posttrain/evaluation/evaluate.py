@@ -167,8 +167,8 @@ def measure(
             uniforms = uniforms[own.start * params.n : own.stop * params.n]
             with opened(model):
                 sampled = _drawn(model, chat, chunk[own], uniforms, settings)
-            in_step = is_lent(model)  # then every process opens every model, if need be without a row
-            values = _values(model, reference, sampled, scores, settings) if in_step or sampled.rows else {}
+            asked = sampled.rows or is_lent(model)  # then every process opens every model, if need be without a row
+            values = _values(model, reference, sampled, scores, settings) if asked else {}
             parts.append((sampled, values) if sampled.rows else None)
             task.advance(len(chunk))
     of_every_chunk = zip(*settings.ranks.gather(parts), strict=True)
@@ -299,9 +299,8 @@ def sequence_kl(
 def _predicting_states(
     model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
 ) -> Iterable[tuple[list[int], Tensor]]:
-    """(indices, the states (K, d) that predict their completion tokens) of every batch.
-
-    Of a lent model all at once: whole models then take the memory one after another, and only the heads together.
+    """(indices, the states (K, d) that predict their completion tokens) of every batch; of a lent model all at once, so
+    that whole models take the memory one after another, and only heads together.
     """
     if not is_lent(model):
         return _states_of_batches(model, prompts, completions, batch_size)

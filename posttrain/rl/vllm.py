@@ -96,8 +96,7 @@ class VllmSampler:
             if ranks.is_main:
                 generation.vllm_client = _SeededClient(generation.vllm_client, self._seeds)
         else:
-            kind = _SeededLLM if each_request else _BatchSeededLLM
-            generation.llm = kind(generation.llm, self._seeds)
+            generation.llm = _SeededLLM(generation.llm, self._seeds, each_request)
 
     @classmethod
     def start(
@@ -288,43 +287,32 @@ class _Seeds:
         self.first = int(torch.randint(2**62, (), generator=generator)) + skipped
 
 
-class _BatchSeededLLM:
-    """vLLM's LLM in this process, torch's random numbers seeded before each batch and put back after it.
+class _SeededLLM:
+    """vLLM's LLM in this process, each request with its own seed, or torch seeded before a batch and put back after it.
 
-    Processes that hold one copy of the policy together get the same seed, as vLLM needs it.
+    Processes that hold one copy of the policy together get the same seeds, as vLLM needs it.
     """
 
-    def __init__(self, llm: Any, seeds: _Seeds) -> None:  # noqa: ANN401
+    def __init__(self, llm: Any, seeds: _Seeds, each: bool) -> None:  # noqa: ANN401
         self._llm = llm
         self._seeds = seeds
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._llm, name)
-
-    def generate(self, prompts: Sequence[object], **options: object) -> Any:  # noqa: ANN401
-        device = default_device()
-        on_cpu = device.type == "cpu"
-        places = [] if on_cpu else [torch.accelerator.current_device_index()]
-        with torch.random.fork_rng(places, device_type="cuda" if on_cpu else device.type):
-            torch.manual_seed(self._seeds.first)
-            return self._llm.generate(prompts, **options)
-
-
-class _SeededLLM:
-    """vLLM's LLM, each request with its own seed."""
-
-    def __init__(self, llm: Any, seeds: _Seeds) -> None:  # noqa: ANN401
-        self._llm = llm
-        self._seeds = seeds
+        self._each = each
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._llm, name)
 
     def generate(self, prompts: Sequence[object], sampling_params: Any, **options: object) -> Any:  # noqa: ANN401
-        each = [copy.copy(sampling_params) for _ in prompts]
-        for number, params in enumerate(each):
-            params.seed = self._seeds.first + number
-        return self._llm.generate(prompts, sampling_params=each, **options)
+        if self._each:
+            each = [copy.copy(sampling_params) for _ in prompts]
+            for number, params in enumerate(each):
+                params.seed = self._seeds.first + number
+            return self._llm.generate(prompts, sampling_params=each, **options)
+        device = default_device()
+        on_cpu = device.type == "cpu"
+        places = [] if on_cpu else [torch.accelerator.current_device_index()]
+        with torch.random.fork_rng(places, device_type="cuda" if on_cpu else device.type):
+            torch.manual_seed(self._seeds.first)
+            return self._llm.generate(prompts, sampling_params=sampling_params, **options)
 
 
 class _Reply(Protocol):

@@ -1,4 +1,4 @@
-"""Plain models without memory of their own: their weights are gathered from shards for as long as they are used.
+"""Plain models without memory for weights: these are gathered from shards for as long as a model is used.
 
     lend(shell, weights, dtype, device)    `shell`, a skeleton, gets its weights from `weights()` when it is opened
     with opened(model):                    it has them, and may run as often as it likes
