@@ -45,7 +45,7 @@ class DecodingWeights:
     """The weights of a model as decoding reads them. Made once for all batches of a rollout, and dropped after it.
 
     Under autocast they are copies in its dtype, products of adapters added in fp32 before they are rounded; else the
-    weights of the model where nothing has to be added to them. They are not valid any longer once the model has learned.
+    weights of the model where nothing has to be added to them. They are out of date once the model has learned.
     """
 
     def __init__(self, model: Gemma2ForCausalLM | LlamaForCausalLM) -> None:
