@@ -30,6 +30,7 @@ from gemma2.posttrain.quantisation.layers import QuantisedLinear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 __all__ = ["Products", "is_rounded", "products_of", "write_merged"]
 
@@ -76,7 +77,7 @@ def write_merged(model: Network, products: Products, base: Path, tokenizer: Toke
     ones that were trained in full, a reward model's head, are taken from it.
     Raises InputError for a base that lacks a tensor, or whose shapes changed since it was loaded.
     """
-    plain = plain_model(model)
+    plain = cast("PreTrainedModel", plain_model(model))
     shards = list(_shards(_parts(plain)))
     files = {name: file for file in weight_files(base) for name in _names(file)}
     weight_map: dict[str, str] = {}
@@ -92,13 +93,13 @@ def write_merged(model: Network, products: Products, base: Path, tokenizer: Toke
     config = copy.deepcopy(plain.config)
     config.architectures, config.dtype = [type(plain).__name__], "float32"
     config.save_pretrained(directory)
-    if getattr(plain, "generation_config", None) is not None and plain.can_generate():
+    if plain.can_generate():
         plain.generation_config.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
 
 
-def _parts(plain: Network) -> Iterator[tuple[str, _Part]]:
+def _parts(plain: PreTrainedModel) -> Iterator[tuple[str, _Part]]:
     """(name, tensor) of everything that the plain model consists of; tied tensors once."""
     for name, parameter in plain.named_parameters():
         if ".lora_" in name or ".original_module." in name:
@@ -108,8 +109,9 @@ def _parts(plain: Network) -> Iterator[tuple[str, _Part]]:
             yield f"{before}.{after.partition('.')[2]}", _Part(parameter.shape, parameter.detach())
             continue
         owner = plain.get_submodule(name.rpartition(".")[0])
-        packed = isinstance(owner, QuantisedLinear) and name.endswith(".weight")
-        shape = torch.Size((owner.out_features, owner.in_features)) if packed else parameter.shape
+        shape = parameter.shape
+        if isinstance(owner, QuantisedLinear) and name.endswith(".weight"):
+            shape = torch.Size((owner.out_features, owner.in_features))
         yield name.replace(".base_layer.", "."), _Part(shape, parameter.detach() if parameter.requires_grad else None)
 
 
