@@ -89,13 +89,15 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
 def write_student(
     trainer: GkdTrainer, setup: DistillSetup, config: DistillConfig, run: Run, progress: Progress
 ) -> JsonObject:
-    """Write the student as a plain model, and return how far it is from the one that was trained on a rounded base."""
+    """Write the student as a plain model, and return how far it is from one that was trained on a quantised base."""
     chat = setup.material.chat
     plain_model(trainer.model).generation_config.eos_token_id = chat.stop_ids
     if not is_rounded(trainer.model):
         save_model(merged(trainer.model), chat.tokenizer, run.path)
         return {}
     write_merged(trainer.model, products_of(trainer.model), config.model, chat.tokenizer, run.path)
+    if config.base_bits is None:
+        return {}
     rows = [example.ids for example in setup.heldout or setup.material.examples]
     rows = rows or [chat.prompt_ids(prompt.messages) for prompt in setup.heldout_prompts]
     return policy_difference(trainer.model, run.path, rows, progress, trainer.args.bf16)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
@@ -50,7 +50,7 @@ def starting_model(
         return init_reward_model(path, seed, dtype, device)
 
     model, tokenizer = quantised_base(path, settings, progress, load)
-    model.score.float()
+    model.score.float().register_forward_pre_hook(_widened)
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)
@@ -58,6 +58,11 @@ def starting_model(
         with torch.no_grad():
             head.copy_(_head_of(from_head, head.shape))
     return model, tokenizer
+
+
+def _widened(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """States in the dtype of a head that is wider than its frozen backbone; autocast has the last word."""
+    return (inputs[0].to(next(head.parameters()).dtype), *inputs[1:])
 
 
 def is_classifier(path: Path) -> bool:

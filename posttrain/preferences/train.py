@@ -81,7 +81,8 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         if is_rounded(trainer.model):
             plain = plain_model(trainer.model)
             write_merged(trainer.model, products_of(trainer.model), config.model, tokenizer, run.path)
-            figures |= compared(plain, tokenizer, run, heldout_pairs or pairs, progress)
+            if config.base_bits:
+                figures |= compared(plain, tokenizer, run, heldout_pairs or pairs, progress)
         else:
             plain = merged(trainer.model)
             save_model(plain, tokenizer, run.path)

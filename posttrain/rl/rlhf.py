@@ -274,9 +274,9 @@ def save_on_base(products: Products, setup: RlSetup, config: RlhfConfig, directo
 def difference(
     trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: Run, progress: Progress
 ) -> JsonObject:
-    """How far the output is from the policy that was trained, on prompts, if it was trained on a rounded base."""
+    """How far the output is from the policy that was trained, on prompts, if that has a quantised base."""
     policy, rollout = setup.rollout.policy, setup.rollout
-    if config.lora_output == "adapter" or not is_rounded(policy):
+    if config.lora_output == "adapter" or config.base_bits is None:
         return {}
     prompts = [rollout.encode(prompt) for prompt in rollout.prompts[:DIFFERENCE_PROMPTS]]
     return policy_difference(policy, run.path, prompts, progress, trainer.args.bf16)

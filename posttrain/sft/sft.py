@@ -90,7 +90,7 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         evaluation.keep_best(trainer.model)
         figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
         write_model(trainer.model, tokenizer, chat, config, run)
-        if config.lora_output == "merged" and is_rounded(trainer.model):
+        if config.lora_output == "merged" and config.base_bits:
             some = [example.ids for example in rows.heldout or rows.examples]
             figures |= policy_difference(trainer.model, run.path, some, progress, trainer.args.bf16)
         return run.finish(figures | counts(rows, mixture, config) | unread | evaluation.summary(progress))

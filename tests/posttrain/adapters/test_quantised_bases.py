@@ -81,7 +81,9 @@ def test_decoding_takes_quantised_layers_as_they_are(name, bits, monkeypatch):
     expected = stepped(policy, "transformers")
     assert (stepped(policy, "decoder") - expected).abs().max() < 5e-5 * expected.std()
     prompts = prompts_of([5, 3, 11])
-    assert sample(policy, prompts, SamplingParams(12, temperature=0.0), [STOP], PAD).ids == generate(policy, prompts, 12)
+    assert sample(policy, prompts, SamplingParams(12, temperature=0.0), [STOP], PAD).ids == generate(
+        policy, prompts, 12
+    )
 
 
 def adapted_base(name, bits):
@@ -162,7 +164,7 @@ def test_a_dense_anchor_shares_the_layers_that_have_no_adapter(loaded):
 
 
 def test_the_written_model_is_the_directory_plus_the_product(loaded, directory, tmp_path):
-    model, tokenizer, _, bits = loaded
+    model, tokenizer, *_ = loaded
     policy = adapted(model)
     assert is_rounded(policy)
     tmp_path.joinpath("out").mkdir()
@@ -185,7 +187,7 @@ def test_the_written_model_is_the_directory_plus_the_product(loaded, directory, 
 
 def test_the_anchors_products_are_averages_less_the_quantised_base(loaded, directory, tmp_path):
     """ema/ is the directory's base plus what the average adds, for both kinds of anchor."""
-    model, tokenizer, _, _ = loaded
+    model, *_ = loaded
     base = sharing_copy(model).requires_grad_(False)
     policy = adapted(model)
     plain = policy.get_base_model()
@@ -238,7 +240,7 @@ def test_a_base_that_changed_since_it_was_loaded_is_refused(loaded, directory, t
 
 
 def test_the_difference_is_that_of_the_two_models(loaded, directory, tmp_path):
-    model, tokenizer, notes, bits = loaded
+    model, tokenizer, notes, _ = loaded
     policy = adapted(model)
     (tmp_path / "out").mkdir()
     write_merged(policy, products_of(policy), directory, tokenizer, tmp_path / "out")
