@@ -116,8 +116,8 @@ def test_a_quantised_run_resumes_bit_for_bit(world, monkeypatch):
         return loss(self, model, inputs)
 
     monkeypatch.setattr(AnchoredRlooTrainer, "_compute_loss", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        invoke(words(world, parts, settings))
+    assert run(words(world, parts, settings)) != 0
+    assert not parts.exists()
     monkeypatch.setattr(AnchoredRlooTrainer, "_compute_loss", loss)
     assert invoke([*words(world, parts, settings), "--resume"]) == 0
     for file in ("model.safetensors", "ema/model.safetensors"):
