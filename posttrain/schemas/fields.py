@@ -196,12 +196,21 @@ class LoraFields(Config):
         adapted = (isinstance(rank, int | float) and rank > 0) or (isinstance(rank, str) and rank.strip("0 ") != "")
         return values | {"learning_rate": LORA_RATE * field.default} if adapted else values
 
+    @field_validator("base_bits", mode="before")
+    @classmethod
+    def _bits_may_be_text(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
     @model_validator(mode="after")
     def _only_a_frozen_base_is_quantised(self) -> Self:
         if self.base_bits is not None and self.lora_rank == 0:
             raise ValueError(
                 f"base_bits={self.base_bits} is for the frozen base of an adapter; give --lora-rank as well, "
                 "or drop --base-bits"
+            )
+        if self.base_bits is not None and getattr(self, "strategy", "auto") == "fsdp":
+            raise ValueError(
+                "strategy=fsdp divides weights over processes, base_bits keeps them in few bits on each; give one of both"
             )
         return self
 
