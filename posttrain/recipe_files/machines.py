@@ -170,7 +170,7 @@ def plan_of(cell: Cell) -> MachinePlan:
 
 def least_plan(cell: Cell) -> MachinePlan:
     """The plan of the settings with which the command needs least."""
-    values = {**LEAST[cell.command], "lora_rank": 8, "micro_batch_size": 1, "batch_size": 1}
+    values = {**LEAST[cell.command], "lora_rank": 8, "base_bits": 4, "micro_batch_size": 1, "batch_size": 1}
     if cell.command in ("rlhf", "warp"):
         values |= LEAST_RL
         values.pop("batch_size")

@@ -210,7 +210,8 @@ class LoraFields(Config):
             )
         if self.base_bits is not None and getattr(self, "strategy", "auto") == "fsdp":
             raise ValueError(
-                "strategy=fsdp divides weights over processes, base_bits keeps them in few bits on each; give one of both"
+                "strategy=fsdp divides weights over processes, base_bits keeps few bits of them on each; "
+                "give strategy=ddp, or drop base_bits"
             )
         return self
 
