@@ -22,9 +22,9 @@ from trl import DistillationConfig as TrlConfig
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.adapters.base import check_base, load_trained
-from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
 from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading

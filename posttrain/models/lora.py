@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.quantisation.layers import QuantisedLinear, dequantised
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear, dequantised
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.config import closest
 

@@ -98,7 +98,7 @@ class ModelShape:
         """Bytes of the model with the linear layers of its blocks in 4 or 8 bits, the rest in `item` bytes an element.
 
         A matrix of n elements takes n / 2 + n / 64 + 4 n / (64 * 256) bytes and two tables in 4 bits, 4.127 bits an
-        element; n and 4 for each output in 8 (`quantisation/nf4.py`, `layers.py`).
+        element; n and 4 for each output in 8 (`quantisation/nf4.py`, `quantised_linear.py`).
         """
         packed = 0.0
         for inputs, outputs in self.linear_layers().values():

@@ -20,7 +20,7 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
 from gemma2.merging.inputs.architecture import classifies
-from gemma2.posttrain.adapters.base import base_dtype, quantised_base
+from gemma2.posttrain.adapters.frozen_base import base_dtype, quantised_base
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork

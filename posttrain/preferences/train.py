@@ -19,9 +19,9 @@ from torch import Tensor
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.adapters.base import check_base
-from gemma2.posttrain.adapters.difference import score_difference
+from gemma2.posttrain.adapters.frozen_base import check_base
 from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import score_difference
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split

@@ -68,7 +68,7 @@ class FourBitWeight:
     def product(self, x: Tensor, packed: Tensor) -> Tensor | None:
         """Return x (..., in) @ W.T without forming W; None where no kernel does. Records no gradient.
 
-        bitsandbytes chooses the kernel by the number of rows; on a CPU there is none for these blocks.
+        bitsandbytes chooses the kernel by the number of rows; on a CPU it has no kernel for these blocks.
         """
         if x.device.type == "cpu" or self.shape[1] % BLOCK:
             return None

@@ -27,9 +27,9 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
-from gemma2.posttrain.adapters.base import check_base
-from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.frozen_base import check_base
 from gemma2.posttrain.adapters.merged_output import Products, is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure

@@ -15,7 +15,7 @@ import torch
 
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
-from gemma2.posttrain.adapters.base import load_trained
+from gemma2.posttrain.adapters.frozen_base import load_trained
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary

@@ -10,18 +10,18 @@ from test_decoder import made, stepped
 from test_sampler import PAD, STOP, generate, prompts_of
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.posttrain.adapters import base as bases
+from gemma2.posttrain.adapters import frozen_base as bases
 from gemma2.posttrain.adapters import merged_output
-from gemma2.posttrain.adapters.base import load_trained
-from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.frozen_base import load_trained
 from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.models.decoder import StepDecoder
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import sharing_copy
 from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.quantisation.convert import quantise, quantised_layers
-from gemma2.posttrain.quantisation.layers import QuantisedLinear, dequantised
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear, dequantised
 from gemma2.posttrain.rl.ema import FactorAnchor, LoraAnchor
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.tiny.networks import save_random

@@ -11,7 +11,7 @@ from gemma2.posttrain.planning.parts import Lengths
 from gemma2.posttrain.planning.shapes import SIZES, shape_of_config
 from gemma2.posttrain.planning.verdicts import judge
 from gemma2.posttrain.quantisation.convert import quantise
-from gemma2.posttrain.quantisation.layers import QuantisedLinear
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear
 from gemma2.posttrain.schemas import RlhfConfig, SftConfig
 from gemma2.posttrain.tiny.networks import random_model
 
