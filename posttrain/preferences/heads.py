@@ -25,6 +25,7 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.schemas import LoraFields
+from gemma2.posttrain.schemas.fields import Attention
 
 __all__ = ["HEAD", "starting_model"]
 
@@ -32,7 +33,12 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress, adapter: LoraFields | None = None
+    path: Path,
+    seed: int,
+    from_head: Path | None,
+    progress: Progress,
+    attention: Attention = "eager",
+    adapter: LoraFields | None = None,
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
@@ -44,12 +50,12 @@ def starting_model(
     dtype = base_dtype(settings)
     check_outputs(path, "--model")
 
-    def load(device: torch.device) -> tuple[RewardNetwork, Tokenizer]:
+    def load(device: torch.device, kernel: Attention) -> tuple[RewardNetwork, Tokenizer]:
         if is_classifier(path):
-            return load_reward_model(path, dtype, device)
-        return init_reward_model(path, seed, dtype, device)
+            return load_reward_model(path, dtype, device, kernel)
+        return init_reward_model(path, seed, dtype, device, kernel)
 
-    model, tokenizer = quantised_base(path, settings, progress, load)
+    model, tokenizer = quantised_base(path, settings, progress, load, attention)
     model.score.float().register_forward_pre_hook(_widened)
     if from_head is not None:
         check_outputs(from_head, "--from-head")

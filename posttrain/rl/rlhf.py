@@ -30,6 +30,7 @@ from gemma2.core.ranks import Ranks, join
 from gemma2.posttrain.adapters.frozen_base import check_base
 from gemma2.posttrain.adapters.merged_output import Products, is_rounded, products_of, write_merged
 from gemma2.posttrain.adapters.output_difference import policy_difference
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
@@ -82,6 +83,9 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.policy, *config.reward], progress, device=default_device(), learns=True
+        )
         setup = prepare(config, prompts, micro, ranks, progress)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
