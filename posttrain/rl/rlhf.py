@@ -56,7 +56,7 @@ from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
-from .vllm import VllmSampler, check_usable
+from .vllm import VllmSampler, check_usable, compare_attention
 
 __all__ = ["run_rlhf"]
 
@@ -79,6 +79,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
+        compare_attention(config, ranks, progress)
     check_base(config)
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
