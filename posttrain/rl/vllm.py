@@ -31,10 +31,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
@@ -51,6 +51,7 @@ from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.quantisation.convert import quantised_layers
 from gemma2.posttrain.schemas import RlFields, RlhfConfig, VllmFields
 from gemma2.posttrain.sharding.lending import is_lent, lent_weights, opened
 
@@ -211,9 +212,11 @@ class PlainWeights(VLLMGeneration):  # type: ignore[misc]  # the library is not 
         if is_lent(self.model):
             yield from self._gathered()
             return
+        packed = {f"{name}.weight": layer for name, layer in quantised_layers(cast(nn.Module, self.model))}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name and not name.endswith(".base_layer.weight"):
-                yield name.replace(".base_layer.", "."), parameter.data
+                value = packed[name].dequantised() if name in packed else parameter.data
+                yield name.replace(".base_layer.", "."), value
         yield from adapted_weights(self.model)
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:

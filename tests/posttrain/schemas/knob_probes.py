@@ -396,7 +396,7 @@ def reward_models() -> Iterator[None]:
     with (
         patch.object(terms.RewardModel, "from_dir", model),
         patch.object(
-            terms, "averaged_reward_model", lambda paths, dtype, kernel: model([*paths, "average"], dtype, kernel)
+            terms, "averaged_reward_model", lambda paths, dtype, kernel, _: model([*paths, "average"], dtype, kernel)
         ),
     ):
         yield
@@ -502,6 +502,7 @@ def rl_data(config: Any, room: Room) -> object:
 def rl_run(config: Any, room: Room) -> object:
     """What `gemma2 rlhf` sets up before the first step, in calls of the functions that build it."""
     from gemma2.posttrain.models.precision import HOST
+    from gemma2.posttrain.adapters import frozen_base
     from gemma2.posttrain.rl import rlhf, setup
 
     calls: list[object] = []
@@ -517,6 +518,7 @@ def rl_run(config: Any, room: Room) -> object:
     with (
         patch.object(rlhf, "open_run", note("parents", nothing(open_run(room)))),
         patch.object(setup, "load_policy", note("load", (network, None))),
+        patch.object(frozen_base, "load_policy", note("load", (network, None))),
         patch.object(setup, "check_targets"),
         patch.object(setup, "sharing_copy", lambda policy: network),
         patch.object(setup, "check_same_vocabulary"),
