@@ -18,8 +18,8 @@ from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.rounding import relative_change
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
-from gemma2.posttrain.sharding.units import is_sharded, local
 from gemma2.posttrain.quantisation.quantised_linear import dequantised
+from gemma2.posttrain.sharding.units import is_sharded, local
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

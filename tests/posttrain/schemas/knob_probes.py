@@ -501,8 +501,8 @@ def rl_data(config: Any, room: Room) -> object:
 
 def rl_run(config: Any, room: Room) -> object:
     """What `gemma2 rlhf` sets up before the first step, in calls of the functions that build it."""
-    from gemma2.posttrain.models.precision import HOST
     from gemma2.posttrain.adapters import frozen_base
+    from gemma2.posttrain.models.precision import HOST
     from gemma2.posttrain.rl import rlhf, setup
 
     calls: list[object] = []

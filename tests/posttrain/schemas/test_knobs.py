@@ -270,7 +270,8 @@ cases(
     anchor_memory="cpu", temperature=0.5, max_new_tokens=7, micro_batch_size=16, eval_every=7, eval_prompts=7,
     max_kl=7.0, max_dead_steps=7, lora_rank=4, lora_alpha=3.0, lora_targets=("q_proj",),
     lora_anchor=with_("factors", lora_rank=4), reward_ensemble=with_("min", reward=("a", "b")),
-    ema_every=7, vllm_seeds=with_("request", engine="vllm"), vllm_mode=None, vllm_memory=with_(0.5, engine="vllm"), vllm_tensor_parallel=with_(2, engine="vllm"),
+    ema_every=7, vllm_seeds=with_("request", engine="vllm"),
+    vllm_mode=None, vllm_memory=with_(0.5, engine="vllm"), vllm_tensor_parallel=with_(2, engine="vllm"),
     vllm_server_url=with_("http://b/", engine="vllm", vllm_mode="server", before="http://a/"),
 )  # fmt: skip
 del CASES["WarpConfig.vllm_mode"]  # goes with an address, so both would differ
