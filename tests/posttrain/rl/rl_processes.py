@@ -68,7 +68,7 @@ def line(job: Path, out: str, settings: str = "") -> list[str]:
 
 
 def run_lines(job: Path, processes: int, lines: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:
-    """Run command lines one after another in the same processes: the exit code of each; one process without torchrun."""
+    """Run command lines one after another in the same processes: the exit code of each. One needs no torchrun."""
     file = job / f"{processes}-{uuid.uuid4().hex}.json"
     file.write_text(json.dumps(lines), encoding="utf-8")
     started = [sys.executable, "-m", "torch.distributed.run", *(launcher or ["--standalone"])]
