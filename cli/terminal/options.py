@@ -32,7 +32,7 @@ from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
-from .several import check_machines, start_others
+from .several import check_machines, several
 
 if TYPE_CHECKING:
     from gemma2.posttrain.runs.commands import Runner
@@ -291,13 +291,11 @@ def make_command(
                     options = None if out is None else RunOptions(out, given["resume"], given["force"])
                     plan_only(config, options, console, asked)
                     return
-                config = located(config)
-                start_others(config, ctx.obj, console)
+                config = several(located(config), ctx.obj, console)
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
                 elif writes and not (prints and _is_for_the_screen(given)):
-                    check_machines(config, given["out"])
                     execute(config, given, run, console)
                 else:
                     from gemma2.posttrain.checks.of_command import CommandChecks
@@ -347,6 +345,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.runs.finished import publish_finished
     from gemma2.posttrain.runs.run_directory import resumed_with
 
+    check_machines(config, options.out)
     promise(options.out)
     checks = CommandChecks(isolated=False)
     models = checks.inputs(config)

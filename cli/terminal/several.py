@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import typer
 
@@ -12,28 +13,31 @@ from gemma2.posttrain.schemas.config import Config
 
 from .console import Console
 
-__all__ = ["check_machines", "start_others"]
+C = TypeVar("C", bound=Config)
+
+__all__ = ["check_machines", "several"]
 
 
-def start_others(config: Config, words: Sequence[str] | None, console: Console) -> None:
-    """Run a command in several processes if it is to be several, and end this one with their exit code.
+def several(config: C, words: Sequence[str] | None, console: Console) -> C:
+    """Run a command in several processes, and end this one with their exit code; return the configuration if alone.
 
     words  the command line after `gemma2`; None where the command is called by a program, which has to start it
     """
     from gemma2.posttrain.schemas import LaunchFields
 
     if words is None or not isinstance(config, LaunchFields):
-        return
+        return config
     from gemma2.posttrain.launch.starting import started
 
     code = started(config, words, console)
     if code is not None:
         raise typer.Exit(code)
+    return config
 
 
-def check_machines(config: Config, out: Path | None) -> None:
+def check_machines(config: Config, out: Path) -> None:
     """Raise UsageError if the machines of a job do not share the disk of an output; before anything is loaded."""
-    if announced() > 1 and out is not None:
+    if announced() > 1:
         from gemma2.posttrain.launch.shared_disk import check_shared_disk
 
         check_shared_disk(type(config).__name__.removesuffix("Config").lower(), out)

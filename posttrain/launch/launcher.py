@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from gemma2.core import errors
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.interrupts import OF_RANKS, Signals
-from gemma2.core.ranks import FOLDER, LastWord, last_words
+from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, last_words
 from gemma2.posttrain.runs.machine import CHOICE
 
 from .nodes import Meeting
@@ -84,13 +84,12 @@ def check_torch() -> None:
 
     if not torch.distributed.is_available():
         raise InputError("this torch is built without torch.distributed", "install a build of torch that has it")
-    if torch.version.cuda is None and torch.version.hip is None:
-        if not torch.accelerator.is_available():
-            raise InputError(
-                f"torch {torch.__version__} is built without support for the GPUs of this machine",
-                "install the build for them, see pytorch.org",
-            )
-    elif not torch.distributed.is_nccl_available():
+    if not torch.accelerator.is_available():
+        raise InputError(
+            f"torch {torch.__version__} sees no GPU, and the driver lists some",
+            "install the build of torch for these GPUs and this driver, see pytorch.org",
+        )
+    if (torch.version.cuda or torch.version.hip) and not torch.distributed.is_nccl_available():
         raise InputError(
             f"torch {torch.__version__} is built without NCCL, which joins several GPUs",
             "install a build of torch that has it, or give --gpus 1",
@@ -109,11 +108,11 @@ def run_processes(processes: Processes) -> int:
 
     with tempfile.TemporaryDirectory(prefix="gemma2-launch-") as name:
         folder = Path(name)
-        os.environ[FOLDER] = name
+        os.environ |= {FOLDER: name, LAUNCHER: str(os.getpid())}
         os.environ[CHOICE] = ",".join(processes.keys)
         os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // len(processes.keys))))
         logging.disable(logging.CRITICAL)  # of the launcher; the processes are others
-        Signals.grace = OF_RANKS
+        Signals.least = OF_RANKS
         try:
             elastic_launch(_settings(processes, folder), sys.executable)(*WORKER, *processes.words)
             return 0
@@ -127,7 +126,7 @@ def run_processes(processes: Processes) -> int:
             raise _no_meeting(processes.meeting, error) from error
         finally:
             logging.disable(logging.NOTSET)
-            del os.environ[FOLDER]
+            del os.environ[FOLDER], os.environ[LAUNCHER]
 
 
 def _settings(processes: Processes, folder: Path) -> LaunchConfig:
@@ -164,7 +163,7 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
     if first is not None and first.kind != "lost":
         return first.code
     for one in ended.values():
-        if -one.code in KILLED:
+        if -one.code in KILLED and one.rank not in words:  # with a word it was on its way out
             raise _killed(one)
     for rank, word in sorted(words.items()):
         if word.kind == "followed":

@@ -39,7 +39,7 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class Scheduler:
+class JobVariables:
     """The variables of one kind of job: number of machines, number of this one, addresses, number of the job."""
 
     name: str
@@ -47,13 +47,13 @@ class Scheduler:
     node: str
     hosts: str
     port: str = ""
-    job: str = ""
+    number: str = ""
 
 
-SCHEDULERS = (
-    Scheduler("torchrun", "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", port="PET_MASTER_PORT"),
-    Scheduler("SLURM", "SLURM_NNODES", "SLURM_NODEID", "SLURM_JOB_NODELIST", job="SLURM_JOB_ID"),
-    Scheduler("SkyPilot", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"),
+JOBS = (
+    JobVariables("torchrun", "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", port="PET_MASTER_PORT"),
+    JobVariables("SLURM", "SLURM_NNODES", "SLURM_NODEID", "SLURM_JOB_NODELIST", number="SLURM_JOB_ID"),
+    JobVariables("SkyPilot", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"),
 )
 
 
@@ -70,9 +70,9 @@ def meeting_of(nodes: int, words: Sequence[str], environment: Mapping[str, str])
     if "PET_RDZV_ENDPOINT" in given and "PET_MASTER_ADDR" not in given:
         host, _, port = given["PET_RDZV_ENDPOINT"].rpartition(":")
         given |= {"PET_MASTER_ADDR": host, "PET_MASTER_PORT": port} if host else {"PET_MASTER_ADDR": port}
-    for scheduler in SCHEDULERS:
-        if scheduler.node in given:
-            return _of_scheduler(scheduler, nodes, given)
+    for job in JOBS:
+        if job.node in given:
+            return _of_job(job, nodes, given)
     line = shlex.join(["gemma2", *words])
     raise UsageError(
         f"--nodes {nodes}: nothing says which of the machines this is",
@@ -82,25 +82,25 @@ def meeting_of(nodes: int, words: Sequence[str], environment: Mapping[str, str])
     )
 
 
-def _of_scheduler(scheduler: Scheduler, nodes: int, given: Mapping[str, str]) -> Meeting:
-    count, node = _number(scheduler.count, given, str(nodes)), _number(scheduler.node, given, "")
+def _of_job(job: JobVariables, nodes: int, given: Mapping[str, str]) -> Meeting:
+    count, node = _number(job.count, given, str(nodes)), _number(job.node, given, "")
     if count != nodes:
         raise UsageError(
-            f"--nodes {nodes}, but {scheduler.count} of {scheduler.name} is {count}", f"give --nodes {count}", "--nodes"
+            f"--nodes {nodes}, but {job.count} of {job.name} is {count}", f"give --nodes {count}", "--nodes"
         )
     if not 0 <= node < nodes:
         raise UsageError(
-            f"{scheduler.node} is {node}, and --nodes {nodes} are 0 .. {nodes - 1}",
+            f"{job.node} is {node}, and --nodes {nodes} are 0 .. {nodes - 1}",
             "start one command on each machine, and no more",
         )
-    head = first_host(given.get(scheduler.hosts, ""))
+    head = first_host(given.get(job.hosts, ""))
     if not head:
-        raise UsageError(f"{scheduler.node} is set and {scheduler.hosts} is not", "set it to the address of node 0")
+        raise UsageError(f"{job.node} is set and {job.hosts} is not", "set it to the address of node 0")
     port = PORT
-    if scheduler.port in given:
-        port = _number(scheduler.port, given, "")
-    elif given.get(scheduler.job, "").isdigit():
-        port += int(given[scheduler.job]) % PORTS
+    if job.port in given:
+        port = _number(job.port, given, "")
+    elif given.get(job.number, "").isdigit():
+        port += int(given[job.number]) % PORTS
     return Meeting(nodes, node, head, port)
 
 

@@ -4,7 +4,7 @@
     no flag           one GPU; all that are visible if the models that are trained do not fit one, by the plan
     under torchrun    nothing is started: the flags only have to say what torchrun was asked for
 
-A process that works alone sees one GPU: libraries that find several would use them in ways of their own.
+A process that works alone sees one GPU: libraries that find several would use all of them, each as it thinks best.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerat
 def devices(asked: bool) -> tuple[Gpu, ...]:
     """Return the GPUs that a command may use.
 
-    asked  whether a flag asks for some: then torch, in a process of its own, is asked about accelerators that no
-           driver's tool has named
+    asked  whether a flag asks for some: then a separate process asks torch about accelerators that no driver's
+           tool has named
     """
     found = visible_devices()
     if found or not asked:

@@ -100,7 +100,10 @@ def rl_moments(
     if reference is not None:
         base.append(("reference", resident(sizes(reference), item, 1 / place.shards)))
     elif not config.lora_rank:  # a copy of the policy
-        base.append(("reference", resident(shape, item if place.full_shard else FP32, 1 / place.shards)))
+        base.append(("reference", resident(shape, item, 1 / place.shards)))
+    # On an accelerator a whole reference is in the memory of the host but for the evaluations.
+    measured = base if place.kind == "accelerator" and not place.full_shard else []
+    base = [*([] if measured else base)]
     base += reward_models(config, sizes, place) + _anchor(config, one, place)
     rows = max(1, config.prompts_per_step // place.devices) * config.n
     micro = min(config.micro_batch_size or rows, rows)
@@ -116,7 +119,7 @@ def rl_moments(
     scorers.append(replace(network, attention="blockwise" if place.kind == "cpu" else "eager"))
     widest = max((one.shape for one in scorers), key=lambda shape: shape.embedding)
     passed = gathered(widest, 2 if network.mixed else 4, place, "forward")
-    score = scoring([*base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)
+    score = scoring([*measured, *base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)
     batch = (
         cpu_parts(RowBatch(micro, width), PART_TOKENS) if network.attention == "blockwise" else RowBatch(micro, width)
     )
