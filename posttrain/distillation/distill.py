@@ -22,11 +22,12 @@ from trl import DistillationConfig as TrlConfig
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located, split
-from gemma2.posttrain.models.loading import load_policy, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
@@ -65,6 +66,10 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
     with open_run("distill", config, options) as run:
         reading = Reading(config)
+        named = [config.model] if config.teacher is None else [config.model, config.teacher]
+        run.origin["attention"] = settle_attention(
+            config.attention, named, progress, device=default_device(), learns=True
+        )
         setup = prepare(config, cache, reading, progress)
         unread = reading.report(progress, run.path)
         micro = config.micro_batch_size or config.batch_size
@@ -102,7 +107,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading,
     tokenizer = load_tokenizer(config.model)
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
-    student, tokenizer = load_policy(config.model)
+    student, tokenizer = load_policy(config.model, attention=config.attention)
     check_head(student, f"--model {config.model}")
     check_targets(config, student)
     chat = ChatFormat(tokenizer, student.generation_config)
@@ -116,7 +121,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading,
         loss = Loss(teacher, config.distill_temperature, None)
         return DistillSetup(student, loss, material, [], [cache.examples[i] for i in others], others)
     assert config.teacher is not None
-    model, _ = load_teacher(config.teacher, config.teacher_dtype)
+    model, _ = load_teacher(config.teacher, config.teacher_dtype, config.attention)
     rows = common_vocabulary(
         int(model.get_output_embeddings().weight.shape[0]), size, max(tokenizer.get_vocab().values()) + 1
     )

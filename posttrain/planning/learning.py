@@ -29,6 +29,7 @@ __all__ = [
     "dtype_bytes",
     "gathered",
     "generating",
+    "kernel_on",
     "of_distill",
     "of_reward",
     "of_sft",
@@ -75,15 +76,27 @@ class Trained:
         ]
 
 
-def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object]) -> Trained:
-    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`."""
+def kernel_on(place: MemoryPlace, asked: str) -> Attention:
+    """Return how a model attends that reads whole rows: on a CPU in blocks, on an accelerator as `--attention` says.
+
+    auto counts as flex_attention, which it takes unless the check before the start finds it wrong.
+    """
+    if place.kind == "cpu":
+        return "blockwise"
+    return "eager" if asked == "eager" else "flash"
+
+
+def trained(
+    config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object], asked: str
+) -> Trained:
+    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`; asked: --attention."""
     rank, share = config.lora_rank, 1 / place.shards
     adapters = shape.adapter_parameters(rank, config.lora_targets) if rank else 0.0
     accelerated = place.kind == "accelerator"
     checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
-    attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
-    if accelerated and getattr(config, "attention", "eager") != "eager":
-        attention = "flash"
+    attention = kernel_on(place, asked)
+    if attention == "blockwise" and checkpointing:
+        attention = "eager"
     network = NetworkInUse(
         shape,
         attention,
@@ -211,7 +224,7 @@ def _copies(one: Trained, place: MemoryPlace) -> Sum:
 def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 sft`."""
     shape = sizes(config.model)
-    one = trained(config, shape, place, config.trainer)
+    one = trained(config, shape, place, config.trainer, config.attention)
     width = min(config.max_length, lengths.row or config.max_length)
     rows = rows_of_each(config.batch_size, place)
     micro = RowBatch(config.micro_batch_size or rows, config.max_length if config.packing else width)
@@ -224,7 +237,7 @@ def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths
 def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward`. A row is one side of a pair."""
     shape = replace(sizes(config.model), outputs=1)
-    one = trained(config, shape, place, config.trainer)
+    one = trained(config, shape, place, config.trainer, config.attention)
     width = min(config.max_length, lengths.row or config.max_length)
     rows = rows_of_each(config.batch_size, place)
     pairs = config.micro_batch_size or rows
@@ -238,9 +251,9 @@ def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: L
 def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
     shape = sizes(config.model)
-    one = trained(config, shape, place, config.trainer)
-    if one.network.attention != "flash":
-        one = replace(one, network=replace(one.network, attention="eager"))
+    one = trained(config, shape, place, config.trainer, config.attention)
+    kernel: Attention = "eager" if place.kind == "cpu" else one.network.attention
+    one = replace(one, network=replace(one.network, attention=kernel))
     base: Sum = []
     item = dtype_bytes(config.teacher_dtype, place)
     if config.teacher is not None:
@@ -255,7 +268,7 @@ def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths:
     logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
     moments = training(one, base, batch, logits, micro < rows, place)
     if config.teacher is not None:
-        reading = NetworkInUse(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
+        reading = NetworkInUse(sizes(config.teacher), kernel, mixed=place.kind == "accelerator")
         kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
         copies = [*_copies(one, place), *gathered(sizes(config.teacher), item, place, "forward")]
         moments.append(Moment("train", [*base, *one.state(), *copies, ("activations", kept)]))

@@ -23,6 +23,7 @@ from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
+from gemma2.posttrain.schemas.fields import Attention
 
 __all__ = ["HEAD", "starting_model"]
 
@@ -30,7 +31,7 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress
+    path: Path, seed: int, from_head: Path | None, progress: Progress, attention: Attention
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
@@ -38,9 +39,9 @@ def starting_model(
     """
     check_outputs(path, "--model")
     if is_classifier(path):
-        model, tokenizer = load_reward_model(path)
+        model, tokenizer = load_reward_model(path, attention=attention)
     else:
-        model, tokenizer = init_reward_model(path, seed)
+        model, tokenizer = init_reward_model(path, seed, attention=attention)
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)

@@ -27,6 +27,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
@@ -77,6 +78,9 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.policy, *config.reward], progress, device=default_device(), learns=True
+        )
         setup = prepare(config, prompts, micro, ranks)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)

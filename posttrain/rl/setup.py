@@ -49,7 +49,7 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
     """
-    policy, tokenizer = load_policy(config.policy)
+    policy, tokenizer = load_policy(config.policy, attention=config.attention)
     check_targets(config, policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
     base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None
@@ -58,7 +58,9 @@ def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ra
         reference = base if base is not None else copy.deepcopy(policy).requires_grad_(False)
     else:
         assert config.sft is not None
-        reference = load_policy(config.sft, frozen_dtype(config.dtype))[0].requires_grad_(False)
+        reference = load_policy(config.sft, frozen_dtype(config.dtype), attention=config.attention)[0].requires_grad_(
+            False
+        )
         check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
     generator = torch.Generator().manual_seed(config.seed)
     score = reward_score(config, chat, micro)

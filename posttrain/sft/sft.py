@@ -19,13 +19,20 @@ from dataclasses import dataclass
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
 from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, located, split
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import check_attention, load_policy, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import (
+    default_device,
+    load_policy,
+    load_tokenizer,
+    quiet_libraries,
+    save_model,
+)
 from gemma2.posttrain.models.lora import merged, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -60,9 +67,11 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     """
     quiet_libraries()
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
-    check_attention(config.attention)
     check_tracking(config.report_to)
     with open_run("sft", config, options) as run:
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
+        )
         model, tokenizer = load_policy(config.model, attention=config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)

@@ -469,7 +469,7 @@ def bench(config: Any, room: Room) -> object:
 
 
 def open_run(room: Room) -> Any:
-    return SimpleNamespace(checkpoints=room.root / "checkpoints", path=room.root, ranks=ALONE)
+    return SimpleNamespace(checkpoints=room.root / "checkpoints", path=room.root, ranks=ALONE, origin={})
 
 
 def adapters(config: Any, room: Room) -> object:
