@@ -91,6 +91,10 @@ print(json.dumps({"loss": 1.5, "path": os.environ["PYTHONPATH"]}))
             Outcome(3, error="KL"),
         ),
         ('sys.stderr.write("error: no such flag"); sys.exit(2)', None),
+        (
+            'print(json.dumps({"error": {"kind": "lost", "what": "another one is gone", "fix": ""}})); sys.exit(1)',
+            Outcome(-1, error="another one is gone"),
+        ),
         ("os.kill(os.getpid(), 9)", Outcome(-9, error="its command was ended by SIGKILL")),
         (
             'print(json.dumps({"error": {"kind": "system", "what": "rank 3 was killed", "fix": ""}})); sys.exit(137)',
