@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from gemma2.core import ranks
-from gemma2.core.errors import GuardStop, PeerLost, UsageError
+from gemma2.core.errors import GuardStop, InputError, PeerLost, UsageError
 from gemma2.core.ranks import FOLDER
 from gemma2.posttrain.launch import launcher
 from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
