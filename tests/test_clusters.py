@@ -16,7 +16,7 @@ from processes import ROOT
 from rl_job import write_job
 
 from gemma2.cli.app import invoke
-from gemma2.posttrain.launch.nodes import SCHEDULERS, Meeting, meeting_of
+from gemma2.posttrain.launch.nodes import JOBS, Meeting, meeting_of
 from gemma2.posttrain.pipelines.executors.slurm_script import slurm_settings
 from gemma2.posttrain.tiny.networks import save_random
 
@@ -132,8 +132,8 @@ def test_the_script_of_ray_starts_a_cluster_and_runs_a_pipeline_on_it(shared, ca
 def test_the_page_names_every_file_and_the_variables_that_are_read():
     for path in PLACE.iterdir():
         assert f"(clusters/{path.name})" in PAGE
-    for scheduler in SCHEDULERS:
-        assert all(f"`{name}`" in PAGE for name in (scheduler.count, scheduler.node, scheduler.hosts))
+    for job in JOBS:
+        assert all(f"`{name}`" in PAGE for name in (job.count, job.node, job.hosts))
 
 
 def test_the_settings_that_the_page_names_are_accepted():
