@@ -671,7 +671,7 @@ def compiled_stage(config: Any, room: Room) -> object:
 def compiled_resources(config: Any, room: Room) -> object:
     from gemma2.posttrain.schemas import PipelineFile, StageFile
 
-    stage = StageFile(command="tiny")
+    stage = StageFile(command="sft", options={"model": "m", "data": ["d"]})
     shared = PipelineFile(stages={"a": stage}, resources=config)
     return compiled(shared, room), compiled_stage(stage.model_copy(update={"resources": config}), room)
 
