@@ -396,7 +396,7 @@ def reward_models() -> Iterator[None]:
     with (
         patch.object(terms.RewardModel, "from_dir", model),
         patch.object(
-            terms, "averaged_reward_model", lambda paths, dtype, kernel: model([*paths, "average"], dtype, kernel)
+            terms, "averaged_reward_model", lambda paths, dtype, kernel, _: model([*paths, "average"], dtype, kernel)
         ),
     ):
         yield
@@ -502,6 +502,7 @@ def rl_data(config: Any, room: Room) -> object:
 def rl_run(config: Any, room: Room) -> object:
     """What `gemma2 rlhf` sets up before the first step, in calls of the functions that build it."""
     from gemma2.posttrain.adapters import frozen_base
+    from gemma2.posttrain.models.precision import HOST
     from gemma2.posttrain.rl import rlhf, setup
 
     calls: list[object] = []
@@ -509,8 +510,11 @@ def rl_run(config: Any, room: Room) -> object:
     def note(name: str, result: object) -> Callable[..., object]:
         return lambda *given, **named: (calls.append([name, [known(item) for item in given]]), result)[1]
 
-    network = SimpleNamespace(generation_config=None, requires_grad_=lambda flag: network, named_modules=lambda: [])
-    trainer = SimpleNamespace(add_callback=lambda callback: None, follow=note("follow", None), anchor=None)
+    network = SimpleNamespace(
+        generation_config=None, requires_grad_=lambda flag: network, named_modules=lambda: [], device=HOST
+    )
+    silent = lambda callback: None  # noqa: E731
+    trainer = SimpleNamespace(add_callback=silent, follow=note("follow", None), anchor=None, trained=network)
     with (
         patch.object(rlhf, "open_run", note("parents", nothing(open_run(room)))),
         patch.object(setup, "load_policy", note("load", (network, None))),
