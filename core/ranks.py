@@ -16,7 +16,6 @@ rank had it, and the others end silently with its exit code.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -34,6 +33,7 @@ from .errors import Gemma2Error, UsageError, refusal
 __all__ = [
     "ALONE",
     "FOLDER",
+    "LAUNCHER",
     "WAIT",
     "LastWord",
     "RankEnd",
@@ -44,12 +44,14 @@ __all__ = [
     "is_main",
     "join",
     "last_words",
+    "leave_job",
     "leave_word",
 ]
 
 S = TypeVar("S")
 T = TypeVar("T")
 FOLDER = "GEMMA2_LAUNCH"  # variable with the folder of the words, in processes that a command has started
+LAUNCHER = "GEMMA2_LAUNCHER"  # variable with the number of the process that has started them
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WAIT = timedelta(days=1)  # of ranks for rank 0, which may ask a server or write; a dead one is noticed at once
 HEARD = "_every_rank_knows"  # attribute of an error that was exchanged
@@ -87,6 +89,13 @@ def leave_word(word: LastWord) -> None:
                 aside.replace(place)
 
 
+def leave_job() -> None:
+    """Part from the other processes at the end of a command that succeeded; they warn of those that just go."""
+    torch = sys.modules.get("torch")
+    if announced() > 1 and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def last_words(folder: Path) -> dict[int, LastWord]:
     """Return the words that processes have left, by rank."""
     return {
@@ -99,8 +108,10 @@ def follow_launcher() -> None:
     """End with SIGTERM when the command that has started this process is killed (Linux; elsewhere nothing)."""
     if not is_launched() or sys.platform != "linux":
         return
+    import ctypes
+
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it was killed before this
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before this
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -30,6 +30,10 @@ def several(config: C, words: Sequence[str] | None, console: Console) -> C:
         return config
     from gemma2.posttrain.launch.starting import started
 
+    if (config.gpus or 1) * config.nodes > 1 and announced() == 1:  # once, and at once, before there are several
+        from gemma2.posttrain.checks.of_command import CommandChecks
+
+        CommandChecks().inputs(config)
     code = started(config, words, console)
     if code is not None:
         raise typer.Exit(code)

@@ -118,7 +118,8 @@ def _judged(
         return
     from gemma2.posttrain.rewards.terms import reward_score
 
-    run.origin["attention"] = _settled(config, progress)
+    if config.reward:
+        run.origin["attention"] = _settled(config, progress)
     if chat is None and config.reward:
         from gemma2.posttrain.data.chat import ChatFormat
         from gemma2.posttrain.models.loading import load_tokenizer
