@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemma2.posttrain.models import sampler
+from gemma2.posttrain.models.decoder_blocks import Norm
 from gemma2.posttrain.models.replayed import captured_step, static_rows
 from gemma2.posttrain.models.replayed.captured_step import CapturedStep, capture_on
 from gemma2.posttrain.models.sampler import SamplingParams, decode
@@ -214,6 +215,20 @@ def test_keys_of_later_columns_are_zeros_and_never_uninitialised(monkeypatch):
     plain = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: plain(self, *a, **k).fill_(float("nan")))
     same(*both(monkeypatch, gemma(), SamplingParams(12), prompts_of([WINDOW, 3])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gemma 2", "llama"])
+def test_the_fused_norm_of_an_accelerator_is_the_same_norm(name, dtype):
+    model = made(name).to(dtype)
+    norm = Norm(model.model.norm, name == "gemma 2")
+    x = (3 * torch.randn(5, 16)).to(dtype)
+    plain, norm.fused = norm(x), True
+    fused = norm(x)
+    assert fused.dtype == plain.dtype == dtype
+    assert torch.allclose(fused.float(), plain.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    norm.eps = 100.0
+    assert not torch.allclose(norm(x), plain, rtol=0.1)
 
 
 def test_a_step_warms_up_is_captured_once_and_replayed():
