@@ -200,13 +200,15 @@ def load_reward_model(
     return model.to(device or default_device()).eval(), tokenizer
 
 
-def init_reward_model(path: Path, seed: int, dtype: torch.dtype = torch.float32) -> tuple[RewardNetwork, Tokenizer]:
+def init_reward_model(
+    path: Path, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> tuple[RewardNetwork, Tokenizer]:
     """Build a reward model on the backbone of a language model; the head is drawn from `seed` (WARM, section 2)."""
     torch.manual_seed(seed)
     model = _load(AutoModelForSequenceClassification, path, dtype, allowed_missing=("score.",), num_labels=1)
     tokenizer = load_tokenizer(path)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(default_device()), tokenizer
+    return model.to(device or default_device()), tokenizer
 
 
 def save_model(model: Network, tokenizer: Tokenizer, directory: Path) -> None:
@@ -239,7 +241,7 @@ def quiet_libraries() -> None:
     """Turn off the libraries' progress bars and warnings; the commands show their own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("trl", "accelerate", "datasets", "peft"):
+    for name in ("trl", "accelerate", "datasets", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
 

@@ -20,9 +20,11 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
 from gemma2.merging.inputs.architecture import classifies
+from gemma2.posttrain.adapters.base import base_dtype, quantised_base
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
+from gemma2.posttrain.schemas import LoraFields
 
 __all__ = ["HEAD", "starting_model"]
 
@@ -30,17 +32,25 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress
+    path: Path, seed: int, from_head: Path | None, progress: Progress, adapter: LoraFields | None = None
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
+    adapter: settings of the training, by which a backbone that stays frozen is rounded; the head stays fp32. Default:
+    everything is fp32.
     Raises InputError for several outputs, and for a head that does not fit.
     """
+    settings = LoraFields() if adapter is None else adapter
+    dtype = base_dtype(settings)
     check_outputs(path, "--model")
-    if is_classifier(path):
-        model, tokenizer = load_reward_model(path)
-    else:
-        model, tokenizer = init_reward_model(path, seed)
+
+    def load(device: torch.device) -> tuple[RewardNetwork, Tokenizer]:
+        if is_classifier(path):
+            return load_reward_model(path, dtype, device)
+        return init_reward_model(path, seed, dtype, device)
+
+    model, tokenizer = quantised_base(path, settings, progress, load)
+    model.score.float()
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)

@@ -27,6 +27,9 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
+from gemma2.posttrain.adapters.base import check_base
+from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.merged_output import Products, is_rounded, products_of, write_merged
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
@@ -56,6 +59,7 @@ from .vllm import VllmSampler, check_usable
 
 __all__ = ["run_rlhf"]
 
+DIFFERENCE_PROMPTS = 4
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
 # KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
 TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
@@ -74,10 +78,11 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
+    check_base(config)
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
-        setup = prepare(config, prompts, micro, ranks)
+        setup = prepare(config, prompts, micro, ranks, progress)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
@@ -101,9 +106,10 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
+        figures = callback.summary(trainer.model)
         if ranks.is_main:
             save(trainer, setup, config, run)
-        figures = callback.summary(trainer.model)
+            figures |= difference(trainer, setup, config, run, progress)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
 
 
@@ -247,10 +253,33 @@ def save(trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: 
     chat, policy = setup.rollout.chat, setup.rollout.policy
     if config.lora_output == "adapter":
         save_adapter(trainer.model, chat.tokenizer, run.path)
+    elif is_rounded(policy):
+        save_on_base(products_of(policy), setup, config, run.path)
     else:
         save_plain(policy if setup.base is None else merged_copy(setup.base, policy), setup, run.path)
-    if trainer.anchor is not None:
+    if trainer.anchor is not None and is_rounded(policy):
+        save_on_base(trainer.anchor.products(), setup, config, run.path / "ema")
+    elif trainer.anchor is not None:
         save_plain(trainer.anchor.plain(), setup, run.path / "ema")
+
+
+def save_on_base(products: Products, setup: RlSetup, config: RlhfConfig, directory: Path) -> None:
+    """Save products on the weights of `config.policy` as they are on the disk; turns end as the policy's."""
+    policy, chat = setup.rollout.policy, setup.rollout.chat
+    policy.generation_config.eos_token_id = chat.stop_ids
+    directory.mkdir(exist_ok=True)
+    write_merged(policy, products, config.policy, chat.tokenizer, directory)
+
+
+def difference(
+    trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: Run, progress: Progress
+) -> JsonObject:
+    """How far the output is from the policy that was trained, on prompts, if it was trained on a rounded base."""
+    policy, rollout = setup.rollout.policy, setup.rollout
+    if config.lora_output == "adapter" or not is_rounded(policy):
+        return {}
+    prompts = [rollout.encode(prompt) for prompt in rollout.prompts[:DIFFERENCE_PROMPTS]]
+    return policy_difference(policy, run.path, prompts, progress, trainer.args.bf16)
 
 
 def save_plain(model: CausalLM, setup: RlSetup, directory: Path) -> None:

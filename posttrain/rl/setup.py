@@ -1,6 +1,8 @@
 """The models of an RL run: the policy, what its KL is measured to, the anchor, and the reward.
 
-Under LoRA the weights that are not adapted exist once: policy, reference and anchor share them.
+Under LoRA the weights that are not adapted exist once: policy, reference and anchor share them. Where they are rounded
+(--base-bits, or bf16 on an accelerator) the policy starts at the rounded model, and so is the reference it: the KL
+begins at 0. The reward and its models are not touched by that.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
+from gemma2.posttrain.adapters.base import load_trained
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
@@ -44,12 +48,14 @@ class RlSetup:
     starts_at_anchor: bool
 
 
-def prepare(config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks) -> RlSetup:
+def prepare(
+    config: RlhfConfig, prompts: Sequence[Prompt], micro: int, ranks: Ranks, progress: Progress = SILENT
+) -> RlSetup:
     """Load policy, SFT policy and reward. An EMA anchor comes later, when the policy has its adapters.
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
     """
-    policy, tokenizer = load_policy(config.policy)
+    policy, tokenizer = load_trained(config.policy, config, progress)
     check_targets(config, policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
     base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None

@@ -125,7 +125,8 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     )
     lora_anchor: Literal["dense", "factors"] = Field(
         "dense",
-        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation",
+        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation; "
+        "with --base-bits the default is factors",
     )
     temperature: float = Field(0.9, gt=0, le=5, description="sampling temperature")
     max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
@@ -136,6 +137,19 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
         200.0, gt=0, description="stop when the KL to the SFT policy reaches this limit, nats per sequence"
     )
     max_dead_steps: int = Field(50, ge=1, description="stop after this many steps without any difference in reward")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_bits_keep_a_small_anchor(cls, values: object) -> object:
+        """Fill in the anchor of a quantised base: a dense one has its matrices in fp32, 8 times the base's 4 bits."""
+        if not isinstance(values, dict) or values.get("lora_anchor") is not None or not values.get("base_bits"):
+            return values
+        averaged = values.get("anchor", "ema") == "ema" and values.get("anchor_memory", "gpu") == "gpu"
+        return (
+            values | {"lora_anchor": "factors"}
+            if averaged and values.get("lora_rank") not in (None, 0, "0")
+            else values
+        )
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RlFields:
