@@ -39,7 +39,7 @@ fi
 export PYTHONPATH="$root/path${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$python" -c 'import torch, trl, gemma2.cli.main' || { echo "error: the packages do not import; see make gpu-wheels" >&2; exit 1; }
 
-limit() { case "$1" in models) echo 70 ;; a) echo 150 ;; b) echo 150 ;; c) echo 110 ;; d) echo 60 ;; e) echo 40 ;; *) echo 20 ;; esac; }
+limit() { case "$1" in models) echo 60 ;; a) echo 140 ;; b) echo 145 ;; c) echo 110 ;; d) echo 55 ;; e) echo 40 ;; *) echo 20 ;; esac; }
 failed=0
 for part in models $parts; do
   seconds=$(limit "$part")

@@ -200,7 +200,7 @@ def _decode(
 
 
 def fixed_shapes(device: torch.device) -> bool:
-    """Whether decoding keeps its shapes for many tokens (`replayed/`). A CPU has nothing to wait for, and drops rows."""
+    """Whether decoding keeps its shapes for many tokens (`replayed/`). A CPU drops rows at once: it never waits."""
     return device.type != "cpu"
 
 
