@@ -5,7 +5,8 @@
     models  random weights in the shape of Gemma 2 2B, a reward model and two policies to merge, written to DIR
     a  SFT: tokens per second and MFU, 16 and 32 thousand tokens a step, eager and flex attention
     b  RLHF, 16 prompts x 4 samples x 256 tokens: seconds per step, shares of phases, memory, plain TRL beside ours
-    c  sampling, 64 rows x 256 tokens and one row: ours (graph; launched singly; row by row) and transformers' generate
+    c  sampling, 64 rows x 256 tokens and one row: ours (graph; launched singly; row by row; graph of compiled blocks)
+       and transformers' generate
     d  `gemma2 eval` of 64 prompts in fp32 and in bf16
     e  task-vector SLERP of two models on the same host, next to cp
     f  the peaks of a and b next to what the planner says
@@ -178,14 +179,15 @@ def part_c(options: argparse.Namespace, figures: Figures) -> None:
     size = sizes(options.tiny)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(108, 500, (size["rows"], size["prompt"]), generator=generator)
-    for rows in (size["rows"], 1):
-        for name, work in _samplers(model, ids[:rows].tolist(), size["new"]).items():
+    workloads = {rows: _samplers(model, ids[:rows].tolist(), size["new"]) for rows in (size["rows"], 1)}
+    for name in workloads[1]:  # what may take long to compile comes last
+        for rows, samplers in workloads.items():
             what = f"sampling, {rows} x {size['new']}, {name}"
             start_peak()
             try:
-                work()  # compiles and warms up
-                seconds = timed(work, 1 if options.tiny else ROUNDS)
-            except Exception as error:  # generate's static cache needs a compiler
+                samplers[name]()  # compiles and warms up
+                seconds = timed(samplers[name], 1 if options.tiny else ROUNDS)
+            except Exception as error:  # a static cache and compiled blocks need a compiler
                 traceback.print_exc()
                 figures.add(what, failed=failure(error))
                 continue
@@ -210,7 +212,7 @@ def _sampling(options: argparse.Namespace, model: Any, rows: int, seconds: float
 
 def _samplers(model: Any, prompts: list[list[int]], limit: int) -> dict[str, Callable[[], Any]]:
     """Ways to draw, by name."""
-    from gemma2.posttrain.models import sampler
+    from gemma2.posttrain.models import decoder_blocks, sampler
     from gemma2.posttrain.models.replayed.captured_step import capture_on
 
     params = sampler.SamplingParams(limit)
@@ -227,6 +229,16 @@ def _samplers(model: Any, prompts: list[list[int]], limit: int) -> dict[str, Cal
 
         return work
 
+    def compiled() -> Any:
+        """The blocks by torch.compile, which joins the small kernels between the products."""
+        plain = decoder_blocks.Layer.step
+        backend = "inductor" if device().type == "cuda" else "aot_eager"
+        decoder_blocks.Layer.step = torch.compile(plain, backend=backend, dynamic=False)
+        try:
+            return ours(fixed=True, captured=True)()
+        finally:
+            decoder_blocks.Layer.step = plain
+
     def generate(cache: str | None) -> Callable[[], Any]:
         ids = torch.tensor(prompts, device=model.device)
         fields = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": limit, "min_new_tokens": limit}
@@ -240,6 +252,7 @@ def _samplers(model: Any, prompts: list[list[int]], limit: int) -> dict[str, Cal
         "gemma2, row by row": ours(fixed=False, captured=False),
         "generate, dynamic cache": generate(None),
         "generate, static cache": generate("static"),
+        "gemma2, replayed, blocks compiled": compiled,
     }
 
 

@@ -35,7 +35,7 @@ def test_every_part_has_figures_of_every_contender(tmp_path):
             assert row["card"] == gpu_card.WALK and row["load"] >= 0
     assert len(rows["a"]) == 2 and all(row["tokens_per_second"] > 0 for row in rows["a"].values())
     assert {what.split(", ")[1] for what in rows["b"]} == {"gemma2", "trl"}
-    assert len(rows["c"]) == 10 and all(row["ms_per_position"] > 0 for row in rows["c"].values())
+    assert len(rows["c"]) == 12 and all(row["ms_per_position"] > 0 for row in rows["c"].values())
     assert len(rows["d"]) == 2 and {"host", "cp + fsync", "slerp"} == rows["e"].keys()
     assert len(rows["f"]) == 3 and all(0.5 < row["planned_over_measured"] < 3 for row in rows["f"].values())
 
