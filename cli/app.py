@@ -177,7 +177,7 @@ def invoke(arguments: list[str]) -> int:
     """Parse and run one command line; returns the exit code. Raises UsageProblem if it cannot be parsed."""
     command = get_command(app)
     try:
-        code = command.main(arguments, prog_name="gemma2", standalone_mode=False)
+        code = command.main(arguments, prog_name="gemma2", standalone_mode=False, obj=arguments)
     except TyperException as error:
         raise explain(error, arguments) from error
     except SystemExit as error:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gemma2.core.interrupts import Signals
+from gemma2.core.ranks import LastWord, follow_launcher, is_launched, leave_word
 from gemma2.core.streams import drop_unread, settle_streams
 
 from .terminal import opening
@@ -71,8 +72,10 @@ def _say_as_json(arguments: Sequence[str], kind: str, code: int, what: str, fix:
 
 def _interrupted(number: int) -> int:
     opening.clear()
-    sys.stderr.write("\ninterrupted\n")
     code = 128 + number
+    if is_launched():  # the command that has started this process says it
+        return code
+    sys.stderr.write("\ninterrupted\n")
     with suppress(OSError):
         _say_as_json(sys.argv[1:], "interrupted", code, "interrupted", "start the command again")
     return code
@@ -80,7 +83,7 @@ def _interrupted(number: int) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; bugs propagate."""
-    from gemma2.core.errors import Gemma2Error, refusal
+    from gemma2.core.errors import Gemma2Error, lost_connection, refusal
 
     opening.show(arguments)
     _outputs("promised", "forget_promised")
@@ -95,12 +98,15 @@ def run(arguments: list[str]) -> int:
         return code
     except Gemma2Error as error:
         kind = next(name for base, name in KINDS.items() if base in {one.__name__ for one in type(error).__mro__})
+        leave_word(LastWord("error", error.exit_code, type(error).__name__, error.what, error.hint))
         _say_as_json(arguments, kind, error.exit_code, error.what, error.hint, error.where)
         return _fail(str(error), error.exit_code)
     except SystemExit as error:
         if _is_ours(error):
+            leave_word(LastWord("followed", int(error.code or 0)))
             raise
         what, fix = f"code that the command called ended it: sys.exit({error.code!r}){_place(error)}", "take that out"
+        leave_word(LastWord("error", 1, "InputError", what, fix))
         _say_as_json(arguments, "input", 1, what, fix)
         return _fail(f"{what}; {fix}", 1)
     except BrokenPipeError as error:
@@ -109,15 +115,28 @@ def run(arguments: list[str]) -> int:
         _say_bug(arguments, error)
         raise
     except Exception as error:
-        line = refusal(error)
+        line = refusal(error) or _lost(error)
         if line is None:
             _say_bug(arguments, error)
             raise
         what, _, fix = line.partition("; ")
+        if lost_connection(error) and is_launched():
+            leave_word(LastWord("lost", 1, "InputError", what, fix))
+            return 1  # the command that has started this process knows which one is gone, and why
+        leave_word(LastWord("error", 1, "Gemma2Error", what, fix))
         _say_as_json(arguments, "system", 1, what, fix, str(getattr(error, "filename", None) or ""))
         return _fail(line, 1)
     finally:
         opening.clear()
+
+
+def _lost(error: Exception) -> str | None:
+    """The line of a process of several that has lost another one."""
+    from gemma2.core.errors import lost_connection
+    from gemma2.core.ranks import announced
+
+    words = lost_connection(error) if announced() > 1 else None
+    return words and f"another process of the job is gone ({words}); see what ended it, then continue with --resume"
 
 
 def _is_ours(error: SystemExit) -> bool:
@@ -164,6 +183,7 @@ def _say_kept() -> None:
 def _say_bug(arguments: Sequence[str], error: Exception) -> None:
     opening.clear()
     what = f"{type(error).__name__}: {error}"
+    leave_word(LastWord("bug", 1, type(error).__name__, what))
     _say_as_json(arguments, "bug", 1, what, "report it with the traceback, which is on stderr")
 
 
@@ -172,6 +192,7 @@ def main() -> None:
     settle_streams()  # before anything opens a file
     signals = Signals()
     signals.install()
+    follow_launcher()
     try:
         _environment()
         code = run(sys.argv[1:])

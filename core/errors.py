@@ -26,6 +26,7 @@ __all__ = [
     "OutOfMemory",
     "OutputError",
     "UsageError",
+    "lost_connection",
     "memory_asked",
     "refusal",
 ]
@@ -41,6 +42,12 @@ TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostrea
 HINT = "check its place and permissions"
 # numpy and Python raise MemoryError; torch, its back ends and Rust tell by their words.
 NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory|os error 12\b", re.I)
+# How gloo, NCCL and the store of torch.distributed say that another process is gone.
+LOST = re.compile(
+    r"gloo/transport|connection (?:was )?(?:closed|reset|refused) by (?:remote )?peer|ncclRemoteError|ncclSystemError|"
+    r"NCCL communicator was aborted|Watchdog caught collective|failed to recv, got 0 bytes|Broken pipe",
+    re.I,
+)
 ASKED = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTP]i?B))\b", re.I)
 DEVICE_HINT = "see whether the disk works, and start the command again"
 
@@ -113,6 +120,15 @@ def memory_asked(error: BaseException) -> str | None:
         if isinstance(one, MemoryError) or (by_words and NO_MEMORY.search(text)):
             found = ASKED.search(text)
             return f"{found[1]} more were asked for" if found else "the amount asked for is not known"
+    return None
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """Return the words in which torch says that another process of the job is gone; None for another error."""
+    for one in _causes(error):
+        text = " ".join(str(one).split())
+        if isinstance(one, RuntimeError) and LOST.search(text):
+            return text[:200]
     return None
 
 

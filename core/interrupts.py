@@ -27,7 +27,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-__all__ = ["POKE", "Interrupted", "Signals", "allow"]
+from .ranks import is_launched
+
+__all__ = ["OF_RANKS", "POKE", "Interrupted", "Signals", "allow"]
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POKE = signal.SIGURG  # wakes the main thread; ignored by default, so that a late one harms nothing
@@ -36,6 +38,7 @@ TICK = 0.1  # seconds
 ECHO = 1.0  # seconds
 GRACE = 8.0  # seconds; `docker stop` sends SIGKILL after 10
 LAST = 2.0  # seconds
+OF_RANKS = GRACE + LAST + 8.0  # seconds, of a command that waits for processes that have those above
 POKES = 20  # for one signal: more than enough, and an end where the signal was that of a forked child
 
 
@@ -47,6 +50,7 @@ class Signals:
     """Turns signals into `Interrupted` between `install` and `end`, and makes certain that the process ends."""
 
     current: Signals | None = None  # the one that caught a signal
+    grace: float = GRACE  # seconds to clean up
 
     def __init__(self, numbers: tuple[signal.Signals, ...] = NUMBERS) -> None:
         self.numbers = numbers
@@ -109,7 +113,7 @@ class Signals:
         Signals.current = self
         self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         self.alarm = (signal.signal(signal.SIGALRM, signal.SIG_DFL), *signal.getitimer(signal.ITIMER_REAL))
-        self.extend(GRACE)
+        self.extend(self.grace)
         # Not threading.Thread: what was interrupted may hold the locks of that module.
         with suppress(RuntimeError):  # no more threads for this user: SIGALRM is left
             _thread.start_new_thread(self._watch, ())
@@ -194,6 +198,8 @@ def _holds(error: BaseException | None) -> bool:
 
 def _say(text: str) -> None:
     """A line on stderr, from a separate thread: a reader that takes nothing must not hold up the watch."""
+    if is_launched():  # the command that has started this process says it for all
+        return
     with suppress(RuntimeError):
         _thread.start_new_thread(_write, (f"\n{text}\n".encode(),))
 

@@ -2,6 +2,9 @@
 
     torchrun --nproc-per-node 2 -m gemma2.cli.main rlhf ...
 
+A command that starts its own processes (posttrain/launch) gives them a folder, in which each leaves a word about how
+it ended; the command that started them reads these words, and says once for all what was wrong.
+
 A single process does not import torch. Rank 0 alone opens outputs, logs, and makes the decisions that depend on the
 disk, and sends them to the others; if it fails, they end silently with the same exit code. If another rank fails,
 torchrun notices and ends the rest.
@@ -9,16 +12,85 @@ torchrun notices and ends the rest.
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import signal
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, cast
 
 from .errors import Gemma2Error, UsageError
 
-__all__ = ["ALONE", "Ranks", "announced", "is_main", "join"]
+__all__ = [
+    "ALONE",
+    "FOLDER",
+    "LastWord",
+    "Ranks",
+    "announced",
+    "follow_launcher",
+    "is_launched",
+    "is_main",
+    "join",
+    "last_words",
+    "leave_word",
+]
 
 T = TypeVar("T")
+FOLDER = "GEMMA2_LAUNCH"  # variable with the folder of the words, in processes that a command has started
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """How a process ended, for the command that started it.
+
+    kind   error: a clear error, by `name` of its class; bug: with a traceback; lost: another process was gone;
+           followed: rank 0 had ended the job
+    code   exit code
+    """
+
+    kind: Literal["error", "bug", "lost", "followed"]
+    code: int
+    name: str = ""
+    what: str = ""
+    hint: str = ""
+
+
+def is_launched() -> bool:
+    """Whether a command of this package has started this process as one of several."""
+    return FOLDER in os.environ
+
+
+def leave_word(word: LastWord) -> None:
+    """Leave a word for the command that has started this process, if one has; the first word counts."""
+    if is_launched():
+        with suppress(OSError):  # the command is gone, or its disk is full: it will say that there was no word
+            place = Path(os.environ[FOLDER], f"end-{os.environ.get('RANK', '0')}.json")
+            if not place.exists():
+                aside = place.with_suffix(".tmp")
+                aside.write_text(json.dumps(asdict(word)), encoding="utf-8")
+                aside.replace(place)
+
+
+def last_words(folder: Path) -> dict[int, LastWord]:
+    """Return the words that processes have left, by rank."""
+    return {
+        int(path.stem.removeprefix("end-")): LastWord(**json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("end-*.json"))
+    }
+
+
+def follow_launcher() -> None:
+    """End with SIGTERM when the command that has started this process is killed (Linux; elsewhere nothing)."""
+    if not is_launched() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it was killed before this
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_main() -> bool:

@@ -26,7 +26,7 @@ from gemma2.merging.methods.table import METHODS
 from gemma2.posttrain.planning.estimates import Promise, Sources, estimate
 from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import SIZES, ModelShape
-from gemma2.posttrain.recipe_files.machines import MACHINES, ONE_GPU, Cell, cells, least_plan, plan_of
+from gemma2.posttrain.recipe_files.machines import MACHINES, Cell, cells, is_of_one_gpu, least_plan, plan_of
 from gemma2.posttrain.schemas import GenerateConfig, MergeConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -202,10 +202,9 @@ def plans() -> str:
         row = [f"{command}, {size.upper()}"]
         for machine in MACHINES:
             cell = Cell(command, size, machine)
-            single = Cell(command, size, "80gb")
             if cell.path is not None:
                 row.append(f"{plan_of(cell).needed / 1e9:.0f} GB")
-            elif command in ONE_GPU and MACHINES[machine].gpus > 1 and single.path is not None:
+            elif is_of_one_gpu(cell):
                 row.append("one GPU: as 80gb")
             else:
                 row.append(f"no: {least_plan(cell).needed / 1e9:.0f} GB")

@@ -31,6 +31,7 @@ TORCH_FREE = (
     "core.outputs.staging",
     "posttrain.schemas.config",
     "posttrain.schemas",
+    "posttrain.launch.starting",
     "posttrain.runs.run_directory",
     "posttrain.planning.estimates",
     "posttrain.runs.commands",

@@ -107,14 +107,12 @@ def _show_verdicts(verdicts: list[JsonObject], console: Console) -> None:
     ]
     console.text("")
     console.table(rows, "verdicts")
-    small = [one for one in verdicts if not one["fits"] and "note" not in one]
+    small = [one for one in verdicts if not one["fits"]]
     if small:
         console.text("\nwhat makes it fit")
     for one in small:
         how = f"add {one['flags']}  ({_gib(one['then_gib'])} GiB)" if one["flags"] else _no_way(one)
         console.text(f"  {one['place']}: {how}")
-    for note in dict.fromkeys(one["note"] for one in verdicts if "note" in one):
-        console.text(f"\nsplit: {note}")
 
 
 def _gib(value: float | None) -> str | None:

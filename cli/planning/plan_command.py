@@ -48,8 +48,13 @@ Gpu = typer.Option(
     help="Memory of the GPU to plan for, such as 24GB; default: 24, 48, 80 and 141 GB.",
     rich_help_panel=PANEL,
 )
-Devices = typer.Option(
-    None, "--devices", metavar="INT", min=1, help="Number of GPUs [default 1].", rich_help_panel=PANEL
+Gpus = typer.Option(
+    None,
+    "--gpus",
+    metavar="INT",
+    min=1,
+    help="GPUs of each machine: the flag of the command, which may stand here too.",
+    rich_help_panel=PANEL,
 )
 Throughput = typer.Option(
     None,
@@ -62,12 +67,11 @@ Throughput = typer.Option(
 Measure = typer.Option(
     False, "--measure", help="Try three steps of the training here, for the time.", rich_help_panel=PANEL
 )
-OURS = ("gpu", "devices", "throughput", "measure")
+OURS = ("gpu", "throughput", "measure")
 
 
 def _flags(
     gpu: str | None = Gpu,
-    devices: int | None = Devices,
     throughput: float | None = Throughput,
     measure: bool = Measure,
 ) -> None:
@@ -85,7 +89,7 @@ def plan(
     ctx: typer.Context,
     words: list[str] | None = Words,
     gpu: str | None = Gpu,
-    devices: int | None = Devices,
+    gpus: int | None = Gpus,
     throughput: float | None = Throughput,
     measure: bool = Measure,
     as_json: bool = AsJson,
@@ -98,10 +102,10 @@ def plan(
 
     \b
       gemma2 plan sft --model 9b --gpu 24GB
-      gemma2 plan rlhf --policy 2b --reward 9b --devices 8 --throughput 20000
+      gemma2 plan rlhf --policy 2b --reward 9b --gpus 8 --strategy fsdp --throughput 20000
       gemma2 plan sft --model sft --data data --measure
     """  # fmt: skip
-    given = {"gpu": gpu, "devices": devices, "throughput": throughput, "measure": measure}
+    given = {"gpu": gpu, "throughput": throughput, "measure": measure}
     if not words:
         typer.echo(ctx.get_help())
         return
@@ -116,11 +120,21 @@ def plan(
         question = _question({key: own[key] if is_given(own[key]) else given[key] for key in OURS})
         if (flag := _given(question)) and not _has_answers(name):
             raise UsageError(*_no_answer(name, flag))
+        if gpus is not None:
+            _give_gpus(name, gpus, inner.params)
         inner.meta[QUESTION] = AskedPlan(question)
         dry = next(str(part.name) for part in command.params if "--dry-run" in part.opts)
         inner.params[dry] = True
         inner.params |= {key: True for key, on in (("as_json", as_json), ("quiet", quiet)) if on and key in theirs}
         command.invoke(inner)
+
+
+def _give_gpus(name: str, gpus: int, params: dict[str, object]) -> None:
+    """Give a command the flag that stood in front of it. Raises UsageError for one that has no such flag."""
+    if "gpus" not in params:
+        raise UsageError(f"gemma2 {name} runs in one process", "leave out --gpus")
+    if params["gpus"] is None:
+        params["gpus"] = gpus
 
 
 def _command(words: list[str]) -> tuple[str, Command, list[str]]:
@@ -164,7 +178,7 @@ def _asking(name: str, command: Command) -> Command:
     asked = copy(command)
     asked.name = name
     ours = get_command(_only(_flags)).params
-    theirs = {part.name for part in command.params}  # `gemma2 serve` has --devices too
+    theirs = {part.name for part in command.params}
     asked.params = [*command.params, *(part for part in ours if part.name in OURS and part.name not in theirs)]
     return asked
 
@@ -179,4 +193,4 @@ def _question(given: JsonMapping) -> PlanQuestion:
     from gemma2.posttrain.planning.plan_answers import PlanQuestion, gpu_bytes
 
     gpu = None if given["gpu"] is None else gpu_bytes(given["gpu"])
-    return PlanQuestion(gpu, given["devices"] or 1, given["throughput"], bool(given["measure"]))
+    return PlanQuestion(gpu, given["throughput"], bool(given["measure"]))

@@ -32,6 +32,7 @@ from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
+from .several import check_machines, several
 
 if TYPE_CHECKING:
     from gemma2.posttrain.runs.commands import Runner
@@ -290,7 +291,7 @@ def make_command(
                     options = None if out is None else RunOptions(out, given["resume"], given["force"])
                     plan_only(config, options, console, asked)
                     return
-                config = located(config)
+                config = several(located(config), ctx.obj, console)
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
@@ -344,6 +345,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.runs.finished import publish_finished
     from gemma2.posttrain.runs.run_directory import resumed_with
 
+    check_machines(config, options.out)
     promise(options.out)
     checks = CommandChecks(isolated=False)
     models = checks.inputs(config)

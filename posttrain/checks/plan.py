@@ -6,6 +6,7 @@ A plan is always printed: memory or a disk that is too small is a line of it (`p
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,13 @@ from pathlib import Path
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.staging import check_output
+from gemma2.core.ranks import announced
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
 from gemma2.posttrain.planning.estimates import GIB, Sources, Work, estimate
 from gemma2.posttrain.planning.learning import Sizes
-from gemma2.posttrain.planning.memory import Lengths, MemoryPlace
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, place_for, processes_of
 from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_of
 from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.runs.inputs import inputs_of
@@ -31,6 +33,7 @@ from gemma2.posttrain.schemas.config import Config
 from .data_rows import RowsFound
 from .of_command import CommandChecks
 
+USUAL = 80e9  # bytes of a GPU where several are planned for that this machine does not have
 WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between two words of a schema's name
 
 __all__ = ["Planned", "disk_problem", "look", "memory_problem", "plan", "shortages", "work_of"]
@@ -121,7 +124,10 @@ def needs(config: Config, work: Work | None, sizes: Sizes, lengths: Lengths, out
     """Memory and disk of a step, next to what is free here; `problems` says what does not fit."""
     found: JsonObject = {name: value for name, value in work.facts.items() if not _is_nan(value)} if work else {}
     memory = free_memory()
-    verdict = judge(config, sizes, place_of(memory), lengths)
+    memory, place = _asked(config, sizes, lengths, memory)
+    verdict = judge(config, sizes, place, lengths)
+    if place.devices > 1:
+        found |= {"processes": place.devices, "strategy": "fsdp" if place.full_shard else "ddp"}
     problems: list[str | None] = []
     if verdict is not None and math.isfinite(verdict.needed):
         found |= {"memory_gib": round(verdict.needed / GIB, 3), "memory_peak": verdict.phase}
@@ -144,6 +150,17 @@ def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
+def _asked(config: Config, sizes: Sizes, lengths: Lengths, here: Memory) -> tuple[Memory, MemoryPlace]:
+    """The memory of one device among those that the command runs on, and that device as a place."""
+    count = max(announced(), processes_of(config))
+    if count > 1 and here.where == MAIN:
+        if announced() == 1:  # GPUs of another machine, of which nothing is known
+            here = Memory(USUAL, f"a GPU of {USUAL / 1e9:.0f} GB, of which this machine has none")
+        else:  # the processes share it
+            here = Memory(here.free / int(os.environ.get("LOCAL_WORLD_SIZE", str(count))), MAIN)
+    return here, place_for(config, sizes, lengths, place_of(here).kind, here.free, count)
+
+
 def place_of(memory: Memory) -> MemoryPlace:
     """This machine as a place for a command."""
     return MemoryPlace("cpu" if memory.where == MAIN else "accelerator", capacity=memory.free)
@@ -161,7 +178,9 @@ def memory_problem(verdict: Verdict, memory: Memory) -> str | None:
 def shortages(config: Config, sources: Sources, rows: Sequence[RowsFound], out: Path) -> list[str]:
     """What a run that is about to begin may lack here: disk, memory; a line each. These are estimates."""
     sizes, memory = sizes_of(NOTHING, sources), free_memory()
-    work, verdict = work_of(config, sources, sizes), judge(config, sizes, place_of(memory), lengths_of(rows))
+    lengths = lengths_of(rows)
+    memory, place = _asked(config, sizes, lengths, memory)
+    work, verdict = work_of(config, sources, sizes), judge(config, sizes, place, lengths)
     found = [
         disk_problem(work, out, free_disk(out)) if work is not None else None,
         memory_problem(verdict, memory) if verdict is not None else None,

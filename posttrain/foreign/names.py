@@ -63,7 +63,7 @@ ATTENTION = "eager, flex_attention, flash_attention_2 or flash_attention_3; sdpa
 QUANTISED = "weights are not quantised in training (no 4 or 8 bit): give --lora-rank for less memory"
 PLAIN_LORA = "adapters are plain LoRA: A and B, scaled by alpha / rank"
 RULE = "the optimizer is AdamW with one learning rate"
-ONE_PROCESS = "a training command runs in one process and shards nothing; --lora-rank needs less memory"
+BY_STRATEGY = "--gpus N starts the processes, and --strategy says how they hold the model"
 NO_DPO = "there is no DPO here: train a reward model on the pairs (gemma2 reward), then gemma2 rlhf"
 TEMPLATE = "turns are rendered by the model's own chat template: gemma2 data inspect PATH --model DIR"
 
@@ -247,12 +247,12 @@ NAMES: dict[str, ForeignName] = {
     "use_liger_kernel": _unneeded(TL, "it saves memory only; results do not depend on it"),
     "enable_liger_kernel": _unneeded(L, "it saves memory only; results do not depend on it"),
     "torch_compile": _unneeded(TRAINER, "it changes speed only; results do not depend on it"),
-    "deepspeed": _unneeded(TAL, ONE_PROCESS),
-    "fsdp": _unneeded(TAL, ONE_PROCESS),
-    "fsdp_config": _unneeded(TAL, ONE_PROCESS),
-    "accelerate_config": _unneeded(T, ONE_PROCESS),
-    "ddp_timeout": _unneeded(TL, ONE_PROCESS),
-    "device_map": _unneeded(TL, ONE_PROCESS),
+    "deepspeed": _unneeded(TAL, BY_STRATEGY),
+    "fsdp": _unneeded(TAL, BY_STRATEGY),
+    "fsdp_config": _unneeded(TAL, BY_STRATEGY),
+    "accelerate_config": _unneeded(T, BY_STRATEGY),
+    "ddp_timeout": _unneeded(TL, BY_STRATEGY),
+    "device_map": _unneeded(TL, BY_STRATEGY),
     "use_unsloth": _unneeded(L, "it changes speed only; results do not depend on it"),
     # --- evaluation, checkpoints, logs ---
     "eval_steps": _same(TAL, "eval_every"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from gemma2.posttrain.schemas import DistillConfig, LoraFields, RewardConfig, SftConfig
 
@@ -24,7 +25,9 @@ __all__ = [
     "Sizes",
     "Trained",
     "chunk_logits",
+    "decoding_copies",
     "dtype_bytes",
+    "gathered",
     "generating",
     "of_distill",
     "of_reward",
@@ -47,7 +50,7 @@ PROMPT = 512  # tokens of the longest prompt where nothing is known of the data
 class Trained:
     """The weights that a command trains, per device.
 
-    weights    bytes of all of the model, fp32, adapters included
+    weights    bytes of all of the model: fp32 where it is trained, bf16 below adapters on an accelerator
     elements   trained elements
     gradients  memory of one gradient of every trained tensor
     embedding  memory of the gradient of the embedding; none if it is frozen
@@ -79,6 +82,8 @@ def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: 
     accelerated = place.kind == "accelerator"
     checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
     attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
+    if accelerated and getattr(config, "attention", "eager") != "eager":
+        attention = "flash"
     network = NetworkInUse(
         shape,
         attention,
@@ -91,10 +96,11 @@ def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: 
     embedding = blocks(4.0 * shape.embedding)
     return Trained(
         network,
-        weights=4 * (shape.parameters + adapters) * share,
+        weights=((2 if rank and accelerated else 4) * shape.parameters + 4 * adapters) * share,
         elements=(adapters if rank else shape.parameters) * share,
         gradients=(Bytes(0.0, 4 * adapters, 4 * adapters) if rank else _gradients(shape)) * share,
-        embedding=Bytes() if rank else embedding * share,
+        # Divided weights are gathered with their gradients (`gathered`): the two of the embedding among them.
+        embedding=Bytes() if rank or place.full_shard else embedding,
         tied=shape.tied and not shape.outputs,
         records=0.0 if rank else 8 * _sampled(shape),
     )
@@ -114,9 +120,29 @@ def _sampled(shape: ModelShape) -> float:
     return float(shape.layers * (of_block + norms) + min(shape.embedding, SAMPLE) + shape.hidden)
 
 
-def resident(shape: ModelShape, item: float) -> Bytes:
-    """Memory of a model that does not learn: whole on each device."""
-    return Bytes(shape.parameters * item)
+def resident(shape: ModelShape, item: float, share: float = 1.0) -> Bytes:
+    """Memory of a model that does not learn: whole on each device, or a share of it."""
+    return Bytes(shape.parameters * item * share)
+
+
+def gathered(shape: ModelShape, item: float, place: MemoryPlace, at: Literal["forward", "layer", "end"]) -> Sum:
+    """What a pass through divided weights has whole, in `item` bytes: the root, and of the layers this and the next.
+
+    The root is embedding and head: its weights stay whole until the backward pass ends, and so does the gradient of the
+    head. The gradient of a unit becomes a sum in fp32 before it is divided.
+
+    at  forward: no gradients; layer: in the backward pass of a layer that is trained; end: in that of the root
+    """
+    if not place.full_shard:
+        return []
+    root, layer = shape.embedding, (shape.parameters - shape.embedding) / max(1, shape.layers)
+    head = 0 if shape.outputs else root
+    counts = {
+        "forward": item * (root + 2 * layer),
+        "layer": item * (root + head + 3 * layer) + 4 * layer,
+        "end": (item + 4) * root,
+    }
+    return [("gathered weights", Bytes(counts[at]))]
 
 
 def chunk_logits(vocabulary: int, rows: float, learns: bool, mixed: bool) -> Bytes:
@@ -132,17 +158,19 @@ def chunk_logits(vocabulary: int, rows: float, learns: bool, mixed: bool) -> Byt
 def training(
     one: Trained, base: Sum, batch: RowBatch, logits: Bytes, accumulates: bool, place: MemoryPlace, name: str = "train"
 ) -> list[Moment]:
-    """Return the start of a training, and the two moments of a step on batches of this size.
+    """Return the start of a training, and the moments of a step on batches of this size.
 
     base         what is in memory all the time, apart from `one`
     accumulates  whether gradients of earlier parts or micro-batches are there already
     """
     network = one.network
+    shape, item = network.shape, 2 if network.mixed else 4
     head = one.embedding if one.tied else Bytes()
     always = [*base, *one.state(), *_copies(one, place)]
-    states = blocks(4.0 * batch.count * network.shape.hidden, 2 if logits.total else 0)
+    states = blocks(4.0 * batch.count * shape.hidden, 2 if logits.total else 0)
     forward: Sum = [
         *always,
+        *gathered(shape, item, place, "forward"),
         ("gradients", head + (one.gradients if accumulates else Bytes())),
         ("activations", network.saved_bytes(batch) + network.working_bytes(batch) + states),
         ("logits", logits),
@@ -150,30 +178,32 @@ def training(
     last = replace(network, checkpointing=False).block_bytes(batch, True)
     backward: Sum = [
         *always,
+        *gathered(shape, item, place, "layer" if network.trained else "forward"),
         ("gradients", one.gradients + one.embedding * (one.tied + accumulates)),
         ("activations", last + network.working_bytes(batch)),
     ]
+    moments = [Moment(name, forward), Moment(name, backward)]
+    if place.full_shard and network.trained:
+        moments.append(Moment(name, [*always, *gathered(shape, item, place, "end"), ("gradients", one.gradients)]))
     # Before the first step decoding is compared with the forward pass (forward_check.py); new adapters add nothing yet.
-    copies = Bytes() if network.shape.outputs else decoding_copies(network.shape, 4)
+    copies = Bytes() if shape.outputs else decoding_copies(shape, 4)
     start: Sum = [
         *base,
         ("weights", Bytes(one.weights)),
         ("records of the start", Bytes(one.records)),
         ("copies of weights for decoding", copies),
     ]
-    return [Moment("start", start), Moment(name, forward), Moment(name, backward)]
+    return [Moment("start", start), *moments]
 
 
 def _copies(one: Trained, place: MemoryPlace) -> Sum:
-    """Under autocast the bf16 copies of trained weights; under data parallelism the buckets of their gradients."""
+    """Under autocast the bf16 copies of trained weights; under ddp the buckets of their gradients. fsdp has neither."""
     found: Sum = []
+    if place.full_shard:
+        return found
     if one.network.mixed:
         found.append(("bf16 copies of weights", Bytes(2 * one.elements)))
-    if place.devices > 1 and place.full_shard:
-        shape = one.network.shape
-        largest = max((shape.parameters - shape.embedding) / max(1, shape.layers), float(shape.embedding))
-        found.append(("gathered layer", Bytes(8 * largest)))
-    elif place.devices > 1:
+    if place.devices > 1:
         found.append(("gradient buckets", Bytes(4 * one.elements)))
     return found
 
@@ -182,14 +212,13 @@ def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths
     """Return the moments of `gemma2 sft`."""
     shape = sizes(config.model)
     one = trained(config, shape, place, config.trainer)
-    if place.kind == "accelerator" and config.attention != "eager":
-        one = replace(one, network=replace(one.network, attention="flash"))
     width = min(config.max_length, lengths.row or config.max_length)
-    micro = RowBatch(config.micro_batch_size or config.batch_size, config.max_length if config.packing else width)
+    rows = rows_of_each(config.batch_size, place)
+    micro = RowBatch(config.micro_batch_size or rows, config.max_length if config.packing else width)
     tokens = config.micro_batch_tokens or (PART_TOKENS if one.network.attention == "blockwise" else None)
     batch = cpu_parts(micro, tokens) if tokens else micro
     logits = chunk_logits(shape.vocabulary, batch.count, True, one.network.mixed)
-    return training(one, [], batch, logits, batch.rows < config.batch_size, place)
+    return training(one, [], batch, logits, batch.rows < rows, place)
 
 
 def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
@@ -197,48 +226,67 @@ def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: L
     shape = replace(sizes(config.model), outputs=1)
     one = trained(config, shape, place, config.trainer)
     width = min(config.max_length, lengths.row or config.max_length)
-    pairs = config.micro_batch_size or config.batch_size
+    rows = rows_of_each(config.batch_size, place)
+    pairs = config.micro_batch_size or rows
     batch = RowBatch(2 * pairs, width)
     if one.network.attention == "blockwise":
         one = replace(one, network=replace(one.network, last_only=shape.model_type == "gemma2"))
         batch = RowBatch(2 * cpu_parts(RowBatch(pairs, 2 * width), PART_TOKENS).rows, width)
-    return training(one, [], batch, Bytes(), batch.rows < 2 * config.batch_size, place)
+    return training(one, [], batch, Bytes(), batch.rows < 2 * rows, place)
 
 
 def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
     shape = sizes(config.model)
     one = trained(config, shape, place, config.trainer)
-    one = replace(one, network=replace(one.network, attention="eager"))
+    if one.network.attention != "flash":
+        one = replace(one, network=replace(one.network, attention="eager"))
     base: Sum = []
+    item = dtype_bytes(config.teacher_dtype, place)
     if config.teacher is not None:
-        base.append(("teacher", resident(sizes(config.teacher), dtype_bytes(config.teacher_dtype, place))))
+        base.append(("teacher", resident(sizes(config.teacher), item, 1 / place.shards)))
     prompt, width = lengths.prompt or PROMPT, min(config.max_length, lengths.row or config.max_length)
     if config.prompts is not None:
         width = max(prompt + config.max_new_tokens, width if config.data is not None else 0)
-    micro = config.micro_batch_size or config.batch_size
+    rows = rows_of_each(config.batch_size, place)
+    micro = config.micro_batch_size or rows
     batch = RowBatch(micro, width)
     chunk = min(batch.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
     logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
-    moments = training(one, base, batch, logits, micro < config.batch_size, place)
+    moments = training(one, base, batch, logits, micro < rows, place)
     if config.teacher is not None:
         reading = NetworkInUse(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
         kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
-        moments.append(Moment("train", [*base, *one.state(), *_copies(one, place), ("activations", kept)]))
+        copies = [*_copies(one, place), *gathered(sizes(config.teacher), item, place, "forward")]
+        moments.append(Moment("train", [*base, *one.state(), *copies, ("activations", kept)]))
+        if place.full_shard:  # the heads of both are whole while the divergence is computed
+            states = [("activations", one.network.saved_bytes(batch)), ("logits", logits)]
+            heads = gathered(shape, 2 if one.network.mixed else 4, place, "forward")
+            moments.append(Moment("train", [*base, *one.state(), *copies, *heads, *states]))
     if config.prompts is not None:
-        moments.insert(0, generating(one, base, config.batch_size, prompt, config.max_new_tokens))
+        moments.insert(0, generating(one, base, rows, prompt, config.max_new_tokens, place))
     return moments
 
 
-def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int) -> Moment:
-    """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights."""
+def rows_of_each(batch: int, place: MemoryPlace) -> int:
+    """Return the rows of an optimizer step that each process has."""
+    return max(1, batch // place.devices)
+
+
+def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int, place: MemoryPlace) -> Moment:
+    """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights.
+
+    Divided weights are gathered for the whole of it.
+    """
     shape, item = one.network.shape, 2 if one.network.mixed else 4
     prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(RowBatch(rows, prompt))
     # Under autocast every matrix is converted once; the products of adapters are added to copies.
-    copies = decoding_copies(shape, item, every=one.network.mixed or not one.network.trained)
+    whole = place.full_shard
+    copies = decoding_copies(shape, item, every=not one.network.trained or (one.network.mixed and not whole))
     parts: Sum = [
         *base,
         *one.state(),
+        *([("gathered weights", resident(shape, item))] if whole else []),
         ("copies of weights for decoding", copies),
         ("KV cache", decode_bytes(shape, rows, prompt, new, item)),
         ("logits", sampler_logits(shape, rows, True)),

@@ -16,6 +16,7 @@ from typing import Literal
 __all__ = [
     "BASELINES",
     "Bytes",
+    "Kind",
     "Lengths",
     "MemoryPart",
     "MemoryPlace",
@@ -82,7 +83,8 @@ class MemoryPlace:
 
     kind        what holds the models: main memory or accelerators
     devices     processes, one per device
-    full_shard  whether weights, gradients and optimizer are split among the devices (FSDP), instead of repeated on each
+    full_shard  whether weights, gradients, optimizer, anchor and frozen models are divided among the devices (fsdp),
+                instead of repeated on each (ddp)
     capacity    bytes of one device
     baseline    bytes that the libraries take on each device before there is a model
     """

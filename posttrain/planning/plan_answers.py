@@ -5,35 +5,31 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
-from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.schemas import StrategyFields
 from gemma2.posttrain.schemas.config import Config
 
 from .disk import disk_of
 from .durations import Trial, duration
 from .learning import Sizes
-from .memory import Lengths, MemoryPlace, MemoryPlan, memory_of
+from .memory import Lengths, MemoryPlace, MemoryPlan, memory_of, place_for, processes_of
 from .verdicts import CARDS, GB, Verdict, judge
 
 __all__ = ["PlanFacts", "PlanQuestion", "answer", "gpu_bytes"]
 
 GIB = 2.0**30
-SPLIT = (
-    "a sum only: no command splits a model over GPUs yet; rlhf gives each process of torchrun a whole one, "
-    "the others run on one GPU"
-)
+USUAL = 80 * GB  # of GPUs of which only the number is known
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class PlanQuestion:
-    """What a plan is asked besides the command: a GPU in bytes, how many of them, a rate of tokens."""
+    """What a plan is asked besides the command, whose flags say how many GPUs: one in bytes, a rate of tokens."""
 
     gpu: float | None = None
-    devices: int = 1
     throughput: float | None = None
     measure: bool = False
 
@@ -61,7 +57,7 @@ def gpu_bytes(text: str) -> float:
 def answer(facts: PlanFacts, question: PlanQuestion, trial: Trial | None = None) -> JsonObject:
     """Return memory, verdicts, disk and time of a command; of one that runs no model its tokens alone."""
     found: JsonObject = {}
-    place = _asked(question, _devices(facts, question)) if question.gpu is not None else facts.here
+    place = _asked(facts, question)
     verdicts = [_row(verdict) for verdict in _verdicts(facts, question)]
     memory = memory_of(facts.config, facts.sizes, place, facts.lengths) if verdicts else None
     if memory is not None:
@@ -75,28 +71,26 @@ def answer(facts: PlanFacts, question: PlanQuestion, trial: Trial | None = None)
     return found | {"time": duration(facts.config, facts.tokens, facts.steps, question.throughput, trial)}
 
 
-def _devices(facts: PlanFacts, question: PlanQuestion) -> int:
-    """The GPUs that a command uses today, each with a whole model."""
-    return question.devices if isinstance(facts.config, RlhfConfig) else 1
-
-
-def _asked(question: PlanQuestion, devices: int, gpu: float | None = None, split: bool = False) -> MemoryPlace:
-    capacity = question.gpu if gpu is None else gpu
-    return MemoryPlace("accelerator", devices, split, math.inf if capacity is None else capacity)
+def _asked(facts: PlanFacts, question: PlanQuestion) -> MemoryPlace:
+    """The place whose parts are shown: the GPU that was asked about, a usual one if there are several, this machine."""
+    if question.gpu is None and processes_of(facts.config) == 1:
+        return facts.here
+    capacity = USUAL if question.gpu is None else question.gpu
+    return place_for(facts.config, facts.sizes, facts.lengths, "accelerator", capacity)
 
 
 def _verdicts(facts: PlanFacts, question: PlanQuestion) -> Iterator[Verdict]:
-    """This machine, then the GPU that was asked about or the usual ones; with several devices whole and split."""
+    """This machine, then the GPU that was asked about or the usual ones; several by every strategy that is open."""
+    count, config = processes_of(facts.config), facts.config
     cards: Sequence[float] = [question.gpu] if question.gpu is not None else [size * GB for size in CARDS]
-    places = [] if question.gpu is not None else [facts.here]
-    for card in cards:
-        places.append(_asked(question, _devices(facts, question), card))
-        if question.devices > 1:
-            places.append(_asked(question, question.devices, card, split=True))
+    places = [facts.here] if question.gpu is None and count == 1 else []
+    asked = config.strategy if isinstance(config, StrategyFields) else "ddp"
+    divided = {"ddp": [False], "fsdp": [True], "auto": [False, True] if count > 1 else [False]}[asked]
+    places += [MemoryPlace("accelerator", count, one, card) for card in cards for one in divided]
     for place in places:
-        verdict = judge(facts.config, facts.sizes, place, facts.lengths)
+        verdict = judge(config, facts.sizes, place, facts.lengths)
         if verdict is not None:
-            yield replace(verdict, flags=()) if place.full_shard else verdict
+            yield verdict
 
 
 def named(place: MemoryPlace) -> str:
@@ -105,8 +99,8 @@ def named(place: MemoryPlace) -> str:
         return "this machine, main memory"
     size = f"GPU of {place.capacity / GB:.4g} GB" if math.isfinite(place.capacity) else "GPU"
     if place.devices == 1:
-        return size
-    return f"{place.devices} x {size}, {'split' if place.full_shard else 'whole'}"
+        return f"{size}, fsdp" if place.full_shard else size
+    return f"{place.devices} x {size}, {'fsdp' if place.full_shard else 'ddp'}"
 
 
 def _memory(plan: MemoryPlan) -> JsonObject:
@@ -119,7 +113,7 @@ def _memory(plan: MemoryPlan) -> JsonObject:
 
 def _row(verdict: Verdict) -> JsonObject:
     """One verdict as a line of a table."""
-    row: JsonObject = {
+    return {
         "place": named(verdict.place),
         "has_gib": _gib(verdict.place.capacity),
         "needs_gib": _gib(verdict.needed),
@@ -129,7 +123,6 @@ def _row(verdict: Verdict) -> JsonObject:
         "flags": " ".join(verdict.flags) or None,
         "then_gib": None if verdict.needed_then is None else _gib(verdict.needed_then),
     }
-    return row | ({"note": SPLIT} if verdict.place.full_shard else {})
 
 
 def _gib(count: float) -> float:

@@ -17,6 +17,7 @@ from .learning import (
     Trained,
     chunk_logits,
     dtype_bytes,
+    gathered,
     generating,
     resident,
     trained,
@@ -38,7 +39,8 @@ def frozen_bytes(config: Config, place: MemoryPlace) -> float:
 def reward_models(config: RewardFields, sizes: Sizes, place: MemoryPlace) -> Sum:
     """The reward models of a command, a WARM ensemble is one model."""
     paths = config.reward[:1] if config.reward_ensemble == "warm" else config.reward
-    return [("reward models", resident(sizes(path), frozen_bytes(config, place))) for path in paths]
+    item, share = frozen_bytes(config, place), 1 / place.shards
+    return [("reward models", resident(sizes(path), item, share)) for path in paths]
 
 
 def reading(path: Path, sizes: Sizes, place: MemoryPlace, mixed: bool = False) -> NetworkInUse:
@@ -73,11 +75,11 @@ def _anchor(config: RlFields, one: Trained, place: MemoryPlace) -> Sum:
         return []
     shape, rank = one.network.shape, config.lora_rank
     if rank and config.lora_anchor == "factors":
-        return [("EMA anchor", Bytes(4 * shape.adapter_parameters(rank, config.lora_targets)))]
-    averaged = shape.adapted_weights(config.lora_targets) if rank else shape.parameters
+        return [("EMA anchor", Bytes(4 * shape.adapter_parameters(rank, config.lora_targets) / place.shards))]
+    averaged = (shape.adapted_weights(config.lora_targets) if rank else shape.parameters) / place.shards
     if config.anchor_memory == "gpu":
         return [("EMA anchor", Bytes(4 * averaged))]
-    return [("EMA anchor", Bytes(2 * shape.parameters + (4 * averaged if place.kind == "cpu" else 0.0)))]
+    return [("EMA anchor", Bytes(2 * shape.parameters / place.shards + (4 * averaged if place.kind == "cpu" else 0.0)))]
 
 
 def rl_moments(
@@ -94,10 +96,14 @@ def rl_moments(
     one = trained(config, shape, place, trainer)
     network = one.network
     base: Sum = []
+    item = frozen_bytes(config, place)
     if reference is not None:
-        base.append(("reference", resident(sizes(reference), frozen_bytes(config, place))))
-    elif not config.lora_rank:
-        base.append(("reference", resident(shape, FP32)))  # a copy of the policy
+        base.append(("reference", resident(sizes(reference), item, 1 / place.shards)))
+    elif not config.lora_rank:  # a copy of the policy
+        base.append(("reference", resident(shape, item, 1 / place.shards)))
+    # On an accelerator a whole reference is in the memory of the host but for the evaluations.
+    measured = base if place.kind == "accelerator" and not place.full_shard else []
+    base = [*([] if measured else base)]
     base += reward_models(config, sizes, place) + _anchor(config, one, place)
     rows = max(1, config.prompts_per_step // place.devices) * config.n
     micro = min(config.micro_batch_size or rows, rows)
@@ -105,13 +111,15 @@ def rl_moments(
     width = prompt + config.max_new_tokens
     # A group is never split, so a batch of the sampler holds at least one.
     drawn = max(config.n, micro // config.n * config.n)
-    generate = generating(one, base, drawn, prompt, config.max_new_tokens)
+    generate = generating(one, base, drawn, prompt, config.max_new_tokens, place)
     if config.engine == "vllm" and config.vllm_mode == "colocate":
         held = Bytes(config.vllm_memory * place.capacity)
         generate = Moment("generate", [*base, *one.state(), ("vLLM", held)])
     scorers = [reading(path, sizes, place, network.mixed) for path in config.reward]
     scorers.append(replace(network, attention="blockwise" if place.kind == "cpu" else "eager"))
-    score = scoring([*base, *one.state()], scorers, RowBatch(micro, width), place, both=True)
+    widest = max((one.shape for one in scorers), key=lambda shape: shape.embedding)
+    passed = gathered(widest, 2 if network.mixed else 4, place, "forward")
+    score = scoring([*measured, *base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)
     batch = (
         cpu_parts(RowBatch(micro, width), PART_TOKENS) if network.attention == "blockwise" else RowBatch(micro, width)
     )

@@ -1,7 +1,7 @@
 """Recipes by command, size of the model and machine: which exist, what each needs, and why the others do not.
 
-A recipe is for its machine if the planner's peak leaves `FREE` of every GPU. Nothing is split among GPUs here: sft,
-distill and reward use one, rlhf repeats everything on each, the policies of warp have one each. Torch-free.
+A recipe is for its machine if the planner's peak leaves `FREE` of every GPU. Its line says how many it uses (`--gpus`);
+`--strategy` decides how they hold the models. The policies of warp have one each. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.pipelines.compile import read_pipeline
 from gemma2.posttrain.pipelines.references import lookup, replaced
-from gemma2.posttrain.planning.memory import MemoryPlace, MemoryPlan, memory_of
+from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, MemoryPlan, memory_of, place_for
 from gemma2.posttrain.planning.shapes import SIZES, ModelShape
 from gemma2.posttrain.schemas.config import Config, resolve
 
@@ -27,11 +27,11 @@ from .schema_index import schema_for
 __all__ = [
     "COMMANDS",
     "MACHINES",
-    "ONE_GPU",
     "Cell",
     "MachinePlan",
     "cell_named",
     "cells",
+    "is_of_one_gpu",
     "least_plan",
     "no_recipe",
     "plan_of",
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 FREE = 0.05  # of 24e9 or 80e9 bytes, for what a sum does not know; such GPUs have 3 to 7 % more than these
-ONE_GPU = ("sft", "distill", "reward")  # commands that use one GPU only
 RUN = re.compile(r"^# Run: (.*)$", re.MULTILINE)
 HUB_SIZE = re.compile(r"gemma-2-(2b|9b|27b)\b")
 COMMANDS = ("sft", "distill", "reward", "rlhf", "warp")
@@ -47,18 +46,19 @@ COMMANDS = ("sft", "distill", "reward", "rlhf", "warp")
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of machine. capacity: bytes of one GPU, of which `gpus` exist."""
+    """A kind of machine. capacity: bytes of one GPU, of which each of `nodes` has `gpus`."""
 
     words: str
     capacity: float
     gpus: int = 1
+    nodes: int = 1
 
 
 MACHINES = {
     "24gb": Machine("one GPU with 24 GB", 24e9),
     "80gb": Machine("one GPU with 80 GB", 80e9),
     "8x80gb": Machine("8 GPUs with 80 GB each", 80e9, 8),
-    "multi-node": Machine("2 hosts with 8 GPUs of 80 GB each", 80e9, 16),
+    "multi-node": Machine("2 hosts with 8 GPUs of 80 GB each", 80e9, 8, 2),
 }
 # The settings with which a command needs least; `size` stands for the model.
 LEAST: dict[str, JsonMapping] = {
@@ -96,10 +96,11 @@ class Cell:
         return machine_recipes().get(self.name)
 
     @property
-    def place(self) -> MemoryPlace:
-        """The GPUs that one process of the command sees."""
+    def flags(self) -> JsonMapping:
+        """The flags with which the command uses the whole machine; the stages of warp have a GPU each."""
         machine = MACHINES[self.machine]
-        return MemoryPlace("accelerator", machine.gpus if self.command == "rlhf" else 1, capacity=machine.capacity)
+        several = machine.gpus > 1 and self.command != "warp"
+        return {"gpus": machine.gpus, "nodes": machine.nodes} if several else {}
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class MachinePlan:
     cell: Cell
     config: Config
     memory: MemoryPlan
+    place: MemoryPlace
 
     @property
     def needed(self) -> float:
@@ -118,7 +120,7 @@ class MachinePlan:
     @property
     def fits(self) -> bool:
         """Whether the machine has that much, with some to spare."""
-        return self.needed <= (1 - FREE) * self.cell.place.capacity
+        return self.needed <= (1 - FREE) * self.place.capacity
 
     def parts(self, most: int = 99) -> str:
         """The largest parts of the largest phase as text, in GB."""
@@ -129,7 +131,7 @@ class MachinePlan:
     def sum(self) -> str:
         """The peak next to what a GPU has, as text."""
         each = " of each GPU" if MACHINES[self.cell.machine].gpus > 1 else ""
-        return f"{self.needed / 1e9:.1f} of {self.cell.place.capacity / 1e9:.0f} GB{each}"
+        return f"{self.needed / 1e9:.1f} of {self.place.capacity / 1e9:.0f} GB{each}"
 
     def as_json(self) -> JsonObject:
         """The plan as a JSON document; bytes."""
@@ -141,7 +143,7 @@ class MachinePlan:
             "machine": MACHINES[self.cell.machine].words,
             "phase": peak.name,
             "needed": self.needed,
-            "capacity": self.cell.place.capacity,
+            "capacity": self.place.capacity,
             "fits": self.fits,
             "parts": {part.name: part.bytes for part in peak.parts},
             "phases": {phase.name: phase.bytes for phase in self.memory.phases},
@@ -170,9 +172,11 @@ def plan_of(cell: Cell) -> MachinePlan:
 
 def least_plan(cell: Cell) -> MachinePlan:
     """The plan of the settings with which the command needs least."""
-    values = {**LEAST[cell.command], "lora_rank": 8, "micro_batch_size": 1, "batch_size": 1}
+    machine = MACHINES[cell.machine]
+    several = machine.gpus * machine.nodes if cell.flags else 1
+    values = {**LEAST[cell.command], "lora_rank": 8, "micro_batch_size": 1, "batch_size": several, **cell.flags}
     if cell.command in ("rlhf", "warp"):
-        values |= LEAST_RL
+        values |= LEAST_RL | {"prompts_per_step": several}
         values.pop("batch_size")
     return _planned(cell, resolve(schema_for(cell.command), flags=values))
 
@@ -183,9 +187,10 @@ def _planned(cell: Cell, config: Config) -> MachinePlan:
         found = SIZES[named[1] if named else cell.size]
         return replace(found, outputs=1) if str(path) == "reward" else found
 
-    memory = memory_of(config, shape, cell.place)
+    place = place_for(config, shape, Lengths(), "accelerator", MACHINES[cell.machine].capacity)
+    memory = memory_of(config, shape, place)
     assert memory is not None, f"{cell.command} runs a model"
-    return MachinePlan(cell, config, memory)
+    return MachinePlan(cell, config, memory, place)
 
 
 def run_line(path: Path) -> str:
@@ -218,20 +223,25 @@ def _config_of(cell: Cell, path: Path) -> Config:
 # --- what cannot be done ----------------------------------------------------------------------------------------------
 
 
+def is_of_one_gpu(cell: Cell) -> bool:
+    """Whether a machine of several GPUs has no recipe since the one for a single GPU of this kind is enough."""
+    single = replace(cell, machine="80gb")
+    return MACHINES[cell.machine].gpus > 1 and cell.command != "warp" and not cell.path and single.path is not None
+
+
 def no_recipe(cell: Cell) -> InputError:
     """Why there is no recipe for a cell, and the next that exists."""
     machine, least = MACHINES[cell.machine], least_plan(cell)
     single = replace(cell, machine="80gb")
-    if machine.gpus > 1 and cell.command in ONE_GPU and single.path is not None:
-        what = f"there is no recipe {cell.name}: {cell.command} uses one GPU"
-        hint = f"take {single.name} ({plan_of(single).sum}); the others stay free for other runs"
+    if is_of_one_gpu(cell):
+        what = f"there is no recipe {cell.name}: one GPU is enough"
+        hint = f"take {single.name} ({plan_of(single).sum}); with --gpus the others share each step"
         return InputError(what, hint, cell.name)
     needed, there = sizes_apart(least.needed, machine.capacity)
-    shared = ", and nothing is split among GPUs" if machine.gpus > 1 else ""
     close = f", of which a recipe leaves {FREE:.0%} free" if least.needed <= machine.capacity else ""
     what = (
         f"there is no recipe {cell.name}: {cell.command} of a {cell.size.upper()} needs {needed} with the least "
-        f"settings ({least.parts(3)}), a GPU has {there}{close}{shared}"
+        f"settings ({least.parts(3)}), a GPU has {there}{close}"
     )
     found = [f"{one.name} ({plan_of(one).sum})" for one in _next_to(cell)]
     return InputError(what, f"the next that can: {' or '.join(found)}", cell.name)

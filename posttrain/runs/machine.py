@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MAIN", "Memory", "free_disk", "free_memory"]
+__all__ = ["CHOICE", "MAIN", "Gpu", "Memory", "free_disk", "free_memory", "visible_devices"]
 
 MAIN = "main memory"
 CGROUP = Path("/sys/fs/cgroup")
 QUERY = ("--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
+CHOICE = "CUDA_VISIBLE_DEVICES"  # what a process sees of the GPUs, by their numbers or names
 PATIENCE = 5.0  # seconds that the driver may take
 
 
@@ -24,9 +27,35 @@ class Memory:
     where: str
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that this process may use.
+
+    key     what CUDA_VISIBLE_DEVICES calls it
+    memory  what is free of it, NaN where the driver does not say
+    """
+
+    key: str
+    memory: Memory
+
+
+def visible_devices() -> tuple[Gpu, ...]:
+    """Return the GPUs that this process may use, in the order in which torch would number them; without torch."""
+    present = _gpus()
+    given = os.environ.get(CHOICE)
+    if given is None:
+        return tuple(Gpu(str(number), memory) for number, memory in enumerate(present))
+    found: list[Gpu] = []
+    for key in (word.strip() for word in given.split(",")):
+        if not key or (key.isdigit() and int(key) >= len(present)) or key.startswith("-"):
+            break  # CUDA sees those in front of one that does not exist
+        found.append(Gpu(key, present[int(key)] if key.isdigit() else Memory(math.nan, "GPU")))
+    return tuple(found)
+
+
 def free_memory() -> Memory:
-    """Free memory of the GPU that has most; without a GPU, main memory that programs can still have."""
-    gpus = _gpus()
+    """Free memory of the visible GPU that has most; without a GPU, main memory that programs can still have."""
+    gpus = [gpu.memory for gpu in visible_devices() if not math.isnan(gpu.memory.free)]
     if gpus:
         return max(gpus, key=lambda gpu: gpu.free)
     import psutil  # type: ignore[import-untyped]

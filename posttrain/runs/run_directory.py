@@ -236,18 +236,21 @@ def open_run(
     options: RunOptions,
     *,
     ranks: Ranks = ALONE,
+    strategy: str = "",
 ) -> Iterator[Run]:
     """Open (or, with `options.resume`, continue) the run directory of one step.
+
+    strategy  how several processes hold what they train, for the record (posttrain/launch); empty if nothing is trained
 
     The block must end with `return run.finish(summary)`. An exception or an interrupt leaves the partial directory for
     `--resume`; without a checkpoint it is removed.
     Raises InputError for unusable inputs or a resume against changed ones, OutputError for an unusable `--out`.
     """
     if ranks.size < announced():
-        raise UsageError(f"{command} was started with {announced()} processes", "start it with one")
+        raise UsageError(f"{command} was started with {announced()} processes", "start it with one, without --gpus")
     partial = partial_path(options.out)
     with ExitStack() as held:
-        start = Start(command, config, options, ranks.size)
+        start = Start(command, config, options, ranks.size, strategy)
         origin, resumed = ranks.on_main(lambda: _open(start, held))
         run = Run(command, partial, options, origin, resumed, ranks)
         try:
@@ -261,12 +264,13 @@ def open_run(
 
 @dataclass(frozen=True)
 class Start:
-    """The arguments of a run, and its number of processes."""
+    """The arguments of a run, its number of processes, and how they hold what they train."""
 
     command: str
     config: Config
     options: RunOptions
     processes: int
+    strategy: str = ""
 
 
 def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
@@ -288,6 +292,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
     origin = {
         **origin_of(start.command, config, options.out, os.cpu_count() or 1),
         "processes": start.processes,
+        **({"strategy": start.strategy} if start.strategy else {}),
         **made_with(start.command),
         "hardware": hardware(),
         "started": now(),

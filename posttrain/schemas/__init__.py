@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .distill import DistillCacheConfig, DistillConfig
     from .evaluate import DistributionConfig, EvalConfig, ParetoConfig, PickConfig
-    from .fields import LoraFields, SamplingFields, TrainingFields
+    from .fields import LaunchFields, LoraFields, SamplingFields, StrategyFields, TrainingFields
     from .filter import FilterConfig
     from .generate import GenerateConfig
     from .merge import MergeConfig
@@ -33,6 +33,7 @@ _HOMES = {
     "ExtractLoraConfig": "tools",
     "FilterConfig": "filter",
     "GenerateConfig": "generate",
+    "LaunchFields": "fields",
     "LoraFields": "fields",
     "MergeConfig": "merge",
     "PairsConfig": "reward",
@@ -51,6 +52,7 @@ _HOMES = {
     "SamplingFields": "fields",
     "SftConfig": "sft",
     "StageFile": "pipeline",
+    "StrategyFields": "fields",
     "TinyConfig": "tools",
     "TrainingFields": "fields",
     "VllmFields": "rlhf",
@@ -66,6 +68,7 @@ __all__ = [
     "ExtractLoraConfig",
     "FilterConfig",
     "GenerateConfig",
+    "LaunchFields",
     "LoraFields",
     "MergeConfig",
     "PairsConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "SamplingFields",
     "SftConfig",
     "StageFile",
+    "StrategyFields",
     "TinyConfig",
     "TrainingFields",
     "VllmFields",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Data, Dtype, LoraFields, Model, RowFields, Seed, TrainingFields
+from .fields import Data, Dtype, LoraFields, Model, RowFields, Seed, StrategyFields, TrainingFields
 
 
 class FixedDataFields(RowFields):
@@ -22,7 +22,7 @@ class FixedDataFields(RowFields):
     )
 
 
-class DistillConfig(TrainingFields, LoraFields, FixedDataFields):
+class DistillConfig(TrainingFields, LoraFields, StrategyFields, FixedDataFields):
     """Distillation from a teacher on the student's own completions (GKD, 2306.13649)."""
 
     model: Model

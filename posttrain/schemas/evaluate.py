@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from gemma2.core.json_files import JsonMapping, JsonObject
 
 from .config import Config
-from .fields import Bounds, CallFields, Data, Model, Pick, RowFields, SamplingFields, Seed
+from .fields import Bounds, CallFields, Data, LaunchFields, Model, Pick, RowFields, SamplingFields, Seed
 from .rlhf import RewardFields
 
 
-class DistributionConfig(SamplingFields, RewardFields, RowFields):
+class DistributionConfig(SamplingFields, RewardFields, LaunchFields, RowFields):
     """Settings for measuring a policy: common prompts and seeds, reward and KL with standard errors."""
 
     sft: Model

@@ -140,6 +140,28 @@ class TrainingFields(Config):
             )
 
 
+class LaunchFields(Config):
+    """On how many accelerators and machines a command runs (posttrain/launch)."""
+
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"gpus", "nodes"})
+
+    gpus: int | None = Field(
+        None, ge=1, le=1024, description="GPUs of each machine, a process on each; default: as many as the models need"
+    )
+    nodes: int = Field(1, ge=1, le=1024, description="machines that run the command together, with --gpus on each")
+
+
+class StrategyFields(LaunchFields):
+    """How several processes hold the model that they train together."""
+
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"strategy"})
+
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="ddp: the whole model on every GPU; fsdp: a share of it on each; auto: ddp where that fits",
+    )
+
+
 LORA_RATE = 10  # LoRA's best rate over that of full training (Schulman et al. 2025, LoRA Without Regret)
 LORA_SCALE = 2.0
 

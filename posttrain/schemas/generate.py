@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .fields import REPEATED, Data, RowFields, SamplingFields, Seed, check_address
+from .fields import REPEATED, Data, LaunchFields, RowFields, SamplingFields, Seed, check_address
 from .rlhf import RewardFields
 
 USER_INSTRUCTION = (
@@ -22,7 +22,7 @@ USER_INSTRUCTION = (
 StopText = Annotated[str, Field(min_length=1)]
 
 
-class GenerateConfig(SamplingFields, RewardFields, RowFields):
+class GenerateConfig(SamplingFields, RewardFields, LaunchFields, RowFields):
     """Teacher completions for prompts, by a local model or a server; resumable at any row."""
 
     REWARD_NEEDED = False

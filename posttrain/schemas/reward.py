@@ -13,12 +13,14 @@ from .config import Config
 from .fields import (
     CallFields,
     Data,
+    LaunchFields,
     LoraFields,
     Model,
     PrecisionFields,
     RowFields,
     SamplingFields,
     Seed,
+    StrategyFields,
     TrainingFields,
     check_address,
 )
@@ -33,7 +35,7 @@ Heldout = Field(0.1, ge=0, lt=1, description="share of prompts whose pairs are h
 CONVERSATION = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "finish_reason", "truncated"})
 
 
-class RewardConfig(TrainingFields, LoraFields, RowFields):
+class RewardConfig(TrainingFields, LoraFields, StrategyFields, RowFields):
     """A Bradley-Terry reward model from preference pairs."""
 
     model: Model
@@ -83,7 +85,7 @@ class ProbeConfig(RowFields):
     seed: Seed = 0
 
 
-class RewardScoreConfig(PrecisionFields, RowFields):
+class RewardScoreConfig(PrecisionFields, LaunchFields, RowFields):
     """Add a score to every row of a data set: prompts and completions, conversations, or preference pairs."""
 
     INCIDENTAL = frozenset({"batch_size"})
@@ -105,7 +107,7 @@ class RewardScoreConfig(PrecisionFields, RowFields):
         return self
 
 
-class RewardEvalConfig(PrecisionFields, RowFields):
+class RewardEvalConfig(PrecisionFields, LaunchFields, RowFields):
     """Measure how well reward models order preference pairs: accuracy, calibration, and the influence of length."""
 
     models: tuple[Path, ...] = Field(min_length=1, description="reward models; several are compared side by side")

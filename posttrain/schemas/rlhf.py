@@ -16,6 +16,7 @@ from .fields import (
     Model,
     PrecisionFields,
     RowFields,
+    StrategyFields,
     TrainingFields,
     check_address,
 )
@@ -162,7 +163,7 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
         return self
 
 
-class RlhfConfig(TrainingFields, RlFields, LoraOutputFields):
+class RlhfConfig(TrainingFields, RlFields, LoraOutputFields, StrategyFields):
     """RL from a reward model, with a KL penalty to an EMA of the policy."""
 
     policy: Model

@@ -7,12 +7,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import LoraOutputFields, Model, RowFields, TrainingFields
+from .fields import LoraOutputFields, Model, RowFields, StrategyFields, TrainingFields
 
 Attention = Literal["eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
-class SftConfig(TrainingFields, LoraOutputFields, RowFields):
+class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields):
     """Supervised fine-tuning on prompts and completions, or on conversations."""
 
     model: Model

@@ -7,13 +7,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import Bounds, Data, Model, Pick, TrainingFields
+from .fields import Bounds, Data, LaunchFields, Model, Pick, TrainingFields
 from .rlhf import RlFields
 
 VARIED = ("learning_rate", "length_penalty", "missing_eos_penalty", "reward", "beta", "mu", "temperature")
 
 
-class WarpConfig(TrainingFields, RlFields):
+class WarpConfig(TrainingFields, RlFields, LaunchFields):
     """WARP (2406.16768, Algorithm 1): M policies, SLERP, LITI, repeated I times, then the front."""
 
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"jobs", "executor"})

@@ -26,13 +26,14 @@ from gemma2.posttrain.schemas.config import Config, closest
 __all__ = ["EVERYWHERE", "OPTIONS", "TrlOptions", "check_trainer_options", "refuse_options"]
 
 # Options of transformers that would break a guarantee of the suite.
-SPLIT = "weights that are split among processes are not supported; torchrun alone gives each a whole model"
+SPLIT = "--strategy decides how several processes hold a model"
 BREAKS = {
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), SPLIT),
     "save_only_model": "a resumed run would start with a fresh optimizer",
     "ignore_data_skip": "a resumed run would train on its first rows again",
     "logging_strategy": "metrics.jsonl is always written; --log-every sets how often",
 }
+INSTEAD = {SPLIT: "leave it out, and give --gpus N --strategy fsdp"}
 BASES = (("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"))
 # Options whose values are names, and the enumeration that has them.
 NAMED = {
@@ -171,7 +172,9 @@ def refuse_options(
         if key.startswith("hub_") or key == "push_to_hub":  # settings are recorded, but a token is secret
             raise UsageError(f"'trainer.{key}' is not accepted", "push the finished output with `hf upload`")
         if key in BREAKS:
-            raise UsageError(f"'trainer.{key}' is not accepted: {BREAKS[key]}", "leave it out")
+            raise UsageError(
+                f"'trainer.{key}' is not accepted: {BREAKS[key]}", INSTEAD.get(BREAKS[key], "leave it out")
+            )
         if key in unused or key.startswith("eval_"):
             raise UsageError(f"'trainer.{key}' has no effect here", "see --help for the options of this command")
         if key in ours:

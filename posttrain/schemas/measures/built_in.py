@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.fields import Model, PrecisionFields, RowFields, SamplingFields, Seed
+from gemma2.posttrain.schemas.fields import LaunchFields, Model, PrecisionFields, RowFields, SamplingFields, Seed
 from gemma2.posttrain.schemas.reward import JudgeFields
 from gemma2.posttrain.schemas.rlhf import RewardFields
 
@@ -26,7 +26,7 @@ class DoctorFields(Config):
     doctor: bool = Field(True, description="refuse a model that gemma2 doctor --quick calls broken")
 
 
-class MeasureFields(PrecisionFields, DoctorFields, RowFields):
+class MeasureFields(PrecisionFields, DoctorFields, LaunchFields, RowFields):
     """Settings of every measure."""
 
     model: Model
@@ -103,7 +103,7 @@ class ChoicesConfig(MeasureFields, ShotFields):
     choices: Rows
 
 
-class WinRateConfig(SamplingFields, RewardFields, JudgeFields, DoctorFields, RowFields):
+class WinRateConfig(SamplingFields, RewardFields, JudgeFields, DoctorFields, LaunchFields, RowFields):
     """Answers of two models to the same prompts, side by side: by a reward, or on the +-1.5 scale by a judge."""
 
     REWARD_NEEDED = False

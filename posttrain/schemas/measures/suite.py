@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from gemma2.posttrain.schemas.fields import Model, PrecisionFields
+from gemma2.posttrain.schemas.fields import LaunchFields, Model, PrecisionFields
 
 TaskName = Literal["mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag"]
 
 
-class SuiteConfig(PrecisionFields):
+class SuiteConfig(PrecisionFields, LaunchFields):
     """Few-shot benchmarks with the shots and metrics of Gemma 2's report: accuracy or exact match for each task.
 
     MMLU 5-shot, ARC-challenge 25, GSM8K 5, Winogrande 5, HellaSwag 10: prompts and metrics are those of lm-eval 0.4.13.

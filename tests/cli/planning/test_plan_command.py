@@ -53,16 +53,38 @@ def test_a_size_needs_nothing_on_disk_and_every_card_has_a_verdict(planned):
 
 def test_flags_of_plan_are_taken_before_the_command_and_among_its_own(planned):
     places = (
-        "--gpu 24GB --devices 2 sft --model 2b",
-        "sft --gpu 24GB --model 2b --devices 2",
-        "sft --model 2b --gpu 24 --devices 2",
+        "--gpu 24GB --gpus 2 sft --model 2b",
+        "sft --gpu 24GB --model 2b --gpus 2",
+        "sft --model 2b --gpu 24 --gpus 2",
     )
     documents = [planned(line) for line in places]
     assert documents[0] == documents[1] == documents[2]
-    whole, split = documents[0]["verdicts"]
-    assert split["needs_gib"] < whole["needs_gib"]
-    assert "no command splits a model" in split["note"] and "whole" not in whole["place"]
-    assert split["flags"] is None  # no flag of ours splits
+    ddp, fsdp = documents[0]["verdicts"]
+    assert fsdp["needs_gib"] < ddp["needs_gib"]
+    assert [one["place"] for one in (ddp, fsdp)] == ["2 x GPU of 24 GB, ddp", "2 x GPU of 24 GB, fsdp"]
+    assert documents[0]["memory"]["place"] == fsdp["place"]  # what auto comes to
+    [only] = planned("sft --model 2b --gpu 24GB --gpus 2 --strategy ddp")["verdicts"]
+    assert only == ddp
+    with pytest.raises(UsageError, match="merge slerp runs in one process; leave out --gpus"):
+        invoke(["plan", "--gpus", "2", "merge", "slerp", "model", "b", "--base", "model"])
+
+
+def test_several_gpus_are_those_of_a_usual_size_where_none_is_named(planned, capsys):
+    document = planned("rlhf --policy 9b --reward 9b --gpus 8 --engine vllm --vllm-tensor-parallel 8")
+    assert document["memory"]["place"] == "8 x GPU of 80 GB, fsdp"
+    assert [one["fits"] for one in document["verdicts"] if one["place"] == "8 x GPU of 80 GB, fsdp"] == [True]
+    machines = planned("sft --model 9b --gpus 4 --nodes 2 --strategy fsdp --batch-size 16")
+    assert {one["place"].partition(" GPU")[0] for one in machines["verdicts"]} == {"8 x"}
+
+
+def test_a_dry_run_of_several_gpus_says_the_strategy_and_the_memory_of_one(place, capsys):
+    words = "sft --model model --data rows.jsonl --out out --eval-fraction 0 --gpus 2 --dry-run --json"
+    assert invoke(words.split()) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["processes"], document["strategy"]) == (2, "ddp")
+    assert document["memory_of"] == "a GPU of 80 GB, of which this machine has none"
+    assert invoke([*words.split(), "--strategy", "fsdp"]) == 0
+    assert json.loads(capsys.readouterr().out)["strategy"] == "fsdp"
 
 
 def test_time_comes_from_a_rate_or_is_not_known(planned):

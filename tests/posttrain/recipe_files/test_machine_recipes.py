@@ -8,7 +8,6 @@ import pytest
 from gemma2.configs import machine_recipes
 from gemma2.posttrain.recipe_files import machines
 from gemma2.posttrain.recipe_files.machines import (
-    ONE_GPU,
     Cell,
     cell_named,
     cells,
@@ -48,8 +47,8 @@ def test_where_there_is_no_recipe_none_would_fit_and_the_next_one_does(cell):
     next_ones = [cell_named(name) for name in re.findall(r"[a-z]+-\w+-[\w-]*\w", error.hint) if cell_named(name)]
     assert next_ones and all(one.path and plan_of(one).fits and one.command == cell.command for one in next_ones)
     alone = Cell(cell.command, cell.size, "80gb")
-    if cell.machine in ("8x80gb", "multi-node") and cell.command in ONE_GPU and alone.path:
-        assert "uses one GPU" in error.what and next_ones == [alone]
+    if cell.machine in ("8x80gb", "multi-node") and cell.command != "warp" and alone.path:
+        assert "one GPU is enough" in error.what and next_ones == [alone]
     else:
         assert not least_plan(cell).fits
         assert f"{least_plan(cell).needed / 1e9:.3g}" in error.what
@@ -71,5 +70,14 @@ def test_policies_of_warp_side_by_side_have_a_gpu_each():
 
 
 def test_more_gpus_share_the_prompts_of_a_step():
-    one, eight = cell_named("rlhf-2b-80gb"), cell_named("rlhf-2b-8x80gb")
+    one, eight = plan_of(cell_named("rlhf-2b-80gb")), plan_of(cell_named("rlhf-2b-8x80gb"))
     assert (one.place.devices, eight.place.devices) == (1, 8)
+    nodes = plan_of(cell_named("rlhf-2b-multi-node")).place
+    assert nodes.devices == 16 and not nodes.full_shard  # it fits a GPU, and so each has all of it
+
+
+def test_what_no_gpu_holds_is_divided_and_the_line_says_how_many_there_are():
+    for name in ("sft-27b-8x80gb", "rlhf-9b-8x80gb"):
+        plan = plan_of(cell_named(name))
+        assert plan.place.full_shard and plan.config.lora_rank == 0
+        assert "--gpus 8" in run_line(RECIPES[name])

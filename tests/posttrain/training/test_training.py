@@ -72,8 +72,11 @@ def test_a_value_that_the_library_refuses_is_named_in_one_line(tmp_path, value):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("fsdp", r"'trainer\.fsdp' is not accepted: weights that are split"),
-        ("deepspeed", r"'trainer\.deepspeed' is not accepted: weights that are split"),
+        (
+            "fsdp",
+            r"'trainer\.fsdp' is not accepted: --strategy decides .*; leave it out, and give --gpus N --strategy fsdp",
+        ),
+        ("deepspeed", r"'trainer\.deepspeed' is not accepted: --strategy decides"),
         ("adam_beta", r"unknown key 'trainer\.adam_beta'; did you mean 'adam_beta[12]'"),
         ("gradient_checkpointing", r"unknown key 'trainer\.gradient_checkpointing'"),
         ("report_to", r"'trainer\.report_to' is set by an option of this command"),

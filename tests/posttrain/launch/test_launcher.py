@@ -1,0 +1,142 @@
+"""The processes of a command end as one: one line, of the process that was the cause, and its exit code."""
+
+import gc
+import os
+import signal
+import socket
+import warnings
+
+import pytest
+
+from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.ranks import FOLDER
+from gemma2.posttrain.launch import launcher
+from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
+from gemma2.posttrain.launch.nodes import Meeting
+
+# A process of a command whose work is a word for each rank; the entry point around it is the real one.
+WORKER = """
+import os, signal, sys, time
+from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.cli import app, main
+
+def invoke(words):
+    work = words[int(os.environ["RANK"])]
+    if work == "sleep":
+        time.sleep(600)
+    if work == "guard":
+        raise GuardStop("the KL is 300", "lower the rate")
+    if work == "usage":
+        raise UsageError("--n 0 is too small", "give 1")
+    if work == "bug":
+        raise KeyError("forgotten")
+    if work == "lost":
+        time.sleep(0.6)  # it notices that the other one is gone
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]")
+    if work == "late":
+        time.sleep(0.5)
+        sys.stdout.write("late\\n")
+    if work == "silent":
+        os.write(2, b"a library gave up\\n")
+        os._exit(7)
+    if work.startswith("SIG"):
+        time.sleep(0.2)
+        os.kill(os.getpid(), getattr(signal, work))
+    return 0
+
+app.invoke = invoke
+main.main()
+"""
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run two processes with the work of each."""
+    monkeypatch.setattr(launcher, "WORKER", ("-c", WORKER))
+    monkeypatch.setattr(launcher, "check_torch", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("RANK", raising=False)
+    with warnings.catch_warnings():  # torch's launcher leaves files of processes that ended to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield lambda *works: run_processes(Processes(works, ("0", "1")))
+        gc.collect()
+
+
+def test_processes_that_do_their_work_end_with_0(run, capfd):
+    assert run("late", "late") == 0
+    assert capfd.readouterr().err == ""
+    assert FOLDER not in os.environ
+
+
+@pytest.mark.parametrize("works", [("usage", "sleep"), ("usage", "usage"), ("usage", "lost")])
+def test_what_rank_0_has_said_is_not_said_again(run, capfd, works):
+    assert run(*works) == UsageError.exit_code
+    assert capfd.readouterr().err == "error: --n 0 is too small; give 1\n"
+
+
+@pytest.mark.parametrize("first", ["sleep", "lost"])
+def test_the_error_of_another_rank_is_the_error_of_the_command(run, capfd, first):
+    with pytest.raises(GuardStop, match="rank 1: the KL is 300; lower the rate"):
+        run(first, "guard")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bug_of_another_rank_keeps_its_traceback(run, capfd):
+    assert run("sleep", "bug") == 1
+    said = capfd.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("KeyError: 'forgotten'\n")
+
+
+@pytest.mark.parametrize("works", [("sleep", "SIGKILL"), ("lost", "SIGKILL"), ("SIGKILL", "lost"), ("sleep", "SIGBUS")])
+def test_a_process_that_was_killed_is_named_with_its_signal(run, capfd, works):
+    rank, name = next((rank, work) for rank, work in enumerate(works) if work.startswith("SIG"))
+    with pytest.raises(ProcessEnd, match=rf"rank {rank} \(process \d+\) was ended by {name}.*--resume") as caught:
+        run(*works)
+    assert caught.value.exit_code == 128 + getattr(signal, name)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_connection_that_is_lost_for_no_reason_on_this_machine_is_one_line(run, capfd):
+    with pytest.raises(InputError, match=r"rank 0: another process of the job is gone .*Connection closed by peer"):
+        run("lost", "sleep")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_leaves_no_word_is_named_with_its_exit_code(run):
+    with pytest.raises(ProcessEnd, match=r"rank 1 .* 7 and left no word; it wrote: a library gave up") as caught:
+        run("sleep", "silent")
+    assert caught.value.exit_code == 7
+
+
+def test_a_port_that_is_taken_is_one_line(run, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        meeting = Meeting(2, 0, "localhost", taken.getsockname()[1])
+        with pytest.raises(UsageError, match=r"the port localhost:\d+ of the head is taken; set PET_MASTER_PORT"):
+            run_processes(Processes(("late", "late"), ("0",), meeting))
+
+
+def test_machines_that_do_not_come_are_one_line(run, monkeypatch):
+    monkeypatch.setattr(launcher, "WAIT", 1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = Meeting(2, 0, "localhost", free.getsockname()[1])
+    with pytest.raises(InputError, match="the 2 machines did not meet at localhost"):
+        run_processes(Processes(("late", "late"), ("0",), meeting))
+
+
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [
+        ({"torch.version.cuda": None, "torch.version.hip": None}, "built without support for the GPUs"),
+        ({"torch.version.cuda": "13.0", "torch.distributed.is_nccl_available": lambda: False}, "built without NCCL"),
+        ({"torch.distributed.is_available": lambda: False}, "without torch.distributed"),
+    ],
+)
+def test_a_torch_that_cannot_join_gpus_is_one_line(monkeypatch, absent, said):
+    for name, value in absent.items():
+        monkeypatch.setattr(name, value)
+    with pytest.raises(InputError, match=said):
+        launcher.check_torch()
