@@ -104,6 +104,11 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         half = arguments.bf16 or arguments.fp16
         evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
         trainer.add_callback(evaluation)
+        run.memory.holds = {
+            "anchor": lambda: trainer.anchor,
+            "reference": lambda: setup.reference,
+            "reward models": lambda: setup.rollout.score,
+        }
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
         figures = callback.summary(trainer.model)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gemma2.core.errors import Gemma2Error, OutOfMemory, memory_asked
-from gemma2.core.sizes import size_text
+from gemma2.core.sizes import size
 from gemma2.posttrain.schemas.config import Config
 
 from .resident import Holds, activity, in_use, resident
@@ -59,7 +59,7 @@ def _shown(holds: Holds, on_host: bool, total: float | None) -> str:
         parts["activations and other"] = rest
     if not parts:
         return ""
-    return f"; in memory were {', '.join(f'{name} {size_text(count)}' for name, count in parts.items())}"
+    return f"; in memory were {', '.join(f'{name} {size(count)}' for name, count in parts.items())}"
 
 
 def smaller_flags(config: Config, on_host: bool) -> list[str]:

@@ -46,6 +46,7 @@ from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 from .as_asked import check_recipe
 from .first_steps import FirstSteps, always
 from .forward_check import check_forward
+from .memory_advice import fitting_flags, held_by
 from .movement import Movement
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
@@ -381,6 +382,8 @@ def train(trainer: Trainer, run: Run, callback: RunCallback, has_signal: Callabl
         check_forward(plain)
     trainer.add_callback(FirstSteps(callback.label, run.ranks.on_main(lambda: newest_step(run)), has_signal))
     run.rewind(found[1] if found else -1)
+    run.memory.holds = held_by(trainer) | run.memory.holds
+    run.memory.advice = fitting_flags
     callback.start = Movement(trainer.model)  # a resumed run gets the weights of its checkpoint later
     try:
         with tracked(run), warnings.catch_warnings():
