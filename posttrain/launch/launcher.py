@@ -84,13 +84,12 @@ def check_torch() -> None:
 
     if not torch.distributed.is_available():
         raise InputError("this torch is built without torch.distributed", "install a build of torch that has it")
-    if torch.version.cuda is None and torch.version.hip is None:
-        if not torch.accelerator.is_available():
-            raise InputError(
-                f"torch {torch.__version__} is built without support for the GPUs of this machine",
-                "install the build for them, see pytorch.org",
-            )
-    elif not torch.distributed.is_nccl_available():
+    if not torch.accelerator.is_available():
+        raise InputError(
+            f"torch {torch.__version__} sees no GPU, and the driver lists some",
+            "install the build of torch for these GPUs and this driver, see pytorch.org",
+        )
+    if (torch.version.cuda or torch.version.hip) and not torch.distributed.is_nccl_available():
         raise InputError(
             f"torch {torch.__version__} is built without NCCL, which joins several GPUs",
             "install a build of torch that has it, or give --gpus 1",

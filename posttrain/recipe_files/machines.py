@@ -176,7 +176,7 @@ def least_plan(cell: Cell) -> MachinePlan:
     several = machine.gpus * machine.nodes if cell.flags else 1
     values = {**LEAST[cell.command], "lora_rank": 8, "micro_batch_size": 1, "batch_size": several, **cell.flags}
     if cell.command in ("rlhf", "warp"):
-        values |= LEAST_RL | {"prompts_per_step": several}
+        values |= {**LEAST_RL, "prompts_per_step": several}
         values.pop("batch_size")
     return _planned(cell, resolve(schema_for(cell.command), flags=values))
 

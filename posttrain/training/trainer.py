@@ -1,14 +1,9 @@
-"""Shared parts of the TRL-based steps: trainer arguments, logging into the run, guards, verified checkpoints.
-
-Checkpoints of transformers have no mark of completeness, so a half-written one would be resumed from; here every
-checkpoint gets a `complete.json` with the digest of each file, written last and verified before a resume.
-"""
+"""Shared parts of the TRL-based steps: trainer arguments, logging into the run, guards, the run itself."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,12 +25,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from gemma2.core.errors import AlertStop, GuardStop, InputError, OutputError, UsageError
-from gemma2.core.json_files import JsonMapping, JsonObject, read_json, write_json
-from gemma2.core.outputs.hashing import digest_file
+from gemma2.core.errors import AlertStop, GuardStop, InputError, UsageError
+from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.progress import Progress, Task
 from gemma2.core.rounding import is_still
-from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
@@ -44,6 +37,7 @@ from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
 
 from .as_asked import check_recipe
+from .checkpoints import check_room, checkpoint_bytes, latest_checkpoint, mark_complete, newest_step
 from .first_steps import FirstSteps, always
 from .forward_check import check_forward
 from .memory_advice import fitting_flags, held_by
@@ -57,14 +51,11 @@ __all__ = [
     "RunCallback",
     "configured",
     "evaluations",
-    "latest_checkpoint",
-    "mark_complete",
     "metrics_of",
     "train",
     "trainer_arguments",
 ]
 
-COMPLETE = "complete.json"
 LOWER = "lower --learning-rate; --resume continues from the last checkpoint"
 # Name of a metric in transformers -> name in metrics.jsonl and on the bar.
 RENAMED = {"grad_norm": "gradient_norm"}
@@ -123,60 +114,6 @@ def configured(schema: type[C], config: TrainingFields, arguments: JsonMapping) 
     if found.n_gpu > 1:  # one process: the Trainer would take nn.DataParallel, in which no loss of ours runs
         found._n_gpu = 1
     return built
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Record the digest of every file of a checkpoint; a checkpoint without this mark is not resumed from."""
-    files = {path.name: digest_file(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    write_json(checkpoint / COMPLETE, {"files": files})
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its mark and every file has the recorded digest."""
-    try:
-        files = read_json(checkpoint / COMPLETE).get("files")
-        if not isinstance(files, dict) or not files:
-            return False
-        return all(digest_file(checkpoint / name) == digest for name, digest in files.items())
-    except (OSError, ValueError):
-        return False
-
-
-def checkpoint_bytes(directory: str, model: Network, optimizer: object) -> int:
-    """The size of the next checkpoint: that of one before it, else of the trained weights and the optimizer's state."""
-    for path in Path(directory).glob(f"checkpoint-*/{COMPLETE}"):
-        return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
-    states = getattr(optimizer, "state", None) or {}
-    held = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*held, *trained))
-
-
-def check_room(directory: Path, needed: int, step: int) -> None:
-    """Raise OutputError, before anything is written, for a checkpoint that the disk has no room for."""
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        texts = sizes_apart(needed, free)
-        raise OutputError(
-            f"step {step}: its checkpoint needs {texts[0]}, {directory} has {texts[1]} free",
-            "free some space, then " + ("continue with --resume" if any(directory.iterdir()) else "start again"),
-        )
-
-
-def latest_checkpoint(run: Run) -> tuple[Path, int] | None:
-    """Return the newest complete checkpoint and its step; newer, incomplete ones are removed."""
-    found = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        if is_complete(path):
-            return path, int(path.name.rpartition("-")[2])
-        shutil.rmtree(path)
-    return None
-
-
-def newest_step(run: Run) -> int:
-    """The step of the newest checkpoint on the disk, 0 without any: where a training begins."""
-    return max((int(path.name.rpartition("-")[2]) for path in run.checkpoints.glob("checkpoint-*")), default=0)
 
 
 # A norm that was clipped is the limit, less rounding and the 1e-6 that torch adds to the divisor.
@@ -323,7 +260,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.run.ranks.barrier()  # every rank has written its part
-        self.run.ranks.on_main(lambda: mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run.ranks)
 
 
 def metrics_of(run: Run) -> list[JsonObject]:

@@ -113,7 +113,7 @@ def _journal(path: Path) -> Meaning:
 
 
 def _mark(path: Path) -> Meaning:
-    from gemma2.posttrain.training.trainer import is_complete
+    from gemma2.posttrain.training.checkpoints import is_complete
 
     if not is_complete(path.parent):
         raise Unusable
@@ -168,7 +168,7 @@ FILES = {
 
 def write_others(root: Path) -> None:
     """The files that the world of the corpus lacks."""
-    from gemma2.posttrain.training.trainer import mark_complete
+    from gemma2.posttrain.training.checkpoints import mark_complete
 
     (root / ".out.partial").mkdir()
     shutil.copy(root / "rl-2/gemma2.json", root / ".out.partial" / STATE)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from gemma2.posttrain.training import trainer
+from gemma2.posttrain.training import checkpoints, trainer
 from gemma2.posttrain.training.trainer import RunCallback
 
 
@@ -76,12 +76,12 @@ def disk_full(step: int, where: str) -> Iterator[None]:
     """No room at the checkpoint of a step: seen before it is written, in the middle of its files, or at its mark."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint")
     reached = [False]
-    mark, usage, save = trainer.mark_complete, trainer.shutil.disk_usage, torch.save
+    mark, usage, save = trainer.mark_complete, checkpoints.shutil.disk_usage, torch.save
 
-    def marked(checkpoint: Path) -> None:
+    def marked(checkpoint: Path, *ranks: object) -> None:
         if where == "mark" and checkpoint.name == f"checkpoint-{step}":
             raise full
-        mark(checkpoint)
+        mark(checkpoint, *ranks)
 
     def measured(folder: Path) -> object:
         found = usage(folder)
@@ -98,7 +98,7 @@ def disk_full(step: int, where: str) -> Iterator[None]:
 
     with (
         patch.object(trainer, "mark_complete", marked),
-        patch.object(trainer.shutil, "disk_usage", measured),
+        patch.object(checkpoints.shutil, "disk_usage", measured),
         patch.object(torch, "save", saved),
         at_step(step, "on_step_end", arrive),
     ):

@@ -24,7 +24,7 @@ from gemma2.posttrain.schemas import DistillConfig, GenerateConfig, PairsConfig,
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.sft.sft import run_sft
 from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
-from gemma2.posttrain.training import trainer
+from gemma2.posttrain.training import checkpoints
 
 STEPS = 5
 END_OF_TURN = 107
@@ -125,7 +125,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 def good_checkpoint(out: Path) -> int:
     """The step of the checkpoint that a resume would take; its weights are finite. 0 without one."""
     folder = out.with_name(f".{out.name}.partial") / "checkpoints"
-    found = [path for path in folder.glob("checkpoint-*") if trainer.is_complete(path)]
+    found = [path for path in folder.glob("checkpoint-*") if checkpoints.is_complete(path)]
     if not found:
         return 0
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -60,8 +60,8 @@ def kill_at_checkpoint(step: int) -> None:
 
     mark = trainer.mark_complete
 
-    def marked(checkpoint: Path) -> None:
-        mark(checkpoint)
+    def marked(checkpoint: Path, *ranks: object) -> None:
+        mark(checkpoint, *ranks)
         if int(checkpoint.name.rpartition("-")[2]) == step:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -130,8 +130,15 @@ def test_machines_that_do_not_come_are_one_line(run, monkeypatch):
 @pytest.mark.parametrize(
     ("absent", "said"),
     [
-        ({"torch.version.cuda": None, "torch.version.hip": None}, "built without support for the GPUs"),
-        ({"torch.version.cuda": "13.0", "torch.distributed.is_nccl_available": lambda: False}, "built without NCCL"),
+        ({}, "sees no GPU, and the driver lists some; install the build of torch"),
+        (
+            {
+                "torch.accelerator.is_available": lambda: True,
+                "torch.version.cuda": "13.0",
+                "torch.distributed.is_nccl_available": lambda: False,
+            },
+            "built without NCCL",
+        ),
         ({"torch.distributed.is_available": lambda: False}, "without torch.distributed"),
     ],
 )

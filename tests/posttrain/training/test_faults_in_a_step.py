@@ -12,7 +12,7 @@ from lines import STEPS, fit, metrics_of, opened
 
 from gemma2.core.errors import Gemma2Error, GuardStop, OutOfMemory, OutputError, refusal
 from gemma2.core.outputs.staging import partial_path
-from gemma2.posttrain.training.trainer import is_complete
+from gemma2.posttrain.training.checkpoints import is_complete
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23 GiB")
 FAULTS = {
