@@ -36,10 +36,11 @@ mkdir "$root/path" "$root/models" && ln -s "$PWD" "$root/path/gemma2" || exit 1
 if [ -n "$wheels" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --target "$root/path" "$wheels"/*.whl || exit 1
 fi
+[ "$size" = tiny ] && export OMP_NUM_THREADS=1
 export PYTHONPATH="$root/path${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$python" -c 'import torch, trl, gemma2.cli.main' || { echo "error: the packages do not import; see make gpu-wheels" >&2; exit 1; }
 
-limit() { case "$1" in models) echo 60 ;; a) echo 140 ;; b) echo 145 ;; c) echo 110 ;; d) echo 55 ;; e) echo 40 ;; *) echo 20 ;; esac; }
+limit() { case "$1" in models) echo 55 ;; a) echo 140 ;; b) echo 160 ;; c) echo 125 ;; d) echo 50 ;; e) echo 35 ;; *) echo 15 ;; esac; }
 failed=0
 for part in models $parts; do
   seconds=$(limit "$part")

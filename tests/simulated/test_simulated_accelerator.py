@@ -92,6 +92,15 @@ def test_one_of_two_devices_is_used_and_said(found):
     assert "GPUs are visible" not in found["eval"]["said"]
 
 
+def test_longer_answers_wait_for_the_device_every_eighth_token(world):
+    """64 more tokens: eight looks more, each of which reads the rows and what has ended."""
+    line = "generate --teacher b --prompts prompts.jsonl --keep-truncated --out {} --max-new-tokens {}"
+    found = run(world, {"short": line.format("short", 8), "long": line.format("long", 72)})
+    assert [one["code"] for one in found.values()] == [0, 0], found
+    assert found["long"]["operations"] > 2 * found["short"]["operations"]
+    assert 0 < found["long"]["waits"] - found["short"]["waits"] <= 8 * 2 + 4  # and rows that leave the batch
+
+
 def test_a_tensor_that_was_left_on_the_host_is_noticed(world):
     line = f"generate --teacher policy --prompts prompts.jsonl --keep-truncated --out planted {DRAWN}"
     planted = run(world, {"planted": line}, GEMMA2_PLANTED="1")["planted"]
