@@ -34,8 +34,9 @@ def held_by(trainer: Trainer) -> dict[str, Callable[[], object]]:
 def fitting_flags(config: Config) -> str:
     """Return flags with which a command fits into this device by its plan, and the figures; "" if no flags do."""
     device = default_device()
-    kind, capacity = ("cpu", _main_memory()) if device.type == "cpu" else ("accelerator", _device_memory(device))
-    place = place_for(config, shape_of, Lengths(), kind, capacity)
+    on_host = device.type == "cpu"
+    capacity = _main_memory() if on_host else _device_memory(device)
+    place = place_for(config, shape_of, Lengths(), "cpu" if on_host else "accelerator", capacity)
     plan = memory_of(config, shape_of, place)
     if plan is None:
         return ""

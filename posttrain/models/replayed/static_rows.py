@@ -120,7 +120,7 @@ class _StaticRows:
         whole = self.whole_mask[..., : self.end].masked_fill(columns > self.column, lowest)
         found: dict[int | None, Tensor] = {None: whole}
         for kv in self.layers:
-            if kv.window not in found:
+            if kv.window is not None and kv.window not in found:
                 near = columns[kv.shown :] > self.column - kv.window
                 found[kv.window] = whole[..., kv.shown :].masked_fill(~near, lowest)
         return [found[kv.window] for kv in self.layers]
